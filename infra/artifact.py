@@ -1,0 +1,476 @@
+"""Artifacts: what a stage publishes, and how two writers can never both win.
+
+    {root}/{stage}/{fingerprint}/attempts/{id}/out/...    files, written by one attempt alone
+    {root}/{stage}/{fingerprint}/attempts/{id}/work/...   its private state (checkpoints); gone once published
+    {root}/{stage}/{fingerprint}/artifact.json            created last and exclusively: names the winning attempt
+
+Why it is safe: after `kill -9` of a stage its training ranks go on writing for a while, so two writers are real. They
+never share a file, since each attempt has its own folder, and only one can create `artifact.json`: locally by linking
+a finished file to that name, on object stores by a conditional put (If-None-Match). The loser's publication is refused
+and its attempt removed.
+
+`root` is any fsspec URL. Stages read and write local folders: on a remote root an attempt works in `scratch` and its
+files are uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by hash.
+
+    store = Store(".longreach"); attempt = store.new_attempt("pack", fingerprint); ...; store.publish(attempt, {...})
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import xxhash
+
+MANIFEST = "artifact.json"
+
+
+class AlreadyPublished(Exception):
+    """Another attempt published this fingerprint first; `artifact` is the winner's."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(f"{artifact.stage}/{artifact.fingerprint} was published by attempt {artifact.attempt}")
+        self.artifact = artifact
+
+
+class CorruptArtifact(Exception):
+    """A published artifact does not match its manifest."""
+
+
+class LeaseHeld(Exception):
+    """Another live run holds the lease; `holder` names it."""
+
+    def __init__(self, name: str, holder: str) -> None:
+        super().__init__(f"{name!r} is being run by {holder}")
+        self.holder = holder
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder. `path` is local and holds exactly the manifest's files."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def attempt(self) -> str:
+        return self.manifest["attempt"]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.manifest["summary"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One writer's folder. Only its holder writes into `out` and `work`."""
+
+    stage: str
+    fingerprint: str
+    id: str
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @property
+    def superseded_file(self) -> Path:
+        """Exists once a newer attempt took over: a writer that sees it stops."""
+        return self.folder.with_name(self.id + ".superseded")
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a local file, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(1 << 22))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces.
+
+    Raises:
+        ValueError: for anything whose JSON is not unique (NaN, sets, objects): it cannot be part of an identity.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot be serialised deterministically: {error}") from error
+
+
+def digest_of(value: Any) -> str:
+    """xxh3-128 of a value's canonical JSON."""
+    return xxhash.xxh3_128(canonical(value).encode()).hexdigest()
+
+
+class Store:
+    """Artifacts and leases under one fsspec root."""
+
+    def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
+        self.root = root
+        self.fs, self.base = fsspec.core.url_to_fs(root)
+        self.local = self.fs.protocol == "file" or "file" in self.fs.protocol
+        self.scratch = Path(scratch).absolute()
+
+    def _folder(self, stage: str, fingerprint: str) -> str:
+        return f"{self.base}/{stage}/{fingerprint}"
+
+    def _attempts(self, stage: str, fingerprint: str) -> Path:
+        """Where attempts are written: in place on a local root, in scratch otherwise."""
+        top = Path(self.base) if self.local else self.scratch
+        return top / stage / fingerprint / "attempts"
+
+    # ---- reading
+
+    def find(self, stage: str, fingerprint: str) -> Artifact | None:
+        """The published artifact, or None. Its manifest is checked, its files are not (see `problems`).
+
+        Raises:
+            CorruptArtifact: the manifest itself is damaged.
+        """
+        try:
+            manifest = self._read_manifest(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
+        except FileNotFoundError:
+            return None
+        if (manifest["stage"], manifest["fingerprint"]) != (stage, fingerprint):
+            raise CorruptArtifact(f"{stage}/{fingerprint}: the manifest is that of another artifact")
+        attempts = Path(self.base) if self.local else self.scratch / "cache"
+        return Artifact(attempts / stage / fingerprint / "attempts" / manifest["attempt"] / "out", manifest)
+
+    def _read_manifest(self, path: str) -> dict[str, Any]:
+        text = self.fs.cat_file(path)
+        try:
+            manifest = json.loads(text)
+            digest = manifest.pop("digest")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CorruptArtifact(f"{path}: not a manifest ({error})") from error
+        if digest != digest_of(manifest):
+            raise CorruptArtifact(f"{path}: damaged (its digest is {digest_of(manifest)}, it says {digest})")
+        for entry in manifest["files"]:
+            parts = PurePosixPath(entry["path"])
+            if parts.is_absolute() or ".." in parts.parts:
+                raise CorruptArtifact(f"{path}: file name {entry['path']!r} leaves its folder")
+        return manifest
+
+    def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:
+        """What differs from the manifest, a line each; empty if the artifact is whole.
+
+        Args:
+            hashes: read every byte; without it only presence and size are compared.
+        """
+
+        def check(entry: dict[str, Any]) -> str | None:
+            path = artifact.path / entry["path"]
+            if not path.is_file():
+                return f"{entry['path']}: missing"
+            if (size := path.stat().st_size) != entry["size"]:
+                return f"{entry['path']}: {size} bytes, {entry['size']} were published"
+            if hashes and file_digest(path) != entry["xxh3"]:
+                return f"{entry['path']}: its content changed since it was published"
+            return None
+
+        if not self.local:
+            if not hashes:
+                return self._remote_problems(artifact)
+            self._download(artifact)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            return [line for line in pool.map(check, artifact.manifest["files"]) if line]
+
+    def _remote_out(self, artifact: Artifact) -> str:
+        return f"{self._folder(artifact.stage, artifact.fingerprint)}/attempts/{artifact.attempt}/out"
+
+    def _remote_problems(self, artifact: Artifact) -> list[str]:
+        out = self._remote_out(artifact)
+        sizes = {name[len(out) + 1 :]: info["size"] for name, info in self.fs.find(out, detail=True).items()}
+        return [
+            f"{entry['path']}: {sizes.get(entry['path'], 'no')} bytes, {entry['size']} were published"
+            for entry in artifact.manifest["files"]
+            if sizes.get(entry["path"]) != entry["size"]
+        ]
+
+    def _download(self, artifact: Artifact) -> None:
+        """Bring missing files of a remote artifact into the cache; a file of the right size and hash is kept."""
+        for entry in artifact.manifest["files"]:
+            path = artifact.path / entry["path"]
+            if path.is_file() and path.stat().st_size == entry["size"] and file_digest(path) == entry["xxh3"]:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+            self.fs.get_file(f"{self._remote_out(artifact)}/{entry['path']}", str(part))
+            part.replace(path)
+
+    def fetch(self, stage: str, fingerprint: str) -> Artifact:
+        """The artifact, every byte verified, its files local.
+
+        Raises:
+            CorruptArtifact: it is missing or does not match its manifest.
+        """
+        artifact = self.find(stage, fingerprint)
+        if artifact is None:
+            raise CorruptArtifact(f"{stage}/{fingerprint} is not published")
+        if problems := self.problems(artifact):
+            raise CorruptArtifact(f"{stage}/{fingerprint}: " + "; ".join(problems))
+        return artifact
+
+    def manifests(self, stage: str | None = None) -> Iterator[dict[str, Any]]:
+        """Manifests of everything published (of one stage), damaged ones left out."""
+        for path in self.fs.glob(f"{self.base}/{stage or '*'}/*/{MANIFEST}"):
+            try:
+                yield self._read_manifest(path)
+            except CorruptArtifact:
+                continue  # `find` reports it when the artifact is wanted
+
+    # ---- writing
+
+    def new_attempt(self, stage: str, fingerprint: str) -> Attempt:
+        """A folder of one's own; every earlier unpublished attempt is told to stop."""
+        attempts = self._attempts(stage, fingerprint)
+        attempts.mkdir(parents=True, exist_ok=True)
+        earlier = self.earlier_attempts(stage, fingerprint)
+        number = 1 + max((int(folder.name.split("-")[0]) for folder in earlier), default=0)
+        for folder in earlier:
+            folder.with_name(folder.name + ".superseded").touch()
+        name = f"{number:04d}-{uuid.uuid4().hex[:8]}"
+        attempt = Attempt(stage, fingerprint, name, attempts / name)
+        attempt.out.mkdir(parents=True)
+        attempt.work.mkdir()
+        return attempt
+
+    def earlier_attempts(self, stage: str, fingerprint: str) -> list[Path]:
+        """Folders of unpublished attempts, newest first: a new attempt may read their checkpoints."""
+        attempts = self._attempts(stage, fingerprint)
+        found = [p for p in attempts.glob("[0-9]*-*") if p.is_dir()] if attempts.is_dir() else []
+        return sorted(found, key=lambda p: p.name, reverse=True)
+
+    def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
+        """Make `attempt.out` the artifact of its fingerprint; other attempts of it are removed.
+
+        Args:
+            record: inputs, recipe, summary, seconds, versions...: what the manifest says beside the files.
+
+        Raises:
+            AlreadyPublished: another attempt was first; this one has been removed.
+        """
+        try:
+            files = self._inventory(attempt)
+        except FileNotFoundError:  # removed under our hands by a winner, or the stage wrote nothing
+            self._refuse_if_published(attempt)
+            raise
+        manifest = {
+            **record,
+            "stage": attempt.stage,
+            "fingerprint": attempt.fingerprint,
+            "attempt": attempt.id,
+            "files": files,
+        }
+        body = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, ensure_ascii=False).encode()
+        folder = self._folder(attempt.stage, attempt.fingerprint)
+        if not self.local:
+            self.fs.put(str(attempt.out) + "/", f"{folder}/attempts/{attempt.id}/out/", recursive=True)
+        try:
+            self._create(f"{folder}/{MANIFEST}", body)
+        except FileExistsError:
+            self._refuse_if_published(attempt)
+            raise
+        shutil.rmtree(attempt.work, ignore_errors=True)
+        for loser in self.earlier_attempts(attempt.stage, attempt.fingerprint):
+            if loser.name != attempt.id:
+                loser.with_name(loser.name + ".superseded").touch()
+                self._remove(attempt.stage, attempt.fingerprint, loser.name)
+        artifact = self.find(attempt.stage, attempt.fingerprint)
+        assert artifact is not None, "just published"
+        return artifact
+
+    def _inventory(self, attempt: Attempt) -> list[dict[str, Any]]:
+        names = sorted(p.relative_to(attempt.out).as_posix() for p in attempt.out.rglob("*") if p.is_file())
+        if not names:
+            raise FileNotFoundError(f"{attempt.stage}: the stage wrote no file into {attempt.out}")
+        paths = [attempt.out / name for name in names]
+        return [
+            {"path": name, "size": path.stat().st_size, "xxh3": file_digest(path)}
+            for name, path in zip(names, paths, strict=True)
+        ]
+
+    def _refuse_if_published(self, attempt: Attempt) -> None:
+        if winner := self.find(attempt.stage, attempt.fingerprint):
+            self._remove(attempt.stage, attempt.fingerprint, attempt.id)
+            raise AlreadyPublished(winner)
+
+    def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
+        """An attempt's files; a writer that is still alive in it fails, which is meant."""
+        shutil.rmtree(self._attempts(stage, fingerprint) / attempt_id, ignore_errors=True)
+        remote = f"{self._folder(stage, fingerprint)}/attempts/{attempt_id}"
+        if not self.local and self.fs.exists(remote):
+            self.fs.rm(remote, recursive=True)
+
+    def quarantine(self, stage: str, fingerprint: str) -> str:
+        """Take a damaged artifact's manifest away, so that its stage runs again; returns the manifest's new name."""
+        manifest = f"{self._folder(stage, fingerprint)}/{MANIFEST}"
+        aside = f"{manifest}.damaged-{uuid.uuid4().hex[:8]}"
+        self.fs.mv(manifest, aside)
+        return aside
+
+    def withdraw(self, stage: str, fingerprint: str) -> None:
+        """Unpublish (`run --force`): the stage runs again and publishes anew."""
+        self.fs.rm(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
+
+    def _create(self, path: str, body: bytes) -> None:
+        """Create a file whole and only if it does not exist.
+
+        Raises:
+            FileExistsError: somebody was first.
+        """
+        if not self.local:
+            self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.draft")
+        with draft.open("wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, target)  # fails if target exists, and never shows half a file
+        finally:
+            draft.unlink()
+
+
+@dataclass
+class Lease:
+    """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever compared.
+
+    A lease is a numbered generation, created exclusively. A waiter takes the next number once the holder released
+    its own, or once the counter has stood still for `patience_beats` beats of the waiter's own time. A holder that
+    was only slow sees the higher number and knows that it has lost (`lost` is set).
+    """
+
+    store: Store
+    name: str
+    holder: str
+    beat_s: float = 2.0
+    patience_beats: int = 4
+    lost: threading.Event = field(default_factory=threading.Event)
+    _generation: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @cached_property
+    def _folder(self) -> str:
+        return f"{self.store.base}/leases/{self.name}"
+
+    def acquire(self, *, wait: bool) -> Lease:
+        """Returns self once held.
+
+        Raises:
+            LeaseHeld: somebody alive holds it and `wait` is False.
+        """
+        while True:
+            newest = self._newest()
+            if newest == 0 or self._exists(newest, "released") or not self._alive(newest, wait):
+                try:
+                    self.store._create(self._path(newest + 1, "json"), canonical({"holder": self.holder}).encode())
+                except FileExistsError:
+                    continue  # somebody was faster: look again
+                self._generation = newest + 1
+                self._beat(0)
+                self._sweep()
+                threading.Thread(target=self._heartbeat, daemon=True, name=f"lease {self.name}").start()
+                return self
+
+    def release(self) -> None:
+        """Let the next one in at once."""
+        self._stop.set()
+        if not self.lost.is_set():
+            self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
+
+    def current_holder(self) -> str | None:
+        """Who holds it now or died holding it; None after a release."""
+        newest = self._newest()
+        return None if newest == 0 or self._exists(newest, "released") else self._holder(newest)
+
+    def _alive(self, generation: int, wait: bool) -> bool:
+        """Watch the counter: False as soon as it may be taken over; True is only returned when not waiting.
+
+        Raises:
+            LeaseHeld: the counter moved and `wait` is False.
+        """
+        seen, still = self._counter(generation), 0
+        while still < self.patience_beats:
+            time.sleep(self.beat_s)
+            if self._exists(generation, "released"):
+                return False
+            if (now := self._counter(generation)) == seen:
+                still += 1
+                continue
+            if not wait:
+                raise LeaseHeld(self.name, self._holder(generation))
+            seen, still = now, 0
+        return False
+
+    def _path(self, generation: int, suffix: str) -> str:
+        return f"{self._folder}/{generation:08d}.{suffix}"
+
+    def _exists(self, generation: int, suffix: str) -> bool:
+        self.store.fs.invalidate_cache()
+        return self.store.fs.exists(self._path(generation, suffix))
+
+    def _newest(self) -> int:
+        self.store.fs.invalidate_cache()
+        return max((int(Path(p).name.split(".")[0]) for p in self.store.fs.glob(f"{self._folder}/*.json")), default=0)
+
+    def _counter(self, generation: int) -> bytes:
+        try:
+            return self.store.fs.cat_file(self._path(generation, "beat"))
+        except FileNotFoundError:
+            return b""
+
+    def _holder(self, generation: int) -> str:
+        return json.loads(self.store.fs.cat_file(self._path(generation, "json")))["holder"]
+
+    def _beat(self, counter: int) -> None:
+        self.store.fs.pipe_file(self._path(self._generation, "beat"), str(counter).encode())
+
+    def _heartbeat(self) -> None:
+        counter = 0
+        while not self._stop.wait(self.beat_s):
+            counter += 1
+            try:
+                if self._newest() > self._generation:
+                    self.lost.set()
+                    return
+                self._beat(counter)
+            except OSError as error:  # the store is away: try at the next beat; if it lasts, somebody takes over
+                print(f"lease {self.name}: heartbeat failed ({error}), trying again", flush=True)
+
+    def _sweep(self) -> None:
+        """Forget the generations before this one."""
+        for path in self.store.fs.glob(f"{self._folder}/*"):
+            if int(Path(path).name.split(".")[0]) < self._generation:
+                self.store.fs.rm(path)
