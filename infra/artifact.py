@@ -17,6 +17,7 @@ files are uploaded before the manifest is; inputs are downloaded into `scratch/c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -326,9 +327,9 @@ class Store:
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
         """An attempt's files; a writer that is still alive in it fails, which is meant."""
         shutil.rmtree(self._attempts(stage, fingerprint) / attempt_id, ignore_errors=True)
-        remote = f"{self._folder(stage, fingerprint)}/attempts/{attempt_id}"
-        if not self.local and self.fs.exists(remote):
-            self.fs.rm(remote, recursive=True)
+        if not self.local:
+            with contextlib.suppress(FileNotFoundError):  # nothing was uploaded yet, or another publisher was faster
+                self.fs.rm(f"{self._folder(stage, fingerprint)}/attempts/{attempt_id}", recursive=True)
 
     def quarantine(self, stage: str, fingerprint: str) -> str:
         """Take a damaged artifact's manifest away, so that its stage runs again; returns the manifest's new name."""

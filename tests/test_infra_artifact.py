@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from infra.artifact import AlreadyPublished, CorruptArtifact, Lease, LeaseHeld, Store, digest_of
 
 RECORD = {"summary": {"rows": 3}, "inputs": {}, "recipe": {}}
