@@ -230,6 +230,41 @@ class PretrainRecipe(OptimRecipe):
         return self
 
 
+class PackStageRecipe(Choices):
+    """The pack stage's part of the recipe."""
+
+    corpus: CorpusRecipe
+    """Documents and their split."""
+    pack: PackRecipe
+    """Rows."""
+
+
+class FinetuneStageRecipe(Choices):
+    """One arm's part of the recipe: other arms are not in it, so adding one re-runs none."""
+
+    rope: RopeRecipe
+    """The stretch."""
+    arm: ArmRecipe
+    """The method."""
+    optim: OptimRecipe
+    """Optimizer and schedule."""
+    seed: int
+    """Row order, LoRA's initialisation."""
+
+
+class PretrainStageRecipe(Choices):
+    """One sink arm's part of the recipe."""
+
+    model: TinyModelRecipe
+    """The model."""
+    arm: PretrainArm
+    """With or without a sink token."""
+    optim: OptimRecipe
+    """Optimizer and schedule."""
+    seed: int
+    """Initialisation and row order."""
+
+
 def check_batch(global_batch_tokens: int, seq_len: int) -> None:
     """Raises ValueError unless a global batch is a whole number of rows."""
     if global_batch_tokens % seq_len:

@@ -1,0 +1,122 @@
+"""A stage: a function, the choices that change its result, and its inputs; and from these its fingerprint.
+
+    fingerprint = hash(stage name, stage revision, recipe section, input fingerprints, data digests)
+
+Literals are identity, context is not: resources, paths of the store, hosts and commits never enter. Code is not hashed
+either; a stage whose meaning changes raises its `revision` here.
+
+To add a stage: a file with its recipe model and its function, one line in STAGES, and its place in pipelines/graph.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from infra.artifact import Attempt, digest_of
+from infra.choices import Choices
+from infra.resources import Resources
+from infra.tracking import Spool
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What all stages of a name share."""
+
+    function: str
+    """`module:function`, imported only where it runs."""
+    revision: int
+    """Raised when the same choices would now give another result."""
+    cpus: Callable[[Resources], float]
+    """Ray CPUs of the stage's task; 0 for those that only drive training ranks, which bring their own."""
+
+
+STAGES: dict[str, StageKind] = {
+    "convert": StageKind("pipelines.convert:convert", 1, lambda r: 1),
+    "pack": StageKind("pipelines.pack:pack", 1, lambda r: 1),
+    "pretrain": StageKind("pipelines.pretrain:pretrain", 1, lambda r: 0),
+    "finetune": StageKind("pipelines.finetune:finetune", 1, lambda r: 0),
+    "merge": StageKind("pipelines.merge:merge", 1, lambda r: 1),
+    "evaluate": StageKind("pipelines.evaluate:evaluate", 1, lambda r: r.eval_cpus),
+    "report": StageKind("pipelines.report:report", 1, lambda r: 1),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One node of a pipeline."""
+
+    name: str
+    """Its key in STAGES."""
+    label: str
+    """What people call it, e.g. `finetune[lora]`: unique in a pipeline, and no part of identity."""
+    recipe: Choices
+    """The section of the recipe that changes its result."""
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    """By the name of the function's parameter."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Content digests of data that comes from outside of the store."""
+    after: tuple[Stage, ...] = ()
+    """Stages that must not run at the same time and go first; no part of identity."""
+
+    @property
+    def kind(self) -> StageKind:
+        return STAGES[self.name]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the fingerprint is made of, readable: the manifest keeps it, `plan` compares it."""
+        return {
+            "stage": self.name,
+            "revision": self.kind.revision,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "inputs": {name: stage.fingerprint for name, stage in self.inputs.items()},
+            "digests": dict(self.digests),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits.
+
+        Raises:
+            ValueError: a choice has no one serialisation.
+        """
+        return digest_of(self.identity)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a running stage may use beside its inputs and choices."""
+
+    label: str
+    spool: Spool
+    """Metrics and progress of this attempt."""
+    attempt: Attempt
+    """`attempt.work` is private and survives until publication: checkpoints go there."""
+    earlier: list[Path]
+    """Folders of earlier unpublished attempts, newest first: their checkpoints may be read, never written."""
+
+
+def load_function(kind: StageKind) -> Callable[..., dict[str, Any]]:
+    """Import a stage's function."""
+    module, _, name = kind.function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Leaves in which two identities differ: `recipe.arm.learning_rate: 0.001 -> 0.002`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [
+            line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:18] + "…" + text[-18:]
