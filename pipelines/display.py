@@ -72,17 +72,17 @@ class Display:
         Args:
             quiet: say nothing but failures.
         """
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False, markup=False)
         self.quiet = quiet
         self.started_s = time.monotonic()
         self._stages: dict[str, _Stage] = {}
         self._bars: Progress | None = None
         if self.console.is_terminal and not quiet:
             columns = (
-                TextColumn("{task.description:<24}"),
+                TextColumn("{task.description:<24}", markup=False),
                 BarColumn(24),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
             )
             self._bars = Progress(*columns, console=self.console, transient=True)
 
@@ -96,7 +96,7 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """A stage changed its state: waiting, running, retrying, or for good done, reused, failed, skipped."""
+        """A stage changed its state: running, retrying; or, for good: done, reused, failed, skipped."""
         known = self._stages.setdefault(name, _Stage())
         if self._bars and state in ENDED and known.bar is not None:
             self._bars.remove_task(known.bar)
@@ -122,7 +122,7 @@ class Display:
     def _line(self, name: str, text: str, detail: str = "") -> None:
         elapsed = duration(time.monotonic() - self.started_s)
         line = f"[{elapsed:>6}] {name}: {text}" + (f" ({detail})" if detail else "")
-        self.console.print(line, style=ENDED.get(text), markup=False, soft_wrap=True)
+        self.console.print(line, style=ENDED.get(text), markup=False, soft_wrap=True)  # finetune[lora] is no markup
 
 
 def duration(seconds: float) -> str:

