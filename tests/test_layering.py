@@ -1,0 +1,66 @@
+"""Dependencies point one way; what answers quickly imports nothing slow; flash-attn is never a requirement."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
+MAY_IMPORT = {
+    "attention": {"attention"},
+    "infra": {"infra"},
+    "training": {"training", "attention", "infra"},
+    "evaluation": {"evaluation", "attention", "infra"},
+    "pipelines": set(ROOMS),
+}
+SLOW = {"torch", "transformers", "ray", "mlflow", "deepspeed", "peft", "datasets", "pandas", "matplotlib"}
+QUICK = [
+    "infra/choices.py", "infra/resources.py", "infra/artifact.py", "infra/cluster.py", "infra/tracking.py",
+    "infra/environment.py", "training/recipe.py", "training/convert.py", "training/corpus.py", "evaluation/__init__.py",
+    "evaluation/recipe.py", "pipelines/recipe.py", "pipelines/stage.py", "pipelines/graph.py", "pipelines/runner.py",
+    "pipelines/status.py", "pipelines/display.py", "pipelines/cli.py", "pipelines/__main__.py",
+]  # fmt: skip
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """First names of what a file imports (only when it is itself imported, if `top_level`)."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if top_level and node in lazy:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_the_rooms_below_it(room):
+    for path in (ROOT / room).rglob("*.py"):
+        assert imports(path) & set(ROOMS) <= MAY_IMPORT[room], path
+
+
+def test_attention_knows_neither_ray_nor_deepspeed_nor_mlflow():
+    for path in (ROOT / "attention").rglob("*.py"):
+        assert not imports(path) & {"ray", "deepspeed", "mlflow"}, path
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_what_answers_quickly_imports_nothing_slow(name):
+    assert not imports(ROOT / name, top_level=True) & SLOW
+
+
+def test_flash_attn_is_imported_only_inside_functions():
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            assert "flash_attn" not in imports(path, top_level=True), path
