@@ -9,6 +9,7 @@ It is told what happens (events as stages spool them, and changes of a stage's s
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-ENDED = {"done": "green", "reused": "cyan", "failed": "bold red", "skipped": "yellow"}
+ENDED = {"done": "green", "failed": "bold red"}
 PLAIN_EVERY_S = 10.0
 
 
 @dataclass
 class _Stage:
-    """What is known of a running stage."""
+    """What is known of a stage that has not ended."""
 
+    state: str
     bar: TaskID | None = None
     done: float = 0
     total: float = 0
@@ -76,6 +78,7 @@ class Display:
         self.quiet = quiet
         self.started_s = time.monotonic()
         self._stages: dict[str, _Stage] = {}
+        self._lock = threading.Lock()  # states come from the driver, events from the thread that tails the spools
         self._bars: Progress | None = None
         if self.console.is_terminal and not quiet:
             columns = (
@@ -96,23 +99,36 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """A stage changed its state: running, retrying; or, for good: done, reused, failed, skipped."""
-        known = self._stages.setdefault(name, _Stage())
-        if self._bars and state in ENDED and known.bar is not None:
-            self._bars.remove_task(known.bar)
-        if self._bars and state not in ENDED and known.bar is None:
+        """A stage changed its state: waiting, running, retrying; or, for good: done, failed."""
+        with self._lock:
+            self._change(name, state, detail)
+
+    def event(self, name: str, event: dict[str, Any]) -> None:
+        """One line of the spool of a stage's attempt. Those of stages that have ended come late and are ignored."""
+        with self._lock:
+            known = self._stages.get(name)
+            if known is None:
+                return
+            if event["event"] == "start":
+                detail = event["name"].removeprefix(name).strip()  # "attempt 1"
+                self._change(name, "running" if known.state == "waiting" else "retrying", detail)
+            elif event["event"] in ("progress", "metrics"):
+                known.progress(event) if event["event"] == "progress" else known.metrics(event["values"])
+                self._show(name, known)
+
+    def _change(self, name: str, state: str, detail: str) -> None:
+        known = self._stages.setdefault(name, _Stage(state))
+        known.state = state
+        if self._bars and known.bar is None and state in ("running", "retrying"):
             known.bar = self._bars.add_task(name, total=None, text="")
         if state in ENDED:
             del self._stages[name]
-        if not self.quiet or state == "failed":
+            if self._bars and known.bar is not None:
+                self._bars.remove_task(known.bar)
+        if state == "failed" or not (self.quiet or state == "waiting"):
             self._line(name, state, detail)
 
-    def event(self, name: str, event: dict[str, Any]) -> None:
-        """One line of a stage's spool; those that say nothing about progress are ignored."""
-        known = self._stages.get(name)
-        if known is None or event["event"] not in ("progress", "metrics"):
-            return
-        known.progress(event) if event["event"] == "progress" else known.metrics(event["values"])
+    def _show(self, name: str, known: _Stage) -> None:
         if self._bars and known.bar is not None:
             self._bars.update(known.bar, completed=known.done, total=known.total or None, text=known.text())
         elif not self.quiet and known.text() and time.monotonic() - known.printed_s >= PLAIN_EVERY_S:

