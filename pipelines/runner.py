@@ -275,7 +275,7 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
 
     recipe = run.loaded.recipe
     with connected(run.address) as ray:
-        execute = ray.remote(_execute).options(max_retries=2)
+        execute = ray.remote(_execute)
         refs: dict[str, Any] = {}
         spools: dict[str, Spool] = {}
         for stage in run.stages:
@@ -283,7 +283,7 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
             tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(stage.label in run.found)}
             spools[stage.label] = run.spool(stage.label, stage_run, run.id, "stage", tags)
             if stage.label in run.found:
-                run.display.stage(stage.label, "done", "reused")
+                run.display.stage(stage.label, "reused", "")
                 spools[stage.label].end("FINISHED")
                 continue
             task = Task(
@@ -292,9 +292,9 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
             )  # fmt: skip
             inputs = [refs[s.label] for s in stage.inputs.values() if s.label in refs]
             before = [refs[s.label] for s in stage.after if s.label in refs]
-            options = execute.options(num_cpus=stage.kind.cpus(recipe.resources), name=stage.label)
-            refs[stage.label] = options.remote(task, before, *inputs)
-            run.display.stage(stage.label, "waiting", "")
+            cpus = stage.kind.cpus(recipe.resources)
+            placed = execute.options(num_cpus=cpus, name=stage.label, max_retries=2)  # retried if its worker dies
+            refs[stage.label] = placed.remote(task, before, *inputs)
         _follow(ray, run, outcome, refs, spools)
 
 
@@ -339,8 +339,11 @@ def _tail(run: _Run) -> Iterator[None]:
     def look() -> None:
         for path in run.spool_folder.glob("*--*.jsonl"):
             events, offsets[path] = read_events(path, offsets.get(path, 0))
+            label = labels[path.name.split("--")[0]]
             for event in events:
-                run.display.event(labels[path.name.split("--")[0]], event)
+                if event["event"] == "start":
+                    run.display.stage(label, "running", event["name"].removeprefix(label).strip())
+                run.display.event(label, event)
 
     def loop() -> None:
         while not stop.wait(0.5):

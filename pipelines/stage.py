@@ -63,9 +63,11 @@ class Stage:
     after: tuple[Stage, ...] = ()
     """Stages that must not run at the same time and go first; no part of identity."""
 
-    @property
-    def kind(self) -> StageKind:
-        return STAGES[self.name]
+    kind: StageKind = field(init=False)
+    """Looked up once, so that it travels to the worker with the stage."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", STAGES[self.name])
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""The runner on a real Ray cluster, with stages that cost nothing."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import toy_stages
+from rich.console import Console
+from toy_stages import ToyRecipe, calls
+
+from infra.artifact import CorruptArtifact, LeaseHeld
+from infra.tracking import read_events
+from pipelines import runner
+from pipelines.display import Display
+from pipelines.recipe import load
+from pipelines.stage import STAGES, Stage, StageKind
+
+TOY = StageKind("toy_stages:toy", 1, lambda r: 0.5)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from infra.cluster import connected
+
+    with pytest.MonkeyPatch.context() as patch:  # Ray's workers import the toy stages by name
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        with connected(None, cpus=2) as ray:
+            yield ray
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch):
+    """a ─ b ─ report, and c on its own; `change(b=...)` changes recipes."""
+    log = tmp_path / "log"
+    log.mkdir()
+    recipes = {name: {"text": name, "log": str(log)} for name in ("a", "b", "c", "report")}
+    monkeypatch.setitem(STAGES, "toy", TOY)
+    monkeypatch.setitem(STAGES, "report", TOY)
+
+    def build(recipe) -> list[Stage]:
+        made = {name: ToyRecipe(**choices) for name, choices in recipes.items()}
+        a = Stage("toy", "a", made["a"])
+        b = Stage("toy", "b", made["b"], {"text": a})
+        c = Stage("toy", "c", made["c"])
+        return [a, b, c, Stage("report", "report", made["report"], {"b": b, "c": c})]
+
+    monkeypatch.setattr(runner, "build", build)
+    workdir = tmp_path / "work"
+    loaded = load("quickstart", [f"store.root={tmp_path}/root", f"store.workdir={workdir}", "tracking.enabled=false"])
+
+    class Pipeline:
+        def __init__(self):
+            self.loaded, self.log, self.root, self.workdir = loaded, log, tmp_path / "root", workdir
+
+        def change(self, **choices):
+            for name, values in choices.items():
+                recipes[name].update(values)
+
+        def run(self, **options):
+            with Display(console=Console(file=io.StringIO())) as display:
+                return runner.run(loaded, display=display, **options)
+
+        def calls(self) -> dict[str, int]:
+            return {name: calls(log, name) for name in recipes}
+
+        def states(self) -> dict[str, str]:
+            return {row.stage: row.state for row in runner.plan(loaded)}
+
+    return Pipeline()
+
+
+def test_a_run_publishes_every_stage_and_a_second_run_does_nothing(cluster, pipeline, monkeypatch):
+    outcome = pipeline.run()
+    assert outcome.failed == {}
+    assert sorted(outcome.ran) == ["a", "b", "c", "report"]
+    report = runner.open_store(pipeline.loaded).fetch("report", outcome_fingerprint(pipeline, "report"))
+    assert (report.path / "text").read_text() == "abcreport"
+    monkeypatch.setattr(runner, "_run_missing", lambda *a: pytest.fail("there was nothing to run"))
+    again = pipeline.run()
+    assert (again.ran, sorted(again.reused)) == ([], ["a", "b", "c", "report"])
+    assert set(pipeline.calls().values()) == {1}
+
+
+def outcome_fingerprint(pipeline, label: str) -> str:
+    return next(row.fingerprint for row in runner.plan(pipeline.loaded) if row.stage == label)
+
+
+def test_a_changed_choice_runs_its_stage_and_those_after_it_and_plan_says_so(cluster, pipeline):
+    pipeline.run()
+    pipeline.change(b={"text": "B"})
+    rows = {row.stage: row for row in runner.plan(pipeline.loaded)}
+    assert {label: row.state for label, row in rows.items()} == {"a": "done", "b": "stale", "c": "done", "report": "stale"}
+    assert rows["b"].why == "recipe.text: b -> B"
+    assert rows["report"].why == "its input b changes"
+    assert sorted(pipeline.run().ran) == ["b", "report"]
+    assert pipeline.calls() == {"a": 1, "b": 2, "c": 1, "report": 2}
+
+
+def test_a_flipped_byte_is_noticed_before_use_and_only_that_stage_runs_again(cluster, pipeline, capsys):
+    pipeline.run()
+    store = runner.open_store(pipeline.loaded)
+    damaged = store.fetch("toy", outcome_fingerprint(pipeline, "a")).path / "text"
+    damaged.write_text("A")
+    outcome = pipeline.run()
+    assert (outcome.ran, outcome.failed) == (["a"], {})
+    assert "its content changed since it was published" in capsys.readouterr().out
+    assert store.fetch("toy", outcome_fingerprint(pipeline, "a"))
+
+
+def test_a_failed_stage_is_named_and_those_that_do_not_need_it_still_run(cluster, pipeline):
+    pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
+    outcome = pipeline.run()
+    assert outcome.failed["b"] == "group_tokens 7 is odd: use 6 or 8"
+    assert outcome.failed["report"] == "not run, since b failed"
+    assert sorted(outcome.ran) == ["a", "c"]
+    pipeline.change(b={"fail": ""})
+    assert sorted(pipeline.run().ran) == ["b", "report"]
+
+
+def test_a_stage_task_killed_with_sigkill_is_retried_and_sees_its_earlier_checkpoint(cluster, pipeline):
+    pipeline.change(b={"kill_self_once": True})
+    outcome = pipeline.run()
+    assert not outcome.failed
+    manifest = next(m for m in runner.open_store(pipeline.loaded).manifests("toy") if m["label"] == "b")
+    assert manifest["summary"]["resumed"] == ["half done"]
+    assert manifest["attempt"].startswith("0002-")
+    assert pipeline.calls()["b"] == 2
+
+
+def test_force_runs_a_stage_again_and_publishes_under_the_same_fingerprint(cluster, pipeline):
+    pipeline.run()
+    before = {row.stage: row.fingerprint for row in runner.plan(pipeline.loaded)}
+    assert pipeline.run(force=("b",)).ran == ["b"]
+    assert {row.stage: row.fingerprint for row in runner.plan(pipeline.loaded)} == before
+    with pytest.raises(ValueError, match="no such stage"):
+        pipeline.run(force=("pakc",))
+
+
+def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
+    store = runner.open_store(pipeline.loaded)
+    with runner._lease(store, "quickstart", wait=False), pytest.raises(LeaseHeld, match="process"):
+        pipeline.run()
+    assert not any(pipeline.calls().values())
+
+
+def test_manifests_record_what_made_them(cluster, pipeline):
+    pipeline.run()
+    manifest = next(m for m in runner.open_store(pipeline.loaded).manifests("report"))
+    assert set(manifest["inputs"]) == {"b", "c"}
+    assert manifest["resources"]["workers"] == 2
+    assert manifest["versions"]["python"]
+    assert manifest["identity"]["recipe"]["text"] == "report"
+
+
+def test_every_stage_and_attempt_leaves_its_events(cluster, pipeline):
+    pipeline.run()
+    [folder] = (pipeline.workdir / "spool").iterdir()
+    starts = {}
+    for path in folder.glob("*.jsonl"):
+        events, _ = read_events(path, 0)
+        assert events[-1] == events[-1] | {"event": "end", "status": "FINISHED"}
+        starts[path.name.split("--")[0].removesuffix(".jsonl"), events[0]["kind"]] = events[0]
+    assert {kind for _, kind in starts} == {"pipeline", "stage", "attempt"}
+    assert starts["b", "attempt"]["parent"] == starts["b", "stage"]["run"]
+    assert starts["b", "stage"]["parent"] == starts["quickstart", "pipeline"]["run"]

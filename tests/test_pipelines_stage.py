@@ -1,0 +1,89 @@
+"""Identity: what changes a fingerprint and what must not."""
+
+import pytest
+
+from infra.choices import Choices
+from infra.resources import Resources
+from pipelines.graph import build
+from pipelines.recipe import load
+from pipelines.stage import STAGES, Stage, differences
+
+SMALL = ["baselines={base: {type: none}}", "evaluate={}"]
+
+
+def stages(*overrides: str) -> dict[str, Stage]:
+    return {stage.label: stage for stage in build(load("quickstart", list(overrides)).recipe)}
+
+
+def changed(*overrides: str) -> set[str]:
+    old, new = stages(), stages(*overrides)
+    assert old.keys() == new.keys()
+    return {label for label in old if old[label].fingerprint != new[label].fingerprint}
+
+
+def test_resources_stores_and_names_do_not_change_any_fingerprint():
+    assert not changed(
+        "resources.workers=1", "resources.zero_stage=3", "resources.dtype=bfloat16", "resources.eval_cpus=2",
+        "store.root=/elsewhere", "tracking.uri=http://127.0.0.1:5000", "experiment=other",
+    )  # fmt: skip
+
+
+def test_a_learning_rate_changes_its_arm_and_what_depends_on_it_and_nothing_else():
+    again = changed("finetune.arms.lora.learning_rate=0.5")
+    assert {"finetune[lora]", "merge[lora]", "report"} <= again
+    assert again == {label for label in stages() if "[lora]" in label or "[lora," in label} | {"report"}
+
+
+def test_the_row_length_changes_everything_after_packing_but_not_the_base():
+    again = changed("finetune.pack.seq_len=2048", "finetune.global_batch_tokens=4096")
+    assert "convert" not in again
+    assert "pack[sink]" not in again
+    assert {"pack", "finetune[full]", "merge[lora]", "evaluate[base,perplexity]"} <= again
+
+
+def test_evaluating_one_more_model_leaves_the_other_evaluations_as_they_are():
+    fewer, all_models = stages("evaluate.perplexity.models=[base]"), stages()
+    label = "evaluate[base,perplexity]"
+    assert fewer[label].fingerprint == all_models[label].fingerprint
+
+
+def test_every_stage_comes_after_its_inputs_and_labels_are_unique():
+    seen: list[str] = []
+    for stage in build(load("quickstart", []).recipe):
+        assert {source.label for source in (*stage.inputs.values(), *stage.after)} <= set(seen)
+        seen.append(stage.label)
+    assert len(seen) == len(set(seen))
+
+
+def test_arms_whose_wall_clock_is_compared_are_chained():
+    arms = [stage for stage in build(load("quickstart", []).recipe) if stage.name == "finetune"]
+    assert [a.label for stage in arms[1:] for a in stage.after] == [stage.label for stage in arms[:-1]]
+
+
+def test_a_raised_revision_changes_the_fingerprint(monkeypatch):
+    before = Stage("merge", "m", Choices()).fingerprint
+    monkeypatch.setitem(STAGES, "merge", STAGES["merge"].__class__("a:b", 99, lambda r: 1))
+    assert Stage("merge", "m", Choices()).fingerprint != before
+
+
+def test_a_value_without_one_serialisation_is_refused_as_identity():
+    class Loose(Choices):
+        model_config = {"allow_inf_nan": True, "ser_json_inf_nan": "constants"}
+        x: float
+
+    with pytest.raises(ValueError, match="deterministically"):
+        _ = Stage("merge", "m", Loose(x=float("nan"))).fingerprint
+
+
+def test_differences_name_the_leaf_and_both_values():
+    old = {"recipe": {"arm": {"learning_rate": 0.001, "tune": "lora"}}, "inputs": {"base": "a"}}
+    new = {"recipe": {"arm": {"learning_rate": 0.002, "tune": "lora"}}, "inputs": {"base": "a"}}
+    assert differences(old, new) == ["recipe.arm.learning_rate: 0.001 -> 0.002"]
+
+
+def test_every_stage_names_a_function_that_exists():
+    from pipelines.stage import load_function
+
+    for kind in STAGES.values():
+        assert callable(load_function(kind))
+        assert kind.cpus(Resources()) >= 0

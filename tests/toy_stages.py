@@ -1,0 +1,48 @@
+"""Stages that cost nothing, for tests of the runner: they count their calls in a folder that the test gave them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from infra.choices import Choices
+
+
+class ToyRecipe(Choices):
+    """What a toy stage does."""
+
+    text: str = ""
+    log: str = ""
+    """Folder in which each call leaves a file."""
+    fail: str = ""
+    """Raise a ValueError that says so."""
+    seconds: float = 0.0
+    kill_self_once: bool = False
+    """SIGKILL its own process, the first time."""
+
+
+def calls(log: Path, name: str) -> int:
+    return len(list(log.glob(f"{name}-*")))
+
+
+def toy(*, recipe: ToyRecipe, resources: Any, out: Path, run: Any, **inputs: Any) -> dict[str, Any]:
+    """Write the inputs' texts and its own."""
+    log = Path(recipe.log)
+    (log / f"{run.label}-{uuid.uuid4().hex}").touch()
+    if recipe.kill_self_once and calls(log, run.label) == 1:
+        (run.attempt.work / "checkpoint").write_text("half done")
+        os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(int(recipe.seconds * 20)):
+        time.sleep(0.05)
+        run.spool.progress(1, 2)
+    if recipe.fail:
+        raise ValueError(recipe.fail)
+    checkpoints = [folder / "work/checkpoint" for folder in run.earlier]
+    resumed = [path.read_text() for path in checkpoints if path.exists()]
+    (out / "text").write_text("".join((artifact.path / "text").read_text() for artifact in inputs.values()) + recipe.text)
+    run.spool.metrics({"toy/length": len(recipe.text)}, step=1)
+    return {"text": recipe.text, "resumed": resumed}
