@@ -1,0 +1,224 @@
+"""The environment: what a run ran on (versions, system metrics), its seeds, and `doctor`: can a run work here?
+
+No package is imported for its version, and torch only inside what needs it, so `longreach doctor` starts fast.
+
+    python -c "from infra.environment import doctor; print(*doctor('.longreach'), sep='\\n')"
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("longreach", "torch", "transformers", "deepspeed", "peft", "ray", "mlflow")
+GIB = 2**30
+
+
+def versions() -> dict[str, str | int]:
+    """Python's, the main packages' (`missing` if not installed) and the machine's, to record beside a result."""
+    found = {package: _version(package) or "missing" for package in PACKAGES}
+    return {"python": platform.python_version(), **found, "platform": platform.platform(), "cpus": _cores()}
+
+
+def seed_everything(seed: int, rank: int = 0) -> int:
+    """Seed random, NumPy and torch (all devices). Ranks get unrelated streams; returns the number used.
+
+    Equal (seed, rank) give equal streams; (0, 1) and (1, 0) do not, as `seed + rank` would.
+    """
+    import numpy as np
+    import torch
+
+    state = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+    return state
+
+
+def system_metrics() -> dict[str, float]:
+    """The machine's and this process's load, to spool beside a step's metrics; MLflow groups `system/` by itself.
+
+    `system/cpu_percent` (all cores) is since the previous call in this process, 0.0 at the first.
+    """
+    import psutil
+
+    return {
+        "system/cpu_percent": psutil.cpu_percent(),
+        "system/memory_percent": psutil.virtual_memory().percent,
+        "system/rss_gib": psutil.Process().memory_info().rss / GIB,
+    }
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding of `doctor`."""
+
+    name: str
+    ok: bool
+    detail: str
+    """What was found."""
+    fix: str = ""
+    """What to do if it is not ok."""
+    needed: bool = True
+    """False: runs work without it."""
+
+
+def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
+    """Can runs work here, with artifacts and metrics under `root` (a folder, or a fsspec URL)?"""
+    return [
+        _python(),
+        *check_requirements(_requirements()),
+        _device(),
+        Check("cores", _cores() >= 2, f"{_cores()}", "set resources.workers=1: one training rank", needed=False),
+        _memory(),
+        _shared_memory(),
+        _writable("home", Path.home(), "Ray writes there: set HOME to a folder of yours"),
+        *_root(str(root)),
+        _port(ui_port),
+        _ray_cluster_file(),
+        _git(),
+    ]
+
+
+def _python() -> Check:
+    return Check("python", sys.version_info >= (3, 11), platform.python_version(), "use Python 3.11 or newer")
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("longreach") or []
+    except metadata.PackageNotFoundError:
+        return ["longreach"]  # reported as missing, with the command that installs it
+
+
+def check_requirements(requirements: Iterable[str]) -> list[Check]:
+    """One check for all packages that fit, and one for each that is missing or outside of its range.
+
+    Args:
+        requirements: as in pyproject.toml; those of extras are left out.
+    """
+    from packaging.requirements import Requirement
+
+    needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wrong = []
+    for requirement in needed:
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            detail = f"{found or 'not installed'}, but {requirement.specifier or 'any version'} is needed"
+            wrong.append(Check(requirement.name, False, detail, "make setup (or: pip install -e .)"))
+    return wrong or [Check("packages", True, f"{len(needed)} packages are within their ranges")]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> Check:
+    """The GPU, if any; a GPU that this torch cannot use is a fault."""
+    if importlib.util.find_spec("torch") is None:
+        return Check("device", False, "torch is not installed", "make setup")
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        flash = _version("flash-attn")
+        extra = f"flash-attn {flash}" if flash else "without flash-attn (optional: pip install -e '.[gpu]')"
+        return Check("device", True, f"{', '.join(names)}; CUDA {torch.version.cuda}; {extra}")
+    if shutil.which("nvidia-smi") and not torch.version.cuda:
+        fix = "install a CUDA build of torch, or go on with CPU"
+        return Check(
+            "device", False, f"a GPU is here, but torch {torch.__version__} is built for CPU", fix, needed=False
+        )
+    return Check("device", True, "CPU (gloo between ranks)")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> Check:
+    import psutil
+
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    fix = "set resources.workers=1 and a shorter seq_len: two ranks of the quickstart hold about 4 GiB each"
+    return Check("memory", total >= 12 * GIB, f"{total / GIB:.0f} GiB", fix, needed=False)
+
+
+def _shared_memory() -> Check:
+    """Ray's object store lies in /dev/shm; Docker gives 64 MiB, and Ray then falls back to a slow disk."""
+    if not Path("/dev/shm").exists():
+        return Check("/dev/shm", True, "not used on this system")
+    size = shutil.disk_usage("/dev/shm").total
+    return Check("/dev/shm", size >= GIB, f"{size / GIB:.1f} GiB", "docker run --shm-size=4g", needed=False)
+
+
+def _root(root: str) -> list[Check]:
+    if "://" in root:
+        return [Check("root", True, f"{root}: asked when a run starts")]
+    folder = Path(root).absolute()
+    there = next(f for f in (folder, *folder.parents) if f.exists())
+    free = shutil.disk_usage(there).free
+    room = Check("disk", free >= 10 * GIB, f"{free / GIB:.0f} GiB free", f"make room under {there}", needed=False)
+    return [_writable("root", there, "choose another store.root"), room]
+
+
+def _writable(name: str, folder: Path, fix: str) -> Check:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return Check(name, True, f"{folder} is writable")
+    except OSError as error:
+        return Check(name, False, f"{folder} is not writable: {error.strerror}", fix)
+
+
+def _port(port: int) -> Check:
+    with socket.socket() as probe:
+        used = probe.connect_ex(("127.0.0.1", port)) == 0
+    fix = f"if it is not `longreach ui` that listens there: longreach ui --port {port + 1}"
+    return Check("port", not used, f"{port} is {'in use' if used else 'free'}", fix, needed=False)
+
+
+def _ray_cluster_file() -> Check:
+    """`ray.init()` of other programs joins the cluster that this file names, even a dead one. Ours never reads it."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    file = Path(folder, "ray", "ray_current_cluster")
+    if not file.exists():
+        return Check("ray", True, "no cluster is recorded on this machine")
+    address = file.read_text().strip()
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        try:
+            alive = probe.connect_ex((host, int(port))) == 0
+        except (ValueError, OSError):
+            alive = False
+    if alive:
+        return Check("ray", True, f"a cluster runs at {address}; runs start their own unless --address names it")
+    return Check("ray", False, f"{file} names {address or 'nothing'}, where nobody answers", f"rm {file}", needed=False)
+
+
+def _git() -> Check:
+    fix = "install git and work in a checkout: artifacts then record the commit that made them"
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    if not shutil.which("git"):
+        return Check("git", False, "not installed", fix, needed=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return Check("git", False, "this code is not in a checkout with a commit", fix, needed=False)
+    return Check("git", True, f"commit {done.stdout.strip()}")

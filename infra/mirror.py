@@ -1,0 +1,559 @@
+"""The mirror: uploads spooled events (infra/tracking.py) to MLflow from a process of its own, outages or not.
+
+Why nothing is missing and nothing doubled, whoever is killed and whenever: how far a file is uploaded is written beside
+it (`<file>.offset`) only after the server accepted; a replay repeats the same key, value, step and timestamp, which
+MLflow stores once; and a run is found again by its tag `longreach.run`. Where the run is not found (another server,
+`mlflow gc`, a new database) the file is uploaded from its start: MLflow is only the window on what the files say.
+
+It samples nothing: system metrics (`system/...`) are spooled like all others by the process that they describe, so that
+they too survive an outage. Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from a URI.
+
+    python -m infra.mirror .longreach/spool --uri sqlite:///$PWD/.longreach/mlflow.db --once
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import ipaddress
+import json
+import logging
+import math
+import os
+import posixpath
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.tracking import iter_events
+
+POLL_S = 1.0
+BACKOFF_S = 30.0
+"""Longest pause between two tries while the server is away."""
+DRAIN_S = 60.0
+"""How long a mirror goes on uploading after its parent is gone."""
+METRICS_PER_BATCH, PARAMS_OR_TAGS_PER_BATCH = 1000, 100  # MLflow's limits
+RUN_TAG = "longreach.run"
+TRASH = "trash"
+"""Stands for the id of a run that a user deleted: its events are not wanted any more."""
+
+ENVIRONMENT = {
+    # A request that fails is repeated by our own loop, which first looks what arrived. MLflow's defaults are 120 s and
+    # 7 repetitions, and a repeated "create run" would make two.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+log = logging.getLogger("longreach.mirror")
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one synchronisation did; a point is one value of one metric at one step."""
+
+    runs: int
+    """Runs in the folder."""
+    points: int
+    """Points that the server accepted now; after a kill, some of them for the second time."""
+    pending: int
+    """Points that the server does not have yet."""
+    skipped: int
+    """NaN and infinite points, and what the server refuses for good (such as an impossible name)."""
+    problem: str = ""
+    """Why points are pending."""
+
+
+@dataclass
+class Position:
+    """How far a file is uploaded: the content of `<file>.offset`."""
+
+    offset: int = 0
+    run_id: str = ""
+    """The MLflow run that the bytes before `offset` are in."""
+    skipped: int = 0
+    ended: bool = False
+    """The run's end is uploaded."""
+
+    @classmethod
+    def of(cls, path: Path) -> Position:
+        """Where a file stands; lost or unreadable, it only costs a replay."""
+        try:
+            return cls(**json.loads(_position_path(path).read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return cls()
+
+    def save(self, path: Path) -> None:
+        target = _position_path(path)
+        new = target.with_suffix(".offset.new")
+        new.write_text(json.dumps(asdict(self)))
+        os.replace(new, target)
+
+
+def _position_path(path: Path) -> Path:
+    return path.with_name(path.name + ".offset")
+
+
+def pending_points(spool_dir: Path | str) -> int:
+    """Finite metric points in the spool files under a folder that are not uploaded yet. Asks no server."""
+    return sum(
+        sum(len(_finite(event)) for event, _ in iter_events(path, Position.of(path).offset) if event)
+        for path in Path(spool_dir).rglob("*.jsonl")
+    )
+
+
+def _finite(event: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in event.get("values", {}).items() if not isinstance(v, str)}
+
+
+class Pause(Exception):
+    """Not now: the server is away, or time is up. The spool keeps what is left."""
+
+
+@dataclass
+class _Tail:
+    """One spool file and its run."""
+
+    path: Path
+    start: dict[str, Any]
+    run_id: str = ""
+    """Its MLflow run; empty until this process has looked it up."""
+    offset: int = 0
+    """Up to where this process knows it to be uploaded."""
+
+
+@dataclass
+class _Batch:
+    """Events of one run that are sent together."""
+
+    metrics: list[Any] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    end: dict[str, Any] | None = None
+    skipped: int = 0
+
+
+class Mirror:
+    """Uploads the spool files under a folder. In each folder one mirror works at a time, whatever process it is in."""
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        self.folder, self.uri = folder, uri
+        self.tails: dict[str, _Tail] = {}
+        self.points = self.skipped = 0
+        self._experiments: dict[str, str] = {}
+        self._warned: set[str] = set()
+
+    @cached_property
+    def client(self) -> Any:
+        """An mlflow.MlflowClient, made when there is something to send: the import costs 2 s, a new database more."""
+        from mlflow import MlflowClient
+
+        if database := _sqlite_path(self.uri):
+            database.parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(tracking_uri=self.uri)
+
+    def upload(self, deadline_s: float, *, everything: bool = False) -> str:
+        """One pass over all files. Returns why it did not come to its end, or "".
+
+        Args:
+            deadline_s: by time.monotonic().
+            everything: also look whether runs without news are still there.
+        """
+        self._discover()
+        for run, tail in list(self.tails.items()):
+            if not everything and tail.path.stat().st_size <= tail.offset:
+                continue
+            if time.monotonic() > deadline_s:
+                return "time is up"
+            try:
+                with _only_us(tail.path.parent):
+                    self._drain(tail, deadline_s)
+            except Pause as pause:
+                return str(pause)
+            except Exception as error:  # whatever MLflow and its stores raise: it is told, and tried again
+                log.debug("while uploading %s", tail.path, exc_info=True)
+                self.tails[run] = self.tails.pop(run)  # the next pass takes it last: it must not block the others
+                tail.run_id = ""
+                return f"{tail.path.name}: {type(error).__name__}: {error}"
+        return ""
+
+    def _discover(self) -> None:
+        known = {tail.path for tail in self.tails.values()}
+        for path in sorted(self.folder.rglob("*.jsonl")):
+            if path in known:
+                continue
+            start = next((event for event, _ in iter_events(path)), None)
+            if start and start["event"] == "start":
+                self.tails[start["run"]] = _Tail(path, start)
+            elif path.stat().st_size:  # an empty one is about to get its first line
+                self._warn(f"{path} does not begin with a start event and is left alone")
+
+    def _drain(self, tail: _Tail, deadline_s: float) -> None:
+        """Send a file's events from its position on."""
+        position = self._locate(tail)
+        batch = _Batch()
+        for event, end in iter_events(tail.path, position.offset):
+            if event and len(batch.metrics) + len(event.get("values", ())) > METRICS_PER_BATCH:
+                self._send(tail, batch, position)
+                batch = _Batch()
+                if time.monotonic() > deadline_s:
+                    raise Pause("time is up")
+            if event and tail.run_id != TRASH:
+                self._take(tail, event, batch)
+            position.offset = end
+        self._send(tail, batch, position)
+
+    def _locate(self, tail: _Tail) -> Position:
+        """Find or make a file's MLflow run; where its upload goes on."""
+        position = Position.of(tail.path)
+        if not tail.run_id:
+            tail.run_id = self._find(tail.start, position.run_id) or self._create(tail.start)
+        if position.run_id != tail.run_id:
+            position = Position(run_id=tail.run_id)
+            position.save(tail.path)
+        return position
+
+    def _find(self, start: dict[str, Any], known: str = "") -> str:
+        """The MLflow run that carries a run's tag: the known one of several, TRASH if a user deleted it, or ""."""
+        query = f"tags.`{RUN_TAG}` = '{start['run']}'"
+        found = self.client.search_runs([self._experiment(start["experiment"])], query, run_view_type=3)  # ViewType.ALL
+        runs = {run.info.run_id: run for run in found}
+        if runs and all(run.info.lifecycle_stage == "deleted" for run in found):
+            return TRASH
+        live = [run_id for run_id, run in runs.items() if run.info.lifecycle_stage == "active"]
+        chosen = known if known in live else min(live, default="")
+        for twin in live:  # the answer to a "create run" was lost, and the run was made a second time
+            if twin != chosen and not runs[twin].data.metrics and not runs[twin].data.params:
+                self.client.delete_run(twin)
+        return chosen
+
+    def _create(self, start: dict[str, Any]) -> str:
+        tags = {RUN_TAG: start["run"], "longreach.kind": start["kind"]}
+        if parent := start["parent"]:
+            if parent in self.tails:
+                parent_id = self._locate(self.tails[parent]).run_id
+            else:
+                parent_id = self._find({**start, "run": parent})
+            if parent_id in ("", TRASH):
+                self._warn(f"the parent {parent} of {start['name']} is neither spooled nor in MLflow: shown un-nested")
+            else:
+                tags["mlflow.parentRunId"] = parent_id
+        experiment = self._experiment(start["experiment"])
+        run = self.client.create_run(experiment, start_time=start["time_ms"], tags=tags, run_name=start["name"])
+        return run.info.run_id
+
+    def _experiment(self, name: str) -> str:
+        if name not in self._experiments:
+            found = self.client.get_experiment_by_name(name)
+            if found and found.lifecycle_stage == "deleted":
+                raise Pause(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
+            database = _sqlite_path(self.uri)
+            artifacts = (database.parent / "mlartifacts").as_uri() if database else None
+            self._experiments[name] = found.experiment_id if found else self.client.create_experiment(name, artifacts)
+        return self._experiments[name]
+
+    def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
+        """Put an event into the batch; files and datasets are sent at once (repeating that changes nothing)."""
+        from mlflow.entities import Metric
+
+        match event["event"]:
+            case "metrics":
+                finite = _finite(event)
+                batch.metrics += [Metric(k, v, event["time_ms"], event["step"]) for k, v in finite.items()]
+                batch.skipped += len(event["values"]) - len(finite)
+            case "start":
+                batch.params |= event["params"]
+                batch.tags |= event["tags"]
+            case "param":
+                batch.params.setdefault(event["key"], event["value"])
+            case "tag":
+                batch.tags[event["key"]] = event["value"]
+            case "artifact" | "table":
+                self._file(tail, event)
+            case "dataset":
+                self._dataset(tail, event)
+            case "end":
+                batch.end = event
+
+    def _send(self, tail: _Tail, batch: _Batch, position: Position) -> None:
+        """Send a batch; once all of it is accepted, `position` (behind its last event) is saved."""
+        from mlflow.entities import Param, RunTag
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+
+        params = [Param(key, value[:MAX_PARAM_VAL_LENGTH]) for key, value in batch.params.items()]
+        self._log(tail, "params", params)
+        refused = self._log(tail, "metrics", batch.metrics)
+        self.points += len(batch.metrics) - refused
+        self.skipped += batch.skipped + refused
+        position.skipped += batch.skipped + refused
+        if batch.skipped + refused:
+            batch.tags["longreach.skipped_points"] = str(position.skipped)
+        self._log(tail, "tags", [RunTag(key, value[:MAX_TAG_VAL_LENGTH]) for key, value in batch.tags.items()])
+        if batch.end:
+            self.client.set_terminated(tail.run_id, batch.end["status"], batch.end["time_ms"])
+            position.ended = True
+        position.save(tail.path)
+        tail.offset = position.offset
+
+    def _log(self, tail: _Tail, kind: str, items: list[Any]) -> int:
+        """Send metrics, params or tags; returns how many MLflow refused for good (each is named in a warning)."""
+        from mlflow.exceptions import MlflowException
+
+        limit = METRICS_PER_BATCH if kind == "metrics" else PARAMS_OR_TAGS_PER_BATCH
+        if len(items) > limit:
+            return self._log(tail, kind, items[:limit]) + self._log(tail, kind, items[limit:])
+        if not items:
+            return 0
+        try:
+            self.client.log_batch(tail.run_id, **{kind: items})
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if self.client.get_run(tail.run_id).info.lifecycle_stage == "deleted":
+                tail.run_id = ""
+                raise Pause(f"{tail.start['name']} was deleted in MLflow") from None
+            if len(items) == 1:
+                self._warn(f"{tail.start['name']}: MLflow refuses {kind[:-1]} {items[0].key!r}: {error.message}")
+                return 1
+            half = len(items) // 2
+            return self._log(tail, kind, items[:half]) + self._log(tail, kind, items[half:])
+        return 0
+
+    def _file(self, tail: _Tail, event: dict[str, Any]) -> None:
+        path, folder = Path(event["path"]), event["artifact_path"]
+        if not os.access(path, os.R_OK):
+            self._warn(f"{tail.start['name']}: {path} cannot be read any more and is not uploaded")
+        elif event["event"] == "table":
+            self._table(tail.run_id, json.loads(path.read_text()), posixpath.join(folder, path.name))
+        elif path.is_dir():
+            self.client.log_artifacts(tail.run_id, str(path), folder or None)
+        else:
+            self.client.log_artifact(tail.run_id, str(path), folder or None)
+
+    def _table(self, run_id: str, content: Any, name: str) -> None:
+        """What MlflowClient.log_table writes, except that it would append the rows once more at every replay."""
+        rows = content["rows"] if isinstance(content, dict) else content
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(column) for column in columns] for row in rows]
+        data = [[str(c) if isinstance(c, float) and not math.isfinite(c) else c for c in line] for line in cells]
+        self.client.log_dict(run_id, {"columns": columns, "data": data}, name)
+        tables = json.loads(self.client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+        entry = {"path": name, "type": "table"}
+        if entry not in tables:
+            self.client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([*tables, entry]))
+
+    def _dataset(self, tail: _Tail, event: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+        from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
+
+        digest, source = event["digest"][:MAX_DATASET_DIGEST_SIZE], json.dumps({"uri": event["source"]})
+        dataset = Dataset(name=event["name"], digest=digest, source_type="local", source=source)
+        self.client.log_inputs(tail.run_id, datasets=[DatasetInput(dataset)])
+
+    def close_runs(self) -> None:
+        """Runs that never said how they ended were killed."""
+        for tail in self.tails.values():
+            if tail.run_id not in ("", TRASH) and not Position.of(tail.path).ended:
+                self.client.set_terminated(tail.run_id, "KILLED")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message)
+
+
+@contextmanager
+def _only_us(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; the kernel frees it when its holder dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Pause(f"another process is uploading {folder}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _follow(mirror: Mirror) -> None:
+    """Upload what comes until standard input closes (its other end is the parent's), then what is left."""
+    pause_s, trouble = POLL_S, ""
+    while not _input_closed(pause_s):
+        before = mirror.points
+        problem = mirror.upload(float("inf"))
+        if problem and not trouble:
+            log.warning("%s; events stay in the spool, trying again", problem)
+        elif trouble and not problem:
+            log.warning("MLflow answers again")
+        pause_s = min(2 * pause_s, BACKOFF_S) if problem and mirror.points == before else POLL_S
+        trouble = problem
+    if problem := mirror.upload(time.monotonic() + DRAIN_S):
+        log.warning("%s; events stay in the spool: longreach sync sends them", problem)
+    else:
+        mirror.close_runs()
+
+
+def _input_closed(wait_s: float) -> bool:
+    readable, _, _ = select.select([0], [], [], wait_s)
+    return bool(readable) and not os.read(0, 1024)
+
+
+def _sync_once(mirror: Mirror, timeout_s: float) -> SyncReport:
+    deadline_s, pause_s = time.monotonic() + timeout_s, POLL_S
+    while (problem := mirror.upload(deadline_s, everything=True)) and time.monotonic() + pause_s < deadline_s:
+        mirror._warn(f"{problem}; trying again for up to {timeout_s:.0f} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, BACKOFF_S)
+    return SyncReport(len(mirror.tails), mirror.points, pending_points(mirror.folder), mirror.skipped, problem)
+
+
+class MirrorProcess(subprocess.Popen[bytes]):
+    """A mirror at work, and the folder that it watches."""
+
+    spool_dir: Path
+
+
+def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
+    """Start uploading a folder's spool files in the background, at the lowest priority; see `<spool_dir>/mirror.log`.
+
+    The mirror ends by itself, after uploading what is there, when this process ends, however it ends.
+
+    Raises:
+        ValueError: the URI holds a password.
+    """
+    spool_dir = Path(spool_dir).absolute()
+    spool_dir.mkdir(parents=True, exist_ok=True)
+    with (spool_dir / "mirror.log").open("ab") as output:
+        process = MirrorProcess(
+            _command(spool_dir, uri),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=_environment(),
+            # A group of its own: Ctrl-C does not reach it. Not a session: Linux balances sessions against each other
+            # (autogroups), so in one of its own its low priority would count for nothing.
+            process_group=0,
+        )
+    process.spool_dir = spool_dir
+    return process
+
+
+def stop_mirror(process: MirrorProcess, timeout_s: float = 30.0) -> int:
+    """Let a mirror upload what is there and end; returns the points that MLflow still misses (`sync` sends them).
+
+    Args:
+        timeout_s: after that it is killed. If the server is away it ends much sooner.
+    """
+    assert process.stdin
+    process.stdin.close()
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return pending_points(process.spool_dir)
+
+
+def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport:
+    """Upload what MLflow misses of all spool files under a folder, trying again until `timeout_s` is over.
+
+    Raises:
+        ValueError: the URI holds a password.
+        RuntimeError: the mirror failed; it said why on stderr.
+    """
+    spool_dir = Path(spool_dir).absolute()
+    command = [*_command(spool_dir, uri), "--once", "--timeout-s", str(timeout_s)]
+    try:
+        done = subprocess.run(
+            command, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=timeout_s + 30
+        )
+    except subprocess.TimeoutExpired:
+        runs, pending = len(list(spool_dir.rglob("*.jsonl"))), pending_points(spool_dir)
+        return SyncReport(runs, 0, pending, 0, f"{uri} did not answer within {timeout_s:.0f} s")
+    if done.returncode:
+        raise RuntimeError(f"the mirror of {spool_dir} ended with exit code {done.returncode}")
+    return SyncReport(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _command(spool_dir: Path, uri: str) -> list[str]:
+    if urlsplit(uri).password:
+        raise ValueError(
+            "the tracking URI holds a password, which other users can read in the list of processes: put it into "
+            "MLFLOW_TRACKING_PASSWORD, the user into MLFLOW_TRACKING_USERNAME (PGPASSWORD, PGUSER for PostgreSQL)"
+        )
+    return [sys.executable, "-m", "infra.mirror", str(spool_dir), "--uri", uri]
+
+
+def _environment() -> dict[str, str]:
+    """Our own, with the folder of this package importable, and MLflow's patience shortened unless the user set it."""
+    here = str(Path(__file__).parents[1])
+    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**ENVIRONMENT, **os.environ, "PYTHONPATH": paths}
+
+
+def default_uri(workdir: Path | str) -> str:
+    """The embedded store: SQLite at `{workdir}/mlflow.db`, artifacts beside it in `mlartifacts`; no server needed."""
+    return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def ui_command(workdir: Path | str, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+    """The command line that shows the embedded store in a browser.
+
+    Raises:
+        ValueError: `host` can be reached from other machines; MLflow asks nobody for a password by itself.
+    """
+    if host != "localhost" and not _is_loopback(host):
+        raise ValueError(
+            f"host {host} is open to other machines and MLflow asks for no password: use 127.0.0.1, and from elsewhere "
+            f"an SSH tunnel (ssh -L {port}:127.0.0.1:{port} THIS_MACHINE)"
+        )
+    artifacts = Path(workdir).absolute() / "mlartifacts"
+    return [
+        *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes
+        *(sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", default_uri(workdir)),
+        *("--artifacts-destination", artifacts.as_uri()),
+        *("--host", host, "--port", str(port), "--workers", "1"),
+    ]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m infra.mirror", description=__doc__.partition("\n")[0])
+    parser.add_argument("spool_dir", type=Path, help="a run's folder of spool files, or a folder of such folders")
+    parser.add_argument("--uri", required=True, help="where MLflow is: http://..., or sqlite:////absolute/path")
+    parser.add_argument("--once", action="store_true", help="upload what is there, print a report as JSON, and end")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="how long --once tries")
+    options = parser.parse_args()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    mirror = Mirror(options.spool_dir.absolute(), options.uri)
+    if options.once:
+        print(json.dumps(asdict(_sync_once(mirror, options.timeout_s))))
+    else:
+        os.nice(19)
+        _follow(mirror)
+
+
+if __name__ == "__main__":
+    main()

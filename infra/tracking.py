@@ -1,0 +1,169 @@
+"""Tracking: what a run says about itself while it runs, as lines in a local file. MLflow reads them later.
+
+Why a spool: a synchronous MLflow call blocks training for 245 s when the server is away, and MLflow's asynchronous mode
+drops what it cannot send. Appending a line costs microseconds (benchmarks/tracking.py), knows no network, and survives
+`kill -9` of everybody. infra/mirror.py uploads from another process and replays what an outage held back.
+
+One JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, one event a line, each with its `time_ms`:
+
+    {"event":"start","run":"<uuid hex>","parent":"<uuid hex>"|null,"experiment":..,"name":..,
+     "kind":"pipeline|stage|attempt","tags":{..},"params":{..}}                         the first line, once
+    {"event":"metrics","values":{"train/loss":2.5},"step":10}                           not finite: "nan", "inf", "-inf"
+    {"event":"progress","done":10,"total":50,"unit":"step","extra":{"tokens_per_s":900.0}}
+    {"event":"tag"|"param","key":..,"value":..}       {"event":"dataset","name":..,"digest":..,"source":..}
+    {"event":"artifact"|"table","path":"/absolute/path","artifact_path":".."}
+    {"event":"end","status":"FINISHED|FAILED|KILLED"}
+
+    python -c "from infra.tracking import read_events; print(read_events('.longreach/spool/RUN/pack.jsonl')[0])"
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, SupportsFloat
+
+Kind = Literal["pipeline", "stage", "attempt"]
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+class Spool:
+    """Appends one run's events to its file; any number of processes may append to the same file at once.
+
+    An event is one write() to a descriptor opened with O_APPEND: lines of different writers never mix, and a killed
+    writer leaves at most one torn line, which readers skip. Pickled, a spool is its path: the copy appends as well.
+    """
+
+    def __init__(self, path: Path | str, _start: dict[str, Any] | None = None) -> None:
+        """Append to the file that `Spool.open` made."""
+        self.path = Path(path).absolute()
+        self._file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_APPEND), "r+")
+        if _start:
+            self._begin(_start)
+        size = os.fstat(self._file.fileno()).st_size
+        if os.pread(self._file.fileno(), 1, size - 1) != b"\n":  # torn by a kill; at worst this adds an empty line
+            self._file.write(b"\n")
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        run: str,
+        parent: str | None,
+        experiment: str,
+        name: str,
+        kind: Kind | str,
+        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Spool:
+        """The spool of one run; an existing file of the same run is continued.
+
+        Args:
+            run: uuid hex, made by the caller: MLflow's own id is not known yet, and may never be.
+            parent: the `run` of the run that this one is nested in; its file lies in the same folder.
+            tags, params: shown by MLflow; values are written as str.
+
+        Raises:
+            ValueError: the file is another run's.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        texts = {"tags": _texts(tags or {}), "params": _texts(params or {})}
+        return cls(path, {"run": run, "parent": parent, "experiment": experiment, "name": name, "kind": kind} | texts)
+
+    def _begin(self, start: dict[str, Any]) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # two first openers: one writes the start line
+        try:
+            with self.path.open("rb") as file:
+                first = file.readline()
+            if not first.endswith(b"\n"):  # a new file, or its writer died within the first line
+                self._file.truncate(0)
+                self._write("start", **start)
+            elif (there := (_parse(first) or {}).get("run")) != start["run"]:
+                raise ValueError(f"{self.path} is the file of run {there}, not of {start['run']}: open another file")
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def metrics(self, values: Mapping[str, SupportsFloat], step: int = 0) -> None:
+        """Points of curves; names with `/` group charts: `train/loss`. MLflow is spared NaN and infinities."""
+        self._write("metrics", values=_numbers(values), step=int(step))
+
+    def progress(self, done: int, total: int, unit: str = "step", **extra: SupportsFloat) -> None:
+        """How far the run is, for progress bars; not uploaded."""
+        self._write("progress", done=int(done), total=int(total), unit=unit, extra=_numbers(extra))
+
+    def tag(self, key: str, value: object) -> None:
+        """Set or replace a tag; `mlflow.note.content` is the run's description, in Markdown."""
+        self._write("tag", key=key, value=str(value))
+
+    def param(self, key: str, value: object) -> None:
+        """A parameter; MLflow keeps the first value of each."""
+        self._write("param", key=key, value=str(value))
+
+    def artifact(self, path: Path | str, artifact_path: str = "") -> None:
+        """A file or folder to show, under the folder `artifact_path`; it must stay until it is uploaded."""
+        self._write("artifact", path=os.path.abspath(path), artifact_path=artifact_path)
+
+    def table(self, path: Path | str, artifact_path: str = "") -> None:
+        """A JSON file to show as a table: a list of row dicts, or an object whose `rows` is one (scores.json)."""
+        self._write("table", path=os.path.abspath(path), artifact_path=artifact_path)
+
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        """An input of the run: `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36 characters)."""
+        self._write("dataset", name=name, digest=digest, source=str(source))
+
+    def end(self, status: Status | str) -> None:
+        """How the run ended; events may still follow."""
+        self._write("end", status=status)
+
+    def _write(self, event: str, **fields: Any) -> None:
+        line = _encode({"event": event, **fields, "time_ms": time.time_ns() // 1_000_000}).encode() + b"\n"
+        if (written := self._file.write(line)) != len(line):
+            raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written: is the disk full?")
+
+    def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
+        return Spool, (self.path,)
+
+
+def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The events in the whole lines from byte `offset` on, and the offset behind them; torn lines are skipped."""
+    read = list(iter_events(path, offset))
+    return [event for event, _ in read if event], read[-1][1] if read else offset
+
+
+def iter_events(path: Path | str, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """(event, offset behind its line) of each whole line from byte `offset` on; None for a torn line."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):  # being written right now, or torn and not yet repaired
+                return
+            offset += len(line)
+            yield _parse(line), offset
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def _numbers(values: Mapping[str, SupportsFloat]) -> dict[str, float | str]:
+    numbers = {name: float(value) for name, value in values.items()}
+    return {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items()}
