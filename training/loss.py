@@ -1,0 +1,115 @@
+"""Cross entropy over a large vocabulary without ever holding the logits.
+
+For 8,192 tokens and 49,152 words the logits alone are 1.6 GB in float32, their gradient as much again. But the
+gradient of a sum of token losses is known as soon as a token's logits are: softmax(logits) - onehot. So the forward
+pass walks over the tokens in chunks, and turns each chunk's logits into d(loss)/d(hidden) and d(loss)/d(weight) on the
+spot. The backward pass only hands them out. (The idea of Liger's fused linear cross entropy, arXiv:2410.10989.)
+
+The loss is a sum over tokens times `scale`. Choosing scale = world size / targets of the whole global batch makes the
+gradient, after DeepSpeed has averaged it over the ranks, that of the mean over all targets, however rows are spread
+over ranks and micro-batches.
+
+Legend: B batch, T tokens, N = B*T, C tokens of one chunk, E hidden size, V vocabulary.
+
+    pytest tests/test_training_loss.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+IGNORED = -100  # a label that is no target, as everywhere in transformers
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, target_N: Tensor, scale: float, chunk: int) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        d_hidden_NE = torch.empty_like(hidden_NE) if wants_hidden else None
+        # float32 even for bfloat16 weights: a sum over thousands of tokens
+        wide = torch.promote_types(weight_VE.dtype, torch.float32)
+        d_weight_VE = torch.zeros_like(weight_VE, dtype=wide) if wants_weight else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden_NE.device)
+        for at in range(0, hidden_NE.shape[0], chunk):
+            hidden_CE, target_C = hidden_NE[at : at + chunk], target_N[at : at + chunk]
+            weight_C1 = (target_C != IGNORED).to(wide)[:, None] * scale
+            index_C1 = target_C.clamp(min=0)[:, None]
+            logits_CV = (hidden_CE @ weight_VE.t()).to(wide)
+            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            total += ((lse_C1 - logits_CV.gather(1, index_C1)) * weight_C1).sum(dtype=torch.float64)
+            if d_hidden_NE is None and d_weight_VE is None:
+                continue
+            d_logits_CV = logits_CV.sub_(lse_C1).exp_()  # in place: this chunk's logits are not needed again
+            d_logits_CV.scatter_add_(1, index_C1, torch.full_like(lse_C1, -1.0)).mul_(weight_C1)
+            d_logits_CV = d_logits_CV.to(weight_VE.dtype)
+            if d_hidden_NE is not None:
+                torch.mm(d_logits_CV, weight_VE, out=d_hidden_NE[at : at + chunk])
+            if d_weight_VE is not None and d_weight_VE.dtype == hidden_CE.dtype:
+                d_weight_VE.addmm_(d_logits_CV.t(), hidden_CE)
+            elif d_weight_VE is not None:
+                d_weight_VE += d_logits_CV.t() @ hidden_CE
+        ctx.save_for_backward(d_hidden_NE, None if d_weight_VE is None else d_weight_VE.to(weight_VE.dtype))
+        return total.to(wide)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # In place: a second backward through one loss would need the buffers that this one gives away, and torch's
+        # version counter refuses it.
+        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
+
+
+def fused_linear_cross_entropy(
+    hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor, *, scale: float = 1.0, chunk_tokens: int = 512
+) -> Tensor:
+    """scale * sum over targets of -log softmax(hidden @ weight.T)[label], exact, with O(chunk_tokens * V) memory.
+
+    hidden_BTE [B, T, E]; weight_VE [V, E] (the lm_head's, tied or not); labels_BT [B, T] int64, *not* shifted: position
+    t is scored against label t+1, and -100 is no target. Returns a float32 scalar (float64 for float64 input).
+    Gradients reach hidden and weight where they are wanted; frozen weights cost nothing.
+    """
+    target_BT = torch.full_like(labels_BT, IGNORED)
+    target_BT[:, :-1] = labels_BT[:, 1:]  # shifting the labels spares a copy of the hidden states
+    hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
+    return _FusedLinearCrossEntropy.apply(hidden_NE, weight_VE, target_BT.reshape(-1), scale, chunk_tokens)
+
+
+def count_targets(labels_BT: Tensor) -> int:
+    """How many tokens of unshifted labels [B, T] are scored."""
+    return int((labels_BT[:, 1:] != IGNORED).sum())
+
+
+class TokenLoss(nn.Module):
+    """The objective as a module around a causal LM (plain or peft), so that DeepSpeed's hooks see every parameter.
+
+    The model's own lm_head is never called: its weight goes into the fused loss.
+    """
+
+    def __init__(self, model: nn.Module, chunk_tokens: int = 512) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+        config, head = causal_lm(model).config, causal_lm(model).get_output_embeddings()
+        after = {k: getattr(config, k, None) for k in ("final_logit_softcapping", "logits_scaling", "logit_scale")}
+        changed = {k: v for k, v in after.items() if v not in (None, 1, 1.0)}
+        if changed or head.bias is not None:
+            raise ValueError(
+                f"{type(causal_lm(model)).__name__} changes its logits after the lm_head ({changed or 'a bias'}); "
+                f"the fused loss knows only hidden @ weight.T: use a Llama-like model"
+            )
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """scale * summed token loss of [B, T] rows; labels are unshifted."""
+        lm = causal_lm(self.model)
+        hidden_BTE = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        weight_VE = lm.get_output_embeddings().weight
+        return fused_linear_cross_entropy(hidden_BTE, weight_VE, labels, scale=scale, chunk_tokens=self.chunk_tokens)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside, whether or not peft is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

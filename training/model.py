@@ -1,0 +1,103 @@
+"""Models in: a converted folder, its RoPE stretched before the weights are built; or a tiny Llama from scratch.
+
+`rope_parameters` belongs in the config from the start: the rotary module computes its frequencies once, when it is
+built, so a config changed afterwards would say one thing and the model do another.
+
+    python -c "from training.model import describe; print(describe('base'))"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training.recipe import RopeRecipe, TinyModelRecipe
+
+
+def load_model(
+    folder: Path | str, *, rope: RopeRecipe | None = None, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer from a Hugging Face folder; nothing is fetched from anywhere.
+
+    rope stretches the positions past the trained context (None: as the folder says). dtype is torch's name of the
+    weights' type. ValueError where tokenizer and embedding disagree.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if rope is not None and rope.type != "none":
+        from attention.rope import stretched_config
+
+        config = stretched_config(config, rope.type, rope.factor, rope.theta)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows; "
+            f"they are from different models, or the embedding was not resized with the tokenizer"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+    )
+    return model, tokenizer
+
+
+def describe(folder: Path | str) -> dict[str, Any]:
+    """What config.json says about a model, and its number of parameters, without loading a weight."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    heads = config.num_attention_heads
+    return {
+        "architecture": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", heads),
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden": config.hidden_size,
+        "vocab": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "rope": config.rope_parameters,
+        "tied": config.tie_word_embeddings,
+        "parameters": model.num_parameters(),
+    }
+
+
+def tiny_model(recipe: TinyModelRecipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """A fresh float32 Llama with tied embeddings; the same seed gives the same weights, whatever was drawn before."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden,
+        intermediate_size=-(-recipe.hidden * 8 // 3 // 32) * 32,  # Llama's 8/3 of the width, up to a multiple of 32
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=recipe.context_length,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Gives every token of the tokenizer an embedding row and returns how many rows were added.
+
+    A new row (the sink token's) starts at the mean of the old ones: an unremarkable vector, the same in every run.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    added = max(0, len(tokenizer) - rows)
+    if added:
+        model.resize_token_embeddings(rows + added, mean_resizing=False)
+        with torch.no_grad():
+            for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+                layer.weight[rows:] = layer.weight[:rows].mean(0)
+    return added
