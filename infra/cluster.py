@@ -1,6 +1,6 @@
 """Connect to Ray: a cluster of our own on this machine, or one that is already there.
 
-    with connected(None) as ray: ...
+with connected(None) as ray: ...
 """
 
 from __future__ import annotations

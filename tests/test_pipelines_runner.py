@@ -96,7 +96,12 @@ def test_a_changed_choice_runs_its_stage_and_those_after_it_and_plan_says_so(clu
     pipeline.run()
     pipeline.change(b={"text": "B"})
     rows = {row.stage: row for row in runner.plan(pipeline.loaded)}
-    assert {label: row.state for label, row in rows.items()} == {"a": "done", "b": "stale", "c": "done", "report": "stale"}
+    assert {label: row.state for label, row in rows.items()} == {
+        "a": "done",
+        "b": "stale",
+        "c": "done",
+        "report": "stale",
+    }
     assert rows["b"].why == "recipe.text: b -> B"
     assert rows["report"].why == "its input b changes"
     assert sorted(pipeline.run().ran) == ["b", "report"]

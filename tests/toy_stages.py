@@ -43,6 +43,8 @@ def toy(*, recipe: ToyRecipe, resources: Any, out: Path, run: Any, **inputs: Any
         raise ValueError(recipe.fail)
     checkpoints = [folder / "work/checkpoint" for folder in run.earlier]
     resumed = [path.read_text() for path in checkpoints if path.exists()]
-    (out / "text").write_text("".join((artifact.path / "text").read_text() for artifact in inputs.values()) + recipe.text)
+    (out / "text").write_text(
+        "".join((artifact.path / "text").read_text() for artifact in inputs.values()) + recipe.text
+    )
     run.spool.metrics({"toy/length": len(recipe.text)}, step=1)
     return {"text": recipe.text, "resumed": resumed}

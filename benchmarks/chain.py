@@ -1,0 +1,65 @@
+"""What the chain costs beside the work: seconds from the command to the first optimizer step, and of a run with nothing to do.
+
+    python benchmarks/chain.py            # the quickstart's base and texts, two steps; a few minutes the first time
+
+The first step needs, in order: the command's own start, Ray, a stage task, Ray Train's ranks with their imports, and the
+model. Converting and packing are done in a first run, so that they are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RECIPE = ["quickstart", "--set", "pretrain=null", "--set", "evaluate={}", "--set", "finetune.steps=2"]
+ARM = "finetune.arms={{full: {{tune: all, learning_rate: {rate}}}}}"
+
+
+def run(folder: Path, rate: float) -> tuple[float, Path | None]:
+    """Seconds of a run with one arm of the given learning rate, and its spool folder if anything ran."""
+    spools = folder / ".longreach/spool"
+    before = set(spools.glob("*"))
+    started = time.time()
+    command = [sys.executable, "-m", "pipelines", "run", *RECIPE, "--set", ARM.format(rate=rate), "--quiet"]
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    new = set(spools.glob("*")) - before
+    return time.time() - started, new.pop() if new else None
+
+
+def first_step_s(spool: Path, started: float) -> dict[str, float]:
+    """Seconds from `started` to the stage task, and to the end of the first optimizer step."""
+    marks = {}
+    for path in spool.glob("finetune-full--*.jsonl"):
+        for line in path.read_text().splitlines():
+            event = json.loads(line)
+            after = event["time_ms"] / 1000 - started
+            if event["event"] == "start":
+                marks["stage task runs"] = after
+            if event["event"] == "metrics" and "train/loss" in event["values"]:
+                marks.setdefault("first step done", after)
+    return marks
+
+
+def main(rounds: int = 3) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run(folder, 1e-5)  # converts and packs
+        cold = []
+        for n in range(rounds):
+            started = time.time()
+            _, spool = run(folder, 1e-5 * (n + 2))
+            assert spool, "a new learning rate has something to run"
+            cold.append(first_step_s(spool, started))
+        warm = [run(folder, 1e-5)[0] for _ in range(5)]
+    for mark in cold[0]:
+        print(f"command -> {mark}: median {statistics.median(one[mark] for one in cold):.1f} s of {rounds}")
+    print(f"run with nothing to do: median {statistics.median(warm):.2f} s of {len(warm)}")
+
+
+if __name__ == "__main__":
+    main()
