@@ -185,13 +185,14 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
 ) -> None:
     """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a server elsewhere."""
-    uri, _ = _tracking(recipe, overrides, workdir)
-    if uri.startswith("http"):
+    from infra.mirror import ui_command
+
+    uri, workdir = _tracking(recipe, overrides, workdir)
+    if uri:
         print(uri)
         return
-    server = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes that nobody asked for
-    os.execve(sys.executable, [sys.executable, "-m", "mlflow", *server], environment)
+    command = ui_command(workdir, port=port)
+    os.execvp(command[0], command)
 
 
 @app.command()
@@ -202,22 +203,30 @@ def sync(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds after which to give up.")] = 600.0,
 ) -> None:
     """Send to MLflow what an outage held back; exit 1 if some of it is still held back."""
-    from infra.mirror import sync
+    from infra.mirror import default_uri, sync
 
     uri, workdir = _tracking(recipe, overrides, workdir)
-    done = sync(workdir / "spool", uri, timeout_s)
+    done = sync(workdir / "spool", uri or default_uri(workdir), timeout_s)
     print(f"{done.runs} runs: {done.points} points sent, {done.pending} pending, {done.skipped} skipped")
     if done.pending:
-        print(f"{uri}: {done.problem}", file=sys.stderr)
+        print(done.problem, file=sys.stderr)
         raise typer.Exit(1)
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine can run, and what is missing or wrong; exit 1 if something is wrong."""
+def doctor(root: Root = ".longreach") -> None:
+    """Say what this machine can run, and how to mend what is missing; exit 1 if a run cannot work."""
     from infra.environment import doctor
 
-    raise typer.Exit(doctor())
+    checks = doctor(root)
+    marks = {check: "ok" if check.ok else "WRONG" if check.needed else "note" for check in checks}
+    _table(
+        ["", "check", "found", "what to do"],
+        [[marks[check], check.name, check.detail, "" if check.ok else check.fix] for check in checks],
+        styles={"WRONG": "bold red", "note": "yellow"},
+    )
+    if "WRONG" in marks.values():
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -288,17 +297,14 @@ def _store_and_fingerprints(
     return runner.open_store(loaded), {row.fingerprint for row in runner.plan(loaded)}
 
 
-def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:
-    """The MLflow store and the machine's folder, from the recipe if there is one."""
-    from infra.mirror import default_uri
-
+def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str | None, Path]:
+    """The tracking server, if the recipe names one, and the machine's folder."""
     if recipe is None:
-        return default_uri(workdir.absolute()), workdir
+        return None, workdir
     from pipelines.recipe import load
 
     chosen = load(recipe, overrides).recipe
-    workdir = Path(chosen.store.workdir)
-    return chosen.tracking.uri or default_uri(workdir.absolute()), workdir
+    return chosen.tracking.uri, Path(chosen.store.workdir)
 
 
 def _ago(then: datetime) -> str:

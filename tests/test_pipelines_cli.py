@@ -13,6 +13,8 @@ import pytest
 
 import pipelines
 from infra.artifact import Lease, LeaseHeld, Store
+from infra.environment import Check
+from infra.mirror import SyncReport
 from pipelines.cli import main
 from pipelines.recipe import load, names
 
@@ -74,6 +76,10 @@ def test_help_names_every_command_and_loads_nothing_heavy(capsys: pytest.Capture
         assert f" {command} " in out
     loaded = imported_by("--help")
     assert loaded.isdisjoint(HEAVY | {"pydantic", "yaml", "fsspec", "numpy"}), "0.6 s is all that help may take"
+
+
+def test_a_plan_of_the_quickstart_loads_nothing_heavy() -> None:
+    assert imported_by("plan", "quickstart").isdisjoint(HEAVY), "2 s is all that a plan may take"
 
 
 def test_configuration_is_checked_without_anything_heavy() -> None:
@@ -283,6 +289,56 @@ def test_report_is_the_newest_one_and_exit_1_without_any(capsys: pytest.CaptureF
     assert code == 0
     assert Path(out.strip()).is_file()
     assert "/report/bbbb/" in out
+
+
+def test_ui_shows_the_embedded_store_to_this_machine_only_and_names_a_server_elsewhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execvp", lambda program, command: started.append(command))
+    assert longreach(capsys, "ui", "--workdir", str(tmp_path), "--port", "5055")[:2] == (0, "")
+    command = " ".join(started[0])
+    assert f"sqlite:///{tmp_path}/mlflow.db" in command
+    assert "--host 127.0.0.1 --port 5055" in command
+    code, out, _ = longreach(capsys, "ui", "quickstart", "--set", "tracking.uri=https://mlflow.lab")
+    assert (code, out, len(started)) == (0, "https://mlflow.lab\n", 1)
+
+
+def test_sync_sends_the_spool_of_the_recipe_and_is_exit_1_while_points_are_held_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, str, float]] = []
+    result = SyncReport(runs=3, points=12, pending=0, skipped=1)
+
+    def sync(spool_dir: Path, uri: str, timeout_s: float) -> SyncReport:
+        asked.append((spool_dir, uri, timeout_s))
+        return result
+
+    monkeypatch.setattr("infra.mirror.sync", sync)
+    changes = ("--set", "store.workdir=/w", "--set", "tracking.uri=https://mlflow.lab", "--timeout", "5")
+    code, out, _ = longreach(capsys, "sync", "quickstart", *changes)
+    assert (code, out) == (0, "3 runs: 12 points sent, 0 pending, 1 skipped\n")
+    assert longreach(capsys, "sync", "--workdir", "/other")[0] == 0
+    assert asked == [
+        (Path("/w/spool"), "https://mlflow.lab", 5.0),
+        (Path("/other/spool"), "sqlite:////other/mlflow.db", 600.0),
+    ]
+    result = SyncReport(runs=3, points=0, pending=12, skipped=0, problem="https://mlflow.lab does not answer")
+    code, _, err = longreach(capsys, "sync", "quickstart")
+    assert (code, err) == (1, "https://mlflow.lab does not answer\n")
+
+
+@pytest.mark.parametrize(("needed", "code", "mark"), [(True, 1, "WRONG"), (False, 0, "note")])
+def test_doctor_is_exit_1_only_if_a_run_cannot_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, needed: bool, code: int, mark: str
+) -> None:
+    checks = [Check("python", True, "3.11.7", "use a newer one"), Check("disk", False, "1 GiB", "make room", needed)]
+    monkeypatch.setattr("infra.environment.doctor", lambda root: checks)
+    got, out, _ = longreach(capsys, "doctor")
+    assert (got, [line.split() for line in out.splitlines()[1:]]) == (
+        code,
+        [["ok", "python", "3.11.7"], [mark, "disk", "1", "GiB", "make", "room"]],
+    )
 
 
 def test_python_dash_m_is_the_same_command() -> None:
