@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
-ENDED = {"done": "green", "failed": "bold red"}
+ENDED = {"done": "green", "reused": "cyan", "failed": "bold red"}
 PLAIN_EVERY_S = 10.0
 
 
@@ -82,9 +83,8 @@ class Display:
         self._bars: Progress | None = None
         if self.console.is_terminal and not quiet:
             columns = (
-                TextColumn("{task.description:<24}", markup=False),
-                BarColumn(24),
-                TimeElapsedColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(12),
                 TextColumn("{task.fields[text]}", markup=False),
             )
             self._bars = Progress(*columns, console=self.console, transient=True)
@@ -99,7 +99,7 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """A stage changed its state: waiting, running, retrying; or, for good: done, failed."""
+        """A stage changed its state: waiting, running, retrying; or, for good: done, reused, failed."""
         with self._lock:
             self._change(name, state, detail)
 
@@ -138,7 +138,7 @@ class Display:
     def _line(self, name: str, text: str, detail: str = "") -> None:
         elapsed = duration(time.monotonic() - self.started_s)
         line = f"[{elapsed:>6}] {name}: {text}" + (f" ({detail})" if detail else "")
-        self.console.print(line, style=ENDED.get(text), markup=False, soft_wrap=True)  # finetune[lora] is no markup
+        self.console.print(Text(line, ENDED.get(text, "")), soft_wrap=True)  # Text: finetune[lora] is no markup
 
 
 def duration(seconds: float) -> str:
