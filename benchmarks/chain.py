@@ -1,9 +1,9 @@
-"""What the chain costs beside the work: seconds from the command to the first optimizer step, and of a run with nothing to do.
+"""What the chain costs beside the work: from the command to the first optimizer step, and with nothing to do.
 
     python benchmarks/chain.py            # the quickstart's base and texts, two steps; a few minutes the first time
 
-The first step needs, in order: the command's own start, Ray, a stage task, Ray Train's ranks with their imports, and the
-model. Converting and packing are done in a first run, so that they are not counted.
+The first step needs, in order: the command's own start, Ray, a stage task, Ray Train's ranks with their imports, the model.
+Converting and packing are done in a first run, so that they are not counted.
 """
 
 from __future__ import annotations
