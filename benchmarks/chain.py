@@ -2,7 +2,7 @@
 
     python benchmarks/chain.py            # the quickstart's base and texts, two steps; a few minutes the first time
 
-The first step needs, in order: the command's own start, Ray, a stage task, Ray Train's ranks with their imports, the model.
+The first step needs, in order: the command's start, Ray, a stage task, Ray Train's ranks with their imports, the model.
 Converting and packing are done in a first run, so that they are not counted.
 """
 

@@ -9,6 +9,8 @@ Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import SerializeAsAny
@@ -19,11 +21,12 @@ from pipelines.stage import Stage
 from training.convert import source_digest as model_digest
 from training.corpus import source_digest as corpus_digest
 from training.recipe import (
-    BaseRecipe,
+    FinetuneRecipe,
     FinetuneStageRecipe,
     OptimRecipe,
     PackRecipe,
     PackStageRecipe,
+    PretrainRecipe,
     PretrainStageRecipe,
     RopeRecipe,
 )
@@ -55,65 +58,81 @@ class ReportRecipe(Choices):
     """The report's inputs: parameter name -> the stage's label."""
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What is evaluated: a model folder's stage, a stretch applied while loading, and the corpus of its tokenizer."""
+
+    stage: Stage
+    rope: RopeRecipe | None
+    corpus: Stage
+
+
 def build(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, inputs first.
 
     Raises:
         ValueError: source documents or the base model cannot be found.
     """
-    base = Stage("convert", "convert", recipe.base, digests={"source": _base_digest(recipe.base)})
+    source = model_digest(recipe.base.source, recipe.base.revision)
+    base = Stage("convert", "convert", recipe.base, digests={"source": source})
     texts = {"documents": corpus_digest(recipe.corpus, Path.cwd())}
+
+    def packed(label: str, rows: PackRecipe) -> Stage:
+        return Stage("pack", label, PackStageRecipe(corpus=recipe.corpus, pack=rows), {"base": base}, texts)
+
     stages, models = [base], {}
-
-    def pack(label: str, rows: PackRecipe) -> Stage:
-        stages.append(Stage("pack", label, PackStageRecipe(corpus=recipe.corpus, pack=rows), {"base": base}, texts))
-        return stages[-1]
-
-    rows = recipe.finetune.pack if recipe.finetune else PackRecipe(seq_len=1024)
-    corpus = pack("pack", rows) if recipe.finetune or not recipe.pretrain else None
-    sink_corpus = pack("pack[sink]", recipe.pretrain.pack) if recipe.pretrain else None
+    rows = recipe.finetune.pack if recipe.finetune else PackRecipe(seq_len=1024)  # evaluation needs held-out documents
+    corpus = packed("pack", rows)
+    if recipe.finetune or recipe.baselines:
+        stages.append(corpus)
     for name, rope in recipe.baselines.items():
-        models[name] = (base, None if rope.type == "none" else rope, corpus or sink_corpus)
-
-    previous: tuple[Stage, ...] = ()
-    for name, arm in (recipe.finetune.arms if recipe.finetune else {}).items():
-        section = FinetuneStageRecipe(
-            rope=recipe.finetune.rope, arm=arm, optim=_optim(recipe.finetune), seed=recipe.seed
-        )
-        tuned = Stage(
-            "finetune", f"finetune[{name}]", section, {"corpus": corpus, "base": base}, after=previous
-        )  # arms whose wall clock is compared run one after the other: they never share cores
-        previous = (tuned,)
-        stages.append(tuned)
-        if arm.tune != "all":
-            tuned = Stage("merge", f"merge[{name}]", MergeRecipe(), {"base": base, "adapter": tuned})
-            stages.append(tuned)
-        models[name] = (tuned, None, corpus)
-
-    for name, arm in (recipe.pretrain.arms if recipe.pretrain else {}).items():
-        section = PretrainStageRecipe(
-            model=recipe.pretrain.model, arm=arm, optim=_optim(recipe.pretrain), seed=recipe.seed
-        )
-        stages.append(Stage("pretrain", f"pretrain[{name}]", section, {"corpus": sink_corpus, "base": base}))
-        models[name] = (stages[-1], None, sink_corpus)
-
-    for eval_name, choices in recipe.evaluate.chosen().items():
-        for name in choices.models or models:
-            model, rope, documents = models[name]
-            section = EvaluateStageRecipe(
-                eval=eval_name, model=name, rope=rope, choices=choices.model_copy(update={"models": None})
-            )
-            inputs = {"model": model, "corpus": documents}
-            stages.append(Stage("evaluate", f"evaluate[{name},{eval_name}]", section, inputs))
-
+        models[name] = _Model(base, None if rope.type == "none" else rope, corpus)
+    if recipe.finetune:
+        for name, tuned in _finetuned(recipe.finetune, recipe.seed, corpus, base):
+            stages += tuned
+            models[name] = _Model(tuned[-1], None, corpus)
+    if recipe.pretrain:
+        stages.append(sink_corpus := packed("pack[sink]", recipe.pretrain.pack))
+        for name, pretrained in _pretrained(recipe.pretrain, recipe.seed, sink_corpus, base):
+            stages.append(pretrained)
+            models[name] = _Model(pretrained, None, sink_corpus)
+    stages += _evaluations(recipe, models)
     inputs = {f"input_{n:03d}": stage for n, stage in enumerate(stages)}
     labels = {key: stage.label for key, stage in inputs.items()}
-    stages.append(Stage("report", "report", ReportRecipe(name=recipe.name, labels=labels), inputs))
-    return stages
+    return [*stages, Stage("report", "report", ReportRecipe(name=recipe.name, labels=labels), inputs)]
 
 
-def _base_digest(base: BaseRecipe) -> str:
-    return model_digest(base.source, base.revision)
+def _finetuned(section: FinetuneRecipe, seed: int, corpus: Stage, base: Stage) -> Iterator[tuple[str, list[Stage]]]:
+    """Each arm's stages, the one that gives the model last. Arms whose wall clock is compared run one after the other:
+    they never share cores."""
+    previous: tuple[Stage, ...] = ()
+    for name, arm in section.arms.items():
+        choices = FinetuneStageRecipe(rope=section.rope, arm=arm, optim=_optim(section), seed=seed)
+        tuned = Stage("finetune", f"finetune[{name}]", choices, {"corpus": corpus, "base": base}, after=previous)
+        previous = (tuned,)
+        if arm.tune == "all":
+            yield name, [tuned]
+        else:
+            yield name, [tuned, Stage("merge", f"merge[{name}]", MergeRecipe(), {"base": base, "adapter": tuned})]
+
+
+def _pretrained(section: PretrainRecipe, seed: int, corpus: Stage, base: Stage) -> Iterator[tuple[str, Stage]]:
+    for name, arm in section.arms.items():
+        choices = PretrainStageRecipe(model=section.model, arm=arm, optim=_optim(section), seed=seed)
+        yield name, Stage("pretrain", f"pretrain[{name}]", choices, {"corpus": corpus, "base": base})
+
+
+def _evaluations(recipe: Recipe, models: dict[str, _Model]) -> Iterator[Stage]:
+    for eval_name, section in recipe.evaluate.chosen().items():
+        choices = section.model_copy(update={"models": None})  # which others are evaluated does not change this one
+        for name in section.models or models:
+            model = models[name]
+            yield Stage(
+                "evaluate",
+                f"evaluate[{name},{eval_name}]",
+                EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices),
+                {"model": model.stage, "corpus": model.corpus},
+            )
 
 
 def _optim(section: OptimRecipe) -> OptimRecipe:

@@ -90,7 +90,7 @@ def open_store(loaded: Loaded) -> Store:
 
 
 def plan(loaded: Loaded) -> list[PlanRow]:
-    """What `run` would do. Presence and sizes of files are checked, their content is not (that is `run`'s first act)."""
+    """What `run` would do. Files are checked for presence and size; reading their content is `run`'s first act."""
     store = open_store(loaded)
     return [_examine(store, stage, hashes=False)[0] for stage in build(loaded.recipe)]
 
