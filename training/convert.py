@@ -21,8 +21,9 @@ from typing import Any
 
 import xxhash
 
-KEPT = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*")
-KEPT += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "LICENSE*", "README.md")
+WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+KEPT = (*WEIGHTS, *TOKENS, "LICENSE*", "README.md")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -103,7 +104,7 @@ def convert(source: str, out: Path | str, revision: str | None = None) -> dict[s
     if kind == "package":
         package = PACKAGES[name]
         origin |= _from_gguf(package.folder() / package.file, out)
-        metadata = importlib.metadata.metadata(package.distribution)
+        metadata: Any = importlib.metadata.metadata(package.distribution)
         origin |= {
             "version": metadata["Version"],
             "licence": metadata.get("License-Expression") or metadata.get("License"),
@@ -142,7 +143,7 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # The weights are plain tensors by now, but the model still calls itself quantised and would refuse to be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

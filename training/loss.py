@@ -93,23 +93,24 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
-        config, head = causal_lm(model).config, causal_lm(model).get_output_embeddings()
+        lm: Any = causal_lm(model)
+        config, head = lm.config, lm.get_output_embeddings()
         after = {k: getattr(config, k, None) for k in ("final_logit_softcapping", "logits_scaling", "logit_scale")}
         changed = {k: v for k, v in after.items() if v not in (None, 1, 1.0)}
         if changed or head.bias is not None:
             raise ValueError(
-                f"{type(causal_lm(model)).__name__} changes its logits after the lm_head ({changed or 'a bias'}); "
+                f"{type(lm).__name__} changes its logits after the lm_head ({changed or 'a bias'}); "
                 f"the fused loss knows only hidden @ weight.T: use a Llama-like model"
             )
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, scale: float) -> Tensor:
         """scale * summed token loss of [B, T] rows; labels are unshifted."""
-        lm = causal_lm(self.model)
+        lm: Any = causal_lm(self.model)
         hidden_BTE = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         weight_VE = lm.get_output_embeddings().weight
         return fused_linear_cross_entropy(hidden_BTE, weight_VE, labels, scale=scale, chunk_tokens=self.chunk_tokens)
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: Any) -> PreTrainedModel:
     """The transformers model inside, whether or not peft is around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

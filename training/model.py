@@ -93,7 +93,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
     A new row (the sink token's) starts at the mean of the old ones: an unremarkable vector, the same in every run.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.vocab_size
     added = max(0, len(tokenizer) - rows)
     if added:
         model.resize_token_embeddings(rows + added, mean_resizing=False)

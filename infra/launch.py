@@ -1,0 +1,116 @@
+"""Run a function as N ranks through Ray Train: one process a rank, process group up, dead ranks restarted.
+
+The function is named, not passed ("training.loop:train"): only the ranks import it, and torch with it.
+
+A rank that dies (kill, out of memory of the host) is restarted with all the others, up to `max_failures` times; the
+function resumes from its own checkpoints. An error that a restart would only repeat (ValueError, FloatingPointError,
+Superseded) is written down instead and raised here, without waiting for restarts.
+
+    run_ranks("training.loop:train", job, resources=Resources(workers=2), name="lora", storage=Path("/tmp/ranks"))
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from infra.resources import Resources
+
+
+class Superseded(Exception):
+    """A newer attempt took over this one's work."""
+
+
+FINAL_ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (ValueError, FloatingPointError, Superseded)}
+"""Raised by a rank, these end the run at once."""
+
+
+def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: Path) -> dict[str, Any]:
+    """Calls `function(job)` ("module:name") on every rank and returns rank 0's result, a JSON-able dict.
+
+    Ray must be connected. `storage` is a folder that all ranks see; Ray Train keeps its own records there.
+    ValueError if the cluster is too small; otherwise the ranks' own final error, or Ray's TrainingFailedError.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    check_room(ray.cluster_resources(), resources)
+    run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
+    box = storage.absolute() / run_name / "result"
+    box.mkdir(parents=True)
+    TorchTrainer(
+        _rank,
+        train_loop_config={"function": function, "job": job, "box": str(box), "threads": resources.cpus_per_worker},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name=run_name,
+            storage_path=str(storage.absolute()),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+    ).fit()
+    if (box / "error.json").exists():
+        error = json.loads((box / "error.json").read_text())
+        raise FINAL_ERRORS[error["type"]](error["message"])
+    return json.loads((box / "result.json").read_text())
+
+
+def check_room(cluster: dict[str, float], resources: Resources) -> None:
+    """ValueError if the ranks can never be placed: Ray itself would wait for ever."""
+    for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
+        asked, there = each * resources.workers, cluster.get(kind, 0)
+        if asked > there:
+            raise ValueError(
+                f"{resources.workers} ranks x {each} {kind} need {asked} {kind}s, the cluster has {there:g}: "
+                f"lower resources.workers or {kind.lower()}s_per_worker, or connect to a larger cluster"
+            )
+
+
+def _rank(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each rank."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(config["threads"])  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
+    box = Path(config["box"])
+    module, _, name = config["function"].partition(":")
+    try:
+        result = getattr(importlib.import_module(module), name)(config["job"])
+    except tuple(FINAL_ERRORS.values()) as error:
+        kind = next(n for n, e in FINAL_ERRORS.items() if isinstance(error, e))
+        _write(box / "error.json", {"type": kind, "message": str(error), "rank": dist.get_rank()})
+        dist.destroy_process_group()  # ranks that wait for this one in a collective wake up with an error
+        return
+    except Exception:
+        if (box / "error.json").exists():  # woken by the line above: the reason is already written down
+            return
+        raise
+    if dist.get_rank() == 0:
+        _write(box / "result.json", result)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    draft.write_text(json.dumps(value))
+    os.replace(draft, path)
+
+
+def run_local(function: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The same function as one rank in this process, without Ray: for tests and debuggers."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():  # DeepSpeed keeps hold of the first process group, so it stays for the process's life
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(job)

@@ -1,0 +1,28 @@
+"""Two ranks without Ray, for tests that compare them with one: plain processes, gloo over a file."""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_spawned(function: str, job: dict, *, world: int, folder: Path) -> list:
+    """Calls `function(job)` ("module:name", a module of tests/) on `world` fresh processes; their results by rank."""
+    mp.start_processes(_rank, (function, job, world, str(folder)), nprocs=world, start_method="spawn")
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+def _rank(rank: int, function: str, job: dict, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    import os
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    module, _, name = function.partition(":")
+    result = getattr(importlib.import_module(module), name)(job)
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,154 @@
+"""Every ZeRO stage on 1 and 2 ranks against a plain torch loop: the same losses, norms and weights."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_spawned
+from toy_models import TINY, VOCAB
+
+from infra.launch import run_local
+from infra.resources import Resources
+from training.longlora import apply_arm
+from training.loss import TokenLoss, count_targets
+from training.model import tiny_model
+from training.recipe import ArmRecipe, OptimRecipe
+from training.zero import backward, deepspeed_config, skip_shm_build, start_engine, step, whole
+
+OPTIM = OptimRecipe(steps=4, global_batch_tokens=4 * 24, learning_rate=3e-3, warmup_steps=0, clip_norm=0.5)
+RATE = 3e-3
+# float32 sums in another order: 1e-7 a step on the loss. AdamW divides by the gradient's size, so where a gradient is
+# near zero that noise turns into a step of up to the learning rate: weights are compared by their distance as a whole.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-4
+
+
+def global_batch(step_number):
+    """Four rows of very different numbers of targets, so that a mean of means would show."""
+    g = torch.Generator().manual_seed(step_number)
+    ids = torch.randint(0, VOCAB, (4, 24), generator=g)
+    labels = ids.clone()
+    for row, length in enumerate((24, 3, 11, 20)):
+        labels[row, length:] = -100
+    return {"input_ids": ids, "position_ids": torch.arange(24).expand(4, -1), "labels": labels}
+
+
+def fresh(tune):
+    torch.manual_seed(0)
+    return apply_arm(tiny_model(TINY, VOCAB, seed=0), ArmRecipe(tune=tune, lora_rank=4))
+
+
+def plain_loop(tune="all"):
+    """The oracle: no DeepSpeed, one rank, the whole batch at once."""
+    model = fresh(tune)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, OPTIM.beta2), weight_decay=0.0)
+    losses, norms = [], []
+    for n in range(OPTIM.steps):
+        batch = global_batch(n)
+        loss = TokenLoss(model)(**batch, scale=1 / count_targets(batch["labels"]))
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, OPTIM.clip_norm)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, [p.detach().flatten().tolist() for p in trained]
+
+
+def engine_loop(job):
+    """The same through DeepSpeed on however many ranks there are: [losses, norms, trained weights]."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    resources = Resources(**job["resources"])
+    model = fresh(job["tune"])
+    engine = start_engine(TokenLoss(model), OPTIM, resources, global_batch_rows=4, learning_rate=RATE)
+    losses, norms = [], []
+    for n in range(OPTIM.steps):
+        batch = global_batch(n)
+        scale, total = world / count_targets(batch["labels"]), torch.zeros(())
+        for at in range(rank * resources.micro_batch_rows, 4, world * resources.micro_batch_rows):
+            part = {k: v[at : at + resources.micro_batch_rows] for k, v in batch.items()}
+            loss = engine(**part, scale=scale)
+            backward(engine, loss)
+            norm = step(engine, RATE)
+            total += loss.detach().float() / world
+        dist.all_reduce(total)
+        losses.append(float(total))
+        norms.append(norm)
+    with whole(model.parameters()):
+        weights = [p.detach().float().flatten().tolist() for p in model.parameters() if p.requires_grad]
+    return [losses, norms, weights]
+
+
+def assert_same_training(got, expected):
+    assert got[0] == pytest.approx(expected[0], abs=LOSS_TOLERANCE)
+    assert got[1] == pytest.approx(expected[1], rel=1e-5)
+    ours, oracle = (torch.tensor([x for w in weights for x in w]) for weights in (got[2], expected[2]))
+    assert float((ours - oracle).norm() / oracle.norm()) < WEIGHT_TOLERANCE
+
+
+CASES = {
+    f"zero{stage}-micro{micro}-{tune}": {
+        "tune": tune,
+        "resources": {"zero_stage": stage, "micro_batch_rows": micro, "offload": offload},
+    }
+    for stage, micro, tune, offload in [
+        (0, 1, "all", "none"),
+        (0, 2, "lora+embed+norm", "none"),
+        (1, 2, "all", "none"),
+        (2, 1, "lora", "none"),
+        (2, 2, "all", "none"),
+        (2, 1, "all", "cpu"),
+        (3, 1, "all", "none"),
+        (3, 1, "lora+embed+norm", "none"),
+    ]
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_trains_like_a_plain_torch_loop(case):
+    got = run_local("test_training_zero:engine_loop", CASES[case])
+    assert_same_training(got, plain_loop(CASES[case]["tune"]))
+
+
+def engine_loops(job):
+    return {name: engine_loop(case) for name, case in job.items()}
+
+
+def test_two_ranks_train_like_a_plain_torch_loop(tmp_path):
+    for rank in run_spawned("test_training_zero:engine_loops", CASES, world=2, folder=tmp_path):
+        for case, got in rank.items():
+            assert_same_training(got, plain_loop(CASES[case]["tune"]))
+
+
+def test_bfloat16_follows_the_float32_losses():
+    job = {"tune": "all", "resources": {"dtype": "bfloat16", "zero_stage": 2}}
+    losses, norms, _ = run_local("test_training_zero:engine_loop", job)
+    expected, _, _ = plain_loop()
+    assert losses == pytest.approx(expected, rel=2e-2)  # bfloat16 keeps 8 bits
+    assert all(math.isfinite(norm) for norm in norms)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="6 rows does not divide into 2 ranks x micro_batch_rows 2"):
+        deepspeed_config(OPTIM, Resources(micro_batch_rows=2), global_batch_rows=6, world=2)
+
+
+def test_offload_without_sharding_is_refused():
+    with pytest.raises(ValueError, match="needs zero_stage 1, 2 or 3"):
+        deepspeed_config(OPTIM, Resources(zero_stage=0, offload="cpu"), global_batch_rows=2, world=2)
+
+
+def test_nothing_is_compiled_to_start_a_process_group():
+    """Guards a private table: without our line DeepSpeed builds a C++ op for 68 s."""
+    import deepspeed.ops
+    from deepspeed.comm.torch import build_shm_op
+
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    skip_shm_build()
+    assert build_shm_op() is None
+
+
+def test_an_arm_that_trains_nothing_is_refused():
+    module = TokenLoss(tiny_model(TINY, VOCAB, seed=0).requires_grad_(False))
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        start_engine(module, OPTIM, Resources(), global_batch_rows=4, learning_rate=RATE)

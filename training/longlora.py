@@ -1,0 +1,91 @@
+"""Which parameters an arm trains: all, LoRA's, or LongLoRA's LoRA + embeddings + norms.
+
+LoRA alone does not close the gap to full fine-tuning when the context grows; training the embeddings and the norms
+beside it does, and costs few parameters (LongLoRA, arXiv:2309.12307, section 3.3 and table 2). "LoRA+embed+norm", never
+"LoRA+", which is another paper's name.
+
+Embeddings and norms train in place, where peft's `modules_to_save` would keep a frozen copy of each (113 MB for
+SmolLM2's embedding) and wrap 61 norms. Only the saved folder says `modules_to_save`, with the key names that peft uses
+for them, so plain peft loads it with the same logits (training/checkpoint.py).
+
+    pytest tests/test_training_longlora.py
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from training.loss import causal_lm
+from training.recipe import ArmRecipe
+
+
+def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:
+    """Sets `requires_grad` for the arm and, unless it tunes everything, puts LoRA layers into `model`.
+
+    LoRA starts at zero, so logits do not move. ValueError where the architecture lacks a target module.
+    """
+    if arm.tune == "all":
+        return model.requires_grad_(True)
+    check_targets(model, arm.target_modules)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arm.lora_rank,
+        lora_alpha=arm.lora_alpha,
+        lora_dropout=0.0,  # LongLoRA's; with none, resuming needs no random state
+        target_modules=list(arm.target_modules),
+    )
+    adapted = get_peft_model(model, lora)
+    for name, module in extra_modules(model, arm.tune).items():
+        lora.modules_to_save = sorted({*(lora.modules_to_save or ()), name.rpartition(".")[2]})
+        module.requires_grad_(True)
+    lora.ensure_weight_tying = "embed" in arm.tune and model.config.tie_word_embeddings
+    return adapted
+
+
+def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
+    """The embedding and norm modules that train beside LoRA, by name. The lm_head is one only where it is tied."""
+    lm, extras = causal_lm(model), tune.split("+")[1:]
+    return {
+        name: module
+        for name, module in lm.named_modules()
+        if ("embed" in extras and module is lm.get_input_embeddings()) or ("norm" in extras and is_norm(module))
+    }
+
+
+def is_norm(module: nn.Module) -> bool:
+    """LayerNorm, RMSNorm and each architecture's own class of that name."""
+    return type(module).__name__.endswith("Norm")
+
+
+def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """ValueError naming the nearest linear layers if `model` has none of a target's name."""
+    linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    for target in targets:
+        if target not in linear:
+            near = get_close_matches(target, linear, n=3, cutoff=0.4)
+            raise ValueError(
+                f"target_modules: {type(model).__name__} has no linear layer {target!r}; "
+                f"{'nearest: ' + ', '.join(near) if near else 'it has'} (of {', '.join(linear)})"
+            )
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters by kind: {total, lora, embed, norm, other}; a tied weight counts once.
+
+    ZeRO-3's partitioned parameters are counted whole.
+    """
+    lm = causal_lm(model)
+    embed = {id(p) for p in lm.get_input_embeddings().parameters()}
+    norm = {id(p) for m in lm.modules() if is_norm(m) for p in m.parameters()}
+    counts = dict.fromkeys(("total", "lora", "embed", "norm", "other"), 0)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kind = "lora" if "lora_" in name else "embed" if id(p) in embed else "norm" if id(p) in norm else "other"
+            size = getattr(p, "ds_numel", p.numel())
+            counts[kind] += size
+            counts["total"] += size
+    return counts

@@ -1,0 +1,72 @@
+"""What training costs: seconds by phase, tokens per second, memory.
+
+Ratios depend on width and length, so a speed is only worth something beside both.
+
+    python -c "from training.throughput import Clock; c = Clock(); sum(range(10**7)); c.lap('sum'); print(c.laps)"
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+GIB = 2**30
+
+
+class Clock:
+    """Wall seconds since it was made, split by what they went into. On a GPU a phase ends when its kernels do."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._begun = self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Books the time since the last lap on `phase`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds of all laps."""
+        return self._last - self._begun
+
+
+def rss_gib() -> float:
+    """This process's resident memory now."""
+    return psutil.Process().memory_info().rss / GIB
+
+
+def peak_gib() -> float:
+    """The most memory that this rank held: of the GPU if it has one, else resident memory of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps, tokens, seconds and losses of a run from its metrics rows (one a step, in order).
+
+    wall_s adds up all steps; checkpoints, start-up and saving are not in it. The median step leaves out the first,
+    which pays for warming up; tokens_per_s follows from the median.
+    """
+    seconds = [row["seconds"] for row in rows]
+    typical = median(seconds[1:] or seconds)
+    tokens = sum(row["tokens"] for row in rows)
+    return {
+        "steps": len(rows),
+        "tokens": tokens,
+        "targets": sum(row["targets"] for row in rows),
+        "wall_s": sum(seconds),
+        "step_s_median": typical,
+        "tokens_per_s": tokens / len(rows) / typical,
+        "loss_first": rows[0]["loss"],
+        "loss_last": rows[-1]["loss"],
+    }

@@ -1,0 +1,112 @@
+"""Recipe + resources -> a DeepSpeed engine. The only file that knows DeepSpeed's config keys and private corners.
+
+AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes before the first step.
+The loss is already divided by the targets of the whole global batch (training/loss.py), so DeepSpeed may average over
+ranks but must not divide by the number of micro-batches: `backward` undoes that.
+
+    pytest tests/test_training_zero.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from infra.resources import Resources
+from training.recipe import OptimRecipe
+
+
+def deepspeed_config(
+    recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, world: int
+) -> dict[str, Any]:
+    """DeepSpeed's config dict. ValueError where the global batch does not divide over ranks and micro-batches."""
+    rows_at_once = resources.micro_batch_rows * world
+    if global_batch_rows % rows_at_once:
+        raise ValueError(
+            f"a global batch of {global_batch_rows} rows does not divide into {world} ranks x micro_batch_rows "
+            f"{resources.micro_batch_rows}: change workers or micro_batch_rows so that their product divides it, "
+            f"or global_batch_tokens"
+        )
+    if resources.offload != "none" and resources.zero_stage == 0:
+        raise ValueError(f"offload {resources.offload!r} needs zero_stage 1, 2 or 3; it is 0")
+    zero: dict[str, Any] = {"stage": resources.zero_stage}
+    if resources.offload != "none":
+        zero["offload_optimizer"] = {"device": resources.offload}
+    return {
+        "train_micro_batch_size_per_gpu": resources.micro_batch_rows,
+        "gradient_accumulation_steps": global_batch_rows // rows_at_once,
+        "gradient_clipping": recipe.clip_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW, not the compiled one
+        "bf16": {"enabled": resources.dtype == "bfloat16"},
+        "steps_per_print": 1 << 30,  # the loop reports
+    }
+
+
+def start_engine(
+    module: nn.Module, recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, learning_rate: float
+) -> Any:
+    """The DeepSpeed engine around `module`, training what requires a gradient. The process group must be up."""
+    skip_shm_build()
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_backend="nccl" if resources.gpus_per_worker else "gloo", verbose=False)
+    world = torch.distributed.get_world_size()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter requires a gradient: the arm would train nothing")
+    optimizer = torch.optim.AdamW(
+        trained, lr=learning_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+    )
+    config = deepspeed_config(recipe, resources, global_batch_rows=global_batch_rows, world=world)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def skip_shm_build() -> None:
+    """Keeps `init_distributed` from compiling its shared-memory op: 68 s, and a crash where there is no g++ or ninja.
+
+    A private table of DeepSpeed, guarded by a test; gloo does the same work without it.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def backward(engine: Any, loss: torch.Tensor) -> None:
+    """Accumulates the gradient of an already normalised loss.
+
+    DeepSpeed divides by the number of micro-batches. Its `scale_wrt_gas=False` does not stop that where the loss is
+    the module's own output (0.19.8: a hook on the output divides all the same), so we multiply first.
+    """
+    engine.backward(loss * engine.gradient_accumulation_steps())
+
+
+def step(engine: Any, learning_rate: float) -> float:
+    """Ends a micro-batch. After a step's last one: updates the weights, returns the norm before clipping; else NaN."""
+    last = engine.is_gradient_accumulation_boundary()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm: torch.Tensor | None = None
+    if last and engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
+        # plain float32 without ZeRO is the one case where DeepSpeed keeps no norm
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm) if last else math.nan
+
+
+def whole(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+    """Inside it ZeRO-3's partitioned parameters are whole on every rank; for other parameters it does nothing."""
+    parted = [p for p in parameters if hasattr(p, "ds_id")]
+    if not parted:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parted, modifier_rank=None)
