@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from infra.choices import Choices
+from infra.resources import Resources
 
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
 
@@ -53,6 +54,8 @@ class SourceRecipe(Choices):
     """The dataset's configuration name."""
     split: str = "train"
     """The dataset's split."""
+    revision: str | None = None
+    """The hub dataset's commit, tag or branch; a full commit hash needs no network to plan."""
     text_field: str = "text"
     """Column or JSON key that holds the text."""
     name_field: str | None = None
@@ -279,3 +282,42 @@ def nearest_even_divisor(seq_len: int, group_tokens: int) -> int:
     """The even divisor of seq_len that is nearest to group_tokens (2 if seq_len is odd: then nothing fits)."""
     even = [d for d in range(2, seq_len + 1, 2) if seq_len % d == 0] or [2]
     return min(even, key=lambda d: abs(d - group_tokens))
+
+
+class TrainJob(Choices):
+    """All that one rank needs to train: the choices, and where things are. Plain data, so it travels through Ray."""
+
+    kind: Literal["finetune", "pretrain"]
+    """What to start from: the base's weights, or a fresh `model`."""
+    corpus: str
+    """PackedCorpus folder."""
+    base: str
+    """Base model folder; pretraining takes only its tokenizer, for the arm without a sink."""
+    rope: RopeRecipe = RopeRecipe()
+    """The stretch (finetune)."""
+    arm: ArmRecipe = ArmRecipe()
+    """The method (finetune)."""
+    model: TinyModelRecipe | None = None
+    """The fresh model (pretrain)."""
+    sink: Literal["none", "token"] = "none"
+    """Whether rows begin with the sink token (pretrain); `none` drops that column."""
+    optim: OptimRecipe
+    """Optimizer and schedule."""
+    seed: int
+    """Initialisation and row order."""
+    resources: Resources
+    """Where it runs; no part of the result."""
+    out: str
+    """Folder of the result."""
+    work: str
+    """Private folder of this attempt: checkpoints."""
+    earlier: tuple[str, ...] = ()
+    """Work folders of earlier attempts, whose checkpoints may be read."""
+    superseded_file: str
+    """Once it exists a newer attempt took over, and this one stops."""
+    spool: str | None = None
+    """The attempt's event file."""
+
+    def choices(self) -> dict[str, object]:
+        """What changes the result; a checkpoint with other choices is not resumed from."""
+        return self.model_dump(mode="json", include={"kind", "rope", "arm", "model", "sink", "optim", "seed"})
