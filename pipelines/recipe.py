@@ -19,13 +19,14 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
-from evaluation.recipe import PasskeyRecipe, PerplexityRecipe, StreamingRecipe
+from evaluation import EVALS
+from evaluation.recipe import EvalRecipe
 from infra.choices import Choices
 from infra.resources import Resources
 from training.recipe import BaseRecipe, CorpusRecipe, FinetuneRecipe, PretrainRecipe, RopeRecipe
@@ -39,19 +40,26 @@ Location = tuple[str | int, ...]
 ROOT: Location = ()
 
 
-class EvaluateRecipe(Choices):
+class _Evaluations(Choices):
     """What is measured: each evaluation that has a section runs, on every model that it names."""
 
-    perplexity: PerplexityRecipe | None = None
-    """Perplexity by context length."""
-    passkey: PasskeyRecipe | None = None
-    """Passkey retrieval by length and depth."""
-    streaming: StreamingRecipe | None = None
-    """Dense, window, recomputed window, sinks + window on one text."""
-
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> dict[str, EvalRecipe]:
         """The evaluations that have a section, by name."""
         return {name: section for name in type(self).model_fields if (section := getattr(self, name)) is not None}
+
+
+if TYPE_CHECKING:
+    EvaluateRecipe = _Evaluations
+else:  # an evaluation needs its line in EVALS and none here: its section is a field of its name
+    EvaluateRecipe = create_model(
+        "EvaluateRecipe",
+        __base__=_Evaluations,
+        __doc__=_Evaluations.__doc__,
+        **{
+            name: (one.recipe | None, Field(default=None, description=one.recipe.__doc__))
+            for name, one in EVALS.items()
+        },
+    )
 
 
 class StoreRecipe(Choices):
@@ -231,7 +239,8 @@ def _find(path_or_name: str) -> Path:
     if path.is_file():
         return path
     if not is_name:
-        raise RecipeError(Problem(path_or_name, (), "no such file"))
+        hint = _nearest(path.stem, names(), "recipes that come along")
+        raise RecipeError(Problem(path_or_name, (), f"no such file{hint}"))
     here = Path(f"{path_or_name}.yaml")
     hint = f"; did you mean the file {here}?" if here.is_file() else _nearest(path_or_name, names(), "there are")
     raise RecipeError(Problem(path_or_name, (), f"no recipe of that name comes with longreach{hint}"))
@@ -329,6 +338,10 @@ class _Reader:
         """Plain data of a node; remembers the line of each key and item, and keys written twice."""
         if any(node is one for one in outer):
             raise RecipeError(Problem(place(node.start_mark.line + 1), location, "an alias that contains itself"))
+        plain_style = getattr(node, "style", None) is None
+        if node.tag != loader.resolve(type(node), node.value, (plain_style, not plain_style)):
+            message = f"tags such as {node.tag} have no use here; a number in quotes is text"
+            raise RecipeError(Problem(place(node.start_mark.line + 1), location, message))
         if isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self.places[(*location, index)] = place(item.start_mark.line + 1)
@@ -384,9 +397,7 @@ def _message(details: ErrorDetails) -> str:
     if kind == "missing":
         field = _type_at(location[:-1]).model_fields[str(location[-1])]
         return f"missing, and it has no default ({(field.description or '').rstrip('.')})"
-    message = (
-        details["msg"].replace("Input should", "should").replace("String should", "should").replace("Tuple", "list")
-    )
+    message = re.sub("^(Input|String) should", "should", details["msg"]).replace("Tuple", "list")
     message = re.sub(r"a valid (array|tuple)", "a list", message).replace("an object", "a mapping of fields")
     return f"{message.replace(' after validation', '')}, got {got}" if ", not " not in message else message
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import EVALS
 from pipelines import recipe as recipes
 from pipelines.recipe import Recipe, RecipeError, load
 
@@ -54,6 +55,13 @@ def test_every_recipe_that_comes_along_is_valid_and_bears_its_own_name(name: str
     assert load(name).recipe.name == name
 
 
+def test_every_evaluation_is_a_section_of_its_name() -> None:
+    fields = recipes.EvaluateRecipe.model_fields
+    assert {name: field.annotation for name, field in fields.items()} == {
+        name: one.recipe | None for name, one in EVALS.items()
+    }
+
+
 def test_every_value_knows_its_origin(small: Path) -> None:
     loaded = load(small, ["finetune.steps=5", "evaluate.passkey.lengths=[64]"])
     origin = {key: place.removeprefix(f"{small.parent}/") for key, place in loaded.origins.items()}
@@ -63,6 +71,8 @@ def test_every_value_knows_its_origin(small: Path) -> None:
     assert origin["finetune.arms.long.1.attention.group_tokens"] == "small.yaml:15"
     assert origin["finetune.steps"] == origin["evaluate.passkey.lengths"] == "--set"
     assert origin["finetune.arms.full.tune"] == origin["evaluate.passkey.trials"] == "default"
+    replaced = load(small, ["baselines.stretched={type: linear}"]).origins
+    assert (replaced["baselines.stretched.type"], replaced["baselines.stretched.factor"]) == ("--set", "default")
     assert list(origin) == [recipes.dotted(location) for location, _ in recipes.values(loaded.recipe)]
 
 
@@ -230,8 +240,12 @@ def test_an_override_that_leads_nowhere_is_shown(small: Path, override: str, lin
         ("- name", "bad.yaml: a recipe is a mapping of fields, got a list of 1"),
         ("name: &a [*a]", "bad.yaml:1: name.0: an alias that contains itself"),
         ("[a]: 1", "bad.yaml:1: a field's name is one word, not a list or a mapping"),
-        ("seed: !!python/name:os.system", "bad.yaml:1: broken YAML: could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/name:os.system'"),
+        ("seed: !!python/name:os.system", "bad.yaml:1: seed: tags such as tag:yaml.org,2002:python/name:os.system have "
+         "no use here; a number in quotes is text"),
+        ("a: 1\nseed: !!bool x", "bad.yaml:2: seed: tags such as tag:yaml.org,2002:bool have no use here; a number in "
+         "quotes is text"),
+        ("a: !!set {x}", "bad.yaml:1: a: tags such as tag:yaml.org,2002:set have no use here; a number in "
+         "quotes is text"),
     ],
 )  # fmt: skip
 def test_broken_yaml_is_one_line_with_its_place(tmp_path: Path, text: str, line: str) -> None:
@@ -252,7 +266,7 @@ def test_an_anchor_may_be_used_twice(small: Path) -> None:
 def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     assert "cannot be read" in mistakes(tmp_path / "latin.yaml")[0]
-    assert mistakes(str(tmp_path / "none.yaml")) == ["none.yaml: no such file"]
+    assert mistakes(str(tmp_path / "quickstar.yaml")) == ["quickstar.yaml: no such file; did you mean quickstart?"]
 
 
 def test_an_unknown_name_suggests_a_recipe_or_the_file_beside_it(
