@@ -194,7 +194,7 @@ def test_overrides_reach_list_items_new_arms_dotted_names_and_absent_sections(sm
             "corpus.sources.0.files=other.txt",
             "finetune.arms.new.tune=lora",
             "finetune.arms.long.1.lora_rank=16",
-            "evaluate.streaming.tokens=64",
+            "evaluate.streaming.tokens=512",
             "evaluate.perplexity=null",
         ],
     ).recipe
