@@ -40,7 +40,9 @@ def stretched_config(
     if rope.get("rope_type", "default") != "default" and type != "none":
         raise ValueError(f"the model's RoPE is {rope['rope_type']!r} already: stretch the one that it was made from")
     if (type == "theta") != (theta is not None) or factor < 1:
-        raise ValueError(f"rope type {type!r} with theta {theta} and factor {factor}: theta goes with type 'theta' only")
+        raise ValueError(
+            f"rope type {type!r} with theta {theta} and factor {factor}: theta goes with type 'theta' only"
+        )
     config = copy.deepcopy(config)
     if type == "none":
         return config

@@ -1,0 +1,20 @@
+"""Full causal attention inside each document: the baseline, and what every model is evaluated with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from attention.pattern import Heads, MaskMod, Pattern, and_, causal, same_document
+
+
+@dataclass(frozen=True)
+class Causal(Pattern):
+    """Each query sees every earlier key of its document."""
+
+    name: ClassVar[str] = "causal"
+
+    def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
+        return and_(causal, same_document(start_BT))

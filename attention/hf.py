@@ -1,0 +1,128 @@
+"""The one place where patterns enter transformers: its AttentionInterface, no monkeypatching.
+
+    set_pattern(model, PATTERNS["shifted_sparse"](group_tokens=512))      # train sparse
+    print(active_pattern(model))                                          # shifted_sparse(...) by kernel sdpa
+    set_pattern(model, PATTERNS["causal"]())                              # evaluate dense
+
+A pattern and a kernel are registered under a name of their own, which becomes the model's attention implementation; it
+holds through PEFT and under gradient checkpointing. Packed rows come as position_ids that restart, padding as a 2-D
+mask; both end up as document edges. Use `use_cache=False`: a cache makes queries and keys differ in length.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from attention.kernels import attend, choose
+from attention.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class ActivePattern:
+    """What a model computes its attention with."""
+
+    pattern: Pattern
+    kernel: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern} by kernel {self.kernel}"
+
+
+_registered: dict[str, ActivePattern] = {}
+
+
+def set_pattern(model: nn.Module, pattern: Pattern, kernel: str = "auto") -> ActivePattern:
+    """Let every attention layer of a transformers model (or a PEFT model around one) compute `pattern`.
+
+    Raises:
+        ValueError: the kernel cannot compute the pattern; the architecture does not use the AttentionInterface.
+    """
+    active = ActivePattern(pattern, choose(pattern, kernel))
+    name = "longreach_" + re.sub(r"\W+", "_", str(active))
+    if name not in _registered:
+        AttentionInterface.register(name, _forward_of(active))
+        AttentionMaskInterface.register(name, _padding_only)
+        _registered[name] = active
+    inner = _transformers_model(model)
+    try:
+        inner.set_attn_implementation(name)
+    except ValueError as error:
+        raise ValueError(f"{type(inner).__name__} does not take attention from outside: {error}") from error
+    if active_pattern(model) != active:
+        raise ValueError(f"{type(inner).__name__} kept its own attention ({inner.config._attn_implementation})")
+    return active
+
+
+def active_pattern(model: nn.Module) -> ActivePattern | None:
+    """The pattern that every attention layer of the model computes; None if that is transformers' own attention.
+
+    Raises:
+        ValueError: layers disagree.
+    """
+    modules = [m for m in model.modules() if hasattr(m, "config") and (hasattr(m, "is_causal") or _is_model(m))]
+    names = {m.config._attn_implementation for m in modules}
+    if len(names) != 1:
+        raise ValueError(f"the model's layers disagree about their attention: {sorted(map(str, names))}")
+    return _registered.get(names.pop())
+
+
+def _is_model(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel)
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} holds no transformers model")
+    return found
+
+
+def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """transformers asks for a mask; patterns make their own, and only need to know the padding."""
+    return attention_mask
+
+
+def _forward_of(active: ActivePattern) -> Any:
+    def forward(
+        module: nn.Module,
+        q_BHTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if dropout:
+            raise ValueError(f"attention dropout {dropout} is not supported with {active.pattern}: set it to 0")
+        documents_BT = position_ids
+        if attention_mask is not None and not bool(attention_mask.all()):
+            documents_BT = split_padding(position_ids, attention_mask)
+        out_BHTD = attend(
+            q_BHTD, k_BKTD, v_BKTD, active.pattern, documents_BT, kwargs.get("s_aux"), scaling, active.kernel,
+            layer=getattr(module, "layer_idx", None) or 0,
+        )  # fmt: skip
+        return out_BHTD.transpose(1, 2), None
+
+    return forward
+
+
+def split_padding(position_ids_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
+    """Positions that also restart where padding begins and ends, so that no token sees padding [B, T]."""
+    if mask_BT.dim() != 2:
+        raise ValueError(
+            f"a padding mask is [batch, tokens]; got {tuple(mask_BT.shape)}: leave 4-D masks to the pattern"
+        )
+    index_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    positions_BT = (index_T if position_ids_BT is None else position_ids_BT).expand_as(mask_BT)
+    breaks_BT = torch.zeros_like(mask_BT, dtype=torch.bool)
+    breaks_BT[:, 1:] = (mask_BT[:, 1:] != mask_BT[:, :-1]) | (positions_BT[:, 1:] != positions_BT[:, :-1] + 1)
+    begin_BT = torch.where(breaks_BT, index_T, 0).cummax(1).values
+    return index_T - begin_BT

@@ -1,0 +1,57 @@
+"""The oracle: dense attention for any pattern, in any floating type, as slow and as plain as the formula.
+
+    out = softmax(q kᵀ · scale + mask) v      with one more, value-less column per head where a sink logit is given
+
+Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention.pattern import Heads, Pattern, document_starts
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    pattern: Pattern,
+    position_ids_BT: Tensor | None = None,
+    sink_logit_H: Tensor | None = None,
+    scale: float | None = None,
+    kernel: str = "reference",
+    layer: int = 0,
+) -> Tensor:
+    """Attention [B, H, T, D]; same arguments as `attention.attend`, `kernel` is of no account.
+
+    Raises:
+        ValueError: K does not divide H.
+    """
+    B, H, T, D = q_BHTD.shape
+    heads = Heads(H, k_BKTD.shape[1], layer)
+    mask_BHTT = dense_mask(pattern, heads, starts(position_ids_BT, B, T, q_BHTD.device))
+    k_BHTD, v_BHTD = (x.repeat_interleave(H // heads.kv, 1) for x in (k_BKTD, v_BKTD))
+    scores_BHTT = q_BHTD @ k_BHTD.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
+    scores_BHTT = scores_BHTT.masked_fill(~mask_BHTT, -torch.inf)
+    if sink_logit_H is not None:
+        column = sink_logit_H.to(scores_BHTT.dtype)[None, :, None, None].expand(B, H, T, 1)
+        return torch.cat([scores_BHTT, column], -1).softmax(-1)[..., :-1] @ v_BHTD
+    return scores_BHTT.softmax(-1) @ v_BHTD
+
+
+def starts(position_ids_BT: Tensor | None, B: int, T: int, device: torch.device) -> Tensor:
+    """Where each token's document begins [B, T]; one document a row without position_ids."""
+    if position_ids_BT is None:
+        return torch.zeros(B, T, dtype=torch.long, device=device)
+    return document_starts(position_ids_BT.to(device).expand(B, T))
+
+
+def dense_mask(pattern: Pattern, heads: Heads, start_BT: Tensor) -> Tensor:
+    """The pattern as booleans [B, H, T, T]: True where the query (third) sees the key (last)."""
+    B, T = start_BT.shape
+    b, h, q, kv = (torch.arange(n, device=start_BT.device) for n in (B, heads.query, T, T))
+    mod = pattern.mask_mod(heads, start_BT)
+    mask = mod(b[:, None, None, None], h[None, :, None, None], q[None, None, :, None], kv[None, None, None, :])
+    return mask.expand(B, heads.query, T, T)
