@@ -1,0 +1,125 @@
+"""(seed, step, rank) -> rows: what a step reads is arithmetic, so a resumed run, or one on other ranks, reads the same.
+
+Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next global_batch_rows of the
+endless line of epochs. Nothing is stored, nothing is skipped over on resuming.
+
+    RowOrder(rows=1000, seed=0, global_batch_rows=8).for_rank(step=3, rank=1, world=2, micro_batch_rows=2)
+
+Legend: B rows of a batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Which rows each optimizer step reads."""
+
+    rows: int
+    seed: int
+    global_batch_rows: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.global_batch_rows < 1:
+            raise ValueError(f"{self.rows} rows in batches of {self.global_batch_rows}: both must be at least 1")
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Global row ids of a step (from 0), in order: [global_batch_rows] int64."""
+        at = np.arange(step * self.global_batch_rows, (step + 1) * self.global_batch_rows)
+        epochs, places = np.divmod(at, self.rows)
+        return np.concatenate(
+            [_permutation(self.rows, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        )
+
+    def for_rank(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[np.ndarray]:
+        """A rank's micro-batches of a step: the ranks' in order of rank are rows_of_step, whatever the number of ranks.
+
+        ValueError if world x micro_batch_rows does not divide the global batch.
+        """
+        at_once = world * micro_batch_rows
+        if self.global_batch_rows % at_once:
+            raise ValueError(
+                f"{world} ranks x micro_batch_rows {micro_batch_rows} = {at_once} does not divide the global batch of "
+                f"{self.global_batch_rows} rows: change resources.workers, micro_batch_rows or global_batch_tokens"
+            )
+        mine = np.split(self.rows_of_step(step), world)[rank]
+        return np.split(mine, len(mine) // micro_batch_rows)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(rows)
+
+
+class PackedRows:
+    """The rows of a PackedCorpus folder, memory-mapped: opening takes milliseconds, reading copies what is read."""
+
+    def __init__(self, corpus_dir: Path | str) -> None:
+        folder = Path(corpus_dir)
+        self.info: dict[str, Any] = json.loads((folder / "packed.json").read_text(encoding="utf-8"))
+        """packed.json."""
+        state = json.loads((folder / "rows" / "state.json").read_text(encoding="utf-8"))
+        files = [folder / "rows" / entry["filename"] for entry in state["_data_files"]]
+        blocks = [
+            block for file in files for block in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+        ]
+        self._ends = np.cumsum([len(block) for block in blocks])
+        self._columns = {
+            name: [_view(block[name]) for block in blocks] for name in ("input_ids", "position_ids", "length")
+        }
+        if len(self) != self.info["rows"]:
+            raise ValueError(f"{folder}: packed.json counts {self.info['rows']} rows, rows/ holds {len(self)}")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _read(self, column: str, row_ids: np.ndarray) -> torch.Tensor:
+        """Some rows of a column: [B, ...] int64."""
+        block_B = np.searchsorted(self._ends, row_ids, side="right")
+        rows = [self._columns[column][b][row - self._ends[b]] for b, row in zip(block_B, row_ids, strict=True)]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def batch(self, row_ids: Sequence[int] | np.ndarray, drop_first: bool = False) -> dict[str, torch.Tensor]:
+        """input_ids, position_ids and labels of some rows: [B, T] int64 each.
+
+        labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to predict from: the
+        first token of a row, of a document that is isolated, and padding.
+
+        drop_first leaves out the sink or BOS column (T is then one less), so a model without it reads the same
+        text. ValueError if the rows have no such column.
+        """
+        if drop_first and self.info["first_token_id"] is None:
+            raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
+        row_ids = np.asarray(row_ids)
+        if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < len(self):
+            raise IndexError(f"rows {row_ids.min()} to {row_ids.max()} of {len(self)}")
+        ids_BT, positions_BT = self._read("input_ids", row_ids), self._read("position_ids", row_ids)
+        length_B1 = self._read("length", row_ids)[:, None]
+        if drop_first:
+            in_first_BT = (positions_BT[:, 1:] == 0).cumsum(1) == 0
+            ids_BT, positions_BT, length_B1 = ids_BT[:, 1:], positions_BT[:, 1:] - in_first_BT.long(), length_B1 - 1
+        nothing_BT = (positions_BT == 0) | (torch.arange(ids_BT.shape[1]) >= length_B1)
+        return {
+            "input_ids": ids_BT.contiguous(),
+            "position_ids": positions_BT.contiguous(),
+            "labels": ids_BT.masked_fill(nothing_BT, IGNORED),
+        }
+
+
+def _view(column: pa.Array) -> np.ndarray:
+    """An Arrow column as NumPy without a copy; lists, all of one length, as [rows, length]."""
+    return column.values.to_numpy().reshape(len(column), -1) if pa.types.is_list(column.type) else column.to_numpy()

@@ -1,0 +1,273 @@
+"""Texts -> a PackedCorpus folder: rows/ and documents/ (Arrow, memory-mapped by `datasets`), tokenizer/, two reports.
+
+One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token goes where is then
+arithmetic on document lengths (training/packing.py); a second pass copies tokens into shards. Memory holds a few
+megabytes of text and tokens at a time, whatever the size of the corpus or of one document.
+
+    python -c "import datasets; print(datasets.load_from_disk('corpus/rows'))"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from training.corpus import BadLine, Document, check_patterns, read_documents, source_digest, split_of
+from training.packing import METHODS, Rows
+from training.recipe import CorpusRecipe, PackRecipe
+from training.sink import with_sink_token
+from training.tokens import BATCH_CHARS, Encoder, encode_all
+
+SHARD_BYTES = 256 << 20
+WRITE_BYTES = 8 << 20
+"""Rows that are filled and written at a time: one Arrow record batch."""
+BAD_LISTED = 1000
+SPLITS = ("train", "validation", "test")
+IDS = pa.list_(pa.int32())
+ROW = pa.schema([("input_ids", IDS), ("position_ids", IDS), ("length", pa.int32())])
+DOCUMENT = pa.schema([("name", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("input_ids", IDS)])
+
+
+def pack_corpus(
+    corpus: CorpusRecipe,
+    pack: PackRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    base_dir: Path | str = ".",
+    workers: int = 0,
+    progress: Callable[[int], None] = lambda documents: None,
+) -> dict[str, Any]:
+    """Write the folder and return packed.json. No byte of it depends on workers (see encode_all).
+
+    progress is called with the number of documents done so far.
+
+    Raises:
+        ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a document; nothing to
+            train on; a tokenizer without the special tokens that are asked for.
+    """
+    tokenizer, first_token = _first_token(tokenizer, pack.first_token)
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no EOS token to end documents with: set its eos_token")
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    capacity = pack.seq_len - (first_token is not None)
+    digest, found = source_digest(corpus, base_dir), Found(corpus)
+    with tempfile.TemporaryFile(dir=out) as scratch:
+        items = read_documents(corpus, base_dir)
+        _tokenise(items, found, Encoder.of(tokenizer), eos, scratch, workers, progress)
+        found.check()
+        tokens = np.memmap(scratch, np.int32, "r")
+        segments = METHODS[pack.method](*found.extents("train"), capacity)
+        rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
+        _write_rows(out / "rows", rows, tokens)
+        _write_documents(out / "documents", found, tokens)
+    tokenizer.save_pretrained(out / "tokenizer")
+    row_tokens = int(rows.lengths().sum())
+    packed = pack.model_dump() | {
+        "first_token_id": first_token,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "vocab_size": len(tokenizer),
+        "tokenizer_sha256": hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
+        "rows": rows.count,
+        "tokens": row_tokens,
+        "efficiency": row_tokens / (rows.count * pack.seq_len),
+        "documents": {split: found.splits.count(split) for split in SPLITS},
+        "source_digest": digest,
+    }
+    report = {key: packed[key] for key in ("rows", "tokens", "efficiency", "documents")} | found.report(capacity)
+    for name, content in (("packed.json", packed), ("report.json", report)):
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return packed
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer, with a sink token if that is asked for, and the id that opens each row."""
+    if kind == "sink":
+        return with_sink_token(tokenizer)
+    if kind == "bos" and tokenizer.bos_token_id is None:
+        raise ValueError("pack.first_token is 'bos', but the tokenizer has no BOS token: use 'none' or 'sink'")
+    return tokenizer, tokenizer.bos_token_id if kind == "bos" else None
+
+
+class Found:
+    """What one pass over the texts found, document by document."""
+
+    def __init__(self, corpus: CorpusRecipe) -> None:
+        self.corpus = corpus
+        self.names: list[str] = []
+        self.domains: list[str] = []
+        self.splits: list[str] = []
+        self.lengths: list[int] = []
+        """Tokens of the text alone."""
+        self.bad: list[BadLine] = []
+        self.bad_count = 0
+
+    def add(self, item: Document | BadLine) -> None:
+        """The next document, its tokens still to be counted, or a malformed entry."""
+        if isinstance(item, BadLine):
+            self.bad_count += 1
+            self.bad += [item] if len(self.bad) < BAD_LISTED else []
+            return
+        self.names.append(item.name)
+        self.domains.append(item.domain)
+        self.splits.append(split_of(item.name, self.corpus))
+        self.lengths.append(0)
+
+    def check(self) -> None:
+        """Raises ValueError if the texts are not what the recipe takes them for."""
+        entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
+        if self.bad_count > limit * entries:
+            first = self.bad[0]
+            raise ValueError(
+                f"{self.bad_count} of {entries} documents are malformed: {self.bad_count / entries:.2%}, more than "
+                f"corpus.max_bad_fraction {limit:.2%}; the first is {first.file}:{first.line}: {first.reason}. "
+                f"Mend them or raise the limit"
+            )
+        check_patterns(self.names, self.corpus)
+        if "train" not in self.splits:
+            raise ValueError(
+                f"corpus.validation and corpus.test hold out all {len(self.names)} documents: nothing to train on"
+            )
+
+    def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Starts of a split's documents (None: all) in the scratch file and their lengths with EOS: [D] int64 each."""
+        lengths = np.array(self.lengths, np.int64) + 1
+        starts = 1 + np.cumsum(lengths) - lengths
+        chosen = np.array([split in (None, s) for s in self.splits])
+        return starts[chosen], lengths[chosen]
+
+    def report(self, capacity: int) -> dict[str, Any]:
+        """The packing report: what was split, how long documents are, what was skipped."""
+        lengths = {split: self.extents(split)[1] - 1 for split in SPLITS}
+        upper = [1 << bits for bits in range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)]
+        counts = {split: np.bincount(np.searchsorted(upper, n), minlength=len(upper)) for split, n in lengths.items()}
+        return {
+            "document_tokens": {split: int(n.sum()) for split, n in lengths.items()},
+            "longer_than_a_row": int(np.sum(lengths["train"] + 1 > capacity)),
+            "truncated_tokens": 0,  # by construction: what does not fit a row goes on in another
+            "length_histogram": [
+                {"up_to": top} | {split: int(counts[split][n]) for split in SPLITS} for n, top in enumerate(upper)
+            ],
+            "bad": {
+                "count": self.bad_count,
+                "fraction": self.bad_count / (len(self.names) + self.bad_count),
+                "listed": [{"file": b.file, "line": b.line, "reason": b.reason} for b in self.bad],
+            },
+        }
+
+
+def _tokenise(
+    items: Iterable[Document | BadLine],
+    found: Found,
+    encoder: Encoder,
+    eos: int,
+    scratch: IO[bytes],
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Write EOS, document, EOS, document, ... EOS to the scratch file, as int32."""
+    owners: deque[np.ndarray] = deque()  # of the texts of each batch under way: indices of documents
+    last = -1
+    for ids, lengths in encode_all(_batches(items, found, encoder, owners), encoder, workers):
+        owner = owners.popleft()
+        for document, tokens in zip(owner.tolist(), lengths.tolist(), strict=True):
+            found.lengths[document] += tokens
+        begins = np.diff(owner, prepend=last) > 0
+        scratch.write(np.insert(ids, (np.cumsum(lengths) - lengths)[begins], eos).data)
+        last = int(owner[-1])
+        progress(last)
+    scratch.write(np.array([eos], np.int32).data)
+    scratch.flush()
+    progress(last + 1)
+
+
+def _batches(
+    items: Iterable[Document | BadLine], found: Found, encoder: Encoder, owners: deque[np.ndarray]
+) -> Iterator[list[str]]:
+    """Texts of about BATCH_CHARS in all; whose they are goes to the end of `owners`."""
+    texts: list[str] = []
+    owner: list[int] = []
+    chars = 0
+    for item in items:
+        found.add(item)
+        for part in encoder.parts(item.blocks()) if isinstance(item, Document) else ():
+            texts.append(part)
+            owner.append(len(found.names) - 1)
+            chars += len(part)
+            if chars >= BATCH_CHARS:
+                owners.append(np.array(owner))
+                yield texts
+                texts, owner, chars = [], [], 0
+    if texts:
+        owners.append(np.array(owner))
+        yield texts
+
+
+def _write_rows(folder: Path, rows: Rows, tokens: np.ndarray) -> None:
+    row_bytes = 8 * rows.seq_len
+    in_shard, in_batch = max(1, SHARD_BYTES // row_bytes), max(1, WRITE_BYTES // row_bytes)
+
+    def batches(start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        for low in range(start, stop, in_batch):
+            ids, positions, lengths = rows.fill(low, min(low + in_batch, stop), tokens)
+            yield pa.record_batch([_lists(ids), _lists(positions), pa.array(lengths)], schema=ROW)
+
+    shards = [batches(start, min(start + in_shard, rows.count)) for start in range(0, rows.count, in_shard)]
+    _write_dataset(folder, ROW, shards)
+
+
+def _write_documents(folder: Path, found: Found, tokens: np.ndarray) -> None:
+    """Held-out documents: the tokens of the text alone."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        starts, lengths = found.extents()
+        for n, split in enumerate(found.splits):
+            if split != "train":
+                labels = [pa.array([label]) for label in (found.names[n], found.domains[n], split)]
+                ids = tokens[starts[n] : starts[n] + lengths[n] - 1]
+                yield pa.record_batch([*labels, _lists(ids[None])], schema=DOCUMENT)
+
+    _write_dataset(folder, DOCUMENT, [batches()])
+
+
+def _lists(values: np.ndarray) -> pa.ListArray:
+    """[lists, values in each] int32 as an Arrow column, without a copy."""
+    edges = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(edges), pa.array(values.reshape(-1)))
+
+
+def _write_dataset(folder: Path, schema: pa.Schema, shards: list[Iterator[pa.RecordBatch]]) -> None:
+    """What `Dataset.save_to_disk` writes, without its copy of everything: Arrow streams, features, and their list."""
+    import datasets
+
+    folder.mkdir()
+    files, digest = [], xxhash.xxh3_64()
+    for n, batches in enumerate(shards):
+        files.append(f"data-{n:05d}-of-{len(shards):05d}.arrow")
+        with pa.OSFile(str(folder / files[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                digest.update(batch["input_ids"].values.buffers()[1])
+    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema)).write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": file} for file in files],
+        "_fingerprint": digest.hexdigest(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

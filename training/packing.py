@@ -1,0 +1,150 @@
+"""Which tokens stand in which row, in pure NumPy; training/packed.py reads the texts and writes the rows.
+
+best_fit puts whole documents together with least waste: longest first, each into the fullest row that still has room
+(best-fit decreasing, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830). A document longer than a row is
+split and only its remainder is fitted; no token is dropped. position_ids restart at each document, which is what
+isolates them. concat joins documents and cuts every seq_len tokens, with one range of positions a row: LongLoRA's data.
+
+    python -c "from training.packing import best_fit; print(best_fit([5, 3, 6, 2], 8))"      # [1 1 0 0]: 6 + 2, 5 + 3
+
+Legend: D documents, S segments (pieces of documents), R rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
+    """The row of each item, [items] int64, rows counted from 0.
+
+    Items of one length are placed together, into all rows of one room at a time: the work grows with the number of
+    distinct lengths (at most capacity), not with the number of items.
+
+    ValueError unless all lengths are from 1 to capacity.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(f"lengths {lengths.min()} to {lengths.max()} do not fit rows of {capacity}: split them first")
+    row_of, rows = np.empty(len(lengths), np.int64), 0
+    rooms: list[int] = []  # in which some row has exactly that room, sorted
+    rows_with: dict[int, list[int]] = {}
+
+    def put_back(room: int, some: list[int]) -> None:
+        if room and some:
+            if room not in rows_with:
+                bisect.insort(rooms, room)
+            rows_with.setdefault(room, []).extend(some)
+
+    order = np.argsort(-lengths, kind="stable")
+    for items in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+        length = int(lengths[items[0]]) if len(items) else capacity
+        while len(items):
+            at = bisect.bisect_left(rooms, length)
+            room = rooms.pop(at) if at < len(rooms) else capacity
+            each = room // length  # the fullest row with room is the one just used, until it has none
+            needed = -(-len(items) // each)
+            there = rows_with.pop(room, None)
+            if there is None:  # no row has room: as many new ones as it takes
+                there = list(range(rows, rows + needed))
+                rows += needed
+            used = there[:needed]
+            placed = min(len(items), len(used) * each)
+            missing = len(used) * each - placed  # in the last of them only
+            row_of[items[:placed]] = np.repeat(used, each)[:placed]
+            put_back(room, there[needed:])
+            put_back(room - each * length, used[:-1] if missing else used)
+            put_back(room - (each - missing) * length, used[-1:] if missing else [])
+            items = items[placed:]
+    return row_of
+
+
+class Segments(NamedTuple):
+    """Pieces of the token stream, by row and place in it; each [S] int64."""
+
+    row: np.ndarray
+    source: np.ndarray
+    """First token, in the stream."""
+    length: np.ndarray
+
+
+def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, capacity: int) -> Segments:
+    """best_fit of documents, those longer than capacity split into full pieces and a remainder."""
+    pieces_D = -(-lengths_D // capacity)
+    document_S = np.repeat(np.arange(len(lengths_D)), pieces_D)
+    skipped_S = (np.arange(len(document_S)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)) * capacity
+    length_S = np.minimum(capacity, lengths_D[document_S] - skipped_S)
+    row_S = best_fit(length_S, capacity)
+    by_row = np.argsort(row_S, kind="stable")
+    return Segments(row_S[by_row], (starts_D[document_S] + skipped_S)[by_row], length_S[by_row])
+
+
+def concat(starts_D: np.ndarray, lengths_D: np.ndarray, capacity: int) -> Segments:
+    """Documents one after the other, cut every `capacity` tokens; the last row may be shorter."""
+    ends_D = np.cumsum(lengths_D)
+    total = int(lengths_D.sum())
+    edges = np.union1d(ends_D - lengths_D, np.arange(0, total, capacity))  # in the joined documents
+    document_S = np.searchsorted(ends_D, edges, side="right")
+    source_S = starts_D[document_S] + edges - (ends_D - lengths_D)[document_S]
+    return Segments(edges // capacity, source_S, np.diff(edges, append=total))
+
+
+METHODS = {"best_fit": split_and_fit, "concat": concat}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows as arithmetic; tokens are only moved by `fill`."""
+
+    segments: Segments
+    seq_len: int
+    first_token: int | None
+    """Stands first in each row, as part of its first document."""
+    pad_token: int
+    isolated: bool
+    """position_ids restart at each document."""
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return int(self.segments.row[-1]) + 1 if len(self.segments.row) else 0
+
+    def lengths(self) -> np.ndarray:
+        """Tokens before the padding: [R] int32."""
+        first = self.first_token is not None
+        return (np.bincount(self.segments.row, self.segments.length, self.count) + first).astype(np.int32)
+
+    def fill(self, start: int, stop: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows start..stop: input_ids [R, T] int32, position_ids [R, T] int32 and length [R] int32.
+
+        Padding stands at the end of a row, and its positions restart like a document's. tokens is the stream, [any].
+        """
+        low, high = np.searchsorted(self.segments.row, [start, stop])
+        row_S, source_S, length_S = (column[low:high] for column in self.segments)
+        row_S = row_S - start
+        first, count = int(self.first_token is not None), stop - start
+        before_S = np.cumsum(length_S) - length_S
+        opens_S = np.diff(row_S, prepend=-1) > 0
+        place_S = before_S - np.repeat(before_S[opens_S], np.bincount(row_S, minlength=count)) + first
+        flat = np.arange(length_S.sum())  # every real token of these rows
+        target = np.repeat(row_S * self.seq_len + place_S - before_S, length_S) + flat
+
+        ids_RT = np.full((count, self.seq_len), self.pad_token, np.int32)
+        if self.first_token is not None:
+            ids_RT[:, 0] = self.first_token
+        ids_RT.reshape(-1)[target] = tokens[np.repeat(source_S - before_S, length_S) + flat]
+
+        length_R = (np.bincount(row_S, length_S, count) + first).astype(np.int32)
+        column_T = np.arange(self.seq_len, dtype=np.int32)
+        positions_RT = np.where(column_T < length_R[:, None], column_T, column_T - length_R[:, None])
+        if self.isolated:
+            origin_S = np.where(opens_S, 0, place_S).astype(
+                np.int32
+            )  # a row's first document begins with its first token
+            positions_RT.reshape(-1)[target] -= np.repeat(origin_S, length_S)
+        return ids_RT, positions_RT, length_R

@@ -1,0 +1,78 @@
+"""The sink token: a token of its own, learned as the place where attention goes when it has nowhere to go.
+
+"Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453, section 3.3): a model pretrained with such
+a token first in every sample needs only that one kept in its cache. The tokenizer itself puts it there, so whoever
+loads the model with plain transformers feeds it what it was trained on.
+
+    tokenizer, sink_id = with_sink_token(tokenizer);  assert tokenizer("Hello").input_ids[0] == sink_id
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+SINK_TOKEN = "<|sink|>"
+
+
+def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, int]:
+    """A copy of the tokenizer that puts `<|sink|>` before every text (before BOS, if it adds one), and the token's id.
+
+    The rule is the post-processor of tokenizer.json, so it survives saving and loading; that is tried here. A tokenizer
+    that does so already comes back as it is.
+
+    ValueError for a tokenizer that is not a fast one, or whose rule for special tokens is not a template or is rebuilt
+    by its class on loading.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: it has no template to put {SINK_TOKEN} in")
+    if _is_first(tokenizer):
+        return tokenizer, tokenizer.get_vocab()[SINK_TOKEN]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": [SINK_TOKEN]}, replace_extra_special_tokens=False)
+    sink_id = tokenizer.get_vocab()[SINK_TOKEN]
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    rule = _sink_before(spec["post_processor"], sink_id)
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [], "post_processor": rule}
+    tokenizer.backend_tokenizer.post_processor = tokenizers.Tokenizer.from_str(json.dumps(spec | empty)).post_processor
+    for flag in ("add_bos_token", "add_eos_token"):  # saved, they would rebuild the rule from BOS and EOS on loading
+        tokenizer.init_kwargs.pop(flag, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        if not _is_first(AutoTokenizer.from_pretrained(folder, local_files_only=True)):
+            raise ValueError(
+                f"{type(tokenizer).__name__} drops {SINK_TOKEN} on loading: it rebuilds its post-processor"
+            )
+    return tokenizer, sink_id
+
+
+def _is_first(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.get_vocab().get(SINK_TOKEN) in tokenizer("").input_ids[:1]
+
+
+def _sink_before(rule: dict[str, Any] | None, sink_id: int) -> dict[str, Any]:
+    """A post-processor with the sink token as the first piece of its template; it gets a template if it has none."""
+    if rule is None or rule["type"] == "ByteLevel":  # ByteLevel only trims offsets
+        text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        template = {"type": "TemplateProcessing", "single": [text], "pair": [text, pair], "special_tokens": {}}
+        rule = {"type": "Sequence", "processors": [rule, template] if rule else [template]}
+    steps = rule["processors"] if rule["type"] == "Sequence" else [rule]
+    if steps[-1]["type"] != "TemplateProcessing":
+        raise ValueError(
+            f"a post-processor that ends in {steps[-1]['type']} has no place for {SINK_TOKEN}: only templates do"
+        )
+    piece = {"SpecialToken": {"id": SINK_TOKEN, "type_id": 0}}
+    tokens = {SINK_TOKEN: {"id": SINK_TOKEN, "ids": [sink_id], "tokens": [SINK_TOKEN]}}
+    last = steps[-1] | {
+        "single": [piece, *steps[-1]["single"]],
+        "pair": [piece, *steps[-1]["pair"]],
+        "special_tokens": steps[-1]["special_tokens"] | tokens,
+    }
+    return {"type": "Sequence", "processors": [*steps[:-1], last]}
