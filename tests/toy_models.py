@@ -7,8 +7,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from infra.resources import Resources
 from training.model import tiny_model
-from training.recipe import TinyModelRecipe
+from training.packed import pack_corpus
+from training.recipe import CorpusRecipe, OptimRecipe, PackRecipe, RopeRecipe, SourceRecipe, TinyModelRecipe, TrainJob
 
 VOCAB = 64
 TINY = TinyModelRecipe(hidden=32, layers=2, heads=4, kv_heads=2, context_length=64)
@@ -38,3 +40,39 @@ def tiny_folder(folder: Path, seed: int = 0, vocab: int = VOCAB, tied: bool = Tr
 
 def read_json(path: Path) -> dict:
     return json.loads(Path(path).read_text())
+
+
+def packed_corpus(folder: Path, *, seq_len: int = 16, first_token: str = "none", method: str = "best_fit") -> Path:
+    """A PackedCorpus of 40 counting documents (w5 w6 w7 ...), by the product's own packing; two are held out."""
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    for n in range(40):
+        (texts / f"count{n:02d}.txt").write_text(" ".join(f"w{2 + (n * 7 + i) % (VOCAB - 2)}" for i in range(5 + n)))
+    corpus = CorpusRecipe(sources=(SourceRecipe(files=str(texts / "*.txt")),), test=("count0[01]*",))
+    pack = PackRecipe(seq_len=seq_len, first_token=first_token, method=method)
+    (folder / "corpus").mkdir()
+    pack_corpus(corpus, pack, tiny_tokenizer(), folder / "corpus")
+    return folder / "corpus"
+
+
+def job(folder: Path, **choices) -> dict:
+    """A TrainJob's fields for two-layer finetuning in `folder` (base/ and corpus/ are made once); choices override."""
+    if not (folder / "base").exists():
+        tiny_folder(folder / "base")
+        packed_corpus(folder)
+    place = folder / choices.pop("name", "run")
+    optim = {"steps": 6, "global_batch_tokens": 64, "learning_rate": 3e-3, "warmup_steps": 2} | choices.pop("optim", {})
+    resources = {"workers": 1, "checkpoint_every_steps": 2} | choices.pop("resources", {})
+    todo = {
+        "kind": "finetune",
+        "corpus": str(folder / "corpus"),
+        "base": str(folder / "base"),
+        "rope": RopeRecipe(type="linear", factor=2.0),
+        "optim": OptimRecipe(**optim),
+        "resources": Resources(**resources),
+        "seed": 0,
+        "out": str(place / "out"),
+        "work": str(place / "work"),
+        "superseded_file": str(place / "superseded"),
+    }
+    return TrainJob(**todo | choices).model_dump(mode="json")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-IGNORED = -100  # a label that is no target, as everywhere in transformers
+from training.batches import IGNORED
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):

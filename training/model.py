@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from attention.rope import stretched_config
 from training.recipe import RopeRecipe, TinyModelRecipe
 
 
@@ -35,8 +36,6 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if rope is not None and rope.type != "none":
-        from attention.rope import stretched_config
-
         config = stretched_config(config, rope.type, rope.factor, rope.theta)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if len(tokenizer) > config.vocab_size:

@@ -1,0 +1,21 @@
+"""Stage `convert`: the base model, from wherever the recipe says, as one plain Hugging Face folder.
+
+longreach run quickstart
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from infra.resources import Resources
+from pipelines.stage import StageRun
+from training.convert import convert as convert_model
+from training.model import describe
+from training.recipe import BaseRecipe
+
+
+def convert(*, recipe: BaseRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
+    """-> ModelCheckpoint with origin.json; the summary says where it came from and what it is."""
+    origin = convert_model(recipe.source, out, recipe.revision)
+    return {"origin": origin, **describe(out)}

@@ -1,0 +1,60 @@
+"""Stage `finetune`: one arm, from the stretched base, as DeepSpeed ranks on Ray Train. The story is training/loop.py.
+
+longreach run quickstart
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from infra.artifact import Artifact
+from infra.launch import run_ranks
+from infra.resources import Resources
+from pipelines.stage import StageRun
+from training.recipe import FinetuneStageRecipe, TrainJob
+
+
+def finetune(
+    corpus: Artifact, base: Artifact, *, recipe: FinetuneStageRecipe, resources: Resources, out: Path, run: StageRun
+) -> dict[str, Any]:
+    """PackedCorpus + ModelCheckpoint -> AdapterCheckpoint (ModelCheckpoint where everything is tuned)."""
+    job = TrainJob(
+        kind="finetune",
+        corpus=str(corpus.path),
+        base=str(base.path),
+        rope=recipe.rope,
+        arm=recipe.arm,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        resources=resources,
+        **places(out, run),
+    )
+    return run_job(job, run)
+
+
+def places(out: Path, run: StageRun) -> dict[str, Any]:
+    """Where a training job reads and writes, as TrainJob names it."""
+    return {
+        "out": str(out),
+        "work": str(run.attempt.work),
+        "earlier": tuple(str(folder / "work") for folder in run.earlier),
+        "superseded_file": str(run.attempt.superseded_file),
+        "spool": str(run.spool.path),
+    }
+
+
+def run_job(job: TrainJob, run: StageRun) -> dict[str, Any]:
+    """Trains on the ranks that the job's resources ask for; returns what training.json holds."""
+    for key, value in {"ranks": job.resources.workers, "zero_stage": job.resources.zero_stage}.items():
+        run.spool.param(key, value)
+    summary = run_ranks(
+        "training.loop:train",
+        job.model_dump(mode="json"),
+        resources=job.resources,
+        name="train",
+        storage=run.attempt.work / "ray",
+    )
+    costs = {"wall_s": "wall_s", "peak_gib": "peak_gib", "tokens_per_s": "tokens_per_s", "step_s": "step_s_median"}
+    run.spool.metrics({f"cost/{name}": summary[key] for name, key in costs.items()}, step=summary["steps"])
+    return summary

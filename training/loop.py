@@ -1,0 +1,252 @@
+"""The training loop, top to bottom: one rank's whole life. Ray Train starts it on every rank (infra/launch.py).
+
+    build the model -> stretch it, apply the arm, set the pattern -> DeepSpeed engine -> resume ->
+    for each step: rows by arithmetic -> loss -> backward -> step -> say so -> checkpoint
+    -> check and save the result
+
+Everything that an arm shares with the others (rows, order, seed, schedule) depends on the seed and the step number
+alone, so arms differ in nothing but their own choices, and a resumed run goes on bit by bit as if never stopped.
+
+    pytest tests/test_training_loop.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from attention import PATTERNS
+from attention.hf import active_pattern, set_pattern
+from infra.artifact import digest_of
+from infra.launch import Superseded
+from infra.tracking import Spool
+from training import checkpoint, throughput, zero
+from training.batches import PackedRows, RowOrder
+from training.longlora import apply_arm, trainable_parameters
+from training.loss import TokenLoss, count_targets
+from training.model import fit_embeddings, load_model, tiny_model
+from training.recipe import OptimRecipe, TrainJob
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains as `job` (a TrainJob's fields) says and returns the summary that training.json holds.
+
+    Every rank calls it, with the process group up. Raises ValueError (choices that cannot be), FloatingPointError (the
+    loss is not finite; names step and rows), Superseded (a newer attempt took over), RuntimeError (the pattern is not
+    on, or the result is not what was trained).
+    """
+    todo = TrainJob.model_validate(job)
+    optim, resources = todo.optim, todo.resources
+    rank, world = dist.get_rank(), dist.get_world_size()
+    out, checkpoints = Path(todo.out), Path(todo.work) / "checkpoints"
+    torch.manual_seed(todo.seed)
+
+    # ---- the model, as every arm starts
+    rows = PackedRows(Path(todo.corpus))
+    model, tokenizer = build(todo, rows.info)
+    start = checkpoint.tensor_digests(model)
+    facts = {"total_parameters": model.num_parameters(), "trainable": trainable_parameters(model)}
+
+    # ---- the engine and the rows
+    peak_rate = todo.arm.learning_rate or optim.learning_rate
+    global_rows = optim.global_batch_tokens // rows.info["seq_len"]
+    engine = zero.start_engine(
+        TokenLoss(model), optim, resources, global_batch_rows=global_rows, learning_rate=peak_rate
+    )
+    engine.train()
+    order = RowOrder(len(rows), todo.seed, global_rows)
+
+    # ---- resume
+    log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
+    identity = digest_of(todo.choices())
+    done, notes = resume(engine, checkpoints, todo.earlier, identity, log)
+
+    # ---- the steps
+    for step in range(done, optim.steps):
+        if Path(todo.superseded_file).exists():
+            raise Superseded(f"step {step + 1}: a newer attempt took over ({todo.superseded_file})")
+        clock = throughput.Clock()
+        micro_rows = order.for_rank(step, rank, world, resources.micro_batch_rows)
+        batches = [rows.batch(ids, drop_first=todo.kind == "pretrain" and todo.sink == "none") for ids in micro_rows]
+        # One mean over the targets of the whole global batch, however they are spread: the ranks agree on their number.
+        targets, tokens = all_sum(
+            engine, [sum(count_targets(b["labels"]) for b in batches), sum(b["input_ids"].numel() for b in batches)]
+        )
+        clock.lap("data")
+        rate = learning_rate(optim, peak_rate, step)
+        loss_sum, norm = 0.0, math.nan
+        for batch in batches:
+            loss = engine(**{k: v.to(engine.device) for k, v in batch.items()}, scale=world / max(targets, 1))
+            clock.lap("forward")
+            zero.backward(engine, loss)
+            clock.lap("backward")
+            norm = zero.step(engine, rate)
+            clock.lap("step")
+            loss_sum += loss.item() / world
+        (mean_loss,) = all_sum(engine, [loss_sum])
+        if not (math.isfinite(mean_loss) and math.isfinite(norm) and targets):
+            raise FloatingPointError(
+                f"step {step + 1}: loss {mean_loss}, gradient norm {norm}, {targets:.0f} targets, in rows "
+                f"{order.rows_of_step(step).tolist()}: lower learning_rate ({rate:g}) or look at these rows"
+            )
+        if log:
+            log.add(
+                {"step": step + 1, "loss": mean_loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
+                | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
+                | {"rss_gib": throughput.rss_gib(), "phases": clock.laps, "rows": order.rows_of_step(step).tolist()},
+                total=optim.steps,
+            )
+        if (step + 1) % resources.checkpoint_every_steps == 0 and step + 1 < optim.steps:
+            checkpoint.save(
+                engine,
+                checkpoints,
+                step=step + 1,
+                identity=identity,
+                keep_last=resources.keep_last,
+                attach=[out / "metrics.jsonl"],
+            )
+
+    # ---- what leaves
+    (peak_gib,) = all_sum(engine, [throughput.peak_gib()])
+    checkpoint.export(model, tokenizer, out, start=start)
+    active = active_pattern(model)
+    if not (log and active):
+        return {}
+    summary = throughput.summary(log.rows) | facts
+    summary |= {"peak_gib": peak_gib, "ranks": world, "pattern": str(active.pattern), "kernel": active.kernel}
+    summary |= {"resumed_from_step": done, "notes": notes, **todo.choices()}
+    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
+    """(model, tokenizer): the start that all arms share, then this arm's parameters and pattern.
+
+    ValueError: rows of another tokenizer, rows beyond the stretched context. RuntimeError: the pattern is not on.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(Path(todo.corpus) / "tokenizer", local_files_only=True)
+    if todo.kind == "pretrain":
+        assert todo.model is not None, "pretraining needs a model recipe"
+        # Both sink arms get the sink's embedding row, so they start from the same weights; one never looks it up.
+        model: Any = tiny_model(todo.model, packed["vocab_size"], todo.seed)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, key, getattr(tokenizer, key))
+        if todo.sink == "none":
+            tokenizer = AutoTokenizer.from_pretrained(todo.base, local_files_only=True)
+    else:
+        model, own = load_model(todo.base, rope=todo.rope)
+        check_tokenizer(own.get_vocab(), tokenizer.get_vocab())
+        if fit_embeddings(model, tokenizer) and todo.arm.tune != "all":
+            raise ValueError(
+                f"the rows begin with a token that the base lacks ({packed['first_token']!r}): an adapter cannot carry "
+                f"a resized embedding, so tune 'all', or pack with first_token 'none' or 'bos'"
+            )
+    if packed["seq_len"] > model.config.max_position_embeddings:
+        raise ValueError(
+            f"rows of {packed['seq_len']} tokens exceed the model's {model.config.max_position_embeddings} positions: "
+            f"raise rope.factor, or lower pack.seq_len"
+        )
+    model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
+    if todo.resources.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = apply_arm(model, todo.arm)
+    choice = todo.arm.attention
+    given = {"group_tokens": choice.group_tokens, "sink_tokens": choice.sink_tokens}
+    pattern = PATTERNS[choice.pattern](**({} if choice.pattern == "causal" else given))
+    active = set_pattern(model, pattern)
+    if active_pattern(model) != active:
+        raise RuntimeError(f"asked for attention {active}, but {active_pattern(model)} is on")
+    return model, tokenizer
+
+
+def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:
+    """ValueError unless the rows' vocabulary is the base's, with at most new tokens after it."""
+    wrong = [token for token, number in base.items() if corpus.get(token) != number]
+    if wrong or len(corpus) < len(base):
+        raise ValueError(
+            f"the corpus was packed with another tokenizer: {len(wrong)} of the base's {len(base)} tokens have another "
+            f"id or none in it (for instance {wrong[:3]}): pack the corpus with this base"
+        )
+
+
+def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
+    """The rate of step 0, 1, ...: a linear warm-up that never starts at zero, then constant or falling to zero."""
+    if step < optim.warmup_steps:
+        return peak * (step + 1) / optim.warmup_steps
+    passed = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}
+    return peak * shape[optim.schedule]
+
+
+def resume(
+    engine: Any, own: Path, earlier: tuple[str, ...], identity: str, log: StepLog | None
+) -> tuple[int, list[str]]:
+    """Loads the newest valid checkpoint of this attempt or an earlier one: (steps done, notes on what was passed over).
+
+    Rank 0 decides, so that all ranks load the same one. Without any, training starts at step 0.
+    """
+    found: list[Any] = [None, []]
+    if dist.get_rank() == 0:
+        for draft in own.glob(".draft-*"):  # left by a kill; nobody else writes here
+            shutil.rmtree(draft)
+        folders = [own, *(Path(work) / "checkpoints" for work in earlier)]
+        found = list(checkpoint.newest_valid(folders, identity=identity, world=dist.get_world_size()))
+    dist.broadcast_object_list(found)
+    path, notes = found
+    done = checkpoint.load(engine, path) if path else 0
+    if log:
+        log.restart(path / "metrics.jsonl" if path else None)
+        for note in notes:
+            log.note(note)
+    return done, notes
+
+
+class StepLog:
+    """Rank 0's record: metrics.jsonl (every step once, part of the result) and the spool (what MLflow is shown)."""
+
+    def __init__(self, path: Path, spool: str | None) -> None:
+        self.path = path
+        self.spool = Spool(spool) if spool else None
+        self.rows: list[dict[str, Any]] = []
+        # Steps that this attempt already told the spool, before its ranks were restarted: told once is enough.
+        self.told = sum(1 for _ in path.open()) if path.exists() else 0
+
+    def restart(self, history: Path | None) -> None:
+        """Begins with the steps of the checkpoint that was loaded, if any."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = history.read_text() if history else ""
+        self.path.write_text(text)
+        self.rows = [json.loads(line) for line in text.splitlines()]
+
+    def add(self, row: dict[str, Any], *, total: int) -> None:
+        """One optimizer step."""
+        self.rows.append(row)
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.spool is None:
+            return
+        if row["step"] > self.told:
+            names = ("loss", "lr", "grad_norm", "tokens_per_s", "rss_gib", "seconds")
+            values = {f"train/{n}": row[n] for n in names} | {f"time/{k}_s": v for k, v in row["phases"].items()}
+            self.spool.metrics(values, step=row["step"])
+        self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], loss=row["loss"])
+
+    def note(self, text: str) -> None:
+        """Something that a reader of the run should know."""
+        print(text, flush=True)
+        if self.spool:
+            self.spool.tag("longreach.note", text)
+
+
+def all_sum(engine: Any, values: list[float]) -> list[float]:
+    """Each value summed over the ranks, exactly (float64)."""
+    numbers = torch.tensor(values, dtype=torch.float64, device=engine.device)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
