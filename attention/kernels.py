@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def pieces(pattern: Pattern, heads: Heads, start_BT: Tensor) -> list[Piece]:
 
 def _runs(cuts: list[int]) -> Iterator[tuple[int, int, int]]:
     """(begin, number, length) of consecutive segments of equal length."""
-    lengths = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(cuts)]
     begin = 0
     for length, same in groupby(lengths):
         number = len(list(same))
@@ -174,7 +174,7 @@ class _CpuSegments(torch.autograd.Function):
 
 
 def _token_major(x_BHTD: Tensor) -> Tensor:
-    """Uninitialised, shaped like x, laid out [B, T, H, D]: what follows attention wants it so, and gets it by a view."""
+    """Uninitialised, shaped like x, laid out [B, T, H, D]: what follows attention wants it so and gets a view."""
     B, H, T, D = x_BHTD.shape
     return x_BHTD.new_empty(B, T, H, D).transpose(1, 2)
 

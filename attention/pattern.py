@@ -2,8 +2,8 @@
 
     mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position (tensors that broadcast)
 
-Predicates combine with `and_` and `or_`; every kernel and the reference come from the same ones. Documents are read from
-position_ids: a position that is not its left neighbour's plus one starts a new one (padding is a run of its own).
+Predicates combine with `and_` and `or_`; every kernel and the reference come from the same ones. Documents are read
+from position_ids: a position that is not its left neighbour's plus one starts a new one (padding is a run of its own).
 
 Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D head dim.
 """

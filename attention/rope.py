@@ -4,7 +4,7 @@ A model trained on positions 0..L-1 has never seen the rotation of position L. P
 divides positions by the factor, so that new ones fall between old ones; NTK-aware, YaRN (arXiv:2309.00071) and
 Llama-3 scaling treat slow and fast frequencies apart; `theta` only raises the base frequency, without any training.
 
-    python -c "from attention.rope import *; from transformers import LlamaConfig; print(stretched_config(LlamaConfig(), 'linear', 2.0).rope_parameters)"
+    stretched_config(AutoConfig.from_pretrained(folder), "linear", 2.0)
 """
 
 from __future__ import annotations
