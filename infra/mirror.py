@@ -35,8 +35,8 @@ from urllib.parse import urlsplit
 
 from infra.tracking import iter_events
 
-POLL_S = 1.0
-BACKOFF_S = 30.0
+POLL_S = 5.0
+BACKOFF_S = 20.0
 """Longest pause between two tries while the server is away."""
 DRAIN_S = 60.0
 """How long a mirror goes on uploading after its parent is gone."""
@@ -51,9 +51,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
 }
+"""The mirror's, unless the user's own says otherwise."""
 
 log = logging.getLogger("longreach.mirror")
 
@@ -225,8 +224,10 @@ class Mirror:
 
     def _find(self, start: dict[str, Any], known: str = "") -> str:
         """The MLflow run that carries a run's tag: the known one of several, TRASH if a user deleted it, or ""."""
+        from mlflow.entities import ViewType
+
         query = f"tags.`{RUN_TAG}` = '{start['run']}'"
-        found = self.client.search_runs([self._experiment(start["experiment"])], query, run_view_type=3)  # ViewType.ALL
+        found = self.client.search_runs([self._experiment(start["experiment"])], query, ViewType.ALL)
         runs = {run.info.run_id: run for run in found}
         if runs and all(run.info.lifecycle_stage == "deleted" for run in found):
             return TRASH
@@ -377,10 +378,11 @@ def _only_us(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; the kernel frees it when its holder dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Pause(f"another process is uploading {folder}") from None
         yield
-    except BlockingIOError:
-        raise Pause(f"another process is uploading {folder}") from None
     finally:
         os.close(descriptor)
 
@@ -409,7 +411,7 @@ def _input_closed(wait_s: float) -> bool:
 
 
 def _sync_once(mirror: Mirror, timeout_s: float) -> SyncReport:
-    deadline_s, pause_s = time.monotonic() + timeout_s, POLL_S
+    deadline_s, pause_s = time.monotonic() + timeout_s, 1.0
     while (problem := mirror.upload(deadline_s, everything=True)) and time.monotonic() + pause_s < deadline_s:
         mirror._warn(f"{problem}; trying again for up to {timeout_s:.0f} s")
         time.sleep(pause_s)
@@ -495,10 +497,9 @@ def _command(spool_dir: Path, uri: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Our own, with the folder of this package importable, and MLflow's patience shortened unless the user set it."""
-    here = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**ENVIRONMENT, **os.environ, "PYTHONPATH": paths}
+    """This process's, with this package importable from any folder."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def default_uri(workdir: Path | str) -> str:
