@@ -66,10 +66,10 @@ def active_pattern(model: nn.Module) -> ActivePattern | None:
         ValueError: layers disagree.
     """
     modules = [m for m in model.modules() if hasattr(m, "config") and (hasattr(m, "is_causal") or _is_model(m))]
-    names = {m.config._attn_implementation for m in modules}
+    names = {getattr(m.config, "_attn_implementation", None) for m in modules}
     if len(names) != 1:
         raise ValueError(f"the model's layers disagree about their attention: {sorted(map(str, names))}")
-    return _registered.get(names.pop())
+    return _registered.get(str(names.pop()))
 
 
 def _is_model(module: nn.Module) -> bool:

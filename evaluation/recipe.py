@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.choices import Choices
 
@@ -28,7 +28,7 @@ class PerplexityRecipe(EvalRecipe):
 
 
 class PasskeyRecipe(EvalRecipe):
-    """A five-digit key hidden in filler sentences (LongLoRA, appendix; 2305.16300)."""
+    """A key from 1 to 49,999 hidden in filler sentences (LongLoRA, section 4.2; 2305.16300)."""
 
     lengths: tuple[int, ...] = Field(min_length=1)
     """Prompt lengths in tokens."""
@@ -51,5 +51,21 @@ class StreamingRecipe(EvalRecipe):
     """First tokens that the sink cache keeps."""
     ways: tuple[Literal["dense", "window", "recompute", "sinks"], ...] = ("dense", "window", "recompute", "sinks")
     """Which of the four."""
+    recompute_every: int = Field(default=16, ge=1)
+    """The `recompute` way scores every n-th token, as each needs a pass over its own window; 1 scores all."""
     positions: Literal["cache", "text"] = "cache"
     """Where positions are counted: inside the cache (the paper's way) or in the text."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "StreamingRecipe":
+        if self.sink_tokens >= self.cache_tokens:
+            raise ValueError(
+                f"sink_tokens {self.sink_tokens} leave no room for recent tokens in cache_tokens {self.cache_tokens}: "
+                f"use fewer sinks or a larger cache"
+            )
+        if self.cache_tokens >= self.tokens:
+            raise ValueError(
+                f"tokens {self.tokens} do not outgrow cache_tokens {self.cache_tokens}, so all ways would be the same: "
+                f"score more tokens or use a smaller cache"
+            )
+        return self

@@ -1,21 +1,14 @@
 """The runner on a real Ray cluster, with stages that cost nothing."""
 
 import io
-import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
-import toy_stages
 from rich.console import Console
 from toy_stages import ToyRecipe, calls
 
-from infra.artifact import CorruptArtifact, LeaseHeld
+from infra.artifact import LeaseHeld
 from infra.tracking import read_events
 from pipelines import runner
 from pipelines.display import Display

@@ -1,6 +1,7 @@
 """Identity: what changes a fingerprint and what must not."""
 
 import pytest
+from pydantic import ConfigDict
 
 from infra.choices import Choices
 from infra.resources import Resources
@@ -68,7 +69,7 @@ def test_a_raised_revision_changes_the_fingerprint(monkeypatch):
 
 def test_a_value_without_one_serialisation_is_refused_as_identity():
     class Loose(Choices):
-        model_config = {"allow_inf_nan": True, "ser_json_inf_nan": "constants"}
+        model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
         x: float
 
     with pytest.raises(ValueError, match="deterministically"):

@@ -1,0 +1,87 @@
+"""Negative log-likelihood of every token of a text in one causal pass; the logits never exist whole.
+
+A causal model's prediction at position t sees positions 0..t whatever follows, so one pass over T tokens scores each of
+them in its full context. The head is what hurts: T x vocabulary logits in float32 are 1.6 GiB at 8,192 x 49,152. So the
+body runs once and the head runs over CHUNK positions at a time (96 MiB). Measured on SmolLM2, 8,192 tokens, CPU: one
+pass is faster than prefilling a KV cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
+
+Legend: T tokens, C tokens of one chunk, V vocabulary, E width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+CHUNK = 512
+
+
+@torch.inference_mode()
+def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str) -> np.ndarray:
+    """NLL in nats of tokens 1..T-1, each given all before it.
+
+    Args:
+        ids_T: token ids [T], T >= 2, with whatever the model expects first already in place.
+        name: the document's, for errors.
+
+    Returns:
+        float64 [T-1]; entry t belongs to token t + 1.
+
+    Raises:
+        ValueError: an id outside of the model's vocabulary.
+        FloatingPointError: logits that are not finite, with the document and the first such token.
+    """
+    x_T = torch.from_numpy(np.ascontiguousarray(ids_T, dtype=np.int64)).to(model.device)
+    check_ids(model, x_T, name)
+    hidden_TE = model.base_model(input_ids=x_T[None], use_cache=False).last_hidden_state[0]
+    return hidden_nll(model, hidden_TE[:-1], x_T[1:], name).cpu().numpy()
+
+
+def hidden_nll(model: PreTrainedModel, hidden_TE: torch.Tensor, target_T: torch.Tensor, name: str) -> torch.Tensor:
+    """NLL float64 [T] of target_T under the head's predictions from the body's output; errors as `token_nll`."""
+    head = model.get_output_embeddings()
+    nll_T = torch.cat(
+        [
+            cross_entropy(head(hidden_CE).float(), target_C, reduction="none").double()
+            for hidden_CE, target_C in zip(hidden_TE.split(CHUNK), target_T.split(CHUNK), strict=True)
+        ]
+    )
+    if not torch.isfinite(nll_T).all():
+        first = int((~torch.isfinite(nll_T)).nonzero()[0, 0])
+        raise FloatingPointError(f"{name}: the logits that predict token {first + 1} are not finite; check the weights")
+    return nll_T
+
+
+@torch.inference_mode()
+def check_head(model: PreTrainedModel, ids_T: np.ndarray) -> None:
+    """ValueError unless the model's logits are its output embedding of its body's output (tried on eight tokens).
+
+    Some architectures scale or cap logits after the head (Gemma 2, Granite, Cohere): scoring them in chunks without
+    that would give wrong numbers, so it is refused.
+    """
+    x_1T = torch.from_numpy(np.ascontiguousarray(ids_T[:8], dtype=np.int64))[None].to(model.device)
+    whole = model(input_ids=x_1T, use_cache=False).logits.float()
+    ours = model.get_output_embeddings()(model.base_model(input_ids=x_1T, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output embedding (by up to "
+            f"{(whole - ours).abs().max():.3g}): its tokens cannot be scored in chunks"
+        )
+
+
+def check_ids(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> None:
+    """ValueError where a token id has no embedding."""
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if int(ids_T.max()) >= rows:
+        raise ValueError(
+            f"{name}: token id {int(ids_T.max())}, but the model has {rows} embeddings: "
+            f"the text was tokenised for another model"
+        )
+
+
+def is_dynamic(model: PreTrainedModel) -> bool:
+    """Whether the model's rotary frequencies depend on how long the input is, so that no pass can serve two lengths."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")

@@ -1,0 +1,103 @@
+"""The report: was it worth it? Perplexity by length, wall clock, memory and trained parameters of each arm, on a page.
+
+Every number is read from the artifacts' files and manifests, never from MLflow. A section appears when its inputs are
+there; a file that is there and malformed is an error. Speed-ups are ratios of tokens/s (the median step, the first left
+out) and stand beside the row length and model width that they were measured at, since S²-Attn gains with row length.
+
+    longreach run quickstart && longreach report quickstart --open
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from infra.artifact import Artifact
+from pipelines.graph import ReportRecipe
+from pipelines.report_findings import Found, finite, gather, show_ppl
+from pipelines.report_page import html_page, markdown
+from pipelines.report_sections import sections_of
+from pipelines.stage import StageRun
+
+
+def report(
+    *, recipe: ReportRecipe, resources: object, out: Path, run: StageRun, **artifacts: Artifact
+) -> dict[str, Any]:
+    """Write report.html, report.md and figures into `out`; returns {"headline", "metrics": name -> finite number}.
+
+    Raises:
+        ValueError: an artifact without a label, of an unknown stage, or with a file that is not what it should be.
+    """
+    if wrong := artifacts.keys() ^ recipe.labels.keys():
+        raise ValueError(f"{len(artifacts)} artifacts, {len(recipe.labels)} labels; not in both: {sorted(wrong)}")
+    found = gather({recipe.labels[key]: artifact for key, artifact in artifacts.items()})
+    sections = sections_of(found, recipe.name)
+    about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens" if found.base else ""
+    page = (f"longreach: {recipe.name}", about, headline(found), sections)
+    (out / "report.html").write_text(html_page(*page), encoding="utf-8")
+    (out / "report.md").write_text(markdown(*page), encoding="utf-8")
+    for picture in (p for section in sections for block in section.blocks if isinstance(block, list) for p in block):
+        (out / picture.file).write_bytes(picture.png)
+    return {"headline": headline(found), "metrics": metrics(found)}
+
+
+def headline(found: Found) -> str:
+    """What was gained at the greatest length, and at what cost: a sentence each, where there is something to say."""
+    nothing = f"{len(found.artifacts)} stages ran; no perplexity of the base or of an arm was measured."
+    return " ".join([*_gained(found), *_paid(found)]) or nothing
+
+
+def _gained(found: Found) -> list[str]:
+    """The best arm against everything that needed no training."""
+    length, ppl = found.greatest()
+    arms = [name for name in ppl if name in found.of("finetune")]
+    untrained = [name for name in ppl if name not in arms]
+    listed = ", ".join(f"{name} {show_ppl(ppl[name])}" for name in untrained)
+    said = f"At {length:,} tokens"
+    if found.base:
+        said += f", {length / found.base['context_length']:.3g} times what the base was trained to"
+    if not arms:
+        return [f"{said}, perplexity without any training is: {listed}."] if ppl else []
+    said += f", {arms[0]} is the best trained arm with perplexity {show_ppl(ppl[arms[0]])}"
+    if not untrained:
+        return [f"{said}."]
+    place = {"kind": "document", "protocol": "last_stride", "length": length}
+    rows = [found.models[name].rows("perplexity", **place) for name in (arms[0], untrained[0])]
+    mine, best = ({row["document"]: row["nll"] for row in each} for each in rows)
+    wins = sum(mine[document] < best[document] for document in mine)
+    verdict = "better" if ppl[arms[0]] < ppl[untrained[0]] else "no better"
+    said += f": {verdict} than anything untrained ({listed}), and lower than {untrained[0]}"
+    return [f"{said} on {wins} of {len(mine)} documents."]
+
+
+def _paid(found: Found) -> list[str]:
+    """What the best other arm cost against full fine-tuning."""
+    (_, ppl), full, lora = found.greatest(), found.yardstick("all"), found.yardstick("lora")
+    arm = next((m for name in ppl if (m := found.models[name]).kind == "finetune" and m is not full), None)
+    if not full or not arm:
+        return []
+    said = f"{arm.name} trained at {arm.ratio(full, 'tokens_per_s'):.2f} times the speed of full fine-tuning"
+    if lora and lora is not arm:
+        said += f" and {arm.ratio(lora, 'tokens_per_s'):.2f} times that of LoRA"
+    said += f" ({found.where()}), with {arm.ratio(full, 'peak_gib'):.2f} times full fine-tuning's peak memory"
+    if finite(ppl[arm.name]) and finite(ppl.get(full.name)):
+        change = ppl[arm.name] / ppl[full.name] - 1
+        said += f" and {abs(change):.1%} {'higher' if change > 0 else 'lower'} perplexity"
+    return [f"{said}."]
+
+
+def metrics(found: Found) -> dict[str, float]:
+    """The page's numbers for MLflow, by name; not those that are not finite, which no manifest can hold."""
+    values: dict[str, float] = {f"pack/efficiency/{label}": pack["efficiency"] for label, pack in found.packs.items()}
+    for name, model in found.models.items():
+        tag = name.replace("+", " ")  # MLflow's names allow no plus, ours no space
+        values |= {f"eval/{key}/{tag}": value for s in model.scores.values() for key, value in s["summary"].items()}
+        values |= {f"cost/{key}/{tag}": model.training[key] for key in COSTS if model.training}
+        for against, tune in (("full", "all"), ("lora", "lora")):
+            if model.kind == "finetune" and (other := found.yardstick(tune)):
+                values[f"compare/speedup_vs_{against}/{tag}"] = model.ratio(other, "tokens_per_s")
+                values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(other, "peak_gib")
+    return {key: float(value) for key, value in values.items() if finite(value)}
+
+
+COSTS = ("wall_s", "tokens_per_s", "peak_gib")

@@ -1,0 +1,169 @@
+"""What the report's inputs say: artifacts read once into models with their training, steps and scores.
+
+gather({"convert": artifact, "evaluate[base,perplexity]": another}).ppl()[8192]["base"]["ppl"]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.artifact import Artifact
+from pipelines.stage import STAGES
+
+
+@dataclass
+class Model:
+    """A baseline, a fine-tuned arm or a pretrained one, and what is known of it."""
+
+    name: str
+    kind: str
+    """baseline, finetune or pretrain."""
+    about: str
+    """What was done to it, in a few words."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """What training.json holds; empty for a baseline."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """metrics.jsonl."""
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """scores.json by evaluation."""
+
+    def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
+        """Rows of an evaluation's scores whose columns have these values; none if it was not evaluated so."""
+        rows = self.scores[evaluation]["rows"] if evaluation in self.scores else []
+        return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+
+    def ratio(self, other: Model, key: str) -> float:
+        """This model's cost over another one's."""
+        return self.training[key] / other.training[key]
+
+
+@dataclass
+class Found:
+    """All that the inputs say."""
+
+    artifacts: dict[str, Artifact]
+    """By label, in the order of the graph."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Where the base comes from and what it is; empty if there is none."""
+    packs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """packed.json and report.json, by label."""
+    models: dict[str, Model] = field(default_factory=dict)
+
+    def of(self, *kinds: str) -> dict[str, Model]:
+        """Models of these kinds."""
+        return {name: model for name, model in self.models.items() if model.kind in kinds}
+
+    def yardstick(self, tune: str) -> Model | None:
+        """The first arm that trains `tune` under full attention: what others are measured against."""
+        arms = (m for m in self.of("finetune").values() if m.training["arm"]["tune"] == tune)
+        return next((m for m in arms if m.training["arm"]["attention"]["pattern"] == "causal"), None)
+
+    @property
+    def compared(self) -> dict[str, Model]:
+        """The base's descendants, whose numbers compare."""
+        return self.of("baseline", "finetune")
+
+    def ppl(self, protocol: str = "last_stride") -> dict[int, dict[str, dict[str, Any]]]:
+        """Perplexity over all documents, by context length and model."""
+        return by_length(self.models, "perplexity", kind="pooled", protocol=protocol, domain="*")
+
+    def greatest(self) -> tuple[int, dict[str, float]]:
+        """The greatest length measured, and the compared models' perplexities there, best first; a NaN is last."""
+        length = max(self.ppl(), default=0)
+        ppl = {name: row["ppl"] for name, row in self.ppl().get(length, {}).items() if name in self.compared}
+        return length, dict(sorted(ppl.items(), key=lambda item: item[1] if finite(item[1]) else math.inf))
+
+    def last_tokens(self) -> str:
+        """Which tokens the `last_stride` protocol scores."""
+        recipe = next(m.scores["perplexity"]["recipe"] for m in self.models.values() if "perplexity" in m.scores)
+        return f"last {recipe['last_tokens']} tokens"
+
+    def where(self) -> str:
+        """What ratios of speed depend on."""
+        return f"rows of {self.packs['pack']['seq_len']:,} tokens, width {self.base['hidden']:,}"
+
+
+def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[int, dict[str, dict[str, Any]]]:
+    """Rows of an evaluation by length and model; `where` picks one for each."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, model in models.items():
+        for row in model.rows(evaluation, **where):
+            found.setdefault(row["length"], {})[name] = row
+    return dict(sorted(found.items()))
+
+
+def gather(artifacts: dict[str, Artifact]) -> Found:
+    """Read what the artifacts hold, by label.
+
+    Raises:
+        ValueError: an artifact of an unknown stage, or a file that is not what it should be.
+    """
+    found, arms = Found(artifacts), {}
+    for label, artifact in artifacts.items():
+        match artifact.stage:
+            case "convert":
+                found.base = artifact.summary["origin"] | artifact.summary
+            case "pack":
+                found.packs[label] = artifact.summary | read(artifact, "report.json", "length_histogram", "bad")
+            case "finetune" | "pretrain" as kind:
+                name, facts = label.partition("[")[2].removesuffix("]"), artifact.summary
+                steps = (artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                arms[name] = Model(name, kind, about_arm(facts), facts, [json.loads(line) for line in steps])
+            case "evaluate":
+                choices = artifact.manifest["identity"]["recipe"]
+                name = choices["model"]
+                baseline = Model(name, "baseline", about_rope(choices["rope"]))
+                model = arms.get(name) or found.models.setdefault(name, baseline)
+                model.scores[choices["eval"]] = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
+            case "merge":
+                pass  # its numbers are those of its arm
+            case other:
+                raise ValueError(f"{label}: the report does not know stage {other!r}; it knows {', '.join(STAGES)}")
+    found.models |= arms  # after the baselines
+    return found
+
+
+def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
+    """A JSON object with at least the keys `needed`; ValueError says what it is instead."""
+    path = artifact.path / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{artifact.manifest['label']}: {path} cannot be read: {error}") from error
+    if missing := [key for key in needed if not isinstance(value, dict) or key not in value]:
+        raise ValueError(f"{artifact.manifest['label']}: {path} has no {', '.join(missing)}")
+    return value
+
+
+def about_rope(rope: dict[str, Any] | None) -> str:
+    """What was done to a baseline."""
+    if rope is None:
+        return "as trained"
+    detail = f"{rope['theta']:,.0f}" if rope["type"] == "theta" else f"× {rope['factor']:g}"
+    return f"not trained, RoPE {rope['type']} {detail}"
+
+
+def about_arm(facts: dict[str, Any]) -> str:
+    """What was trained, and how."""
+    if facts["kind"] == "pretrain":
+        return "from scratch, " + ("with a sink token" if facts["sink"] == "token" else "without a sink token")
+    arm = facts["arm"]
+    words = {"all": "all weights", "lora": f"LoRA r={arm['lora_rank']}", "embed": "embeddings", "norm": "norms"}
+    pattern, group = arm["attention"]["pattern"], arm["attention"]["group_tokens"]
+    sparse = {"causal": "", "shifted_sparse": f", S²-Attn, groups of {group}"}.get(pattern, f", {pattern}")
+    return " + ".join(words[part] for part in arm["tune"].split("+")) + sparse
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number, and an ordinary one."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def show_ppl(value: float | None) -> str:
+    """Three digits, or NaN."""
+    if value is None or not finite(value):
+        return "NaN"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"

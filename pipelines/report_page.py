@@ -1,0 +1,136 @@
+"""Text, tables and pictures, said once and written twice: one HTML page that opens offline, and Markdown.
+
+Every text and name is escaped here and nowhere else. The page needs no script and fetches nothing: its style is inline
+(report.html.tmpl), its pictures are base64 PNGs; for the Markdown they are files beside it.
+
+    html_page("Title", "What it is about", "What was found", [Section("Results", ["A paragraph."])])
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+TEMPLATE = Path(__file__).with_name("report.html.tmpl")
+
+
+class Best(str):
+    """A cell's text, set off as the best of its column."""
+
+
+class Code(str):
+    """Lines to be copied as they are."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, of which the first names the row; what follows a line end in a cell is set small."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    groups: Sequence[tuple[str, int]] = ()
+    """Headings over the columns, each with the number of columns that it spans."""
+    legend: str = ""
+    prose: bool = False
+    """Cells are words: from the left, in lines."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, and a sentence on what to see in it."""
+
+    file: str
+    title: str
+    says: str
+    png: bytes
+
+
+Block = str | Table | list[Picture]
+"""A paragraph or code, a table, pictures side by side."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+def html_page(title: str, about: str, headline: str, sections: Sequence[Section]) -> str:
+    """The page. `about` stands under the title; `headline` is what a reader in a hurry takes away."""
+    links = "".join(f'<a href="#s{n}">{html.escape(s.title)}</a>\n' for n, s in enumerate(sections))
+    body = "".join(
+        f'<section id="s{n}">\n<h2>{html.escape(s.title)}</h2>\n{"".join(map(_html, s.blocks))}</section>\n'
+        for n, s in enumerate(sections)
+    )
+    texts = {"title": title, "about": about, "headline": headline}
+    escaped = {name: html.escape(text) for name, text in texts.items()}
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(escaped, links=links, body=body)
+
+
+def _html(block: Block) -> str:
+    if isinstance(block, str):
+        tag = "pre" if isinstance(block, Code) else "p"
+        return f"<{tag}>{html.escape(block)}</{tag}>\n"
+    if isinstance(block, list):
+        return f'<div class="figures">\n{"".join(map(_html_picture, block))}</div>\n'
+    groups = "".join(f'<th colspan="{n}" scope="colgroup">{html.escape(text)}</th>' for text, n in block.groups)
+    lines = [f'<tr class="groups">{groups}</tr>\n'] if groups else []
+    lines += [f"<tr>{''.join(_html_cell(text, 'th', 'col') for text in block.columns)}</tr>\n</thead>\n<tbody>\n"]
+    for first, *rest in block.rows:
+        lines += [f"<tr>{_html_cell(first, 'th', 'row')}{''.join(_html_cell(text, 'td') for text in rest)}</tr>\n"]
+    return (
+        f'<div class="table">\n<p class="caption">{html.escape(block.caption)}</p>\n<div class="scroll" tabindex="0">\n'
+        f"<table{' class=prose' if block.prose else ''}>\n<thead>\n{''.join(lines)}</tbody>\n</table>\n</div>\n"
+        f'<p class="legend">{html.escape(block.legend)}</p>\n</div>\n'
+    )
+
+
+def _html_cell(text: str, tag: str, scope: str = "") -> str:
+    large, _, small = map(html.escape, text.partition("\n"))
+    large = f"<strong>{large}</strong>" if isinstance(text, Best) else large
+    return f"<{tag}{scope and f' scope={scope}'}>{large}{small and f'<small>{small}</small>'}</{tag}>"
+
+
+def _html_picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode()
+    return (
+        f'<figure>\n<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{data}">\n'
+        f"<figcaption>{html.escape(picture.says)}</figcaption>\n</figure>\n"
+    )
+
+
+def markdown(title: str, about: str, headline: str, sections: Sequence[Section]) -> str:
+    """The same; pictures are referred to by file name."""
+    parts = [f"# {_plain(title)}", _plain(about), f"**{_plain(headline)}**"]
+    for section in sections:
+        parts += [f"## {_plain(section.title)}", *map(_markdown, section.blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, str):
+        return f"```\n{block}\n```" if isinstance(block, Code) else _plain(block)
+    if isinstance(block, list):
+        return "\n\n".join(f"![{_plain(p.title)}]({p.file})\n\n{_plain(p.says)}" for p in block)
+    over = [text for text, n in block.groups for _ in range(n)] or [""] * len(block.columns)
+    columns = [f"{group}\n{name}" if group else name for group, name in zip(over, block.columns, strict=True)]
+    rows = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in (columns, *block.rows)]
+    rows.insert(1, "|---" + "|---:" * (len(columns) - 1) + "|")
+    return "\n".join([_plain(block.caption), "", *rows, "", _plain(block.legend)]).rstrip()
+
+
+def _markdown_cell(text: str) -> str:
+    plain = _plain(text).replace("\n", "<br>")
+    return f"**{plain}**" if isinstance(text, Best) else plain
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)

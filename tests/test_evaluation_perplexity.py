@@ -1,0 +1,151 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import byte_tokenizer, tiny_llama
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from evaluation.documents import Document, first_token_id, held_out
+from evaluation.perplexity import figure, perplexity
+from evaluation.recipe import PerplexityRecipe
+
+
+def document(name, tokens, domain="d", seed=0):
+    return Document(name, domain, np.random.default_rng(seed).integers(0, 256, tokens))
+
+
+def naive_nll(model, ids):
+    """Log-softmax of the whole logits, one token at a time."""
+    with torch.no_grad():
+        logp = model(torch.tensor(ids)[None]).logits[0].double().log_softmax(-1)
+    return np.array([-float(logp[t, ids[t + 1]]) for t in range(len(ids) - 1)])
+
+
+def pick(scores, **where):
+    found = [row for row in scores.rows if all(row.get(key) == value for key, value in where.items())]
+    assert len(found) == 1, (where, found)
+    return found[0]
+
+
+def run(texts, model=None, tokenizer=None, **recipe):
+    recipe = PerplexityRecipe(**{"lengths": (64, 700), "last_tokens": 16} | recipe)
+    return perplexity(model or tiny_llama(), tokenizer or byte_tokenizer(), recipe=recipe, documents=texts)
+
+
+def test_both_protocols_equal_the_naive_perplexity_of_each_window():
+    """700 tokens: more than one chunk of the head, the last one ragged. fp32 bodies differ by summation order: 1e-5."""
+    model, text = tiny_llama(), document("a", 1000)
+    scores = run([text], model)
+    for length in (64, 700):
+        nll = naive_nll(model, text.ids_T[:length])
+        row = pick(scores, kind="document", length=length, protocol="last_stride")
+        assert row["nll"] == pytest.approx(nll[-16:].mean(), rel=1e-5)
+        assert row["tokens"] == 16
+        row = pick(scores, kind="document", length=length, protocol="whole_window")
+        assert row["nll"] == pytest.approx(nll.mean(), rel=1e-5)
+        assert row["tokens"] == length - 1
+    assert scores.summary["ppl_700"] == pytest.approx(math.exp(nll[-16:].mean()), rel=1e-4)
+    assert scores.summary["ppl_window_700"] == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+    assert scores.summary["tokens_per_s"] > 0
+
+
+def test_the_position_curve_covers_every_scored_token_once():
+    model, text = tiny_llama(), document("a", 100)
+    curve = [row for row in run([text], model, lengths=(100,)).rows if row["kind"] == "position"]
+    assert [(row["start"], row["end"]) for row in curve] == [(n, min(n + 16, 100)) for n in range(0, 100, 16)]
+    nll = naive_nll(model, text.ids_T)
+    assert curve[0]["nll"] == pytest.approx(nll[:15].mean(), rel=1e-5)  # tokens 1..15; token 0 is not predicted
+    assert curve[-1]["nll"] == pytest.approx(nll[95:].mean(), rel=1e-5)  # tokens 96..99
+
+
+def test_a_short_document_counts_only_at_the_lengths_it_reaches():
+    texts = [document("a", 100, "x", 1), document("b", 800, "y", 2), document("c", 800, "y", 3)]
+    scores = run(texts)
+    assert pick(scores, kind="pooled", length=64, protocol="last_stride", domain="*")["documents"] == 3
+    pooled = pick(scores, kind="pooled", length=700, protocol="last_stride", domain="*")
+    each = [pick(scores, kind="document", length=700, protocol="last_stride", document=n)["nll"] for n in "bc"]
+    assert pooled["documents"] == 2
+    assert pooled["tokens"] == 32
+    assert pooled["nll"] == pytest.approx(np.mean(each))
+    assert math.log(pooled["ppl_low"]) == pytest.approx(min(each))  # two documents: the interval is their range
+    assert "ppl_low" not in pick(scores, kind="pooled", length=64, protocol="last_stride", domain="x")
+
+
+def test_the_models_own_first_token_comes_first_and_is_not_scored():
+    model, text, tokenizer = tiny_llama(), document("a", 64), byte_tokenizer(first="<sink>")
+    assert first_token_id(tokenizer) == 257
+    assert first_token_id(byte_tokenizer()) is None
+    row = pick(run([text], model, tokenizer, lengths=(64,)), kind="document", protocol="whole_window")
+    assert row["tokens"] == 63  # the same tokens as without: models with and without compare
+    assert row["nll"] == pytest.approx(naive_nll(model, [257, *text.ids_T])[1:].mean(), rel=1e-5)
+
+
+def test_lengths_that_change_the_rotary_frequencies_get_a_pass_of_their_own():
+    """Dynamic NTK past its trained length: a longer pass gives other predictions for the same token."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    model, text = tiny_llama(rope_parameters=rope, max_position_embeddings=32), document("a", 256)
+    scores = run([text], model, lengths=(64, 256))
+    short = naive_nll(tiny_llama(rope_parameters=rope, max_position_embeddings=32), text.ids_T[:64])
+    row = pick(scores, kind="document", length=64, protocol="whole_window")
+    assert row["nll"] == pytest.approx(short.mean(), rel=1e-5)
+    inside = naive_nll(model, text.ids_T)[:63]
+    assert abs(inside.mean() - short.mean()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"lengths": (64, 5000)}, "length 5000.*a, has 800 tokens"),
+        ({"lengths": (16, 64)}, "length 16 .*last_tokens 16.*17"),
+        ({"documents": ("hamlet*",)}, "hamlet.*there are: a"),
+    ],
+)
+def test_a_length_or_name_that_fits_nothing_is_an_error_with_both_numbers(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        run([document("a", 800)], **recipe)
+
+
+def test_logits_that_are_not_finite_name_document_and_token():
+    model, text = tiny_llama(), document("a", 100)
+
+    def break_position_41(module, inputs, output):
+        output[:, 41:42] = float("nan")
+
+    model.model.norm.register_forward_hook(break_position_41)
+    with pytest.raises(FloatingPointError, match=r"^a: .*token 42 "):
+        run([text], model, lengths=(64,))
+
+
+def test_a_text_of_another_vocabulary_is_an_error():
+    text = document("a", 100)
+    text.ids_T[60] = 999
+    with pytest.raises(ValueError, match="a: token id 999, but the model has 260"):
+        run([text], lengths=(64,))
+
+
+def test_a_model_that_caps_its_logits_is_refused_rather_than_scored_wrongly():
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM changes its logits"):
+        run([document("a", 100)], Gemma2ForCausalLM(config).eval(), lengths=(64,))
+
+
+def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):
+    import datasets
+
+    rows = {"name": ["a", "b"], "domain": ["x", "y"], "split": ["test", "test"], "input_ids": [[1, 2, 3], [4]]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "documents")
+    read = held_out(tmp_path / "documents")
+    assert [(d.name, d.domain, d.ids_T.tolist()) for d in read] == [("a", "x", [1, 2, 3]), ("b", "y", [4])]
+
+
+def test_the_figure_says_which_model_and_has_units():
+    fig = figure(run([document("a", 800), document("b", 800, "e", 1)]).named("base"))
+    axes = fig.axes[0]
+    assert "base" in axes.get_title()
+    assert "tokens" in axes.get_xlabel()
+    assert len(axes.get_lines()) == 3

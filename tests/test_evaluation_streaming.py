@@ -1,0 +1,175 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import byte_tokenizer, tiny_llama
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+from evaluation.documents import Document
+from evaluation.recipe import StreamingRecipe
+from evaluation.streaming import figure, streaming
+
+
+def document(tokens=200, seed=0):
+    return Document("a", "d", np.random.default_rng(seed).integers(0, 256, tokens))
+
+
+def run(model=None, text=None, tokenizer=None, **recipe):
+    recipe = StreamingRecipe(
+        **{"document": "a", "tokens": 150, "cache_tokens": 24, "sink_tokens": 3, "recompute_every": 1} | recipe
+    )
+    return streaming(
+        model or tiny_llama(), tokenizer or byte_tokenizer(), recipe=recipe, documents=[text or document()]
+    )
+
+
+class Decoder:
+    """StreamingLLM as its paper says it, one token after the other: keys are kept un-rotated; the cache holds the first
+    `sinks` and the last `window` keys; each step rotates them by their places in the cache (or in the text) and the
+    current token takes the place after them."""
+
+    def __init__(self, model, sinks, window, positions):
+        self.model, self.sinks, self.window, self.positions = model, sinks, window, positions
+        self.cache = {}
+        AttentionInterface.register("decoder", self.attend)
+        AttentionMaskInterface.register("decoder", lambda *args, **kwargs: None)
+
+    def attend(self, module, q, k, v, attention_mask, *, scaling, **kwargs):
+        """q, k arrive un-rotated: the model is told that every token is at position 0."""
+        kept = self.cache.setdefault(module.layer_idx, [])
+        if len(kept) > self.sinks + self.window:
+            del kept[self.sinks]
+        kept.append((k, v, self.now))
+        places = range(len(kept)) if self.positions == "cache" else [at for _, _, at in kept]
+        places = torch.tensor([list(places)])
+        keys, values = torch.cat([k for k, _, _ in kept], 2), torch.cat([v for _, v, _ in kept], 2)
+        rotary = self.model.model.rotary_emb
+        q, keys = q / rotary.attention_scaling, keys / rotary.attention_scaling  # of "position 0" (YaRN)
+        _, keys = apply_rotary_pos_emb(keys, keys, *rotary(keys, places))
+        q, _ = apply_rotary_pos_emb(q, q, *rotary(q, places[:, -1:]))
+        keys, values = repeat_kv(keys, q.shape[1] // keys.shape[1]), repeat_kv(values, q.shape[1] // values.shape[1])
+        return ((q @ keys.mT * scaling).softmax(-1) @ values).transpose(1, 2), None
+
+    @torch.no_grad()
+    def nll(self, ids):
+        self.model.set_attn_implementation("decoder")
+        found = []
+        for self.now in range(len(ids) - 1):
+            x, zero = torch.tensor([[ids[self.now]]]), torch.zeros(1, 1, dtype=torch.long)
+            logp = self.model(x, position_ids=zero, use_cache=False).logits[0, -1].double().log_softmax(-1)
+            found.append(-float(logp[ids[self.now + 1]]))
+        self.model.set_attn_implementation("sdpa")
+        return np.array(found)
+
+
+def curve(scores, way):
+    return [row["nll"] for row in scores.rows if row["kind"] == "stream" and row["way"] == way]
+
+
+def binned(nll):
+    edges = np.linspace(0, len(nll), 25).astype(int)
+    return [nll[a:b].mean() for a, b in pairwise(edges)]
+
+
+@pytest.mark.parametrize("positions", ["cache", "text"])
+@pytest.mark.parametrize(("way", "sinks", "window"), [("dense", 0, 999), ("window", 0, 24), ("sinks", 3, 21)])
+def test_one_pass_equals_decoding_token_by_token(way, sinks, window, positions):
+    """The whole curve; float32 with sums in another order: 2e-5 relative."""
+    model, text = tiny_llama(), document()
+    scores = run(model, text, ways=(way,), positions=positions)
+    decoded = Decoder(model, sinks, window, positions).nll(text.ids_T[:151])
+    assert curve(scores, way) == pytest.approx(binned(decoded), rel=2e-5)
+    assert scores.summary[f"streaming_ppl_{way}"] == pytest.approx(math.exp(decoded[24:].mean()), rel=1e-4)
+
+
+def test_yarn_positions_in_the_cache_equal_decoding_too():
+    """YaRN scales cos and sin, so a query must not be scaled twice when its rotation is taken back."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    model, text = tiny_llama(rope_parameters=rope), document()
+    scores = run(model, text, ways=("sinks",))
+    assert curve(scores, "sinks") == pytest.approx(
+        binned(Decoder(model, 3, 21, "cache").nll(text.ids_T[:151])), rel=2e-5
+    )
+
+
+def test_recomputation_sees_its_window_and_nothing_else():
+    model, text = tiny_llama(), document()
+    scores = run(model, text, ways=("recompute",))
+    alone = []
+    with torch.no_grad():
+        for t in range(24, 150):
+            logits = model(torch.tensor(text.ids_T[t - 24 : t + 1])[None]).logits[0, -1].double()
+            alone.append(-float(logits.log_softmax(-1)[text.ids_T[t + 1]]))
+    assert scores.summary["streaming_ppl_recompute"] == pytest.approx(math.exp(np.mean(alone)), rel=1e-4)
+
+
+def test_ways_differ_only_once_the_cache_is_full():
+    scores = run(tokens=240, cache_tokens=120, text=document(300), sink_tokens=4)
+    for way in ("window", "sinks"):
+        assert curve(scores, way)[:12] == pytest.approx(curve(scores, "dense")[:12], rel=1e-5)
+        assert abs(curve(scores, way)[14] - curve(scores, "dense")[14]) > 1e-3
+
+
+def test_a_sample_of_recomputed_tokens_is_judged_beside_the_same_tokens_of_another_way():
+    """100 of 800 tokens: by difference to sinks the mean is near that of all 800, and inside of its own interval."""
+    model, text = tiny_llama(initializer_range=0.1), document(1000)
+    whole, part = (run(model, text, tokens=840, cache_tokens=40, recompute_every=n) for n in (1, 8))
+    exact, row = whole.summary["streaming_ppl_recompute"], next(r for r in part.rows if r["way"] == "recompute")
+    assert row["scored"] == 100
+    assert row["protocol"] == "every 8th token, beside sinks"
+    assert row["ppl_low"] < exact < row["ppl_high"]
+    assert row["ppl_high"] / row["ppl_low"] < 1.2
+    assert "ppl_low" not in next(r for r in whole.rows if r["way"] == "recompute")
+
+
+def test_the_models_own_first_token_is_the_first_sink_and_not_scored():
+    model, text = tiny_llama(), document()
+    scores = run(model, text, byte_tokenizer("<sink>"), ways=("sinks", "recompute"), sink_tokens=1)
+    decoded = Decoder(model, 1, 23, "cache").nll(np.array([257, *text.ids_T[:151]]))[1:]
+    assert curve(scores, "sinks") == pytest.approx(binned(decoded), rel=2e-5)
+    assert {row["scored"] for row in scores.rows if row["kind"] == "way"} == {126}
+
+
+def test_the_model_attends_as_before_afterwards():
+    model = tiny_llama()
+    run(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"tokens": 200}, "a has 200 tokens; scoring 200 takes one more"),
+        ({"document": "b"}, "b.*there are: a"),
+        ({"sink_tokens": 24}, "sink_tokens 24 .*cache_tokens 24"),
+        ({"cache_tokens": 150}, "tokens 150 .*cache_tokens 150"),
+    ],
+)
+def test_choices_that_cannot_be_measured_are_errors_with_both_numbers(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        run(**recipe)
+
+
+def test_frequencies_that_change_with_the_length_are_refused():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ValueError, match=r"dynamic.*151.*24"):
+        run(tiny_llama(rope_parameters=rope, max_position_embeddings=64), ways=("sinks",))
+
+
+def test_logits_that_are_not_finite_name_document_and_token():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    for way, token in (("dense", 1), ("recompute", 25)):
+        with pytest.raises(FloatingPointError, match=f"a: .*token {token} "):
+            run(model, ways=(way,))
+
+
+def test_the_figure_has_a_line_a_way():
+    fig = figure(run().named("base"))
+    assert [line.get_label() for line in fig.axes[0].get_lines()][:4] == [
+        "dense", "window", "window, recomputed", "3 sinks + window",
+    ]  # fmt: skip

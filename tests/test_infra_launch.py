@@ -1,0 +1,50 @@
+"""Ranks through Ray Train: placed, threaded, restarted after a kill, and honest about errors."""
+
+import time
+
+import pytest
+
+from infra.cluster import connected
+from infra.launch import check_room, run_ranks
+from infra.resources import Resources
+
+
+@pytest.fixture(scope="module")
+def ray():
+    with connected(None, cpus=2) as ray:
+        yield ray
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted_and_rank_0s_result_comes_back(ray, tmp_path):
+    job = {"kill_marker": str(tmp_path / "killed")}
+    got = run_ranks("toy_ranks:count_ranks", job, resources=Resources(workers=2), name="count", storage=tmp_path)
+    assert (tmp_path / "killed").exists()
+    assert (got["rank"], got["world"], got["sum"], got["threads"]) == (0, 2, 3, 1)
+
+
+@pytest.mark.slow
+def test_a_users_error_on_one_rank_ends_the_run_at_once_as_itself(ray, tmp_path):
+    (tmp_path / "lives").mkdir()
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="seq_len 30 is not a multiple of 4"):
+        run_ranks(
+            "toy_ranks:complain_on_one_rank",
+            {"lives": str(tmp_path / "lives")},
+            resources=Resources(workers=2, max_failures=3),
+            name="complain",
+            storage=tmp_path,
+        )
+    assert len(list((tmp_path / "lives").iterdir())) == 2  # no restart
+    assert time.monotonic() - started < 120
+
+
+def test_ranks_that_can_never_be_placed_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"3 ranks x 2 CPU need 6 CPUs, the cluster has 4: lower"):
+        check_room({"CPU": 4.0}, Resources(workers=3, cpus_per_worker=2))
+    with pytest.raises(ValueError, match=r"2 ranks x 1 GPU need 2 GPUs, the cluster has 0"):
+        check_room({"CPU": 4.0}, Resources(workers=2, gpus_per_worker=1))
+
+
+def test_ranks_that_fit_are_let_through():
+    check_room({"CPU": 4.0, "GPU": 1.0}, Resources(workers=2, cpus_per_worker=2))

@@ -1,0 +1,212 @@
+"""Resuming is bitwise, damage is noticed, and what leaves training loads in plain transformers and plain peft."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder
+from transformers import AutoModelForCausalLM
+
+from infra.launch import run_local
+from training.batches import RowOrder
+from training.checkpoint import check_trained, merge_adapter, newest_valid, problem, tensor_digests
+from training.longlora import apply_arm
+from training.model import load_model, tiny_model
+from training.recipe import ArmRecipe, RopeRecipe
+
+STRETCH = RopeRecipe(type="linear", factor=2.0)
+S2 = {"pattern": "shifted_sparse", "group_tokens": 8}
+IDS = torch.arange(2, 40)[None]
+
+
+def train(todo):
+    return run_local("training.loop:train", todo)
+
+
+def losses(todo):
+    return [json.loads(line)["loss"] for line in (Path(todo["out"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(todo):
+    return load_file(next(Path(todo["out"]).glob("*.safetensors")))
+
+
+def assert_identical(one, other):
+    assert losses(one) == losses(other)
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """Training of `todo` dies when it comes to a step (counted from 0)."""
+
+    def crash_at(todo, step):
+        def for_rank(self, at, *args, real=RowOrder.for_rank):
+            if at == step:
+                raise KeyboardInterrupt
+            return real(self, at, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RowOrder, "for_rank", for_rank)
+            with pytest.raises(KeyboardInterrupt):
+                train(todo)
+
+    return crash_at
+
+
+@pytest.mark.parametrize("tune", ["all", "lora+embed+norm"])
+@pytest.mark.parametrize("another_attempt", [False, True])
+def test_resume_is_bitwise_identical(tmp_path, crash, tune, another_attempt):
+    arm = {"tune": tune, "attention": S2}
+    whole = job(tmp_path, name="whole", arm=arm)
+    train(whole)
+    stopped = job(tmp_path, name="stopped", arm=arm)
+    crash(stopped, 5)
+    if another_attempt:
+        stopped = job(tmp_path, name="again", arm=arm, earlier=(stopped["work"],))
+    assert train(stopped)["resumed_from_step"] == 4
+    assert_identical(whole, stopped)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, crash):
+    whole, stopped = job(tmp_path, name="whole"), job(tmp_path, name="stopped")
+    train(whole)
+    crash(stopped, 5)
+    newest = Path(stopped["work"]) / "checkpoints/step-00000004"
+    state = next(newest.glob("*model_states.pt"))
+    flipped = bytearray(state.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    state.write_bytes(flipped)
+    summary = train(stopped)
+    assert summary["resumed_from_step"] == 2
+    assert summary["notes"] == [f"{newest} passed over: {state.name} is damaged"]
+    assert_identical(whole, stopped)
+
+
+def test_a_checkpoint_that_was_never_finished_is_not_seen_and_goes(tmp_path, crash):
+    todo = job(tmp_path)
+    crash(todo, 3)
+    folder = Path(todo["work"]) / "checkpoints"
+    (folder / "step-00000002").rename(folder / ".draft-step-00000002")
+    assert train(todo)["resumed_from_step"] == 0
+    assert not list(folder.glob(".draft*"))
+
+
+def test_a_checkpoint_of_another_recipe_or_number_of_ranks_is_not_resumed_from(tmp_path, crash):
+    todo = job(tmp_path)
+    crash(todo, 3)
+    path = Path(todo["work"]) / "checkpoints/step-00000002"
+    identity = read_json(path / "checkpoint.json")["identity"]
+    assert problem(path, identity=identity, world=1) is None
+    assert problem(path, identity="other", world=1) == "it belongs to another recipe"
+    assert "written by 1 ranks, this run has 2" in problem(path, identity=identity, world=2)
+    changed = job(tmp_path, optim={"learning_rate": 1e-3})
+    assert train(changed)["resumed_from_step"] == 0
+
+
+def test_the_newest_of_all_attempts_wins_and_a_missing_file_disqualifies(tmp_path, crash):
+    first, second = job(tmp_path, name="first"), job(tmp_path, name="second")
+    crash(first, 5)
+    crash(second, 3)
+    folders = [Path(todo["work"]) / "checkpoints" for todo in (second, first)]
+    identity = read_json(folders[0] / "step-00000002/checkpoint.json")["identity"]
+    assert newest_valid(folders, identity=identity, world=1) == (folders[1] / "step-00000004", [])
+    next((folders[1] / "step-00000004").glob("*optim_states.pt")).unlink()
+    path, passed_over = newest_valid(folders, identity=identity, world=1)
+    assert path == folders[0] / "step-00000002"
+    assert len(passed_over) == 1
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    todo = job(tmp_path, resources={"checkpoint_every_steps": 1, "keep_last": 2})
+    train(todo)
+    kept = sorted(p.name for p in (Path(todo["work"]) / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tune", ["lora", "lora+embed", "lora+norm", "lora+embed+norm"])
+def test_an_adapter_loads_in_plain_peft_with_the_trained_logits(tmp_path, monkeypatch, tune, tied):
+    tiny_folder(tmp_path / "base", tied=tied)
+    seen = {}
+    real = check_trained
+
+    def spy(model, start):
+        with torch.no_grad():
+            seen["logits"] = model.eval()(IDS, use_cache=False).logits
+        real(model, start)
+
+    monkeypatch.setattr("training.checkpoint.check_trained", spy)
+    packed_corpus(tmp_path)
+    todo = job(tmp_path, arm={"tune": tune})
+    train(todo)
+    base, _ = load_model(tmp_path / "base", rope=STRETCH)
+    plain = PeftModel.from_pretrained(base, todo["out"]).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(IDS).logits, seen["logits"])
+
+
+def test_adapter_files_have_the_names_that_peft_itself_would_write(tmp_path):
+    todo = job(tmp_path, arm={"tune": "lora+embed+norm"})
+    train(todo)
+    names = ["embed_tokens", "input_layernorm", "norm", "post_attention_layernorm"]
+    config = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], modules_to_save=names)
+    config.ensure_weight_tying = True
+    get_peft_model(tiny_model(TINY, VOCAB, seed=0), config).save_pretrained(tmp_path / "peft")
+    theirs = {k: v.shape for k, v in load_file(tmp_path / "peft/adapter_model.safetensors").items()}
+    assert {k: v.shape for k, v in weights(todo).items()} == theirs
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tune", ["lora", "lora+embed+norm"])
+def test_merged_logits_equal_adapter_logits_and_the_stretch_travels(tmp_path, tune, tied):
+    tiny_folder(tmp_path / "base", tied=tied)
+    packed_corpus(tmp_path)
+    todo = job(tmp_path, arm={"tune": tune, "attention": S2})
+    train(todo)
+    merged = merge_adapter(tmp_path / "base", Path(todo["out"]), tmp_path / "merged", rope=STRETCH)
+    assert merged["merge_error"] < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapter = PeftModel.from_pretrained(load_model(tmp_path / "base", rope=STRETCH)[0], todo["out"]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, adapter(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert plain.config.rope_parameters["rope_type"] == "linear"
+    assert plain.config.rope_parameters["factor"] == 2.0
+    assert plain.config.max_position_embeddings == 128
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
+
+
+def test_a_merge_that_loses_the_adapter_is_refused(tmp_path, monkeypatch):
+    todo = job(tmp_path, arm={"tune": "lora"}, optim={"learning_rate": 0.1})
+    train(todo)
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(RuntimeError, match="logits differ by"):
+        merge_adapter(tmp_path / "base", Path(todo["out"]), tmp_path / "merged", rope=STRETCH)
+
+
+def test_a_trainable_tensor_that_did_not_move_is_an_error():
+    model = apply_arm(tiny_model(TINY, VOCAB, seed=0), ArmRecipe(tune="lora+norm"))
+    start = tensor_digests(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "layers.1.input_layernorm" not in name:
+                p.add_(0.1)
+    with pytest.raises(RuntimeError, match=r"0 are empty and 1 unchanged .*layers.1.input_layernorm"):
+        check_trained(model, start)
+    dict(model.named_parameters())["base_model.model.model.layers.1.input_layernorm.weight"].data.add_(0.1)
+    check_trained(model, start)
+
+
+def test_full_fine_tuning_leaves_a_plain_model_with_the_stretch_and_the_tokenizer(tmp_path):
+    todo = job(tmp_path)
+    train(todo)
+    shutil.rmtree(tmp_path / "base")
+    model, tokenizer = load_model(todo["out"])
+    assert model.config.rope_parameters["factor"] == 2.0
+    assert tokenizer("w7").input_ids == [7]

@@ -1,0 +1,29 @@
+"""What ranks do in tests of infra/launch.py."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def count_ranks(job: dict) -> dict:
+    """Sum the ranks' numbers; the last rank kills itself the first time (`kill_marker` remembers it)."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    marker = Path(job["kill_marker"])
+    if rank == world - 1 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    total = torch.tensor([rank + 1])
+    dist.all_reduce(total)
+    return {"rank": rank, "world": world, "sum": int(total), "threads": torch.get_num_threads(), "pid": os.getpid()}
+
+
+def complain_on_one_rank(job: dict) -> dict:
+    """Rank 1 raises while rank 0 waits for it in a collective."""
+    Path(job["lives"]).joinpath(f"{os.getpid()}").touch()
+    if dist.get_rank() == 1:
+        raise ValueError("seq_len 30 is not a multiple of 4")
+    dist.all_reduce(torch.ones(1))
+    return {}
