@@ -26,6 +26,7 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default makes each report cost 2 s
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks without a GPU keep the environment's view
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says at each start that tokens are on
     import ray
 
     if ray.is_initialized():  # somebody around us (a test session) owns the cluster

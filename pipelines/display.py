@@ -31,9 +31,8 @@ class _Stage:
     done: float = 0
     total: float = 0
     unit: str = ""
-    origin: tuple[float, float] | None = (
-        None  # (time_ms, done) of the first progress: what the time left is reckoned from
-    )
+    origin: tuple[float, float] | None = None
+    """(time_ms, done) of the first progress: what the time left is reckoned from."""
     time_ms: float = 0
     tokens_per_s: float | None = None
     loss: float | None = None
@@ -102,6 +101,11 @@ class Display:
         """A stage changed its state: waiting, running, retrying; or, for good: done, reused, failed."""
         with self._lock:
             self._change(name, state, detail)
+
+    def note(self, text: str) -> None:
+        """A line that belongs to no stage."""
+        if not self.quiet:
+            self.console.print(Text(text), soft_wrap=True)
 
     def event(self, name: str, event: dict[str, Any]) -> None:
         """One line of the spool of a stage's attempt. Those of stages that have ended come late and are ignored."""

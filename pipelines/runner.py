@@ -48,7 +48,7 @@ class PlanRow:
     state: State
     """done: published and whole; stale: published with other choices or damaged; run: never run."""
     why: str
-    """What makes it stale, or empty."""
+    """What makes it run, or empty."""
     fingerprint: str
     seconds_last: float | None
     """How long its newest artifact took."""
@@ -111,7 +111,7 @@ def _examine(store: Store, stage: Stage, *, hashes: bool) -> tuple[PlanRow, Arti
         return row("stale", str(error), None), None
     same_label = [m for m in store.manifests(stage.name) if m["label"] == stage.label]
     if not same_label:
-        return row("run", "", None), None
+        return row("run", "never run", None), None
     newest = max(same_label, key=lambda m: m["published_at"])
     changes = differences(newest["identity"], stage.identity)
     return row("stale", "; ".join(_readable(stage, line) for line in changes), newest["seconds"]), None
@@ -148,7 +148,7 @@ def run(
     outcome = RunOutcome()
     found = _survey(store, stages, {}, repair=False)
     if force or len(found) < len(stages):
-        with _lease(store, loaded.recipe.name, wait) as lease, _terminable():
+        with _lease(store, loaded.recipe.name, wait, display) as lease, _terminable():
             for stage in stages:
                 if {stage.name, stage.label} & set(force) and store.find(stage.name, stage.fingerprint):
                     store.withdraw(stage.name, stage.fingerprint)
@@ -183,9 +183,11 @@ def _survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, re
 
 
 @contextmanager
-def _lease(store: Store, name: str, wait: bool) -> Iterator[Lease]:
-    holder = f"{getpass.getuser()}@{platform.node()}, process {os.getpid()}"
-    lease = Lease(store, name, holder).acquire(wait=wait)
+def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Lease]:
+    lease = Lease(store, name, f"{getpass.getuser()}@{platform.node()}, process {os.getpid()}")
+    if other := lease.current_holder():
+        display.note(f"{name} is being run by {other}, or was when it died: looking for a sign of life")
+    lease.acquire(wait=wait)
     try:
         yield lease
     finally:
@@ -294,6 +296,7 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
             before = [refs[s.label] for s in stage.after if s.label in refs]
             cpus = stage.kind.cpus(recipe.resources)
             placed = execute.options(num_cpus=cpus, name=stage.label, max_retries=2)  # retried if its worker dies
+            run.display.stage(stage.label, "waiting")
             refs[stage.label] = placed.remote(task, before, *inputs)
         _follow(ray, run, outcome, refs, spools)
 
@@ -341,8 +344,6 @@ def _tail(run: _Run) -> Iterator[None]:
             events, offsets[path] = read_events(path, offsets.get(path, 0))
             label = labels[path.name.split("--")[0]]
             for event in events:
-                if event["event"] == "start":
-                    run.display.stage(label, "running", event["name"].removeprefix(label).strip())
                 run.display.event(label, event)
 
     def loop() -> None:

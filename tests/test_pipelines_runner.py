@@ -143,7 +143,7 @@ def test_force_runs_a_stage_again_and_publishes_under_the_same_fingerprint(clust
 
 def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
     store = runner.open_store(pipeline.loaded)
-    with runner._lease(store, "quickstart", wait=False), pytest.raises(LeaseHeld, match="process"):
+    with runner._lease(store, "quickstart", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
         pipeline.run()
     assert not any(pipeline.calls().values())
 
