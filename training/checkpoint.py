@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -146,8 +146,13 @@ def save_adapter(model: PeftModel, out: Path) -> None:
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    if config.ensure_weight_tying:  # peft wants a tied embedding's trained values under both of its names
+        embed, head = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = {module: name for name, module in model.named_modules()}
+        tensors[f"{names[head]}.weight"] = tensors[f"{names[embed]}.weight"].clone()
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(out))
 
