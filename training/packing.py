@@ -13,6 +13,7 @@ Legend: D documents, S segments (pieces of documents), R rows, T tokens of a row
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ from numpy.typing import ArrayLike
 def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
     """The row of each item, [items] int64, rows counted from 0.
 
-    Items of one length are placed together, into all rows of one room at a time: the work grows with the number of
-    distinct lengths (at most capacity), not with the number of items.
+    Items of one length are placed together, into all rows of one room at a time, and a row is touched only when it
+    gets something: the time is that of sorting, plus the number of distinct lengths (at most capacity) and of rows.
 
     ValueError unless all lengths are from 1 to capacity.
     """
@@ -33,31 +34,33 @@ def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
         raise ValueError(f"lengths {lengths.min()} to {lengths.max()} do not fit rows of {capacity}: split them first")
     row_of, rows = np.empty(len(lengths), np.int64), 0
     rooms: list[int] = []  # in which some row has exactly that room, sorted
-    rows_with: dict[int, list[int]] = {}
+    rows_with: dict[int, deque[int]] = {}
 
     def put_back(room: int, some: list[int]) -> None:
         if room and some:
             if room not in rows_with:
                 bisect.insort(rooms, room)
-            rows_with.setdefault(room, []).extend(some)
+            rows_with.setdefault(room, deque()).extend(some)
 
     order = np.argsort(-lengths, kind="stable")
     for items in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
         length = int(lengths[items[0]]) if len(items) else capacity
         while len(items):
             at = bisect.bisect_left(rooms, length)
-            room = rooms.pop(at) if at < len(rooms) else capacity
+            room = rooms[at] if at < len(rooms) else capacity
             each = room // length  # the fullest row with room is the one just used, until it has none
             needed = -(-len(items) // each)
-            there = rows_with.pop(room, None)
-            if there is None:  # no row has room: as many new ones as it takes
-                there = list(range(rows, rows + needed))
+            if at < len(rooms):
+                there = rows_with[room]
+                used = [there.popleft() for _ in range(min(needed, len(there)))]
+                if not there:
+                    del rows_with[rooms.pop(at)]
+            else:  # no row has room: as many new ones as it takes
+                used = list(range(rows, rows + needed))
                 rows += needed
-            used = there[:needed]
             placed = min(len(items), len(used) * each)
             missing = len(used) * each - placed  # in the last of them only
             row_of[items[:placed]] = np.repeat(used, each)[:placed]
-            put_back(room, there[needed:])
             put_back(room - each * length, used[:-1] if missing else used)
             put_back(room - (each - missing) * length, used[-1:] if missing else [])
             items = items[placed:]
@@ -143,8 +146,7 @@ class Rows:
         column_T = np.arange(self.seq_len, dtype=np.int32)
         positions_RT = np.where(column_T < length_R[:, None], column_T, column_T - length_R[:, None])
         if self.isolated:
-            origin_S = np.where(opens_S, 0, place_S).astype(
-                np.int32
-            )  # a row's first document begins with its first token
+            # a row's first document begins with its first token
+            origin_S = np.where(opens_S, 0, place_S).astype(np.int32)
             positions_RT.reshape(-1)[target] -= np.repeat(origin_S, length_S)
         return ids_RT, positions_RT, length_R
