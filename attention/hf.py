@@ -11,7 +11,6 @@ mask; both end up as document edges. Use `use_cache=False`: a cache makes querie
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +43,10 @@ def set_pattern(model: nn.Module, pattern: Pattern, kernel: str = "auto") -> Act
         ValueError: the kernel cannot compute the pattern; the architecture does not use the AttentionInterface.
     """
     active = ActivePattern(pattern, choose(pattern, kernel))
-    name = "longreach_" + re.sub(r"\W+", "_", str(active))
-    if name not in _registered:
-        AttentionInterface.register(name, _forward_of(active))
-        AttentionMaskInterface.register(name, _padding_only)
-        _registered[name] = active
     inner = _transformers_model(model)
+    if refusal := _of_its_own(inner):
+        raise ValueError(f"{type(inner).__name__}: {refusal}, which {pattern} would silently leave out")
+    name = _registered_name(active)
     try:
         inner.set_attn_implementation(name)
     except ValueError as error:
@@ -72,6 +69,32 @@ def active_pattern(model: nn.Module) -> ActivePattern | None:
     return _registered.get(str(names.pop()))
 
 
+def _registered_name(active: ActivePattern) -> str:
+    """Numbered, without the kernel's name: transformers looks for "sdpa", "flash" and "flex" inside such names."""
+    for name, known in _registered.items():
+        if known == active:
+            return name
+    name = f"longreach_{len(_registered)}_{active.pattern.name}"
+    AttentionInterface.register(name, _forward_of(active))
+    AttentionMaskInterface.register(name, _padding_only)
+    _registered[name] = active
+    return name
+
+
+def _of_its_own(model: nn.Module) -> str:
+    """What a layer's attention does beyond causal softmax attention; empty if nothing."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "is_causal") or not hasattr(module, "config"):
+            continue
+        if not module.is_causal:
+            return f"{name} is not causal"
+        if window := getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)):
+            return f"{name} has a sliding window of {window} tokens (sliding_window=None turns it off)"
+        if cap := getattr(module, "attn_logit_softcapping", None):
+            return f"{name} caps its scores at {cap} (attn_logit_softcapping=None turns it off)"
+    return ""
+
+
 def _is_model(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel)
 
@@ -84,8 +107,8 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """transformers asks for a mask; patterns make their own, and only need to know the padding."""
-    return attention_mask
+    """Asked for a mask, once a forward: patterns make their own and need to know of padding, if there is any."""
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
 def _forward_of(active: ActivePattern) -> Any:
@@ -102,9 +125,12 @@ def _forward_of(active: ActivePattern) -> Any:
     ) -> tuple[Tensor, None]:
         if dropout:
             raise ValueError(f"attention dropout {dropout} is not supported with {active.pattern}: set it to 0")
-        documents_BT = position_ids
-        if attention_mask is not None and not bool(attention_mask.all()):
-            documents_BT = split_padding(position_ids, attention_mask)
+        for name in ("softcap", "sliding_window", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{type(module).__name__} asks for {name}={kwargs[name]}: {active.pattern} has none")
+        if position_ids is None:
+            raise ValueError(f"{type(module).__name__} gets no position_ids: packed documents would see each other")
+        documents_BT = position_ids if attention_mask is None else split_padding(position_ids, attention_mask)
         out_BHTD = attend(
             q_BHTD, k_BKTD, v_BKTD, active.pattern, documents_BT, kwargs.get("s_aux"), scaling, active.kernel,
             layer=getattr(module, "layer_idx", None) or 0,

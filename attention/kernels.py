@@ -157,7 +157,7 @@ class _CpuSegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_BHTD, k_BKTD, v_BKTD, out_BHTD, *sums = ctx.saved_tensors
-        (dout_BHTD,) = grads
+        dout_BHTD = _features_last(grads[0])
         repeat = q_BHTD.shape[1] // k_BKTD.shape[1]
         dq_BHTD, dk_BKTD, dv_BKTD = (_token_major(x) for x in (q_BHTD, k_BKTD, v_BKTD))
         lse = iter(sums)
@@ -171,6 +171,11 @@ class _CpuSegments(torch.autograd.Function):
                 for total, part in ((dk_BKTD, dk), (dv_BKTD, dv)):
                     piece.of(total).copy_(part) if turn == 0 else piece.of(total).add_(part)
         return dq_BHTD, dk_BKTD, dv_BKTD, None, None
+
+
+def _features_last(x_BHTD: Tensor) -> Tensor:
+    """A head's features side by side, by a copy if need be: the library's op reads them so, whatever the strides."""
+    return x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
 
 
 def _token_major(x_BHTD: Tensor) -> Tensor:
@@ -195,6 +200,7 @@ def sdpa(
     heads = Heads(H, k_BKTD.shape[1], layer)
     cut = pieces(pattern, heads, reference.starts(position_ids_BT, B, T, q_BHTD.device))
     scale = D**-0.5 if scale is None else scale
+    q_BHTD, k_BKTD, v_BKTD = (_features_last(x) for x in (q_BHTD, k_BKTD, v_BKTD))
     if q_BHTD.device.type == "cpu":
         return _CpuSegments.apply(q_BHTD, k_BKTD, v_BKTD, cut, scale)
     out_BHTD, repeat = _token_major(q_BHTD), H // heads.kv

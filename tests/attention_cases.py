@@ -1,0 +1,68 @@
+"""What the attention tests share: every pattern of the registry, rows with documents, the float64 oracle."""
+
+import inspect
+from itertools import product
+
+import torch
+
+from attention import PATTERNS, reference
+from attention.kernels import KERNELS
+
+SIZES_TOKENS = (2, 8)
+SINKS_TOKENS = (0, 3)
+
+
+def instances(name):
+    """Small instances of a pattern, by its own parameters: sink_tokens of 0 and 3, other sizes of 2 and 8."""
+    names = list(inspect.signature(PATTERNS[name]).parameters)
+    choices = [SINKS_TOKENS if field == "sink_tokens" else SIZES_TOKENS for field in names]
+    return [PATTERNS[name](**dict(zip(names, values, strict=True))) for values in product(*choices)]
+
+
+EVERY_PATTERN = [pattern for name in PATTERNS for pattern in instances(name)]
+EVERY_KERNEL = list(KERNELS)
+
+
+def positions(*rows):
+    """position_ids [B, T] of rows given as document lengths: positions((3, 4), (7,))."""
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+
+
+ROWS = {  # document lengths by row; None: no position_ids at all
+    "one token": (1, None),
+    "one group": (8, None),
+    "shorter than half a group": (3, None),
+    "a whole number of groups": (32, None),
+    "odd": (29, None),
+    "not divided by the group": (36, None),
+    "batch": (24, [(24,), (24,), (24,)]),
+    "ragged documents": (41, [(1, 2, 7, 12, 19), (30, 11)]),
+    "documents on group edges": (32, [(8, 16, 8), (4, 28)]),
+    "padding left and right": (21, [(5, 16), (16, 5)]),
+}
+HEADS = [(1, 1), (3, 1), (3, 3), (8, 1), (8, 8), (9, 3), (32, 8), (8, 2)]
+
+
+def qkv(H, K, T, B=1, D=8, seed=0, dtype=torch.float64):
+    """Token-major inputs as a model's projections give them: [B, H, T, D] views of [B, T, H, D]."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, n, D, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2) for n in (H, K, K)]
+
+
+def outputs_and_gradients(attend, q, k, v, *args, **kwargs):
+    """Output and gradients of q, k, v (and of a sink logit), for a fixed random direction of the output."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    logit = kwargs.get("sink_logit_H")
+    if logit is not None:
+        kwargs["sink_logit_H"] = logit = logit.detach().clone().requires_grad_()
+        leaves.append(logit)
+    out = attend(*leaves[:3], *args, **kwargs)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, direction.to(out.dtype))]
+
+
+def oracle(q, k, v, *args, **kwargs):
+    """The same by the dense reference in float64."""
+    kwargs["sink_logit_H"] = None if kwargs.get("sink_logit_H") is None else kwargs["sink_logit_H"].double()
+    kwargs.pop("kernel", None)
+    return outputs_and_gradients(reference.attend, q.double(), k.double(), v.double(), *args, **kwargs)

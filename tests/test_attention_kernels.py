@@ -1,0 +1,199 @@
+"""Every kernel against the dense float64 oracle, forward and gradients, over every pattern in the registry."""
+
+import math
+
+import pytest
+import torch
+from attention_cases import (
+    EVERY_KERNEL,
+    EVERY_PATTERN,
+    HEADS,
+    ROWS,
+    oracle,
+    outputs_and_gradients,
+    positions,
+    qkv,
+)
+
+from attention import PATTERNS, attend, reference
+from attention.kernels import choose
+
+# Output and gradients are sums of about unit numbers over at most 41 keys. float64: 2^-52 x some tens of additions.
+# float32: 2^-24 likewise. bfloat16 keeps 8 bits, float16 11: probabilities and output are rounded once each and a
+# gradient sums a few tens of such errors of either sign, so a few times the last bit of numbers up to 4.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+
+kernels = pytest.mark.parametrize("kernel", EVERY_KERNEL)
+patterns = pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
+rows = pytest.mark.parametrize("row", ROWS)
+
+
+def skip_unless_it_runs(pattern, kernel, **situation):
+    try:
+        choose(pattern, kernel, **situation)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def assert_equals_oracle(pattern, kernel, q, k, v, position_ids=None, **options):
+    got = outputs_and_gradients(attend, q, k, v, pattern, position_ids, kernel=kernel, **options)
+    expected = oracle(q, k, v, pattern, position_ids, **options)
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsink"), got, expected, strict=False):
+        assert a.dtype == (q.dtype if name != "dsink" else a.dtype)
+        assert a.shape == b.shape
+        error = float((a.double() - b).abs().max())
+        assert error < TOLERANCE[q.dtype] * max(1.0, float(b.abs().max())), f"{name} differs by {error}"
+
+
+@rows
+@kernels
+@patterns
+def test_kernels_equal_the_oracle_on_every_row(pattern, kernel, row):
+    skip_unless_it_runs(pattern, kernel)
+    T, documents = ROWS[row]
+    q, k, v = qkv(4, 2, T, B=len(documents or [0]))
+    assert_equals_oracle(pattern, kernel, q, k, v, None if documents is None else positions(*documents), layer=1)
+
+
+@pytest.mark.parametrize(("H", "K"), HEADS)
+@kernels
+@patterns
+def test_kernels_equal_the_oracle_with_any_heads(pattern, kernel, H, K):
+    skip_unless_it_runs(pattern, kernel)
+    q, k, v = qkv(H, K, 21, B=2)
+    for layer in (0, 1):
+        assert_equals_oracle(pattern, kernel, q, k, v, positions((13, 8), (2, 19)), layer=layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@kernels
+@patterns
+def test_kernels_equal_the_oracle_in_short_floats(pattern, kernel, dtype):
+    skip_unless_it_runs(pattern, kernel)
+    q, k, v = qkv(9, 3, 29, dtype=dtype, D=16)
+    assert_equals_oracle(pattern, kernel, q, k, v)
+    assert_equals_oracle(pattern, kernel, q, k, v, positions((10, 19)))
+
+
+@kernels
+@patterns
+def test_a_scale_of_the_scores_is_kept(pattern, kernel):
+    skip_unless_it_runs(pattern, kernel)
+    q, k, v = qkv(4, 2, 21)
+    assert_equals_oracle(pattern, kernel, q, k, v, scale=0.7)
+
+
+@kernels
+@patterns
+def test_sink_logits_equal_the_oracle_and_have_gradients(pattern, kernel):
+    skip_unless_it_runs(pattern, kernel, sink_logit=True)
+    q, k, v = qkv(4, 2, 29, B=2)
+    logit = torch.tensor([-40.0, 0.0, 1.5, 9.0], dtype=torch.float64)
+    assert_equals_oracle(pattern, kernel, q, k, v, positions((13, 16), (4, 25)), sink_logit_H=logit)
+
+
+LAYOUTS = {
+    "head-major": lambda x: x.contiguous(),
+    "features outermost": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "a slice of fused projections": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "one head repeated by expand": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@kernels
+@patterns
+def test_any_memory_layout_gives_the_same(pattern, kernel, layout):
+    skip_unless_it_runs(pattern, kernel)
+    q, k, v = (LAYOUTS[layout](x) for x in qkv(4, 4, 21))
+    out = attend(q, k, v, pattern, kernel=kernel)
+    assert torch.allclose(out, reference.attend(q, k, v, pattern), atol=1e-13)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    grads = torch.autograd.grad(attend(*leaves, pattern, kernel=kernel), leaves, LAYOUTS[layout](torch.randn_like(q)))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@kernels
+@patterns
+def test_the_gradient_of_a_plain_sum_is_right(pattern, kernel):
+    """autograd hands such a gradient over as one number with strides of zero."""
+    skip_unless_it_runs(pattern, kernel)
+    leaves = [x.requires_grad_() for x in qkv(2, 2, 13)]
+    got = torch.autograd.grad(attend(*leaves, pattern, kernel=kernel).sum(), leaves)
+    expected = torch.autograd.grad(reference.attend(*leaves, pattern).sum(), leaves)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-13)
+
+
+@kernels
+@patterns
+def test_only_the_asked_gradients_are_given(pattern, kernel):
+    skip_unless_it_runs(pattern, kernel)
+    q, k, v = qkv(4, 2, 13)
+    v.requires_grad_()
+    got = torch.autograd.grad(attend(q, k, v, pattern, kernel=kernel).square().sum(), v)[0]
+    expected = torch.autograd.grad(reference.attend(q, k, v, pattern).square().sum(), v)[0]
+    assert torch.allclose(got, expected, atol=1e-13)
+
+
+@kernels
+@patterns
+def test_changing_a_token_moves_nothing_before_it_and_in_no_other_document(pattern, kernel):
+    """Bitwise, on the computed numbers: no kernel lets a token through with a small weight."""
+    skip_unless_it_runs(pattern, kernel)
+    q, k, v = qkv(4, 2, 24)
+    documents = positions((14, 10))
+    before = attend(q, k, v, pattern, documents, kernel=kernel)
+    for token in (5, 13, 17):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, :, token] += 1
+        after = attend(*changed, pattern, documents, kernel=kernel)
+        begin, end = (0, 14) if token < 14 else (14, 24)
+        still = torch.ones(24, dtype=torch.bool)
+        still[token:end] = False
+        assert torch.equal(after[:, :, still], before[:, :, still])
+        assert not torch.equal(after[:, :, token], before[:, :, token]), begin
+
+
+@patterns
+def test_the_kernel_chosen_by_itself_equals_the_oracle(pattern):
+    q, k, v = qkv(9, 3, 21)
+    assert_equals_oracle(pattern, "auto", q, k, v)
+    assert_equals_oracle(pattern, "auto", q, k, v, sink_logit_H=torch.zeros(9, dtype=torch.float64))
+
+
+def test_the_oracle_is_softmax_written_out_for_one_query():
+    q, k, v = qkv(2, 1, 7)
+    pattern, logit = PATTERNS["sink_window"](window_tokens=3, sink_tokens=1), torch.tensor([0.3, -1.0]).double()
+    out = reference.attend(q, k, v, pattern, positions((1, 6)), sink_logit_H=logit, scale=0.5)
+    seen = [1, 4, 5, 6]  # the second document's first token and the last three
+    weights = [math.exp(0.5 * float(q[0, 1, 6] @ k[0, 0, i])) for i in seen]
+    total = sum(weights) + math.exp(float(logit[1]))
+    expected = sum(w / total * v[0, 0, i] for w, i in zip(weights, seen, strict=True))
+    assert torch.allclose(out[0, 1, 6], expected, atol=1e-14)
+
+
+def test_sdpa_computes_causal_and_grouped_patterns():
+    for name in ("causal", "grouped", "shifted_sparse"):
+        pattern = PATTERNS[name](**({} if name == "causal" else {"group_tokens": 8}))
+        assert choose(pattern) == "sdpa"
+
+
+def test_an_unknown_kernel_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"kernel 'fast': there are auto, .*sdpa.*reference"):
+        choose(PATTERNS["causal"](), "fast")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 4, 5, 8), (1, 3, 5, 8), (1, 3, 5, 8)), "the key heads divide the query heads"),
+        (((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 5, 8)), "with a KV cache"),
+        (((1, 4, 5, 8), (1, 4, 5, 8), (1, 4, 5, 4)), "share batch, length and head size"),
+    ],
+)
+@kernels
+def test_shapes_that_do_not_belong_together_are_refused(shapes, message, kernel):
+    with pytest.raises(ValueError, match=message):
+        attend(*(torch.zeros(s) for s in shapes), PATTERNS["causal"](), kernel=kernel)
