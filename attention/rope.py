@@ -1,18 +1,27 @@
-"""Stretching rotary positions past the trained context, through transformers' own `rope_parameters`.
+"""Stretching rotary positions past the trained context, through transformers' own `rope_parameters`; turning keys on.
 
 A model trained on positions 0..L-1 has never seen the rotation of position L. Position interpolation (arXiv:2306.15595)
 divides positions by the factor, so that new ones fall between old ones; NTK-aware, YaRN (arXiv:2309.00071) and
 Llama-3 scaling treat slow and fast frequencies apart; `theta` only raises the base frequency, without any training.
 
+`Rotary` moves keys or queries that a model has rotated already to another position: RoPE (arXiv:2104.09864) is relative,
+so turning a key on by n positions is one more rotation, whatever scaling the frequencies carry.
+
     stretched_config(AutoConfig.from_pretrained(folder), "linear", 2.0)
+
+Legend: T tokens, D head dim, R rotated pairs (2R <= D).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 TYPES = ("none", "linear", "dynamic", "yarn", "llama3", "theta")
@@ -22,6 +31,9 @@ def stretched_config(
     config: PretrainedConfig, type: str, factor: float = 1.0, theta: float | None = None
 ) -> PretrainedConfig:
     """A copy of a config whose context is `factor` times as long; build the model from it.
+
+    `max_position_embeddings` becomes the new context, except for "dynamic": transformers reads the trained context from
+    it there, and stretches by itself as the input grows beyond that.
 
     Args:
         config: of a model with rotary positions that is not yet stretched.
@@ -60,5 +72,81 @@ def stretched_config(
         "theta": {"rope_theta": theta},
     }[type]
     config.rope_parameters = {**rope, **more} if type == "theta" else {**rope, "rope_type": type, **more}
-    config.max_position_embeddings = math.ceil(trained * factor)
+    if type != "dynamic":
+        config.max_position_embeddings = math.ceil(trained * factor)
     return config
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotation that a model's attention applies to its queries and keys."""
+
+    inv_freq_R: Tensor
+    """Radians a position, float32, as transformers has them."""
+    interleaved: bool
+    """Whether pairs are neighbours (2i, 2i+1), as in Cohere and GLM, or halves (i, i+R), as in Llama."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Rotary:
+        """From a model's config; how pairs lie is found by trying the family's own function.
+
+        Raises:
+            ValueError: no rotary positions, or ones that further rotations cannot move: frequencies that differ by layer
+                or change with the length of the input.
+        """
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "rope_theta" not in rope:
+            raise ValueError(f"{config.model_type} has no single set of rotary parameters ({rope or None})")
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope type {rope['rope_type']!r} changes frequencies with the length of the input: keys that were "
+                f"rotated before cannot be moved exactly; use 'linear', 'yarn' or 'llama3'"
+            )
+        family = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        names = [name for name in vars(family) if name.endswith("RotaryEmbedding") and "Vision" not in name]
+        if len(names) != 1 or not hasattr(family, "apply_rotary_pos_emb"):
+            raise ValueError(f"{config.model_type}: no single rotary embedding in {family.__name__} ({names})")
+        embedding = getattr(family, names[0])(config)
+        for interleaved in (False, True):
+            rotary = cls(embedding.inv_freq.detach().float().cpu(), interleaved)
+            if rotary._is_that_of(family, embedding):
+                return rotary
+        raise ValueError(f"{config.model_type} lays out rotated pairs neither as halves nor as neighbours")
+
+    def _is_that_of(self, family: Any, embedding: Any) -> bool:
+        """Whether three positions come out as from the family's own function."""
+        x_1HTD = torch.randn(1, 1, 3, 2 * len(self.inv_freq_R), generator=torch.Generator().manual_seed(0))
+        at_T = torch.tensor([0, 1, 5])
+        cos, sin = embedding(x_1HTD, at_T[None])
+        theirs, _ = family.apply_rotary_pos_emb(x_1HTD, x_1HTD, cos, sin)
+        ours = turned(x_1HTD, self.cos_sin(self.angles(at_T), x_1HTD), self.interleaved) * embedding.attention_scaling
+        return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+
+    def angles(self, by_T: Tensor) -> Tensor:
+        """Radians [T, R] of a turn by so many positions, in float64: at position 100,000 float32 is off by 4e-3."""
+        return by_T.double().cpu()[:, None] * self.inv_freq_R.double()
+
+    def rounding(self, at_T: Tensor) -> Tensor:
+        """Radians [T, R] that transformers' float32 angle of a position falls short of the true one."""
+        return self.angles(at_T) - (at_T.float().cpu()[:, None] * self.inv_freq_R).double()
+
+    def turn(self, x_BHTD: Tensor, by_T: Tensor) -> Tensor:
+        """Rotated queries or keys as they would be by_T positions later."""
+        return turned(x_BHTD, self.cos_sin(self.angles(by_T), x_BHTD), self.interleaved)
+
+    @staticmethod
+    def cos_sin(angles_TR: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of angles, in the type and place of another tensor."""
+        return angles_TR.cos().to(like), angles_TR.sin().to(like)
+
+
+def turned(x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
+    """x [..., T, D] with its first 2R values rotated, pair by pair; cosine and sine are [..., T, R]."""
+    cos, sin = cos_sin
+    pairs = cos.shape[-1]
+    one, two = (x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]) if interleaved else x[..., : 2 * pairs].chunk(2, -1)
+    rotated = (one * cos - two * sin, two * cos + one * sin)
+    rest = x[..., 2 * pairs :]
+    if interleaved:
+        return torch.cat([torch.stack(rotated, -1).flatten(-2), rest], -1)
+    return torch.cat([*rotated, rest], -1)
