@@ -159,10 +159,10 @@ def _files(source: SourceRecipe, base_dir: Path) -> list[tuple[str, Path]]:
     if source.package is not None:
         return PACKAGES[source.package]()
     assert source.files is not None
-    pattern = str(base_dir / source.files)
-    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    found = (base_dir / path for path in glob.glob(source.files, root_dir=base_dir, recursive=True))
+    paths = sorted(path for path in found if path.is_file())
     if not paths:
-        raise ValueError(f"corpus source files: {source.files!r} finds no file (looked for {pattern})")
+        raise ValueError(f"corpus source files: {source.files!r} finds no file (looked for {base_dir / source.files})")
     if unknown := next((path for path in paths if path.suffix not in READERS), None):
         raise ValueError(f"{unknown}: cannot read {unknown.suffix or 'no suffix'!r}; known are {', '.join(READERS)}")
     return [(path.stem, path) for path in paths]
@@ -221,7 +221,7 @@ def _read_jsonl(name: str, path: Path, source: SourceRecipe) -> Iterator[Documen
                 record = json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
                 yield BadLine(str(path), line, f"malformed JSON: {error}")
             else:
                 yield _from_record(record, source, path.name, str(path), line, source.domain or path.stem)
@@ -232,7 +232,7 @@ def _read_parquet(name: str, path: Path, source: SourceRecipe) -> Iterator[Docum
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = [source.text_field] + ([source.name_field] if source.name_field else [])
+    columns = list(dict.fromkeys(filter(None, (source.text_field, source.name_field))))
     with pq.ParquetFile(path) as file:
         there = file.schema_arrow.names
         if missing := [column for column in columns if column not in there]:
@@ -240,17 +240,16 @@ def _read_parquet(name: str, path: Path, source: SourceRecipe) -> Iterator[Docum
         line = 0
         for batch in file.iter_batches(batch_size=64, columns=columns):
             # strings as bytes: one row of invalid UTF-8 must not cost its neighbours
-            is_text = pa.types.is_string(batch[0].type) or pa.types.is_large_string(batch[0].type)
-            texts = batch[0].cast(pa.large_binary()).to_pylist() if is_text else batch[0].to_pylist()
-            names = batch[1].to_pylist() if source.name_field else [None] * len(texts)
-            for text, label in zip(texts, names, strict=True):
+            strings = [pa.types.is_string(c.type) or pa.types.is_large_string(c.type) for c in batch.columns]
+            raw = [c.cast(pa.large_binary()) if s else c for c, s in zip(batch.columns, strings, strict=True)]
+            for values in zip(*(column.to_pylist() for column in raw), strict=True):
                 line += 1
                 try:
-                    value = text.decode("utf-8") if is_text and text is not None else text
+                    decoded = [v.decode() if s and v is not None else v for v, s in zip(values, strings, strict=True)]
                 except UnicodeDecodeError as error:
                     yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
                     continue
-                record = {source.text_field: value} | ({source.name_field: label} if source.name_field else {})
+                record = dict(zip(batch.schema.names, decoded, strict=True))
                 yield _from_record(record, source, path.name, str(path), line, source.domain or path.stem)
 
 

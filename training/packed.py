@@ -67,11 +67,10 @@ def pack_corpus(
         items = read_documents(corpus, base_dir)
         _tokenise(items, found, Encoder.of(tokenizer), eos, scratch, workers, progress)
         found.check()
-        tokens = np.memmap(scratch, np.int32, "r")
         segments = METHODS[pack.method](*found.extents("train"), capacity)
         rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
-        _write_rows(out / "rows", rows, tokens)
-        _write_documents(out / "documents", found, tokens)
+        _write_rows(out / "rows", rows, scratch)
+        _write_documents(out / "documents", found, scratch)
     tokenizer.save_pretrained(out / "tokenizer")
     row_tokens = int(rows.lengths().sum())
     packed = pack.model_dump() | {
@@ -128,6 +127,8 @@ class Found:
     def check(self) -> None:
         """Raises ValueError if the texts are not what the recipe takes them for."""
         entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
+        if not entries:
+            raise ValueError("corpus.sources hold no document at all: their files or splits are empty")
         if self.bad_count > limit * entries:
             first = self.bad[0]
             raise ValueError(
@@ -215,20 +216,25 @@ def _batches(
         yield texts
 
 
-def _write_rows(folder: Path, rows: Rows, tokens: np.ndarray) -> None:
+def _mapped(scratch: IO[bytes]) -> np.ndarray:
+    """All tokens. Mapped anew for each batch: what is read counts as this process's memory while its mapping lives."""
+    return np.memmap(scratch, np.int32, "r")
+
+
+def _write_rows(folder: Path, rows: Rows, scratch: IO[bytes]) -> None:
     row_bytes = 8 * rows.seq_len
     in_shard, in_batch = max(1, SHARD_BYTES // row_bytes), max(1, WRITE_BYTES // row_bytes)
 
     def batches(start: int, stop: int) -> Iterator[pa.RecordBatch]:
         for low in range(start, stop, in_batch):
-            ids, positions, lengths = rows.fill(low, min(low + in_batch, stop), tokens)
+            ids, positions, lengths = rows.fill(low, min(low + in_batch, stop), _mapped(scratch))
             yield pa.record_batch([_lists(ids), _lists(positions), pa.array(lengths)], schema=ROW)
 
     shards = [batches(start, min(start + in_shard, rows.count)) for start in range(0, rows.count, in_shard)]
     _write_dataset(folder, ROW, shards)
 
 
-def _write_documents(folder: Path, found: Found, tokens: np.ndarray) -> None:
+def _write_documents(folder: Path, found: Found, scratch: IO[bytes]) -> None:
     """Held-out documents: the tokens of the text alone."""
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -236,7 +242,7 @@ def _write_documents(folder: Path, found: Found, tokens: np.ndarray) -> None:
         for n, split in enumerate(found.splits):
             if split != "train":
                 labels = [pa.array([label]) for label in (found.names[n], found.domains[n], split)]
-                ids = tokens[starts[n] : starts[n] + lengths[n] - 1]
+                ids = _mapped(scratch)[starts[n] : starts[n] + lengths[n] - 1]
                 yield pa.record_batch([*labels, _lists(ids[None])], schema=DOCUMENT)
 
     _write_dataset(folder, DOCUMENT, [batches()])
