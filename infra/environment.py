@@ -1,4 +1,4 @@
-"""The environment: what a run ran on (versions, system metrics), its seeds, and `doctor`: can a run work here?
+"""The environment: what a run ran on (versions, system metrics), and `doctor`: can a run work here?
 
 No package is imported for its version, and torch only inside what needs it, so `longreach doctor` starts fast.
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import random
 import shutil
 import socket
 import subprocess
@@ -29,21 +28,6 @@ def versions() -> dict[str, str | int]:
     """Python's, the main packages' (`missing` if not installed) and the machine's, to record beside a result."""
     found = {package: _version(package) or "missing" for package in PACKAGES}
     return {"python": platform.python_version(), **found, "platform": platform.platform(), "cpus": _cores()}
-
-
-def seed_everything(seed: int, rank: int = 0) -> int:
-    """Seed random, NumPy and torch (all devices). Ranks get unrelated streams; returns the number used.
-
-    Equal (seed, rank) give equal streams; (0, 1) and (1, 0) do not, as `seed + rank` would.
-    """
-    import numpy as np
-    import torch
-
-    state = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)
-    torch.manual_seed(state)
-    return state
 
 
 def system_metrics() -> dict[str, float]:

@@ -36,14 +36,14 @@ def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name:
     ValueError if the cluster is too small; otherwise the ranks' own final error, or Ray's TrainingFailedError.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     check_room(ray.cluster_resources(), resources)
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
     box = storage.absolute() / run_name / "result"
     box.mkdir(parents=True)
-    TorchTrainer(
+    trainer = TorchTrainer(
         _rank,
         train_loop_config={"function": function, "job": job, "box": str(box), "threads": resources.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
@@ -57,11 +57,35 @@ def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name:
             storage_path=str(storage.absolute()),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
-    ).fit()
+    )
+    for failures_left in reversed(range(resources.max_failures + 1)):
+        try:
+            trainer.fit()
+            break
+        except ControllerError as failure:
+            # A rank that dies in the instant in which it is told to start: Ray Train (2.60) gives up, whatever
+            # max_failures says, and forgets the ranks' placement group, whose CPUs nobody would ever get again.
+            release_abandoned_groups()
+            if not failures_left or not isinstance(failure.controller_failure, ray.exceptions.RayActorError):
+                raise
     if (box / "error.json").exists():
         error = json.loads((box / "error.json").read_text())
         raise FINAL_ERRORS[error["type"]](error["message"])
     return json.loads((box / "result.json").read_text())
+
+
+def release_abandoned_groups() -> None:
+    """Removes placement groups in which nobody lives any more."""
+    import ray
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.state import list_actors
+
+    actors = list_actors(address=ray.get_runtime_context().gcs_address, detail=True, limit=10_000)
+    lived_in = {actor.placement_group_id for actor in actors if actor.state != "DEAD"}
+    for group, about in placement_group_table().items():
+        if about["state"] == "CREATED" and group not in lived_in:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:

@@ -47,6 +47,7 @@ def evaluate(
     ).named(recipe.model)
     scores.write(out)
     run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
+    run.spool.table(out / "scores.json")
     run.spool.artifact(save(draw(scores), out / f"{recipe.eval}.png"), "figures")
     return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
 

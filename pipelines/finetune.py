@@ -30,7 +30,7 @@ def finetune(
         resources=resources,
         **places(out, run),
     )
-    return run_job(job, run)
+    return run_job(job, corpus, run)
 
 
 def places(out: Path, run: StageRun) -> dict[str, Any]:
@@ -44,8 +44,9 @@ def places(out: Path, run: StageRun) -> dict[str, Any]:
     }
 
 
-def run_job(job: TrainJob, run: StageRun) -> dict[str, Any]:
+def run_job(job: TrainJob, corpus: Artifact, run: StageRun) -> dict[str, Any]:
     """Trains on the ranks that the job's resources ask for; returns what training.json holds."""
+    run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, job.corpus)
     for key, value in {"ranks": job.resources.workers, "zero_stage": job.resources.zero_stage}.items():
         run.spool.param(key, value)
     summary = run_ranks(

@@ -33,4 +33,4 @@ def pretrain(
         resources=resources,
         **places(out, run),
     )
-    return run_job(job, run)
+    return run_job(job, corpus, run)

@@ -121,7 +121,33 @@ def perplexity(found: Found) -> Section | None:
     table = Table("By context length", heads, rows, [("", 1), *((name, len(lengths)) for name, lengths in by.items())])
     counts = " or ".join(str(n) for n in sorted({row["documents"] for rows in measured for row in rows.values()}))
     said = f"Protocol: {scores['protocol']}. {scores['note']} Small: 95% intervals over {counts} documents"
-    return Section("Perplexity", [f"{said}; over so few they are too narrow.", table])
+    return Section("Perplexity", [f"{said}; over so few they are too narrow.", table, _along_the_text(found)])
+
+
+def _along_the_text(found: Found) -> list[Picture]:
+    """A figure a document: every model scores the same tokens, so the place where one breaks can be seen."""
+    pictures, look = [], _look(found)
+    marks = {"trained length": found.base["context_length"]} if found.base else {}
+    rows = (row for model in found.compared.values() for row in model.rows("perplexity", kind="position"))
+    for number, document in enumerate(dict.fromkeys(row["document"] for row in rows)):
+        mine = {n: m.rows("perplexity", kind="position", document=document) for n, m in found.compared.items()}
+        curves = {name: coarser(some) for name, some in mine.items() if some}
+        says = "All models score the same tokens. A curve that leaves the others past the trained length breaks there."
+        title, axes = f"Along the text: {document}", ("token of the text", "perplexity")
+        pictures.append(lines(f"along-{number}.png", title, says, axes, curves, look, log=True, marks=marks))
+    return pictures
+
+
+def coarser(rows: list[dict[str, Any]], points: int = 16) -> list[tuple[float, float]]:
+    """A curve of (last token, perplexity) through about `points` of consecutive rows, each a mean over several."""
+    step = -(-len(rows) // points)
+    parts = [rows[n : n + step] for n in range(0, len(rows), step)]
+    means = [sum(row["nll"] * (row["end"] - row["start"]) for row in part) / _tokens(part) for part in parts]
+    return [(part[-1]["end"], math.exp(mean)) for part, mean in zip(parts, means, strict=True)]
+
+
+def _tokens(rows: list[dict[str, Any]]) -> int:
+    return sum(row["end"] - row["start"] for row in rows)
 
 
 def _interval(row: Mapping[str, Any] | None) -> str:

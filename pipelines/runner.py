@@ -277,6 +277,8 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
 
     recipe = run.loaded.recipe
     with connected(run.address) as ray:
+        # Ray Train's helpers look for the cluster by themselves, and find two where another one runs on this machine.
+        here = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
         execute = ray.remote(_execute)
         refs: dict[str, Any] = {}
         spools: dict[str, Spool] = {}
@@ -295,7 +297,8 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
             inputs = [refs[s.label] for s in stage.inputs.values() if s.label in refs]
             before = [refs[s.label] for s in stage.after if s.label in refs]
             cpus = stage.kind.cpus(recipe.resources)
-            placed = execute.options(num_cpus=cpus, name=stage.label, max_retries=2)  # retried if its worker dies
+            # max_retries: how often it is run again if its worker dies
+            placed = execute.options(num_cpus=cpus, name=stage.label, max_retries=2, runtime_env=here)
             run.display.stage(stage.label, "waiting")
             refs[stage.label] = placed.remote(task, before, *inputs)
         _follow(ray, run, outcome, refs, spools)

@@ -4,19 +4,12 @@ import time
 
 import pytest
 
-from infra.cluster import connected
 from infra.launch import check_room, run_ranks
 from infra.resources import Resources
 
 
-@pytest.fixture(scope="module")
-def ray():
-    with connected(None, cpus=2) as ray:
-        yield ray
-
-
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_and_rank_0s_result_comes_back(ray, tmp_path):
+def test_a_killed_rank_is_restarted_and_rank_0s_result_comes_back(cluster, tmp_path):
     job = {"kill_marker": str(tmp_path / "killed")}
     got = run_ranks("toy_ranks:count_ranks", job, resources=Resources(workers=2), name="count", storage=tmp_path)
     assert (tmp_path / "killed").exists()
@@ -24,7 +17,7 @@ def test_a_killed_rank_is_restarted_and_rank_0s_result_comes_back(ray, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_users_error_on_one_rank_ends_the_run_at_once_as_itself(ray, tmp_path):
+def test_a_users_error_on_one_rank_ends_the_run_at_once_as_itself(cluster, tmp_path):
     (tmp_path / "lives").mkdir()
     started = time.monotonic()
     with pytest.raises(ValueError, match="seq_len 30 is not a multiple of 4"):

@@ -72,7 +72,7 @@ def test_a_sink_token_more_is_no_other_tokenizer_but_other_ids_are(folders):
     more.save_pretrained(corpus.path / "tokenizer")
     evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
     text = (corpus.path / "tokenizer" / "tokenizer.json").read_text()
-    swapped = text.replace('"a": ', '"@": ', 1).replace('"b": ', '"a": ', 1).replace('"@": ', '"b": ', 1)
+    swapped = text.replace('"a": ', '"aside": ', 1).replace('"b": ', '"a": ', 1).replace('"aside": ', '"b": ', 1)
     assert swapped != text
     (corpus.path / "tokenizer" / "tokenizer.json").write_text(swapped)
     with pytest.raises(ValueError, match="2 of the common ones have other ids"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from toy_models import tiny_tokenizer
 
 from evaluation.documents import Document
 from evaluation.passkey import row as passkey_row
-from evaluation.perplexity import document_rows, pooled_rows
+from evaluation.perplexity import document_rows, pooled_rows, position_rows
 from evaluation.recipe import StreamingRecipe
 from evaluation.scores import EvalScores
 from evaluation.streaming import tabulate
@@ -27,6 +28,7 @@ from pipelines.recipe import Recipe
 from pipelines.report import report
 from pipelines.report_figures import lines, styles
 from pipelines.report_page import Best, Section, Table, html_page, markdown
+from pipelines.report_sections import coarser
 from training.packed import pack_corpus
 from training.recipe import TrainJob
 from training.throughput import summary as training_summary
@@ -180,7 +182,9 @@ def perplexity_rows(model: str, choices) -> tuple[list[dict], dict]:
     for name, tilt in (("2026-Trump-1", 0.1), (RUDE, -0.1)):
         for length, ppl in zip(LENGTHS, PPL[model], strict=True):
             nll_T = np.full(length - 1, math.log(ppl) + tilt)
-            rows += document_rows(Document(name, "texts", np.zeros(0)), nll_T, LAST)
+            document = Document(name, "texts", np.zeros(0))
+            rows += document_rows(document, nll_T, LAST)
+        rows += position_rows(document, nll_T, LAST)
     pooled = pooled_rows(rows, 0)
     return pooled + rows, {f"ppl_{r['length']}": r["ppl"] for r in pooled if r["protocol"] == "last_stride"}
 
@@ -443,3 +447,18 @@ def test_a_figure_is_drawn_although_nothing_of_a_curve_is_finite():
     picture = lines("x.png", "Title", "See.", ("x", "y"), curves, styles(curves), log=True, ticks=(1, 2))
     width, height = struct.unpack(">II", picture.png[16:24])
     assert (width, height) == (972, 756)
+
+
+def test_each_document_has_a_figure_of_all_models_along_its_text(written):
+    out, _ = written
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for number, document in enumerate(("2026-Trump-1", RUDE)):
+        assert f"Along the text: {html.escape(document)}" in page
+        assert (out / f"along-{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_coarser_curve_keeps_the_mean_of_all_tokens():
+    rows = [{"start": 0, "end": 3, "nll": 1.0}, {"start": 3, "end": 4, "nll": 2.0}, {"start": 4, "end": 8, "nll": 3.0}]
+    (end, ppl), *rest = coarser(rows, points=2)
+    assert (end, ppl) == (4, pytest.approx(math.exp(5 / 4)))
+    assert rest == [(8, pytest.approx(math.exp(3.0)))]

@@ -1,7 +1,6 @@
 """The runner on a real Ray cluster, with stages that cost nothing."""
 
 import io
-import os
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,6 @@ from pipelines.recipe import load
 from pipelines.stage import STAGES, Stage, StageKind
 
 TOY = StageKind("toy_stages:toy", 1, lambda r: 0.5)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    from infra.cluster import connected
-
-    with pytest.MonkeyPatch.context() as patch:  # Ray's workers import the toy stages by name
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        with connected(None, cpus=2) as ray:
-            yield ray
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from attention import PATTERNS
 from attention.hf import active_pattern, set_pattern
 from infra.artifact import digest_of
+from infra.environment import system_metrics
 from infra.launch import Superseded
 from infra.tracking import Spool
 from training import checkpoint, throughput, zero
@@ -100,7 +101,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             log.add(
                 {"step": step + 1, "loss": mean_loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
                 | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
-                | {"rss_gib": throughput.rss_gib(), "phases": clock.laps, "rows": order.rows_of_step(step).tolist()},
+                | {"phases": clock.laps, "rows": order.rows_of_step(step).tolist()},
                 total=optim.steps,
             )
         if (step + 1) % resources.checkpoint_every_steps == 0 and step + 1 < optim.steps:
@@ -233,9 +234,9 @@ class StepLog:
         if self.spool is None:
             return
         if row["step"] > self.told:
-            names = ("loss", "lr", "grad_norm", "tokens_per_s", "rss_gib", "seconds")
+            names = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds")
             values = {f"train/{n}": row[n] for n in names} | {f"time/{k}_s": v for k, v in row["phases"].items()}
-            self.spool.metrics(values, step=row["step"])
+            self.spool.metrics(values | system_metrics(), step=row["step"])
         self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], loss=row["loss"])
 
     def note(self, text: str) -> None:

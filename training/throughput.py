@@ -12,7 +12,6 @@ import time
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 
 GIB = 2**30
@@ -37,11 +36,6 @@ class Clock:
     def total(self) -> float:
         """Seconds of all laps."""
         return self._last - self._begun
-
-
-def rss_gib() -> float:
-    """This process's resident memory now."""
-    return psutil.Process().memory_info().rss / GIB
 
 
 def peak_gib() -> float:
