@@ -2,8 +2,8 @@
 
     bytes = batch · Σ over layers (kept tokens · KV heads · head dim) · 2 (keys and values) · bytes per value
 
-Grouped-query attention divides that by heads / KV heads: Llama-2-70B has 64 heads and 8 KV heads, so papers that count 64
-(2.5 MiB a token) are eight times above what the model needs; `as_multi_head` gives their number. A sink cache
+Grouped-query attention divides that by heads / KV heads: Llama-2-70B has 64 heads and 8 KV heads, so papers that count
+64 (2.5 MiB a token) are eight times above what the model needs; `as_multi_head` gives their number. A sink cache
 (arXiv:2309.17453) keeps a fixed number of tokens however long the text is.
 
     longreach kv-cache MODEL --batch 16 --length 4096 --dtype bf16

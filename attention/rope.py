@@ -4,8 +4,8 @@ A model trained on positions 0..L-1 has never seen the rotation of position L. P
 divides positions by the factor, so that new ones fall between old ones; NTK-aware, YaRN (arXiv:2309.00071) and
 Llama-3 scaling treat slow and fast frequencies apart; `theta` only raises the base frequency, without any training.
 
-`Rotary` moves keys or queries that a model has rotated already to another position: RoPE (arXiv:2104.09864) is relative,
-so turning a key on by n positions is one more rotation, whatever scaling the frequencies carry.
+`Rotary` moves keys or queries that a model has rotated already to another position: RoPE (arXiv:2104.09864) is
+relative, so turning a key on by n positions is one more rotation, whatever scaling the frequencies carry.
 
     stretched_config(AutoConfig.from_pretrained(folder), "linear", 2.0)
 
@@ -91,8 +91,8 @@ class Rotary:
         """From a model's config; how pairs lie is found by trying the family's own function.
 
         Raises:
-            ValueError: no rotary positions, or ones that further rotations cannot move: frequencies that differ by layer
-                or change with the length of the input.
+            ValueError: no rotary positions, or ones that further rotations cannot move: frequencies that differ by
+                layer or change with the length of the input.
         """
         rope = getattr(config, "rope_parameters", None) or {}
         if "rope_theta" not in rope:

@@ -49,7 +49,7 @@ def dynamic(factor, length=2 * TRAINED):
 
 
 def yarn(factor):
-    """arXiv:2309.00071: pairs that turn more than 32 times in the trained context stay, fewer than once are stretched."""
+    """arXiv:2309.00071: pairs turning over 32 times in the trained context stay, under once are stretched."""
     low, high = (HEAD * math.log(TRAINED / (turns * 2 * math.pi)) / (2 * math.log(THETA)) for turns in (32, 1))
     low, high = max(math.floor(low), 0), min(math.ceil(high), HEAD - 1)
     ramp_R = ((PAIR_R - low) / (high - low)).clamp(0, 1)

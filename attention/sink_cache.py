@@ -1,0 +1,313 @@
+"""A KV cache of fixed size for endless texts (StreamingLLM, arXiv:2309.17453), for `model.generate` of transformers 5.
+
+It keeps the text's first `sink_tokens` tokens and the `window_tokens` most recent ones; the current token comes on top,
+so a query sees sink_tokens + window_tokens + 1 keys. With positions="cache" they stand at 0, 1, 2, ... as they lie in
+the cache, whatever transformers passes as position_ids; with positions="text" they keep their places in the text.
+
+    cache = SinkCache(model.config, sink_tokens=4, window_tokens=1020)
+    model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache, max_new_tokens=10_000)
+
+How a step costs the same at any text length:
+  - Keys and values lie in one buffer, allocated once; a new token takes the place of the oldest recent one. The order
+    of keys does not matter to a single query.
+  - RoPE is relative: recent keys are at their true distance as they are. Only the sinks, kept aside un-turned, are
+    turned on, by the number of tokens that were evicted.
+  - Float32 angles lose 4e-3 radians at position 100,000 (transformers' tables). Beyond FAR the rounding of each angle,
+    which is known, is taken back from query and key, so the millionth token decodes like the thousandth.
+
+A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives what one pass a token
+would: attention/streaming.py. That needs to see the query, which a cache does not get: so `update` hands the keys on as
+a tensor type of their own, and `scaled_dot_product_attention`, by torch's __torch_function__ protocol, asks the cache.
+Hence the model must use "sdpa" attention, transformers' default; anything else that touches such keys is an error.
+
+Legend: B batch, T new tokens, H query heads, K key/value heads, D head dim, S sinks, W window.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from attention.rope import Rotary, turned
+from attention.streaming import streamed_attention
+
+FAR = 2**13
+"""From this position on, the rounding of float32 angles (5e-4 radians here) is taken back."""
+
+
+class SinkCache(Cache):
+    """Sinks and recent keys, in every layer.
+
+    Args:
+        config: the model's.
+        sink_tokens: first tokens that are never evicted; 0 is plain window attention.
+        window_tokens: recent tokens before the current one.
+        positions: "cache" or "text", see above.
+
+    Left-padded batches are welcome if the first forward pass gets the mask: each row's sinks are its own first tokens.
+
+    Raises:
+        ValueError: sizes that make no sense; a model whose keys cannot be moved (see Rotary.of) or that has windows of
+            its own no longer than this one.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        sink_tokens: int = 4,
+        window_tokens: int = 1020,
+        positions: Literal["cache", "text"] = "cache",
+    ) -> None:
+        config = config.get_text_config(decoder=True)
+        if sink_tokens < 0 or window_tokens < 1:
+            raise ValueError(f"sink_tokens {sink_tokens} and window_tokens {window_tokens}: at least 0 and at least 1")
+        if positions not in ("cache", "text"):
+            raise ValueError(f"positions {positions!r}: they are counted in the 'cache' or in the 'text'")
+        own = getattr(config, "sliding_window", None)
+        if own is not None and own <= sink_tokens + window_tokens:
+            raise ValueError(
+                f"the model's own window of {own} tokens is shorter than {sink_tokens} sinks + {window_tokens} recent "
+                f"tokens + 1: lower window_tokens to at most {own - sink_tokens - 1}"
+            )
+        turns = Turns(Rotary.of(config) if positions == "cache" else None)
+        layers = [SinkLayer(sink_tokens, window_tokens, turns) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=layers)
+
+
+class Turns:
+    """Cosines and sines that all layers of one step share."""
+
+    def __init__(self, rotary: Rotary | None) -> None:
+        self.rotary = rotary
+        if rotary is not None:
+            self.on = lru_cache(2)(self._on)
+            self.right = lru_cache(2)(self._right)
+
+    def _on(self, by_B: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For turning each row's keys on by so many positions [B, 1, 1, R]."""
+        assert self.rotary is not None, "positions counted in the text are never turned"
+        cos, sin = self.rotary.cos_sin(
+            self.rotary.angles(torch.tensor(by_B)), torch.empty(0, dtype=dtype, device=device)
+        )
+        return cos[:, None, None], sin[:, None, None]
+
+    def _right(
+        self, first_B: tuple[int, ...], tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """For taking back the rounding of float32 angles of tokens from each row's first on [B, 1, T, R]."""
+        assert self.rotary is not None, "positions counted in the text are as transformers rotated them"
+        at_BT = torch.tensor(first_B)[:, None] + torch.arange(tokens)
+        angles_BTR = self.rotary.rounding(at_BT.flatten()).unflatten(0, at_BT.shape)
+        angles_BTR = angles_BTR * (at_BT >= FAR)[..., None]
+        cos, sin = self.rotary.cos_sin(angles_BTR, torch.empty(0, dtype=dtype, device=device))
+        return cos[:, None], sin[:, None]
+
+
+class NewKeys(Tensor):
+    """The keys of new tokens on their way from the cache to attention; only `layer.attend` can use them."""
+
+    layer: SinkLayer
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            keys, mask = args[1], kwargs.get("attn_mask")
+            return keys.layer.attend(args[0], mask, kwargs.get("scale"))
+        if func in (Tensor.__getitem__, Tensor.expand, Tensor.reshape):
+            return args[0]  # transformers repeats KV heads before a masked sdpa; here they are never repeated
+        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device
+            return super().__torch_function__(func, types, args, kwargs)
+        raise TypeError(
+            f"the keys of a SinkCache went into {getattr(func, '__name__', func)}: the cache works with transformers' "
+            f"'sdpa' attention only; call model.set_attn_implementation('sdpa') first"
+        )
+
+
+class SinkLayer(CacheLayerMixin):
+    """One layer's keys and values. Slots 0..S-1 hold the sinks, S..S+W recent tokens in turn."""
+
+    keys: Tensor  # type: ignore[assignment]  # [B, K, S+W+1, D]
+    values: Tensor  # type: ignore[assignment]
+
+    def __init__(self, sink_tokens: int, window_tokens: int, turns: Turns) -> None:
+        super().__init__()
+        self.S, self.W, self.turns = sink_tokens, window_tokens, turns
+        self.seen = 0
+        self.padding_B: tuple[int, ...] = ()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        slots = self.S + self.W + 1
+        self.keys = key_states.new_empty(*key_states.shape[:2], slots, key_states.shape[3])
+        self.values = value_states.new_empty(*value_states.shape[:2], slots, value_states.shape[3])
+        self.sink_keys = key_states.new_empty(*key_states.shape[:2], self.S, key_states.shape[3])  # never turned on
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes the new tokens [B, K, T, D]; what comes back is for scaled_dot_product_attention alone."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.keys.shape[0]:
+            raise ValueError(
+                f"the cache holds {self.keys.shape[0]} rows, the batch has {key_states.shape[0]}: reset() it"
+            )
+        self.new = key_states.detach(), value_states.detach()
+        self.seen += key_states.shape[2]
+        keys = key_states.as_subclass(NewKeys)
+        keys.layer = self
+        return keys, value_states
+
+    def attend(self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Attention of the new tokens' queries; the new keys are in the cache afterwards."""
+        (k_BKTD, v_BKTD), T = self.new, q_BHTD.shape[2]
+        del self.new
+        self._note_padding(mask, len(q_BHTD), T)
+        first_B = tuple(self.seen - T - padding for padding in self.padding_B)
+        scale = q_BHTD.shape[3] ** -0.5 if scale is None else scale
+        with torch.no_grad():
+            q = q_BHTD.detach()
+            if self.turns.rotary is not None and max(first_B) + T > FAR:
+                right = self.turns.right(first_B, T, q.dtype, q.device)
+                q, k_BKTD = (turned(x, right, self.turns.rotary.interleaved) for x in (q, k_BKTD))
+            step = self._decode if T == 1 and min(first_B) >= 0 else self._prefill
+            out_BHTD = step(q, k_BKTD, v_BKTD, first_B, scale)
+        return _Inference.apply(q_BHTD, out_BHTD)
+
+    def _note_padding(self, mask: Tensor | None, batch: int, tokens: int) -> None:
+        """How many padding tokens lead each row, read from the first mask: a token that does not see itself is one."""
+        first = self.seen == tokens
+        if first:
+            self.padding_B = (0,) * batch
+        if mask is None:
+            return
+        real_BT = mask.diagonal(dim1=-2, dim2=-1)[:, 0].expand(batch, tokens)
+        real_BT = real_BT if real_BT.dtype == torch.bool else real_BT == 0
+        padding_B = (~real_BT).sum(1).tolist()
+        if not first and any(padding_B):
+            raise ValueError(
+                f"padding after the first {self.seen - tokens} tokens: a SinkCache takes left padding only"
+            )
+        if max(padding_B) == tokens or bool((real_BT[:, 1:] < real_BT[:, :-1]).any()):
+            raise ValueError(
+                f"in the first {tokens} tokens a row is padding only, or padded on its right: pad on the left, and let "
+                f"the first forward pass reach every row's text"
+            )
+        if first:
+            self.padding_B = tuple(padding_B)
+
+    def _decode(self, q_BH1D: Tensor, k_BK1D: Tensor, v_BK1D: Tensor, first_B: tuple[int, ...], scale: float) -> Tensor:
+        """One token a row: into its slot, then one attention over all slots in use."""
+        for rows, at in _together(first_B):
+            self.keys[rows, :, self._slot(at)] = k_BK1D[rows, :, 0]
+            self.values[rows, :, self._slot(at)] = v_BK1D[rows, :, 0]
+            if at < self.S:
+                self.sink_keys[rows, :, at] = k_BK1D[rows, :, 0]
+        evicted_B = tuple(max(0, at - self.S - self.W) for at in first_B)
+        if self.turns.rotary is not None and self.S and any(evicted_B):
+            on = self.turns.on(evicted_B, self.dtype, self.device)
+            self.keys[:, :, : self.S] = turned(self.sink_keys, on, self.turns.rotary.interleaved)
+        used_B = [min(at + 1, self.keys.shape[2]) for at in first_B]
+        used, mask = max(used_B), None
+        if min(used_B) < used:  # rows that padding made shorter
+            in_use_BN = torch.arange(used, device=self.device) < torch.tensor(used_B, device=self.device)[:, None]
+            mask = in_use_BN[:, None, None]
+        grouped_BKRD = q_BH1D.reshape(len(first_B), self.keys.shape[1], -1, q_BH1D.shape[3])  # no KV head is repeated
+        out = F.scaled_dot_product_attention(
+            grouped_BKRD, self.keys[:, :, :used], self.values[:, :, :used], attn_mask=mask, scale=scale
+        )
+        return out.reshape(q_BH1D.shape)
+
+    def _prefill(
+        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, first_B: tuple[int, ...], scale: float
+    ) -> Tensor:
+        """Many tokens, rows of equal length together; padding attends to nothing."""
+        out_BHTD = torch.zeros_like(q_BHTD)
+        for rows, first in _together(first_B):
+            skip, first = max(0, -first), max(0, first)
+            q, k, v = (x[rows, :, skip:] for x in (q_BHTD, k_BKTD, v_BKTD))
+            sinks = max(0, min(self.S - first, q.shape[2]))
+            slots = [self._slot(at) for at in range(max(self.S, first - self.W), first)]  # recent ones, oldest first
+            recent = [
+                torch.cat([old[rows][:, :, slots], new[:, :, sinks:]], 2) if slots else new[:, :, sinks:]
+                for old, new in ((self.keys, k), (self.values, v))
+            ]
+            self._store(rows, first, k, v, sinks)
+            known = min(self.S, first + q.shape[2])
+            out_BHTD[rows, :, skip:] = streamed_attention(
+                q, (recent[0], recent[1]), (self.sink_keys[rows][:, :, :known], self.values[rows][:, :, :known]),
+                first=first, sink_tokens=self.S, window_tokens=self.W, rotary=self.turns.rotary, scale=scale,
+            )  # fmt: skip
+        return out_BHTD
+
+    def _store(self, rows: slice, first: int, k_BKTD: Tensor, v_BKTD: Tensor, sinks: int) -> None:
+        """Puts tokens from `first` on into their slots; of those that are not sinks, the last W + 1."""
+        end = first + k_BKTD.shape[2]
+        kept = [*range(first, first + sinks), *range(max(first + sinks, end - self.W - 1), end)]
+        slots, new = [self._slot(at) for at in kept], [at - first for at in kept]
+        self.keys[rows, :, slots] = k_BKTD[:, :, new]
+        self.values[rows, :, slots] = v_BKTD[:, :, new]
+        self.sink_keys[rows, :, first : first + sinks] = k_BKTD[:, :, :sinks]
+
+    def _slot(self, at: int) -> int:
+        """Where a row's token lies."""
+        return at if at < self.S else self.S + (at - self.S) % (self.W + 1)
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, evicted ones and padding included: transformers counts positions from it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """transformers' mask only has to tell the padding among the new tokens; the rest is this cache's business."""
+        return query_length, self.seen
+
+    def get_max_length(self) -> int:
+        return self.S + self.W
+
+    def reset(self) -> None:
+        self.seen, self.padding_B = 0, ()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """For beam search: row n becomes what row beam_idx[n] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            rows = indices.to(self.device)
+            self.keys, self.values, self.sink_keys = (x[rows] for x in (self.keys, self.values, self.sink_keys))
+            self.padding_B = tuple(self.padding_B[n] for n in indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a SinkCache cannot take tokens back: what they evicted is gone (no assisted generation)")
+
+
+class _Inference(torch.autograd.Function):
+    """The output as it is; a gradient through the cache does not exist, and asking for one is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTD: Tensor, out_BHTD: Tensor) -> Tensor:
+        return out_BHTD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("a SinkCache is for inference: train with use_cache=False")
+
+
+def _together(first_B: tuple[int, ...]) -> list[tuple[slice, int]]:
+    """Neighbouring rows that stand at the same token: (rows, token)."""
+    found, row = [], 0
+    for first, same in groupby(first_B):
+        count = len(list(same))
+        found.append((slice(row, row + count), first))
+        row += count
+    return found

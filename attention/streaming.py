@@ -1,0 +1,140 @@
+"""Streaming attention (arXiv:2309.17453) for many queries at once: what decoding with a sink cache gives, token by token.
+
+Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With positions counted in the
+cache, recent keys stand at their true distance, since RoPE is relative; only the sinks come nearer: they stand as if
+the query were at min(t, S + W). So it is turned back by t - (S + W) for their sake, and the rest is a band:
+
+    t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys before the block
+
+Blocks of W queries need no mask and no band matrix: two causal flash attentions (the second with queries and keys
+flipped), a rectangle where a block is short, a small sink term, merged by their log-sum-exps. Memory is O(W) beside q,
+k, v. Equal to decoding to 1e-12 in float64 (tests/test_attention_streaming.py); measured in benchmarks/streaming.py.
+
+    out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020, rotary=rotary)
+
+Legend: B batch, T queries, H query heads, K key/value heads, D head dim, S sinks, W window, N recent keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention.rope import Rotary
+
+Part = tuple[Tensor, Tensor]
+"""Attention over some of the keys, and the log-sum-exp of its scores: out [B, H, T, D], lse [B, H, T]."""
+
+
+def streamed_attention(
+    q_BHTD: Tensor,
+    recent: tuple[Tensor, Tensor],
+    sinks: tuple[Tensor, Tensor],
+    *,
+    first: int = 0,
+    sink_tokens: int,
+    window_tokens: int,
+    rotary: Rotary | None,
+    scale: float,
+) -> Tensor:
+    """Attention [B, H, T, D] of tokens first .. first+T-1 of a text; queries and keys are rotated at text positions.
+
+    Args:
+        recent: keys and values [B, K, N, D] of tokens past the sinks, the last query's own at the end: as many before
+            the first query's own as there are, up to window_tokens.
+        sinks: keys and values of the text's first tokens, min(sink_tokens, first+T) of them.
+        rotary: what turns queries back, for positions counted in the cache; None: positions are counted in the text.
+    """
+    out_BHTD = torch.empty_like(q_BHTD)
+    among = max(0, min(sink_tokens - first, q_BHTD.shape[2]))  # queries that are sinks themselves
+    if sink_tokens:
+        to_sinks, sums = _sink_part(q_BHTD, sinks, first, sink_tokens + window_tokens, rotary, scale)
+        out_BHTD[:, :, :among] = to_sinks[:, :, :among]
+    before = recent[0].shape[2] - (q_BHTD.shape[2] - among)  # recent keys older than the first query that has any
+    for begin in range(among, q_BHTD.shape[2], window_tokens):
+        block = slice(begin, min(begin + window_tokens, q_BHTD.shape[2]))
+        own = before + begin - among
+        parts = _band_parts(q_BHTD[:, :, block], recent, own, window_tokens, scale)
+        if sink_tokens:
+            parts.append((to_sinks[:, :, block], sums[:, :, block]))
+        out_BHTD[:, :, block] = merged(parts)
+    return out_BHTD
+
+
+def _band_parts(q_BHTD: Tensor, recent: tuple[Tensor, Tensor], own: int, window: int, scale: float) -> list[Part]:
+    """A block of at most W queries, the first one's own key at `own`, over all recent keys in the band."""
+    k_BKND, v_BKND = recent
+    T = q_BHTD.shape[2]
+    parts = [_attend(q_BHTD, k_BKND[:, :, own : own + T], v_BKND[:, :, own : own + T], scale, causal=True)]
+    oldest = own - window  # the first query's oldest key, the second's is one later, and so on: causal in the mirror
+    low, corner = max(oldest, 0), min(oldest + T, own)
+    if low < corner:
+        mirror = slice(low, corner)
+        out, lse = _attend(
+            q_BHTD[:, :, : corner - oldest].flip(2),
+            k_BKND[:, :, mirror].flip(2),
+            v_BKND[:, :, mirror].flip(2),
+            scale,
+            causal=True,
+        )
+        parts.append((out.flip(2), lse.flip(2)))
+    if max(corner, 0) < own:  # keys that every query of a short block sees
+        all_see = slice(max(corner, 0), own)
+        parts.append(_attend(q_BHTD, k_BKND[:, :, all_see], v_BKND[:, :, all_see], scale, causal=False))
+    return parts
+
+
+def _sink_part(
+    q_BHTD: Tensor, sinks: tuple[Tensor, Tensor], first: int, cached: int, rotary: Rotary | None, scale: float
+) -> Part:
+    """All queries over the sinks that are not after them, as if no query stood beyond position `cached`."""
+    k_BKSD, v_BKSD = sinks
+    at_T = torch.arange(first, first + q_BHTD.shape[2])
+    if rotary is not None and int(at_T[-1]) > cached:
+        q_BHTD = rotary.turn(q_BHTD, (cached - at_T).clamp(max=0))
+    future_TS = torch.arange(k_BKSD.shape[2]) > at_T[:, None]
+    return _plain(q_BHTD, k_BKSD, v_BKSD, scale, future_TS.to(q_BHTD.device) if bool(future_TS.any()) else None)
+
+
+def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> Part:
+    """One part. Flash attention on CPU, a KV head's query heads in turn, so that no key is repeated."""
+    if q_BHTD.device.type != "cpu":
+        T, N = q_BHTD.shape[2], k_BKND.shape[2]
+        future_TN = torch.ones(T, N, dtype=torch.bool, device=q_BHTD.device).triu(1) if causal else None
+        return _plain(q_BHTD, k_BKND, v_BKND, scale, future_TN)
+    repeat = q_BHTD.shape[1] // k_BKND.shape[1]
+    parts = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BHTD[:, turn::repeat], k_BKND, v_BKND, 0.0, causal, scale=scale
+        )
+        for turn in range(repeat)
+    ]
+    if repeat == 1:
+        return parts[0]
+    out, lse = (torch.stack([part[n] for part in parts], 2).flatten(1, 2) for n in (0, 1))
+    return out, lse
+
+
+def _plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_TN: Tensor | None) -> Part:
+    """One part by the formula, scores and all."""
+    B, H, T, D = q_BHTD.shape
+    K = k_BKND.shape[1]
+    scores = (q_BHTD.reshape(B, K, -1, D) @ k_BKND.mT).unflatten(2, (H // K, T)) * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if unseen_TN is not None:
+        scores = scores.masked_fill(unseen_TN, -torch.inf)
+    lse = scores.logsumexp(-1)
+    mass = (scores - lse[..., None]).exp().to(v_BKND.dtype)
+    return (mass.flatten(2, 3) @ v_BKND).view(B, H, T, D), lse.view(B, H, T)
+
+
+def merged(parts: list[Part]) -> Tensor:
+    """Attention over all keys, from attention over disjoint parts of them."""
+    if len(parts) == 1:
+        return parts[0][0]
+    sums = torch.stack([lse for _, lse in parts])
+    weights = (sums - sums.logsumexp(0)).exp()[..., None]
+    out = parts[0][0] * weights[0]
+    for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
+        out += part * weight
+    return out.to(parts[0][0].dtype)
