@@ -131,23 +131,3 @@ def test_the_books_have_the_tokens_of_the_plain_tokenizer():
         assert len(parts) > 1
     assert encoder.encode(["".join(found["2026-Trump-1"].blocks())]).lengths.tolist() == [15_003]
     assert len(known_names(corpus)) == 237 + 42
-
-
-MEASURE = """
-import json, resource, sys
-from pathlib import Path
-from toy_tokenizers import toy_tokenizer
-from training.packed import pack_corpus
-from training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
-import datasets
-
-tokenizer, peak = toy_tokenizer(), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-def pack(name):
-    (out := Path(sys.argv[1]) / ("packed_" + name)).mkdir()
-    corpus = CorpusRecipe(sources=(SourceRecipe(files=f"{sys.argv[1]}/{name}.txt"),))
-    return pack_corpus(corpus, PackRecipe(seq_len=1024, method="concat"), tokenizer, out)
-pack("small")
-before = peak()
-packed = pack("large")
-print(json.dumps({"mib": peak() - before, "rows": packed["rows"], "tokens": packed["tokens"]}))
-"""

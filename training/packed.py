@@ -127,14 +127,16 @@ class Found:
     def check(self) -> None:
         """Raises ValueError if the texts are not what the recipe takes them for."""
         entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
-        if not entries:
-            raise ValueError("corpus.sources hold no document at all: their files or splits are empty")
         if self.bad_count > limit * entries:
             first = self.bad[0]
             raise ValueError(
                 f"{self.bad_count} of {entries} documents are malformed: {self.bad_count / entries:.2%}, more than "
                 f"corpus.max_bad_fraction {limit:.2%}; the first is {first.file}:{first.line}: {first.reason}. "
                 f"Mend them or raise the limit"
+            )
+        if not self.names:
+            raise ValueError(
+                f"corpus.sources hold no document, and {self.bad_count} malformed entries: look at the files"
             )
         check_patterns(self.names, self.corpus)
         if "train" not in self.splits:

@@ -1,0 +1,299 @@
+"""A packed corpus: every token once, the same bytes whoever tokenises, bounded memory, reports that add up."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from toy_tokenizers import LINES, toy_tokenizer
+
+from training import packed as packed_module
+from training.packed import pack_corpus
+from training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+
+EOS, BOS, VOCAB = 0, 1, len(toy_tokenizer())
+
+
+def write_texts(folder, count=30):
+    """Text files of one line to a few pages; their texts by name."""
+    folder.mkdir()
+    texts = {f"t{n:02d}": "".join(LINES[i % len(LINES)] for i in range(n, n + 1 + n * n // 9)) for n in range(count)}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    return texts
+
+
+def pack(folder, out, *, tokenizer=None, workers=0, corpus=None, files="*.txt", progress=None, **choices):
+    corpus = {"test": ("t01", "t2*"), "validation": ("t03",)} if corpus is None else corpus
+    recipe = CorpusRecipe(sources=(SourceRecipe(files=str(folder / files)),), **corpus)
+    out.mkdir()
+    said = {"progress": progress} if progress else {}
+    return pack_corpus(recipe, PackRecipe(**{"seq_len": 64} | choices), tokenizer or toy_tokenizer(), out,
+                       workers=workers, **said)  # fmt: skip
+
+
+def rows_of(out):
+    rows = datasets.load_from_disk(out / "rows")
+    return rows, *(np.array(rows[column]) for column in ("input_ids", "position_ids", "length"))
+
+
+def folder_digest(folder):
+    """Of every file's name and bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert files
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def documents_in_row(ids, positions, length):
+    """The pieces of documents that a row isolates."""
+    edges = [*np.flatnonzero(positions[:length] == 0), length]
+    return [ids[a:b].tolist() for a, b in pairwise(edges)]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "texts"
+    return folder, write_texts(folder)
+
+
+@pytest.fixture(scope="module")
+def packed(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus") / "packed"
+    return out, pack(texts[0], out)
+
+
+def test_each_training_document_stands_once_with_eos_at_its_end(texts, packed):
+    tokenizer, (_, texts), (out, _) = toy_tokenizer(), texts, packed
+    _, ids, positions, length = rows_of(out)
+    pieces = [piece for row in zip(ids, positions, length, strict=True) for piece in documents_in_row(*row)]
+    whole = {tuple(tokenizer(text).input_ids) for name, text in texts.items() if name not in held_out(texts)}
+    assert sum(map(len, pieces)) == sum(len(document) + 1 for document in whole)
+    for document in whole:
+        for at in range(0, len(document) + 1, 64):
+            piece = [*document, EOS][at : at + 64]
+            assert piece in pieces
+            pieces.remove(piece)
+    assert not pieces
+
+
+def held_out(texts):
+    return [name for name in texts if name in ("t01", "t03") or name.startswith("t2")]
+
+
+def test_held_out_documents_are_whole_and_their_text_is_in_no_row(texts, packed):
+    tokenizer, (_, texts), (out, summary) = toy_tokenizer(), texts, packed
+    documents = datasets.load_from_disk(out / "documents")
+    assert documents["name"] == held_out(texts)
+    assert documents["split"] == ["validation" if name == "t03" else "test" for name in held_out(texts)]
+    assert documents["domain"] == held_out(texts)
+    assert documents["input_ids"] == [tokenizer(texts[name]).input_ids for name in held_out(texts)]
+    assert summary["documents"] == {"train": 18, "validation": 1, "test": 11}
+
+
+def test_datasets_opens_the_folder_memory_mapped(packed):
+    rows, ids, positions, _ = rows_of(packed[0])
+    assert isinstance(rows.data, datasets.table.MemoryMappedTable)
+    assert ids.shape == positions.shape == (packed[1]["rows"], 64)
+    assert str(rows.features["input_ids"].feature.dtype) == "int32"
+
+
+def test_the_summary_counts_what_is_in_the_rows(packed):
+    out, summary = packed
+    _, _, _, length = rows_of(out)
+    assert summary["tokens"] == length.sum()
+    assert summary["efficiency"] == length.sum() / (len(length) * 64)
+    assert summary["efficiency"] > 0.95
+    assert summary == json.loads((out / "packed.json").read_text())
+    assert summary["tokenizer_sha256"] == folder_digest(out / "tokenizer")["tokenizer.json"]
+    assert summary["vocab_size"] == VOCAB
+
+
+def test_the_report_adds_up(texts, packed):
+    report = json.loads((packed[0] / "report.json").read_text())
+    tokenizer = toy_tokenizer()
+    lengths = {name: len(tokenizer(text).input_ids) for name, text in texts[1].items()}
+    train = [n for name, n in lengths.items() if name not in held_out(lengths)]
+    assert report["document_tokens"]["train"] == sum(train)
+    assert sum(report["document_tokens"].values()) == sum(lengths.values())
+    assert report["longer_than_a_row"] == sum(n + 1 > 64 for n in train)
+    assert report["truncated_tokens"] == 0
+    low = 0
+    for bar in report["length_histogram"]:
+        assert bar["train"] == sum(low < n <= bar["up_to"] for n in train)
+        low = bar["up_to"]
+    assert sum(bar["train"] + bar["validation"] + bar["test"] for bar in report["length_histogram"]) == 30
+    assert report["bad"] == {"count": 0, "fraction": 0.0, "listed": []}
+
+
+def test_concat_joins_the_training_documents_by_eos(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    pack(texts[0], tmp_path / "out", method="concat")
+    _, ids, positions, length = rows_of(tmp_path / "out")
+    flat = np.concatenate([row[:n] for row, n in zip(ids, length, strict=True)]).tolist()
+    train = [text for name, text in texts[1].items() if name not in held_out(texts[1])]
+    assert flat == [i for text in train for i in [*tokenizer(text).input_ids, EOS]]
+    assert (length[:-1] == 64).all()
+    assert (positions[:-1] == np.arange(64)).all()
+
+
+@pytest.mark.parametrize("method", ["best_fit", "concat"])
+@pytest.mark.parametrize("first_token", ["bos", "sink"])
+def test_a_first_token_opens_each_row_and_counts(texts, packed, tmp_path, method, first_token):
+    summary = pack(texts[0], tmp_path / "out", method=method, first_token=first_token)
+    _, ids, positions, length = rows_of(tmp_path / "out")
+    first = BOS if first_token == "bos" else VOCAB
+    assert summary["first_token_id"] == first
+    assert summary["vocab_size"] == VOCAB + (first_token == "sink")
+    assert (ids == first).sum() == (ids[:, 0] == first).sum() == len(ids)  # first in each row and nowhere else
+    assert (positions[:, :2] == [0, 1]).all()
+    assert length.sum() - len(ids) == packed[1]["tokens"]
+
+
+def test_a_padding_token_of_its_own_is_used(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.pad_token = "<mark>"
+    assert pack(texts[0], tmp_path / "out", tokenizer=tokenizer)["pad_token_id"] == 2
+    _, ids, _, length = rows_of(tmp_path / "out")
+    assert {token for row, n in zip(ids, length, strict=True) for token in row[n:].tolist()} == {2}
+
+
+def test_missing_special_tokens_are_asked_for(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="first_token is 'bos', but the tokenizer has no BOS token"):
+        pack(texts[0], tmp_path / "a", tokenizer=tokenizer, first_token="bos")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        pack(texts[0], tmp_path / "b", tokenizer=tokenizer)
+
+
+# Whoever does it, and however large it is
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Many parts, batches, record batches and shards even of a small corpus."""
+    monkeypatch.setattr(packed_module, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(packed_module, "WRITE_BYTES", 2000)
+    monkeypatch.setattr(packed_module, "SHARD_BYTES", 10_000)
+
+
+def test_no_byte_depends_on_the_number_of_threads(texts, tmp_path, monkeypatch, small_parts):
+    for cpus in (1, 2, 7):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cpus=cpus: range(cpus))
+        pack(texts[0], tmp_path / f"{cpus}")
+    assert folder_digest(tmp_path / "1") == folder_digest(tmp_path / "2") == folder_digest(tmp_path / "7")
+
+
+@pytest.mark.slow
+def test_no_byte_depends_on_ray(texts, tmp_path, small_parts, cluster):
+    for workers in (0, 1, 2):
+        pack(texts[0], tmp_path / f"{workers}", workers=workers)
+    assert folder_digest(tmp_path / "0") == folder_digest(tmp_path / "1") == folder_digest(tmp_path / "2")
+
+
+def test_the_rows_do_not_depend_on_batches_and_shards(texts, packed, tmp_path, small_parts):
+    pack(texts[0], tmp_path / "out")
+    assert len(list((tmp_path / "out/rows").glob("*.arrow"))) > 3
+    for one, other in zip(rows_of(tmp_path / "out")[1:], rows_of(packed[0])[1:], strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_progress_counts_documents_up_to_the_last(texts, tmp_path, small_parts):
+    seen = []
+    pack(texts[0], tmp_path / "out", progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 30
+    assert len(set(seen)) > 5
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from toy_tokenizers import toy_tokenizer
+from training import corpus, packed
+from training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+
+packed.BATCH_CHARS, packed.WRITE_BYTES, corpus.BLOCK_BYTES = 1 << 15, 1 << 17, 1 << 15
+tokenizer, folder = toy_tokenizer(), Path(sys.argv[1])
+def kib(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+def pack(name):
+    (out := folder / ("packed_" + name)).mkdir()
+    texts = CorpusRecipe(sources=(SourceRecipe(files=str(folder / name) + ".txt"),))
+    packed.pack_corpus(texts, PackRecipe(seq_len=1024, method="concat"), tokenizer, out)
+pack("small")
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+before = kib("VmRSS")
+pack("large")
+print((kib("VmHWM") - before) / 1024)
+"""
+
+
+def test_one_large_document_is_streamed_and_loses_no_token(tmp_path):
+    """Of 7 MB, in batches small enough for memory to stop growing early. Of 100 MB in full batches: 56 MiB (concat)."""
+    line = " Überraschung, 日本語のテキスト — they've 12 ships\n"
+    small, large = line * 20_000, line * 120_000
+    for name, text in (("small", small), ("large", large)):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    run = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    mib = float(subprocess.run(run, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE).stdout)
+    once, twice = toy_tokenizer()([line, line * 2]).input_ids
+    assert twice == once * 2  # so the whole text's tokens are those of the line, again and again
+    rows = datasets.load_from_disk(tmp_path / "packed_large/rows").with_format("numpy")
+    flat = np.concatenate([row[:n] for row, n in zip(rows["input_ids"], rows["length"], strict=True)])
+    assert np.array_equal(flat, [*once * 120_000, EOS])
+    assert mib < 4  # measured: 1.0, for twice the text 1.1; the text alone is 7.4 MB, its tokens are 5.3 MB
+
+
+# What is malformed, and what the user got wrong
+
+
+def write_lines(folder, good, bad):
+    lines = [json.dumps({"text": f"text {n}"}) for n in range(good)] + ['{"text": 5}'] * bad
+    (folder / "x.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_malformed_entries_up_to_the_limit_are_counted_and_listed(tmp_path):
+    write_lines(tmp_path, good=98, bad=2)
+    pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 0.02})
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    listed = [{"file": str(tmp_path / "x.jsonl"), "line": n, "reason": "text is int, not a string"} for n in (99, 100)]
+    assert report["bad"] == {"count": 2, "fraction": 0.02, "listed": listed}
+
+
+def test_more_malformed_entries_than_the_limit_fail_naming_the_first(tmp_path):
+    write_lines(tmp_path, good=97, bad=3)
+    said = r"3 of 100 documents are malformed: 3\.00%, more than corpus\.max_bad_fraction 2\.00%; the first is "
+    with pytest.raises(ValueError, match=said + rf"{tmp_path}/x\.jsonl:98: text is int, not a string"):
+        pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 0.02})
+
+
+def test_the_list_of_malformed_entries_is_bounded_their_count_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed_module, "BAD_LISTED", 5)
+    write_lines(tmp_path, good=1, bad=20)
+    pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 1.0})
+    bad = json.loads((tmp_path / "out/report.json").read_text())["bad"]
+    assert (bad["count"], len(bad["listed"])) == (20, 5)
+
+
+def test_a_corpus_with_nothing_to_train_on_is_refused(tmp_path):
+    write_lines(tmp_path, good=3, bad=0)
+    with pytest.raises(ValueError, match="hold out all 3 documents"):
+        pack(tmp_path, tmp_path / "a", files="*.jsonl", corpus={"test": ("*",)})
+    write_lines(tmp_path, good=0, bad=0)
+    with pytest.raises(ValueError, match="no document, and 0 malformed"):
+        pack(tmp_path, tmp_path / "b", files="*.jsonl", corpus={})
+    write_lines(tmp_path, good=0, bad=2)
+    with pytest.raises(ValueError, match="no document, and 2 malformed"):
+        pack(tmp_path, tmp_path / "c", files="*.jsonl", corpus={"max_bad_fraction": 1.0})
+
+
+def test_a_split_pattern_without_a_document_is_refused_with_the_nearest_name(texts, tmp_path):
+    with pytest.raises(ValueError, match=r"corpus\.test: 't99' matches none of 30 documents; nearest: t"):
+        pack(texts[0], tmp_path / "out", corpus={"test": ("t99",)})
