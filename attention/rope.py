@@ -25,6 +25,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 TYPES = ("none", "linear", "dynamic", "yarn", "llama3", "theta")
+FAR = 2**13
+"""From this position on, rounding of float32 angles is put right (it is 5e-4 radians here, 4e-3 at 100,000)."""
 
 
 def stretched_config(
@@ -123,12 +125,19 @@ class Rotary:
         return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
     def angles(self, by_T: Tensor) -> Tensor:
-        """Radians [T, R] of a turn by so many positions, in float64: at position 100,000 float32 is off by 4e-3."""
+        """Radians [T, R] of a turn by so many positions,, in float64."""
         return by_T.double().cpu()[:, None] * self.inv_freq_R.double()
 
     def rounding(self, at_T: Tensor) -> Tensor:
-        """Radians [T, R] that transformers' float32 angle of a position falls short of the true one."""
-        return self.angles(at_T) - (at_T.float().cpu()[:, None] * self.inv_freq_R).double()
+        """Radians [T, R] that transformers' float32 angle of a position falls short of the true one; 0 before FAR."""
+        off_TR = self.angles(at_T) - (at_T.float().cpu()[:, None] * self.inv_freq_R).double()
+        return off_TR * (at_T.cpu() >= FAR)[:, None]
+
+    def put_right(self, x_BHTD: Tensor, at_T: Tensor) -> Tensor:
+        """Queries or keys that transformers rotated to at_T, free of the rounding of far angles."""
+        if int(at_T.max()) < FAR:
+            return x_BHTD
+        return turned(x_BHTD, self.cos_sin(self.rounding(at_T), x_BHTD), self.interleaved)
 
     def turn(self, x_BHTD: Tensor, by_T: Tensor) -> Tensor:
         """Rotated queries or keys as they would be by_T positions later."""

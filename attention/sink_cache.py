@@ -12,8 +12,8 @@ How a step costs the same at any text length:
     of keys does not matter to a single query.
   - RoPE is relative: recent keys are at their true distance as they are. Only the sinks, kept aside un-turned, are
     turned on, by the number of tokens that were evicted.
-  - Float32 angles lose 4e-3 radians at position 100,000 (transformers' tables). Beyond FAR the rounding of each angle,
-    which is known, is taken back from query and key, so the millionth token decodes like the thousandth.
+  - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position FAR on, the rounding of each
+    angle, which is known, is taken back from query and key, so the millionth token decodes like the thousandth.
 
 A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives what one pass a token
 would: attention/streaming.py. That needs to see the query, which a cache does not get: so `update` hands the keys on as
@@ -35,11 +35,8 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from attention.rope import Rotary, turned
+from attention.rope import FAR, Rotary, turned
 from attention.streaming import streamed_attention
-
-FAR = 2**13
-"""From this position on, the rounding of float32 angles (5e-4 radians here) is taken back."""
 
 
 class SinkCache(Cache):
@@ -77,8 +74,7 @@ class SinkCache(Cache):
                 f"tokens + 1: lower window_tokens to at most {own - sink_tokens - 1}"
             )
         turns = Turns(Rotary.of(config) if positions == "cache" else None)
-        layers = [SinkLayer(sink_tokens, window_tokens, turns) for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=layers)
+        super().__init__(layers=[SinkLayer(sink_tokens, window_tokens, turns) for _ in range(config.num_hidden_layers)])
 
 
 class Turns:
@@ -105,7 +101,6 @@ class Turns:
         assert self.rotary is not None, "positions counted in the text are as transformers rotated them"
         at_BT = torch.tensor(first_B)[:, None] + torch.arange(tokens)
         angles_BTR = self.rotary.rounding(at_BT.flatten()).unflatten(0, at_BT.shape)
-        angles_BTR = angles_BTR * (at_BT >= FAR)[..., None]
         cos, sin = self.rotary.cos_sin(angles_BTR, torch.empty(0, dtype=dtype, device=device))
         return cos[:, None], sin[:, None]
 
@@ -178,7 +173,7 @@ class SinkLayer(CacheLayerMixin):
                 q, k_BKTD = (turned(x, right, self.turns.rotary.interleaved) for x in (q, k_BKTD))
             step = self._decode if T == 1 and min(first_B) >= 0 else self._prefill
             out_BHTD = step(q, k_BKTD, v_BKTD, first_B, scale)
-        return _Inference.apply(q_BHTD, out_BHTD)
+        return _Inference.apply(q_BHTD, out_BHTD) if q_BHTD.requires_grad else out_BHTD
 
     def _note_padding(self, mask: Tensor | None, batch: int, tokens: int) -> None:
         """How many padding tokens lead each row, read from the first mask: a token that does not see itself is one."""

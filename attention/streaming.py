@@ -1,4 +1,4 @@
-"""Streaming attention (arXiv:2309.17453) for many queries at once: what decoding with a sink cache gives, token by token.
+"""Streaming attention (arXiv:2309.17453) for many queries at once: what a sink cache gives token by token.
 
 Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With positions counted in the
 cache, recent keys stand at their true distance, since RoPE is relative; only the sinks come nearer: they stand as if

@@ -8,10 +8,11 @@
   sinks      the first `sink_tokens` tokens stay for ever, beside the most recent ones, in the same cache
 
 Each way predicts from `cache_tokens` cached tokens and the current one. All but `recompute` are computed for the whole
-text in one pass that gives what decoding token by token would (test_evaluation_streaming.py decodes). `recompute` needs
-a pass for each scored token, so it scores every n-th one and its mean is estimated by difference: the mean of another
-way over all tokens, plus the mean difference to it over the sample. Neighbouring tokens differ in NLL far more than two
-ways do on one token, so the difference is known to a few per cent where the sample's own mean would be off by tens.
+text in one pass (attention/streaming.py) that gives what decoding token by token with attention.sink_cache would.
+`recompute` needs a pass for each scored token, so it scores every n-th one and its mean is estimated by difference: the
+mean of another way over all tokens, plus the mean difference to it over the sample. Neighbouring tokens differ in NLL
+far more than two ways do on one token, so the difference is known to a few per cent where the sample's own mean would
+be off by tens.
 
 Perplexity counts from the token where the ways begin to differ: after the first `cache_tokens` tokens of the text.
 Streaming keeps a model fluent for ever; it does not let it see further back than its cache.
@@ -33,8 +34,9 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from attention.rope import Rotary
+from attention.streaming import streamed_attention
 from evaluation.documents import Document, Progress, first_token_id, matching, silent, with_first
 from evaluation.figures import COLOURS, new_axes
 from evaluation.likelihood import check_head, is_dynamic, token_nll
@@ -114,46 +116,26 @@ def streamed_nll(
 
 
 class StreamedAttention:
-    """For transformers' AttentionInterface: query t sees keys t-window..t and the sinks, block by block.
-
-    Recent keys stand at their true distance, wherever positions are counted (RoPE is relative). With positions counted
-    in the cache, a sink stands as if the query were at min(t, sinks + window), so the query's rotation is taken back.
-    q_BHTD, k_BKTD, v_BKTD (B = 1) -> out_BTHD.
-    """
+    """For transformers' AttentionInterface: attention/streaming.py over a whole text; q, k, v [1, ., T, D]."""
 
     def __init__(self, model: PreTrainedModel, sink_tokens: int, window_tokens: int, positions: str) -> None:
-        self.rotary: Any = model.base_model.rotary_emb
-        self.sinks, self.window, self.positions = sink_tokens, window_tokens, positions
+        self.rotary = Rotary.of(model.config) if positions == "cache" else None
+        self.sinks, self.window = sink_tokens, window_tokens
 
     def __call__(self, module, q_BHTD, k_BKTD, v_BKTD, attention_mask, *, scaling, **kwargs):  # type: ignore[no-untyped-def]
-        tokens, groups = q_BHTD.shape[2], q_BHTD.shape[1] // k_BKTD.shape[1]
-        k_BHTD, v_BHTD = k_BKTD.repeat_interleave(groups, 1), v_BKTD.repeat_interleave(groups, 1)
-        at_T = torch.arange(tokens, device=q_BHTD.device)
-        far_BHTD = self.turned_back(q_BHTD, (at_T - self.sinks - self.window).clamp(min=0))
-        out = []
-        for start in range(0, tokens, self.window):
-            end, low = min(start + self.window, tokens), max(self.sinks, start - self.window)
-            scores = torch.cat(
-                [
-                    far_BHTD[:, :, start:end] @ k_BHTD[:, :, : self.sinks].mT,
-                    q_BHTD[:, :, start:end] @ k_BHTD[:, :, low:end].mT,
-                ],
-                -1,
-            )
-            key_at = torch.cat([at_T[: self.sinks], at_T[low:end]])
-            distance = at_T[start:end, None] - key_at
-            seen = (distance >= 0) & ((distance <= self.window) | (key_at < self.sinks))
-            mass = (scores * scaling).masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(v_BHTD.dtype)
-            out.append(mass @ torch.cat([v_BHTD[:, :, : self.sinks], v_BHTD[:, :, low:end]], 2))
-        return torch.cat(out, 2).transpose(1, 2).contiguous(), None
-
-    def turned_back(self, q_BHTD: torch.Tensor, by_T: torch.Tensor) -> torch.Tensor:
-        """Queries as they would be by_T positions earlier."""
-        if self.positions == "text":
-            return q_BHTD
-        cos, sin = self.rotary(q_BHTD, by_T[None])
-        turned, _ = apply_rotary_pos_emb(q_BHTD, q_BHTD, cos, -sin)
-        return turned / self.rotary.attention_scaling  # YaRN scales cos and sin; q carries that scale already
+        if self.rotary is not None:
+            at_T = torch.arange(q_BHTD.shape[2])
+            q_BHTD, k_BKTD = self.rotary.put_right(q_BHTD, at_T), self.rotary.put_right(k_BKTD, at_T)
+        out_BHTD = streamed_attention(
+            q_BHTD,
+            (k_BKTD[:, :, self.sinks :], v_BKTD[:, :, self.sinks :]),
+            (k_BKTD[:, :, : self.sinks], v_BKTD[:, :, : self.sinks]),
+            sink_tokens=self.sinks,
+            window_tokens=self.window,
+            rotary=self.rotary,
+            scale=scaling,
+        )
+        return out_BHTD.transpose(1, 2).contiguous(), None
 
 
 @torch.inference_mode()

@@ -1,0 +1,104 @@
+"""The banded form against the definition, query by query, and against decoding with a SinkCache."""
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from transformers import AttentionInterface, AttentionMaskInterface, CohereConfig, LlamaConfig
+
+from attention import PATTERNS
+from attention.reference import attend as dense
+from attention.rope import FAR, Rotary
+from attention.sink_cache import SinkCache
+from attention.streaming import streamed_attention
+from evaluation.streaming import StreamedAttention
+
+D = 16
+HALVES = Rotary.of(LlamaConfig(hidden_size=D * 2, num_attention_heads=2))
+NEIGHBOURS = Rotary.of(CohereConfig(hidden_size=D * 2, num_attention_heads=2))
+
+
+def tensors(tokens, kv_heads, dtype=torch.float64, batch=2, heads=6):
+    torch.manual_seed(tokens)
+    shapes = (heads, kv_heads, kv_heads)
+    return [torch.randn(batch, n, tokens, D, dtype=dtype) for n in shapes]
+
+
+def by_definition(q, k, v, sinks, window, rotary, scale):
+    """One query after the other: its keys picked out, and the query turned back where it meets a sink."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = []
+    for t in range(q.shape[2]):
+        seen = [at for at in range(t + 1) if at < sinks or t - at <= window]
+        near, back = q[:, :, t : t + 1], torch.tensor([min(0, sinks + window - t)])
+        far = rotary.turn(near, back) if rotary else near
+        scores = [(far if at < sinks else near) @ k[:, :, at : at + 1].mT for at in seen]
+        out.append((torch.cat(scores, -1) * scale).softmax(-1) @ v[:, :, seen])
+    return torch.cat(out, 2)
+
+
+def ours(q, k, v, sinks, window, rotary, scale, first=0):
+    oldest = max(sinks, first - window)
+    return streamed_attention(
+        q[:, :, first:], (k[:, :, oldest:], v[:, :, oldest:]), (k[:, :, :sinks], v[:, :, :sinks]),
+        first=first, sink_tokens=sinks, window_tokens=window, rotary=rotary, scale=scale,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rotary", [HALVES, NEIGHBOURS, None], ids=["halves", "neighbours", "text"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_whole_text_and_its_later_chunks_equal_the_definition(rotary, kv_heads, sinks, window):
+    """Lengths around every edge: shorter than the sinks, than the cache, ragged last blocks. 1e-12: float64 sums."""
+    for tokens in (1, 3, 6, 7, 17):
+        q, k, v = tensors(tokens, kv_heads)
+        expected = by_definition(q, k, v, sinks, window, rotary, 0.3)
+        for first in sorted({0, 1, tokens // 2, tokens - 1} & set(range(tokens))):
+            got = ours(q, k, v, sinks, window, rotary, 0.3, first)
+            torch.testing.assert_close(got, expected[:, :, first:], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_short_floats_stay_as_close_as_they_can(dtype, atol):
+    """Values are of order 1: a few units in the last place of each type."""
+    q, k, v = tensors(40, 3, dtype)
+    expected = by_definition(*(x.double() for x in (q, k, v)), 4, 9, HALVES, 0.25)
+    got = ours(q, k, v, 4, 9, HALVES, 0.25)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, atol=atol, rtol=0)
+
+
+def test_with_positions_in_the_text_it_is_the_pattern_sink_window():
+    """The pattern's window counts the query's own token, the cache's does not."""
+    q, k, v = tensors(50, 3)
+    expected = dense(q, k, v, PATTERNS["sink_window"](sink_tokens=4, window_tokens=10 + 1), scale=0.25)
+    torch.testing.assert_close(ours(q, k, v, 4, 10, None, 0.25), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["cache", "text"])
+@pytest.mark.parametrize(("sinks", "window"), [(4, 12), (0, 9), (1, 1)])
+def test_one_pass_over_a_text_equals_decoding_it_with_a_sink_cache(positions, sinks, window):
+    """Through all layers of a float64 model with grouped heads, at every token."""
+    model, ids = tiny_llama().double(), torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(1))
+    cache = SinkCache(model.config, sinks, window, positions)
+    with torch.no_grad():
+        steps = [model.model(ids[:, t : t + 1], past_key_values=cache).last_hidden_state for t in range(60)]
+        AttentionInterface.register("in_one_pass", StreamedAttention(model, sinks, window, positions))
+        AttentionMaskInterface.register("in_one_pass", lambda *args, **kwargs: None)
+        model.set_attn_implementation("in_one_pass")
+        whole = model.model(ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(whole, torch.cat(steps, 1), atol=1e-12, rtol=0)
+
+
+def test_far_positions_are_put_right_in_both_alike():
+    """A chunk that reaches across FAR, in one pass and token by token: the same angles are taken back."""
+    model, ids = tiny_llama().double(), torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(1))
+    outs = []
+    for cuts in ([40], [1] * 40):
+        cache = SinkCache(model.config, 2, 8)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            for layer in cache.layers:
+                layer.seen = FAR - 20
+            outs.append(torch.cat([model(x, past_key_values=cache).logits for x in ids.split(cuts, 1)], 1))
+    torch.testing.assert_close(outs[0][:, 10:], outs[1][:, 10:], atol=1e-12, rtol=0)
