@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -229,6 +230,60 @@ def doctor(root: Root = ".longreach") -> None:
         raise typer.Exit(1)
 
 
+@app.command("kv-cache")
+def kv_cache(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder; only config.json is read.")],
+    batch: Annotated[int, typer.Option(help="Texts at once.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of each text.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, fp8 or int8.")] = "bf16",
+    sinks: Annotated[int, typer.Option(help="First tokens that a sink cache keeps.")] = 4,
+    window: Annotated[int, typer.Option(help="Recent tokens that a sink cache keeps.")] = 1020,
+) -> None:
+    """Say how much memory keys and values take: as the model is, with a head each, and in a sink cache."""
+    from transformers import AutoConfig
+
+    from attention.kv_budget import KVBudget, readable
+
+    if not Path(model, "config.json").is_file():
+        raise ValueError(f"{model} is not a folder with a config.json")
+    budget = KVBudget.of(AutoConfig.from_pretrained(model, local_files_only=True))
+    rows = {
+        f"as it is, {budget.kv_heads} KV heads": budget.bytes(batch, length, dtype),
+        f"if all {budget.heads} heads had their own": budget.as_multi_head().bytes(batch, length, dtype),
+        f"sink cache, {sinks} + {window} tokens, any length": budget.sink_cache_bytes(
+            batch, length, dtype, sink_tokens=sinks, window_tokens=window
+        ),
+    }
+    _table([f"batch {batch}, {length} tokens, {dtype}", ""], [[name, readable(size)] for name, size in rows.items()])
+
+
+@app.command("verify-attention")
+def verify_attention(
+    target: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A Hugging Face folder, or a recipe.")],
+    overrides: Overrides = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the test row; 64, or three of a recipe's groups.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="transformers' name of an implementation, e.g. eager.")] = None,
+    packed: Annotated[bool, typer.Option(help="Also several documents in a row, by position_ids.")] = True,
+) -> None:
+    """Perturb tokens and documents: nothing before them or in another document may move; exit 1 if something does."""
+    from attention.verify import verify_attention
+
+    leaking = 0
+    for name, model, enough in _models_to_verify(target, overrides):
+        if attention:
+            model.set_attn_implementation(attention)
+        leaks = verify_attention(model, tokens=tokens or enough, packed=packed)
+        for leak in leaks:
+            print(f"{name}: {leak}")
+        if not leaks:
+            print(f"{name}: no token sees a later one{' or another document' if packed else ''}")
+        leaking += bool(leaks)
+    if leaking:
+        raise typer.Exit(1)
+
+
 @app.command()
 def init(
     name: Annotated[str, typer.Argument(help="The new recipe's name; it is written to NAME.yaml.")],
@@ -305,6 +360,29 @@ def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) ->
 
     chosen = load(recipe, overrides).recipe
     return chosen.tracking.uri, Path(chosen.store.workdir)
+
+
+def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple[str, Any, int]]:
+    """(name, model, tokens that show its pattern): a folder's model, or a tiny Llama for each arm of a recipe."""
+    if Path(target, "config.json").is_file():
+        from training.model import load_model
+
+        yield target, load_model(target)[0], 64
+        return
+    from pipelines.recipe import load
+
+    chosen = load(target, overrides).recipe
+    from attention import PATTERNS
+    from attention.hf import set_pattern
+    from training.model import tiny_model
+    from training.recipe import TinyModelRecipe
+
+    for arm, of in (chosen.finetune.arms if chosen.finetune else {}).items():
+        choices = of.attention.model_dump(exclude={"pattern"}, exclude_defaults=True)
+        tokens = max(64, 3 * choices.get("group_tokens", 0))
+        tiny = TinyModelRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)
+        model = tiny_model(tiny, vocab_size=256, seed=0)
+        yield f"{arm} ({set_pattern(model, PATTERNS[of.attention.pattern](**choices))})", model, tokens
 
 
 def _ago(then: datetime) -> str:

@@ -72,7 +72,7 @@ def imported_by(*arguments: str) -> set[str]:
 def test_help_names_every_command_and_loads_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = longreach(capsys, "--help")
     assert code == 0
-    for command in ("run", "plan", "status", "report", "ui", "doctor", "init", "config", "sync"):
+    for command in ("run", "plan", "status", "report", "ui", "doctor", "init", "config", "sync", "kv-cache"):
         assert f" {command} " in out
     loaded = imported_by("--help")
     assert loaded.isdisjoint(HEAVY | {"pydantic", "yaml", "fsspec", "numpy"}), "0.6 s is all that help may take"
@@ -339,6 +339,52 @@ def test_doctor_is_exit_1_only_if_a_run_cannot_work(
         code,
         [["ok", "python", "3.11.7"], [mark, "disk", "1", "GiB", "make", "room"]],
     )
+
+
+def test_kv_cache_gives_the_models_size_the_papers_and_a_sink_caches(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8).save_pretrained(
+        tmp_path
+    )
+    code, out, _ = longreach(capsys, "kv-cache", str(tmp_path), "--batch", "16", "--length", "4096", "--dtype", "bf16")
+    assert code == 0
+    assert [line.split("  ")[-1].strip() for line in out.splitlines()[1:]] == ["20 GiB", "160 GiB", "5.015 GiB"]
+    assert longreach(capsys, "kv-cache", str(tmp_path / "no"))[0] == 2
+    assert longreach(capsys, "kv-cache", str(tmp_path), "--dtype", "fp12")[0] == 2
+
+
+def test_verify_attention_of_a_folder_is_exit_1_where_its_attention_leaks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from torch.nn.functional import scaled_dot_product_attention
+    from toy_models import tiny_folder
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def sees_everything(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> Any:
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2), None
+
+    AttentionInterface.register("sees_everything", sees_everything)
+    AttentionMaskInterface.register("sees_everything", lambda *_, **__: None)
+    folder = str(tiny_folder(tmp_path / "model"))
+    code, out, _ = longreach(capsys, "verify-attention", folder)
+    assert code == 0
+    assert out.splitlines()[-1] == f"{folder}: no token sees a later one or another document"
+    code, out, _ = longreach(capsys, "verify-attention", folder, "--attention", "sees_everything")
+    assert code == 1
+    assert "LEAK (future, by output) in layer 0: token" in out
+    assert "LEAK (document, by gradient) across all layers: token" in out
+
+
+def test_verify_attention_of_a_recipe_tries_the_pattern_of_each_arm(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = longreach(capsys, "verify-attention", "quickstart")
+    assert code == 0
+    arms = load("quickstart").recipe.finetune
+    assert arms is not None
+    assert [line.split(" (")[0] for line in out.splitlines()] == list(arms.arms)
+    assert "shifted_sparse" in out
 
 
 def test_python_dash_m_is_the_same_command() -> None:
