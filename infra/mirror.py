@@ -260,7 +260,9 @@ class Mirror:
                 raise Pause(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
             database = _sqlite_path(self.uri)
             artifacts = (database.parent / "mlartifacts").as_uri() if database else None
-            self._experiments[name] = found.experiment_id if found else self.client.create_experiment(name, artifacts)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page shows prompts and traces
+            make = self.client.create_experiment
+            self._experiments[name] = found.experiment_id if found else make(name, artifacts, tags=kind)
         return self._experiments[name]
 
     def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:

@@ -9,6 +9,7 @@ out) and stand beside the row length and model width that they were measured at,
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,13 @@ def _paid(found: Found) -> list[str]:
 
 def metrics(found: Found) -> dict[str, float]:
     """The page's numbers for MLflow, by name; not those that are not finite, which no manifest can hold."""
-    values: dict[str, float] = {f"pack/efficiency/{label}": pack["efficiency"] for label, pack in found.packs.items()}
+
+    def plain(name: str) -> str:  # MLflow's names allow neither plus nor brackets, ours no space
+        return re.sub(r"[^a-z0-9._-]+", " ", name).strip()
+
+    values: dict[str, float] = {f"pack/efficiency/{plain(n)}": pack["efficiency"] for n, pack in found.packs.items()}
     for name, model in found.models.items():
-        tag = name.replace("+", " ")  # MLflow's names allow no plus, ours no space
+        tag = plain(name)
         values |= {f"eval/{key}/{tag}": value for s in model.scores.values() for key, value in s["summary"].items()}
         values |= {f"cost/{key}/{tag}": model.training[key] for key in COSTS if model.training}
         for against, tune in (("full", "all"), ("lora", "lora")):

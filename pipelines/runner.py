@@ -262,6 +262,7 @@ def _run_missing(run: _Run, outcome: RunOutcome) -> None:
             _run_on_ray(run, outcome)
         if report := run.found.get("report"):
             pipeline.metrics(report.summary.get("metrics", {}))
+            pipeline.tag("mlflow.note.content", report.summary.get("headline", ""))
             for path in sorted(report.path.iterdir()):
                 pipeline.artifact(path, "report")
         status = "FAILED" if outcome.failed else "FINISHED"

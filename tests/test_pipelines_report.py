@@ -279,6 +279,8 @@ def test_every_number_of_the_main_table_is_that_of_an_artifact(written):
 
 def test_metrics_are_the_scores_and_costs_under_names_that_mlflow_takes(written):
     metrics = written[1]["metrics"]
+    assert all(re.fullmatch(r"[\w./ -]+", name) for name in metrics)
+    assert metrics["pack/efficiency/pack sink"] > 0.5
     assert metrics["eval/ppl_768/longlora"] == pytest.approx(31.2)
     assert metrics["eval/streaming_ppl_window/base"] > 5 * metrics["eval/streaming_ppl_sinks/base"]
     assert metrics["eval/passkey_256/longlora"] == pytest.approx(2 / 3)
