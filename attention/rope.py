@@ -153,9 +153,12 @@ def turned(x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool = False)
     """x [..., T, D] with its first 2R values rotated, pair by pair; cosine and sine are [..., T, R]."""
     cos, sin = cos_sin
     pairs = cos.shape[-1]
-    one, two = (x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]) if interleaved else x[..., : 2 * pairs].chunk(2, -1)
-    rotated = (one * cos - two * sin, two * cos + one * sin)
-    rest = x[..., 2 * pairs :]
     if interleaved:
-        return torch.cat([torch.stack(rotated, -1).flatten(-2), rest], -1)
-    return torch.cat([*rotated, rest], -1)
+        one, two = x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
+    else:
+        one, two = x[..., :pairs], x[..., pairs : 2 * pairs]
+    rotated = [torch.addcmul(one * cos, two, sin, value=-1), torch.addcmul(two * cos, one, sin)]
+    if interleaved:
+        rotated = [torch.stack(rotated, -1).flatten(-2)]
+    rest = [x[..., 2 * pairs :]] if x.shape[-1] > 2 * pairs else []  # an empty tensor would be copied all the same
+    return torch.cat(rotated + rest, -1)

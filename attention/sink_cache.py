@@ -170,7 +170,8 @@ class SinkLayer(CacheLayerMixin):
             q = q_BHTD.detach()
             if self.turns.rotary is not None and max(first_B) + T > FAR:
                 right = self.turns.right(first_B, T, q.dtype, q.device)
-                q, k_BKTD = (turned(x, right, self.turns.rotary.interleaved) for x in (q, k_BKTD))
+                both = turned(torch.cat([q, k_BKTD], 1), right, self.turns.rotary.interleaved)
+                q, k_BKTD = both.split([q.shape[1], k_BKTD.shape[1]], 1)
             step = self._decode if T == 1 and min(first_B) >= 0 else self._prefill
             out_BHTD = step(q, k_BKTD, v_BKTD, first_B, scale)
         return _Inference.apply(q_BHTD, out_BHTD) if q_BHTD.requires_grad else out_BHTD
