@@ -13,7 +13,8 @@ How a step costs the same at any text length:
   - RoPE is relative: recent keys are at their true distance as they are. Only the sinks, kept aside un-turned, are
     turned on, by the number of tokens that were evicted.
   - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position FAR on, the rounding of each
-    angle, which is known, is taken back from query and key, so the millionth token decodes like the thousandth.
+    angle, which is known, is taken back from query and key, so the millionth token decodes like the thousandth. (Known
+    where positions count a row's tokens from 0 without padding, as `generate` does.)
 
 A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives what one pass a token
 would: attention/streaming.py. That needs to see the query, which a cache does not get: so `update` hands the keys on as
@@ -131,19 +132,23 @@ class SinkLayer(CacheLayerMixin):
 
     keys: Tensor  # type: ignore[assignment]  # [B, K, S+W+1, D]
     values: Tensor  # type: ignore[assignment]
+    sink_keys: Tensor  # [B, K, S, D], as they came: never turned on
 
     def __init__(self, sink_tokens: int, window_tokens: int, turns: Turns) -> None:
         super().__init__()
         self.S, self.W, self.turns = sink_tokens, window_tokens, turns
         self.seen = 0
         self.padding_B: tuple[int, ...] = ()
+        self.new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots = self.S + self.W + 1
-        self.keys = key_states.new_empty(*key_states.shape[:2], slots, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], slots, value_states.shape[3])
-        self.sink_keys = key_states.new_empty(*key_states.shape[:2], self.S, key_states.shape[3])  # never turned on
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        with torch.inference_mode(False):  # else a cache begun in inference mode could not go on outside of it
+            self.keys, self.values, self.sink_keys = (
+                torch.empty(*of.shape[:2], tokens, of.shape[3], dtype=of.dtype, device=of.device)
+                for of, tokens in ((key_states, slots), (value_states, slots), (key_states, self.S))
+            )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes the new tokens [B, K, T, D]; what comes back is for scaled_dot_product_attention alone."""
@@ -153,6 +158,8 @@ class SinkLayer(CacheLayerMixin):
             raise ValueError(
                 f"the cache holds {self.keys.shape[0]} rows, the batch has {key_states.shape[0]}: reset() it"
             )
+        if self.new is not None:
+            raise RuntimeError("the last forward pass failed half-way and left this cache behind: reset() it")
         self.new = key_states.detach(), value_states.detach()
         self.seen += key_states.shape[2]
         keys = key_states.as_subclass(NewKeys)
@@ -161,8 +168,9 @@ class SinkLayer(CacheLayerMixin):
 
     def attend(self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Attention of the new tokens' queries; the new keys are in the cache afterwards."""
+        assert self.new is not None, "update comes before attend"
         (k_BKTD, v_BKTD), T = self.new, q_BHTD.shape[2]
-        del self.new
+        self.new = None
         self._note_padding(mask, len(q_BHTD), T)
         first_B = tuple(self.seen - T - padding for padding in self.padding_B)
         scale = q_BHTD.shape[3] ** -0.5 if scale is None else scale
@@ -267,7 +275,7 @@ class SinkLayer(CacheLayerMixin):
         return self.S + self.W
 
     def reset(self) -> None:
-        self.seen, self.padding_B = 0, ()
+        self.seen, self.padding_B, self.new = 0, (), None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """For beam search: row n becomes what row beam_idx[n] was."""
@@ -276,7 +284,8 @@ class SinkLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             rows = indices.to(self.device)
-            self.keys, self.values, self.sink_keys = (x[rows] for x in (self.keys, self.values, self.sink_keys))
+            with torch.inference_mode(False):
+                self.keys, self.values, self.sink_keys = (x[rows] for x in (self.keys, self.values, self.sink_keys))
             self.padding_B = tuple(self.padding_B[n] for n in indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -20,6 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from attention import PATTERNS
+from attention.hf import set_pattern
 from attention.kv_budget import KVBudget
 from attention.sink_cache import SinkCache
 
@@ -220,11 +222,34 @@ def test_memory_is_allocated_once_and_is_what_the_calculator_says():
     assert held == budget.sink_cache_bytes(2, 101, "fp32", sink_tokens=3, window_tokens=9)
 
 
-def test_other_attention_than_sdpa_is_an_error_that_says_what_to_do():
+def test_a_cache_begun_in_inference_mode_goes_on_outside_of_it():
+    model, ids = tiny_llama(), text()
+    cache = SinkCache(model.config, 3, 9)
+    with torch.inference_mode():
+        begun = decoded(model, cache, ids, 20)
+        cache.reorder_cache(torch.tensor([0, 1]))
+    after = decoded(model, cache, text(seed=1), 20)
+    other = SinkCache(model.config, 3, 9)
+    assert torch.equal(
+        torch.cat([begun, after], 1), torch.cat([decoded(model, other, x, 20) for x in (ids, text(seed=1))], 1)
+    )
+
+
+@pytest.mark.parametrize("attention", ["eager", "a pattern of ours"])
+def test_other_attention_than_sdpa_is_an_error_that_says_what_to_do(attention):
     model = tiny_llama()
-    model.set_attn_implementation("eager")
+    if attention == "a pattern of ours":
+        set_pattern(model, PATTERNS["causal"]())
+    else:
+        model.set_attn_implementation(attention)
+    cache = SinkCache(model.config)
     with pytest.raises(TypeError, match=r"set_attn_implementation\('sdpa'\)"):
-        decoded(model, SinkCache(model.config), text())
+        decoded(model, cache, text(), 20)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        decoded(model, cache, text(), 20)
+    cache.reset()
+    decoded(model, cache, text(), 20)
 
 
 def test_a_gradient_through_the_cache_is_an_error():

@@ -9,7 +9,7 @@ from attention import PATTERNS
 from attention.reference import attend as dense
 from attention.rope import FAR, Rotary
 from attention.sink_cache import SinkCache
-from attention.streaming import streamed_attention
+from attention.streaming import _attend, _plain, streamed_attention
 from evaluation.streaming import StreamedAttention
 
 D = 16
@@ -88,6 +88,14 @@ def test_one_pass_over_a_text_equals_decoding_it_with_a_sink_cache(positions, si
         model.set_attn_implementation("in_one_pass")
         whole = model.model(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(whole, torch.cat(steps, 1), atol=1e-12, rtol=0)
+
+
+def test_the_formula_that_stands_in_for_flash_attention_elsewhere_gives_its_numbers():
+    q, k, v = tensors(20, 3)
+    for causal in (True, False):
+        future = torch.ones(20, 20, dtype=torch.bool).triu(1) if causal else None
+        for plain, flash in zip(_plain(q, k, v, 0.3, future), _attend(q, k, v, 0.3, causal=causal), strict=True):
+            torch.testing.assert_close(plain, flash, atol=1e-12, rtol=0)
 
 
 def test_far_positions_are_put_right_in_both_alike():
