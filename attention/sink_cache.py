@@ -251,9 +251,9 @@ class SinkLayer(CacheLayerMixin):
         return out_BHTD
 
     def _store(self, rows: slice, first: int, k_BKTD: Tensor, v_BKTD: Tensor, sinks: int) -> None:
-        """Puts tokens from `first` on into their slots; of those that are not sinks, the last W + 1."""
+        """Puts tokens from `first` on into their slots; of those that are not sinks, the last W."""
         end = first + k_BKTD.shape[2]
-        kept = [*range(first, first + sinks), *range(max(first + sinks, end - self.W - 1), end)]
+        kept = [*range(first, first + sinks), *range(max(first + sinks, end - self.W), end)]
         slots, new = [self._slot(at) for at in kept], [at - first for at in kept]
         self.keys[rows, :, slots] = k_BKTD[:, :, new]
         self.values[rows, :, slots] = v_BKTD[:, :, new]

@@ -140,6 +140,14 @@ def test_chunks_of_any_length_equal_single_tokens(cuts, positions):
     torch.testing.assert_close(decoded(model, many, after), decoded(model, one, after), atol=1e-12, rtol=0)
 
 
+def test_a_model_with_a_longer_window_of_its_own_takes_chunks_that_outgrow_it():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**GROUPED, sliding_window=16)).double().eval()
+    one, many = (SinkCache(model.config, 3, 9) for _ in range(2))
+    ids = text()
+    torch.testing.assert_close(decoded(model, many, ids, 40), decoded(model, one, ids), atol=1e-12, rtol=0)
+
+
 def test_positions_in_the_text_equal_one_pass_with_a_mask():
     model, ids = tiny_llama().double(), text()
     t = torch.arange(50)
