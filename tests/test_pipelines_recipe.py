@@ -136,6 +136,14 @@ def test_a_check_of_a_section_points_at_its_field_and_gives_both_numbers(small: 
     ]
 
 
+def test_a_rate_for_embeddings_that_do_not_train_is_refused(small: Path) -> None:
+    assert load(small, ["finetune.arms.long.1.embedding_learning_rate=1e-4"])
+    assert mistakes(small, edits={"lora+embed+norm": "lora+norm\n      embedding_learning_rate: 1e-4"}) == [
+        "small.yaml:15: finetune.arms.long.1: embedding_learning_rate 0.0001 with tune 'lora+norm', which trains no "
+        "embeddings: leave it out, or tune 'lora+embed' or 'lora+embed+norm'"
+    ]
+
+
 def test_all_mistakes_are_listed_at_once_in_the_order_of_lines(small: Path) -> None:
     edits = {"name: small": "nam: small", "steps: 4": "steps: x\n  steps: 4", "full: {}": "full: {tun: all}"}
     found = mistakes(small, edits=edits)

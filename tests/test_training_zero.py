@@ -11,7 +11,7 @@ from toy_models import TINY, VOCAB
 from infra.launch import run_local
 from infra.resources import Resources
 from training.longlora import apply_arm
-from training.loss import TokenLoss, count_targets
+from training.loss import TokenLoss, causal_lm, count_targets
 from training.model import tiny_model
 from training.recipe import ArmRecipe, OptimRecipe
 from training.zero import backward, deepspeed_config, skip_shm_build, start_engine, step, whole
@@ -38,11 +38,17 @@ def fresh(tune):
     return apply_arm(tiny_model(TINY, VOCAB, seed=0), ArmRecipe(tune=tune, lora_rank=4))
 
 
+EMBED_SCALE = 0.1
+"""The embeddings' learning rate over that of the others."""
+
+
 def plain_loop(tune="all"):
     """The oracle: no DeepSpeed, one rank, the whole batch at once."""
     model = fresh(tune)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, OPTIM.beta2), weight_decay=0.0)
+    embed = set(causal_lm(model).get_input_embeddings().parameters())
+    groups = [{"params": [p], "lr": RATE * EMBED_SCALE if p in embed else RATE} for p in trained]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, OPTIM.beta2), weight_decay=0.0)
     losses, norms = [], []
     for n in range(OPTIM.steps):
         batch = global_batch(n)
@@ -60,7 +66,10 @@ def engine_loop(job):
     rank, world = dist.get_rank(), dist.get_world_size()
     resources = Resources(**job["resources"])
     model = fresh(job["tune"])
-    engine = start_engine(TokenLoss(model), OPTIM, resources, global_batch_rows=4, learning_rate=RATE)
+    scales = dict.fromkeys(causal_lm(model).get_input_embeddings().parameters(), EMBED_SCALE)
+    engine = start_engine(
+        TokenLoss(model), OPTIM, resources, global_batch_rows=4, learning_rate=RATE, rate_scales=scales
+    )
     losses, norms = [], []
     for n in range(OPTIM.steps):
         batch = global_batch(n)

@@ -31,7 +31,7 @@ from infra.tracking import Spool
 from training import checkpoint, throughput, zero
 from training.batches import PackedRows, RowOrder
 from training.longlora import apply_arm, trainable_parameters
-from training.loss import TokenLoss, count_targets
+from training.loss import TokenLoss, causal_lm, count_targets
 from training.model import fit_embeddings, load_model, tiny_model
 from training.recipe import OptimRecipe, TrainJob
 
@@ -58,8 +58,15 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     # ---- the engine and the rows
     peak_rate = todo.arm.learning_rate or optim.learning_rate
     global_rows = optim.global_batch_tokens // rows.info["seq_len"]
+    own_rate = todo.arm.embedding_learning_rate or peak_rate
+    scales = dict.fromkeys(causal_lm(model).get_input_embeddings().parameters(), own_rate / peak_rate)
     engine = zero.start_engine(
-        TokenLoss(model), optim, resources, global_batch_rows=global_rows, learning_rate=peak_rate
+        TokenLoss(model),
+        optim,
+        resources,
+        global_batch_rows=global_rows,
+        learning_rate=peak_rate,
+        rate_scales=scales,
     )
     engine.train()
     order = RowOrder(len(rows), todo.seed, global_rows)

@@ -134,6 +134,17 @@ class ArmRecipe(Choices):
     """Linear layers that LoRA adapts."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Overrides the section's rate: full fine-tuning and LoRA do not have the same best one."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0)
+    """The embeddings' own peak rate: whole weights want a smaller one than adapters (RESULTS.md)."""
+
+    @model_validator(mode="after")
+    def _trains_embeddings(self) -> "ArmRecipe":
+        if self.embedding_learning_rate is not None and self.tune != "all" and "embed" not in self.tune:
+            raise ValueError(
+                f"embedding_learning_rate {self.embedding_learning_rate:g} with tune {self.tune!r}, which "
+                f"trains no embeddings: leave it out, or tune 'lora+embed' or 'lora+embed+norm'"
+            )
+        return self
 
 
 class OptimRecipe(Choices):

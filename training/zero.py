@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,9 +51,18 @@ def deepspeed_config(
 
 
 def start_engine(
-    module: nn.Module, recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, learning_rate: float
+    module: nn.Module,
+    recipe: OptimRecipe,
+    resources: Resources,
+    *,
+    global_batch_rows: int,
+    learning_rate: float,
+    rate_scales: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> Any:
-    """The DeepSpeed engine around `module`, training what requires a gradient. The process group must be up."""
+    """The DeepSpeed engine around `module`, training what requires a gradient. The process group must be up.
+
+    rate_scales: what the learning rate of some parameters is multiplied by.
+    """
     skip_shm_build()
     import deepspeed
 
@@ -62,8 +72,13 @@ def start_engine(
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient: the arm would train nothing")
+    scales = [rate_scales.get(p, 1.0) for p in trained]
+    groups = [
+        {"params": [p for p, s in zip(trained, scales, strict=True) if s == scale], "rate_scale": scale}
+        for scale in sorted(set(scales))
+    ]
     optimizer = torch.optim.AdamW(
-        trained, lr=learning_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+        groups, lr=learning_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
     config = deepspeed_config(recipe, resources, global_batch_rows=global_batch_rows, world=world)
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
@@ -92,7 +107,7 @@ def step(engine: Any, learning_rate: float) -> float:
     """Ends a micro-batch. After a step's last one: updates the weights, returns the norm before clipping; else NaN."""
     last = engine.is_gradient_accumulation_boundary()
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_scale"]
     norm: torch.Tensor | None = None
     if last and engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
         # plain float32 without ZeRO is the one case where DeepSpeed keeps no norm
