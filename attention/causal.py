@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from attention.pattern import Heads, MaskMod, Pattern, and_, causal, same_document
+from attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, same_document
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,6 @@ class Causal(Pattern):
 
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
         return and_(causal, same_document(start_BT))
+
+    def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle]:
+        return [Rectangle((begin, end), (begin, end), causal=True)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from attention.kernels import attend, choose
+from attention.kernels import Situation, attend, choose
 from attention.pattern import Pattern
 
 
@@ -28,6 +28,9 @@ class ActivePattern:
 
     pattern: Pattern
     kernel: str
+    """The one that runs where the model was when the pattern was set."""
+    asked: str = "auto"
+    """With "auto" each forward chooses, so that a model may move to a GPU or another type."""
 
     def __str__(self) -> str:
         return f"{self.pattern} by kernel {self.kernel}"
@@ -42,8 +45,8 @@ def set_pattern(model: nn.Module, pattern: Pattern, kernel: str = "auto") -> Act
     Raises:
         ValueError: the kernel cannot compute the pattern; the architecture does not use the AttentionInterface.
     """
-    active = ActivePattern(pattern, choose(pattern, kernel))
     inner = _transformers_model(model)
+    active = ActivePattern(pattern, choose(pattern, kernel, Situation(inner.device.type, inner.dtype)), kernel)
     if refusal := _of_its_own(inner):
         raise ValueError(f"{type(inner).__name__}: {refusal}, which {pattern} would silently leave out")
     name = _registered_name(active)
@@ -132,7 +135,7 @@ def _forward_of(active: ActivePattern) -> Any:
             raise ValueError(f"{type(module).__name__} gets no position_ids: packed documents would see each other")
         documents_BT = position_ids if attention_mask is None else split_padding(position_ids, attention_mask)
         out_BHTD = attend(
-            q_BHTD, k_BKTD, v_BKTD, active.pattern, documents_BT, kwargs.get("s_aux"), scaling, active.kernel,
+            q_BHTD, k_BKTD, v_BKTD, active.pattern, documents_BT, kwargs.get("s_aux"), scaling, active.asked,
             layer=getattr(module, "layer_idx", None) or 0,
         )  # fmt: skip
         return out_BHTD.transpose(1, 2), None

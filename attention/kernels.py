@@ -1,32 +1,44 @@
-"""Fast ways to compute a pattern; each gives the reference's numbers (tests/test_attention_kernels.py).
+"""The ways to compute a pattern; each gives the reference's numbers (tests/test_attention_kernels.py).
 
-`sdpa` cuts the row into segments that are causal inside (group edges united with document edges) and calls the
-library's flash attention on views of them: nothing is copied, gathered or rolled. On CPU its autograd function also
-writes each piece's gradient into slices of one buffer, since the backward of a slice would fill a whole tensor with
-zeros for every piece. Grouped-query attention goes by views too: query heads that share a KV head are called in turn.
+`sdpa`       torch's flash attention on views, nothing copied: segments.py on CPU, flash.py on CUDA (16 bits)
+`flash`      the same through the package flash-attn
+`flex`       FlexAttention, for patterns that are only a predicate (CUDA; on CPU without gradients)
+`reference`  the dense oracle: any pattern, quadratic memory
 
-`reference` is the dense oracle: any pattern, sink logits, quadratic memory.
+    choose(PATTERNS["shifted_sparse"](group_tokens=512))        # 'sdpa'
 
-Legend: B batch, T tokens, H query heads, K key/value heads, R = H/K, D head dim.
+Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from attention import reference
-from attention.causal import Causal
-from attention.pattern import Heads, Pattern
-from attention.shifted_sparse import Grouped
+from attention import flex, reference
+from attention.flash import FlashAttnVarlen, TorchVarlen, Varlen, varlen_calls
+from attention.pattern import Heads, Pattern, document_starts
+from attention.segments import Documents, Segments, features_last, pieces
 
-Kernel = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides, besides the pattern, whether a kernel can run."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 64
+    gradients: bool = True
+
+
+CPU = Situation()
 
 
 def attend(
@@ -44,42 +56,37 @@ def attend(
 
     Args:
         position_ids_BT: restart at each packed document (padding is a run of its own); one document a row without it.
-        sink_logit_H: a learned logit per head that takes part in the softmax and carries no value (gpt-oss style).
+        sink_logit_H: a logit per head that takes part in the softmax and carries no value (attention/sink_softmax.py).
         scale: of the scores; 1/sqrt(D) without it.
         kernel: a name in KERNELS, or "auto": see `choose`.
         layer: which layer this is; patterns on an odd number of KV heads alternate by it.
 
     Raises:
-        ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern.
+        ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern here.
     """
     check_shapes(q_BHTD, k_BKTD, v_BKTD)
-    chosen = choose(pattern, kernel, sink_logit=sink_logit_H is not None)
-    return KERNELS[chosen](q_BHTD, k_BKTD, v_BKTD, pattern, position_ids_BT, sink_logit_H, scale, layer=layer)
+    if torch.is_autocast_enabled(q_BHTD.device.type):  # it does not know our function; rotary leaves q, k in float32
+        short = torch.get_autocast_dtype(q_BHTD.device.type)
+        q_BHTD, k_BKTD, v_BKTD = (x.to(short) for x in (q_BHTD, k_BKTD, v_BKTD))
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHTD, k_BKTD, v_BKTD))
+    chosen = choose(pattern, kernel, Situation(q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[-1], grads))
+    run = KERNELS[chosen].run
+    return run(q_BHTD, k_BKTD, v_BKTD, pattern, position_ids_BT, sink_logit_H, scale, layer=layer)
 
 
-def choose(pattern: Pattern, kernel: str = "auto", *, sink_logit: bool = False) -> str:
-    """The kernel that will run: the asked one, or for "auto" `sdpa` where it can and `reference` elsewhere.
+def choose(pattern: Pattern, kernel: str = "auto", where: Situation = CPU) -> str:
+    """The kernel that will run: the asked one, or for "auto" the first of AUTO that can.
 
     Raises:
-        ValueError: the asked kernel is unknown or cannot compute this pattern.
+        ValueError: the asked kernel is unknown or cannot compute this pattern here.
     """
-    why_not = cannot_sdpa(pattern, sink_logit)
     if kernel == "auto":
-        return "reference" if why_not else "sdpa"
+        return next(name for name in AUTO[where.device] if not KERNELS[name].cannot(pattern, where))
     if kernel not in KERNELS:
         raise ValueError(f"kernel {kernel!r}: there are auto, {', '.join(KERNELS)}")
-    if kernel == "sdpa" and why_not:
-        raise ValueError(f"kernel 'sdpa' cannot compute {pattern}: {why_not}; use 'reference' or 'auto'")
+    if why_not := KERNELS[kernel].cannot(pattern, where):
+        raise ValueError(f"kernel {kernel!r} cannot compute {pattern} here: {why_not}; use 'auto'")
     return kernel
-
-
-def cannot_sdpa(pattern: Pattern, sink_logit: bool) -> str:
-    """Why the segment kernel cannot compute a pattern; empty if it can."""
-    if not isinstance(pattern, Causal | Grouped):
-        return "it is not causal attention inside segments"
-    if getattr(pattern, "sink_tokens", 0):
-        return "sink_tokens are seen across segments"
-    return "a sink logit takes part in the softmax" if sink_logit else ""
 
 
 def check_shapes(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> None:
@@ -92,99 +99,7 @@ def check_shapes(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive segments of equal length in one batch row, for KV heads that share their edges."""
-
-    row: int
-    heads: tuple[int, int]
-    begin: int
-    segments: int
-    length: int
-
-    def of(self, x: Tensor, repeat: int = 1, turn: int = 0) -> Tensor:
-        """A view [segments, heads, length, D] of x [B, heads * repeat, T, D]: every repeat-th head from `turn`."""
-        first, last = (h * repeat for h in self.heads)
-        part = x[self.row, first + turn : last : repeat, self.begin : self.begin + self.segments * self.length]
-        return part.unflatten(1, (self.segments, self.length)).transpose(0, 1)
-
-
-def pieces(pattern: Pattern, heads: Heads, start_BT: Tensor) -> list[Piece]:
-    """The pattern as segments: group edges and document edges are one list of edges."""
-    T = start_BT.shape[1]
-    classes = [(edges, len(list(same))) for edges, same in groupby(pattern.edges(heads, k) for k in range(heads.kv))]
-    found, head = [], 0
-    for row, start_T in enumerate(start_BT):
-        documents = set(start_T.unique().tolist())
-        head = 0
-        for edges, count in classes:
-            cuts = sorted({0, T} | documents | (set(range(edges[0], T, edges[1])) if edges else set()))
-            for begin, segments, length in _runs(cuts):
-                found.append(Piece(row, (head, head + count), begin, segments, length))
-            head += count
-    return found
-
-
-def _runs(cuts: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(begin, number, length) of consecutive segments of equal length."""
-    lengths = [b - a for a, b in pairwise(cuts)]
-    begin = 0
-    for length, same in groupby(lengths):
-        number = len(list(same))
-        yield begin, number, length
-        begin += number * length
-
-
-class _CpuSegments(torch.autograd.Function):
-    """Flash attention on each piece; no tensor of q, k, v, their gradients or the output is copied."""
-
-    @staticmethod
-    def forward(ctx: Any, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cut: list[Piece], scale: float) -> Tensor:
-        repeat = q_BHTD.shape[1] // k_BKTD.shape[1]
-        out_BHTD = _token_major(q_BHTD)
-        sums = []
-        for piece in cut:
-            for turn in range(repeat):
-                out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    piece.of(q_BHTD, repeat, turn), piece.of(k_BKTD), piece.of(v_BKTD), 0.0, True, scale=scale
-                )
-                piece.of(out_BHTD, repeat, turn).copy_(out)
-                sums.append(lse)
-        ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, out_BHTD, *sums)
-        ctx.cut, ctx.scale = cut, scale
-        return out_BHTD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHTD, k_BKTD, v_BKTD, out_BHTD, *sums = ctx.saved_tensors
-        dout_BHTD = _features_last(grads[0])
-        repeat = q_BHTD.shape[1] // k_BKTD.shape[1]
-        dq_BHTD, dk_BKTD, dv_BKTD = (_token_major(x) for x in (q_BHTD, k_BKTD, v_BKTD))
-        lse = iter(sums)
-        for piece in ctx.cut:
-            for turn in range(repeat):
-                dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    piece.of(dout_BHTD, repeat, turn), piece.of(q_BHTD, repeat, turn), piece.of(k_BKTD),
-                    piece.of(v_BKTD), piece.of(out_BHTD, repeat, turn), next(lse), 0.0, True, scale=ctx.scale,
-                )  # fmt: skip
-                piece.of(dq_BHTD, repeat, turn).copy_(dq)
-                for total, part in ((dk_BKTD, dk), (dv_BKTD, dv)):
-                    piece.of(total).copy_(part) if turn == 0 else piece.of(total).add_(part)
-        return dq_BHTD, dk_BKTD, dv_BKTD, None, None
-
-
-def _features_last(x_BHTD: Tensor) -> Tensor:
-    """A head's features side by side, by a copy if need be: the library's op reads them so, whatever the strides."""
-    return x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
-
-
-def _token_major(x_BHTD: Tensor) -> Tensor:
-    """Uninitialised, shaped like x, laid out [B, T, H, D]: what follows attention wants it so and gets a view."""
-    B, H, T, D = x_BHTD.shape
-    return x_BHTD.new_empty(B, T, H, D).transpose(1, 2)
-
-
-def sdpa(
+def by_segments(
     q_BHTD: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
@@ -194,23 +109,80 @@ def sdpa(
     scale: float | None = None,
     *,
     layer: int = 0,
+    library: Varlen | None = None,
 ) -> Tensor:
-    """The segment kernel; `choose` has made sure that the pattern is one for it."""
+    """A pattern's rectangles by flash attention: varlen calls of a library, or without one the CPU's pieces."""
     B, H, T, D = q_BHTD.shape
-    heads = Heads(H, k_BKTD.shape[1], layer)
-    cut = pieces(pattern, heads, reference.starts(position_ids_BT, B, T, q_BHTD.device))
-    scale = D**-0.5 if scale is None else scale
-    q_BHTD, k_BKTD, v_BKTD = (_features_last(x) for x in (q_BHTD, k_BKTD, v_BKTD))
-    if q_BHTD.device.type == "cpu":
-        return _CpuSegments.apply(q_BHTD, k_BKTD, v_BKTD, cut, scale)
-    out_BHTD, repeat = _token_major(q_BHTD), H // heads.kv
-    for piece in cut:
-        for turn in range(repeat):
-            one = F.scaled_dot_product_attention(
-                piece.of(q_BHTD, repeat, turn), piece.of(k_BKTD), piece.of(v_BKTD), is_causal=True, scale=scale
-            )
-            piece.of(out_BHTD, repeat, turn).copy_(one)
-    return out_BHTD
+    heads, documents = Heads(H, k_BKTD.shape[1], layer), documents_of(position_ids_BT, B, T)
+    q_BHTD, k_BKTD, v_BKTD = (features_last(x) for x in (q_BHTD, k_BKTD, v_BKTD))
+    calls: list[Any]
+    if library is None:
+        calls = pieces(pattern, heads, documents, T)
+    else:
+        calls = varlen_calls(pattern, heads, documents, T, library, q_BHTD.device)
+    return Segments.apply(q_BHTD, k_BKTD, v_BKTD, sink_logit_H, calls, D**-0.5 if scale is None else scale)
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "reference": reference.attend}
+_known_documents = WeakIdKeyDictionary()
+"""position_ids -> (its version, its documents): all layers get the same tensor, and reading it waits for a GPU."""
+
+
+def documents_of(position_ids_BT: Tensor | None, B: int, T: int) -> Documents:
+    """For each row, where its documents begin."""
+    if position_ids_BT is None:
+        return ((0,),) * B
+    version = -1 if position_ids_BT.is_inference() else position_ids_BT._version
+    known = _known_documents.get(position_ids_BT)
+    if known is None or known[0] != version or version < 0:
+        start_BT = document_starts(position_ids_BT)
+        fresh = (start_BT == torch.arange(T, device=start_BT.device)).cpu()
+        known = version, tuple(tuple(row.nonzero()[:, 0].tolist()) for row in fresh)
+        _known_documents[position_ids_BT] = known
+    return known[1] if len(known[1]) == B else known[1] * B
+
+
+def sdpa(q_BHTD: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """torch's own flash attention."""
+    library = TorchVarlen() if q_BHTD.device.type == "cuda" else None
+    return by_segments(q_BHTD, *args, library=library, **kwargs)  # type: ignore[arg-type]
+
+
+def _needs(pattern: Pattern, where: Situation, device: str = "") -> str:
+    """Why flash attention cannot do it; empty if it can."""
+    if pattern.rectangles(None, 0, 1) is None:
+        return "the pattern does not say its rectangles"
+    if device and where.device != device:
+        return f"it needs {device}, and this is {where.device}"
+    if where.device == "cuda" and where.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention on CUDA computes in bfloat16 and float16, not in {where.dtype}"
+    if where.device == "cuda" and (where.head_dim % 8 or where.head_dim > 256):
+        return f"flash attention on CUDA wants a head size that 8 divides, up to 256, not {where.head_dim}"
+    return ""
+
+
+def _cannot_flash(pattern: Pattern, where: Situation) -> str:
+    missing = "" if find_spec("flash_attn") else "the package flash-attn is not installed (pip install longreach[gpu])"
+    return _needs(pattern, where, device="cuda") or missing
+
+
+def _cannot_flex(pattern: Pattern, where: Situation) -> str:
+    backward = where.device == "cpu" and where.gradients
+    return "FlexAttention has no backward on CPU; call it under torch.no_grad()" if backward else ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute patterns, and why it cannot in some situation (empty if it can)."""
+
+    run: Callable[..., Tensor]
+    cannot: Callable[[Pattern, Situation], str]
+
+
+KERNELS: dict[str, Kernel] = {
+    "sdpa": Kernel(sdpa, _needs),
+    "flash": Kernel(partial(by_segments, library=FlashAttnVarlen()), _cannot_flash),
+    "flex": Kernel(flex.attend, _cannot_flex),
+    "reference": Kernel(reference.attend, lambda pattern, where: ""),
+}
+AUTO = {"cuda": ("flash", "sdpa", "flex", "reference"), "cpu": ("sdpa", "reference")}
+"""What "auto" tries, in this order."""

@@ -1,9 +1,11 @@
-"""What a pattern is: a predicate that says which keys a query may see, and the row's documents beside it.
+"""What a pattern is: a predicate that says which keys a query may see, and the same as rectangles for fast kernels.
 
     mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position (tensors that broadcast)
 
-Predicates combine with `and_` and `or_`; every kernel and the reference come from the same ones. Documents are read
-from position_ids: a position that is not its left neighbour's plus one starts a new one (padding is a run of its own).
+Predicates combine with `and_` and `or_`; the reference and FlexAttention come from them alone. Flash attention knows no
+predicates, only causal squares and full rectangles: a pattern that can be cut into those says how in `rectangles`, and
+a test holds both forms together. Documents are read from position_ids: a position that is not its left neighbour's plus
+one starts a new one (padding is a run of its own).
 
 Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D head dim.
 """
@@ -11,7 +13,7 @@ Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D hea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +52,11 @@ def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return kv <= q
 
 
+def same_document(start_BT: Tensor) -> MaskMod:
+    """Query and key lie in one document."""
+    return lambda b, h, q, kv: start_BT[b, q] == start_BT[b, kv]
+
+
 def document_starts(position_ids_BT: Tensor) -> Tensor:
     """For each token, where its document begins in the row [B, T], int64."""
     index_T = torch.arange(position_ids_BT.shape[1], device=position_ids_BT.device)
@@ -71,6 +78,17 @@ class Heads:
             raise ValueError(f"{self.kv} key/value heads do not divide {self.query} query heads")
 
 
+@dataclass(frozen=True)
+class Rectangle:
+    """Tokens q (begin, end) of a row see tokens k: all of them, or, if causal (then both are as long), the i-th query
+    the first i keys, and of those no more than the last `window`."""
+
+    q: tuple[int, int]
+    k: tuple[int, int]
+    causal: bool = False
+    window: int | None = None
+
+
 class Pattern(ABC):
     """One attention variant. Subclasses are frozen dataclasses whose fields are the variant's choices."""
 
@@ -80,18 +98,15 @@ class Pattern(ABC):
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
         """Which keys may be seen, causality and documents included."""
 
-    def edges(self, heads: Heads, kv_head: int) -> tuple[int, int] | None:
-        """(first edge, distance between edges) of the causal groups that a KV head's queries are cut into; None: uncut.
+    def variants(self, heads: Heads) -> list[Hashable]:
+        """For each KV head, what tells its rectangles from another's (S²-Attn: its shift)."""
+        return [None] * heads.kv
 
-        Kernels use it where a pattern is nothing but causal attention inside such groups (`sink_tokens` aside).
-        """
+    def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle] | None:
+        """The predicate inside the document begin..end of a row: every visible pair in one rectangle, and each token in
+        one causal rectangle of its own (q and k the same tokens). None: it cannot be said so."""
         return None
 
     def __str__(self) -> str:
         fields = ", ".join(f"{k}={v}" for k, v in vars(self).items())
         return f"{self.name}({fields})"
-
-
-def same_document(start_BT: Tensor) -> MaskMod:
-    """Query and key lie in one document."""
-    return lambda b, h, q, kv: start_BT[b, q] == start_BT[b, kv]

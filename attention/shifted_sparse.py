@@ -22,12 +22,14 @@ since no group after the first sees token 0.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
 
-from attention.pattern import Heads, MaskMod, Pattern, and_, causal, or_, same_document
+from attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Grouped(Pattern):
         """Whether a KV head's groups begin half a group later."""
         return False
 
-    def edges(self, heads: Heads, kv_head: int) -> tuple[int, int]:
-        return (self.group_tokens // 2 if self.shifted(heads, kv_head) else self.group_tokens), self.group_tokens
+    def variants(self, heads: Heads) -> list[Hashable]:
+        return [self.shifted(heads, k) for k in range(heads.kv)]
 
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
         repeat = heads.query // heads.kv
@@ -67,6 +69,18 @@ class Grouped(Pattern):
 
         visible = or_(same_group, sink) if self.sink_tokens else same_group
         return and_(causal, same_document(start_BT), visible)
+
+    def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle]:
+        G = self.group_tokens
+        first = G // 2 if variant else G
+        later = range(first + max(0, (begin - first) // G + 1) * G, end, G)
+        edges = [begin, *later, end]
+        found = [Rectangle(group, group, causal=True) for group in pairwise(edges)]
+        sinks = begin + self.sink_tokens
+        near = [(a, b) for a, b in pairwise(edges[1:]) if a < sinks]  # sinks reach into these groups themselves
+        found += [Rectangle(group, (begin, group[0])) for group in near]
+        far = near[-1][1] if near else edges[1]
+        return [*found, Rectangle((far, end), (begin, sinks))] if self.sink_tokens and far < end else found
 
 
 @dataclass(frozen=True)

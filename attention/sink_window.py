@@ -6,12 +6,13 @@ few of them does not. `sink_tokens=0` is plain window attention.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from attention.pattern import Heads, MaskMod, Pattern, and_, causal, or_, same_document
+from attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,13 @@ class SinkWindow(Pattern):
             return kv - start_BT[b, q] < self.sink_tokens
 
         return and_(causal, same_document(start_BT), or_(recent, sink))
+
+    def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle]:
+        n, out = self.sink_tokens, begin + self.window_tokens  # the first query whose window leaves a token out
+        found = [Rectangle((begin, end), (begin, end), causal=True, window=self.window_tokens)]
+        if n and out < end:  # it misses the first token, the next query the first two, ...
+            few = min(n, end - out)
+            found.append(Rectangle((out, out + few), (begin, begin + few), causal=True))
+        if n and out + n < end:
+            found.append(Rectangle((out + n, end), (begin, begin + n)))
+        return found

@@ -28,9 +28,9 @@ patterns = pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
 rows = pytest.mark.parametrize("row", ROWS)
 
 
-def skip_unless_it_runs(pattern, kernel, **situation):
+def skip_unless_it_runs(pattern, kernel):
     try:
-        choose(pattern, kernel, **situation)
+        choose(pattern, kernel)
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -86,7 +86,7 @@ def test_a_scale_of_the_scores_is_kept(pattern, kernel):
 @kernels
 @patterns
 def test_sink_logits_equal_the_oracle_and_have_gradients(pattern, kernel):
-    skip_unless_it_runs(pattern, kernel, sink_logit=True)
+    skip_unless_it_runs(pattern, kernel)
     q, k, v = qkv(4, 2, 29, B=2)
     logit = torch.tensor([-40.0, 0.0, 1.5, 9.0], dtype=torch.float64)
     assert_equals_oracle(pattern, kernel, q, k, v, positions((13, 16), (4, 25)), sink_logit_H=logit)

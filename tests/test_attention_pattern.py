@@ -1,11 +1,12 @@
 """Every pattern in PATTERNS: what its predicate may never do, and the three patterns spelled out token by token."""
 
+from itertools import pairwise, product
+
 import pytest
 import torch
 from attention_cases import EVERY_PATTERN, HEADS, ROWS, positions
 
 from attention import PATTERNS
-from attention.kernels import pieces
 from attention.pattern import Heads, and_, causal, document_starts, or_
 from attention.reference import dense_mask, starts
 
@@ -111,33 +112,30 @@ def test_sink_window_sees_the_first_tokens_and_the_last(n, W):
 @rows
 @pytest.mark.parametrize(("H", "K"), [(2, 1), (4, 2), (3, 3)])
 @patterns
-def test_pieces_cover_exactly_what_the_predicate_allows(pattern, row, H, K):
-    """Each (query, key) pair once: pieces are the predicate, written as rectangles."""
-    if why := not_in_pieces(pattern):
-        pytest.skip(why)
+def test_rectangles_cover_exactly_what_the_predicate_allows(pattern, row, H, K):
+    """Each (query, key) pair once."""
+    if pattern.rectangles(None, 0, 1) is None:
+        pytest.skip("a predicate only")
     T, documents = ROWS[row]
     for layer in (0, 1):
         heads = Heads(H, K, layer)
         start_BT = starts(None if documents is None else positions(*documents), len(documents or [0]), T, "cpu")
         covered = torch.zeros(len(start_BT), K, T, T, dtype=torch.int)
-        for piece in pieces(pattern, heads, start_BT):
-            for n in range(piece.segments):
-                a = piece.begin + n * piece.length
-                b = a + piece.length
-                square = torch.ones(piece.length, piece.length, dtype=torch.int).tril()
-                covered[piece.row, slice(*piece.heads), a:b, a:b] += square
-        expected = dense_mask(pattern, heads, start_BT)[:, :: H // K]
-        assert torch.equal(covered, expected.int())
+        for b, k in product(range(len(start_BT)), range(K)):
+            begins = sorted(set(start_BT[b].tolist()))
+            for begin, end in pairwise([*begins, T]):
+                for r in pattern.rectangles(pattern.variants(heads)[k], begin, end):
+                    covered[b, k, slice(*r.q), slice(*r.k)] += inside(r)
+        assert torch.equal(covered, dense_mask(pattern, heads, start_BT)[:, :: H // K].int())
 
 
-def not_in_pieces(pattern):
-    from attention.kernels import choose
-
-    try:
-        choose(pattern, "sdpa")
-    except ValueError as error:
-        return str(error)
-    return ""
+def inside(r):
+    """A rectangle's pairs, 0 or 1."""
+    pairs = torch.ones(r.q[1] - r.q[0], r.k[1] - r.k[0], dtype=torch.int)
+    if r.causal:
+        assert pairs.shape[0] == pairs.shape[1]
+        pairs = pairs.tril()
+    return pairs if r.window is None else pairs.triu(1 - r.window)
 
 
 def test_documents_begin_where_positions_do_not_go_on():

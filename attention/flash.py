@@ -1,0 +1,167 @@
+"""Variable-length flash attention (arXiv:2307.08691): for S²-Attn one call for each half of the heads (CUDA, 16 bits).
+
+A varlen call takes all segments of a batch at once: the tokens of all rows in one line, and `cu_seqlens`, the edges
+between segments. Group edges and document edges are one list and a half of the heads is a view, so that rows of any
+documents are two calls however many groups they have. Two libraries have it: torch itself (kernel "sdpa" on CUDA) and
+the package flash-attn (kernel "flash"), imported only when it is asked for. Both read grouped-query heads as they are.
+
+    attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flash")
+
+Legend: B batch, T tokens, H query heads, K key/value heads, D head dim; a library's own layout is [B·T, heads, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attention.pattern import Heads, Pattern
+from attention.segments import Documents, head_spans, row_rectangles
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """Where segments begin and end, int32 [segments + 1] for queries and for keys, and what each query sees in its own:
+    all keys, or if causal those before it, of them the last `window` (0: all)."""
+
+    q: Tensor
+    k: Tensor
+    longest_q: int
+    longest_k: int
+    causal: bool
+    window: int = 0
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """How many keys to the left and to the right of its own a query sees; -1: all."""
+        return self.window - 1, 0 if self.causal else -1
+
+
+class Varlen(Protocol):
+    """A library; tensors are [tokens, heads, D], the log-sum-exp is [heads, tokens]."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp."""
+
+    def backward(self, saved: tuple[Tensor, ...], edges: Edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v from (dout, q, k, v, out, lse)."""
+
+
+@dataclass(frozen=True)
+class VarlenCall:
+    """Tokens q and k (begin, end) of the line of all rows, for some KV heads and their queries."""
+
+    library: Varlen
+    edges: Edges
+    heads: tuple[int, int]
+    repeat: int
+    q: tuple[int, int]
+    k: tuple[int, int]
+    own: bool
+
+    @property
+    def own_keys(self) -> bool:
+        return self.own
+
+    def queries(self, x_BHT: Tensor) -> Tensor:
+        first, last = (h * self.repeat for h in self.heads)
+        return x_BHT.transpose(1, 2).flatten(0, 1)[slice(*self.q), first:last]
+
+    def keys(self, x_BKTD: Tensor) -> Tensor:
+        return x_BKTD.transpose(1, 2).flatten(0, 1)[slice(*self.k), slice(*self.heads)]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = self.library.forward(q, k, v, self.edges, scale)
+        return out, lse.transpose(0, 1)
+
+    def backward(self, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        *rest, lse = saved
+        return self.library.backward((*rest, lse.transpose(0, 1).contiguous()), self.edges, scale)
+
+
+def varlen_calls(
+    pattern: Pattern, heads: Heads, documents: Documents, T: int, library: Varlen, device: torch.device
+) -> list[VarlenCall]:
+    """The pattern as varlen calls: one for each range of heads, then one for each rectangle outside the segments."""
+    return [
+        VarlenCall(library, edges, span, heads.query // heads.kv, q, k, own)
+        for span, variant in head_spans(pattern, heads)
+        for edges, q, k, own in _calls(pattern, variant, documents, T, device)
+    ]
+
+
+@lru_cache(maxsize=256)  # the layers of a model share it, and so do forward and backward
+def _calls(
+    pattern: Pattern, variant: Hashable, documents: Documents, T: int, device: torch.device
+) -> tuple[tuple[Edges, tuple[int, int], tuple[int, int], bool], ...]:
+    line = (0, len(documents) * T)
+    found = [(united_edges(pattern, variant, documents, T, device), line, line, True)]
+    for row, starts in enumerate(documents):
+        for r in row_rectangles(pattern, variant, starts, T):
+            if r.q != r.k:
+                q, k = ((row * T + begin, row * T + end) for begin, end in (r.q, r.k))
+                lengths = q[1] - q[0], k[1] - k[0]
+                cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in lengths)
+                found.append((Edges(cu_q, cu_k, *lengths, r.causal), q, k, False))
+    return tuple(found)
+
+
+def united_edges(pattern: Pattern, variant: Hashable, documents: Documents, T: int, device: torch.device) -> Edges:
+    """Group edges, document edges and row edges as one `cu_seqlens`."""
+    own = [
+        (row * T + r.q[1], r.q[1] - r.q[0], r.window)
+        for row, starts in enumerate(documents)
+        for r in row_rectangles(pattern, variant, starts, T)
+        if r.q == r.k
+    ]
+    ends, lengths, windows = zip(*own, strict=True)
+    assert len(set(windows)) == 1, "a call has one window"
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+    return Edges(cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True, window=windows[0] or 0)
+
+
+class TorchVarlen:
+    """The flash kernels that torch carries, called as torch.nn.attention.varlen calls them."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, edges.causal and not edges.window, False,
+            scale=scale, window_size_left=edges.sides[0], window_size_right=edges.sides[1],
+        )  # fmt: skip
+        return out, lse
+
+    def backward(self, saved: tuple[Tensor, ...], edges: Edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = saved[0].new_zeros(2, dtype=torch.uint64), saved[0].new_empty(0)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            *saved, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, edges.causal and not edges.window,
+            *no_dropout, scale=scale, window_size_left=edges.sides[0], window_size_right=edges.sides[1],
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+class FlashAttnVarlen:
+    """The package flash-attn, version 2.7 or later."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _wrapped_flash_attn_varlen_forward
+
+        out, lse, *_ = _wrapped_flash_attn_varlen_forward(
+            q, k, v, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, scale, causal=edges.causal,
+            window_size_left=edges.sides[0], window_size_right=edges.sides[1],
+        )  # fmt: skip
+        return out, lse
+
+    def backward(self, saved: tuple[Tensor, ...], edges: Edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _wrapped_flash_attn_varlen_backward
+
+        dq, dk, dv = (torch.empty_like(x) for x in saved[1:4])
+        _wrapped_flash_attn_varlen_backward(
+            *saved, dq, dk, dv, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, scale, edges.causal,
+            *edges.sides, softcap=0.0, alibi_slopes=None, deterministic=False,
+        )  # fmt: skip
+        return dq, dk, dv

@@ -1,0 +1,231 @@
+"""Flash attention on views: a pattern's rectangles, each one call of the library's op, and nothing copied between them.
+
+A call reads views of q, k, v (a range of heads, a range of tokens), and its result is merged by log-sum-exp where a
+query has keys in several rectangles (sinks, windows). The backward of flash attention needs only the output and the
+log-sum-exp over all keys of a query: handed the merged ones, each call's backward gives exactly its own share of the
+gradient of the whole, sink logits included. The autograd function writes these into slices of one buffer, because the
+backward of a slice would fill a whole tensor with zeros for every call.
+
+Query heads that share a KV head are called in turn, so that no key is repeated.
+
+Legend: B batch, T tokens, H query heads, K key/value heads, R = H/K, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attention.pattern import Heads, Pattern, Rectangle
+from attention.sink_softmax import add_sink_, merge_, sink_gradient
+
+Documents = tuple[tuple[int, ...], ...]
+"""For each batch row, where its documents begin."""
+
+
+class Call(Protocol):
+    """One call of a library's flash attention: which part of the tensors it reads, and how."""
+
+    own: bool
+    """Whether it is the first to reach its queries (it writes; later calls merge) ..."""
+    own_keys: bool
+    """... and its keys (it writes their gradients; later calls add)."""
+
+    def queries(self, x_BHT: Tensor) -> Tensor:
+        """The call's view of a tensor [B, H, T, D] or [B, H, T]."""
+
+    def keys(self, x_BKTD: Tensor) -> Tensor:
+        """The call's view of a tensor [B, K, T, D]."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp."""
+
+    def backward(self, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v from (dout, q, k, v, out, lse)."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of rectangles of one size, one after another, as a batch of the CPU op's."""
+
+    kind: str
+    """causal, full, or later: the i-th query sees the i-th key and all after it (the far half of a window)."""
+    q_begin: int
+    k_begin: int
+    q_length: int
+    k_length: int
+    segments: int = 1
+    row: int = 0
+    heads: tuple[int, int] = (0, 1)
+    repeat: int = 1
+    turn: int = 0
+
+    @property
+    def own(self) -> bool:
+        return self.kind == "causal" and self.q_begin == self.k_begin
+
+    @property
+    def own_keys(self) -> bool:
+        return self.own and self.turn == 0
+
+    def queries(self, x_BHT: Tensor) -> Tensor:
+        first, last = (h * self.repeat for h in self.heads)
+        heads = slice(first + self.turn, last, self.repeat)
+        part = x_BHT[self.row, heads, self.q_begin : self.q_begin + self.segments * self.q_length]
+        return part.unflatten(1, (self.segments, self.q_length)).transpose(0, 1)
+
+    def keys(self, x_BKTD: Tensor) -> Tensor:
+        part = x_BKTD[self.row, slice(*self.heads), self.k_begin : self.k_begin + self.segments * self.k_length]
+        return part.unflatten(1, (self.segments, self.k_length)).transpose(0, 1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = self._turned(q, k, v)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, self.kind != "full", scale=scale
+        )
+        out, lse = self._turned(out, lse)
+        return out, lse
+
+    def backward(self, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *self._turned(*saved), 0.0, self.kind != "full", scale=scale
+        )
+        dq, dk, dv = self._turned(dq, dk, dv)
+        return dq, dk, dv
+
+    def _turned(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Read backwards, "later" is causal; the tokens' dimension is the third."""
+        return tuple(x.flip(2) for x in xs) if self.kind == "later" else xs
+
+
+def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list[Piece]:
+    """The pattern as calls on a CPU."""
+    return [
+        replace(part, row=row, heads=span, repeat=heads.query // heads.kv, turn=turn)
+        for row, starts in enumerate(documents)
+        for span, variant in head_spans(pattern, heads)
+        for part in _row_pieces(pattern, variant, starts, T)
+        for turn in range(heads.query // heads.kv)
+    ]
+
+
+def head_spans(pattern: Pattern, heads: Heads) -> Iterator[tuple[tuple[int, int], Hashable]]:
+    """((first KV head, last + 1), variant) of neighbouring KV heads with the same rectangles."""
+    first = 0
+    for variant, same in groupby(pattern.variants(heads)):
+        number = len(list(same))
+        yield (first, first + number), variant
+        first += number
+
+
+@lru_cache(maxsize=1024)
+def row_rectangles(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T: int) -> tuple[Rectangle, ...]:
+    """A row's rectangles, those that hold queries and keys of their own first."""
+    found = []
+    for begin, end in zip(starts, (*starts[1:], T), strict=True):
+        rectangles = pattern.rectangles(variant, begin, end)
+        assert rectangles is not None, f"{pattern} has no rectangles"
+        found += rectangles
+    return tuple(sorted(found, key=lambda r: r.q != r.k))
+
+
+@lru_cache(maxsize=1024)
+def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T: int) -> tuple[Piece, ...]:
+    """The same, windows cut into blocks and equal neighbours made one piece."""
+    found: list[Piece] = []
+    for one in sorted(
+        (piece for rectangle in row_rectangles(pattern, variant, starts, T) for piece in _blocks(rectangle)),
+        key=lambda piece: not piece.own,
+    ):
+        last = found[-1] if found else None
+        if last and _continues(last, one):
+            found[-1] = replace(last, segments=last.segments + one.segments)
+        else:
+            found.append(one)
+    return tuple(found)
+
+
+def _continues(a: Piece, b: Piece) -> bool:
+    same = (a.kind, a.q_length, a.k_length) == (b.kind, b.q_length, b.k_length)
+    return same and (b.q_begin - a.q_begin, b.k_begin - a.k_begin) == (
+        a.segments * a.q_length,
+        a.segments * a.k_length,
+    )
+
+
+def _blocks(r: Rectangle) -> Iterator[Piece]:
+    """A window of W tokens is blocks of W - 1: a query sees its own block causally, of the one before what is later."""
+    (begin, end), (k_begin, k_end) = r.q, r.k
+    if r.window is None or r.window >= end - begin:
+        yield Piece("causal" if r.causal else "full", begin, k_begin, end - begin, k_end - k_begin)
+        return
+    size = max(1, r.window - 1)
+    for at in range(begin, end, size):
+        here = min(size, end - at)
+        yield Piece("causal", at, at, here, here)
+        if at > begin and r.window > 1:
+            yield Piece("later", at, at - size, here, here)
+            if here < size:  # the last block is short: of the one before it also sees the rest
+                yield Piece("full", at, at - size + here, here, size - here)
+
+
+class Segments(torch.autograd.Function):
+    """Attention by a list of calls; apply(q, k, v, sink_logit_H or None, calls, scale) -> out [B, H, T, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sink: Tensor | None, calls: list[Call], scale: float
+    ) -> Tensor:
+        out_BHTD = _token_major(q_BHTD)
+        wide = torch.float64 if q_BHTD.dtype == torch.float64 else torch.float32
+        lse_BHT = _token_major(q_BHTD[..., :1], wide)[..., 0]
+        for call in calls:
+            out, lse = call.forward(call.queries(q_BHTD), call.keys(k_BKTD), call.keys(v_BKTD), scale)
+            if call.own:
+                call.queries(out_BHTD).copy_(out)
+                call.queries(lse_BHT).copy_(lse)
+            else:
+                merge_(call.queries(out_BHTD), call.queries(lse_BHT), out, lse)
+        if sink is not None:
+            add_sink_(out_BHTD, lse_BHT, sink)
+        ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, sink)
+        ctx.calls, ctx.scale = calls, scale
+        return out_BHTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_BHTD: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, sink = ctx.saved_tensors
+        dout_BHTD = features_last(dout_BHTD)
+        dq_BHTD, dk_BKTD, dv_BKTD = (_token_major(x) for x in (q_BHTD, k_BKTD, v_BKTD))
+        for call in ctx.calls:
+            dout, q, out, lse = (call.queries(x) for x in (dout_BHTD, q_BHTD, out_BHTD, lse_BHT))
+            k, v = call.keys(k_BKTD), call.keys(v_BKTD)
+            dq, dk, dv = call.backward((dout, q, k, v, out, lse), ctx.scale)
+            _put(call.queries(dq_BHTD), dq, call.own)
+            _put(call.keys(dk_BKTD), dk, call.own_keys)
+            _put(call.keys(dv_BKTD), dv, call.own_keys)
+        dsink = None if sink is None else sink_gradient(dout_BHTD, out_BHTD, lse_BHT, sink)
+        return dq_BHTD, dk_BKTD, dv_BKTD, dsink, None, None
+
+
+def _put(place: Tensor, part: Tensor, first: bool) -> None:
+    place.copy_(part) if first else place.add_(part)
+
+
+def features_last(x_BHTD: Tensor) -> Tensor:
+    """A head's features side by side, by a copy if need be: the library's op reads them so, whatever the strides."""
+    return x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
+
+
+def _token_major(x_BHTD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, shaped like x, laid out [B, T, H, D]: what follows attention wants it so and gets a view."""
+    B, H, T, D = x_BHTD.shape
+    return x_BHTD.new_empty(B, T, H, D, dtype=dtype or x_BHTD.dtype).transpose(1, 2)
