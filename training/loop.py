@@ -156,9 +156,11 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
                 f"the rows begin with a token that the base lacks ({packed['first_token']!r}): an adapter cannot carry "
                 f"a resized embedding, so tune 'all', or pack with first_token 'none' or 'bos'"
             )
-    if packed["seq_len"] > model.config.max_position_embeddings:
+    # a dynamic stretch begins past the trained length, which the config keeps
+    reach = model.config.max_position_embeddings * (todo.rope.factor if todo.rope.type == "dynamic" else 1)
+    if packed["seq_len"] > reach:
         raise ValueError(
-            f"rows of {packed['seq_len']} tokens exceed the model's {model.config.max_position_embeddings} positions: "
+            f"rows of {packed['seq_len']} tokens exceed the model's {reach:,.0f} positions: "
             f"raise rope.factor, or lower pack.seq_len"
         )
     model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
