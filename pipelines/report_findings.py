@@ -154,6 +154,7 @@ def about_arm(facts: dict[str, Any]) -> str:
     words = {"all": "all weights", "lora": f"LoRA r={arm['lora_rank']}", "embed": "embeddings", "norm": "norms"}
     pattern, group = arm["attention"]["pattern"], arm["attention"]["group_tokens"]
     sparse = {"causal": "", "shifted_sparse": f", S²-Attn, groups of {group}"}.get(pattern, f", {pattern}")
+    sparse += f" and {sinks} sinks" if (sinks := arm["attention"]["sink_tokens"]) else ""
     return " + ".join(words[part] for part in arm["tune"].split("+")) + sparse
 
 
