@@ -66,8 +66,9 @@ def _gained(found: Found) -> list[str]:
     rows = [found.models[name].rows("perplexity", **place) for name in (arms[0], untrained[0])]
     mine, best = ({row["document"]: row["nll"] for row in each} for each in rows)
     wins = sum(mine[document] < best[document] for document in mine)
-    verdict = "better" if ppl[arms[0]] < ppl[untrained[0]] else "no better"
-    said += f": {verdict} than anything untrained ({listed}), and lower than {untrained[0]}"
+    worse = [name for name in untrained if not ppl[arms[0]] < ppl[name]]
+    verdict = f"worse than {' and '.join(worse)} without any training" if worse else "better than anything untrained"
+    said += f": {verdict} ({listed}), and lower than {untrained[0]}"
     return [f"{said} on {wins} of {len(mine)} documents."]
 
 
