@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_spawned
-from toy_models import job, packed_corpus, read_json, tiny_folder
+from toy_models import VOCAB, job, packed_corpus, read_json, tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from infra.launch import Superseded, run_local
+from infra.tracking import Spool, read_events
 from training import loop
+from training.batches import PackedRows, RowOrder
 from training.loop import learning_rate
 from training.recipe import ArmRecipe, OptimRecipe, TinyModelRecipe
 
@@ -37,16 +40,69 @@ def test_the_loss_falls_and_the_asked_pattern_is_what_ran(tmp_path):
     assert [row["step"] for row in steps(todo)] == list(range(1, 31))
 
 
-@pytest.mark.parametrize("arm", [ArmRecipe(), S2], ids=["full", "longlora"])
-def test_one_and_two_ranks_read_the_same_rows_and_end_with_the_same_loss(tmp_path, arm):
+@pytest.mark.parametrize(("arm", "zero_stage"), [(ArmRecipe(), 2), (S2, 3)], ids=["full, ZeRO-2", "longlora, ZeRO-3"])
+def test_one_and_two_ranks_read_the_same_rows_and_end_with_the_same_loss(tmp_path, arm, zero_stage):
     one = job(tmp_path, name="one", arm=arm)
-    two = job(tmp_path, name="two", arm=arm, resources={"workers": 2})
+    two = job(tmp_path, name="two", arm=arm, resources={"workers": 2, "zero_stage": zero_stage})
     train(one)
     run_spawned("training.loop:train", two, world=2, folder=tmp_path)
     assert [row["rows"] for row in steps(one)] == [row["rows"] for row in steps(two)]
     for a, b in zip(steps(one), steps(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=ACROSS_RANKS)
         assert (a["tokens"], a["targets"]) == (b["tokens"], b["targets"])
+
+
+def s2_mask(positions_BT, group, heads, shifted_from):
+    """What S²-Attn lets each head see, one pair of tokens after the other: additive [B, H, T, T]."""
+    B, T = positions_BT.shape
+    document = (positions_BT == 0).cumsum(1)
+    mask = torch.full((B, heads, T, T), float("-inf"))
+    for b in range(B):
+        for h in range(heads):
+            shift = group // 2 if h >= shifted_from else 0
+            for q in range(T):
+                for k in range(q + 1):
+                    if document[b, q] == document[b, k] and (q + shift) // group == (k + shift) // group:
+                        mask[b, h, q, k] = 0
+    return mask
+
+
+@pytest.mark.parametrize("attention", [{}, {"pattern": "shifted_sparse", "group_tokens": 8}], ids=["causal", "s2"])
+def test_the_first_loss_is_that_of_plain_transformers_with_the_mask_of_the_pattern(tmp_path, attention):
+    todo = job(tmp_path, arm={"attention": attention}, optim={"steps": 1})
+    base = AutoModelForCausalLM.from_pretrained(todo["base"])
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.mul_(10 if weight.dim() == 2 else 1)  # so that it matters who sees what
+    base.save_pretrained(todo["base"])
+    train(todo)
+    batch = PackedRows(todo["corpus"]).batch(steps(todo)[0]["rows"])
+    stretch = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    plain = LlamaForCausalLM.from_pretrained(todo["base"], attn_implementation="eager", rope_parameters=stretch)
+
+    def loss_of(group):
+        mask = s2_mask(batch["position_ids"], group, heads=4, shifted_from=2)
+        with torch.no_grad():
+            logits = plain(batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+
+    right, wrong = (loss_of(8), loss_of(1000)) if attention else (loss_of(1000), loss_of(8))
+    assert steps(todo)[0]["loss"] == pytest.approx(right, rel=1e-6)  # rounding of float32
+    assert abs(right - wrong) > 0.01
+
+
+RESOURCES = [{"micro_batch_rows": 4}, {"zero_stage": 0}, {"zero_stage": 3}, {"activation_checkpointing": True}]
+
+
+@pytest.mark.parametrize("resources", RESOURCES, ids=str)
+def test_resources_do_not_change_what_is_learned(tmp_path, resources):
+    one, other = job(tmp_path, name="one", arm=S2), job(tmp_path, name="other", arm=S2, resources=resources)
+    train(one)
+    train(other)
+    assert [row["rows"] for row in steps(one)] == [row["rows"] for row in steps(other)]
+    for a, b in zip(steps(one), steps(other), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=ACROSS_RANKS)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_training_fails_if_another_pattern_is_on_than_the_asked_one(tmp_path, monkeypatch):
@@ -61,6 +117,44 @@ def test_a_superseded_attempt_stops_at_its_next_step(tmp_path):
     Path(todo["superseded_file"]).touch()
     with pytest.raises(Superseded, match="step 1: a newer attempt took over"):
         train(todo)
+
+
+def at_step(monkeypatch, step, act):
+    """Calls `act` when training comes to a step (counted from 0)."""
+
+    def for_rank(self, at, *args, real=RowOrder.for_rank):
+        if at == step:
+            act()
+        return real(self, at, *args)
+
+    monkeypatch.setattr(RowOrder, "for_rank", for_rank)
+
+
+def test_an_attempt_superseded_while_it_trains_ends_its_step_and_leaves_no_result(tmp_path, monkeypatch):
+    todo = job(tmp_path)
+    at_step(monkeypatch, 3, lambda: Path(todo["superseded_file"]).touch())
+    with pytest.raises(Superseded, match="step 5: a newer attempt took over"):
+        train(todo)
+    assert [row["step"] for row in steps(todo)] == [1, 2, 3, 4]
+    assert not (Path(todo["out"]) / "training.json").exists()
+
+
+def test_each_step_is_recorded_once_and_told_once_whatever_was_repeated(tmp_path, monkeypatch):
+    def die():
+        raise KeyboardInterrupt
+
+    Spool.open(tmp_path / "a.jsonl", run="0" * 32, parent=None, experiment="e", name="n", kind="attempt")
+    todo = job(tmp_path, spool=str(tmp_path / "a.jsonl"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, die)
+        with pytest.raises(KeyboardInterrupt):
+            train(todo)
+    assert len(steps(todo)) == 5
+    assert train(todo)["resumed_from_step"] == 4
+    assert [row["step"] for row in steps(todo)] == [1, 2, 3, 4, 5, 6]
+    told = [event for event in read_events(tmp_path / "a.jsonl")[0] if event["event"] == "metrics"]
+    assert [event["step"] for event in told] == [1, 2, 3, 4, 5, 6]
+    assert [event["values"]["train/loss"] for event in told] == [row["loss"] for row in steps(todo)]
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_rows(tmp_path):
@@ -106,6 +200,36 @@ def test_sink_arms_start_from_the_same_weights_and_read_the_same_text(tmp_path, 
     assert [row["rows"] for row in read["none"]] == [row["rows"] for row in read["token"]]
     # without the sink nothing predicts a row's first token
     assert all(b["targets"] - a["targets"] == 4 for a, b in zip(read["none"], read["token"], strict=True))
+
+
+def test_each_sink_arm_leaves_with_the_tokenizer_that_it_was_trained_with(tmp_path):
+    tiny_folder(tmp_path / "base")
+    packed_corpus(tmp_path, first_token="sink")
+    for sink, first in (("none", []), ("token", [VOCAB])):
+        todo = job(tmp_path, name=sink, kind="pretrain", sink=sink, rope={}, model=TinyModelRecipe(context_length=64))
+        train(todo)
+        assert AutoTokenizer.from_pretrained(todo["out"])("w7 w8").input_ids == [*first, 7, 8]
+        assert AutoModelForCausalLM.from_pretrained(todo["out"]).config.vocab_size == VOCAB + 1
+
+
+def test_rows_with_a_sink_that_the_base_lacks_need_full_tuning(tmp_path):
+    tiny_folder(tmp_path / "base")
+    packed_corpus(tmp_path, first_token="sink")
+    with pytest.raises(ValueError, match=r"a token that the base lacks \('sink'\): an adapter cannot carry"):
+        train(job(tmp_path, arm=S2))
+    todo = job(tmp_path)
+    train(todo)
+    assert len(AutoTokenizer.from_pretrained(todo["out"])) == VOCAB + 1
+    assert AutoModelForCausalLM.from_pretrained(todo["out"]).model.embed_tokens.weight.shape[0] == VOCAB + 1
+
+
+def test_a_global_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="4 rows does not divide into 1 ranks x micro_batch_rows 3"):
+        train(job(tmp_path, resources={"micro_batch_rows": 3}))
+
+
+def test_an_adapter_may_train_for_a_single_step(tmp_path):
+    train(job(tmp_path, arm=S2, optim={"steps": 1}))
 
 
 def test_schedules_warm_up_without_a_step_at_zero_and_end_as_they_say():

@@ -123,7 +123,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
     # ---- what leaves
     (peak_gib,) = all_sum(engine, [throughput.peak_gib()])
-    checkpoint.export(model, tokenizer, out, start=start)
+    checkpoint.export(model, tokenizer, out, start=start, steps=optim.steps)
     active = active_pattern(model)
     if not (log and active):
         return {}
