@@ -125,7 +125,7 @@ class Rotary:
         return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
     def angles(self, by_T: Tensor) -> Tensor:
-        """Radians [T, R] of a turn by so many positions,, in float64."""
+        """Radians [T, R] of a turn by so many positions, in float64."""
         return by_T.double().cpu()[:, None] * self.inv_freq_R.double()
 
     def rounding(self, at_T: Tensor) -> Tensor:

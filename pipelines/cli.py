@@ -378,7 +378,7 @@ def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tupl
     from training.recipe import TinyModelRecipe
 
     for arm, of in (chosen.finetune.arms if chosen.finetune else {}).items():
-        choices = of.attention.model_dump(exclude={"pattern"}, exclude_defaults=True)
+        choices = of.attention.arguments()
         tokens = max(64, 3 * choices.get("group_tokens", 0))
         tiny = TinyModelRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)
         model = tiny_model(tiny, vocab_size=256, seed=0)

@@ -92,17 +92,20 @@ def _look(found: Found) -> dict[str, Style]:
     return styles(found.models, dashed=found.of("baseline"))
 
 
+def _marks(found: Found) -> dict[str, int]:
+    return {"trained length": found.base["context_length"]} if found.base else {}
+
+
 def _perplexity_picture(found: Found) -> list[Picture]:
     measured = found.ppl()
     curves = {name: _curve([r[name] for r in measured.values() if name in r], "length") for name in found.compared}
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return []
-    marks = {"trained length": found.base["context_length"]} if found.base else {}
     says = "Lower is better. A curve that rises past the trained length is a model that loses the thread there."
     axes, title = ("context length (tokens)", f"perplexity ({found.last_tokens()})"), "Perplexity by context length"
     look, ticks = _look(found), list(measured)
-    return [lines("perplexity.png", title, says, axes, curves, look, log=True, ticks=ticks, marks=marks)]
+    return [lines("perplexity.png", title, says, axes, curves, look, log=True, ticks=ticks, marks=_marks(found))]
 
 
 def _curve(rows: Iterable[Mapping[str, Any]], x: str) -> list[tuple[float, float]]:
@@ -127,14 +130,13 @@ def perplexity(found: Found) -> Section | None:
 def _along_the_text(found: Found) -> list[Picture]:
     """A figure a document: every model scores the same tokens, so the place where one breaks can be seen."""
     pictures, look = [], _look(found)
-    marks = {"trained length": found.base["context_length"]} if found.base else {}
     rows = (row for model in found.compared.values() for row in model.rows("perplexity", kind="position"))
     for number, document in enumerate(dict.fromkeys(row["document"] for row in rows)):
         mine = {n: m.rows("perplexity", kind="position", document=document) for n, m in found.compared.items()}
         curves = {name: coarser(some) for name, some in mine.items() if some}
         says = "All models score the same tokens. A curve that leaves the others past the trained length breaks there."
         title, axes = f"Along the text: {document}", ("token of the text", "perplexity")
-        pictures.append(lines(f"along-{number}.png", title, says, axes, curves, look, log=True, marks=marks))
+        pictures.append(lines(f"along-{number}.png", title, says, axes, curves, look, log=True, marks=_marks(found)))
     return pictures
 
 

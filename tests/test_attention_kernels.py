@@ -1,6 +1,7 @@
 """Every kernel against the dense float64 oracle, forward and gradients, over every pattern in the registry."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from attention_cases import (
 )
 
 from attention import PATTERNS, attend, reference
-from attention.kernels import choose
+from attention.kernels import by_segments, choose
+from attention.sink_softmax import zero_sink
 
 # Output and gradients are sums of about unit numbers over at most 41 keys. float64: 2^-52 x some tens of additions.
 # float32: 2^-24 likewise. bfloat16 keeps 8 bits, float16 11: probabilities and output are rounded once each and a
@@ -172,6 +174,88 @@ def test_the_oracle_is_softmax_written_out_for_one_query():
     total = sum(weights) + math.exp(float(logit[1]))
     expected = sum(w / total * v[0, 0, i] for w, i in zip(weights, seen, strict=True))
     assert torch.allclose(out[0, 1, 6], expected, atol=1e-14)
+
+
+@kernels
+def test_a_zero_sink_is_one_more_token_whose_key_and_value_are_zero(kernel):
+    skip_unless_it_runs(PATTERNS["causal"](), kernel)
+    q, k, v = qkv(4, 2, 9)
+    got = attend(q, k, v, PATTERNS["causal"](), sink_logit_H=zero_sink(4), kernel=kernel)
+    q, k, v = (torch.cat([torch.zeros_like(x[:, :, :1]), x], 2) for x in (q, k, v))
+    assert torch.allclose(got, reference.attend(q, k, v, PATTERNS["causal"]())[:, :, 1:], atol=1e-13)
+
+
+class VarlenByTheFormula:
+    """A varlen library for attention/flash.py on a CPU: each segment dense; tensors [tokens, heads, D]."""
+
+    def segments(self, edges, *of):
+        for n in range(len(edges.q) - 1):
+            (q0, q1), (k0, k1) = edges.q[n : n + 2].tolist(), edges.k[n : n + 2].tolist()
+            assert q1 - q0 <= edges.longest_q
+            assert k1 - k0 <= edges.longest_k
+            # aligned at the last token, as flash-attn does it
+            distance = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
+            left, right = edges.sides
+            seen = (distance >= -right if right >= 0 else True) & (distance <= left if left >= 0 else True)
+            yield slice(q0, q1), slice(k0, k1), torch.as_tensor(seen).expand_as(distance)
+
+    def scores(self, q, k, seen, scale):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, -torch.inf)
+
+    def forward(self, q, k, v, edges, scale):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+        for qs, ks, seen in self.segments(edges):
+            scores = self.scores(q[qs], k[ks], seen, scale)
+            lse[:, qs] = scores.logsumexp(-1)
+            values = v[ks].repeat_interleave(q.shape[1] // v.shape[1], 1)
+            out[qs] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        return out, lse
+
+    def backward(self, saved, edges, scale):
+        """What flash attention computes: probabilities from the log-sum-exp that it is handed."""
+        dout, q, k, v, out, lse = saved
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        repeat = q.shape[1] // k.shape[1]
+        for qs, ks, seen in self.segments(edges):
+            p = (self.scores(q[qs], k[ks], seen, scale) - lse[:, qs, None]).exp()
+            keys, values = (x[ks].repeat_interleave(repeat, 1) for x in (k, v))
+            dp = torch.einsum("qhd,khd->hqk", dout[qs], values)
+            ds = p * (dp - (dout[qs] * out[qs]).sum(-1).T[..., None]) * scale
+            dq[qs] = torch.einsum("hqk,khd->qhd", ds, keys)
+            for total, weights, with_ in ((dk, ds, q), (dv, p, dout)):
+                whole = torch.einsum("hqk,qhd->khd", weights, with_[qs])
+                total[ks] = whole.unflatten(1, (-1, repeat)).sum(2)
+        return dq, dk, dv
+
+
+@rows
+@patterns
+def test_varlen_calls_equal_the_oracle_on_every_row(pattern, row):
+    T, documents = ROWS[row]
+    q, k, v = qkv(4, 2, T, B=len(documents or [0]))
+    given = None if documents is None else positions(*documents)
+    logit = torch.tensor([-1.0, 0.0, 1.5, 4.0], dtype=torch.float64)
+    for layer, sink in ((0, None), (1, logit)):
+        options = {"sink_logit_H": sink, "layer": layer}
+        run = partial(by_segments, library=VarlenByTheFormula())
+        got = outputs_and_gradients(run, q, k, v, pattern, given, **options)
+        for name, a, b in zip(
+            ("out", "dq", "dk", "dv", "dsink"), got, oracle(q, k, v, pattern, given, **options), strict=False
+        ):
+            assert torch.allclose(a, b, atol=1e-12), name
+
+
+@patterns
+def test_varlen_edges_fit_rows_of_every_length(pattern):
+    """All lengths to 24 in one document, and all pairs of documents to 12, with heads of which each is a variant."""
+    cases = [(n,) for n in range(1, 25)] + [(a, b) for a in range(1, 12) for b in range(1, 12)]
+    for documents in cases:
+        q, k, v = qkv(3, 3, sum(documents), D=2)
+        for layer in (0, 1):
+            got = by_segments(q, k, v, pattern, positions(documents), layer=layer, library=VarlenByTheFormula())
+            expected = reference.attend(q, k, v, pattern, positions(documents), layer=layer)
+            assert torch.allclose(got, expected, atol=1e-12), documents
 
 
 def test_sdpa_computes_causal_and_grouped_patterns():

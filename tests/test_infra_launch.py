@@ -1,8 +1,11 @@
 """Ranks through Ray Train: placed, threaded, restarted after a kill, and honest about errors."""
 
 import time
+from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
 
 from infra.launch import check_room, run_ranks
 from infra.resources import Resources
@@ -30,6 +33,52 @@ def test_a_users_error_on_one_rank_ends_the_run_at_once_as_itself(cluster, tmp_p
         )
     assert len(list((tmp_path / "lives").iterdir())) == 2  # no restart
     assert time.monotonic() - started < 120
+
+
+def test_a_rank_that_dies_while_it_is_started_is_started_again_and_its_cpus_are_freed(cluster, tmp_path, monkeypatch):
+    """Ray Train's own way of ending such a run, with the placement group that it leaves behind."""
+    lives = []
+
+    class Trainer:
+        def __init__(self, function, *, train_loop_config, **options):
+            self.box = Path(train_loop_config["box"])
+
+        def fit(self):
+            lives.append(self)
+            if len(lives) == 1:
+                cluster.get(cluster.util.placement_group([{"CPU": 1}] * 2).ready())
+                assert cluster.available_resources().get("CPU", 0) == 0
+                raise ControllerError(ActorDiedError())
+            (self.box / "result.json").write_text("{}")
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    assert run_ranks("toy_ranks:count_ranks", {}, resources=Resources(workers=2), name="again", storage=tmp_path) == {}
+    assert len(lives) == 2
+    until = time.monotonic() + 20
+    while cluster.available_resources().get("CPU", 0) < 2:
+        assert time.monotonic() < until, "the first group still holds its CPUs"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("error", "lives"), [(OSError("disk"), 1), (ActorDiedError(), 3)], ids=["never again", "at most twice again"]
+)
+def test_ray_trains_own_error_is_raised_when_starting_again_cannot_help(cluster, tmp_path, monkeypatch, error, lives):
+    lived = []
+
+    class Trainer:
+        def __init__(self, *args, **options):
+            pass
+
+        def fit(self):
+            lived.append(self)
+            raise ControllerError(error)
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    resources = Resources(workers=2, max_failures=2)
+    with pytest.raises(ControllerError):
+        run_ranks("toy_ranks:count_ranks", {}, resources=resources, name="once", storage=tmp_path)
+    assert len(lived) == lives
 
 
 def test_ranks_that_can_never_be_placed_are_refused_with_both_numbers():

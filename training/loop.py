@@ -168,9 +168,7 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = apply_arm(model, todo.arm)
     choice = todo.arm.attention
-    given = {"group_tokens": choice.group_tokens, "sink_tokens": choice.sink_tokens}
-    pattern = PATTERNS[choice.pattern](**({} if choice.pattern == "causal" else given))
-    active = set_pattern(model, pattern)
+    active = set_pattern(model, PATTERNS[choice.pattern](**choice.arguments()))
     if active_pattern(model) != active:
         raise RuntimeError(f"asked for attention {active}, but {active_pattern(model)} is on")
     return model, tokenizer

@@ -106,6 +106,10 @@ class AttentionRecipe(Choices):
     sink_tokens: int = Field(default=0, ge=0)
     """First tokens of a document that every later group also sees (shifted_sparse, grouped)."""
 
+    def arguments(self) -> dict[str, int]:
+        """What the pattern's factory in attention.PATTERNS is called with."""
+        return self.model_dump(exclude={"pattern"}, exclude_defaults=True)
+
     @model_validator(mode="after")
     def _group(self) -> "AttentionRecipe":
         if self.pattern == "causal":
