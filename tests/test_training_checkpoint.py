@@ -137,10 +137,10 @@ def test_an_adapter_loads_in_plain_peft_with_the_trained_logits(tmp_path, monkey
     seen = {}
     real = check_trained
 
-    def spy(model, start):
+    def spy(model, start, steps):
         with torch.no_grad():
             seen["logits"] = model.eval()(IDS, use_cache=False).logits
-        real(model, start)
+        real(model, start, steps)
 
     monkeypatch.setattr("training.checkpoint.check_trained", spy)
     packed_corpus(tmp_path)
