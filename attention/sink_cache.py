@@ -145,8 +145,9 @@ class SinkLayer(CacheLayerMixin):
         slots = self.S + self.W + 1
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         with torch.inference_mode(False):  # else a cache begun in inference mode could not go on outside of it
+            # zeros: a row that padding made shorter reads slots it never filled, and a masked NaN is still a NaN
             self.keys, self.values, self.sink_keys = (
-                torch.empty(*of.shape[:2], tokens, of.shape[3], dtype=of.dtype, device=of.device)
+                torch.zeros(*of.shape[:2], tokens, of.shape[3], dtype=of.dtype, device=of.device)
                 for of, tokens in ((key_states, slots), (value_states, slots), (key_states, self.S))
             )
 

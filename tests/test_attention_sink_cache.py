@@ -203,6 +203,17 @@ def test_a_left_padded_row_generates_what_it_would_alone(padding):
     assert torch.equal(together[::2], greedy(model, ids[::2], SinkCache(model.config, 4, 25)))
 
 
+def test_what_memory_held_before_reaches_no_row(monkeypatch):
+    """Uninitialised memory may hold NaN, which no mask of the scores takes out again."""
+
+    def poisoned(*shape, real=torch.empty, **options):
+        made = real(*shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    test_a_left_padded_row_generates_what_it_would_alone(30)
+
+
 def test_the_millionth_token_decodes_like_the_fiftieth():
     """float32. What lies in the cache is the same; untreated, angles at a million are off by 3e-2 radians."""
     model, ids = tiny_llama(), text()
