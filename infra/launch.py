@@ -11,10 +11,15 @@ Superseded) is written down instead and raised here, without waiting for restart
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
+import threading
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,33 +64,57 @@ def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name:
         ),
     )
     for failures_left in reversed(range(resources.max_failures + 1)):
+        groups_before = set(ray.util.placement_group_table())
         try:
-            trainer.fit()
+            with _interrupt_handler_restored():
+                trainer.fit()
             break
-        except ControllerError as failure:
-            # A rank that dies in the instant in which it is told to start: Ray Train (2.60) gives up, whatever
-            # max_failures says, and forgets the ranks' placement group, whose CPUs nobody would ever get again.
-            release_abandoned_groups()
-            if not failures_left or not isinstance(failure.controller_failure, ray.exceptions.RayActorError):
-                raise
+        except ControllerError as error:
+            failure = error.with_traceback(None)  # its frames hold the controller, and the controller its ranks
+        # A rank that dies in the instant in which it is told to start: Ray Train (2.60) gives up, whatever
+        # max_failures says, and forgets the ranks' placement group, whose CPUs nobody would ever get again.
+        release_abandoned_groups(since=groups_before)
+        if not failures_left or not isinstance(failure.controller_failure, ray.exceptions.RayActorError):
+            raise failure
     if (box / "error.json").exists():
         error = json.loads((box / "error.json").read_text())
         raise FINAL_ERRORS[error["type"]](error["message"])
     return json.loads((box / "result.json").read_text())
 
 
-def release_abandoned_groups() -> None:
-    """Removes placement groups in which nobody lives any more."""
+@contextlib.contextmanager
+def _interrupt_handler_restored() -> Iterator[None]:
+    """Ray Train leaves its own handler of Ctrl-C behind: it swallows later ones, and keeps the controller alive."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def release_abandoned_groups(*, since: set[str], patience_s: float = 20.0) -> None:
+    """Removes the placement groups, made after those in `since`, in which nobody lives any more.
+
+    The ranks of a run that just ended die only moments later, and the ranks of a run that just begins enter their
+    group only moments after it was made. So a group goes when two looks, a second apart, find nobody in it, and we
+    look until every new group is gone or `patience_s` is over (groups of other runs stay inhabited).
+    """
     import ray
     from ray.util import placement_group_table, remove_placement_group
     from ray.util.placement_group import PlacementGroup
     from ray.util.state import list_actors
 
-    actors = list_actors(address=ray.get_runtime_context().gcs_address, detail=True, limit=10_000)
-    lived_in = {actor.placement_group_id for actor in actors if actor.state != "DEAD"}
-    for group, about in placement_group_table().items():
-        if about["state"] == "CREATED" and group not in lived_in:
+    until = time.monotonic() + patience_s
+    empty: set[str] = set()
+    while new := {g for g, about in placement_group_table().items() if about["state"] == "CREATED"} - since:
+        actors = list_actors(address=ray.get_runtime_context().gcs_address, detail=True, limit=10_000)
+        empty_before, empty = empty, new - {actor.placement_group_id for actor in actors if actor.state != "DEAD"}
+        for group in empty & empty_before:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+        if time.monotonic() > until:
+            return
+        time.sleep(1)
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:

@@ -1,11 +1,14 @@
 """Ranks through Ray Train: placed, threaded, restarted after a kill, and honest about errors."""
 
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.launch import check_room, run_ranks
 from infra.resources import Resources
@@ -14,8 +17,10 @@ from infra.resources import Resources
 @pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_rank_0s_result_comes_back(cluster, tmp_path):
     job = {"kill_marker": str(tmp_path / "killed")}
+    interrupt = signal.getsignal(signal.SIGINT)
     got = run_ranks("toy_ranks:count_ranks", job, resources=Resources(workers=2), name="count", storage=tmp_path)
     assert (tmp_path / "killed").exists()
+    assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C would reach a controller that is gone"
     assert (got["rank"], got["world"], got["sum"], got["threads"]) == (0, 2, 3, 1)
 
 
@@ -39,6 +44,10 @@ def test_a_rank_that_dies_while_it_is_started_is_started_again_and_its_cpus_are_
     """Ray Train's own way of ending such a run, with the placement group that it leaves behind."""
     lives = []
 
+    class Rank:
+        def ready(self):
+            return True
+
     class Trainer:
         def __init__(self, function, *, train_loop_config, **options):
             self.box = Path(train_loop_config["box"])
@@ -46,8 +55,13 @@ def test_a_rank_that_dies_while_it_is_started_is_started_again_and_its_cpus_are_
         def fit(self):
             lives.append(self)
             if len(lives) == 1:
-                cluster.get(cluster.util.placement_group([{"CPU": 1}] * 2).ready())
+                group = cluster.util.placement_group([{"CPU": 1}] * 2)
+                cluster.get(group.ready())
                 assert cluster.available_resources().get("CPU", 0) == 0
+                place = PlacementGroupSchedulingStrategy(group)
+                rank = cluster.remote(num_cpus=1)(Rank).options(scheduling_strategy=place).remote()
+                cluster.get(rank.ready.remote())
+                threading.Timer(2.5, cluster.kill, [rank]).start()  # dies only after the run was given up
                 raise ControllerError(ActorDiedError())
             (self.box / "result.json").write_text("{}")
 
