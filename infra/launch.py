@@ -69,8 +69,8 @@ def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name:
             with _interrupt_handler_restored():
                 trainer.fit()
             break
-        except ControllerError as error:
-            failure = error.with_traceback(None)  # its frames hold the controller, and the controller its ranks
+        except ControllerError as ended:
+            failure = ended.with_traceback(None)  # its frames hold the controller, and the controller its ranks
         # A rank that dies in the instant in which it is told to start: Ray Train (2.60) gives up, whatever
         # max_failures says, and forgets the ranks' placement group, whose CPUs nobody would ever get again.
         release_abandoned_groups(since=groups_before)
