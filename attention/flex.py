@@ -34,14 +34,21 @@ def attend(
     *,
     layer: int = 0,
 ) -> Tensor:
-    """Attention [B, H, T, D] by FlexAttention; see `attention.attend`."""
+    """Attention [B, H, T, D] by FlexAttention; see `attention.attend`.
+
+    Raises:
+        ValueError: a sink logit on CPU.
+    """
     B, H, T, _ = q_BHTD.shape
     heads = Heads(H, k_BKTD.shape[1], layer)
+    if sink_logit_H is not None and q_BHTD.device.type == "cpu":
+        raise ValueError("kernel 'flex' has no sink logits on CPU (no log-sum-exp comes out of it there); use 'auto'")
     mask = block_mask(pattern, heads, reference.starts(position_ids_BT, B, T, q_BHTD.device))
-    out_BHTD, lse_BHT = _compiled()(
-        q_BHTD, k_BKTD, v_BKTD, block_mask=mask, scale=scale, enable_gqa=heads.query != heads.kv, return_lse=True
-    )
-    return out_BHTD if sink_logit_H is None else with_sink(out_BHTD, lse_BHT, sink_logit_H)
+    asked = {"block_mask": mask, "scale": scale, "enable_gqa": heads.query != heads.kv}
+    if sink_logit_H is None:
+        return _compiled()(q_BHTD, k_BKTD, v_BKTD, **asked)
+    out_BHTD, lse_BHT = _compiled()(q_BHTD, k_BKTD, v_BKTD, **asked, return_lse=True)
+    return with_sink(out_BHTD, lse_BHT, sink_logit_H)
 
 
 def block_mask(pattern: Pattern, heads: Heads, start_BT: Tensor) -> BlockMask:
@@ -52,4 +59,4 @@ def block_mask(pattern: Pattern, heads: Heads, start_BT: Tensor) -> BlockMask:
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # whole, or an error: never quietly uncompiled

@@ -10,13 +10,12 @@ Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, S sinks
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timing import interleaved, medians, ratio
 from torch import Tensor
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import CacheLayerMixin
@@ -70,27 +69,6 @@ class ConcatenatingLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return SINKS + self.window
-
-
-def cpu_ms(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return (time.process_time() - start) * 1e3
-
-
-def interleaved(*works: Callable[[], object], rounds: int) -> list[list[float]]:
-    """CPU milliseconds of each work in each round [rounds, works], after one round of warm-up."""
-    for work in works:
-        work()
-    return [[cpu_ms(work) for work in works] for _ in range(rounds)]
-
-
-def ratio(rows: list[list[float]], over: int, under: int) -> float:
-    return statistics.median(row[over] / row[under] for row in rows)
-
-
-def medians(rows: list[list[float]]) -> list[float]:
-    return [statistics.median(column) for column in zip(*rows, strict=True)]
 
 
 def filled(model: LlamaForCausalLM, window: int) -> tuple[SinkCache, Cache]:

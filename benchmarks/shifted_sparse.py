@@ -1,0 +1,177 @@
+"""S²-Attn against full attention, the paper's two ways to compute it, and a dense mask on packed rows: time and memory.
+
+    python benchmarks/shifted_sparse.py       # one thread, about five minutes
+
+Forward and backward of one layer's attention, float32, B = 1, H = 8, D = 64, group = T / 4; q, k, v come as projections
+give them, [B, T, H, D] seen as [B, H, T, D], and the output leaves as [B, T, H·D]. All are first compared.
+
+Legend: B batch, T tokens, H heads, D head dim, G tokens of a group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timing import interleaved, medians, ratio
+from torch import Tensor
+
+from attention import PATTERNS, attend
+from attention.pattern import Heads
+from attention.reference import dense_mask, starts
+
+B, H, D = 1, 8, 64
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def full(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """Causal attention over the whole row."""
+    return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+
+
+def ours(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
+    pattern = PATTERNS["shifted_sparse"](group_tokens=q_BHTD.shape[2] // 4)
+    return attend(q_BHTD, k_BHTD, v_BHTD, pattern, position_ids_BT)
+
+
+def roll(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """LongLoRA's path without flash attention, on SDPA: half of the heads rolled by half a group, groups as a batch.
+
+    Its wrapped group leaks (queries at the row's start see its end), so it computes something slightly different.
+    """
+    T = q_BHTD.shape[2]
+    G = T // 4
+
+    def groups(x_BHTD: Tensor) -> Tensor:
+        rolled = torch.cat([x_BHTD[:, : H // 2], x_BHTD[:, H // 2 :].roll(-G // 2, 2)], 1)
+        return rolled.transpose(1, 2).reshape(B * T // G, G, H, D).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(groups(q_BHTD), groups(k_BHTD), groups(v_BHTD), is_causal=True)
+    out_BTHD = out.transpose(1, 2).reshape(B, T, H, D)
+    return torch.cat([out_BTHD[:, :, : H // 2], out_BTHD[:, :, H // 2 :].roll(G // 2, 1)], 2).transpose(1, 2)
+
+
+def stacked(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """LongLoRA's flash path: the halves of the heads stacked as twice the batch, one varlen call with shifted edges for
+    the second; the call is emulated segment by segment, since no varlen attention runs on CPUs."""
+    T = q_BHTD.shape[2]
+    G = T // 4
+    plain, shifted = range(0, T + 1, G), [0, *range(G // 2, T, G), T]
+    lengths = [b - a for edges in (plain, shifted) for a, b in pairwise(edges)]
+
+    def line(x_BHTD: Tensor) -> tuple[Tensor, ...]:
+        half_2BTHD = torch.cat([x_BHTD[:, : H // 2], x_BHTD[:, H // 2 :]]).transpose(1, 2)
+        return half_2BTHD.reshape(2 * B * T, H // 2, D).split(lengths)
+
+    parts = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), is_causal=True)[0].transpose(0, 1)
+        for qkv in zip(line(q_BHTD), line(k_BHTD), line(v_BHTD), strict=True)
+    ]
+    out_2BTHD = torch.cat(parts).view(2 * B, T, H // 2, D)
+    return torch.cat([out_2BTHD[:B], out_2BTHD[B:]], 2).transpose(1, 2)
+
+
+def eager(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """Full attention with its scores written down, for the memory table."""
+    T = q_BHTD.shape[2]
+    scores = q_BHTD @ k_BHTD.mT * D**-0.5
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v_BHTD
+
+
+WAYS: dict[str, Way] = {"full": full, "ours": ours, "roll": roll, "stacked": stacked, "eager": eager}
+
+
+def inputs(T: int) -> tuple[list[Tensor], Tensor]:
+    """q, k, v [B, T, H, D] that want gradients, and the gradient of the output [B, T, H·D]."""
+    torch.manual_seed(0)
+    return [torch.randn(B, T, H, D, requires_grad=True) for _ in range(3)], torch.randn(B, T, H * D)
+
+
+def step(way: Callable[..., Tensor], qkv: list[Tensor], dout: Tensor, *more: object) -> Callable[[], None]:
+    def forward_and_backward() -> None:
+        out_BHTD = way(*(x.transpose(1, 2) for x in qkv), *more)
+        torch.autograd.grad(out_BHTD.transpose(1, 2).reshape(dout.shape), qkv, dout)
+
+    return forward_and_backward
+
+
+def agree() -> None:
+    """Stacked halves compute what ours does; so does the roll, but in the shifted half's first half-group: it leaks."""
+    q, k, v = (x.detach().transpose(1, 2) for x in inputs(512)[0])
+    expected = ours(q, k, v)
+    torch.testing.assert_close(stacked(q, k, v), expected)
+    rolled = roll(q, k, v)
+    torch.testing.assert_close(rolled[:, : H // 2], expected[:, : H // 2])
+    torch.testing.assert_close(rolled[:, H // 2 :, 64:], expected[:, H // 2 :, 64:])
+
+
+def against_full(T: int, rounds: int) -> None:
+    qkv, dout = inputs(T)
+    rows = interleaved(step(full, qkv, dout), step(ours, qkv, dout), rounds=rounds)
+    slow, fast = medians(rows)
+    print(f"T = {T}: full causal {slow:.0f} ms, S² {fast:.0f} ms: {ratio(rows, 0, 1):.2f}x", flush=True)
+
+
+def against_the_papers(T: int, rounds: int) -> None:
+    qkv, dout = inputs(T)
+    rows = interleaved(*(step(way, qkv, dout) for way in (roll, stacked, ours)), rounds=rounds)
+    print(f"T = {T}: roll / ours {ratio(rows, 0, 2):.2f}x, stacked / ours {ratio(rows, 1, 2):.2f}x", flush=True)
+
+
+def packed(T: int, rounds: int) -> None:
+    """A row of documents: S² inside each against full attention inside each by a dense mask."""
+    torch.manual_seed(0)
+    lengths = torch.randint(T // 16, T // 4, (20,)).tolist()
+    position_ids_BT = torch.cat([torch.arange(n) for n in lengths])[None, :T]
+    (b_documents,) = (position_ids_BT == 0).sum(1).tolist()
+    mask = dense_mask(PATTERNS["causal"](), Heads(1, 1), starts(position_ids_BT, B, T, torch.device("cpu")))
+
+    def dense(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=mask)
+
+    qkv, dout = inputs(T)
+    rows = interleaved(step(dense, qkv, dout), step(ours, qkv, dout, position_ids_BT), rounds=rounds)
+    print(f"T = {T}, {b_documents} documents: dense block-diagonal mask / S² {ratio(rows, 0, 1):.2f}x", flush=True)
+
+
+def extra_mib(name: str, T: int) -> float:
+    """MiB that one forward and backward adds to the process at its peak, gradients included (Linux)."""
+    step(WAYS[name], *inputs(64))()
+    work = step(WAYS[name], *inputs(T))
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    work()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"no {field} in /proc/self/status"
+    return int(found[1])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[1:]:  # a process of its own for each peak
+        print(f"{extra_mib(sys.argv[1], 8192):.0f}")
+        return
+    agree()
+    for T, rounds in ((4096, 15), (8192, 9), (16384, 5)):
+        against_full(T, rounds)
+    against_the_papers(8192, rounds=9)
+    packed(8192, rounds=5)
+    for name in WAYS:
+        got = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True, text=True)
+        print(f"extra peak memory at T = 8192, {name}: {got.stdout.strip()} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
