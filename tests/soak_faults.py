@@ -1,0 +1,85 @@
+"""kill -9 at random moments: a rank, a stage task or the driver of the tiny pipeline; then the same command again.
+
+    python tests/soak_faults.py 9             # rounds, about a minute and a half each; the seed is printed
+
+Each round is a fresh project. After the kill the command is run again; then fingerprints and weights must be those of a
+run that nothing disturbed, and no attempt begins more than one checkpoint interval before the last step of the one before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from test_quickstart import RECIPE, make_project, manifests, processes, run, steps_of
+
+INTERVAL = 5
+VICTIMS = {"rank": ("TrainWorker",), "stage task": ("ray::finetune[full]", "ray::_execute"), "driver": ()}
+
+
+def project(folder: Path) -> Path:
+    recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
+    recipe["finetune"] = recipe["finetune"] | {"steps": 200, "arms": {"full": {"tune": "all"}}}
+    recipe["resources"] = {"workers": 2, "checkpoint_every_steps": INTERVAL}
+    return make_project(folder, recipe)
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """Fingerprints by stage, and the digests of the weights."""
+    found = manifests(folder)
+    weights = {f["path"]: f["xxh3"] for f in found["finetune[full]"]["files"] if f["path"].endswith(".safetensors")}
+    return {label: m["fingerprint"] for label, m in found.items()} | weights
+
+
+def kill(folder: Path, victim: str, after_s: float) -> str:
+    """Starts the pipeline and kills the victim so many seconds later (or as soon as it lives): what happened."""
+    command = [sys.executable, "-m", "pipelines", "run", "tiny.yaml"]
+    with (folder / "driver.log").open("w") as log:
+        driver = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        tree, begun = psutil.Process(driver.pid), time.monotonic()
+        time.sleep(after_s)
+        while driver.poll() is None:
+            found = processes(tree, *VICTIMS[victim]) if VICTIMS[victim] else [tree]
+            if found:
+                found[0].send_signal(signal.SIGKILL)
+                moment = time.monotonic() - begun
+                steps = [step for attempt in steps_of(folder) for step in attempt]
+                code = driver.wait()
+                done = max(steps, default=0)
+                return f"{victim} killed after {moment:.1f} s and {done} steps; the run ended with {code}"
+            time.sleep(0.1)
+        return f"{victim}: the run ended with {driver.returncode} before"
+
+
+def main(rounds: int) -> None:
+    seed = time.time_ns() % 10**6
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = project(Path(scratch) / "whole")
+        begun = time.monotonic()
+        run(whole)
+        lasts = time.monotonic() - begun
+        expected = outcome(whole)
+        for number, victim in zip(range(rounds), itertools.cycle(VICTIMS)):
+            folder = project(Path(scratch) / f"round{number}")
+            print(kill(folder, victim, draw.uniform(0, 0.9 * lasts)), flush=True)
+            run(folder)
+            assert outcome(folder) == expected, f"round {number} came to another result, see {folder}"
+            for before, after in itertools.pairwise([s for s in steps_of(folder) if s]):
+                again = max(before) - after[0] + 1
+                assert again <= INTERVAL, f"round {number} trained {again} steps again"
+            shutil.rmtree(folder)
+    print(f"{rounds} rounds: the same fingerprints and weights as an undisturbed run of {lasts:.0f} s")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if sys.argv[1:] else 9)
