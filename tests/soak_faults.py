@@ -3,7 +3,7 @@
     python tests/soak_faults.py 9             # rounds, about a minute and a half each; the seed is printed
 
 Each round is a fresh project. After the kill the command is run again; then fingerprints and weights must be those of a
-run that nothing disturbed, and no attempt begins more than one checkpoint interval before the last step of the one before.
+run that nothing disturbed, and no attempt trains more than one checkpoint interval of the one before it again.
 """
 
 from __future__ import annotations
