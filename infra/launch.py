@@ -30,7 +30,13 @@ class Superseded(Exception):
     """A newer attempt took over this one's work."""
 
 
-FINAL_ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (ValueError, FloatingPointError, Superseded)}
+class Stopped(Exception):
+    """Training wrote a checkpoint and stopped, because it was asked to."""
+
+
+FINAL_ERRORS: dict[str, type[Exception]] = {
+    e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped)
+}
 """Raised by a rank, these end the run at once."""
 
 

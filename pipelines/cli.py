@@ -377,7 +377,7 @@ def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tupl
     from training.model import tiny_model
     from training.recipe import TinyModelRecipe
 
-    for arm, of in (chosen.finetune.arms if chosen.finetune else {}).items():
+    for arm, of in (chosen.finetune.every_arm() if chosen.finetune else {}).items():
         choices = of.attention.arguments()
         tokens = max(64, 3 * choices.get("group_tokens", 0))
         tiny = TinyModelRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)

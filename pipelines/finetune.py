@@ -11,7 +11,7 @@ from typing import Any
 from infra.artifact import Artifact
 from infra.launch import run_ranks
 from infra.resources import Resources
-from pipelines.stage import StageRun
+from pipelines.stage import StageRun, stop_file
 from training.recipe import FinetuneStageRecipe, TrainJob
 
 
@@ -40,6 +40,7 @@ def places(out: Path, run: StageRun) -> dict[str, Any]:
         "work": str(run.attempt.work),
         "earlier": tuple(str(folder / "work") for folder in run.earlier),
         "superseded_file": str(run.attempt.superseded_file),
+        "stop_file": str(stop_file(run.spool.path.parent)),
         "spool": str(run.spool.path),
     }
 

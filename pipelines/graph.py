@@ -106,7 +106,7 @@ def _finetuned(section: FinetuneRecipe, seed: int, corpus: Stage, base: Stage) -
     """Each arm's stages, the one that gives the model last. Arms whose wall clock is compared run one after the other:
     they never share cores."""
     previous: tuple[Stage, ...] = ()
-    for name, arm in section.arms.items():
+    for name, arm in section.every_arm().items():
         choices = FinetuneStageRecipe(rope=section.rope, arm=arm, optim=_optim(section), seed=seed)
         tuned = Stage("finetune", f"finetune[{name}]", choices, {"corpus": corpus, "base": base}, after=previous)
         previous = (tuned,)

@@ -112,7 +112,7 @@ class Recipe(Choices):
         """(section, name) of every model that can be evaluated."""
         return [
             *((("baselines",), name) for name in self.baselines),
-            *((("finetune", "arms"), name) for name in (self.finetune.arms if self.finetune else ())),
+            *((("finetune", "arms"), name) for name in (self.finetune.every_arm() if self.finetune else ())),
             *((("pretrain", "arms"), name) for name in (self.pretrain.arms if self.pretrain else ())),
         ]
 

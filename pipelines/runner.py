@@ -32,7 +32,7 @@ from infra.tracking import Spool, read_events
 from pipelines.display import Display
 from pipelines.graph import build
 from pipelines.recipe import Loaded
-from pipelines.stage import Stage, StageRun, differences, load_function
+from pipelines.stage import Stage, StageRun, differences, load_function, stop_file
 
 __all__ = ["LeaseHeld", "PlanRow", "RunOutcome", "plan", "run"]
 
@@ -194,19 +194,36 @@ def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Le
         lease.release()
 
 
+@dataclass
+class _Stopping:
+    """SIGTERM: the run's training writes its checkpoints, for which there is so much time."""
+
+    file: Path | None
+    """Tells training to stop; None while there is nothing to be stopped."""
+    until_s: float | None = None
+
+    def asked(self, signum: int, frame: object) -> None:
+        if self.file is None or self.until_s is not None:  # nothing to wait for, or told twice
+            raise SystemExit(128 + signum)
+        self.file.touch()
+        self.until_s = time.monotonic() + GRACE_S
+
+
+GRACE_S = 25.0
+"""Kubernetes kills 30 seconds after it asked."""
+
+
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: leases are released and Ray's processes ended. Exit status 143."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
+def _terminable(file: Path | None = None) -> Iterator[_Stopping]:
+    """SIGTERM ends the run as Ctrl-C does, after its checkpoints: leases are released and Ray's processes ended. Exit
+    status 143; a second one does not wait."""
+    stopping = _Stopping(file)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stopping
         return
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stopping.asked)
     try:
-        yield
+        yield stopping
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -277,7 +294,8 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
     from infra.cluster import connected
 
     recipe = run.loaded.recipe
-    with connected(run.address) as ray:
+    # Ray sets a handler of its own when it starts, so ours comes after it.
+    with connected(run.address) as ray, _terminable(stop_file(run.spool_folder)) as stopping:
         # Ray Train's helpers look for the cluster by themselves, and find two where another one runs on this machine.
         here = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
         execute = ray.remote(_execute)
@@ -302,10 +320,12 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
             placed = execute.options(num_cpus=cpus, name=stage.label, max_retries=2, runtime_env=here)
             run.display.stage(stage.label, "waiting")
             refs[stage.label] = placed.remote(task, before, *inputs)
-        _follow(ray, run, outcome, refs, spools)
+        _follow(ray, run, outcome, refs, spools, stopping)
 
 
-def _follow(ray: Any, run: _Run, outcome: RunOutcome, refs: dict[str, Any], spools: dict[str, Spool]) -> None:
+def _follow(
+    ray: Any, run: _Run, outcome: RunOutcome, refs: dict[str, Any], spools: dict[str, Spool], stopping: _Stopping
+) -> None:
     by_label = {stage.label: stage for stage in run.stages}
     labels = {ref: label for label, ref in refs.items()}
     pending = list(labels)
@@ -328,6 +348,14 @@ def _follow(ray: Any, run: _Run, outcome: RunOutcome, refs: dict[str, Any], spoo
             outcome.ran.append(label)
             run.display.stage(label, "done", f"{seconds:.0f} s")
             spools[label].end("FINISHED")
+        in_training = any(_trains(run, by_label[labels[ref]]) for ref in pending)
+        if stopping.until_s is not None and not (in_training and time.monotonic() < stopping.until_s):
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def _trains(run: _Run, stage: Stage) -> bool:
+    """Whether the stage is training that has begun."""
+    return stage.name in ("finetune", "pretrain") and any(run.spool_folder.glob(f"{safe(stage.label)}--*.jsonl"))
 
 
 def _reason(error: Exception) -> str:

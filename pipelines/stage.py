@@ -103,6 +103,11 @@ class StageRun:
     """Folders of earlier unpublished attempts, newest first: their checkpoints may be read, never written."""
 
 
+def stop_file(spool_folder: Path) -> Path:
+    """Once it exists, the training of this pipeline run writes a checkpoint and stops."""
+    return spool_folder / "stop"
+
+
 def load_function(kind: StageKind) -> Callable[..., dict[str, Any]]:
     """Import a stage's function."""
     module, _, name = kind.function.partition(":")

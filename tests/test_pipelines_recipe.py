@@ -93,6 +93,38 @@ def test_a_field_like_no_other_gets_the_list_of_those_that_exist(small: Path) ->
     assert line.startswith("--set: resources.zzz: no such field; this section has: workers, cpus_per_worker, ")
 
 
+def test_a_matrix_is_arms_named_by_what_varies(small: Path) -> None:
+    matrix = "{tune: [all, lora], attention: [causal, grouped], group_ratio: [2, 4], lora_rank: [4, 8]}"
+    arms = load(small, [f"finetune.matrix={matrix}", "finetune.arms={}"]).recipe.finetune.every_arm()
+    assert list(arms) == [
+        "all.causal", "all.grouped-32", "all.grouped-16",
+        "lora.causal.r4", "lora.causal.r8",
+        "lora.grouped-32.r4", "lora.grouped-32.r8", "lora.grouped-16.r4", "lora.grouped-16.r8",
+    ]  # fmt: skip
+    arm = arms["lora.grouped-16.r4"]
+    assert (arm.tune, arm.attention.pattern, arm.attention.group_tokens) == ("lora", "grouped", 16)
+    assert (arm.lora_rank, arm.lora_alpha) == (4, 8)
+
+
+def test_a_matrix_that_does_not_fit_is_an_error_with_both_numbers(small: Path) -> None:
+    assert mistakes(small, "finetune.matrix={tune: [lora], attention: [grouped], group_ratio: [3]}") == [
+        "--set: finetune: matrix.group_ratio 3 does not divide pack.seq_len 64 into even groups: use 1, 2, 4, 8, 16, 32"
+    ]
+    assert mistakes(small, "finetune.arms={}") == [
+        "--set: finetune: arms is empty and there is no matrix: name at least one arm"
+    ]
+
+
+def test_an_anneal_needs_its_share_and_a_pattern_to_leave(small: Path) -> None:
+    field = "finetune.arms.long.1.attention"
+    assert load(small, [f"{field}.anneal_to=causal", f"{field}.anneal_fraction=0.25"])
+    for value, message in (
+        (f"{field}.anneal_to=causal", "anneal_to causal with anneal_fraction 0: set both, or neither"),
+        (f"{field}.anneal_fraction=0.5", "anneal_to None with anneal_fraction 0.5: set both, or neither"),
+    ):
+        assert [line.partition("attention: ")[2] for line in mistakes(small, value)] == [message]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [

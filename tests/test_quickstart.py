@@ -244,3 +244,20 @@ def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoi
         return {f["path"]: f["xxh3"] for f in found["finetune[full]"]["files"] if f["path"].endswith(".safetensors")}
 
     assert files(ours) == files(theirs), "the weights differ from those of a run that nothing disturbed"
+
+
+def test_sigterm_leaves_a_checkpoint_exit_143_and_nothing_to_train_again(tmp_path: Path):
+    recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
+    recipe["finetune"] = recipe["finetune"] | {"steps": 200, "arms": {"full": {"tune": "all"}}}
+    project = make_project(tmp_path / "project", recipe | {"resources": {"workers": 2, "checkpoint_every_steps": 1000}})
+    command = [sys.executable, "-m", "pipelines", "run", "tiny.yaml"]
+    with (tmp_path / "driver.log").open("w") as log:
+        driver = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
+        wait_for(lambda: sum(map(len, steps_of(project))) > 20, "the first steps")
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=60) == 143, (tmp_path / "driver.log").read_text()
+    assert "stopped after step" in (tmp_path / "driver.log").read_text()
+    run(project)
+    before, after = steps_of(project)
+    assert len(before) < 200
+    assert before + after == list(range(1, 201))

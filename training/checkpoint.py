@@ -128,15 +128,16 @@ def export(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, *, start: 
 
 
 def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
-    """RuntimeError naming trainable tensors that are empty, or unchanged after so many steps."""
-    empty = [name for name, p in model.named_parameters() if p.requires_grad and not p.numel()]
+    """RuntimeError naming trainable tensors that are empty, no numbers, or unchanged after so many steps."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    empty = [name for name, p in trained.items() if not (p.numel() and p.isfinite().all())]
     end = tensor_digests(model)
     late = {name for name in end if steps == 1 and "lora_A" in name}  # A gets no gradient before B has left zero
     same = [name for name in end.keys() - late if end[name] == start[name]]
     if empty or same or not end:
         raise RuntimeError(
-            f"of {len(end)} trainable tensors {len(empty)} are empty and {len(same)} unchanged since the start "
-            f"({', '.join((empty + same)[:3])}): the result would not be what was trained"
+            f"of {len(end)} trainable tensors {len(empty)} are empty or not finite and {len(same)} unchanged since the "
+            f"start ({', '.join((empty + same)[:3])}): the result would not be what was trained"
         )
 
 

@@ -24,9 +24,10 @@ from transformers import AutoTokenizer
 
 from attention import PATTERNS
 from attention.hf import active_pattern, set_pattern
+from attention.pattern import Pattern
 from infra.artifact import digest_of
 from infra.environment import system_metrics
-from infra.launch import Superseded
+from infra.launch import Stopped, Superseded
 from infra.tracking import Spool
 from training import checkpoint, throughput, zero
 from training.batches import PackedRows, RowOrder
@@ -34,14 +35,19 @@ from training.longlora import apply_arm, trainable_parameters
 from training.loss import TokenLoss, causal_lm, count_targets
 from training.model import fit_embeddings, load_model, tiny_model
 from training.recipe import OptimRecipe, TrainJob
+from training.skips import Skips
+
+LARGE_EMBEDDING = 0.1
+"""Share of the parameters from which it is said that an arm trains its embeddings."""
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """Trains as `job` (a TrainJob's fields) says and returns the summary that training.json holds.
 
-    Every rank calls it, with the process group up. Raises ValueError (choices that cannot be), FloatingPointError (the
-    loss is not finite; names step and rows), Superseded (a newer attempt took over), RuntimeError (the pattern is not
-    on, or the result is not what was trained).
+    Every rank calls it, with the process group up. Raises ValueError (choices that cannot be), FloatingPointError (too
+    many steps in a row had to be skipped; names them and their rows), Superseded (a newer attempt took over), Stopped
+    (somebody asked for it; a checkpoint is there), RuntimeError (the pattern is not on, or the result is not what was
+    trained).
     """
     todo = TrainJob.model_validate(job)
     optim, resources = todo.optim, todo.resources
@@ -74,52 +80,81 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     # ---- resume
     log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
     identity = digest_of(todo.choices())
-    done, notes = resume(engine, checkpoints, todo.earlier, identity, log)
+    done, notes, losses = resume(engine, checkpoints, todo.earlier, identity, log)
+    skips = Skips(optim, losses)
+    if log and (share := embedding_share(facts)) > LARGE_EMBEDDING and todo.arm.tune != "all":
+        log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
+
+    def save(step: int) -> None:
+        attach = [out / "metrics.jsonl"]
+        checkpoint.save(engine, checkpoints, step=step, identity=identity, keep_last=resources.keep_last, attach=attach)
 
     # ---- the steps
-    for step in range(done, optim.steps):
+    step = saved = done
+    while step < optim.steps:
         if Path(todo.superseded_file).exists():
             raise Superseded(f"step {step + 1}: a newer attempt took over ({todo.superseded_file})")
         clock = throughput.Clock()
+        set_active(model, pattern_of(todo, step))
         micro_rows = order.for_rank(step, rank, world, resources.micro_batch_rows)
         batches = [rows.batch(ids, drop_first=todo.kind == "pretrain" and todo.sink == "none") for ids in micro_rows]
+        stop_asked = todo.stop_file is not None and Path(todo.stop_file).exists()
         # One mean over the targets of the whole global batch, however they are spread: the ranks agree on their number.
-        targets, tokens = all_sum(
-            engine, [sum(count_targets(b["labels"]) for b in batches), sum(b["input_ids"].numel() for b in batches)]
+        targets, tokens, stop = all_sum(
+            engine,
+            [
+                sum(count_targets(b["labels"]) for b in batches),
+                sum(b["input_ids"].numel() for b in batches),
+                stop_asked,
+            ],
         )
+        if stop:
+            if step > saved:
+                save(step)
+            raise Stopped(f"stopped after step {step} of {optim.steps}: the same command goes on from there")
         clock.lap("data")
         rate = learning_rate(optim, peak_rate, step)
-        loss_sum, norm = 0.0, math.nan
-        for batch in batches:
+        loss_sum, norm, why = 0.0, math.nan, ""
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             loss = engine(**{k: v.to(engine.device) for k, v in batch.items()}, scale=world / max(targets, 1))
+            loss_sum += loss.item() / world
             clock.lap("forward")
+            if not left:
+                (mean_loss,) = all_sum(engine, [loss_sum])
+                if why := skips.distrusts(step, mean_loss):
+                    loss = loss * math.nan  # a step whose gradients are no numbers is left out
             zero.backward(engine, loss)
             clock.lap("backward")
             norm = zero.step(engine, rate)
             clock.lap("step")
-            loss_sum += loss.item() / world
-        (mean_loss,) = all_sum(engine, [loss_sum])
-        if not (math.isfinite(mean_loss) and math.isfinite(norm) and targets):
-            raise FloatingPointError(
-                f"step {step + 1}: loss {mean_loss}, gradient norm {norm}, {targets:.0f} targets, in rows "
-                f"{order.rows_of_step(step).tolist()}: lower learning_rate ({rate:g}) or look at these rows"
-            )
+        row_ids = order.rows_of_step(step).tolist()
+        if trained := math.isfinite(norm):
+            skips.trained(step, mean_loss)
         if log:
             log.add(
                 {"step": step + 1, "loss": mean_loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
                 | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
-                | {"phases": clock.laps, "rows": order.rows_of_step(step).tolist()},
+                | {"phases": clock.laps, "rows": row_ids, "skipped": not trained},
                 total=optim.steps,
             )
-        if (step + 1) % resources.checkpoint_every_steps == 0 and step + 1 < optim.steps:
-            checkpoint.save(
-                engine,
-                checkpoints,
-                step=step + 1,
-                identity=identity,
-                keep_last=resources.keep_last,
-                attach=[out / "metrics.jsonl"],
-            )
+        if not trained:
+            why = f"step {step + 1} skipped: {why or f'its gradient norm is {norm}'}, in rows {row_ids}"
+            if log:
+                log.note(why)
+            if skips.skipped(step, why):
+                if skips.went_back or not saved:
+                    raise FloatingPointError(
+                        f"{why}; {skips.in_a_row} steps in a row, {'again after' if saved else 'no checkpoint for'}"
+                        f" going back: lower learning_rate ({rate:g}) or look at these rows"
+                    )
+                step, more, _ = resume(engine, checkpoints, todo.earlier, identity, log)
+                saved, notes = step, notes + more
+                skips.go_back()
+                continue
+        step += 1
+        if step % resources.checkpoint_every_steps == 0 and step < optim.steps and not skips.in_a_row:
+            save(step)
+            saved = step
 
     # ---- what leaves
     (peak_gib,) = all_sum(engine, [throughput.peak_gib()])
@@ -128,7 +163,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     if not (log and active):
         return {}
     summary = throughput.summary(log.rows) | facts
-    summary |= {"peak_gib": peak_gib, "ranks": world, "pattern": str(active.pattern), "kernel": active.kernel}
+    summary |= {"peak_gib": peak_gib, "ranks": world, "kernel": active.kernel}
+    summary |= {"pattern": str(pattern_of(todo, 0)), "pattern_at_the_end": str(active.pattern)}
     summary |= {"resumed_from_step": done, "notes": notes, **todo.choices()}
     (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -167,11 +203,30 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
     if todo.resources.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = apply_arm(model, todo.arm)
-    choice = todo.arm.attention
-    active = set_pattern(model, PATTERNS[choice.pattern](**choice.arguments()))
-    if active_pattern(model) != active:
-        raise RuntimeError(f"asked for attention {active}, but {active_pattern(model)} is on")
+    set_active(model, pattern_of(todo, 0))
     return model, tokenizer
+
+
+def pattern_of(todo: TrainJob, step: int) -> Pattern:
+    """What a step (counted from 0) attends by: the arm's pattern, and at the end what it anneals to."""
+    choice = todo.arm.attention
+    if choice.anneal_to and step >= choice.sparse_steps(todo.optim.steps):
+        return PATTERNS[choice.anneal_to]()
+    return PATTERNS[choice.pattern](**choice.arguments())
+
+
+def set_active(model: Any, pattern: Pattern) -> None:
+    """Lets `model` compute `pattern`. RuntimeError: another one is on afterwards."""
+    now = active_pattern(model)
+    if now is None or now.pattern != pattern:
+        asked, now = set_pattern(model, pattern), active_pattern(model)
+        if now != asked:
+            raise RuntimeError(f"asked for attention {asked}, but {now} is on")
+
+
+def embedding_share(facts: dict[str, Any]) -> float:
+    """Trained embeddings over all parameters: 1.9% of Llama-2-7B, 21% of Llama-3.2-1B."""
+    return facts["trainable"]["embed"] / facts["total_parameters"]
 
 
 def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:
@@ -195,25 +250,26 @@ def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
 
 def resume(
     engine: Any, own: Path, earlier: tuple[str, ...], identity: str, log: StepLog | None
-) -> tuple[int, list[str]]:
-    """Loads the newest valid checkpoint of this attempt or an earlier one: (steps done, notes on what was passed over).
+) -> tuple[int, list[str], list[tuple[int, float]]]:
+    """Loads the newest valid checkpoint of this attempt or an earlier one.
 
-    Rank 0 decides, so that all ranks load the same one. Without any, training starts at step 0.
+    Rank 0 decides, so that all ranks load the same one. Without any, training starts at step 0. Returns the number of
+    steps done, notes on what was passed over, and (step, loss) of the steps that were trained.
     """
-    found: list[Any] = [None, []]
+    found: list[Any] = [None, [], []]
     if dist.get_rank() == 0:
         for draft in own.glob(".draft-*"):  # left by a kill; nobody else writes here
             shutil.rmtree(draft)
         folders = [own, *(Path(work) / "checkpoints" for work in earlier)]
-        found = list(checkpoint.newest_valid(folders, identity=identity, world=dist.get_world_size()))
-    dist.broadcast_object_list(found)
-    path, notes = found
-    done = checkpoint.load(engine, path) if path else 0
-    if log:
+        path, passed_over = checkpoint.newest_valid(folders, identity=identity, world=dist.get_world_size())
+        assert log is not None, "rank 0 keeps the record"
         log.restart(path / "metrics.jsonl" if path else None)
-        for note in notes:
+        for note in passed_over:
             log.note(note)
-    return done, notes
+        found = [path, passed_over, [(row["step"] - 1, row["loss"]) for row in log.rows if not row["skipped"]]]
+    dist.broadcast_object_list(found)
+    path, notes, losses = found
+    return checkpoint.load(engine, path) if path else 0, notes, losses
 
 
 class StepLog:
@@ -234,7 +290,8 @@ class StepLog:
         self.rows = [json.loads(line) for line in text.splitlines()]
 
     def add(self, row: dict[str, Any], *, total: int) -> None:
-        """One optimizer step."""
+        """One optimizer step; a number that is none is null."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.rows.append(row)
         with self.path.open("a") as f:
             f.write(json.dumps(row) + "\n")
@@ -242,9 +299,12 @@ class StepLog:
             return
         if row["step"] > self.told:
             names = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds")
-            values = {f"train/{n}": row[n] for n in names} | {f"time/{k}_s": v for k, v in row["phases"].items()}
+            values = {f"train/{n}": row[n] for n in names if row[n] is not None} | {
+                f"time/{k}_s": v for k, v in row["phases"].items()
+            }
             self.spool.metrics(values | system_metrics(), step=row["step"])
-        self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], loss=row["loss"])
+        loss = {} if row["loss"] is None else {"loss": row["loss"]}
+        self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)
 
     def note(self, text: str) -> None:
         """Something that a reader of the run should know."""

@@ -3,6 +3,7 @@
 Defaults are LongLoRA's (arXiv:2309.12307, section 4.1) where the paper gives one; see each field.
 """
 
+from itertools import product
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -105,16 +106,28 @@ class AttentionRecipe(Choices):
     """Group size; seq_len / 4 is the paper's choice. Needs to be even and to divide seq_len."""
     sink_tokens: int = Field(default=0, ge=0)
     """First tokens of a document that every later group also sees (shifted_sparse, grouped)."""
+    anneal_to: Literal["causal"] | None = None
+    """The pattern of the last steps (ablation: the paper trains with one pattern)."""
+    anneal_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps, at the end, that see `anneal_to`."""
 
     def arguments(self) -> dict[str, int]:
         """What the pattern's factory in attention.PATTERNS is called with."""
-        return self.model_dump(exclude={"pattern"}, exclude_defaults=True)
+        return self.model_dump(include={"group_tokens", "sink_tokens"}, exclude_defaults=True)
+
+    def sparse_steps(self, steps: int) -> int:
+        """How many of so many steps see `pattern`, before the anneal."""
+        return steps - round(self.anneal_fraction * steps)
 
     @model_validator(mode="after")
     def _group(self) -> "AttentionRecipe":
+        if (self.anneal_to is None) != (self.anneal_fraction == 0):
+            raise ValueError(
+                f"anneal_to {self.anneal_to} with anneal_fraction {self.anneal_fraction:g}: set both, or neither"
+            )
         if self.pattern == "causal":
-            if self.group_tokens is not None or self.sink_tokens:
-                raise ValueError("attention pattern 'causal' takes neither group_tokens nor sink_tokens")
+            if self.group_tokens is not None or self.sink_tokens or self.anneal_to:
+                raise ValueError("attention pattern 'causal' takes neither group_tokens, sink_tokens nor anneal_to")
         elif self.group_tokens is None:
             raise ValueError(f"attention pattern {self.pattern!r} needs group_tokens (the paper's choice: seq_len / 4)")
         elif self.group_tokens % 2:
@@ -151,6 +164,46 @@ class ArmRecipe(Choices):
         return self
 
 
+class ArmMatrix(Choices):
+    """Arms as a cross product; each is named by what varies, e.g. `lora+embed+norm.shifted_sparse-256.r8`."""
+
+    tune: tuple[Tune, ...] = Field(min_length=1)
+    """What trains."""
+    attention: tuple[Literal["causal", "shifted_sparse", "grouped"], ...] = Field(default=("causal",), min_length=1)
+    """The patterns."""
+    group_ratio: tuple[int, ...] = Field(default=(4,), min_length=1)
+    """seq_len / group_tokens, for the patterns that have groups; the paper's choice is 4."""
+    sink_tokens: int = Field(default=0, ge=0)
+    """As in an arm's attention section, for the patterns that have groups."""
+    lora_rank: tuple[int, ...] = Field(default=(8,), min_length=1)
+    """LoRA's ranks; `all` has none and comes once. lora_alpha stays twice the rank, as in the paper."""
+    learning_rate: dict[Tune, float] = Field(default_factory=dict)
+    """Peak rates by `tune`: full fine-tuning and adapters do not have the same best one."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0)
+    """Of the arms that train embeddings beside adapters."""
+
+    def arms(self, seq_len: int) -> dict[str, "ArmRecipe"]:
+        """The arms by name, in the order in which they are written."""
+        found = {}
+        for tune, pattern in product(self.tune, self.attention):
+            ratios = self.group_ratio if pattern != "causal" else (0,)
+            for ratio, rank in product(ratios, self.lora_rank if tune != "all" else (8,)):
+                attention: dict[str, object] = {"pattern": pattern}
+                if ratio:
+                    attention |= {"group_tokens": max(1, seq_len // ratio), "sink_tokens": self.sink_tokens}
+                words = [tune, pattern + (f"-{seq_len // ratio}" if ratio else "")]
+                words += [f"r{rank}"] if tune != "all" and len(self.lora_rank) > 1 else []
+                found[".".join(words)] = ArmRecipe(
+                    tune=tune,
+                    attention=AttentionRecipe(**attention),  # type: ignore[arg-type]
+                    lora_rank=rank,
+                    lora_alpha=2 * rank,
+                    learning_rate=self.learning_rate.get(tune),
+                    embedding_learning_rate=self.embedding_learning_rate if "embed" in tune else None,
+                )
+        return found
+
+
 class OptimRecipe(Choices):
     """Optimizer and schedule, shared by all arms."""
 
@@ -170,6 +223,10 @@ class OptimRecipe(Choices):
     """AdamW's second beta; the first is 0.9."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradient norm above which gradients are scaled down."""
+    spike_factor: float = Field(default=3.0, gt=1)
+    """A loss so many times the median of the last 20 is a spike: like one that is not finite, its step is skipped."""
+    max_skipped: int = Field(default=3, ge=1)
+    """Steps skipped in a row after which training goes back to its last checkpoint, once, and then stops."""
 
 
 class FinetuneRecipe(OptimRecipe):
@@ -179,13 +236,30 @@ class FinetuneRecipe(OptimRecipe):
     """The stretch that all arms start from."""
     pack: PackRecipe
     """Rows for all arms."""
-    arms: dict[str, ArmRecipe] = Field(min_length=1)
+    arms: dict[str, ArmRecipe] = Field(default_factory=dict)
     """By name."""
+    matrix: ArmMatrix | None = None
+    """More arms, as a cross product."""
+
+    def every_arm(self) -> dict[str, ArmRecipe]:
+        """Those written by name, then the matrix's."""
+        return {**self.arms, **(self.matrix.arms(self.pack.seq_len) if self.matrix else {})}
 
     @model_validator(mode="after")
     def _divides(self) -> "FinetuneRecipe":
         check_batch(self.global_batch_tokens, self.pack.seq_len)
-        for name, arm in self.arms.items():
+        if not self.arms and not self.matrix:
+            raise ValueError("arms is empty and there is no matrix: name at least one arm")
+        if self.matrix and {*self.matrix.attention} - {"causal"}:
+            fits = [r for r in range(1, self.pack.seq_len // 2 + 1) if self.pack.seq_len % (2 * r) == 0]
+            if wrong := [r for r in self.matrix.group_ratio if r not in fits]:
+                raise ValueError(
+                    f"matrix.group_ratio {wrong[0]} does not divide pack.seq_len {self.pack.seq_len} into even groups: "
+                    f"use {', '.join(map(str, fits[:8]))}"
+                )
+        if twice := sorted(self.arms.keys() & (self.matrix.arms(self.pack.seq_len) if self.matrix else {}).keys()):
+            raise ValueError(f"arms has {', '.join(twice)}, and so has matrix: rename it")
+        for name, arm in self.every_arm().items():
             group, seq_len = arm.attention.group_tokens, self.pack.seq_len
             if group is not None and seq_len % group:
                 raise ValueError(
@@ -330,6 +404,8 @@ class TrainJob(Choices):
     """Work folders of earlier attempts, whose checkpoints may be read."""
     superseded_file: str
     """Once it exists a newer attempt took over, and this one stops."""
+    stop_file: str | None = None
+    """Once it exists training writes a checkpoint and stops."""
     spool: str | None = None
     """The attempt's event file."""
 

@@ -51,16 +51,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     wall_s adds up all steps; checkpoints, start-up and saving are not in it. The median step leaves out the first,
     which pays for warming up; tokens_per_s follows from the median.
     """
+    trained = [row for row in rows if not row["skipped"]]
     seconds = [row["seconds"] for row in rows]
     typical = median(seconds[1:] or seconds)
     tokens = sum(row["tokens"] for row in rows)
     return {
         "steps": len(rows),
+        "skipped_steps": len(rows) - len(trained),
         "tokens": tokens,
         "targets": sum(row["targets"] for row in rows),
         "wall_s": sum(seconds),
         "step_s_median": typical,
         "tokens_per_s": tokens / len(rows) / typical,
-        "loss_first": rows[0]["loss"],
-        "loss_last": rows[-1]["loss"],
+        "loss_first": trained[0]["loss"],
+        "loss_last": trained[-1]["loss"],
     }

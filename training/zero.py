@@ -45,7 +45,7 @@ def deepspeed_config(
         "gradient_clipping": recipe.clip_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW, not the compiled one
-        "bf16": {"enabled": resources.dtype == "bfloat16"},
+        "bf16": {"enabled": resources.dtype == "bfloat16", "check_grad_overflow": True},
         "steps_per_print": 1 << 30,  # the loop reports
     }
 
@@ -104,17 +104,26 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
 
 
 def step(engine: Any, learning_rate: float) -> float:
-    """Ends a micro-batch. After a step's last one: updates the weights, returns the norm before clipping; else NaN."""
+    """Ends a micro-batch. After a step's last one: updates the weights and returns the norm before clipping; else NaN.
+
+    A norm that is no number: the weights and the optimizer's state stay as they were.
+    """
     last = engine.is_gradient_accumulation_boundary()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_scale"]
-    norm: torch.Tensor | None = None
-    if last and engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
-        # plain float32 without ZeRO is the one case where DeepSpeed keeps no norm
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+    if not last:
+        engine.step()
+        return math.nan
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled():
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    # Plain float32 without ZeRO is the one case where DeepSpeed keeps no norm, and steps whatever it is.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    if not norm.isfinite():
+        engine.optimizer.step = lambda: None
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm) if last else math.nan
+    engine.optimizer.__dict__.pop("step", None)
+    return float(norm)
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
