@@ -10,17 +10,14 @@ Legend: B batch, T tokens, H heads, D head dim, G tokens of a group.
 
 from __future__ import annotations
 
-import ctypes
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, medians, ratio
+from timing import extra_mib, interleaved, medians, ratio
 from torch import Tensor
 
 from attention import PATTERNS, attend
@@ -141,27 +138,11 @@ def packed(T: int, rounds: int) -> None:
     print(f"T = {T}, {b_documents} documents: dense block-diagonal mask / S² {ratio(rows, 0, 1):.2f}x", flush=True)
 
 
-def extra_mib(name: str, T: int) -> float:
-    """MiB that one forward and backward adds to the process at its peak, gradients included (Linux)."""
-    step(WAYS[name], *inputs(64))()
-    work = step(WAYS[name], *inputs(T))
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
-    work()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"no {field} in /proc/self/status"
-    return int(found[1])
-
-
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:]:  # a process of its own for each peak
-        print(f"{extra_mib(sys.argv[1], 8192):.0f}")
+        step(WAYS[sys.argv[1]], *inputs(64))()
+        print(f"{extra_mib(step(WAYS[sys.argv[1]], *inputs(8192))):.0f}")
         return
     agree()
     for T, rounds in ((4096, 15), (8192, 9), (16384, 5)):

@@ -1,10 +1,13 @@
-"""Ratios on a noisy machine: process CPU time, A B A B within one run, medians of ratios."""
+"""Ratios on a noisy machine: process CPU time, A B A B within one run, medians of ratios; and the peak of one process."""
 
 from __future__ import annotations
 
+import ctypes
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def cpu_ms(work: Callable[[], object]) -> float:
@@ -26,3 +29,18 @@ def ratio(rows: list[list[float]], over: int, under: int) -> float:
 
 def medians(rows: list[list[float]]) -> list[float]:
     return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+def extra_mib(work: Callable[[], object]) -> float:
+    """MiB that the work adds to this process at its peak (Linux). Before it, run it once on something small."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    work()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"no {field} in /proc/self/status"
+    return int(found[1])

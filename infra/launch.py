@@ -3,8 +3,8 @@
 The function is named, not passed ("training.loop:train"): only the ranks import it, and torch with it.
 
 A rank that dies (kill, out of memory of the host) is restarted with all the others, up to `max_failures` times; the
-function resumes from its own checkpoints. An error that a restart would only repeat (ValueError, FloatingPointError,
-Superseded) is written down instead and raised here, without waiting for restarts.
+function resumes from its own checkpoints. An error that a restart would only repeat (FINAL_ERRORS) is written down
+instead and raised here, without waiting for restarts.
 
     run_ranks("training.loop:train", job, resources=Resources(workers=2), name="lora", storage=Path("/tmp/ranks"))
 """
@@ -34,8 +34,12 @@ class Stopped(Exception):
     """Training wrote a checkpoint and stopped, because it was asked to."""
 
 
+class OutOfMemory(Exception):
+    """A rank needed more memory than there is; trying again would only need it again."""
+
+
 FINAL_ERRORS: dict[str, type[Exception]] = {
-    e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped)
+    e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped, OutOfMemory)
 }
 """Raised by a rank, these end the run at once."""
 

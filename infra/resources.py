@@ -24,6 +24,8 @@ class Resources(Choices):
     """DeepSpeed ZeRO stage: what is sharded over the ranks."""
     offload: Literal["none", "cpu"] = "none"
     """Where the optimizer's state lives: with the rank's device, or in host memory."""
+    offload_parameters: bool = False
+    """The weights live in host memory too, and come to the device layer by layer (zero_stage 3)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of training. On CPUs without AMX, float32 is the faster one."""
     activation_checkpointing: bool = False

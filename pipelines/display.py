@@ -119,6 +119,8 @@ class Display:
             elif event["event"] in ("progress", "metrics"):
                 known.progress(event) if event["event"] == "progress" else known.metrics(event["values"])
                 self._show(name, known)
+            elif event["event"] == "tag" and event["key"] == "longreach.note" and not self.quiet:
+                self._line(name, event["value"])  # a skipped step, a checkpoint passed over
 
     def _change(self, name: str, state: str, detail: str) -> None:
         known = self._stages.setdefault(name, _Stage(state))

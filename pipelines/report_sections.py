@@ -243,7 +243,7 @@ def _losses(found: Found, kind: str, heading: str, file: str, says: str) -> Sect
         for name, m in arms.items() for f in [m.training]
     ]  # fmt: skip
     columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
-    curves = {name: [(row["step"], row["loss"]) for row in m.steps] for name, m in arms.items()}
+    curves = {name: [(row["step"], row["loss"]) for row in m.steps if finite(row["loss"])] for name, m in arms.items()}
     if not arms:
         return None
     names = ("optimizer step", "loss (nats per token)")

@@ -108,6 +108,17 @@ def test_losses_that_are_not_numbers_are_left_out() -> None:
     assert stage.text() == "10 tokens/s"
 
 
+def test_what_a_stage_notes_is_a_line() -> None:
+    console = plain()
+    with Display(console) as display:
+        display.stage("finetune[lora]", "waiting")
+        display.event("finetune[lora]", START)
+        display.event("finetune[lora]", {"event": "tag", "key": "longreach.note", "value": "step 3 skipped"})
+        display.event("finetune[lora]", {"event": "tag", "key": "ours", "value": "not shown"})
+    assert "finetune[lora]: step 3 skipped" in text_of(console)
+    assert "not shown" not in text_of(console)
+
+
 def test_quiet_shows_failures_only() -> None:
     console = plain()
     with Display(console, quiet=True) as display:

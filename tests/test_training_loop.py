@@ -10,7 +10,7 @@ from ranks import run_spawned
 from toy_models import VOCAB, job, packed_corpus, read_json, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from infra.launch import Superseded, run_local
+from infra.launch import OutOfMemory, Superseded, run_local
 from infra.tracking import Spool, read_events
 from training import loop
 from training.batches import PackedRows, RowOrder
@@ -155,6 +155,16 @@ def test_each_step_is_recorded_once_and_told_once_whatever_was_repeated(tmp_path
     told = [event for event in read_events(tmp_path / "a.jsonl")[0] if event["event"] == "metrics"]
     assert [event["step"] for event in told] == [1, 2, 3, 4, 5, 6]
     assert [event["values"]["train/loss"] for event in told] == [row["loss"] for row in steps(todo)]
+
+
+def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.TokenLoss, "forward", lambda self, **batch: torch.empty(1 << 50))
+    message = (
+        r"out of memory with 4 rows of 16 tokens at once \(.*can't allocate memory.*\): in this order, try "
+        r"resources.micro_batch_rows 4 -> 2, resources.activation_checkpointing true, pack.seq_len 16 -> 8"
+    )
+    with pytest.raises(OutOfMemory, match=message):
+        train(job(tmp_path, resources={"micro_batch_rows": 4}))
 
 
 def test_rows_of_another_tokenizer_are_refused(tmp_path):

@@ -98,17 +98,18 @@ def assert_same_training(got, expected):
 CASES = {
     f"zero{stage}-micro{micro}-{tune}": {
         "tune": tune,
-        "resources": {"zero_stage": stage, "micro_batch_rows": micro, "offload": offload},
+        "resources": {"zero_stage": stage, "micro_batch_rows": micro, "offload": offload, "offload_parameters": params},
     }
-    for stage, micro, tune, offload in [
-        (0, 1, "all", "none"),
-        (0, 2, "lora+embed+norm", "none"),
-        (1, 2, "all", "none"),
-        (2, 1, "lora", "none"),
-        (2, 2, "all", "none"),
-        (2, 1, "all", "cpu"),
-        (3, 1, "all", "none"),
-        (3, 1, "lora+embed+norm", "none"),
+    for stage, micro, tune, offload, params in [
+        (0, 1, "all", "none", False),
+        (0, 2, "lora+embed+norm", "none", False),
+        (1, 2, "all", "none", False),
+        (2, 1, "lora", "none", False),
+        (2, 2, "all", "none", False),
+        (2, 1, "all", "cpu", False),
+        (3, 1, "all", "none", False),
+        (3, 1, "lora+embed+norm", "none", False),
+        (3, 1, "lora+norm", "cpu", True),
     ]
 }
 
@@ -145,6 +146,11 @@ def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
 def test_offload_without_sharding_is_refused():
     with pytest.raises(ValueError, match="needs zero_stage 1, 2 or 3"):
         deepspeed_config(OPTIM, Resources(zero_stage=0, offload="cpu"), global_batch_rows=2, world=2)
+
+
+def test_parameters_are_offloaded_only_where_they_are_sharded():
+    with pytest.raises(ValueError, match="offload_parameters needs zero_stage 3; it is 2"):
+        deepspeed_config(OPTIM, Resources(zero_stage=2, offload_parameters=True), global_batch_rows=4, world=1)
 
 
 def test_nothing_is_compiled_to_start_a_process_group():

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,16 @@ def save(engine: Any, folder: Path, *, step: int, identity: str, keep_last: int,
     """
     name = f"step-{step:08d}"
     draft = folder / f".draft-{name}"
+    state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # may be converted
     engine.save_checkpoint(
-        str(folder), tag=draft.name, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
+        str(folder), tag=draft.name, client_state=state, save_latest=False, exclude_frozen_parameters=True
     )
     dist.barrier()
     if dist.get_rank() == 0:
         for path in attach:
             shutil.copyfile(path, draft / path.name)
         files = {p.name: [p.stat().st_size, file_digest(p)] for p in sorted(draft.iterdir())}
-        about = {"step": step, "identity": identity, "world": dist.get_world_size(), "files": files}
+        about = {"step": step, "identity": identity, **layout(engine), "files": files}
         (draft / MANIFEST).write_text(json.dumps(about, indent=1))
         shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one of the same step, passed over on resume
         os.replace(draft, folder / name)
@@ -65,14 +67,17 @@ def save(engine: Any, folder: Path, *, step: int, identity: str, keep_last: int,
     return folder / name
 
 
-def problem(path: Path, *, identity: str, world: int) -> str | None:
+def layout(engine: Any) -> dict[str, int]:
+    """How the optimizer's state is spread over files."""
+    return {"world": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+
+
+def problem(path: Path, *, identity: str) -> str | None:
     """Why a checkpoint cannot be resumed from, or None. Every byte is hashed."""
     try:
         about = json.loads((path / MANIFEST).read_text())
         if about["identity"] != identity:
             return "it belongs to another recipe"
-        if about["world"] != world:
-            return f"it was written by {about['world']} ranks, this run has {world}: its optimizer state is sharded"
         for name, (size, digest) in about["files"].items():
             if (path / name).stat().st_size != size or file_digest(path / name) != digest:
                 return f"{name} is damaged"
@@ -81,26 +86,60 @@ def problem(path: Path, *, identity: str, world: int) -> str | None:
     return None
 
 
-def newest_valid(folders: Iterable[Path], *, identity: str, world: int) -> tuple[Path | None, list[str]]:
+def newest_valid(folders: Iterable[Path], *, identity: str) -> tuple[Path | None, list[str]]:
     """The checkpoint with the highest step in any of `folders`, and a line for each newer one that was passed over."""
     found = [p for folder in folders for p in folder.glob("step-*")]
     passed_over: list[str] = []
     for path in sorted(found, key=lambda p: p.name, reverse=True):  # stable: of equal steps the first folder's
-        why = problem(path, identity=identity, world=world)
+        why = problem(path, identity=identity)
         if why is None:
             return path, passed_over
         passed_over.append(f"{path} passed over: {why}")
     return None, passed_over
 
 
-def load(engine: Any, path: Path) -> int:
-    """Loads weights and optimizer state on every rank; returns the number of steps done. The base is loaded already."""
+def load(engine: Any, path: Path, scratch: Path) -> int:
+    """Loads weights and optimizer state on every rank; returns the number of steps done. The base is loaded already.
+
+    One that was written by another number of ranks goes through DeepSpeed's universal format, in `scratch`. Then the
+    next step is no longer bitwise the same: sums over ranks are added in another order.
+    """
+    written = {key: json.loads((path / MANIFEST).read_text())[key] for key in layout(engine)}
+    if written["zero_stage"] != engine.zero_optimization_stage():
+        raise ValueError(
+            f"resources.zero_stage is {engine.zero_optimization_stage()}, the checkpoint {path} was written with "
+            f"{written['zero_stage']}: go on with that one, or remove the attempt's folder"
+        )
+    universal = written != layout(engine) and bool(written["zero_stage"])  # without ZeRO all ranks hold the same
+    if universal:
+        if dist.get_rank() == 0:
+            _convert(path, scratch / path.name)
+        dist.barrier()
+        path = scratch / path.name
+    engine._config.load_universal_checkpoint = universal
     loaded, state = engine.load_checkpoint(
         str(path.parent), tag=path.name, load_module_strict=all(p.requires_grad for p in engine.module.parameters())
     )
+    engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not load {path}")
+    dist.barrier()
+    if universal and dist.get_rank() == 0:
+        shutil.rmtree(path)
     return state["step"]
+
+
+def _convert(path: Path, out: Path) -> None:
+    """DeepSpeed's checkpoint -> its universal one, in this process."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(out, ignore_errors=True)
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(path), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state=False,
+        )
+    )  # fmt: skip
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:

@@ -27,7 +27,7 @@ from attention.hf import active_pattern, set_pattern
 from attention.pattern import Pattern
 from infra.artifact import digest_of
 from infra.environment import system_metrics
-from infra.launch import Stopped, Superseded
+from infra.launch import OutOfMemory, Stopped, Superseded
 from infra.tracking import Spool
 from training import checkpoint, throughput, zero
 from training.batches import PackedRows, RowOrder
@@ -46,10 +46,34 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
     Every rank calls it, with the process group up. Raises ValueError (choices that cannot be), FloatingPointError (too
     many steps in a row had to be skipped; names them and their rows), Superseded (a newer attempt took over), Stopped
-    (somebody asked for it; a checkpoint is there), RuntimeError (the pattern is not on, or the result is not what was
-    trained).
+    (somebody asked for it; a checkpoint is there), OutOfMemory (says what would fit), RuntimeError (the pattern is not
+    on, or the result is not what was trained).
     """
     todo = TrainJob.model_validate(job)
+    try:
+        return _train(todo)
+    except RuntimeError as error:  # torch's OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(_what_would_fit(todo, str(error))) from error
+
+
+def _what_would_fit(todo: TrainJob, error: str) -> str:
+    """Out of memory, with what to change."""
+    of, seq_len = todo.resources, PackedRows(Path(todo.corpus)).info["seq_len"]
+    smaller = [
+        f"resources.micro_batch_rows {of.micro_batch_rows} -> {of.micro_batch_rows // 2}" * (of.micro_batch_rows > 1),
+        "resources.activation_checkpointing true" * (not of.activation_checkpointing),
+        f"resources.zero_stage {of.zero_stage} -> 3" * (of.zero_stage < 3 and of.workers > 1),
+        f"pack.seq_len {seq_len} -> {seq_len // 2}",
+    ]
+    return (
+        f"out of memory with {of.micro_batch_rows} rows of {seq_len} tokens at once ({error.splitlines()[0]}): "
+        f"in this order, try {', '.join(filter(None, smaller))}"
+    )
+
+
+def _train(todo: TrainJob) -> dict[str, Any]:
     optim, resources = todo.optim, todo.resources
     rank, world = dist.get_rank(), dist.get_world_size()
     out, checkpoints = Path(todo.out), Path(todo.work) / "checkpoints"
@@ -261,7 +285,7 @@ def resume(
         for draft in own.glob(".draft-*"):  # left by a kill; nobody else writes here
             shutil.rmtree(draft)
         folders = [own, *(Path(work) / "checkpoints" for work in earlier)]
-        path, passed_over = checkpoint.newest_valid(folders, identity=identity, world=dist.get_world_size())
+        path, passed_over = checkpoint.newest_valid(folders, identity=identity)
         assert log is not None, "rank 0 keeps the record"
         log.restart(path / "metrics.jsonl" if path else None)
         for note in passed_over:
@@ -269,7 +293,7 @@ def resume(
         found = [path, passed_over, [(row["step"] - 1, row["loss"]) for row in log.rows if not row["skipped"]]]
     dist.broadcast_object_list(found)
     path, notes, losses = found
-    return checkpoint.load(engine, path) if path else 0, notes, losses
+    return checkpoint.load(engine, path, own / ".universal") if path else 0, notes, losses
 
 
 class StepLog:

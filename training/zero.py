@@ -36,7 +36,11 @@ def deepspeed_config(
         )
     if resources.offload != "none" and resources.zero_stage == 0:
         raise ValueError(f"offload {resources.offload!r} needs zero_stage 1, 2 or 3; it is 0")
+    if resources.offload_parameters and resources.zero_stage != 3:
+        raise ValueError(f"offload_parameters needs zero_stage 3; it is {resources.zero_stage}")
     zero: dict[str, Any] = {"stage": resources.zero_stage}
+    if resources.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
     if resources.offload != "none":
         zero["offload_optimizer"] = {"device": resources.offload}
     return {
