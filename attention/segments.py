@@ -106,12 +106,15 @@ class Piece:
 
 
 def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list[Piece]:
-    """The pattern as calls on a CPU."""
+    """The pattern as calls on a CPU, each of so many heads as keep all threads busy: what a call returns is a copy, and
+    that of one head is small (93 MiB instead of 106 for one layer's forward and backward at T = 8,192)."""
     return [
-        replace(part, row=row, heads=span, repeat=heads.query // heads.kv, turn=turn)
+        replace(part, row=row, heads=(first, min(first + at_once, last)), repeat=heads.query // heads.kv, turn=turn)
         for row, starts in enumerate(documents)
-        for span, variant in head_spans(pattern, heads)
+        for (begin, last), variant in head_spans(pattern, heads)
         for part in _row_pieces(pattern, variant, starts, T)
+        for at_once in [-(-torch.get_num_threads() // part.segments)]
+        for first in range(begin, last, at_once)
         for turn in range(heads.query // heads.kv)
     ]
 

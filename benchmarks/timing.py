@@ -1,4 +1,4 @@
-"""Ratios on a noisy machine: process CPU time, A B A B within one run, medians of ratios; and the peak of one process."""
+"""Ratios on a noisy machine: CPU time, A B A B within one run, medians of ratios; and the peak of one process."""
 
 from __future__ import annotations
 

@@ -155,7 +155,8 @@ def about_arm(facts: dict[str, Any]) -> str:
     pattern, group = arm["attention"]["pattern"], arm["attention"]["group_tokens"]
     sparse = {"causal": "", "shifted_sparse": f", S²-Attn, groups of {group}"}.get(pattern, f", {pattern}")
     sparse += f" and {sinks} sinks" if (sinks := arm["attention"]["sink_tokens"]) else ""
-    sparse += f", the last {share:.0%} of steps full attention" if (share := arm["attention"]["anneal_fraction"]) else ""
+    if share := arm["attention"]["anneal_fraction"]:
+        sparse += f", the last {share:.0%} of steps full attention"
     return " + ".join(words[part] for part in arm["tune"].split("+")) + sparse
 
 

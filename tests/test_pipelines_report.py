@@ -148,7 +148,15 @@ def write_arm(stage, out: Path) -> dict:
     places = dict.fromkeys(("corpus", "base", "out", "work", "superseded_file"), "")
     job = TrainJob(kind=stage.name, optim=choices.optim, seed=0, resources={}, **places, **some)
     steps = [
-        {"step": n + 1, "loss": 4 - 0.1 * n, "lr": 1e-4, "tokens": 64, "targets": 60, "seconds": STEP_S[name], "skipped": False}
+        {
+            "step": n + 1,
+            "loss": 4 - 0.1 * n,
+            "lr": 1e-4,
+            "tokens": 64,
+            "targets": 60,
+            "seconds": STEP_S[name],
+            "skipped": False,
+        }
         for n in range(choices.optim.steps)
     ]
     (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))

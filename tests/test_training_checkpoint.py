@@ -149,7 +149,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(tmp_path, zero_stage
     for a, b in zip(*([json.loads(line) for line in lines] for lines in rows), strict=True):
         assert a["rows"] == b["rows"]
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)  # measured: 1e-7 in float32
-    assert not list(Path(other["work"]).glob("checkpoints/.universal/*")), "the converted copy is gone"
+    assert not (Path(other["work"]) / "checkpoints/.universal").exists(), "the converted copy is gone"
 
 
 def on_ranks(todo, world, folder):
@@ -232,7 +232,7 @@ def test_a_trainable_tensor_that_did_not_move_is_an_error():
         for name, p in model.named_parameters():
             if p.requires_grad and "layers.1.input_layernorm" not in name:
                 p.add_(0.1)
-    with pytest.raises(RuntimeError, match=r"0 are empty and 1 unchanged .*layers.1.input_layernorm"):
+    with pytest.raises(RuntimeError, match=r"0 are empty or not finite and 1 unchanged .*layers.1.input_layernorm"):
         check_trained(model, start, 2)
     dict(model.named_parameters())["base_model.model.model.layers.1.input_layernorm.weight"].data.add_(0.1)
     check_trained(model, start, 2)

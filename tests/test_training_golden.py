@@ -1,6 +1,6 @@
 """The losses of every arm on a tiny model, as they were: a change of what is learned does not pass unnoticed.
 
-    python tests/test_training_golden.py        # writes tests/golden/losses.json anew; say in the commit why
+python tests/test_training_golden.py        # writes tests/golden/losses.json anew; say in the commit why
 """
 
 import json

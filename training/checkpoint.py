@@ -117,15 +117,22 @@ def load(engine: Any, path: Path, scratch: Path) -> int:
         dist.barrier()
         path = scratch / path.name
     engine._config.load_universal_checkpoint = universal
+    scales = [group["rate_scale"] for group in engine.optimizer.param_groups]
     loaded, state = engine.load_checkpoint(
         str(path.parent), tag=path.name, load_module_strict=all(p.requires_grad for p in engine.module.parameters())
     )
     engine._config.load_universal_checkpoint = False
+    # ZeRO-3's universal loading (0.19) gives all groups the first one's choices, and one step counter, which each
+    # group would then advance.
+    for group, scale in zip(engine.optimizer.param_groups, scales, strict=True):
+        group["rate_scale"] = scale
+    for tensors in engine.optimizer.state.values():
+        tensors["step"] = tensors["step"].clone()
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not load {path}")
     dist.barrier()
     if universal and dist.get_rank() == 0:
-        shutil.rmtree(path)
+        shutil.rmtree(scratch)
     return state["step"]
 
 
