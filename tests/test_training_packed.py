@@ -143,15 +143,19 @@ def test_concat_joins_the_training_documents_by_eos(texts, tmp_path):
 
 @pytest.mark.parametrize("method", ["best_fit", "concat"])
 @pytest.mark.parametrize("first_token", ["bos", "sink"])
-def test_a_first_token_opens_each_row_and_counts(texts, packed, tmp_path, method, first_token):
+def test_a_first_token_opens_each_row_and_each_isolated_document_and_counts(
+    texts, packed, tmp_path, method, first_token
+):
     summary = pack(texts[0], tmp_path / "out", method=method, first_token=first_token)
     _, ids, positions, length = rows_of(tmp_path / "out")
     first = BOS if first_token == "bos" else VOCAB
     assert summary["first_token_id"] == first
     assert summary["vocab_size"] == VOCAB + (first_token == "sink")
-    assert (ids == first).sum() == (ids[:, 0] == first).sum() == len(ids)  # first in each row and nowhere else
+    real = np.arange(ids.shape[1]) < length[:, None]
+    assert ((ids == first) == ((positions == 0) & real)).all()  # there, and nowhere else
+    assert ((ids == first).sum(1) > 1).any() == (method == "best_fit")
     assert (positions[:, :2] == [0, 1]).all()
-    assert length.sum() - len(ids) == packed[1]["tokens"]
+    assert length.sum() - (ids == first).sum() == packed[1]["tokens"]
 
 
 def test_a_padding_token_of_its_own_is_used(texts, tmp_path):

@@ -73,7 +73,7 @@ def test_many_rows_with_the_same_room_cost_nothing_until_they_are_used():
 @pytest.mark.parametrize("seed", range(10))
 def test_each_token_stands_in_exactly_one_place(seed, capacity, method):
     tokens, starts, lengths = stream(np.random.default_rng(seed), 60, 40)
-    row, source, length = METHODS[method](starts, lengths, capacity)
+    row, source, length = METHODS[method](starts, lengths, capacity, 0)
     placed = np.concatenate([tokens[at : at + n] for at, n in zip(source, length, strict=True)])
     wanted = np.concatenate([tokens[at : at + n] for at, n in zip(starts, lengths, strict=True)])
     assert sorted(placed) == sorted(wanted)
@@ -83,7 +83,7 @@ def test_each_token_stands_in_exactly_one_place(seed, capacity, method):
 
 
 def test_only_the_remainder_of_a_long_document_shares_a_row():
-    row, source, length = split_and_fit(np.array([0, 100]), np.array([21, 3]), 8)
+    row, source, length = split_and_fit(np.array([0, 100]), np.array([21, 3]), 8, 0)
     pieces = sorted(zip(source.tolist(), length.tolist(), row.tolist(), strict=True))
     assert [piece[:2] for piece in pieces] == [(0, 8), (8, 8), (16, 5), (100, 3)]
     assert pieces[2][2] == pieces[3][2]
@@ -91,7 +91,7 @@ def test_only_the_remainder_of_a_long_document_shares_a_row():
 
 
 def test_concat_joins_documents_in_order_and_cuts_every_capacity_tokens():
-    row, source, length = concat(np.array([10, 20, 30]), np.array([5, 4, 3]), 8)
+    row, source, length = concat(np.array([10, 20, 30]), np.array([5, 4, 3]), 9, 1)
     assert row.tolist() == [0, 0, 1, 1]
     assert source.tolist() == [10, 20, 23, 30]
     assert length.tolist() == [5, 3, 1, 3]
@@ -100,13 +100,13 @@ def test_concat_joins_documents_in_order_and_cuts_every_capacity_tokens():
 def expected_rows(segments, seq_len, first_token, pad, isolated, tokens):
     """Rows one token at a time: (ids, positions, length)."""
     for row in range(segments.row[-1] + 1):
-        ids = [] if first_token is None else [first_token]
-        positions = [0] * len(ids)
+        ids, positions = [], []
         for n, segment in enumerate(np.flatnonzero(segments.row == row)):
             at, length = segments.source[segment], segments.length[segment]
-            begin = 0 if n and isolated else len(ids)  # the row's first token counts as its first document's
-            ids += tokens[at : at + length].tolist()
-            positions += range(begin, begin + length)
+            lead = [first_token] * (first_token is not None and (isolated or n == 0))
+            begin = 0 if isolated else len(ids)
+            ids += lead + tokens[at : at + length].tolist()
+            positions += range(begin, begin + len(lead) + length)
         padding = seq_len - len(ids)
         yield ids + [pad] * padding, positions + list(range(padding)), len(ids)
 
@@ -116,7 +116,7 @@ def expected_rows(segments, seq_len, first_token, pad, isolated, tokens):
 @pytest.mark.parametrize("seed", range(5))
 def test_filled_rows_are_those_of_a_plain_loop(seed, first_token, method):
     tokens, starts, lengths = stream(np.random.default_rng(seed), 50, 40)
-    segments = METHODS[method](starts, lengths, 16 - (first_token is not None))
+    segments = METHODS[method](starts, lengths, 16, int(first_token is not None))
     isolated = method == "best_fit"
     rows = Rows(segments, 16, first_token, pad_token=3, isolated=isolated)
     expected = list(expected_rows(segments, 16, first_token, 3, isolated, tokens))
@@ -130,20 +130,20 @@ def test_filled_rows_are_those_of_a_plain_loop(seed, first_token, method):
 
 
 def test_positions_restart_at_each_document_and_at_the_padding():
-    segments = split_and_fit(np.array([0, 10]), np.array([3, 2]), 7)
+    segments = split_and_fit(np.array([0, 10]), np.array([3, 2]), 8, 1)
     ids, positions, length = Rows(segments, 8, 99, 0, isolated=True).fill(0, 1, np.arange(50, 70))
-    assert ids.tolist() == [[99, 50, 51, 52, 60, 61, 0, 0]]
-    assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
-    assert length.tolist() == [6]
+    assert ids.tolist() == [[99, 50, 51, 52, 99, 60, 61, 0]]
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert length.tolist() == [7]
 
 
 def test_concat_rows_have_one_range_of_positions():
-    segments = concat(np.array([0, 10]), np.array([5, 5]), 8)
+    segments = concat(np.array([0, 10]), np.array([5, 5]), 8, 0)
     _, positions, _ = Rows(segments, 8, None, 0, isolated=False).fill(0, 2, np.arange(20))
     assert positions.tolist() == [list(range(8)), [0, 1, 0, 1, 2, 3, 4, 5]]
 
 
 def test_vocabularies_over_65535_keep_their_ids():
-    segments = split_and_fit(np.array([0]), np.array([4]), 8)
+    segments = split_and_fit(np.array([0]), np.array([4]), 8, 0)
     ids, _, _ = Rows(segments, 8, None, 151_645, isolated=True).fill(0, 1, np.array([65_536, 128_000, 151_643, 1]))
     assert ids.tolist() == [[65_536, 128_000, 151_643, 1, 151_645, 151_645, 151_645, 151_645]]

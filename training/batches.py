@@ -99,25 +99,37 @@ class PackedRows:
         labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to predict from: the
         first token of a row, of a document that is isolated, and padding.
 
-        drop_first leaves out the sink or BOS column (T is then one less), so a model without it reads the same
-        text. ValueError if the rows have no such column.
+        drop_first leaves out the sink or BOS before each row or document (T is then one less), so a model without it
+        reads the same text. ValueError if the rows have none.
         """
-        if drop_first and self.info["first_token_id"] is None:
-            raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
         row_ids = np.asarray(row_ids)
         if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < len(self):
             raise IndexError(f"rows {row_ids.min()} to {row_ids.max()} of {len(self)}")
         ids_BT, positions_BT = self._read("input_ids", row_ids), self._read("position_ids", row_ids)
         length_B1 = self._read("length", row_ids)[:, None]
         if drop_first:
-            in_first_BT = (positions_BT[:, 1:] == 0).cumsum(1) == 0
-            ids_BT, positions_BT, length_B1 = ids_BT[:, 1:], positions_BT[:, 1:] - in_first_BT.long(), length_B1 - 1
+            ids_BT, positions_BT, length_B1 = self._without_first(ids_BT, positions_BT, length_B1)
         nothing_BT = (positions_BT == 0) | (torch.arange(ids_BT.shape[1]) >= length_B1)
         return {
             "input_ids": ids_BT.contiguous(),
             "position_ids": positions_BT.contiguous(),
             "labels": ids_BT.masked_fill(nothing_BT, IGNORED),
         }
+
+    def _without_first(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows without their sink or BOS tokens, the rest moved up; every row has one, so one column goes."""
+        if (first := self.info["first_token_id"]) is None:
+            raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
+        column_T = torch.arange(ids_BT.shape[1])
+        first_BT = (ids_BT == first) & (positions_BT == 0) & (column_T < length_B1)
+        kept_BT = torch.argsort(first_BT, dim=1, stable=True)[:, :-1]
+        length_B1 = length_B1 - first_BT.sum(1, keepdim=True)
+        padding_BT = column_T[:-1] >= length_B1
+        ids_BT = ids_BT.gather(1, kept_BT).masked_fill(padding_BT, self.info["pad_token_id"])
+        positions_BT = torch.where(padding_BT, column_T[:-1] - length_B1, positions_BT.gather(1, kept_BT) - 1)
+        return ids_BT, positions_BT, length_B1
 
 
 def _view(column: pa.Array) -> np.ndarray:

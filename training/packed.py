@@ -61,13 +61,13 @@ def pack_corpus(
     if eos is None:
         raise ValueError("the tokenizer has no EOS token to end documents with: set its eos_token")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    capacity = pack.seq_len - (first_token is not None)
+    lead = int(first_token is not None)
     digest, found = source_digest(corpus, base_dir), Found(corpus)
     with tempfile.TemporaryFile(dir=out) as scratch:
         items = read_documents(corpus, base_dir)
         _tokenise(items, found, Encoder.of(tokenizer), eos, scratch, workers, progress)
         found.check()
-        segments = METHODS[pack.method](*found.extents("train"), capacity)
+        segments = METHODS[pack.method](*found.extents("train"), pack.seq_len, lead)
         rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
         _write_rows(out / "rows", rows, scratch)
         _write_documents(out / "documents", found, scratch)
@@ -85,14 +85,14 @@ def pack_corpus(
         "documents": {split: found.splits.count(split) for split in SPLITS},
         "source_digest": digest,
     }
-    report = {key: packed[key] for key in ("rows", "tokens", "efficiency", "documents")} | found.report(capacity)
+    report = {key: packed[key] for key in ("rows", "tokens", "efficiency", "documents")} | found.report(pack.seq_len - lead)
     for name, content in (("packed.json", packed), ("report.json", report)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return packed
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The tokenizer, with a sink token if that is asked for, and the id that opens each row."""
+    """The tokenizer, with a sink token if that is asked for, and the id that opens each row (each document, where they are isolated)."""
     if kind == "sink":
         return with_sink_token(tokenizer)
     if kind == "bos" and tokenizer.bos_token_id is None:

@@ -76,19 +76,23 @@ class Segments(NamedTuple):
     length: np.ndarray
 
 
-def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, capacity: int) -> Segments:
-    """best_fit of documents, those longer than capacity split into full pieces and a remainder."""
+def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
+    """best_fit of documents, those longer than a row split into full pieces and a remainder; `lead` tokens (the sink's
+    or BOS's) stand before each piece."""
+    capacity = seq_len - lead
     pieces_D = -(-lengths_D // capacity)
     document_S = np.repeat(np.arange(len(lengths_D)), pieces_D)
     skipped_S = (np.arange(len(document_S)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)) * capacity
     length_S = np.minimum(capacity, lengths_D[document_S] - skipped_S)
-    row_S = best_fit(length_S, capacity)
+    row_S = best_fit(length_S + lead, seq_len)
     by_row = np.argsort(row_S, kind="stable")
     return Segments(row_S[by_row], (starts_D[document_S] + skipped_S)[by_row], length_S[by_row])
 
 
-def concat(starts_D: np.ndarray, lengths_D: np.ndarray, capacity: int) -> Segments:
-    """Documents one after the other, cut every `capacity` tokens; the last row may be shorter."""
+def concat(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
+    """Documents one after the other, cut where a row is full; the last row may be shorter. `lead` tokens stand before
+    each row."""
+    capacity = seq_len - lead
     ends_D = np.cumsum(lengths_D)
     total = int(lengths_D.sum())
     edges = np.union1d(ends_D - lengths_D, np.arange(0, total, capacity))  # in the joined documents
@@ -107,7 +111,7 @@ class Rows:
     segments: Segments
     seq_len: int
     first_token: int | None
-    """Stands first in each row, as part of its first document."""
+    """Stands first in each row, and in each document where they are isolated; None: nothing does."""
     pad_token: int
     isolated: bool
     """position_ids restart at each document."""
@@ -119,8 +123,14 @@ class Rows:
 
     def lengths(self) -> np.ndarray:
         """Tokens before the padding: [R] int32."""
-        first = self.first_token is not None
-        return (np.bincount(self.segments.row, self.segments.length, self.count) + first).astype(np.int32)
+        row_S, _, length_S = self.segments
+        return np.bincount(row_S, length_S + self._lead(row_S), self.count).astype(np.int32)
+
+    def _lead(self, row_S: np.ndarray) -> np.ndarray:
+        """Tokens that stand before each segment: [S], 0 or 1. row_S begins with a row's first segment."""
+        if self.first_token is None:
+            return np.zeros(len(row_S), np.int64)
+        return np.ones(len(row_S), np.int64) if self.isolated else (np.diff(row_S, prepend=-1) > 0).astype(np.int64)
 
     def fill(self, start: int, stop: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows start..stop: input_ids [R, T] int32, position_ids [R, T] int32 and length [R] int32.
@@ -130,23 +140,24 @@ class Rows:
         low, high = np.searchsorted(self.segments.row, [start, stop])
         row_S, source_S, length_S = (column[low:high] for column in self.segments)
         row_S = row_S - start
-        first, count = int(self.first_token is not None), stop - start
-        before_S = np.cumsum(length_S) - length_S
+        count, lead_S = stop - start, self._lead(row_S)
+        whole_S = length_S + lead_S
+        before_S, whole_before_S = (np.cumsum(n) - n for n in (length_S, whole_S))
         opens_S = np.diff(row_S, prepend=-1) > 0
-        place_S = before_S - np.repeat(before_S[opens_S], np.bincount(row_S, minlength=count)) + first
+        place_S = whole_before_S - np.repeat(whole_before_S[opens_S], np.bincount(row_S, minlength=count))
         flat = np.arange(length_S.sum())  # every real token of these rows
-        target = np.repeat(row_S * self.seq_len + place_S - before_S, length_S) + flat
+        target = np.repeat(row_S * self.seq_len + place_S + lead_S - before_S, length_S) + flat
+        leads = (row_S * self.seq_len + place_S)[lead_S > 0]
 
         ids_RT = np.full((count, self.seq_len), self.pad_token, np.int32)
         if self.first_token is not None:
-            ids_RT[:, 0] = self.first_token
+            ids_RT.reshape(-1)[leads] = self.first_token
         ids_RT.reshape(-1)[target] = tokens[np.repeat(source_S - before_S, length_S) + flat]
 
-        length_R = (np.bincount(row_S, length_S, count) + first).astype(np.int32)
+        length_R = np.bincount(row_S, whole_S, count).astype(np.int32)
         column_T = np.arange(self.seq_len, dtype=np.int32)
         positions_RT = np.where(column_T < length_R[:, None], column_T, column_T - length_R[:, None])
         if self.isolated:
-            # a row's first document begins with its first token
-            origin_S = np.where(opens_S, 0, place_S).astype(np.int32)
-            positions_RT.reshape(-1)[target] -= np.repeat(origin_S, length_S)
+            positions_RT.reshape(-1)[target] -= np.repeat(place_S.astype(np.int32), length_S)
+            positions_RT.reshape(-1)[leads] = 0
         return ids_RT, positions_RT, length_R
