@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attention.rope import Rotary
+from attention.sink_softmax import with_sink
 
 Part = tuple[Tensor, Tensor]
 """Attention over some of the keys, and the log-sum-exp of its scores: out [B, H, T, D], lse [B, H, T]."""
@@ -36,6 +37,7 @@ def streamed_attention(
     window_tokens: int,
     rotary: Rotary | None,
     scale: float,
+    sink_logit_H: Tensor | None = None,
 ) -> Tensor:
     """Attention [B, H, T, D] of tokens first .. first+T-1 of a text; queries and keys are rotated at text positions.
 
@@ -44,12 +46,13 @@ def streamed_attention(
             the first query's own as there are, up to window_tokens.
         sinks: keys and values of the text's first tokens, min(sink_tokens, first+T) of them.
         rotary: what turns queries back, for positions counted in the cache; None: positions are counted in the text.
+        sink_logit_H: a logit per head in each softmax (attention/sink_softmax.py), beside the sink tokens.
     """
     out_BHTD = torch.empty_like(q_BHTD)
     among = max(0, min(sink_tokens - first, q_BHTD.shape[2]))  # queries that are sinks themselves
     if sink_tokens:
         to_sinks, sums = _sink_part(q_BHTD, sinks, first, sink_tokens + window_tokens, rotary, scale)
-        out_BHTD[:, :, :among] = to_sinks[:, :, :among]
+        out_BHTD[:, :, :among] = merged([(to_sinks[:, :, :among], sums[:, :, :among])], sink_logit_H)
     before = recent[0].shape[2] - (q_BHTD.shape[2] - among)  # recent keys older than the first query that has any
     for begin in range(among, q_BHTD.shape[2], window_tokens):
         block = slice(begin, min(begin + window_tokens, q_BHTD.shape[2]))
@@ -57,7 +60,7 @@ def streamed_attention(
         parts = _band_parts(q_BHTD[:, :, block], recent, own, window_tokens, scale)
         if sink_tokens:
             parts.append((to_sinks[:, :, block], sums[:, :, block]))
-        out_BHTD[:, :, block] = merged(parts)
+        out_BHTD[:, :, block] = merged(parts, sink_logit_H)
     return out_BHTD
 
 
@@ -128,13 +131,16 @@ def _plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_
     return (mass.flatten(2, 3) @ v_BKND).view(B, H, T, D), lse.view(B, H, T)
 
 
-def merged(parts: list[Part]) -> Tensor:
-    """Attention over all keys, from attention over disjoint parts of them."""
+def merged(parts: list[Part], sink_logit_H: Tensor | None = None) -> Tensor:
+    """Attention over all keys and, if there is one, a sink logit, from attention over disjoint parts of the keys."""
     if len(parts) == 1:
-        return parts[0][0]
-    sums = torch.stack([lse for _, lse in parts])
-    weights = (sums - sums.logsumexp(0)).exp()[..., None]
-    out = parts[0][0] * weights[0]
-    for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
-        out += part * weight
-    return out.to(parts[0][0].dtype)
+        out, total = parts[0]
+    else:
+        sums = torch.stack([lse for _, lse in parts])
+        total = sums.logsumexp(0)
+        weights = (sums - total).exp()[..., None]
+        out = parts[0][0] * weights[0]
+        for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
+            out += part * weight
+        out = out.to(parts[0][0].dtype)
+    return out if sink_logit_H is None else with_sink(out, total, sink_logit_H)

@@ -47,8 +47,8 @@ class StreamingRecipe(EvalRecipe):
     """Tokens of it that are scored."""
     cache_tokens: int = Field(default=256, ge=2)
     """Keys that each way keeps, sinks included (dense keeps all)."""
-    sink_tokens: int = Field(default=4, ge=1)
-    """First tokens that the sink cache keeps."""
+    sink_tokens: tuple[int, ...] = Field(default=(4,), min_length=1)
+    """How many first tokens the sink cache keeps; each number is a way of its own."""
     ways: tuple[Literal["dense", "window", "recompute", "sinks"], ...] = ("dense", "window", "recompute", "sinks")
     """Which of the four."""
     recompute_every: int = Field(default=16, ge=1)
@@ -58,9 +58,11 @@ class StreamingRecipe(EvalRecipe):
 
     @model_validator(mode="after")
     def _fits(self) -> "StreamingRecipe":
-        if self.sink_tokens >= self.cache_tokens:
+        if min(self.sink_tokens) < 1 or len({*self.sink_tokens}) < len(self.sink_tokens):
+            raise ValueError(f"sink_tokens {list(self.sink_tokens)}: each number once, from 1 (none: way 'window')")
+        if (most := max(self.sink_tokens)) >= self.cache_tokens:
             raise ValueError(
-                f"sink_tokens {self.sink_tokens} leave no room for recent tokens in cache_tokens {self.cache_tokens}: "
+                f"sink_tokens {most} leave no room for recent tokens in cache_tokens {self.cache_tokens}: "
                 f"use fewer sinks or a larger cache"
             )
         if self.cache_tokens >= self.tokens:

@@ -5,7 +5,7 @@
              carry the attention that a softmax has to put somewhere (attention sinks)
   recompute  before each token, a fresh pass over the last `cache_tokens` tokens: no collapse, at a price that is
              quadratic in the cache
-  sinks      the first `sink_tokens` tokens stay for ever, beside the most recent ones, in the same cache
+  n sinks    the first n tokens stay for ever, beside the most recent ones, in the same cache
 
 Each way predicts from `cache_tokens` cached tokens and the current one. All but `recompute` are computed for the whole
 text in one pass (attention/streaming.py) that gives what decoding token by token with attention.sink_cache would.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -71,17 +71,18 @@ def streaming(
     check_head(model, document.ids_T)
     ids_T = with_first(document.ids_T[: recipe.tokens + 1], first_token_id(tokenizer))
     sampled_N = np.arange(recipe.cache_tokens, recipe.tokens, recipe.recompute_every)
-    nll: dict[str, np.ndarray] = {}
-    for done, way in enumerate(recipe.ways):
-        progress(done, len(recipe.ways))
+    ways = [(way, n) for way in recipe.ways for n in (recipe.sink_tokens if way == "sinks" else (0,))]
+    nll: dict[tuple[str, int], np.ndarray] = {}
+    for done, (way, sinks) in enumerate(ways):
+        progress(done, len(ways))
         if way == "recompute":
             ends_N = sampled_N + len(ids_T) - 1 - recipe.tokens
-            nll[way] = recomputed_nll(model, ids_T, ends_N, recipe.cache_tokens + 1, document.name)
+            nll[way, 0] = recomputed_nll(model, ids_T, ends_N, recipe.cache_tokens + 1, document.name)
         else:
-            sinks = recipe.sink_tokens if way == "sinks" else 0
             window = len(ids_T) if way == "dense" else recipe.cache_tokens - sinks
-            nll[way] = streamed_nll(model, ids_T, sinks, window, recipe.positions, document.name)[-recipe.tokens :]
-    progress(len(recipe.ways), len(recipe.ways))
+            streamed = streamed_nll(model, ids_T, sinks, window, recipe.positions, document.name)
+            nll[way, sinks] = streamed[-recipe.tokens :]
+    progress(len(ways), len(ways))
     rows, curves = tabulate(recipe, nll, sampled_N)
     return EvalScores(
         eval="streaming",
@@ -89,7 +90,7 @@ def streaming(
         f"tokens and the current one; positions counted in the {recipe.positions}; recompute: {len(sampled_N)} tokens",
         recipe=recipe.model_dump(mode="json"),
         rows=rows + curves,
-        summary={f"streaming_ppl_{row['way']}": row["ppl"] for row in rows},
+        summary={f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows},
         note="One text, no latencies. A low perplexity here means stable generation, not a longer memory.",
     )
 
@@ -134,6 +135,7 @@ class StreamedAttention:
             window_tokens=self.window,
             rotary=self.rotary,
             scale=scaling,
+            sink_logit_H=kwargs.get("s_aux"),
         )
         return out_BHTD.transpose(1, 2).contiguous(), None
 
@@ -158,20 +160,22 @@ def recomputed_nll(
 
 
 def tabulate(
-    recipe: StreamingRecipe, nll: dict[str, np.ndarray], sampled_N: np.ndarray
+    recipe: StreamingRecipe, nll: dict[tuple[str, int], np.ndarray], sampled_N: np.ndarray
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row a way, rows along the stream). nll[way][t] is text token t + 1's; recompute's are those of sampled_N."""
-    beside = next((way for way in ("sinks", "dense", "window") if way in nll), None)
+    """(a row a way, rows along the stream). nll[way, sinks][t] is text token t + 1's; recompute's are those of
+    sampled_N."""
+    beside = next((key for way in ("sinks", "dense", "window") for key in nll if key[0] == way), None)
+    against = f", beside {name_of(*beside)}" if beside else ""
     edges = np.linspace(0, recipe.tokens, min(BINS, recipe.tokens) + 1).astype(int).tolist()
     nothing_T, rows, curves = np.zeros(recipe.tokens), [], []
-    for way, nll_N in nll.items():
+    for (way, sinks), nll_N in nll.items():
         sampled = way == "recompute" and recipe.recompute_every > 1
         about = {
-            "way": way,
+            "way": name_of(way, sinks),
             "positions": recipe.positions,
             "cache_tokens": recipe.cache_tokens,
-            "sink_tokens": recipe.sink_tokens if way == "sinks" else 0,
-            "protocol": f"every {recipe.recompute_every}th token, beside {beside}" if sampled else "every token",
+            "sink_tokens": sinks,
+            "protocol": f"1 token in {recipe.recompute_every}{against}" if sampled else "every token",
         }
         scored_N = sampled_N if way == "recompute" else np.arange(recipe.tokens)
         beside_T = nll[beside] if sampled and beside else nothing_T
@@ -179,6 +183,11 @@ def tabulate(
         rows.append({"kind": "way"} | about | measure(nll_N, scored_N, beside_T, recipe.cache_tokens, recipe.tokens))
         curves += [{"kind": "stream"} | about | measure(nll_N, scored_N, beside_T, *span) for span in spans]
     return rows, [row for row in curves if row["scored"]]
+
+
+def name_of(way: str, sinks: int) -> str:
+    """What a way is called in rows and figures: `dense`, `window`, `recompute`, `4 sinks`."""
+    return f"{sinks} sink{'s' * (sinks > 1)}" if way == "sinks" else way
 
 
 def measure(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, start: int, end: int) -> dict[str, Any]:
@@ -207,14 +216,12 @@ def figure(scores: EvalScores) -> Figure:
         "position in the text (tokens)",
         "perplexity",
     )
-    names = {"dense": "dense", "window": "window", "recompute": "window, recomputed"}
-    names["sinks"] = f"{scores.recipe['sink_tokens']} sinks + window"
-    for way, colour, dash in zip(names, COLOURS[:4], ("-", "--", ":", "-"), strict=True):
-        if way not in scores.recipe["ways"]:
-            continue
+    ways = dict.fromkeys(row["way"] for row in scores.rows if row["kind"] == "stream")
+    for way, colour, dash in zip(ways, cycle(COLOURS), cycle(("-", "--", ":", "-.")), strict=False):
         curve = [row for row in scores.rows if row["kind"] == "stream" and row["way"] == way]
         middle = [(row["start"] + row["end"]) / 2 for row in curve]
-        axes.plot(middle, [row["ppl"] for row in curve], dash, color=colour, lw=1.8, label=names[way])
+        label = {"recompute": "window, recomputed"}.get(way, f"{way} + window" if "sink" in way else way)
+        axes.plot(middle, [row["ppl"] for row in curve], dash, color=colour, lw=1.8, label=label)
     axes.axvline(cache, color="grey", lw=1)
     axes.text(cache, axes.get_ylim()[1], " cache full", color="grey", fontsize=8, va="top")
     axes.set_yscale("log")

@@ -374,14 +374,14 @@ def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tupl
     chosen = load(target, overrides).recipe
     from attention import PATTERNS
     from attention.hf import set_pattern
-    from training.model import tiny_model
-    from training.recipe import TinyModelRecipe
+    from training.model import fresh_llama
+    from training.recipe import LlamaRecipe
 
     for arm, of in (chosen.finetune.every_arm() if chosen.finetune else {}).items():
         choices = of.attention.arguments()
         tokens = max(64, 3 * choices.get("group_tokens", 0))
-        tiny = TinyModelRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)
-        model = tiny_model(tiny, vocab_size=256, seed=0)
+        tiny = LlamaRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)
+        model = fresh_llama(tiny, vocab_size=256, seed=0)
         yield f"{arm} ({set_pattern(model, PATTERNS[of.attention.pattern](**choices))})", model, tokens
 
 

@@ -2,7 +2,7 @@
 
     convert ─┬─ pack ─┬─ finetune[arm] ── merge[arm] ──┐
              │        └──────────────┬────────────────┼─ evaluate[model,eval] ── report
-             └─ pack[sink] ── pretrain[arm] ──────────┘
+             └─ pack[sink] ── pretrain[arm] ──────────┘      (a vocabulary of its own: tokenizer ── pack[sink])
 
 Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the source texts.
 """
@@ -29,6 +29,7 @@ from training.recipe import (
     PretrainRecipe,
     PretrainStageRecipe,
     RopeRecipe,
+    TokenizerRecipe,
 )
 
 
@@ -77,12 +78,14 @@ def build(recipe: Recipe) -> list[Stage]:
     base = Stage("convert", "convert", recipe.base, digests={"source": source})
     texts = {"documents": corpus_digest(recipe.corpus, Path.cwd())}
 
-    def packed(label: str, rows: PackRecipe) -> Stage:
+    def packed(label: str, rows: PackRecipe, base: Stage) -> Stage:
         return Stage("pack", label, PackStageRecipe(corpus=recipe.corpus, pack=rows), {"base": base}, texts)
 
-    stages, models = [base], {}
+    stages, models = [], {}
+    if recipe.finetune or recipe.baselines or (recipe.pretrain and recipe.pretrain.vocab_size is None):
+        stages.append(base)
     rows = recipe.finetune.pack if recipe.finetune else PackRecipe(seq_len=1024)  # evaluation needs held-out documents
-    corpus = packed("pack", rows)
+    corpus = packed("pack", rows, base)
     if recipe.finetune or recipe.baselines:
         stages.append(corpus)
     for name, rope in recipe.baselines.items():
@@ -92,8 +95,12 @@ def build(recipe: Recipe) -> list[Stage]:
             stages += tuned
             models[name] = _Model(tuned[-1], None, corpus)
     if recipe.pretrain:
-        stages.append(sink_corpus := packed("pack[sink]", recipe.pretrain.pack))
-        for name, pretrained in _pretrained(recipe.pretrain, recipe.seed, sink_corpus, base):
+        start = base
+        if (size := recipe.pretrain.vocab_size) is not None:
+            start = Stage("tokenizer", "tokenizer", TokenizerRecipe(corpus=recipe.corpus, vocab_size=size), {}, texts)
+            stages.append(start)
+        stages.append(sink_corpus := packed("pack[sink]", recipe.pretrain.pack, start))
+        for name, pretrained in _pretrained(recipe.pretrain, recipe.seed, sink_corpus, start):
             stages.append(pretrained)
             models[name] = _Model(pretrained, None, sink_corpus)
     stages += _evaluations(recipe, models)
@@ -118,7 +125,9 @@ def _finetuned(section: FinetuneRecipe, seed: int, corpus: Stage, base: Stage) -
 
 def _pretrained(section: PretrainRecipe, seed: int, corpus: Stage, base: Stage) -> Iterator[tuple[str, Stage]]:
     for name, arm in section.arms.items():
-        choices = PretrainStageRecipe(model=section.model, arm=arm, optim=_optim(section), seed=seed)
+        choices = PretrainStageRecipe(
+            model=section.model, arm=arm, sink_mass_every=section.sink_mass_every, optim=_optim(section), seed=seed
+        )
         yield name, Stage("pretrain", f"pretrain[{name}]", choices, {"corpus": corpus, "base": base})
 
 

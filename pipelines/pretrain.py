@@ -1,6 +1,8 @@
-"""Stage `pretrain`: a tiny Llama from scratch, with or without a sink token first (arXiv:2309.17453, section 3.3).
+"""Stages `tokenizer` and `pretrain`: a Llama from scratch, or the base again, with one attention sink or another.
 
-longreach run quickstart
+    longreach run sink-lab
+
+The sinks are those of StreamingLLM (arXiv:2309.17453, section 3.3), and gpt-oss's learned logit.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ from infra.artifact import Artifact
 from infra.resources import Resources
 from pipelines.finetune import places, run_job
 from pipelines.stage import StageRun
-from training.recipe import PretrainStageRecipe, TrainJob
+from training.recipe import PretrainStageRecipe, TokenizerRecipe, TrainJob
+from training.tokenizer import train_tokenizer
+
+
+def tokenizer(*, recipe: TokenizerRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
+    """The corpus' training documents -> a tokenizer folder."""
+    return train_tokenizer(recipe.corpus, recipe.vocab_size, out, base_dir=Path.cwd())
 
 
 def pretrain(
@@ -20,7 +28,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """PackedCorpus (sink first in each row) -> ModelCheckpoint.
 
-    The arm `none` reads the same rows without that column and leaves with the base's tokenizer, which adds no sink.
+    Arms without a sink token read the same rows without it and leave with the tokenizer that adds none.
     """
     job = TrainJob(
         kind="pretrain",
@@ -28,6 +36,7 @@ def pretrain(
         base=str(base.path),
         model=recipe.model,
         sink=recipe.arm.sink,
+        sink_mass_every=recipe.sink_mass_every,
         optim=recipe.optim,
         seed=recipe.seed,
         resources=resources,

@@ -149,7 +149,13 @@ def about_rope(rope: dict[str, Any] | None) -> str:
 def about_arm(facts: dict[str, Any]) -> str:
     """What was trained, and how."""
     if facts["kind"] == "pretrain":
-        return "from scratch, " + ("with a sink token" if facts["sink"] == "token" else "without a sink token")
+        sinks = {
+            "none": "no sink",
+            "zero": "a zero sink",
+            "token": "a sink token",
+            "logit": "a learned sink logit a head",
+        }
+        return ("from scratch, " if facts["model"] else "from the base, ") + sinks[facts["sink"]]
     arm = facts["arm"]
     words = {"all": "all weights", "lora": f"LoRA r={arm['lora_rank']}", "embed": "embeddings", "norm": "norms"}
     pattern, group = arm["attention"]["pattern"], arm["attention"]["group_tokens"]

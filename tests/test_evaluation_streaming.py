@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from evaluation.documents import Document
 from evaluation.recipe import StreamingRecipe
 from evaluation.streaming import figure, streaming
+from training.model import with_softmax_sinks
 
 
 def document(tokens=200, seed=0):
@@ -19,7 +20,7 @@ def document(tokens=200, seed=0):
 
 def run(model=None, text=None, tokenizer=None, **recipe):
     recipe = StreamingRecipe(
-        **{"document": "a", "tokens": 150, "cache_tokens": 24, "sink_tokens": 3, "recompute_every": 1} | recipe
+        **{"document": "a", "tokens": 150, "cache_tokens": 24, "sink_tokens": (3,), "recompute_every": 1} | recipe
     )
     return streaming(
         model or tiny_llama(), tokenizer or byte_tokenizer(), recipe=recipe, documents=[text or document()]
@@ -34,6 +35,7 @@ class Decoder:
     def __init__(self, model, sinks, window, positions):
         self.model, self.sinks, self.window, self.positions = model, sinks, window, positions
         self.cache = {}
+        self.before = model.config._attn_implementation
         AttentionInterface.register("decoder", self.attend)
         AttentionMaskInterface.register("decoder", lambda *args, **kwargs: None)
 
@@ -51,7 +53,10 @@ class Decoder:
         _, keys = apply_rotary_pos_emb(keys, keys, *rotary(keys, places))
         q, _ = apply_rotary_pos_emb(q, q, *rotary(q, places[:, -1:]))
         keys, values = repeat_kv(keys, q.shape[1] // keys.shape[1]), repeat_kv(values, q.shape[1] // values.shape[1])
-        return ((q @ keys.mT * scaling).softmax(-1) @ values).transpose(1, 2), None
+        scores = q @ keys.mT * scaling
+        if (sink_logit := kwargs.get("s_aux")) is not None:
+            scores = torch.cat([scores, sink_logit.view(1, -1, 1, 1)], -1)
+        return (scores.softmax(-1)[..., : len(kept)] @ values).transpose(1, 2), None
 
     @torch.no_grad()
     def nll(self, ids):
@@ -61,7 +66,7 @@ class Decoder:
             x, zero = torch.tensor([[ids[self.now]]]), torch.zeros(1, 1, dtype=torch.long)
             logp = self.model(x, position_ids=zero, use_cache=False).logits[0, -1].double().log_softmax(-1)
             found.append(-float(logp[ids[self.now + 1]]))
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(self.before)
         return np.array(found)
 
 
@@ -81,8 +86,11 @@ def test_one_pass_equals_decoding_token_by_token(way, sinks, window, positions):
     model, text = tiny_llama(), document()
     scores = run(model, text, ways=(way,), positions=positions)
     decoded = Decoder(model, sinks, window, positions).nll(text.ids_T[:151])
-    assert curve(scores, way) == pytest.approx(binned(decoded), rel=2e-5)
-    assert scores.summary[f"streaming_ppl_{way}"] == pytest.approx(math.exp(decoded[24:].mean()), rel=1e-4)
+    named = "3 sinks" if sinks else way
+    assert curve(scores, named) == pytest.approx(binned(decoded), rel=2e-5)
+    assert scores.summary[f"streaming_ppl_{named.replace(' ', '_')}"] == pytest.approx(
+        math.exp(decoded[24:].mean()), rel=1e-4
+    )
 
 
 def test_yarn_positions_in_the_cache_equal_decoding_too():
@@ -90,9 +98,20 @@ def test_yarn_positions_in_the_cache_equal_decoding_too():
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
     model, text = tiny_llama(rope_parameters=rope), document()
     scores = run(model, text, ways=("sinks",))
-    assert curve(scores, "sinks") == pytest.approx(
+    assert curve(scores, "3 sinks") == pytest.approx(
         binned(Decoder(model, 3, 21, "cache").nll(text.ids_T[:151])), rel=2e-5
     )
+
+
+def test_a_sink_in_the_softmax_takes_part_in_every_way():
+    model, text = with_softmax_sinks(tiny_llama()), document()
+    with torch.no_grad():
+        for n, layer in enumerate(model.model.layers):
+            layer.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, -2.0, 3.0]) + n)
+    scores = run(model, text)
+    for way, sinks, window in (("window", 0, 24), ("3 sinks", 3, 21)):
+        decoded = Decoder(model, sinks, window, "cache").nll(text.ids_T[:151])
+        assert curve(scores, way) == pytest.approx(binned(decoded), rel=2e-5)
 
 
 def test_recomputation_sees_its_window_and_nothing_else():
@@ -107,8 +126,8 @@ def test_recomputation_sees_its_window_and_nothing_else():
 
 
 def test_ways_differ_only_once_the_cache_is_full():
-    scores = run(tokens=240, cache_tokens=120, text=document(300), sink_tokens=4)
-    for way in ("window", "sinks"):
+    scores = run(tokens=240, cache_tokens=120, text=document(300), sink_tokens=(4,))
+    for way in ("window", "4 sinks"):
         assert curve(scores, way)[:12] == pytest.approx(curve(scores, "dense")[:12], rel=1e-5)
         assert abs(curve(scores, way)[14] - curve(scores, "dense")[14]) > 1e-3
 
@@ -119,17 +138,27 @@ def test_a_sample_of_recomputed_tokens_is_judged_beside_the_same_tokens_of_anoth
     whole, part = (run(model, text, tokens=840, cache_tokens=40, recompute_every=n) for n in (1, 8))
     exact, row = whole.summary["streaming_ppl_recompute"], next(r for r in part.rows if r["way"] == "recompute")
     assert row["scored"] == 100
-    assert row["protocol"] == "every 8th token, beside sinks"
+    assert row["protocol"] == "1 token in 8, beside 3 sinks"
     assert row["ppl_low"] < exact < row["ppl_high"]
     assert row["ppl_high"] / row["ppl_low"] < 1.2
     assert "ppl_low" not in next(r for r in whole.rows if r["way"] == "recompute")
 
 
+def test_several_numbers_of_sinks_are_ways_of_their_own():
+    model, text = tiny_llama(), document()
+    scores = run(model, text, ways=("window", "sinks"), sink_tokens=(1, 3))
+    ways = {row["way"]: row for row in scores.rows if row["kind"] == "way"}
+    assert {way: row["sink_tokens"] for way, row in ways.items()} == {"window": 0, "1 sink": 1, "3 sinks": 3}
+    for sinks, way in ((1, "1 sink"), (3, "3 sinks")):
+        assert curve(scores, way) == curve(run(model, text, ways=("sinks",), sink_tokens=(sinks,)), way)
+    assert len(figure(scores.named("m")).axes[0].get_legend().get_texts()) == 3
+
+
 def test_the_models_own_first_token_is_the_first_sink_and_not_scored():
     model, text = tiny_llama(), document()
-    scores = run(model, text, byte_tokenizer("<sink>"), ways=("sinks", "recompute"), sink_tokens=1)
+    scores = run(model, text, byte_tokenizer("<sink>"), ways=("sinks", "recompute"), sink_tokens=(1,))
     decoded = Decoder(model, 1, 23, "cache").nll(np.array([257, *text.ids_T[:151]]))[1:]
-    assert curve(scores, "sinks") == pytest.approx(binned(decoded), rel=2e-5)
+    assert curve(scores, "1 sink") == pytest.approx(binned(decoded), rel=2e-5)
     assert {row["scored"] for row in scores.rows if row["kind"] == "way"} == {126}
 
 
@@ -144,7 +173,9 @@ def test_the_model_attends_as_before_afterwards():
     [
         ({"tokens": 200}, "a has 200 tokens; scoring 200 takes one more"),
         ({"document": "b"}, "b.*there are: a"),
-        ({"sink_tokens": 24}, "sink_tokens 24 .*cache_tokens 24"),
+        ({"sink_tokens": (4, 4)}, r"sink_tokens \[4, 4\]: each number once"),
+        ({"sink_tokens": (0,)}, r"sink_tokens \[0\]: each number once, from 1"),
+        ({"sink_tokens": (4, 24)}, "sink_tokens 24 .*cache_tokens 24"),
         ({"cache_tokens": 150}, "tokens 150 .*cache_tokens 150"),
     ],
 )

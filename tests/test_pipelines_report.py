@@ -79,7 +79,12 @@ RECIPE = {
     "evaluate": {
         "perplexity": {"lengths": LENGTHS, "last_tokens": LAST},
         "passkey": {"lengths": (128, 256)},
-        "streaming": {"tokens": 512, "cache_tokens": 128, "models": ["base", "sink-token"]},
+        "streaming": {
+            "tokens": 512,
+            "cache_tokens": 128,
+            "sink_tokens": (1, 4),
+            "models": ["base", "no-sink", "sink-token"],
+        },
     },
 }
 
@@ -157,6 +162,7 @@ def write_arm(stage, out: Path) -> dict:
             "seconds": STEP_S[name],
             "skipped": False,
         }
+        | ({"sink_mass": {"first_token": [0.1 * n, 0.2], "softmax_sink": [0.0, 0.0]}} if pretrain and n % 2 else {})
         for n in range(choices.optim.steps)
     ]
     (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -206,12 +212,13 @@ def passkey_rows(model: str, choices) -> tuple[list[dict], dict]:
 
 def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], dict]:
     draw = np.random.default_rng(0)
-    nll = {way: draw.normal(3.2, 0.3, choices.tokens) for way in choices.ways}
-    nll["window"][choices.cache_tokens :] += 3
+    ways = [(way, n) for way in choices.ways for n in (choices.sink_tokens if way == "sinks" else (0,))]
+    nll = {key: draw.normal(3.2, 0.3, choices.tokens) for key in ways}
+    nll["window", 0][choices.cache_tokens :] += 3
     sampled_N = np.arange(choices.cache_tokens, choices.tokens, choices.recompute_every)
-    nll["recompute"] = nll["recompute"][sampled_N]
+    nll["recompute", 0] = nll["recompute", 0][sampled_N]
     rows, curves = tabulate(choices, nll, sampled_N)
-    return rows + curves, {f"streaming_ppl_{row['way']}": row["ppl"] for row in rows}
+    return rows + curves, {f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows}
 
 
 WRITERS = {
@@ -285,12 +292,23 @@ def test_every_number_of_the_main_table_is_that_of_an_artifact(written):
     assert "rows of 32 tokens, width 576" in groups[3]
 
 
+def test_sink_arms_are_compared_by_what_their_cache_keeps_and_where_attention_rests(written):
+    page = Page((written[0] / "report.html").read_text())
+    heads = next(row for row in page.rows if row[0] == "arm" and "0 + 128" in row)
+    assert heads == ["arm", "0 + 128", "1 + 127", "4 + 124", "all before it"]
+    _, window, *kept = next(row for row in page.rows if row[0].startswith("no-sink") and len(row) == len(heads))
+    assert all(float(window.replace(",", "")) > 5 * float(ppl) for ppl in kept)
+    ends = [row for row in page.rows if row[0].endswith("the first token")]
+    assert [row[1:] for row in ends] == [["0.500", "0.200"]] * 2
+    assert (written[0] / "sink-mass.png").stat().st_size > 5000
+
+
 def test_metrics_are_the_scores_and_costs_under_names_that_mlflow_takes(written):
     metrics = written[1]["metrics"]
     assert all(re.fullmatch(r"[\w./ -]+", name) for name in metrics)
     assert metrics["pack/efficiency/pack sink"] > 0.5
     assert metrics["eval/ppl_768/longlora"] == pytest.approx(31.2)
-    assert metrics["eval/streaming_ppl_window/base"] > 5 * metrics["eval/streaming_ppl_sinks/base"]
+    assert metrics["eval/streaming_ppl_window/base"] > 5 * metrics["eval/streaming_ppl_4_sinks/base"]
     assert metrics["eval/passkey_256/longlora"] == pytest.approx(2 / 3)
     assert metrics["compare/speedup_vs_full/longlora"] == pytest.approx(4.0 / 2.5)
     assert metrics["compare/speedup_vs_lora/longlora"] == pytest.approx(3.2 / 2.5)

@@ -6,7 +6,6 @@ import torch
 from toy_models import packed_corpus
 
 from training.batches import IGNORED, PackedRows, RowOrder
-from training.loss import count_targets
 
 ORDER = RowOrder(rows=100, seed=0, global_batch_rows=12)
 

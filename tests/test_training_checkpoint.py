@@ -16,7 +16,7 @@ from infra.launch import run_local
 from training.batches import RowOrder
 from training.checkpoint import check_trained, merge_adapter, newest_valid, problem, tensor_digests
 from training.longlora import apply_arm
-from training.model import load_model, tiny_model
+from training.model import fresh_llama, load_model
 from training.recipe import ArmRecipe, RopeRecipe
 
 STRETCH = RopeRecipe(type="linear", factor=2.0)
@@ -193,7 +193,7 @@ def test_adapter_files_have_the_names_that_peft_itself_would_write(tmp_path):
     names = ["embed_tokens", "input_layernorm", "norm", "post_attention_layernorm"]
     config = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], modules_to_save=names)
     config.ensure_weight_tying = True
-    get_peft_model(tiny_model(TINY, VOCAB, seed=0), config).save_pretrained(tmp_path / "peft")
+    get_peft_model(fresh_llama(TINY, VOCAB, seed=0), config).save_pretrained(tmp_path / "peft")
     theirs = {k: v.shape for k, v in load_file(tmp_path / "peft/adapter_model.safetensors").items()}
     assert {k: v.shape for k, v in weights(todo).items()} == theirs
 
@@ -226,7 +226,7 @@ def test_a_merge_that_loses_the_adapter_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_trainable_tensor_that_did_not_move_is_an_error():
-    model = apply_arm(tiny_model(TINY, VOCAB, seed=0), ArmRecipe(tune="lora+norm"))
+    model = apply_arm(fresh_llama(TINY, VOCAB, seed=0), ArmRecipe(tune="lora+norm"))
     start = tensor_digests(model)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -5,7 +5,7 @@ import torch
 from toy_models import TINY, VOCAB
 
 from training.longlora import apply_arm, trainable_parameters
-from training.model import tiny_model
+from training.model import fresh_llama
 from training.recipe import ArmRecipe
 
 IDS = torch.arange(2, 40)[None]
@@ -28,13 +28,13 @@ def arm(tune, **choices):
     ],
 )
 def test_an_arm_trains_what_its_name_says(tune, lora, embed, norm):
-    model = apply_arm(tiny_model(TINY, VOCAB, seed=0), arm(tune))
+    model = apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm(tune))
     got = trainable_parameters(model)
     assert got == {"total": lora + embed + norm, "lora": lora, "embed": embed, "norm": norm, "other": 0}
 
 
 def test_tuning_all_trains_every_parameter_and_counts_a_tied_one_once():
-    model = apply_arm(tiny_model(TINY, VOCAB, seed=0).requires_grad_(False), arm("all"))
+    model = apply_arm(fresh_llama(TINY, VOCAB, seed=0).requires_grad_(False), arm("all"))
     got = trainable_parameters(model)
     assert got["total"] == sum(p.numel() for p in model.parameters())
     assert (got["embed"], got["norm"], got["lora"]) == (EMBED, NORMS, 0)
@@ -42,14 +42,14 @@ def test_tuning_all_trains_every_parameter_and_counts_a_tied_one_once():
 
 @pytest.mark.parametrize("tune", ["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"])
 def test_an_arm_starts_from_the_bases_logits(tune):
-    base = tiny_model(TINY, VOCAB, seed=0)
+    base = fresh_llama(TINY, VOCAB, seed=0)
     with torch.no_grad():
         before = base(IDS).logits
         assert torch.equal(apply_arm(base, arm(tune))(IDS).logits, before)
 
 
 def test_only_trainable_parameters_get_a_gradient():
-    model = apply_arm(tiny_model(TINY, VOCAB, seed=0), arm("lora+norm"))
+    model = apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm("lora+norm"))
     model(IDS, labels=IDS).loss.backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == ("lora_" in name or "norm" in name), name
@@ -57,4 +57,4 @@ def test_only_trainable_parameters_get_a_gradient():
 
 def test_a_target_module_that_the_model_lacks_is_answered_with_the_nearest_names():
     with pytest.raises(ValueError, match=r"no linear layer 'query_proj'; nearest: .*k_proj"):
-        apply_arm(tiny_model(TINY, VOCAB, seed=0), arm("lora", target_modules=("query_proj",)))
+        apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm("lora", target_modules=("query_proj",)))

@@ -8,14 +8,15 @@ import pytest
 import torch
 from ranks import run_spawned
 from toy_models import VOCAB, job, packed_corpus, read_json, tiny_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 from infra.launch import OutOfMemory, Superseded, run_local
 from infra.tracking import Spool, read_events
 from training import loop
 from training.batches import PackedRows, RowOrder
 from training.loop import learning_rate
-from training.recipe import ArmRecipe, OptimRecipe, TinyModelRecipe
+from training.model import with_softmax_sinks
+from training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, TrainJob
 
 S2 = ArmRecipe(tune="lora+embed+norm", attention={"pattern": "shifted_sparse", "group_tokens": 8, "sink_tokens": 2})
 ACROSS_RANKS = 2e-5
@@ -193,7 +194,7 @@ def test_sink_arms_start_from_the_same_weights_and_read_the_same_text(tmp_path, 
     real = loop.checkpoint.tensor_digests
     monkeypatch.setattr(loop.checkpoint, "tensor_digests", lambda model: digests.append(real(model)) or digests[-1])
     for sink in ("none", "token"):
-        todo = job(tmp_path, name=sink, kind="pretrain", sink=sink, rope={}, model=TinyModelRecipe(context_length=64))
+        todo = job(tmp_path, name=sink, kind="pretrain", sink=sink, rope={}, model=LlamaRecipe(context_length=64))
         train(todo)
         read[sink] = steps(todo)
     start, end, other_start, other_end = digests
@@ -204,14 +205,58 @@ def test_sink_arms_start_from_the_same_weights_and_read_the_same_text(tmp_path, 
     assert all(b["targets"] - a["targets"] == 4 for a, b in zip(read["none"], read["token"], strict=True))
 
 
-def test_each_sink_arm_leaves_with_the_tokenizer_that_it_was_trained_with(tmp_path):
+@pytest.mark.parametrize("start", ["scratch", "base"])
+@pytest.mark.parametrize("sink", ["none", "zero", "token", "logit"])
+def test_each_sink_arm_is_what_plain_transformers_loads(tmp_path, monkeypatch, sink, start):
+    """Its logits, its tokenizer, its sinks; from scratch and as continued pretraining."""
     tiny_folder(tmp_path / "base")
     packed_corpus(tmp_path, first_token="sink")
-    for sink, first in (("none", []), ("token", [VOCAB])):
-        todo = job(tmp_path, name=sink, kind="pretrain", sink=sink, rope={}, model=TinyModelRecipe(context_length=64))
-        train(todo)
-        assert AutoTokenizer.from_pretrained(todo["out"])("w7 w8").input_ids == [*first, 7, 8]
-        assert AutoModelForCausalLM.from_pretrained(todo["out"]).config.vocab_size == VOCAB + 1
+    model = LlamaRecipe(context_length=64) if start == "scratch" else None
+    todo = job(tmp_path, name=sink, kind="pretrain", sink=sink, rope={}, model=model, sink_mass_every=4)
+    seen, real = {}, loop.checkpoint.check_trained
+    ids = torch.arange(2, 34)[None]
+
+    def spy(model, *args):
+        with torch.no_grad():
+            seen["logits"] = model.eval()(ids, use_cache=False).logits
+        real(model, *args)
+
+    monkeypatch.setattr("training.checkpoint.check_trained", spy)
+    train(todo)
+    tokenizer, plain = (kind.from_pretrained(todo["out"]) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    assert tokenizer("w7 w8").input_ids == [*([VOCAB] if sink == "token" else []), 7, 8]
+    assert plain.config.vocab_size == VOCAB + 1
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, seen["logits"], atol=2e-6, rtol=0)
+    sinks = [p for name, p in plain.named_parameters() if name.endswith("sinks")]
+    assert bool(sinks) == (sink in ("zero", "logit"))
+    assert all((p != 0).all() if sink == "logit" else (p == 0).all() for p in sinks)
+    rows = steps(todo)
+    assert [row["step"] for row in rows if "sink_mass" in row] == [1, 4, 6]
+    mass = rows[-1]["sink_mass"]
+    assert [0 < m < 1 for m in mass["first_token"]] == [True] * plain.config.num_hidden_layers
+    assert all((m > 0) == (sink in ("zero", "logit")) for m in mass["softmax_sink"])
+
+
+def test_sink_arms_start_alike_from_a_base_too(tmp_path):
+    """Before training, a model with a zero sink differs from the base by that alone."""
+    tiny_folder(tmp_path / "base")
+    packed_corpus(tmp_path, first_token="sink")
+    built = {}
+    for sink in ("none", "zero", "token", "logit"):
+        todo = TrainJob.model_validate(job(tmp_path, kind="pretrain", sink=sink, rope={}))
+        built[sink], _ = loop.build(todo, PackedRows(todo.corpus).info)
+    weights = {sink: dict(model.named_parameters()) for sink, model in built.items()}
+    for sink in weights:
+        assert all(torch.equal(p, weights[sink][name]) for name, p in weights["none"].items())
+    assert not any(p.requires_grad for name, p in weights["zero"].items() if "sinks" in name)
+    assert all(p.requires_grad for p in weights["logit"].values())
+
+
+def test_a_base_that_cannot_have_a_sink_in_its_softmax_is_refused(tmp_path):
+    config = GPTNeoXConfig(vocab_size=65, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM has no form with a sink in its softmax"):
+        with_softmax_sinks(GPTNeoXForCausalLM(config))
 
 
 def test_rows_with_a_sink_that_the_base_lacks_need_full_tuning(tmp_path):

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from training.loss import TokenLoss, count_targets, fused_linear_cross_entropy
-from training.model import tiny_model
-from training.recipe import TinyModelRecipe
+from training.model import fresh_llama
+from training.recipe import LlamaRecipe
 
 
 def case(dtype=torch.float64, batch=3, tokens=37, hidden=16, vocab=50, seed=0):
@@ -92,7 +92,7 @@ def test_a_second_backward_through_one_loss_is_refused():
 
 
 def test_the_loss_module_equals_the_models_own_loss_and_gradients():
-    model = tiny_model(TinyModelRecipe(hidden=32, layers=2, heads=2, kv_heads=1), vocab_size=61, seed=0).double()
+    model = fresh_llama(LlamaRecipe(hidden=32, layers=2, heads=2, kv_heads=1), vocab_size=61, seed=0).double()
     ids = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(24).expand(2, -1)
     expected = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
@@ -105,7 +105,7 @@ def test_the_loss_module_equals_the_models_own_loss_and_gradients():
 
 
 def test_a_model_that_caps_its_logits_is_refused():
-    model = tiny_model(TinyModelRecipe(hidden=32, layers=1, heads=2, kv_heads=2), vocab_size=61, seed=0)
+    model = fresh_llama(LlamaRecipe(hidden=32, layers=1, heads=2, kv_heads=2), vocab_size=61, seed=0)
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         TokenLoss(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy_models import TINY, VOCAB, tiny_folder, tiny_tokenizer
 
-from training.model import describe, fit_embeddings, load_model, tiny_model
+from training.model import describe, fit_embeddings, fresh_llama, load_model
 from training.recipe import RopeRecipe
 
 
@@ -12,7 +12,7 @@ def test_a_folder_loads_with_the_same_logits_as_the_model_that_was_saved(tmp_pat
     ids = torch.arange(2, 40)[None]
     model, tokenizer = load_model(tiny_folder(tmp_path))
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, tiny_model(TINY, VOCAB, seed=0)(ids).logits)
+        assert torch.equal(model(ids).logits, fresh_llama(TINY, VOCAB, seed=0)(ids).logits)
     assert tokenizer("w5 w6").input_ids == [5, 6]
 
 
@@ -58,7 +58,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
 
 def test_describe_counts_what_the_model_has(tmp_path):
     facts = describe(tiny_folder(tmp_path))
-    model = tiny_model(TINY, VOCAB, seed=0)
+    model = fresh_llama(TINY, VOCAB, seed=0)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["head_dim"]) == (2, 4, 2, 8)
     assert (facts["vocab"], facts["context_length"], facts["architecture"]) == (VOCAB, 64, "LlamaForCausalLM")
@@ -66,9 +66,9 @@ def test_describe_counts_what_the_model_has(tmp_path):
 
 def test_a_tiny_models_weights_depend_on_its_seed_alone():
     torch.manual_seed(123)
-    first = tiny_model(TINY, VOCAB, seed=7).state_dict()
+    first = fresh_llama(TINY, VOCAB, seed=7).state_dict()
     torch.manual_seed(456)
-    second, other = tiny_model(TINY, VOCAB, seed=7).state_dict(), tiny_model(TINY, VOCAB, seed=8).state_dict()
+    second, other = fresh_llama(TINY, VOCAB, seed=7).state_dict(), fresh_llama(TINY, VOCAB, seed=8).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 

@@ -12,7 +12,7 @@ from infra.launch import run_local
 from infra.resources import Resources
 from training.longlora import apply_arm
 from training.loss import TokenLoss, causal_lm, count_targets
-from training.model import tiny_model
+from training.model import fresh_llama
 from training.recipe import ArmRecipe, OptimRecipe
 from training.zero import backward, deepspeed_config, skip_shm_build, start_engine, step, whole
 
@@ -35,7 +35,7 @@ def global_batch(step_number):
 
 def fresh(tune):
     torch.manual_seed(0)
-    return apply_arm(tiny_model(TINY, VOCAB, seed=0), ArmRecipe(tune=tune, lora_rank=4))
+    return apply_arm(fresh_llama(TINY, VOCAB, seed=0), ArmRecipe(tune=tune, lora_rank=4))
 
 
 EMBED_SCALE = 0.1
@@ -164,6 +164,6 @@ def test_nothing_is_compiled_to_start_a_process_group():
 
 
 def test_an_arm_that_trains_nothing_is_refused():
-    module = TokenLoss(tiny_model(TINY, VOCAB, seed=0).requires_grad_(False))
+    module = TokenLoss(fresh_llama(TINY, VOCAB, seed=0).requires_grad_(False))
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         start_engine(module, OPTIM, Resources(), global_batch_rows=4, learning_rate=RATE)

@@ -8,12 +8,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from infra.resources import Resources
-from training.model import tiny_model
+from training.model import fresh_llama
 from training.packed import pack_corpus
-from training.recipe import CorpusRecipe, OptimRecipe, PackRecipe, RopeRecipe, SourceRecipe, TinyModelRecipe, TrainJob
+from training.recipe import CorpusRecipe, LlamaRecipe, OptimRecipe, PackRecipe, RopeRecipe, SourceRecipe, TrainJob
 
 VOCAB = 64
-TINY = TinyModelRecipe(hidden=32, layers=2, heads=4, kv_heads=2, context_length=64)
+TINY = LlamaRecipe(hidden=32, layers=2, heads=4, kv_heads=2, context_length=64)
 
 
 def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
@@ -26,7 +26,7 @@ def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
 
 def tiny_folder(folder: Path, seed: int = 0, vocab: int = VOCAB, tied: bool = True) -> Path:
     """A Hugging Face folder: tiny Llama (context 64) and tokenizer."""
-    model = tiny_model(TINY, vocab, seed)
+    model = fresh_llama(TINY, vocab, seed)
     if not tied:
         head = torch.nn.Parameter(
             torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(seed))

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from attention import PATTERNS
 from attention.hf import active_pattern, set_pattern
 from attention.pattern import Pattern
+from attention.sink_mass import sink_mass
 from infra.artifact import digest_of
 from infra.environment import system_metrics
 from infra.launch import OutOfMemory, Stopped, Superseded
@@ -33,12 +34,15 @@ from training import checkpoint, throughput, zero
 from training.batches import PackedRows, RowOrder
 from training.longlora import apply_arm, trainable_parameters
 from training.loss import TokenLoss, causal_lm, count_targets
-from training.model import fit_embeddings, load_model, tiny_model
+from training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
 from training.recipe import OptimRecipe, TrainJob
 from training.skips import Skips
 
 LARGE_EMBEDDING = 0.1
 """Share of the parameters from which it is said that an arm trains its embeddings."""
+
+PROBE_ROWS = 4
+"""The corpus' first rows, on which it is measured where attention rests."""
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +104,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     )
     engine.train()
     order = RowOrder(len(rows), todo.seed, global_rows)
+    probe = rows.batch(range(min(PROBE_ROWS, len(rows))), drop_first=drops_first(todo))["input_ids"].to(engine.device)
 
     # ---- resume
     log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
@@ -121,7 +126,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         clock = throughput.Clock()
         set_active(model, pattern_of(todo, step))
         micro_rows = order.for_rank(step, rank, world, resources.micro_batch_rows)
-        batches = [rows.batch(ids, drop_first=todo.kind == "pretrain" and todo.sink == "none") for ids in micro_rows]
+        batches = [rows.batch(ids, drop_first=drops_first(todo)) for ids in micro_rows]
         stop_asked = todo.stop_file is not None and Path(todo.stop_file).exists()
         # One mean over the targets of the whole global batch, however they are spread: the ranks agree on their number.
         targets, tokens, stop = all_sum(
@@ -152,13 +157,15 @@ def _train(todo: TrainJob) -> dict[str, Any]:
             norm = zero.step(engine, rate)
             clock.lap("step")
         row_ids = order.rows_of_step(step).tolist()
+        measured = {"sink_mass": sink_mass(causal_lm(model), probe)} if sink_mass_due(todo, step) else {}
         if trained := math.isfinite(norm):
             skips.trained(step, mean_loss)
         if log:
             log.add(
                 {"step": step + 1, "loss": mean_loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
                 | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
-                | {"phases": clock.laps, "rows": row_ids, "skipped": not trained},
+                | {"phases": clock.laps, "rows": row_ids, "skipped": not trained}
+                | measured,
                 total=optim.steps,
             )
         if not trained:
@@ -201,16 +208,23 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
     """
     tokenizer = AutoTokenizer.from_pretrained(Path(todo.corpus) / "tokenizer", local_files_only=True)
     if todo.kind == "pretrain":
-        assert todo.model is not None, "pretraining needs a model recipe"
-        # Both sink arms get the sink's embedding row, so they start from the same weights; one never looks it up.
-        model: Any = tiny_model(todo.model, packed["vocab_size"], todo.seed)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(model.config, key, getattr(tokenizer, key))
-        if todo.sink == "none":
-            tokenizer = AutoTokenizer.from_pretrained(todo.base, local_files_only=True)
+        # All sink arms get the sink token's embedding row, so they start from the same weights; most never look it up.
+        own = AutoTokenizer.from_pretrained(todo.base, local_files_only=True)
+        if todo.model is not None:
+            model: Any = fresh_llama(todo.model, packed["vocab_size"], todo.seed)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(model.config, key, getattr(tokenizer, key))
+        else:
+            model, _ = load_model(todo.base)
+            check_tokenizer(own.get_vocab(), tokenizer.get_vocab())
+            fit_embeddings(model, tokenizer)
+        if todo.sink in ("zero", "logit"):
+            model = with_softmax_sinks(model)
+        if todo.sink != "token":
+            tokenizer = own
     else:
-        model, own = load_model(todo.base, rope=todo.rope)
-        check_tokenizer(own.get_vocab(), tokenizer.get_vocab())
+        model, own_tokenizer = load_model(todo.base, rope=todo.rope)
+        check_tokenizer(own_tokenizer.get_vocab(), tokenizer.get_vocab())
         if fit_embeddings(model, tokenizer) and todo.arm.tune != "all":
             raise ValueError(
                 f"the rows begin with a token that the base lacks ({packed['first_token']!r}): an adapter cannot carry "
@@ -227,8 +241,22 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
     if todo.resources.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = apply_arm(model, todo.arm)
+    if todo.sink == "zero":  # stays where it starts
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith(".sinks"))
     set_active(model, pattern_of(todo, 0))
     return model, tokenizer
+
+
+def drops_first(todo: TrainJob) -> bool:
+    """Whether this arm reads the rows without their sink tokens."""
+    return todo.kind == "pretrain" and todo.sink != "token"
+
+
+def sink_mass_due(todo: TrainJob, step: int) -> bool:
+    """Whether it is measured after this step (counted from 0) where attention rests: at the end in any case."""
+    every = todo.sink_mass_every
+    return bool(every) and ((step + 1) % every == 0 or step + 1 == todo.optim.steps or step == 0)
 
 
 def pattern_of(todo: TrainJob, step: int) -> Pattern:
@@ -326,6 +354,7 @@ class StepLog:
             values = {f"train/{n}": row[n] for n in names if row[n] is not None} | {
                 f"time/{k}_s": v for k, v in row["phases"].items()
             }
+            values |= {f"sink/{k}": sum(layers) / len(layers) for k, layers in row.get("sink_mass", {}).items()}
             self.spool.metrics(values | system_metrics(), step=row["step"])
         loss = {} if row["loss"] is None else {"loss": row["loss"]}
         self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)

@@ -1,4 +1,4 @@
-"""Models in: a converted folder, its RoPE stretched before the weights are built; or a tiny Llama from scratch.
+"""Models in: a converted folder, its RoPE stretched before the weights are built; or a Llama from scratch.
 
 `rope_parameters` belongs in the config from the start: the rotary module computes its frequencies once, when it is
 built, so a config changed afterwards would say one thing and the model do another.
@@ -16,6 +16,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from attention.rope import stretched_config
-from training.recipe import RopeRecipe, TinyModelRecipe
+from training.recipe import LlamaRecipe, RopeRecipe
 
 
 def load_model(
@@ -70,8 +72,8 @@ def describe(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def tiny_model(recipe: TinyModelRecipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """A fresh float32 Llama with tied embeddings; the same seed gives the same weights, whatever was drawn before."""
+def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """A Llama in float32 with tied embeddings; the same seed gives the same weights, whatever was drawn before."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden,
@@ -85,6 +87,35 @@ def tiny_model(recipe: TinyModelRecipe, vocab_size: int, seed: int) -> LlamaForC
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
+    """The same Llama with a sink logit a head, all 0, in each softmax (attention/sink_softmax.py).
+
+    As transformers' `granite_swa`, which is Llama with these logits once every layer sees everything: plain
+    transformers computes it from the saved folder. `model` is not used afterwards. ValueError for other architectures.
+    """
+    old = model.config
+    if not isinstance(old, LlamaConfig) or old.attention_bias or old.mlp_bias:
+        raise ValueError(
+            f"{type(model).__name__} has no form with a sink in its softmax: sinks 'zero' and 'logit' need a Llama "
+            f"without biases; take 'token', or another base"
+        )
+    head_dim = old.head_dim or old.hidden_size // old.num_attention_heads
+    same = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"]
+    same += ["num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters"]
+    same += ["tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "dtype"]
+    config = GraniteSWAConfig(
+        **{name: getattr(old, name) for name in same},
+        layer_types=["full_attention"] * old.num_hidden_layers,
+        sliding_window=old.max_position_embeddings,  # no layer has one, and yet a mask of it is made
+        attention_multiplier=head_dim**-0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        sunk = GraniteSWAForCausalLM(config)
+    missing = sunk.load_state_dict(model.state_dict(), strict=False)
+    assert {key.rpartition(".")[2] for key in missing.missing_keys} == {"sinks"}, "Llama's weights, and nothing else"
+    return sunk
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

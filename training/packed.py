@@ -85,14 +85,15 @@ def pack_corpus(
         "documents": {split: found.splits.count(split) for split in SPLITS},
         "source_digest": digest,
     }
-    report = {key: packed[key] for key in ("rows", "tokens", "efficiency", "documents")} | found.report(pack.seq_len - lead)
+    report = {key: packed[key] for key in ("rows", "tokens", "efficiency", "documents")}
+    report |= found.report(pack.seq_len - lead)
     for name, content in (("packed.json", packed), ("report.json", report)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return packed
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The tokenizer, with a sink token if that is asked for, and the id that opens each row (each document, where they are isolated)."""
+    """The tokenizer, with a sink token if that is asked for, and the id that opens each row or document."""
     if kind == "sink":
         return with_sink_token(tokenizer)
     if kind == "bos" and tokenizer.bos_token_id is None:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from infra.choices import Choices
 from infra.resources import Resources
 
+Sink = Literal["none", "zero", "token", "logit"]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
 
 
@@ -269,7 +270,7 @@ class FinetuneRecipe(OptimRecipe):
         return self
 
 
-class TinyModelRecipe(Choices):
+class LlamaRecipe(Choices):
     """A Llama from scratch."""
 
     hidden: int = Field(default=128, ge=8)
@@ -284,7 +285,7 @@ class TinyModelRecipe(Choices):
     """Positions that the model is made for."""
 
     @model_validator(mode="after")
-    def _heads(self) -> "TinyModelRecipe":
+    def _heads(self) -> "LlamaRecipe":
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise ValueError(f"hidden {self.hidden} / heads {self.heads} is no even head size: change one of them")
         if self.heads % self.kv_heads:
@@ -293,26 +294,37 @@ class TinyModelRecipe(Choices):
 
 
 class PretrainArm(Choices):
-    """What stands first in a row while a model is trained from scratch."""
+    """Where a head's attention may go when it has nowhere to go (2309.17453, section 3.3)."""
 
-    sink: Literal["none", "token"] = "none"
-    """token: a dedicated, learned sink token before the first token of each row (2309.17453, section 3.3)."""
+    sink: Sink = "none"
+    """none: to the first token, as it happens; zero: to a column of zeros in each softmax (softmax-off-by-one);
+    token: to a dedicated, learned token before each row's (each isolated document's) first; logit: to a learned logit
+    per head in each softmax (gpt-oss)."""
 
 
 class PretrainRecipe(OptimRecipe):
-    """Attention-sink pretraining: the same model on the same text, with and without a sink token."""
+    """Attention-sink pretraining: the same model on the same text, with one sink or another."""
 
-    model: TinyModelRecipe = TinyModelRecipe()
-    """The model."""
+    model: LlamaRecipe | None = LlamaRecipe()
+    """A model from scratch; null: pretraining goes on from the base's weights."""
+    vocab_size: int | None = Field(default=None, ge=257)
+    """Size of a byte-level BPE vocabulary of the corpus' own; without it, the base's tokenizer."""
     pack: PackRecipe
-    """Rows, with the sink token first; the arm without it drops that column, so both read the same text."""
+    """Rows, with the sink token first; arms without it drop it, so all read the same text."""
+    sink_mass_every: int = Field(default=0, ge=0)
+    """Measure every so many steps how much attention rests on first tokens and sinks; 0: never."""
     arms: dict[str, PretrainArm] = Field(min_length=1)
     """By name."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainRecipe":
         check_batch(self.global_batch_tokens, self.pack.seq_len)
-        if self.pack.seq_len > self.model.context_length:
+        if self.model is None and self.vocab_size is not None:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} with model null: the base's weights know the base's tokens only; leave "
+                f"vocab_size out, or give a model"
+            )
+        if self.model is not None and self.pack.seq_len > self.model.context_length:
             raise ValueError(
                 f"pack.seq_len {self.pack.seq_len} exceeds model.context_length {self.model.context_length}: "
                 f"lower the first or raise the second"
@@ -344,13 +356,24 @@ class FinetuneStageRecipe(Choices):
     """Row order, LoRA's initialisation."""
 
 
+class TokenizerRecipe(Choices):
+    """A tokenizer of the corpus' own."""
+
+    corpus: CorpusRecipe
+    """Its training documents are learned from."""
+    vocab_size: int
+    """Tokens."""
+
+
 class PretrainStageRecipe(Choices):
     """One sink arm's part of the recipe."""
 
-    model: TinyModelRecipe
-    """The model."""
+    model: LlamaRecipe | None
+    """The model; None: the base."""
     arm: PretrainArm
-    """With or without a sink token."""
+    """The sink."""
+    sink_mass_every: int
+    """Steps between two measurements of where attention rests."""
     optim: OptimRecipe
     """Optimizer and schedule."""
     seed: int
@@ -377,19 +400,21 @@ class TrainJob(Choices):
     """All that one rank needs to train: the choices, and where things are. Plain data, so it travels through Ray."""
 
     kind: Literal["finetune", "pretrain"]
-    """What to start from: the base's weights, or a fresh `model`."""
+    """An arm of context extension, or of sink pretraining."""
     corpus: str
     """PackedCorpus folder."""
     base: str
-    """Base model folder; pretraining takes only its tokenizer, for the arm without a sink."""
+    """Base model folder; a fresh model takes only its tokenizer."""
     rope: RopeRecipe = RopeRecipe()
     """The stretch (finetune)."""
     arm: ArmRecipe = ArmRecipe()
     """The method (finetune)."""
-    model: TinyModelRecipe | None = None
-    """The fresh model (pretrain)."""
-    sink: Literal["none", "token"] = "none"
-    """Whether rows begin with the sink token (pretrain); `none` drops that column."""
+    model: LlamaRecipe | None = None
+    """The fresh model (pretrain); None: the base's weights."""
+    sink: Sink = "none"
+    """The sink (pretrain); all but `token` drop the rows' sink tokens."""
+    sink_mass_every: int = 0
+    """Steps between two measurements of where attention rests (pretrain); 0: never."""
     optim: OptimRecipe
     """Optimizer and schedule."""
     seed: int
@@ -411,4 +436,5 @@ class TrainJob(Choices):
 
     def choices(self) -> dict[str, object]:
         """What changes the result; a checkpoint with other choices is not resumed from."""
-        return self.model_dump(mode="json", include={"kind", "rope", "arm", "model", "sink", "optim", "seed"})
+        places = {"corpus", "base", "resources", "out", "work", "earlier", "superseded_file", "stop_file", "spool"}
+        return self.model_dump(mode="json", exclude=places)

@@ -1,0 +1,56 @@
+"""Where attention rests: on hand-made models whose answer is known."""
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+
+from attention import PATTERNS
+from attention.hf import active_pattern, set_pattern
+from attention.sink_mass import sink_mass
+from training.model import with_softmax_sinks
+
+IDS = torch.arange(20).repeat(2, 1)
+
+
+def uniform(model):
+    """Every key has the same score."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.zero_()
+    return model
+
+
+def test_a_uniform_head_gives_the_first_token_its_share():
+    mass = sink_mass(uniform(tiny_llama()), IDS)
+    share = sum(1 / (t + 1) for t in range(10, 20)) / 10
+    assert mass["first_token"] == pytest.approx([share] * 2)
+    assert mass["softmax_sink"] == [0, 0]
+
+
+def test_a_sink_logit_takes_its_share_from_all_keys():
+    model = with_softmax_sinks(uniform(tiny_llama()))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.sinks.fill_(torch.tensor(5.0).log())  # weighs as much as five keys
+    mass = sink_mass(model, IDS)
+    for layer, sink in ((0, 1), (1, 5)):
+        assert mass["softmax_sink"][layer] == pytest.approx(sum(sink / (t + 1 + sink) for t in range(10, 20)) / 10)
+        assert mass["first_token"][layer] == pytest.approx(sum(1 / (t + 1 + sink) for t in range(10, 20)) / 10)
+
+
+def test_measuring_changes_neither_the_model_nor_what_it_attends_by():
+    model = tiny_llama()
+    pattern = PATTERNS["grouped"](group_tokens=4)
+    set_pattern(model, pattern)
+    before = model(IDS, use_cache=False).logits
+    sink_mass(model, IDS)
+    assert active_pattern(model).pattern == pattern
+    assert torch.equal(model(IDS, use_cache=False).logits, before)
+
+
+def test_the_model_computes_as_ever_while_it_is_measured(monkeypatch):
+    """The pass that measures gives the logits that any other gives: what is measured is the model's own attention."""
+    model, seen = tiny_llama(), []
+    before = model(IDS, use_cache=False).logits[:, -1:]
+    model.register_forward_hook(lambda module, args, out: seen.append(out.logits))
+    sink_mass(model, IDS)
+    torch.testing.assert_close(seen[0], before, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,44 @@
+"""A byte-level BPE tokenizer of the corpus' own, for models from scratch: a small vocabulary leaves a small model its
+parameters for the layers.
+
+    pytest tests/test_training_tokenizer.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from training.corpus import Document, read_documents, split_of
+from training.recipe import CorpusRecipe
+
+EOS = "<|endoftext|>"
+
+
+def train_tokenizer(corpus: CorpusRecipe, vocab_size: int, out: Path, *, base_dir: Path | str = ".") -> dict[str, Any]:
+    """Learns merges from the training documents (malformed ones are left out) and saves a Hugging Face tokenizer.
+
+    Byte-level: every text can be written in it. Returns {"vocab_size": its tokens}. ValueError if there is too
+    little text for so many.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    texts = (
+        block
+        for document in read_documents(corpus, base_dir)
+        if isinstance(document, Document) and split_of(document.name, corpus) == "train"
+        for block in document.blocks()
+    )
+    core.train_from_iterator(texts, trainer)
+    if (got := core.get_vocab_size()) != vocab_size:
+        raise ValueError(f"vocab_size {vocab_size}, but the training documents give only {got} tokens: lower it")
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS).save_pretrained(out)
+    return {"vocab_size": got}
