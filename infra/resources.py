@@ -4,7 +4,7 @@ part of a fingerprint: the same recipe on another machine finds the artifacts th
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.choices import Choices
 
@@ -22,10 +22,14 @@ class Resources(Choices):
     """Rows in one forward pass of one rank; the rest of the global batch is gradient accumulation."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is sharded over the ranks."""
-    offload: Literal["none", "cpu"] = "none"
-    """Where the optimizer's state lives: with the rank's device, or in host memory."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state lives: with the rank's device, in host memory, or on a disk (zero_stage 3, and
+    DeepSpeed's async_io, which needs libaio's headers and a compiler)."""
     offload_parameters: bool = False
-    """The weights live in host memory too, and come to the device layer by layer (zero_stage 3)."""
+    """The weights live in host memory too (with offload nvme: on the disk), and come to the device layer by layer
+    (zero_stage 3)."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk, the same on every node; required by offload nvme."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of training. On CPUs without AMX, float32 is the faster one."""
     activation_checkpointing: bool = False
@@ -38,3 +42,13 @@ class Resources(Choices):
     """Optimizer steps between checkpoints: the most work that a crash can cost."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints of an attempt that are kept while it runs."""
+
+    @model_validator(mode="after")
+    def _offload(self) -> "Resources":
+        needed = 3 if self.offload == "nvme" or self.offload_parameters else 1 if self.offload == "cpu" else 0
+        if self.zero_stage < needed:
+            field = f"offload {self.offload}" if self.offload != "none" else "offload_parameters"
+            raise ValueError(f"{field} needs zero_stage {needed}{' or more' * (needed < 3)}; it is {self.zero_stage}")
+        if (self.offload == "nvme") != (self.nvme_path is not None):
+            raise ValueError(f"offload {self.offload} with nvme_path {self.nvme_path}: set both, or neither")
+        return self

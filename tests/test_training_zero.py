@@ -14,7 +14,7 @@ from training.longlora import apply_arm
 from training.loss import TokenLoss, causal_lm, count_targets
 from training.model import fresh_llama
 from training.recipe import ArmRecipe, OptimRecipe
-from training.zero import backward, deepspeed_config, skip_shm_build, start_engine, step, whole
+from training.zero import backward, check_nvme, deepspeed_config, skip_shm_build, start_engine, step, whole
 
 OPTIM = OptimRecipe(steps=4, global_batch_tokens=4 * 24, learning_rate=3e-3, warmup_steps=0, clip_norm=0.5)
 RATE = 3e-3
@@ -143,14 +143,34 @@ def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
         deepspeed_config(OPTIM, Resources(micro_batch_rows=2), global_batch_rows=6, world=2)
 
 
-def test_offload_without_sharding_is_refused():
-    with pytest.raises(ValueError, match="needs zero_stage 1, 2 or 3"):
-        deepspeed_config(OPTIM, Resources(zero_stage=0, offload="cpu"), global_batch_rows=2, world=2)
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"zero_stage": 0, "offload": "cpu"}, "offload cpu needs zero_stage 1 or more; it is 0"),
+        ({"zero_stage": 2, "offload_parameters": True}, "offload_parameters needs zero_stage 3; it is 2"),
+        ({"zero_stage": 2, "offload": "nvme", "nvme_path": "/d"}, "offload nvme needs zero_stage 3; it is 2"),
+        ({"zero_stage": 3, "offload": "nvme"}, "offload nvme with nvme_path None: set both"),
+        ({"zero_stage": 3, "offload": "cpu", "nvme_path": "/d"}, "offload cpu with nvme_path /d: set both, or neither"),
+    ],
+)
+def test_offload_that_cannot_be_is_refused_with_the_recipe(choices, message):
+    with pytest.raises(ValueError, match=message):
+        Resources(**choices)
 
 
-def test_parameters_are_offloaded_only_where_they_are_sharded():
-    with pytest.raises(ValueError, match="offload_parameters needs zero_stage 3; it is 2"):
-        deepspeed_config(OPTIM, Resources(zero_stage=2, offload_parameters=True), global_batch_rows=4, world=1)
+def test_a_disk_is_named_to_deepspeed_for_both_kinds_of_state():
+    resources = Resources(zero_stage=3, offload="nvme", nvme_path="/disk", offload_parameters=True)
+    zero = deepspeed_config(OPTIM, resources, global_batch_rows=2, world=2)["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "nvme", "nvme_path": "/disk"}
+
+
+def test_a_disk_that_is_not_there_or_no_async_io_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    there = {"zero_stage": 3, "offload": "nvme", "nvme_path": str(tmp_path)}
+    with pytest.raises(ValueError, match=rf"nvme_path {tmp_path}/none: no folder"):
+        check_nvme(Resources(**there | {"nvme_path": f"{tmp_path}/none"}))
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self: False)
+    with pytest.raises(ValueError, match="async_io cannot be built here, libaio's headers are missing"):
+        check_nvme(Resources(**there))
 
 
 def test_nothing_is_compiled_to_start_a_process_group():

@@ -83,6 +83,8 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     out, checkpoints = Path(todo.out), Path(todo.work) / "checkpoints"
     torch.manual_seed(todo.seed)
 
+    zero.check_nvme(resources)
+
     # ---- the model, as every arm starts
     rows = PackedRows(Path(todo.corpus))
     model, tokenizer = build(todo, rows.info)

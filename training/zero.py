@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -34,15 +35,12 @@ def deepspeed_config(
             f"{resources.micro_batch_rows}: change workers or micro_batch_rows so that their product divides it, "
             f"or global_batch_tokens"
         )
-    if resources.offload != "none" and resources.zero_stage == 0:
-        raise ValueError(f"offload {resources.offload!r} needs zero_stage 1, 2 or 3; it is 0")
-    if resources.offload_parameters and resources.zero_stage != 3:
-        raise ValueError(f"offload_parameters needs zero_stage 3; it is {resources.zero_stage}")
     zero: dict[str, Any] = {"stage": resources.zero_stage}
+    disk = {"nvme_path": resources.nvme_path} if resources.offload == "nvme" else {}
     if resources.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
+        zero["offload_param"] = {"device": "nvme" if disk else "cpu", **disk}
     if resources.offload != "none":
-        zero["offload_optimizer"] = {"device": resources.offload}
+        zero["offload_optimizer"] = {"device": resources.offload, **disk}
     return {
         "train_micro_batch_size_per_gpu": resources.micro_batch_rows,
         "gradient_accumulation_steps": global_batch_rows // rows_at_once,
@@ -52,6 +50,22 @@ def deepspeed_config(
         "bf16": {"enabled": resources.dtype == "bfloat16", "check_grad_overflow": True},
         "steps_per_print": 1 << 30,  # the loop reports
     }
+
+
+def check_nvme(resources: Resources) -> None:
+    """ValueError where weights or optimizer state are to live on a disk and cannot; tried before a model is loaded."""
+    if resources.offload != "nvme":
+        return
+    assert resources.nvme_path is not None
+    if not os.access(resources.nvme_path, os.W_OK):
+        raise ValueError(f"resources.nvme_path {resources.nvme_path}: no folder that this rank may write to")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            "resources.offload nvme: DeepSpeed's async_io cannot be built here, libaio's headers are missing (Debian: "
+            "libaio-dev); install them, or offload to cpu"
+        )
 
 
 def start_engine(
