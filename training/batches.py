@@ -93,6 +93,10 @@ class PackedRows:
         rows = [self._columns[column][b][row - self._ends[b]] for b, row in zip(block_B, row_ids, strict=True)]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
+    def mean_document(self, rows: int = 256) -> float:
+        """Tokens of the document that a token stands in, on average over the first rows: 2 x mean position + 1."""
+        return 2 * float(self._read("position_ids", np.arange(min(rows, len(self)))).double().mean()) + 1
+
     def batch(self, row_ids: Sequence[int] | np.ndarray, drop_first: bool = False) -> dict[str, torch.Tensor]:
         """input_ids, position_ids and labels of some rows: [B, T] int64 each.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from training.batches import PackedRows, RowOrder
 from training.longlora import apply_arm, trainable_parameters
 from training.loss import TokenLoss, causal_lm, count_targets
 from training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
+from training.planner import Shape, predict
 from training.recipe import OptimRecipe, TrainJob
 from training.skips import Skips
 
@@ -108,6 +110,9 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     order = RowOrder(len(rows), todo.seed, global_rows)
     probe = rows.batch(range(min(PROBE_ROWS, len(rows))), drop_first=drops_first(todo))["input_ids"].to(engine.device)
 
+    # ---- what it should cost
+    facts |= foreseen(todo, causal_lm(model), rows, facts, engine.device)
+
     # ---- resume
     log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
     identity = digest_of(todo.choices())
@@ -167,7 +172,8 @@ def _train(todo: TrainJob) -> dict[str, Any]:
                 {"step": step + 1, "loss": mean_loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
                 | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
                 | {"phases": clock.laps, "rows": row_ids, "skipped": not trained}
-                | measured,
+                | measured
+                | mfu(facts, clock.total, world),
                 total=optim.steps,
             )
         if not trained:
@@ -269,6 +275,41 @@ def pattern_of(todo: TrainJob, step: int) -> Pattern:
     return PATTERNS[choice.pattern](**choice.arguments())
 
 
+def foreseen(
+    todo: TrainJob, model: Any, rows: PackedRows, facts: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """{machine, predicted}: what the ranks were measured to do, and what a step should cost; both None for a model that
+    is no Llama to the planner."""
+    shape = Shape.of(model.config.to_dict())
+    if not shape.counts(facts):
+        return {"machine": None, "predicted": None}
+    seq_len, document = rows.info["seq_len"], rows.mean_document()
+    machine = throughput.calibrate(
+        shape,
+        tokens=todo.resources.micro_batch_rows * seq_len,
+        span=int(min(document, todo.arm.attention.group_tokens or document)),
+        device=device,
+        dtype=next(model.parameters()).dtype,
+    )
+    predicted = predict(
+        shape,
+        todo.arm,
+        rows=todo.optim.global_batch_tokens // seq_len,
+        seq_len=seq_len,
+        resources=todo.resources,
+        machine=machine,
+        document=document,
+    )
+    return {"machine": asdict(machine), "predicted": asdict(predicted)}
+
+
+def mfu(facts: dict[str, Any], seconds: float, world: int) -> dict[str, float]:
+    """Model FLOPs utilisation: the step's FLOPs, recomputation left out, over what the matrices alone could do here."""
+    if facts["predicted"] is None:
+        return {}
+    return {"mfu": facts["predicted"]["flops"] / seconds / world / facts["machine"]["matmul"]}
+
+
 def set_active(model: Any, pattern: Pattern) -> None:
     """Lets `model` compute `pattern`. RuntimeError: another one is on afterwards."""
     now = active_pattern(model)
@@ -352,8 +393,8 @@ class StepLog:
         if self.spool is None:
             return
         if row["step"] > self.told:
-            names = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds")
-            values = {f"train/{n}": row[n] for n in names if row[n] is not None} | {
+            names = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu")
+            values = {f"train/{n}": row[n] for n in names if row.get(n) is not None} | {
                 f"time/{k}_s": v for k, v in row["phases"].items()
             }
             values |= {f"sink/{k}": sum(layers) / len(layers) for k, layers in row.get("sink_mass", {}).items()}

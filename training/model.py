@@ -64,6 +64,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
         "kv_heads": getattr(config, "num_key_value_heads", heads),
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "hidden": config.hidden_size,
+        "intermediate": getattr(config, "intermediate_size", 0),
         "vocab": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "rope": config.rope_parameters,
@@ -77,7 +78,7 @@ def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCaus
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden,
-        intermediate_size=-(-recipe.hidden * 8 // 3 // 32) * 32,  # Llama's 8/3 of the width, up to a multiple of 32
+        intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,

@@ -5,25 +5,33 @@ plus what the backward pass needs of each layer; seconds are the FLOPs and bytes
 do (training/throughput.py `calibrate`), each kind of work at its own rate. Llama-like models (q, k, v, o, a gated MLP).
 No torch here: `longreach plan` reads this in milliseconds.
 
-    predict(Shape.of(config), arm, tokens=1024, seq_len=1024, resources=..., machine=...)
+    predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources, machine=machine).step_s
 
-Legend: a row is seq_len tokens; a rank holds `tokens` of them at once; floats are numbers of the compute type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from infra.resources import Resources
 from training.recipe import ArmRecipe, AttentionRecipe
 
 GIB = 2**30
+CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 LOSS_CHUNK = 512
 """Tokens whose logits exist at once (training/loss.py)."""
 ATTENTION_BACKWARD = 2.5
 """Products of the flash backward over those of its forward: scores again, and four for the gradients, over two."""
+PASSES = 3
+"""Elementwise operations read about two floats for each that they write."""
+LOSS_PASSES = 12
+"""Times that a logit is read or written: made, summed, lowered, exponentiated, marked, weighted, and used twice."""
+OPTIMIZER_BYTES = 7 * 4
+"""AdamW reads weight, gradient and two moments, and writes three of them."""
+PROCESS_GIB = 0.65
+"""A rank with torch, DeepSpeed and Ray before it has a model, where none was measured."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """From a config.json's content."""
+        """From a config.json's content; what it does not say is 0, and then nothing `counts`."""
+        config = dict.fromkeys(CONFIG_KEYS, 0) | dict(config)
         heads = config["num_attention_heads"]
         return cls(
             layers=config["num_hidden_layers"],
@@ -49,10 +58,15 @@ class Shape:
             intermediate=config["intermediate_size"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // max(heads, 1),
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
         )
+
+    def counts(self, facts: Mapping[str, Any]) -> bool:
+        """Whether this counting fits a model of so many parameters (`total_parameters`, LoRA's included)."""
+        whole = facts["total_parameters"] - facts["trainable"]["lora"]
+        return abs(self.parameters - whole) < 0.02 * whole
 
     @property
     def attention_matrices(self) -> dict[str, tuple[int, int]]:
@@ -101,12 +115,17 @@ class Shape:
             arm.lora_rank * sum(sizes) for name, sizes in self.matrices.items() if name in arm.target_modules
         )
         embed, norm = "embed" in arm.tune, "norm" in arm.tune
-        return {"layers": 0, "lora": lora, "norm": self.norm_parameters * norm, "embed": self.embedding_parameters * embed}
+        return {
+            "layers": 0,
+            "lora": lora,
+            "norm": self.norm_parameters * norm,
+            "embed": self.embedding_parameters * embed,
+        }
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank does in a second, all ranks of its host at work; measured."""
+    """What one rank does in a second, all ranks at work; measured (training/throughput.py)."""
 
     matmul: float
     """FLOPs of the model's own matrices."""
@@ -132,10 +151,6 @@ class Prediction:
     """The same by what it is for."""
     step_s: float | None
     """Seconds; None for a machine that was not measured."""
-
-    def facts(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def mean_keys(attention: AttentionRecipe, document: float) -> float:
@@ -173,13 +188,64 @@ def predict(
     again = bool(resources.activation_checkpointing)
     flops = tokens * (forward + backward + loss + attention * (1 + ATTENTION_BACKWARD))
     memory = _memory(shape, arm, trained, resources, seq_len)
-    process = machine.process_gib if machine else PROCESS_GIB
-    by_kind = {"process": world * process} | {kind: world * size / GIB for kind, size in memory.items()}
+    memory["process"] = (machine.process_gib if machine else PROCESS_GIB) * GIB * (not resources.gpus_per_worker)
+    by_kind = {kind: world * size / GIB for kind, size in memory.items()}
     step_s = None
     if machine:
         share = tokens / world
         step_s = share * (forward * (1 + again) + backward + loss) / machine.matmul
-        step_s += share * attention * ((1 + again) / machine.attention + ATTENTION_BACKWARD / machine.attention_backward)
+        step_s += (
+            share * attention * ((1 + again) / machine.attention + ATTENTION_BACKWARD / machine.attention_backward)
+        )
         step_s += share * _traffic(shape, arm) * (1 + again / 3) / machine.bytes
+        step_s += share * LOSS_PASSES * 4 * shape.vocab / machine.bytes
         step_s += OPTIMIZER_BYTES * sum(trained.values()) / (world if resources.zero_stage else 1) / machine.bytes
     return Prediction(flops, sum(by_kind.values()), by_kind, step_s)
+
+
+def _outputs(shape: Shape, arm: ArmRecipe) -> int:
+    """Floats a token that the operations of one layer return in its forward pass, saved for the backward or not."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms, residuals, attention = 2 * 3 * shape.hidden, 2 * shape.hidden, 2 * q
+    rotated = 5 * q + 6 * kv  # projected; times cos, turned by half, times sin, summed; v is only projected
+    sizes = [shape.matrices[name][1] for name in arm.target_modules if name in shape.matrices]
+    lora = 0 if arm.tune == "all" else 2 * sum(sizes)  # B's product, and its sum with the frozen one's
+    return norms + residuals + attention + rotated + 4 * shape.intermediate + lora
+
+
+def _saved(shape: Shape, arm: ArmRecipe) -> int:
+    """Floats a token that one layer keeps for its backward pass; frozen matrices and norms need no input."""
+    every, norms = arm.tune == "all", arm.tune == "all" or "norm" in arm.tune
+    kv = shape.kv_heads * shape.head_dim
+    wide = (5 + 2 * norms + every) * shape.hidden
+    return wide + (3 + every) * shape.intermediate + 2 * kv
+
+
+def _memory(
+    shape: Shape, arm: ArmRecipe, trained: Mapping[str, int], resources: Resources, seq_len: int
+) -> dict[str, float]:
+    """Bytes of one rank by what they are for, but for the process itself.
+
+    On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so that what every operation of a layer
+    returns stays resident; a GPU's caching allocator gives freed blocks to the next layer.
+    """
+    world, stage = resources.workers, resources.zero_stage
+    size = 2 if resources.dtype == "bfloat16" else 4
+    tokens, count = resources.micro_batch_rows * seq_len, sum(trained.values())
+    share = {0: 1, 1: world, 2: world, 3: world}[stage]
+    on_device = resources.offload == "none" or not resources.gpus_per_worker
+    layer = _outputs(shape, arm) if not resources.gpus_per_worker else _saved(shape, arm)
+    kept = (shape.layers * shape.hidden + layer) if resources.activation_checkpointing else shape.layers * layer
+    chunk = min(tokens, LOSS_CHUNK) * shape.vocab
+    return {
+        "weights": size * shape.parameters / (world if stage == 3 else 1),
+        "gradients": size * count * (1 + 1 / world if stage == 2 else 1 / world if stage == 3 else 1),
+        "optimizer": (4 * (2 + bool(stage or size < 4)) * count / share) * on_device,
+        "activations": size * kept * tokens,
+        "loss": 4 * chunk + size * tokens * shape.hidden + 4 * shape.embedding_parameters * bool(trained["embed"]),
+    }
+
+
+def _traffic(shape: Shape, arm: ArmRecipe) -> float:
+    """Bytes a token that a step's elementwise operations move, the backward twice as many as the forward."""
+    return 4 * 3 * PASSES * shape.layers * _outputs(shape, arm)

@@ -284,6 +284,11 @@ class LlamaRecipe(Choices):
     context_length: int = Field(default=512, ge=8)
     """Positions that the model is made for."""
 
+    @property
+    def intermediate(self) -> int:
+        """The MLP's width: Llama's 8/3 of `hidden`, up to a multiple of 32."""
+        return -(-self.hidden * 8 // 3 // 32) * 32
+
     @model_validator(mode="after")
     def _heads(self) -> "LlamaRecipe":
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:

@@ -1,4 +1,4 @@
-"""What training costs: seconds by phase, tokens per second, memory.
+"""What training costs: seconds by phase, tokens per second, memory; and what this machine could do at best.
 
 Ratios depend on width and length, so a speed is only worth something beside both.
 
@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-GIB = 2**30
+from training.planner import GIB, Machine, Shape
+
+FRESH = 16
 
 
 class Clock:
@@ -43,6 +48,51 @@ def peak_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
+
+
+def calibrate(shape: Shape, *, tokens: int, span: int, device: torch.device, dtype: torch.dtype) -> Machine:
+    """What this rank does in a second, each kind of work measured for itself: a few seconds. All ranks at once.
+
+    tokens: in one forward pass; span: tokens of a document or group, within which attention works.
+    """
+    process = peak_gib()
+
+    def tensor(*sizes: int) -> Tensor:
+        return torch.ones(sizes, device=device, dtype=dtype)  # nothing drawn: training's random state stays as it is
+
+    sizes = list(shape.matrices.values())
+    matrices = [(tensor(tokens, n), tensor(n, m), tensor(tokens, m)) for n, m in sizes]
+
+    def a_layer() -> None:
+        for x_TN, w_NM, dy_TM in matrices:
+            _ = x_TN @ w_NM, dy_TM @ w_NM.t(), x_TN.t() @ dy_TM
+
+    matmul = 6 * tokens * sum(n * m for n, m in sizes) / _seconds(a_layer, device)
+    matrices.clear()
+    q_1HTD = tensor(1, shape.heads, span, shape.head_dim).requires_grad_()
+
+    def forward() -> Tensor:
+        return scaled_dot_product_attention(q_1HTD, q_1HTD, q_1HTD, is_causal=True)
+
+    once = _seconds(forward, device)
+    both = _seconds(lambda: forward().sum().backward(), device)
+    flops = 2 * span * (span + 1) * shape.heads * shape.head_dim
+    one, other = (tensor(tokens, shape.intermediate) for _ in range(2))
+    many = range(FRESH)  # results that live at once, as activations do: no cache holds them
+    move = FRESH * 3 * one.nbytes / _seconds(lambda: [one * other for _ in many], device)
+    return Machine(matmul, flops / once, 2.5 * flops / max(both - once, once), move, process)
+
+
+def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -> float:
+    """The median of some runs, after one that warms up."""
+    took = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - begun)
+    return median(took[1:])
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Counting against what torch itself counts: FLOPs, floats saved for the backward pass, keys under a mask."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from toy_models import job, read_json
+
+from attention import PATTERNS
+from attention.hf import set_pattern
+from attention.pattern import Heads
+from attention.reference import dense_mask, starts
+from infra.launch import run_local
+from infra.resources import Resources
+from training.longlora import apply_arm, trainable_parameters
+from training.loss import TokenLoss
+from training.model import fresh_llama
+from training.planner import Machine, Shape, mean_keys, predict
+from training.recipe import ArmRecipe, AttentionRecipe, LlamaRecipe
+
+RECIPE = LlamaRecipe(hidden=64, layers=3, heads=4, kv_heads=2, context_length=128)
+T, VOCAB = 128, 96
+ARMS = ["all", "lora", "lora+norm", "lora+embed+norm"]
+SMOLLM2 = Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
+
+
+def tuned(tune):
+    model = apply_arm(fresh_llama(RECIPE, VOCAB, seed=0), ArmRecipe(tune=tune))
+    set_pattern(model, PATTERNS["causal"]())
+    model.enable_input_require_grads()  # the first layer's frozen inputs pass gradients on, as counted
+    return model.train()
+
+
+def shape_of(model):
+    return Shape.of(model.config.to_dict())
+
+
+def loss_of(model):
+    ids = torch.randint(VOCAB, (1, T), generator=torch.Generator().manual_seed(0))
+    return TokenLoss(model)(ids, torch.arange(T)[None], ids, scale=1.0)
+
+
+def test_smollm2_is_counted_to_the_last_parameter():
+    assert SMOLLM2.parameters == 134_515_008
+    trained = SMOLLM2.trained(ArmRecipe(tune="lora+embed+norm"))
+    assert trained["embed"] == 28_311_552
+    assert sum(trained.values()) == 29_268_288  # what training.json says of the quickstart's arm
+
+
+@pytest.mark.parametrize("tune", ARMS)
+def test_parameters_are_those_of_the_model(tune):
+    model = tuned(tune)
+    kinds = shape_of(model).trained(ArmRecipe(tune=tune))
+    assert sum(kinds.values()) == trainable_parameters(model)["total"]
+    assert shape_of(model).counts({"total_parameters": model.num_parameters(), "trainable": {"lora": kinds["lora"]}})
+
+
+@pytest.mark.parametrize("tune", ARMS)
+def test_flops_are_those_that_torch_counts(tune):
+    """torch counts matrix products; attention's own are compared by themselves. 5%: products with LoRA's inputs."""
+    model = tuned(tune)
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model).backward()
+    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    matrices = sum(flops for op, flops in counted.items() if "attention" not in op)
+    shape, arm = shape_of(model), ArmRecipe(tune=tune)
+    predicted = predict(shape, arm, rows=1, seq_len=T, resources=Resources(workers=1)).flops
+    keys = mean_keys(arm.attention, T)
+    attention = T * 4 * keys * shape.heads * shape.head_dim * shape.layers * 3.5
+    assert predicted - attention == pytest.approx(matrices, rel=0.05)
+
+
+@pytest.mark.parametrize("tune", ARMS)
+def test_floats_saved_are_those_that_torch_saves(tune):
+    """3%: the log-sum-exps and LoRA's inner products, which are not counted."""
+    model = tuned(tune)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved, alive = {}, []
+
+    def pack(x):
+        if (at := x.untyped_storage().data_ptr()) not in weights:
+            saved[at] = x.untyped_storage().nbytes() // 4
+            alive.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss_of(model)
+    gpu = Resources(workers=1, gpus_per_worker=1, zero_stage=0)
+    memory = predict(shape_of(model), ArmRecipe(tune=tune), rows=1, seq_len=T, resources=gpu).memory_gib
+    layers = memory["activations"] * 2**30 / 4
+    head = T * RECIPE.hidden * (1 + (tune != "lora") * 2) + (VOCAB * RECIPE.hidden) * (tune == "all" or "embed" in tune)
+    inner = 3 * 4 * T * 8 * (tune != "all") + 3 * T * 4
+    assert layers + head + inner == pytest.approx(sum(saved.values()), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("attention", "tolerance"),
+    [
+        ({}, 1e-9),
+        ({"pattern": "grouped", "group_tokens": 32}, 1e-9),
+        ({"pattern": "shifted_sparse", "group_tokens": 32}, 0.01),
+        ({"pattern": "shifted_sparse", "group_tokens": 64, "sink_tokens": 4}, 0.03),
+    ],
+    ids=str,
+)
+def test_keys_a_query_are_those_under_the_mask(attention, tolerance):
+    recipe = AttentionRecipe(**attention)
+    whole = starts(None, 1, 256, torch.device("cpu"))
+    mask = dense_mask(PATTERNS[recipe.pattern](**recipe.arguments()), Heads(4, 4), whole)
+    assert mean_keys(recipe, 256) == pytest.approx(float(mask.float().sum(-1).mean()), rel=tolerance)
+
+
+def test_zero_leaves_less_on_a_rank_and_recomputing_less_still():
+    arm = ArmRecipe()
+
+    def gib(**choices):
+        gpus = Resources(workers=4, gpus_per_worker=1, **choices)
+        return predict(SMOLLM2, arm, rows=4, seq_len=1024, resources=gpus).peak_gib
+
+    stages = [gib(zero_stage=stage) for stage in range(4)]
+    assert stages[3] == min(stages)
+    assert gib(zero_stage=2, activation_checkpointing=True) < 0.7 * gib(zero_stage=2)
+    assert gib(zero_stage=2, offload="cpu") < gib(zero_stage=2)
+
+
+def test_time_is_work_over_rate():
+    machine = Machine(matmul=1e11, attention=5e10, attention_backward=5e10, bytes=1e10, process_gib=0.5)
+    one = {"rows": 2, "seq_len": 1024, "resources": Resources(workers=2)}
+    step = predict(SMOLLM2, ArmRecipe(), machine=machine, **one).step_s
+    twice = replace(
+        machine, **{name: 2 * getattr(machine, name) for name in ("matmul", "attention", "attention_backward", "bytes")}
+    )
+    assert predict(SMOLLM2, ArmRecipe(), machine=twice, **one).step_s == pytest.approx(step / 2)
+    assert predict(SMOLLM2, ArmRecipe(tune="lora"), machine=machine, **one).step_s < step
+    assert predict(SMOLLM2, ArmRecipe(), **one).step_s is None
+
+
+def test_every_arm_keeps_what_was_predicted_beside_what_it_took(tmp_path):
+    todo = job(tmp_path)
+    run_local("training.loop:train", todo)
+    facts = read_json(tmp_path / "run/out/training.json")
+    assert facts["predicted"]["step_s"] > 0
+    assert facts["predicted"]["memory_gib"]["process"] == pytest.approx(facts["machine"]["process_gib"])
+    rows = [json.loads(line) for line in (tmp_path / "run/out/metrics.jsonl").read_text().splitlines()]
+    expected = facts["predicted"]["flops"] / rows[0]["seconds"] / facts["machine"]["matmul"]
+    assert rows[0]["mfu"] == pytest.approx(expected)
