@@ -41,7 +41,9 @@ class Resources(Choices):
     checkpoint_every_steps: int = Field(default=50, ge=1)
     """Optimizer steps between checkpoints: the most work that a crash can cost."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints of an attempt that are kept while it runs."""
+    """Newest checkpoints of an attempt that are kept while it runs."""
+    keep_best: int = Field(default=1, ge=1)
+    """Checkpoints with the lowest validation loss that are kept beside them, where that is measured."""
 
     @model_validator(mode="after")
     def _offload(self) -> "Resources":

@@ -296,10 +296,15 @@ def _losses(found: Found, kind: str, heading: str, file: str, says: str, more: I
     ]  # fmt: skip
     columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
     curves = {name: [(row["step"], row["loss"]) for row in m.steps if finite(row["loss"])] for name, m in arms.items()}
+    held_out = {
+        f"{n}, held out": [(r["step"], r["validation_loss"]) for r in m.steps if "validation_loss" in r]
+        for n, m in arms.items()
+    }
+    curves |= {name: curve for name, curve in held_out.items() if curve}
     if not arms:
         return None
     names = ("optimizer step", "loss (nats per token)")
-    look = _look(found) if kind == "finetune" else styles(arms)
+    look = styles(curves, dashed=held_out) if len(curves) > len(arms) or kind != "finetune" else _look(found)
     picture = lines(file, f"{heading}: loss", says, names, curves, look)
     return Section(heading, [Table("What was trained", columns, rows), *_foreseen(arms), *more, [picture]])
 

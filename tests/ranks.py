@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 def run_spawned(function: str, job: dict, *, world: int, folder: Path) -> list:
     """Calls `function(job)` ("module:name", a module of tests/) on `world` fresh processes; their results by rank."""
+    folder.mkdir(exist_ok=True)  # without it the rendezvous waits for ever
     mp.start_processes(_rank, (function, job, world, str(folder)), nprocs=world, start_method="spawn")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 

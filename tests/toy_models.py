@@ -42,13 +42,17 @@ def read_json(path: Path) -> dict:
     return json.loads(Path(path).read_text())
 
 
-def packed_corpus(folder: Path, *, seq_len: int = 16, first_token: str = "none", method: str = "best_fit") -> Path:
+def packed_corpus(
+    folder: Path, *, seq_len: int = 16, first_token: str = "none", method: str = "best_fit", validation=()
+) -> Path:
     """A PackedCorpus of 40 counting documents (w5 w6 w7 ...), by the product's own packing; two are held out."""
     texts = folder / "texts"
     texts.mkdir(parents=True)
     for n in range(40):
         (texts / f"count{n:02d}.txt").write_text(" ".join(f"w{2 + (n * 7 + i) % (VOCAB - 2)}" for i in range(5 + n)))
-    corpus = CorpusRecipe(sources=(SourceRecipe(files=str(texts / "*.txt")),), test=("count0[01]*",))
+    corpus = CorpusRecipe(
+        sources=(SourceRecipe(files=str(texts / "*.txt")),), test=("count0[01]*",), validation=validation
+    )
     pack = PackRecipe(seq_len=seq_len, first_token=first_token, method=method)
     (folder / "corpus").mkdir()
     pack_corpus(corpus, pack, tiny_tokenizer(), folder / "corpus")

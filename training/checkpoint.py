@@ -41,12 +41,22 @@ MERGE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 Measured on SmolLM2 in float32: 4e-6."""
 
 
-def save(engine: Any, folder: Path, *, step: int, identity: str, keep_last: int, attach: Iterable[Path] = ()) -> Path:
+def save(
+    engine: Any,
+    folder: Path,
+    *,
+    step: int,
+    identity: str,
+    keep_last: int,
+    best: Iterable[int] = (),
+    attach: Iterable[Path] = (),
+) -> Path:
     """Called by every rank. Returns the published checkpoint; older ones beyond `keep_last` are removed.
 
-    attach: files that are copied in, so that they go back in time with it.
+    best: steps whose checkpoints stay however old they are. attach: files that are copied in, so that they go back in
+    time with it.
     """
-    name = f"step-{step:08d}"
+    name = path_of(folder, step).name
     draft = folder / f".draft-{name}"
     state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # may be converted
     engine.save_checkpoint(
@@ -61,10 +71,17 @@ def save(engine: Any, folder: Path, *, step: int, identity: str, keep_last: int,
         (draft / MANIFEST).write_text(json.dumps(about, indent=1))
         shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one of the same step, passed over on resume
         os.replace(draft, folder / name)
+        kept = {path_of(folder, step) for step in best}
         for old in sorted(folder.glob("step-*"))[:-keep_last]:
-            shutil.rmtree(old)
+            if old not in kept:
+                shutil.rmtree(old)
     dist.barrier()
     return folder / name
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps stands."""
+    return folder / f"step-{step:08d}"
 
 
 def layout(engine: Any) -> dict[str, int]:

@@ -39,6 +39,7 @@ from training.model import fit_embeddings, fresh_llama, load_model, with_softmax
 from training.planner import Shape, predict
 from training.recipe import OptimRecipe, TrainJob
 from training.skips import Skips
+from training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
 """Share of the parameters from which it is said that an arm trains its embeddings."""
@@ -116,14 +117,24 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     # ---- resume
     log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
     identity = digest_of(todo.choices())
-    done, notes, losses = resume(engine, checkpoints, todo.earlier, identity, log)
+    held_out = []
+    if optim.validate_every_steps:
+        held_out = validation_rows(Path(todo.corpus), optim.validation_rows, drop_first=drops_first(todo))
+    done, notes, losses, validated = resume(engine, checkpoints, todo.earlier, identity, log)
     skips = Skips(optim, losses)
     if log and (share := embedding_share(facts)) > LARGE_EMBEDDING and todo.arm.tune != "all":
         log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
 
     def save(step: int) -> None:
-        attach = [out / "metrics.jsonl"]
-        checkpoint.save(engine, checkpoints, step=step, identity=identity, keep_last=resources.keep_last, attach=attach)
+        checkpoint.save(
+            engine,
+            checkpoints,
+            step=step,
+            identity=identity,
+            keep_last=resources.keep_last,
+            best=sorted(validated, key=lambda s: validated[s])[: resources.keep_best],
+            attach=[out / "metrics.jsonl"],
+        )
 
     # ---- the steps
     step = saved = done
@@ -164,7 +175,15 @@ def _train(todo: TrainJob) -> dict[str, Any]:
             norm = zero.step(engine, rate)
             clock.lap("step")
         row_ids = order.rows_of_step(step).tolist()
-        measured = {"sink_mass": sink_mass(causal_lm(model), probe)} if sink_mass_due(todo, step) else {}
+        measured: dict[str, Any] = {}
+        if sink_mass_due(todo, step):
+            measured["sink_mass"] = sink_mass(causal_lm(model), probe)
+        if due(optim.validate_every_steps, step, optim.steps):
+            set_active(model, PATTERNS["causal"]())
+            (found,) = all_sum(engine, [validation_loss(engine, held_out, rank, world)])
+            measured["validation_loss"] = found
+            if math.isfinite(found):
+                validated[step + 1] = found
         if trained := math.isfinite(norm):
             skips.trained(step, mean_loss)
         if log:
@@ -186,16 +205,25 @@ def _train(todo: TrainJob) -> dict[str, Any]:
                         f"{why}; {skips.in_a_row} steps in a row, {'again after' if saved else 'no checkpoint for'}"
                         f" going back: lower learning_rate ({rate:g}) or look at these rows"
                     )
-                step, more, _ = resume(engine, checkpoints, todo.earlier, identity, log)
+                step, more, _, validated = resume(engine, checkpoints, todo.earlier, identity, log)
                 saved, notes = step, notes + more
                 skips.go_back()
                 continue
         step += 1
-        if step % resources.checkpoint_every_steps == 0 and step < optim.steps and not skips.in_a_row:
+        best = optim.result == "best" and validated.get(step) == min(validated.values(), default=math.nan)
+        regular = step % resources.checkpoint_every_steps == 0 and step < optim.steps
+        if (best or regular) and not skips.in_a_row:
             save(step)
             saved = step
 
     # ---- what leaves
+    leaving = step
+    if optim.result == "best":
+        if not validated:
+            raise FloatingPointError("result 'best', but no validation loss was a number: lower learning_rate")
+        if (leaving := min(validated, key=lambda s: validated[s])) != step:
+            path = best_of(leaving, checkpoints, todo.earlier, identity)
+            checkpoint.load(engine, path, checkpoints / ".universal")
     (peak_gib,) = all_sum(engine, [throughput.peak_gib()])
     checkpoint.export(model, tokenizer, out, start=start, steps=optim.steps)
     active = active_pattern(model)
@@ -204,7 +232,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     summary = throughput.summary(log.rows) | facts
     summary |= {"peak_gib": peak_gib, "ranks": world, "kernel": active.kernel}
     summary |= {"pattern": str(pattern_of(todo, 0)), "pattern_at_the_end": str(active.pattern)}
-    summary |= {"resumed_from_step": done, "notes": notes, **todo.choices()}
+    summary |= {"resumed_from_step": done, "left_after_step": leaving, "notes": notes, **todo.choices()}
     (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -264,7 +292,12 @@ def drops_first(todo: TrainJob) -> bool:
 def sink_mass_due(todo: TrainJob, step: int) -> bool:
     """Whether it is measured after this step (counted from 0) where attention rests: at the end in any case."""
     every = todo.sink_mass_every
-    return bool(every) and ((step + 1) % every == 0 or step + 1 == todo.optim.steps or step == 0)
+    return due(every, step, todo.optim.steps) or (bool(every) and step == 0)
+
+
+def due(every: int, step: int, steps: int) -> bool:
+    """Whether something that is done after every so many steps (0: never), and the last, follows this one (from 0)."""
+    return bool(every) and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 def pattern_of(todo: TrainJob, step: int) -> Pattern:
@@ -345,13 +378,14 @@ def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
 
 def resume(
     engine: Any, own: Path, earlier: tuple[str, ...], identity: str, log: StepLog | None
-) -> tuple[int, list[str], list[tuple[int, float]]]:
+) -> tuple[int, list[str], list[tuple[int, float]], dict[int, float]]:
     """Loads the newest valid checkpoint of this attempt or an earlier one.
 
     Rank 0 decides, so that all ranks load the same one. Without any, training starts at step 0. Returns the number of
-    steps done, notes on what was passed over, and (step, loss) of the steps that were trained.
+    steps done, notes on what was passed over, (step, loss) of the steps that were trained, and validation losses by
+    number of steps.
     """
-    found: list[Any] = [None, [], []]
+    found: list[Any] = [None, [], [], []]
     if dist.get_rank() == 0:
         for draft in own.glob(".draft-*"):  # left by a kill; nobody else writes here
             shutil.rmtree(draft)
@@ -361,10 +395,21 @@ def resume(
         log.restart(path / "metrics.jsonl" if path else None)
         for note in passed_over:
             log.note(note)
-        found = [path, passed_over, [(row["step"] - 1, row["loss"]) for row in log.rows if not row["skipped"]]]
+        validated = [(row["step"], value) for row in log.rows if (value := row.get("validation_loss")) is not None]
+        losses = [(row["step"] - 1, row["loss"]) for row in log.rows if not row["skipped"]]
+        found = [path, passed_over, losses, validated]
     dist.broadcast_object_list(found)
-    path, notes, losses = found
-    return checkpoint.load(engine, path, own / ".universal") if path else 0, notes, losses
+    path, notes, losses, validated = found
+    return checkpoint.load(engine, path, own / ".universal") if path else 0, notes, losses, dict(validated)
+
+
+def best_of(step: int, own: Path, earlier: tuple[str, ...], identity: str) -> Path:
+    """The checkpoint after so many steps, of this attempt or an earlier one. RuntimeError if none is whole."""
+    folders = [own, *(Path(work) / "checkpoints" for work in earlier)]
+    for path in (checkpoint.path_of(folder, step) for folder in folders):
+        if checkpoint.problem(path, identity=identity) is None:
+            return path
+    raise RuntimeError(f"the checkpoint after step {step}, which had the lowest validation loss, is gone or damaged")
 
 
 class StepLog:
@@ -393,7 +438,7 @@ class StepLog:
         if self.spool is None:
             return
         if row["step"] > self.told:
-            names = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu")
+            names = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")
             values = {f"train/{n}": row[n] for n in names if row.get(n) is not None} | {
                 f"time/{k}_s": v for k, v in row["phases"].items()
             }

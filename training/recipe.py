@@ -228,6 +228,18 @@ class OptimRecipe(Choices):
     """A loss so many times the median of the last 20 is a spike: like one that is not finite, its step is skipped."""
     max_skipped: int = Field(default=3, ge=1)
     """Steps skipped in a row after which training goes back to its last checkpoint, once, and then stops."""
+    validate_every_steps: int = Field(default=0, ge=0)
+    """Measure the loss on validation documents after every so many steps, and after the last; 0: never."""
+    validation_rows: int = Field(default=8, ge=1)
+    """Rows of pack.seq_len tokens that it is measured on, a piece of each document in turn."""
+    result: Literal["last", "best"] = "last"
+    """Which weights leave training: the last step's, or those with the lowest validation loss."""
+
+    @model_validator(mode="after")
+    def _validates(self) -> "OptimRecipe":
+        if self.result == "best" and not self.validate_every_steps:
+            raise ValueError("result 'best' with validate_every_steps 0: nothing says which is best; set it, or 'last'")
+        return self
 
 
 class FinetuneRecipe(OptimRecipe):

@@ -1,0 +1,62 @@
+"""Loss on held-out text while training goes on, so that the best weights can be kept and not only the last.
+
+Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and causal whatever the
+arm trains with (LongLoRA, section 3.2), so arms compare. The loss is a mean over all targets, whatever the ranks.
+
+    pytest tests/test_training_validation.py
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.batches import IGNORED
+
+
+def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:
+    """At most `count` rows [1, T] as PackedRows.batch gives them, the first token of the corpus' rows in front.
+
+    drop_first: without it, as for the arms that read rows so. ValueError if no document is as long as a row.
+    """
+    import datasets
+
+    info = json.loads((corpus / "packed.json").read_text(encoding="utf-8"))
+    lead = [] if info["first_token_id"] is None or drop_first else [info["first_token_id"]]
+    length = info["seq_len"] - (info["first_token_id"] is not None)
+    held_out = datasets.load_from_disk(str(corpus / "documents")).with_format("numpy")
+    texts = [row["input_ids"].astype(np.int64) for row in held_out if row["split"] == "validation"]
+    pieces = [[text[at : at + length] for at in range(0, len(text) - length + 1, length)] for text in texts]
+    in_turn = [piece for piece in chain.from_iterable(zip_longest(*pieces)) if piece is not None][:count]
+    if not in_turn:
+        raise ValueError(
+            f"validate_every_steps: none of the {len(texts)} validation documents has {length} tokens, which a row "
+            f"takes: name longer ones in corpus.validation, or set it to 0"
+        )
+    rows = []
+    for piece in in_turn:
+        ids_1T = torch.from_numpy(np.concatenate([np.array(lead, np.int64), piece]))[None]
+        labels_1T = ids_1T.clone()
+        labels_1T[:, 0] = IGNORED
+        rows.append({"input_ids": ids_1T, "position_ids": torch.arange(ids_1T.shape[1])[None], "labels": labels_1T})
+    return rows
+
+
+@torch.no_grad()
+def validation_loss(engine: Any, rows: list[dict[str, torch.Tensor]], rank: int, world: int) -> float:
+    """This rank's part of the mean loss over all targets: the sum over ranks is the mean. Each makes as many passes."""
+    targets = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
+    total = 0.0
+    engine.eval()
+    for at in range(0, len(rows), world):
+        mine = at + rank < len(rows)
+        row = rows[at + rank] if mine else rows[0]
+        loss = engine(**{k: v.to(engine.device) for k, v in row.items()}, scale=mine / targets)
+        total += float(loss)
+    engine.train()
+    return total
