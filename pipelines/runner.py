@@ -40,6 +40,10 @@ __all__ = ["LeaseHeld", "PlanRow", "RunOutcome", "plan", "run"]
 State = Literal["done", "stale", "run"]
 
 
+WHY = 3
+"""Changes that a plan spells out for one stage."""
+
+
 @dataclass(frozen=True)
 class PlanRow:
     """What a run would do with a stage."""
@@ -118,8 +122,9 @@ def _examine(store: Store, stage: Stage, *, hashes: bool) -> tuple[PlanRow, Arti
     if not same_label:
         return row("run", "never run", None), None
     newest = max(same_label, key=lambda m: m["published_at"])
-    changes = differences(newest["identity"], stage.identity)
-    return row("stale", "; ".join(_readable(stage, line) for line in changes), newest["seconds"]), None
+    changes = [_readable(stage, line) for line in differences(newest["identity"], stage.identity)]
+    more = f"; and {len(changes) - WHY} more changes" if len(changes) > WHY + 1 else ""
+    return row("stale", "; ".join(changes[: WHY if more else None]) + more, newest["seconds"]), None
 
 
 def _readable(stage: Stage, change: str) -> str:

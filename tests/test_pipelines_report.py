@@ -161,6 +161,7 @@ def write_arm(stage, out: Path) -> dict:
             "targets": 60,
             "seconds": STEP_S[name],
             "skipped": False,
+            "phases": {},
         }
         | ({"sink_mass": {"first_token": [0.1 * n, 0.2], "softmax_sink": [0.0, 0.0]}} if pretrain and n % 2 else {})
         for n in range(choices.optim.steps)

@@ -125,7 +125,10 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     if log and (share := embedding_share(facts)) > LARGE_EMBEDDING and todo.arm.tune != "all":
         log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
 
+    saving: dict[str, float] = {}
+
     def save(step: int) -> None:
+        clock = throughput.Clock()
         checkpoint.save(
             engine,
             checkpoints,
@@ -135,6 +138,8 @@ def _train(todo: TrainJob) -> dict[str, Any]:
             best=sorted(validated, key=lambda s: validated[s])[: resources.keep_best],
             attach=[out / "metrics.jsonl"],
         )
+        clock.lap("checkpoint")
+        saving.update(clock.laps)
 
     # ---- the steps
     step = saved = done
@@ -190,11 +195,12 @@ def _train(todo: TrainJob) -> dict[str, Any]:
             log.add(
                 {"step": step + 1, "loss": mean_loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
                 | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
-                | {"phases": clock.laps, "rows": row_ids, "skipped": not trained}
+                | {"phases": clock.laps | saving, "rows": row_ids, "skipped": not trained}
                 | measured
                 | mfu(facts, clock.total, world),
                 total=optim.steps,
             )
+        saving.clear()
         if not trained:
             why = f"step {step + 1} skipped: {why or f'its gradient norm is {norm}'}, in rows {row_ids}"
             if log:

@@ -98,8 +98,8 @@ def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Steps, tokens, seconds and losses of a run from its metrics rows (one a step, in order).
 
-    wall_s adds up all steps; checkpoints, start-up and saving are not in it. The median step leaves out the first,
-    which pays for warming up; tokens_per_s follows from the median.
+    wall_s adds up all steps; start-up, saving the result and checkpoints (checkpoints_s) are not in it. The median step
+    leaves out the first, which pays for warming up; tokens_per_s follows from the median.
     """
     trained = [row for row in rows if not row["skipped"]]
     seconds = [row["seconds"] for row in rows]
@@ -111,6 +111,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens": tokens,
         "targets": sum(row["targets"] for row in rows),
         "wall_s": sum(seconds),
+        "checkpoints_s": sum(row["phases"].get("checkpoint", 0.0) for row in rows),
         "step_s_median": typical,
         "tokens_per_s": tokens / len(rows) / typical,
         "loss_first": trained[0]["loss"],
