@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from attention.kernels import Situation, attend, choose
 from attention.pattern import Pattern
+from attention.ulysses import ALONE, SequenceRanks, attend_in_parts, check_heads
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ActivePattern:
     """The one that runs where the model was when the pattern was set."""
     asked: str = "auto"
     """With "auto" each forward chooses, so that a model may move to a GPU or another type."""
+    sequence: SequenceRanks = ALONE
+    """The ranks that share each row's tokens (attention/ulysses.py)."""
 
     def __str__(self) -> str:
         return f"{self.pattern} by kernel {self.kernel}"
@@ -39,14 +42,23 @@ class ActivePattern:
 _registered: dict[str, ActivePattern] = {}
 
 
-def set_pattern(model: nn.Module, pattern: Pattern, kernel: str = "auto") -> ActivePattern:
+def set_pattern(
+    model: nn.Module, pattern: Pattern, kernel: str = "auto", sequence: SequenceRanks = ALONE
+) -> ActivePattern:
     """Let every attention layer of a transformers model (or a PEFT model around one) compute `pattern`.
 
+    sequence: the ranks that share each row; each then calls the model on its part of the tokens.
+
     Raises:
-        ValueError: the kernel cannot compute the pattern; the architecture does not use the AttentionInterface.
+        ValueError: the kernel cannot compute the pattern; the architecture does not use the AttentionInterface; ranks
+            that do not divide the heads.
     """
     inner = _transformers_model(model)
-    active = ActivePattern(pattern, choose(pattern, kernel, Situation(inner.device.type, inner.dtype)), kernel)
+    runs = choose(pattern, kernel, Situation(inner.device.type, inner.dtype))
+    active = ActivePattern(pattern, runs, kernel, sequence)
+    if sequence.size > 1:
+        heads = inner.config.num_attention_heads
+        check_heads(heads, getattr(inner.config, "num_key_value_heads", None) or heads, sequence.size)
     if refusal := _of_its_own(inner):
         raise ValueError(f"{type(inner).__name__}: {refusal}, which {pattern} would silently leave out")
     name = _registered_name(active)
@@ -134,10 +146,19 @@ def _forward_of(active: ActivePattern) -> Any:
         if position_ids is None:
             raise ValueError(f"{type(module).__name__} gets no position_ids: packed documents would see each other")
         documents_BT = position_ids if attention_mask is None else split_padding(position_ids, attention_mask)
-        out_BHTD = attend(
-            q_BHTD, k_BKTD, v_BKTD, active.pattern, documents_BT, kwargs.get("s_aux"), scaling, active.asked,
-            layer=getattr(module, "layer_idx", None) or 0,
-        )  # fmt: skip
+        layer = getattr(module, "layer_idx", None) or 0
+        given = (
+            q_BHTD,
+            k_BKTD,
+            v_BKTD,
+            active.pattern,
+            documents_BT,
+            kwargs.get("s_aux"),
+            scaling,
+            active.asked,
+            layer,
+        )
+        out_BHTD = attend_in_parts(*given, active.sequence) if active.sequence.size > 1 else attend(*given)
         return out_BHTD.transpose(1, 2), None
 
     return forward

@@ -30,6 +30,9 @@ class Resources(Choices):
     (zero_stage 3)."""
     nvme_path: str | None = None
     """Folder on a fast local disk, the same on every node; required by offload nvme."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Neighbouring ranks that share each row, for rows too long for one (DeepSpeed-Ulysses): it divides workers,
+    pack.seq_len and the model's attention heads."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of training. On CPUs without AMX, float32 is the faster one."""
     activation_checkpointing: bool = False
@@ -44,6 +47,14 @@ class Resources(Choices):
     """Newest checkpoints of an attempt that are kept while it runs."""
     keep_best: int = Field(default=1, ge=1)
     """Checkpoints with the lowest validation loss that are kept beside them, where that is measured."""
+
+    @model_validator(mode="after")
+    def _sequence(self) -> "Resources":
+        if self.workers % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} does not divide workers {self.workers}: change one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload(self) -> "Resources":

@@ -59,13 +59,12 @@ def test_it_is_the_loss_of_plain_transformers_on_the_saved_weights(tmp_path, cor
     assert steps[6] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_ranks_agree_on_it_and_training_does_not_notice(tmp_path, corpus, zero_stage):
+def test_ranks_agree_on_it_and_training_does_not_notice(tmp_path, corpus):
     plain = job(tmp_path, name="plain")
     train(plain)
     found = {}
     for world in (1, 2):
-        resources = {"workers": world, "zero_stage": zero_stage}
+        resources = {"workers": world, "zero_stage": 3}
         optim = {"validate_every_steps": 3, "validation_rows": 3}  # a rank without a row of its own
         todo = job(tmp_path, name=f"on{world}", resources=resources, optim=optim)
         run_spawned("training.loop:train", todo, world=world, folder=tmp_path / f"on{world}")
@@ -82,7 +81,7 @@ def test_the_best_weights_leave_though_later_ones_were_trained(tmp_path, corpus,
 
     def measured(engine, rows, rank, world):
         weights.append({name: p.detach().clone() for name, p in engine.module.model.named_parameters()})
-        return next(values)
+        return next(values), 1
 
     monkeypatch.setattr(loop, "validation_loss", measured)
     optim = {"steps": 8, "validate_every_steps": 1, "result": "best"}

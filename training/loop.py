@@ -27,6 +27,7 @@ from attention import PATTERNS
 from attention.hf import active_pattern, set_pattern
 from attention.pattern import Pattern
 from attention.sink_mass import sink_mass
+from attention.ulysses import ALONE, SequenceRanks, part_of, sequence_ranks
 from infra.artifact import digest_of
 from infra.environment import system_metrics
 from infra.launch import OutOfMemory, Stopped, Superseded
@@ -83,6 +84,8 @@ def _what_would_fit(todo: TrainJob, error: str) -> str:
 def _train(todo: TrainJob) -> dict[str, Any]:
     optim, resources = todo.optim, todo.resources
     rank, world = dist.get_rank(), dist.get_world_size()
+    shared = sequence_ranks(resources.sequence_parallel)
+    lane, lanes = rank // shared.size, world // shared.size  # ranks of a lane read the same rows
     out, checkpoints = Path(todo.out), Path(todo.work) / "checkpoints"
     torch.manual_seed(todo.seed)
 
@@ -120,6 +123,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     held_out = []
     if optim.validate_every_steps:
         held_out = validation_rows(Path(todo.corpus), optim.validation_rows, drop_first=drops_first(todo))
+        held_out = [part_of(row, shared) for row in held_out]
     done, notes, losses, validated = resume(engine, checkpoints, todo.earlier, identity, log)
     skips = Skips(optim, losses)
     if log and (share := embedding_share(facts)) > LARGE_EMBEDDING and todo.arm.tune != "all":
@@ -147,9 +151,9 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         if Path(todo.superseded_file).exists():
             raise Superseded(f"step {step + 1}: a newer attempt took over ({todo.superseded_file})")
         clock = throughput.Clock()
-        set_active(model, pattern_of(todo, step))
-        micro_rows = order.for_rank(step, rank, world, resources.micro_batch_rows)
-        batches = [rows.batch(ids, drop_first=drops_first(todo)) for ids in micro_rows]
+        set_active(model, pattern_of(todo, step), shared)
+        micro_rows = order.for_rank(step, lane, lanes, resources.micro_batch_rows)
+        batches = [part_of(rows.batch(ids, drop_first=drops_first(todo)), shared) for ids in micro_rows]
         stop_asked = todo.stop_file is not None and Path(todo.stop_file).exists()
         # One mean over the targets of the whole global batch, however they are spread: the ranks agree on their number.
         targets, tokens, stop = all_sum(
@@ -184,9 +188,9 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         if sink_mass_due(todo, step):
             measured["sink_mass"] = sink_mass(causal_lm(model), probe)
         if due(optim.validate_every_steps, step, optim.steps):
-            set_active(model, PATTERNS["causal"]())
-            (found,) = all_sum(engine, [validation_loss(engine, held_out, rank, world)])
-            measured["validation_loss"] = found
+            set_active(model, PATTERNS["causal"](), shared)
+            summed, scored = all_sum(engine, [*validation_loss(engine, held_out, lane, lanes)])
+            measured["validation_loss"] = found = summed / scored
             if math.isfinite(found):
                 validated[step + 1] = found
         if trained := math.isfinite(norm):
@@ -349,11 +353,11 @@ def mfu(facts: dict[str, Any], seconds: float, world: int) -> dict[str, float]:
     return {"mfu": facts["predicted"]["flops"] / seconds / world / facts["machine"]["matmul"]}
 
 
-def set_active(model: Any, pattern: Pattern) -> None:
+def set_active(model: Any, pattern: Pattern, shared: SequenceRanks = ALONE) -> None:
     """Lets `model` compute `pattern`. RuntimeError: another one is on afterwards."""
     now = active_pattern(model)
-    if now is None or now.pattern != pattern:
-        asked, now = set_pattern(model, pattern), active_pattern(model)
+    if now is None or (now.pattern, now.sequence) != (pattern, shared):
+        asked, now = set_pattern(model, pattern, sequence=shared), active_pattern(model)
         if now != asked:
             raise RuntimeError(f"asked for attention {asked}, but {now} is on")
 

@@ -231,7 +231,7 @@ def _memory(
     """
     world, stage = resources.workers, resources.zero_stage
     size = 2 if resources.dtype == "bfloat16" else 4
-    tokens, count = resources.micro_batch_rows * seq_len, sum(trained.values())
+    tokens, count = resources.micro_batch_rows * seq_len // resources.sequence_parallel, sum(trained.values())
     share = {0: 1, 1: world, 2: world, 3: world}[stage]
     on_device = resources.offload == "none" or not resources.gpus_per_worker
     layer = _outputs(shape, arm) if not resources.gpus_per_worker else _saved(shape, arm)

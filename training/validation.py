@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from training.batches import IGNORED
+from training.loss import count_targets
 
 
 def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:
@@ -48,15 +49,15 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
 
 
 @torch.no_grad()
-def validation_loss(engine: Any, rows: list[dict[str, torch.Tensor]], rank: int, world: int) -> float:
-    """This rank's part of the mean loss over all targets: the sum over ranks is the mean. Each makes as many passes."""
-    targets = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
-    total = 0.0
+def validation_loss(engine: Any, rows: list[dict[str, torch.Tensor]], rank: int, world: int) -> tuple[float, int]:
+    """(summed loss, targets) of this rank's share of the rows. Every rank makes as many passes."""
+    total, targets = 0.0, 0
     engine.eval()
     for at in range(0, len(rows), world):
         mine = at + rank < len(rows)
         row = rows[at + rank] if mine else rows[0]
-        loss = engine(**{k: v.to(engine.device) for k, v in row.items()}, scale=mine / targets)
+        loss = engine(**{k: v.to(engine.device) for k, v in row.items()}, scale=float(mine))
         total += float(loss)
+        targets += mine * count_targets(row["labels"])
     engine.train()
-    return total
+    return total, targets

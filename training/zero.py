@@ -28,6 +28,7 @@ def deepspeed_config(
     recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, world: int
 ) -> dict[str, Any]:
     """DeepSpeed's config dict. ValueError where the global batch does not divide over ranks and micro-batches."""
+    world //= resources.sequence_parallel
     rows_at_once = resources.micro_batch_rows * world
     if global_batch_rows % rows_at_once:
         raise ValueError(

@@ -1,0 +1,163 @@
+"""Sequence parallelism: a row's tokens spread over ranks, and attention still over the whole row (DeepSpeed-Ulysses,
+arXiv:2309.14509; ALST, arXiv:2506.13996).
+
+Outside of attention a rank has T / N tokens and all heads. Inside, one exchange gives it all T tokens and H / N heads,
+any kernel computes any pattern, and another exchange gives the tokens back. Which heads S²-Attn shifts depends on their
+numbers in the model, not in the rank, so a rank computes `SomeHeads` of the pattern.
+
+    ranks = sequence_ranks(2)                     # on every rank: groups of two neighbours
+    set_pattern(model, pattern, sequence=ranks)
+
+Legend: B batch, T tokens of the row, P tokens of a rank's part, H heads of the model, G heads of a rank, N ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attention.kernels import attend
+from attention.pattern import Heads, MaskMod, Pattern, Rectangle
+
+
+@dataclass(frozen=True)
+class SequenceRanks:
+    """The ranks that share rows, and this one's place among them."""
+
+    group: Any
+    """Their process group; None for a rank that has its rows alone."""
+    size: int = 1
+    rank: int = 0
+
+
+ALONE = SequenceRanks(None)
+
+
+def sequence_ranks(size: int) -> SequenceRanks:
+    """Splits the world into groups of `size` neighbours; every rank calls it. ValueError if they come out uneven."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world % size:
+        raise ValueError(f"sequence_parallel {size} does not divide {world} ranks: change workers to a multiple of it")
+    if size == 1:
+        return ALONE
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+    return SequenceRanks(groups[rank // size], size, rank % size)
+
+
+@dataclass(frozen=True)
+class SomeHeads(Pattern):
+    """A pattern as some neighbouring heads of a model see it."""
+
+    whole: Pattern
+    query: int
+    """Query heads of the model."""
+    kv: int
+    """Key/value heads of the model."""
+    first_kv: int
+    """The first of these heads, among the model's."""
+    name: ClassVar[str] = "some_heads"
+
+    def _model(self, heads: Heads) -> Heads:
+        return Heads(self.query, self.kv, heads.layer)
+
+    def variants(self, heads: Heads) -> list[Hashable]:
+        return self.whole.variants(self._model(heads))[self.first_kv : self.first_kv + heads.kv]
+
+    def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
+        first, mod = self.first_kv * self.query // self.kv, self.whole.mask_mod(self._model(heads), start_BT)
+        return lambda b, h, q, kv: mod(b, h + first, q, kv)
+
+    def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle] | None:
+        return self.whole.rectangles(variant, begin, end)
+
+
+class _Exchange(torch.autograd.Function):
+    """[B, H, P, D] of a part's tokens and all heads -> [B, G, T, D] of all tokens and a part's heads, or back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: SequenceRanks, to_heads: bool) -> Tensor:
+        ctx.ranks, ctx.to_heads = ranks, to_heads
+        B, first, second, D = x.shape
+        n = ranks.size
+        # what goes to rank r, and after the exchange what came from it: [N, B, G, P, D]
+        sent = (
+            x.view(B, n, first // n, second, D).transpose(0, 1)
+            if to_heads
+            else x.view(B, first, n, -1, D).movedim(2, 0)
+        )
+        sent = sent.contiguous()
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=ranks.group)
+        if to_heads:
+            return got.movedim(0, 2).reshape(B, first // n, n * second, D)
+        return got.transpose(0, 1).reshape(B, n * first, second // n, D)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _Exchange.apply(grad.contiguous(), ctx.ranks, not ctx.to_heads), None, None
+
+
+def check_heads(heads: int, kv_heads: int, size: int) -> None:
+    """ValueError unless so many ranks can share the heads."""
+    if kv_heads % size or heads % size:
+        raise ValueError(
+            f"sequence_parallel {size} does not divide the model's {heads} query and {kv_heads} key/value heads: "
+            f"use a divisor of both"
+        )
+
+
+def attend_in_parts(
+    q_BHPD: Tensor,
+    k_BKPD: Tensor,
+    v_BKPD: Tensor,
+    pattern: Pattern,
+    position_ids_BP: Tensor,
+    sink_logit_H: Tensor | None,
+    scale: float | None,
+    kernel: str,
+    layer: int,
+    ranks: SequenceRanks,
+) -> Tensor:
+    """Attention [B, H, P, D] of this rank's tokens over the whole row; arguments as `attend`, of this rank's part.
+
+    Every rank of the group calls it at the same time. ValueError as `check_heads`.
+    """
+    H, K = q_BHPD.shape[1], k_BKPD.shape[1]
+    check_heads(H, K, ranks.size)
+    parts = [torch.empty_like(position_ids_BP) for _ in range(ranks.size)]
+    dist.all_gather(parts, position_ids_BP.contiguous(), group=ranks.group)
+    q_BGTD, k_BGTD, v_BGTD = (_Exchange.apply(x.contiguous(), ranks, True) for x in (q_BHPD, k_BKPD, v_BKPD))
+    own = slice(ranks.rank * H // ranks.size, (ranks.rank + 1) * H // ranks.size)
+    out_BGTD = attend(
+        q_BGTD, k_BGTD, v_BGTD,
+        SomeHeads(pattern, H, K, ranks.rank * K // ranks.size),
+        torch.cat(parts, 1),
+        None if sink_logit_H is None else sink_logit_H[own],
+        scale, kernel, layer=layer,
+    )  # fmt: skip
+    return _Exchange.apply(out_BGTD.contiguous(), ranks, False)
+
+
+def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]:
+    """A rank's tokens of whole rows [B, T]; labels come with the next part's first, which the last token predicts.
+
+    ValueError if the ranks do not divide T.
+    """
+    if ranks.size == 1:
+        return batch
+    tokens = batch["input_ids"].shape[1]
+    if tokens % ranks.size:
+        raise ValueError(f"sequence_parallel {ranks.size} does not divide rows of {tokens} tokens: change one of them")
+    length = tokens // ranks.size
+    begin = ranks.rank * length
+    ahead = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)
+    return {
+        "input_ids": batch["input_ids"][:, begin : begin + length],
+        "position_ids": batch["position_ids"][:, begin : begin + length],
+        "labels": ahead[:, begin : begin + length + 1],
+    }
