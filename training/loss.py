@@ -70,7 +70,8 @@ def fused_linear_cross_entropy(
 
     hidden_BTE [B, T, E]; weight_VE [V, E] (the lm_head's, tied or not); labels_BT [B, T] int64, *not* shifted: position
     t is scored against label t+1, and -100 is no target; [B, T+1] where a row goes on elsewhere. Returns a float32
-    scalar (float64 for float64 input). Gradients reach hidden and weight where they are wanted; frozen weights cost nothing.
+    scalar (float64 for float64 input). Gradients reach hidden and weight where they are wanted; frozen weights cost
+    nothing.
     """
     target_BT = torch.full(hidden_BTE.shape[:2], IGNORED, device=labels_BT.device)
     target_BT[:, : labels_BT.shape[1] - 1] = labels_BT[:, 1:]  # shifting the labels spares a copy of the hidden states
