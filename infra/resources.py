@@ -46,7 +46,7 @@ class Resources(Choices):
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints of an attempt that are kept while it runs."""
     keep_best: int = Field(default=1, ge=1)
-    """Checkpoints with the lowest validation loss that are kept beside them, where that is measured."""
+    """Checkpoints with the lowest validation loss that are kept beside them, where the section's result is best."""
 
     @model_validator(mode="after")
     def _sequence(self) -> "Resources":

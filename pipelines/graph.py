@@ -74,16 +74,15 @@ def build(recipe: Recipe) -> list[Stage]:
     Raises:
         ValueError: source documents or the base model cannot be found.
     """
-    source = model_digest(recipe.base.source, recipe.base.revision)
+    starts = bool(recipe.finetune or recipe.baselines or (recipe.pretrain and recipe.pretrain.vocab_size is None))
+    source = model_digest(recipe.base.source, recipe.base.revision) if starts else ""
     base = Stage("convert", "convert", recipe.base, digests={"source": source})
     texts = {"documents": corpus_digest(recipe.corpus, Path.cwd())}
 
     def packed(label: str, rows: PackRecipe, base: Stage) -> Stage:
         return Stage("pack", label, PackStageRecipe(corpus=recipe.corpus, pack=rows), {"base": base}, texts)
 
-    stages, models = [], {}
-    if recipe.finetune or recipe.baselines or (recipe.pretrain and recipe.pretrain.vocab_size is None):
-        stages.append(base)
+    stages, models = [base] if starts else [], {}
     rows = recipe.finetune.pack if recipe.finetune else PackRecipe(seq_len=1024)  # evaluation needs held-out documents
     corpus = packed("pack", rows, base)
     if recipe.finetune or recipe.baselines:

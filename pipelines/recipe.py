@@ -130,6 +130,18 @@ class Recipe(Choices):
             if name in first:
                 yield (*section, name), f"the name is taken by {dotted(first[name])}.{name}; each model needs its own"
             first.setdefault(name, section)
+        parts = self.resources.sequence_parallel
+        for place, trains in (("finetune", self.finetune), ("pretrain", self.pretrain)):
+            if trains and trains.pack.seq_len % parts:
+                yield (
+                    (place, "pack", "seq_len"),
+                    f"{trains.pack.seq_len} is not divided by resources.sequence_parallel {parts}: change one of them",
+                )
+        if parts > 1 and self.finetune and self.finetune.rope.type == "dynamic":
+            yield (
+                ("finetune", "rope", "type"),
+                f"'dynamic' depends on how much of a row a rank sees: not with resources.sequence_parallel {parts}",
+            )
         for name, chosen in self.evaluate.chosen().items():
             if not first:
                 yield ("evaluate", name), "nothing to evaluate: the recipe has no baselines and no arms"

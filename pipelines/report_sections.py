@@ -238,7 +238,10 @@ def pretraining(found: Found) -> Section | None:
             "143,000 steps). What to see: the arms learn, and a sink costs nothing so far if the curves lie together."
         )
     else:
-        says = "What to see: whether a sink costs anything in loss. The arms read the same text in the same order."
+        says = (
+            "What to see: whether a sink costs anything in loss. The arms read the same text in the same order, but "
+            "the one with a sink token also has to predict each row's first token, from nothing."
+        )
     more = [*_sink_caches(arms), *_sink_masses(arms)]
     return _losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", says, more)
 
@@ -297,7 +300,7 @@ def _losses(found: Found, kind: str, heading: str, file: str, says: str, more: I
     columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
     curves = {name: [(row["step"], row["loss"]) for row in m.steps if finite(row["loss"])] for name, m in arms.items()}
     held_out = {
-        f"{n}, held out": [(r["step"], r["validation_loss"]) for r in m.steps if "validation_loss" in r]
+        f"{n}, held out": [(r["step"], r["validation_loss"]) for r in m.steps if finite(r.get("validation_loss"))]
         for n, m in arms.items()
     }
     curves |= {name: curve for name, curve in held_out.items() if curve}

@@ -55,6 +55,25 @@ def test_every_recipe_that_comes_along_is_valid_and_bears_its_own_name(name: str
     assert load(name).recipe.name == name
 
 
+def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None:
+    (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.pack.seq_len=1023",
+                       "finetune.global_batch_tokens=2046", "finetune.arms.longlora.attention.group_tokens=null",
+                       "finetune.arms.longlora.attention.sink_tokens=0",
+                       "finetune.arms.longlora.attention.pattern=causal")  # fmt: skip
+    assert said.endswith(
+        "finetune.pack.seq_len: 1023 is not divided by resources.sequence_parallel 2: change one of them"
+    )
+    (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.rope.type=dynamic")
+    assert said.endswith("not with resources.sequence_parallel 2")
+
+
+def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remembering_frequencies() -> None:
+    (said,) = mistakes("sink-lab", "pretrain.pack.method=best_fit")
+    assert "sink_mass_every 50 with pack.method 'best_fit'" in said
+    (said,) = mistakes("quickstart", "finetune.rope.type=dynamic", "finetune.validate_every_steps=2")
+    assert "validate_every_steps 2 with rope type 'dynamic'" in said
+
+
 def test_every_evaluation_is_a_section_of_its_name() -> None:
     fields = recipes.EvaluateRecipe.model_fields
     assert {name: field.annotation for name, field in fields.items()} == {

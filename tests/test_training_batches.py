@@ -115,7 +115,7 @@ def test_without_the_sinks_the_rest_is_the_same_text(corpus):
         # A document's first word is predicted from the sink, or from nothing: that target is missing.
         assert torch.equal(got[2][:left], labels[kept].masked_fill(got[1][:left] == 0, IGNORED))
         assert (got[0][left:] == rows.info["pad_token_id"]).all()
-        assert got[1][left:].tolist() == list(range(15 - left))
+        assert got[1][left:].tolist() == list(range(16 - left))
         assert (got[2][left:] == IGNORED).all()
     assert several
 

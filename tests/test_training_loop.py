@@ -226,6 +226,7 @@ def test_each_sink_arm_is_what_plain_transformers_loads(tmp_path, monkeypatch, s
     tokenizer, plain = (kind.from_pretrained(todo["out"]) for kind in (AutoTokenizer, AutoModelForCausalLM))
     assert tokenizer("w7 w8").input_ids == [*([VOCAB] if sink == "token" else []), 7, 8]
     assert plain.config.vocab_size == VOCAB + 1
+    assert plain.generation_config.eos_token_id == tokenizer.eos_token_id
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, seen["logits"], atol=2e-6, rtol=0)
     sinks = [p for name, p in plain.named_parameters() if name.endswith("sinks")]
@@ -236,6 +237,26 @@ def test_each_sink_arm_is_what_plain_transformers_loads(tmp_path, monkeypatch, s
     mass = rows[-1]["sink_mass"]
     assert [0 < m < 1 for m in mass["first_token"]] == [True] * plain.config.num_hidden_layers
     assert all((m > 0) == (sink in ("zero", "logit")) for m in mass["softmax_sink"])
+
+
+def test_where_attention_rests_is_the_same_on_sharded_weights(tmp_path):
+    tiny_folder(tmp_path / "base")
+    packed_corpus(tmp_path, first_token="sink", method="concat")
+    some = {
+        "kind": "pretrain",
+        "sink": "logit",
+        "rope": {},
+        "model": LlamaRecipe(context_length=64),
+        "sink_mass_every": 2,
+    }
+    one = job(tmp_path, name="one", **some)
+    train(one)
+    two = job(tmp_path, name="two", resources={"workers": 2, "zero_stage": 3}, **some)
+    run_spawned("training.loop:train", two, world=2, folder=tmp_path / "ranks")
+    for a, b in zip(steps(one), steps(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)
+        for kind, layers in a.get("sink_mass", {}).items():
+            assert b["sink_mass"][kind] == pytest.approx(layers, abs=1e-6)
 
 
 def test_sink_arms_start_alike_from_a_base_too(tmp_path):

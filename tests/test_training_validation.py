@@ -94,6 +94,27 @@ def test_the_best_weights_leave_though_later_ones_were_trained(tmp_path, corpus,
     assert kept == {"step-00000003", "step-00000006"}
 
 
+def test_a_skipped_step_is_never_the_best(tmp_path, corpus, monkeypatch):
+    """Its checkpoint does not exist; found by a review."""
+    values, norms = iter([5.0, 4.0, 3.0, 6.0]), iter([1.0, 1.0, math.nan, 1.0])
+    monkeypatch.setattr(loop, "validation_loss", lambda *args: (next(values), 1))
+    real = loop.zero.step
+    monkeypatch.setattr(loop.zero, "step", lambda engine, rate: real(engine, rate) * next(norms))
+    todo = job(tmp_path, optim={"steps": 4, "global_batch_tokens": 16, "validate_every_steps": 1, "result": "best"})
+    facts = train(todo)
+    assert facts["skipped_steps"] == 1
+    assert facts["left_after_step"] == 2
+
+
+def test_an_adapter_may_leave_after_its_first_step_and_the_pattern_said_is_the_arms(tmp_path, corpus, monkeypatch):
+    values = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(loop, "validation_loss", lambda *args: (next(values), 1))
+    arm = {"tune": "lora", "attention": {"pattern": "shifted_sparse", "group_tokens": 8}}
+    facts = train(job(tmp_path, arm=arm, optim={"steps": 3, "validate_every_steps": 1, "result": "best"}))
+    assert facts["left_after_step"] == 1
+    assert facts["pattern_at_the_end"].startswith("shifted_sparse")
+
+
 def test_a_resumed_run_remembers_which_was_best(tmp_path, corpus, monkeypatch):
     optim = {"steps": 8, "validate_every_steps": 1, "learning_rate": 0.3, "warmup_steps": 0, "schedule": "constant"}
     optim |= {"spike_factor": 1e9, "result": "best"}

@@ -103,8 +103,8 @@ class PackedRows:
         labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to predict from: the
         first token of a row, of a document that is isolated, and padding.
 
-        drop_first leaves out the sink or BOS before each row or document (T is then one less), so a model without it
-        reads the same text. ValueError if the rows have none.
+        drop_first leaves out the sink or BOS before each row or document, with padding at the end instead, so a model
+        without it reads the same text. ValueError if the rows have none.
         """
         row_ids = np.asarray(row_ids)
         if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < len(self):
@@ -123,16 +123,16 @@ class PackedRows:
     def _without_first(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows without their sink or BOS tokens, the rest moved up; every row has one, so one column goes."""
+        """Rows without their sink or BOS tokens, the rest moved up."""
         if (first := self.info["first_token_id"]) is None:
             raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
         column_T = torch.arange(ids_BT.shape[1])
         first_BT = (ids_BT == first) & (positions_BT == 0) & (column_T < length_B1)
-        kept_BT = torch.argsort(first_BT, dim=1, stable=True)[:, :-1]
+        kept_BT = torch.argsort(first_BT, dim=1, stable=True)
         length_B1 = length_B1 - first_BT.sum(1, keepdim=True)
-        padding_BT = column_T[:-1] >= length_B1
+        padding_BT = column_T >= length_B1
         ids_BT = ids_BT.gather(1, kept_BT).masked_fill(padding_BT, self.info["pad_token_id"])
-        positions_BT = torch.where(padding_BT, column_T[:-1] - length_B1, positions_BT.gather(1, kept_BT) - 1)
+        positions_BT = torch.where(padding_BT, column_T - length_B1, positions_BT.gather(1, kept_BT) - 1)
         return ids_BT, positions_BT, length_B1
 
 

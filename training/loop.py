@@ -90,10 +90,12 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     torch.manual_seed(todo.seed)
 
     zero.check_nvme(resources)
+    process_gib = throughput.peak_gib()
 
     # ---- the model, as every arm starts
     rows = PackedRows(Path(todo.corpus))
     model, tokenizer = build(todo, rows.info)
+    set_active(model, pattern_of(todo, 0), shared)
     start = checkpoint.tensor_digests(model)
     facts = {"total_parameters": model.num_parameters(), "trainable": trainable_parameters(model)}
 
@@ -111,11 +113,13 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         rate_scales=scales,
     )
     engine.train()
+    kernel = set_pattern(model, pattern_of(todo, 0), sequence=shared).kernel  # that of the engine's device and type
     order = RowOrder(len(rows), todo.seed, global_rows)
-    probe = rows.batch(range(min(PROBE_ROWS, len(rows))), drop_first=drops_first(todo))["input_ids"].to(engine.device)
+    probe = rows.batch(range(min(PROBE_ROWS, len(rows))), drop_first=drops_first(todo))["input_ids"]
+    probe = probe[:, : rows.info["seq_len"] - 1].to(engine.device)  # arms without a sink token have one token less
 
     # ---- what it should cost
-    facts |= foreseen(todo, causal_lm(model), rows, facts, engine.device)
+    facts |= foreseen(todo, causal_lm(model), rows, facts, engine.device, process_gib)
 
     # ---- resume
     log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
@@ -133,13 +137,14 @@ def _train(todo: TrainJob) -> dict[str, Any]:
 
     def save(step: int) -> None:
         clock = throughput.Clock()
+        ranked = sorted(validated, key=lambda s: validated[s])
         checkpoint.save(
             engine,
             checkpoints,
             step=step,
             identity=identity,
             keep_last=resources.keep_last,
-            best=sorted(validated, key=lambda s: validated[s])[: resources.keep_best],
+            best=[s for s in ranked if s == step or checkpoint.path_of(checkpoints, s).exists()][: resources.keep_best],
             attach=[out / "metrics.jsonl"],
         )
         clock.lap("checkpoint")
@@ -191,7 +196,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
             set_active(model, PATTERNS["causal"](), shared)
             summed, scored = all_sum(engine, [*validation_loss(engine, held_out, lane, lanes)])
             measured["validation_loss"] = found = summed / scored
-            if math.isfinite(found):
+            if math.isfinite(found) and math.isfinite(norm):  # a skipped step leaves no checkpoint
                 validated[step + 1] = found
         if trained := math.isfinite(norm):
             skips.trained(step, mean_loss)
@@ -235,13 +240,12 @@ def _train(todo: TrainJob) -> dict[str, Any]:
             path = best_of(leaving, checkpoints, todo.earlier, identity)
             checkpoint.load(engine, path, checkpoints / ".universal")
     (peak_gib,) = all_sum(engine, [throughput.peak_gib()])
-    checkpoint.export(model, tokenizer, out, start=start, steps=optim.steps)
-    active = active_pattern(model)
-    if not (log and active):
+    checkpoint.export(model, tokenizer, out, start=start, steps=leaving)
+    if not log:
         return {}
     summary = throughput.summary(log.rows) | facts
-    summary |= {"peak_gib": peak_gib, "ranks": world, "kernel": active.kernel}
-    summary |= {"pattern": str(pattern_of(todo, 0)), "pattern_at_the_end": str(active.pattern)}
+    summary |= {"peak_gib": peak_gib, "ranks": world, "kernel": kernel}
+    summary |= {"pattern": str(pattern_of(todo, 0)), "pattern_at_the_end": str(pattern_of(todo, optim.steps - 1))}
     summary |= {"resumed_from_step": done, "left_after_step": leaving, "notes": notes, **todo.choices()}
     (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -258,8 +262,9 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
         own = AutoTokenizer.from_pretrained(todo.base, local_files_only=True)
         if todo.model is not None:
             model: Any = fresh_llama(todo.model, packed["vocab_size"], todo.seed)
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(model.config, key, getattr(tokenizer, key))
+            for config in (model.config, model.generation_config):
+                for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                    setattr(config, key, getattr(tokenizer, key))
         else:
             model, _ = load_model(todo.base)
             check_tokenizer(own.get_vocab(), tokenizer.get_vocab())
@@ -319,7 +324,7 @@ def pattern_of(todo: TrainJob, step: int) -> Pattern:
 
 
 def foreseen(
-    todo: TrainJob, model: Any, rows: PackedRows, facts: dict[str, Any], device: torch.device
+    todo: TrainJob, model: Any, rows: PackedRows, facts: dict[str, Any], device: torch.device, process_gib: float
 ) -> dict[str, Any]:
     """{machine, predicted}: what the ranks were measured to do, and what a step should cost; both None for a model that
     is no Llama to the planner."""
@@ -329,8 +334,9 @@ def foreseen(
     seq_len, document = rows.info["seq_len"], rows.mean_document()
     machine = throughput.calibrate(
         shape,
-        tokens=todo.resources.micro_batch_rows * seq_len,
+        tokens=todo.resources.micro_batch_rows * seq_len // todo.resources.sequence_parallel,
         span=int(min(document, todo.arm.attention.group_tokens or document)),
+        process_gib=process_gib,
         device=device,
         dtype=next(model.parameters()).dtype,
     )
@@ -405,8 +411,9 @@ def resume(
         log.restart(path / "metrics.jsonl" if path else None)
         for note in passed_over:
             log.note(note)
-        validated = [(row["step"], value) for row in log.rows if (value := row.get("validation_loss")) is not None]
-        losses = [(row["step"] - 1, row["loss"]) for row in log.rows if not row["skipped"]]
+        trained = [row for row in log.rows if not row["skipped"]]
+        validated = [(row["step"], value) for row in trained if (value := row.get("validation_loss")) is not None]
+        losses = [(row["step"] - 1, row["loss"]) for row in trained]
         found = [path, passed_over, losses, validated]
     dist.broadcast_object_list(found)
     path, notes, losses, validated = found

@@ -95,7 +95,7 @@ class PackRecipe(Choices):
     """best_fit: whole documents (long ones split) put together with least waste, isolated from each other;
     concat: documents joined by EOS and cut every seq_len tokens, one position range a row (LongLoRA's data)."""
     first_token: Literal["none", "bos", "sink"] = "none"
-    """What is put first in each row, and counts towards seq_len."""
+    """What is put first in each row (best_fit: in each document), and counts towards seq_len."""
 
 
 class AttentionRecipe(Choices):
@@ -261,6 +261,11 @@ class FinetuneRecipe(OptimRecipe):
     @model_validator(mode="after")
     def _divides(self) -> "FinetuneRecipe":
         check_batch(self.global_batch_tokens, self.pack.seq_len)
+        if self.rope.type == "dynamic" and self.validate_every_steps:
+            raise ValueError(
+                f"validate_every_steps {self.validate_every_steps} with rope type 'dynamic', whose frequencies "
+                f"remember the longest text so far: training would change; set it to 0, or take another type"
+            )
         if not self.arms and not self.matrix:
             raise ValueError("arms is empty and there is no matrix: name at least one arm")
         if self.matrix and {*self.matrix.attention} - {"causal"}:
@@ -345,6 +350,11 @@ class PretrainRecipe(OptimRecipe):
             raise ValueError(
                 f"pack.seq_len {self.pack.seq_len} exceeds model.context_length {self.model.context_length}: "
                 f"lower the first or raise the second"
+            )
+        if self.sink_mass_every and self.pack.method != "concat":
+            raise ValueError(
+                f"sink_mass_every {self.sink_mass_every} with pack.method {self.pack.method!r}: it is measured on rows "
+                f"of one run of tokens; pack with 'concat', or set it to 0"
             )
         if self.pack.first_token != "sink":
             raise ValueError(f"pack.first_token is {self.pack.first_token!r}; sink pretraining packs rows with 'sink'")

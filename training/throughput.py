@@ -20,6 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from training.planner import GIB, Machine, Shape
 
 FRESH = 16
+"""Elementwise results that live at once while bandwidth is measured."""
+CALIBRATED = 2048
+"""Tokens from which on rates change little."""
 
 
 class Clock:
@@ -50,12 +53,15 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
 
-def calibrate(shape: Shape, *, tokens: int, span: int, device: torch.device, dtype: torch.dtype) -> Machine:
+def calibrate(
+    shape: Shape, *, tokens: int, span: int, process_gib: float, device: torch.device, dtype: torch.dtype
+) -> Machine:
     """What this rank does in a second, each kind of work measured for itself: a few seconds. All ranks at once.
 
-    tokens: in one forward pass; span: tokens of a document or group, within which attention works.
+    tokens: in one forward pass; span: tokens of a document or group, within which attention works; of both no more than
+    CALIBRATED are tried, which a rank that trains has room for. process_gib: this rank before it had a model.
     """
-    process = peak_gib()
+    tokens, span = min(tokens, CALIBRATED), min(span, CALIBRATED)
 
     def tensor(*sizes: int) -> Tensor:
         return torch.ones(sizes, device=device, dtype=dtype)  # nothing drawn: training's random state stays as it is
@@ -80,7 +86,9 @@ def calibrate(shape: Shape, *, tokens: int, span: int, device: torch.device, dty
     one, other = (tensor(tokens, shape.intermediate) for _ in range(2))
     many = range(FRESH)  # results that live at once, as activations do: no cache holds them
     move = FRESH * 3 * one.nbytes / _seconds(lambda: [one * other for _ in many], device)
-    return Machine(matmul, flops / once, 2.5 * flops / max(both - once, once), move, process)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return Machine(matmul, flops / once, 2.5 * flops / max(both - once, once), move, process_gib)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -> float:
@@ -98,8 +106,8 @@ def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Steps, tokens, seconds and losses of a run from its metrics rows (one a step, in order).
 
-    wall_s adds up all steps; start-up, saving the result and checkpoints (checkpoints_s) are not in it. The median step
-    leaves out the first, which pays for warming up; tokens_per_s follows from the median.
+    wall_s adds up all steps; start-up, validation, saving the result and checkpoints (checkpoints_s) are not in it.
+    The median step leaves out the first, which pays for warming up; tokens_per_s follows from the median.
     """
     trained = [row for row in rows if not row["skipped"]]
     seconds = [row["seconds"] for row in rows]

@@ -43,7 +43,7 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
     for piece in in_turn:
         ids_1T = torch.from_numpy(np.concatenate([np.array(lead, np.int64), piece]))[None]
         labels_1T = ids_1T.clone()
-        labels_1T[:, 0] = IGNORED
+        labels_1T[:, : 1 + len(lead)] = IGNORED  # so that arms with and without a sink token score the same tokens
         rows.append({"input_ids": ids_1T, "position_ids": torch.arange(ids_1T.shape[1])[None], "labels": labels_1T})
     return rows
 
