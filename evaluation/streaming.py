@@ -87,7 +87,9 @@ def streaming(
     return EvalScores(
         eval="streaming",
         protocol=f"tokens {recipe.cache_tokens + 1}..{recipe.tokens} of {document.name}; {recipe.cache_tokens} cached "
-        f"tokens and the current one; positions counted in the {recipe.positions}; recompute: {len(sampled_N)} tokens",
+        f"tokens and the current one; positions counted in the {recipe.positions}"
+        + f"; recompute: {len(sampled_N)} tokens"
+        * ("recompute" in recipe.ways),
         recipe=recipe.model_dump(mode="json"),
         rows=rows + curves,
         summary={f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows},

@@ -118,8 +118,8 @@ def gather(artifacts: dict[str, Artifact]) -> Found:
                 baseline = Model(name, "baseline", about_rope(choices["rope"]))
                 model = arms.get(name) or found.models.setdefault(name, baseline)
                 model.scores[choices["eval"]] = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
-            case "merge":
-                pass  # its numbers are those of its arm
+            case "merge" | "tokenizer":
+                pass  # what they give is seen in the arms
             case other:
                 raise ValueError(f"{label}: the report does not know stage {other!r}; it knows {', '.join(STAGES)}")
     found.models |= arms  # after the baselines

@@ -279,10 +279,15 @@ def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
         for name, rows in measured.items() for kind in kinds if any(rows[-1]["sink_mass"][kind])
     ]  # fmt: skip
     curves = {
-        f"{name}, {kinds[kind]}": [(row["step"], sum(row["sink_mass"][kind]) / layers) for row in rows]
+        name + " (softmax)" * (kind == "softmax_sink"): [
+            (row["step"], sum(row["sink_mass"][kind]) / layers) for row in rows
+        ]
         for name, rows in measured.items() for kind in kinds if any(rows[-1]["sink_mass"][kind])
     }  # fmt: skip
-    says = "Mean over layers and heads. A model that forms sinks puts more and more of its attention there."
+    says = (
+        "Mean over layers and heads: on the first token, and (softmax) on the sink in the softmax. A model that forms "
+        "sinks puts more and more of its attention there."
+    )
     axes = ("optimizer step", "share of attention")
     return [
         Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], ends),

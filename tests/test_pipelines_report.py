@@ -29,6 +29,7 @@ from pipelines.report import report
 from pipelines.report_figures import lines, styles
 from pipelines.report_page import Best, Section, Table, html_page, markdown
 from pipelines.report_sections import coarser
+from pipelines.stage import STAGES
 from training.packed import pack_corpus
 from training.recipe import TrainJob
 from training.throughput import summary as training_summary
@@ -176,6 +177,11 @@ def write_arm(stage, out: Path) -> dict:
     return training_summary(steps) | facts | job.choices()
 
 
+def write_tokenizer(stage, out: Path) -> dict:
+    (out / "tokenizer.json").write_text("{}")
+    return {"vocab_size": stage.recipe.vocab_size}
+
+
 def write_merged(stage, out: Path) -> dict:
     (out / "model.safetensors").write_bytes(b"")
     return {"merge_error": 0.0}
@@ -224,7 +230,7 @@ def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], di
 
 WRITERS = {
     "convert": write_base, "pack": write_corpus, "finetune": write_arm, "merge": write_merged, "pretrain": write_arm,
-    "evaluate": write_scores,
+    "evaluate": write_scores, "tokenizer": write_tokenizer,
 }  # fmt: skip
 
 
@@ -420,6 +426,20 @@ def test_sections_vanish_with_their_inputs(without, gone, written, tmp_path):
     recipe = RECIPE | {"evaluate": RECIPE["evaluate"] | {"streaming": streaming}} | without
     write(make_inputs(tmp_path, recipe), tmp_path / "out")
     assert {*page_of(written[0]).headings} - {*page_of(tmp_path / "out").headings} == gone
+
+
+def test_models_with_a_vocabulary_of_their_own_need_no_base(tmp_path):
+    (tmp_path / "out").mkdir()
+    alone = {"baselines": {}, "finetune": None, "pretrain": RECIPE["pretrain"] | {"vocab_size": 300}}
+    streaming = RECIPE["evaluate"]["streaming"] | {"models": None}
+    inputs = make_inputs(tmp_path, RECIPE | alone | {"base": {"source": "gone"}, "evaluate": {"streaming": streaming}})
+    assert "tokenizer" in inputs[0].labels.values()
+    write(inputs, tmp_path / "out")
+    assert "Attention-sink pretraining" in page_of(tmp_path / "out").headings
+
+
+def test_every_stage_has_a_writer_here_and_so_a_place_in_the_report():
+    assert WRITERS.keys() == STAGES.keys() - {"report"}
 
 
 def test_a_perplexity_that_is_not_a_number_is_shown_as_such(inputs, tmp_path):
