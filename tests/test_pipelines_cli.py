@@ -186,7 +186,10 @@ def test_plan_prints_each_stage_with_its_reason_and_a_count(
     capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
 ) -> None:
     def row(stage: str, state: str, why: str, seconds: float | None) -> SimpleNamespace:
-        return SimpleNamespace(stage=stage, state=state, why=why, fingerprint="0123456789abcdef", seconds_last=seconds)
+        return SimpleNamespace(
+            stage=stage, state=state, why=why, fingerprint="0123456789abcdef", seconds_last=seconds,
+            foreseen="about 3 GiB on 2 ranks" if seconds else "",
+        )  # fmt: skip
 
     runner.rows = [
         row("convert", "done", "", 45.2),
@@ -200,6 +203,7 @@ def test_plan_prints_each_stage_with_its_reason_and_a_count(
         "convert         done                        01234567     45s",
         "finetune[lora]  stale  optim.steps: 8 -> 9  01234567     2m05s",
         "report          run                         01234567",
+        "finetune[lora]: about 3 GiB on 2 ranks",
         "3 stages: 1 done, 2 to run",
     ]
 

@@ -213,9 +213,10 @@ def _outputs(shape: Shape, arm: ArmRecipe) -> int:
     return norms + residuals + attention + rotated + 4 * shape.intermediate + lora
 
 
-def _saved(shape: Shape, arm: ArmRecipe) -> int:
-    """Floats a token that one layer keeps for its backward pass; frozen matrices and norms need no input."""
-    every, norms = arm.tune == "all", arm.tune == "all" or "norm" in arm.tune
+def _saved(shape: Shape, arm: ArmRecipe, zero_stage: int) -> int:
+    """Floats a token that one layer keeps for its backward pass. Frozen matrices and norms need no input, but ZeRO-3's
+    own linear keeps it all the same."""
+    every, norms = arm.tune == "all" or zero_stage == 3, arm.tune == "all" or "norm" in arm.tune
     kv = shape.kv_heads * shape.head_dim
     wide = (5 + 2 * norms + every) * shape.hidden
     return wide + (3 + every) * shape.intermediate + 2 * kv
@@ -234,7 +235,7 @@ def _memory(
     tokens, count = resources.micro_batch_rows * seq_len // resources.sequence_parallel, sum(trained.values())
     share = {0: 1, 1: world, 2: world, 3: world}[stage]
     on_device = resources.offload == "none" or not resources.gpus_per_worker
-    layer = _outputs(shape, arm) if not resources.gpus_per_worker else _saved(shape, arm)
+    layer = _outputs(shape, arm) if not resources.gpus_per_worker else _saved(shape, arm, stage)
     kept = (shape.layers * shape.hidden + layer) if resources.activation_checkpointing else shape.layers * layer
     chunk = min(tokens, LOSS_CHUNK) * shape.vocab
     return {
