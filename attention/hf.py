@@ -11,6 +11,8 @@ mask; both end up as document edges. Use `use_cache=False`: a cache makes querie
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +84,19 @@ def active_pattern(model: nn.Module) -> ActivePattern | None:
     if len(names) != 1:
         raise ValueError(f"the model's layers disagree about their attention: {sorted(map(str, names))}")
     return _registered.get(str(names.pop()))
+
+
+@contextmanager
+def attending_by(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> Iterator[None]:
+    """Inside it `attend` is the model's attention, called as the AttentionInterface calls, without a mask."""
+    before = model.config._attn_implementation
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _registered_name(active: ActivePattern) -> str:

@@ -1,7 +1,7 @@
 """How much attention rests on a sink: on the text's first token, and on a sink logit in the softmax where there is one.
 
 In trained models most of the attention of most heads rests on the first token from the third layer on (StreamingLLM,
-arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at position t, which is given beside.
+arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at position t.
 
     sink_mass(model, ids_BT)["first_token"]          # a number a layer
 
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
+
+from attention.hf import attending_by
 
 
 @torch.no_grad()
@@ -44,13 +46,7 @@ def sink_mass(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, list[float]]:
         )
         return (mass_BHTT.to(v_BHTD.dtype) @ v_BHTD).transpose(1, 2), None
 
-    before = model.config._attn_implementation
-    AttentionInterface.register("sink_mass", attend)
-    AttentionMaskInterface.register("sink_mass", lambda *args, **kwargs: None)
-    model.set_attn_implementation("sink_mass")
-    try:
+    with attending_by(model, "sink_mass", attend):
         model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(before)
     layers = [seen[n] for n in sorted(seen)]
     return {"first_token": [first for first, _ in layers], "softmax_sink": [sink for _, sink in layers]}

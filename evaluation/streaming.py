@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attention.hf import attending_by
 from attention.rope import Rotary
 from attention.streaming import streamed_attention
 from evaluation.documents import Document, Progress, first_token_id, matching, silent, with_first
@@ -108,14 +109,8 @@ def streamed_nll(
             f"rope type {model.config.rope_parameters['rope_type']!r} changes with the length of the input: "
             f"one pass over {len(ids_T)} tokens is not what a cache of {sink_tokens + window_tokens} would give"
         )
-    before = model.config._attn_implementation
-    AttentionInterface.register("streamed", StreamedAttention(model, sink_tokens, window_tokens, positions))
-    AttentionMaskInterface.register("streamed", lambda *args, **kwargs: None)
-    model.set_attn_implementation("streamed")
-    try:
+    with attending_by(model, "streamed", StreamedAttention(model, sink_tokens, window_tokens, positions)):
         return token_nll(model, ids_T, name)
-    finally:
-        model.set_attn_implementation(before)
 
 
 class StreamedAttention:
