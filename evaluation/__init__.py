@@ -1,8 +1,15 @@
 """evaluation: a loaded model in, numbers out.
 
-An evaluation is `def name(model, tokenizer, *, recipe, documents=(), progress=silent) -> EvalScores` in a file of its
-own, beside `figure(scores)`, plus one line here. `documents` are the held-out ones, for those that read them. Functions
-are resolved when asked for: this module and `evaluation.recipe` import no torch.
+An evaluation is a file with four functions, and one line here:
+
+    cells(model, tokenizer, *, recipe, documents) -> list of cells      checks everything, measures nothing
+    measure(model, tokenizer, *, recipe, documents, cell) -> result     one cell; the same result wherever it runs
+    collect(recipe, results) -> EvalScores                              tidy rows from [(cell, result), ...]
+    figure(scores) -> chart
+
+Cells and results are plain JSON, so that evaluation/cells.py can spread them and go on where a run was interrupted.
+`documents` are the held-out ones, for those that read them. Files are imported when asked for: this module and
+`evaluation.recipe` import no torch.
 
     python -c "from evaluation import EVALS; print(*EVALS)"
 """
@@ -10,31 +17,41 @@ are resolved when asked for: this module and `evaluation.recipe` import no torch
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.recipe import EvalRecipe, PasskeyRecipe, PerplexityRecipe, StreamingRecipe
+from evaluation.recipe import (
+    EvalRecipe,
+    HarnessRecipe,
+    LostInTheMiddleRecipe,
+    NeedleRecipe,
+    PasskeyRecipe,
+    PerplexityRecipe,
+    SinksRecipe,
+    StreamingRecipe,
+)
 
 
 @dataclass(frozen=True)
 class Eval:
-    """One evaluation: its choices, and where its code is."""
+    """One evaluation: its choices, and the module of its four functions."""
 
     recipe: type[EvalRecipe]
     """The choices' type."""
-    function: str
-    """`module:function`."""
+    module: str
+    """Imported by `load`."""
 
-    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(the evaluation, its figure); imports torch."""
-        module, _, name = self.function.partition(":")
-        code = importlib.import_module(module)
-        return getattr(code, name), code.figure
+    def load(self) -> Any:
+        """The module; imports torch."""
+        return importlib.import_module(self.module)
 
 
 EVALS = {
-    "perplexity": Eval(PerplexityRecipe, "evaluation.perplexity:perplexity"),
-    "passkey": Eval(PasskeyRecipe, "evaluation.passkey:passkey"),
-    "streaming": Eval(StreamingRecipe, "evaluation.streaming:streaming"),
+    "perplexity": Eval(PerplexityRecipe, "evaluation.perplexity"),
+    "passkey": Eval(PasskeyRecipe, "evaluation.passkey"),
+    "needle": Eval(NeedleRecipe, "evaluation.needle"),
+    "lost_in_the_middle": Eval(LostInTheMiddleRecipe, "evaluation.lost_in_the_middle"),
+    "streaming": Eval(StreamingRecipe, "evaluation.streaming"),
+    "sinks": Eval(SinksRecipe, "evaluation.sinks"),
+    "harness": Eval(HarnessRecipe, "evaluation.harness"),
 }

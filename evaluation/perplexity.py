@@ -22,15 +22,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from typing import Any
 
+import altair as alt
 import numpy as np
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document, Progress, first_token_id, matching, silent, with_first
-from evaluation.figures import COLOURS, new_axes
+from evaluation.documents import Document, first_token_id, matching, with_first
+from evaluation.figures import curves
 from evaluation.likelihood import check_head, is_dynamic, token_nll
 from evaluation.recipe import PerplexityRecipe
 from evaluation.scores import EvalScores, bootstrap_mean
@@ -39,40 +38,59 @@ PROTOCOLS = ("last_stride", "whole_window")
 ALL = "*"
 
 
-def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: PerplexityRecipe,
-    documents: Iterable[Document] = (),
-    progress: Progress = silent,
-) -> EvalScores:
-    """Rows of kind `document`, `pooled` (per length and protocol, over all documents and by domain) and `position`.
+def cells(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: PerplexityRecipe, documents: list[Document]
+) -> list[dict[str, Any]]:
+    """A pass each: the document, how far it is read, and which lengths that serves.
 
-    NLL in nats per token. Raises ValueError for a length that no document reaches or that last_tokens does not fit
-    into, FloatingPointError for logits that are not finite.
+    Raises ValueError for a length that no document reaches or that last_tokens does not fit into.
     """
     chosen = matching(documents, recipe.documents)
     lengths = sorted(set(recipe.lengths))
     check_lengths(lengths, recipe.last_tokens, chosen)
-    first = first_token_id(tokenizer)
     check_head(model, chosen[0].ids_T)
+    found = []
+    for document in chosen:
+        fitting = [n for n in lengths if n <= len(document.ids_T)]
+        for length in passes(model, fitting):
+            serves = [length] if is_dynamic(model) else fitting
+            place = {"document": document.name, "domain": document.domain, "length": length}
+            found.append(place | {"serves": serves, "longest": length == fitting[-1]})
+    return found
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipe: PerplexityRecipe,
+    documents: list[Document],
+    cell: dict[str, Any],
+) -> dict[str, Any]:
+    """{"nll": nats of text tokens 1 .. length-1, "seconds"}. FloatingPointError for logits that are not finite."""
+    document = next(d for d in documents if d.name == cell["document"])
+    began = time.perf_counter()
+    ids_T = with_first(document.ids_T[: cell["length"]], first_token_id(tokenizer))
+    nll_T = token_nll(model, ids_T, document.name)[1 - cell["length"] :]
+    return {"nll": nll_T.tolist(), "seconds": time.perf_counter() - began}
+
+
+def collect(recipe: PerplexityRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
+    """Rows of kind `document`, `pooled` (per length and protocol, over all documents and by domain) and `position`.
+
+    NLL in nats per token.
+    """
     rows: list[dict[str, Any]] = []
-    seconds, passed = 0.0, 0
-    todo = [(d, n) for d in chosen for n in passes(model, [n for n in lengths if n <= len(d.ids_T)])]
-    for done, (document, length) in enumerate(todo):
-        progress(done, len(todo))
-        began = time.perf_counter()
-        nll_T = token_nll(model, with_first(document.ids_T[:length], first), document.name)[1 - length :]
-        seconds, passed = seconds + time.perf_counter() - began, passed + length
-        for served in [length] if is_dynamic(model) else [n for n in lengths if n <= length]:
-            rows += document_rows(document, nll_T[: served - 1], recipe.last_tokens)
-        if length == max(n for d, n in todo if d is document):
-            rows += position_rows(document, nll_T, recipe.last_tokens)
-    progress(len(todo), len(todo))
+    for cell, result in results:
+        nll_T, about = np.array(result["nll"]), {"document": cell["document"], "domain": cell["domain"]}
+        for served in cell["serves"]:
+            rows += document_rows(about, nll_T[: served - 1], recipe.last_tokens)
+        if cell["longest"]:
+            rows += position_rows(about, nll_T, recipe.last_tokens)
     pooled = pooled_rows(rows, recipe.seed)
     names = {"last_stride": "ppl", "whole_window": "ppl_window"}
     summary = {f"{names[r['protocol']]}_{r['length']}": r["ppl"] for r in pooled if r["domain"] == ALL}
+    passed, seconds = sum(c["length"] for c, _ in results), sum(r["seconds"] for _, r in results)
     return EvalScores(
         eval="perplexity",
         protocol=f"one causal pass a document; last_stride: its last {recipe.last_tokens} tokens; whole_window: all",
@@ -103,16 +121,17 @@ def passes(model: PreTrainedModel, lengths: list[int]) -> list[int]:
     return lengths if is_dynamic(model) else lengths[-1:]
 
 
-def document_rows(document: Document, nll_T: np.ndarray, last_tokens: int) -> list[dict[str, Any]]:
-    """One row a protocol, for the context that ends with nll_T's last token."""
+def document_rows(about: dict[str, str], nll_T: np.ndarray, last_tokens: int) -> list[dict[str, Any]]:
+    """One row a protocol, for the context that ends with nll_T's last token; about: the document's name and domain."""
     scored = {"last_stride": nll_T[-last_tokens:], "whole_window": nll_T}
     return [
         {
             "kind": "document",
             "protocol": protocol,
             "length": len(nll_T) + 1,
-            "document": document.name,
-            "domain": document.domain,
+        }
+        | about
+        | {
             "documents": 1,
             "tokens": len(scored[protocol]),
             "nll": float(scored[protocol].mean()),
@@ -122,14 +141,15 @@ def document_rows(document: Document, nll_T: np.ndarray, last_tokens: int) -> li
     ]
 
 
-def position_rows(document: Document, nll_T: np.ndarray, bin_tokens: int) -> list[dict[str, Any]]:
+def position_rows(about: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> list[dict[str, Any]]:
     """The NLL curve along the text, in bins of bin_tokens positions; entry t of nll_T is text token t + 1's."""
     return [
         {
             "kind": "position",
             "protocol": "per_position",
-            "document": document.name,
-            "domain": document.domain,
+        }
+        | about
+        | {
             "start": start,
             "end": min(start + bin_tokens, len(nll_T) + 1),
             "nll": float(nll_T[max(0, start - 1) : start + bin_tokens - 1].mean()),
@@ -159,22 +179,43 @@ def pooled_rows(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     return pooled
 
 
-def figure(scores: EvalScores) -> Figure:
-    """Perplexity by length, a thin line a document and a thick one for all."""
-    fig, axes = new_axes(
-        f"{scores.model}: does the text stay predictable as the context grows?\n(lower is better; a rise past the "
-        f"trained length means the model breaks there)",
-        "context length (tokens)",
-        f"perplexity of the last {scores.recipe['last_tokens']} tokens",
+def paired(ours: EvalScores, theirs: EvalScores, length: int, resamples: int = 4_000) -> dict[str, float]:
+    """How much better one model is than another on the same tokens: {"nll": ours - theirs, "low", "high", "bins"}.
+
+    The difference is taken in bins of last_tokens positions of each document, up to `length`; the 95% interval
+    resamples bins, which are nearly independent where single tokens are not. ValueError unless both read the same
+    documents.
+    """
+    bins = [
+        {
+            (r["document"], r["start"], r["end"]): r["nll"]
+            for r in s.rows
+            if r["kind"] == "position" and r["end"] <= length
+        }
+        for s in (ours, theirs)
+    ]
+    if bins[0].keys() != bins[1].keys() or not bins[0]:
+        raise ValueError(f"{ours.model} and {theirs.model} were not measured on the same tokens up to {length}")
+    difference = np.array([bins[0][key] - bins[1][key] for key in bins[0]])
+    interval = bootstrap_mean(difference, seed=0, resamples=resamples) or (math.nan, math.nan)
+    return {"nll": float(difference.mean()), "low": interval[0], "high": interval[1], "bins": len(difference)}
+
+
+def figure(scores: EvalScores) -> Any:
+    """Perplexity by length, a line a document and one for all; below, the NLL along the text."""
+    question = [
+        f"{scores.model}: does the text stay predictable as the context grows?",
+        "lower is better; a rise past the trained length means that the model breaks there",
+    ]
+    by_length = [
+        row | {"line": "all documents" if row["domain"] == ALL else row["document"]}
+        for row in scores.rows
+        if row["protocol"] == "last_stride" and (row["kind"] == "document" or row["domain"] == ALL)
+    ]
+    names = (question, "context length (tokens)", f"perplexity of the last {scores.recipe['last_tokens']} tokens")
+    upper = curves(by_length, x="length", y="ppl", by="line", titles=names, log="xy", low="ppl_low", high="ppl_high")
+    along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if row["kind"] == "position"]
+    below = ("Along the text", "position (tokens)", "NLL (nats per token)")
+    return alt.vconcat(upper, curves(along, x="middle", y="nll", by="document", titles=below)).resolve_scale(
+        color="independent", strokeDash="independent"
     )
-    rows = [row for row in scores.rows if row["protocol"] == "last_stride" and row["domain"] != ALL]
-    for n, name in enumerate(dict.fromkeys(r["document"] for r in rows if r["kind"] == "document")):
-        mine = sorted((r["length"], r["ppl"]) for r in rows if r["document"] == name)
-        axes.plot(*zip(*mine, strict=True), "o-", lw=1, ms=3, color=COLOURS[1 + n % (len(COLOURS) - 1)], label=name)
-    every = [r for r in scores.rows if r["protocol"] == "last_stride" and r["domain"] == ALL]
-    axes.plot([r["length"] for r in every], [r["ppl"] for r in every], "ks-", lw=2.5, label="all documents")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks([r["length"] for r in every], [f"{r['length']:,}" for r in every])
-    axes.legend(fontsize=7)
-    return fig

@@ -84,3 +84,22 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tup
     drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     low, high = np.quantile(values[drawn].mean(-1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def retrieval_row(kind: str, cases: list[dict[str, Any]], length: int, depth: float | None) -> dict[str, Any]:
+    """The mean of some cases in which something was looked for, with Wilson's interval of the share that was found."""
+    correct = sum(case["correct"] for case in cases)
+    low, high = wilson(correct, len(cases))
+    return {
+        "kind": kind,
+        "protocol": "teacher_forced",
+        "length": length,
+        "depth": depth,
+        "trials": len(cases),
+        "correct": correct,
+        "accuracy": correct / len(cases),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "token_accuracy": float(np.mean([case["token_accuracy"] for case in cases])),
+        "nll": float(np.mean([case["nll"] for case in cases])),
+    }

@@ -17,6 +17,10 @@ be off by tens.
 Perplexity counts from the token where the ways begin to differ: after the first `cache_tokens` tokens of the text.
 Streaming keeps a model fluent for ever; it does not let it see further back than its cache.
 
+Positions are counted in the cache (the paper's way) or in the text; RoPE is relative, so that only sinks can tell. Is
+it the first tokens' place or their meaning? `newlines` replaces them by line breaks (the paper's table 2). Latencies
+and cache sizes are measured on the real decode path; `endurance_tokens` streams all documents through one cache.
+
     longreach evaluate MODEL --eval streaming --set document=2026-Trump-1 --set cache_tokens=256
 
 Legend: T tokens, N sampled tokens, B windows in a batch, W window tokens, V vocabulary.
@@ -25,22 +29,24 @@ Legend: T tokens, N sampled tokens, B windows in a batch, W window tokens, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import cycle, pairwise
+import time
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from attention.hf import attending_by
 from attention.rope import Rotary
+from attention.sink_cache import SinkCache
 from attention.streaming import streamed_attention
-from evaluation.documents import Document, Progress, first_token_id, matching, silent, with_first
-from evaluation.figures import COLOURS, new_axes
-from evaluation.likelihood import check_head, is_dynamic, token_nll
+from evaluation.documents import Document, first_token_id, matching, with_first
+from evaluation.figures import curves
+from evaluation.likelihood import check_head, hidden_nll, is_dynamic, token_nll
 from evaluation.recipe import StreamingRecipe
 from evaluation.scores import EvalScores, bootstrap_mean
 
@@ -48,54 +54,154 @@ BATCH_TOKENS = 4096
 """Tokens of the windows that `recompute` runs at once."""
 BINS = 24
 """Points of the curve along the stream."""
+FED = 512
+"""Tokens that the endurance run reads at once."""
 
 
-def streaming(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: StreamingRecipe,
-    documents: Iterable[Document] = (),
-    progress: Progress = silent,
-) -> EvalScores:
-    """Rows of kind `way` (perplexity after the first cache_tokens tokens) and `stream` (binned along the text).
-
-    NLL in nats per token. Raises ValueError for a document that is missing or too short, FloatingPointError for logits
-    that are not finite.
-    """
+def cells(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: StreamingRecipe, documents: list[Document]
+) -> list[dict[str, Any]]:
+    """A way each, then a latency each, then the endurance run. ValueError for a text that is missing or too short."""
     document = matching(documents, (recipe.document,))[0]
     if len(document.ids_T) <= recipe.tokens:
         raise ValueError(
             f"{document.name} has {len(document.ids_T)} tokens; scoring {recipe.tokens} takes one more than that: "
             f"lower tokens or choose a longer document"
         )
+    if recipe.endurance_tokens >= (there := sum(len(d.ids_T) for d in documents)):
+        raise ValueError(f"endurance_tokens {recipe.endurance_tokens}, but all held-out documents have {there} tokens")
     check_head(model, document.ids_T)
-    ids_T = with_first(document.ids_T[: recipe.tokens + 1], first_token_id(tokenizer))
-    sampled_N = np.arange(recipe.cache_tokens, recipe.tokens, recipe.recompute_every)
-    ways = [(way, n) for way in recipe.ways for n in (recipe.sink_tokens if way == "sinks" else (0,))]
-    nll: dict[tuple[str, int], np.ndarray] = {}
-    for done, (way, sinks) in enumerate(ways):
-        progress(done, len(ways))
-        if way == "recompute":
-            ends_N = sampled_N + len(ids_T) - 1 - recipe.tokens
-            nll[way, 0] = recomputed_nll(model, ids_T, ends_N, recipe.cache_tokens + 1, document.name)
-        else:
-            window = len(ids_T) if way == "dense" else recipe.cache_tokens - sinks
-            streamed = streamed_nll(model, ids_T, sinks, window, recipe.positions, document.name)
-            nll[way, sinks] = streamed[-recipe.tokens :]
-    progress(len(ways), len(ways))
-    rows, curves = tabulate(recipe, nll, sampled_N)
+    found: list[dict[str, Any]] = []
+    for way in recipe.ways:
+        if way != "sinks":
+            found.append({"way": way, "sinks": 0, "positions": "cache", "newlines": False})
+            continue
+        for n in recipe.sink_tokens:
+            found += [{"way": way, "sinks": n, "positions": p, "newlines": False} for p in recipe.positions]
+            found += [
+                {"way": way, "sinks": n, "positions": p, "newlines": True} for p in recipe.positions[: recipe.newlines]
+            ]
+    if recipe.latency_tokens:
+        decoded = [(way, recipe.sink_tokens[0] if way == "sinks" else 0) for way in recipe.ways]
+        found += [{"latency": way, "sinks": n} for way, n in decoded]
+    if recipe.endurance_tokens:
+        found.append({"endurance": recipe.endurance_tokens, "sinks": recipe.sink_tokens[0]})
+    return found
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipe: StreamingRecipe,
+    documents: list[Document],
+    cell: dict[str, Any],
+) -> dict[str, Any]:
+    """A way: {"nll": nats of text tokens 1.., of the sampled ones for `recompute`}. FloatingPointError for logits that
+    are not finite."""
+    first = first_token_id(tokenizer)
+    if "endurance" in cell:
+        text_T = np.concatenate([d.ids_T for d in documents])[: cell["endurance"] + 1]
+        return endurance(model, with_first(text_T, first), cell["sinks"], recipe.cache_tokens - cell["sinks"])
+    document = matching(documents, (recipe.document,))[0]
+    ids_T = with_first(document.ids_T[: recipe.tokens + 1], first)
+    if "latency" in cell:
+        return latency(model, ids_T, cell["latency"], cell["sinks"], recipe)
+    if cell["way"] == "recompute":
+        ends_N = sampled(recipe) + len(ids_T) - 1 - recipe.tokens
+        return {"nll": recomputed_nll(model, ids_T, ends_N, recipe.cache_tokens + 1, document.name).tolist()}
+    if cell["newlines"]:
+        at = int(ids_T[0] == first)  # the model's own first token stays: it is no text
+        ids_T = np.concatenate([ids_T[:at], np.full(cell["sinks"] - at, line_break(tokenizer)), ids_T[cell["sinks"] :]])
+    window = len(ids_T) if cell["way"] == "dense" else recipe.cache_tokens - cell["sinks"]
+    nll_T = streamed_nll(model, ids_T, cell["sinks"], window, cell["positions"], document.name)
+    return {"nll": nll_T[-recipe.tokens :].tolist()}
+
+
+def collect(recipe: StreamingRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
+    """Rows of kind `way` (perplexity after the first cache_tokens tokens), `stream` (binned along the text), `latency`
+    and `endurance`; NLL in nats per token."""
+    ways = [(cell, np.array(result["nll"])) for cell, result in results if "way" in cell]
+    rows, along = tabulate(recipe, ways, sampled(recipe))
+    others = [row for cell, result in results if "way" not in cell for row in result["rows"]]
+    summary = {f"streaming_ppl_{row['way'].replace(',', '').replace(' ', '_')}": row["ppl"] for row in rows}
+    summary |= {f"decode_ms_{row['way'].replace(' ', '_')}": row["ms"] for row in others if row["kind"] == "latency"}
+    if enduring := [row for row in others if row["kind"] == "endurance"]:
+        summary |= {"endurance_ppl": math.exp(np.mean([row["nll"] for row in enduring]))}
+        summary |= {"endurance_growth_mib": enduring[-1]["resident_mib"] - enduring[len(enduring) // 4]["resident_mib"]}
     return EvalScores(
         eval="streaming",
-        protocol=f"tokens {recipe.cache_tokens + 1}..{recipe.tokens} of {document.name}; {recipe.cache_tokens} cached "
-        f"tokens and the current one; positions counted in the {recipe.positions}"
-        + f"; recompute: {len(sampled_N)} tokens"
+        protocol=f"tokens {recipe.cache_tokens + 1}..{recipe.tokens} of {recipe.document}; {recipe.cache_tokens} "
+        f"cached tokens and the current one; positions counted in the {' or the '.join(recipe.positions)}"
+        + f"; recompute: {len(sampled(recipe))} tokens"
         * ("recompute" in recipe.ways),
         recipe=recipe.model_dump(mode="json"),
-        rows=rows + curves,
-        summary={f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows},
-        note="One text, no latencies. A low perplexity here means stable generation, not a longer memory.",
+        rows=rows + along + others,
+        summary=summary,
+        note="One text. A low perplexity here means stable generation, not a longer memory.",
     )
+
+
+def sampled(recipe: StreamingRecipe) -> np.ndarray:
+    """Text positions [N] whose next token `recompute` scores."""
+    return np.arange(recipe.cache_tokens, recipe.tokens, recipe.recompute_every)
+
+
+def line_break(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a line break. ValueError where it has none of its own."""
+    ids = tokenizer("\n", add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(f"a line break is {len(ids)} tokens of this tokenizer: leave out streaming.newlines")
+    return int(ids[0])
+
+
+@torch.inference_mode()
+def latency(
+    model: PreTrainedModel, ids_T: np.ndarray, way: str, sinks: int, recipe: StreamingRecipe
+) -> dict[str, list[dict[str, Any]]]:
+    """One row: the median milliseconds in which the text's last latency_tokens tokens are decoded one by one, and the
+    bytes of keys and values that are kept meanwhile; dense has the whole text before them."""
+    x_1T, many, took = torch.from_numpy(ids_T)[None].to(model.device), recipe.latency_tokens, []
+    window = recipe.cache_tokens - sinks
+    cache = DynamicCache(config=model.config) if way == "dense" else SinkCache(model.config, sinks, window)
+    if way != "recompute":
+        model(x_1T[:, : -many - 1], past_key_values=cache, logits_to_keep=1)
+    for n in range(x_1T.shape[1] - many - 1, x_1T.shape[1]):  # the first one warms up
+        began = time.perf_counter()
+        if way == "recompute":
+            model(x_1T[:, n - recipe.cache_tokens : n + 1], use_cache=False, logits_to_keep=1)
+        else:
+            model(x_1T[:, n : n + 1], past_key_values=cache, logits_to_keep=1)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    kept = sum(
+        getattr(layer, name).nbytes
+        for layer in cache.layers
+        for name in ("keys", "values", "sink_keys")
+        if isinstance(getattr(layer, name, None), torch.Tensor)
+    )
+    about = {"way": name_of(way, sinks), "cache_tokens": recipe.cache_tokens, "text_tokens": x_1T.shape[1]}
+    return {"rows": [{"kind": "latency", **about, "ms": median(took[1:]) * 1e3, "cache_mib": kept / 2**20}]}
+
+
+@torch.inference_mode()
+def endurance(model: PreTrainedModel, ids_T: np.ndarray, sinks: int, window: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows along one long stream through one SinkCache: NLL, and the process's resident memory at the end of each."""
+    cache = SinkCache(model.config, sinks, window)
+    edges, rows = np.linspace(0, len(ids_T) - 1, BINS + 1).astype(int).tolist(), []
+    for start, end in pairwise(edges):
+        nll: list[np.ndarray] = []
+        for at in range(start, end, FED):
+            to = min(at + FED, end)
+            x_T = torch.from_numpy(ids_T[at : to + 1]).to(model.device)
+            hidden_TE = model.base_model(x_T[None, :-1], past_key_values=cache, use_cache=True).last_hidden_state[0]
+            nll.append(hidden_nll(model, hidden_TE, x_T[1:], f"endurance, from token {at} on").cpu().numpy())
+        mean = float(np.concatenate(nll).mean())
+        resident = psutil.Process().memory_info().rss / 2**20
+        place = {"kind": "endurance", "way": name_of("sinks", sinks), "start": start, "end": end}
+        rows.append(place | {"nll": mean, "ppl": math.exp(mean), "resident_mib": resident})
+    return {"rows": rows}
 
 
 def streamed_nll(
@@ -157,29 +263,37 @@ def recomputed_nll(
 
 
 def tabulate(
-    recipe: StreamingRecipe, nll: dict[tuple[str, int], np.ndarray], sampled_N: np.ndarray
+    recipe: StreamingRecipe, ways: list[tuple[dict[str, Any], np.ndarray]], sampled_N: np.ndarray
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row a way, rows along the stream). nll[way, sinks][t] is text token t + 1's; recompute's are those of
+    """(a row a way, rows along the stream). Entry t of a way's NLL is text token t + 1's; recompute's are those of
     sampled_N."""
-    beside = next((key for way in ("sinks", "dense", "window") for key in nll if key[0] == way), None)
-    against = f", beside {name_of(*beside)}" if beside else ""
+    beside = next(
+        ((cell, nll) for way in ("sinks", "dense", "window") for cell, nll in ways if cell["way"] == way), None
+    )
+    against = f", beside {way_of(beside[0])}" if beside else ""
     edges = np.linspace(0, recipe.tokens, min(BINS, recipe.tokens) + 1).astype(int).tolist()
-    nothing_T, rows, curves = np.zeros(recipe.tokens), [], []
-    for (way, sinks), nll_N in nll.items():
-        sampled = way == "recompute" and recipe.recompute_every > 1
+    nothing_T, rows, along = np.zeros(recipe.tokens), [], []
+    for cell, nll_N in ways:
+        few = cell["way"] == "recompute" and recipe.recompute_every > 1
         about = {
-            "way": name_of(way, sinks),
-            "positions": recipe.positions,
+            "way": way_of(cell),
+            "positions": cell["positions"],
             "cache_tokens": recipe.cache_tokens,
-            "sink_tokens": sinks,
-            "protocol": f"1 token in {recipe.recompute_every}{against}" if sampled else "every token",
+            "sink_tokens": cell["sinks"],
+            "protocol": f"1 token in {recipe.recompute_every}{against}" if few else "every token",
         }
-        scored_N = sampled_N if way == "recompute" else np.arange(recipe.tokens)
-        beside_T = nll[beside] if sampled and beside else nothing_T
+        scored_N = sampled_N if cell["way"] == "recompute" else np.arange(recipe.tokens)
+        beside_T = beside[1] if few and beside else nothing_T
         spans = [(a, b) for a, b in pairwise(edges) if a >= scored_N[0]]
-        rows.append({"kind": "way"} | about | measure(nll_N, scored_N, beside_T, recipe.cache_tokens, recipe.tokens))
-        curves += [{"kind": "stream"} | about | measure(nll_N, scored_N, beside_T, *span) for span in spans]
-    return rows, [row for row in curves if row["scored"]]
+        rows.append({"kind": "way"} | about | over(nll_N, scored_N, beside_T, recipe.cache_tokens, recipe.tokens))
+        along += [{"kind": "stream"} | about | over(nll_N, scored_N, beside_T, *span) for span in spans]
+    return rows, [row for row in along if row["scored"]]
+
+
+def way_of(cell: dict[str, Any]) -> str:
+    """A way's name: as `name_of`, with what is unusual about it."""
+    unusual = ", text positions" * (cell["positions"] == "text") + ", newlines" * cell["newlines"]
+    return name_of(cell["way"], cell["sinks"]) + unusual
 
 
 def name_of(way: str, sinks: int) -> str:
@@ -187,7 +301,7 @@ def name_of(way: str, sinks: int) -> str:
     return f"{sinks} sink{'s' * (sinks > 1)}" if way == "sinks" else way
 
 
-def measure(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, start: int, end: int) -> dict[str, Any]:
+def over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, start: int, end: int) -> dict[str, Any]:
     """Mean NLL of tokens start..end-1: beside_T's mean over all of them plus the mean difference to it over scored_N.
 
     beside_T zero and every token scored: the plain mean. The interval, of sampled means only, resamples differences.
@@ -204,23 +318,13 @@ def measure(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, start
     return found
 
 
-def figure(scores: EvalScores) -> Figure:
+def figure(scores: EvalScores) -> Any:
     """Perplexity along the stream, a line a way."""
     cache = scores.recipe["cache_tokens"]
-    fig, axes = new_axes(
-        f"{scores.model}: does generation stay stable when the text outgrows a cache of {cache} tokens?\n"
-        f"(window rises once the first tokens are evicted; sinks should follow dense)",
-        "position in the text (tokens)",
-        "perplexity",
-    )
-    ways = dict.fromkeys(row["way"] for row in scores.rows if row["kind"] == "stream")
-    for way, colour, dash in zip(ways, cycle(COLOURS), cycle(("-", "--", ":", "-.")), strict=False):
-        curve = [row for row in scores.rows if row["kind"] == "stream" and row["way"] == way]
-        middle = [(row["start"] + row["end"]) / 2 for row in curve]
-        label = {"recompute": "window, recomputed"}.get(way, f"{way} + window" if "sink" in way else way)
-        axes.plot(middle, [row["ppl"] for row in curve], dash, color=colour, lw=1.8, label=label)
-    axes.axvline(cache, color="grey", lw=1)
-    axes.text(cache, axes.get_ylim()[1], " cache full", color="grey", fontsize=8, va="top")
-    axes.set_yscale("log")
-    axes.legend(fontsize=8)
-    return fig
+    question = [
+        f"{scores.model}: does generation stay stable when the text outgrows a cache of {cache} tokens?",
+        "window rises once the first tokens are evicted; sinks should stay close to recompute, whatever dense does",
+    ]
+    along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if row["kind"] == "stream"]
+    titles = (question, "position in the text (tokens)", "perplexity")
+    return curves(along, x="middle", y="ppl", by="way", titles=titles, log="y", low="ppl_low", high="ppl_high")

@@ -39,6 +39,8 @@ class Resources(Choices):
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
     eval_cpus: int = Field(default=1, ge=1)
     """CPU cores (torch threads) of one evaluation task; tasks run side by side while cores last."""
+    eval_workers: int = Field(default=1, ge=1)
+    """Ray tasks among which the cells of one evaluation are spread, each with the model in its memory and eval_cpus."""
     max_failures: int = Field(default=2, ge=0)
     """How often Ray Train restarts a stage's ranks after one of them died."""
     checkpoint_every_steps: int = Field(default=50, ge=1)

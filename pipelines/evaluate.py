@@ -1,19 +1,25 @@
-"""Stage `evaluate`: one evaluation of one model -> EvalScores (scores.json, scores.parquet, cases.jsonl) and a PNG.
+"""Stage `evaluate`: one evaluation of one model -> EvalScores (scores.json, scores.parquet, cases.jsonl) and figures.
 
-Attention is always full and causal here, whatever pattern the model was trained with (LongLoRA, section 3.2).
+Each cell's result is kept in the attempt's folder as soon as it is known, so that an interrupted grid goes on where
+it stopped. With `eval_workers` above 1 the cells are spread over so many Ray tasks, each with the model in its own
+memory; a cell's result is the same wherever it is measured. Attention is always full and causal here, whatever pattern
+the model was trained with (LongLoRA, section 3.2).
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from attention.kv_budget import KVBudget, readable
 from evaluation import EVALS
-from evaluation.documents import held_out
+from evaluation.cells import CellFolder, Result, measured
+from evaluation.documents import Document, held_out
 from evaluation.figures import save
 from infra.artifact import Artifact
 from infra.resources import Resources
@@ -28,28 +34,99 @@ def evaluate(
     """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents into `out`; returns their summary.
 
     Raises:
-        ValueError: the corpus was tokenised for another model, or the evaluation refuses its choices.
+        ValueError: the corpus was tokenised for another model, the evaluation refuses its choices, or a prompt's keys
+            and values do not fit into memory.
         FloatingPointError: the model's logits are not finite.
     """
+    code = EVALS[recipe.eval].load()
+    check_memory(model.path, recipe, resources)
+    network, tokenizer, documents = _subject(model, corpus, recipe, resources)
+    cells = code.cells(network, tokenizer, recipe=recipe.choices, documents=documents)
+    folder = CellFolder(run.attempt.work / "cells", (earlier / "work" / "cells" for earlier in run.earlier))
+    found = folder.known(cells)
+    run.spool.progress(len(found), len(cells), unit="cell")
+    todo = {n: cell for n, cell in enumerate(cells) if n not in found}
+    if resources.eval_workers > 1 and len(todo) > 1:
+        del network, documents
+        results = _spread(model, corpus, recipe, resources, todo)
+    else:
+        results = measured(recipe.eval, network, tokenizer, recipe=recipe.choices, documents=documents, todo=todo)
+    for n, result in results:
+        found[n] = result
+        folder.keep(n, cells[n], result)
+        run.spool.progress(len(found), len(cells), unit="cell")
+    scores = code.collect(recipe.choices, [(cell, found[n]) for n, cell in enumerate(cells)]).named(recipe.model)
+    scores.write(out)
+    run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
+    run.spool.table(out / "scores.json")
+    run.spool.artifact(save(code.figure(scores), out, recipe.eval), "figures")
+    run.spool.artifact(out / f"{recipe.eval}.html", "figures")
+    return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
+
+
+def _subject(
+    model: Artifact, corpus: Artifact, recipe: EvaluateStageRecipe, resources: Resources
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Document]]:
+    """The model, ready to be asked, its tokenizer and the held-out documents."""
     torch.set_num_threads(resources.eval_cpus)
     network, tokenizer = load_model(model.path, rope=recipe.rope, dtype=resources.dtype)
     check_tokenizers(AutoTokenizer.from_pretrained(corpus.path / "tokenizer", local_files_only=True), tokenizer)
     network.eval()
     if resources.gpus_per_worker:
         torch.nn.Module.to(network, "cuda")  # transformers' own .cuda is decorated beyond what types can follow
-    measure, draw = EVALS[recipe.eval].load()
-    scores = measure(
-        network,
-        tokenizer,
-        recipe=recipe.choices,
-        documents=held_out(corpus.path / "documents"),
-        progress=partial(run.spool.progress, unit="cell"),
-    ).named(recipe.model)
-    scores.write(out)
-    run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
-    run.spool.table(out / "scores.json")
-    run.spool.artifact(save(draw(scores), out / f"{recipe.eval}.png"), "figures")
-    return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
+    return network, tokenizer, held_out(corpus.path / "documents")
+
+
+def _spread(
+    model: Artifact, corpus: Artifact, recipe: EvaluateStageRecipe, resources: Resources, todo: dict[int, Any]
+) -> Iterator[tuple[int, Result]]:
+    """Results of the cells as tasks yield them. Cells are dealt in turn, so that long ones are shared fairly."""
+    import ray
+
+    numbers, tasks = list(todo), min(resources.eval_workers, len(todo))
+    shares = [{n: todo[n] for n in numbers[task::tasks]} for task in range(tasks)]
+    task = ray.remote(_share).options(
+        num_cpus=resources.eval_cpus, num_gpus=resources.gpus_per_worker, num_returns="streaming"
+    )
+    running: list[Any] = [task.remote(model, corpus, recipe, resources, share) for share in shares]
+    while running:
+        ready: list[Any]
+        ready, running = ray.wait(running, num_returns=1)
+        try:
+            found: Any = ray.get(next(ready[0]))
+            yield found
+        except StopIteration:
+            continue
+        running.append(ready[0])
+
+
+def _share(
+    model: Artifact, corpus: Artifact, recipe: EvaluateStageRecipe, resources: Resources, todo: dict[int, Any]
+) -> Iterator[tuple[int, Result]]:
+    """What one task of `_spread` does."""
+    network, tokenizer, documents = _subject(model, corpus, recipe, resources)
+    yield from measured(recipe.eval, network, tokenizer, recipe=recipe.choices, documents=documents, todo=todo)
+
+
+def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources) -> None:
+    """ValueError if the weights and the keys and values of the longest prompt do not fit into what is free."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    lengths = [*(getattr(recipe.choices, "lengths", None) or [getattr(recipe.choices, "tokens", 0)])]
+    if not (longest := max(lengths)):
+        return
+    try:
+        dtype = "bf16" if resources.dtype == "bfloat16" else "fp32"
+        cache = KVBudget.of(config).bytes(1, longest, dtype)
+    except ValueError:  # it keeps something else than keys and values, which is smaller
+        cache = 0
+    hidden = 2 * longest * (config.hidden_size + getattr(config, "intermediate_size", config.hidden_size)) * 4
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = torch.cuda.mem_get_info()[0] if resources.gpus_per_worker else psutil.virtual_memory().available
+    if (need := (cache + hidden + weights) * resources.eval_workers) > free:
+        raise ValueError(
+            f"{recipe.eval} at {longest:,} tokens needs about {readable(need)} for weights, keys and values "
+            f"({resources.eval_workers} at once), {readable(free)} is free: lower the length or resources.eval_workers"
+        )
 
 
 def check_tokenizers(corpus: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> None:

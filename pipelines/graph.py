@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import SerializeAsAny
 
+from evaluation.recipe import EvalRecipe
 from infra.choices import Choices
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
@@ -42,7 +43,7 @@ class EvaluateStageRecipe(Choices):
     """The model's name in the recipe; it stands in every row of the scores."""
     rope: RopeRecipe | None = None
     """A stretch applied while loading, for untrained baselines; None: as the folder says."""
-    choices: SerializeAsAny[Choices]
+    choices: SerializeAsAny[EvalRecipe]
     """The evaluation's own section."""
 
 

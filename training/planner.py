@@ -30,6 +30,8 @@ LOSS_PASSES = 12
 """Times that a logit is read or written: made, summed, lowered, exponentiated, marked, weighted, and used twice."""
 OPTIMIZER_BYTES = 7 * 4
 """AdamW reads weight, gradient and two moments, and writes three of them."""
+SHARDED_BYTES = 6 * 4
+"""ZeRO copies each gradient into a bucket and into its owner's part, and each new weight back into the model."""
 PROCESS_GIB = 0.65
 """A rank with torch, DeepSpeed and Ray before it has a model, where none was measured."""
 
@@ -134,9 +136,11 @@ class Machine:
     attention_backward: float
     """The same, backward."""
     bytes: float
-    """Bytes read and written by elementwise operations on fresh tensors."""
+    """Bytes that a layer's elementwise operations read and write, by PASSES' counting, forward and backward."""
     process_gib: float
     """A rank before it has a model."""
+    exchange: float | None = None
+    """Bytes of a tensor that all ranks add up (all-reduce); None for a rank alone."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +203,15 @@ def predict(
         )
         step_s += share * _traffic(shape, arm) * (1 + again / 3) / machine.bytes
         step_s += share * LOSS_PASSES * 4 * shape.vocab / machine.bytes
-        step_s += OPTIMIZER_BYTES * sum(trained.values()) / (world if resources.zero_stage else 1) / machine.bytes
+        count, sharded = sum(trained.values()), resources.zero_stage > 0
+        step_s += count * (OPTIMIZER_BYTES / (world if sharded else 1) + SHARDED_BYTES * sharded) / machine.bytes
+        # gradients are added up, and from stage 1 on the new weights are gathered
+        if machine.exchange:
+            step_s += (1 + sharded) * count * (2 if resources.dtype == "bfloat16" else 4) / machine.exchange
     return Prediction(flops, sum(by_kind.values()), by_kind, step_s)
 
 
-def _outputs(shape: Shape, arm: ArmRecipe) -> int:
+def outputs(shape: Shape, arm: ArmRecipe) -> int:
     """Floats a token that the operations of one layer return in its forward pass, saved for the backward or not."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms, residuals, attention = 2 * 3 * shape.hidden, 2 * shape.hidden, 2 * q
@@ -235,7 +243,7 @@ def _memory(
     tokens, count = resources.micro_batch_rows * seq_len // resources.sequence_parallel, sum(trained.values())
     share = {0: 1, 1: world, 2: world, 3: world}[stage]
     on_device = resources.offload == "none" or not resources.gpus_per_worker
-    layer = _outputs(shape, arm) if not resources.gpus_per_worker else _saved(shape, arm, stage)
+    layer = outputs(shape, arm) if not resources.gpus_per_worker else _saved(shape, arm, stage)
     kept = (shape.layers * shape.hidden + layer) if resources.activation_checkpointing else shape.layers * layer
     chunk = min(tokens, LOSS_CHUNK) * shape.vocab
     return {
@@ -249,4 +257,4 @@ def _memory(
 
 def _traffic(shape: Shape, arm: ArmRecipe) -> float:
     """Bytes a token that a step's elementwise operations move, the backward twice as many as the forward."""
-    return 4 * 3 * PASSES * shape.layers * _outputs(shape, arm)
+    return 4 * 3 * PASSES * shape.layers * outputs(shape, arm)

@@ -14,13 +14,18 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from training.planner import GIB, Machine, Shape
+from training.planner import GIB, PASSES, Machine, Shape, outputs
+from training.recipe import ArmRecipe
 
-FRESH = 16
-"""Elementwise results that live at once while bandwidth is measured."""
+FRESH = 4
+"""Layers whose elementwise results live at once while bandwidth is measured: no cache holds them."""
+EXCHANGED = 32 * 2**20
+"""Bytes that the ranks add up while that is measured."""
 CALIBRATED = 2048
 """Tokens from which on rates change little."""
 
@@ -83,12 +88,30 @@ def calibrate(
     once = _seconds(forward, device)
     both = _seconds(lambda: forward().sum().backward(), device)
     flops = 2 * span * (span + 1) * shape.heads * shape.head_dim
-    one, other = (tensor(tokens, shape.intermediate) for _ in range(2))
-    many = range(FRESH)  # results that live at once, as activations do: no cache holds them
-    move = FRESH * 3 * one.nbytes / _seconds(lambda: [one * other for _ in many], device)
+    norm = LlamaRMSNorm(shape.hidden).to(device, dtype)
+    x_TE, gate_TI = (tensor(1, tokens, n).requires_grad_() for n in (shape.hidden, shape.intermediate))
+    q, k = (tensor(1, n, tokens, shape.head_dim).requires_grad_() for n in (shape.heads, shape.kv_heads))
+    turn = tensor(1, tokens, shape.head_dim)
+
+    def elementwise() -> None:
+        results: list[Tensor] = []
+        for _ in range(FRESH):
+            for normed in (norm(x_TE), norm(x_TE)):
+                results += [normed, x_TE + x_TE]
+            results += [*apply_rotary_pos_emb(q, k, turn, turn), silu(gate_TI) * gate_TI]
+        torch.autograd.backward(results, [torch.ones_like(one) for one in results])
+
+    # what the matrices return is no elementwise result: q, k, v, the two of the MLP and the four of the width
+    own = outputs(shape, ArmRecipe(tune="all")) - 2 * shape.heads * shape.head_dim - 2 * shape.intermediate
+    moved = x_TE.element_size() * 3 * PASSES * FRESH * own * tokens
+    move = moved / _seconds(elementwise, device)
+    exchange = None
+    if dist.get_world_size() > 1:
+        whole = torch.ones(EXCHANGED // 4, device=device)
+        exchange = EXCHANGED / _seconds(lambda: dist.all_reduce(whole), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return Machine(matmul, flops / once, 2.5 * flops / max(both - once, once), move, process_gib)
+    return Machine(matmul, flops / once, 2.5 * flops / max(both - once, once), move, process_gib, exchange)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -> float:

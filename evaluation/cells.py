@@ -1,0 +1,83 @@
+"""An evaluation's cells, measured one by one, each kept as soon as it is known.
+
+A folder of cells is private to one evaluation of one model with one recipe: an interrupted grid goes on where it
+stopped, and several tasks can share the work, because what a cell's result is depends on nothing but the cell.
+
+    evaluate("passkey", model, tokenizer, recipe=PasskeyRecipe(lengths=(1024,))).summary
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation import EVALS
+from evaluation.documents import Document, Progress, silent
+from evaluation.recipe import EvalRecipe
+from evaluation.scores import EvalScores
+
+Result = dict[str, Any]
+
+
+def evaluate(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipe: EvalRecipe,
+    documents: Iterable[Document] = (),
+    progress: Progress = silent,
+) -> EvalScores:
+    """An evaluation in this process, from its checks to its scores."""
+    documents, code = list(documents), EVALS[name].load()
+    cells = code.cells(model, tokenizer, recipe=recipe, documents=documents)
+    found = {}
+    progress(0, len(cells))
+    for n, result in measured(name, model, tokenizer, recipe=recipe, documents=documents, todo=dict(enumerate(cells))):
+        found[n] = result
+        progress(len(found), len(cells))
+    return code.collect(recipe, [(cell, found[n]) for n, cell in enumerate(cells)])
+
+
+def measured(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipe: EvalRecipe,
+    documents: list[Document],
+    todo: dict[int, Any],
+) -> Iterator[tuple[int, Result]]:
+    """(number, result) of each cell in `todo`, as it is known."""
+    code = EVALS[name].load()
+    for n, cell in todo.items():
+        yield n, code.measure(model, tokenizer, recipe=recipe, documents=documents, cell=cell)
+
+
+class CellFolder:
+    """Results on disk, a file a cell, written whole or not at all."""
+
+    def __init__(self, folder: Path, earlier: Iterable[Path] = ()) -> None:
+        self.folder, self.all = folder, [folder, *earlier]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def known(self, cells: list[Any]) -> dict[int, Result]:
+        """Results that are there already, of this attempt or an earlier one, by the cell's number."""
+        plain, found = json.loads(json.dumps(cells)), {}
+        for n, cell in enumerate(plain):
+            for path in (folder / f"{n:05d}.json" for folder in self.all):
+                if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["cell"] == cell:
+                    found[n] = kept["result"]
+                    break
+        return found
+
+    def keep(self, n: int, cell: Any, result: Result) -> None:
+        """Writes one."""
+        draft = self.folder / f".{n:05d}.json"
+        draft.write_text(json.dumps({"cell": cell, "result": result}, ensure_ascii=False), encoding="utf-8")
+        os.replace(draft, self.folder / f"{n:05d}.json")

@@ -1,0 +1,250 @@
+"""Needle in a haystack: a fact about an invented town, put into real text, asked for at the end (gkamradt's test).
+
+The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the asked length. The
+needle goes in where a sentence ends, at a depth from 0 (first) to 1 (last). Towns and numbers are drawn anew for each
+haystack: nothing can be known by heart, and the answer is right or wrong, with no judge. Two ways of scoring:
+
+  teacher-forced   is every token of the answer the argmax (evaluation/reader.py); the finest on small models
+  generation       greedy text of `new_tokens` tokens; a needle counts if its number is in it
+
+Several needles (`needles`) start at the depth and stand evenly spread behind it, and all are asked for; `distractors`
+are facts about other towns, spread over the whole text. A model with a chat template is asked in it, unless told not.
+
+    longreach evaluate MODEL --eval needle --set lengths=[1024,4096] --set depths=[0,0.5,1]
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation.documents import Document, first_token_id, matching, with_first
+from evaluation.passkey import retrieval_figure
+from evaluation.reader import Reader
+from evaluation.recipe import NeedleRecipe
+from evaluation.scores import EvalScores, retrieval_row, wilson
+
+TASK = "Read the text below. Somewhere in it a magic number of a town is mentioned; remember it.\n\n"
+FACT = " The magic number of {town} is {number}."
+QUESTION = "\n\nWhat is the magic number of {town}?"
+ANSWER = "The magic number of {town} is"
+QUESTIONS = "\n\nWhat are the magic numbers of {town}?"
+ANSWERS = "The magic numbers of {town} are"
+STARTS = (
+    "Bran",
+    "Cal",
+    "Dor",
+    "El",
+    "Fen",
+    "Gar",
+    "Hol",
+    "Ist",
+    "Jor",
+    "Kel",
+    "Lor",
+    "Mar",
+    "Nor",
+    "Os",
+    "Pel",
+    "Quin",
+)
+ENDS = ("dale", "ford", "gate", "ham", "mere", "mouth", "stead", "wick")
+EFFECTIVE = 0.85
+"""RULER's bar for an effective length, about Llama-2-7B's score at 4,096 tokens (2404.06654)."""
+
+
+def cells(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: NeedleRecipe, documents: list[Document]
+) -> list[dict[str, Any]]:
+    """One for each length and trial, with all depths, as their prompts begin alike.
+
+    Raises ValueError for a length that the text does not fill or that cannot hold the question, and where a chat
+    template is required but missing.
+    """
+    if recipe.chat_template == "always" and not tokenizer.chat_template:
+        raise ValueError("needle.chat_template is 'always', but the model has no chat template: use 'auto' or 'never'")
+    text = haystack(recipe, documents)
+    for length in recipe.lengths:
+        prompt = Prompt.draw(tokenizer, recipe, length, 0.0, 0)
+        if (room := length - prompt.fixed) < 1:
+            raise ValueError(
+                f"needle length {length}: question and needles alone have {prompt.fixed} tokens; use a longer one"
+            )
+        if room > len(text):
+            raise ValueError(
+                f"needle length {length} needs {room} tokens of text, the chosen documents have {len(text)}: "
+                f"lower the length or choose more documents"
+            )
+    return [{"length": length, "trial": trial} for length in recipe.lengths for trial in range(recipe.trials)]
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipe: NeedleRecipe,
+    documents: list[Document],
+    cell: dict[str, Any],
+) -> dict[str, Any]:
+    """{"cases": one for each depth, "read_tokens", "prompt_tokens"}; FloatingPointError for logits that are not
+    finite."""
+    text, ends = haystack(recipe, documents), sentence_ends(tokenizer)
+    reader, cases, read, total = Reader(model, tokenizer), [], 0, 0
+    for depth in recipe.every_depth():
+        prompt = Prompt.draw(tokenizer, recipe, cell["length"], depth, cell["trial"])
+        ids = prompt.around(text, ends, recipe.seed + cell["trial"])
+        place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
+        found = reader.answer(ids, prompt.answer, f"needle {place}", new_tokens=recipe.new_tokens)
+        read, total = read + found.read_tokens, total + len(ids)
+        said = [number for number in prompt.numbers if re.search(rf"(?<!\d){number}(?!\d)", found.got)]
+        cases.append(
+            place
+            | {"prompt_tokens": len(ids), "prompt": str(tokenizer.decode(ids)), "expected": ", ".join(prompt.numbers)}
+            | found.as_row()
+            | ({"recall": len(said) / len(prompt.numbers)} if recipe.new_tokens else {})
+        )
+    return {"cases": cases, "read_tokens": read, "prompt_tokens": total}
+
+
+def collect(recipe: NeedleRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
+    """Rows of kind `cell` (length x depth) and `length`; summary with the effective length (EFFECTIVE)."""
+    cases = [case for _, result in results for case in result["cases"]]
+
+    def row(kind: str, length: int, depth: float | None) -> dict[str, Any]:
+        here = [c for c in cases if c["length"] == length and depth in (None, c["depth"])]
+        found = retrieval_row(kind, here, length, depth)
+        if recipe.new_tokens:
+            complete = sum(case["recall"] == 1 for case in here)
+            low, high = wilson(complete, len(here))
+            found |= {"recall": float(np.mean([case["recall"] for case in here])), "complete": complete}
+            found |= {"complete_low": low, "complete_high": high}
+        return found
+
+    totals = [row("length", length, None) for length in recipe.lengths]
+    read, asked = (sum(result[key] for _, result in results) for key in ("read_tokens", "prompt_tokens"))
+    generated = {f"needle_recall_{r['length']}": r["recall"] for r in totals if "recall" in r}
+    return EvalScores(
+        eval="needle",
+        protocol=f"{recipe.needles} needles, {recipe.distractors} distractors; `correct`: teacher-forced, every token "
+        "of the answer is the argmax; `recall`: share of the numbers in the greedy answer",
+        recipe=recipe.model_dump(mode="json"),
+        rows=totals + [row("cell", length, depth) for length in recipe.lengths for depth in recipe.every_depth()],
+        summary={f"needle_{r['length']}": r["accuracy"] for r in totals}
+        | {f"needle_nll_{r['length']}": r["nll"] for r in totals}
+        | generated
+        | {"needle_effective_length": effective_length(totals), "needle_tokens_read": read / asked},
+        note="Finding a sentence that stands out is the least that a long context is for.",
+        cases=cases,
+    )
+
+
+def effective_length(totals: list[dict[str, Any]], bar: float = EFFECTIVE) -> int:
+    """The greatest length at which, and at all shorter ones, the accuracy reaches the bar; 0 if at none."""
+    reached = 0
+    for row in sorted(totals, key=lambda r: r["length"]):
+        if row["accuracy"] < bar:
+            break
+        reached = row["length"]
+    return reached
+
+
+class Prompt:
+    """One case, in tokens: what stands before and after the haystack, what goes into it, and what is expected."""
+
+    def __init__(
+        self, before: list[int], after: list[int], needles: list[list[int]], distractors: list[list[int]],
+        numbers: list[str], answer: list[int], length: int, depth: float,
+    ) -> None:  # fmt: skip
+        self.before, self.after, self.needles, self.distractors = before, after, needles, distractors
+        self.numbers, self.answer, self.length, self.depth = numbers, answer, length, depth
+        self.fixed = len(before) + len(after) + sum(map(len, [*needles, *distractors]))
+        """Tokens that are no haystack."""
+
+    @classmethod
+    def draw(
+        cls, tokenizer: PreTrainedTokenizerBase, recipe: NeedleRecipe, length: int, depth: float, trial: int
+    ) -> Prompt:
+        """The case of a place in the grid. Towns and numbers depend on seed, length and trial, not on the depth: so all
+        depths have one haystack, and a grid can grow without changing."""
+        chance = np.random.default_rng([recipe.seed, length, trial])
+        drawn = chance.choice(len(STARTS) * len(ENDS), recipe.needles + recipe.distractors, replace=False)
+        towns = [STARTS[n % len(STARTS)] + ENDS[n // len(STARTS)] for n in drawn]
+        numbers = [str(n) for n in chance.integers(10_000, 100_000, len(towns))]
+
+        def ids(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+        facts = [ids(FACT.format(town=t, number=n)) for t, n in zip(towns, numbers, strict=True)]
+        asked, question, opening = towns[: recipe.needles], QUESTION, ANSWER
+        if recipe.needles > 1:
+            question, opening = QUESTIONS, ANSWERS
+        names = " and ".join(filter(None, [", ".join(asked[:-1]), asked[-1]]))
+        head, tail = around_chat(
+            tokenizer, TASK, question.format(town=names), opening.format(town=names), recipe.chat_template
+        )
+        before = with_first(np.array(ids(head), np.int64), first_token_id(tokenizer)).tolist()
+        answer = " " + " and ".join(
+            filter(None, [", ".join(numbers[: recipe.needles - 1]), numbers[recipe.needles - 1]])
+        )
+        needles, others = facts[: recipe.needles], facts[recipe.needles :]
+        return cls(before, ids(tail), needles, others, numbers[: recipe.needles], ids(answer), length, depth)
+
+    def around(self, text: np.ndarray, ends: set[int], seed: int) -> list[int]:
+        """The prompt's ids, exactly `length` of them: text from a start drawn with `seed`, facts at sentence ends."""
+        room = self.length - self.fixed
+        start = int(np.random.default_rng(seed).integers(0, max(1, len(text) - self.length + 1)))
+        hay = text[start : start + room].tolist()
+        share = [self.depth + (1 - self.depth) * n / len(self.needles) for n in range(len(self.needles))]
+        places = [(at, fact) for at, fact in zip(share, self.needles, strict=True)]
+        places += [((n + 0.5) / len(self.distractors), fact) for n, fact in enumerate(self.distractors)]
+        inserts = sorted(((sentence_end(hay, at, ends), fact) for at, fact in places), key=lambda one: one[0])
+        ids, last = list(self.before), 0
+        for at, fact in inserts:
+            ids += hay[last:at] + fact
+            last = at
+        return ids + hay[last:] + self.after
+
+
+def around_chat(
+    tokenizer: PreTrainedTokenizerBase, task: str, question: str, opening: str, chat: str
+) -> tuple[str, str]:
+    """(what stands before a text, what stands after it): as a chat if the model has a template for one."""
+    if chat == "never" or not tokenizer.chat_template:
+        return task, f"{question}\n{opening}"
+    mark = "\u2063text\u2063"
+    messages = [{"role": "user", "content": f"{task}{mark}{question}"}]
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    before, found, after = whole.partition(mark)
+    if not found:
+        raise ValueError("the model's chat template changes the user's text: set chat_template 'never'")
+    return before, after + opening
+
+
+def haystack(recipe: NeedleRecipe, documents: list[Document]) -> np.ndarray:
+    """The chosen documents, one after the other."""
+    return np.concatenate([document.ids_T for document in matching(documents, recipe.documents)])
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of tokens that end a sentence."""
+    return {int(n) for token, n in tokenizer.get_vocab().items() if token.rstrip("Ċ\n")[-1:] in (".", "!", "?")}
+
+
+def sentence_end(hay: list[int], depth: float, ends: set[int]) -> int:
+    """Where to insert: after the last sentence end at or before the share `depth` of the text; 0 if there is none."""
+    at = round(depth * len(hay))
+    while 0 < at < len(hay) and hay[at - 1] not in ends:
+        at -= 1
+    return at
+
+
+def figure(scores: EvalScores) -> Any:
+    """Length x depth, as gkamradt's."""
+    question = [
+        f"{scores.model}: is the needle found, however long the haystack is?",
+        "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
+    ]
+    return retrieval_figure(scores, question, "prompt length (tokens)", "depth (0 first, 1 last)", "length", "depth")
