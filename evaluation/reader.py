@@ -66,7 +66,7 @@ class Reader:
         check_ids(self.model, ids, where)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.held, prompt[:-1], strict=False)))
         if shared and self.reuse:
-            self.cache.crop(shared)
+            self._keep(shared)
         else:
             shared, self.cache = 0, DynamicCache(config=self.model.config)
         expected_A = torch.tensor(expected, device=self.model.device)
@@ -82,10 +82,15 @@ class Reader:
             float(nll_A.double().mean()), float(hit_A.double().mean()), bool(hit_A.all()), got, len(ids) - shared
         )
 
+    def _keep(self, tokens: int) -> None:
+        """Forgets all but the first so many tokens."""
+        if spare := len(self.held) - tokens:
+            self.cache.crop(-spare)
+
     def _generate(self, prompt: list[int], new_tokens: int) -> str:
         """Greedy, from the prompt's keys that are already there."""
         if self.reuse:
-            self.cache.crop(len(prompt) - 1)
+            self._keep(len(prompt) - 1)
         else:
             self.cache = DynamicCache(config=self.model.config)
         ends = self.model.generation_config.eos_token_id
@@ -97,5 +102,4 @@ class Reader:
             ids_1T, attention_mask=torch.ones_like(ids_1T), past_key_values=self.cache, generation_config=greedy
         )
         self.held = out_1T[0, :-1].tolist()
-        self.cache.crop(len(self.held)) if self.reuse else None
         return str(self.tokenizer.decode(out_1T[0, len(prompt) :], skip_special_tokens=True)).strip()

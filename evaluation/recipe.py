@@ -20,7 +20,7 @@ class EvalRecipe(Choices):
 class PerplexityRecipe(EvalRecipe):
     """Perplexity by context length on held-out documents."""
 
-    lengths: tuple[int, ...] = Field(min_length=1)
+    lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
     """Context lengths in tokens, below and above the trained one."""
     documents: tuple[str, ...] = ("*",)
     """Names (shell patterns) of held-out documents; those shorter than a length do not count at that length."""
@@ -31,7 +31,7 @@ class PerplexityRecipe(EvalRecipe):
 class PasskeyRecipe(EvalRecipe):
     """A key from 1 to 49,999 hidden in filler sentences (LongLoRA, section 4.2; 2305.16300)."""
 
-    lengths: tuple[int, ...] = Field(min_length=1)
+    lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
     """Prompt lengths in tokens."""
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     """Where the key stands: 0 first, 1 last."""
@@ -42,7 +42,7 @@ class PasskeyRecipe(EvalRecipe):
 class NeedleRecipe(EvalRecipe):
     """A fact put into held-out text, asked for at the end (needle in a haystack, gkamradt)."""
 
-    lengths: tuple[int, ...] = Field(min_length=1)
+    lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
     """Prompt lengths in tokens."""
     depths: tuple[float, ...] = ()
     """Where the needle stands: 0 first, 1 last; without it, depth_points of them."""
@@ -131,8 +131,8 @@ class HarnessRecipe(EvalRecipe):
 class StreamingRecipe(EvalRecipe):
     """StreamingLLM's four ways through one text (2309.17453, figure 3)."""
 
-    document: str = "2026-Trump-1"
-    """Held-out document (name)."""
+    document: str = "*"
+    """Held-out document (name, or a shell pattern whose first match is taken)."""
     tokens: int = Field(default=1024, ge=2)
     """Tokens of it that are scored."""
     cache_tokens: int = Field(default=256, ge=2)

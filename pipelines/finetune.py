@@ -47,6 +47,9 @@ def places(out: Path, run: StageRun) -> dict[str, Any]:
 
 def run_job(job: TrainJob, corpus: Artifact, run: StageRun) -> dict[str, Any]:
     """Trains on the ranks that the job's resources ask for; returns what training.json holds."""
+    if not corpus.summary["rows"]:
+        held = ", ".join(f"{split} {n}" for split, n in corpus.summary["documents"].items() if n)
+        raise ValueError(f"corpus.validation and corpus.test hold out all documents ({held}): nothing to train on")
     run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, job.corpus)
     for key, value in {"ranks": job.resources.workers, "zero_stage": job.resources.zero_stage}.items():
         run.spool.param(key, value)

@@ -217,6 +217,44 @@ def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded
     return Loaded(recipe, path, origins)
 
 
+def standalone(
+    model: str, *, evals: tuple[str, ...], suite: str, documents: str | None, overrides: list[str]
+) -> Loaded:
+    """The recipe that evaluates one model: a suite's evaluations (all, or those in `evals`) and documents.
+
+    An override that names no field of a recipe is a choice of the evaluation, if there is one: `lengths=[1024]`.
+    Raises RecipeError, as `load`.
+    """
+    if unknown := [name for name in evals if name not in EVALS]:
+        raise RecipeError(
+            Problem("--eval", (), f"no evaluation {unknown[0]!r}{_nearest(unknown[0], EVALS, 'there are')}")
+        )
+    has = load(suite).recipe.evaluate.chosen()
+    slug = re.sub(r"[^a-z0-9._+-]+", "-", re.split("[/:]", model.rstrip("/"))[-1].lower()).strip("-._+") or "model"
+    ours = [
+        f"base.source={json.dumps(model)}",
+        f"name=evaluate-{slug}",
+        "finetune=",
+        "pretrain=",
+        f"baselines={{{slug}: {{}}}}",
+    ]
+    if documents:
+        ours += [f"corpus={{sources: [{{files: {json.dumps(documents)}}}], test: ['*']}}"]
+    for name in EVALS if evals else ():
+        if name not in evals and name in has:
+            ours.append(f"evaluate.{name}=")
+        if name in evals and name not in has:
+            ours.append(f"evaluate.{name}={{}}")
+    if documents:  # a suite's document names are not the user's
+        chosen = {*evals} or {*has}
+        ours += [f"evaluate.{name}.documents=['*']" for name in ("perplexity", "needle") if name in chosen]
+        ours += ["evaluate.streaming.document='*'"] * ("streaming" in chosen)
+    for text in overrides:
+        known = text.split("=")[0].split(".")[0] in Recipe.model_fields
+        ours.append(text if known or len(evals) != 1 else f"evaluate.{evals[0]}.{text}")
+    return load(suite, ours)
+
+
 def names() -> list[str]:
     """Recipes that come with longreach."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -6,8 +6,9 @@ import torch
 from tiny_models import byte_tokenizer, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from evaluation.cells import evaluate
 from evaluation.documents import Document, first_token_id, held_out
-from evaluation.perplexity import figure, perplexity
+from evaluation.perplexity import figure, paired
 from evaluation.recipe import PerplexityRecipe
 
 
@@ -30,7 +31,7 @@ def pick(scores, **where):
 
 def run(texts, model=None, tokenizer=None, **recipe):
     recipe = PerplexityRecipe(**{"lengths": (64, 700), "last_tokens": 16} | recipe)
-    return perplexity(model or tiny_llama(), tokenizer or byte_tokenizer(), recipe=recipe, documents=texts)
+    return evaluate("perplexity", model or tiny_llama(), tokenizer or byte_tokenizer(), recipe=recipe, documents=texts)
 
 
 def test_both_protocols_equal_the_naive_perplexity_of_each_window():
@@ -144,8 +145,20 @@ def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):
 
 
 def test_the_figure_says_which_model_and_has_units():
-    fig = figure(run([document("a", 800), document("b", 800, "e", 1)]).named("base"))
-    axes = fig.axes[0]
-    assert "base" in axes.get_title()
-    assert "tokens" in axes.get_xlabel()
-    assert len(axes.get_lines()) == 3
+    drawn = figure(run([document("a", 800), document("b", 800, "e", 1)]).named("base")).to_dict()["vconcat"][0]
+    assert "base" in drawn["title"]["text"]
+    assert "tokens" in str(drawn["layer"][0]["encoding"]["x"]["title"])
+    assert {row["line"] for row in drawn["data"]["values"]} == {"a", "b", "all documents"}
+
+
+def test_two_models_are_compared_on_the_same_tokens_bin_by_bin():
+    texts = [document("a", 800), document("b", 800, seed=1)]
+    ours, theirs = run(texts), run(texts, tiny_llama(seed=1))
+    found = paired(ours, theirs, 700)
+    bins = [[row["nll"] for row in scores.rows if row["kind"] == "position"] for scores in (ours, theirs)]
+    assert found["bins"] == len(bins[0])
+    assert found["nll"] == pytest.approx(np.mean(np.subtract(*bins)))
+    assert found["low"] < found["nll"] < found["high"]
+    assert paired(ours, ours, 700)["nll"] == 0
+    with pytest.raises(ValueError, match="not measured on the same tokens"):
+        paired(ours, run(texts[:1]), 700)

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, tiny_llama
 
-from evaluation.recipe import PasskeyRecipe, PerplexityRecipe, StreamingRecipe
+from evaluation.recipe import (
+    LostInTheMiddleRecipe,
+    NeedleRecipe,
+    PasskeyRecipe,
+    PerplexityRecipe,
+    SinksRecipe,
+    StreamingRecipe,
+)
 from evaluation.scores import EvalScores
 from infra.artifact import Artifact
 from infra.resources import Resources
@@ -26,14 +33,21 @@ def folders(tmp_path):
     rows = {"name": ["a", "b"], "domain": ["d", "d"], "split": ["test", "test"], "input_ids": ids}
     datasets.Dataset.from_dict(rows).save_to_disk(corpus / "documents")
     spool = Spool.open(tmp_path / "e.jsonl", run="r", parent=None, experiment="x", name="e", kind="attempt")
-    return Artifact(model, {}), Artifact(corpus, {}), out, SimpleNamespace(spool=spool)
+    attempt = SimpleNamespace(work=tmp_path / "work")
+    return Artifact(model, {}), Artifact(corpus, {}), out, SimpleNamespace(spool=spool, attempt=attempt, earlier=[])
 
 
 CHOICES = {
     "perplexity": PerplexityRecipe(lengths=(64, 128), last_tokens=16),
     "passkey": PasskeyRecipe(lengths=(320,), depths=(0.5,)),
-    "streaming": StreamingRecipe(document="a", tokens=100, cache_tokens=24, recompute_every=8),
-}
+    "streaming": StreamingRecipe(
+        document="a", tokens=100, cache_tokens=24, recompute_every=8, newlines=True, latency_tokens=4,
+        positions=("cache", "text"), endurance_tokens=300,
+    ),
+    "needle": NeedleRecipe(lengths=(260, 300), depth_points=2, chat_template="never", new_tokens=3),
+    "lost_in_the_middle": LostInTheMiddleRecipe(pairs=(3,), documents=(3,), positions=2, trials=1),
+    "sinks": SinksRecipe(lengths=(16, 32), texts=4, map_layers=(0, -1)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -45,6 +59,7 @@ def test_each_evaluation_leaves_scores_a_figure_and_metrics(folders, name):
     assert summary == {"eval": name, "model": "base", "rows": len(scores.rows)} | scores.summary
     assert scores.rows[0]["model"] == "base"
     assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "vega" in (out / f"{name}.html").read_text()
     assert (out / "scores.parquet").exists()
     events, _ = read_events(run.spool.path)
     metrics = [event["values"] for event in events if event["event"] == "metrics"]

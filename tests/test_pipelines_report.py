@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 from toy_models import tiny_tokenizer
 
-from evaluation.documents import Document
-from evaluation.passkey import row as passkey_row
 from evaluation.perplexity import document_rows, pooled_rows, position_rows
 from evaluation.recipe import StreamingRecipe
-from evaluation.scores import EvalScores
-from evaluation.streaming import tabulate
+from evaluation.scores import EvalScores, retrieval_row
+from evaluation.streaming import sampled, tabulate
 from infra.artifact import Artifact, Store
 from infra.environment import versions
 from pipelines.graph import build
@@ -203,7 +201,7 @@ def perplexity_rows(model: str, choices) -> tuple[list[dict], dict]:
     for name, tilt in (("2026-Trump-1", 0.1), (RUDE, -0.1)):
         for length, ppl in zip(LENGTHS, PPL[model], strict=True):
             nll_T = np.full(length - 1, math.log(ppl) + tilt)
-            document = Document(name, "texts", np.zeros(0))
+            document = {"document": name, "domain": "texts"}
             rows += document_rows(document, nll_T, LAST)
         rows += position_rows(document, nll_T, LAST)
     pooled = pooled_rows(rows, 0)
@@ -213,18 +211,20 @@ def perplexity_rows(model: str, choices) -> tuple[list[dict], dict]:
 def passkey_rows(model: str, choices) -> tuple[list[dict], dict]:
     found = {"base": 3, "longlora": 2}.get(model, 0)
     cases = [{"correct": n < found, "token_accuracy": 0.5, "nll": 0.4 + len(model) / 4} for n in range(3)]
-    rows = [passkey_row("length", length, None, cases) for length in choices.lengths]
+    rows = [retrieval_row("length", cases, length, None) for length in choices.lengths]
     return rows, {f"passkey_{r['length']}": r["accuracy"] for r in rows}
 
 
 def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], dict]:
     draw = np.random.default_rng(0)
-    ways = [(way, n) for way in choices.ways for n in (choices.sink_tokens if way == "sinks" else (0,))]
-    nll = {key: draw.normal(3.2, 0.3, choices.tokens) for key in ways}
-    nll["window", 0][choices.cache_tokens :] += 3
-    sampled_N = np.arange(choices.cache_tokens, choices.tokens, choices.recompute_every)
-    nll["recompute", 0] = nll["recompute", 0][sampled_N]
-    rows, curves = tabulate(choices, nll, sampled_N)
+    ways = []
+    for way in choices.ways:
+        for n in choices.sink_tokens if way == "sinks" else (0,):
+            cell = {"way": way, "sinks": n, "positions": "cache", "newlines": False}
+            nll_T = draw.normal(3.2, 0.3, choices.tokens)
+            nll_T[choices.cache_tokens :] += 3 * (way == "window")
+            ways.append((cell, nll_T[sampled(choices)] if way == "recompute" else nll_T))
+    rows, curves = tabulate(choices, ways, sampled(choices))
     return rows + curves, {f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows}
 
 
