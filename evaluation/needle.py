@@ -89,8 +89,8 @@ def measure(
     documents: list[Document],
     cell: dict[str, Any],
 ) -> dict[str, Any]:
-    """{"cases": one for each depth, "read_tokens", "prompt_tokens"}; FloatingPointError for logits that are not
-    finite."""
+    """{"cases": one for each depth, "read_tokens", "prompt_tokens", "claimed": the model's context}; FloatingPointError
+    for logits that are not finite."""
     text, ends = haystack(recipe, documents), sentence_ends(tokenizer)
     reader, cases, read, total = Reader(model, tokenizer), [], 0, 0
     for depth in recipe.every_depth():
@@ -106,7 +106,8 @@ def measure(
             | found.as_row()
             | ({"recall": len(said) / len(prompt.numbers)} if recipe.new_tokens else {})
         )
-    return {"cases": cases, "read_tokens": read, "prompt_tokens": total}
+    claimed = model.config.max_position_embeddings
+    return {"cases": cases, "read_tokens": read, "prompt_tokens": total, "claimed": claimed}
 
 
 def collect(recipe: NeedleRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
@@ -135,7 +136,8 @@ def collect(recipe: NeedleRecipe, results: list[tuple[dict[str, Any], dict[str, 
         summary={f"needle_{r['length']}": r["accuracy"] for r in totals}
         | {f"needle_nll_{r['length']}": r["nll"] for r in totals}
         | generated
-        | {"needle_effective_length": effective_length(totals), "needle_tokens_read": read / asked},
+        | {"needle_effective_length": effective_length(totals), "needle_claimed_length": results[0][1]["claimed"]}
+        | {"needle_tokens_read": read / asked},
         note="Finding a sentence that stands out is the least that a long context is for.",
         cases=cases,
     )

@@ -179,28 +179,6 @@ def pooled_rows(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     return pooled
 
 
-def paired(ours: EvalScores, theirs: EvalScores, length: int, resamples: int = 4_000) -> dict[str, float]:
-    """How much better one model is than another on the same tokens: {"nll": ours - theirs, "low", "high", "bins"}.
-
-    The difference is taken in bins of last_tokens positions of each document, up to `length`; the 95% interval
-    resamples bins, which are nearly independent where single tokens are not. ValueError unless both read the same
-    documents.
-    """
-    bins = [
-        {
-            (r["document"], r["start"], r["end"]): r["nll"]
-            for r in s.rows
-            if r["kind"] == "position" and r["end"] <= length
-        }
-        for s in (ours, theirs)
-    ]
-    if bins[0].keys() != bins[1].keys() or not bins[0]:
-        raise ValueError(f"{ours.model} and {theirs.model} were not measured on the same tokens up to {length}")
-    difference = np.array([bins[0][key] - bins[1][key] for key in bins[0]])
-    interval = bootstrap_mean(difference, seed=0, resamples=resamples) or (math.nan, math.nan)
-    return {"nll": float(difference.mean()), "low": interval[0], "high": interval[1], "bins": len(difference)}
-
-
 def figure(scores: EvalScores) -> Any:
     """Perplexity by length, a line a document and one for all; below, the NLL along the text."""
     question = [

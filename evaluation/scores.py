@@ -103,3 +103,27 @@ def retrieval_row(kind: str, cases: list[dict[str, Any]], length: int, depth: fl
         "token_accuracy": float(np.mean([case["token_accuracy"] for case in cases])),
         "nll": float(np.mean([case["nll"] for case in cases])),
     }
+
+
+def paired(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], length: int, resamples: int = 4_000
+) -> dict[str, float]:
+    """How two models' scores (their rows) differ on the same tokens: {"nll": ours - theirs, "low", "high", "bins"}.
+
+    The difference is taken in bins of last_tokens positions of each document, up to `length`; the 95% interval
+    resamples bins, which are nearly independent where single tokens are not. ValueError unless both read the same
+    documents.
+    """
+    bins = [
+        {
+            (r["document"], r["start"], r["end"]): r["nll"]
+            for r in rows
+            if r["kind"] == "position" and r["end"] <= length
+        }
+        for rows in (ours, theirs)
+    ]
+    if bins[0].keys() != bins[1].keys() or not bins[0]:
+        raise ValueError(f"the two models were not measured on the same tokens up to {length}")
+    difference = np.array([bins[0][key] - bins[1][key] for key in bins[0]])
+    interval = bootstrap_mean(difference, seed=0, resamples=resamples) or (math.nan, math.nan)
+    return {"nll": float(difference.mean()), "low": interval[0], "high": interval[1], "bins": len(difference)}

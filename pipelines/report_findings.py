@@ -30,6 +30,9 @@ class Model:
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """scores.json by evaluation."""
 
+    figures: dict[str, bytes] = field(default_factory=dict)
+    """The evaluation's own figure (PNG), by evaluation."""
+
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
         """Rows of an evaluation's scores whose columns have these values; none if it was not evaluated so."""
         rows = self.scores[evaluation]["rows"] if evaluation in self.scores else []
@@ -118,6 +121,8 @@ def gather(artifacts: dict[str, Artifact]) -> Found:
                 baseline = Model(name, "baseline", about_rope(choices["rope"]))
                 model = arms.get(name) or found.models.setdefault(name, baseline)
                 model.scores[choices["eval"]] = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
+                if (drawn := artifact.path / f"{choices['eval']}.png").is_file():
+                    model.figures[choices["eval"]] = drawn.read_bytes()
             case "merge" | "tokenizer":
                 pass  # what they give is seen in the arms
             case other:

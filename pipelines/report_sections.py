@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+from evaluation.scores import paired
 from pipelines.display import duration
 from pipelines.report_figures import Style, bars, grid, lines, styles
 from pipelines.report_findings import Found, Model, by_length, finite, show_ppl
@@ -127,7 +128,28 @@ def perplexity(found: Found) -> Section | None:
     table = Table("By context length", heads, rows, [("", 1), *((name, len(lengths)) for name, lengths in by.items())])
     counts = " or ".join(str(n) for n in sorted({row["documents"] for rows in measured for row in rows.values()}))
     said = f"Protocol: {scores['protocol']}. {scores['note']} Small: 95% intervals over {counts} documents"
-    return Section("Perplexity", [f"{said}; over so few they are too narrow.", table, _along_the_text(found)])
+    blocks = [f"{said}; over so few they are too narrow.", table, *_paired(found), _along_the_text(found)]
+    return Section("Perplexity", blocks)
+
+
+def _paired(found: Found) -> list[Block]:
+    """Each model against the first one, on the same tokens."""
+    scored = {name: m.rows("perplexity") for name, m in found.models.items() if "perplexity" in m.scores}
+    (name, theirs), *others = scored.items()
+    lengths = sorted({r["length"] for r in theirs if r["kind"] == "pooled"})
+    rows = []
+    for other, ours in others:
+        differences = []
+        for length in lengths:
+            try:
+                d = paired(ours, theirs, length)
+            except ValueError:  # the other model was asked on other documents
+                differences.append(DASH)
+                continue
+            differences.append(f"{d['nll']:+.3f}\n{d['low']:+.3f} to {d['high']:+.3f}")
+        rows.append([other, *differences])
+    said = f"Difference in NLL to {name} on the same tokens (nats per token; below zero is better)"
+    return [Table(said, ["model", *(f"up to {length:,}" for length in lengths)], rows)] if rows else []
 
 
 def _along_the_text(found: Found) -> list[Picture]:
@@ -249,7 +271,8 @@ def pretraining(found: Found) -> Section | None:
 def _sink_caches(arms: Mapping[str, Model]) -> list[Block]:
     """StreamingLLM's table 3: arm x first tokens that stay in the cache."""
     rows = {name: {r["sink_tokens"]: r for r in m.rows("streaming", kind="way")
-                   if r["way"] not in ("dense", "recompute")} for name, m in arms.items()}  # fmt: skip
+                   if r["way"] not in ("dense", "recompute") and "," not in r["way"]}
+            for name, m in arms.items()}  # fmt: skip
     dense = {name: row for name, m in arms.items() for row in m.rows("streaming", kind="way", way="dense")}
     counts = sorted({n for mine in rows.values() for n in mine})
     if not counts:
@@ -337,14 +360,30 @@ def _foreseen(arms: Mapping[str, Model]) -> list[Block]:
 
 
 def others(found: Found) -> Section | None:
-    """Evaluations without a section of their own: their summaries."""
-    rows = [
-        [f"{evaluation}: {key}\n{name}", f"{value:.4g}"]
-        for name, model in found.models.items()
-        for evaluation in model.scores.keys() - {"perplexity", "passkey", "streaming"}
-        for key, value in model.scores[evaluation]["summary"].items()
-    ]
-    return Section("Other evaluations", [Table("Summaries", ["measure", "value"], sorted(rows))]) if rows else None
+    """Evaluations without a section of their own: their summaries and figures."""
+    blocks: list[Block] = []
+    own = {"perplexity", "passkey", "streaming"}
+    for evaluation in dict.fromkeys(name for model in found.models.values() for name in model.scores):
+        if evaluation in own:
+            continue
+        asked = {name: m.scores[evaluation] for name, m in found.models.items() if evaluation in m.scores}
+        keys = dict.fromkeys(key for scores in asked.values() for key in scores["summary"])
+        rows = [[key, *(_short(scores["summary"].get(key)) for scores in asked.values())] for key in keys]
+        title = evaluation.replace("_", " ")
+        blocks += [
+            f"{title}: {next(iter(asked.values()))['protocol']}.",
+            Table(title, ["measure", *asked], rows),
+            [
+                Picture(f"{evaluation}-{name}.png", f"{title}: {name}", f"{name}: {title}", drawn)
+                for name in asked
+                if (drawn := found.models[name].figures.get(evaluation))
+            ],
+        ]
+    return Section("Other evaluations", blocks) if blocks else None
+
+
+def _short(value: float | None) -> str:
+    return DASH if value is None else f"{value:.4g}"
 
 
 def packing(found: Found) -> Section | None:

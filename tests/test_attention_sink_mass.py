@@ -6,7 +6,7 @@ from tiny_models import tiny_llama
 
 from attention import PATTERNS
 from attention.hf import active_pattern, set_pattern
-from attention.sink_mass import sink_mass
+from attention.sink_mass import attention_mass, sink_mass
 from training.model import with_softmax_sinks
 
 IDS = torch.arange(20).repeat(2, 1)
@@ -54,3 +54,17 @@ def test_the_model_computes_as_ever_while_it_is_measured(monkeypatch):
     model.register_forward_hook(lambda module, args, out: seen.append(out.logits))
     sink_mass(model, IDS)
     torch.testing.assert_close(seen[0], before, atol=2e-5, rtol=1e-5)
+
+
+def test_mass_in_blocks_is_that_of_the_whole_matrix_by_head_and_token():
+    """300 queries: more than two blocks. Eager attention's own matrices are the yardstick."""
+    model = tiny_llama()
+    ids = torch.randint(0, 256, (2, 300), generator=torch.Generator().manual_seed(0))
+    mass = attention_mass(model, ids, first_tokens=3, map_layers=(1,))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        whole = model(ids, output_attentions=True).attentions
+    expected = torch.stack([layer[:, :, 150:, :3].mean((0, 2)) for layer in whole])
+    torch.testing.assert_close(mass.first_LHN, expected, rtol=1e-4, atol=1e-6)
+    assert mass.maps.keys() == {1}
+    torch.testing.assert_close(mass.maps[1], whole[1].mean((0, 1)), rtol=1e-4, atol=1e-6)

@@ -8,8 +8,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from evaluation.cells import evaluate
 from evaluation.documents import Document, first_token_id, held_out
-from evaluation.perplexity import figure, paired
+from evaluation.perplexity import figure
 from evaluation.recipe import PerplexityRecipe
+from evaluation.scores import paired
 
 
 def document(name, tokens, domain="d", seed=0):
@@ -154,11 +155,11 @@ def test_the_figure_says_which_model_and_has_units():
 def test_two_models_are_compared_on_the_same_tokens_bin_by_bin():
     texts = [document("a", 800), document("b", 800, seed=1)]
     ours, theirs = run(texts), run(texts, tiny_llama(seed=1))
-    found = paired(ours, theirs, 700)
+    found = paired(ours.rows, theirs.rows, 700)
     bins = [[row["nll"] for row in scores.rows if row["kind"] == "position"] for scores in (ours, theirs)]
     assert found["bins"] == len(bins[0])
     assert found["nll"] == pytest.approx(np.mean(np.subtract(*bins)))
     assert found["low"] < found["nll"] < found["high"]
-    assert paired(ours, ours, 700)["nll"] == 0
+    assert paired(ours.rows, ours.rows, 700)["nll"] == 0
     with pytest.raises(ValueError, match="not measured on the same tokens"):
-        paired(ours, run(texts[:1]), 700)
+        paired(ours.rows, run(texts[:1]).rows, 700)

@@ -3,8 +3,10 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, tiny_llama
 
+from evaluation import passkey
 from evaluation.recipe import (
     LostInTheMiddleRecipe,
     NeedleRecipe,
@@ -72,7 +74,8 @@ def test_each_evaluation_leaves_scores_a_figure_and_metrics(folders, name):
 def test_a_stretch_of_the_rotary_positions_is_applied_while_loading(folders):
     model, corpus, out, run = folders
     found = []
-    for rope in (None, RopeRecipe(type="linear", factor=4.0)):
+    for n, rope in enumerate((None, RopeRecipe(type="linear", factor=4.0))):
+        run.attempt.work = out.parent / f"work-{n}"
         recipe = EvaluateStageRecipe(eval="perplexity", model="base", rope=rope, choices=CHOICES["perplexity"])
         summary = evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
         found.append(summary["ppl_128"])
@@ -91,4 +94,63 @@ def test_a_sink_token_more_is_no_other_tokenizer_but_other_ids_are(folders):
     assert swapped != text
     (corpus.path / "tokenizer" / "tokenizer.json").write_text(swapped)
     with pytest.raises(ValueError, match="2 of the common ones have other ids"):
+        evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
+
+
+GRID = PasskeyRecipe(lengths=(320, 400, 480), depths=(0.0, 0.5), trials=2)
+
+
+def test_an_interrupted_grid_goes_on_and_ends_with_the_same_scores(folders, monkeypatch):
+    model, corpus, out, run = folders
+    recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=GRID)
+    measure, measured = passkey.measure, []
+
+    def dies(*subject, cell, **choices):
+        measured.append(cell)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return measure(*subject, cell=cell, **choices)
+
+    monkeypatch.setattr(passkey, "measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
+    (run.attempt.work / "cells" / ".00003.json").write_text("{half")  # what a kill leaves
+    later = SimpleNamespace(
+        spool=run.spool, attempt=SimpleNamespace(work=out.parent / "again"), earlier=[run.attempt.work.parent]
+    )
+    evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=later)
+    assert [(c["length"], c["trial"]) for c in measured[4:]] == [(400, 1), (480, 0), (480, 1)]
+    resumed = EvalScores.read(out)
+    run.attempt.work = out.parent / "fresh"
+    evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
+    assert EvalScores.read(out) == resumed
+
+
+def test_two_tasks_share_the_cells_and_the_scores_are_the_same(folders, cluster):
+    model, corpus, out, run = folders
+    recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=GRID)
+    found = []
+    for workers in (1, 2):
+        run.attempt.work = out.parent / f"workers-{workers}"
+        evaluate(model, corpus, recipe=recipe, resources=Resources(eval_workers=workers), out=out, run=run)
+        found.append(EvalScores.read(out))
+        assert len(list((run.attempt.work / "cells").glob("*.json"))) == 6
+    assert found[0] == found[1]
+
+
+def test_a_task_that_fails_says_why(folders, cluster):
+    model, corpus, out, run = folders
+    weights = load_file(model.path / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * float("nan")
+    save_file(weights, model.path / "model.safetensors", metadata={"format": "pt"})
+    recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=GRID)
+    with pytest.raises(FloatingPointError, match=r"passkey.*'length': .*not finite"):
+        evaluate(model, corpus, recipe=recipe, resources=Resources(eval_workers=2), out=out, run=run)
+
+
+def test_a_length_that_memory_cannot_hold_is_refused_with_both_numbers(folders):
+    model, corpus, out, run = folders
+    choices = PasskeyRecipe(lengths=(1 << 40,))
+    recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=choices)
+    with pytest.raises(ValueError, match=r"passkey at 1,099,511,627,776 tokens needs about .* TiB .* is free"):
         evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)

@@ -481,8 +481,20 @@ def test_an_evaluation_without_a_section_of_its_own_is_still_shown(inputs, tmp_p
     key = next(key for key, label in recipe.labels.items() if label == "evaluate[base,passkey]")
     manifest = json.loads(json.dumps(artifacts[key].manifest))
     manifest["identity"]["recipe"]["eval"] = "needle"
+    (artifacts[key].path / "needle.png").write_bytes(
+        lines("x", "T", "S", ("x", "y"), {"a": [(1, 2)]}, styles(["a"])).png
+    )
     out, _ = write((recipe, artifacts | {key: Artifact(artifacts[key].path, manifest)}), tmp_path)
-    assert page_of(out).row("needle: passkey_128") == ["1"]
+    (artifacts[key].path / "needle.png").unlink()
+    assert page_of(out).row("passkey_128") == ["1"]
+    assert (out / "needle-base.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_model_is_compared_with_the_first_on_the_same_tokens(written):
+    """Every bin of an arm differs from the base's by the same log ratio: the interval has no width."""
+    expected = f"{math.log(PPL['longlora'][-1] / PPL['base'][-1]):+.3f}"
+    rows = [cells for name, *cells in page_of(written[0]).rows if name.split("\n")[0] == "longlora"]
+    assert [f"{expected}\n{expected} to {expected}"] * 3 in rows
 
 
 def test_models_are_told_apart_by_colour_or_marker_and_untrained_ones_are_dashed():

@@ -286,10 +286,11 @@ def test_the_list_of_malformed_entries_is_bounded_their_count_is_not(tmp_path, m
     assert (bad["count"], len(bad["listed"])) == (20, 5)
 
 
-def test_a_corpus_with_nothing_to_train_on_is_refused(tmp_path):
+def test_a_corpus_may_be_for_evaluation_only_but_not_empty(tmp_path):
     write_lines(tmp_path, good=3, bad=0)
-    with pytest.raises(ValueError, match="hold out all 3 documents"):
-        pack(tmp_path, tmp_path / "a", files="*.jsonl", corpus={"test": ("*",)})
+    packed = pack(tmp_path, tmp_path / "a", files="*.jsonl", corpus={"test": ("*",)})
+    assert (packed["rows"], packed["documents"]["test"]) == (0, 3)
+    assert len(datasets.load_from_disk(tmp_path / "a" / "documents")) == 3
     write_lines(tmp_path, good=0, bad=0)
     with pytest.raises(ValueError, match="no document, and 0 malformed"):
         pack(tmp_path, tmp_path / "b", files="*.jsonl", corpus={})

@@ -1,0 +1,113 @@
+"""The glue to lm-evaluation-harness, offline: its own LongBench task on a local set in the same schema."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import byte_tokenizer, tiny_llama
+
+from evaluation.cells import evaluate
+from evaluation.harness import figure, middle_cut
+from evaluation.likelihood import token_nll
+from evaluation.recipe import HarnessRecipe
+
+CARD = """---
+configs:
+- config_name: qasper
+  data_files: [{split: test, path: qasper.jsonl}]
+---
+"""
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder with two documents of LongBench's qasper under its hub name, and a task of its own."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "Xnhyacinth" / "LongBench"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(CARD)
+    lines = [
+        {
+            "context": "the cat sat " * 40,
+            "question": f"who {n}?",
+            "answers": ["the cat"],
+            "length": 5,
+            "all_classes": None,
+        }
+        for n in range(3)
+    ]
+    (folder / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": f"ab{n}" * 9}) for n in range(2)))
+    (tmp_path / "own.yaml").write_text(
+        "task: own_perplexity\ndataset_path: json\ndataset_kwargs: {data_files: {test: own.jsonl}}\ntest_split: test\n"
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: word_perplexity}]\n"
+    )
+    return tmp_path
+
+
+def run(mirror, **recipe):
+    model = tiny_llama()
+    recipe = HarnessRecipe(**{"data": str(mirror), "max_length": 512} | recipe)
+    return evaluate("harness", model, byte_tokenizer(), recipe=recipe)
+
+
+def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
+    scores = run(mirror, tasks=("longbench_qasper",), limit=2)
+    rows = {row["metric"]: row for row in scores.rows}
+    assert rows["qa_f1_score"]["task"] == "longbench_qasper"
+    assert rows["qa_f1_score"]["documents"] == 2
+    assert 0 <= rows["qa_f1_score"]["value"] <= 1
+    assert len(scores.cases) == 2
+    assert "who 0?" in scores.cases[0]["prompt"]
+    assert "longbench_qasper_qa_f1_score" in scores.summary
+    assert "m" in figure(scores.named("m")).to_dict()["title"]["text"]
+
+
+def test_a_folders_own_tasks_are_known_by_name(mirror):
+    (row,) = (row for row in run(mirror, tasks=("own_perplexity",)).rows if row["metric"] == "word_perplexity")
+    assert row["value"] > 1
+
+
+def test_perplexity_agrees_with_the_harness_rolling_likelihood():
+    """One text that fits the context, after the same first token: 1e-4 relative."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer, text = tiny_llama(), byte_tokenizer(), "What is said twice is true. " * 12
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=1024)
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    (expected,) = theirs.loglikelihood_rolling([request])
+    ids = np.array([theirs.prefix_token_id, *tokenizer(text).input_ids])
+    assert -token_nll(model, ids, "text").sum() == pytest.approx(expected, rel=1e-4)
+    assert math.isfinite(expected)
+
+
+def test_the_middle_is_cut_and_both_ends_stay():
+    assert middle_cut(list(range(10)), 5) == [0, 1, 7, 8, 9]
+    assert middle_cut(list(range(4)), 5) == [0, 1, 2, 3]
+    assert middle_cut(torch.arange(10)[None], 4).tolist() == [[0, 1, 8, 9]]
+    assert middle_cut(torch.arange(10)[None], None).shape == (1, 10)
+
+
+def test_long_prompts_keep_their_beginning_and_end(mirror):
+    from evaluation.harness import _harness_model
+
+    model = _harness_model(tiny_llama(), byte_tokenizer(), 64)
+    ids, mask = model.tok_batch_encode(["a" * 50 + "b" * 50], left_truncate_len=20)
+    assert byte_tokenizer().decode(ids[0]) == "a" * 10 + "b" * 10
+    assert mask.shape == (1, 20)
+    before, after = model._encode_pair("a" * 50 + "b" * 50, " c")
+    assert len(before) + len(after) == 64
+    assert byte_tokenizer().decode(before).startswith("aaa")
+
+
+def test_unknown_tasks_and_data_that_is_not_there_are_named(mirror, tmp_path):
+    with pytest.raises(ValueError, match="'longbench_qaspr': lm-eval has no such task; near: longbench_qasper"):
+        run(mirror, tasks=("longbench_qaspr",))
+    with pytest.raises(ValueError, match=r"harness\.data .*: no such folder"):
+        run(tmp_path / "no", tasks=("longbench_qasper",))
+    with pytest.raises(ValueError, match=r"longbench_multifieldqa_en.*cannot be reached.*harness\.data"):
+        run(tmp_path / "Xnhyacinth", tasks=("longbench_multifieldqa_en",))

@@ -1,0 +1,111 @@
+import gzip
+import json
+
+import pytest
+from tiny_models import byte_tokenizer, tiny_llama
+
+from evaluation import lost_in_the_middle
+from evaluation.cells import evaluate
+from evaluation.lost_in_the_middle import best_subspan_em, figure, places
+from evaluation.recipe import LostInTheMiddleRecipe
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "score"),
+    [
+        ("The answer is Ada Arven.", ["Ada Arven"], 1.0),
+        ("it was the  ADA-ARVEN!", ["adaarven"], 1.0),
+        ("an apple a day", ["Apple day"], 1.0),  # articles leave
+        ("Ada", ["Ada Arven"], 0.0),
+        ("nobody", ["no one", "nobody"], 1.0),
+        ("", ["x"], 0.0),
+    ],
+)
+def test_best_subspan_em_by_hand(said, answers, score):
+    assert best_subspan_em(said, answers) == score
+
+
+def test_places_are_spread_from_first_to_last():
+    assert places(75, 5) == [0, 18, 37, 56, 74]
+    assert places(2, 5) == [0, 1]
+
+
+def cases(task, size, **recipe):
+    recipe = LostInTheMiddleRecipe(
+        **{"pairs": (size,) if task == "kv" else (), "documents": (size,) * (task == "qa")} | recipe
+    )
+    cell = {"task": task, "size": size, "trial": 0}
+    return lost_in_the_middle.measure(tiny_llama(), byte_tokenizer(), recipe=recipe, documents=[], cell=cell)["cases"]
+
+
+def test_a_pair_is_moved_and_the_others_keep_their_order():
+    found = cases("kv", 5, positions=3)
+    assert [case["place"] for case in found] == [0, 2, 4]
+    orders = []
+    for case in found:
+        shown = json.loads(case["prompt"].split("JSON data:\n")[1].split("\n\nKey")[0])
+        assert len(shown) == 5
+        key = case["prompt"].split('Key: "')[1].split('"')[0]
+        assert shown[key] == case["expected"]
+        assert list(shown).index(key) == case["place"]
+        orders.append([k for k in shown if k != key])
+    assert orders[0] == orders[1] == orders[2]
+    assert found[0]["prompt"].endswith("Corresponding value:")
+
+
+def test_one_document_answers_and_closed_book_and_oracle_frame_it():
+    found = cases("qa", 4, positions=2, new_tokens=2)
+    assert [case["place"] for case in found] == [0, 3, "closed book", "oracle"]
+    for case in found[:2]:
+        told = [line for line in case["prompt"].splitlines() if line.startswith("Document [")]
+        assert len(told) == 4
+        assert [case["expected"] in line for line in told].index(True) == case["place"]
+        assert sum(case["expected"] in line for line in told) == 1
+    assert found[0]["expected"] not in found[2]["prompt"]
+    assert found[3]["prompt"].count("Document [") == 1
+    assert {case["subspan"] for case in found} <= {0.0, 1.0}
+
+
+def test_the_papers_own_files_are_read(tmp_path):
+    kv, qa = tmp_path / "kv.jsonl.gz", tmp_path / "qa.jsonl"
+    pairs = [[f"k{n}", f"v{n}"] for n in range(4)]
+    with gzip.open(kv, "wt") as f:
+        f.write(json.dumps({"ordered_kv_records": pairs, "key": "k2", "value": "v2"}) + "\n")
+    contexts = [{"title": "T", "text": "gold text", "isgold": True}]
+    contexts += [{"title": f"o{n}", "text": f"other {n}", "isgold": False, "hasanswer": n == 1} for n in range(3)]
+    qa.write_text(json.dumps({"question": "who", "answers": ["gold", "g"], "ctxs": contexts}) + "\n")
+    found = cases("kv", 4, positions=2, trials=1, kv_data=str(kv))
+    assert [case["expected"] for case in found] == ["v2", "v2"]
+    assert found[1]["prompt"].index('"k2"') > found[1]["prompt"].index('"k3"')
+    found = cases("qa", 3, positions=2, trials=1, qa_data=str(qa))
+    assert "Document [3](Title: T) gold text" in found[1]["prompt"]
+    assert "other 1" not in found[0]["prompt"]  # it holds the answer too
+    with pytest.raises(ValueError, match="1 gold and 2 other documents, documents asks for 4"):
+        cases("qa", 4, trials=1, qa_data=str(qa))
+    for recipe, message in (
+        ({"qa_data": str(qa), "documents": (3,), "trials": 2}, "has 1 questions, 2"),
+        ({"kv_data": str(qa), "pairs": (3,), "trials": 1}, "no key, ordered_kv_records"),
+        ({"kv_data": str(tmp_path / "no"), "pairs": (3,), "trials": 1}, "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate("lost_in_the_middle", tiny_llama(), byte_tokenizer(), recipe=LostInTheMiddleRecipe(**recipe))
+
+
+def test_scores_have_a_row_a_place_and_the_figure_a_line_a_size():
+    recipe = LostInTheMiddleRecipe(pairs=(3,), documents=(3,), positions=2, trials=2)
+    scores = evaluate("lost_in_the_middle", tiny_llama(), byte_tokenizer(), recipe=recipe)
+    assert [(r["task"], r["place"], r["kind"], r["trials"]) for r in scores.rows] == [
+        ("kv", "0", "cell", 2), ("kv", "2", "cell", 2), ("kv", "all", "size", 4),
+        ("qa", "0", "cell", 2), ("qa", "2", "cell", 2), ("qa", "closed book", "baseline", 2),
+        ("qa", "oracle", "baseline", 2), ("qa", "all", "size", 4),
+    ]  # fmt: skip
+    assert scores.summary.keys() == {"kv_3", "kv_nll_3", "qa_3", "qa_nll_3"}
+    drawn = figure(scores.named("m")).to_dict()
+    assert {row["line"] for row in drawn["data"]["values"]} == {"3 JSON pairs", "3 documents"}
+
+
+def test_nothing_to_search_or_no_middle_is_refused():
+    with pytest.raises(ValueError, match="both empty"):
+        LostInTheMiddleRecipe()
+    with pytest.raises(ValueError, match="pairs and documents of 1"):
+        LostInTheMiddleRecipe(pairs=(1,))

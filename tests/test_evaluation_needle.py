@@ -1,0 +1,158 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_models import byte_tokenizer, tiny_llama
+
+from evaluation import needle
+from evaluation.cells import evaluate
+from evaluation.documents import Document
+from evaluation.needle import Prompt, effective_length, figure, sentence_end, sentence_ends
+from evaluation.recipe import NeedleRecipe
+
+TOKENIZER = byte_tokenizer()
+HAY = "It rained. The cat slept on. Nobody came! "
+DOCUMENT = Document("a", "d", np.array(TOKENIZER(HAY * 60).input_ids))
+
+
+def texts(**recipe):
+    """The prompts of each depth, as text."""
+    recipe = NeedleRecipe(**{"lengths": (600,), "chat_template": "never"} | recipe)
+    found = needle.measure(
+        tiny_llama(), TOKENIZER, recipe=recipe, documents=[DOCUMENT], cell={"length": recipe.lengths[0], "trial": 0}
+    )
+    return [case["prompt"] for case in found["cases"]], found
+
+
+def test_a_prompt_is_exactly_as_long_as_asked_and_the_needle_stands_at_its_depth_between_sentences():
+    prompts, found = texts(depths=(0.0, 0.5, 1.0))
+    places = []
+    for prompt, case in zip(prompts, found["cases"], strict=True):
+        assert case["prompt_tokens"] == len(prompt) == 600  # a token a byte
+        fact = f" is {case['expected']}."
+        before, after = prompt.split(fact)
+        before = before[before.index("\n\n") + 2 :]
+        places.append(len(before[: before.index(" The magic")]) / 400)
+        if case["depth"] < 1:  # 1 is the very end
+            assert before[: before.index(" The magic")][-1:] in ("", ".", "!")
+        assert after.endswith("is")
+        assert after.count(case["expected"]) == 0
+    assert places[0] == 0
+    assert places == sorted(places)
+    assert 0.35 < places[1] < 0.6
+    assert len({p[p.index("\n\n") :].replace(" ", "")[:5] for p in prompts[1:]}) == 1  # one haystack
+
+
+def test_all_needles_are_asked_for_and_distractors_are_not():
+    prompts, found = texts(lengths=(1200,), needles=3, distractors=4, depths=(0.25,))
+    expected = found["cases"][0]["expected"].split(", ")
+    assert prompts[0].count("The magic number of") == 7
+    question = prompts[0][prompts[0].rindex("\n\n") :]
+    asked = question[question.index("of ") + 3 : question.index("?")].replace(" and ", ", ").split(", ")
+    assert len(asked) == len(expected) == 3
+    for town, number in zip(asked, expected, strict=True):
+        assert f"The magic number of {town} is {number}." in prompts[0]
+    ends = [prompts[0].index(f"is {number}.") / 1200 for number in expected]
+    assert ends == sorted(ends)
+
+
+def test_where_sentences_end():
+    ends = sentence_ends(TOKENIZER)
+    assert ends == {ord("."), ord("!"), ord("?")} or len(ends) == 3
+    hay = TOKENIZER("ab. cd. ef").input_ids
+    assert [sentence_end(hay, depth, ends) for depth in (0, 0.2, 0.3, 0.6, 0.7, 0.9, 1)] == [0, 0, 3, 3, 7, 7, 10]
+    assert sentence_end(TOKENIZER("no end here").input_ids, 0.5, ends) == 0
+
+
+def test_a_chat_template_frames_the_question_and_the_answer_is_begun():
+    chat = byte_tokenizer()
+    chat.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
+    prompt = Prompt.draw(chat, NeedleRecipe(lengths=(600,)), 600, 0.5, 0)
+    before, after = (chat.decode(ids) for ids in (prompt.before, prompt.after))
+    assert before.startswith("<u>Read the text below.")
+    assert "?</u><a>The magic number of" in after
+    plain = Prompt.draw(chat, NeedleRecipe(lengths=(600,), chat_template="never"), 600, 0.5, 0)
+    assert chat.decode(plain.before).startswith("Read")
+    with pytest.raises(ValueError, match="no chat template"):
+        evaluate(
+            "needle", tiny_llama(), TOKENIZER, recipe=NeedleRecipe(lengths=(600,), chat_template="always"),
+            documents=[DOCUMENT],
+        )  # fmt: skip
+
+
+CONFIG = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+
+
+class Parrot:
+    """A reader that says what it is told."""
+
+    said = ""
+
+    def __init__(self, model, tokenizer):
+        pass
+
+    def answer(self, ids, expected, where, new_tokens):
+        from evaluation.reader import Answer
+
+        return Answer(1.0, 0.0, False, self.said, 10)
+
+
+@pytest.mark.parametrize(
+    ("said", "recall"), [("{0}", 1), ("It is {0}, I think.", 1), ("1{0}", 0), ("{0}7", 0), ("", 0)]
+)
+def test_a_number_counts_only_as_a_whole(monkeypatch, said, recall):
+    monkeypatch.setattr(needle, "Reader", Parrot)
+    recipe = NeedleRecipe(lengths=(600,), depths=(0.5,), chat_template="never", new_tokens=5)
+    number = Prompt.draw(TOKENIZER, recipe, 600, 0.5, 0).numbers[0]
+    monkeypatch.setattr(Parrot, "said", said.format(number))
+    [case] = needle.measure(CONFIG, TOKENIZER, recipe=recipe, documents=[DOCUMENT], cell={"length": 600, "trial": 0})[
+        "cases"
+    ]
+    assert case["recall"] == recall
+
+
+def test_a_grid_can_grow_and_its_scores_say_what_was_found():
+    recipe = NeedleRecipe(lengths=(500, 600), depth_points=3, trials=2, chat_template="never", new_tokens=3)
+    scores = evaluate("needle", tiny_llama(), TOKENIZER, recipe=recipe, documents=[DOCUMENT])
+    assert [(r["kind"], r["length"], r["depth"], r["trials"]) for r in scores.rows][:4] == [
+        ("length", 500, None, 6), ("length", 600, None, 6), ("cell", 500, 0.0, 2), ("cell", 500, 0.5, 2),
+    ]  # fmt: skip
+    assert {"needle_500", "needle_nll_600", "needle_recall_500", "needle_effective_length"} < scores.summary.keys()
+    assert scores.summary["needle_tokens_read"] < 0.8
+    one = evaluate(
+        "needle", tiny_llama(), TOKENIZER, documents=[DOCUMENT],
+        recipe=recipe.model_copy(update={"lengths": (600,), "trials": 1}),
+    )  # fmt: skip
+    twin = [c for c in scores.cases if (c["length"], c["trial"]) == (600, 0)]
+    assert [c["prompt"] for c in one.cases] == [c["prompt"] for c in twin]
+    assert [c["nll"] for c in one.cases] == [c["nll"] for c in twin]
+    assert "m" in figure(scores.named("m")).to_dict()["title"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [((5000,), r"length 5000 needs \d+ tokens of text.*have 2520"), ((60,), "length 60: .*alone")],
+)
+def test_lengths_that_cannot_be_are_refused(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(
+            "needle", tiny_llama(), TOKENIZER, recipe=NeedleRecipe(lengths=lengths, chat_template="never"),
+            documents=[DOCUMENT],
+        )  # fmt: skip
+
+
+def test_the_effective_length_ends_where_accuracy_first_falls_below_the_bar():
+    def rows(*accuracies):
+        return [{"length": 1000 * n, "accuracy": a} for n, a in enumerate(accuracies, 1)]
+
+    assert effective_length(rows(1.0, 0.85, 0.84, 1.0)) == 2000
+    assert effective_length(rows(0.5, 1.0)) == 0
+    assert effective_length(list(reversed(rows(1.0, 0.9)))) == 2000
+
+
+def test_depths_are_even_or_dense_at_both_ends():
+    assert NeedleRecipe(lengths=(9,), depth_points=3).every_depth() == [0.0, 0.5, 1.0]
+    sigmoid = NeedleRecipe(lengths=(9,), depth_points=5, depth_curve="sigmoid").every_depth()
+    assert sigmoid[2] == 0.5
+    assert sigmoid[1] - sigmoid[0] < sigmoid[2] - sigmoid[1]
+    assert NeedleRecipe(lengths=(9,), depths=(0.7, 0.1)).every_depth() == [0.1, 0.7]

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from tiny_models import byte_tokenizer, tiny_llama
+from transformers import MistralConfig, MistralForCausalLM
+
+from evaluation.likelihood import token_nll
+from evaluation.reader import Reader
+
+TEXT = np.random.default_rng(0).integers(0, 256, 300).tolist()
+PROMPTS = [TEXT, TEXT[:200] + TEXT[150:250], TEXT[:100] + TEXT[50:250], TEXT[5:]]
+"""The second shares 200 tokens with the first, the third 100 with the second, the last nothing."""
+ANSWER = [7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("new_tokens", [0, 5])
+def test_what_is_shared_is_read_once_and_changes_no_answer(new_tokens):
+    model = tiny_llama()
+    reader, fresh = (Reader(model, byte_tokenizer(), reuse=reuse) for reuse in (True, False))
+    read = []
+    for prompt in PROMPTS:
+        ours, theirs = (one.answer(prompt, ANSWER, "here", new_tokens=new_tokens) for one in (reader, fresh))
+        assert ours.nll == pytest.approx(theirs.nll, rel=1e-4)
+        assert (ours.got, ours.correct, ours.token_accuracy) == (theirs.got, theirs.correct, theirs.token_accuracy)
+        assert theirs.read_tokens == len(prompt) + 3
+        assert ours.nll == pytest.approx(token_nll(model, np.array(prompt + ANSWER), "t")[-4:].mean(), rel=1e-4)
+        read.append(ours.read_tokens - 3)
+    assert read == [300, 100, 200, 295]
+
+
+def test_generation_is_the_models_own_greedy_one():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    reader = Reader(model, tokenizer)
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        said = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )
+        assert (
+            reader.answer(prompt, ANSWER, "here", new_tokens=6).got
+            == tokenizer.decode(said[0, len(prompt) :], skip_special_tokens=True).strip()
+        )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_llama(
+            rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, max_position_embeddings=64
+        ),
+        MistralForCausalLM(
+            MistralConfig(
+                vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, sliding_window=64,
+            )
+        ).eval(),
+    ],
+)  # fmt: skip
+def test_keys_that_cannot_be_taken_up_again_are_not(model):
+    reader = Reader(model, byte_tokenizer())
+    for prompt in PROMPTS[:2]:
+        found = reader.answer(prompt, ANSWER, "here")
+        assert found.read_tokens == len(prompt) + 3
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ANSWER[:-1]])).logits[0, -4:]
+        assert found.nll == pytest.approx(
+            float(torch.nn.functional.cross_entropy(logits, torch.tensor(ANSWER))), rel=1e-4
+        )
+
+
+def test_logits_that_are_not_finite_say_where():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"needle at 0\.5"):
+        Reader(model, byte_tokenizer()).answer(TEXT, ANSWER, "needle at 0.5")

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from tiny_models import byte_tokenizer, tiny_llama
+
+from attention.sink_cache import SinkCache
+from pipelines.chat import chat, reply, turn
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def talk(folder, lines, **choices):
+    said = iter(lines)
+
+    def ask():
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    chat(folder, ask=ask, **{"sinks": 2, "window": 20, "max_new_tokens": 30, "temperature": 0.0} | choices)
+
+
+def test_it_warns_answers_and_its_cache_does_not_grow(folder, capsys):
+    talk(folder, ["hello", "go on " * 20, "and on"])
+    out = capsys.readouterr().out
+    assert "does not extend its context" in out
+    lines = [line for line in out.splitlines() if line.startswith("[") and "tokens/s" in line]
+    assert len(lines) == 3
+    assert len({line.rpartition("cache ")[2] for line in lines}) == 1
+    assert "so far" in lines[-1]
+
+
+def test_an_empty_line_ends_it(folder, capsys):
+    talk(folder, ["", "never read"])
+    assert "tokens/s" not in capsys.readouterr().out
+
+
+def test_replies_are_the_models_own_greedy_ones_while_all_fits(folder):
+    model = tiny_llama()
+    ids = list(range(10, 30))
+    said = list(reply(model, SinkCache(model.config, 4, 100), ids, 12, 0.0))
+    expected = model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, 20), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )[0, 20:]
+    assert said == expected.tolist()
+
+
+def test_a_system_prompt_is_read_once():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    first, later = (tokenizer.decode(turn(tokenizer, "Hi", first=first)) for first in (True, False))
+    assert first == "<|im_start|>system\nBe kind.<|im_end|>\n" + later
+    assert later == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert byte_tokenizer().decode(turn(byte_tokenizer(), "Hi", first=False)) == "Hi\n"
