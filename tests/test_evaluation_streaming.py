@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from evaluation.cells import evaluate
 from evaluation.documents import Document
 from evaluation.recipe import StreamingRecipe
-from evaluation.streaming import figure
+from evaluation.streaming import figure, streamed_nll
 from training.model import with_softmax_sinks
 
 
@@ -153,6 +153,49 @@ def test_several_numbers_of_sinks_are_ways_of_their_own():
     for sinks, way in ((1, "1 sink"), (3, "3 sinks")):
         assert curve(scores, way) == curve(run(model, text, ways=("sinks",), sink_tokens=(sinks,)), way)
     assert {row["way"] for row in figure(scores.named("m")).to_dict()["data"]["values"]} == {*ways}
+
+
+def test_positions_and_meaning_of_the_sinks_are_ways_of_their_own():
+    model, text = tiny_llama(), document()
+    scores = run(model, text, ways=("sinks",), positions=("cache", "text"), newlines=True)
+    ways = {row["way"]: row for row in scores.rows if row["kind"] == "way"}
+    assert list(ways) == ["3 sinks", "3 sinks, text positions", "3 sinks, newlines"]
+    replaced = Document("a", "d", np.concatenate([[byte_tokenizer()("\n").input_ids[0]] * 3, text.ids_T[3:]]))
+    twin = run(model, replaced, ways=("sinks",))
+    assert curve(scores, "3 sinks, newlines") == curve(twin, "3 sinks")
+    assert "streaming_ppl_3_sinks_text_positions" in scores.summary
+
+
+def test_latency_is_measured_while_decoding_and_only_dense_keeps_the_whole_text():
+    scores = run(latency_tokens=5, tokens=150)
+    rows = {row["way"]: row for row in scores.rows if row["kind"] == "latency"}
+    assert list(rows) == ["dense", "window", "recompute", "3 sinks"]
+    assert all(row["ms"] > 0 for row in rows.values())
+    token = 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two KV heads of 8, float32
+    assert rows["dense"]["cache_mib"] == pytest.approx(151 * token / 2**20)
+    assert rows["recompute"]["cache_mib"] == 0
+    assert rows["window"]["cache_mib"] < rows["3 sinks"]["cache_mib"] < 35 * token / 2**20
+    assert scores.summary["decode_ms_3_sinks"] == rows["3 sinks"]["ms"]
+    with pytest.raises(ValueError, match="latency_tokens 140 and cache_tokens 24"):
+        run(latency_tokens=140)
+
+
+def test_the_endurance_run_is_the_one_pass_form_over_all_documents_and_its_memory_is_flat():
+    """20,000 tokens in pieces of 512 through one cache against the whole text at once; dense keys take 5 MiB."""
+    model, texts = tiny_llama(), [Document(n, "d", document(10_100, seed).ids_T) for seed, n in enumerate("ab")]
+    recipe = StreamingRecipe(document="a", tokens=30, cache_tokens=24, ways=("sinks",), endurance_tokens=20_000)
+    scores = evaluate("streaming", model, byte_tokenizer(), recipe=recipe, documents=texts)
+    rows = [row for row in scores.rows if row["kind"] == "endurance"]
+    assert (rows[0]["start"], rows[-1]["end"], len(rows)) == (0, 20_000, 24)
+    whole = streamed_nll(model, np.concatenate([d.ids_T for d in texts])[:20_001], 4, 20, "cache", "a")
+    expected = [whole[row["start"] : row["end"]].mean() for row in rows]
+    assert [row["nll"] for row in rows] == pytest.approx(expected, rel=1e-4)
+    assert abs(scores.summary["endurance_growth_mib"]) < 4
+    with pytest.raises(ValueError, match="endurance_tokens 20200, but all held-out documents have 20200"):
+        evaluate(
+            "streaming", model, byte_tokenizer(), documents=texts,
+            recipe=recipe.model_copy(update={"endurance_tokens": 20_200}),
+        )  # fmt: skip
 
 
 def test_the_models_own_first_token_is_the_first_sink_and_not_scored():

