@@ -28,13 +28,15 @@ def curves(rows: Rows, *, x: str, y: str, by: str, titles: Titles, log: str = ""
     rows = list(rows)
     title, x_title, y_title = titles
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X(x, type="quantitative", title=x_title, scale=_scale("x" in log)),
+        x=alt.X(x, type="quantitative", title=x_title, scale=_scale("x" in log), axis=_ticks(rows, x)),
         color=alt.Color(by, type="nominal", sort=None, scale=alt.Scale(range=list(COLOURS)), title=None),
     )
     height = alt.Y(y, type="quantitative", title=y_title, scale=_scale("y" in log))
     shown = _tooltips(rows)
     layers = [
-        base.mark_line(strokeWidth=2).encode(y=height, strokeDash=alt.StrokeDash(by, type="nominal", sort=None)),
+        base.mark_line(strokeWidth=2).encode(
+            y=height, strokeDash=alt.StrokeDash(by, type="nominal", sort=None, title=None)
+        ),
         base.mark_point(filled=True, size=25).encode(y=height, tooltip=shown),
     ]
     if low and any(row.get(low) is not None for row in rows):
@@ -84,6 +86,12 @@ def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> Path:
 def _title(lines: list[str] | str) -> alt.TitleParams:
     first, *rest = [lines] if isinstance(lines, str) else lines
     return alt.TitleParams(first, subtitle=rest, anchor="start", fontSize=13, subtitleFontSize=11)
+
+
+def _ticks(rows: list[dict[str, Any]], x: str) -> alt.Axis:
+    """Where something was measured, if that is at few places."""
+    places = sorted({row[x] for row in rows})
+    return alt.Axis(values=places) if len(places) <= 10 else alt.Axis()
 
 
 def _scale(log: bool) -> alt.Scale:
