@@ -78,7 +78,7 @@ def heatmap(
 def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> Path:
     """Writes NAME.png and NAME.html (self-contained); returns the PNG's path."""
     chart = chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.4).configure_legend(labelLimit=260)
-    chart.save(folder / f"{name}.png", ppi=150)
+    chart.save(folder / f"{name}.png", ppi=110)
     chart.save(folder / f"{name}.html", inline=True)
     return folder / f"{name}.png"
 

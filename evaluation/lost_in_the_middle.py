@@ -82,7 +82,8 @@ def measure(
         ids = with_first(np.array(tokenizer(prompt, add_special_tokens=False).input_ids, np.int64), first).tolist()
         expected = list(tokenizer(f" {answers[0]}", add_special_tokens=False).input_ids)
         where = f"lost_in_the_middle {cell | {'place': place}}"
-        found = reader.answer(ids, expected, where, new_tokens=recipe.new_tokens)
+        room = max(recipe.new_tokens, len(expected)) if recipe.new_tokens else 0  # a UUID has about 30 tokens
+        found = reader.answer(ids, expected, where, new_tokens=room)
         said = {"subspan": best_subspan_em(found.got, answers)} if recipe.new_tokens else {}
         about = {"place": place, "prompt_tokens": len(ids), "prompt": prompt, "expected": answers[0]}
         cases.append(cell | about | found.as_row() | said)

@@ -125,7 +125,8 @@ def figure(scores: EvalScores) -> Any:
     rows = [row | {"texts of": f"{row['length']} tokens"} for row in scores.rows if row["kind"] == "layer"]
     question = [
         f"{scores.model}: how much attention rests on the first token?",
-        "0.06 would be even attention in texts of 16 tokens; far above it, the token is a sink",
+        f"even attention would give it {min(rows, key=lambda r: r['length'])['uniform']:.2f} in the shortest texts; "
+        "far above that, it is a sink",
     ]
     titles = (question, "layer", "mean share of attention")
     parts: list[Any] = [curves(rows, x="layer", y="first_token", by="texts of", titles=titles)]

@@ -34,6 +34,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import altair as alt
 import numpy as np
 import psutil
 import torch
@@ -319,12 +320,21 @@ def over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, start: i
 
 
 def figure(scores: EvalScores) -> Any:
-    """Perplexity along the stream, a line a way."""
+    """Perplexity along the stream, a line a way, the usual ones; below, along the endurance run."""
     cache = scores.recipe["cache_tokens"]
     question = [
         f"{scores.model}: does generation stay stable when the text outgrows a cache of {cache} tokens?",
         "window rises once the first tokens are evicted; sinks should stay close to recompute, whatever dense does",
     ]
-    along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if row["kind"] == "stream"]
+    along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if "start" in row]
+    usual = [row for row in along if row["kind"] == "stream" and "," not in row["way"]]
     titles = (question, "position in the text (tokens)", "perplexity")
-    return curves(along, x="middle", y="ppl", by="way", titles=titles, log="y", low="ppl_low", high="ppl_high")
+    upper = curves(usual, x="middle", y="ppl", by="way", titles=titles, log="y", low="ppl_low", high="ppl_high")
+    if not (enduring := [row for row in along if row["kind"] == "endurance"]):
+        return upper
+    tokens, grown = enduring[-1]["end"], scores.summary["endurance_growth_mib"]
+    titles = (
+        [f"{tokens:,} tokens through one cache", f"the process grew by {grown:.0f} MiB in the last three quarters"],
+        *titles[1:],
+    )
+    return alt.vconcat(upper, curves(enduring, x="middle", y="ppl", by="way", titles=titles))

@@ -191,6 +191,7 @@ def test_the_endurance_run_is_the_one_pass_form_over_all_documents_and_its_memor
     expected = [whole[row["start"] : row["end"]].mean() for row in rows]
     assert [row["nll"] for row in rows] == pytest.approx(expected, rel=1e-4)
     assert abs(scores.summary["endurance_growth_mib"]) < 4
+    assert "20,000 tokens" in str(figure(scores.named("m")).to_dict()["vconcat"][1]["title"])
     with pytest.raises(ValueError, match="endurance_tokens 20200, but all held-out documents have 20200"):
         evaluate(
             "streaming", model, byte_tokenizer(), documents=texts,
