@@ -201,7 +201,7 @@ def registered_version(name: str) -> Any:
 
 
 def _registered(name: str) -> Path:
-    """The model folder inside of a registered model's artifacts (mlflow.transformers has a folder of its own for it)."""
+    """The model folder inside of a registered model's artifacts (mlflow.transformers has one for it)."""
     import mlflow
 
     version = registered_version(name)
