@@ -334,7 +334,7 @@ def figure(scores: EvalScores) -> Any:
         return upper
     tokens, grown = enduring[-1]["end"], scores.summary["endurance_growth_mib"]
     titles = (
-        [f"{tokens:,} tokens through one cache", f"the process grew by {grown:.0f} MiB in the last three quarters"],
+        [f"{tokens:,} tokens through one cache", f"the process grew by {grown:.1f} MiB in the last three quarters"],
         *titles[1:],
     )
     return alt.vconcat(upper, curves(enduring, x="middle", y="ppl", by="way", titles=titles))
