@@ -89,15 +89,18 @@ def _spread(
         num_cpus=resources.eval_cpus, num_gpus=resources.gpus_per_worker, num_returns="streaming"
     )
     running: list[Any] = [task.remote(model, corpus, recipe, resources, share) for share in shares]
-    while running:
-        ready: list[Any]
-        ready, running = ray.wait(running, num_returns=1)
-        try:
-            found: Any = ray.get(next(ready[0]))
+    try:
+        while running:
+            ready: list[Any] = ray.wait(running, num_returns=1)[0]
+            try:
+                found: Any = ray.get(next(ready[0]))
+            except StopIteration:
+                running.remove(ready[0])
+                continue
             yield found
-        except StopIteration:
-            continue
-        running.append(ready[0])
+    finally:  # one has failed, or nobody wants the rest
+        for left in running:
+            ray.cancel(left)
 
 
 def _share(
