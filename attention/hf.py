@@ -61,7 +61,7 @@ def set_pattern(
     if sequence.size > 1:
         heads = inner.config.num_attention_heads
         check_heads(heads, getattr(inner.config, "num_key_value_heads", None) or heads, sequence.size)
-    if refusal := _of_its_own(inner):
+    if refusal := own_attention(inner):
         raise ValueError(f"{type(inner).__name__}: {refusal}, which {pattern} would silently leave out")
     name = _registered_name(active)
     try:
@@ -111,7 +111,7 @@ def _registered_name(active: ActivePattern) -> str:
     return name
 
 
-def _of_its_own(model: nn.Module) -> str:
+def own_attention(model: nn.Module) -> str:
     """What a layer's attention does beyond causal softmax attention; empty if nothing."""
     for name, module in model.named_modules():
         if not hasattr(module, "is_causal") or not hasattr(module, "config"):

@@ -62,8 +62,9 @@ def measured(
 class CellFolder:
     """Results on disk, a file a cell, written whole or not at all."""
 
-    def __init__(self, folder: Path, earlier: Iterable[Path] = ()) -> None:
-        self.folder, self.all = folder, [folder, *earlier]
+    def __init__(self, folder: Path, earlier: Iterable[Path] = (), *, setting: str = "") -> None:
+        """setting: what else a result depends on (type, device): cells of another one are not taken up."""
+        self.folder, self.all, self.setting = folder, [folder, *earlier], setting
         folder.mkdir(parents=True, exist_ok=True)
 
     def known(self, cells: list[Any]) -> dict[int, Result]:
@@ -71,7 +72,8 @@ class CellFolder:
         plain, found = json.loads(json.dumps(cells)), {}
         for n, cell in enumerate(plain):
             for path in (folder / f"{n:05d}.json" for folder in self.all):
-                if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["cell"] == cell:
+                kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                if (kept.get("cell"), kept.get("setting")) == (cell, self.setting):
                     found[n] = kept["result"]
                     break
         return found
@@ -79,5 +81,7 @@ class CellFolder:
     def keep(self, n: int, cell: Any, result: Result) -> None:
         """Writes one."""
         draft = self.folder / f".{n:05d}.json"
-        draft.write_text(json.dumps({"cell": cell, "result": result}, ensure_ascii=False), encoding="utf-8")
+        draft.write_text(
+            json.dumps({"cell": cell, "setting": self.setting, "result": result}, ensure_ascii=False), encoding="utf-8"
+        )
         os.replace(draft, self.folder / f"{n:05d}.json")

@@ -72,7 +72,9 @@ def measure(
             metric, _, filtered = name.partition(",")
             if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
                 spread = values.get(f"{metric}_stderr,{filtered}")
-                row = {"kind": "task", "task": task, "metric": metric, "filter": filtered, "value": float(value)}
+                if filtered != "none":
+                    metric = f"{metric}_{filtered}"  # a task may read answers in several ways
+                row = {"kind": "task", "task": task, "metric": metric, "value": float(value)}
                 if isinstance(spread, float):
                     row |= {"low": value - 1.96 * spread, "high": value + 1.96 * spread}
                 rows.append(row | {"documents": found["n-samples"].get(task, {}).get("effective")})

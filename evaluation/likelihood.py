@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from attention.hf import own_attention
+
 CHUNK = 512
 
 
@@ -35,6 +37,7 @@ def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str) -> np.ndarra
     """
     x_T = torch.from_numpy(np.ascontiguousarray(ids_T, dtype=np.int64)).to(model.device)
     check_ids(model, x_T, name)
+    forget_length(model)
     hidden_TE = model.base_model(input_ids=x_T[None], use_cache=False).last_hidden_state[0]
     return hidden_nll(model, hidden_TE[:-1], x_T[1:], name).cpu().numpy()
 
@@ -79,6 +82,20 @@ def check_ids(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> None:
             f"{name}: token id {int(ids_T.max())}, but the model has {rows} embeddings: "
             f"the text was tokenised for another model"
         )
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """ValueError where a layer's attention is more than causal softmax attention, which could not be replaced."""
+    if own := own_attention(model):
+        raise ValueError(f"{type(model).__name__}: {own}: what another attention would give is not what the model does")
+
+
+@torch.inference_mode()
+def forget_length(model: PreTrainedModel) -> None:
+    """Lets frequencies that depend on the input's length depend on no earlier input: transformers keeps those of the
+    longest one until a short one comes. Nothing for other models."""
+    if is_dynamic(model):
+        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def is_dynamic(model: PreTrainedModel) -> bool:

@@ -7,7 +7,7 @@
 Prompts are the paper's. Without its data files (kv_data, qa_data), pairs are drawn, and documents tell of invented
 people and places: nobody can know the answers by heart, and closed book shows it. Each question is asked with the
 answer at every place; the U-shaped curve of many models is the figure. Scored teacher-forced (evaluation/reader.py),
-and with `new_tokens`, by whether the generated text holds an answer (`best_subspan_em`, the paper's metric).
+and with `new_tokens` by whether the generated text's first line holds an answer (the paper's `best_subspan_em`).
 
     longreach evaluate MODEL --eval lost_in_the_middle --set pairs=[20] --set documents=[10]
 """
@@ -26,9 +26,9 @@ from uuid import UUID
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document, first_token_id, with_first
+from evaluation.documents import Document
 from evaluation.figures import curves
-from evaluation.reader import Reader
+from evaluation.reader import Reader, spelled
 from evaluation.recipe import LostInTheMiddleRecipe
 from evaluation.scores import EvalScores, retrieval_row, wilson
 
@@ -37,7 +37,6 @@ QA = (
     "Write a high-quality answer for the given question using only the provided search results (some of which might be "
     "irrelevant).\n\n"
 )
-CLOSED = "Answer the following question.\n\n"
 GIVEN = ("Ada", "Bruno", "Clara", "Dario", "Edda", "Felix", "Greta", "Hugo", "Ines", "Jonas", "Karla", "Levin")
 FAMILY = ("Arven", "Belmor", "Castrin", "Dovrel", "Ermont", "Falkes", "Gorlan", "Hestra", "Ivarne", "Jutland", "Korvin")
 PLACES = ("Alderby", "Brimfell", "Corvale", "Dunmorra", "Eskworth", "Farrowick", "Glenhar", "Hollowmere", "Ironby",
@@ -63,6 +62,11 @@ def cells(
         if len(lines) < recipe.trials or (missing := keys - lines[0][1].keys()):
             found = f"{len(lines)} questions" if len(lines) < recipe.trials else f"no {', '.join(sorted(missing))}"
             raise ValueError(f"{path} has {found}, {recipe.trials} questions with {', '.join(sorted(keys))} are needed")
+    most = min(len(PLACES) * len(WORKS), len(GIVEN) * len(FAMILY))
+    if recipe.qa_data is None and max(recipe.documents, default=0) > most:
+        raise ValueError(
+            f"documents {max(recipe.documents)}: at most {most} can be made up; give qa_data, or ask for fewer"
+        )
     sizes = [("kv", n) for n in recipe.pairs] + [("qa", n) for n in recipe.documents]
     return [{"task": task, "size": n, "trial": trial} for task, n in sizes for trial in range(recipe.trials)]
 
@@ -77,14 +81,12 @@ def measure(
 ) -> dict[str, Any]:
     """{"cases": one for each place, and for qa the two baselines}. FloatingPointError: logits that are not finite."""
     reader, cases = Reader(model, tokenizer), []
-    first = first_token_id(tokenizer)
     for place, prompt, answers in _prompts(recipe, cell):
-        ids = with_first(np.array(tokenizer(prompt, add_special_tokens=False).input_ids, np.int64), first).tolist()
-        expected = list(tokenizer(f" {answers[0]}", add_special_tokens=False).input_ids)
         where = f"lost_in_the_middle {cell | {'place': place}}"
+        ids, expected = spelled(tokenizer, prompt, f" {answers[0]}", where)
         room = max(recipe.new_tokens, len(expected)) if recipe.new_tokens else 0  # a UUID has about 30 tokens
         found = reader.answer(ids, expected, where, new_tokens=room)
-        said = {"subspan": best_subspan_em(found.got, answers)} if recipe.new_tokens else {}
+        said = {"subspan": best_subspan_em(found.got.split("\n")[0], answers)} if recipe.new_tokens else {}
         about = {"place": place, "prompt_tokens": len(ids), "prompt": prompt, "expected": answers[0]}
         cases.append(cell | about | found.as_row() | said)
     return {"cases": cases}
@@ -159,7 +161,7 @@ def _prompts(recipe: LostInTheMiddleRecipe, cell: dict[str, Any]) -> Iterator[tu
     end = f"Question: {question}\nAnswer:"
     for place in places(size, recipe.positions):
         yield place, QA + _results([*others[:place], gold, *others[place : size - 1]]) + end, answers
-    yield "closed book", CLOSED + end, answers
+    yield "closed book", end, answers
     yield "oracle", QA + _results([gold]) + end, answers
 
 

@@ -1,20 +1,22 @@
 """Needle in a haystack: a fact about an invented town, put into real text, asked for at the end (gkamradt's test).
 
 The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the asked length. The
-needle goes in where a sentence ends, at a depth from 0 (first) to 1 (last). Towns and numbers are drawn anew for each
-haystack: nothing can be known by heart, and the answer is right or wrong, with no judge. Two ways of scoring:
+needle goes in where a sentence ends, at a depth from 0 (first) to 1 (the very end). Towns and numbers are drawn anew
+for each haystack: nothing can be known by heart, and the answer is right or wrong, with no judge. Two ways of scoring:
 
   teacher-forced   is every token of the answer the argmax (evaluation/reader.py); the finest on small models
-  generation       greedy text of `new_tokens` tokens; a needle counts if its number is in it
+  generation       greedy text of `new_tokens` tokens, or as many as the answer has; is the needle's number in it?
 
 Several needles (`needles`) start at the depth and stand evenly spread behind it, and all are asked for; `distractors`
-are facts about other towns, spread over the whole text. A model with a chat template is asked in it, unless told not.
+are facts about other towns, drawn into the text away from the tested depths. A model with a chat template is asked in
+it, unless told not.
 
     longreach evaluate MODEL --eval needle --set lengths=[1024,4096] --set depths=[0,0.5,1]
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.documents import Document, first_token_id, matching, with_first
 from evaluation.passkey import retrieval_figure
-from evaluation.reader import Reader
+from evaluation.reader import Reader, spelled
 from evaluation.recipe import NeedleRecipe
 from evaluation.scores import EvalScores, retrieval_row, wilson
 
@@ -67,8 +69,8 @@ def cells(
     if recipe.chat_template == "always" and not tokenizer.chat_template:
         raise ValueError("needle.chat_template is 'always', but the model has no chat template: use 'auto' or 'never'")
     text = haystack(recipe, documents)
-    for length in recipe.lengths:
-        prompt = Prompt.draw(tokenizer, recipe, length, 0.0, 0)
+    for length, trial in itertools.product(recipe.lengths, range(recipe.trials)):
+        prompt = Prompt.draw(tokenizer, recipe, length, 0.0, trial)
         if (room := length - prompt.fixed) < 1:
             raise ValueError(
                 f"needle length {length}: question and needles alone have {prompt.fixed} tokens; use a longer one"
@@ -97,7 +99,8 @@ def measure(
         prompt = Prompt.draw(tokenizer, recipe, cell["length"], depth, cell["trial"])
         ids = prompt.around(text, ends, recipe.seed + cell["trial"])
         place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
-        found = reader.answer(ids, prompt.answer, f"needle {place}", new_tokens=recipe.new_tokens)
+        room = max(recipe.new_tokens, len(prompt.answer)) if recipe.new_tokens else 0
+        found = reader.answer(ids, prompt.answer, f"needle {place}", new_tokens=room)
         read, total = read + found.read_tokens, total + len(ids)
         said = [number for number in prompt.numbers if re.search(rf"(?<!\d){number}(?!\d)", found.got)]
         cases.append(
@@ -158,10 +161,11 @@ class Prompt:
 
     def __init__(
         self, before: list[int], after: list[int], needles: list[list[int]], distractors: list[list[int]],
-        numbers: list[str], answer: list[int], length: int, depth: float,
+        numbers: list[str], answer: list[int], length: int, depth: float, elsewhere: list[float],
     ) -> None:  # fmt: skip
         self.before, self.after, self.needles, self.distractors = before, after, needles, distractors
         self.numbers, self.answer, self.length, self.depth = numbers, answer, length, depth
+        self.elsewhere = elsewhere
         self.fixed = len(before) + len(after) + sum(map(len, [*needles, *distractors]))
         """Tokens that are no haystack."""
 
@@ -192,7 +196,9 @@ class Prompt:
             filter(None, [", ".join(numbers[: recipe.needles - 1]), numbers[recipe.needles - 1]])
         )
         needles, others = facts[: recipe.needles], facts[recipe.needles :]
-        return cls(before, ids(tail), needles, others, numbers[: recipe.needles], ids(answer), length, depth)
+        elsewhere = [away_from(recipe.every_depth(), chance) for _ in others]
+        after, expected = spelled(tokenizer, tail, answer, "needle", special=False)
+        return cls(before, after, needles, others, numbers[: recipe.needles], expected, length, depth, elsewhere)
 
     def around(self, text: np.ndarray, ends: set[int], seed: int) -> list[int]:
         """The prompt's ids, exactly `length` of them: text from a start drawn with `seed`, facts at sentence ends."""
@@ -201,13 +207,21 @@ class Prompt:
         hay = text[start : start + room].tolist()
         share = [self.depth + (1 - self.depth) * n / len(self.needles) for n in range(len(self.needles))]
         places = [(at, fact) for at, fact in zip(share, self.needles, strict=True)]
-        places += [((n + 0.5) / len(self.distractors), fact) for n, fact in enumerate(self.distractors)]
+        places += zip(self.elsewhere, self.distractors, strict=True)
         inserts = sorted(((sentence_end(hay, at, ends), fact) for at, fact in places), key=lambda one: one[0])
         ids, last = list(self.before), 0
         for at, fact in inserts:
             ids += hay[last:at] + fact
             last = at
         return ids + hay[last:] + self.after
+
+
+def away_from(depths: list[float], chance: np.random.Generator) -> float:
+    """A place in a text, as far from the tested depths as the middle half of the gaps between them."""
+    edges = sorted({0.0, *depths, 1.0})
+    gaps = list(itertools.pairwise(edges))
+    left, right = gaps[int(chance.choice(len(gaps), p=[b - a for a, b in gaps]))]
+    return left + (right - left) * float(chance.uniform(0.25, 0.75))
 
 
 def around_chat(
@@ -232,7 +246,7 @@ def haystack(recipe: NeedleRecipe, documents: list[Document]) -> np.ndarray:
 
 def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of tokens that end a sentence."""
-    return {int(n) for token, n in tokenizer.get_vocab().items() if token.rstrip("Ċ\n")[-1:] in (".", "!", "?")}
+    return {int(n) for token, n in tokenizer.get_vocab().items() if token.rstrip("Ċ\n")[-1:] in (*".!?。！？",)}
 
 
 def sentence_end(hay: list[int], depth: float, ends: set[int]) -> int:

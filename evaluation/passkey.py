@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.documents import Document
 from evaluation.figures import heatmap
-from evaluation.reader import Reader
+from evaluation.reader import Reader, spelled
 from evaluation.recipe import PasskeyRecipe
 from evaluation.scores import EvalScores, retrieval_row
 
@@ -115,15 +115,9 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, ke
 
 
 def ask(reader: Reader, prompt: str, answer: str, where: str) -> dict[str, Any]:
-    """One case: is `answer` what greedy decoding would continue `prompt` with?
-
-    ValueError where the tokenizer joins the prompt's end and the answer's beginning into one token: then no
-    continuation of the prompt's tokens spells the answer.
-    """
-    prompt_ids, ids = reader.tokenizer(prompt).input_ids, reader.tokenizer(prompt + answer).input_ids
-    if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
-        raise ValueError(f"{where}: the tokenizer joins {prompt[-8:]!r} and {answer!r} into one token")
-    found = reader.answer(prompt_ids, ids[len(prompt_ids) :], where)
+    """One case: is `answer` what greedy decoding would continue `prompt` with? ValueError as `spelled`."""
+    prompt_ids, answer_ids = spelled(reader.tokenizer, prompt, answer, where)
+    found = reader.answer(prompt_ids, answer_ids, where)
     asked = {"prompt_tokens": len(prompt_ids), "prompt": prompt, "expected": answer.strip()}
     return asked | found.as_row()
 

@@ -46,6 +46,9 @@ def cells(
     Raises ValueError for a length that no document reaches or that last_tokens does not fit into.
     """
     chosen = matching(documents, recipe.documents)
+    names = [document.name for document in chosen]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{len(twice)} names belong to several held-out documents ({twice[0]}): rename the files")
     lengths = sorted(set(recipe.lengths))
     check_lengths(lengths, recipe.last_tokens, chosen)
     check_head(model, chosen[0].ids_T)

@@ -1,12 +1,12 @@
 """Prompts read one after another; what the next one begins with is not computed again.
 
 The cells of a grid differ in where a needle stands: what comes before it is the same text. So the keys and values of
-the prompt before are kept up to the first token in which the two differ (`DynamicCache.crop`), and only the rest is
-read. For depths spread evenly over a text that halves the work; results are those of a fresh pass but for rounding.
+the prompt before are kept up to the first token in which the two differ, and only the rest is read. Of five depths
+spread evenly that leaves 70% of the work, of many 50%; results are those of a fresh pass but for rounding.
 
 An answer is scored in the same pass, teacher-forced: prompt and answer go in together, the head runs on the answer's
 positions alone. Greedy decoding emits the answer's tokens if and only if each is the argmax given those before it, so
-by induction the two agree on `correct`. NLL is finer than right or wrong: it moves long before the first key is found.
+by induction the two agree on `correct`. NLL is finer than right or wrong.
 
 Legend: A tokens of the answer, V vocabulary.
 """
@@ -15,13 +15,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from evaluation.likelihood import check_ids, is_dynamic
+from evaluation.likelihood import check_ids, forget_length, is_dynamic
+
+
+def spelled(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str, *, special: bool = True
+) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, with the tokenizer's special tokens or without, and of the answer as it goes on from it.
+
+    A blank that is a token of its own belongs to the prompt: it says nothing of the answer. ValueError where the
+    tokenizer joins the prompt's end and the answer's beginning: then no continuation of its tokens spells the answer.
+    """
+    before, ids = (list(tokenizer(text, add_special_tokens=special).input_ids) for text in (prompt, prompt + answer))
+    if ids[: len(before)] != before or len(ids) == len(before):
+        raise ValueError(f"{where}: the tokenizer joins {prompt[-8:]!r} and {answer!r} into one token")
+    while len(ids) - len(before) > 1 and not str(tokenizer.decode(ids[len(before) : len(before) + 1])).strip():
+        before.append(ids[len(before)])
+    return before, ids[len(before) :]
 
 
 @dataclass(frozen=True)
@@ -65,10 +80,7 @@ class Reader:
         ids = torch.tensor([*prompt, *expected[:-1]], device=self.model.device)
         check_ids(self.model, ids, where)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.held, prompt[:-1], strict=False)))
-        if shared and self.reuse:
-            self._keep(shared)
-        else:
-            shared, self.cache = 0, DynamicCache(config=self.model.config)
+        shared = self._keep(shared)
         expected_A = torch.tensor(expected, device=self.model.device)
         out = self.model(input_ids=ids[None, shared:], past_key_values=self.cache, logits_to_keep=len(expected))
         logits_AV = out.logits[0].float()
@@ -82,24 +94,27 @@ class Reader:
             float(nll_A.double().mean()), float(hit_A.double().mean()), bool(hit_A.all()), got, len(ids) - shared
         )
 
-    def _keep(self, tokens: int) -> None:
-        """Forgets all but the first so many tokens."""
-        if spare := len(self.held) - tokens:
-            self.cache.crop(-spare)
+    def _keep(self, tokens: int) -> int:
+        """Forgets all but the first so many tokens, or all of them; returns how many are left."""
+        if tokens and self.reuse:
+            if spare := len(self.held) - tokens:
+                self.cache.crop(-spare)
+            return tokens
+        forget_length(self.model)
+        self.cache = DynamicCache(config=self.model.config)
+        return 0
 
     def _generate(self, prompt: list[int], new_tokens: int) -> str:
-        """Greedy, from the prompt's keys that are already there."""
-        if self.reuse:
-            self._keep(len(prompt) - 1)
-        else:
-            self.cache = DynamicCache(config=self.model.config)
+        """Greedy and nothing else, whatever penalties or beams the model's own generation_config asks for."""
         ends = self.model.generation_config.eos_token_id
-        last = ends[0] if isinstance(ends, list) else ends
-        greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=last or 0)
-        generate: Any = self.model.generate
-        ids_1T = torch.tensor([prompt], device=self.model.device)
-        out_1T = generate(
-            ids_1T, attention_mask=torch.ones_like(ids_1T), past_key_values=self.cache, generation_config=greedy
-        )
-        self.held = out_1T[0, :-1].tolist()
-        return str(self.tokenizer.decode(out_1T[0, len(prompt) :], skip_special_tokens=True)).strip()
+        stop, said = {*ends} if isinstance(ends, list) else {ends}, []
+        ids = prompt[self._keep(len(prompt) - 1) :]
+        for _ in range(new_tokens):
+            x_1T = torch.tensor([ids], device=self.model.device)
+            token = int(self.model(x_1T, past_key_values=self.cache, logits_to_keep=1).logits[0, -1].argmax())
+            said.append(token)
+            if token in stop:
+                break
+            ids = [token]
+        self.held = [*prompt, *said[:-1]]
+        return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()

@@ -1,11 +1,13 @@
 """What each evaluation measures, typed. No torch here: `longreach plan` reads this in milliseconds."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from infra.choices import Choices
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class EvalRecipe(Choices):
@@ -13,7 +15,7 @@ class EvalRecipe(Choices):
 
     models: tuple[str, ...] | None = None
     """Names of the models (baselines and arms) to evaluate; all of them without it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seeds whatever the evaluation draws."""
 
 
@@ -33,7 +35,7 @@ class PasskeyRecipe(EvalRecipe):
 
     lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
     """Prompt lengths in tokens."""
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    depths: tuple[Share, ...] = Field(default=(0.1, 0.5, 0.9), min_length=1)
     """Where the key stands: 0 first, 1 last."""
     trials: int = Field(default=1, ge=1)
     """Keys tried for each length and depth."""
@@ -44,7 +46,7 @@ class NeedleRecipe(EvalRecipe):
 
     lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
     """Prompt lengths in tokens."""
-    depths: tuple[float, ...] = ()
+    depths: tuple[Share, ...] = ()
     """Where the needle stands: 0 first, 1 last; without it, depth_points of them."""
     depth_points: int = Field(default=5, ge=2)
     """How many depths, from 0 to 1."""
@@ -53,7 +55,7 @@ class NeedleRecipe(EvalRecipe):
     needles: int = Field(default=1, ge=1, le=8)
     """Facts that are asked for; the first stands at the depth, the others evenly behind it."""
     distractors: int = Field(default=0, ge=0, le=64)
-    """Facts about other towns, spread over the whole text."""
+    """Facts about other towns, drawn into the text away from the tested depths."""
     trials: int = Field(default=1, ge=1)
     """Haystacks tried for each length."""
     documents: tuple[str, ...] = ("*",)

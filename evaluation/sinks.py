@@ -19,9 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attention.sink_mass import attention_mass
 from evaluation.documents import Document, first_token_id, with_first
 from evaluation.figures import curves, heatmap
+from evaluation.likelihood import check_attention
 from evaluation.recipe import SinksRecipe
 from evaluation.scores import EvalScores
 
+MAPPED = 64
+"""Tokens up to which a map can be read."""
 LATE = 2
 """Layers before which attention is still local, so that means are taken from here on."""
 
@@ -30,9 +33,15 @@ def cells(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: SinksRecipe, documents: list[Document]
 ) -> list[dict[str, Any]]:
     """A length each. ValueError where the documents are too short, or a layer is not there."""
+    check_attention(model)
     layers = model.config.num_hidden_layers
     if wrong := [n for n in recipe.map_layers if not -layers <= n < layers]:
         raise ValueError(f"sinks.map_layers {wrong}: the model has layers 0 to {layers - 1}")
+    if recipe.map_layers and min(recipe.lengths) > MAPPED:
+        raise ValueError(
+            f"sinks.map_layers at {min(recipe.lengths)} tokens: maps are drawn up to {MAPPED}; set map_layers=[], or "
+            f"add a shorter length"
+        )
     for length in recipe.lengths:
         if not (found := pieces(recipe, documents, length)):
             raise ValueError(f"sinks.lengths {length}: no held-out document has so many tokens")

@@ -47,7 +47,7 @@ from attention.sink_cache import SinkCache
 from attention.streaming import streamed_attention
 from evaluation.documents import Document, first_token_id, matching, with_first
 from evaluation.figures import curves
-from evaluation.likelihood import check_head, hidden_nll, is_dynamic, token_nll
+from evaluation.likelihood import check_attention, check_head, hidden_nll, is_dynamic, token_nll
 from evaluation.recipe import StreamingRecipe
 from evaluation.scores import EvalScores, bootstrap_mean
 
@@ -72,15 +72,25 @@ def cells(
     if recipe.endurance_tokens >= (there := sum(len(d.ids_T) for d in documents)):
         raise ValueError(f"endurance_tokens {recipe.endurance_tokens}, but all held-out documents have {there} tokens")
     check_head(model, document.ids_T)
+    check_attention(model)
+    if (recipe.latency_tokens or recipe.endurance_tokens) and model.config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"latency_tokens and endurance_tokens need attention 'sdpa' for their cache, {type(model).__name__} has "
+            f"{model.config._attn_implementation!r}: set both to 0"
+        )
+    if recipe.newlines:
+        line_break(tokenizer)
     found: list[dict[str, Any]] = []
+    about = {"document": document.name}
     for way in recipe.ways:
         if way != "sinks":
-            found.append({"way": way, "sinks": 0, "positions": "cache", "newlines": False})
+            found.append(about | {"way": way, "sinks": 0, "positions": "cache", "newlines": False})
             continue
         for n in recipe.sink_tokens:
-            found += [{"way": way, "sinks": n, "positions": p, "newlines": False} for p in recipe.positions]
+            found += [about | {"way": way, "sinks": n, "positions": p, "newlines": False} for p in recipe.positions]
             found += [
-                {"way": way, "sinks": n, "positions": p, "newlines": True} for p in recipe.positions[: recipe.newlines]
+                about | {"way": way, "sinks": n, "positions": p, "newlines": True}
+                for p in recipe.positions[: recipe.newlines]
             ]
     if recipe.latency_tokens:
         decoded = [(way, recipe.sink_tokens[0] if way == "sinks" else 0) for way in recipe.ways]
@@ -132,8 +142,8 @@ def collect(recipe: StreamingRecipe, results: list[tuple[dict[str, Any], dict[st
         summary |= {"endurance_growth_mib": enduring[-1]["resident_mib"] - enduring[len(enduring) // 4]["resident_mib"]}
     return EvalScores(
         eval="streaming",
-        protocol=f"tokens {recipe.cache_tokens + 1}..{recipe.tokens} of {recipe.document}; {recipe.cache_tokens} "
-        f"cached tokens and the current one; positions counted in the {' or the '.join(recipe.positions)}"
+        protocol=f"tokens {recipe.cache_tokens + 1}..{recipe.tokens} of {ways[0][0]['document']}; "
+        f"{recipe.cache_tokens} cached tokens and the current one; positions counted in the {' or the '.join(recipe.positions)}"
         + f"; recompute: {len(sampled(recipe))} tokens"
         * ("recompute" in recipe.ways),
         recipe=recipe.model_dump(mode="json"),

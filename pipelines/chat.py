@@ -20,6 +20,8 @@ from attention.sink_cache import SinkCache
 from training.convert import convert
 from training.model import load_model
 
+MARK = "\u2063said\u2063"
+"""Stands for an earlier answer, to see what a template puts after it."""
 WARNING = (
     "Streaming keeps the model fluent however long this goes on; it does not extend its context: what left the last "
     "{window:,} tokens is forgotten, but for the first {sinks}. An empty line ends the chat."
@@ -37,12 +39,15 @@ def chat(
             folder = Path(scratch)
         model, tokenizer = load_model(folder)
     model.eval()
+    if model.config._attn_implementation != "sdpa":
+        raise ValueError(f"{type(model).__name__} has no 'sdpa' attention, which a cache of fixed size needs")
     cache = SinkCache(model.config, sinks, window)
     size = readable(KVBudget.of(model.config).sink_cache_bytes(1, 1, "fp32", sink_tokens=sinks, window_tokens=window))
     print(WARNING.format(window=window, sinks=sinks))
     left: list[int] = []  # what the model said last without having read it
     while text := _asked(ask):
-        ids, said, shown = left + turn(tokenizer, text, first=cache.get_seq_length() == 0), [], ""
+        more = turn(tokenizer, text, first=cache.get_seq_length() == 0)
+        ids, said, shown = left + more[more[:1] == left :], [], ""  # the end of the last answer is read once
         left, began = [], time.perf_counter()
         for token in reply(model, cache, ids, max_new_tokens, temperature):
             left = [token]
@@ -64,17 +69,16 @@ def _asked(ask: Callable[[], str]) -> str:
 
 
 def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
-    """What the model reads when the user has said something: in its chat template, if it has one."""
+    """What the model reads when the user has said something, in its chat template if it has one; after an answer of its
+    own, from the end of that answer on."""
     if not tokenizer.chat_template:
         return list(tokenizer(text + "\n", add_special_tokens=first).input_ids)
-    messages = [{"role": "user", "content": text}]
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    if not first:  # a default system prompt stands at the beginning alone
-        before = str(tokenizer.apply_chat_template([messages[0] | {"content": "\u2063"}], tokenize=False))
-        system = before[: before.index("\u2063")]
-        opening = system.rfind("<|im_start|>")  # ChatML; other templates repeat nothing
-        whole = whole[opening:] if opening > 0 else whole
-    return list(tokenizer(whole, add_special_tokens=False).input_ids)
+    asked = {"role": "user", "content": text}
+    earlier = [] if first else [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
+    whole = str(tokenizer.apply_chat_template([*earlier, asked], tokenize=False, add_generation_prompt=True))
+    if not first and MARK not in whole:
+        raise ValueError("the model's chat template changes what was said before: it cannot be streamed turn by turn")
+    return list(tokenizer(whole.rpartition(MARK)[2], add_special_tokens=False).input_ids)
 
 
 @torch.inference_mode()

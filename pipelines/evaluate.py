@@ -42,7 +42,11 @@ def evaluate(
     check_memory(model.path, recipe, resources)
     network, tokenizer, documents = _subject(model, corpus, recipe, resources)
     cells = code.cells(network, tokenizer, recipe=recipe.choices, documents=documents)
-    folder = CellFolder(run.attempt.work / "cells", (earlier / "work" / "cells" for earlier in run.earlier))
+    folder = CellFolder(
+        run.attempt.work / "cells",
+        (earlier / "work" / "cells" for earlier in run.earlier),
+        setting=f"{resources.dtype} {network.device.type}",
+    )
     found = folder.known(cells)
     run.spool.progress(len(found), len(cells), unit="cell")
     todo = {n: cell for n, cell in enumerate(cells) if n not in found}
@@ -123,9 +127,11 @@ def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources
     except ValueError:  # it keeps something else than keys and values, which is smaller
         cache = 0
     hidden = 2 * longest * (config.hidden_size + getattr(config, "intermediate_size", config.hidden_size)) * 4
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    half = ("torch.bfloat16", "torch.float16")
+    grown = (2 if resources.dtype == "bfloat16" else 4) / (2 if str(config.dtype) in half else 4)
+    weights = int(grown * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     free = torch.cuda.mem_get_info()[0] if resources.gpus_per_worker else psutil.virtual_memory().available
-    if (need := (cache + hidden + weights) * resources.eval_workers) > free:
+    if (need := (cache + hidden + weights) * (1 if resources.gpus_per_worker else resources.eval_workers)) > free:
         raise ValueError(
             f"{recipe.eval} at {longest:,} tokens needs about {readable(need)} for weights, keys and values "
             f"({resources.eval_workers} at once), {readable(free)} is free: lower the length or resources.eval_workers"

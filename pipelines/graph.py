@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
 from pydantic import SerializeAsAny
 
 from evaluation.recipe import EvalRecipe
@@ -32,6 +33,9 @@ from training.recipe import (
     RopeRecipe,
     TokenizerRecipe,
 )
+
+DATA = ("kv_data", "qa_data", "data")
+"""Choices of evaluations that name files: their bytes are part of identity."""
 
 
 class EvaluateStageRecipe(Choices):
@@ -134,6 +138,7 @@ def _pretrained(section: PretrainRecipe, seed: int, corpus: Stage, base: Stage) 
 def _evaluations(recipe: Recipe, models: dict[str, _Model]) -> Iterator[Stage]:
     for eval_name, section in recipe.evaluate.chosen().items():
         choices = section.model_copy(update={"models": None})  # which others are evaluated does not change this one
+        data = {key: _digest(Path(path)) for key in DATA if (path := getattr(section, key, None))}
         for name in section.models or models:
             model = models[name]
             yield Stage(
@@ -141,7 +146,17 @@ def _evaluations(recipe: Recipe, models: dict[str, _Model]) -> Iterator[Stage]:
                 f"evaluate[{name},{eval_name}]",
                 EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices),
                 {"model": model.stage, "corpus": model.corpus},
+                digests=data,
             )
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files below a folder; empty if there is none, which the evaluation will say."""
+    digest = xxhash.xxh3_128()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _optim(section: OptimRecipe) -> OptimRecipe:

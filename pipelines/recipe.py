@@ -222,7 +222,7 @@ def standalone(
 ) -> Loaded:
     """The recipe that evaluates one model: a suite's evaluations (all, or those in `evals`) and documents.
 
-    An override that names no field of a recipe is a choice of the evaluation, if there is one: `lengths=[1024]`.
+    An override is a choice of the evaluation, if there is one that has such a field: `lengths=[1024]`, `seed=1`.
     Raises RecipeError, as `load`.
     """
     if unknown := [name for name in evals if name not in EVALS]:
@@ -233,6 +233,7 @@ def standalone(
     slug = re.sub(r"[^a-z0-9._+-]+", "-", re.split("[/:]", model.rstrip("/"))[-1].lower()).strip("-._+") or "model"
     ours = [
         f"base.source={json.dumps(model)}",
+        "base.revision=",
         f"name=evaluate-{slug}",
         "finetune=",
         "pretrain=",
@@ -251,8 +252,9 @@ def standalone(
         ours += [f"evaluate.{name}.documents=['*']" for name in ("perplexity", "needle") if name in chosen]
         ours += ["evaluate.streaming.document='*'"] * ("streaming" in chosen)
     for text in overrides:
-        known = text.split("=")[0].split(".")[0] in Recipe.model_fields
-        ours.append(text if known or len(evals) != 1 else f"evaluate.{evals[0]}.{text}")
+        field = text.split("=")[0].split(".")[0]
+        own = len(evals) == 1 and (field in EVALS[evals[0]].recipe.model_fields or field not in Recipe.model_fields)
+        ours.append(f"evaluate.{evals[0]}.{text}" if own else text)
     return load(suite, ours)
 
 

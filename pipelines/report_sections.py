@@ -134,7 +134,10 @@ def perplexity(found: Found) -> Section | None:
 
 def _paired(found: Found) -> list[Block]:
     """Each model against the first one, on the same tokens."""
-    scored = {name: m.rows("perplexity") for name, m in found.models.items() if "perplexity" in m.scores}
+    models = found.of("baseline", "finetune")  # one tokenizer; pretrained arms may have their own
+    scored = {name: m.rows("perplexity") for name, m in models.items() if "perplexity" in m.scores}
+    if len(scored) < 2:
+        return []
     (name, theirs), *others = scored.items()
     lengths = sorted({r["length"] for r in theirs if r["kind"] == "pooled"})
     rows = []
@@ -146,9 +149,12 @@ def _paired(found: Found) -> list[Block]:
             except ValueError:  # the other model was asked on other documents
                 differences.append(DASH)
                 continue
-            differences.append(f"{d['nll']:+.3f}\n{d['low']:+.3f} to {d['high']:+.3f}")
+            interval = f"\n{d['low']:+.3f} to {d['high']:+.3f}" if d["bins"] > 1 else ""
+            differences.append(f"{d['nll']:+.3f}{interval}")
         rows.append([other, *differences])
-    said = f"Difference in NLL to {name} on the same tokens (nats per token; below zero is better)"
+    said = (
+        f"Difference in NLL to {name} on the same tokens (nats per token; below 0 is better; small: within these texts)"
+    )
     return [Table(said, ["model", *(f"up to {length:,}" for length in lengths)], rows)] if rows else []
 
 

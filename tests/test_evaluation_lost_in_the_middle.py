@@ -109,3 +109,5 @@ def test_nothing_to_search_or_no_middle_is_refused():
         LostInTheMiddleRecipe()
     with pytest.raises(ValueError, match="pairs and documents of 1"):
         LostInTheMiddleRecipe(pairs=(1,))
+    with pytest.raises(ValueError, match="documents 200: at most 128"):
+        evaluate("lost_in_the_middle", tiny_llama(), byte_tokenizer(), recipe=LostInTheMiddleRecipe(documents=(200,)))

@@ -58,7 +58,7 @@ def test_all_needles_are_asked_for_and_distractors_are_not():
 
 def test_where_sentences_end():
     ends = sentence_ends(TOKENIZER)
-    assert ends == {ord("."), ord("!"), ord("?")} or len(ends) == 3
+    assert {TOKENIZER.decode([n]) for n in ends} == {".", "!", "?"}
     hay = TOKENIZER("ab. cd. ef").input_ids
     assert [sentence_end(hay, depth, ends) for depth in (0, 0.2, 0.3, 0.6, 0.7, 0.9, 1)] == [0, 0, 3, 3, 7, 7, 10]
     assert sentence_end(TOKENIZER("no end here").input_ids, 0.5, ends) == 0

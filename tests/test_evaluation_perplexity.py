@@ -163,3 +163,8 @@ def test_two_models_are_compared_on_the_same_tokens_bin_by_bin():
     assert paired(ours.rows, ours.rows, 700)["nll"] == 0
     with pytest.raises(ValueError, match="not measured on the same tokens"):
         paired(ours.rows, run(texts[:1]).rows, 700)
+
+
+def test_two_documents_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"1 names belong to several held-out documents \(a\)"):
+        run([document("a", 800), document("a", 800, seed=1)])

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
-from transformers import MistralConfig, MistralForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from evaluation.likelihood import token_nll
-from evaluation.reader import Reader
+from evaluation.reader import Reader, spelled
 
 TEXT = np.random.default_rng(0).integers(0, 256, 300).tolist()
 PROMPTS = [TEXT, TEXT[:200] + TEXT[150:250], TEXT[:100] + TEXT[50:250], TEXT[5:]]
@@ -66,6 +67,42 @@ def test_keys_that_cannot_be_taken_up_again_are_not(model):
         assert found.nll == pytest.approx(
             float(torch.nn.functional.cross_entropy(logits, torch.tensor(ANSWER))), rel=1e-4
         )
+
+
+def test_greedy_is_greedy_whatever_the_model_would_like():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    plain = [Reader(model, tokenizer).answer(prompt, ANSWER, "here", new_tokens=8).got for prompt in PROMPTS]
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.num_beams = 3
+    reader = Reader(model, tokenizer)
+    assert [reader.answer(prompt, ANSWER, "here", new_tokens=8).got for prompt in PROMPTS] == plain
+
+
+def test_an_answer_does_not_depend_on_what_was_read_before():
+    """Dynamic frequencies: transformers keeps those of the longest text so far."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = tiny_llama(rope_parameters=rope, max_position_embeddings=64)
+    short = TEXT[:100]
+    alone = Reader(model, byte_tokenizer()).answer(short, ANSWER, "here").nll
+    nll = token_nll(model, np.array(short), "t")
+    reader = Reader(model, byte_tokenizer())
+    reader.answer(TEXT, ANSWER, "here")
+    assert reader.answer(short, ANSWER, "here").nll == alone
+    token_nll(model, np.array(TEXT), "t")
+    assert (token_nll(model, np.array(short), "t") == nll).all()
+
+
+def test_an_answer_is_spelled_as_it_goes_on_and_a_blank_alone_is_not_part_of_it():
+    tokenizer = byte_tokenizer("<sink>")
+    prompt, answer = spelled(tokenizer, "key is", " 12", "here")
+    assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == ("<sink>key is ", "12")
+    core = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate("▁key12")}, merges=[]))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Replace("▁", " ")
+    dummy = PreTrainedTokenizerFast(tokenizer_object=core)  # like Llama-2's: each text alone gets a blank before it
+    prompt, answer = spelled(dummy, "key", " 12", "here", special=False)
+    assert dummy.convert_ids_to_tokens(prompt) == ["▁", "k", "e", "y", "▁"]
+    assert dummy.convert_ids_to_tokens(answer) == ["1", "2"]
 
 
 def test_logits_that_are_not_finite_say_where():

@@ -51,7 +51,8 @@ def test_longer_texts_are_fewer_and_come_from_all_documents():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"lengths": (200,)}, "lengths 200: no held-out document"),
+        ({"lengths": (200,), "map_layers": ()}, "lengths 200: no held-out document"),
+        ({"lengths": (80,)}, "map_layers at 80 tokens: maps are drawn up to 64"),
         ({"lengths": (4,)}, "lengths 4 is not above first_tokens 4"),
         ({"map_layers": (2,)}, r"map_layers \[2\]: the model has layers 0 to 1"),
     ],

@@ -60,6 +60,9 @@ def test_a_system_prompt_is_read_once():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHATML
     first, later = (tokenizer.decode(turn(tokenizer, "Hi", first=first)) for first in (True, False))
-    assert first == "<|im_start|>system\nBe kind.<|im_end|>\n" + later
-    assert later == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert first == "<|im_start|>system\nBe kind.<|im_end|>\n" + asked
+    assert later == "<|im_end|>\n" + asked  # from the end of the model's own answer on
+    tokenizer.chat_template = "<bos>{% for m in messages %}[{{ m.role }}]{{ m.content }}<eot>{% endfor %}[assistant]"
+    assert tokenizer.decode(turn(tokenizer, "Hi", first=False)) == "<eot>[user]Hi<eot>[assistant]"
     assert byte_tokenizer().decode(turn(byte_tokenizer(), "Hi", first=False)) == "Hi\n"

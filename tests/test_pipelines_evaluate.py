@@ -19,6 +19,7 @@ from evaluation.scores import EvalScores
 from infra.artifact import Artifact
 from infra.resources import Resources
 from infra.tracking import Spool, read_events
+from pipelines import evaluate as stage
 from pipelines.evaluate import evaluate
 from pipelines.graph import EvaluateStageRecipe
 from training.recipe import RopeRecipe
@@ -126,16 +127,30 @@ def test_an_interrupted_grid_goes_on_and_ends_with_the_same_scores(folders, monk
     assert EvalScores.read(out) == resumed
 
 
-def test_two_tasks_share_the_cells_and_the_scores_are_the_same(folders, cluster):
+def test_two_tasks_share_the_cells_and_the_scores_are_the_same(folders, cluster, monkeypatch):
     model, corpus, out, run = folders
     recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=GRID)
     found = []
+    spread = []
+    monkeypatch.setattr(stage, "_spread", lambda *of, real=stage._spread: spread.append(1) or real(*of))
     for workers in (1, 2):
         run.attempt.work = out.parent / f"workers-{workers}"
         evaluate(model, corpus, recipe=recipe, resources=Resources(eval_workers=workers), out=out, run=run)
         found.append(EvalScores.read(out))
         assert len(list((run.attempt.work / "cells").glob("*.json"))) == 6
     assert found[0] == found[1]
+    assert len(spread) == 1
+
+
+def test_cells_of_another_type_are_not_taken_up(folders):
+    model, corpus, out, run = folders
+    recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=CHOICES["passkey"])
+    nll = []
+    for dtype in ("float32", "bfloat16", "bfloat16"):
+        evaluate(model, corpus, recipe=recipe, resources=Resources(dtype=dtype), out=out, run=run)
+        nll.append(EvalScores.read(out).summary["passkey_nll_320"])
+    assert nll[0] != nll[1]
+    assert nll[1] == nll[2]
 
 
 def test_a_task_that_fails_says_why(folders, cluster):

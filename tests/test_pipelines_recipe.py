@@ -354,7 +354,8 @@ def test_a_recipe_made_in_python_is_checked_like_a_file(small: Path) -> None:
 
 def test_any_model_is_evaluated_without_a_recipe_of_its_own() -> None:
     found = standalone("some/Model_X", evals=("passkey",), suite="evaluate", documents=None,
-                       overrides=["lengths=[64]", "resources.eval_cpus=1"]).recipe  # fmt: skip
+                       overrides=["lengths=[64]", "resources.eval_cpus=1", "seed=5"]).recipe  # fmt: skip
+    assert (found.evaluate.passkey.seed, found.seed) == (5, 0)
     assert found.base.source == "some/Model_X"
     assert found.name == "evaluate-model_x"
     assert [name for _, name in found.models()] == ["model_x"]

@@ -101,8 +101,9 @@ def calibrate(
             results += [*apply_rotary_pos_emb(q, k, turn, turn), silu(gate_TI) * gate_TI]
         torch.autograd.backward(results, [torch.ones_like(one) for one in results])
 
-    # what the matrices return is no elementwise result: q, k, v, the two of the MLP and the four of the width
-    own = outputs(shape, ArmRecipe(tune="all")) - 2 * shape.heads * shape.head_dim - 2 * shape.intermediate
+    # what matrices and the attention return is no elementwise result
+    q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    own = outputs(shape, ArmRecipe(tune="all")) - 3 * q_width - 2 * kv_width - 2 * shape.intermediate
     moved = x_TE.element_size() * 3 * PASSES * FRESH * own * tokens
     move = moved / _seconds(elementwise, device)
     exchange = None
