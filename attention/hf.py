@@ -88,11 +88,14 @@ def active_pattern(model: nn.Module) -> ActivePattern | None:
 
 @contextmanager
 def attending_by(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> Iterator[None]:
-    """Inside it `attend` is the model's attention, called as the AttentionInterface calls, without a mask."""
+    """Inside it `attend` is the model's attention, called as the AttentionInterface calls, without a mask. ValueError
+    for a model that computes its attention itself."""
     before = model.config._attn_implementation
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # transformers only warns
+        raise ValueError(f"{type(model).__name__} computes its attention itself: no other one can take its place")
     try:
         yield
     finally:

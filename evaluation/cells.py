@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import EVALS
 from evaluation.documents import Document, Progress, silent
+from evaluation.likelihood import forget_length
 from evaluation.recipe import EvalRecipe
 from evaluation.scores import EvalScores
 
@@ -56,6 +57,7 @@ def measured(
     """(number, result) of each cell in `todo`, as it is known."""
     code = EVALS[name].load()
     for n, cell in todo.items():
+        forget_length(model)
         yield n, code.measure(model, tokenizer, recipe=recipe, documents=documents, cell=cell)
 
 

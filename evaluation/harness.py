@@ -61,7 +61,9 @@ def measure(
                 metadata={"pretrained": model.name_or_path} | recipe.task_arguments,
                 bootstrap_iters=1000,
             )
-    except (ConnectionError, DatasetNotFoundError) as error:
+    except AssertionError as error:  # its word for a prompt that cannot fit
+        raise ValueError(f"harness task {cell['task']}, max_length {recipe.max_length}: {error}; raise it") from error
+    except (OSError, DatasetNotFoundError) as error:
         raise ValueError(
             f"harness task {cell['task']}: its data cannot be reached ({str(error).splitlines()[0]}): go online, or "
             f"put it into a folder and name that in harness.data"
@@ -70,6 +72,8 @@ def measure(
     for task, values in found["results"].items():
         for name, value in values.items():
             metric, _, filtered = name.partition(",")
+            if metric.isdecimal() and value == -1:
+                continue  # RULER's word for a length that was not asked for
             if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
                 spread = values.get(f"{metric}_stderr,{filtered}")
                 if filtered != "none":

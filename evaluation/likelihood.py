@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from attention.hf import own_attention
+from attention.hf import attending_by, own_attention
 
 CHUNK = 512
 
@@ -88,6 +88,8 @@ def check_attention(model: PreTrainedModel) -> None:
     """ValueError where a layer's attention is more than causal softmax attention, which could not be replaced."""
     if own := own_attention(model):
         raise ValueError(f"{type(model).__name__}: {own}: what another attention would give is not what the model does")
+    with attending_by(model, "tried", lambda *args, **kwargs: None):
+        pass
 
 
 @torch.inference_mode()

@@ -54,7 +54,7 @@ def cells(
     """
     for path, keys in (
         (recipe.kv_data, {"ordered_kv_records", "key", "value"}),
-        (recipe.qa_data, {"question", "ctxs"}),
+        (recipe.qa_data, {"question", "ctxs", "answers"}),
     ):
         if path is None:
             continue
@@ -68,7 +68,13 @@ def cells(
             f"documents {max(recipe.documents)}: at most {most} can be made up; give qa_data, or ask for fewer"
         )
     sizes = [("kv", n) for n in recipe.pairs] + [("qa", n) for n in recipe.documents]
-    return [{"task": task, "size": n, "trial": trial} for task, n in sizes for trial in range(recipe.trials)]
+    wanted = [{"task": task, "size": n, "trial": trial} for task, n in sizes for trial in range(recipe.trials)]
+    for cell in wanted:
+        try:
+            next(_prompts(recipe, cell))
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{recipe.kv_data or recipe.qa_data}, question {cell['trial']}: {error!r}") from error
+    return wanted
 
 
 def measure(

@@ -24,6 +24,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.documents import Document, first_token_id, matching, with_first
+from evaluation.likelihood import is_dynamic
 from evaluation.passkey import retrieval_figure
 from evaluation.reader import Reader, spelled
 from evaluation.recipe import NeedleRecipe
@@ -109,7 +110,9 @@ def measure(
             | found.as_row()
             | ({"recall": len(said) / len(prompt.numbers)} if recipe.new_tokens else {})
         )
-    claimed = model.config.max_position_embeddings
+    claimed = getattr(model.config, "max_position_embeddings", None)  # some have no such limit
+    if claimed and is_dynamic(model):
+        claimed = round(claimed * model.config.rope_parameters.get("factor", 1))
     return {"cases": cases, "read_tokens": read, "prompt_tokens": total, "claimed": claimed}
 
 
@@ -128,6 +131,7 @@ def collect(recipe: NeedleRecipe, results: list[tuple[dict[str, Any], dict[str, 
         return found
 
     totals = [row("length", length, None) for length in recipe.lengths]
+    claimed = {"needle_claimed_length": float(results[0][1]["claimed"])} if results[0][1]["claimed"] else {}
     read, asked = (sum(result[key] for _, result in results) for key in ("read_tokens", "prompt_tokens"))
     generated = {f"needle_recall_{r['length']}": r["recall"] for r in totals if "recall" in r}
     return EvalScores(
@@ -139,7 +143,8 @@ def collect(recipe: NeedleRecipe, results: list[tuple[dict[str, Any], dict[str, 
         summary={f"needle_{r['length']}": r["accuracy"] for r in totals}
         | {f"needle_nll_{r['length']}": r["nll"] for r in totals}
         | generated
-        | {"needle_effective_length": effective_length(totals), "needle_claimed_length": results[0][1]["claimed"]}
+        | {"needle_effective_length": effective_length(totals)}
+        | claimed
         | {"needle_tokens_read": read / asked},
         note="Finding a sentence that stands out is the least that a long context is for.",
         cases=cases,

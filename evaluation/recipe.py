@@ -142,7 +142,9 @@ class StreamingRecipe(EvalRecipe):
     """Keys that each way keeps, sinks included (dense keeps all)."""
     sink_tokens: tuple[int, ...] = Field(default=(4,), min_length=1)
     """How many first tokens the sink cache keeps; each number is a way of its own."""
-    ways: tuple[Literal["dense", "window", "recompute", "sinks"], ...] = ("dense", "window", "recompute", "sinks")
+    ways: tuple[Literal["dense", "window", "recompute", "sinks"], ...] = Field(
+        default=("dense", "window", "recompute", "sinks"), min_length=1
+    )
     """Which of the four."""
     recompute_every: int = Field(default=16, ge=1)
     """The `recompute` way scores every n-th token, as each needs a pass over its own window; 1 scores all."""

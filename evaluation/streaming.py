@@ -143,7 +143,8 @@ def collect(recipe: StreamingRecipe, results: list[tuple[dict[str, Any], dict[st
     return EvalScores(
         eval="streaming",
         protocol=f"tokens {recipe.cache_tokens + 1}..{recipe.tokens} of {ways[0][0]['document']}; "
-        f"{recipe.cache_tokens} cached tokens and the current one; positions counted in the {' or the '.join(recipe.positions)}"
+        f"{recipe.cache_tokens} cached tokens and the current one; positions counted in the "
+        f"{' or the '.join(recipe.positions)}"
         + f"; recompute: {len(sampled(recipe))} tokens"
         * ("recompute" in recipe.ways),
         recipe=recipe.model_dump(mode="json"),
@@ -160,7 +161,8 @@ def sampled(recipe: StreamingRecipe) -> np.ndarray:
 
 def line_break(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of a line break. ValueError where it has none of its own."""
-    ids = tokenizer("\n", add_special_tokens=False).input_ids
+    before, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in ("a", "a\n"))
+    ids = ids[len(before) :]  # alone, some tokenizers put a blank before it
     if len(ids) != 1:
         raise ValueError(f"a line break is {len(ids)} tokens of this tokenizer: leave out streaming.newlines")
     return int(ids[0])
@@ -200,7 +202,7 @@ def latency(
 def endurance(model: PreTrainedModel, ids_T: np.ndarray, sinks: int, window: int) -> dict[str, list[dict[str, Any]]]:
     """Rows along one long stream through one SinkCache: NLL, and the process's resident memory at the end of each."""
     cache = SinkCache(model.config, sinks, window)
-    edges, rows = np.linspace(0, len(ids_T) - 1, BINS + 1).astype(int).tolist(), []
+    edges, rows = np.linspace(0, len(ids_T) - 1, min(BINS, len(ids_T) - 1) + 1).astype(int).tolist(), []
     for start, end in pairwise(edges):
         nll: list[np.ndarray] = []
         for at in range(start, end, FED):
@@ -260,7 +262,7 @@ def recomputed_nll(
 ) -> np.ndarray:
     """NLL [N] of the tokens after positions ends_N, each predicted from its last window_tokens tokens alone."""
     nll_N = []
-    for ends_B in np.array_split(ends_N, math.ceil(len(ends_N) * window_tokens / BATCH_TOKENS)):
+    for ends_B in np.array_split(ends_N, min(len(ends_N), math.ceil(len(ends_N) * window_tokens / BATCH_TOKENS))):
         windows_BW = ids_T[ends_B[:, None] + np.arange(1 - window_tokens, 1)]
         x_BW = torch.from_numpy(windows_BW).to(model.device)
         logits_BV = model(input_ids=x_BW, use_cache=False, logits_to_keep=1).logits[:, 0].float()

@@ -40,17 +40,19 @@ def evaluate(
     """
     code = EVALS[recipe.eval].load()
     check_memory(model.path, recipe, resources)
-    network, tokenizer, documents = _subject(model, corpus, recipe, resources)
+    spread = resources.eval_workers > 1  # then the tasks have the GPUs
+    here = resources.model_copy(update={"gpus_per_worker": 0}) if spread else resources
+    network, tokenizer, documents = _subject(model, corpus, recipe, here)
     cells = code.cells(network, tokenizer, recipe=recipe.choices, documents=documents)
     folder = CellFolder(
         run.attempt.work / "cells",
         (earlier / "work" / "cells" for earlier in run.earlier),
-        setting=f"{resources.dtype} {network.device.type}",
+        setting=f"{resources.dtype}, GPUs: {resources.gpus_per_worker}",
     )
     found = folder.known(cells)
     run.spool.progress(len(found), len(cells), unit="cell")
     todo = {n: cell for n, cell in enumerate(cells) if n not in found}
-    if resources.eval_workers > 1 and len(todo) > 1:
+    if spread:
         del network, documents
         results = _spread(model, corpus, recipe, resources, todo)
     else:

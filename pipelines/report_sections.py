@@ -153,7 +153,7 @@ def _paired(found: Found) -> list[Block]:
             differences.append(f"{d['nll']:+.3f}{interval}")
         rows.append([other, *differences])
     said = (
-        f"Difference in NLL to {name} on the same tokens (nats per token; below 0 is better; small: within these texts)"
+        f"Difference in NLL to {name} on the same tokens (nats per token; below 0: better; small: within these texts)"
     )
     return [Table(said, ["model", *(f"up to {length:,}" for length in lengths)], rows)] if rows else []
 

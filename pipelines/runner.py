@@ -327,7 +327,8 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
             before = [refs[s.label] for s in stage.after if s.label in refs]
             cpus = stage.kind.cpus(recipe.resources)
             # max_retries: how often it is run again if its worker dies
-            placed = execute.options(num_cpus=cpus, name=stage.label, max_retries=2, runtime_env=here)
+            gpus = stage.kind.gpus(recipe.resources)
+            placed = execute.options(num_cpus=cpus, num_gpus=gpus, name=stage.label, max_retries=2, runtime_env=here)
             run.display.stage(stage.label, "waiting")
             refs[stage.label] = placed.remote(task, before, *inputs)
         _follow(ray, run, outcome, refs, spools, stopping)

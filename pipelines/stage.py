@@ -33,6 +33,8 @@ class StageKind:
     """Raised when the same choices would now give another result."""
     cpus: Callable[[Resources], float]
     """Ray CPUs of the stage's task; 0 for those that only drive ranks or tasks, which bring their own."""
+    gpus: Callable[[Resources], float] = lambda r: 0
+    """Ray GPUs of the stage's task."""
 
 
 STAGES: dict[str, StageKind] = {
@@ -42,7 +44,12 @@ STAGES: dict[str, StageKind] = {
     "pretrain": StageKind("pipelines.pretrain:pretrain", 2, lambda r: 0),
     "finetune": StageKind("pipelines.finetune:finetune", 1, lambda r: 0),
     "merge": StageKind("pipelines.merge:merge", 1, lambda r: 1),
-    "evaluate": StageKind("pipelines.evaluate:evaluate", 3, lambda r: r.eval_cpus if r.eval_workers == 1 else 0),
+    "evaluate": StageKind(
+        "pipelines.evaluate:evaluate",
+        3,
+        cpus=lambda r: r.eval_cpus if r.eval_workers == 1 else 0,
+        gpus=lambda r: r.gpus_per_worker if r.eval_workers == 1 else 0,
+    ),
     "report": StageKind("pipelines.report:report", 1, lambda r: 1),
 }
 

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
-from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig, MistralForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    FalconConfig,
+    FalconForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from evaluation.cells import evaluate
@@ -257,6 +264,9 @@ def test_what_the_cache_cannot_do_is_refused_before_anything_is_measured():
         run(model, latency_tokens=3)
     with pytest.raises(ValueError, match="sliding window of 64"):
         run(windowed())
+    config = FalconConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="FalconForCausalLM computes its attention itself"):
+        run(FalconForCausalLM(config).eval())
 
 
 def windowed():

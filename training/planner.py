@@ -205,10 +205,21 @@ def predict(
         step_s += share * LOSS_PASSES * 4 * shape.vocab / machine.bytes
         count, sharded = sum(trained.values()), resources.zero_stage > 0
         step_s += count * (OPTIMIZER_BYTES / (world if sharded else 1) + SHARDED_BYTES * sharded) / machine.bytes
-        # gradients are added up, and from stage 1 on the new weights are gathered
         if machine.exchange:
-            step_s += (1 + sharded) * count * (2 if resources.dtype == "bfloat16" else 4) / machine.exchange
+            passes = rows * resources.sequence_parallel / (world * resources.micro_batch_rows)
+            moved = _exchanged(shape, count, passes, resources.zero_stage)
+            step_s += moved * (2 if resources.dtype == "bfloat16" else 4) / machine.exchange
     return Prediction(flops, sum(by_kind.values()), by_kind, step_s)
+
+
+def _exchanged(shape: Shape, count: int, passes: float, zero_stage: int) -> float:
+    """Numbers that the ranks share in a step of so many forward passes, in all-reduced ones; gathering counts half.
+
+    Gradients are added up once, from stage 2 on after each pass; new weights are gathered once in stages 1 and 2, in
+    stage 3 all weights twice a pass.
+    """
+    gathered = {0: 0.0, 1: count / 2, 2: count / 2, 3: passes * shape.parameters}[zero_stage]
+    return count * (passes if zero_stage >= 2 else 1) + gathered
 
 
 def outputs(shape: Shape, arm: ArmRecipe) -> int:

@@ -1,6 +1,6 @@
 """What evaluations save: prefixes read once, one pass over a text, and a cache instead of recomputing a window.
 
-    python benchmarks/evaluation.py           # two threads, about ten minutes
+    python benchmarks/evals.py           # two threads, about ten minutes
 
 SmolLM2's shape with random weights: nothing here depends on what is predicted. CPU time, A B A B within one run,
 medians of ratios. The harness is lm-evaluation-harness's rolling log-likelihood on the same model and
