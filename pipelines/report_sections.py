@@ -238,13 +238,14 @@ def streaming(found: Found) -> Section | None:
         protocol = model.scores["streaming"]["protocol"]
         for way, r in ways.items():
             rows.append([f"{name}, {way}", _interval(r), f"{r['sink_tokens']}", f"{r['scored']:,}\n{r['protocol']}"])
-        curves = {way: _curve(model.rows("streaming", kind="stream", way=way), "end") for way in ways}
+        usual = [way for way in ways if "," not in way]  # text positions and newlines: in the table
+        curves = {way: _curve(model.rows("streaming", kind="stream", way=way), "end") for way in usual}
         says = (
             "Once its cache is full, a plain window drops the first tokens, on which attention rests, and should leap; "
             "with a few of them kept as sinks it should stay near the window that is recomputed for each token."
         )
         title, names = f"Streaming: {name}", ("token of the text", "perplexity")
-        marks, look = {"cache full": next(iter(ways.values()))["cache_tokens"]}, styles(ways)
+        marks, look = {"cache full": next(iter(ways.values()))["cache_tokens"]}, styles(usual)
         pictures.append(lines(f"streaming-{name}.png", title, says, names, curves, look, log=True, marks=marks))
     said = f"Protocol: {protocol}. Streaming keeps a model fluent; it does not let it see further back than its cache."
     table = Table("Perplexity once the cache is full", ["model, way", "perplexity", "sinks", "tokens scored"], rows)
