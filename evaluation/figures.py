@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import altair as alt
 
+from evaluation.scores import EvalScores
+
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
 Rows = Iterable[dict[str, Any]]
 Titles = tuple[list[str] | str, str, str]
@@ -73,6 +75,16 @@ def heatmap(
     return (cells + words).properties(
         title=_title(title), width=max(240, min(900, 90 * columns)), height=max(90, min(900, 30 * lines))
     )
+
+
+def retrieval_figure(scores: EvalScores, question: list[str], x_title: str, y_title: str, x: str, y: str) -> Any:
+    """A heatmap of `cell` rows, shared by the evaluations that look for something in a text."""
+    grid = [row for row in scores.rows if row["kind"] == "cell"]
+    text = [row | {"found": f"{row['nll']:.2f} · {row['correct']}/{row['trials']}"} for row in grid]
+    return heatmap(
+        text, x=x, y=y, value="nll", text="found", titles=(question, x_title, y_title),
+        value_title="nats per token", top=max(4.0, *(row["nll"] for row in grid)), bright_low=True,
+    )  # fmt: skip
 
 
 def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> Path:

@@ -24,8 +24,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.documents import Document, first_token_id, matching, with_first
+from evaluation.figures import retrieval_figure
 from evaluation.likelihood import is_dynamic
-from evaluation.passkey import retrieval_figure
 from evaluation.reader import Reader, spelled
 from evaluation.recipe import NeedleRecipe
 from evaluation.scores import EvalScores, retrieval_row, wilson

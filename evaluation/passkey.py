@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.documents import Document
-from evaluation.figures import heatmap
+from evaluation.figures import retrieval_figure
 from evaluation.reader import Reader, spelled
 from evaluation.recipe import PasskeyRecipe
 from evaluation.scores import EvalScores, retrieval_row
@@ -129,13 +129,3 @@ def figure(scores: EvalScores) -> Any:
         "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
     ]
     return retrieval_figure(scores, question, "prompt length (tokens)", "depth (0 first, 1 last)", "length", "depth")
-
-
-def retrieval_figure(scores: EvalScores, question: list[str], x_title: str, y_title: str, x: str, y: str) -> Any:
-    """A heatmap of `cell` rows, shared by the evaluations that look for something in a text."""
-    grid = [row for row in scores.rows if row["kind"] == "cell"]
-    text = [row | {"found": f"{row['nll']:.2f} · {row['correct']}/{row['trials']}"} for row in grid]
-    return heatmap(
-        text, x=x, y=y, value="nll", text="found", titles=(question, x_title, y_title),
-        value_title="nats per token", top=max(4.0, *(row["nll"] for row in grid)), bright_low=True,
-    )  # fmt: skip
