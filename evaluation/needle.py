@@ -28,7 +28,7 @@ from evaluation.figures import retrieval_figure
 from evaluation.likelihood import is_dynamic
 from evaluation.reader import Reader, spelled
 from evaluation.recipe import NeedleRecipe
-from evaluation.scores import EvalScores, retrieval_row, wilson
+from evaluation.scores import EvalScores, effective_length, retrieval_row, wilson
 
 TASK = "Read the text below. Somewhere in it a magic number of a town is mentioned; remember it.\n\n"
 FACT = " The magic number of {town} is {number}."
@@ -143,22 +143,12 @@ def collect(recipe: NeedleRecipe, results: list[tuple[dict[str, Any], dict[str, 
         summary={f"needle_{r['length']}": r["accuracy"] for r in totals}
         | {f"needle_nll_{r['length']}": r["nll"] for r in totals}
         | generated
-        | {"needle_effective_length": effective_length(totals)}
+        | {"needle_effective_length": effective_length(totals, EFFECTIVE)}
         | claimed
         | {"needle_tokens_read": read / asked},
         note="Finding a sentence that stands out is the least that a long context is for.",
         cases=cases,
     )
-
-
-def effective_length(totals: list[dict[str, Any]], bar: float = EFFECTIVE) -> int:
-    """The greatest length at which, and at all shorter ones, the accuracy reaches the bar; 0 if at none."""
-    reached = 0
-    for row in sorted(totals, key=lambda r: r["length"]):
-        if row["accuracy"] < bar:
-            break
-        reached = row["length"]
-    return reached
 
 
 class Prompt:

@@ -105,6 +105,17 @@ def retrieval_row(kind: str, cases: list[dict[str, Any]], length: int, depth: fl
     }
 
 
+def effective_length(totals: list[dict[str, Any]], bar: float) -> int:
+    """The greatest length at which, and at all shorter ones, the accuracy reaches the bar; 0 if at none (RULER,
+    arXiv:2404.06654). totals: rows of a retrieval evaluation, one a length."""
+    reached = 0
+    for row in sorted(totals, key=lambda r: r["length"]):
+        if row["accuracy"] < bar:
+            break
+        reached = row["length"]
+    return reached
+
+
 def paired(
     ours: list[dict[str, Any]], theirs: list[dict[str, Any]], length: int, resamples: int = 4_000
 ) -> dict[str, float]:

@@ -114,6 +114,15 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """One more name for a published file, which nobody writes again; a copy where the file system has no links."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def canonical(value: Any) -> str:
     """The one JSON text of a value: sorted keys, no spaces.
 

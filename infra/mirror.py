@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import posixpath
+import re
 import select
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from infra import registry
 from infra.tracking import iter_events
 
 POLL_S = 5.0
@@ -41,7 +43,7 @@ BACKOFF_S = 20.0
 DRAIN_S = 60.0
 """How long a mirror goes on uploading after its parent is gone."""
 METRICS_PER_BATCH, PARAMS_OR_TAGS_PER_BATCH = 1000, 100  # MLflow's limits
-RUN_TAG = "longreach.run"
+NOT_IN_MODEL_NAMES = re.compile(r"[^\w-]+")
 TRASH = "trash"
 """Stands for the id of a run that a user deleted: its events are not wanted any more."""
 
@@ -157,7 +159,7 @@ class Mirror:
         """An mlflow.MlflowClient, made when there is something to send: the import costs 2 s, a new database more."""
         from mlflow import MlflowClient
 
-        if database := _sqlite_path(self.uri):
+        if database := registry.sqlite_path(self.uri):
             database.parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=self.uri)
 
@@ -226,7 +228,7 @@ class Mirror:
         """The MLflow run that carries a run's tag: the known one of several, TRASH if a user deleted it, or ""."""
         from mlflow.entities import ViewType
 
-        query = f"tags.`{RUN_TAG}` = '{start['run']}'"
+        query = f"tags.`{registry.RUN_TAG}` = '{start['run']}'"
         found = self.client.search_runs([self._experiment(start["experiment"])], query, ViewType.ALL)
         runs = {run.info.run_id: run for run in found}
         if runs and all(run.info.lifecycle_stage == "deleted" for run in found):
@@ -239,7 +241,7 @@ class Mirror:
         return chosen
 
     def _create(self, start: dict[str, Any]) -> str:
-        tags = {RUN_TAG: start["run"], "longreach.kind": start["kind"]}
+        tags = {registry.RUN_TAG: start["run"], "longreach.kind": start["kind"]}
         if parent := start["parent"]:
             if parent in self.tails:
                 parent_id = self._locate(self.tails[parent]).run_id
@@ -255,14 +257,10 @@ class Mirror:
 
     def _experiment(self, name: str) -> str:
         if name not in self._experiments:
-            found = self.client.get_experiment_by_name(name)
-            if found and found.lifecycle_stage == "deleted":
-                raise Pause(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
-            database = _sqlite_path(self.uri)
-            artifacts = (database.parent / "mlartifacts").as_uri() if database else None
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page shows prompts and traces
-            make = self.client.create_experiment
-            self._experiments[name] = found.experiment_id if found else make(name, artifacts, tags=kind)
+            try:
+                self._experiments[name] = registry.experiment_id(self.client, name)
+            except ValueError as error:
+                raise Pause(str(error)) from None
         return self._experiments[name]
 
     def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
@@ -285,6 +283,8 @@ class Mirror:
                 self._file(tail, event)
             case "dataset":
                 self._dataset(tail, event)
+            case "model":
+                self._model(tail, event)
             case "end":
                 batch.end = event
 
@@ -362,6 +362,26 @@ class Mirror:
         digest, source = event["digest"][:MAX_DATASET_DIGEST_SIZE], json.dumps({"uri": event["source"]})
         dataset = Dataset(name=event["name"], digest=digest, source_type="local", source=source)
         self.client.log_inputs(tail.run_id, datasets=[DatasetInput(dataset)])
+
+    def _model(self, tail: _Tail, event: dict[str, Any]) -> None:
+        """A LoggedModel with its metrics, and a version of a registered model if that was asked for."""
+        from mlflow.entities import Metric
+
+        folder = Path(event["path"]) if event["path"] else None
+        if folder and not folder.is_dir():
+            self._warn(f"{tail.start['name']}: {folder} is gone and is not uploaded")
+            return
+        experiment, name = self._experiment(tail.start["experiment"]), NOT_IN_MODEL_NAMES.sub("-", event["name"])
+        model = registry.log_model(self.client, experiment, tail.run_id, name.strip("-"), event["tags"], folder)
+        finite = {k: v for k, v in event["metrics"].items() if not isinstance(v, str)}
+        points = [
+            Metric(k, v, event["time_ms"], event["step"], model_id=model.model_id, run_id=tail.run_id)
+            for k, v in finite.items()
+        ]
+        for first in range(0, len(points), METRICS_PER_BATCH):
+            self.client.log_batch(tail.run_id, metrics=points[first : first + METRICS_PER_BATCH])
+        if event["register"]:
+            registry.register(self.client, event["register"], model, tail.run_id, event["tags"])
 
     def close_runs(self) -> None:
         """Runs that never said how they ended were killed."""
@@ -507,10 +527,6 @@ def _environment() -> dict[str, str]:
 def default_uri(workdir: Path | str) -> str:
     """The embedded store: SQLite at `{workdir}/mlflow.db`, artifacts beside it in `mlartifacts`; no server needed."""
     return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
 def ui_command(workdir: Path | str, host: str = "127.0.0.1", port: int = 5000) -> list[str]:

@@ -12,6 +12,7 @@ One JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, one event
     {"event":"progress","done":10,"total":50,"unit":"step","extra":{"tokens_per_s":900.0}}
     {"event":"tag"|"param","key":..,"value":..}       {"event":"dataset","name":..,"digest":..,"source":..}
     {"event":"artifact"|"table","path":"/absolute/path","artifact_path":".."}
+    {"event":"model","name":..,"tags":{"longreach.model":..},"metrics":{..},"step":..,"path":..,"register":..}
     {"event":"end","status":"FINISHED|FAILED|KILLED"}
 
     python -c "from infra.tracking import read_events; print(read_events('.longreach/spool/RUN/pack.jsonl')[0])"
@@ -121,6 +122,27 @@ class Spool:
     def dataset(self, name: str, digest: str, source: str) -> None:
         """An input of the run: `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36 characters)."""
         self._write("dataset", name=name, digest=digest, source=str(source))
+
+    def model(
+        self,
+        name: str,
+        key: str,
+        metrics: Mapping[str, SupportsFloat],
+        *,
+        step: int = 0,
+        tags: Mapping[str, Any] | None = None,
+        path: Path | str = "",
+        register: str = "",
+    ) -> None:
+        """A model that the run made, which MLflow lists and ranks by its metrics.
+
+        Args:
+            key: names it for good, whatever it is called.
+            path: its folder, if its files are to be kept there too.
+            register: the registered model that it becomes a version of; needs `path`.
+        """
+        about = {"tags": _texts({"longreach.model": key, **(tags or {})}), "metrics": _numbers(metrics), "step": step}
+        self._write("model", name=name, **about, path=str(path and os.path.abspath(path)), register=register)
 
     def end(self, status: Status | str) -> None:
         """How the run ended; events may still follow."""

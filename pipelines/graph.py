@@ -4,6 +4,9 @@
              │        └──────────────┬────────────────┼─ evaluate[model,eval] ── report
              └─ pack[sink] ── pretrain[arm] ──────────┘      (a vocabulary of its own: tokenizer ── pack[sink])
 
+    an arm's model and its evaluations ── release[arm]
+    release, its evaluations, the base's and the champion's ── promote
+
 Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the source texts.
 """
 
@@ -12,17 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
-from pydantic import SerializeAsAny
+from pydantic import Field, SerializeAsAny
 
 from evaluation.recipe import EvalRecipe
+from infra import registry
 from infra.choices import Choices
-from pipelines.recipe import Recipe
+from pipelines.recipe import PriceRecipe, PromoteRecipe, Recipe
 from pipelines.stage import Stage
 from training.convert import source_digest as model_digest
 from training.corpus import source_digest as corpus_digest
 from training.recipe import (
+    BaseRecipe,
     FinetuneRecipe,
     FinetuneStageRecipe,
     OptimRecipe,
@@ -34,6 +40,8 @@ from training.recipe import (
     TokenizerRecipe,
 )
 
+GATED = ("perplexity", "passkey")
+"""Evaluations that the gate's rules are about."""
 DATA = ("kv_data", "qa_data", "data")
 """Choices of evaluations that name files: their bytes are part of identity."""
 
@@ -55,6 +63,28 @@ class MergeRecipe(Choices):
     """Merging an adapter into its base leaves nothing to choose."""
 
 
+class ReleaseRecipe(Choices):
+    """An arm's model as it leaves the house."""
+
+    name: str
+    """The recipe's name."""
+    arm: str
+    """The arm's name."""
+    register_as: str = ""
+    """MLflow's registered model; empty where the gate registers it."""
+
+
+class PromoteStageRecipe(Choices):
+    """One decision of the gate."""
+
+    rules: PromoteRecipe
+    """The recipe's section."""
+    champion: str | None
+    """The version that the challenger is measured against; None: there is none yet."""
+    lengths: tuple[int, ...]
+    """At which perplexity was measured."""
+
+
 class ReportRecipe(Choices):
     """What the report is called; all else comes from its inputs."""
 
@@ -62,6 +92,10 @@ class ReportRecipe(Choices):
     """The recipe's name."""
     labels: dict[str, str]
     """The report's inputs: parameter name -> the stage's label."""
+    prices: PriceRecipe = PriceRecipe()
+    """What a rank costs."""
+    failed: dict[str, str] = Field(default_factory=dict)
+    """Stages that could not be done: label -> why, in the order of the graph."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +105,8 @@ class _Model:
     stage: Stage
     rope: RopeRecipe | None
     corpus: Stage
+    start: Stage | None = None
+    """What an arm was trained from; None: it is a baseline."""
 
 
 def build(recipe: Recipe) -> list[Stage]:
@@ -80,9 +116,9 @@ def build(recipe: Recipe) -> list[Stage]:
         ValueError: source documents or the base model cannot be found.
     """
     starts = bool(recipe.finetune or recipe.baselines or (recipe.pretrain and recipe.pretrain.vocab_size is None))
-    source = model_digest(recipe.base.source, recipe.base.revision) if starts else ""
-    base = Stage("convert", "convert", recipe.base, digests={"source": source})
+    base = _converted("convert", recipe.base if starts else BaseRecipe(source=""))
     texts = {"documents": corpus_digest(recipe.corpus, Path.cwd())}
+    champion = registry.champion(recipe.promote.name) if recipe.promote else None
 
     def packed(label: str, rows: PackRecipe, base: Stage) -> Stage:
         return Stage("pack", label, PackStageRecipe(corpus=recipe.corpus, pack=rows), {"base": base}, texts)
@@ -95,30 +131,118 @@ def build(recipe: Recipe) -> list[Stage]:
     for name, rope in recipe.baselines.items():
         models[name] = _Model(base, None if rope.type == "none" else rope, corpus)
     if recipe.finetune:
-        for name, tuned in _finetuned(recipe.finetune, recipe.seed, corpus, base):
+        start, rope = base, recipe.finetune.rope
+        if champion and recipe.promote and recipe.promote.start_from == "champion":
+            start, rope = _from_champion(base, rope, champion, texts["documents"])
+            stages += [start] if start is not base else []
+        for name, tuned in _finetuned(recipe.finetune, rope, recipe.seed, corpus, start):
             stages += tuned
-            models[name] = _Model(tuned[-1], None, corpus)
+            models[name] = _Model(tuned[-1], None, corpus, start)
     if recipe.pretrain:
-        start = base
+        scratch = base
         if (size := recipe.pretrain.vocab_size) is not None:
-            start = Stage("tokenizer", "tokenizer", TokenizerRecipe(corpus=recipe.corpus, vocab_size=size), {}, texts)
-            stages.append(start)
-        stages.append(sink_corpus := packed("pack[sink]", recipe.pretrain.pack, start))
-        for name, pretrained in _pretrained(recipe.pretrain, recipe.seed, sink_corpus, start):
+            scratch = Stage("tokenizer", "tokenizer", TokenizerRecipe(corpus=recipe.corpus, vocab_size=size), {}, texts)
+            stages.append(scratch)
+        stages.append(sink_corpus := packed("pack[sink]", recipe.pretrain.pack, scratch))
+        for name, pretrained in _pretrained(recipe.pretrain, recipe.seed, sink_corpus, scratch):
             stages.append(pretrained)
-            models[name] = _Model(pretrained, None, sink_corpus)
-    stages += _evaluations(recipe, models)
+            models[name] = _Model(pretrained, None, sink_corpus, scratch)
+    scores = list(_evaluations(recipe, models))
+    releases = [_release(recipe, name, model, scores) for name, model in models.items() if model.start]
+    report = report_on(recipe, [*stages, *scores])
+    return [*stages, *scores, *releases, report, *_gate(recipe, base, corpus, scores, releases, champion)]
+
+
+def _converted(label: str, base: BaseRecipe) -> Stage:
+    """A source's stage; an alias of the registry stands for the version that it names now."""
+    if base.source.startswith("models:/") and "@" in base.source:
+        version = registry.version_of(base.source.removeprefix("models:/"))
+        base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
+    return Stage(
+        "convert", label, base, digests={"source": model_digest(base.source, base.revision)} if base.source else {}
+    )
+
+
+def _from_champion(base: Stage, rope: RopeRecipe, champion: Any, documents: str) -> tuple[Stage, RopeRecipe]:
+    """What fine-tuning starts from, and the stretch that is left to do. A champion that was trained on these very
+    documents is not trained on them again: then the start is what it started from, and all is as it was."""
+    source = f"models:/{champion.name}/{champion.version}"
+    if champion.tags.get(registry.DOCUMENTS) == documents:
+        source = champion.tags[registry.BASE]
+    assert isinstance(base.recipe, BaseRecipe)
+    if source == base.recipe.source:
+        return base, rope
+    return _converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
+
+
+def _release(recipe: Recipe, name: str, model: _Model, scores: list[Stage]) -> Stage:
+    """An arm's model with a card; the untrained base's scores stand beside its own."""
+    gated = recipe.promote and recipe.promote.model == name
+    choices = ReleaseRecipe(name=recipe.name, arm=name, register_as="" if gated else f"{recipe.name}-{name}")
+    assert model.start
+    inputs = {"model": model.stage, "corpus": model.corpus, "base": model.start}
+    for prefix, whose in (("own", name), ("base", recipe.plain_baseline())):
+        inputs |= {f"{prefix}_{eval_of(s)}": s for s in scores if model_of(s) == whose}
+    return Stage("release", f"release[{name}]", choices, inputs)
+
+
+def _gate(
+    recipe: Recipe, base: Stage, corpus: Stage, scores: list[Stage], releases: list[Stage], champion: Any
+) -> list[Stage]:
+    """The champion's stages and the decision; nothing where the challenger is the champion already."""
+    gate, asked = recipe.promote, recipe.evaluate.chosen()
+    if not gate:
+        return []
+    release = next(stage for stage in releases if stage.label == f"release[{gate.model}]")
+    if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
+        return []
+    inputs, stages = {"model": release}, []
+    wanted = {"challenger": gate.model, "base": recipe.plain_baseline()}
+    for role, whose in wanted.items():
+        inputs |= {f"{role}_{eval_of(s)}": s for s in scores if model_of(s) == whose and eval_of(s) in GATED}
+    if gate.base_ratio:
+        inputs["base"] = base
+    if champion:
+        stages.append(_converted("convert[champion]", BaseRecipe(source=f"models:/{champion.name}/{champion.version}")))
+        choices = asked["perplexity"].model_copy(update={"models": None})
+        measure = EvaluateStageRecipe(eval="perplexity", model="champion", choices=choices)
+        inputs["champion_perplexity"] = Stage(
+            "evaluate", "evaluate[champion,perplexity]", measure, {"model": stages[0], "corpus": corpus}
+        )
+        stages.append(inputs["champion_perplexity"])
+    lengths = tuple(getattr(asked.get("perplexity"), "lengths", ()))
+    decision = PromoteStageRecipe(rules=gate, champion=champion and str(champion.version), lengths=lengths)
+    return [*stages, Stage("promote", "promote", decision, inputs)]
+
+
+def model_of(stage: Stage) -> str:
+    """Whom an evaluation asks."""
+    assert isinstance(stage.recipe, EvaluateStageRecipe)
+    return stage.recipe.model
+
+
+def eval_of(stage: Stage) -> str:
+    """What it asks."""
+    assert isinstance(stage.recipe, EvaluateStageRecipe)
+    return stage.recipe.eval
+
+
+def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None = None) -> Stage:
+    """The report of these stages; `failed` are the others, by label, with the reason."""
     inputs = {f"input_{n:03d}": stage for n, stage in enumerate(stages)}
     labels = {key: stage.label for key, stage in inputs.items()}
-    return [*stages, Stage("report", "report", ReportRecipe(name=recipe.name, labels=labels), inputs)]
+    choices = ReportRecipe(name=recipe.name, labels=labels, prices=recipe.report, failed=failed or {})
+    return Stage("report", "report", choices, inputs)
 
 
-def _finetuned(section: FinetuneRecipe, seed: int, corpus: Stage, base: Stage) -> Iterator[tuple[str, list[Stage]]]:
+def _finetuned(
+    section: FinetuneRecipe, rope: RopeRecipe, seed: int, corpus: Stage, base: Stage
+) -> Iterator[tuple[str, list[Stage]]]:
     """Each arm's stages, the one that gives the model last. Arms whose wall clock is compared run one after the other:
     they never share cores."""
     previous: tuple[Stage, ...] = ()
     for name, arm in section.every_arm().items():
-        choices = FinetuneStageRecipe(rope=section.rope, arm=arm, optim=_optim(section), seed=seed)
+        choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=seed)
         tuned = Stage("finetune", f"finetune[{name}]", choices, {"corpus": corpus, "base": base}, after=previous)
         previous = (tuned,)
         if arm.tune == "all":

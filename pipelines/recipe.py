@@ -14,12 +14,13 @@ import difflib
 import functools
 import json
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
@@ -71,6 +72,16 @@ class StoreRecipe(Choices):
     """This machine's own folder: scratch, spooled metrics, the embedded MLflow store."""
 
 
+class PriceRecipe(Choices):
+    """What a training rank costs; with it the report also shows money and energy, computed from wall clock."""
+
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """Of one rank, in `currency`."""
+    currency: str = "USD"
+    watts: float | None = Field(default=None, gt=0)
+    """Mean power draw of one rank, for an estimate of energy; it is not measured."""
+
+
 class TrackingRecipe(Choices):
     """Where MLflow is. Not identity, and never in the way: metrics are spooled first and replayed after an outage."""
 
@@ -78,6 +89,32 @@ class TrackingRecipe(Choices):
     """Tracking server; without it, an SQLite store in store.workdir (`longreach ui` shows it)."""
     enabled: bool = True
     """False: metrics are spooled but not sent; `longreach sync` sends them later."""
+
+
+class PromoteRecipe(Choices):
+    """The gate: which arm may become champion of a registered model, and the rules that it has to keep.
+
+    Challenger, champion and base are asked on the same held-out tokens, and compared token by token.
+    """
+
+    model: str
+    """The arm that is the challenger."""
+    name: str = Field(pattern=r"^[^/:]+$")
+    """The registered model: its alias `champion` moves, the former one becomes `previous`."""
+    start_from: Literal["base", "champion"] = "base"
+    """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
+    target_length: int | None = Field(default=None, ge=2)
+    """Where it is compared with the champion; without it, the greatest of evaluate.perplexity.lengths."""
+    perplexity_ratio: float | None = Field(default=1.01, gt=0)
+    """Perplexity up to target_length, over the champion's: at most."""
+    base_ratio: float | None = Field(default=1.02, gt=0)
+    """Perplexity over the base's, at every measured length that the base was trained to: at most."""
+    passkey: float | None = Field(default=None, ge=0, le=1)
+    """Share of pass keys found, at every measured length up to target_length: at least."""
+    effective_length: int | None = Field(default=None, ge=1)
+    """Greatest length up to which `passkey` (without it, 0.9) of the keys are found: at least."""
+    certainty: Literal["interval", "estimate"] = "interval"
+    """interval: the whole 95% interval of a ratio has to keep its rule; estimate: the ratio alone."""
 
 
 class Recipe(Choices):
@@ -101,6 +138,10 @@ class Recipe(Choices):
     """Sink pretraining; left out, nothing is pretrained."""
     evaluate: EvaluateRecipe = EvaluateRecipe()
     """What is measured."""
+    promote: PromoteRecipe | None = None
+    """The gate to production; left out, nothing is promoted."""
+    report: PriceRecipe = PriceRecipe()
+    """Prices."""
     resources: Resources = Resources()
     """Where it runs; not identity."""
     store: StoreRecipe = StoreRecipe()
@@ -148,6 +189,43 @@ class Recipe(Choices):
             for model in chosen.models or ():
                 if model not in first:
                     yield ("evaluate", name, "models"), f"no model {model!r}{_nearest(model, first, 'the recipe has')}"
+        if self.promote:
+            yield from self._gate(self.promote, first)
+
+    def _gate(self, gate: PromoteRecipe, models: dict[str, Location]) -> Iterator[tuple[Location, str]]:
+        """What the gate asks for has to be measured."""
+        arms = [name for name, section in models.items() if section != ("baselines",)]
+        if gate.model not in arms:
+            yield ("promote", "model"), f"no arm {gate.model!r}{_nearest(gate.model, arms, 'the recipe has')}"
+            return
+        if "champion" in models:
+            yield (*models["champion"], "champion"), "the name is the gate's: choose another one"
+        if gate.start_from == "champion" and not self.finetune:
+            yield ("promote", "start_from"), "'champion' is where fine-tuning starts from, and there is none"
+        asked = self.evaluate.chosen()
+        needs = {
+            "perplexity_ratio": ("perplexity", gate.model),
+            "base_ratio": ("perplexity", self.plain_baseline() or ""),
+            "passkey": ("passkey", gate.model),
+            "effective_length": ("passkey", gate.model),
+        }
+        for rule, (evaluation, model) in needs.items():
+            if getattr(gate, rule) is None:
+                continue
+            if not model:
+                yield ("promote", rule), "needs the untrained base to compare with: add `base: {}` to baselines"
+            elif evaluation not in asked or model not in (asked[evaluation].models or models):
+                yield (
+                    ("promote", rule),
+                    f"needs evaluate.{evaluation} of {model}: add it, or set promote.{rule} to null",
+                )
+        lengths = getattr(asked.get("perplexity"), "lengths", ())
+        if gate.target_length and lengths and gate.target_length not in lengths:
+            yield ("promote", "target_length"), f"{gate.target_length} is none of evaluate.perplexity.lengths {lengths}"
+
+    def plain_baseline(self) -> str | None:
+        """The baseline that is the base as it is."""
+        return next((name for name, rope in self.baselines.items() if rope.type == "none"), None)
 
 
 class SectionsDisagree(ValueError):
@@ -189,6 +267,8 @@ class Loaded:
     recipe: Recipe
     path: Path
     origins: dict[str, str]
+    command: str
+    """What brings the same recipe to be run again, from the same folder."""
 
 
 def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded:
@@ -214,7 +294,8 @@ def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded
     if reader.problems:
         raise RecipeError(*reader.in_order([]))
     origins = {dotted(location): reader.places.get(location, DEFAULT) for location, _ in values(recipe)}
-    return Loaded(recipe, path, origins)
+    words = ["longreach", "run", str(path_or_name), *(word for text in overrides or [] for word in (SET, text))]
+    return Loaded(recipe, path, origins, shlex.join(words))
 
 
 def standalone(
@@ -255,7 +336,10 @@ def standalone(
         field = text.split("=")[0].split(".")[0]
         own = len(evals) == 1 and (field in EVALS[evals[0]].recipe.model_fields or field not in Recipe.model_fields)
         ours.append(f"evaluate.{evals[0]}.{text}" if own else text)
-    return load(suite, ours)
+    words = ["longreach", "evaluate", model, "--suite", suite]
+    words += [word for name in evals for word in ("--eval", name)] + (["--documents", documents] if documents else [])
+    words += [word for text in overrides for word in (SET, text)]
+    return replace(load(suite, ours), command=shlex.join(words))
 
 
 def names() -> list[str]:

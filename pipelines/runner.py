@@ -27,11 +27,13 @@ from typing import Any, Literal
 
 from infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
 from infra.environment import versions
+from infra.mirror import default_uri, start_mirror, stop_mirror
+from infra.registry import check_login
 from infra.resources import Resources
 from infra.tracking import Spool, read_events
 from pipelines.display import Display
 from pipelines.foresee import foresee
-from pipelines.graph import build
+from pipelines.graph import build, report_on
 from pipelines.recipe import Loaded
 from pipelines.stage import Stage, StageRun, differences, load_function, stop_file
 
@@ -71,6 +73,10 @@ class RunOutcome:
     failed: dict[str, str] = field(default_factory=dict)
     """Label -> why, also for stages that could not run because one before them failed."""
     seconds: float = 0.0
+    refusals: list[str] = field(default_factory=list)
+    """Why the gate refused the challenger; empty if it did not."""
+    headline: str = ""
+    """The report's."""
     unsent_points: int = 0
     """Metrics that MLflow does not have yet; `longreach sync` sends them."""
 
@@ -87,6 +93,8 @@ class Task:
     run: str
     """The stage's own MLflow run; its attempts are children of it."""
     experiment: str
+    command: str
+    """What the user said."""
 
 
 def open_store(loaded: Loaded) -> Store:
@@ -96,8 +104,17 @@ def open_store(loaded: Loaded) -> Store:
     return Store(root, Path(recipe.workdir).absolute() / "scratch")
 
 
+def use_tracking(loaded: Loaded) -> str:
+    """The recipe's MLflow, else the environment's, else the embedded one; from here on it is everybody's in here."""
+    recipe = loaded.recipe
+    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(recipe.store.workdir)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    return uri
+
+
 def plan(loaded: Loaded) -> list[PlanRow]:
     """What `run` would do. Files are checked for presence and size; reading their content is `run`'s first act."""
+    use_tracking(loaded)
     store, stages = open_store(loaded), build(loaded.recipe)
     costs = foresee(store, stages, loaded.recipe.resources)
     rows = (_examine(store, stage, hashes=False)[0] for stage in stages)
@@ -153,10 +170,14 @@ def run(
         ValueError: bad choices or input, found before Ray starts.
     """
     started = time.monotonic()
+    if away := check_login(use_tracking(loaded)):
+        display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
     stages, store = build(loaded.recipe), open_store(loaded)
     _check_forced(force, stages)
     outcome = RunOutcome()
     found = _survey(store, stages, {}, repair=False)
+    if not force and len(found) == len(stages):
+        display.note("nothing new: every stage is published, with these choices and from these documents")
     if force or len(found) < len(stages):
         with _lease(store, loaded.recipe.name, wait, display) as lease, _terminable():
             for stage in stages:
@@ -167,7 +188,9 @@ def run(
             _run_missing(_Run(loaded, store, stages, found, display, lease, address), outcome)
     outcome.reused = [stage.label for stage in stages if stage.label not in {*outcome.ran, *outcome.failed}]
     if report := found.get("report"):
-        outcome.report_path = report.path / "report.html"
+        outcome.report_path, outcome.headline = report.path / "report.html", report.summary.get("headline", "")
+    if gate := found.get("promote"):
+        outcome.refusals = gate.summary["refusals"]
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -279,24 +302,37 @@ def _run_missing(run: _Run, outcome: RunOutcome) -> None:
     pipeline = run.spool(recipe.name, run.id, None, "pipeline", {"commit": git_commit()})
     mirror = None
     if recipe.tracking.enabled:
-        from infra.mirror import default_uri, start_mirror, stop_mirror
-
-        uri = recipe.tracking.uri or default_uri(Path(recipe.store.workdir).absolute())
-        mirror = start_mirror(run.spool_folder, uri)
+        mirror = start_mirror(run.spool_folder, os.environ["MLFLOW_TRACKING_URI"])
     status = "KILLED"
     try:
         with _tail(run):
             _run_on_ray(run, outcome)
         if report := run.found.get("report"):
             pipeline.metrics(report.summary.get("metrics", {}))
-            pipeline.tag("mlflow.note.content", report.summary.get("headline", ""))
+            pipeline.tag("mlflow.note.content", _description(run, outcome, report.summary))
             for path in sorted(report.path.iterdir()):
                 pipeline.artifact(path, "report")
+        if gate := run.found.get("promote"):
+            pipeline.tag(
+                "gate", "passed" if gate.summary["passed"] else "refused: " + "; ".join(gate.summary["refusals"])
+            )
         status = "FAILED" if outcome.failed else "FINISHED"
     finally:
         pipeline.end(status)
         if mirror:
             outcome.unsent_points = stop_mirror(mirror, timeout_s=30)
+
+
+def _description(run: _Run, outcome: RunOutcome, summary: dict[str, Any]) -> str:
+    """What MLflow shows on the pipeline's page, in Markdown."""
+    parts = [summary.get("headline", ""), summary.get("table", "")]
+    if gate := run.found.get("promote"):
+        refusals = "; ".join(gate.summary["refusals"])
+        name = gate.summary["name"]
+        parts.append(f"**Gate:** {name} refused: {refusals}" if refusals else f"**Gate:** {name} has a new champion.")
+    parts += [f"**Failed:** {label}: {why}" for label, why in outcome.failed.items()]
+    parts.append(f"Report: `report/report.html` under Artifacts. Made by `{run.loaded.command}`.")
+    return "\n\n".join(part for part in parts if part)
 
 
 def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
@@ -307,13 +343,16 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
     # Ray sets a handler of its own when it starts, so ours comes after it.
     with connected(run.address) as ray, _terminable(stop_file(run.spool_folder)) as stopping:
         # Ray Train's helpers look for the cluster by themselves, and find two where another one runs on this machine.
-        here = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
+        environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        here = {"env_vars": environment | {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}}
         execute = ray.remote(_execute)
         refs: dict[str, Any] = {}
         spools: dict[str, Spool] = {}
         for stage in run.stages:
             stage_run = uuid.uuid4().hex
             tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(stage.label in run.found)}
+            about = stage.label.partition("[")[2].rstrip("]").split(",")
+            tags |= {key: value for key, value in zip(("arm", "eval"), about, strict=False) if value}
             spools[stage.label] = run.spool(stage.label, stage_run, run.id, "stage", tags)
             if stage.label in run.found:
                 run.display.stage(stage.label, "reused", "")
@@ -321,7 +360,7 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
                 continue
             task = Task(
                 stage, recipe.resources, run.store.root, str(run.store.scratch), str(run.spool_folder), stage_run,
-                recipe.experiment,
+                recipe.experiment, run.loaded.command,
             )  # fmt: skip
             inputs = [refs[s.label] for s in stage.inputs.values() if s.label in refs]
             before = [refs[s.label] for s in stage.after if s.label in refs]
@@ -332,6 +371,8 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
             run.display.stage(stage.label, "waiting")
             refs[stage.label] = placed.remote(task, before, *inputs)
         _follow(ray, run, outcome, refs, spools, stopping)
+        if "report" in outcome.failed and len(outcome.failed) > 1:
+            _report_on_the_rest(run, outcome)
 
 
 def _follow(
@@ -362,6 +403,22 @@ def _follow(
         in_training = any(_trains(run, by_label[labels[ref]]) for ref in pending)
         if stopping.until_s is not None and not (in_training and time.monotonic() < stopping.until_s):
             raise SystemExit(128 + signal.SIGTERM)
+
+
+def _report_on_the_rest(run: _Run, outcome: RunOutcome) -> None:
+    """A report of what was done, in which what failed is named: an arm that ran out of memory is a result too."""
+    (whole,) = (stage for stage in run.stages if stage.name == "report")
+    done = [stage for stage in whole.inputs.values() if stage.label in run.found]
+    failed = {label: why for label, why in outcome.failed.items() if label != "report"}
+    stage = report_on(run.loaded.recipe, done, failed)
+    task = Task(
+        stage, run.loaded.recipe.resources, run.store.root, str(run.store.scratch), str(run.spool_folder), run.id,
+        run.loaded.recipe.experiment, run.loaded.command,
+    )  # fmt: skip
+    _execute(task, [])
+    run.found[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
+    run.display.note(f"the report is on what was done; {len(failed)} stages failed and are named in it")
+    del outcome.failed["report"]
 
 
 def _trains(run: _Run, stage: Stage) -> bool:
@@ -430,7 +487,7 @@ def _execute(task: Task, before: list[Any], *inputs: float) -> float:
     )
     started, status = time.monotonic(), "FAILED"
     try:
-        work = StageRun(stage.label, spool, attempt, earlier)
+        work = StageRun(stage.label, spool, attempt, earlier, task.command, task.experiment)
         function = load_function(stage.kind)
         summary = function(**artifacts, recipe=stage.recipe, resources=task.resources, out=attempt.out, run=work)
         seconds = round(time.monotonic() - started, 3)
@@ -444,6 +501,7 @@ def _execute(task: Task, before: list[Any], *inputs: float) -> float:
             "resources": task.resources.model_dump(mode="json"),
             "versions": versions(),
             "commit": git_commit(),
+            "command": task.command,
             "host": platform.node(),
             "published_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         }

@@ -50,7 +50,9 @@ STAGES: dict[str, StageKind] = {
         cpus=lambda r: r.eval_cpus if r.eval_workers == 1 else 0,
         gpus=lambda r: r.gpus_per_worker if r.eval_workers == 1 else 0,
     ),
-    "report": StageKind("pipelines.report:report", 1, lambda r: 1),
+    "release": StageKind("pipelines.release:release", 1, lambda r: 1),
+    "promote": StageKind("pipelines.promote:promote", 1, lambda r: 1),
+    "report": StageKind("pipelines.report:report", 2, lambda r: 1),
 }
 
 
@@ -109,6 +111,10 @@ class StageRun:
     """`attempt.work` is private and survives until publication: checkpoints go there."""
     earlier: list[Path]
     """Folders of earlier unpublished attempts, newest first: their checkpoints may be read, never written."""
+    command: str = ""
+    """What the user said to get this run."""
+    experiment: str = "longreach"
+    """MLflow's."""
 
 
 def stop_file(spool_folder: Path) -> Path:

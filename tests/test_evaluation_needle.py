@@ -7,8 +7,9 @@ from tiny_models import byte_tokenizer, tiny_llama
 from evaluation import needle
 from evaluation.cells import evaluate
 from evaluation.documents import Document
-from evaluation.needle import Prompt, effective_length, figure, sentence_end, sentence_ends
+from evaluation.needle import EFFECTIVE, Prompt, figure, sentence_end, sentence_ends
 from evaluation.recipe import NeedleRecipe
+from evaluation.scores import effective_length
 
 TOKENIZER = byte_tokenizer()
 HAY = "It rained. The cat slept on. Nobody came! "
@@ -145,9 +146,9 @@ def test_the_effective_length_ends_where_accuracy_first_falls_below_the_bar():
     def rows(*accuracies):
         return [{"length": 1000 * n, "accuracy": a} for n, a in enumerate(accuracies, 1)]
 
-    assert effective_length(rows(1.0, 0.85, 0.84, 1.0)) == 2000
-    assert effective_length(rows(0.5, 1.0)) == 0
-    assert effective_length(list(reversed(rows(1.0, 0.9)))) == 2000
+    assert effective_length(rows(1.0, 0.85, 0.84, 1.0), EFFECTIVE) == 2000
+    assert effective_length(rows(0.5, 1.0), EFFECTIVE) == 0
+    assert effective_length(list(reversed(rows(1.0, 0.9))), EFFECTIVE) == 2000
 
 
 def test_depths_are_even_or_dense_at_both_ends():

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -11,52 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 from pathlib import Path
 
 import pytest
+from mlflow_servers import PATIENCE_S, Server, free_port, wait_until
 
 from infra.mirror import Mirror, default_uri, pending_points, start_mirror, stop_mirror, sync, ui_command
 from infra.tracking import Spool
-
-PATIENCE_S = 60
-"""For what takes seconds: the machine may be busy."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-class Server:
-    """The MLflow server that `longreach ui` starts, to be killed and started again."""
-
-    def __init__(self, workdir: Path) -> None:
-        self.workdir, self.port = workdir, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = ui_command(self.workdir, port=self.port)
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, start_new_session=True, cwd=self.workdir, **quiet)
-        wait_until(self.answers)
-
-    def answers(self) -> bool:
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
-        return False
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 class Gate:

@@ -24,6 +24,8 @@ from typing import Any
 
 import xxhash
 
+from infra.registry import version_of
+
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -72,7 +74,7 @@ def source_digest(source: str, revision: str | None = None) -> str:
     if kind == "hub":
         return f"hub:{name}@{revision or 'default'}"
     if kind == "models":
-        return "models:{0.name}:{0.version}:{0.run_id}".format(registered_version(name))
+        return "models:{0.name}:{0.version}:{0.run_id}".format(version_of(name))
     digest = xxhash.xxh3_128()
     if is_adapter(Path(name)):
         digest.update(source_digest(base_of(Path(name))).encode())
@@ -185,32 +187,17 @@ def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     return about | {"base": str(base), "sha256": {p.name: _sha256(p) for p in files}, "licence": _licence(base)}
 
 
-def registered_version(name: str) -> Any:
-    """What MLflow's registry knows of `name@alias` or `name/3`. ValueError if it knows nothing, or cannot be asked."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow.MlflowClient()
-    model, _, alias = name.partition("@")
-    try:
-        if alias:
-            return client.get_model_version_by_alias(model, alias)
-        return client.get_model_version(*name.split("/"))
-    except MlflowException as error:
-        raise ValueError(f"models:/{name}: MLflow at {mlflow.get_tracking_uri()} says: {error.message}") from error
-
-
 def _registered(name: str) -> Path:
     """The model folder inside of a registered model's artifacts (mlflow.transformers has one for it)."""
     import mlflow
 
-    version = registered_version(name)
+    version = version_of(name)
     local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
     folders = [path.parent for path in sorted(local.rglob("config.json"))]
     if not folders:
         raise ValueError(f"models:/{name} holds no config.json: it is no Hugging Face model")
     for path in local.rglob("tokenizer*"):  # kept beside the weights by some
-        if path.is_file() and path.parent != folders[0]:
+        if path.is_file() and not (folders[0] / path.name).exists():
             shutil.copy(path, folders[0])
     return folders[0]
 

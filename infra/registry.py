@@ -1,0 +1,208 @@
+"""MLflow's registry: models as it lists and ranks them, versions by name, and the alias `champion` that the gate moves.
+
+Everything here can be said twice: a model is found again by its tag `longreach.model`, a version by its fingerprint.
+What stands behind an alias is whatever the registry says at that moment, so a move names the version that it expects to
+find there and is refused if another one took its place in the meantime. The server is MLFLOW_TRACKING_URI's.
+
+    python -c "from infra.registry import champion; print(champion('quickstart-longlora'))"
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from infra.artifact import link_or_copy
+
+RUN_TAG = "longreach.run"
+CHAMPION, PREVIOUS = "champion", "previous"
+MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
+BASE, DOCUMENTS = "longreach.base", "longreach.documents"
+"""Tags of a version: its model, its release, and what that was made from (a model's source, a digest of texts)."""
+
+
+class AliasMoved(RuntimeError):
+    """Another model became champion while this one was measured against the former."""
+
+
+def connect() -> Any:
+    """An MlflowClient that gives up after seconds: MLflow's own patience is minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    if database := sqlite_path(client.tracking_uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+    return client
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of an embedded store."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def experiment_id(client: Any, name: str) -> str:
+    """Of an experiment, made if it is not there; an embedded store keeps its files beside its database.
+
+    Raises:
+        ValueError: it was deleted.
+    """
+    found = client.get_experiment_by_name(name)
+    if found and found.lifecycle_stage == "deleted":
+        raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
+    if found:
+        return found.experiment_id
+    database = sqlite_path(client.tracking_uri)
+    artifacts = (database.parent / "mlartifacts").as_uri() if database else None
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page shows prompts and traces
+    return client.create_experiment(name, artifacts, tags=kind)
+
+
+def run_of(client: Any, experiment_id: str, run: str) -> str | None:
+    """MLflow's id of a spooled run; None if it is not uploaded yet."""
+    found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run}'")
+    return found[0].info.run_id if found else None
+
+
+def check_login(uri: str, timeout_s: float = 5.0) -> str:
+    """ "" if a tracking server lets us in, else why it cannot be asked right now; other stores are not asked.
+
+    Raises:
+        ValueError: it refuses the login.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return ""
+    import requests
+
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+    asked = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token and not login else {}
+    try:
+        answer = requests.post(asked, json={"max_results": 1}, auth=login, headers=headers, timeout=timeout_s)
+    except requests.RequestException as error:
+        return f"{uri} does not answer ({type(error).__name__})"
+    if answer.status_code in (401, 403):
+        given = f"user {user!r} with the password given" if user else "a request without user and password"
+        raise ValueError(
+            f"MLflow at {uri} refuses {given} (HTTP {answer.status_code}): set MLFLOW_TRACKING_USERNAME and "
+            f"MLFLOW_TRACKING_PASSWORD, or leave tracking.enabled false and send the metrics later with longreach sync"
+        )
+    return "" if answer.ok else f"{uri} answers HTTP {answer.status_code}"
+
+
+def version_of(name: str) -> Any:
+    """What the registry knows of `name@alias` or `name/3`. ValueError if it knows nothing, or cannot be asked."""
+    from mlflow.exceptions import MlflowException
+
+    model, _, alias = name.partition("@")
+    client = connect()
+    try:
+        return client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(*name.split("/"))
+    except MlflowException as error:
+        raise ValueError(f"models:/{name}: MLflow at {client.tracking_uri} says: {error.message}") from error
+
+
+def champion(name: str) -> Any | None:
+    """The version behind the alias, None if there is none. ValueError if the registry cannot be asked."""
+    return aliased(connect(), name, CHAMPION)
+
+
+def aliased(client: Any, name: str, alias: str) -> Any | None:
+    """The version behind an alias, None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise ValueError(
+            f"who is {alias} of {name!r} cannot be asked of MLflow at {client.tracking_uri} ({error.message}): start "
+            f"it, or run without the gate (--set promote=)"
+        ) from error
+
+
+def log_model(
+    client: Any, experiment_id: str, run_id: str | None, name: str, tags: Mapping[str, str], folder: Path | None = None
+) -> Any:
+    """The LoggedModel with this MODEL tag, made if it is not there; with a folder's files, if one is given."""
+    query = f"tags.`{MODEL}` = '{tags[MODEL]}'"
+    found = client.search_logged_models([experiment_id], query)
+    model = found[0] if found else client.create_logged_model(experiment_id, name, run_id, dict(tags))
+    if str(model.status) != "READY":
+        if folder:
+            _upload(client, model, folder)
+        model = client.finalize_logged_model(model.model_id, "READY")
+    return model
+
+
+def _upload(client: Any, model: Any, folder: Path) -> None:
+    """Where MLflow's artifacts are local files, the model's are links to the published ones: no second copy."""
+    place = urlsplit(model.artifact_location)
+    if place.scheme not in ("", "file"):
+        client.log_model_artifacts(model.model_id, str(folder))
+        return
+    shutil.copytree(folder, unquote(place.path), copy_function=link_or_copy, dirs_exist_ok=True)
+
+
+def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mapping[str, str], about: str = "") -> Any:
+    """The version of `name` with this FINGERPRINT tag, made of a LoggedModel if it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    same = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get(FINGERPRINT) == tags[FINGERPRINT]]
+    if same:
+        return max(same, key=lambda v: int(v.version))
+    source = f"models:/{model.model_id}"
+    return client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
+
+
+def move(client: Any, name: str, version: str, expected: str | None) -> None:
+    """Make a version champion; the one that was becomes `previous`.
+
+    Args:
+        expected: the version that is champion, None if there is none.
+
+    Raises:
+        AliasMoved: it is another one; nothing was changed.
+    """
+    now = aliased(client, name, CHAMPION)
+    if now and str(now.version) == version:  # a repeated move
+        return
+    if (now and str(now.version)) != expected:
+        raise AliasMoved(
+            f"champion of {name} is version {now and now.version}, the challenger was measured against version "
+            f"{expected}: run again, to measure it against the new one"
+        )
+    if now:
+        client.set_registered_model_alias(name, PREVIOUS, now.version)
+    client.set_registered_model_alias(name, CHAMPION, version)
+
+
+def rollback(name: str) -> tuple[str, str]:
+    """`previous` becomes champion, and the champion `previous`; returns (version that was, version that is).
+
+    Raises:
+        ValueError: one of them is missing, or the registry cannot be asked.
+    """
+    client = connect()
+    now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
+    if not now or not before:
+        raise ValueError(
+            f"{name!r} has {'no champion' if not now else 'no previous champion'} in MLflow at {client.tracking_uri}: "
+            f"nothing to go back to"
+        )
+    client.set_registered_model_alias(name, CHAMPION, before.version)
+    client.set_registered_model_alias(name, PREVIOUS, now.version)
+    return str(now.version), str(before.version)  # the embedded store gives numbers

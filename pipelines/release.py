@@ -1,0 +1,206 @@
+"""Stage `release`: an arm's model as it leaves the house, with a card that says what it can do and what it cannot.
+
+The folder is at once a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and an MLflow model of
+the flavour `transformers`, with a signature. On a local store its weights are links to the merged model's.
+
+    longreach run quickstart && ls .longreach/release/*/attempts/*/out
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from evaluation.scores import EvalScores, effective_length
+from infra.artifact import Artifact, link_or_copy
+from infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
+from pipelines.graph import ReleaseRecipe
+from pipelines.report_findings import about_arm
+from pipelines.stage import StageRun
+from training.convert import kept_files
+
+BAR = 0.9
+"""Share of pass keys that a length counts as used with."""
+TOKENIZER = Path("components", "tokenizer")
+"""Where MLflow's flavour looks for it."""
+
+
+def release(
+    model: Artifact, corpus: Artifact, base: Artifact, *, recipe: ReleaseRecipe, resources: object, out: Path,
+    run: StageRun, **scores: Artifact,
+) -> dict[str, Any]:  # fmt: skip
+    """The model's files, README.md and MLmodel; the summary holds what MLflow is told: tags and metrics."""
+    for file in kept_files(model.path):
+        if file.name != "README.md":
+            link_or_copy(str(file), str(out / file.name))
+            if file.suffix != ".safetensors" and file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
+                (out / TOKENIZER).mkdir(parents=True, exist_ok=True)
+                link_or_copy(str(file), str(out / TOKENIZER / file.name))
+    card = Card(recipe, model, corpus, base, {name: EvalScores.read(a.path) for name, a in scores.items()})
+    (out / "README.md").write_text(card.text(), encoding="utf-8")
+    _mlmodel(out, card)
+    tags = {
+        MODEL: f"release-{run.attempt.fingerprint}",
+        FINGERPRINT: run.attempt.fingerprint,
+        BASE: base.manifest["identity"]["recipe"].get("source", "from scratch"),
+        DOCUMENTS: corpus.manifest["identity"]["digests"]["documents"],
+        "longreach.recipe": recipe.name,
+        "longreach.arm": recipe.arm,
+        "longreach.corpus": corpus.fingerprint,
+        "longreach.licence": card.licence,
+        "longreach.claimed_context": str(card.claimed),
+        "longreach.effective_context": str(card.effective if card.effective is not None else "not measured"),
+    }
+    metrics = {f"eval/{k}": v for name, s in card.own().items() for k, v in s.summary.items()}
+    if recipe.register_as:
+        run.spool.model(recipe.register_as, tags[MODEL], metrics, tags=tags, path=out, register=recipe.register_as)
+    run.spool.artifact(out / "README.md")
+    run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, str(corpus.path))
+    return {"tags": tags, "metrics": metrics, "about": card.about}
+
+
+class Card:
+    """What a model card says, from artifacts alone."""
+
+    def __init__(
+        self, recipe: ReleaseRecipe, model: Artifact, corpus: Artifact, base: Artifact, scores: dict[str, EvalScores]
+    ) -> None:
+        self.recipe, self.corpus, self.scores = recipe, corpus, scores
+        self.training = json.loads((model.path / "training.json").read_text(encoding="utf-8"))
+        self.config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+        self.origin: dict[str, Any] = base.summary.get("origin", {})
+        self.scratch = self.training["kind"] == "pretrain" and bool(self.training["model"])
+        self.licence = "unknown" if self.scratch else str(self.origin.get("licence") or "unknown")
+        self.trained = base.summary.get("context_length")
+        self.claimed: int = self.config["max_position_embeddings"]
+        self.about = about_arm(self.training)
+        passkey = [row for row in self._rows("own_passkey") if row["kind"] == "length"]
+        self.effective = effective_length(passkey, BAR) if passkey else None
+        self.asked = max((row["length"] for row in passkey), default=0)
+
+    def own(self) -> dict[str, EvalScores]:
+        """By evaluation."""
+        return {name.removeprefix("own_"): s for name, s in self.scores.items() if name.startswith("own_")}
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        return self.scores[name].rows if name in self.scores else []
+
+    def text(self) -> str:
+        """The README."""
+        source = self.origin.get("source", "")
+        hub = source.removeprefix("hub:") if source.startswith("hub:") else None
+        known = self.licence.lower().replace(" ", "-")
+        data = ModelCardData(
+            license=known if known in ("apache-2.0", "mit") else "other",
+            license_name=None if known in ("apache-2.0", "mit") else self.licence,
+            base_model=None if self.scratch else hub,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=[
+                "longreach",
+                "long-context",
+                *(["longlora"] if "+" in self.training.get("arm", {}).get("tune", "") else []),
+            ],
+        )
+        parts = [
+            f"---\n{data.to_yaml()}\n---",
+            f"# {self.recipe.name}: {self.recipe.arm}",
+            self._what(),
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```',
+            "## Context",
+            self._context(),
+            "## How it was made",
+            self._made(),
+            "## Evaluation",
+            *self._evaluation(),
+            "## Limits",
+            self._limits(),
+            "## Licence",
+            f"Weights: {self.licence}{'' if self.scratch else ', that of the base'}. The training texts have licences "
+            "of their own; the report of the run names them.",
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _what(self) -> str:
+        start = "A model trained from scratch" if self.scratch else f"`{self.origin.get('source')}`, trained further"
+        return f"{start} ({self.about}) by longreach. Plain transformers loads it; attention is full and causal."
+
+    def _context(self) -> str:
+        said = [f"- Claimed: {self.claimed:,} tokens (`max_position_embeddings`)."]
+        if self.trained and not self.scratch:
+            said.append(f"- The base was trained to {self.trained:,} tokens.")
+        if self.effective is None:
+            said.append("- Effective: not measured (no pass-key evaluation).")
+        else:
+            reach = f"{self.effective:,} tokens" if self.effective else "less than the shortest length asked"
+            said.append(
+                f"- Effective: {reach}, the greatest length up to which at least {BAR:.0%} of hidden pass keys were "
+                f"found; the longest that was asked is {self.asked:,}."
+            )
+        return "\n".join(said)
+
+    def _made(self) -> str:
+        packed, t = self.corpus.summary, self.training
+        sources = self.corpus.manifest["identity"]["recipe"]["corpus"]["sources"]
+        names = ", ".join(str(s.get("package") or s.get("files") or s.get("dataset")) for s in sources)
+        return "\n".join([
+            f"- Data: {names}: {packed['documents']['train']:,} documents for training, "
+            f"{packed['rows']:,} rows of {packed['seq_len']:,} tokens ({packed['method']}).",
+            f"- Training: {t['steps']:,} optimizer steps, {t['tokens']:,} tokens, loss {t['loss_first']:.3f} to "
+            f"{t['loss_last']:.3f}; attention {t['pattern']}.",
+            f"- Cost: {t['wall_s']:,.0f} s on {t['ranks']} ranks, peak {t['peak_gib']:.2f} GiB a rank.",
+        ])  # fmt: skip
+
+    def _evaluation(self) -> list[str]:
+        """A table of all summaries, the untrained base's beside them where it was asked the same."""
+        if not (own := self.own()):
+            return ["Not measured."]
+        lines = ["| measure | this model | the base |", "|---|---:|---:|"]
+        for name, scores in own.items():
+            theirs = self.scores.get(f"base_{name}")
+            for key, value in scores.summary.items():
+                other = theirs.summary.get(key) if theirs else None
+                lines.append(f"| {key} | {value:.4g} | {'–' if other is None else f'{other:.4g}'} |")
+        return ["\n".join(lines), *(f"{name}: {scores.protocol}." for name, scores in own.items())]
+
+    def _limits(self) -> str:
+        said = [
+            "- Perplexity on a long text says that it stays predictable, not that what stands far back is used.",
+            "- It was evaluated on a handful of English documents; other languages and domains were not asked.",
+        ]
+        if self.training["tokens"] < 100_000_000:
+            said.append(f"- {self.training['tokens']:,} tokens are few: take it as a demonstration, not as a product.")
+        if self.effective is not None and self.effective < self.claimed:
+            said.append("- Between the effective and the claimed context nothing is promised.")
+        return "\n".join(said)
+
+
+def _mlmodel(out: Path, card: Card) -> None:
+    """The file that makes the folder an MLflow model: `mlflow.transformers.load_model`, `mlflow.pyfunc.load_model`."""
+    import mlflow
+    import transformers
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    text = Schema([ColSpec(DataType.string)])
+    model = Model(signature=ModelSignature(inputs=text, outputs=text))
+    model.add_flavor(
+        "transformers",
+        transformers_version=transformers.__version__,
+        task="text-generation",
+        instance_type="TextGenerationPipeline",
+        framework="pt",
+        pipeline_model_type=card.config["architectures"][0],
+        source_model_name=card.origin.get("source", ""),
+        model_binary=".",
+        components=["tokenizer"],
+        tokenizer_type=json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"],
+        code=None,
+    )
+    mlflow.pyfunc.add_to_model(model, loader_module="mlflow.transformers", model_path=".")
+    model.save(str(out / "MLmodel"))

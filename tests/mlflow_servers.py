@@ -1,0 +1,100 @@
+"""MLflow servers and a PostgreSQL for tests: real processes on loopback, ended with the test session."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.mirror import ui_command
+
+PATIENCE_S = 60
+"""For what takes seconds: the machine may be busy."""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+class Server:
+    """The MLflow server that `longreach ui` starts, to be killed and started again.
+
+    database: another backend than the embedded one. login: ask for a user and a password (mlflow's basic-auth).
+    """
+
+    def __init__(self, workdir: Path, database: str = "", login: bool = False) -> None:
+        self.workdir, self.port, self.database, self.login = workdir, free_port(), database, login
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = ui_command(self.workdir, port=self.port)
+        if self.database:
+            command[command.index("--backend-store-uri") + 1] = self.database
+        command[command.index("ui")] = "server"
+        environment = dict(os.environ)
+        if self.login:
+            command += ["--app-name", "basic-auth"]
+            ini = self.workdir / "auth.ini"
+            ini.write_text(
+                f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{self.workdir}/auth.db\n"
+                f"admin_username = admin\nadmin_password = a-long-password-of-tests\n"
+                f"authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(ini), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-tests"}
+        quiet = {"stdout": (self.workdir / "server.log").open("ab"), "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, start_new_session=True, cwd=self.workdir, env=environment, **quiet)
+        wait_until(self.answers)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        return False
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def postgresql() -> Iterator[str]:
+    """A PostgreSQL of its own on loopback, as SQLAlchemy's URL; skipped where Debian's package is not installed."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        assert os.environ.get("CI") != "true", "postgresql is missing, which `make tools` installs"
+        pytest.skip("PostgreSQL is not installed: make tools")
+    folder, port = Path(tempfile.mkdtemp(prefix="longreach-postgres-")), free_port()
+    as_user: list[str] = []
+    if os.geteuid() == 0:  # it refuses to run as root
+        as_user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+
+    def program(name: str, *arguments: str) -> None:
+        command = [*as_user, str(programs[-1] / name), "-D", str(folder / "data"), *arguments]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder, timeout=PATIENCE_S)
+
+    program("initdb", "-U", "longreach", "--auth=trust", "--no-sync")
+    options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
+    program("pg_ctl", "start", "-w", "-o", options, "-l", str(folder / "log"))
+    try:
+        yield f"postgresql+psycopg://longreach@127.0.0.1:{port}/postgres"
+    finally:
+        program("pg_ctl", "stop", "-m", "immediate")
+        shutil.rmtree(folder, ignore_errors=True)

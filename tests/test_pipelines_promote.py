@@ -1,0 +1,281 @@
+"""The gate: its rules on made-up scores, and its effect on real MLflow servers, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow_servers import Server, postgresql
+from tiny_models import byte_tokenizer, tiny_llama
+
+from infra import registry
+from infra.artifact import Artifact, Store
+from infra.tracking import Spool, read_events
+from pipelines.graph import PromoteStageRecipe, ReleaseRecipe
+from pipelines.promote import decide, promote
+from pipelines.recipe import PromoteRecipe
+from pipelines.release import release
+from pipelines.stage import StageRun
+
+LENGTHS = (64, 128)
+
+
+def perplexity_rows(worse_by: float, spread: float = 0.02, seed: int = 1) -> list[dict]:
+    """Position rows of two documents in bins of 16 tokens: the text's own difficulty, plus a model's loss."""
+    text, noise = np.random.default_rng(0), np.random.default_rng(seed)
+    return [
+        {"kind": "position", "document": name, "start": start, "end": start + 16,
+         "nll": float(2 + text.normal() / 2 + worse_by + spread * noise.normal())}
+        for name in ("a", "b") for start in range(0, 128, 16)
+    ]  # fmt: skip
+
+
+def passkey_rows(*found: int, trials: int = 20) -> list[dict]:
+    return [
+        {"kind": "length", "length": 64 * 2**n, "accuracy": k / trials, "correct": k, "trials": trials}
+        for n, k in enumerate(found)
+    ]
+
+
+def rules(**changes) -> PromoteRecipe:
+    return PromoteRecipe(model="arm", name="name", **changes)
+
+
+def kept(findings) -> list[bool]:
+    return [finding.kept for finding in findings]
+
+
+def test_a_model_that_is_a_little_better_than_champion_and_base_keeps_the_rules():
+    rows = {"challenger_perplexity": perplexity_rows(-0.05), "champion_perplexity": perplexity_rows(0, seed=2)}
+    findings = decide(rules(), LENGTHS, 64, **rows, base_perplexity=perplexity_rows(0, seed=3))
+    assert kept(findings) == [True, True]
+    assert "at 128 tokens, to the champion" in findings[0].rule
+    assert "at 64 tokens, to the base" in findings[1].rule, "128 tokens are more than the base was trained to"
+
+
+def test_a_worse_model_is_refused_and_the_reason_has_both_numbers():
+    (finding,) = decide(
+        rules(base_ratio=None), LENGTHS, 64,
+        challenger_perplexity=perplexity_rows(0.05), champion_perplexity=perplexity_rows(0, seed=2),
+    )  # fmt: skip
+    assert not finding.kept
+    assert finding.measured.startswith("1.05")
+    assert finding.asked == "at most 1.01"
+
+
+@pytest.mark.parametrize(("certainty", "passes"), [("interval", False), ("estimate", True)])
+def test_what_is_only_perhaps_as_good_is_refused_unless_the_estimate_is_enough(certainty, passes):
+    (finding,) = decide(
+        rules(base_ratio=None, certainty=certainty), LENGTHS, 64,
+        challenger_perplexity=perplexity_rows(-0.05, spread=0.2), champion_perplexity=perplexity_rows(0, 0.2, seed=2),
+    )  # fmt: skip
+    assert finding.kept == passes
+
+
+def test_keys_that_are_lost_at_any_length_refuse_it_and_so_does_a_short_effective_length():
+    asked = rules(base_ratio=None, perplexity_ratio=None, passkey=0.9, effective_length=128)
+    assert kept(decide(asked, LENGTHS, 64, challenger_passkey=passkey_rows(20, 18))) == [True, True, True]
+    assert kept(decide(asked, LENGTHS, 64, challenger_passkey=passkey_rows(20, 17))) == [True, False, False]
+    assert kept(decide(asked, LENGTHS, 64, challenger_passkey=passkey_rows(17, 20))) == [False, True, False]
+
+
+def test_a_base_that_was_trained_to_less_than_anything_measured_cannot_be_compared_with():
+    with pytest.raises(
+        ValueError, match=r"no length of evaluate.perplexity.lengths \[64, 128\] is within the 32 tokens"
+    ):
+        decide(rules(), LENGTHS, 32, challenger_perplexity=perplexity_rows(0), base_perplexity=perplexity_rows(0))
+
+
+def test_one_stretch_of_text_has_no_interval_and_is_refused():
+    one = [row for row in perplexity_rows(-1) if row["document"] == "a"][:1]
+    (finding,) = decide(
+        rules(base_ratio=None, target_length=16), (16,), 64, challenger_perplexity=one, champion_perplexity=one
+    )
+    assert not finding.kept
+    assert "without an interval" in finding.measured
+
+
+# ---- with a registry
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request, tmp_path_factory):
+    """An MLflow server, which the environment names."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "sqlite":
+            yield from serve(Server(folder), patch)
+        else:
+            with postgresql() as database:
+                yield from serve(Server(folder, database), patch)
+
+
+def serve(server: Server, patch):
+    server.start()
+    patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory):
+    """Makes releases of tiny models, an artifact each."""
+    return Releases(tmp_path_factory.mktemp("releases"))
+
+
+class Releases:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, Store(str(folder / "store"))
+
+    def publish(self, stage: str, write, identity: dict, summary: dict) -> Artifact:
+        attempt = self.store.new_attempt(stage, uuid.uuid4().hex)
+        write(attempt.out)
+        record = {"label": stage, "identity": identity, "summary": summary, "seconds": 0.0}
+        self.store.publish(attempt, record)
+        return self.store.fetch(stage, attempt.fingerprint)
+
+    def run(self, stage: str) -> StageRun:
+        attempt = self.store.new_attempt(stage, uuid.uuid4().hex)
+        name = f"{stage} {attempt.fingerprint[:6]}"
+        spool = Spool.open(
+            self.folder / "spool" / f"{attempt.fingerprint}.jsonl",
+            run=uuid.uuid4().hex, parent=None, experiment="gate", name=name, kind="attempt",
+        )  # fmt: skip
+        return StageRun(stage, spool, attempt, [], experiment="gate")
+
+    def scores(self, rows: list[dict], name: str = "perplexity") -> Artifact:
+        def write(out: Path) -> None:
+            content = {"eval": name, "protocol": "made up", "recipe": {}, "rows": rows, "summary": {"ppl_128": 8.0}}
+            (out / "scores.json").write_text(json.dumps(content))
+            (out / "cases.jsonl").write_text("")
+
+        return self.publish("evaluate", write, {}, {})
+
+    def base(self) -> Artifact:
+        origin = {"source": "hub:owner/base", "licence": "Apache-2.0"}
+        return self.publish(
+            "convert",
+            lambda out: (out / "x").write_text("x"),
+            {"recipe": {"source": "hub:owner/base"}},
+            {"origin": origin, "context_length": 64},
+        )
+
+    def make(self, seed: int, scores: Artifact | None = None) -> tuple[Artifact, StageRun]:
+        def model(out: Path) -> None:
+            tiny_llama(seed).save_pretrained(out)
+            byte_tokenizer().save_pretrained(out)
+            arm = {"tune": "lora+embed+norm", "lora_rank": 8}
+            arm["attention"] = {
+                "pattern": "shifted_sparse", "group_tokens": 8, "sink_tokens": 0, "anneal_fraction": 0.0
+            }  # fmt: skip
+            facts = {"kind": "finetune", "arm": arm, "steps": 6, "tokens": 768, "loss_first": 5.0, "loss_last": 4.0}
+            facts |= {"pattern": "S²-Attn", "wall_s": 10.0, "ranks": 2, "peak_gib": 1.5}
+            (out / "training.json").write_text(json.dumps(facts))
+
+        source = self.publish("merge", model, {}, {})
+        sources = {"sources": [{"package": None, "files": "texts/*.txt", "dataset": None}]}
+        packed = {"documents": {"train": 12}, "rows": 40, "seq_len": 32, "method": "best_fit"}
+        corpus = self.publish(
+            "pack",
+            lambda out: (out / "x").write_text("x"),
+            {"recipe": {"corpus": sources}, "digests": {"documents": "d" * 32}},
+            packed,
+        )
+        run = self.run("release")
+        own = {"own_perplexity": scores, "base_perplexity": scores} if scores else {}
+        recipe = ReleaseRecipe(name="weekly", arm="arm", register_as="")
+        summary = release(
+            source, corpus, self.base(), recipe=recipe, resources=None, out=run.attempt.out, run=run, **own
+        )
+        record = {"label": "release", "identity": {}, "summary": summary, "seconds": 0.0}
+        self.store.publish(run.attempt, record)
+        return self.store.fetch("release", run.attempt.fingerprint), run
+
+
+def ask_the_gate(releases: Releases, model: Artifact, champion: str | None, worse_by: float) -> dict:
+    run = releases.run("promote")
+    recipe = PromoteStageRecipe(rules=rules(base_ratio=None, perplexity_ratio=1.01), champion=champion, lengths=LENGTHS)
+    recipe = recipe.model_copy(update={"rules": recipe.rules.model_copy(update={"name": releases.name})})
+    inputs = {"challenger_perplexity": releases.scores(perplexity_rows(worse_by))}
+    if champion:
+        inputs["champion_perplexity"] = releases.scores(perplexity_rows(0, seed=2))
+    return promote(model, recipe=recipe, resources=None, out=run.attempt.out, run=run, **inputs)
+
+
+def aliases(name: str) -> dict[str, str]:
+    return {alias: str(version) for alias, version in registry.connect().get_registered_model(name).aliases.items()}
+
+
+def test_a_worse_challenger_is_refused_and_a_better_one_promoted(server, releases, tmp_path):
+    releases.name = f"gate {uuid.uuid4().hex[:6]}"
+    models = [releases.make(seed)[0] for seed in range(3)]
+    assert registry.champion(releases.name) is None
+    first = ask_the_gate(releases, models[0], None, 0.0)
+    assert (first["passed"], first["version"]) == (True, "1")
+    assert aliases(releases.name) == {"champion": "1"}
+
+    refused = ask_the_gate(releases, models[1], "1", 0.05)
+    assert not refused["passed"]
+    assert "at most 1.01" in refused["refusals"][0]
+    assert aliases(releases.name) == {"champion": "1"}, "nothing moves"
+
+    better = ask_the_gate(releases, models[2], "1", -0.05)
+    assert better["version"] == "2"
+    assert aliases(releases.name) == {"champion": "2", "previous": "1"}
+    assert ask_the_gate(releases, models[2], "1", -0.05)["version"] == "2", "after a kill it is said once more"
+    assert aliases(releases.name) == {"champion": "2", "previous": "1"}
+
+    with pytest.raises(registry.AliasMoved, match=r"champion of .* is version 2, .* against version 1"):
+        ask_the_gate(releases, models[1], "1", -0.05)
+    assert registry.champion(releases.name).version == "2"
+
+    version = registry.champion(releases.name)
+    assert version.tags[registry.FINGERPRINT] == models[2].fingerprint
+    assert version.tags[registry.BASE] == "hub:owner/base"
+    assert version.tags["longreach.licence"] == "Apache-2.0"
+    from training.convert import convert
+
+    convert(f"models:/{releases.name}@champion", tmp_path / "champion")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "champion", models[2].path)]
+    assert weights[0] == weights[1]
+
+    assert registry.rollback(releases.name) == ("2", "1")
+    assert aliases(releases.name) == {"champion": "1", "previous": "2"}
+
+
+def test_a_model_without_a_previous_champion_cannot_be_rolled_back(server, releases):
+    releases.name = f"gate {uuid.uuid4().hex[:6]}"
+    ask_the_gate(releases, releases.make(0)[0], None, 0.0)
+    with pytest.raises(ValueError, match="has no previous champion"):
+        registry.rollback(releases.name)
+
+
+def test_a_release_is_read_by_transformers_and_by_mlflow_and_its_card_says_what_it_is(releases):
+    import mlflow
+    from huggingface_hub import ModelCard
+    from transformers import AutoModelForCausalLM
+
+    model, run = releases.make(5, releases.scores(perplexity_rows(0)))
+    plain = AutoModelForCausalLM.from_pretrained(model.path)
+    pipeline = mlflow.transformers.load_model(str(model.path))
+    assert all((a == b).all() for a, b in zip(plain.parameters(), pipeline.model.parameters(), strict=True))
+    assert pipeline.tokenizer("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
+    loaded = mlflow.pyfunc.load_model(str(model.path))
+    assert loaded.metadata.signature.inputs.input_types() == [mlflow.types.DataType.string]
+    card = ModelCard.load(model.path / "README.md")
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "owner/base")
+    text = card.text
+    for said in (
+        "4,096 tokens",
+        "The base was trained to 64 tokens",
+        "| ppl_128 | 8 | 8 |",
+        "texts/*.txt",
+        "768 tokens",
+    ):
+        assert said in text
+    assert "not measured" in text, "of the effective length, since no pass keys were asked"
+    assert (model.path / "model.safetensors").stat().st_nlink > 1, "weights are linked, not copied"
+    assert read_events(run.spool.path)[0][-1]["event"] == "dataset"
