@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check ui clean
+.PHONY: help setup run tools test check ui docs clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -25,7 +25,18 @@ setup: $(STAMP)  ## create .venv with the pinned versions
 run: $(STAMP)  ## run the quickstart recipe on real input; prints the report's path
 	$(BIN)/longreach run quickstart
 
-test: check  ## lint, types and all CPU tests
+# A browser for the report, PostgreSQL for MLflow, cron for the schedule: what is missing is installed where that is allowed;
+# elsewhere the tests that need it are skipped and say so.
+tools:  ## install what tests need beside Python (Debian, root)
+	@missing=; command -v chromium >/dev/null || missing=chromium; command -v cron >/dev/null || missing="$$missing cron"; \
+	ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	command -v systemd-analyze >/dev/null || missing="$$missing systemd"; \
+	if [ -z "$$missing" ]; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else echo "not installed: $$missing; tests that need them are skipped"; fi
+
+test: tools check  ## lint, types and all CPU tests
 	$(BIN)/pytest
 
 check: $(STAMP)  ## ruff (lint + format) and mypy
@@ -36,6 +47,9 @@ check: $(STAMP)  ## ruff (lint + format) and mypy
 ui: $(STAMP)  ## open MLflow on the embedded store (loopback only)
 	$(BIN)/longreach ui
 
+docs: $(STAMP)  ## build the documentation into site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove caches and builds; artifacts in .longreach/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ find there and is refused if another one took its place in the meantime. The ser
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -165,7 +166,11 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
     if same:
         return max(same, key=lambda v: int(v.version))
     source = f"models:/{model.model_id}"
-    return client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
+    made = client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
+    # A server writes this itself; without one, the list of models would not say which are registered.
+    named = {"mlflow.modelVersions": json.dumps([{"name": name, "version": str(made.version)}])}
+    client.set_logged_model_tags(model.model_id, named)
+    return made
 
 
 def move(client: Any, name: str, version: str, expected: str | None) -> None:

@@ -150,7 +150,7 @@ def build(recipe: Recipe) -> list[Stage]:
     scores = list(_evaluations(recipe, models))
     releases = [_release(recipe, name, model, scores) for name, model in models.items() if model.start]
     report = report_on(recipe, [*stages, *scores])
-    return [*stages, *scores, *releases, report, *_gate(recipe, base, corpus, scores, releases, champion)]
+    return [*stages, *scores, *releases, report, *_gate(recipe, base, corpus, [*stages, *scores], releases, champion)]
 
 
 def _converted(label: str, base: BaseRecipe) -> Stage:
@@ -187,7 +187,7 @@ def _release(recipe: Recipe, name: str, model: _Model, scores: list[Stage]) -> S
 
 
 def _gate(
-    recipe: Recipe, base: Stage, corpus: Stage, scores: list[Stage], releases: list[Stage], champion: Any
+    recipe: Recipe, base: Stage, corpus: Stage, known: list[Stage], releases: list[Stage], champion: Any
 ) -> list[Stage]:
     """The champion's stages and the decision; nothing where the challenger is the champion already."""
     gate, asked = recipe.promote, recipe.evaluate.chosen()
@@ -196,23 +196,26 @@ def _gate(
     release = next(stage for stage in releases if stage.label == f"release[{gate.model}]")
     if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
         return []
-    inputs, stages = {"model": release}, []
-    wanted = {"challenger": gate.model, "base": recipe.plain_baseline()}
-    for role, whose in wanted.items():
-        inputs |= {f"{role}_{eval_of(s)}": s for s in scores if model_of(s) == whose and eval_of(s) in GATED}
+    inputs, new = {"model": release}, []
+    for role, whose in {"challenger": gate.model, "base": recipe.plain_baseline()}.items():
+        scores = [s for s in known if s.name == "evaluate" and model_of(s) == whose and eval_of(s) in GATED]
+        inputs |= {f"{role}_{eval_of(stage)}": stage for stage in scores}
     if gate.base_ratio:
         inputs["base"] = base
-    if champion:
-        stages.append(_converted("convert[champion]", BaseRecipe(source=f"models:/{champion.name}/{champion.version}")))
+    if champion and gate.perplexity_ratio is not None:
+        model = _converted("convert[champion]", BaseRecipe(source=f"models:/{champion.name}/{champion.version}"))
+        if same := next((stage for stage in known if stage.fingerprint == model.fingerprint), None):
+            model = same  # training started from it
+        else:
+            new.append(model)
         choices = asked["perplexity"].model_copy(update={"models": None})
         measure = EvaluateStageRecipe(eval="perplexity", model="champion", choices=choices)
-        inputs["champion_perplexity"] = Stage(
-            "evaluate", "evaluate[champion,perplexity]", measure, {"model": stages[0], "corpus": corpus}
-        )
-        stages.append(inputs["champion_perplexity"])
+        scored = Stage("evaluate", "evaluate[champion,perplexity]", measure, {"model": model, "corpus": corpus})
+        inputs["champion_perplexity"] = scored
+        new.append(scored)
     lengths = tuple(getattr(asked.get("perplexity"), "lengths", ()))
     decision = PromoteStageRecipe(rules=gate, champion=champion and str(champion.version), lengths=lengths)
-    return [*stages, Stage("promote", "promote", decision, inputs)]
+    return [*new, Stage("promote", "promote", decision, inputs)]
 
 
 def model_of(stage: Stage) -> str:

@@ -120,14 +120,18 @@ def decide(
 
 def _ratio(place: str, ours: Rows, theirs: Rows, length: int, most: float, rules: PromoteRecipe) -> Finding:
     """Perplexity of `ours` over that of `theirs` on the same tokens."""
-    difference = paired(ours, theirs, length)
-    ratio, low, high = (math.exp(difference[key]) for key in ("nll", "low", "high"))
-    measured, deciding = f"{ratio:.4f}, 95% interval {low:.4f} to {high:.4f}", high
+    nll, low, high = (paired(ours, theirs, length)[key] for key in ("nll", "low", "high"))
+    measured, deciding = f"{_times(nll)}, 95% interval {_times(low)} to {_times(high)}", high
     if rules.certainty == "estimate":
-        measured, deciding = f"{ratio:.4f}", ratio
+        measured, deciding = _times(nll), nll
     elif math.isnan(high):
-        measured = f"{ratio:.4f} without an interval (one stretch of text: measure greater lengths or more documents)"
-    return Finding(place, measured, f"at most {most:g}", deciding <= most)
+        measured = f"{_times(nll)} without an interval (one stretch of text: measure greater lengths or more documents)"
+    return Finding(place, measured, f"at most {most:g}", deciding <= math.log(most))
+
+
+def _times(nll: float) -> str:
+    """A difference in nats per token as a ratio of perplexities."""
+    return f"{math.exp(nll):.4f}" if nll < math.log(100) or math.isnan(nll) else "more than 100"
 
 
 def _move(recipe: PromoteStageRecipe, model: Artifact, run: StageRun) -> str:

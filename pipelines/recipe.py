@@ -78,6 +78,7 @@ class PriceRecipe(Choices):
     price_per_hour: float | None = Field(default=None, gt=0)
     """Of one rank, in `currency`."""
     currency: str = "USD"
+    """The price's currency; only shown."""
     watts: float | None = Field(default=None, gt=0)
     """Mean power draw of one rank, for an estimate of energy; it is not measured."""
 

@@ -55,6 +55,7 @@ def release(
         "longreach.effective_context": str(card.effective if card.effective is not None else "not measured"),
     }
     metrics = {f"eval/{k}": v for name, s in card.own().items() for k, v in s.summary.items()}
+    metrics |= {f"cost/{k}": card.training[k] for k in ("wall_s", "tokens_per_s", "peak_gib") if k in card.training}
     if recipe.register_as:
         run.spool.model(recipe.register_as, tags[MODEL], metrics, tags=tags, path=out, register=recipe.register_as)
     run.spool.artifact(out / "README.md")

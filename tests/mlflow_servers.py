@@ -18,6 +18,7 @@ import pytest
 
 from infra.mirror import ui_command
 
+PASSWORD = "a-long-password-of-tests"
 PATIENCE_S = 60
 """For what takes seconds: the machine may be busy."""
 
@@ -55,7 +56,7 @@ class Server:
             ini = self.workdir / "auth.ini"
             ini.write_text(
                 f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{self.workdir}/auth.db\n"
-                f"admin_username = admin\nadmin_password = a-long-password-of-tests\n"
+                f"admin_username = admin\nadmin_password = {PASSWORD}\n"
                 f"authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
             )
             environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(ini), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-tests"}

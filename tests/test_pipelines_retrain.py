@@ -95,7 +95,7 @@ def test_the_first_model_becomes_champion_and_a_second_run_is_none(project, hook
 
 def test_new_documents_start_from_the_champion_and_a_worse_model_is_refused(project, hook):
     (project / "texts" / "train99.txt").write_text(" ".join(f"w{2 + n % 7}" for n in range(130)))
-    spoil = ("--set", "finetune.learning_rate=3", "--set", "finetune.schedule=constant")
+    spoil = ("--set", "finetune.learning_rate=3", "--set", "finetune.arms.lora.tune=lora+embed+norm")
     env = {"LONGREACH_NOTIFY_URL": f"http://127.0.0.1:{hook.server_port}/"}
     worse = longreach(project, "run", "tiny.yaml", *spoil, env=env)
     assert worse.returncode == 3, worse.stderr

@@ -149,6 +149,8 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         )
         clock.lap("checkpoint")
         saving.update(clock.laps)
+        if log:
+            log.checkpoint(step, identity, checkpoint.path_of(checkpoints, step))
 
     # ---- the steps
     step = saved = done
@@ -435,6 +437,7 @@ class StepLog:
     def __init__(self, path: Path, spool: str | None) -> None:
         self.path = path
         self.spool = Spool(spool) if spool else None
+        self.label = Path(spool).name.split("--")[0] if spool else ""
         self.rows: list[dict[str, Any]] = []
         # Steps that this attempt already told the spool, before its ranks were restarted: told once is enough.
         self.told = sum(1 for _ in path.open()) if path.exists() else 0
@@ -463,6 +466,14 @@ class StepLog:
             self.spool.metrics(values | system_metrics(), step=row["step"])
         loss = {} if row["loss"] is None else {"loss": row["loss"]}
         self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)
+
+    def checkpoint(self, step: int, identity: str, path: Path) -> None:
+        """One that was saved, which MLflow ranks by its losses; its files stay where they are."""
+        row = self.rows[-1] if self.rows else {}
+        losses = {f"train/{n}": row[n] for n in ("loss", "validation_loss") if row.get(n) is not None}
+        if self.spool:
+            name = f"{self.label} step {step}"
+            self.spool.model(name, f"{identity}-{step}", losses, step=step, tags={"checkpoint": path, "step": step})
 
     def note(self, text: str) -> None:
         """Something that a reader of the run should know."""

@@ -1,0 +1,68 @@
+"""A tracking server that asks for a login: wrong ones are told before anything starts, right ones serve everybody."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+
+import pytest
+from mlflow_servers import PASSWORD, Server, free_port
+
+from infra.mirror import sync
+from infra.registry import check_login
+from infra.tracking import Spool
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("login"), login=True)
+    server.start()
+    yield server
+    server.kill()
+
+
+def login(monkeypatch, user: str | None, password: str = "") -> None:
+    for name, value in (("MLFLOW_TRACKING_USERNAME", user), ("MLFLOW_TRACKING_PASSWORD", password)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+
+
+def test_a_wrong_login_is_refused_and_named_without_its_password(server, monkeypatch):
+    login(monkeypatch, None)
+    with pytest.raises(ValueError, match="refuses a request without user and password"):
+        check_login(server.uri)
+    login(monkeypatch, "admin", "planted-canary")
+    with pytest.raises(ValueError, match=r"refuses user 'admin' .*HTTP 401.*MLFLOW_TRACKING_PASSWORD") as error:
+        check_login(server.uri)
+    assert "planted-canary" not in str(error.value)
+    login(monkeypatch, "admin", PASSWORD)
+    assert check_login(server.uri) == ""
+
+
+def test_the_spool_is_uploaded_with_the_right_login_and_kept_with_a_wrong_one(server, monkeypatch, tmp_path):
+    run = uuid.uuid4().hex
+    path = tmp_path / "spool" / "a.jsonl"
+    spool = Spool.open(path, run=run, parent=None, experiment="login", name="a", kind="pipeline")
+    spool.metrics({"train/loss": 1.0}, step=1)
+    spool.end("FINISHED")
+    login(monkeypatch, "admin", "wrong")
+    assert sync(tmp_path / "spool", server.uri, timeout_s=4).pending == 1
+    login(monkeypatch, "admin", PASSWORD)
+    assert sync(tmp_path / "spool", server.uri).pending == 0
+
+
+def test_a_run_with_a_wrong_password_does_nothing(server, tmp_path):
+    env = os.environ | {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "planted-canary"}
+    command = [sys.executable, "-m", "pipelines", "run", "quickstart", "--set", f"tracking.uri={server.uri}"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "refuses user 'admin'" in done.stderr
+    assert "planted-canary" not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_a_server_that_is_away_is_said_and_stops_nothing(monkeypatch):
+    uri = f"http://127.0.0.1:{free_port()}"
+    assert check_login(uri) == f"{uri} does not answer (ConnectionError)"
+    assert check_login("sqlite:///x.db") == ""
