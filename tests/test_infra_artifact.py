@@ -1,7 +1,6 @@
 """Artifacts and leases: on a local folder and on an S3 server (moto), the same promises."""
 
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -10,29 +9,6 @@ import pytest
 from infra.artifact import AlreadyPublished, CorruptArtifact, Lease, LeaseHeld, Store, digest_of
 
 RECORD = {"summary": {"rows": 3}, "inputs": {}, "recipe": {}}
-
-
-@pytest.fixture(scope="module")
-def s3_root():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    saved = dict(os.environ)
-    os.environ.update(
-        AWS_ACCESS_KEY_ID="test",
-        AWS_SECRET_ACCESS_KEY="test",
-        AWS_DEFAULT_REGION="us-east-1",
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
-    )
-    import s3fs
-
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("longreach")
-    yield "s3://longreach"
-    server.stop()
-    os.environ.clear()
-    os.environ.update(saved)
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -277,3 +277,26 @@ def test_a_hub_dataset_whose_commit_cannot_be_resolved_says_what_to_set(monkeypa
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", away)
     with pytest.raises(ValueError, match=r"'o/n' at revision 'main' cannot be resolved \(OSError: no route\): set the"):
         source_digest(corpus_of({"dataset": "o/n", "revision": "main"}))
+
+
+def test_objects_under_a_prefix_are_documents_and_only_changed_ones_are_fetched(s3_root, tmp_path, monkeypatch):
+    import s3fs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fs = s3fs.S3FileSystem()
+    place = f"{s3_root}/{tmp_path.name}"
+    for name in ("b", "a/c"):
+        fs.pipe_file(f"{place}/{name}.txt", f"text of {name}".encode())
+    corpus = CorpusRecipe(sources=(SourceRecipe(files=f"{place}/**/*.txt"),))
+    documents = {d.name: d.text.read_text() for d in read_documents(corpus)}
+    assert documents == {"b": "text of b", "c": "text of a/c"}
+    before, fetched = source_digest(corpus), []
+    monkeypatch.setattr(s3fs.S3FileSystem, "get_file", lambda self, key, *_: fetched.append(key))
+    assert source_digest(corpus) == before
+    assert not fetched
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fs.pipe_file(f"{place}/b.txt", b"another text")
+    assert source_digest(corpus) != before
+    with pytest.raises(ValueError, match="finds no file"):
+        source_digest(CorpusRecipe(sources=(SourceRecipe(files=f"{place}/none/*.txt"),)))

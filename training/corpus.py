@@ -17,11 +17,14 @@ import fnmatch
 import glob
 import importlib.util
 import json
+import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import xxhash
 
 from training.recipe import CorpusRecipe, SourceRecipe
@@ -159,13 +162,34 @@ def _files(source: SourceRecipe, base_dir: Path) -> list[tuple[str, Path]]:
     if source.package is not None:
         return PACKAGES[source.package]()
     assert source.files is not None
-    found = (base_dir / path for path in glob.glob(source.files, root_dir=base_dir, recursive=True))
-    paths = sorted(path for path in found if path.is_file())
+    if "://" in source.files:
+        paths = _fetched(source.files)
+    else:
+        found = (base_dir / path for path in glob.glob(source.files, root_dir=base_dir, recursive=True))
+        paths = sorted(path for path in found if path.is_file())
     if not paths:
-        raise ValueError(f"corpus source files: {source.files!r} finds no file (looked for {base_dir / source.files})")
+        place = source.files if "://" in source.files else base_dir / source.files
+        raise ValueError(f"corpus source files: {source.files!r} finds no file (looked for {place})")
     if unknown := next((path for path in paths if path.suffix not in READERS), None):
         raise ValueError(f"{unknown}: cannot read {unknown.suffix or 'no suffix'!r}; known are {', '.join(READERS)}")
     return [(path.stem, path) for path in paths]
+
+
+def _fetched(pattern: str) -> list[Path]:
+    """Local copies of the objects that match an fsspec URL's pattern, by their keys; a changed object is fetched anew."""
+    fs, place = fsspec.core.url_to_fs(pattern)
+    fs.invalidate_cache()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
+    paths = []
+    for key in sorted(key for key in fs.glob(place) if fs.isfile(key)):
+        path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{fs.ukey(key)}".encode()) / key.rsplit("/", 1)[-1]
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{uuid.uuid4().hex}.part")
+            fs.get_file(key, str(part))
+            part.replace(path)
+        paths.append(path)
+    return paths
 
 
 def _local_dataset(source: SourceRecipe, base_dir: Path) -> Path | None:

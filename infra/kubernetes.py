@@ -1,0 +1,408 @@
+"""Manifests for Ray on Kubernetes, as plain dicts from a recipe's numbers. KubeRay 1.6 or later; 1.7 for a RayCronJob,
+which had no zones before.
+
+A scheduled run is a RayJob: its cluster comes up for it and goes away after it. The driver is `longreach run` on the
+head, with the recipe mounted from a ConfigMap. It may be started twice or killed at any time: what is published is
+reused, a lease in the store keeps two runs apart, and exit code 75 says that another one holds it.
+
+The operator has rules which no schema knows, and tells of them in an event only, after `kubectl apply` said "created".
+`check` states them beforehand, as KubeRay 1.7's ray-operator/controllers/ray/utils/validation.go has them.
+
+    print(dump([ray_cluster("lab", Resources(workers=4), Place(memory="16Gi"))]))
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from typing import Any
+from zoneinfo import available_timezones
+
+import yaml
+from cronsim import CronSim, CronSimError
+
+from infra.resources import Resources
+
+Manifest = dict[str, Any]
+
+RECIPE_FILE = "/etc/longreach/recipe.yaml"
+WORKDIR = "/var/longreach"
+QUEUE = "kueue.x-k8s.io/queue-name"
+LONGEST = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36, "CronJob": 52}
+"""Characters of a name; longer ones no longer fit the names that are made of them."""
+GATES = {"networkPolicy": "RayClusterNetworkPolicy", "tlsOptions": "RayClusterMTLS",
+         "historyServerOptions": "RayClusterHistoryServer"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a cluster needs to know beside Resources."""
+
+    image: str = f"longreach:{version('longreach')}"
+    """Holds longreach, and Ray in the version `ray_version`."""
+    namespace: str = "longreach"
+    memory: str = "8Gi"
+    """Of one worker's pod."""
+    head_memory: str = "4Gi"
+    """Of the head, where the driver runs."""
+    ray_version: str = version("ray")
+    secret: str = "longreach-store"
+    """A Secret whose keys become environment variables: the store's and MLflow's credentials."""
+    claim: str | None = None
+    """A ReadWriteMany volume claim for the run's folder; without one each pod has a folder of its own."""
+    queue: str | None = None
+    """Kueue's LocalQueue."""
+    gpu_nodes: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes for workers with a GPU."""
+    kubectl_image: str = "registry.k8s.io/kubectl:v1.35.0"
+    """Creates RayJobs for a core CronJob."""
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "head_memory"):
+            if not re.fullmatch("[1-9][0-9]*[MGT]i", amount := getattr(self, name)):
+                raise ValueError(f"{name} {amount!r}: write it like 8Gi or 512Mi")
+
+
+def ray_cluster(name: str, resources: Resources, place: Place) -> Manifest:
+    """A standing cluster: one pod for each training rank."""
+    return _manifest("ray.io/v1", "RayCluster", name, place, spec=_cluster_spec(resources, place))
+
+
+def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place) -> Manifest:
+    """A cluster for one command, gone ten minutes after it ends.
+
+    The operator submits over HTTP: a submitter pod would add a shell that reads `&&` and `;` of the entrypoint itself.
+    There are no retries: each would be a new cluster, and the next fire time resumes from the newest checkpoint anyway.
+    """
+    spec = {
+        "entrypoint": shlex.join(entrypoint),
+        "submissionMode": "HTTPMode",
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": 600,
+        "rayClusterSpec": _cluster_spec(resources, place, recipe_map=f"{name}-recipe"),
+    }
+    return _manifest("ray.io/v1", "RayJob", name, place, queue=place.queue, spec=spec)
+
+
+def ray_cron_job(name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True) -> Manifest:
+    """KubeRay's own timer: alpha, behind the gate RayCronJob. It has no concurrency policy and makes up for every
+    missed fire time at once, so the lease and the driver's max_start_delay do that work.
+
+    Raises:
+        ValueError: a queue, since it gives its RayJobs no labels.
+    """
+    if place.queue:
+        raise ValueError(
+            f"queue {place.queue!r}: a RayCronJob gives its RayJobs no labels: use --to cronjob, or name the "
+            "LocalQueue `default`, which Kueue gives to jobs without one"
+        )
+    spec = {"schedule": cron, "timeZone": tz, "suspend": suspend, "jobTemplate": job["spec"]}
+    return _manifest("ray.io/v1", "RayCronJob", name, place, spec=spec)
+
+
+def cron_job(
+    name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True,
+    max_start_delay: timedelta | None = None,
+) -> list[Manifest]:  # fmt: skip
+    """Kubernetes' own timer (1.27 or later, for its zones): its pod creates a RayJob and ends.
+
+    Of three ways this is the sound one. A pod that ran `longreach run` itself would be one node, and hold it; one that
+    submits to a standing cluster pays for that cluster all week. So the pod only does `kubectl create`, with a service
+    account that may create RayJobs and nothing else. `Forbid` therefore covers the seconds of that pod; runs are kept
+    apart by their lease. `create` with a generated name, since `apply` would do nothing to last week's RayJob.
+    """
+    template = {**job, "metadata": {**job["metadata"], "generateName": f"{name}-"}}
+    del template["metadata"]["name"]
+    creator = f"{name}-creator"
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": creator}
+    pod = {
+        "serviceAccountName": creator,
+        "restartPolicy": "Never",
+        "securityContext": {**POD_SECURITY, "runAsUser": 65532},
+        "containers": [
+            {
+                "name": "create",
+                "image": place.kubectl_image,
+                "args": ["create", "--filename=/etc/longreach/rayjob.yaml", "--cache-dir=/tmp"],
+                "resources": _resources("100m", "128Mi"),
+                "securityContext": CONTAINER_SECURITY,
+                "volumeMounts": [{"name": "job", "mountPath": "/etc/longreach", "readOnly": True}],
+            }
+        ],
+        "volumes": [{"name": "job", "configMap": {"name": f"{name}-rayjob"}}],
+    }
+    spec = {
+        "schedule": cron,
+        "timeZone": tz,
+        "suspend": suspend,
+        "concurrencyPolicy": "Forbid",
+        "jobTemplate": {
+            "spec": {"backoffLimit": 2, "ttlSecondsAfterFinished": 86400,
+                     "template": {"metadata": {"labels": LABELS}, "spec": pod}}
+        },
+    }  # fmt: skip
+    if max_start_delay:
+        spec["startingDeadlineSeconds"] = int(max_start_delay.total_seconds())
+    rule = {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}
+    subject = {"kind": "ServiceAccount", "name": creator, "namespace": place.namespace}
+    rbac = "rbac.authorization.k8s.io/v1"
+    return [
+        _manifest("v1", "ConfigMap", f"{name}-rayjob", place, data={"rayjob.yaml": dump([template])}),
+        _manifest("v1", "ServiceAccount", creator, place),
+        _manifest(rbac, "Role", creator, place, rules=[rule]),
+        _manifest(rbac, "RoleBinding", creator, place, roleRef=role, subjects=[subject]),
+        _manifest("batch/v1", "CronJob", name, place, spec=spec),
+    ]
+
+
+def recipe_map(name: str, text: str, place: Place) -> Manifest:
+    """The recipe that the head of cluster `name` mounts."""
+    return _manifest("v1", "ConfigMap", f"{name}-recipe", place, data={"recipe.yaml": text})
+
+
+def dump(manifests: list[Manifest]) -> str:
+    """YAML documents, as `kubectl apply -f -` takes them."""
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts as they are; shared parts written out: a reader should not have to look up `*id001`."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def dns_name(name: str) -> str:
+    """A recipe's name as Kubernetes takes it: `sink+160m.v2` -> `sink-160m-v2`."""
+    return re.sub("[^a-z0-9-]+", "-", name.lower()).strip("-")
+
+
+# ---- parts
+
+POD_SECURITY = {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+LABELS = {"app.kubernetes.io/part-of": "longreach"}
+CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def _manifest(api: str, kind: str, name: str, place: Place, queue: str | None = None, **rest: Any) -> Manifest:
+    labels = LABELS | ({QUEUE: queue} if queue else {})
+    return {
+        "apiVersion": api, "kind": kind,
+        "metadata": {"name": name, "namespace": place.namespace, "labels": labels}, **rest,
+    }  # fmt: skip
+
+
+def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
+    """Requests equal limits: Ray counts CPUs by them, and a pod of that class is the last to be evicted."""
+    amounts = {"cpu": cpu, "memory": memory} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+    return {"requests": amounts, "limits": amounts}
+
+
+def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = None) -> Manifest:
+    cpus = max(resources.cpus_per_worker, resources.eval_cpus)  # an evaluation's task fits into one pod, too
+    gpus = resources.gpus_per_worker
+    head = _pod("ray-head", place, _resources("1", place.head_memory))
+    container = head["spec"]["containers"][0]
+    if recipe_map:
+        mount = {"name": "recipe", "mountPath": RECIPE_FILE.rpartition("/")[0], "readOnly": True}
+        head["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": recipe_map}})
+        container["volumeMounts"].append(mount)
+    container["ports"] = [
+        {"name": port, "containerPort": number}
+        for port, number in (("gcs-server", 6379), ("dashboard", 8265), ("client", 10001))
+    ]
+    worker = _pod("ray-worker", place, _resources(str(cpus), place.memory, gpus))
+    if gpus:
+        worker["spec"]["nodeSelector"] = place.gpu_nodes
+        worker["spec"]["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    group = {
+        "groupName": "workers",
+        "replicas": resources.workers, "minReplicas": resources.workers, "maxReplicas": resources.workers,
+        "rayStartParams": {},
+        "template": worker,
+    }  # fmt: skip
+    return {
+        "rayVersion": place.ray_version,
+        "authOptions": {"mode": "token"},
+        # Without CPUs for Ray the head runs drivers and nothing else, so that no rank's memory can take them along.
+        "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": head},
+        "workerGroupSpecs": [group],
+    }
+
+
+def _pod(container: str, place: Place, resources: Manifest) -> Manifest:
+    volume = {"persistentVolumeClaim": {"claimName": place.claim}} if place.claim else {"emptyDir": {}}
+    return {
+        "metadata": {"labels": LABELS},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 60,  # the run takes 25 s to write its checkpoints
+            "securityContext": POD_SECURITY,
+            "containers": [
+                {
+                    "name": container,
+                    "image": place.image,
+                    "workingDir": WORKDIR,
+                    "envFrom": [{"secretRef": {"name": place.secret, "optional": True}}],
+                    "resources": resources,
+                    "securityContext": CONTAINER_SECURITY,
+                    "volumeMounts": [{"name": "work", "mountPath": WORKDIR}],
+                }
+            ],
+            "volumes": [{"name": "work", **volume}],
+        },
+    }
+
+
+# ---- the operator's rules
+
+
+def check(manifest: Manifest) -> list[str]:
+    """What KubeRay would refuse although the schema allows it: a line each, with field, value and fix.
+
+    Feature gates are taken to be at their defaults, but for RayCronJob, without which nothing of that kind happens.
+    """
+    kind, spec = manifest["kind"], manifest.get("spec", {})
+    metadata = manifest["metadata"]
+    problems = [*_check_name(kind, metadata.get("name") or f"{metadata['generateName']}12345")]
+    if kind == "RayCluster":
+        problems += _check_cluster(spec, "spec")
+    elif kind == "RayJob":
+        problems += _check_job(spec, "spec")
+    elif kind == "RayCronJob":
+        problems += [*_check_cron(spec), *_check_job(spec.get("jobTemplate", {}), "spec.jobTemplate")]
+    return problems
+
+
+def _check_name(kind: str, name: str) -> Iterator[str]:
+    if len(name) > LONGEST.get(kind, 253):
+        yield f"metadata.name {name!r} has {len(name)} characters, a {kind} takes {LONGEST[kind]}: shorten it"
+    if kind.startswith("Ray") and not re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name):
+        yield f"metadata.name {name!r}: start with a letter; lower-case letters, digits and - only"
+
+
+def _check_cron(spec: Manifest) -> Iterator[str]:
+    cron, tz = spec.get("schedule", ""), spec.get("timeZone")
+    if "TZ" in cron:
+        yield f"spec.schedule {cron!r}: no TZ= or CRON_TZ= in it: move the zone to spec.timeZone"
+        return
+    try:
+        if len(cron.split()) != 5 or "7" in cron.split()[4].split("/")[0]:
+            raise CronSimError("Bad number of fields, or 7 for Sunday")
+        CronSim(cron, datetime(2000, 1, 1, tzinfo=UTC))
+    except CronSimError as error:
+        yield f"spec.schedule {cron!r}: {error}: write five fields, Sunday as 0"
+    if tz is not None and tz not in available_timezones():
+        yield f"spec.timeZone {tz!r}: no such zone: write one like Europe/Berlin"
+
+
+def _check_job(spec: Manifest, at: str) -> Iterator[str]:
+    selector, cluster = spec.get("clusterSelector"), spec.get("rayClusterSpec")
+    shutdown, mode = spec.get("shutdownAfterJobFinishes", False), spec.get("submissionMode", "K8sJobMode")
+    ttl, retries = spec.get("ttlSecondsAfterFinished", 0), spec.get("backoffLimit", 0)
+    wrong = {
+        f"suspend true needs {at}.shutdownAfterJobFinishes true": spec.get("suspend") and not shutdown,
+        "suspend true does not go with clusterSelector: remove one": spec.get("suspend") and selector,
+        f"ttlSecondsAfterFinished {ttl} needs {at}.shutdownAfterJobFinishes true": ttl > 0 and not shutdown,
+        f"ttlSecondsAfterFinished {ttl} is negative: use 0 or more": ttl < 0,
+        f"backoffLimit {retries} is negative: use 0 or more": retries < 0,
+        f"backoffLimit {retries} does not go with clusterSelector: use 0": retries > 0 and selector,
+        f"backoffLimit {retries} does not go with InteractiveMode: use 0": retries > 0 and mode == "InteractiveMode",
+        "rayClusterSpec and clusterSelector are missing: set one": not cluster and not selector,
+        f"clusterSelector {selector} names no cluster: set ray.io/cluster": selector
+        and not selector.get("ray.io/cluster"),
+    }
+    for limit in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
+        wrong[f"{limit} {spec.get(limit)} is not positive: use 1 or more, or remove it"] = spec.get(limit, 1) <= 0
+    if mode == "SidecarMode":
+        restart = (cluster or {}).get("headGroupSpec", {}).get("template", {}).get("spec", {}).get("restartPolicy")
+        wrong[f"headGroupSpec restartPolicy {restart}: SidecarMode needs Never"] = restart not in (None, "Never")
+        for other in ("clusterSelector", "submitterPodTemplate", "submitterConfig"):
+            wrong[f"{other} does not go with SidecarMode: remove one"] = spec.get(other)
+    yield from (f"{at}.{message}" for message, holds in wrong.items() if holds)
+    yield from _check_deletion(spec.get("deletionStrategy"), shutdown, at)
+    try:
+        yaml.safe_load(spec.get("runtimeEnvYAML", ""))
+    except yaml.YAMLError as error:
+        yield f"{at}.runtimeEnvYAML is no YAML: {error}"
+    if cluster:
+        if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
+            yield f"{at}.rayClusterSpec.authOptions.enableK8sTokenAuth true: not for RayJobs: use mode token alone"
+        if "upgradeStrategy" in cluster:
+            yield f"{at}.rayClusterSpec.upgradeStrategy: only for a RayCluster of its own: remove it"
+        yield from _check_cluster(cluster, f"{at}.rayClusterSpec")
+
+
+def _check_deletion(strategy: Manifest | None, shutdown: bool, at: str) -> Iterator[str]:
+    if strategy is None:
+        return
+    rules, at = strategy.get("deletionRules"), f"{at}.deletionStrategy"
+    legacy = {name: strategy[name].get("policy") for name in ("onSuccess", "onFailure") if name in strategy}
+    if rules and shutdown:
+        yield f"{at}.deletionRules does not go with shutdownAfterJobFinishes true: remove one"
+    if rules and legacy:
+        yield f"{at}.deletionRules does not go with {', '.join(legacy)}: remove one"
+    if not rules and len(legacy) < 2:
+        yield f"{at} has {', '.join(legacy) or 'nothing'}: set deletionRules, or both onSuccess and onFailure"
+    if shutdown and "DeleteNone" in legacy.values():
+        yield f"{at} DeleteNone contradicts shutdownAfterJobFinishes true: change one"
+
+
+def _check_cluster(spec: Manifest, at: str) -> Iterator[str]:
+    head, groups = spec.get("headGroupSpec", {}), spec.get("workerGroupSpecs") or []
+    scaling = spec.get("enableInTreeAutoscaling", False)
+    named = [("headGroupSpec", head), *((f"workerGroupSpecs[{i}]", group) for i, group in enumerate(groups))]
+    for place, group in named:
+        yield from _check_group(group, f"{at}.{place}")
+    for place, group in named[1:]:
+        low, high = group.get("minReplicas"), group.get("maxReplicas")
+        if not scaling and (low is None or high is None):
+            yield f"{at}.{place}: minReplicas {low}, maxReplicas {high}: set both, since autoscaling is off"
+        elif low is not None and high is not None and not 0 <= low <= high:
+            yield f"{at}.{place}: minReplicas {low}, maxReplicas {high}: set 0 <= minReplicas <= maxReplicas"
+        for choice in ("idleTimeoutSeconds", "priority"):
+            if group.get(choice) and spec.get("autoscalerOptions", {}).get("version") != "v2":
+                yield f"{at}.{place}.{choice} {group[choice]} needs autoscalerOptions.version v2: set both or none"
+        if group.get("suspend") and scaling:
+            yield f"{at}.{place}.suspend true does not go with enableInTreeAutoscaling: remove one"
+    containers = head.get("template", {}).get("spec", {}).get("containers") or [{}]
+    env = {variable["name"]: variable.get("value") for variable in containers[0].get("env", [])}
+    if "RAY_REDIS_ADDRESS" in env and "gcsFaultToleranceOptions" not in spec:
+        yield f"{at}.headGroupSpec: RAY_REDIS_ADDRESS without gcsFaultToleranceOptions: remove it (leases do the work)"
+    if env.get("RAY_enable_autoscaler_v2") in ("1", "true") and not scaling:
+        yield f"{at}.headGroupSpec: RAY_enable_autoscaler_v2 needs enableInTreeAutoscaling true: set it"
+    for part, gate in GATES.items():
+        if part in spec:
+            yield f"{at}.{part} needs the operator's feature gate {gate}, which is off by default: remove it"
+    yield from _check_auth(spec.get("authOptions", {}), spec.get("rayVersion", ""), at)
+
+
+def _check_group(group: Manifest, at: str) -> Iterator[str]:
+    parameters = group.get("rayStartParams") or {}
+    if not group.get("template", {}).get("spec", {}).get("containers"):
+        yield f"{at}.template.spec.containers is empty: give it one"
+    if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & {*parameters}:
+        yield f"{at}: resources and rayStartParams {sorted(parameters)} both say them: keep one"
+    if "labels" in parameters:
+        yield f"{at}.rayStartParams.labels {parameters['labels']!r}: move them to {at}.labels"
+
+
+def _check_auth(options: Manifest, ray: str, at: str) -> Iterator[str]:
+    if options.get("mode") == "token":
+        needed = (2, 55) if options.get("enableK8sTokenAuth") else (2, 52)
+        found = re.match(r"(\d+)\.(\d+)", ray)
+        if not found or (int(found[1]), int(found[2])) < needed:
+            minimum = ".".join(map(str, needed))
+            yield f"{at}.rayVersion {ray!r}: authOptions.mode token needs Ray {minimum} or later, named here"
+    elif options.get("enableK8sTokenAuth"):
+        yield f"{at}.authOptions.enableK8sTokenAuth true needs authOptions.mode token: set it"

@@ -1,0 +1,320 @@
+"""One cron line, everywhere: validated once, its next fire times, and the files that a scheduler takes.
+
+What happens in the hour that does not exist and in the one that exists twice differs: Debian's cron fires a fixed time
+of the lost hour right after it, systemd and Kubernetes leave it out; in the doubled hour Kubernetes fires twice, the
+others once. `next` says it as the target does it. What fires twice or late is harmless: a run that finds another one
+alive exits 75 (the lease, infra/artifact.py), one that finds everything published ends in seconds, and max_start_delay
+keeps a scheduler that catches up (systemd after a reboot, KubeRay after an outage) from starting too late.
+
+    print(*Schedule.parse("30 2 * * *", "Europe/Berlin").next(5, "systemd"), sep="\n")
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice, pairwise
+from pathlib import Path
+from zoneinfo import ZoneInfo, available_timezones
+
+from cronsim import CronSim, CronSimError
+
+from infra import kubernetes
+from infra.resources import Resources
+
+TARGETS = ("ray-cronjob", "cronjob", "systemd", "crontab")
+FIELDS = {"minute": (0, 59), "hour": (0, 23), "day of the month": (1, 31), "month": (1, 12), "day of the week": (0, 7)}
+LONGEST_CRONTAB_LINE = 998
+"""Characters that Debian's cron takes in a command."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Five fields and the zone whose clock they mean."""
+
+    cron: str
+    tz: str
+    max_start_delay: timedelta | None = None
+
+    @classmethod
+    def parse(cls, cron: str, tz: str, max_start_delay: str | None = None) -> Schedule:
+        """What every target understands in the same way.
+
+        Raises:
+            ValueError: anything else, naming the field, its value and what to write.
+        """
+        _check_zone(tz)
+        schedule = cls(_normal(cron), tz, _duration(max_start_delay) if max_start_delay else None)
+        ticks = [tick.astimezone(UTC) for tick in schedule.next(50, "systemd")]
+        gap = min((after - before for before, after in pairwise(ticks)), default=timedelta.max)
+        if schedule.max_start_delay and schedule.max_start_delay >= gap:
+            raise ValueError(
+                f"max_start_delay {max_start_delay!r}: fire times are {gap} apart, so a run would never be that late: "
+                "make it shorter, or leave it out"
+            )
+        return schedule
+
+    def fire_times(self, after: datetime, target: str) -> Iterator[datetime]:
+        """Later than `after`, which has a zone, as `target` fires them; in the schedule's zone.
+
+        Where a zone skips midnight itself (Cairo, Beirut, Santiago), Go's cron loses or moves that day; this does not.
+        """
+        zone = ZoneInfo(self.tz)
+        start = after.astimezone(zone)
+        times: Iterator[datetime]
+        if target == "systemd":  # the wall clock: what does not exist is left out, of two the first
+            walls = (wall.replace(tzinfo=zone) for wall in CronSim(self.cron, start.replace(tzinfo=None)))
+            times = (wall for wall in walls if _exists(wall))
+        else:  # with seconds cronsim goes by instants, as Go's cron does; without them it does as Debian's cron
+            times = CronSim(self.cron if target == "crontab" else f"0 {self.cron}", start)
+        for time in times:
+            if (instant := time.astimezone(UTC)) > after:  # from the second of two hours the first one lies ahead, too
+                yield instant.astimezone(zone)
+
+    def next(self, count: int, target: str, after: datetime | None = None) -> list[datetime]:
+        """The next `count` fire times."""
+        return list(islice(self.fire_times(after or datetime.now(UTC), target), count))
+
+    def late_by(self, now: datetime) -> timedelta:
+        """How long ago the last fire time was, by instants: in a doubled hour the nearer one counts."""
+        return now - next(CronSim(f"0 {self.cron}", now.astimezone(ZoneInfo(self.tz)), reverse=True))
+
+    def command(self, recipe: str, overrides: tuple[str, ...], program: str, address: str | None = None) -> list[str]:
+        """What a target starts. It never waits for another run, and with max_start_delay looks at the clock first."""
+        sets = [part for text in overrides for part in ("--set", text)]
+        where = ["--address", address] if address else []
+        if self.max_start_delay is None:
+            return [program, "run", recipe, *sets, *where, "--no-wait", "--quiet"]
+        delay = f"{int(self.max_start_delay.total_seconds()) // 60}m"
+        guard = ["--cron", self.cron, "--tz", self.tz, "--max-start-delay", delay, "--run"]
+        return [program, "schedule", recipe, *sets, *where, *guard]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run, as this machine and a cluster know it."""
+
+    name: str
+    recipe: str
+    """A name that comes along, or an absolute path."""
+    overrides: tuple[str, ...]
+    program: Path
+    """The longreach command of this machine, absolute."""
+    folder: Path
+    """Where it runs on this machine."""
+    text: str
+    """The recipe's file, for a cluster."""
+    resources: Resources
+    store_root: str
+
+
+def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *, enable: bool) -> dict[str, str]:
+    """The files that `target` takes, by name.
+
+    Raises:
+        ValueError: the target cannot do this, and what to change.
+    """
+    if target == "systemd":
+        return systemd(schedule, job)
+    if target == "crontab":
+        return {f"{job.name}.crontab": crontab(schedule, job)}
+    if target not in TARGETS:
+        raise ValueError(f"to {target!r}: choose one of {', '.join(TARGETS)}")
+    if "://" not in job.store_root:
+        raise ValueError(
+            f"store.root {job.store_root!r} is a folder of one pod, gone with it, its lease too: "
+            "--set store.root=s3://bucket/prefix"
+        )
+    name = kubernetes.dns_name(job.name)
+    overrides = (*job.overrides, f"store.workdir={kubernetes.WORKDIR}")
+    if target == "ray-cronjob":
+        entrypoint = schedule.command(kubernetes.RECIPE_FILE, overrides, "longreach", "auto")
+        ray_job = kubernetes.ray_job(name, entrypoint, job.resources, place)
+        timers = [kubernetes.ray_cron_job(name, schedule.cron, schedule.tz, ray_job, place, suspend=not enable)]
+    else:  # a CronJob drops late starts by itself
+        entrypoint = Schedule(schedule.cron, schedule.tz).command(
+            kubernetes.RECIPE_FILE, overrides, "longreach", "auto"
+        )
+        ray_job = kubernetes.ray_job(name, entrypoint, job.resources, place)
+        timers = kubernetes.cron_job(
+            name, schedule.cron, schedule.tz, ray_job, place,
+            suspend=not enable, max_start_delay=schedule.max_start_delay,
+        )  # fmt: skip
+    manifests = [kubernetes.recipe_map(name, job.text, place), *timers]
+    if problems := [problem for manifest in [*manifests, ray_job] for problem in kubernetes.check(manifest)]:
+        raise ValueError("\n".join(problems))
+    return {f"{name}.yaml": kubernetes.dump(manifests)}
+
+
+SERVICE = """\
+# {unit}.service
+[Unit]
+Description=longreach: {name}
+
+[Service]
+Type=exec
+WorkingDirectory={folder}
+ExecStart={command}
+# SIGTERM goes to the run alone, which lets its ranks write their checkpoints; what is left is killed after the timeout.
+KillMode=mixed
+TimeoutStopSec=60
+# 143: it stopped when asked. 75: another run of this recipe is at work. 3: the gate kept the champion. Nothing failed.
+SuccessExitStatus=143 75 3
+NoNewPrivileges=true
+"""
+TIMER = """\
+# {unit}.timer
+[Unit]
+Description=longreach: {name}, {cron} in {tz}
+
+[Timer]
+{calendars}
+# A fire time missed while the machine was off is made up for, once.
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+
+
+def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
+    """A service and its timer, for `systemctl --user` or, with a User= line, for the system. A service that still runs
+    is not started again, so runs never overlap on one machine."""
+    unit = "longreach-" + job.name.replace("+", "-")  # `+` has no place in a unit's name
+    arguments = schedule.command(job.recipe, job.overrides, str(job.program))
+    if unfit := re.search("[\"'\\\\]", str(job.program)) or re.search("\n", "".join([*arguments, str(job.folder)])):
+        raise ValueError(f"{unfit.string!r} has {unfit[0]!r}, which a unit file cannot hold: rename it")
+    calendars = "\n".join(f"OnCalendar={text}" for text in on_calendar(schedule))
+    service = SERVICE.format(
+        unit=unit,
+        name=job.name,
+        folder=str(job.folder).replace("%", "%%"),
+        command=" ".join([f'"{job.program}"'.replace("%", "%%"), *map(_unit_quoted, arguments[1:])]),
+    )
+    timer = TIMER.format(unit=unit, name=job.name, cron=schedule.cron, tz=schedule.tz, calendars=calendars)
+    return {f"{unit}.service": service, f"{unit}.timer": timer}
+
+
+def on_calendar(schedule: Schedule) -> list[str]:
+    """systemd's calendar expressions: two where cron means "this day of the month or that day of the week"."""
+    sim = CronSim(schedule.cron, datetime(2000, 1, 1))
+    names = ["Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"]
+    every = [set(range(low, high + 1)) for low, high in FIELDS.values()]
+
+    def listed(chosen: set[int], full: set[int]) -> str:
+        return "*" if chosen >= full else ",".join(f"{value:02}" for value in sorted(chosen))
+
+    weekdays = {day % 7 for day in sim.weekdays if isinstance(day, int)}
+    week = "" if len(weekdays) == 7 else ",".join(names[day] for day in sorted(weekdays)) + " "
+    time = f"{listed(sim.hours, every[1])}:{listed(sim.minutes, every[0])}:00 {schedule.tz}"
+    months, days = listed(sim.months, every[3]), listed(sim.days, every[2])
+    if sim.day_and:
+        return [f"{week}*-{months}-{days} {time}"]
+    return [f"*-{months}-{days} {time}", f"{week}*-{months}-* {time}"]
+
+
+def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime")) -> str:
+    """A line for `crontab`. Cron never starts late, so max_start_delay has nothing to do.
+
+    Raises:
+        ValueError: the zone is not this machine's. Debian's cron ignores CRON_TZ, and hours moved by hand would be
+            wrong for half of the year.
+    """
+    if not _is_zone_of_machine(schedule.tz, localtime):
+        raise ValueError(
+            f"tz {schedule.tz!r}: cron goes by this machine's clock, whose zone is {zone_of_machine(localtime)}, and "
+            "Debian's cron ignores CRON_TZ: use --to systemd, which knows zones, or give --tz the machine's"
+        )
+    arguments = Schedule(schedule.cron, schedule.tz).command(job.recipe, job.overrides, str(job.program))
+    command = f"cd {shlex.quote(str(job.folder))} && exec {shlex.join(arguments)} >>{job.name}.log 2>&1"
+    if unfit := [text for text in "\\\n" if text in command]:
+        raise ValueError(f"{command!r} has {unfit[0]!r}, which a crontab cannot hold: rename the file or the value")
+    command = command.replace("%", "\\%")  # cron's line break
+    if len(command) > LONGEST_CRONTAB_LINE:
+        raise ValueError(
+            f"the command has {len(command)} characters, cron takes {LONGEST_CRONTAB_LINE}: write the overrides into "
+            "the recipe"
+        )
+    return f"# longreach: {job.name}, in {schedule.tz}, the zone of this machine\n{schedule.cron} {command}\n"
+
+
+def zone_of_machine(localtime: Path = Path("/etc/localtime")) -> str:
+    """The name of the zone that cron goes by, or the path of its rules where they have no name."""
+    if not localtime.exists():
+        return "UTC"
+    return str(localtime.resolve()).partition("zoneinfo/")[2] or str(localtime)
+
+
+def _is_zone_of_machine(tz: str, localtime: Path) -> bool:
+    """By offsets, since a zone has many names: on each day of the next two years."""
+    if not localtime.exists():
+        return tz in ("UTC", "Etc/UTC")
+    with localtime.open("rb") as file:
+        machine = ZoneInfo.from_file(file)
+    days = (datetime.now(UTC) + timedelta(days=day) for day in range(730))
+    return all(machine.utcoffset(day) == ZoneInfo(tz).utcoffset(day) for day in days)
+
+
+def _normal(cron: str) -> str:
+    """Five fields that Debian's cron, Go's cron and cronsim read alike."""
+    if "TZ=" in cron.upper():
+        raise ValueError(f"cron {cron!r}: the zone has an option of its own: --tz Europe/Berlin")
+    fields = cron.upper().split()
+    if len(fields) != len(FIELDS):
+        raise ValueError(f"cron {cron!r} has {len(fields)} fields, it takes 5: {', '.join(FIELDS)}; @weekly: 0 0 * * 0")
+    for index, (text, (name, (low, high))) in enumerate(zip(fields, FIELDS.items(), strict=True)):
+        if re.search("[LW#?]", re.sub("[A-Z]{3}", "", text)):
+            raise ValueError(f"cron {cron!r}, {name} {text!r}: not every target knows L, W, # and ?: use numbers")
+        alone = " ".join(text if i == index else "*" for i in range(5))
+        try:
+            sim = CronSim(alone, datetime(2000, 1, 1, tzinfo=UTC))
+        except CronSimError as error:
+            raise ValueError(f"cron {cron!r}, {name} {text!r}: use {low} to {high}, *, lists, ranges, /step") from error
+        chosen = {"month": sim.months, "day of the week": {day % 7 for day in sim.weekdays if isinstance(day, int)}}
+        if name in chosen and text[0] != "*":  # Go's cron knows Sunday as 0 alone, Debian's no lists of names
+            text = ",".join(str(value) for value in sorted(chosen[name]))
+        fields[index] = re.sub(r"(^|,)(\d+)/", rf"\1\2-{high}/", text)  # Debian's cron takes steps of ranges alone
+    day, week = fields[2], fields[4]
+    for one, other in ((day, week), (week, day)):
+        if one.startswith("*/") and not other.startswith("*"):
+            raise ValueError(
+                f"cron {cron!r}: {day!r} and {week!r} are both days; cron wants both to hold where one starts with *, "
+                f"Kubernetes either: write {one!r} as a list, or make one of them *"
+            )
+    try:
+        CronSim(" ".join(fields), datetime(2000, 1, 1, tzinfo=UTC))
+    except CronSimError as error:
+        raise ValueError(f"cron {cron!r}: no such day ever comes ({error}): change day or month") from error
+    return " ".join(fields)
+
+
+def _check_zone(tz: str) -> None:
+    zones = available_timezones() - {"localtime", "posixrules", "Factory"}  # files of a machine, not zones
+    if tz in zones:
+        return
+    close = difflib.get_close_matches(tz, zones, n=1)
+    raise ValueError(f"tz {tz!r}: no such zone; {f'did you mean {close[0]}?' if close else 'write Europe/Berlin'}")
+
+
+def _duration(text: str) -> timedelta:
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text.strip())
+    days, hours, minutes = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    if not (duration := timedelta(days=days, hours=hours, minutes=minutes)):
+        raise ValueError(f"max_start_delay {text!r}: write days, hours and minutes, as in 2h or 1h30m")
+    return duration
+
+
+def _exists(time: datetime) -> bool:
+    """False in the hour that a zone's clock skips."""
+    return time.astimezone(UTC).astimezone(time.tzinfo).replace(tzinfo=None) == time.replace(tzinfo=None)
+
+
+def _unit_quoted(text: str) -> str:
+    """An argument of ExecStart=; the program itself, the first word, knows no escapes but %%."""
+    for special, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
+        text = text.replace(special, escaped)
+    return f'"{text}"'
