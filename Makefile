@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run tools test check ui docs clean
+.PHONY: help setup run tools test check audit ui docs clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ check: $(STAMP)  ## ruff (lint + format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit:  ## look the pinned versions up for known vulnerabilities; says so if it cannot
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.9.0; }
+	@$(PYTHON) infra/docker/audit.py build/audit/bin/pip-audit constraints.txt
 
 ui: $(STAMP)  ## open MLflow on the embedded store (loopback only)
 	$(BIN)/longreach ui

@@ -105,6 +105,10 @@ def retrieval_row(kind: str, cases: list[dict[str, Any]], length: int, depth: fl
     }
 
 
+EFFECTIVE = 0.9
+"""Share of pass keys with which a length counts as used, where nothing else is asked for."""
+
+
 def effective_length(totals: list[dict[str, Any]], bar: float) -> int:
     """The greatest length at which, and at all shorter ones, the accuracy reaches the bar; 0 if at none (RULER,
     arXiv:2404.06654). totals: rows of a retrieval evaluation, one a length."""

@@ -108,7 +108,7 @@ def file_digest(path: Path) -> str:
     """xxh3-128 of a local file, hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(1 << 22))
+        buffer = memoryview(bytearray(min(1 << 22, os.fstat(file.fileno()).st_size or 1)))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
@@ -210,8 +210,11 @@ class Store:
             if not hashes:
                 return self._remote_problems(artifact)
             self._download(artifact)
+        files = artifact.manifest["files"]
+        if len(files) == 1:
+            return [line for line in map(check, files) if line]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            return [line for line in pool.map(check, artifact.manifest["files"]) if line]
+            return [line for line in pool.map(check, files) if line]
 
     def _remote_out(self, artifact: Artifact) -> str:
         return f"{self._folder(artifact.stage, artifact.fingerprint)}/attempts/{artifact.attempt}/out"
@@ -314,9 +317,21 @@ class Store:
             if loser.name != attempt.id:
                 loser.with_name(loser.name + ".superseded").touch()
                 self._remove(attempt.stage, attempt.fingerprint, loser.name)
+        if not self.local:
+            self._tidy(folder, attempt.id)
         artifact = self.find(attempt.stage, attempt.fingerprint)
         assert artifact is not None, "just published"
         return artifact
+
+    def _tidy(self, folder: str, winner: str) -> None:
+        """Remove what attempts on any node left in the store: checkpoints, and all of the losers."""
+        self.fs.invalidate_cache()
+        for path in self.fs.ls(f"{folder}/attempts", detail=False):
+            if not path.rsplit("/", 1)[1]:  # some stores list the folder itself
+                continue
+            gone = path if path.rsplit("/", 1)[1] != winner else f"{path}/work"
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(gone, recursive=True)
 
     def _inventory(self, attempt: Attempt) -> list[dict[str, Any]]:
         names = sorted(p.relative_to(attempt.out).as_posix() for p in attempt.out.rglob("*") if p.is_file())

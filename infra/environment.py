@@ -8,8 +8,10 @@ No package is imported for its version, and torch only inside what needs it, so 
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +24,8 @@ from pathlib import Path
 
 PACKAGES = ("longreach", "torch", "transformers", "deepspeed", "peft", "ray", "mlflow")
 GIB = 2**30
+OPEN_PORTS = (5000, 8080, *range(8265, 8275))
+"""Where MLflow and Ray's dashboard listen by default; where 8265 is taken, Ray takes the next one."""
 
 
 def versions() -> dict[str, str | int]:
@@ -71,6 +75,7 @@ def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
         *_root(str(root)),
         _port(ui_port),
         _ray_cluster_file(),
+        _open_to_others({*OPEN_PORTS, ui_port, *_tracking_port()}),
         _git(),
     ]
 
@@ -195,6 +200,57 @@ def _ray_cluster_file() -> Check:
     if alive:
         return Check("ray", True, f"a cluster runs at {address}; runs start their own unless --address names it")
     return Check("ray", False, f"{file} names {address or 'nothing'}, where nobody answers", f"rm {file}", needed=False)
+
+
+def _tracking_port() -> set[int]:
+    """MLFLOW_TRACKING_URI's, whosever machine it names: only this one's sockets are looked at."""
+    found = re.match(r"https?://[^/]*:(\d+)", os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return {int(found[1])} if found else set()
+
+
+def _open_to_others(ports: set[int]) -> Check:
+    """A dashboard of Ray or an MLflow that others reach and that asks for no login runs code for whoever comes by."""
+    import psutil
+
+    try:
+        sockets = [one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    except psutil.AccessDenied:
+        return Check("open", False, "this system shows sockets to root alone", "run doctor as root", needed=False)
+    public = sorted({(ip, port) for ip, port in sockets if port in ports and not ipaddress.ip_address(ip).is_loopback})
+    found = [f"{name} at {ip}:{port}" for ip, port in public if (name := _without_login(ip, port))]
+    fix = (
+        "listen on 127.0.0.1 (from elsewhere: an SSH tunnel), or ask for a login: RAY_AUTH_MODE=token before Ray "
+        "starts, mlflow server --app-name basic-auth"
+    )
+    if found:
+        return Check("open", False, f"{'; '.join(found)}: other machines reach it and it asks for no login", fix)
+    return Check("open", True, "neither Ray nor MLflow lets other machines in without a login")
+
+
+def _without_login(ip: str, port: int) -> str:
+    """What answers there without a token or password: "Ray's dashboard", "MLflow", or "" for neither."""
+    import requests
+
+    address = ipaddress.ip_address(ip)
+    if address.is_unspecified:  # all of the machine's addresses
+        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    base = f"http://[{address}]:{port}" if address.version == 6 else f"http://{address}:{port}"
+    probes = {
+        "Ray's dashboard": ("GET", "/api/version", None, "ray_version"),
+        "MLflow": ("POST", "/api/2.0/mlflow/experiments/search", {"max_results": 1}, "experiments"),
+    }
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy, and no login from .netrc
+        for name, (method, path, asked, key) in probes.items():
+            try:  # `Host` is the sender's to choose, so --allowed-hosts is no login
+                answer = session.request(
+                    method, base + path, json=asked, headers={"Host": f"localhost:{port}"}, timeout=3
+                )
+                if answer.status_code == 200 and key in answer.json():
+                    return name
+            except (requests.RequestException, TypeError):  # not HTTP, or not JSON with keys: neither of them
+                continue
+    return ""
 
 
 def _git() -> Check:

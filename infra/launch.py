@@ -6,7 +6,7 @@ A rank that dies (kill, out of memory of the host) is restarted with all the oth
 function resumes from its own checkpoints. An error that a restart would only repeat (FINAL_ERRORS) is written down
 instead and raised here, without waiting for restarts.
 
-    run_ranks("training.loop:train", job, resources=Resources(workers=2), name="lora", storage=Path("/tmp/ranks"))
+    run_ranks("training.loop:train", job, resources=Resources(workers=2), name="lora", storage="/tmp/ranks")
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow.fs
+
 from infra.resources import Resources
+from infra.share import Share
 
 
 class Superseded(Exception):
@@ -44,10 +49,19 @@ FINAL_ERRORS: dict[str, type[Exception]] = {
 """Raised by a rank, these end the run at once."""
 
 
-def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: Path) -> dict[str, Any]:
+def run_ranks(
+    function: str,
+    job: dict[str, Any],
+    *,
+    resources: Resources,
+    name: str,
+    storage: str | Path,
+    share: Share | None = None,
+) -> dict[str, Any]:
     """Calls `function(job)` ("module:name") on every rank and returns rank 0's result, a JSON-able dict.
 
-    Ray must be connected. `storage` is a folder that all ranks see; Ray Train keeps its own records there.
+    Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps its own records
+    there. With a share, each rank gets the job with its own node's paths, and finds the share's inputs fetched.
     ValueError if the cluster is too small; otherwise the ranks' own final error, or Ray's TrainingFailedError.
     """
     import ray
@@ -56,11 +70,19 @@ def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name:
 
     check_room(ray.cluster_resources(), resources)
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
-    box = storage.absolute() / run_name / "result"
-    box.mkdir(parents=True)
+    fs, place = fsspec.core.url_to_fs(str(storage))
+    box = Box(str(storage), f"{place}/{run_name}/result")
+    fs.makedirs(box.folder, exist_ok=True)
+    local = "file" in fs.protocol
     trainer = TorchTrainer(
         _rank,
-        train_loop_config={"function": function, "job": job, "box": str(box), "threads": resources.cpus_per_worker},
+        train_loop_config={
+            "function": function,
+            "job": job,
+            "box": box,
+            "threads": resources.cpus_per_worker,
+            "share": share,
+        },
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
@@ -69,7 +91,8 @@ def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name:
         ),
         run_config=RunConfig(
             name=run_name,
-            storage_path=str(storage.absolute()),
+            storage_path=place,
+            storage_filesystem=None if local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
@@ -86,10 +109,11 @@ def run_ranks(function: str, job: dict[str, Any], *, resources: Resources, name:
         release_abandoned_groups(since=groups_before)
         if not failures_left or not isinstance(failure.controller_failure, ray.exceptions.RayActorError):
             raise failure
-    if (box / "error.json").exists():
-        error = json.loads((box / "error.json").read_text())
+    if error := box.read("error.json"):
         raise FINAL_ERRORS[error["type"]](error["message"])
-    return json.loads((box / "result.json").read_text())
+    result = box.read("result.json")
+    assert result is not None, "rank 0 writes it before it ends"
+    return result
 
 
 @contextlib.contextmanager
@@ -144,28 +168,50 @@ def _rank(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(config["threads"])  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
-    box = Path(config["box"])
+    box, job, share = config["box"], config["job"], config["share"]
     module, _, name = config["function"].partition(":")
     try:
-        result = getattr(importlib.import_module(module), name)(config["job"])
+        if share:
+            if os.environ["LOCAL_RANK"] == "0":
+                share.bring()
+            dist.barrier()
+            job = share.here(job)
+        result = getattr(importlib.import_module(module), name)(job)
     except tuple(FINAL_ERRORS.values()) as error:
         kind = next(n for n, e in FINAL_ERRORS.items() if isinstance(error, e))
-        _write(box / "error.json", {"type": kind, "message": str(error), "rank": dist.get_rank()})
+        box.write("error.json", {"type": kind, "message": str(error), "rank": dist.get_rank()})
         dist.destroy_process_group()  # ranks that wait for this one in a collective wake up with an error
         return
     except Exception:
-        if (box / "error.json").exists():  # woken by the line above: the reason is already written down
+        if box.read("error.json"):  # woken by the line above: the reason is already written down
             return
         raise
     if dist.get_rank() == 0:
-        _write(box / "result.json", result)
+        box.write("result.json", result)
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-    draft.write_text(json.dumps(value))
-    os.replace(draft, path)
+@dataclass(frozen=True)
+class Box:
+    """Where ranks leave what the stage reads: a folder of a file system that all of them see."""
+
+    storage: str
+    folder: str
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Whole or not at all."""
+        fs = fsspec.core.url_to_fs(self.storage)[0]
+        draft = f"{self.folder}/{name}.{uuid.uuid4().hex[:8]}"
+        fs.pipe_file(draft, json.dumps(value).encode())
+        fs.mv(draft, f"{self.folder}/{name}")
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """What was written, if it was."""
+        fs = fsspec.core.url_to_fs(self.storage)[0]
+        fs.invalidate_cache()
+        try:
+            return json.loads(fs.cat_file(f"{self.folder}/{name}"))
+        except FileNotFoundError:
+            return None
 
 
 def run_local(function: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import posixpath
-import re
 import select
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from infra import registry
 from infra.tracking import iter_events
@@ -43,7 +41,6 @@ BACKOFF_S = 20.0
 DRAIN_S = 60.0
 """How long a mirror goes on uploading after its parent is gone."""
 METRICS_PER_BATCH, PARAMS_OR_TAGS_PER_BATCH = 1000, 100  # MLflow's limits
-NOT_IN_MODEL_NAMES = re.compile(r"[^\w-]+")
 TRASH = "trash"
 """Stands for the id of a run that a user deleted: its events are not wanted any more."""
 
@@ -371,15 +368,14 @@ class Mirror:
         if folder and not folder.is_dir():
             self._warn(f"{tail.start['name']}: {folder} is gone and is not uploaded")
             return
-        experiment, name = self._experiment(tail.start["experiment"]), NOT_IN_MODEL_NAMES.sub("-", event["name"])
-        model = registry.log_model(self.client, experiment, tail.run_id, name.strip("-"), event["tags"], folder)
+        experiment = self._experiment(tail.start["experiment"])
+        model = registry.log_model(self.client, experiment, tail.run_id, event["name"], event["tags"], folder)
         finite = {k: v for k, v in event["metrics"].items() if not isinstance(v, str)}
         points = [
             Metric(k, v, event["time_ms"], event["step"], model_id=model.model_id, run_id=tail.run_id)
             for k, v in finite.items()
         ]
-        for first in range(0, len(points), METRICS_PER_BATCH):
-            self.client.log_batch(tail.run_id, metrics=points[first : first + METRICS_PER_BATCH])
+        self._log(tail, "metrics", points)
         if event["register"]:
             registry.register(self.client, event["register"], model, tail.run_id, event["tags"])
 
@@ -510,11 +506,7 @@ def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport
 
 
 def _command(spool_dir: Path, uri: str) -> list[str]:
-    if urlsplit(uri).password:
-        raise ValueError(
-            "the tracking URI holds a password, which other users can read in the list of processes: put it into "
-            "MLFLOW_TRACKING_PASSWORD, the user into MLFLOW_TRACKING_USERNAME (PGPASSWORD, PGUSER for PostgreSQL)"
-        )
+    uri = registry.tracking_uri(uri, "")  # no password on a command line
     return [sys.executable, "-m", "infra.mirror", str(spool_dir), "--uri", uri]
 
 

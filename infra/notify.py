@@ -34,6 +34,6 @@ def notify(url: str, ending: Ending, recipe: str, facts: Mapping[str, Any], time
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         answer = requests.post(url, json={**body, "status": ending, **facts}, headers=headers, timeout=timeout_s)
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # ValueError: a token that no header can hold
         return f"the webhook at {urlsplit(url).hostname} was not reached ({type(error).__name__})"
     return "" if answer.ok else f"the webhook at {urlsplit(url).hostname} answered HTTP {answer.status_code}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,10 @@ from infra.artifact import link_or_copy
 RUN_TAG = "longreach.run"
 CHAMPION, PREVIOUS = "champion", "previous"
 MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
-BASE, DOCUMENTS = "longreach.base", "longreach.documents"
-"""Tags of a version: its model, its release, and what that was made from (a model's source, a digest of texts)."""
+BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longreach.rolled_back"
+"""Tags of a version: its model, its release, what that was made from (a model's source, a digest of texts), and whether
+people took it back."""
+NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
 class AliasMoved(RuntimeError):
@@ -32,7 +35,7 @@ class AliasMoved(RuntimeError):
 
 def connect() -> Any:
     """An MlflowClient that gives up after seconds: MLflow's own patience is minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     from mlflow import MlflowClient
 
@@ -40,6 +43,21 @@ def connect() -> Any:
     if database := sqlite_path(client.tracking_uri):
         database.parent.mkdir(parents=True, exist_ok=True)
     return client
+
+
+def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
+    """The recipe's MLflow, else the environment's, else the embedded one below `workdir`.
+
+    Raises:
+        ValueError: it holds a password, which process lists, logs and dashboards would show.
+    """
+    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
+    if urlsplit(uri).password:
+        raise ValueError(
+            "the tracking URI holds a password, which other users can read in the list of processes: put it into "
+            "MLFLOW_TRACKING_PASSWORD, the user into MLFLOW_TRACKING_USERNAME (PGPASSWORD, PGUSER for PostgreSQL)"
+        )
+    return uri
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -134,7 +152,7 @@ def log_model(
     client: Any, experiment_id: str, run_id: str | None, name: str, tags: Mapping[str, str], folder: Path | None = None
 ) -> Any:
     """The LoggedModel with this MODEL tag, made if it is not there; with a folder's files, if one is given."""
-    query = f"tags.`{MODEL}` = '{tags[MODEL]}'"
+    name, query = NOT_IN_NAMES.sub("-", name).strip("-"), f"tags.`{MODEL}` = '{tags[MODEL]}'"
     found = client.search_logged_models([experiment_id], query)
     model = found[0] if found else client.create_logged_model(experiment_id, name, run_id, dict(tags))
     if str(model.status) != "READY":
@@ -154,7 +172,7 @@ def _upload(client: Any, model: Any, folder: Path) -> None:
 
 
 def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mapping[str, str], about: str = "") -> Any:
-    """The version of `name` with this FINGERPRINT tag, made of a LoggedModel if it is not there."""
+    """The version of `name` that a LoggedModel is, made if it is not there."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -162,10 +180,10 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    same = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get(FINGERPRINT) == tags[FINGERPRINT]]
-    if same:
-        return max(same, key=lambda v: int(v.version))
     source = f"models:/{model.model_id}"
+    versions = client.search_model_versions(f"name = '{name}'")
+    if same := [v for v in versions if v.source == source]:
+        return max(same, key=lambda v: int(v.version))
     made = client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
     # A server writes this itself; without one, the list of models would not say which are registered.
     named = {"mlflow.modelVersions": json.dumps([{"name": name, "version": str(made.version)}])}
@@ -195,6 +213,13 @@ def move(client: Any, name: str, version: str, expected: str | None) -> None:
     client.set_registered_model_alias(name, CHAMPION, version)
 
 
+def rolled_back(name: str, fingerprint: str) -> str | None:
+    """The version of a release that people took back, if they did."""
+    versions = connect().search_model_versions(f"name = '{name}'")
+    mine = [v for v in versions if v.tags.get(FINGERPRINT) == fingerprint and v.tags.get(ROLLED_BACK)]
+    return str(mine[0].version) if mine else None
+
+
 def rollback(name: str) -> tuple[str, str]:
     """`previous` becomes champion, and the champion `previous`; returns (version that was, version that is).
 
@@ -203,11 +228,13 @@ def rollback(name: str) -> tuple[str, str]:
     """
     client = connect()
     now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
-    if not now or not before:
+    if not now or not before or now.version == before.version:
         raise ValueError(
             f"{name!r} has {'no champion' if not now else 'no previous champion'} in MLflow at {client.tracking_uri}: "
             f"nothing to go back to"
         )
+    client.set_model_version_tag(name, now.version, ROLLED_BACK, "true")
+    client.delete_model_version_tag(name, before.version, ROLLED_BACK)
     client.set_registered_model_alias(name, CHAMPION, before.version)
     client.set_registered_model_alias(name, PREVIOUS, now.version)
     return str(now.version), str(before.version)  # the embedded store gives numbers

@@ -149,12 +149,26 @@ class Spool:
         self._write("end", status=status)
 
     def _write(self, event: str, **fields: Any) -> None:
-        line = _encode({"event": event, **fields, "time_ms": time.time_ns() // 1_000_000}).encode() + b"\n"
+        self.append(encode(event, fields))
+
+    def append(self, line: bytes) -> None:
+        """A whole line, as `encode` makes it."""
         if (written := self._file.write(line)) != len(line):
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written: is the disk full?")
 
+    stop_asked = False
+    """On another node: the stop file is there (infra/relay.py)."""
+
+    def flush(self) -> None:
+        """Returns when all lines are where readers find them: at once, in a file."""
+
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
         return Spool, (self.path,)
+
+
+def encode(event: str, fields: Mapping[str, Any]) -> bytes:
+    """An event's line, stamped with the time."""
+    return _encode({"event": event, **fields, "time_ms": time.time_ns() // 1_000_000}).encode() + b"\n"
 
 
 def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]], int]:

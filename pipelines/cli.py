@@ -1,15 +1,18 @@
 """The `longreach` command: thin commands over pipelines.recipe, pipelines.runner and infra.
 
 Everything slow is imported inside the command that needs it, so `longreach --help` answers at once and `plan` never
-loads torch or Ray. Exit codes: 0 done, 1 something failed, 2 bad input, 75 another run holds the lease, 130 Ctrl-C.
+loads torch or Ray. Exit codes: 0 done, 1 something failed, 2 bad input, 3 refused by the gate, 75 another run holds the
+lease, 130 Ctrl-C.
 
     longreach run quickstart --set finetune.steps=2
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,9 +25,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from infra.artifact import Store
-    from pipelines.recipe import Loaded
+    from pipelines.recipe import Loaded, Recipe
+    from pipelines.runner import PlanRow
 
-BAD_INPUT, LEASE_HELD = 2, 75
+BAD_INPUT, REFUSED, LEASE_HELD = 2, 3, 75
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +48,16 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override one value, e.g. finetune.steps=4.")
 ]
 Root = Annotated[str, typer.Option(help="Artifact store (folder or fsspec URL), where no recipe says it.")]
+Notify = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="POST a summary there at the end; or LONGREACH_NOTIFY_URL, which no log shows."),
+]
+Address = Annotated[
+    str,
+    typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="As submit printed it; jobs lists all.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends, with its exit code.")]
 Workdir = Annotated[Path, typer.Option(help="This machine's folder of spools and the embedded MLflow store.")]
 
 
@@ -80,11 +94,15 @@ def run(
     address: Annotated[str | None, typer.Option(help="Ray cluster; without it, one is started here.")] = None,
     wait: Annotated[bool, typer.Option(help="If another run of this recipe is alive: wait, or exit 75.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and failures only.")] = False,
+    notify: Notify = None,
 ) -> None:
     """Run a recipe: reuse what is published, resume what is half done, print the report's path."""
     from pipelines.recipe import load
 
-    _run(load(recipe, overrides), recipe, force=tuple(force or ()), address=address, wait=wait, quiet=quiet)
+    _run(
+        load(recipe, overrides), recipe, force=tuple(force or ()), address=address, wait=wait, quiet=quiet,
+        notify=notify,
+    )  # fmt: skip
 
 
 @app.command()
@@ -119,19 +137,29 @@ def evaluate(
 
 
 def _run(
-    loaded: Loaded, name: str, *, force: tuple[str, ...] = (), address: str | None, wait: bool = True, quiet: bool
-) -> None:
+    loaded: Loaded, name: str, *, force: tuple[str, ...] = (), address: str | None, wait: bool = True, quiet: bool,
+    notify: str | None = None,
+) -> None:  # fmt: skip
     """Runs it and says how it went, on stderr; the report's path alone goes to stdout."""
     from infra.artifact import LeaseHeld
+    from infra.notify import URL, check_url
     from pipelines import runner
     from pipelines.display import Display, duration
 
+    if notify := notify or os.environ.get(URL):
+        check_url(notify)
     try:
         with Display(quiet=quiet) as display:
             outcome = runner.run(loaded, force=force, wait=wait, address=address, display=display)
     except LeaseHeld as held:
         print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
         raise typer.Exit(LEASE_HELD) from None
+    except BaseException as error:
+        if notify:
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            why = f"{type(error).__name__}: {error}".strip(": ")
+            _tell(notify, "stopped" if stopped else "failure", loaded.recipe.name, {"headline": why})
+        raise
     for stage, reason in outcome.failed.items():
         print(f"{stage} failed: {reason}", file=sys.stderr)
     if not quiet:
@@ -139,10 +167,44 @@ def _run(
         print(f"{done}, in {duration(outcome.seconds)}", file=sys.stderr)
     if outcome.unsent_points:
         print(f"{outcome.unsent_points} points are not in MLflow yet; later: longreach sync {name}", file=sys.stderr)
+    for reason in outcome.refusals:
+        print(f"refused by the gate: {reason}", file=sys.stderr)
     if outcome.report_path:
         print(outcome.report_path)
-    if outcome.failed:
-        raise typer.Exit(1)
+    if notify and (outcome.ran or outcome.failed):  # not of runs in which nothing happened
+        facts: dict[str, Any] = {"headline": outcome.headline, "failed": outcome.failed, "refusals": outcome.refusals}
+        facts |= {
+            "gate": outcome.gate,
+            "ran": len(outcome.ran),
+            "reused": len(outcome.reused),
+            "seconds": round(outcome.seconds),
+        }
+        ending = "failure" if outcome.failed else "refused" if outcome.refusals else "success"
+        _tell(notify, ending, loaded.recipe.name, facts | {"report": str(outcome.report_path or "")})
+    if outcome.failed or outcome.refusals:
+        raise typer.Exit(1 if outcome.failed else REFUSED)
+
+
+def _tell(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
+    """Tell the webhook, or say that it was not to be told."""
+    from infra.notify import notify
+
+    if trouble := notify(url, ending, recipe, facts):
+        print(trouble, file=sys.stderr)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="The registered model.")],
+    recipe: Annotated[str | None, typer.Option(help="The recipe whose MLflow is meant.")] = None,
+    workdir: Workdir = Path(".longreach"),
+) -> None:
+    """Make the previous champion champion again; the one that is becomes the previous one."""
+    from infra.registry import rollback
+
+    os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipe, None, workdir)
+    old, new = rollback(name)
+    print(f"champion of {name} is version {new} again; version {old} is the previous one now")
 
 
 @app.command()
@@ -151,21 +213,42 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     from pipelines.recipe import load
 
     loaded = load(recipe, overrides)
-    from pipelines import runner
-    from pipelines.display import duration
+    _show_plan(loaded)
 
-    rows = runner.plan(loaded)
-    seconds = ["" if row.seconds_last is None else duration(row.seconds_last) for row in rows]
-    _table(
-        ["stage", "state", "why", "fingerprint", "last took"],
-        [[row.stage, row.state, row.why, row.fingerprint[:8], took] for row, took in zip(rows, seconds, strict=True)],
-        styles={"done": "green", "stale": "yellow", "run": "bold"},
-    )
-    done = sum(row.state == "done" for row in rows)
-    for row in rows:
-        if row.foreseen and row.state != "done":
-            print(f"{row.stage}: {row.foreseen}")
-    print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run")
+
+@app.command()
+def scale(
+    model: Annotated[
+        str, typer.Argument(help="llama-2-7b, llama-2-13b, llama-2-70b, or a folder with a config.json.")
+    ] = "llama-2-7b",
+    row: Annotated[list[int] | None, typer.Option(metavar="TOKENS", help="Row length; may be repeated.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step, on all GPUs together.")] = 64,
+    gpu: Annotated[
+        str, typer.Option(help="a100-80gb or h100-80gb; other facts follow: h100-80gb,memory_gib=141,bytes=4.8e12.")
+    ] = "a100-80gb",
+    gpus: Annotated[list[int] | None, typer.Option(min=1, help="How many; may be repeated. 8 to 1,024.")] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1.0, help="What matrices and attention reach of the peak; 0.6 if unsaid."),
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Compare with what LongLoRA's authors reported.")] = False,
+) -> None:
+    """Say on paper what a model costs on many GPUs: memory by ZeRO stage, seconds a step, where it stops scaling."""
+    from pipelines import scale as on_paper
+
+    reached = utilisation or on_paper.UTILISATION
+    if paper:
+        _table(*on_paper.against_paper(reached))
+        return
+    shape, kind = on_paper.shape_of(model), on_paper.gpu_of(gpu)
+    for length in row or (32768, 100000):
+        counts = tuple(sorted({*gpus})) if gpus else on_paper.COUNTS
+        points = list(on_paper.sweep(shape, kind, row=length, rows=rows, counts=counts, utilisation=reached))
+        print(f"{model}, {rows} rows of {length:,} tokens a step, {gpu} at {reached:.0%}; ! does not fit")
+        for columns, lines in on_paper.tables(points, kind):
+            _table(columns, lines)
+            print()
+        print("\n".join(on_paper.verdicts(points, kind)), end="\n\n")
 
 
 @app.command()
@@ -200,23 +283,50 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
 
 @app.command()
 def report(
-    recipe: OptionalRecipe = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE|REPORT]", help="A recipe, or 6 digits of a report's fingerprint.")
+    ] = None,
     overrides: Overrides = None,
     root: Root = ".longreach",
     browse: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> None:
     """Print the path of the newest report (of the recipe as it stands)."""
-    from pipelines.status import status
+    from infra.artifact import Store
 
-    store, only = _store_and_fingerprints(recipe, overrides, root)
-    reports = [manifest for manifest in status(store, only).published if manifest["stage"] == "report"]
-    if not reports:
+    found = None
+    if recipe and re.fullmatch("[0-9a-f]{6,32}", recipe):
+        from pipelines.compare import by_prefix
+
+        found = by_prefix(store := Store(root), recipe)
+    if found is None:
+        store, only = _store_and_fingerprints(recipe, overrides, root)
+        found = max(
+            (m for m in store.manifests("report") if _is_of(m, only)), key=lambda m: m["published_at"], default=None
+        )
+    if found is None:
         print(f"no report yet; make one with: longreach run {recipe or 'quickstart'}", file=sys.stderr)
         raise typer.Exit(1)
-    page = store.fetch("report", reports[-1]["fingerprint"]).path / "report.html"
+    page = store.fetch("report", found["fingerprint"]).path / "report.html"
     print(page)
     if browse:
         typer.launch(str(page))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Recipes, reports' folders, or 6 digits of their fingerprints."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("compare"),
+    root: Annotated[
+        str | None, typer.Option(help="Artifact store, where neither a recipe nor a folder says it.")
+    ] = None,
+) -> None:
+    """Put several runs on one page: what differs between them, what they reached and cost; print its path."""
+    from pipelines.compare import compare
+
+    print(compare(runs, out, root))
 
 
 @app.command()
@@ -227,13 +337,15 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
 ) -> None:
     """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a server elsewhere."""
-    from infra.mirror import ui_command
+    from infra.mirror import default_uri, ui_command
 
     uri, workdir = _tracking(recipe, overrides, workdir)
-    if uri:
+    if uri != default_uri(workdir):
         print(uri)
         return
     command = ui_command(workdir, port=port)
+    # MLflow opens as a place for prompts and traces; this address opens it as one for training.
+    print(f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning", flush=True)
     os.execvp(command[0], command)
 
 
@@ -245,14 +357,195 @@ def sync(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds after which to give up.")] = 600.0,
 ) -> None:
     """Send to MLflow what an outage held back; exit 1 if some of it is still held back."""
-    from infra.mirror import default_uri, sync
+    from infra.mirror import sync
 
     uri, workdir = _tracking(recipe, overrides, workdir)
-    done = sync(workdir / "spool", uri or default_uri(workdir), timeout_s)
+    done = sync(workdir / "spool", uri, timeout_s)
     print(f"{done.runs} runs: {done.points} points sent, {done.pending} pending, {done.skipped} skipped")
-    if done.pending:
+    if done.pending or done.problem:
         print(done.problem, file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def schedule(
+    recipe: RecipeName,
+    cron: Annotated[str, typer.Option(help="Five fields, e.g. '0 3 * * 1': Mondays at three.")],
+    tz: Annotated[str, typer.Option(help="The zone whose clock that is, e.g. Europe/Berlin.")] = "UTC",
+    to: Annotated[str, typer.Option(help="ray-cronjob, cronjob, systemd or crontab.")] = "systemd",
+    overrides: Overrides = None,
+    max_start_delay: Annotated[str | None, typer.Option(help="Rather not at all than so late, e.g. 2h.")] = None,
+    enable: Annotated[bool, typer.Option("--enable", help="Kubernetes: not suspended.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for the files; without it they are printed.")] = None,
+    image: Annotated[str | None, typer.Option(help="Kubernetes: holds longreach and Ray.")] = None,
+    namespace: Annotated[str, typer.Option(help="Kubernetes.")] = "longreach",
+    memory: Annotated[str, typer.Option(help="Kubernetes: of one rank's pod.")] = "8Gi",
+    claim: Annotated[str | None, typer.Option(help="Kubernetes: a ReadWriteMany claim for the run's folder.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Kubernetes: Kueue's LocalQueue.")] = None,
+    gpu_nodes: Annotated[
+        list[str] | None, typer.Option("--gpu-node", metavar="LABEL=VALUE", help="Kubernetes: nodes with GPUs.")
+    ] = None,
+    run_now: Annotated[bool, typer.Option("--run", help="Run, if the last fire time is not too long ago.")] = False,
+    address: Annotated[str | None, typer.Option(help="With --run: a Ray cluster.")] = None,
+) -> None:
+    """Show when a cron line fires, and print the files that start a recipe then."""
+    from datetime import UTC
+
+    from infra.kubernetes import Place
+    from infra.schedule import Job, Schedule, render
+    from pipelines.recipe import load
+
+    loaded, timing = load(recipe, overrides), Schedule.parse(cron, tz, max_start_delay)
+    if run_now:
+        late = timing.late_by(datetime.now(UTC))
+        if timing.max_start_delay and late > timing.max_start_delay:
+            print(
+                f"not run: {cron!r} fired {str(late).split('.')[0]} ago, max_start_delay is {max_start_delay}",
+                file=sys.stderr,
+            )
+            return
+        _run(loaded, recipe, address=address, wait=False, quiet=True)
+        return
+    chosen = {"image": image, "claim": claim, "queue": queue}
+    place = Place(
+        namespace=namespace,
+        memory=memory,
+        gpu_nodes=dict(_pair("--gpu-node", text) for text in gpu_nodes or ()),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    job = Job(
+        name=loaded.recipe.name,
+        recipe=str(loaded.path.absolute()),
+        overrides=tuple(overrides or ()),
+        program=Path(sys.executable).with_name("longreach"),
+        folder=Path.cwd(),
+        text=loaded.path.read_text(encoding="utf-8"),
+        resources=loaded.recipe.resources,
+        store_root=loaded.recipe.store.root,
+    )
+    files = render(timing, job, to, place, enable=enable)
+    for time in timing.next(5, to):
+        print(f"fires {time:%a %Y-%m-%d %H:%M %z}", file=sys.stderr)
+    for name, text in files.items():
+        if out is None:
+            print(text, end="")
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text, encoding="utf-8")
+        print(out / name)
+
+
+@app.command()
+def submit(
+    recipe: RecipeName,
+    address: Address = "",
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    follow: Follow = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print as JSON what would be sent; send nothing.")] = False,
+    install: Annotated[
+        bool, typer.Option("--install", help="Let the cluster install this environment's versions first.")
+    ] = False,
+    shared_disk: Annotated[
+        bool, typer.Option("--shared-disk", help="Every node has this machine's folders under the same paths.")
+    ] = False,
+    show_plan: Annotated[
+        bool,
+        typer.Option("--plan/--no-plan", help="Ask the store what is done; no, where only the cluster reaches it."),
+    ] = True,
+    to: Annotated[
+        str | None, typer.Option("--render", metavar="k8s", help="Print a RayJob's manifest instead.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="Kubernetes: holds longreach and Ray.")] = None,
+    namespace: Annotated[str, typer.Option(help="Kubernetes.")] = "longreach",
+    memory: Annotated[str, typer.Option(help="Kubernetes: of one rank's pod.")] = "8Gi",
+) -> None:
+    """Send a run to a Ray cluster; prints the job's id. What it will do and cost is shown before."""
+    from dataclasses import asdict
+
+    from infra import jobs, kubernetes
+    from pipelines.recipe import load
+
+    loaded = load(recipe, overrides)
+    if to not in (None, "k8s"):
+        raise ValueError(f"--render {to!r}: there is k8s")
+    if not (address or to):
+        raise ValueError("--address is missing, the dashboard of a Ray cluster: http://HOST:8265")
+    url = to or jobs.check_address(address)
+    workdir = kubernetes.WORKDIR if to else jobs.WORKDIR
+    places = jobs.whereabouts(url, _local_paths(loaded.recipe), shared_disk=shared_disk, workdir=workdir)
+    submission = jobs.Submission(
+        name=loaded.recipe.name,
+        recipe=loaded.path.read_bytes(),
+        overrides=(*(overrides or ()), *(f"{field}={json.dumps(path)}" for field, path in places.items())),
+        pip=jobs.pinned() if install else (),
+    )
+    if to:
+        place = kubernetes.Place(image=image or kubernetes.Place.image, namespace=namespace, memory=memory)
+        print(jobs.manifest(submission, loaded.recipe.resources, place), end="")
+        return
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise ValueError("submit asks before it spends, and nobody is there to answer: add --yes (or --dry-run)")
+    with contextlib.redirect_stdout(sys.stderr):  # the id alone goes to stdout
+        rows = _show_plan(loaded) if show_plan else []
+        wanted = loaded.recipe.resources
+        print(
+            f"training ranks: {wanted.workers} (CPUs each: {wanted.cpus_per_worker}, GPUs: {wanted.gpus_per_worker}), "
+            f"ZeRO {wanted.zero_stage}, {wanted.dtype}; CPUs of an evaluation: {wanted.eval_cpus}"
+        )
+    if dry_run:
+        print(submission.as_json(url, **({"plan": [asdict(row) for row in rows]} if show_plan else {})))
+        return
+    if not yes and not typer.confirm(f"submit to {url}?", err=True):
+        raise typer.Exit(1)
+    with jobs.connected(url) as client:
+        job = jobs.submit(client, submission)
+        print(job, flush=True)
+        code = jobs.follow(client, job) if follow else 0
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command("jobs")
+def list_jobs(address: Address) -> None:
+    """List the jobs of a Ray cluster, the newest first, with their drivers' exit codes."""
+    from infra import jobs
+    from pipelines.display import duration
+
+    with jobs.connected(address) as client:
+        found = jobs.listed(client)
+    rows = []
+    for job in found:
+        began, now_s = (job.start_time or 0) / 1000, datetime.now().timestamp()
+        started = f"{datetime.fromtimestamp(began):%Y-%m-%d %H:%M}" if began else ""
+        took = duration((job.end_time / 1000 if job.end_time else now_s) - began) if began else ""
+        code = "" if job.driver_exit_code is None else str(job.driver_exit_code)
+        name = (job.metadata or {}).get("recipe", "")
+        rows.append([job.submission_id, name, job.status.value, code, started, took])
+    _table(["job", "recipe", "status", "exit", "started", "took"], rows, {"RUNNING": "bold", "FAILED": "red"})
+
+
+@app.command()
+def logs(job: JobId, address: Address, follow: Follow = False) -> None:
+    """Print what a job has written so far; with --follow until it ends, with its exit code."""
+    from infra import jobs
+
+    with jobs.connected(address) as client:
+        code = jobs.follow(client, job) if follow else 0
+        if not follow:
+            print(client.get_job_logs(job), end="")
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def stop(job: JobId, address: Address) -> None:
+    """Ask a job to stop: its training writes checkpoints first, and submitting again resumes from them."""
+    from infra import jobs
+
+    with jobs.connected(address) as client:
+        asked = client.stop_job(job)
+    print(f"{job} was asked to stop" if asked else f"{job} was over already")
 
 
 @app.command()
@@ -348,8 +641,6 @@ def init(
     source: Annotated[str, typer.Option("--from", metavar="RECIPE", help="The recipe to copy.")] = "quickstart",
 ) -> None:
     """Copy a recipe, comments and all, to edit."""
-    import re
-
     from pipelines.recipe import SAFE_NAME, load
 
     if not SAFE_NAME.fullmatch(name):
@@ -410,14 +701,23 @@ def _store_and_fingerprints(
     return runner.open_store(loaded), {row.fingerprint for row in runner.plan(loaded)}
 
 
-def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str | None, Path]:
-    """The tracking server, if the recipe names one, and the machine's folder."""
+def _is_of(report: dict[str, Any], only: set[str] | None) -> bool:
+    """Whether it is the report of these stages, or of those among them that could be done."""
+    if only is None or report["fingerprint"] in only:
+        return True
+    return bool(report["identity"]["recipe"].get("failed")) and {*report["identity"]["inputs"].values()} <= only
+
+
+def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:
+    """Where MLflow is, and the machine's folder: the recipe's, if there is one."""
+    from infra.registry import tracking_uri
+
     if recipe is None:
-        return None, workdir
+        return tracking_uri(None, workdir), workdir
     from pipelines.recipe import load
 
     chosen = load(recipe, overrides).recipe
-    return chosen.tracking.uri, Path(chosen.store.workdir)
+    return tracking_uri(chosen.tracking.uri, chosen.store.workdir), Path(chosen.store.workdir)
 
 
 def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple[str, Any, int]]:
@@ -441,6 +741,48 @@ def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tupl
         tiny = LlamaRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)
         model = fresh_llama(tiny, vocab_size=256, seed=0)
         yield f"{arm} ({set_pattern(model, PATTERNS[of.attention.pattern](**choices))})", model, tokens
+
+
+def _show_plan(loaded: Loaded) -> list[PlanRow]:
+    """Print what a run would do, and what it should cost."""
+    from pipelines import runner
+    from pipelines.display import duration
+
+    rows = runner.plan(loaded)
+    seconds = ["" if row.seconds_last is None else duration(row.seconds_last) for row in rows]
+    _table(
+        ["stage", "state", "why", "fingerprint", "last took"],
+        [[row.stage, row.state, row.why, row.fingerprint[:8], took] for row, took in zip(rows, seconds, strict=True)],
+        styles={"done": "green", "stale": "yellow", "run": "bold"},
+    )
+    done = sum(row.state == "done" for row in rows)
+    for row in rows:
+        if row.foreseen and row.state != "done":
+            print(f"{row.stage}: {row.foreseen}")
+    print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run")
+    return rows
+
+
+def _local_paths(recipe: Recipe) -> dict[str, str]:
+    """Fields that name files or folders of a machine."""
+    found = {"store.root": recipe.store.root, "store.workdir": recipe.store.workdir}
+    for index, source in enumerate(recipe.corpus.sources):
+        if source.files:
+            found[f"corpus.sources.{index}.files"] = source.files
+    if Path(recipe.base.source).is_dir():
+        found["base.source"] = recipe.base.source
+    for name, section in recipe.evaluate.chosen().items():
+        for key in ("kv_data", "qa_data", "data"):
+            if path := getattr(section, key, None):
+                found[f"evaluate.{name}.{key}"] = path
+    return found
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{option} {text!r}: write it as NAME=VALUE")
+    return name, value
 
 
 def _ago(then: datetime) -> str:

@@ -9,6 +9,7 @@ the model was trained with (LongLoRA, section 3.2).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from evaluation.documents import Document, held_out
 from evaluation.figures import save
 from infra.artifact import Artifact
 from infra.resources import Resources
+from infra.share import Share
 from pipelines.graph import EvaluateStageRecipe
 from pipelines.stage import StageRun
 from training.model import load_model
@@ -54,7 +56,7 @@ def evaluate(
     todo = {n: cell for n, cell in enumerate(cells) if n not in found}
     if spread:
         del network, documents
-        results = _spread(model, corpus, recipe, resources, todo)
+        results = _spread(model, corpus, recipe, resources, todo, run.share)
     else:
         results = measured(recipe.eval, network, tokenizer, recipe=recipe.choices, documents=documents, todo=todo)
     for n, result in results:
@@ -84,17 +86,22 @@ def _subject(
 
 
 def _spread(
-    model: Artifact, corpus: Artifact, recipe: EvaluateStageRecipe, resources: Resources, todo: dict[int, Any]
+    model: Artifact,
+    corpus: Artifact,
+    recipe: EvaluateStageRecipe,
+    resources: Resources,
+    todo: dict[int, Any],
+    share: Share | None,
 ) -> Iterator[tuple[int, Result]]:
     """Results of the cells as tasks yield them. Cells are dealt in turn, so that long ones are shared fairly."""
     import ray
 
     numbers, tasks = list(todo), min(resources.eval_workers, len(todo))
-    shares = [{n: todo[n] for n in numbers[task::tasks]} for task in range(tasks)]
+    parts = [{n: todo[n] for n in numbers[task::tasks]} for task in range(tasks)]
     task = ray.remote(_share).options(
         num_cpus=resources.eval_cpus, num_gpus=resources.gpus_per_worker, num_returns="streaming"
     )
-    running: list[Any] = [task.remote(model, corpus, recipe, resources, share) for share in shares]
+    running: list[Any] = [task.remote(model, corpus, recipe, resources, part, share) for part in parts]
     try:
         while running:
             ready: list[Any] = ray.wait(running, num_returns=1)[0]
@@ -110,9 +117,17 @@ def _spread(
 
 
 def _share(
-    model: Artifact, corpus: Artifact, recipe: EvaluateStageRecipe, resources: Resources, todo: dict[int, Any]
+    model: Artifact,
+    corpus: Artifact,
+    recipe: EvaluateStageRecipe,
+    resources: Resources,
+    todo: dict[int, Any],
+    share: Share | None,
 ) -> Iterator[tuple[int, Result]]:
-    """What one task of `_spread` does."""
+    """What one task of `_spread` does, on whichever node."""
+    if share:
+        share.bring()
+        model, corpus = (replace(a, path=Path(share.here(str(a.path)))) for a in (model, corpus))
     network, tokenizer, documents = _subject(model, corpus, recipe, resources)
     yield from measured(recipe.eval, network, tokenizer, recipe=recipe.choices, documents=documents, todo=todo)
 

@@ -42,6 +42,7 @@ def places(out: Path, run: StageRun) -> dict[str, Any]:
         "superseded_file": str(run.attempt.superseded_file),
         "stop_file": str(stop_file(run.spool.path.parent)),
         "spool": str(run.spool.path),
+        "share": run.share,
     }
 
 
@@ -58,8 +59,11 @@ def run_job(job: TrainJob, corpus: Artifact, run: StageRun) -> dict[str, Any]:
         job.model_dump(mode="json"),
         resources=job.resources,
         name="train",
-        storage=run.attempt.work / "ray",
+        storage=f"{run.share.root}/{run.share.folder}/work/ray" if run.share else str(run.attempt.work / "ray"),
+        share=run.share,
     )
+    if run.share and not (run.attempt.out / "training.json").exists():  # rank 0 was on another node
+        run.share.pull(run.attempt.out)
     costs = {"wall_s": "wall_s", "peak_gib": "peak_gib", "tokens_per_s": "tokens_per_s", "step_s": "step_s_median"}
     run.spool.metrics({f"cost/{name}": summary[key] for name, key in costs.items()}, step=summary["steps"])
     return summary

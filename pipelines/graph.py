@@ -150,7 +150,7 @@ def build(recipe: Recipe) -> list[Stage]:
     scores = list(_evaluations(recipe, models))
     releases = [_release(recipe, name, model, scores) for name, model in models.items() if model.start]
     report = report_on(recipe, [*stages, *scores])
-    return [*stages, *scores, *releases, report, *_gate(recipe, base, corpus, [*stages, *scores], releases, champion)]
+    return [*stages, *scores, *releases, report, *_gate(recipe, base, models, [*stages, *scores], releases, champion)]
 
 
 def _converted(label: str, base: BaseRecipe) -> Stage:
@@ -169,9 +169,8 @@ def _from_champion(base: Stage, rope: RopeRecipe, champion: Any, documents: str)
     source = f"models:/{champion.name}/{champion.version}"
     if champion.tags.get(registry.DOCUMENTS) == documents:
         source = champion.tags[registry.BASE]
-    assert isinstance(base.recipe, BaseRecipe)
-    if source == base.recipe.source:
-        return base, rope
+        if not source.startswith(f"models:/{champion.name}/"):  # it was the first, made from the recipe's base
+            return base, rope
     return _converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
 
 
@@ -187,7 +186,7 @@ def _release(recipe: Recipe, name: str, model: _Model, scores: list[Stage]) -> S
 
 
 def _gate(
-    recipe: Recipe, base: Stage, corpus: Stage, known: list[Stage], releases: list[Stage], champion: Any
+    recipe: Recipe, base: Stage, models: dict[str, _Model], known: list[Stage], releases: list[Stage], champion: Any
 ) -> list[Stage]:
     """The champion's stages and the decision; nothing where the challenger is the champion already."""
     gate, asked = recipe.promote, recipe.evaluate.chosen()
@@ -197,8 +196,8 @@ def _gate(
     if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
         return []
     inputs, new = {"model": release}, []
-    for role, whose in {"challenger": gate.model, "base": recipe.plain_baseline()}.items():
-        scores = [s for s in known if s.name == "evaluate" and model_of(s) == whose and eval_of(s) in GATED]
+    for role, whose, evals in (("challenger", gate.model, GATED), ("base", recipe.plain_baseline(), GATED[:1])):
+        scores = [s for s in known if s.name == "evaluate" and model_of(s) == whose and eval_of(s) in evals]
         inputs |= {f"{role}_{eval_of(stage)}": stage for stage in scores}
     if gate.base_ratio:
         inputs["base"] = base
@@ -210,7 +209,9 @@ def _gate(
             new.append(model)
         choices = asked["perplexity"].model_copy(update={"models": None})
         measure = EvaluateStageRecipe(eval="perplexity", model="champion", choices=choices)
-        scored = Stage("evaluate", "evaluate[champion,perplexity]", measure, {"model": model, "corpus": corpus})
+        scored = Stage(
+            "evaluate", "evaluate[champion,perplexity]", measure, {"model": model, "corpus": models[gate.model].corpus}
+        )
         inputs["champion_perplexity"] = scored
         new.append(scored)
     lengths = tuple(getattr(asked.get("perplexity"), "lengths", ()))

@@ -16,16 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.scores import effective_length, paired
+from evaluation.scores import EFFECTIVE, effective_length, paired
 from infra import registry
 from infra.artifact import Artifact
-from infra.tracking import read_events
 from pipelines.graph import PromoteStageRecipe
 from pipelines.recipe import PromoteRecipe
 from pipelines.stage import StageRun
 
-BAR = 0.9
-"""Of effective_length, where no rule says another."""
 Rows = list[dict[str, Any]]
 
 
@@ -52,14 +49,17 @@ def promote(
     rows = {name: _rows(artifact) for name, artifact in inputs.items() if name != "base"}
     context = inputs["base"].summary["context_length"] if "base" in inputs else 0
     findings = decide(recipe.rules, recipe.lengths, context, **rows)
+    if taken_back := registry.rolled_back(recipe.rules.name, model.fingerprint):
+        advice = f"none that people took back (its tag {registry.ROLLED_BACK})"
+        findings.append(Finding("rollback", f"it is version {taken_back}", advice, False))
     refusals = [f"{f.rule}: {f.measured}, asked for {f.asked}" for f in findings if not f.kept]
     said = {"passed": not refusals, "refusals": refusals, "name": recipe.rules.name, "champion": recipe.champion}
     if not refusals:
         said |= {"version": _move(recipe, model, run)}
     (out / "gate.json").write_text(json.dumps(said | {"findings": [asdict(f) for f in findings]}, indent=1) + "\n")
     (out / "gate.md").write_text(_page(recipe, said, findings), encoding="utf-8")
-    tags = model.summary["tags"]
-    run.spool.model(recipe.rules.name, tags[registry.MODEL], model.summary["metrics"], tags=tags, path=model.path)
+    tags = model.summary["tags"]  # refused or not, it is listed; the files of a refused one stay in the store
+    run.spool.model(recipe.rules.name, tags[registry.MODEL], model.summary["metrics"], tags=tags)
     run.spool.artifact(out / "gate.md")
     run.spool.tag("gate", "passed" if not refusals else "refused: " + "; ".join(refusals))
     return said
@@ -74,7 +74,6 @@ def decide(
     challenger_passkey: Rows = (),  # type: ignore[assignment]
     champion_perplexity: Rows | None = None,
     base_perplexity: Rows | None = None,
-    base_passkey: Rows | None = None,
 ) -> list[Finding]:
     """What each rule finds.
 
@@ -112,7 +111,7 @@ def decide(
                 place = f"passkey at {row['length']:,} tokens"
                 found.append(Finding(place, measured, f"at least {rules.passkey:g}", kept))
     if rules.effective_length is not None:
-        reached = effective_length(totals, BAR if rules.passkey is None else rules.passkey)
+        reached = effective_length(totals, EFFECTIVE if rules.passkey is None else rules.passkey)
         kept = reached >= rules.effective_length
         found.append(Finding("effective_length", f"{reached:,}", f"at least {rules.effective_length:,}", kept))
     return found
@@ -138,7 +137,7 @@ def _move(recipe: PromoteStageRecipe, model: Artifact, run: StageRun) -> str:
     """Register the challenger and make it champion; returns its version."""
     client, tags, name = registry.connect(), model.summary["tags"], recipe.rules.name
     experiment = registry.experiment_id(client, run.experiment)
-    own_run = registry.run_of(client, experiment, read_events(run.spool.path)[0][0]["run"])
+    own_run = registry.run_of(client, experiment, run.id)
     logged = registry.log_model(client, experiment, own_run, name, tags, model.path)
     version = registry.register(client, name, logged, own_run, tags, model.summary["about"])
     registry.move(client, name, str(version.version), recipe.champion)

@@ -100,7 +100,7 @@ class PromoteRecipe(Choices):
 
     model: str
     """The arm that is the challenger."""
-    name: str = Field(pattern=r"^[^/:]+$")
+    name: str = Field(pattern=r"^[^/:@']+$")
     """The registered model: its alias `champion` moves, the former one becomes `previous`."""
     start_from: Literal["base", "champion"] = "base"
     """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
@@ -201,8 +201,18 @@ class Recipe(Choices):
             return
         if "champion" in models:
             yield (*models["champion"], "champion"), "the name is the gate's: choose another one"
-        if gate.start_from == "champion" and not self.finetune:
-            yield ("promote", "start_from"), "'champion' is where fine-tuning starts from, and there is none"
+        if gate.start_from == "champion" and not (self.finetune and gate.model in self.finetune.every_arm()):
+            yield (
+                ("promote", "start_from"),
+                f"'champion' is where fine-tuning starts from, and {gate.model} is no arm of it",
+            )
+        if gate.model not in (self.finetune.every_arm() if self.finetune else ()) and gate.base_ratio is not None:
+            yield ("promote", "base_ratio"), f"{gate.model} was not made from the base: set promote.base_ratio to null"
+        if self.base.source.startswith(f"models:/{gate.name}@"):
+            yield (
+                ("base", "source"),
+                "each promotion would change it: name the first base, and promote.start_from champion",
+            )
         asked = self.evaluate.chosen()
         needs = {
             "perplexity_ratio": ("perplexity", gate.model),
@@ -220,7 +230,20 @@ class Recipe(Choices):
                     ("promote", rule),
                     f"needs evaluate.{evaluation} of {model}: add it, or set promote.{rule} to null",
                 )
+            if rule == "base_ratio" and gate.model not in (getattr(asked.get(evaluation), "models", None) or models):
+                yield ("promote", rule), f"needs evaluate.perplexity of {gate.model} too"
+        if all(getattr(gate, rule) is None for rule in needs):
+            yield ("promote",), f"has no rule, and would let everything pass: set one of {', '.join(needs)}"
         lengths = getattr(asked.get("perplexity"), "lengths", ())
+        target = gate.target_length or max(lengths, default=0)
+        keys = getattr(asked.get("passkey"), "lengths", ())
+        if gate.passkey is not None and keys and target and min(keys) > target:
+            yield ("promote", "passkey"), f"no length of evaluate.passkey {list(keys)} is within target_length {target}"
+        if gate.effective_length and keys and gate.effective_length > max(keys):
+            yield (
+                ("promote", "effective_length"),
+                f"{gate.effective_length} is more than the greatest of evaluate.passkey.lengths {list(keys)}",
+            )
         if gate.target_length and lengths and gate.target_length not in lengths:
             yield ("promote", "target_length"), f"{gate.target_length} is none of evaluate.perplexity.lengths {lengths}"
 
@@ -319,6 +342,7 @@ def standalone(
         f"name=evaluate-{slug}",
         "finetune=",
         "pretrain=",
+        "promote=",
         f"baselines={{{slug}: {{}}}}",
     ]
     if documents:

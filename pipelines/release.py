@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from evaluation.scores import EvalScores, effective_length
+from evaluation.scores import EFFECTIVE, EvalScores, effective_length
 from infra.artifact import Artifact, link_or_copy
 from infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
 from pipelines.graph import ReleaseRecipe
@@ -22,8 +22,6 @@ from pipelines.report_findings import about_arm
 from pipelines.stage import StageRun
 from training.convert import kept_files
 
-BAR = 0.9
-"""Share of pass keys that a length counts as used with."""
 TOKENIZER = Path("components", "tokenizer")
 """Where MLflow's flavour looks for it."""
 
@@ -43,7 +41,7 @@ def release(
     (out / "README.md").write_text(card.text(), encoding="utf-8")
     _mlmodel(out, card)
     tags = {
-        MODEL: f"release-{run.attempt.fingerprint}",
+        MODEL: f"release-{run.attempt.fingerprint}-{run.attempt.id}",
         FINGERPRINT: run.attempt.fingerprint,
         BASE: base.manifest["identity"]["recipe"].get("source", "from scratch"),
         DOCUMENTS: corpus.manifest["identity"]["digests"]["documents"],
@@ -79,7 +77,7 @@ class Card:
         self.claimed: int = self.config["max_position_embeddings"]
         self.about = about_arm(self.training)
         passkey = [row for row in self._rows("own_passkey") if row["kind"] == "length"]
-        self.effective = effective_length(passkey, BAR) if passkey else None
+        self.effective = effective_length(passkey, EFFECTIVE) if passkey else None
         self.asked = max((row["length"] for row in passkey), default=0)
 
     def own(self) -> dict[str, EvalScores]:
@@ -140,7 +138,7 @@ class Card:
         else:
             reach = f"{self.effective:,} tokens" if self.effective else "less than the shortest length asked"
             said.append(
-                f"- Effective: {reach}, the greatest length up to which at least {BAR:.0%} of hidden pass keys were "
+                f"- Effective: {reach}, the greatest length up to which at least {EFFECTIVE:.0%} of pass keys were "
                 f"found; the longest that was asked is {self.asked:,}."
             )
         return "\n".join(said)

@@ -10,42 +10,87 @@ out) and stand beside the row length and model width that they were measured at,
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from infra.artifact import Artifact
+from pipelines import report_sections, report_tasks
 from pipelines.graph import ReportRecipe
-from pipelines.report_findings import Found, finite, gather, show_ppl
-from pipelines.report_page import html_page, markdown
-from pipelines.report_sections import sections_of
+from pipelines.report_findings import NOT_RUN, Found, brief, finite, gather, show_ppl
+from pipelines.report_page import Section, Table, html_page, markdown, markdown_table
 from pipelines.stage import StageRun
+
+SECTIONS: tuple[Callable[[Found], Section | None], ...] = (
+    report_sections.failures, report_sections.results, report_sections.perplexity, report_sections.documents,
+    report_tasks.passkey, report_tasks.streaming, report_sections.training, report_sections.pretraining,
+    report_tasks.others, report_sections.packing,
+)  # fmt: skip
+"""The page, in order; how it was run comes last."""
+TABLE_CHARACTERS = 4000
+"""What a run's description in MLflow takes beside the headline."""
 
 
 def report(
     *, recipe: ReportRecipe, resources: object, out: Path, run: StageRun, **artifacts: Artifact
 ) -> dict[str, Any]:
-    """Write report.html, report.md and figures into `out`; returns {"headline", "metrics": name -> finite number}.
+    """Write report.html, report.md and figures into `out`; returns {"headline", "metrics": name -> finite number,
+    "table": the main table in short, as Markdown}.
 
     Raises:
         ValueError: an artifact without a label, of an unknown stage, or with a file that is not what it should be.
     """
     if wrong := artifacts.keys() ^ recipe.labels.keys():
         raise ValueError(f"{len(artifacts)} artifacts, {len(recipe.labels)} labels; not in both: {sorted(wrong)}")
-    found = gather({recipe.labels[key]: artifact for key, artifact in artifacts.items()})
-    sections = sections_of(found, recipe.name)
-    about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens" if found.base else ""
-    page = (f"longreach: {recipe.name}", about, headline(found), sections)
-    (out / "report.html").write_text(html_page(*page), encoding="utf-8")
-    (out / "report.md").write_text(markdown(*page), encoding="utf-8")
+    labelled = {recipe.labels[key]: artifact for key, artifact in artifacts.items()}
+    found = gather(labelled, recipe.prices, recipe.failed)
+    sections = [section for part in SECTIONS if (section := part(found))] + [report_sections.how(found, run.command)]
+    about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; " if found.base else ""
+    about += f"report {run.attempt.fingerprint[:8]}"
+    write_page(out, "report", f"longreach: {recipe.name}", about, headline(found), sections)
+    return {"headline": headline(found), "metrics": metrics(found), "table": short_table(found)}
+
+
+def write_page(out: Path, name: str, title: str, about: str, headline: str, sections: list[Section]) -> None:
+    """NAME.html, NAME.md and the figures that it refers to."""
+    (out / f"{name}.html").write_text(html_page(title, about, headline, sections), encoding="utf-8")
+    (out / f"{name}.md").write_text(markdown(title, about, headline, sections), encoding="utf-8")
     for picture in (p for section in sections for block in section.blocks if isinstance(block, list) for p in block):
         (out / picture.file).write_bytes(picture.png)
-    return {"headline": headline(found), "metrics": metrics(found)}
+
+
+def short_table(found: Found) -> str:
+    """Perplexity at the greatest length and costs, below TABLE_CHARACTERS: rows that do not fit are counted."""
+    columns = report_sections.columns_of(found)
+    short = [column for column in columns if column[0].startswith("perplexity")][-1:]
+    short += [column for column in columns if column[1] in ("wall clock", "peak GiB")]
+    short += [column for column in columns if column[0].startswith("speed-up")][:1]
+    words = {"perplexity": "perplexity at ", "speed-up": "speed-up vs "}
+    heads = ["model", *(words.get(group.split()[0], "") + head.partition("\n")[0] for group, head, _ in short)]
+    names = {name: name + f" ({m.about})" * m.kind.startswith("failed") for name, m in found.compared.items()}
+    rows = [[shown, *(cells[name].partition("\n")[0] for *_, cells in short)] for name, shown in names.items()]
+    text, many = markdown_table(Table("", heads, rows)), len(rows)
+    while len(text) >= TABLE_CHARACTERS:
+        many -= 1
+        text = markdown_table(Table("", heads, rows[:many])) + f"\n\n{len(rows) - many} more models are in the report."
+    return text if rows else ""
 
 
 def headline(found: Found) -> str:
     """What was gained at the greatest length, and at what cost: a sentence each, where there is something to say."""
-    nothing = f"{len(found.artifacts)} stages ran; no perplexity of the base or of an arm was measured."
-    return " ".join([*_gained(found), *_paid(found)]) or nothing
+    nothing = f"{len(found.artifacts)} stages are done; no perplexity of the base or of an arm was measured."
+    return " ".join(_lost(found) + ([*_gained(found), *_paid(found)] or [nothing]))
+
+
+def _lost(found: Found) -> list[str]:
+    """What failed, by its own fault first."""
+    causes = {label: brief(why) for label, why in found.failed.items() if not why.startswith(NOT_RUN)}
+    if not found.failed:
+        return []
+    listed = ", ".join(f"{label} ({why})" for label, why in list(causes.items())[:5]) + " …" * (len(causes) > 5)
+    said = f"{len(found.failed)} of {len(found.failed) + len(found.artifacts)} stages failed: {listed}"
+    waiting = len(found.failed) - len(causes)
+    return [f"{said}, and {waiting} that could not run without them." if waiting else f"{said}."]
 
 
 def _gained(found: Found) -> list[str]:
@@ -98,7 +143,8 @@ def metrics(found: Found) -> dict[str, float]:
     for name, model in found.models.items():
         tag = plain(name)
         values |= {f"eval/{key}/{tag}": value for s in model.scores.values() for key, value in s["summary"].items()}
-        values |= {f"cost/{key}/{tag}": model.training[key] for key in COSTS if model.training}
+        if model.training:
+            values |= {f"cost/{key}/{tag}": model.training[key] for key in COSTS} | {f"cost/mfu/{tag}": model.mfu}
         for against, tune in (("full", "all"), ("lora", "lora")):
             if model.kind == "finetune" and (other := found.yardstick(tune)):
                 values[f"compare/speedup_vs_{against}/{tag}"] = model.ratio(other, "tokens_per_s")

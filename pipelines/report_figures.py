@@ -22,6 +22,8 @@ from evaluation.figures import COLOURS
 from pipelines.report_page import Picture
 
 WIDTH = 5.4
+MOST = 12
+"""Curves, or bars of a panel, that can still be told apart; what comes later is left out, and the sentence says so."""
 SOFT = "#59636e"
 LOOK: dict[Any, Any] = {
     "font.size": 11, "legend.fontsize": 10, "legend.frameon": False, "grid.color": "#e3e7eb",
@@ -59,7 +61,7 @@ def lines(
     ticks: Sequence[float] = (),
     marks: Mapping[str, float] | None = None,
 ) -> Picture:
-    """Curves of (x, y); a y that is not finite is left out.
+    """The first MOST curves of (x, y); a y that is not finite is left out.
 
     Args:
         axis_names: of x and y, with units.
@@ -67,15 +69,18 @@ def lines(
         ticks: the x that were measured, drawn as marked points on a logarithmic axis; none: x is linear.
         marks: vertical lines by name.
     """
-    fig, axes = _figure(4.2, title)
+    curves, says = _first(curves, says)
+    columns = max(1, min(4, len(curves), 76 // (8 + max(map(len, curves), default=0))))
+    fig, axes = _figure(4.2 + 0.22 * max(0, math.ceil(len(curves) / columns) - 2), title)
     heights = [y for curve in curves.values() for _, y in curve if math.isfinite(y)] or [1.0]
     for name, curve in curves.items():
         xy = np.array([point for point in curve if math.isfinite(point[1])]).reshape(-1, 2)
         colour, marker, line = look[name]
-        marker = marker if ticks or len(xy) == 1 else ""
-        axes.plot(*xy.T, line, color=colour, marker=marker, lw=1.8, ms=5.5, label=name)
+        marker = marker if ticks or len(xy) == 1 or line == "none" else ""
+        axes.plot(*xy.T, linestyle=line, color=colour, marker=marker, lw=1.8, ms=5.5, label=name)
     axes.set_xlabel(axis_names[0])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_ylabel(axis_names[1])
     if log and 0 < 2 * min(heights) < max(heights):
         axes.set_yscale("log")
@@ -91,7 +96,7 @@ def lines(
         axes.axvline(x, color=SOFT, lw=1.2, ls=":", zorder=0)
         axes.text(x, 0.98, f"{name} ", color=SOFT, size=9.5, ha="right", va="top", transform=axes.get_xaxis_transform())
     axes.grid(True)
-    fig.legend(loc="outside lower center", ncols=4 if sum(map(len, curves)) < 30 else 3, handlelength=2.4)
+    fig.legend(loc="outside lower center", ncols=columns, handlelength=2.4)
     return _picture(fig, file, title, says)
 
 
@@ -99,7 +104,9 @@ def lines(
 def bars(
     file: str, title: str, says: str, panels: Mapping[str, Mapping[str, float]], look: Mapping[str, Style]
 ) -> Picture:
-    """Horizontal bars with their values, a panel a quantity; its name carries the unit."""
+    """Horizontal bars with their values, a panel a quantity; its name carries the unit. The first MOST of each."""
+    cut = [_first(values, says) for values in panels.values()]
+    panels, says = dict(zip(panels, (values for values, _ in cut), strict=True)), cut[0][1]
     fig = Figure(layout="constrained")
     fig.set_size_inches(WIDTH, 0.4 + len(panels) * (0.55 + 0.32 * max(map(len, panels.values()))))
     fig.suptitle(title, x=0.01, ha="left", size=12, weight="bold")
@@ -118,16 +125,16 @@ def bars(
 @rc_context(LOOK)
 def grid(
     file: str, title: str, says: str, names: tuple[str, str], columns: Sequence[str],
-    rows: Mapping[str, Sequence[tuple[float, str]]],
+    rows: Mapping[str, Sequence[tuple[float, str]]], top: float,
 ) -> Picture:  # fmt: skip
-    """Cells of (value, text), dark where it is high, white where NaN; `names` are the x axis' and the value's."""
+    """Cells of (value, text), dark towards `top`, white where NaN; `names` are the x axis' and the value's."""
+    rows, says = _first(rows, says)
     values = [[value for value, _ in cells] for cells in rows.values()]
-    top = max([1e-9, *(value for line in values for value in line if math.isfinite(value))])
     fig, axes = _figure(1.6 + 0.48 * len(rows), title)
     image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=top)
     for y, cells in enumerate(rows.values()):
         for x, (value, text) in enumerate(cells):
-            axes.text(x, y, text, ha="center", va="center", color="white" if value > 0.6 * top else "black", size=10)
+            axes.text(x, y, text, ha="center", va="center", color="white" if value > 0.6 * top else "black", size=9)
     axes.set_xlabel(names[0])
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), list(rows))
@@ -135,6 +142,11 @@ def grid(
     axes.tick_params(length=0)
     fig.colorbar(image, label=names[1])
     return _picture(fig, file, title, says)
+
+
+def _first(those: Mapping[str, Any], says: str) -> tuple[Mapping[str, Any], str]:
+    left = len(those) - MOST
+    return dict(list(those.items())[:MOST]), f"{says} {left} more are left out." if left > 0 else says
 
 
 def _figure(height: float, title: str) -> tuple[Figure, Any]:

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from infra.artifact import Artifact
+from pipelines.recipe import PriceRecipe
 from pipelines.stage import STAGES
+
+POINTS = 500
+"""Steps of a run that are read for its curves."""
+NOT_RUN = "not run, since "
+"""How the reason of a stage begins that failed only because one before it did."""
 
 
 @dataclass
@@ -20,13 +29,13 @@ class Model:
 
     name: str
     kind: str
-    """baseline, finetune or pretrain."""
+    """baseline, finetune or pretrain; `failed finetune` or `failed pretrain` where training did not end."""
     about: str
     """What was done to it, in a few words."""
     training: dict[str, Any] = field(default_factory=dict)
     """What training.json holds; empty for a baseline."""
     steps: list[dict[str, Any]] = field(default_factory=list)
-    """metrics.jsonl."""
+    """metrics.jsonl; of a long run about POINTS of its lines."""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """scores.json by evaluation."""
 
@@ -42,6 +51,19 @@ class Model:
         """This model's cost over another one's."""
         return self.training[key] / other.training[key]
 
+    @property
+    def rank_hours(self) -> float:
+        """Wall clock of training times ranks."""
+        return self.training["wall_s"] * self.training["ranks"] / 3600
+
+    @property
+    def mfu(self) -> float:
+        """FLOPs that a step needs over what the ranks do in plain matrix products; NaN where they were not counted."""
+        if not (said := self.training.get("predicted")):
+            return math.nan
+        rate = self.training["machine"]["matmul"] * self.training["ranks"]
+        return said["flops"] / self.training["step_s_median"] / rate
+
 
 @dataclass
 class Found:
@@ -54,6 +76,9 @@ class Found:
     packs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """packed.json and report.json, by label."""
     models: dict[str, Model] = field(default_factory=dict)
+    prices: PriceRecipe = field(default_factory=PriceRecipe)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Label -> why."""
 
     def of(self, *kinds: str) -> dict[str, Model]:
         """Models of these kinds."""
@@ -67,7 +92,12 @@ class Found:
     @property
     def compared(self) -> dict[str, Model]:
         """The base's descendants, whose numbers compare."""
-        return self.of("baseline", "finetune")
+        return self.of("baseline", "finetune", "failed finetune")
+
+    @property
+    def trained(self) -> dict[str, Model]:
+        """Those of them that training made, so that they have a cost."""
+        return {name: model for name, model in self.compared.items() if model.training}
 
     def ppl(self, protocol: str = "last_stride") -> dict[int, dict[str, dict[str, Any]]]:
         """Perplexity over all documents, by context length and model."""
@@ -81,12 +111,13 @@ class Found:
 
     def last_tokens(self) -> str:
         """Which tokens the `last_stride` protocol scores."""
-        recipe = next(m.scores["perplexity"]["recipe"] for m in self.models.values() if "perplexity" in m.scores)
-        return f"last {recipe['last_tokens']} tokens"
+        asked = [m.scores["perplexity"]["recipe"] for m in self.models.values() if "perplexity" in m.scores]
+        return f"last {' or '.join(str(n) for n in sorted({recipe['last_tokens'] for recipe in asked}))} tokens"
 
     def where(self) -> str:
-        """What ratios of speed depend on."""
-        return f"rows of {self.packs['pack']['seq_len']:,} tokens, width {self.base['hidden']:,}"
+        """What ratios of speed depend on, as far as it is known."""
+        rows = [f"rows of {pack['seq_len']:,} tokens" for label, pack in self.packs.items() if label == "pack"]
+        return ", ".join(rows + ([f"width {self.base['hidden']:,}"] if self.base else []))
 
 
 def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[int, dict[str, dict[str, Any]]]:
@@ -98,22 +129,25 @@ def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[i
     return dict(sorted(found.items()))
 
 
-def gather(artifacts: dict[str, Artifact]) -> Found:
-    """Read what the artifacts hold, by label.
+def gather(
+    artifacts: dict[str, Artifact], prices: PriceRecipe | None = None, failed: Mapping[str, str] | None = None
+) -> Found:
+    """Read what the artifacts hold, by label; any of them may be missing.
 
     Raises:
         ValueError: an artifact of an unknown stage, or a file that is not what it should be.
     """
-    found, arms = Found(artifacts), {}
+    found, arms = Found(artifacts, prices=prices or PriceRecipe(), failed=dict(failed or {})), {}
     for label, artifact in artifacts.items():
         match artifact.stage:
             case "convert":
-                found.base = artifact.summary["origin"] | artifact.summary
+                # the first; another one is where a retraining starts
+                found.base = found.base or artifact.summary["origin"] | artifact.summary
             case "pack":
                 found.packs[label] = artifact.summary | read(artifact, "report.json", "length_histogram", "bad")
             case "finetune" | "pretrain" as kind:
                 name, facts = label.partition("[")[2].removesuffix("]"), artifact.summary
-                steps = (artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
                 arms[name] = Model(name, kind, about_arm(facts), facts, [json.loads(line) for line in steps])
             case "evaluate":
                 choices = artifact.manifest["identity"]["recipe"]
@@ -123,12 +157,45 @@ def gather(artifacts: dict[str, Artifact]) -> Found:
                 model.scores[choices["eval"]] = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
                 if (drawn := artifact.path / f"{choices['eval']}.png").is_file():
                     model.figures[choices["eval"]] = drawn.read_bytes()
-            case "merge" | "tokenizer":
+            case "merge" | "tokenizer" | "release" | "promote":
                 pass  # what they give is seen in the arms
             case other:
                 raise ValueError(f"{label}: the report does not know stage {other!r}; it knows {', '.join(STAGES)}")
     found.models |= arms  # after the baselines
+    for label, reason in found.failed.items():
+        stage, _, rest = label.removesuffix("]").partition("[")
+        name, _, evaluation = rest.partition(",")
+        if stage in ("finetune", "pretrain"):
+            found.models[name] = Model(name, f"failed {stage}", f"failed: {brief(reason)}")
+        elif name in found.models and not reason.startswith(NOT_RUN):
+            found.models[name].about += f"; {evaluation or stage} failed: {brief(reason)}"
     return found
+
+
+def brief(reason: str) -> str:
+    """Why a stage failed, in a table's cell: lack of memory by that name, else the first line, shortened."""
+    if re.search(r"out ?of ?memory|low on memory|oom.?kill", reason, re.IGNORECASE):
+        return "out of memory"
+    return textwrap.shorten(next(iter(reason.splitlines()), "no reason given"), 100, placeholder=" …")
+
+
+def thinned(lines: list[str]) -> list[str]:
+    """Of a long run's steps about POINTS, evenly spread with the last; and as many of those that were measured more."""
+    kept: set[int] = set()
+    for needle in ("", '"validation_loss"', '"sink_mass"'):
+        those = [n for n, line in enumerate(lines) if needle in line]
+        kept.update(those[:: max(1, -(-len(those) // POINTS))], those[-1:])
+    return [lines[n] for n in sorted(kept)]
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points (x, y) that no other undercuts in one and equals in the other, by x: Pareto's frontier."""
+    names, least = [], math.inf
+    for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
+        if y < least:
+            names.append(name)
+            least = y
+    return names
 
 
 def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:

@@ -120,11 +120,16 @@ def _markdown(block: Block) -> str:
         return f"```\n{block}\n```" if isinstance(block, Code) else _plain(block)
     if isinstance(block, list):
         return "\n\n".join(f"![{_plain(p.title)}]({p.file})\n\n{_plain(p.says)}" for p in block)
+    return f"{_plain(block.caption)}\n\n{markdown_table(block)}\n\n{_plain(block.legend)}".strip()
+
+
+def markdown_table(block: Table) -> str:
+    """Its columns and rows alone."""
     over = [text for text, n in block.groups for _ in range(n)] or [""] * len(block.columns)
     columns = [f"{group}\n{name}" if group else name for group, name in zip(over, block.columns, strict=True)]
     rows = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in (columns, *block.rows)]
     rows.insert(1, "|---" + "|---:" * (len(columns) - 1) + "|")
-    return "\n".join([_plain(block.caption), "", *rows, "", _plain(block.legend)]).rstrip()
+    return "\n".join(rows)
 
 
 def _markdown_cell(text: str) -> str:

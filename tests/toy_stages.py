@@ -48,3 +48,11 @@ def toy(*, recipe: ToyRecipe, resources: Any, out: Path, run: Any, **inputs: Any
     )
     run.spool.metrics({"toy/length": len(recipe.text)}, step=1)
     return {"text": recipe.text, "resumed": resumed}
+
+
+def toy_report(*, recipe: Any, resources: Any, out: Path, run: Any, **inputs: Any) -> dict[str, Any]:
+    """As `toy`; the report on what was done, where something failed, names that."""
+    if isinstance(recipe, ToyRecipe):
+        return toy(recipe=recipe, resources=resources, out=out, run=run, **inputs)
+    (out / "report.html").write_text(str(recipe.failed))
+    return {"failed": recipe.failed, "labels": recipe.labels}

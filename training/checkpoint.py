@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from infra.artifact import file_digest
+from infra.share import Share
 from training.loss import causal_lm
 from training.model import load_model
 from training.recipe import RopeRecipe
@@ -50,12 +52,16 @@ def save(
     keep_last: int,
     best: Iterable[int] = (),
     attach: Iterable[Path] = (),
+    share: Share | None = None,
+    acts: bool | None = None,
 ) -> Path:
     """Called by every rank. Returns the published checkpoint; older ones beyond `keep_last` are removed.
 
     best: steps whose checkpoints stay however old they are. attach: files that are copied in, so that they go back in
-    time with it.
+    time with it. share: also upload it, for nodes that do not see this disk. acts: what
+    `acts_for_disk` said; None: rank 0 alone does.
     """
+    acts = dist.get_rank() == 0 if acts is None else acts
     name = path_of(folder, step).name
     draft = folder / f".draft-{name}"
     state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # may be converted
@@ -66,17 +72,84 @@ def save(
     if dist.get_rank() == 0:
         for path in attach:
             shutil.copyfile(path, draft / path.name)
+    files: dict[str, list[Any]] = {}
+    if acts:  # for what is on this rank's disk
+        draft.mkdir(exist_ok=True)
         files = {p.name: [p.stat().st_size, file_digest(p)] for p in sorted(draft.iterdir())}
-        about = {"step": step, "identity": identity, **layout(engine), "files": files}
+    nodes: list[dict[str, list[Any]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(nodes, files)
+    if acts:
+        whole_files = {name: about for part in nodes for name, about in sorted(part.items())}
+        if sum(map(len, nodes)) != len(whole_files):
+            raise RuntimeError(
+                f"{draft}: several nodes hold files of one name: remove the attempt's folder on all of them"
+            )
+        about = {"step": step, "identity": identity, **layout(engine), "files": whole_files}
         (draft / MANIFEST).write_text(json.dumps(about, indent=1))
         shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one of the same step, passed over on resume
         os.replace(draft, folder / name)
+        if share:
+            share.push(folder / name, last=MANIFEST)
+    dist.barrier()
+    if acts:
+        if share and dist.get_rank() == 0:
+            share.seal(folder / name / MANIFEST)
         kept = {path_of(folder, step) for step in best}
         for old in sorted(folder.glob("step-*"))[:-keep_last]:
             if old not in kept:
                 shutil.rmtree(old)
+                if share and dist.get_rank() == 0:
+                    share.remove(old)
     dist.barrier()
     return folder / name
+
+
+def pull(
+    share: Share, folder: Path, *, identity: str, acts: bool, step: int | None = None
+) -> tuple[Path | None, list[str]]:
+    """Called by every rank: the newest whole checkpoint in the store (of a step) comes to every node's `folder`.
+
+    Ranks agree on which: one that is damaged on any node is passed over by all. Returns it, and a line for each that
+    was passed over.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = [share.sealed("work/checkpoints", MANIFEST)]
+    dist.broadcast_object_list(found)
+    passed_over: list[str] = []
+    for name, place in found[0]:
+        if step is not None and name != path_of(folder, step).name:
+            continue
+        wrong = None
+        if acts and (wrong := problem(folder / name, identity=identity)):
+            share.pull_from(place, folder / name)
+            wrong = problem(folder / name, identity=identity)
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, wrong)
+        if not any(answers):
+            return folder / name, passed_over
+        passed_over.append(f"{place} passed over: {next(filter(None, answers))}")
+    return None, passed_over
+
+
+def acts_for_disk(folder: Path) -> bool:
+    """Called by every rank: whether this one acts for the disk that `folder` is on. One of each disk does, whether
+    nodes share it or not. Drafts that a kill left there are removed."""
+    first_here, mark = os.environ.get("LOCAL_RANK", "0") == "0", [uuid.uuid4().hex]
+    dist.broadcast_object_list(mark)
+    seen = folder / f".rank0-{mark[0]}"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        seen.touch()
+    dist.barrier()
+    acts = dist.get_rank() == 0 or (first_here and not seen.exists())
+    dist.barrier()
+    if acts:
+        seen.unlink(missing_ok=True)
+        for draft in folder.glob(".draft-*"):
+            shutil.rmtree(draft)
+    dist.barrier()
+    return acts
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -115,12 +188,13 @@ def newest_valid(folders: Iterable[Path], *, identity: str) -> tuple[Path | None
     return None, passed_over
 
 
-def load(engine: Any, path: Path, scratch: Path) -> int:
+def load(engine: Any, path: Path, scratch: Path, *, acts: bool | None = None) -> int:
     """Loads weights and optimizer state on every rank; returns the number of steps done. The base is loaded already.
 
     One that was written by another number of ranks goes through DeepSpeed's universal format, in `scratch`. Then the
     next step is no longer bitwise the same: sums over ranks are added in another order.
     """
+    acts = dist.get_rank() == 0 if acts is None else acts
     written = {key: json.loads((path / MANIFEST).read_text())[key] for key in layout(engine)}
     if written["zero_stage"] != engine.zero_optimization_stage():
         raise ValueError(
@@ -129,7 +203,7 @@ def load(engine: Any, path: Path, scratch: Path) -> int:
         )
     universal = written != layout(engine) and bool(written["zero_stage"])  # without ZeRO all ranks hold the same
     if universal:
-        if dist.get_rank() == 0:
+        if acts:
             _convert(path, scratch / path.name)
         dist.barrier()
         path = scratch / path.name
@@ -148,7 +222,7 @@ def load(engine: Any, path: Path, scratch: Path) -> int:
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not load {path}")
     dist.barrier()
-    if universal and dist.get_rank() == 0:
+    if universal and acts:
         shutil.rmtree(scratch)
     return state["step"]
 

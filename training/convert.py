@@ -74,7 +74,7 @@ def source_digest(source: str, revision: str | None = None) -> str:
     if kind == "hub":
         return f"hub:{name}@{revision or 'default'}"
     if kind == "models":
-        return "models:{0.name}:{0.version}:{0.run_id}".format(version_of(name))
+        return "models:{0.name}:{0.version}:{0.source}".format(version_of(name))
     digest = xxhash.xxh3_128()
     if is_adapter(Path(name)):
         digest.update(source_digest(base_of(Path(name))).encode())
@@ -237,7 +237,8 @@ def _licence(folder: Path) -> str:
         from huggingface_hub import ModelCard
 
         if licence := ModelCard.load(card, ignore_metadata_errors=True).data.get("license"):
-            return str(licence)
+            other = ModelCard.load(card, ignore_metadata_errors=True).data.get("license_name")
+            return str(other if licence == "other" and other else licence)
     return next((f"see {p.name}" for p in sorted(folder.glob("LICENSE*"))), "unknown")
 
 

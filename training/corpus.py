@@ -176,7 +176,7 @@ def _files(source: SourceRecipe, base_dir: Path) -> list[tuple[str, Path]]:
 
 
 def _fetched(pattern: str) -> list[Path]:
-    """Local copies of the objects that match an fsspec URL's pattern, by their keys; a changed object is fetched anew."""
+    """Local copies of the objects that match an fsspec URL's pattern, by their keys; a changed one is fetched anew."""
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from attention.hf import active_pattern, set_pattern
 from attention.pattern import Pattern
 from attention.sink_mass import sink_mass
 from attention.ulysses import ALONE, SequenceRanks, part_of, sequence_ranks
+from infra import relay
 from infra.artifact import digest_of
 from infra.environment import system_metrics
 from infra.launch import OutOfMemory, Stopped, Superseded
-from infra.tracking import Spool
 from training import checkpoint, throughput, zero
 from training.batches import PackedRows, RowOrder
 from training.longlora import apply_arm, trainable_parameters
@@ -128,7 +127,8 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     if optim.validate_every_steps:
         held_out = validation_rows(Path(todo.corpus), optim.validation_rows, drop_first=drops_first(todo))
         held_out = [part_of(row, shared) for row in held_out]
-    done, notes, losses, validated = resume(engine, checkpoints, todo.earlier, identity, log)
+    acts = checkpoint.acts_for_disk(checkpoints)
+    done, notes, losses, validated = resume(engine, checkpoints, todo, identity, log, acts)
     skips = Skips(optim, losses)
     if log and (share := embedding_share(facts)) > LARGE_EMBEDDING and todo.arm.tune != "all":
         log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
@@ -146,6 +146,8 @@ def _train(todo: TrainJob) -> dict[str, Any]:
             keep_last=resources.keep_last,
             best=[s for s in ranked if s == step or checkpoint.path_of(checkpoints, s).exists()][: resources.keep_best],
             attach=[out / "metrics.jsonl"],
+            share=todo.share,
+            acts=acts,
         )
         clock.lap("checkpoint")
         saving.update(clock.laps)
@@ -161,7 +163,9 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         set_active(model, pattern_of(todo, step), shared)
         micro_rows = order.for_rank(step, lane, lanes, resources.micro_batch_rows)
         batches = [part_of(rows.batch(ids, drop_first=drops_first(todo)), shared) for ids in micro_rows]
-        stop_asked = todo.stop_file is not None and Path(todo.stop_file).exists()
+        stop_asked = todo.stop_file is not None and (
+            Path(todo.stop_file).exists() or (log is not None and log.stop_asked)
+        )
         # One mean over the targets of the whole global batch, however they are spread: the ranks agree on their number.
         targets, tokens, stop = all_sum(
             engine,
@@ -222,7 +226,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
                         f"{why}; {skips.in_a_row} steps in a row, {'again after' if saved else 'no checkpoint for'}"
                         f" going back: lower learning_rate ({rate:g}) or look at these rows"
                     )
-                step, more, _, validated = resume(engine, checkpoints, todo.earlier, identity, log)
+                step, more, _, validated = resume(engine, checkpoints, todo, identity, log, acts)
                 saved, notes = step, notes + more
                 skips.go_back()
                 continue
@@ -239,8 +243,9 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         if not validated:
             raise FloatingPointError("result 'best', but no validation loss was a number: lower learning_rate")
         if (leaving := min(validated, key=lambda s: validated[s])) != step:
-            path = best_of(leaving, checkpoints, todo.earlier, identity)
-            checkpoint.load(engine, path, checkpoints / ".universal")
+            pulled = todo.share and checkpoint.pull(todo.share, checkpoints, identity=identity, acts=acts, step=leaving)
+            path = (pulled and pulled[0]) or best_of(leaving, checkpoints, todo.earlier, identity)
+            checkpoint.load(engine, path, checkpoints / ".universal", acts=acts)
     (peak_gib,) = all_sum(engine, [throughput.peak_gib()])
     checkpoint.export(model, tokenizer, out, start=start, steps=leaving)
     if not log:
@@ -250,6 +255,8 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     summary |= {"pattern": str(pattern_of(todo, 0)), "pattern_at_the_end": str(pattern_of(todo, optim.steps - 1))}
     summary |= {"resumed_from_step": done, "left_after_step": leaving, "notes": notes, **todo.choices()}
     (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if todo.share:
+        todo.share.push(out)  # for the node that publishes it
     return summary
 
 
@@ -395,7 +402,7 @@ def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
 
 
 def resume(
-    engine: Any, own: Path, earlier: tuple[str, ...], identity: str, log: StepLog | None
+    engine: Any, own: Path, todo: TrainJob, identity: str, log: StepLog | None, acts: bool
 ) -> tuple[int, list[str], list[tuple[int, float]], dict[int, float]]:
     """Loads the newest valid checkpoint of this attempt or an earlier one.
 
@@ -404,11 +411,10 @@ def resume(
     number of steps.
     """
     found: list[Any] = [None, [], [], []]
+    pulled = checkpoint.pull(todo.share, own, identity=identity, acts=acts) if todo.share else None
     if dist.get_rank() == 0:
-        for draft in own.glob(".draft-*"):  # left by a kill; nobody else writes here
-            shutil.rmtree(draft)
-        folders = [own, *(Path(work) / "checkpoints" for work in earlier)]
-        path, passed_over = checkpoint.newest_valid(folders, identity=identity)
+        folders = [own, *(Path(work) / "checkpoints" for work in todo.earlier)]
+        path, passed_over = pulled or checkpoint.newest_valid(folders, identity=identity)
         assert log is not None, "rank 0 keeps the record"
         log.restart(path / "metrics.jsonl" if path else None)
         for note in passed_over:
@@ -419,7 +425,9 @@ def resume(
         found = [path, passed_over, losses, validated]
     dist.broadcast_object_list(found)
     path, notes, losses, validated = found
-    return checkpoint.load(engine, path, own / ".universal") if path else 0, notes, losses, dict(validated)
+    path = pulled[0] if pulled else path  # on this node's own disk
+    done = checkpoint.load(engine, path, own / ".universal", acts=acts) if path else 0
+    return done, notes, losses, dict(validated)
 
 
 def best_of(step: int, own: Path, earlier: tuple[str, ...], identity: str) -> Path:
@@ -436,7 +444,7 @@ class StepLog:
 
     def __init__(self, path: Path, spool: str | None) -> None:
         self.path = path
-        self.spool = Spool(spool) if spool else None
+        self.spool = relay.spool(spool) if spool else None
         self.label = Path(spool).name.split("--")[0] if spool else ""
         self.rows: list[dict[str, Any]] = []
         # Steps that this attempt already told the spool, before its ranks were restarted: told once is enough.
@@ -474,6 +482,11 @@ class StepLog:
         if self.spool:
             name = f"{self.label} step {step}"
             self.spool.model(name, f"{identity}-{step}", losses, step=step, tags={"checkpoint": path, "step": step})
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether the driver, on another node, was asked to stop."""
+        return bool(self.spool and self.spool.stop_asked)
 
     def note(self, text: str) -> None:
         """Something that a reader of the run should know."""

@@ -12,7 +12,7 @@ No torch here: `longreach plan` reads this in milliseconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from infra.resources import Resources
@@ -32,6 +32,8 @@ OPTIMIZER_BYTES = 7 * 4
 """AdamW reads weight, gradient and two moments, and writes three of them."""
 SHARDED_BYTES = 6 * 4
 """ZeRO copies each gradient into a bucket and into its owner's part, and each new weight back into the model."""
+LIVE = 1e9
+"""Weights that ZeRO-3 keeps whole on each GPU at most (DeepSpeed's stage3_max_live_parameters)."""
 PROCESS_GIB = 0.65
 """A rank with torch, DeepSpeed and Ray before it has a model, where none was measured."""
 
@@ -141,6 +143,8 @@ class Machine:
     """A rank before it has a model."""
     exchange: float | None = None
     """Bytes of a tensor that all ranks add up (all-reduce); None for a rank alone."""
+    host: float | None = None
+    """Bytes between a GPU and what was offloaded to its host's memory; None where that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,8 @@ class Prediction:
     """The same by what it is for."""
     step_s: float | None
     """Seconds; None for a machine that was not measured."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """The same by what they go into; nothing is taken to overlap."""
 
 
 def mean_keys(attention: AttentionRecipe, document: float) -> float:
@@ -194,22 +200,27 @@ def predict(
     memory = _memory(shape, arm, trained, resources, seq_len)
     memory["process"] = (machine.process_gib if machine else PROCESS_GIB) * GIB * (not resources.gpus_per_worker)
     by_kind = {kind: world * size / GIB for kind, size in memory.items()}
-    step_s = None
-    if machine:
-        share = tokens / world
-        step_s = share * (forward * (1 + again) + backward + loss) / machine.matmul
-        step_s += (
-            share * attention * ((1 + again) / machine.attention + ATTENTION_BACKWARD / machine.attention_backward)
-        )
-        step_s += share * _traffic(shape, arm) * (1 + again / 3) / machine.bytes
-        step_s += share * LOSS_PASSES * 4 * shape.vocab / machine.bytes
-        count, sharded = sum(trained.values()), resources.zero_stage > 0
-        step_s += count * (OPTIMIZER_BYTES / (world if sharded else 1) + SHARDED_BYTES * sharded) / machine.bytes
-        if machine.exchange:
-            passes = rows * resources.sequence_parallel / (world * resources.micro_batch_rows)
-            moved = _exchanged(shape, count, passes, resources.zero_stage)
-            step_s += moved * (2 if resources.dtype == "bfloat16" else 4) / machine.exchange
-    return Prediction(flops, sum(by_kind.values()), by_kind, step_s)
+    if machine is None:
+        return Prediction(flops, sum(by_kind.values()), by_kind, None)
+    share, count = tokens / world, sum(trained.values())
+    size, stage = 2 if resources.dtype == "bfloat16" else 4, resources.zero_stage
+    sharded, passes = stage > 0, rows * resources.sequence_parallel / (world * resources.micro_batch_rows)
+    product = (1 + again) / machine.attention + ATTENTION_BACKWARD / machine.attention_backward
+    moved = share * (_traffic(shape, arm, size) * (1 + again / 3) + LOSS_PASSES * 4 * shape.vocab)
+    updated = count * (OPTIMIZER_BYTES / (world if sharded else 1) + SHARDED_BYTES * sharded)
+    seconds = {
+        "matrices": share * (forward * (1 + again) + backward + loss) / machine.matmul,
+        "attention": share * attention * product,
+        "elementwise": moved / machine.bytes,
+        "optimizer": updated / machine.bytes,
+    }
+    if machine.exchange:
+        numbers = _exchanged(shape, count, passes, stage) + share * _resharded(shape, resources)
+        seconds["exchange"] = numbers * size / machine.exchange
+    if machine.host and resources.gpus_per_worker and resources.offload != "none":
+        fetched = count * OPTIMIZER_BYTES + resources.offload_parameters * 2 * passes * size * shape.parameters
+        seconds["host"] = fetched / world / machine.host
+    return Prediction(flops, sum(by_kind.values()), by_kind, sum(seconds.values()), seconds)
 
 
 def _exchanged(shape: Shape, count: int, passes: float, zero_stage: int) -> float:
@@ -220,6 +231,15 @@ def _exchanged(shape: Shape, count: int, passes: float, zero_stage: int) -> floa
     """
     gathered = {0: 0.0, 1: count / 2, 2: count / 2, 3: passes * shape.parameters}[zero_stage]
     return count * (passes if zero_stage >= 2 else 1) + gathered
+
+
+def _resharded(shape: Shape, resources: Resources) -> float:
+    """Numbers a token of a rank's own that ranks sharing a row exchange, in all-reduced ones: q, k, v and the result of
+    each layer change hands in the forward pass, its repetition and the backward; sending to others counts half."""
+    ranks, repeated = resources.sequence_parallel, bool(resources.activation_checkpointing)
+    if ranks == 1:
+        return 0.0
+    return (2 + repeated) * shape.layers * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * (ranks - 1) / ranks / 2
 
 
 def outputs(shape: Shape, arm: ArmRecipe) -> int:
@@ -257,15 +277,18 @@ def _memory(
     layer = outputs(shape, arm) if not resources.gpus_per_worker else _saved(shape, arm, stage)
     kept = (shape.layers * shape.hidden + layer) if resources.activation_checkpointing else shape.layers * layer
     chunk = min(tokens, LOSS_CHUNK) * shape.vocab
+    away = resources.offload_parameters and not on_device
+    gradients = {0: 1.0, 1: 1.0, 2: 1 + 1 / world, 3: on_device / world}[stage]
     return {
-        "weights": size * shape.parameters / (world if stage == 3 else 1),
-        "gradients": size * count * (1 + 1 / world if stage == 2 else 1 / world if stage == 3 else 1),
+        "weights": size * shape.parameters / (world if stage == 3 else 1) * (not away),
+        "gathered": size * min(LIVE, shape.parameters) * (stage == 3 and world > 1 and bool(resources.gpus_per_worker)),
+        "gradients": size * count * gradients,
         "optimizer": (4 * (2 + bool(stage or size < 4)) * count / share) * on_device,
         "activations": size * kept * tokens,
         "loss": 4 * chunk + size * tokens * shape.hidden + 4 * shape.embedding_parameters * bool(trained["embed"]),
     }
 
 
-def _traffic(shape: Shape, arm: ArmRecipe) -> float:
+def _traffic(shape: Shape, arm: ArmRecipe, size: int) -> float:
     """Bytes a token that a step's elementwise operations move, the backward twice as many as the forward."""
-    return 4 * 3 * PASSES * shape.layers * outputs(shape, arm)
+    return size * 3 * PASSES * shape.layers * outputs(shape, arm)

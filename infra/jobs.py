@@ -1,0 +1,320 @@
+"""Send a run to a Ray cluster through Ray's Jobs API, and look after it: follow, list, stop.
+
+What travels is a folder made for it: the sources of the packages named in PACKAGES and the recipe's file, about 1 MB.
+It is a list of what goes, not of what stays behind, so no checkout, artifact or file with a password goes along, and
+nothing assumes a disk that both machines see. The cluster runs `python -m pipelines run` in that folder; that driver
+may be submitted again at any time: what is published is reused, what is half done resumed, and a run that finds another
+one of its recipe alive exits 75.
+
+No environment variable of this machine is sent, since a job's environment can be read in the dashboard: the store's and
+MLflow's credentials belong to the cluster's pods (envFrom a Secret). The token of Ray's API is looked for as Ray does:
+RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
+
+    print(Submission("demo", b"name: demo", ("finetune.steps=2",)).as_json("http://127.0.0.1:8265"))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra import kubernetes
+from infra.resources import Resources
+
+PACKAGES = ("attention", "infra", "training", "evaluation", "pipelines")
+SUFFIXES = (".py", ".yaml", ".tmpl")
+RECIPE = "recipe.yaml"
+WORKDIR = "/tmp/longreach"
+"""store.workdir on a cluster: the job's own folder is deleted with the job."""
+PATIENCE_S = 60
+"""Seconds that a stopped driver has before it is killed; Ray's own 3 are too few to write checkpoints."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is sent; nothing else leaves this machine.
+
+    Raises:
+        ValueError: a password in it, which the dashboard would show.
+    """
+
+    name: str
+    recipe: bytes
+    """The recipe's file."""
+    overrides: tuple[str, ...] = ()
+    pip: tuple[str, ...] = ()
+    """What the cluster installs for the job; empty: its image has it."""
+
+    def __post_init__(self) -> None:
+        for text in (*self.overrides, self.recipe.decode()):
+            if found := re.search(r"(\w+://[^\s:/@]*):[^\s/@]+@", text):
+                raise ValueError(
+                    f"{found[1]}:...@ holds a password, which Ray's dashboard shows to everyone who may see it: leave "
+                    "it out, and give user and password to the cluster's pods as environment variables"
+                )
+
+    def run(self, recipe: str, *program: str) -> list[str]:
+        """The driver's command. It never waits for another run of the recipe."""
+        sets = [word for text in self.overrides for word in ("--set", text)]
+        return [*program, "run", recipe, *sets, "--address", "auto", "--no-wait"]
+
+    @property
+    def entrypoint(self) -> str:
+        """As Ray's shell takes it; `exec`, so that signals and the exit code are the driver's and not the shell's."""
+        return "exec " + shlex.join(self.run(RECIPE, "python", "-m", "pipelines"))
+
+    def files(self) -> dict[str, bytes]:
+        """Content by path in the job's folder."""
+        root = Path(__file__).parents[1]
+        sources = (path for package in PACKAGES for path in sorted((root / package).rglob("*")))
+        kept = {p.relative_to(root).as_posix(): p.read_bytes() for p in sources if p.suffix in SUFFIXES}
+        return {RECIPE: self.recipe, **kept}
+
+    def runtime_env(self, folder: str) -> dict[str, Any]:
+        """As Ray takes it."""
+        made: dict[str, Any] = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(PATIENCE_S)}}
+        return made | ({"pip": [*self.pip]} if self.pip else {})
+
+    def metadata(self) -> dict[str, str]:
+        return {"recipe": self.name, "longreach": _version("longreach") or "unknown"}
+
+    def as_json(self, address: str, **more: Any) -> str:
+        """Everything that would be sent, with files as sizes."""
+        files = {path: len(content) for path, content in self.files().items()}
+        shown = {"address": address, "entrypoint": self.entrypoint, "metadata": self.metadata()}
+        shown |= {"runtime_env": self.runtime_env(f"{len(files)} files, {sum(files.values()):,} bytes")}
+        return json.dumps({**shown, "files": files, **more}, indent=1)
+
+
+def whereabouts(address: str, local: dict[str, str], *, shared_disk: bool, workdir: str = WORKDIR) -> dict[str, str]:
+    """What to set so that a driver elsewhere finds what the recipe says, by field.
+
+    Args:
+        local: fields that may name a file or folder: `store.root`, `corpus.sources.0.files`, ...
+        shared_disk: the cluster sees this machine's disk under the same paths; a loopback address says so, too.
+        workdir: what a relative store.workdir becomes on another machine.
+
+    Raises:
+        ValueError: one of them is a folder of this machine, which the cluster does not see.
+    """
+    ours = {field: path for field, path in local.items() if "://" not in path}
+    sees = shared_disk or _is_loopback(address)
+    places = {}
+    for field, path in ours.items():
+        if field == "store.workdir" and not sees:
+            places[field] = path if Path(path).is_absolute() else workdir
+        elif not sees:
+            fix = "--set store.root=s3://bucket/prefix" if field == "store.root" else "use a package or a dataset"
+            raise ValueError(
+                f"{field} {path!r} is on this machine, which {address} does not see: {fix}, or say --shared-disk if "
+                "every node of the cluster has it under that path"
+            )
+        elif field.startswith("store."):
+            places[field] = str(Path(path).absolute())
+        elif not Path(path).is_absolute():  # made absolute here it would be another choice, with another fingerprint
+            raise ValueError(f"{field} {path!r}: a job runs in a folder of its own: write the whole path in the recipe")
+    return {field: path for field, path in places.items() if path != ours[field]}
+
+
+def manifest(submission: Submission, resources: Resources, place: kubernetes.Place) -> str:
+    """A RayJob and the recipe that it mounts, for `kubectl apply -f -`; the code is the image's.
+
+    Raises:
+        ValueError: what the operator would refuse.
+    """
+    name = kubernetes.dns_name(submission.name)
+    job = kubernetes.ray_job(name, submission.run(kubernetes.RECIPE_FILE, "longreach"), resources, place)
+    if problems := kubernetes.check(job):
+        raise ValueError("\n".join(problems))
+    return kubernetes.dump([kubernetes.recipe_map(name, submission.recipe.decode(), place), job])
+
+
+def pinned() -> tuple[str, ...]:
+    """What longreach needs, with what that needs in turn, in this environment's versions without builds (`+cpu`)."""
+    from packaging.requirements import Requirement
+
+    found: dict[str, str] = {}
+    todo = [Requirement(text) for text in metadata.requires("longreach") or ()]
+    todo = [one for one in todo if one.marker is None or one.marker.evaluate({"extra": ""})]
+    seen: set[str] = set()
+    while todo:
+        one = todo.pop()
+        if str(one) in seen or (version := _version(one.name)) is None:
+            continue
+        seen.add(str(one))
+        found[one.name.lower().replace("_", "-")] = version.partition("+")[0]
+        for inner in map(Requirement, metadata.requires(one.name) or ()):
+            if inner.marker is None or any(inner.marker.evaluate({"extra": e}) for e in ("", *one.extras)):
+                todo.append(inner)
+    return tuple(f"{name}=={version}" for name, version in sorted(found.items()))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# ---- the cluster
+
+
+def check_address(address: str) -> str:
+    """A dashboard's address; `head` becomes http://head:8265.
+
+    Raises:
+        ValueError: it is another kind of address.
+    """
+    if "://" not in address:
+        address = f"http://{address}" if ":" in address else f"http://{address}:8265"
+    address = address.rstrip("/")
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.hostname == "auto":
+        raise ValueError(
+            f"address {address!r}: write the dashboard's, http://HOST:8265 (a tunnel: http://127.0.0.1:8265)"
+        )
+    return address
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def token() -> tuple[str | None, str]:
+    """(the token, where it comes from), in Ray's order.
+
+    Raises:
+        ValueError: RAY_AUTH_TOKEN_PATH names no readable file.
+    """
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return None, "RAY_AUTH_MODE=disabled"
+    if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return given, "RAY_AUTH_TOKEN"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"
+    try:
+        if found := file.read_text().strip():
+            return found, str(file)
+    except OSError as error:
+        if path:
+            raise ValueError(f"RAY_AUTH_TOKEN_PATH {path}: {error.strerror}: name the file of Ray's token") from None
+    return None, f"no RAY_AUTH_TOKEN, and no token in {file}"
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """A JobSubmissionClient of Ray's.
+
+    Raises:
+        ValueError: nobody answers there, the token is not the cluster's, or it refuses what is asked.
+    """
+    address = check_address(address)
+    given, source = token()
+    if given and address.startswith("http://") and not _is_loopback(address):
+        print(f"Ray's token goes to {address} unencrypted: use https, or an SSH tunnel and 127.0.0.1", file=sys.stderr)
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+
+    try:
+        with _winning(address):
+            client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {given}"} if given else None)
+        yield client
+    except AuthenticationError:
+        what = f"the token of {source}" if given else f"a request without a token ({source})"
+        raise ValueError(
+            f"Ray at {address} refuses {what}: put the cluster's token into RAY_AUTH_TOKEN, or its file's path into "
+            "RAY_AUTH_TOKEN_PATH"
+        ) from None
+    except ConnectionError as error:
+        raise ValueError(f"no Ray dashboard answers at {address}: is the cluster, or the tunnel to it, up?") from error
+    except RuntimeError as error:
+        refusal = re.search(r"status code (4\d\d): (.*)", str(error), re.DOTALL)
+        if refusal is None:
+            raise
+        raise ValueError(f"Ray at {address}: {refusal[2].strip().splitlines()[-1]} (HTTP {refusal[1]})") from error
+
+
+@contextlib.contextmanager
+def _winning(address: str, variable: str = "RAY_API_SERVER_ADDRESS") -> Iterator[None]:
+    """Ray lets this variable, and then RAY_ADDRESS, win over the address that its client is given."""
+    before = os.environ.get(variable)
+    os.environ[variable] = address
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+        os.environ.update({variable: before} if before is not None else {})
+
+
+def submit(client: Any, submission: Submission) -> str:
+    """Send it; returns the job's id at once, while the cluster unpacks (and installs)."""
+    with tempfile.TemporaryDirectory(prefix="longreach-submit-") as folder:
+        for path, content in submission.files().items():
+            target = Path(folder, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        return client.submit_job(
+            entrypoint=submission.entrypoint,
+            runtime_env=submission.runtime_env(folder),
+            metadata=submission.metadata(),
+        )
+
+
+def follow(client: Any, job: str) -> int:
+    """Print a job's log from its first line until it ends; returns its driver's exit code (1 if it has none).
+
+    Raises:
+        ValueError: the connection broke. The job goes on.
+    """
+
+    async def lines() -> None:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    import aiohttp
+
+    client.get_job_status(job)  # of a job that does not exist, before a log of nothing
+    try:
+        asyncio.run(lines())
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; to end it: longreach stop {job}", file=sys.stderr)
+        raise
+    except (aiohttp.ClientError, RuntimeError) as error:
+        raise ValueError(f"the log broke off ({error}); the job goes on: longreach logs {job} --follow") from error
+    return ended(client, job)
+
+
+def ended(client: Any, job: str) -> int:
+    """The exit code of a job that is over; says why it failed, on stderr."""
+    found = client.get_job_info(job)
+    status = found.status.value
+    if status == "SUCCEEDED":
+        return 0
+    why = (found.message or "").partition(", last available logs")[0].partition("\n")[0]  # the log was just printed
+    print(f"{job} {status}: {why}", file=sys.stderr)
+    return found.driver_exit_code or 1
+
+
+def listed(client: Any) -> list[Any]:
+    """Ray's JobDetails of every submitted job, the newest first."""
+    return sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: -(job.start_time or 0))

@@ -1,0 +1,135 @@
+"""A Ray cluster of separate nodes on this machine, each with a folder of its own, and an S3 server: nothing is shared.
+
+A head without CPUs, on which the driver runs, and workers with one CPU each: two ranks are on two nodes.
+
+    python tests/local_cluster.py --keep        # prints what to export, and runs until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+RAY = str(Path(sys.executable).with_name("ray"))
+PATIENCE_S = 120
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@dataclass
+class LocalCluster:
+    """Its processes and what they need in their environment."""
+
+    folder: Path
+    env: dict[str, str]
+    address: str
+    nodes: dict[str, subprocess.Popen]
+
+    def start_node(self, name: str, *arguments: str) -> None:
+        """A Ray node whose LONGREACH_WORKDIR is a folder of its own."""
+        env = self.env | {"LONGREACH_WORKDIR": str(self.folder / name)}
+        command = [
+            RAY,
+            "start",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            "--object-store-memory=200000000",
+            *arguments,
+        ]
+        log = (self.folder / f"{name}.log").open("ab")
+        self.nodes[name] = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+
+    def kill_node(self, name: str) -> None:
+        """All of its processes at once, as when a machine goes away."""
+        process = self.nodes.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def wait_for(self, cpus: float) -> None:
+        """Until so many CPUs are there."""
+        ask = "import ray; ray.init('auto', log_to_driver=False); print(ray.cluster_resources().get('CPU', 0))"
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            env = self.env | {"RAY_ADDRESS": self.address}
+            done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=False)
+            if done.stdout.strip() and float(done.stdout.split()[-1]) >= cpus:
+                return
+            assert time.monotonic() < deadline, f"the cluster does not come up: {done.stderr[-500:]}"
+            time.sleep(1)
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """moto in a process of its own; yields the environment that points at it, with a bucket `longreach`."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    log = (folder / "s3.log").open("ab")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    env = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    env |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_S3_ADDRESSING_STYLE": "path"}
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        make = "import s3fs; s3fs.S3FileSystem().mkdir('longreach')"
+        while subprocess.run([sys.executable, "-c", make], env=os.environ | env, capture_output=True).returncode:
+            assert time.monotonic() < deadline, "the S3 server does not come up"
+            time.sleep(0.5)
+        yield env
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def local_cluster(folder: Path, workers: int = 2, extra: dict[str, str] | None = None) -> Iterator[LocalCluster]:
+    """A head and workers, with token authentication; `extra` goes into the environment of all of them."""
+    port, dashboard = free_port(), free_port()
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", **(extra or {})}
+    temp = tempfile.mkdtemp(prefix="lr")  # sockets' paths must be short
+    cluster = LocalCluster(folder, env, f"127.0.0.1:{port}", {})
+    try:
+        cluster.start_node(
+            "head", "--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={temp}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+        )  # fmt: skip
+        cluster.wait_for(0)
+        for number in range(workers):
+            cluster.start_node(f"worker{number}", f"--address={cluster.address}", "--num-cpus=1")
+        cluster.wait_for(workers)
+        env["RAY_DASHBOARD"] = f"http://127.0.0.1:{dashboard}"
+        yield cluster
+    finally:
+        for name in list(cluster.nodes):
+            cluster.kill_node(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="longreach-cluster-"))
+    with s3_server(folder) as s3, local_cluster(folder, options.workers, s3) as cluster:
+        for name, value in (s3 | {k: cluster.env[k] for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}).items():
+            print(f"export {name}={value}")
+        print(f"# longreach run RECIPE --address {cluster.address} --set store.root=s3://longreach/mine", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()

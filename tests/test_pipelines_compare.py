@@ -1,0 +1,188 @@
+"""Several runs on one page: named from their reports, compared only where they compare, and quick for a hundred."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_pipelines_report as made
+from test_pipelines_report import PPL, RECIPE, RUN, Page, make_stages
+
+from infra.artifact import Store
+from pipelines.cli import main
+from pipelines.compare import compare
+from pipelines.graph import build, report_on
+from pipelines.recipe import Recipe
+from pipelines.report import report
+
+SMALL = RECIPE | {
+    "baselines": {"base": {}},
+    "finetune": RECIPE["finetune"] | {"arms": {"full": {"tune": "all"}, "lora": {"tune": "lora"}}},
+    "pretrain": None,
+    "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]},
+}
+
+
+def publish_run(folder: Path, recipe: dict, *, draw: bool = True, **ppl: tuple[float, ...]) -> str:
+    """Stages with made up numbers and their report, published; returns the report's fingerprint."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, values in ppl.items():
+            patch.setitem(PPL, name, values)
+        store, last, artifacts = make_stages(folder, recipe)
+    attempt = store.new_attempt("report", last.fingerprint)
+    inputs = {key: artifacts[label] for key, label in last.recipe.labels.items()}
+    run = replace(RUN, attempt=attempt)
+    (attempt.out / "report.html").touch()
+    summary = report(recipe=last.recipe, resources=None, out=attempt.out, run=run, **inputs) if draw else {}
+    when = {
+        "published_at": f"2026-11-25T00:00:00.{time.monotonic_ns():020}",
+        "seconds": 1.0,
+        "command": "longreach run",
+    }
+    store.publish(attempt, {"label": "report", "identity": last.identity, "summary": summary} | when)
+    return last.fingerprint
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, str, str]:
+    """(folder, fingerprints of two reports): the second has other steps, and better arms."""
+    folder = tmp_path_factory.mktemp("runs")
+    longer = SMALL | {"name": "longer", "finetune": SMALL["finetune"] | {"steps": 8}}
+    better = {"full": (60.0, 25.0, 26.0), "lora": (61.0, 26.0, 27.0)}
+    return folder, publish_run(folder, SMALL), publish_run(folder, longer, **better)
+
+
+def test_models_of_all_runs_stand_best_first_under_their_run_and_shared_ones_once(runs, tmp_path):
+    folder, first, second = runs
+    page = compare([first[:6], second], tmp_path / "out", str(folder / "store"))
+    seen = Page(page.read_text())
+    names = [row[0].split("\n")[0] for row in seen.rows if re.match(r"(tiny|longer): ", row[0])]
+    assert names[:5] == ["longer: full", "longer: lora", "tiny: full", "tiny: lora", "tiny: base"]
+    assert "longer: base" not in page.read_text()
+    assert seen.row("longer: full")[2].startswith("26.0\n")
+    assert seen.row("tiny: full")[2].startswith("29.4\n")
+    assert "Lowest perplexity at 768 tokens: longer: full 26.0, longer: lora 27.0, tiny: full 29.4." in page.read_text()
+    difference = f"{math.log(29.4 / 26.0):+.3f}"
+    assert any(row[0] == "tiny: full" and row[-1].startswith(difference) for row in seen.rows)
+    assert {"frontier.png", "perplexity.png", "loss.png", "compare.md"} <= {p.name for p in page.parent.iterdir()}
+    assert "speed-up against" not in page.read_text()
+
+
+def test_what_differs_is_said_once_for_all_stages_that_it_concerns(runs, tmp_path):
+    folder, *both = runs
+    seen = Page(compare(both, tmp_path / "out", str(folder / "store")).read_text())
+    changes = [row[1:] for row in seen.rows if row[0] == "longer" and "->" in row[1]]
+    assert changes == [["recipe.optim.steps: 4 -> 8", "finetune[full], finetune[lora]"]]
+
+
+def test_a_run_is_a_recipe_a_fingerprint_or_a_folder(runs, tmp_path, monkeypatch):
+    folder, first, second = runs
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(json.dumps(SMALL | {"store": {"root": str(folder / "store")}}))
+    monkeypatch.chdir(folder)
+    path = Store(str(folder / "store")).find("report", second).path
+    for other in (path, path / "report.html"):
+        page = compare([str(recipe), str(other)], tmp_path / "out", None)
+        assert Page(page.read_text()).row("tiny")[0] == first
+    with pytest.raises(ValueError, match="one report"):
+        compare([first, str(recipe)], tmp_path / "out", str(folder / "store"))
+    with pytest.raises(ValueError, match=f"no report .* begins with {first}"):
+        compare([first, str(recipe)], tmp_path / "out", str(folder / "nothing"))
+
+
+def test_perplexities_of_other_texts_are_shown_but_not_ranked(runs, tmp_path):
+    folder, first, second = runs
+    other = SMALL | {"name": "other", "corpus": SMALL["corpus"] | {"test": ["2026-Trump-1", "train1*"]}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "RUDE", "train1")
+        third = publish_run(folder, other, full=(1.0, 1.0, 1.0))
+    text = compare([third, first, second], tmp_path / "out", str(folder / "store")).read_text()
+    assert "Lowest perplexity at 768 tokens: longer: full 26.0" in text
+    assert "3 models read other texts or have another base, and do not compare." in text
+    assert Page(text).row("other: full")[2].split("\n")[0] == "1.00"
+    assert "<strong>1.00" not in text
+    assert "<strong>26.0" in text
+    assert "On the frontier: tiny: base (527), tiny: lora (35.1), tiny: full (29.4), longer: lora (27.0)" in text
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(runs, tmp_path):
+    folder, *both = runs
+    (tmp_path / "thesis.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"thesis\.md"):
+        compare(both, tmp_path, str(folder / "store"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.md"]
+    compare(both, tmp_path / "out", str(folder / "store"))
+    compare(both, tmp_path / "out", str(folder / "store"))
+
+
+def test_an_artifact_that_was_damaged_since_is_named(tmp_path):
+    fingerprints = [publish_run(tmp_path, SMALL), publish_run(tmp_path, SMALL | {"seed": 1})]
+    store = Store(str(tmp_path / "store"))
+    next(iter((tmp_path / "store" / "finetune").glob("*/attempts/*/out/metrics.jsonl"))).write_text("{}")
+    with pytest.raises(ValueError, match=r"finetune\[.*metrics\.jsonl"):
+        compare(fingerprints, tmp_path / "out", store.root)
+
+
+def test_the_command_prints_the_page_and_report_takes_a_fingerprint(runs, tmp_path, capsys):
+    folder, first, second = runs
+    root = ["--root", str(folder / "store")]
+
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            main([*arguments, *root])
+        assert left.value.code == 0
+        return capsys.readouterr().out.strip()
+
+    assert said("compare", first, second, "--out", str(tmp_path / "out")) == str(tmp_path / "out" / "compare.html")
+    assert f"/report/{first}/" in said("report", first[:6])
+    assert f"/report/{second}/" in said("report", second[:8])
+
+
+def test_report_finds_the_one_on_what_could_be_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = SMALL | {"corpus": SMALL["corpus"] | {"max_bad_fraction": 0.1}, "store": {"root": str(tmp_path / "store")}}
+    store, *_ = make_stages(tmp_path, SMALL)
+    *stages, _ = build(loaded := Recipe.model_validate(recipe))
+    part = report_on(loaded, [s for s in stages if "full" not in s.label], {"finetune[full]": "RuntimeError: no"})
+    attempt = store.new_attempt("report", part.fingerprint)
+    (attempt.out / "report.html").touch()
+    record = {"label": "report", "identity": part.identity, "published_at": "2026", "summary": {}, "seconds": 1.0}
+    store.publish(attempt, record)
+    for steps, code in ((4, 0), (5, 1)):
+        (tmp_path / "tiny.yaml").write_text(json.dumps(recipe | {"finetune": recipe["finetune"] | {"steps": steps}}))
+        with pytest.raises(SystemExit) as left:
+            main(["report", "tiny.yaml"])
+        assert left.value.code == code
+        assert (part.fingerprint in capsys.readouterr().out) == (code == 0)
+
+
+def test_a_hundred_runs_of_ten_thousand_steps_are_compared_in_seconds(tmp_path, monkeypatch):
+    row = {"grad_norm": 1.0, "tokens": 64, "targets": 60, "tokens_per_s": 16.0, "seconds": 4.0, "skipped": False,
+           "phases": dict.fromkeys(("data", "forward", "backward", "step"), 1.0), "rows": [1, 2]}  # fmt: skip
+    steps = "".join(json.dumps({"step": n + 1, "loss": 4 - n / 1e4, "lr": 1e-4} | row) + "\n" for n in range(10_000))
+
+    def write_arm(stage, out: Path) -> dict:
+        facts = made.write_arm(stage, out)
+        (out / "metrics.jsonl").write_text(steps)
+        return facts | {"steps": 10_000}
+
+    monkeypatch.setitem(made.WRITERS, "finetune", write_arm)
+    lora = SMALL["finetune"] | {"arms": {"lora": {"tune": "lora"}}}
+    fingerprints = [
+        publish_run(tmp_path, SMALL | {"seed": n, "finetune": lora}, draw=False, lora=(60.0 + n, 25.0 + n, 26.0 + n))
+        for n in range(100)
+    ]
+    began, worked = time.monotonic(), time.process_time()
+    page = compare(fingerprints, tmp_path / "out", str(tmp_path / "store"))
+    seconds = time.process_time() - worked  # others may be at work on these cores
+    print(f"{seconds:.1f} s of work in {time.monotonic() - began:.1f} s, {page.stat().st_size / 1e6:.1f} MB")
+    assert seconds < 10  # it takes 3.4, and 14 if every step is read
+    text = page.read_text()
+    assert "88 more are left out. " not in text
+    assert re.search(r"Of longer runs about 500 steps are drawn, evenly spread\. 88 more are left out\.", text)
+    assert page.stat().st_size < 5e6

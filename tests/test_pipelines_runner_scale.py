@@ -1,0 +1,143 @@
+"""What a stage costs the runner does not grow with their number: time, open files, what travels, what is read twice."""
+
+import io
+import os
+import pickle
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from toy_stages import ToyRecipe, calls
+
+from infra.artifact import Store
+from infra.tracking import Spool
+from pipelines import runner
+from pipelines.display import Display
+from pipelines.recipe import load
+from pipelines.stage import STAGES, Stage, StageKind
+
+COUNT = 300
+WALL_MS, CPU_MS, FILES = 300, 40, 100
+"""A stage takes 18 ms and 4 of the driver's CPU on two idle cores (benchmarks/runner.py); tests share theirs. Ray's
+own 35 files are among those that a run opens."""
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    monkeypatch.setitem(STAGES, "toy", StageKind("toy_stages:toy", 1, lambda r: 0.5))
+
+
+def chains(log: Path, text: str, count: int = COUNT) -> list[Stage]:
+    """Chains of three stages."""
+    stages: list[Stage] = []
+    for n in range(count):
+        inputs = {"before": stages[-1]} if n % 3 else {}
+        stages.append(Stage("toy", f"toy[{n},x]", ToyRecipe(text=f"{text}{n}", log=str(log)), inputs))
+    return stages
+
+
+def most_files(stop: threading.Event, found: list[int]) -> None:
+    while not stop.wait(0.02):
+        found.append(len(os.listdir("/proc/self/fd")))
+
+
+def test_hundreds_of_stages_cost_little_each_and_no_open_files(cluster, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    log.mkdir()
+    monkeypatch.setattr(runner, "build", lambda recipe: chains(log, "first"))
+    places = [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work", "tracking.enabled=false"]
+    loaded, stop, files = load("quickstart", places), threading.Event(), [len(os.listdir("/proc/self/fd"))]
+    watch = threading.Thread(target=most_files, args=(stop, files))
+    watch.start()
+    cpu = time.process_time()
+    with Display(console=Console(file=io.StringIO())) as display:
+        outcome = runner.run(loaded, display=display)
+    cpu = time.process_time() - cpu
+    stop.set()
+    watch.join()
+    assert (outcome.failed, len(outcome.ran), calls(log, "toy*")) == ({}, COUNT, COUNT)
+    assert outcome.seconds / COUNT * 1000 < WALL_MS
+    assert cpu / COUNT * 1000 < CPU_MS
+    assert max(files) - files[0] < FILES
+
+    read = Counter()
+    whole = Store.manifests
+    monkeypatch.setattr(Store, "manifests", lambda self, name=None: read.update([name]) or whole(self, name))
+    monkeypatch.setattr(runner, "build", lambda recipe: chains(log, "second"))
+    rows = runner.plan(loaded)
+    assert {row.state for row in rows} == {"stale"}
+    assert rows[1].why == "recipe.text: first1 -> second1; its input toy[0,x] changes"
+    assert read["toy"] == 1, "what there is is read once, not for each stage"
+
+
+def test_ray_is_told_of_a_limited_number_at_once(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "IN_FLIGHT", 2)
+    log = tmp_path / "log"
+    log.mkdir()
+    monkeypatch.setattr(runner, "build", lambda recipe: chains(log, "some", 12))
+    places = [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work", "tracking.enabled=false"]
+    told: list[int] = [0]
+    with Display(console=Console(file=io.StringIO())) as display:
+        change = {"waiting": 1, "done": -1}
+        monkeypatch.setattr(display, "stage", lambda name, state, detail="": told.append(told[-1] + change[state]))
+        outcome = runner.run(load("quickstart", places), display=display)
+    assert len(outcome.ran) == 12
+    assert max(told) == 2
+
+
+def test_a_stage_travels_without_those_before_it(tmp_path):
+    chain = [Stage("toy", "0", ToyRecipe())]
+    for n in range(1, 3000):
+        chain.append(Stage("toy", str(n), ToyRecipe(), {"before": chain[-1]}, after=(chain[-1],)))
+        assert chain[-1].fingerprint  # in the order of the graph, as plan and run do: no recursion
+    del chain[-1].__dict__["kind"]  # lambdas, which Ray pickles and pickle does not
+    sent = pickle.dumps(chain[-1])
+    assert len(sent) < 2000
+    arrived = pickle.loads(sent)
+    assert (arrived.fingerprint, arrived.identity) == (chain[-1].fingerprint, chain[-1].identity)
+    (before,) = arrived.inputs.values()
+    assert (before.name, before.fingerprint) == ("toy", chain[-2].fingerprint)
+
+
+def test_ray_is_not_told_of_a_stage_while_one_that_it_comes_after_runs():
+    a, b = Stage("toy", "a", ToyRecipe(text="a")), Stage("toy", "b", ToyRecipe(text="b"))
+    first = Stage("toy", "first", ToyRecipe(), {"x": a, "y": a})
+    second = Stage("toy", "second", ToyRecipe(), {"x": a, "z": b}, after=(first,))
+    order = runner._Order([a, b, first, second])
+
+    def ready():
+        return [order.ready.popleft().label for _ in range(len(order.ready))]
+
+    assert ready() == ["a", "b"]
+    order.told(a)
+    order.told(b)
+    assert ready() == ["first"], "its inputs need not have ended: Ray waits for them"
+    order.told(first)
+    order.ended(a)
+    assert ready() == []
+    order.ended(first)
+    assert ready() == ["second"]
+
+
+def test_an_attempt_that_ended_is_not_read_again(tmp_path, monkeypatch):
+    stages = [Stage("toy", name, ToyRecipe()) for name in ("dead", "alive")]
+    for name in ("dead", "alive"):
+        path = tmp_path / f"{name}--0001-x.jsonl"
+        spool = Spool.open(path, run="0" * 32, parent=None, experiment="e", name=name, kind="attempt")
+        if name == "dead":
+            spool.end("FINISHED")
+    seen, told = Counter(), []
+    whole = runner.read_events
+    monkeypatch.setattr(runner, "read_events", lambda path, offset: seen.update([path.name]) or whole(path, offset))
+    display = SimpleNamespace(event=lambda label, event: told.append((label, event["event"])))
+    with runner._tail(SimpleNamespace(spool_folder=tmp_path, stages=stages, display=display)):
+        deadline = time.monotonic() + 30
+        while seen["alive--0001-x.jsonl"] < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert seen["alive--0001-x.jsonl"] >= 3
+    assert seen["dead--0001-x.jsonl"] == 1
+    assert sorted(told) == [("alive", "start"), ("dead", "end"), ("dead", "start")]
