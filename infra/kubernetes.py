@@ -166,7 +166,7 @@ def recipe_map(name: str, text: str, place: Place) -> Manifest:
 
 def dump(manifests: list[Manifest]) -> str:
     """YAML documents, as `kubectl apply -f -` takes them."""
-    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -22,6 +22,7 @@ import math
 import os
 import posixpath
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -407,6 +408,7 @@ def _only_us(folder: Path) -> Iterator[None]:
 
 def _follow(mirror: Mirror) -> None:
     """Upload what comes until standard input closes (its other end is the parent's), then what is left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's stop reaches its children too; the parent's end ends this
     pause_s, trouble = POLL_S, ""
     while not _input_closed(pause_s):
         before = mirror.points

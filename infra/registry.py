@@ -10,6 +10,7 @@ find there and is refused if another one took its place in the meantime. The ser
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ def connect() -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
     client = MlflowClient()
     if database := sqlite_path(client.tracking_uri):
         database.parent.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,10 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import fsspec
-
-from infra.artifact import Store
+if TYPE_CHECKING:
+    from infra.artifact import Store
 
 WORKDIR = "LONGREACH_WORKDIR"
 
@@ -49,6 +48,9 @@ class Share:
 
     @property
     def store(self) -> Store:
+        """The artifacts, in this node's cache."""
+        from infra.artifact import Store
+
         return Store(self.root, node_scratch(self.scratch))
 
     def here(self, value: Any) -> Any:
@@ -90,7 +92,7 @@ class Share:
 
     def sealed(self, below: str, seal: str) -> list[tuple[str, str]]:
         """(name, place in the store) of pushed folders of all attempts that hold the file `seal`: names descend."""
-        fs, base = fsspec.core.url_to_fs(self.root)
+        fs, base = self.store.fs, self.store.base
         fs.invalidate_cache()  # other nodes write there
         found = fs.glob(f"{base}/{self.stage}/{self.fingerprint}/attempts/*/{below}/*/{seal}")
         folders = [path.rsplit("/", 1)[0] for path in found]
@@ -113,5 +115,4 @@ class Share:
 
     def _place(self, path: Path) -> tuple[Any, str]:
         """Where a path of this attempt is in the store."""
-        fs, base = fsspec.core.url_to_fs(self.root)
-        return fs, f"{base}/{path.relative_to(node_scratch(self.scratch)).as_posix()}"
+        return self.store.fs, f"{self.store.base}/{path.relative_to(node_scratch(self.scratch)).as_posix()}"

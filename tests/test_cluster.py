@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from local_cluster import local_cluster, s3_server
-from test_quickstart import RECIPE, make_project
+from test_quickstart import RECIPE, make_project, wait_for
+
+from infra.artifact import Store
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +32,17 @@ SMALL = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nodes")
-    with s3_server(folder) as s3, local_cluster(folder, 2, s3) as cluster:
+    with s3_server(folder) as s3, local_cluster(folder, 0, s3) as cluster:
+        for number in range(2):
+            start_worker(cluster, number)
+        cluster.wait_for(2)
         yield cluster
+
+
+def start_worker(cluster, number: int) -> None:
+    """A node with an address of its own, as machines have: Ray Train counts the ranks of a node by its address."""
+    own = f"--node-ip-address=127.0.0.{number + 2}"
+    cluster.start_node(f"worker{number}", f"--address={cluster.address}", "--num-cpus=1", own)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +57,16 @@ def project(tmp_path_factory, cluster):
     return folder
 
 
-def longreach(cluster, project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", *arguments]
+def command(cluster, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """What to start, and its environment: a driver that has no folder of a node."""
     env = cluster.env | {"PYTHONPATH": str(Path(__file__).parents[1])}
     env.pop("LONGREACH_WORKDIR", None)
-    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=550, check=False)
+    return [sys.executable, "-m", "pipelines", *arguments], env
+
+
+def longreach(cluster, project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    words, env = command(cluster, *arguments)
+    return subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=550, check=False)
 
 
 def test_ranks_on_two_nodes_train_one_model_and_every_event_arrives(cluster, project):
@@ -69,3 +87,49 @@ def test_ranks_on_two_nodes_train_one_model_and_every_event_arrives(cluster, pro
     assert os.path.exists(figure), "the driver has fetched what the event names"
     again = longreach(cluster, project, "run", "tiny.yaml", "--address", cluster.address)
     assert "0 stages run" in again.stderr
+
+
+# ---- a node goes away
+
+
+def steps_told(workdir: Path) -> list[int]:
+    """Steps of training in the order in which the driver heard of them."""
+    paths = sorted(workdir.rglob("finetune-longlora--*.jsonl"), key=lambda p: p.name)
+    events = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
+    return [e["step"] for e in events if e["event"] == "metrics" and "train/loss" in e["values"]]
+
+
+def test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint(cluster, project, monkeypatch):
+    recipe = yaml.safe_load((project / "tiny.yaml").read_text())
+    recipe |= {"name": "lost", "resources": {"workers": 2, "checkpoint_every_steps": 20}}
+    recipe["finetune"]["steps"] = 200
+    recipe["store"]["workdir"] = "lost"
+    del recipe["evaluate"]
+    (project / "lost.yaml").write_text(yaml.safe_dump(recipe))
+    words, env = command(cluster, "run", "lost.yaml", "--address", cluster.address)
+    with (project / "lost.log").open("w") as log:
+        driver = subprocess.Popen(words, cwd=project, env=env, stdout=log, stderr=log)
+        try:
+            wait_for(lambda: max(steps_told(project / "lost"), default=0) > 45, "training")
+            machine = [psutil.Process(cluster.nodes["worker1"].pid)]
+            machine += machine[0].children(recursive=True)
+            cluster.kill_node("worker1")
+            for process in machine:  # some lead process groups of their own
+                if process.is_running():
+                    process.kill()
+            lost, before = time.monotonic(), len(steps_told(project / "lost"))
+            start_worker(cluster, 2)
+            wait_for(lambda: len(steps_told(project / "lost")) > before + 5, "steps after the node was lost")
+            print(f"training again {time.monotonic() - lost:.0f} s after the node was lost")
+            assert driver.wait(timeout=180) == 0, (project / "lost.log").read_text()
+        finally:
+            driver.kill()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.setenv(name, cluster.env[name])
+    made = [m for m in Store("s3://longreach/small", project / "scratch").manifests("finetune")]
+    (summary,) = [m["summary"] for m in made if m["summary"]["steps"] == 200]
+    told = steps_told(project / "lost")
+    assert sorted(set(told)) == list(range(1, 201))
+    resumed = summary["resumed_from_step"]
+    assert resumed >= 20
+    assert resumed % 20 == 0

@@ -41,6 +41,9 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         failed={},
         seconds=65.0,
         unsent_points=0,
+        refusals=[],
+        gate={},
+        headline="",
     )
     fake = SimpleNamespace(outcome=outcome, calls=[], rows=[], raises=None)
 
@@ -300,7 +303,10 @@ def test_ui_shows_the_embedded_store_to_this_machine_only_and_names_a_server_els
 ) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr("os.execvp", lambda program, command: started.append(command))
-    assert longreach(capsys, "ui", "--workdir", str(tmp_path), "--port", "5055")[:2] == (0, "")
+    assert longreach(capsys, "ui", "--workdir", str(tmp_path), "--port", "5055")[:2] == (
+        0,
+        "http://127.0.0.1:5055/#/experiments?workflowType=machine_learning\n",
+    )
     command = " ".join(started[0])
     assert f"sqlite:///{tmp_path}/mlflow.db" in command
     assert "--host 127.0.0.1 --port 5055" in command

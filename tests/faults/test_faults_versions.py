@@ -1,0 +1,56 @@
+"""A node of another version: of Ray, it does not get into the cluster; of longreach, its stages are refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from local_cluster import local_cluster
+from test_quickstart import RECIPE, make_project
+
+pytestmark = pytest.mark.slow
+
+OTHER_RAY = """
+import sys
+import ray
+ray.__version__ = "2.54.0"
+from ray.scripts.scripts import main
+sys.argv = ["ray", "start", *sys.argv[1:]]
+main()
+"""
+ROOM = str(Path(__file__).parents[2])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Nodes whose longreach says that it is version 0.0.9."""
+    folder = tmp_path_factory.mktemp("versions")
+    about = folder / "other" / "longreach-0.0.9.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: longreach\nVersion: 0.0.9\n")
+    with local_cluster(folder, 2, {"PYTHONPATH": os.pathsep.join([str(about.parent), ROOM])}) as cluster:
+        yield cluster
+
+
+def test_a_node_of_another_ray_does_not_join(cluster):
+    words = [sys.executable, "-c", OTHER_RAY, f"--address={cluster.address}", "--num-cpus=1", "--block"]
+    done = subprocess.run(words, env=cluster.env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "Version mismatch" in done.stdout + done.stderr
+    assert "2.54.0" in done.stdout + done.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="nothing compares the driver's longreach with that of the node that runs a stage")
+def test_a_stage_on_a_node_of_another_longreach_is_refused_with_both_versions(cluster, tmp_path: Path):
+    recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
+    recipe["finetune"] = recipe["finetune"] | {"steps": 1, "arms": {"full": {"tune": "all"}}}
+    project = make_project(tmp_path / "project", recipe)
+    words = [sys.executable, "-m", "pipelines", "run", "tiny.yaml", "--address", cluster.address]
+    env = cluster.env | {"PYTHONPATH": ROOM}
+    done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "convert failed" in done.stderr
+    assert "0.0.9" in done.stderr
