@@ -50,7 +50,7 @@ def test_a_rank_that_dies_while_it_is_started_is_started_again_and_its_cpus_are_
 
     class Trainer:
         def __init__(self, function, *, train_loop_config, **options):
-            self.box = Path(train_loop_config["box"])
+            self.box = Path(train_loop_config["box"].folder)
 
         def fit(self):
             lives.append(self)
