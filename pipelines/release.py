@@ -168,10 +168,10 @@ class Card:
         return ["\n".join(lines), *(f"{name}: {scores.protocol}." for name, scores in own.items())]
 
     def _limits(self) -> str:
-        said = [
-            "- Perplexity on a long text says that it stays predictable, not that what stands far back is used.",
-            "- It was evaluated on a handful of English documents; other languages and domains were not asked.",
-        ]
+        said = ["- Perplexity on a long text says that it stays predictable, not that what stands far back is used."]
+        if texts := sorted({row["document"] for row in self._rows("own_perplexity") if row["kind"] == "document"}):
+            few = ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
+            said.append(f"- Perplexity was measured on {few}; other languages and domains were not asked.")
         if self.training["tokens"] < 100_000_000:
             said.append(f"- {self.training['tokens']:,} tokens are few: take it as a demonstration, not as a product.")
         if self.effective is not None and self.effective < self.claimed:

@@ -48,6 +48,7 @@ __all__ = ["LeaseHeld", "PlanRow", "RunOutcome", "plan", "run"]
 State = Literal["done", "stale", "run"]
 
 
+TRACKING = "MLFLOW_TRACKING_URI"
 WHY = 3
 """Changes that a plan spells out for one stage."""
 
@@ -112,17 +113,24 @@ def open_store(loaded: Loaded) -> Store:
     return Store(root, Path(recipe.workdir).absolute() / "scratch")
 
 
-def use_tracking(loaded: Loaded) -> str:
-    """The recipe's MLflow, else the environment's, else the embedded one; from here on it is everybody's in here."""
-    uri = tracking_uri(loaded.recipe.tracking.uri, loaded.recipe.store.workdir)
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    return uri
+@contextmanager
+def use_tracking(loaded: Loaded) -> Iterator[str]:
+    """The recipe's MLflow, else the environment's, else the embedded one: inside, it is everybody's in this process."""
+    uri, before = tracking_uri(loaded.recipe.tracking.uri, loaded.recipe.store.workdir), os.environ.get(TRACKING)
+    os.environ[TRACKING] = uri
+    try:
+        yield uri
+    finally:
+        os.environ.pop(TRACKING)
+        if before is not None:
+            os.environ[TRACKING] = before
 
 
 def plan(loaded: Loaded) -> list[PlanRow]:
     """What `run` would do. Files are checked for presence and size; reading their content is `run`'s first act."""
-    use_tracking(loaded)
-    store, stages = open_store(loaded), build(loaded.recipe)
+    store = open_store(loaded)
+    with use_tracking(loaded):
+        stages = build(loaded.recipe)
     costs = foresee(store, stages, loaded.recipe.resources)
     newest = functools.cache(functools.partial(_newest, store))
     rows = (_examine(store, stage, newest, hashes=False)[0] for stage in stages)
@@ -186,8 +194,14 @@ def run(
         LeaseHeld: another run of this recipe is alive.
         ValueError: bad choices or input, found before Ray starts.
     """
+    with use_tracking(loaded) as uri:
+        return _run(loaded, uri, display=display, force=force, wait=wait, address=address)
+
+
+def _run(
+    loaded: Loaded, uri: str, *, display: Display, force: tuple[str, ...], wait: bool, address: str | None
+) -> RunOutcome:
     started = time.monotonic()
-    uri = use_tracking(loaded)
     if address and sqlite_path(uri) and (loaded.recipe.promote or loaded.recipe.base.source.startswith("models:/")):
         raise ValueError(
             f"on the cluster at {address} every node would have a registry of its own in {uri}: set tracking.uri to an "
@@ -338,7 +352,7 @@ def _run_missing(run: _Run, outcome: RunOutcome) -> None:
     pipeline = run.spool(recipe.name, run.id, None, "pipeline", {"commit": git_commit()})
     mirror = None
     if recipe.tracking.enabled:
-        mirror = start_mirror(run.spool_folder, os.environ["MLFLOW_TRACKING_URI"])
+        mirror = start_mirror(run.spool_folder, os.environ[TRACKING])
     status = "KILLED"
     try:
         with _tail(run):
@@ -378,7 +392,7 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
         collector: Any = None  # held here, it lives as long as the run
         if run.address:  # its other nodes do not see this disk
             collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)
-        here = {"env_vars": environment | {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}}
+        here = {"env_vars": environment | {TRACKING: os.environ[TRACKING]}}
         # max_retries: how often it is run again if its worker dies
         execute = ray.remote(max_retries=2, runtime_env=here)(_execute)
         _follow(ray, run, outcome, execute, stopping)

@@ -126,7 +126,7 @@ def test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint(cluster,
             driver.kill()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
         monkeypatch.setenv(name, cluster.env[name])
-    made = [m for m in Store("s3://longreach/small", project / "scratch").manifests("finetune")]
+    made = list(Store("s3://longreach/small", project / "scratch").manifests("finetune"))
     (summary,) = [m["summary"] for m in made if m["summary"]["steps"] == 200]
     told = steps_told(project / "lost")
     assert sorted(set(told)) == list(range(1, 201))

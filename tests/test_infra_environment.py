@@ -1,5 +1,6 @@
 """What a run records about its machine, and what `doctor` finds."""
 
+import gc
 import json
 import socket
 import subprocess
@@ -36,10 +37,11 @@ def test_versions_are_recorded_without_importing_the_packages():
 
 
 def test_system_metrics_describe_this_process():
+    gc.collect()
     before = system_metrics()["system/rss_gib"]
-    ballast = np.ones(2**27, dtype=np.uint8)  # 1/8 GiB, touched
+    ballast = np.ones(2**29, dtype=np.uint8)  # 1/2 GiB, touched; threads of other tests may free some meanwhile
     after = system_metrics()
-    assert after["system/rss_gib"] - before > 0.9 * ballast.nbytes / 2**30
+    assert after["system/rss_gib"] - before > 0.7 * ballast.nbytes / 2**30
     assert 0 < after["system/memory_percent"] <= 100
     assert all(name.startswith("system/") for name in after)
 

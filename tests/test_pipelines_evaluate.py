@@ -37,7 +37,12 @@ def folders(tmp_path):
     datasets.Dataset.from_dict(rows).save_to_disk(corpus / "documents")
     spool = Spool.open(tmp_path / "e.jsonl", run="r", parent=None, experiment="x", name="e", kind="attempt")
     attempt = SimpleNamespace(work=tmp_path / "work")
-    return Artifact(model, {}), Artifact(corpus, {}), out, SimpleNamespace(spool=spool, attempt=attempt, earlier=[])
+    return (
+        Artifact(model, {}),
+        Artifact(corpus, {}),
+        out,
+        SimpleNamespace(spool=spool, attempt=attempt, earlier=[], share=None),
+    )
 
 
 CHOICES = {
@@ -117,7 +122,10 @@ def test_an_interrupted_grid_goes_on_and_ends_with_the_same_scores(folders, monk
         evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
     (run.attempt.work / "cells" / ".00003.json").write_text("{half")  # what a kill leaves
     later = SimpleNamespace(
-        spool=run.spool, attempt=SimpleNamespace(work=out.parent / "again"), earlier=[run.attempt.work.parent]
+        spool=run.spool,
+        attempt=SimpleNamespace(work=out.parent / "again"),
+        earlier=[run.attempt.work.parent],
+        share=None,
     )
     evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=later)
     assert [(c["length"], c["trial"]) for c in measured[4:]] == [(400, 1), (480, 0), (480, 1)]

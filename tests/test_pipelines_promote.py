@@ -26,7 +26,8 @@ LENGTHS = (64, 128)
 def perplexity_rows(worse_by: float, spread: float = 0.02, seed: int = 1) -> list[dict]:
     """Position rows of two documents in bins of 16 tokens: the text's own difficulty, plus a model's loss."""
     text, noise = np.random.default_rng(0), np.random.default_rng(seed)
-    return [
+    documents = [{"kind": "document", "document": name} for name in ("a", "b")]
+    return documents + [
         {"kind": "position", "document": name, "start": start, "end": start + 16,
          "nll": float(2 + text.normal() / 2 + worse_by + spread * noise.normal())}
         for name in ("a", "b") for start in range(0, 128, 16)
@@ -90,7 +91,7 @@ def test_a_base_that_was_trained_to_less_than_anything_measured_cannot_be_compar
 
 
 def test_one_stretch_of_text_has_no_interval_and_is_refused():
-    one = [row for row in perplexity_rows(-1) if row["document"] == "a"][:1]
+    one = [row for row in perplexity_rows(-1) if row["kind"] == "position"][:1]
     (finding,) = decide(
         rules(base_ratio=None, target_length=16), (16,), 64, challenger_perplexity=one, champion_perplexity=one
     )
@@ -276,6 +277,7 @@ def test_a_release_is_read_by_transformers_and_by_mlflow_and_its_card_says_what_
         "768 tokens",
     ):
         assert said in text
+    assert "measured on a, b;" in text
     assert "not measured" in text, "of the effective length, since no pass keys were asked"
     assert (model.path / "model.safetensors").stat().st_nlink > 1, "weights are linked, not copied"
     assert read_events(run.spool.path)[0][-1]["event"] == "dataset"

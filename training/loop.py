@@ -478,7 +478,8 @@ class StepLog:
     def checkpoint(self, step: int, identity: str, path: Path) -> None:
         """One that was saved, which MLflow ranks by its losses; its files stay where they are."""
         row = self.rows[-1] if self.rows else {}
-        losses = {f"train/{n}": row[n] for n in ("loss", "validation_loss") if row.get(n) is not None}
+        # names of their own: MLflow shows a model's metrics in its run too, where `train/loss` would get a second point
+        losses = {f"checkpoint/{n}": row[n] for n in ("loss", "validation_loss") if row.get(n) is not None}
         if self.spool:
             name = f"{self.label} step {step}"
             self.spool.model(name, f"{identity}-{step}", losses, step=step, tags={"checkpoint": path, "step": step})

@@ -1,4 +1,4 @@
-"""Faults, and the tests that inject each: most live beside what they break, this folder has those that live nowhere else.
+"""Faults, and the tests that inject each: most live beside what they break, here are those that live nowhere else.
 
     make drill                                           # all of them, about 25 minutes on two cores
     python tests/faults/drills.py -m "not slow"          # those without a cluster: about 4 minutes
@@ -52,6 +52,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         f"{DISK}::test_a_full_disk_leaves_what_was_published_and_nothing_half_written",
         f"{DISK}::test_a_full_disks_error_names_the_file_that_did_not_fit",
         f"{DISK}::test_a_disk_that_fills_while_training_keeps_the_last_good_checkpoint",
+        f"{DISK}::test_a_disk_that_fills_while_training_is_called_full_by_name",
     ),
     9: (
         f"{MIRROR}::test_an_outage_at_the_start_in_the_middle_and_at_the_end_costs_no_time_and_no_point",
@@ -114,6 +115,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         f"{CHECKPOINT}::test_a_checkpoint_of_another_recipe_is_not_resumed_from",
         "faults/test_faults_pickles.py::test_a_pickle_in_a_checkpoint_is_not_run_unless_its_manifest_vouches_for_it",
         "faults/test_faults_pickles.py::test_a_pickle_in_a_model_folder_is_never_opened",
+        "faults/test_faults_pickles.py::test_a_pickle_named_like_a_tokenizer_is_not_copied",
     ),
     21: (
         f"{S3}::test_an_answer_of_500_now_and_then_costs_nothing",
@@ -124,8 +126,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
     ),
     22: (
         "faults/test_faults_versions.py::test_a_node_of_another_ray_does_not_join",
-        "faults/test_faults_versions.py::"
-        "test_a_stage_on_a_node_of_another_longreach_is_refused_with_both_versions",
+        "faults/test_faults_versions.py::test_a_stage_on_a_node_of_another_longreach_is_refused_with_both_versions",
     ),
 }
 """Number in docs/reliability.md -> node ids below tests/."""

@@ -5,11 +5,11 @@ The full disk is a tmpfs of a few MB, mounted by the test: root only.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from test_training_loop import at_step, train
 from toy_models import job
 
 from infra.artifact import Lease, Store
+from infra.launch import FINAL_ERRORS
 from training.checkpoint import problem
 
 NOBODY = 65534
@@ -38,12 +39,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path) -> Path:
     """A file that takes all the room there is."""
     ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert shutil.disk_usage(disk).free == 0
     return ballast
 
 
@@ -82,9 +81,8 @@ def test_a_disk_that_fills_while_training_keeps_the_last_good_checkpoint(tmp_pat
     todo = job(tmp_path, work=str(small_disk / "work"), resources={"checkpoint_every_steps": 2})
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: fill(small_disk))
-        with pytest.raises((OSError, RuntimeError)) as full:  # noqa: PT011 (what torch's writer raises)
+        with pytest.raises((OSError, RuntimeError, *FINAL_ERRORS.values())):
             train(todo)
-    print(f"said: {type(full.value).__name__}: {full.value}")
     checkpoints = Path(todo["work"]) / "checkpoints"
     assert [p.name for p in checkpoints.glob("step-*")] == ["step-00000002"]
     (small_disk / "ballast").unlink()
@@ -94,10 +92,18 @@ def test_a_disk_that_fills_while_training_keeps_the_last_good_checkpoint(tmp_pat
     assert problem(checkpoints / "step-00000004", identity="other") == "it belongs to another recipe"
 
 
+@pytest.mark.xfail(strict=True, reason="torch's writer says `unexpected pos 128 vs 0`, and ranks are started again")
+def test_a_disk_that_fills_while_training_is_called_full_by_name(tmp_path: Path, small_disk: Path, monkeypatch):
+    todo = job(tmp_path, work=str(small_disk / "work"), resources={"checkpoint_every_steps": 2})
+    at_step(monkeypatch, 3, lambda: fill(small_disk))
+    with pytest.raises(tuple(FINAL_ERRORS.values()), match=f"{small_disk}.*[Nn]o space left"):
+        train(todo)
+
+
 # ---- not ours to write
 
 
-@contextmanager
+@contextlib.contextmanager
 def somebody_else() -> Iterator[None]:
     """This process without root's right to write everywhere."""
     if os.geteuid():

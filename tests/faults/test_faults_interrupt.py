@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of training: exit 130, the lease is free, and the same command goes on from the last checkpoint."""
+"""Ctrl-C in training: exit 130, the lease is free, and the same command goes on from the last checkpoint."""
 
 from __future__ import annotations
 
