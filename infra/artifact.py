@@ -311,7 +311,6 @@ class Store:
             self._create(f"{folder}/{MANIFEST}", body)
         except FileExistsError:
             self._refuse_if_published(attempt)
-            raise
         shutil.rmtree(attempt.work, ignore_errors=True)
         for loser in self.earlier_attempts(attempt.stage, attempt.fingerprint):
             if loser.name != attempt.id:
@@ -344,7 +343,8 @@ class Store:
         ]
 
     def _refuse_if_published(self, attempt: Attempt) -> None:
-        if winner := self.find(attempt.stage, attempt.fingerprint):
+        winner = self.find(attempt.stage, attempt.fingerprint)
+        if winner and winner.attempt != attempt.id:  # our own is there too, if the store's answer to it was lost
             self._remove(attempt.stage, attempt.fingerprint, attempt.id)
             raise AlreadyPublished(winner)
 
@@ -378,10 +378,13 @@ class Store:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.draft")
-        with draft.open("wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with draft.open("wb") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk's error names no file
+            raise OSError(error.errno, error.strerror, str(draft)) from error
         try:
             os.link(draft, target)  # fails if target exists, and never shows half a file
         finally:
@@ -491,7 +494,7 @@ class Lease:
                     self.lost.set()
                     return
                 self._beat(counter)
-            except OSError as error:  # the store is away: try at the next beat; if it lasts, somebody takes over
+            except Exception as error:  # noqa: BLE001 (whatever the store raises while it is away: if it lasts, somebody takes over)
                 print(f"lease {self.name}: heartbeat failed ({error}), trying again", flush=True)
 
     def _sweep(self) -> None:

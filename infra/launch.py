@@ -43,8 +43,12 @@ class OutOfMemory(Exception):
     """A rank needed more memory than there is; trying again would only need it again."""
 
 
+class DiskFull(Exception):
+    """There is no room for a checkpoint; trying again would only need it again."""
+
+
 FINAL_ERRORS: dict[str, type[Exception]] = {
-    e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped, OutOfMemory)
+    e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped, OutOfMemory, DiskFull)
 }
 """Raised by a rank, these end the run at once."""
 
@@ -172,9 +176,7 @@ def _rank(config: dict[str, Any]) -> None:
     module, _, name = config["function"].partition(":")
     try:
         if share:
-            if os.environ["LOCAL_RANK"] == "0":
-                share.bring()
-            dist.barrier()
+            share.bring()
             job = share.here(job)
         result = getattr(importlib.import_module(module), name)(job)
     except tuple(FINAL_ERRORS.values()) as error:

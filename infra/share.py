@@ -10,6 +10,7 @@ node whose own folder (LONGREACH_WORKDIR) is another one. Only a remote root has
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -64,9 +65,13 @@ class Share:
         return own + value[len(self.scratch) :] if inside else value
 
     def bring(self) -> None:
-        """Fetch the inputs into this node's cache; called by one process of a node, the others wait for it."""
-        for stage, fingerprint in self.inputs:
-            self.store.fetch(stage, fingerprint)
+        """Fetch the inputs into this node's cache: the first process of a node brings them, the others find them."""
+        store = self.store
+        store.scratch.mkdir(parents=True, exist_ok=True)
+        with (store.scratch / ".bring").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            for stage, fingerprint in self.inputs:
+                store.fetch(stage, fingerprint)
 
     def push(self, folder: Path, *, last: str = "") -> None:
         """Upload a folder of this attempt; `last` names a file that is left out."""
@@ -104,11 +109,15 @@ class Share:
 
     @staticmethod
     def _download(fs: Any, place: str, folder: Path) -> bool:
+        from infra.artifact import CorruptArtifact
+
         fs.invalidate_cache()
         names = fs.find(place)
         shutil.rmtree(folder, ignore_errors=True)
         for name in names:
             target = folder / name[len(place) + 1 :]
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise CorruptArtifact(f"{name}: leads out of the folder that it is fetched into")
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(name, str(target))
         return bool(names)

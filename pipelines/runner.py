@@ -104,6 +104,8 @@ class Task:
     experiment: str
     command: str
     """What the user said."""
+    version: str
+    """longreach's, which every node has to have."""
 
 
 def open_store(loaded: Loaded) -> Store:
@@ -516,7 +518,7 @@ def _task(run: _Run, stage: Stage, stage_run: str) -> Task:
     recipe, store = run.loaded.recipe, run.store
     return Task(
         stage, recipe.resources, store.root, str(store.scratch), str(run.spool_folder), stage_run, recipe.experiment,
-        run.loaded.command,
+        run.loaded.command, str(_versions()["longreach"]),
     )  # fmt: skip
 
 
@@ -593,6 +595,8 @@ def _execute(task: Task, *inputs: Done) -> Done:
 
     Ray calls it again after the worker died: the new attempt may start from the old one's checkpoints.
     """
+    if (here := str(_versions()["longreach"])) != task.version:
+        raise ValueError(f"this node has longreach {here}, the driver {task.version}: install the same on all nodes")
     stage, store = task.stage, Store(task.root, node_scratch(task.scratch))
     if done := store.find(stage.name, stage.fingerprint):  # published by another run in the meantime, or before a retry
         return Done(done.manifest["seconds"])

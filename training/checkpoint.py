@@ -31,6 +31,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from infra.artifact import file_digest
+from infra.launch import DiskFull
 from infra.share import Share
 from training.loss import causal_lm
 from training.model import load_model
@@ -38,6 +39,8 @@ from training.recipe import RopeRecipe
 from training.zero import whole
 
 MANIFEST = "checkpoint.json"
+ROOM = 64 * 2**20
+"""A disk with less free bytes than that is full."""
 MERGE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest logit error of a merged model, over the largest logit: rounding of W + BA to the type, then of each layer.
 Measured on SmolLM2 in float32: 4e-6."""
@@ -65,9 +68,17 @@ def save(
     name = path_of(folder, step).name
     draft = folder / f".draft-{name}"
     state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # may be converted
-    engine.save_checkpoint(
-        str(folder), tag=draft.name, client_state=state, save_latest=False, exclude_frozen_parameters=True
-    )
+    try:
+        engine.save_checkpoint(
+            str(folder), tag=draft.name, client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
+    except (OSError, RuntimeError) as error:  # torch's writer does not say that a disk is full
+        if (free := shutil.disk_usage(folder).free) < ROOM:
+            raise DiskFull(
+                f"{folder}: No space left for the checkpoint after step {step} ({free >> 20} MiB free): make room "
+                f"and run the same command again, which goes on from the checkpoint before"
+            ) from error
+        raise
     dist.barrier()
     if dist.get_rank() == 0:
         for path in attach:
@@ -133,19 +144,18 @@ def pull(
 
 
 def acts_for_disk(folder: Path) -> bool:
-    """Called by every rank: whether this one acts for the disk that `folder` is on. One of each disk does, whether
-    nodes share it or not. Drafts that a kill left there are removed."""
-    first_here, mark = os.environ.get("LOCAL_RANK", "0") == "0", [uuid.uuid4().hex]
+    """Called by every rank: whether this one acts for the disk that `folder` is on. The lowest rank of each disk does,
+    whether nodes share it or not. Drafts that a kill left there are removed."""
+    mark = [uuid.uuid4().hex]
     dist.broadcast_object_list(mark)
-    seen = folder / f".rank0-{mark[0]}"
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        seen.touch()
+    own = folder / f".rank-{mark[0]}-{dist.get_rank():06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    own.touch()
     dist.barrier()
-    acts = dist.get_rank() == 0 or (first_here and not seen.exists())
+    acts = min(folder.glob(f".rank-{mark[0]}-*")) == own
     dist.barrier()
+    own.unlink()
     if acts:
-        seen.unlink(missing_ok=True)
         for draft in folder.glob(".draft-*"):
             shutil.rmtree(draft)
     dist.barrier()

@@ -148,9 +148,10 @@ def kept_files(folder: Path) -> list[Path]:
         return [folder / name for name in ADAPTER]
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json, nor adapter_config.json")
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatch(p.name, pattern) for pattern in KEPT)]
-    shards = {p.name for p in files if p.suffix == ".safetensors"}
     pickled = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in PICKLED)]
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatch(p.name, pattern) for pattern in KEPT)]
+    files = [p for p in files if p.name not in pickled]
+    shards = {p.name for p in files if p.suffix == ".safetensors"}
     if not shards:
         found = f"only pickled weights ({', '.join(pickled)}), which run code when opened" if pickled else "no weights"
         raise ValueError(f"{folder} has {found}: save it again with save_pretrained, which writes safetensors")
@@ -218,11 +219,20 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
 
 def _download(name: str, revision: str | None) -> Path:
     """The hub's snapshot folder, from its cache when the hub is away."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(KEPT), etag_timeout=10))
+        try:  # snapshot_download would ask the same without a time limit
+            revision, away = HfApi().model_info(name, revision=revision, timeout=10).sha, False
+        except HfHubHTTPError:
+            raise
+        except Exception:  # noqa: BLE001 (of whichever HTTP client the hub's library has): nobody answers
+            away = True
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(KEPT), etag_timeout=10, local_files_only=away
+        )
+        return Path(found)
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise ValueError(
             f"hub:{name} (revision {revision or 'default'}) could not be fetched and is not in the local cache "

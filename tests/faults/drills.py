@@ -1,7 +1,7 @@
 """Faults, and the tests that inject each: most live beside what they break, here are those that live nowhere else.
 
-    make drill                                           # all of them, about 25 minutes on two cores
-    python tests/faults/drills.py -m "not slow"          # those without a cluster: about 4 minutes
+    make drill                                           # all of them
+    python tests/faults/drills.py -m "not slow"          # 4 minutes on two busy cores
     python tests/faults/drills.py --faults 8 21          # some
 
 What is expected and what was measured stands in docs/reliability.md.

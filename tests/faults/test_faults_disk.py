@@ -67,7 +67,6 @@ def test_a_full_disk_leaves_what_was_published_and_nothing_half_written(small_di
     assert store.problems(store.fetch("pack", "late")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="Store._create: OSError of a write names no file")
 def test_a_full_disks_error_names_the_file_that_did_not_fit(small_disk: Path):
     store = Store(str(small_disk / "root"))
     attempt = store.new_attempt("pack", "late")
@@ -92,7 +91,6 @@ def test_a_disk_that_fills_while_training_keeps_the_last_good_checkpoint(tmp_pat
     assert problem(checkpoints / "step-00000004", identity="other") == "it belongs to another recipe"
 
 
-@pytest.mark.xfail(strict=True, reason="torch's writer says `unexpected pos 128 vs 0`, and ranks are started again")
 def test_a_disk_that_fills_while_training_is_called_full_by_name(tmp_path: Path, small_disk: Path, monkeypatch):
     todo = job(tmp_path, work=str(small_disk / "work"), resources={"checkpoint_every_steps": 2})
     at_step(monkeypatch, 3, lambda: fill(small_disk))

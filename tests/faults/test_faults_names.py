@@ -65,7 +65,6 @@ def test_removing_an_attempt_follows_no_link(tmp_path: Path):
     assert (mine / "keep").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="Share._download joins the store's keys to a folder as they are")
 def test_a_key_of_the_store_cannot_lead_out_of_the_folder_that_is_pulled(tmp_path: Path):
     share = Share("memory://names", str(tmp_path / "node/scratch"), "finetune", "f", "0001-a")
     fs = fsspec.filesystem("memory")

@@ -27,13 +27,7 @@ def act(job: dict[str, Any]) -> bool:
         ("aa", (0, 1), [True, False]),
         ("aa", (0, 0), [True, False]),
         ("ab", (0, 0), [True, True]),
-        pytest.param(
-            "ab", (0, 1), [True, True],
-            marks=pytest.mark.xfail(
-                strict=True, reason="acts_for_disk trusts LOCAL_RANK, which Ray Train counts by address: a checkpoint "
-                "without the second node's optimizer state is sealed as whole",
-            ),
-        ),
+        ("ab", (0, 1), [True, True]),
     ],
     ids=["one node", "two nodes, one disk", "two nodes", "two nodes of one address"],
 )  # fmt: skip

@@ -62,7 +62,6 @@ def test_a_pickle_in_a_model_folder_is_never_opened(tmp_path: Path, trap):
     assert not sprung.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="KEPT's `tokenizer*` keeps tokenizer.pkl")
 def test_a_pickle_named_like_a_tokenizer_is_not_copied(tmp_path: Path, trap):
     source = tiny_folder(tmp_path / "source")
     (source / "tokenizer.pkl").write_bytes(trap[0])

@@ -130,7 +130,6 @@ def test_an_answer_of_500_now_and_then_costs_nothing(store: Store, proxy: Proxy)
     assert proxy.failed > 10
 
 
-@pytest.mark.xfail(strict=True, reason="Store._refuse_if_published takes its own manifest for another attempt's")
 def test_a_publication_whose_answer_was_lost_is_a_publication(store: Store, proxy: Proxy):
     """The manifest was created, but the answer was 500: asked again, the store says that it exists."""
     lost = iter([True])
@@ -166,11 +165,8 @@ def test_a_slow_store_takes_no_lease_from_a_live_holder(store: Store, proxy: Pro
     lease.release()
 
 
-UNHEARD = pytest.mark.xfail(strict=True, reason="Lease._heartbeat ends at an EndpointConnectionError: no OSError")
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("fault", ["500", pytest.param("hangs up", marks=UNHEARD), pytest.param("gone", marks=UNHEARD)])
+@pytest.mark.parametrize("fault", ["500", "hangs up", "gone"])
 def test_a_lease_outlives_a_store_that_is_away_for_a_while(store: Store, proxy: Proxy, monkeypatch, fault: str):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client gives up after 2 s; it takes 9 s without this
     lease = Lease(store, "tiny", "ann", beat_s=0.2).acquire(wait=False)

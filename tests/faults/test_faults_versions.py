@@ -43,9 +43,6 @@ def test_a_node_of_another_ray_does_not_join(cluster):
     assert "2.54.0" in done.stdout + done.stderr
 
 
-@pytest.mark.xfail(
-    strict=True, reason="nothing compares the driver's longreach with that of the node that runs a stage"
-)
 def test_a_stage_on_a_node_of_another_longreach_is_refused_with_both_versions(cluster, tmp_path: Path):
     recipe = {key: RECIPE[key] for key in ("name", "corpus", "finetune")}
     recipe["base"] = {"source": str(tmp_path / "project/base")}
