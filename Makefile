@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run tools test drill check audit ui docs clean
+.PHONY: help setup run tools test cluster drill check audit ui docs clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ tools:  ## install what tests need beside Python (Debian, root)
 
 test: tools check  ## lint, types and all CPU tests
 	$(BIN)/pytest
+
+cluster: $(STAMP)  ## a head and two workers on this machine that share no folder, and an S3 server, until Ctrl-C
+	$(BIN)/python tests/local_cluster.py
 
 drill: $(STAMP)  ## inject every fault of docs/reliability.md
 	$(BIN)/python tests/faults/drills.py

@@ -310,7 +310,8 @@ class Store:
         try:
             self._create(f"{folder}/{MANIFEST}", body)
         except FileExistsError:
-            self._refuse_if_published(attempt)
+            if not self._refuse_if_published(attempt):
+                raise
         shutil.rmtree(attempt.work, ignore_errors=True)
         for loser in self.earlier_attempts(attempt.stage, attempt.fingerprint):
             if loser.name != attempt.id:
@@ -342,11 +343,13 @@ class Store:
             for name, path in zip(names, paths, strict=True)
         ]
 
-    def _refuse_if_published(self, attempt: Attempt) -> None:
+    def _refuse_if_published(self, attempt: Attempt) -> bool:
+        """Raises AlreadyPublished if another attempt is; says whether this one is, as after an answer that was lost."""
         winner = self.find(attempt.stage, attempt.fingerprint)
-        if winner and winner.attempt != attempt.id:  # our own is there too, if the store's answer to it was lost
+        if winner and winner.attempt != attempt.id:
             self._remove(attempt.stage, attempt.fingerprint, attempt.id)
             raise AlreadyPublished(winner)
+        return winner is not None
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
         """An attempt's files; a writer that is still alive in it fails, which is meant."""
@@ -383,12 +386,13 @@ class Store:
                 file.write(body)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:  # a full disk's error names no file
-            raise OSError(error.errno, error.strerror, str(draft)) from error
-        try:
             os.link(draft, target)  # fails if target exists, and never shows half a file
+        except OSError as error:
+            if error.filename:
+                raise
+            raise OSError(error.errno, error.strerror, str(draft)) from error  # a full disk's error names no file
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
 
 
 @dataclass

@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake is one clear line, everything else a traceback. Always exits."""
     try:
         app(arguments)
+    except PermissionError as error:
+        print(f"{error.filename}: {error.strerror}: choose a place that you may read and write", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except ValueError as error:
         ours = type(error) is ValueError or hasattr(error, "render")
         if not ours or os.environ.get("LONGREACH_DEBUG") == "1":

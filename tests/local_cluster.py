@@ -2,7 +2,7 @@
 
 A head without CPUs, on which the driver runs, and workers with one CPU each: two ranks are on two nodes.
 
-    python tests/local_cluster.py --keep        # prints what to export, and runs until Ctrl-C
+    make cluster        # prints what to export, and runs until Ctrl-C
 """
 
 from __future__ import annotations

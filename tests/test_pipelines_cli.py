@@ -403,3 +403,12 @@ def test_python_dash_m_is_the_same_command() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == f"nothing: no recipe of that name comes with longreach; there are: {', '.join(names())}\n"
+
+
+def test_a_place_that_may_not_be_written_is_one_line(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    runner.raises = PermissionError(13, "Permission denied", "/srv/artifacts")
+    code, _, err = longreach(capsys, "run", "quickstart")
+    assert code == 2
+    assert err.strip() == "/srv/artifacts: Permission denied: choose a place that you may read and write"

@@ -225,8 +225,10 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         try:  # snapshot_download would ask the same without a time limit
             revision, away = HfApi().model_info(name, revision=revision, timeout=10).sha, False
-        except HfHubHTTPError:
-            raise
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code < 500:
+                raise
+            away = True
         except Exception:  # noqa: BLE001 (of whichever HTTP client the hub's library has): nobody answers
             away = True
         found = snapshot_download(
