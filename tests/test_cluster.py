@@ -17,7 +17,7 @@ from test_quickstart import RECIPE, make_project, wait_for
 
 from infra.artifact import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 
 SMALL = {
     "name": "small",
@@ -33,9 +33,9 @@ SMALL = {
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nodes")
     with s3_server(folder) as s3, local_cluster(folder, 0, s3) as cluster:
-        for number in range(2):
+        for number in range(2):  # one after the other: two that start together may time out
             start_worker(cluster, number)
-        cluster.wait_for(2)
+            cluster.wait_for(number + 1)
         yield cluster
 
 

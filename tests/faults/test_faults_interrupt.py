@@ -14,7 +14,7 @@ from test_quickstart import RECIPE, make_project, manifests, run, steps_of, wait
 
 from infra.artifact import Lease, Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 
 
 def test_ctrl_c_in_training_is_exit_130_frees_the_lease_and_costs_at_most_one_checkpoint_interval(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 from local_cluster import local_cluster
 from test_quickstart import RECIPE, make_project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 
 OTHER_RAY = """
 import sys
