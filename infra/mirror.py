@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import registry
+from infra.registry import default_uri
 from infra.tracking import iter_events
 
 POLL_S = 5.0
@@ -508,7 +509,7 @@ def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport
 
 
 def _command(spool_dir: Path, uri: str) -> list[str]:
-    uri = registry.tracking_uri(uri, "")  # no password on a command line
+    registry.refuse_password(uri)
     return [sys.executable, "-m", "infra.mirror", str(spool_dir), "--uri", uri]
 
 
@@ -516,11 +517,6 @@ def _environment() -> dict[str, str]:
     """This process's, with this package importable from any folder."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def default_uri(workdir: Path | str) -> str:
-    """The embedded store: SQLite at `{workdir}/mlflow.db`, artifacts beside it in `mlartifacts`; no server needed."""
-    return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
 
 
 def ui_command(workdir: Path | str, host: str = "127.0.0.1", port: int = 5000) -> list[str]:

@@ -47,19 +47,29 @@ def connect() -> Any:
     return client
 
 
+def default_uri(workdir: Path | str) -> str:
+    """The embedded store: SQLite at `{workdir}/mlflow.db`, artifacts beside it in `mlartifacts`; no server needed."""
+    return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
+
+
 def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
     """The recipe's MLflow, else the environment's, else the embedded one below `workdir`.
 
     Raises:
         ValueError: it holds a password, which process lists, logs and dashboards would show.
     """
-    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
+    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir)
+    refuse_password(uri)
+    return uri
+
+
+def refuse_password(uri: str) -> None:
+    """ValueError for a URI with a password in it, which is not repeated."""
     if urlsplit(uri).password:
         raise ValueError(
             "the tracking URI holds a password, which other users can read in the list of processes: put it into "
             "MLFLOW_TRACKING_PASSWORD, the user into MLFLOW_TRACKING_USERNAME (PGPASSWORD, PGUSER for PostgreSQL)"
         )
-    return uri
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -53,6 +53,11 @@ class LocalCluster:
         log = (self.folder / f"{name}.log").open("ab")
         self.nodes[name] = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
+    def start_worker(self, number: int) -> None:
+        """A node of one CPU with an address of its own, as machines have: Ray Train counts a node's ranks by it."""
+        own = f"--node-ip-address=127.0.0.{number + 2}"
+        self.start_node(f"worker{number}", f"--address={self.address}", "--num-cpus=1", own)
+
     def kill_node(self, name: str) -> None:
         """All of its processes at once, as when a machine goes away."""
         process = self.nodes.pop(name)
@@ -108,9 +113,9 @@ def local_cluster(folder: Path, workers: int = 2, extra: dict[str, str] | None =
             f"--dashboard-port={dashboard}",
         )  # fmt: skip
         cluster.wait_for(0)
-        for number in range(workers):
-            cluster.start_node(f"worker{number}", f"--address={cluster.address}", "--num-cpus=1")
-        cluster.wait_for(workers)
+        for number in range(workers):  # one after the other: two that start together may time out
+            cluster.start_worker(number)
+            cluster.wait_for(number + 1)
         env["RAY_DASHBOARD"] = f"http://127.0.0.1:{dashboard}"
         yield cluster
     finally:

@@ -32,17 +32,8 @@ SMALL = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nodes")
-    with s3_server(folder) as s3, local_cluster(folder, 0, s3) as cluster:
-        for number in range(2):  # one after the other: two that start together may time out
-            start_worker(cluster, number)
-            cluster.wait_for(number + 1)
+    with s3_server(folder) as s3, local_cluster(folder, 2, s3) as cluster:
         yield cluster
-
-
-def start_worker(cluster, number: int) -> None:
-    """A node with an address of its own, as machines have: Ray Train counts the ranks of a node by its address."""
-    own = f"--node-ip-address=127.0.0.{number + 2}"
-    cluster.start_node(f"worker{number}", f"--address={cluster.address}", "--num-cpus=1", own)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +109,7 @@ def test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint(cluster,
                 if process.is_running():
                     process.kill()
             lost, before = time.monotonic(), len(steps_told(project / "lost"))
-            start_worker(cluster, 2)
+            cluster.start_worker(2)
             wait_for(lambda: len(steps_told(project / "lost")) > before + 5, "steps after the node was lost")
             print(f"training again {time.monotonic() - lost:.0f} s after the node was lost")
             assert driver.wait(timeout=180) == 0, (project / "lost.log").read_text()
