@@ -34,7 +34,7 @@ def run(folder: Path, rate: float) -> tuple[float, Path | None]:
 def first_step_s(spool: Path, started: float) -> dict[str, float]:
     """Seconds from `started` to the stage task, and to the end of the first optimizer step."""
     marks = {}
-    for path in spool.glob("finetune-full--*.jsonl"):
+    for path in spool.glob("finetune-full@*.jsonl"):
         for line in path.read_text().splitlines():
             event = json.loads(line)
             after = event["time_ms"] / 1000 - started

@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -148,6 +149,35 @@ class Store:
         self.fs, self.base = fsspec.core.url_to_fs(root)
         self.local = self.fs.protocol == "file" or "file" in self.fs.protocol
         self.scratch = Path(scratch).absolute()
+
+    def checked(self) -> Store:
+        """Itself, after a look at a remote root: a missing bucket or key is found before anything is computed.
+
+        Raises:
+            ValueError: the root cannot be listed.
+        """
+        bucket = self.base.partition("/")[0]
+        try:
+            if not (self.local or self._listed(self.base) or self._listed(bucket)):
+                raise FileNotFoundError(f"there is no {bucket}")
+        except Exception as error:  # every file system has its own
+            raise ValueError(
+                f"store {self.root!r}: {error}: correct store.root (or --root), or put the store's keys into the "
+                "environment (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL); where only the "
+                "cluster reaches it: longreach submit --no-plan"
+            ) from error
+        return self
+
+    def _listed(self, path: str) -> bool:
+        """Whether it is there; that we may not look at the whole bucket says nothing against our part of it."""
+        try:
+            self.fs.ls(path)
+        except FileNotFoundError:
+            return not path
+        except PermissionError:
+            if path == self.base:
+                raise
+        return True
 
     def _folder(self, stage: str, fingerprint: str) -> str:
         return f"{self.base}/{stage}/{fingerprint}"
@@ -499,7 +529,7 @@ class Lease:
                     return
                 self._beat(counter)
             except Exception as error:  # noqa: BLE001 (whatever the store raises while it is away: if it lasts, somebody takes over)
-                print(f"lease {self.name}: heartbeat failed ({error}), trying again", flush=True)
+                print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
 
     def _sweep(self) -> None:
         """Forget the generations before this one."""

@@ -22,7 +22,7 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
         cpus: CPUs that a cluster of our own offers; the machine's without it.
 
     Raises:
-        ConnectionError: no cluster answers at `address`.
+        ValueError: no cluster answers at `address`.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default makes each report cost 2 s
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks without a GPU keep the environment's view
@@ -37,13 +37,18 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
         return
     # The dashboard stays on although it costs seconds: without it Ray Train cannot ask the state API what a dead
     # driver left behind, and its placement group keeps the CPUs for ever.
-    ray.init(
-        address or "local",
-        num_cpus=None if address else cpus,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )
+    try:
+        ray.init(
+            address or "local",
+            num_cpus=None if address else cpus,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
+    except ConnectionError as error:
+        if address is None:
+            raise
+        raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): is it up?") from error
     try:
         yield ray
     finally:

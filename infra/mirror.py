@@ -510,13 +510,14 @@ def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport
 
 def _command(spool_dir: Path, uri: str) -> list[str]:
     registry.refuse_password(uri)
-    return [sys.executable, "-m", "infra.mirror", str(spool_dir), "--uri", uri]
+    return [sys.executable, "-P", "-m", "infra.mirror", str(spool_dir), "--uri", uri]
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with this package importable from any folder."""
+    """This process's without the registry's patience, with this package importable from any folder."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ours = {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
+    return ours | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def ui_command(workdir: Path | str, host: str = "127.0.0.1", port: int = 5000) -> list[str]:

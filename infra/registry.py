@@ -27,6 +27,8 @@ MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
 BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longreach.rolled_back"
 """Tags of a version: its model, its release, what that was made from (a model's source, a digest of texts), and whether
 people took it back."""
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""MLflow's settings for this process, unless the user's own say otherwise; the mirror has its own."""
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
@@ -36,8 +38,8 @@ class AliasMoved(RuntimeError):
 
 def connect() -> Any:
     """An MlflowClient that gives up after seconds: MLflow's own patience is minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes

@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except PermissionError as error:
-        print(f"{error.filename}: {error.strerror}: choose a place that you may read and write", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{what}: choose a place that you may read and write", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ValueError as error:
         ours = type(error) is ValueError or hasattr(error, "render")
@@ -300,7 +301,7 @@ def report(
     if recipe and re.fullmatch("[0-9a-f]{6,32}", recipe):
         from pipelines.compare import by_prefix
 
-        found = by_prefix(store := Store(root), recipe)
+        found = by_prefix(store := Store(root).checked(), recipe)
     if found is None:
         store, only = _store_and_fingerprints(recipe, overrides, root)
         found = max(
@@ -394,6 +395,7 @@ def schedule(
     """Show when a cron line fires, and print the files that start a recipe then."""
     from datetime import UTC
 
+    from infra.jobs import whereabouts
     from infra.kubernetes import Place
     from infra.schedule import Job, Schedule, render
     from pipelines.recipe import load
@@ -426,6 +428,9 @@ def schedule(
         resources=loaded.recipe.resources,
         store_root=loaded.recipe.store.root,
     )
+    if to.endswith("cronjob"):
+        read = {field: path for field, path in _local_paths(loaded.recipe).items() if not field.startswith("store.")}
+        whereabouts("the cluster", read, shared_disk=claim is not None)
     files = render(timing, job, to, place, enable=enable)
     for time in timing.next(5, to):
         print(f"fires {time:%a %Y-%m-%d %H:%M %z}", file=sys.stderr)
@@ -695,7 +700,7 @@ def _store_and_fingerprints(
     from infra.artifact import Store
 
     if recipe is None:
-        return Store(root), None
+        return Store(root).checked(), None
     from pipelines.recipe import load
 
     loaded = load(recipe, overrides)
@@ -772,6 +777,8 @@ def _local_paths(recipe: Recipe) -> dict[str, str]:
     for index, source in enumerate(recipe.corpus.sources):
         if source.files:
             found[f"corpus.sources.{index}.files"] = source.files
+        if source.dataset and Path(source.dataset).exists():
+            found[f"corpus.sources.{index}.dataset"] = source.dataset
     if Path(recipe.base.source).is_dir():
         found["base.source"] = recipe.base.source
     for name, section in recipe.evaluate.chosen().items():

@@ -86,14 +86,16 @@ def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
     for folder in (path, *path.parents) if path.exists() else ():
         if folder.parent.name == "report" and (folder / MANIFEST).is_file():
             store = Store(str(folder.parents[1]))
-            return store, next(m for m in store.manifests("report") if m["fingerprint"] == folder.name)
+            artifact = store.find("report", folder.name)
+            assert artifact, "its manifest is there"
+            return store, artifact.manifest
     if PREFIX.fullmatch(name) and name not in recipe_names():
-        store = Store(root or ".longreach")
+        store = Store(root or ".longreach").checked()
         if (found := by_prefix(store, name)) is None:
             raise ValueError(f"no report in {store.root} has a fingerprint that begins with {name}")
         return store, found
     loaded = load(name)
-    store = Store(root) if root else open_store(loaded)
+    store = Store(root).checked() if root else open_store(loaded)
     manifests = [m for m in store.manifests("report") if m["identity"]["recipe"]["name"] == loaded.recipe.name]
     if not manifests:
         raise ValueError(f"{name} has no report in {store.root} yet; make one with: longreach run {name}")

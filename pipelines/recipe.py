@@ -28,7 +28,7 @@ from pydantic_core import ErrorDetails
 
 from evaluation import EVALS
 from evaluation.recipe import EvalRecipe
-from infra.choices import Choices
+from infra.choices import Choices, PathOrUrl
 from infra.resources import Resources
 from training.recipe import BaseRecipe, CorpusRecipe, FinetuneRecipe, PretrainRecipe, RopeRecipe
 
@@ -66,7 +66,7 @@ else:  # an evaluation needs its line in EVALS and none here: its section is a f
 class StoreRecipe(Choices):
     """Where artifacts live. Not identity: the same recipe on another root gives the same fingerprints."""
 
-    root: str = ".longreach"
+    root: PathOrUrl = ".longreach"
     """Artifacts: a folder or any fsspec URL (s3://bucket/prefix)."""
     workdir: str = ".longreach"
     """This machine's own folder: scratch, spooled metrics, the embedded MLflow store."""

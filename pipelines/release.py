@@ -152,7 +152,7 @@ class Card:
             f"{packed['rows']:,} rows of {packed['seq_len']:,} tokens ({packed['method']}).",
             f"- Training: {t['steps']:,} optimizer steps, {t['tokens']:,} tokens, loss {t['loss_first']:.3f} to "
             f"{t['loss_last']:.3f}; attention {t['pattern']}.",
-            f"- Cost: {t['wall_s']:,.0f} s on {t['ranks']} ranks, peak {t['peak_gib']:.2f} GiB a rank.",
+            f"- Cost: {t['wall_s']:,.0f} s on {t['ranks']} ranks, peak {t['peak_gib']:.2f} GiB on all of them.",
         ])  # fmt: skip
 
     def _evaluation(self) -> list[str]:

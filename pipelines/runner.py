@@ -19,6 +19,7 @@ import queue
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from infra import relay
 from infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
@@ -109,10 +110,10 @@ class Task:
 
 
 def open_store(loaded: Loaded) -> Store:
-    """The recipe's store; a relative local root is this folder's."""
+    """The recipe's store, if it can be read; a relative local root is this folder's."""
     recipe = loaded.recipe.store
     root = recipe.root if "://" in recipe.root else str(Path(recipe.root).absolute())
-    return Store(root, Path(recipe.workdir).absolute() / "scratch")
+    return Store(root, Path(recipe.workdir).absolute() / "scratch").checked()
 
 
 @contextmanager
@@ -209,22 +210,22 @@ def _run(
             f"on the cluster at {address} every node would have a registry of its own in {uri}: set tracking.uri to an "
             f"MLflow server that all of them reach"
         )
-    if away := check_login(uri):
+    if (loaded.recipe.tracking.enabled or loaded.recipe.promote) and (away := check_login(uri)):
         display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
-    stages, store = build(loaded.recipe), open_store(loaded)
+    store, stages = open_store(loaded), build(loaded.recipe)
     _check_forced(force, stages)
     outcome = RunOutcome()
     found = _survey(store, stages, {}, repair=False)
     if not force and len(found) == len(stages):
         display.note("nothing new: every stage is published, with these choices and from these documents")
     if force or len(found) < len(stages):
-        with _lease(store, loaded.recipe.name, wait, display) as lease, _terminable():
+        with _lease(store, loaded.recipe.name, wait, display) as lease, _terminable() as stopping:
             for stage in stages:
                 if {stage.name, stage.label} & set(force) and store.find(stage.name, stage.fingerprint):
                     store.withdraw(stage.name, stage.fingerprint)
                     found.pop(stage.label, None)
             found = _survey(store, stages, found, repair=True)
-            _run_missing(_Run(loaded, store, stages, found, display, lease, address), outcome)
+            _run_missing(_Run(loaded, store, stages, found, display, lease, address), outcome, stopping)
     touched = {*outcome.ran, *outcome.failed}
     outcome.reused = [stage.label for stage in stages if stage.label not in touched]
     if report := found.get("report"):
@@ -258,7 +259,8 @@ def _survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, re
         if artifact:
             found[stage.label] = artifact
         elif repair and store.fs.exists(f"{store.base}/{stage.name}/{stage.fingerprint}/artifact.json"):
-            print(f"{stage.label}: {row.why}: it is put aside as {store.quarantine(stage.name, stage.fingerprint)}")
+            aside = store.quarantine(stage.name, stage.fingerprint)
+            print(f"{stage.label}: {row.why}: it is put aside as {aside}", file=sys.stderr)
     return found
 
 
@@ -276,36 +278,51 @@ def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Le
 
 @dataclass
 class _Stopping:
-    """SIGTERM: the run's training writes its checkpoints, for which there is so much time."""
+    """SIGTERM or Ctrl-C: the run's training writes its checkpoints, for which there is so much time."""
 
-    file: Path | None
+    file: Path | None = None
     """Tells training to stop; None while there is nothing to be stopped."""
+    signum: int = 0
     until_s: float | None = None
 
+    def listen(self) -> None:
+        """From now on the signals come here; Ctrl-C only if it was not ignored, as in the background of a script."""
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.asked)
+
     def asked(self, signum: int, frame: object) -> None:
+        self.signum = signum
         if self.file is None or self.until_s is not None:  # nothing to wait for, or told twice
-            raise SystemExit(128 + signum)
-        self.file.touch()
-        self.until_s = time.monotonic() + GRACE_S
+            self.end()
+        else:
+            self.file.touch()
+            self.until_s = time.monotonic() + GRACE_S
+
+    def end(self) -> NoReturn:
+        raise KeyboardInterrupt if self.signum == signal.SIGINT else SystemExit(128 + self.signum)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 25.0
 """Kubernetes kills 30 seconds after it asked."""
 
 
 @contextmanager
-def _terminable(file: Path | None = None) -> Iterator[_Stopping]:
-    """SIGTERM ends the run as Ctrl-C does, after its checkpoints: leases are released and Ray's processes ended. Exit
-    status 143; a second one does not wait."""
-    stopping = _Stopping(file)
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    previous = signal.signal(signal.SIGTERM, stopping.asked)
+def _terminable() -> Iterator[_Stopping]:
+    """SIGTERM and Ctrl-C end the run after its checkpoints: leases are released and Ray's processes ended. Exit status
+    143 or 130; a second one does not wait."""
+    stopping, before = _Stopping(), {number: signal.getsignal(number) for number in SIGNALS}
+    stopping.listen()
     try:
         yield stopping
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:  # Ray's own handler, while it starts
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in before.items() if threading.current_thread() is threading.main_thread() else ():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @dataclass
@@ -334,7 +351,7 @@ class _Run:
         """The event file of the pipeline or of a stage."""
         recipe = self.loaded.recipe
         return Spool.open(
-            self.spool_folder / f"{safe(label)}.jsonl",
+            self.spool_folder / ("=pipeline.jsonl" if kind == "pipeline" else f"{safe(label)}.jsonl"),
             run=run,
             parent=parent,
             experiment=recipe.experiment,
@@ -349,7 +366,7 @@ def safe(label: str) -> str:
     return label.replace("[", "-").replace(",", "-").rstrip("]")
 
 
-def _run_missing(run: _Run, outcome: RunOutcome) -> None:
+def _run_missing(run: _Run, outcome: RunOutcome, stopping: _Stopping) -> None:
     recipe = run.loaded.recipe
     pipeline = run.spool(recipe.name, run.id, None, "pipeline", {"commit": git_commit()})
     mirror = None
@@ -358,7 +375,7 @@ def _run_missing(run: _Run, outcome: RunOutcome) -> None:
     status = "KILLED"
     try:
         with _tail(run):
-            _run_on_ray(run, outcome)
+            _run_on_ray(run, outcome, stopping)
         if report := run.found.get("report"):
             pipeline.metrics(report.summary.get("metrics", {}))
             pipeline.tag("mlflow.note.content", _description(run, outcome, report.summary))
@@ -368,7 +385,7 @@ def _run_missing(run: _Run, outcome: RunOutcome) -> None:
     finally:
         pipeline.end(status)
         if mirror:
-            outcome.unsent_points = stop_mirror(mirror, timeout_s=30)
+            outcome.unsent_points = stop_mirror(mirror, timeout_s=5 if status == "KILLED" else 30)
 
 
 def _description(run: _Run, outcome: RunOutcome, summary: dict[str, Any]) -> str:
@@ -383,12 +400,12 @@ def _description(run: _Run, outcome: RunOutcome, summary: dict[str, Any]) -> str
     return "\n\n".join(part for part in parts if part)
 
 
-def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
+def _run_on_ray(run: _Run, outcome: RunOutcome, stopping: _Stopping) -> None:
     """Connect, and follow what is missing to the end."""
     from infra.cluster import connected
 
-    # Ray sets a handler of its own when it starts, so ours comes after it.
-    with connected(run.address) as ray, _terminable(stop_file(run.spool_folder)) as stopping:
+    with connected(run.address) as ray:
+        stopping.listen()  # Ray has set a handler of its own
         # Ray Train's helpers look for the cluster by themselves, and find two where another one runs on this machine.
         environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         collector: Any = None  # held here, it lives as long as the run
@@ -397,7 +414,9 @@ def _run_on_ray(run: _Run, outcome: RunOutcome) -> None:
         here = {"env_vars": environment | {TRACKING: os.environ[TRACKING]}}
         # max_retries: how often it is run again if its worker dies
         execute = ray.remote(max_retries=2, runtime_env=here)(_execute)
+        stopping.file = stop_file(run.spool_folder)
         _follow(ray, run, outcome, execute, stopping)
+        stopping.file = None
         del collector
         if "report" in outcome.failed and len(outcome.failed) > 1:
             _report_on_the_rest(run, outcome)
@@ -445,6 +464,7 @@ def _follow(ray: Any, run: _Run, outcome: RunOutcome, execute: Any, stopping: _S
     spools: dict[str, Path] = {}  # paths: thousands of open files would be too many
     running: dict[str, Stage] = {}
     results: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
+    said = False
 
     def tell(stage: Stage) -> None:
         stage_run = uuid.uuid4().hex
@@ -469,7 +489,7 @@ def _follow(ray: Any, run: _Run, outcome: RunOutcome, execute: Any, stopping: _S
     while True:
         while order.ready and len(running) < IN_FLIGHT and stopping.until_s is None:
             tell(order.ready.popleft())
-        if not running:
+        if not running and stopping.until_s is None:
             return
         with contextlib.suppress(queue.Empty):
             stage, future = results.get(timeout=1.0)
@@ -481,9 +501,12 @@ def _follow(ray: Any, run: _Run, outcome: RunOutcome, execute: Any, stopping: _S
         if run.lease.lost.is_set():
             raise RuntimeError(f"the lease of {run.loaded.recipe.name!r} was taken over: this run was silent too long")
         if stopping.until_s is not None:
-            in_training = any(_trains(run, stage) for stage in running.values())
-            if not (in_training and time.monotonic() < stopping.until_s):
-                raise SystemExit(128 + signal.SIGTERM)
+            training = [stage.label for stage in running.values() if _trains(run, stage)]
+            if not training or time.monotonic() > stopping.until_s:
+                stopping.end()
+            if not said:
+                run.display.note(f"stopping: {', '.join(training)} may save within {GRACE_S:.0f} s; once more: at once")
+                said = True
 
 
 READ_HERE = ("report", "promote")
@@ -528,7 +551,11 @@ def _report_on_the_rest(run: _Run, outcome: RunOutcome) -> None:
     done = [stage for stage in whole.inputs.values() if stage.label not in outcome.failed]
     failed = {label: why for label, why in outcome.failed.items() if label != "report"}
     stage = report_on(run.loaded.recipe, done, failed)
-    _execute(_task(run, stage, run.id))
+    try:
+        _execute(_task(run, stage, run.id))
+    except (ValueError, OSError, CorruptArtifact) as error:
+        outcome.failed["report"] = f"of what was done: {error}"
+        return
     run.found[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
     run.display.note(f"the report is on what was done; {len(failed)} stages failed and are named in it")
     del outcome.failed["report"]
@@ -536,7 +563,7 @@ def _report_on_the_rest(run: _Run, outcome: RunOutcome) -> None:
 
 def _trains(run: _Run, stage: Stage) -> bool:
     """Whether the stage is training that has begun."""
-    return stage.name in ("finetune", "pretrain") and any(run.spool_folder.glob(f"{safe(stage.label)}--*.jsonl"))
+    return stage.name in ("finetune", "pretrain") and any(run.spool_folder.glob(f"{safe(stage.label)}@*.jsonl"))
 
 
 def _reason(error: Exception) -> str:
@@ -555,11 +582,11 @@ def _tail(run: _Run) -> Iterator[None]:
 
     def look() -> None:
         for name in os.listdir(run.spool_folder):
-            if "--" not in name or not name.endswith(".jsonl") or name in ended:
+            if "@" not in name or not name.endswith(".jsonl") or name in ended:
                 continue
             events, offsets[name] = read_events(run.spool_folder / name, offsets.get(name, 0))
             for event in events:
-                run.display.event(labels[name.split("--")[0]], event)
+                run.display.event(labels[name.partition("@")[0]], event)
                 if event["event"] == "end":
                     ended.add(name)
 
@@ -605,7 +632,7 @@ def _execute(task: Task, *inputs: Done) -> Done:
     earlier = [f for f in store.earlier_attempts(stage.name, stage.fingerprint) if f.name != attempt.id]
     own_run = uuid.uuid4().hex
     spool = relay.spool(
-        Path(task.spool_folder) / f"{safe(stage.label)}--{attempt.id}.jsonl",
+        Path(task.spool_folder) / f"{safe(stage.label)}@{attempt.id}.jsonl",
         run=own_run,
         parent=task.run,
         experiment=task.experiment,

@@ -37,6 +37,7 @@ class LocalCluster:
     folder: Path
     env: dict[str, str]
     address: str
+    dashboard: str
     nodes: dict[str, subprocess.Popen]
 
     def start_node(self, name: str, *arguments: str) -> None:
@@ -104,9 +105,10 @@ def local_cluster(folder: Path, workers: int = 2, extra: dict[str, str] | None =
     """A head and workers, with token authentication; `extra` goes into the environment of all of them."""
     port, dashboard = free_port(), free_port()
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    env["PATH"] = f"{Path(RAY).parent}{os.pathsep}{env['PATH']}"  # a job's `python` is this one
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", **(extra or {})}
     temp = tempfile.mkdtemp(prefix="lr")  # sockets' paths must be short
-    cluster = LocalCluster(folder, env, f"127.0.0.1:{port}", {})
+    cluster = LocalCluster(folder, env, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", {})
     try:
         cluster.start_node(
             "head", "--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={temp}", "--dashboard-host=127.0.0.1",
@@ -116,7 +118,6 @@ def local_cluster(folder: Path, workers: int = 2, extra: dict[str, str] | None =
         for number in range(workers):  # one after the other: two that start together may time out
             cluster.start_worker(number)
             cluster.wait_for(number + 1)
-        env["RAY_DASHBOARD"] = f"http://127.0.0.1:{dashboard}"
         yield cluster
     finally:
         for name in list(cluster.nodes):
@@ -131,7 +132,9 @@ def main() -> None:
     with s3_server(folder) as s3, local_cluster(folder, options.workers, s3) as cluster:
         for name, value in (s3 | {k: cluster.env[k] for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}).items():
             print(f"export {name}={value}")
-        print(f"# longreach run RECIPE --address {cluster.address} --set store.root=s3://longreach/mine", flush=True)
+        store = "--set store.root=s3://longreach/mine"
+        print(f"# longreach run RECIPE --address {cluster.address} {store}")
+        print(f"# longreach submit RECIPE --address {cluster.dashboard} {store} --follow", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
 

@@ -38,19 +38,24 @@ def wait_until(condition) -> None:
 class Server:
     """The MLflow server that `longreach ui` starts, to be killed and started again.
 
-    database: another backend than the embedded one. login: ask for a user and a password (mlflow's basic-auth).
+    database: another backend than the embedded one. files: another place for artifacts, to which `env` has the keys.
+    login: ask for a user and a password (mlflow's basic-auth).
     """
 
-    def __init__(self, workdir: Path, database: str = "", login: bool = False) -> None:
-        self.workdir, self.port, self.database, self.login = workdir, free_port(), database, login
+    def __init__(
+        self, workdir: Path, database: str = "", files: str = "", env: dict[str, str] | None = None, login: bool = False
+    ) -> None:
+        self.workdir, self.port, self.login, self.env = workdir, free_port(), login, env or {}
+        self.instead = {"--backend-store-uri": database, "--artifacts-destination": files}
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         command = ui_command(self.workdir, port=self.port)
-        if self.database:
-            command[command.index("--backend-store-uri") + 1] = self.database
+        for option, value in self.instead.items():
+            if value:
+                command[command.index(option) + 1] = value
         command[command.index("ui")] = "server"
-        environment = dict(os.environ)
+        environment = os.environ | self.env
         if self.login:
             command += ["--app-name", "basic-auth"]
             ini = self.workdir / "auth.ini"

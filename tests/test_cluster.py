@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def longreach(cluster, project: Path, *arguments: str) -> subprocess.CompletedPr
 def test_ranks_on_two_nodes_train_one_model_and_every_event_arrives(cluster, project):
     done = longreach(cluster, project, "run", "tiny.yaml", "--address", cluster.address)
     assert done.returncode == 0, done.stderr
-    spools = list((project / "driver" / "spool").rglob("finetune-longlora--*.jsonl"))
+    spools = list((project / "driver" / "spool").rglob("finetune-longlora@*.jsonl"))
     (events,) = [[json.loads(line) for line in path.read_text().splitlines()] for path in spools]
     losses = [e["step"] for e in events if e["event"] == "metrics" and "train/loss" in e["values"]]
     assert losses == [1, 2, 3, 4]
@@ -72,7 +73,7 @@ def test_ranks_on_two_nodes_train_one_model_and_every_event_arrives(cluster, pro
     assert len(list(cluster.folder.glob("worker*/scratch/cache/convert/*/attempts/*/out/model.safetensors"))) == 2, (
         ranks
     )
-    (spool,) = (project / "driver" / "spool").rglob("evaluate-longlora-perplexity--*.jsonl")
+    (spool,) = (project / "driver" / "spool").rglob("evaluate-longlora-perplexity@*.jsonl")
     told = [json.loads(line) for line in spool.read_text().splitlines()]
     (figure,) = [e["path"] for e in told if e["event"] == "artifact" and e["path"].endswith("png")]
     assert os.path.exists(figure), "the driver has fetched what the event names"
@@ -80,12 +81,23 @@ def test_ranks_on_two_nodes_train_one_model_and_every_event_arrives(cluster, pro
     assert "0 stages run" in again.stderr
 
 
+def test_a_submitted_job_trains_across_the_nodes_and_submitting_it_again_finds_nothing_to_do(cluster, project):
+    asked = ("submit", "tiny.yaml", "--address", cluster.dashboard, "--set", "seed=1", "--yes", "--follow")
+    for said in ("finetune[longlora]: done", "0 stages run"):
+        done = longreach(cluster, project, *asked)
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert said in done.stdout, "the job's log comes here"
+        job = done.stdout.split()[0]
+        listed = longreach(cluster, project, "jobs", "--address", cluster.dashboard)
+        assert re.search(rf"{job} +small +SUCCEEDED", listed.stdout)
+
+
 # ---- a node goes away
 
 
 def steps_told(workdir: Path) -> list[int]:
     """Steps of training in the order in which the driver heard of them."""
-    paths = sorted(workdir.rglob("finetune-longlora--*.jsonl"), key=lambda p: p.name)
+    paths = sorted(workdir.rglob("finetune-longlora@*.jsonl"), key=lambda p: p.name)
     events = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
     return [e["step"] for e in events if e["event"] == "metrics" and "train/loss" in e["values"]]
 

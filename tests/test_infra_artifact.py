@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from infra.artifact import AlreadyPublished, CorruptArtifact, Lease, LeaseHeld, Store, digest_of
 
@@ -100,6 +101,20 @@ def test_damaged_files_are_noticed_and_named(tmp_path: Path, damage: str):
         path.write_text("tokenZ" if damage == "flip" else "tok")
     with pytest.raises(CorruptArtifact, match=r"rows/data\.arrow"):
         store.fetch("pack", "f6")
+
+
+def test_a_remote_root_without_its_keys_or_bucket_is_one_clear_error(s3_root: str, tmp_path: Path, monkeypatch):
+    assert Store(f"{s3_root}/nothing-there-yet", tmp_path).checked().fs, "nobody has published yet"
+    with pytest.raises(ValueError, match=r"store 's3://missing/runs': there is no missing: correct store.root"):
+        Store("s3://missing/runs", tmp_path).checked()
+    assert Store("memory://nothing/yet", tmp_path).checked(), "a file system without buckets"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(ValueError, match=r"Unable to locate credentials.*AWS_ACCESS_KEY_ID.*submit --no-plan"):
+        Store(s3_root, tmp_path).checked()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_remote_download_that_was_damaged_is_brought_again(s3_root: str, tmp_path: Path):

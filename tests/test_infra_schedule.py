@@ -401,6 +401,14 @@ def test_the_command_writes_the_files_into_a_folder(tmp_path, capsys):
     assert kinds == ["ConfigMap", "ConfigMap", "ServiceAccount", "Role", "RoleBinding", "CronJob"]
 
 
+@pytest.mark.parametrize("target", ["ray-cronjob", "cronjob"])
+def test_texts_of_this_machine_are_refused_for_pods_that_have_none(target, capsys):
+    options = ("--cron", "0 3 * * 1", "--to", target, "--set", "store.root=s3://bucket/prefix")
+    assert longreach("schedule", "retrain", *options) == 2
+    assert "corpus.sources.0.files 'documents/**/*.txt' is on this machine" in capsys.readouterr().err
+    assert longreach("schedule", "retrain", *options, "--set", "corpus.sources=[{files: 's3://bucket/texts/*'}]") == 0
+
+
 def test_a_mistake_exits_2_with_one_line(capsys):
     assert longreach("schedule", "quickstart", "--cron", "0 25 * * 1") == 2
     assert "hour '25': use 0 to 23" in capsys.readouterr().err

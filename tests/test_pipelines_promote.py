@@ -1,4 +1,4 @@
-"""The gate: its rules on made-up scores, and its effect on real MLflow servers, on SQLite and on PostgreSQL."""
+"""The gate: its rules on made-up scores, and its effect on real MLflow servers: SQLite, and PostgreSQL with S3."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
+from local_cluster import s3_server
 from mlflow_servers import Server, postgresql
 from tiny_models import byte_tokenizer, tiny_llama
 
@@ -102,16 +104,18 @@ def test_one_stretch_of_text_has_no_interval_and_is_refused():
 # ---- with a registry
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite", "postgresql-s3"])
 def server(request, tmp_path_factory):
-    """An MLflow server, which the environment names."""
+    """An MLflow server, which the environment names; of S3's keys only the server knows."""
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "sqlite":
             yield from serve(Server(folder), patch)
         else:
-            with postgresql() as database:
-                yield from serve(Server(folder, database), patch)
+            with postgresql() as database, s3_server(folder) as keys:
+                yield from serve(Server(folder, database, "s3://longreach/mlflow", keys), patch)
+                s3 = s3fs.S3FileSystem(key="test", secret="test", endpoint_url=keys["AWS_ENDPOINT_URL"])
+                assert [path for path in s3.find("longreach/mlflow") if path.endswith("model.safetensors")]
 
 
 def serve(server: Server, patch):
@@ -275,6 +279,7 @@ def test_a_release_is_read_by_transformers_and_by_mlflow_and_its_card_says_what_
         "| ppl_128 | 8 | 8 |",
         "texts/*.txt",
         "768 tokens",
+        "10 s on 2 ranks, peak 1.50 GiB on all of them",
     ):
         assert said in text
     assert "measured on a, b;" in text

@@ -95,6 +95,16 @@ def test_every_value_knows_its_origin(small: Path) -> None:
     assert list(origin) == [recipes.dotted(location) for location, _ in recipes.values(loaded.recipe)]
 
 
+@pytest.mark.parametrize("field", ["store.root", "corpus.sources.0.files"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(field):
+    value = "sftp://ada:hunter2@host/texts/*"
+    override = f"corpus.sources=[{{files: '{value}'}}]" if field.startswith("corpus") else f"{field}={value}"
+    with pytest.raises(ValueError, match="holds a password") as refused:
+        load("quickstart", [override])
+    assert field in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
 def test_a_mistyped_field_is_shown_with_its_line_and_the_nearest_field(small: Path) -> None:
     assert mistakes(small, edits={"group_tokens": "group_token"}) == [
         "small.yaml:15: finetune.arms.long.1.attention.group_token: no such field; did you mean group_tokens?"

@@ -1,6 +1,8 @@
 """The runner on a real Ray cluster, with stages that cost nothing."""
 
 import io
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ TOY = StageKind("toy_stages:toy", 1, lambda r: 0.5)
 
 @pytest.fixture
 def pipeline(tmp_path: Path, monkeypatch):
-    """a ─ b ─ report, and c on its own; `change(b=...)` changes recipes."""
+    """a ─ b ─ report, and c--1 on its own; the recipe is named like a stage. `change(b=...)` changes recipes."""
     log = tmp_path / "log"
     log.mkdir()
     recipes = {name: {"text": name, "log": str(log)} for name in ("a", "b", "c", "report")}
@@ -30,12 +32,13 @@ def pipeline(tmp_path: Path, monkeypatch):
         made = {name: ToyRecipe(**choices) for name, choices in recipes.items()}
         a = Stage("toy", "a", made["a"])
         b = Stage("toy", "b", made["b"], {"text": a})
-        c = Stage("toy", "c", made["c"])
+        c = Stage("toy", "c--1", made["c"])
         return [a, b, c, Stage("report", "report", made["report"], {"b": b, "c": c})]
 
     monkeypatch.setattr(runner, "build", build)
     workdir = tmp_path / "work"
-    loaded = load("quickstart", [f"store.root={tmp_path}/root", f"store.workdir={workdir}", "tracking.enabled=false"])
+    places = [f"store.root={tmp_path}/root", f"store.workdir={workdir}", "tracking.enabled=false"]
+    loaded = load("quickstart", ["name=report", *places])
 
     class Pipeline:
         def __init__(self):
@@ -61,12 +64,12 @@ def pipeline(tmp_path: Path, monkeypatch):
 def test_a_run_publishes_every_stage_and_a_second_run_does_nothing(cluster, pipeline, monkeypatch):
     outcome = pipeline.run()
     assert outcome.failed == {}
-    assert sorted(outcome.ran) == ["a", "b", "c", "report"]
+    assert sorted(outcome.ran) == ["a", "b", "c--1", "report"]
     report = runner.open_store(pipeline.loaded).fetch("report", outcome_fingerprint(pipeline, "report"))
     assert (report.path / "text").read_text() == "abcreport"
     monkeypatch.setattr(runner, "_run_missing", lambda *a: pytest.fail("there was nothing to run"))
     again = pipeline.run()
-    assert (again.ran, sorted(again.reused)) == ([], ["a", "b", "c", "report"])
+    assert (again.ran, sorted(again.reused)) == ([], ["a", "b", "c--1", "report"])
     assert set(pipeline.calls().values()) == {1}
 
 
@@ -81,7 +84,7 @@ def test_a_changed_choice_runs_its_stage_and_those_after_it_and_plan_says_so(clu
     assert {label: row.state for label, row in rows.items()} == {
         "a": "done",
         "b": "stale",
-        "c": "done",
+        "c--1": "done",
         "report": "stale",
     }
     assert rows["b"].why == "recipe.text: b -> B"
@@ -97,7 +100,7 @@ def test_a_flipped_byte_is_noticed_before_use_and_only_that_stage_runs_again(clu
     damaged.write_text("A")
     outcome = pipeline.run()
     assert (outcome.ran, outcome.failed) == (["a"], {})
-    assert "its content changed since it was published" in capsys.readouterr().out
+    assert "its content changed since it was published" in capsys.readouterr().err
     assert store.fetch("toy", outcome_fingerprint(pipeline, "a"))
 
 
@@ -105,7 +108,7 @@ def test_a_failed_stage_is_named_and_those_that_do_not_need_it_still_run(cluster
     pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
     outcome = pipeline.run()
     assert outcome.failed == {"b": "group_tokens 7 is odd: use 6 or 8"}
-    assert sorted(outcome.ran) == ["a", "c"]
+    assert sorted(outcome.ran) == ["a", "c--1"]
     assert "group_tokens 7 is odd" in outcome.report_path.read_text(), "there is a report, and it says what failed"
     pipeline.change(b={"fail": ""})
     assert sorted(pipeline.run().ran) == ["b", "report"]
@@ -132,7 +135,7 @@ def test_force_runs_a_stage_again_and_publishes_under_the_same_fingerprint(clust
 
 def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
     store = runner.open_store(pipeline.loaded)
-    with runner._lease(store, "quickstart", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
+    with runner._lease(store, "report", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
         pipeline.run()
     assert not any(pipeline.calls().values())
 
@@ -153,7 +156,40 @@ def test_every_stage_and_attempt_leaves_its_events(cluster, pipeline):
     for path in folder.glob("*.jsonl"):
         events, _ = read_events(path, 0)
         assert events[-1] == events[-1] | {"event": "end", "status": "FINISHED"}
-        starts[path.name.split("--")[0].removesuffix(".jsonl"), events[0]["kind"]] = events[0]
+        starts[events[0]["name"].split(" ")[0], events[0]["kind"]] = events[0]
     assert {kind for _, kind in starts} == {"pipeline", "stage", "attempt"}
     assert starts["b", "attempt"]["parent"] == starts["b", "stage"]["run"]
-    assert starts["b", "stage"]["parent"] == starts["quickstart", "pipeline"]["run"]
+    assert starts["b", "stage"]["parent"] == starts["report", "pipeline"]["run"]
+
+
+@pytest.mark.parametrize(("signum", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_before_the_first_stage_is_no_success(cluster, pipeline, monkeypatch, signum, ends):
+    follow = runner._follow
+
+    def told_first(*arguments):
+        os.kill(os.getpid(), signum)
+        follow(*arguments)
+
+    monkeypatch.setattr(runner, "_follow", told_first)
+    before = signal.getsignal(signum)
+    with pytest.raises(ends):
+        pipeline.run()
+    assert signal.getsignal(signum) is before
+    assert not any(pipeline.calls().values())
+
+
+def test_a_second_signal_does_not_wait_and_one_of_ray_itself_is_143(tmp_path):
+    stopping = runner._Stopping(tmp_path / "stop")
+    stopping.asked(signal.SIGINT, None)
+    assert stopping.file.exists(), "training is told"
+    with pytest.raises(KeyboardInterrupt):
+        stopping.asked(signal.SIGINT, None)
+    with pytest.raises(SystemExit) as ended, runner._terminable():
+        raise SystemExit(signal.SIGTERM)
+    assert ended.value.code == 143
+
+
+def test_a_report_on_what_was_done_that_fails_too_leaves_the_first_reason_to_be_said(cluster, pipeline):
+    pipeline.change(b={"fail": "unspeakable"})
+    outcome = pipeline.run()
+    assert outcome.failed == {"b": "unspeakable", "report": "of what was done: the report cannot say that"}

@@ -126,7 +126,7 @@ def test_ray_is_not_told_of_a_stage_while_one_that_it_comes_after_runs():
 def test_an_attempt_that_ended_is_not_read_again(tmp_path, monkeypatch):
     stages = [Stage("toy", name, ToyRecipe()) for name in ("dead", "alive")]
     for name in ("dead", "alive"):
-        path = tmp_path / f"{name}--0001-x.jsonl"
+        path = tmp_path / f"{name}@0001-x.jsonl"
         spool = Spool.open(path, run="0" * 32, parent=None, experiment="e", name=name, kind="attempt")
         if name == "dead":
             spool.end("FINISHED")
@@ -136,8 +136,8 @@ def test_an_attempt_that_ended_is_not_read_again(tmp_path, monkeypatch):
     display = SimpleNamespace(event=lambda label, event: told.append((label, event["event"])))
     with runner._tail(SimpleNamespace(spool_folder=tmp_path, stages=stages, display=display)):
         deadline = time.monotonic() + 30
-        while seen["alive--0001-x.jsonl"] < 3 and time.monotonic() < deadline:
+        while seen["alive@0001-x.jsonl"] < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert seen["alive--0001-x.jsonl"] >= 3
-    assert seen["dead--0001-x.jsonl"] == 1
+    assert seen["alive@0001-x.jsonl"] >= 3
+    assert seen["dead@0001-x.jsonl"] == 1
     assert sorted(told) == [("alive", "start"), ("dead", "end"), ("dead", "start")]

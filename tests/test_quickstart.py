@@ -21,7 +21,7 @@ import pytest
 import yaml
 from toy_models import VOCAB, tiny_folder
 
-from infra.artifact import Store
+from infra.artifact import Lease, Store
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +62,10 @@ RECIPE = {
 }
 
 
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "LONGREACH_NOTIFY_TOKEN", "MLFLOW_TRACKING_PASSWORD")
+CANARIES = {name: f"planted-{name.lower()}-{os.getpid()}" for name in SECRETS}
+
+
 def make_project(folder: Path, recipe: dict) -> Path:
     draw = random.Random(0)
     (folder / "texts").mkdir(parents=True)
@@ -98,8 +102,20 @@ def ran(output: str) -> set[str]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     folder = make_project(tmp_path_factory.mktemp("quickstart"), RECIPE)
-    run(folder)
+    done = longreach(folder, "run", "tiny.yaml", env=CANARIES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "said.log").write_text(done.stdout + done.stderr)
     return folder
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(project: Path):
+    since = (project / "tiny.yaml").stat().st_mtime
+    logs = [folder for folder in Path("/tmp/ray").glob("session_*/logs") if folder.stat().st_mtime >= since]
+    assert logs, "Ray has written logs"
+    files = [path for folder in (project, *logs) for path in folder.rglob("*") if path.is_file()]
+    assert {"said.log", "mlflow.db", "report.html"} <= {path.name for path in files}
+    found = [path for path in files if any(value.encode() in path.read_bytes() for value in CANARIES.values())]
+    assert not found
 
 
 def test_every_stage_is_published_and_the_report_holds_every_model(project: Path):
@@ -192,7 +208,7 @@ def processes(tree: psutil.Process, *words: str) -> list[psutil.Process]:
 
 def steps_of(project: Path) -> list[list[int]]:
     """Steps that each attempt logged, in the order of the attempts."""
-    paths = sorted((project / ".longreach/spool").glob("*/finetune-full--*.jsonl"), key=lambda p: p.name.split("--")[1])
+    paths = sorted((project / ".longreach/spool").glob("*/finetune-full@*.jsonl"), key=lambda p: p.name.split("@")[1])
     found = []
     for path in paths:
         events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
@@ -246,18 +262,27 @@ def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoi
     assert files(ours) == files(theirs), "the weights differ from those of a run that nothing disturbed"
 
 
-def test_sigterm_leaves_a_checkpoint_exit_143_and_nothing_to_train_again(tmp_path: Path):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train_again(signum, code, tmp_path: Path):
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
-    recipe["finetune"] = recipe["finetune"] | {"steps": 200, "arms": {"full": {"tune": "all"}}}
+    recipe["finetune"] = recipe["finetune"] | {"steps": 400, "arms": {"full": {"tune": "all"}}}
     project = make_project(tmp_path / "project", recipe | {"resources": {"workers": 2, "checkpoint_every_steps": 1000}})
     command = [sys.executable, "-m", "pipelines", "run", "tiny.yaml"]
     with (tmp_path / "driver.log").open("w") as log:
-        driver = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
+        driver = subprocess.Popen(command, cwd=project, stdout=log, stderr=log, start_new_session=True)
         wait_for(lambda: sum(map(len, steps_of(project))) > 20, "the first steps")
-        driver.send_signal(signal.SIGTERM)
-        assert driver.wait(timeout=60) == 143, (tmp_path / "driver.log").read_text()
+        family = psutil.Process(driver.pid).children(recursive=True)
+        asked = time.monotonic()
+        if signum == signal.SIGINT:
+            os.killpg(driver.pid, signum)  # as a terminal does: to all that the command started
+        else:
+            driver.send_signal(signum)
+        assert driver.wait(timeout=60) == code, (tmp_path / "driver.log").read_text()
+    print(f"{signum.name}: ended after {time.monotonic() - asked:.1f} s")
     assert "stopped after step" in (tmp_path / "driver.log").read_text()
+    assert Lease(Store(str(project / ".longreach")), "tiny", "test").current_holder() is None
+    assert not psutil.wait_procs(family, timeout=30)[1], "Ray's processes live on"
     run(project)
     before, after = steps_of(project)
-    assert len(before) < 200
-    assert before + after == list(range(1, 201))
+    assert len(before) < 400
+    assert before + after == list(range(1, 401))

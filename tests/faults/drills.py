@@ -32,11 +32,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "test_cluster.py::test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint",
         "faults/test_faults_nodes.py::test_one_rank_of_each_disk_acts_for_it",
     ),
-    5: (
-        f"{QUICKSTART}::test_sigterm_leaves_a_checkpoint_exit_143_and_nothing_to_train_again",
-        "faults/test_faults_interrupt.py::"
-        "test_ctrl_c_in_training_is_exit_130_frees_the_lease_and_costs_at_most_one_checkpoint_interval",
-    ),
+    5: (f"{QUICKSTART}::test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train_again",),
     6: (
         f"{CHECKPOINT}::test_a_damaged_checkpoint_is_passed_over_and_said",
         f"{CHECKPOINT}::test_the_newest_of_all_attempts_wins_and_a_missing_file_disqualifies",
