@@ -7,6 +7,7 @@ No package is imported for its version, and torch only inside what needs it, so 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import ipaddress
 import os
@@ -30,7 +31,7 @@ OPEN_PORTS = (5000, 8080, *range(8265, 8275))
 
 def versions() -> dict[str, str | int]:
     """Python's, the main packages' (`missing` if not installed) and the machine's, to record beside a result."""
-    found = {package: _version(package) or "missing" for package in PACKAGES}
+    found = {package: installed(package) or "missing" for package in PACKAGES}
     return {"python": platform.python_version(), **found, "platform": platform.platform(), "cpus": _cores()}
 
 
@@ -102,14 +103,15 @@ def check_requirements(requirements: Iterable[str]) -> list[Check]:
     needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = []
     for requirement in needed:
-        found = _version(requirement.name)
+        found = installed(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             detail = f"{found or 'not installed'}, but {requirement.specifier or 'any version'} is needed"
             wrong.append(Check(requirement.name, False, detail, "make setup (or: pip install -e .)"))
     return wrong or [Check("packages", True, f"{len(needed)} packages are within their ranges")]
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """A package's version, if it is there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -124,7 +126,7 @@ def _device() -> Check:
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        flash = _version("flash-attn")
+        flash = installed("flash-attn")
         extra = f"flash-attn {flash}" if flash else "without flash-attn (optional: pip install -e '.[gpu]')"
         return Check("device", True, f"{', '.join(names)}; CUDA {torch.version.cuda}; {extra}")
     if shutil.which("nvidia-smi") and not torch.version.cuda:
@@ -255,10 +257,16 @@ def _without_login(ip: str, port: int) -> str:
 
 def _git() -> Check:
     fix = "install git and work in a checkout: artifacts then record the commit that made them"
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = git_commit()
+    return Check("git", found != "unknown", f"commit {found}", fix, needed=False)
+
+
+@functools.cache  # once a process: asking takes longer than a small stage
+def git_commit() -> str:
+    """The commit of the code that runs, `-dirty` if it was changed since; `unknown` outside of a checkout."""
     if not shutil.which("git"):
-        return Check("git", False, "not installed", fix, needed=False)
+        return "unknown"
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return Check("git", False, "this code is not in a checkout with a commit", fix, needed=False)
-    return Check("git", True, f"commit {done.stdout.strip()}")
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -33,6 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from infra import kubernetes
+from infra.environment import installed
 from infra.resources import Resources
 
 PACKAGES = ("attention", "infra", "training", "evaluation", "pipelines")
@@ -90,7 +91,7 @@ class Submission:
         return made | ({"pip": [*self.pip]} if self.pip else {})
 
     def metadata(self) -> dict[str, str]:
-        return {"recipe": self.name, "longreach": _version("longreach") or "unknown"}
+        return {"recipe": self.name, "longreach": installed("longreach") or "unknown"}
 
     def as_json(self, address: str, **more: Any) -> str:
         """Everything that would be sent, with files as sizes."""
@@ -153,7 +154,7 @@ def pinned() -> tuple[str, ...]:
     seen: set[str] = set()
     while todo:
         one = todo.pop()
-        if str(one) in seen or (version := _version(one.name)) is None:
+        if str(one) in seen or (version := installed(one.name)) is None:
             continue
         seen.add(str(one))
         found[one.name.lower().replace("_", "-")] = version.partition("+")[0]
@@ -161,13 +162,6 @@ def pinned() -> tuple[str, ...]:
             if inner.marker is None or any(inner.marker.evaluate({"extra": e}) for e in ("", *one.extras)):
                 todo.append(inner)
     return tuple(f"{name}=={version}" for name, version in sorted(found.items()))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # ---- the cluster

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import ipaddress
 import json
 import logging
 import math
@@ -520,31 +519,15 @@ def _environment() -> dict[str, str]:
     return ours | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def ui_command(workdir: Path | str, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
-    """The command line that shows the embedded store in a browser.
-
-    Raises:
-        ValueError: `host` can be reached from other machines; MLflow asks nobody for a password by itself.
-    """
-    if host != "localhost" and not _is_loopback(host):
-        raise ValueError(
-            f"host {host} is open to other machines and MLflow asks for no password: use 127.0.0.1, and from elsewhere "
-            f"an SSH tunnel (ssh -L {port}:127.0.0.1:{port} THIS_MACHINE)"
-        )
+def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
+    """The command line that shows the embedded store in a browser of this machine: MLflow asks for no password."""
     artifacts = Path(workdir).absolute() / "mlartifacts"
     return [
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes
         *(sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", default_uri(workdir)),
         *("--artifacts-destination", artifacts.as_uri()),
-        *("--host", host, "--port", str(port), "--workers", "1"),
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
     ]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def main() -> None:

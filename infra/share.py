@@ -90,11 +90,6 @@ class Share:
         if fs.exists(place):
             fs.rm(place, recursive=True)
 
-    def pull(self, folder: Path) -> bool:
-        """Download what was pushed of a folder of this attempt; False if there is nothing."""
-        fs, place = self._place(folder)
-        return self._download(fs, place, folder)
-
     def sealed(self, below: str, seal: str) -> list[tuple[str, str]]:
         """(name, place in the store) of pushed folders of all attempts that hold the file `seal`: names descend."""
         fs, base = self.store.fs, self.store.base
@@ -103,14 +98,12 @@ class Share:
         folders = [path.rsplit("/", 1)[0] for path in found]
         return sorted(((place.rsplit("/", 1)[1], place) for place in folders), reverse=True)
 
-    def pull_from(self, place: str, folder: Path) -> None:
-        """Download a sealed folder, of whichever attempt."""
-        self._download(self.store.fs, place, folder)
-
-    @staticmethod
-    def _download(fs: Any, place: str, folder: Path) -> bool:
+    def pull(self, folder: Path, place: str = "") -> None:
+        """Download what was pushed of a folder of this attempt; `place`: a sealed folder, of whichever attempt."""
         from infra.artifact import CorruptArtifact
 
+        fs, own = self._place(folder)
+        place = place or own
         fs.invalidate_cache()
         names = fs.find(place)
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +113,6 @@ class Share:
                 raise CorruptArtifact(f"{name}: leads out of the folder that it is fetched into")
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(name, str(target))
-        return bool(names)
 
     def _place(self, path: Path) -> tuple[Any, str]:
         """Where a path of this attempt is in the store."""

@@ -16,9 +16,7 @@ import getpass
 import os
 import platform
 import queue
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,7 +30,7 @@ from typing import Any, Literal, NoReturn
 
 from infra import relay
 from infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
-from infra.environment import versions
+from infra.environment import git_commit, versions
 from infra.mirror import start_mirror, stop_mirror
 from infra.registry import check_login, sqlite_path, tracking_uri
 from infra.resources import Resources
@@ -690,14 +688,3 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
     return flat
-
-
-@functools.cache  # once a process: asking takes longer than a small stage
-def git_commit() -> str:
-    """The commit of the code that runs, `-dirty` if it was changed since; `unknown` outside of a checkout."""
-    if not shutil.which("git"):
-        return "unknown"
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"

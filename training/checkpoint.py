@@ -133,7 +133,7 @@ def pull(
             continue
         wrong = None
         if acts and (wrong := problem(folder / name, identity=identity)):
-            share.pull_from(place, folder / name)
+            share.pull(folder / name, place)
             wrong = problem(folder / name, identity=identity)
         answers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(answers, wrong)
