@@ -42,8 +42,8 @@ test: tools check  ## lint, types and all CPU tests
 cluster: $(STAMP)  ## a head and two workers on this machine that share no folder, and an S3 server, until Ctrl-C
 	$(BIN)/python tests/local_cluster.py
 
-drill: $(STAMP)  ## inject every fault of docs/reliability.md
-	$(BIN)/python tests/faults/drills.py
+drill: $(STAMP)  ## inject every fault of docs/reliability.md, and train across several nodes
+	$(BIN)/python tests/faults/drills.py tests/test_cluster.py
 
 check: $(STAMP)  ## ruff (lint + format) and mypy
 	$(BIN)/ruff check .

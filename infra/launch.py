@@ -100,17 +100,18 @@ def run_ranks(
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
+    groups = AbandonedGroups()
     for failures_left in reversed(range(resources.max_failures + 1)):
-        groups_before = set(ray.util.placement_group_table())
         try:
-            with _interrupt_handler_restored():
+            with _interrupt_handler_restored(), groups.watched():
                 trainer.fit()
             break
         except ControllerError as ended:
             failure = ended.with_traceback(None)  # its frames hold the controller, and the controller its ranks
-        # A rank that dies in the instant in which it is told to start: Ray Train (2.60) gives up, whatever
-        # max_failures says, and forgets the ranks' placement group, whose CPUs nobody would ever get again.
-        release_abandoned_groups(since=groups_before)
+        for _ in range(3 * groups.LOOKS):
+            if not groups.look():
+                break
+            time.sleep(1)
         if not failures_left or not isinstance(failure.controller_failure, ray.exceptions.RayActorError):
             raise failure
     if error := box.read("error.json"):
@@ -131,28 +132,56 @@ def _interrupt_handler_restored() -> Iterator[None]:
             signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
-def release_abandoned_groups(*, since: set[str], patience_s: float = 20.0) -> None:
-    """Removes the placement groups, made after those in `since`, in which nobody lives any more.
+class AbandonedGroups:
+    """Placement groups of this Ray job in which nobody lives are removed; without it nobody would ever get their CPUs.
 
-    The ranks of a run that just ended die only moments later, and the ranks of a run that just begins enter their
-    group only moments after it was made. So a group goes when two looks, a second apart, find nobody in it, and we
-    look until every new group is gone or `patience_s` is over (groups of other runs stay inhabited).
+    Ray Train (2.60) forgets two: that of a rank that dies in the instant in which it is told to start, after which it
+    gives up, whatever max_failures says; and that of a controller whose stage task was killed, which outlives it for
+    five seconds and may start its ranks once more in them. The ranks of a run that just begins enter their group only
+    moments after it was made, so a group goes when LOOKS looks in a row, a second apart, find nobody in it.
     """
-    import ray
-    from ray.util import placement_group_table, remove_placement_group
-    from ray.util.placement_group import PlacementGroup
-    from ray.util.state import list_actors
 
-    until = time.monotonic() + patience_s
-    empty: set[str] = set()
-    while new := {g for g, about in placement_group_table().items() if about["state"] == "CREATED"} - since:
-        actors = list_actors(address=ray.get_runtime_context().gcs_address, detail=True, limit=10_000)
-        empty_before, empty = empty, new - {actor.placement_group_id for actor in actors if actor.state != "DEAD"}
-        for group in empty & empty_before:
+    LOOKS = 3
+    FOR_S = 60.0
+
+    def __init__(self) -> None:
+        self.seen_empty: dict[str, int] = {}
+
+    def look(self) -> bool:
+        """Count those that are empty, and remove those that were so often enough; False if there are none at all."""
+        import ray
+        from ray.util import remove_placement_group
+        from ray.util.placement_group import PlacementGroup
+        from ray.util.state import list_actors, list_placement_groups
+
+        context = ray.get_runtime_context()
+        asked: dict[str, Any] = {"address": context.gcs_address, "detail": True, "limit": 10_000}
+        groups = list_placement_groups(**asked, filters=[("state", "=", "CREATED")])
+        own = {group.placement_group_id for group in groups if group.creator_job_id == context.get_job_id()}
+        inhabited = {actor.placement_group_id for actor in list_actors(**asked) if actor.state != "DEAD"}
+        self.seen_empty = {group: self.seen_empty.get(group, 0) + 1 for group in own - inhabited}
+        for group in [group for group, looks in self.seen_empty.items() if looks >= self.LOOKS]:
+            print(f"placement group {group} was left behind and is removed", flush=True)
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
-        if time.monotonic() > until:
-            return
-        time.sleep(1)
+            del self.seen_empty[group]
+        return bool(own)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Looks from time to time meanwhile, for the first FOR_S seconds: ranks that wait for room need it then."""
+        over, until = threading.Event(), time.monotonic() + self.FOR_S
+
+        def watch() -> None:
+            while not over.wait(1.0) and time.monotonic() < until:
+                self.look()
+
+        watcher = threading.Thread(target=watch, daemon=True, name="abandoned groups")
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:

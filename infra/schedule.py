@@ -131,15 +131,13 @@ def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *
         )
     name = kubernetes.dns_name(job.name)
     overrides = (*job.overrides, f"store.workdir={kubernetes.WORKDIR}")
-    if target == "ray-cronjob":
-        entrypoint = schedule.command(kubernetes.RECIPE_FILE, overrides, "longreach", "auto")
-        ray_job = kubernetes.ray_job(name, entrypoint, job.resources, place)
+    replays = target == "ray-cronjob"  # a CronJob drops late starts by itself
+    guarded = schedule if replays else Schedule(schedule.cron, schedule.tz)
+    entrypoint = guarded.command(kubernetes.RECIPE_FILE, overrides, "longreach", "auto")
+    ray_job = kubernetes.ray_job(name, entrypoint, job.resources, place)
+    if replays:
         timers = [kubernetes.ray_cron_job(name, schedule.cron, schedule.tz, ray_job, place, suspend=not enable)]
-    else:  # a CronJob drops late starts by itself
-        entrypoint = Schedule(schedule.cron, schedule.tz).command(
-            kubernetes.RECIPE_FILE, overrides, "longreach", "auto"
-        )
-        ray_job = kubernetes.ray_job(name, entrypoint, job.resources, place)
+    else:
         timers = kubernetes.cron_job(
             name, schedule.cron, schedule.tz, ray_job, place,
             suspend=not enable, max_start_delay=schedule.max_start_delay,

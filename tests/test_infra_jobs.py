@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 import yaml
 from mlflow_servers import free_port, wait_until
 
@@ -74,6 +75,20 @@ def test_a_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert stages["report"] == "run"
     assert "finetune[longlora]" in err
     assert "training ranks: 2" in err
+
+
+def test_without_the_stores_keys_the_plan_is_one_clear_error_that_names_the_way_without_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.aws
+    s3fs.S3FileSystem.clear_instance_cache()
+    code, out, err = longreach(capsys, "submit", "quickstart", "--address", ELSEWHERE, "--dry-run", *S3[:2])
+    assert (code, out) == (2, "")
+    assert "store 's3://bucket/prefix': Unable to locate credentials" in err
+    assert "submit --no-plan" in err
 
 
 def test_no_secret_of_this_machine_is_sent_shown_or_rendered(

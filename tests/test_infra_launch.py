@@ -15,7 +15,10 @@ from infra.resources import Resources
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_and_rank_0s_result_comes_back(cluster, tmp_path):
+def test_a_killed_rank_is_restarted_and_a_group_that_a_killed_task_left_behind_is_in_nobodys_way(cluster, tmp_path):
+    left = cluster.util.placement_group([{"CPU": 1}] * 2)
+    cluster.get(left.ready())
+    assert cluster.available_resources().get("CPU", 0) == 0
     job = {"kill_marker": str(tmp_path / "killed")}
     interrupt = signal.getsignal(signal.SIGINT)
     got = run_ranks("toy_ranks:count_ranks", job, resources=Resources(workers=2), name="count", storage=tmp_path)

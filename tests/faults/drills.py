@@ -20,7 +20,10 @@ S3, DISK, NAMES = "faults/test_faults_s3.py", "faults/test_faults_disk.py", "fau
 THREE_KILLS = f"{QUICKSTART}::test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoint_interval"
 
 DRILLS: dict[int, tuple[str, ...]] = {
-    1: (THREE_KILLS, "test_infra_launch.py::test_a_killed_rank_is_restarted_and_rank_0s_result_comes_back"),
+    1: (
+        THREE_KILLS,
+        "test_infra_launch.py::test_a_killed_rank_is_restarted_and_a_group_that_a_killed_task_left_behind_is_in_nobodys_way",
+    ),
     2: (THREE_KILLS, f"{ARTIFACT}::test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost"),
     3: (
         THREE_KILLS,
