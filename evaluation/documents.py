@@ -54,8 +54,8 @@ def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     A corpus packed for another model's tokenizer lacks it, and a model that always saw it is lost without.
     """
-    ids = tokenizer("").input_ids
-    return int(ids[0]) if ids else None
+    whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    return int(whole[0]) if whole[:1] != bare[:1] else None  # of "" an EOS that it appends would be the first
 
 
 def with_first(ids_T: np.ndarray, first: int | None) -> np.ndarray:

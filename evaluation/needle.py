@@ -241,12 +241,17 @@ def haystack(recipe: NeedleRecipe, documents: list[Document]) -> np.ndarray:
 
 def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of tokens that end a sentence."""
-    return {int(n) for token, n in tokenizer.get_vocab().items() if token.rstrip("Ċ\n")[-1:] in (*".!?。！？",)}
+    ids = sorted(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[n] for n in ids])  # a byte-level vocabulary spells a Chinese full stop otherwise
+    return {n for n, text in zip(ids, texts, strict=True) if text.rstrip("\n")[-1:] in (*".!?。！？",)}
 
 
 def sentence_end(hay: list[int], depth: float, ends: set[int]) -> int:
-    """Where to insert: after the last sentence end at or before the share `depth` of the text; 0 if there is none."""
+    """Where to insert: after the last sentence end at or before the share `depth` of the text, else before all of it;
+    a text without any sentence end is cut where it is."""
     at = round(depth * len(hay))
+    if ends.isdisjoint(hay):
+        return at
     while 0 < at < len(hay) and hay[at - 1] not in ends:
         at -= 1
     return at

@@ -73,6 +73,8 @@ def cells(
         raise ValueError(f"endurance_tokens {recipe.endurance_tokens}, but all held-out documents have {there} tokens")
     check_head(model, document.ids_T)
     check_attention(model)
+    if {"window", "sinks"} & {*recipe.ways} or recipe.latency_tokens or recipe.endurance_tokens:
+        check_rope(model, recipe.tokens + 1, recipe.cache_tokens)
     if (recipe.latency_tokens or recipe.endurance_tokens) and model.config._attn_implementation != "sdpa":
         raise ValueError(
             f"latency_tokens and endurance_tokens need attention 'sdpa' for their cache, {type(model).__name__} has "
@@ -223,13 +225,18 @@ def streamed_nll(
     """NLL [T-1] of decoding token by token with a cache of sink_tokens + window_tokens keys; errors as `token_nll`."""
     if sink_tokens + window_tokens >= len(ids_T) - 1:
         return token_nll(model, ids_T, name)  # nothing is ever evicted
+    check_rope(model, len(ids_T), sink_tokens + window_tokens)
+    with attending_by(model, "streamed", StreamedAttention(model, sink_tokens, window_tokens, positions)):
+        return token_nll(model, ids_T, name)
+
+
+def check_rope(model: PreTrainedModel, tokens: int, cache_tokens: int) -> None:
+    """ValueError for a RoPE that changes with the length of what it reads."""
     if is_dynamic(model):
         raise ValueError(
             f"rope type {model.config.rope_parameters['rope_type']!r} changes with the length of the input: "
-            f"one pass over {len(ids_T)} tokens is not what a cache of {sink_tokens + window_tokens} would give"
+            f"one pass over {tokens} tokens is not what a cache of {cache_tokens} would give"
         )
-    with attending_by(model, "streamed", StreamedAttention(model, sink_tokens, window_tokens, positions)):
-        return token_nll(model, ids_T, name)
 
 
 class StreamedAttention:

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tiny_models import byte_tokenizer, tiny_llama
+from transformers import AutoTokenizer
 
 from evaluation import needle
 from evaluation.cells import evaluate
@@ -62,7 +63,15 @@ def test_where_sentences_end():
     assert {TOKENIZER.decode([n]) for n in ends} == {".", "!", "?"}
     hay = TOKENIZER("ab. cd. ef").input_ids
     assert [sentence_end(hay, depth, ends) for depth in (0, 0.2, 0.3, 0.6, 0.7, 0.9, 1)] == [0, 0, 3, 3, 7, 7, 10]
-    assert sentence_end(TOKENIZER("no end here").input_ids, 0.5, ends) == 0
+    assert sentence_end(list(range(900, 910)), 0.5, ends) == 5, "no sentence ends: the depth that was asked for"
+    assert sentence_end(hay[::-1][1:], 0.1, ends) == 0, "none before: at the beginning"
+
+
+def test_a_chinese_sentence_ends_in_a_byte_level_vocabulary_too(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer("今天天气很好。我们去公园").input_ids
+    cut = sentence_end(ids, 0.9, sentence_ends(tokenizer))
+    assert tokenizer.decode(ids[:cut]).endswith("。")
 
 
 def test_a_chat_template_frames_the_question_and_the_answer_is_begun():

@@ -137,7 +137,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
 
     def save(step: int) -> None:
         clock = throughput.Clock()
-        ranked = sorted(validated, key=lambda s: validated[s])
+        ranked = sorted(validated, key=lambda s: validated[s]) if optim.result == "best" else []
         checkpoint.save(
             engine,
             checkpoints,
@@ -472,6 +472,7 @@ class StepLog:
             }
             values |= {f"sink/{k}": sum(layers) / len(layers) for k, layers in row.get("sink_mass", {}).items()}
             self.spool.metrics(values | system_metrics(), step=row["step"])
+            self.told = row["step"]  # after going back, steps are not told again
         loss = {} if row["loss"] is None else {"loss": row["loss"]}
         self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)
 
