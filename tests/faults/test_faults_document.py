@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 
 LINE = " Überraschung, 日本語のテキスト — they've 12 ships\n"
 MEASURE = """
