@@ -166,6 +166,7 @@ class Store:
                 "environment (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL); where only the "
                 "cluster reaches it: longreach submit --no-plan"
             ) from error
+        self.fs.invalidate_cache()  # what was there now must not be the answer later
         return self
 
     def _listed(self, path: str) -> bool:

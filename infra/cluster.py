@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -39,6 +40,9 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
     # The dashboard stays on although it costs seconds: without it Ray Train cannot ask the state API what a dead
     # driver left behind, and its placement group keeps the CPUs for ever.
     try:
+        host, colon, port = (address or "").rpartition(":")
+        if colon and port.isdigit() and "://" not in host:  # Ray itself would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(
             address or "local",
             num_cpus=None if address else cpus,
@@ -46,7 +50,7 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
             logging_level=logging.WARNING,
             configure_logging=True,
         )
-    except ConnectionError as error:
+    except OSError as error:  # Ray's ConnectionError too
         if address is None:
             raise
         raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): is it up?") from error

@@ -101,13 +101,16 @@ class Submission:
         return json.dumps({**shown, "files": files, **more}, indent=1)
 
 
-def whereabouts(address: str, local: dict[str, str], *, shared_disk: bool, workdir: str = WORKDIR) -> dict[str, str]:
+def whereabouts(
+    address: str, local: dict[str, str], *, shared_disk: bool, workdir: str = WORKDIR, option: str = "--shared-disk"
+) -> dict[str, str]:
     """What to set so that a driver elsewhere finds what the recipe says, by field.
 
     Args:
         local: fields that may name a file or folder: `store.root`, `corpus.sources.0.files`, ...
         shared_disk: the cluster sees this machine's disk under the same paths; a loopback address says so, too.
         workdir: what a relative store.workdir becomes on another machine.
+        option: says that the disk is shared.
 
     Raises:
         ValueError: one of them is a folder of this machine, which the cluster does not see.
@@ -119,9 +122,11 @@ def whereabouts(address: str, local: dict[str, str], *, shared_disk: bool, workd
         if field == "store.workdir" and not sees:
             places[field] = path if Path(path).is_absolute() else workdir
         elif not sees:
-            fix = "--set store.root=s3://bucket/prefix" if field == "store.root" else "use a package or a dataset"
+            fix = (
+                "--set store.root=s3://bucket/prefix" if field == "store.root" else "use a package, a dataset or s3://"
+            )
             raise ValueError(
-                f"{field} {path!r} is on this machine, which {address} does not see: {fix}, or say --shared-disk if "
+                f"{field} {path!r} is on this machine, which {address} does not see: {fix}, or say {option} if "
                 "every node of the cluster has it under that path"
             )
         elif field.startswith("store."):

@@ -27,6 +27,7 @@ from typing import Any
 import fsspec
 import pyarrow.fs
 
+from infra.polling import polling
 from infra.resources import Resources
 from infra.share import Share
 
@@ -103,8 +104,8 @@ def run_ranks(
     groups = AbandonedGroups()
     for failures_left in reversed(range(resources.max_failures + 1)):
         try:
-            with _interrupt_handler_restored(), groups.watched():
-                trainer.fit()
+            with _interrupt_handler_restored(), polling(groups.look, every_s=1.0, for_s=60.0, name="abandoned groups"):
+                trainer.fit()  # ranks that wait for the room of such a group do so in the first minute
             break
         except ControllerError as ended:
             failure = ended.with_traceback(None)  # its frames hold the controller, and the controller its ranks
@@ -142,7 +143,6 @@ class AbandonedGroups:
     """
 
     LOOKS = 3
-    FOR_S = 60.0
 
     def __init__(self) -> None:
         self.seen_empty: dict[str, int] = {}
@@ -165,23 +165,6 @@ class AbandonedGroups:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
             del self.seen_empty[group]
         return bool(own)
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Looks from time to time meanwhile, for the first FOR_S seconds: ranks that wait for room need it then."""
-        over, until = threading.Event(), time.monotonic() + self.FOR_S
-
-        def watch() -> None:
-            while not over.wait(1.0) and time.monotonic() < until:
-                self.look()
-
-        watcher = threading.Thread(target=watch, daemon=True, name="abandoned groups")
-        watcher.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watcher.join()
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:

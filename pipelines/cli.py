@@ -430,7 +430,7 @@ def schedule(
     )
     if to.endswith("cronjob"):
         read = {field: path for field, path in _local_paths(loaded.recipe).items() if not field.startswith("store.")}
-        whereabouts("the cluster", read, shared_disk=claim is not None)
+        whereabouts("the cluster", read, shared_disk=claim is not None, option="--claim")
     files = render(timing, job, to, place, enable=enable)
     for time in timing.next(5, to):
         print(f"fires {time:%a %Y-%m-%d %H:%M %z}", file=sys.stderr)

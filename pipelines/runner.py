@@ -32,6 +32,7 @@ from infra import relay
 from infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
 from infra.environment import git_commit, versions
 from infra.mirror import start_mirror, stop_mirror
+from infra.polling import polling
 from infra.registry import check_login, sqlite_path, tracking_uri
 from infra.resources import Resources
 from infra.share import Share, node_scratch
@@ -293,9 +294,8 @@ class _Stopping:
         self.signum = signum
         if self.file is None or self.until_s is not None:  # nothing to wait for, or told twice
             self.end()
-        else:
-            self.file.touch()
-            self.until_s = time.monotonic() + GRACE_S
+        self.file.touch()
+        self.until_s = time.monotonic() + GRACE_S
 
     def end(self) -> NoReturn:
         raise KeyboardInterrupt if self.signum == signal.SIGINT else SystemExit(128 + self.signum)
@@ -413,8 +413,10 @@ def _run_on_ray(run: _Run, outcome: RunOutcome, stopping: _Stopping) -> None:
         # max_retries: how often it is run again if its worker dies
         execute = ray.remote(max_retries=2, runtime_env=here)(_execute)
         stopping.file = stop_file(run.spool_folder)
-        _follow(ray, run, outcome, execute, stopping)
-        stopping.file = None
+        try:
+            _follow(ray, run, outcome, execute, stopping)
+        finally:
+            stopping.file = None
         del collector
         if "report" in outcome.failed and len(outcome.failed) > 1:
             _report_on_the_rest(run, outcome)
@@ -576,7 +578,6 @@ def _tail(run: _Run) -> Iterator[None]:
     offsets: dict[str, int] = {}
     labels = {safe(stage.label): stage.label for stage in run.stages}
     ended: set[str] = set()  # attempts that have nothing more to say: of thousands, a few are alive
-    stop = threading.Event()
 
     def look() -> None:
         for name in os.listdir(run.spool_folder):
@@ -588,17 +589,10 @@ def _tail(run: _Run) -> Iterator[None]:
                 if event["event"] == "end":
                     ended.add(name)
 
-    def loop() -> None:
-        while not stop.wait(0.5):
-            look()
-
-    thread = threading.Thread(target=loop, daemon=True, name="tail")
-    thread.start()
     try:
-        yield
+        with polling(look, every_s=0.5, name="tail"):
+            yield
     finally:
-        stop.set()
-        thread.join()
         look()
 
 

@@ -29,7 +29,6 @@ ARM = (
     "{{longlora: {{tune: lora+embed+norm, embedding_learning_rate: 1e-4, learning_rate: {rate}, "
     "attention: {{pattern: shifted_sparse, group_tokens: 256, sink_tokens: 4}}}}}}"
 )
-FINETUNE = "ray::finetune[longlora]"
 
 
 def command(rate: float, steps: int, interval: int) -> list[str]:
@@ -79,7 +78,7 @@ def main() -> None:
                     assert driver.poll() is None, f"the run ended with {driver.returncode}: {folder}/driver.log"
                     time.sleep(0.2)
                 victim, tree = next(victims), psutil.Process(driver.pid)
-                names = {"rank": ("TrainWorker",), "stage task": (FINETUNE, "ray::_execute"), "driver": ()}[victim]
+                names = VICTIMS[victim]
                 (processes(tree, *names)[0] if names else tree).send_signal(signal.SIGKILL)
                 kills.append((time.time(), victim, max(steps_told(folder), default=0)))
                 if victim == "driver":

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
+from tokenizers import processors
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from evaluation.cells import evaluate
@@ -78,6 +79,11 @@ def test_the_models_own_first_token_comes_first_and_is_not_scored():
     model, text, tokenizer = tiny_llama(), document("a", 64), byte_tokenizer(first="<sink>")
     assert first_token_id(tokenizer) == 257
     assert first_token_id(byte_tokenizer()) is None
+    appends = byte_tokenizer()
+    ends = processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 256)])
+    appends.backend_tokenizer.post_processor = ends
+    assert appends("a").input_ids[-1] == 256
+    assert first_token_id(appends) is None, "what it appends is no first token"
     row = pick(run([text], model, tokenizer, lengths=(64,)), kind="document", protocol="whole_window")
     assert row["tokens"] == 63  # the same tokens as without: models with and without compare
     assert row["nll"] == pytest.approx(naive_nll(model, [257, *text.ids_T])[1:].mean(), rel=1e-5)

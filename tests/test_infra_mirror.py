@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -16,7 +17,17 @@ from pathlib import Path
 import pytest
 from mlflow_servers import PATIENCE_S, Server, free_port, wait_until
 
-from infra.mirror import Mirror, default_uri, pending_points, start_mirror, stop_mirror, sync
+from infra import registry
+from infra.mirror import (
+    Mirror,
+    _command,
+    _environment,
+    default_uri,
+    pending_points,
+    start_mirror,
+    stop_mirror,
+    sync,
+)
 from infra.tracking import Spool
 
 
@@ -347,6 +358,25 @@ def test_without_a_server_sync_says_why_within_its_time(spools):
     assert (report.runs, report.points, report.pending) == (1, 0, 2)
     assert "refused" in report.problem
     assert time.monotonic() - started < 30
+
+
+def test_the_mirror_does_not_inherit_the_registrys_patience_but_the_users(monkeypatch):
+    """A repeated "create run" would make two: in the mirror only its own loop repeats."""
+    for name in registry.PATIENCE:
+        monkeypatch.delenv(name, raising=False)
+    registry.connect()
+    assert os.environ.items() >= registry.PATIENCE.items()
+    assert not registry.PATIENCE.keys() & _environment().keys()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    assert _environment()["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
+
+
+def test_a_folder_of_the_users_called_infra_is_not_the_mirrors(tmp_path):
+    (tmp_path / "infra").mkdir()
+    (tmp_path / "infra/__init__.py").write_text("raise SystemExit('the users own')")
+    command = [*_command(tmp_path, default_uri(tmp_path)), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_tracking_and_mirror_does_not_import_mlflow():

@@ -405,7 +405,8 @@ def test_the_command_writes_the_files_into_a_folder(tmp_path, capsys):
 def test_texts_of_this_machine_are_refused_for_pods_that_have_none(target, capsys):
     options = ("--cron", "0 3 * * 1", "--to", target, "--set", "store.root=s3://bucket/prefix")
     assert longreach("schedule", "retrain", *options) == 2
-    assert "corpus.sources.0.files 'documents/**/*.txt' is on this machine" in capsys.readouterr().err
+    assert "corpus.sources.0.files 'documents/**/*.txt' is on this machine" in (err := capsys.readouterr().err)
+    assert "say --claim" in err
     assert longreach("schedule", "retrain", *options, "--set", "corpus.sources=[{files: 's3://bucket/texts/*'}]") == 0
 
 

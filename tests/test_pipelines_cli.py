@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,17 @@ def test_what_is_not_the_users_mistake_travels(runner: SimpleNamespace, bug: Exc
     runner.raises = bug
     with pytest.raises(type(bug)):
         main(["run", "quickstart"])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "auto"])
+def test_an_address_at_which_no_cluster_answers_is_one_line_within_seconds(address, tmp_path):
+    command = [sys.executable, "-m", "pipelines", "run", "quickstart", "--address", address, "--no-wait"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = clean | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"address '{address}': no Ray cluster answers there" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", [("run",), ("plan",), ("status",), ("report",), ("config", "show")])

@@ -81,6 +81,8 @@ def test_after_too_many_in_a_row_training_goes_back_once_and_leaves_the_bad_step
     assert [row["step"] for row in rows(todo)] == list(range(1, 11))
     told = [event["value"] for event in read_events(spool)[0] if event.get("key") == "longreach.note"]
     assert told[0].startswith("step 6 skipped: we say so, in rows [")
+    points = [event["step"] for event in read_events(spool)[0] if event["event"] == "metrics"]
+    assert points == list(range(1, 11)), "one point a step, though some were trained twice"
 
 
 def test_when_going_back_does_not_help_training_stops_and_names_the_rows(tmp_path, monkeypatch):

@@ -94,6 +94,14 @@ def test_the_best_weights_leave_though_later_ones_were_trained(tmp_path, corpus,
     assert kept == {"step-00000003", "step-00000006"}
 
 
+def test_where_the_last_weights_leave_no_best_checkpoint_is_kept(tmp_path, corpus, monkeypatch):
+    values = iter(range(1, 9))
+    monkeypatch.setattr(loop, "validation_loss", lambda *args: (float(next(values)), 1))
+    todo = job(tmp_path, optim={"steps": 8, "validate_every_steps": 1}, resources={"keep_last": 1})
+    assert train(todo)["left_after_step"] == 8
+    assert {path.name for path in (Path(todo["work"]) / "checkpoints").glob("step-*")} == {"step-00000006"}
+
+
 def test_a_skipped_step_is_never_the_best(tmp_path, corpus, monkeypatch):
     """Its checkpoint does not exist; found by a review."""
     values, norms = iter([5.0, 4.0, 3.0, 6.0]), iter([1.0, 1.0, math.nan, 1.0])

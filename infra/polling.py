@@ -1,0 +1,30 @@
+"""Look again and again, in a thread, while something else goes on.
+
+with polling(show_progress, every_s=0.5, name="tail"): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def polling(look: Callable[[], object], *, every_s: float, name: str, for_s: float = math.inf) -> Iterator[None]:
+    """Calls `look` every `every_s` seconds, for at most `for_s`; on leaving, a look that has begun ends first."""
+    over, until = threading.Event(), time.monotonic() + for_s
+
+    def loop() -> None:
+        while not over.wait(every_s) and time.monotonic() < until:
+            look()
+
+    thread = threading.Thread(target=loop, daemon=True, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
