@@ -78,9 +78,11 @@ def choose(pattern: Pattern, kernel: str = "auto", where: Situation = CPU) -> st
     """The kernel that will run: the asked one, or for "auto" the first of AUTO that can.
 
     Raises:
-        ValueError: the asked kernel is unknown or cannot compute this pattern here.
+        ValueError: the asked kernel is unknown or cannot compute this pattern here; "auto" on another device.
     """
     if kernel == "auto":
+        if where.device not in AUTO:
+            raise ValueError(f"no kernel is known to be right on device {where.device!r}: use {' or '.join(AUTO)}")
         return next(name for name in AUTO[where.device] if not KERNELS[name].cannot(pattern, where))
     if kernel not in KERNELS:
         raise ValueError(f"kernel {kernel!r}: there are auto, {', '.join(KERNELS)}")

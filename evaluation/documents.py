@@ -58,6 +58,13 @@ def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return int(whole[0]) if whole[:1] != bare[:1] else None  # of "" an EOS that it appends would be the first
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = True) -> list[int]:
+    """Ids of a text that is to go on: after the tokenizer's first token, if it has one, and without an EOS that it
+    appends."""
+    ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int64)
+    return with_first(ids, first_token_id(tokenizer) if first else None).tolist()
+
+
 def with_first(ids_T: np.ndarray, first: int | None) -> np.ndarray:
     """ids_T, after the model's own first token if it has one and the ids do not begin with it already."""
     if first is None or (len(ids_T) and ids_T[0] == first):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document, first_token_id, matching, with_first
+from evaluation.documents import Document, matching, text_ids
 from evaluation.figures import retrieval_figure
 from evaluation.likelihood import is_dynamic
 from evaluation.reader import Reader, spelled
@@ -186,7 +186,7 @@ class Prompt:
         head, tail = around_chat(
             tokenizer, TASK, question.format(town=names), opening.format(town=names), recipe.chat_template
         )
-        before = with_first(np.array(ids(head), np.int64), first_token_id(tokenizer)).tolist()
+        before = text_ids(tokenizer, head)
         answer = " " + " and ".join(
             filter(None, [", ".join(numbers[: recipe.needles - 1]), numbers[recipe.needles - 1]])
         )

@@ -157,7 +157,8 @@ def position_rows(about: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> 
             "end": min(start + bin_tokens, len(nll_T) + 1),
             "nll": float(nll_T[max(0, start - 1) : start + bin_tokens - 1].mean()),
         }
-        for start in range(0, len(nll_T), bin_tokens)
+        for start in range(0, len(nll_T) + 1, bin_tokens)
+        if start + bin_tokens > 1  # the first token is predicted from nothing
     ]
 
 

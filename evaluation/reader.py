@@ -20,18 +20,19 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from evaluation.documents import text_ids
 from evaluation.likelihood import check_ids, forget_length, is_dynamic
 
 
 def spelled(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str, *, special: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Ids of the prompt, with the tokenizer's special tokens or without, and of the answer as it goes on from it.
+    """Ids of the prompt, after the tokenizer's first token or without it, and of the answer as it goes on from it.
 
     A blank that is a token of its own belongs to the prompt: it says nothing of the answer. ValueError where the
     tokenizer joins the prompt's end and the answer's beginning: then no continuation of its tokens spells the answer.
     """
-    before, ids = (list(tokenizer(text, add_special_tokens=special).input_ids) for text in (prompt, prompt + answer))
+    before, ids = (text_ids(tokenizer, text, first=special) for text in (prompt, prompt + answer))
     if ids[: len(before)] != before or len(ids) == len(before):
         raise ValueError(f"{where}: the tokenizer joins {prompt[-8:]!r} and {answer!r} into one token")
     while len(ids) - len(before) > 1 and not str(tokenizer.decode(ids[len(before) : len(before) + 1])).strip():

@@ -227,6 +227,18 @@ class Store:
             hashes: read every byte; without it only presence and size are compared.
         """
 
+        if not self.local and not hashes:
+            return self._remote_problems(artifact)
+        wrong = self._wrong(artifact, artifact.manifest["files"], hashes)
+        if wrong and not self.local:  # not yet in this node's cache, or damaged there
+            self._download(artifact, [entry for entry, _ in wrong])
+            wrong = self._wrong(artifact, [entry for entry, _ in wrong], hashes)
+        return [line for _, line in wrong]
+
+    @staticmethod
+    def _wrong(artifact: Artifact, files: list[dict[str, Any]], hashes: bool) -> list[tuple[dict[str, Any], str]]:
+        """The entries whose local file is not as published, and what is wrong with it."""
+
         def check(entry: dict[str, Any]) -> str | None:
             path = artifact.path / entry["path"]
             if not path.is_file():
@@ -237,15 +249,8 @@ class Store:
                 return f"{entry['path']}: its content changed since it was published"
             return None
 
-        if not self.local:
-            if not hashes:
-                return self._remote_problems(artifact)
-            self._download(artifact)
-        files = artifact.manifest["files"]
-        if len(files) == 1:
-            return [line for line in map(check, files) if line]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            return [line for line in pool.map(check, files) if line]
+            return [(entry, line) for entry, line in zip(files, pool.map(check, files), strict=True) if line]
 
     def _remote_out(self, artifact: Artifact) -> str:
         return f"{self._folder(artifact.stage, artifact.fingerprint)}/attempts/{artifact.attempt}/out"
@@ -259,12 +264,10 @@ class Store:
             if sizes.get(entry["path"]) != entry["size"]
         ]
 
-    def _download(self, artifact: Artifact) -> None:
-        """Bring missing files of a remote artifact into the cache; a file of the right size and hash is kept."""
-        for entry in artifact.manifest["files"]:
+    def _download(self, artifact: Artifact, files: list[dict[str, Any]]) -> None:
+        """Bring files of a remote artifact into the cache."""
+        for entry in files:
             path = artifact.path / entry["path"]
-            if path.is_file() and path.stat().st_size == entry["size"] and file_digest(path) == entry["xxh3"]:
-                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
             self.fs.get_file(f"{self._remote_out(artifact)}/{entry['path']}", str(part))

@@ -246,7 +246,7 @@ def _pod(container: str, place: Place, resources: Manifest) -> Manifest:
         "metadata": {"labels": LABELS},
         "spec": {
             "automountServiceAccountToken": False,
-            "terminationGracePeriodSeconds": 60,  # the run takes 25 s to write its checkpoints
+            "terminationGracePeriodSeconds": 120,  # the run takes 25 s to write its checkpoints
             "securityContext": POD_SECURITY,
             "containers": [
                 {

@@ -159,7 +159,7 @@ WorkingDirectory={folder}
 ExecStart={command}
 # SIGTERM goes to the run alone, which lets its ranks write their checkpoints; what is left is killed after the timeout.
 KillMode=mixed
-TimeoutStopSec=60
+TimeoutStopSec=120
 # 143: it stopped when asked. 75: another run of this recipe is at work. 3: the gate kept the champion. Nothing failed.
 SuccessExitStatus=143 75 3
 NoNewPrivileges=true

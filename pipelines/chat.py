@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention.kv_budget import KVBudget, readable
 from attention.sink_cache import SinkCache
+from evaluation.documents import text_ids
 from training.convert import convert
 from training.model import load_model
 
@@ -72,7 +73,7 @@ def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[
     """What the model reads when the user has said something, in its chat template if it has one; after an answer of its
     own, from the end of that answer on."""
     if not tokenizer.chat_template:
-        return list(tokenizer(text + "\n", add_special_tokens=first).input_ids)
+        return text_ids(tokenizer, text + "\n", first=first)
     asked = {"role": "user", "content": text}
     earlier = [] if first else [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
     whole = str(tokenizer.apply_chat_template([*earlier, asked], tokenize=False, add_generation_prompt=True))

@@ -35,6 +35,9 @@ UTILISATION = 0.6
 (arXiv:2307.08691)."""
 REACHED_BYTES = 0.8
 """Assumed: what memory and links reach of their bandwidth."""
+BEGIN_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
+"""What NCCL reckons a ring to take for its start, a step inside a node and one between nodes, whatever it carries
+(src/graph/tuning.cc, ring, simple protocol, NVLink)."""
 RESERVED_GIB = 4.0
 """Assumed: what CUDA, NCCL and the allocator's fragments take of a GPU."""
 OFFLOADED_BYTES = 4 * 4
@@ -66,7 +69,9 @@ class Gpu:
         reached = utilisation * self.flops
         exchange = REACHED_BYTES * link * world / (2 * (world - 1)) if world > 1 else None
         host = REACHED_BYTES * self.host
-        return Machine(reached, reached, reached, REACHED_BYTES * self.bytes, 0.0, exchange, host)
+        outside = math.ceil(world / PER_NODE) - 1
+        latency = BEGIN_S + 2 * (outside * NETWORK_HOP_S + (world - 1 - outside) * HOP_S)
+        return Machine(reached, reached, reached, REACHED_BYTES * self.bytes, 0.0, exchange, host, latency)
 
 
 GPUS = {

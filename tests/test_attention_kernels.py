@@ -17,7 +17,7 @@ from attention_cases import (
 )
 
 from attention import PATTERNS, attend, reference
-from attention.kernels import by_segments, choose
+from attention.kernels import Situation, by_segments, choose
 from attention.sink_softmax import zero_sink
 
 # Output and gradients are sums of about unit numbers over at most 41 keys. float64: 2^-52 x some tens of additions.
@@ -264,6 +264,8 @@ def test_flex_equals_the_oracle_where_no_gradient_is_wanted():
 def test_an_unknown_kernel_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"kernel 'fast': there are auto, .*sdpa.*reference"):
         choose(PATTERNS["causal"](), "fast")
+    with pytest.raises(ValueError, match="device 'mps': use cuda or cpu"):
+        choose(PATTERNS["causal"](), where=Situation(device="mps"))
 
 
 @pytest.mark.parametrize(

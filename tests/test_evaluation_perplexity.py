@@ -53,13 +53,14 @@ def test_both_protocols_equal_the_naive_perplexity_of_each_window():
     assert scores.summary["tokens_per_s"] > 0
 
 
-def test_the_position_curve_covers_every_scored_token_once():
-    model, text = tiny_llama(), document("a", 100)
-    curve = [row for row in run([text], model, lengths=(100,)).rows if row["kind"] == "position"]
-    assert [(row["start"], row["end"]) for row in curve] == [(n, min(n + 16, 100)) for n in range(0, 100, 16)]
+@pytest.mark.parametrize("length", [96, 97, 100])
+def test_the_position_curve_covers_every_scored_token_once(length):
+    model, text = tiny_llama(), document("a", length)
+    curve = [row for row in run([text], model, lengths=(length,)).rows if row["kind"] == "position"]
+    assert [(row["start"], row["end"]) for row in curve] == [(n, min(n + 16, length)) for n in range(0, length, 16)]
     nll = naive_nll(model, text.ids_T)
-    assert curve[0]["nll"] == pytest.approx(nll[:15].mean(), rel=1e-5)  # tokens 1..15; token 0 is not predicted
-    assert curve[-1]["nll"] == pytest.approx(nll[95:].mean(), rel=1e-5)  # tokens 96..99
+    for row in curve:  # token t's is nll[t - 1]; token 0 is not predicted
+        assert row["nll"] == pytest.approx(nll[max(0, row["start"] - 1) : row["end"] - 1].mean(), rel=1e-5)
 
 
 def test_a_short_document_counts_only_at_the_lengths_it_reaches():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from evaluation.likelihood import token_nll
@@ -96,6 +96,10 @@ def test_an_answer_is_spelled_as_it_goes_on_and_a_blank_alone_is_not_part_of_it(
     tokenizer = byte_tokenizer("<sink>")
     prompt, answer = spelled(tokenizer, "key is", " 12", "here")
     assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == ("<sink>key is ", "12")
+    ends = processors.TemplateProcessing(single="<sink> $A <s>", special_tokens=[("<sink>", 257), ("<s>", 256)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    assert tokenizer("key").input_ids[-1] == 256
+    assert spelled(tokenizer, "key is", " 12", "here") == (prompt, answer), "a text that goes on has no end token"
     core = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate("▁key12")}, merges=[]))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Replace("▁", " ")

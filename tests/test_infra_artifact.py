@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from infra.artifact import AlreadyPublished, CorruptArtifact, Lease, LeaseHeld, Store, digest_of
+from infra.artifact import AlreadyPublished, CorruptArtifact, Lease, LeaseHeld, Store, digest_of, file_digest
 
 RECORD = {"summary": {"rows": 3}, "inputs": {}, "recipe": {}}
 
@@ -117,7 +117,7 @@ def test_a_remote_root_without_its_keys_or_bucket_is_one_clear_error(s3_root: st
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_remote_download_that_was_damaged_is_brought_again(s3_root: str, tmp_path: Path):
+def test_a_remote_download_that_was_damaged_is_brought_again(s3_root: str, tmp_path: Path, monkeypatch):
     store = Store(f"{s3_root}/{tmp_path.name}", tmp_path / "scratch")
     attempt = store.new_attempt("pack", "f6")
     write(attempt)
@@ -125,6 +125,11 @@ def test_a_remote_download_that_was_damaged_is_brought_again(s3_root: str, tmp_p
     cached = store.fetch("pack", "f6").path / "rows/data.arrow"
     cached.write_text("tokenZ")
     assert (store.fetch("pack", "f6").path / "rows/data.arrow").read_text() == "tokens"
+    with monkeypatch.context() as patch:
+        read: list[Path] = []
+        patch.setattr("infra.artifact.file_digest", lambda path: read.append(path) or file_digest(path))
+        store.fetch("pack", "f6")
+        assert len(read) == len(set(read)) > 1, "what is in the cache is read once"
     store.fs.pipe_file(f"{store.base}/pack/f6/attempts/{attempt.id}/out/rows/data.arrow", b"tokenZ")
     cached.unlink()
     with pytest.raises(CorruptArtifact, match=r"rows/data\.arrow"):

@@ -164,8 +164,8 @@ def test_what_is_not_the_users_mistake_travels(runner: SimpleNamespace, bug: Exc
         main(["run", "quickstart"])
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "auto"])
-def test_an_address_at_which_no_cluster_answers_is_one_line_within_seconds(address, tmp_path):
+def test_an_address_at_which_no_cluster_answers_is_one_line_within_seconds(tmp_path):
+    address = "127.0.0.1:9"  # not `auto`: it would find, and use, any cluster that runs on this machine
     command = [sys.executable, "-m", "pipelines", "run", "quickstart", "--address", address, "--no-wait"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env = clean | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_TMPDIR": str(tmp_path)}

@@ -45,6 +45,12 @@ def test_memory_is_at_most_half_too_low_of_what_was_reported():
         assert gib + 3 * logits < gb < gib + 5 * logits
 
 
+def test_a_collective_waits_for_every_gpu_of_its_ring():
+    """NCCL's own reckoning of an all-reduce: 2 (n - 1) steps, of which 2 (nodes - 1) go between nodes."""
+    for gpus, inside, outside in ((8, 14, 0), (64, 112, 14), (1024, 1792, 254)):
+        assert A100.machine(gpus, 0.6).latency * 1e6 == pytest.approx(8.4 + inside * 3.4 + outside * 9.6)
+
+
 @pytest.mark.parametrize(("model", "row"), [("llama-2-7b", 100000), ("llama-2-70b", 32768)])
 def test_what_the_paper_fits_on_one_machine_fits_here(model, row):
     room = A100.memory_gib - RESERVED_GIB
@@ -64,7 +70,12 @@ def test_short_rows_stop_scaling_and_the_verdict_says_where():
     assert full[8] == 1
     assert full[256] > 0.5 > full[512] > full[1024]
     said = list(verdicts(found, H100))
-    assert said[0].startswith("full: fits from 8 GPUs with ZeRO 1, 2, 3, 3+host; stops scaling at 512 GPUs (44%")
+    assert said[0].startswith("full: fits from 8 GPUs with ZeRO 1, 2, 3, 3+host; stops scaling at 512 GPUs (35%")
+
+
+def test_gathering_70b_by_a_thousand_gpus_takes_longer_than_by_half_as_many():
+    step_s = {p.gpus: p.best.step_s for p in points("llama-2-70b") if p.arm == "longlora"}
+    assert step_s[64] > step_s[512] < step_s[1024]
 
 
 def test_it_says_where_the_batch_cannot_be_shared_out():
@@ -79,11 +90,12 @@ def test_it_says_where_nothing_fits():
     assert re.match(r"full: does not fit: at least \d+ GiB a GPU, where 4 are free", said[0])
 
 
-def test_more_gpus_never_take_longer_and_never_need_more_memory():
+def test_more_gpus_have_less_work_each_and_never_need_more_memory():
     for model in MODELS:
         for name in arms(32768):
             own = [p for p in points(model) if p.arm == name and p.best]
-            assert [p.best.step_s for p in own] == sorted((p.best.step_s for p in own), reverse=True)
+            work = [p.best.cost.seconds["matrices"] + p.best.cost.seconds["attention"] for p in own]
+            assert work == sorted(work, reverse=True)
             for few, many in pairwise(own):
                 if few.best.ranks <= many.best.ranks:
                     assert all(many.ways[way].gib <= few.ways[way].gib for way in few.ways), (model, name, many.gpus)

@@ -151,6 +151,10 @@ def test_each_step_is_recorded_once_and_told_once_whatever_was_repeated(tmp_path
         with pytest.raises(KeyboardInterrupt):
             train(todo)
     assert len(steps(todo)) == 5
+    with monkeypatch.context() as patch:  # again, before it is where it was
+        at_step(patch, 4, die)
+        with pytest.raises(KeyboardInterrupt):
+            train(todo)
     assert train(todo)["resumed_from_step"] == 4
     assert [row["step"] for row in steps(todo)] == [1, 2, 3, 4, 5, 6]
     told = [event for event in read_events(tmp_path / "a.jsonl")[0] if event["event"] == "metrics"]

@@ -159,6 +159,13 @@ def test_seconds_add_up_and_say_what_they_go_into():
     assert by_stage == sorted(by_stage)
     shared = cost(zero_stage=0, sequence_parallel=3, workers=3).seconds["exchange"]
     assert shared > cost(zero_stage=0, workers=3).seconds["exchange"]
+    slow = replace(machine, latency=1.0)
+    waits = [1, 1.5, 1.5, 1 + 3]  # a bucket of gradients; new weights, half as long; three times 50 million weights
+    for stage, seconds in enumerate(waits):
+        resources = Resources(workers=4, gpus_per_worker=1, dtype="bfloat16", zero_stage=stage, micro_batch_rows=2)
+        late = predict(SMOLLM2, ArmRecipe(), rows=8, seq_len=1024, resources=resources, machine=slow).seconds
+        soon = predict(SMOLLM2, ArmRecipe(), rows=8, seq_len=1024, resources=resources, machine=machine).seconds
+        assert late["exchange"] - soon["exchange"] == pytest.approx(seconds)
     hosted = cost(zero_stage=3, offload="cpu", offload_parameters=True)
     assert hosted.seconds["host"] > cost(zero_stage=3, offload="cpu").seconds["host"] > 0
     assert hosted.memory_gib["weights"] == hosted.memory_gib["optimizer"] == 0 < plain.memory_gib["weights"]

@@ -43,9 +43,11 @@ def test_rows_are_whole_pieces_of_each_document_in_turn(tmp_path, corpus):
 
 def test_the_corpus_first_token_stands_first_unless_the_arm_reads_without(tmp_path):
     corpus = packed_corpus(tmp_path, validation=HELD_OUT, first_token="sink")
-    with_sink, without = (validation_rows(corpus, 1, drop_first=drop)[0]["input_ids"] for drop in (False, True))
-    assert int(with_sink[0, 0]) == 64
-    assert torch.equal(with_sink[:, 1:], without)
+    with_sink, without = (validation_rows(corpus, 1, drop_first=drop)[0] for drop in (False, True))
+    assert int(with_sink["input_ids"][0, 0]) == 64
+    assert torch.equal(with_sink["input_ids"][:, 1:], without["input_ids"][:, :-1])
+    assert torch.equal(with_sink["labels"][:, 1:], without["labels"][:, :-1])
+    assert (without["labels"][0, -1], without["position_ids"][0, -1]) == (IGNORED, 0)
 
 
 def test_it_is_the_loss_of_plain_transformers_on_the_saved_weights(tmp_path, corpus):

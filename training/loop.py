@@ -31,6 +31,7 @@ from infra import relay
 from infra.artifact import digest_of
 from infra.environment import system_metrics
 from infra.launch import OutOfMemory, Stopped, Superseded
+from infra.tracking import read_events
 from training import checkpoint, throughput, zero
 from training.batches import PackedRows, RowOrder
 from training.longlora import apply_arm, trainable_parameters
@@ -91,8 +92,12 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     zero.check_nvme(resources)
     process_gib = throughput.peak_gib()
 
-    # ---- the model, as every arm starts
+    # ---- the rows, and the model as every arm starts
     rows = PackedRows(Path(todo.corpus))
+    held_out = []
+    if optim.validate_every_steps:
+        held_out = validation_rows(Path(todo.corpus), optim.validation_rows, drop_first=drops_first(todo))
+        held_out = [part_of(row, shared) for row in held_out]
     model, tokenizer = build(todo, rows.info)
     set_active(model, pattern_of(todo, 0), shared)
     start = checkpoint.tensor_digests(model)
@@ -123,10 +128,6 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     # ---- resume
     log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
     identity = digest_of(todo.choices())
-    held_out = []
-    if optim.validate_every_steps:
-        held_out = validation_rows(Path(todo.corpus), optim.validation_rows, drop_first=drops_first(todo))
-        held_out = [part_of(row, shared) for row in held_out]
     acts = checkpoint.acts_for_disk(checkpoints)
     done, notes, losses, validated = resume(engine, checkpoints, todo, identity, log, acts)
     skips = Skips(optim, losses)
@@ -448,7 +449,12 @@ class StepLog:
         self.label = Path(spool).name.partition("@")[0] if spool else ""
         self.rows: list[dict[str, Any]] = []
         # Steps that this attempt already told the spool, before its ranks were restarted: told once is enough.
-        self.told = sum(1 for _ in path.open()) if path.exists() else 0
+        self.told = 0
+        if spool and Path(spool).exists():
+            events = read_events(spool)[0]
+            self.told = max((e["step"] for e in events if "train/seconds" in e.get("values", ())), default=0)
+        elif path.exists():  # the spool is on another node
+            self.told = sum(1 for _ in path.open())
 
     def restart(self, history: Path | None) -> None:
         """Begins with the steps of the checkpoint that was loaded, if any."""

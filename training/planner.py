@@ -11,6 +11,7 @@ No torch here: `longreach plan` reads this in milliseconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ OPTIMIZER_BYTES = 7 * 4
 """AdamW reads weight, gradient and two moments, and writes three of them."""
 SHARDED_BYTES = 6 * 4
 """ZeRO copies each gradient into a bucket and into its owner's part, and each new weight back into the model."""
+BUCKET, PREFETCH = 5e8, 5e7
+"""Numbers that one collective carries at most, and what ZeRO-3 gathers ahead at once (DeepSpeed's defaults)."""
 LIVE = 1e9
 """Weights that ZeRO-3 keeps whole on each GPU at most (DeepSpeed's stage3_max_live_parameters)."""
 PROCESS_GIB = 0.65
@@ -145,6 +148,8 @@ class Machine:
     """Bytes of a tensor that all ranks add up (all-reduce); None for a rank alone."""
     host: float | None = None
     """Bytes between a GPU and what was offloaded to its host's memory; None where that was not measured."""
+    latency: float = 0.0
+    """Seconds of an all-reduce of next to nothing; where `exchange` was measured it is in there."""
 
 
 @dataclass(frozen=True)
@@ -215,21 +220,24 @@ def predict(
         "optimizer": updated / machine.bytes,
     }
     if machine.exchange:
-        numbers = _exchanged(shape, count, passes, stage) + share * _resharded(shape, resources)
-        seconds["exchange"] = numbers * size / machine.exchange
+        numbers = _exchanged(shape.parameters, count, passes, stage) + share * _resharded(shape, resources)
+        gathers, buckets = math.ceil(shape.parameters / PREFETCH), math.ceil(count / BUCKET)
+        times = _exchanged(gathers, buckets, passes, stage)
+        seconds["exchange"] = numbers * size / machine.exchange + times * machine.latency
     if machine.host and resources.gpus_per_worker and resources.offload != "none":
         fetched = count * OPTIMIZER_BYTES + resources.offload_parameters * 2 * passes * size * shape.parameters
         seconds["host"] = fetched / world / machine.host
     return Prediction(flops, sum(by_kind.values()), by_kind, sum(seconds.values()), seconds)
 
 
-def _exchanged(shape: Shape, count: int, passes: float, zero_stage: int) -> float:
-    """Numbers that the ranks share in a step of so many forward passes, in all-reduced ones; gathering counts half.
+def _exchanged(weights: int, count: int, passes: float, zero_stage: int) -> float:
+    """Numbers (or collectives) that the ranks share in a step of so many forward passes, in all-reduced ones; gathering
+    counts half. `weights`: of the model; `count`: those that are trained.
 
     Gradients are added up once, from stage 2 on after each pass; new weights are gathered once in stages 1 and 2, in
     stage 3 all weights twice a pass.
     """
-    gathered = {0: 0.0, 1: count / 2, 2: count / 2, 3: passes * shape.parameters}[zero_stage]
+    gathered = {0: 0.0, 1: count / 2, 2: count / 2, 3: passes * weights}[zero_stage]
     return count * (passes if zero_stage >= 2 else 1) + gathered
 
 

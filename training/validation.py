@@ -23,7 +23,8 @@ from training.loss import count_targets
 def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:
     """At most `count` rows [1, T] as PackedRows.batch gives them, the first token of the corpus' rows in front.
 
-    drop_first: without it, as for the arms that read rows so. ValueError if no document is as long as a row.
+    drop_first: without it and with padding at the end, as for the arms that read rows so. ValueError if no document is
+    as long as a row.
     """
     import datasets
 
@@ -39,12 +40,16 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
             f"validate_every_steps: none of the {len(texts)} validation documents has {length} tokens, which a row "
             f"takes: name longer ones in corpus.validation, or set it to 0"
         )
+    column_T = torch.arange(info["seq_len"])
+    end = len(lead) + length
     rows = []
     for piece in in_turn:
-        ids_1T = torch.from_numpy(np.concatenate([np.array(lead, np.int64), piece]))[None]
-        labels_1T = ids_1T.clone()
-        labels_1T[:, : 1 + len(lead)] = IGNORED  # so that arms with and without a sink token score the same tokens
-        rows.append({"input_ids": ids_1T, "position_ids": torch.arange(ids_1T.shape[1])[None], "labels": labels_1T})
+        ids_T = torch.full_like(column_T, info["pad_token_id"])
+        ids_T[:end] = torch.from_numpy(np.concatenate([np.array(lead, np.int64), piece]))
+        # arms with and without a sink token score the same tokens
+        labels_T = ids_T.masked_fill((column_T <= len(lead)) | (column_T >= end), IGNORED)
+        row = {"input_ids": ids_T, "position_ids": column_T % end, "labels": labels_T}  # padding: a run of its own
+        rows.append({name: x_T[None] for name, x_T in row.items()})
     return rows
 
 
