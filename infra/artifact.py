@@ -429,13 +429,31 @@ class Store:
             draft.unlink(missing_ok=True)
 
 
+def process_mark(pid: int) -> list[str] | None:
+    """Names a process for ever: the machine's boot, its namespace, its number there, and when it started, in the
+    kernel's own ticks. None if it has ended, or where the kernel does not say (Linux does)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
+        return None if state == "Z" else [boot, os.readlink("/proc/self/ns/pid"), str(pid), ticks]
+    except OSError:
+        return None
+
+
+def is_gone(mark: list[str] | None) -> bool:
+    """Whether a process is known to have ended; those of other machines and containers are not known."""
+    own = process_mark(os.getpid())
+    return mark is not None and own is not None and mark[:2] == own[:2] and process_mark(int(mark[2])) != mark
+
+
 @dataclass
 class Lease:
     """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever compared.
 
     A lease is a numbered generation, created exclusively. A waiter takes the next number once the holder released
-    its own, or once the counter has stood still for `patience_beats` beats of the waiter's own time. A holder that
-    was only slow sees the higher number and knows that it has lost (`lost` is set).
+    its own, once the counter has stood still for `patience_beats` beats of the waiter's own time, or at once where
+    both run on one machine and the holder's process is gone. A holder that was only slow sees the higher number and
+    knows that it has lost (`lost` is set).
     """
 
     store: Store
@@ -461,7 +479,8 @@ class Lease:
             newest = self._newest()
             if newest == 0 or self._exists(newest, "released") or not self._alive(newest, wait):
                 try:
-                    self.store._create(self._path(newest + 1, "json"), canonical({"holder": self.holder}).encode())
+                    about = {"holder": self.holder, "process": process_mark(os.getpid())}
+                    self.store._create(self._path(newest + 1, "json"), canonical(about).encode())
                 except FileExistsError:
                     continue  # somebody was faster: look again
                 self._generation = newest + 1
@@ -479,7 +498,7 @@ class Lease:
     def current_holder(self) -> str | None:
         """Who holds it now or died holding it; None after a release."""
         newest = self._newest()
-        return None if newest == 0 or self._exists(newest, "released") else self._holder(newest)
+        return None if newest == 0 or self._exists(newest, "released") else self._about(newest)["holder"]
 
     def _alive(self, generation: int, wait: bool) -> bool:
         """Watch the counter: False as soon as it may be taken over; True is only returned when not waiting.
@@ -487,6 +506,8 @@ class Lease:
         Raises:
             LeaseHeld: the counter moved and `wait` is False.
         """
+        if is_gone(self._about(generation).get("process")):
+            return False
         seen, still = self._counter(generation), 0
         while still < self.patience_beats:
             time.sleep(self.beat_s)
@@ -496,7 +517,7 @@ class Lease:
                 still += 1
                 continue
             if not wait:
-                raise LeaseHeld(self.name, self._holder(generation))
+                raise LeaseHeld(self.name, self._about(generation)["holder"])
             seen, still = now, 0
         return False
 
@@ -517,8 +538,8 @@ class Lease:
         except FileNotFoundError:
             return b""
 
-    def _holder(self, generation: int) -> str:
-        return json.loads(self.store.fs.cat_file(self._path(generation, "json")))["holder"]
+    def _about(self, generation: int) -> dict[str, Any]:
+        return json.loads(self.store.fs.cat_file(self._path(generation, "json")))
 
     def _beat(self, counter: int) -> None:
         self.store.fs.pipe_file(self._path(self._generation, "beat"), str(counter).encode())

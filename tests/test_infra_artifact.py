@@ -1,13 +1,27 @@
 """Artifacts and leases: on a local folder and on an S3 server (moto), the same promises."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import s3fs
 
-from infra.artifact import AlreadyPublished, CorruptArtifact, Lease, LeaseHeld, Store, digest_of, file_digest
+from infra.artifact import (
+    AlreadyPublished,
+    CorruptArtifact,
+    Lease,
+    LeaseHeld,
+    Store,
+    digest_of,
+    file_digest,
+    is_gone,
+    process_mark,
+)
 
 RECORD = {"summary": {"rows": 3}, "inputs": {}, "recipe": {}}
 
@@ -129,7 +143,7 @@ def test_a_remote_download_that_was_damaged_is_brought_again(s3_root: str, tmp_p
         read: list[Path] = []
         patch.setattr("infra.artifact.file_digest", lambda path: read.append(path) or file_digest(path))
         store.fetch("pack", "f6")
-        assert len(read) == len(set(read)) > 1, "what is in the cache is read once"
+        assert read == [cached], "what is in the cache is read once"
     store.fs.pipe_file(f"{store.base}/pack/f6/attempts/{attempt.id}/out/rows/data.arrow", b"tokenZ")
     cached.unlink()
     with pytest.raises(CorruptArtifact, match=r"rows/data\.arrow"):
@@ -180,6 +194,33 @@ def test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost(sto
     assert slow.lost.is_set()
     assert taker.current_holder() == "taker:2"
     taker.release()
+
+
+def test_a_holder_whose_process_is_gone_is_replaced_at_once(tmp_path: Path):
+    code = (
+        "import os, sys; from infra.artifact import Lease, Store;"
+        "Lease(Store(sys.argv[1]), 'w', 'dead:1').acquire(wait=False); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=False)
+    taker = Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=60)
+    assert taker.current_holder() == "dead:1"
+    started = time.monotonic()
+    taker.acquire(wait=False).release()
+    assert time.monotonic() - started < 30
+
+
+def test_only_a_process_of_this_machine_is_known_to_be_gone():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark = process_mark(child.pid)
+    assert mark is not None
+    assert not is_gone(mark)
+    child.communicate(b"\n")
+    assert is_gone(mark)
+    assert not is_gone(["another boot", *mark[1:]])
+    assert not is_gone([mark[0], "pid:[1]", *mark[2:]])
+    assert not is_gone(None)
+    own = process_mark(os.getpid())
+    assert is_gone([*own[:3], "1"]), "its number went to another process"
 
 
 def test_of_two_runs_started_together_one_waits_for_the_other(tmp_path: Path):

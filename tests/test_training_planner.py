@@ -15,6 +15,7 @@ from attention.pattern import Heads
 from attention.reference import dense_mask, starts
 from infra.launch import run_local
 from infra.resources import Resources
+from training import throughput
 from training.longlora import apply_arm, trainable_parameters
 from training.loss import TokenLoss
 from training.model import fresh_llama
@@ -181,3 +182,17 @@ def test_every_arm_keeps_what_was_predicted_beside_what_it_took(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/out/metrics.jsonl").read_text().splitlines()]
     expected = facts["predicted"]["flops"] / rows[0]["seconds"] / facts["machine"]["matmul"]
     assert rows[0]["mfu"] == pytest.approx(expected)
+
+
+def test_this_machine_is_measured_once_and_not_again_after_a_restart(tmp_path, monkeypatch):
+    measured = []
+    real = throughput.calibrate
+    monkeypatch.setattr(throughput, "calibrate", lambda **asked: measured.append(asked) or real(**asked))
+    todo = job(tmp_path)
+    machine = run_local("training.loop:train", todo)["machine"]
+    again = todo | {"out": str(tmp_path / "again/out"), "work": str(tmp_path / "again/work")}
+    found = run_local("training.loop:train", again | {"earlier": [todo["work"]]})["machine"]
+    assert len(measured) == 1
+    assert found | {"process_gib": 0} == machine | {"process_gib": 0}
+    run_local("training.loop:train", again | {"resources": {**todo["resources"], "micro_batch_rows": 2}})
+    assert len(measured) == 2, "so many tokens at once were never measured"

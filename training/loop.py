@@ -342,8 +342,9 @@ def foreseen(
     if not shape.counts(facts):
         return {"machine": None, "predicted": None}
     seq_len, document = rows.info["seq_len"], rows.mean_document()
-    machine = throughput.calibrate(
-        shape,
+    machine = throughput.calibrated(
+        [Path(todo.work), *map(Path, todo.earlier)],
+        shape=shape,
         tokens=todo.resources.micro_batch_rows * seq_len // todo.resources.sequence_parallel,
         span=int(min(document, todo.arm.attention.group_tokens or document)),
         process_gib=process_gib,

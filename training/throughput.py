@@ -7,9 +7,14 @@ Ratios depend on width and length, so a speed is only worth something beside bot
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -113,6 +118,29 @@ def calibrate(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     return Machine(matmul, flops / once, 2.5 * flops / max(both - once, once), move, process_gib, exchange)
+
+
+def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
+    """`calibrate(**asked)`, once: what an earlier start on this host measured with as many ranks and threads is read.
+
+    Every rank calls it. folders: of this attempt, which keeps the answer, and of those before it.
+    """
+    about: dict[str, Any] = {name: str(value) for name, value in asked.items() if name != "process_gib"}
+    about |= {"host": platform.node(), "ranks": dist.get_world_size(), "threads": torch.get_num_threads()}
+    known: list[Any] = [None]
+    if dist.get_rank() == 0:
+        kept = [json.loads(p.read_text()) for folder in folders if (p := folder / "machine.json").is_file()]
+        known = [next((one["machine"] for one in kept if one["about"] == about), None)]
+    dist.broadcast_object_list(known)
+    if known[0]:
+        return Machine(**{**known[0], "process_gib": asked["process_gib"]})
+    machine = calibrate(**asked)
+    if dist.get_rank() == 0:
+        folders[0].mkdir(parents=True, exist_ok=True)
+        draft = folders[0] / ".machine.json"
+        draft.write_text(json.dumps({"about": about, "machine": asdict(machine)}))
+        os.replace(draft, folders[0] / "machine.json")
+    return machine
 
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -> float:
