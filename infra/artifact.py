@@ -372,6 +372,10 @@ class Store:
         if not names:
             raise FileNotFoundError(f"{attempt.stage}: the stage wrote no file into {attempt.out}")
         paths = [attempt.out / name for name in names]
+        open_to = attempt.out.stat().st_mode & 0o666  # safetensors writes for its owner alone
+        for path in paths:
+            if (mode := path.stat().st_mode) & open_to != open_to:
+                path.chmod(mode | open_to)
         return [
             {"path": name, "size": path.stat().st_size, "xxh3": file_digest(path)}
             for name, path in zip(names, paths, strict=True)
@@ -496,9 +500,12 @@ class Lease:
             self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
 
     def current_holder(self) -> str | None:
-        """Who holds it now or died holding it; None after a release."""
+        """Who holds it, as far as is known: who died holding it on another machine still does. None after a release."""
         newest = self._newest()
-        return None if newest == 0 or self._exists(newest, "released") else self._about(newest)["holder"]
+        if newest == 0 or self._exists(newest, "released"):
+            return None
+        about = self._about(newest)
+        return None if is_gone(about.get("process")) else about["holder"]
 
     def _alive(self, generation: int, wait: bool) -> bool:
         """Watch the counter: False as soon as it may be taken over; True is only returned when not waiting.

@@ -150,6 +150,15 @@ def test_a_remote_download_that_was_damaged_is_brought_again(s3_root: str, tmp_p
         store.fetch("pack", "f6")
 
 
+def test_a_published_file_is_as_open_as_its_folder(tmp_path: Path):
+    store = Store(str(tmp_path / "root"))
+    attempt = store.new_attempt("merge", "f8")
+    write(attempt)
+    (attempt.out / "rows/data.arrow").chmod(0o600)
+    attempt.out.chmod(0o750)
+    assert (store.publish(attempt, RECORD).path / "rows/data.arrow").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_flipped_bit_in_the_manifest_is_noticed(store: Store):
     attempt = store.new_attempt("pack", "f7")
     write(attempt)
@@ -203,7 +212,8 @@ def test_a_holder_whose_process_is_gone_is_replaced_at_once(tmp_path: Path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=False)
     taker = Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=60)
-    assert taker.current_holder() == "dead:1"
+    assert [p.suffix for p in (tmp_path / "leases/w").glob("*1.*")] != [".released"]
+    assert taker.current_holder() is None
     started = time.monotonic()
     taker.acquire(wait=False).release()
     assert time.monotonic() - started < 30
