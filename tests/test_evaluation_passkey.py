@@ -80,7 +80,7 @@ class Spelled:
     """A tokenizer that knows one prompt and one answer: bytes that are no valid UTF-8 have no text."""
 
     def __init__(self, prompt, answer):
-        self.ids = {"p": prompt, "pa": prompt + answer}
+        self.ids = {"a": [], "p": prompt, "pa": prompt + answer}
 
     def __call__(self, text, **choices):
         return type("Encoding", (), {"input_ids": self.ids[text]})
