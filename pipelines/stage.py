@@ -47,7 +47,7 @@ STAGES: dict[str, StageKind] = {
     "merge": StageKind("pipelines.merge:merge", 1, lambda r: 1),
     "evaluate": StageKind(
         "pipelines.evaluate:evaluate",
-        3,
+        4,
         cpus=lambda r: r.eval_cpus if r.eval_workers == 1 else 0,
         gpus=lambda r: r.gpus_per_worker if r.eval_workers == 1 else 0,
     ),
