@@ -249,6 +249,8 @@ class Store:
                 return f"{entry['path']}: its content changed since it was published"
             return None
 
+        if len(files) == 1:  # thousands of small stages need no threads
+            return [(files[0], line)] if (line := check(files[0])) else []
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
             return [(entry, line) for entry, line in zip(files, pool.map(check, files), strict=True) if line]
 
@@ -508,12 +510,16 @@ class Lease:
         return None if is_gone(about.get("process")) else about["holder"]
 
     def _alive(self, generation: int, wait: bool) -> bool:
-        """Watch the counter: False as soon as it may be taken over; True is only returned when not waiting.
+        """Watch the counter: False as soon as it may be taken over; True where a newer one took its place meanwhile.
 
         Raises:
             LeaseHeld: the counter moved and `wait` is False.
         """
-        if is_gone(self._about(generation).get("process")):
+        try:
+            about = self._about(generation)
+        except FileNotFoundError:  # swept away by the next holder
+            return True
+        if is_gone(about.get("process")):
             return False
         seen, still = self._counter(generation), 0
         while still < self.patience_beats:
@@ -524,7 +530,7 @@ class Lease:
                 still += 1
                 continue
             if not wait:
-                raise LeaseHeld(self.name, self._about(generation)["holder"])
+                raise LeaseHeld(self.name, about["holder"])
             seen, still = now, 0
         return False
 

@@ -219,6 +219,19 @@ def test_a_holder_whose_process_is_gone_is_replaced_at_once(tmp_path: Path):
     assert time.monotonic() - started < 30
 
 
+def test_a_generation_that_the_next_holder_swept_away_is_looked_at_again(tmp_path: Path, monkeypatch):
+    store = Store(str(tmp_path))
+    first = Lease(store, "w", "first:1", beat_s=0.1).acquire(wait=False)
+    late, seen = Lease(store, "w", "late:3", beat_s=0.1, patience_beats=20), [first._generation]
+    first.release()
+    second = Lease(store, "w", "second:2", beat_s=0.1).acquire(wait=False)
+    real = late._newest
+    monkeypatch.setattr(late, "_newest", lambda: seen.pop() if seen else real())
+    with pytest.raises(LeaseHeld, match="second:2"):
+        late.acquire(wait=False)
+    second.release()
+
+
 def test_only_a_process_of_this_machine_is_known_to_be_gone():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     mark = process_mark(child.pid)

@@ -169,7 +169,7 @@ def test_an_address_at_which_no_cluster_answers_is_one_line_within_seconds(tmp_p
     command = [sys.executable, "-m", "pipelines", "run", "quickstart", "--address", address, "--no-wait"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env = clean | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"address '{address}': no Ray cluster answers there" in done.stderr
     assert "Traceback" not in done.stderr

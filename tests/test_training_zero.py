@@ -1,6 +1,7 @@
 """Every ZeRO stage on 1 and 2 ranks against a plain torch loop: the same losses, norms and weights."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -192,12 +193,15 @@ def test_an_arm_that_trains_nothing_is_refused():
         start_engine(module, OPTIM, Resources(), global_batch_rows=4, learning_rate=RATE)
 
 
-def test_starting_an_engine_does_not_import_torchs_compiler():
+def test_training_does_not_import_torchs_compiler(tmp_path):
     """DeepSpeed's Muon does, at import: 1.4 s of each start of each rank."""
     code = (
-        "import os, sys; from training.zero import skip_muon_compilation; skip_muon_compilation();"
-        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam;"
-        "assert 'TORCHDYNAMO_DISABLE' not in os.environ; print('torch._inductor.compile_fx' in sys.modules)"
+        "import os, sys; from pathlib import Path; from infra.launch import run_local; from toy_models import job;"
+        "run_local('training.loop:train', job(Path(sys.argv[1]))); assert 'TORCHDYNAMO_DISABLE' not in os.environ;"
+        "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules, 'then skip_muon_compilation may go';"
+        "print('torch._inductor.compile_fx' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, check=True)
+    tests = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, check=True)
     assert done.stdout.split()[-1] == b"False"
