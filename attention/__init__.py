@@ -1,16 +1,16 @@
 """attention: which keys each query may see. Patterns by name, one `attend` for all of them.
 
-from attention import PATTERNS, attend
+from longreach.attention import PATTERNS, attend
 out_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, PATTERNS["shifted_sparse"](group_tokens=512))
 """
 
 from collections.abc import Callable
 
-from attention.causal import Causal
-from attention.kernels import attend
-from attention.pattern import Pattern
-from attention.shifted_sparse import Grouped, ShiftedSparse
-from attention.sink_window import SinkWindow
+from longreach.attention.causal import Causal
+from longreach.attention.kernels import attend
+from longreach.attention.pattern import Pattern
+from longreach.attention.shifted_sparse import Grouped, ShiftedSparse
+from longreach.attention.sink_window import SinkWindow
 
 PATTERNS: dict[str, Callable[..., Pattern]] = {
     "causal": Causal,

@@ -20,8 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attention.pattern import Heads, Pattern
-from attention.segments import Documents, head_spans, row_rectangles
+from longreach.attention.pattern import Heads, Pattern
+from longreach.attention.segments import Documents, head_spans, row_rectangles
 
 
 @dataclass(frozen=True, eq=False)

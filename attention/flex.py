@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from attention import reference
-from attention.pattern import Heads, Pattern
-from attention.sink_softmax import with_sink
+from longreach.attention import reference
+from longreach.attention.pattern import Heads, Pattern
+from longreach.attention.sink_softmax import with_sink
 
 
 def attend(

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from attention.kernels import Situation, attend, choose
-from attention.pattern import Pattern
-from attention.ulysses import ALONE, SequenceRanks, attend_in_parts, check_heads
+from longreach.attention.kernels import Situation, attend, choose
+from longreach.attention.pattern import Pattern
+from longreach.attention.ulysses import ALONE, SequenceRanks, attend_in_parts, check_heads
 
 
 @dataclass(frozen=True)

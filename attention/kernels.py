@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attention import flex, reference
-from attention.flash import FlashAttnVarlen, TorchVarlen, Varlen, varlen_calls
-from attention.pattern import Heads, Pattern, document_starts
-from attention.segments import Documents, Segments, features_last, pieces
+from longreach.attention import flex, reference
+from longreach.attention.flash import FlashAttnVarlen, TorchVarlen, Varlen, varlen_calls
+from longreach.attention.pattern import Heads, Pattern, document_starts
+from longreach.attention.segments import Documents, Segments, features_last, pieces
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention.pattern import Heads, Pattern, document_starts
+from longreach.attention.pattern import Heads, Pattern, document_starts
 
 
 def attend(

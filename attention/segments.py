@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention.pattern import Heads, Pattern, Rectangle
-from attention.sink_softmax import add_sink_, merge_, sink_gradient
+from longreach.attention.pattern import Heads, Pattern, Rectangle
+from longreach.attention.sink_softmax import add_sink_, merge_, sink_gradient
 
 Documents = tuple[tuple[int, ...], ...]
 """For each batch row, where its documents begin."""

@@ -17,7 +17,7 @@ layers every head has been both. With one KV head, even layers have plain groups
 `sink_tokens` lets every later group also see the first n tokens of its document: S² alone starves attention sinks,
 since no group after the first sees token 0.
 
-    python -c "from attention import PATTERNS; print(PATTERNS['shifted_sparse'](group_tokens=512))"
+    python -c "from longreach.attention import PATTERNS; print(PATTERNS['shifted_sparse'](group_tokens=512))"
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
+from longreach.attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from attention.rope import FAR, Rotary, turned
-from attention.streaming import streamed_attention
+from longreach.attention.rope import FAR, Rotary, turned
+from longreach.attention.streaming import streamed_attention
 
 
 class SinkCache(Cache):

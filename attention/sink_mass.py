@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attention.hf import attending_by
+from longreach.attention.hf import attending_by
 
 BLOCK = 128
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
+from longreach.attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
 
 
 @dataclass(frozen=True)

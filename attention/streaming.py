@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention.rope import Rotary
-from attention.sink_softmax import with_sink
+from longreach.attention.rope import Rotary
+from longreach.attention.sink_softmax import with_sink
 
 Part = tuple[Tensor, Tensor]
 """Attention over some of the keys, and the log-sum-exp of its scores: out [B, H, T, D], lse [B, H, T]."""

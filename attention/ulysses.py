@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attention.kernels import attend
-from attention.pattern import Heads, MaskMod, Pattern, Rectangle
+from longreach.attention.kernels import attend
+from longreach.attention.pattern import Heads, MaskMod, Pattern, Rectangle
 
 
 @dataclass(frozen=True)

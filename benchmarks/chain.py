@@ -25,7 +25,7 @@ def run(folder: Path, rate: float) -> tuple[float, Path | None]:
     spools = folder / ".longreach/spool"
     before = set(spools.glob("*"))
     started = time.time()
-    command = [sys.executable, "-m", "pipelines", "run", *RECIPE, "--set", ARM.format(rate=rate), "--quiet"]
+    command = [sys.executable, "-m", "longreach.pipelines", "run", *RECIPE, "--set", ARM.format(rate=rate), "--quiet"]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     new = set(spools.glob("*")) - before
     return time.time() - started, new.pop() if new else None

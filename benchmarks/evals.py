@@ -17,9 +17,9 @@ from streaming import SMOLLM2, filled
 from timing import interleaved, medians, ratio
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from evaluation.likelihood import token_nll
-from evaluation.reader import Reader
-from training.convert import PACKAGES
+from longreach.evaluation.likelihood import token_nll
+from longreach.evaluation.reader import Reader
+from longreach.training.convert import PACKAGES
 
 SINKS, DEPTHS = 4, 5
 

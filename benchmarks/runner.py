@@ -24,12 +24,12 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from infra.choices import Choices
-from infra.cluster import connected
-from pipelines import runner
-from pipelines.display import Display
-from pipelines.recipe import load
-from pipelines.stage import STAGES, Stage, StageKind
+from longreach.infra.choices import Choices
+from longreach.infra.cluster import connected
+from longreach.pipelines import runner
+from longreach.pipelines.display import Display
+from longreach.pipelines.recipe import load
+from longreach.pipelines.stage import STAGES, Stage, StageKind
 
 CHAIN = 4
 

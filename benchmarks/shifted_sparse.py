@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from timing import extra_mib, interleaved, medians, ratio
 from torch import Tensor
 
-from attention import PATTERNS, attend
-from attention.pattern import Heads
-from attention.reference import dense_mask, starts
+from longreach.attention import PATTERNS, attend
+from longreach.attention.pattern import Heads
+from longreach.attention.reference import dense_mask, starts
 
 B, H, D = 1, 8, 64
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]

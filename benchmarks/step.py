@@ -19,11 +19,11 @@ from timing import extra_mib, interleaved, medians, ratio
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attention import PATTERNS
-from attention.hf import set_pattern
-from training.longlora import apply_arm
-from training.loss import TokenLoss, fused_linear_cross_entropy
-from training.recipe import ArmRecipe
+from longreach.attention import PATTERNS
+from longreach.attention.hf import set_pattern
+from longreach.training.longlora import apply_arm
+from longreach.training.loss import TokenLoss, fused_linear_cross_entropy
+from longreach.training.recipe import ArmRecipe
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipelines.recipe import RECIPES, Recipe
+from longreach.pipelines.recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,9 +250,9 @@ def cells(
     import numpy as np
     import torch
 
-    from attention import PATTERNS
-    from attention.pattern import Heads
-    from attention.reference import dense_mask
+    from longreach.attention import PATTERNS
+    from longreach.attention.pattern import Heads
+    from longreach.attention.reference import dense_mask
 
     start_BT = torch.zeros(1, TOKENS, dtype=torch.long)
     for begin in starts:

@@ -9,9 +9,9 @@ An evaluation is a file with four functions, and one line here:
 
 Cells and results are plain JSON, so that evaluation/cells.py can spread them and go on where a run was interrupted.
 `documents` are the held-out ones, for those that read them. Files are imported when asked for: this module and
-`evaluation.recipe` import no torch.
+`longreach.evaluation.recipe` import no torch.
 
-    python -c "from evaluation import EVALS; print(*EVALS)"
+    python -c "from longreach.evaluation import EVALS; print(*EVALS)"
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.recipe import (
+from longreach.evaluation.recipe import (
     EvalRecipe,
     HarnessRecipe,
     LostInTheMiddleRecipe,
@@ -47,11 +47,11 @@ class Eval:
 
 
 EVALS = {
-    "perplexity": Eval(PerplexityRecipe, "evaluation.perplexity"),
-    "passkey": Eval(PasskeyRecipe, "evaluation.passkey"),
-    "needle": Eval(NeedleRecipe, "evaluation.needle"),
-    "lost_in_the_middle": Eval(LostInTheMiddleRecipe, "evaluation.lost_in_the_middle"),
-    "streaming": Eval(StreamingRecipe, "evaluation.streaming"),
-    "sinks": Eval(SinksRecipe, "evaluation.sinks"),
-    "harness": Eval(HarnessRecipe, "evaluation.harness"),
+    "perplexity": Eval(PerplexityRecipe, "longreach.evaluation.perplexity"),
+    "passkey": Eval(PasskeyRecipe, "longreach.evaluation.passkey"),
+    "needle": Eval(NeedleRecipe, "longreach.evaluation.needle"),
+    "lost_in_the_middle": Eval(LostInTheMiddleRecipe, "longreach.evaluation.lost_in_the_middle"),
+    "streaming": Eval(StreamingRecipe, "longreach.evaluation.streaming"),
+    "sinks": Eval(SinksRecipe, "longreach.evaluation.sinks"),
+    "harness": Eval(HarnessRecipe, "longreach.evaluation.harness"),
 }

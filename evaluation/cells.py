@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation import EVALS
-from evaluation.documents import Document, Progress, silent
-from evaluation.likelihood import forget_length
-from evaluation.recipe import EvalRecipe
-from evaluation.scores import EvalScores
+from longreach.evaluation import EVALS
+from longreach.evaluation.documents import Document, Progress, silent
+from longreach.evaluation.likelihood import forget_length
+from longreach.evaluation.recipe import EvalRecipe
+from longreach.evaluation.scores import EvalScores
 
 Result = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Held-out documents as token ids, and the token that a model expects before any of them.
 
-python -c "from evaluation.documents import held_out; print([d.name for d in held_out('corpus/documents')])"
+python -c "from longreach.evaluation.documents import held_out; print([d.name for d in held_out('corpus/documents')])"
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import altair as alt
 
-from evaluation.scores import EvalScores
+from longreach.evaluation.scores import EvalScores
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
 Rows = Iterable[dict[str, Any]]

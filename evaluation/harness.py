@@ -19,10 +19,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document
-from evaluation.figures import heatmap
-from evaluation.recipe import HarnessRecipe
-from evaluation.scores import EvalScores
+from longreach.evaluation.documents import Document
+from longreach.evaluation.figures import heatmap
+from longreach.evaluation.recipe import HarnessRecipe
+from longreach.evaluation.scores import EvalScores
 
 
 def cells(

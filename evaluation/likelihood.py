@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from attention.hf import attending_by, own_attention
+from longreach.attention.hf import attending_by, own_attention
 
 CHUNK = 512
 

@@ -26,11 +26,11 @@ from uuid import UUID
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document
-from evaluation.figures import curves
-from evaluation.reader import Reader, spelled
-from evaluation.recipe import LostInTheMiddleRecipe
-from evaluation.scores import EvalScores, retrieval_row, wilson
+from longreach.evaluation.documents import Document
+from longreach.evaluation.figures import curves
+from longreach.evaluation.reader import Reader, spelled
+from longreach.evaluation.recipe import LostInTheMiddleRecipe
+from longreach.evaluation.scores import EvalScores, retrieval_row, wilson
 
 KV = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
 QA = (

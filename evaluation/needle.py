@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document, matching, text_ids
-from evaluation.figures import retrieval_figure
-from evaluation.likelihood import is_dynamic
-from evaluation.reader import Reader, spelled
-from evaluation.recipe import NeedleRecipe
-from evaluation.scores import EvalScores, effective_length, retrieval_row, wilson
+from longreach.evaluation.documents import Document, matching, text_ids
+from longreach.evaluation.figures import retrieval_figure
+from longreach.evaluation.likelihood import is_dynamic
+from longreach.evaluation.reader import Reader, spelled
+from longreach.evaluation.recipe import NeedleRecipe
+from longreach.evaluation.scores import EvalScores, effective_length, retrieval_row, wilson
 
 TASK = "Read the text below. Somewhere in it a magic number of a town is mentioned; remember it.\n\n"
 FACT = " The magic number of {town} is {number}."

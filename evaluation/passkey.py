@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document
-from evaluation.figures import retrieval_figure
-from evaluation.reader import Reader, spelled
-from evaluation.recipe import PasskeyRecipe
-from evaluation.scores import EvalScores, retrieval_row
+from longreach.evaluation.documents import Document
+from longreach.evaluation.figures import retrieval_figure
+from longreach.evaluation.reader import Reader, spelled
+from longreach.evaluation.recipe import PasskeyRecipe
+from longreach.evaluation.scores import EvalScores, retrieval_row
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

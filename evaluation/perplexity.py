@@ -28,11 +28,11 @@ import altair as alt
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.documents import Document, first_token_id, matching, with_first
-from evaluation.figures import curves
-from evaluation.likelihood import check_head, is_dynamic, token_nll
-from evaluation.recipe import PerplexityRecipe
-from evaluation.scores import EvalScores, bootstrap_mean
+from longreach.evaluation.documents import Document, first_token_id, matching, with_first
+from longreach.evaluation.figures import curves
+from longreach.evaluation.likelihood import check_head, is_dynamic, token_nll
+from longreach.evaluation.recipe import PerplexityRecipe
+from longreach.evaluation.scores import EvalScores, bootstrap_mean
 
 PROTOCOLS = ("last_stride", "whole_window")
 ALL = "*"

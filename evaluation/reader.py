@@ -20,8 +20,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from evaluation.documents import text_ids
-from evaluation.likelihood import check_ids, forget_length, is_dynamic
+from longreach.evaluation.documents import text_ids
+from longreach.evaluation.likelihood import check_ids, forget_length, is_dynamic
 
 
 def spelled(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from infra.choices import Choices
+from longreach.infra.choices import Choices
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

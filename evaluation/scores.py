@@ -3,7 +3,7 @@
 `write` makes a folder that needs no code of ours to be read: scores.json (everything but the cases), scores.parquet
 (the rows, typed) and cases.jsonl (what the model was asked and what it said, one case a line).
 
-    python -c "from evaluation.scores import EvalScores; print(EvalScores.read('scores').summary)"
+    python -c "from longreach.evaluation.scores import EvalScores; print(EvalScores.read('scores').summary)"
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention.sink_mass import attention_mass
-from evaluation.documents import Document, first_token_id, with_first
-from evaluation.figures import curves, heatmap
-from evaluation.likelihood import check_attention
-from evaluation.recipe import SinksRecipe
-from evaluation.scores import EvalScores
+from longreach.attention.sink_mass import attention_mass
+from longreach.evaluation.documents import Document, first_token_id, with_first
+from longreach.evaluation.figures import curves, heatmap
+from longreach.evaluation.likelihood import check_attention
+from longreach.evaluation.recipe import SinksRecipe
+from longreach.evaluation.scores import EvalScores
 
 MAPPED = 64
 """Tokens up to which a map can be read."""

@@ -41,15 +41,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from attention.hf import attending_by
-from attention.rope import Rotary
-from attention.sink_cache import SinkCache
-from attention.streaming import streamed_attention
-from evaluation.documents import Document, first_token_id, matching, with_first
-from evaluation.figures import curves
-from evaluation.likelihood import check_attention, check_head, hidden_nll, is_dynamic, token_nll
-from evaluation.recipe import StreamingRecipe
-from evaluation.scores import EvalScores, bootstrap_mean
+from longreach.attention.hf import attending_by
+from longreach.attention.rope import Rotary
+from longreach.attention.sink_cache import SinkCache
+from longreach.attention.streaming import streamed_attention
+from longreach.evaluation.documents import Document, first_token_id, matching, with_first
+from longreach.evaluation.figures import curves
+from longreach.evaluation.likelihood import check_attention, check_head, hidden_nll, is_dynamic, token_nll
+from longreach.evaluation.recipe import StreamingRecipe
+from longreach.evaluation.scores import EvalScores, bootstrap_mean
 
 BATCH_TOKENS = 4096
 """Tokens of the windows that `recompute` runs at once."""

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -47,6 +48,7 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
             address or "local",
             num_cpus=None if address else cpus,
             log_to_driver=False,
+            job_config=_job_config(),
             logging_level=logging.WARNING,
             configure_logging=True,
         )
@@ -58,3 +60,18 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
         yield ray
     finally:
         ray.shutdown()
+
+
+def _job_config() -> Any:
+    """A job whose workers do not get the driver's current folder at the head of their module path.
+
+    Ray puts it there unless the job has a `working_dir`, and a user's `datasets.py` would then stand for the library's.
+    We have no `working_dir` either, since that would upload the folder; so Ray is told that there is one.
+    """
+    from ray.job_config import JobConfig
+
+    class WithoutCurrentFolder(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:  # private in Ray 2.55 to 2.60; tests/test_wheel.py guards it
+            return True
+
+    return WithoutCurrentFolder()

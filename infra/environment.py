@@ -2,7 +2,7 @@
 
 No package is imported for its version, and torch only inside what needs it, so `longreach doctor` starts fast.
 
-    python -c "from infra.environment import doctor; print(*doctor('.longreach'), sep='\\n')"
+    python -c "from longreach.infra.environment import doctor; print(*doctor('.longreach'), sep='\\n')"
 """
 
 from __future__ import annotations

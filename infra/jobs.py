@@ -1,10 +1,10 @@
 """Send a run to a Ray cluster through Ray's Jobs API, and look after it: follow, list, stop.
 
-What travels is a folder made for it: the sources of the packages named in PACKAGES and the recipe's file, about 1 MB.
+What travels is a folder made for it: the sources of the rooms named in ROOMS and the recipe's file, about 1 MB.
 It is a list of what goes, not of what stays behind, so no checkout, artifact or file with a password goes along, and
-nothing assumes a disk that both machines see. The cluster runs `python -m pipelines run` in that folder; that driver
-may be submitted again at any time: what is published is reused, what is half done resumed, and a run that finds another
-one of its recipe alive exits 75.
+nothing assumes a disk that both machines see. The cluster runs `python -m longreach.pipelines run` in that folder; that
+driver may be submitted again at any time: what is published is reused, what is half done resumed, and a run that finds
+another one of its recipe alive exits 75.
 
 No environment variable of this machine is sent, since a job's environment can be read in the dashboard: the store's and
 MLflow's credentials belong to the cluster's pods (envFrom a Secret). The token of Ray's API is looked for as Ray does:
@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra import kubernetes
-from infra.environment import installed
-from infra.resources import Resources
+from longreach.infra import kubernetes
+from longreach.infra.environment import installed
+from longreach.infra.resources import Resources
 
-PACKAGES = ("attention", "infra", "training", "evaluation", "pipelines")
+ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
 SUFFIXES = (".py", ".yaml", ".tmpl")
 RECIPE = "recipe.yaml"
 WORKDIR = "/tmp/longreach"
@@ -76,14 +76,16 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """As Ray's shell takes it; `exec`, so that signals and the exit code are the driver's and not the shell's."""
-        return "exec " + shlex.join(self.run(RECIPE, "python", "-m", "pipelines"))
+        return "exec " + shlex.join(self.run(RECIPE, "python", "-m", "longreach.pipelines"))
 
     def files(self) -> dict[str, bytes]:
-        """Content by path in the job's folder."""
+        """Content by path in the job's folder: the recipe, and the package `longreach`."""
         root = Path(__file__).parents[1]
-        sources = (path for package in PACKAGES for path in sorted((root / package).rglob("*")))
-        kept = {p.relative_to(root).as_posix(): p.read_bytes() for p in sources if p.suffix in SUFFIXES}
-        return {RECIPE: self.recipe, **kept}
+        sources = [root / "__init__.py"]
+        for room in ROOMS:
+            sources += [path for path in sorted((root / room).rglob("*")) if path.suffix in SUFFIXES]
+        package = {f"longreach/{path.relative_to(root).as_posix()}": path.read_bytes() for path in sources}
+        return {RECIPE: self.recipe, **package}
 
     def runtime_env(self, folder: str) -> dict[str, Any]:
         """As Ray takes it."""

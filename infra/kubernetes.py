@@ -25,7 +25,7 @@ from zoneinfo import available_timezones
 import yaml
 from cronsim import CronSim, CronSimError
 
-from infra.resources import Resources
+from longreach.infra.resources import Resources
 
 Manifest = dict[str, Any]
 

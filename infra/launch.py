@@ -1,12 +1,12 @@
 """Run a function as N ranks through Ray Train: one process a rank, process group up, dead ranks restarted.
 
-The function is named, not passed ("training.loop:train"): only the ranks import it, and torch with it.
+The function is named, not passed ("longreach.training.loop:train"): only the ranks import it, and torch with it.
 
 A rank that dies (kill, out of memory of the host) is restarted with all the others, up to `max_failures` times; the
 function resumes from its own checkpoints. An error that a restart would only repeat (FINAL_ERRORS) is written down
 instead and raised here, without waiting for restarts.
 
-    run_ranks("training.loop:train", job, resources=Resources(workers=2), name="lora", storage="/tmp/ranks")
+    run_ranks("longreach.training.loop:train", job, resources=Resources(workers=2), name="lora", storage="/tmp/ranks")
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 import fsspec
 import pyarrow.fs
 
-from infra.polling import polling
-from infra.resources import Resources
-from infra.share import Share
+from longreach.infra.polling import polling
+from longreach.infra.resources import Resources
+from longreach.infra.share import Share
 
 
 class Superseded(Exception):

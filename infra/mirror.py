@@ -8,7 +8,7 @@ MLflow stores once; and a run is found again by its tag `longreach.run`. Where t
 It samples nothing: system metrics (`system/...`) are spooled like all others by the process that they describe, so that
 they too survive an outage. Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from a URI.
 
-    python -m infra.mirror .longreach/spool --uri sqlite:///$PWD/.longreach/mlflow.db --once
+    python -m longreach.infra.mirror .longreach/spool --uri sqlite:///$PWD/.longreach/mlflow.db --once
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from infra import registry
-from infra.registry import default_uri
-from infra.tracking import iter_events
+from longreach.infra import registry
+from longreach.infra.registry import default_uri
+from longreach.infra.tracking import iter_events
 
 POLL_S = 5.0
 BACKOFF_S = 20.0
@@ -509,14 +509,12 @@ def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport
 
 def _command(spool_dir: Path, uri: str) -> list[str]:
     registry.refuse_password(uri)
-    return [sys.executable, "-P", "-m", "infra.mirror", str(spool_dir), "--uri", uri]
+    return [sys.executable, "-P", "-m", "longreach.infra.mirror", str(spool_dir), "--uri", uri]
 
 
 def _environment() -> dict[str, str]:
-    """This process's without the registry's patience, with this package importable from any folder."""
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    ours = {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
-    return ours | {"PYTHONPATH": os.pathsep.join(paths)}
+    """This process's environment without the registry's patience."""
+    return {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
 
 
 def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
@@ -524,6 +522,7 @@ def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
     artifacts = Path(workdir).absolute() / "mlartifacts"
     return [
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes
+        "PYTHONSAFEPATH=1",  # the server's own processes too: a user's `evaluation.py` is none of MLflow's modules
         *(sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", default_uri(workdir)),
         *("--artifacts-destination", artifacts.as_uri()),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
@@ -531,7 +530,7 @@ def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m infra.mirror", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m longreach.infra.mirror", description=__doc__.partition("\n")[0])
     parser.add_argument("spool_dir", type=Path, help="a run's folder of spool files, or a folder of such folders")
     parser.add_argument("--uri", required=True, help="where MLflow is: http://..., or sqlite:////absolute/path")
     parser.add_argument("--once", action="store_true", help="upload what is there, print a report as JSON, and end")

@@ -4,7 +4,7 @@ Everything here can be said twice: a model is found again by its tag `longreach.
 What stands behind an alias is whatever the registry says at that moment, so a move names the version that it expects to
 find there and is refused if another one took its place in the meantime. The server is MLFLOW_TRACKING_URI's.
 
-    python -c "from infra.registry import champion; print(champion('quickstart-longlora'))"
+    python -c "from longreach.infra.registry import champion; print(champion('quickstart-longlora'))"
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from infra.artifact import link_or_copy
+from longreach.infra.artifact import link_or_copy
 
 RUN_TAG = "longreach.run"
 CHAMPION, PREVIOUS = "champion", "previous"

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from infra.tracking import Spool, encode
+from longreach.infra.tracking import Spool, encode
 
 DRIVER = "LONGREACH_DRIVER"
 NAMESPACE = "longreach"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from infra.choices import Choices
+from longreach.infra.choices import Choices
 
 
 class Resources(Choices):

@@ -23,8 +23,8 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from cronsim import CronSim, CronSimError
 
-from infra import kubernetes
-from infra.resources import Resources
+from longreach.infra import kubernetes
+from longreach.infra.resources import Resources
 
 TARGETS = ("ray-cronjob", "cronjob", "systemd", "crontab")
 FIELDS = {"minute": (0, 59), "hour": (0, 23), "day of the month": (1, 31), "month": (1, 12), "day of the week": (0, 7)}

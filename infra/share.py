@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infra.artifact import Store
+    from longreach.infra.artifact import Store
 
 WORKDIR = "LONGREACH_WORKDIR"
 
@@ -50,7 +50,7 @@ class Share:
     @property
     def store(self) -> Store:
         """The artifacts, in this node's cache."""
-        from infra.artifact import Store
+        from longreach.infra.artifact import Store
 
         return Store(self.root, node_scratch(self.scratch))
 
@@ -100,7 +100,7 @@ class Share:
 
     def pull(self, folder: Path, place: str = "") -> None:
         """Download what was pushed of a folder of this attempt; `place`: a sealed folder, of whichever attempt."""
-        from infra.artifact import CorruptArtifact
+        from longreach.infra.artifact import CorruptArtifact
 
         fs, own = self._place(folder)
         place = place or own

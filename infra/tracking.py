@@ -15,7 +15,8 @@ One JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, one event
     {"event":"model","name":..,"tags":{"longreach.model":..},"metrics":{..},"step":..,"path":..,"register":..}
     {"event":"end","status":"FINISHED|FAILED|KILLED"}
 
-    python -c "from infra.tracking import read_events; print(read_events('.longreach/spool/RUN/pack.jsonl')[0])"
+    from longreach.infra.tracking import read_events
+    print(read_events(".longreach/spool/RUN/pack.jsonl")[0])
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`python -m pipelines` and the `longreach` command."""
+"""`python -m longreach.pipelines` and the `longreach` command."""
 
-from pipelines.cli import main
+from longreach.pipelines.cli import main
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention.kv_budget import KVBudget, readable
-from attention.sink_cache import SinkCache
-from evaluation.documents import text_ids
-from training.convert import convert
-from training.model import load_model
+from longreach.attention.kv_budget import KVBudget, readable
+from longreach.attention.sink_cache import SinkCache
+from longreach.evaluation.documents import text_ids
+from longreach.training.convert import convert
+from longreach.training.model import load_model
 
 MARK = "\u2063said\u2063"
 """Stands for an earlier answer, to see what a template puts after it."""

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from infra.artifact import Store
-    from pipelines.recipe import Loaded, Recipe
-    from pipelines.runner import PlanRow
+    from longreach.infra.artifact import Store
+    from longreach.pipelines.recipe import Loaded, Recipe
+    from longreach.pipelines.runner import PlanRow
 
 BAD_INPUT, REFUSED, LEASE_HELD = 2, 3, 75
 
@@ -101,7 +101,7 @@ def run(
     notify: Notify = None,
 ) -> None:
     """Run a recipe: reuse what is published, resume what is half done, print the report's path."""
-    from pipelines.recipe import load
+    from longreach.pipelines.recipe import load
 
     _run(
         load(recipe, overrides), recipe, force=tuple(force or ()), address=address, wait=wait, quiet=quiet,
@@ -134,7 +134,7 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and failures only.")] = False,
 ) -> None:
     """Measure what any model can really use of a long context; print the report's path."""
-    from pipelines.recipe import standalone
+    from longreach.pipelines.recipe import standalone
 
     loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
     _run(loaded, suite, address=address, quiet=quiet)
@@ -145,10 +145,10 @@ def _run(
     notify: str | None = None,
 ) -> None:  # fmt: skip
     """Runs it and says how it went, on stderr; the report's path alone goes to stdout."""
-    from infra.artifact import LeaseHeld
-    from infra.notify import URL, check_url
-    from pipelines import runner
-    from pipelines.display import Display, duration
+    from longreach.infra.artifact import LeaseHeld
+    from longreach.infra.notify import URL, check_url
+    from longreach.pipelines import runner
+    from longreach.pipelines.display import Display, duration
 
     if notify := notify or os.environ.get(URL):
         check_url(notify)
@@ -191,7 +191,7 @@ def _run(
 
 def _tell(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
     """Tell the webhook, or say that it was not to be told."""
-    from infra.notify import notify
+    from longreach.infra.notify import notify
 
     if trouble := notify(url, ending, recipe, facts):
         print(trouble, file=sys.stderr)
@@ -204,7 +204,7 @@ def rollback(
     workdir: Workdir = Path(".longreach"),
 ) -> None:
     """Make the previous champion champion again; the one that is becomes the previous one."""
-    from infra.registry import rollback
+    from longreach.infra.registry import rollback
 
     os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipe, None, workdir)
     old, new = rollback(name)
@@ -214,7 +214,7 @@ def rollback(
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Say what `run` would do and why, without doing it."""
-    from pipelines.recipe import load
+    from longreach.pipelines.recipe import load
 
     loaded = load(recipe, overrides)
     _show_plan(loaded)
@@ -238,7 +238,7 @@ def scale(
     paper: Annotated[bool, typer.Option("--paper", help="Compare with what LongLoRA's authors reported.")] = False,
 ) -> None:
     """Say on paper what a model costs on many GPUs: memory by ZeRO stage, seconds a step, where it stops scaling."""
-    from pipelines import scale as on_paper
+    from longreach.pipelines import scale as on_paper
 
     reached = utilisation or on_paper.UTILISATION
     if paper:
@@ -258,7 +258,7 @@ def scale(
 @app.command()
 def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Root = ".longreach") -> None:
     """Show who runs, what is half done and what is published."""
-    from pipelines.status import status
+    from longreach.pipelines.status import status
 
     now = status(*_store_and_fingerprints(recipe, overrides, root))
     for name, holder in now.holders.items():
@@ -295,11 +295,11 @@ def report(
     browse: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> None:
     """Print the path of the newest report (of the recipe as it stands)."""
-    from infra.artifact import Store
+    from longreach.infra.artifact import Store
 
     found = None
     if recipe and re.fullmatch("[0-9a-f]{6,32}", recipe):
-        from pipelines.compare import by_prefix
+        from longreach.pipelines.compare import by_prefix
 
         found = by_prefix(store := Store(root).checked(), recipe)
     if found is None:
@@ -328,7 +328,7 @@ def compare(
     ] = None,
 ) -> None:
     """Put several runs on one page: what differs between them, what they reached and cost; print its path."""
-    from pipelines.compare import compare
+    from longreach.pipelines.compare import compare
 
     print(compare(runs, out, root))
 
@@ -341,7 +341,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
 ) -> None:
     """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a server elsewhere."""
-    from infra.mirror import default_uri, ui_command
+    from longreach.infra.mirror import default_uri, ui_command
 
     uri, workdir = _tracking(recipe, overrides, workdir)
     if uri != default_uri(workdir):
@@ -361,7 +361,7 @@ def sync(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds after which to give up.")] = 600.0,
 ) -> None:
     """Send to MLflow what an outage held back; exit 1 if some of it is still held back."""
-    from infra.mirror import sync
+    from longreach.infra.mirror import sync
 
     uri, workdir = _tracking(recipe, overrides, workdir)
     done = sync(workdir / "spool", uri, timeout_s)
@@ -395,10 +395,10 @@ def schedule(
     """Show when a cron line fires, and print the files that start a recipe then."""
     from datetime import UTC
 
-    from infra.jobs import whereabouts
-    from infra.kubernetes import Place
-    from infra.schedule import Job, Schedule, render
-    from pipelines.recipe import load
+    from longreach.infra.jobs import whereabouts
+    from longreach.infra.kubernetes import Place
+    from longreach.infra.schedule import Job, Schedule, render
+    from longreach.pipelines.recipe import load
 
     loaded, timing = load(recipe, overrides), Schedule.parse(cron, tz, max_start_delay)
     if run_now:
@@ -471,8 +471,8 @@ def submit(
     """Send a run to a Ray cluster; prints the job's id. What it will do and cost is shown before."""
     from dataclasses import asdict
 
-    from infra import jobs, kubernetes
-    from pipelines.recipe import load
+    from longreach.infra import jobs, kubernetes
+    from longreach.pipelines.recipe import load
 
     loaded = load(recipe, overrides)
     if to not in (None, "k8s"):
@@ -517,8 +517,8 @@ def submit(
 @app.command("jobs")
 def list_jobs(address: Address) -> None:
     """List the jobs of a Ray cluster, the newest first, with their drivers' exit codes."""
-    from infra import jobs
-    from pipelines.display import duration
+    from longreach.infra import jobs
+    from longreach.pipelines.display import duration
 
     with jobs.connected(address) as client:
         found = jobs.listed(client)
@@ -536,7 +536,7 @@ def list_jobs(address: Address) -> None:
 @app.command()
 def logs(job: JobId, address: Address, follow: Follow = False) -> None:
     """Print what a job has written so far; with --follow until it ends, with its exit code."""
-    from infra import jobs
+    from longreach.infra import jobs
 
     with jobs.connected(address) as client:
         code = jobs.follow(client, job) if follow else 0
@@ -549,7 +549,7 @@ def logs(job: JobId, address: Address, follow: Follow = False) -> None:
 @app.command()
 def stop(job: JobId, address: Address) -> None:
     """Ask a job to stop: its training writes checkpoints first, and submitting again resumes from them."""
-    from infra import jobs
+    from longreach.infra import jobs
 
     with jobs.connected(address) as client:
         asked = client.stop_job(job)
@@ -559,7 +559,7 @@ def stop(job: JobId, address: Address) -> None:
 @app.command()
 def doctor(root: Root = ".longreach") -> None:
     """Say what this machine can run, and how to mend what is missing; exit 1 if a run cannot work."""
-    from infra.environment import doctor
+    from longreach.infra.environment import doctor
 
     checks = doctor(root)
     marks = {check: "ok" if check.ok else "WRONG" if check.needed else "note" for check in checks}
@@ -581,7 +581,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
 ) -> None:
     """Chat without end, in a cache that does not grow."""
-    from pipelines.chat import chat as talk
+    from longreach.pipelines.chat import chat as talk
 
     talk(
         model, sinks=sinks, window=window, max_new_tokens=max_new_tokens, temperature=temperature,
@@ -601,7 +601,7 @@ def kv_cache(
     """Say how much memory keys and values take: as the model is, with a head each, and in a sink cache."""
     from transformers import AutoConfig
 
-    from attention.kv_budget import KVBudget, readable
+    from longreach.attention.kv_budget import KVBudget, readable
 
     if not Path(model, "config.json").is_file():
         raise ValueError(f"{model} is not a folder with a config.json")
@@ -627,7 +627,7 @@ def verify_attention(
     packed: Annotated[bool, typer.Option(help="Also several documents in a row, by position_ids.")] = True,
 ) -> None:
     """Perturb tokens and documents: nothing before them or in another document may move; exit 1 if something does."""
-    from attention.verify import verify_attention
+    from longreach.attention.verify import verify_attention
 
     leaking = 0
     for name, model, enough in _models_to_verify(target, overrides):
@@ -649,7 +649,7 @@ def init(
     source: Annotated[str, typer.Option("--from", metavar="RECIPE", help="The recipe to copy.")] = "quickstart",
 ) -> None:
     """Copy a recipe, comments and all, to edit."""
-    from pipelines.recipe import SAFE_NAME, load
+    from longreach.pipelines.recipe import SAFE_NAME, load
 
     if not SAFE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} names files: use lower-case letters, digits and . _ + - only")
@@ -670,7 +670,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Print every value of a recipe, defaults included, and where it comes from."""
-    from pipelines.recipe import dotted, load, values
+    from longreach.pipelines.recipe import dotted, load, values
 
     loaded = load(recipe, overrides)
     found = {dotted(location): value for location, value in values(loaded.recipe)}
@@ -686,7 +686,7 @@ def show(
 @config.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    from pipelines.recipe import Recipe
+    from longreach.pipelines.recipe import Recipe
 
     print(
         json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=1)
@@ -697,14 +697,14 @@ def _store_and_fingerprints(
     recipe: str | None, overrides: list[str] | None, root: str
 ) -> tuple[Store, set[str] | None]:
     """The recipe's store and the fingerprints of its stages; without a recipe, the store at `root` and None: all."""
-    from infra.artifact import Store
+    from longreach.infra.artifact import Store
 
     if recipe is None:
         return Store(root).checked(), None
-    from pipelines.recipe import load
+    from longreach.pipelines.recipe import load
 
     loaded = load(recipe, overrides)
-    from pipelines import runner
+    from longreach.pipelines import runner
 
     return runner.open_store(loaded), {row.fingerprint for row in runner.plan(loaded)}
 
@@ -718,11 +718,11 @@ def _is_of(report: dict[str, Any], only: set[str] | None) -> bool:
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:
     """Where MLflow is, and the machine's folder: the recipe's, if there is one."""
-    from infra.registry import tracking_uri
+    from longreach.infra.registry import tracking_uri
 
     if recipe is None:
         return tracking_uri(None, workdir), workdir
-    from pipelines.recipe import load
+    from longreach.pipelines.recipe import load
 
     chosen = load(recipe, overrides).recipe
     return tracking_uri(chosen.tracking.uri, chosen.store.workdir), Path(chosen.store.workdir)
@@ -731,17 +731,17 @@ def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) ->
 def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple[str, Any, int]]:
     """(name, model, tokens that show its pattern): a folder's model, or a tiny Llama for each arm of a recipe."""
     if Path(target, "config.json").is_file():
-        from training.model import load_model
+        from longreach.training.model import load_model
 
         yield target, load_model(target)[0], 64
         return
-    from pipelines.recipe import load
+    from longreach.pipelines.recipe import load
 
     chosen = load(target, overrides).recipe
-    from attention import PATTERNS
-    from attention.hf import set_pattern
-    from training.model import fresh_llama
-    from training.recipe import LlamaRecipe
+    from longreach.attention import PATTERNS
+    from longreach.attention.hf import set_pattern
+    from longreach.training.model import fresh_llama
+    from longreach.training.recipe import LlamaRecipe
 
     for arm, of in (chosen.finetune.every_arm() if chosen.finetune else {}).items():
         choices = of.attention.arguments()
@@ -753,8 +753,8 @@ def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tupl
 
 def _show_plan(loaded: Loaded) -> list[PlanRow]:
     """Print what a run would do, and what it should cost."""
-    from pipelines import runner
-    from pipelines.display import duration
+    from longreach.pipelines import runner
+    from longreach.pipelines.display import duration
 
     rows = runner.plan(loaded)
     seconds = ["" if row.seconds_last is None else duration(row.seconds_last) for row in rows]
@@ -796,7 +796,7 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 
 def _ago(then: datetime) -> str:
-    from pipelines.display import duration
+    from longreach.pipelines.display import duration
 
     return f"{duration((datetime.now(then.tzinfo) - then).total_seconds())} ago"
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infra.artifact import MANIFEST, Artifact, Store
-from pipelines.recipe import PriceRecipe, load
-from pipelines.recipe import names as recipe_names
-from pipelines.report import write_page
-from pipelines.report_findings import Found, Model, finite, gather, show_ppl
-from pipelines.report_page import Section, Table
-from pipelines.report_sections import losses, pairs, results
-from pipelines.runner import open_store
-from pipelines.stage import differences
+from longreach.infra.artifact import MANIFEST, Artifact, Store
+from longreach.pipelines.recipe import PriceRecipe, load
+from longreach.pipelines.recipe import names as recipe_names
+from longreach.pipelines.report import write_page
+from longreach.pipelines.report_findings import Found, Model, finite, gather, show_ppl
+from longreach.pipelines.report_page import Section, Table
+from longreach.pipelines.report_sections import losses, pairs, results
+from longreach.pipelines.runner import open_store
+from longreach.pipelines.stage import differences
 
 FILES = {"compare.html", "compare.md", "perplexity.png", "frontier.png", "cost.png", "loss.png", "pretrain-loss.png"}
 """What a comparison may write: all else in its folder is somebody's."""

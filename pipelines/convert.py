@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from infra.resources import Resources
-from pipelines.stage import StageRun
-from training.convert import convert as convert_model
-from training.model import describe
-from training.recipe import BaseRecipe
+from longreach.infra.resources import Resources
+from longreach.pipelines.stage import StageRun
+from longreach.training.convert import convert as convert_model
+from longreach.training.model import describe
+from longreach.training.recipe import BaseRecipe
 
 
 def convert(*, recipe: BaseRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:

@@ -17,17 +17,17 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from attention.kv_budget import KVBudget, readable
-from evaluation import EVALS
-from evaluation.cells import CellFolder, Result, measured
-from evaluation.documents import Document, held_out
-from evaluation.figures import save
-from infra.artifact import Artifact
-from infra.resources import Resources
-from infra.share import Share
-from pipelines.graph import EvaluateStageRecipe
-from pipelines.stage import StageRun
-from training.model import load_model
+from longreach.attention.kv_budget import KVBudget, readable
+from longreach.evaluation import EVALS
+from longreach.evaluation.cells import CellFolder, Result, measured
+from longreach.evaluation.documents import Document, held_out
+from longreach.evaluation.figures import save
+from longreach.infra.artifact import Artifact
+from longreach.infra.resources import Resources
+from longreach.infra.share import Share
+from longreach.pipelines.graph import EvaluateStageRecipe
+from longreach.pipelines.stage import StageRun
+from longreach.training.model import load_model
 
 
 def evaluate(

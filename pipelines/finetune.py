@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from infra.artifact import Artifact
-from infra.launch import run_ranks
-from infra.resources import Resources
-from pipelines.stage import StageRun, stop_file
-from training.recipe import FinetuneStageRecipe, TrainJob
+from longreach.infra.artifact import Artifact
+from longreach.infra.launch import run_ranks
+from longreach.infra.resources import Resources
+from longreach.pipelines.stage import StageRun, stop_file
+from longreach.training.recipe import FinetuneStageRecipe, TrainJob
 
 
 def finetune(
@@ -55,7 +55,7 @@ def run_job(job: TrainJob, corpus: Artifact, run: StageRun) -> dict[str, Any]:
     for key, value in {"ranks": job.resources.workers, "zero_stage": job.resources.zero_stage}.items():
         run.spool.param(key, value)
     summary = run_ranks(
-        "training.loop:train",
+        "longreach.training.loop:train",
         job.model_dump(mode="json"),
         resources=job.resources,
         name="train",

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra.artifact import CorruptArtifact, Store
-from infra.resources import Resources
-from pipelines.display import duration
-from pipelines.stage import Stage
-from training.planner import Machine, Prediction, Shape, predict
-from training.recipe import ArmRecipe, FinetuneStageRecipe, PackStageRecipe, PretrainStageRecipe, TokenizerRecipe
+from longreach.infra.artifact import CorruptArtifact, Store
+from longreach.infra.resources import Resources
+from longreach.pipelines.display import duration
+from longreach.pipelines.stage import Stage
+from longreach.training.planner import Machine, Prediction, Shape, predict
+from longreach.training.recipe import (
+    ArmRecipe,
+    FinetuneStageRecipe,
+    PackStageRecipe,
+    PretrainStageRecipe,
+    TokenizerRecipe,
+)
 
 
 def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str, str]:

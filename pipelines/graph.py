@@ -20,14 +20,14 @@ from typing import Any
 import xxhash
 from pydantic import Field, SerializeAsAny
 
-from evaluation.recipe import EvalRecipe
-from infra import registry
-from infra.choices import Choices
-from pipelines.recipe import PriceRecipe, PromoteRecipe, Recipe
-from pipelines.stage import Stage
-from training.convert import source_digest as model_digest
-from training.corpus import source_digest as corpus_digest
-from training.recipe import (
+from longreach.evaluation.recipe import EvalRecipe
+from longreach.infra import registry
+from longreach.infra.choices import Choices
+from longreach.pipelines.recipe import PriceRecipe, PromoteRecipe, Recipe
+from longreach.pipelines.stage import Stage
+from longreach.training.convert import source_digest as model_digest
+from longreach.training.corpus import source_digest as corpus_digest
+from longreach.training.recipe import (
     BaseRecipe,
     FinetuneRecipe,
     FinetuneStageRecipe,

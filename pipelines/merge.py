@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from infra.artifact import Artifact
-from infra.choices import Choices
-from infra.resources import Resources
-from pipelines.stage import StageRun
-from training.checkpoint import merge_adapter
-from training.recipe import RopeRecipe
+from longreach.infra.artifact import Artifact
+from longreach.infra.choices import Choices
+from longreach.infra.resources import Resources
+from longreach.pipelines.stage import StageRun
+from longreach.training.checkpoint import merge_adapter
+from longreach.training.recipe import RopeRecipe
 
 
 def merge(

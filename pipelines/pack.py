@@ -13,12 +13,12 @@ from typing import Any
 import ray
 from transformers import AutoTokenizer
 
-from infra.artifact import Artifact
-from infra.resources import Resources
-from pipelines.stage import StageRun
-from training.corpus import known_names
-from training.packed import pack_corpus
-from training.recipe import PackStageRecipe
+from longreach.infra.artifact import Artifact
+from longreach.infra.resources import Resources
+from longreach.pipelines.stage import StageRun
+from longreach.training.corpus import known_names
+from longreach.training.packed import pack_corpus
+from longreach.training.recipe import PackStageRecipe
 
 REPORT_EVERY_S = 0.5
 

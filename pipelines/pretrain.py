@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from infra.artifact import Artifact
-from infra.resources import Resources
-from pipelines.finetune import places, run_job
-from pipelines.stage import StageRun
-from training.recipe import PretrainStageRecipe, TokenizerRecipe, TrainJob
-from training.tokenizer import train_tokenizer
+from longreach.infra.artifact import Artifact
+from longreach.infra.resources import Resources
+from longreach.pipelines.finetune import places, run_job
+from longreach.pipelines.stage import StageRun
+from longreach.training.recipe import PretrainStageRecipe, TokenizerRecipe, TrainJob
+from longreach.training.tokenizer import train_tokenizer
 
 
 def tokenizer(*, recipe: TokenizerRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:

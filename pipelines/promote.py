@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.scores import EFFECTIVE, effective_length, paired
-from infra import registry
-from infra.artifact import Artifact
-from pipelines.graph import PromoteStageRecipe
-from pipelines.recipe import PromoteRecipe
-from pipelines.stage import StageRun
+from longreach.evaluation.scores import EFFECTIVE, effective_length, paired
+from longreach.infra import registry
+from longreach.infra.artifact import Artifact
+from longreach.pipelines.graph import PromoteStageRecipe
+from longreach.pipelines.recipe import PromoteRecipe
+from longreach.pipelines.stage import StageRun
 
 Rows = list[dict[str, Any]]
 

@@ -4,7 +4,7 @@ Every value keeps where it came from (a line of the file, `--set`, a default), s
 its place, the nearest valid field and both numbers, all at once and before anything expensive starts. The file is read
 as YAML 1.2 (`2e-5` is a number, `no` and `on` are words), without merge keys or dates.
 
-    from pipelines.recipe import load
+    from longreach.pipelines.recipe import load
     load("quickstart", ["finetune.steps=2"]).recipe.finetune.steps
 """
 
@@ -26,11 +26,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
-from evaluation import EVALS
-from evaluation.recipe import EvalRecipe
-from infra.choices import Choices, PathOrUrl
-from infra.resources import Resources
-from training.recipe import BaseRecipe, CorpusRecipe, FinetuneRecipe, PretrainRecipe, RopeRecipe
+from longreach.evaluation import EVALS
+from longreach.evaluation.recipe import EvalRecipe
+from longreach.infra.choices import Choices, PathOrUrl
+from longreach.infra.resources import Resources
+from longreach.training.recipe import BaseRecipe, CorpusRecipe, FinetuneRecipe, PretrainRecipe, RopeRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
 SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")

@@ -14,13 +14,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from evaluation.scores import EFFECTIVE, EvalScores, effective_length
-from infra.artifact import Artifact, link_or_copy
-from infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
-from pipelines.graph import ReleaseRecipe
-from pipelines.report_findings import about_arm
-from pipelines.stage import StageRun
-from training.convert import kept_files
+from longreach.evaluation.scores import EFFECTIVE, EvalScores, effective_length
+from longreach.infra.artifact import Artifact, link_or_copy
+from longreach.infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
+from longreach.pipelines.graph import ReleaseRecipe
+from longreach.pipelines.report_findings import about_arm
+from longreach.pipelines.stage import StageRun
+from longreach.training.convert import kept_files
 
 TOKENIZER = Path("components", "tokenizer")
 """Where MLflow's flavour looks for it."""

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra.artifact import Artifact
-from pipelines import report_sections, report_tasks
-from pipelines.graph import ReportRecipe
-from pipelines.report_findings import NOT_RUN, Found, brief, finite, gather, show_ppl
-from pipelines.report_page import Section, Table, html_page, markdown, markdown_table
-from pipelines.stage import StageRun
+from longreach.infra.artifact import Artifact
+from longreach.pipelines import report_sections, report_tasks
+from longreach.pipelines.graph import ReportRecipe
+from longreach.pipelines.report_findings import NOT_RUN, Found, brief, finite, gather, show_ppl
+from longreach.pipelines.report_page import Section, Table, html_page, markdown, markdown_table
+from longreach.pipelines.stage import StageRun
 
 SECTIONS: tuple[Callable[[Found], Section | None], ...] = (
     report_sections.failures, report_sections.results, report_sections.perplexity, report_sections.documents,

@@ -18,8 +18,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from evaluation.figures import COLOURS
-from pipelines.report_page import Picture
+from longreach.evaluation.figures import COLOURS
+from longreach.pipelines.report_page import Picture
 
 WIDTH = 5.4
 MOST = 12

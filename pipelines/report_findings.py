@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.artifact import Artifact
-from pipelines.recipe import PriceRecipe
-from pipelines.stage import STAGES
+from longreach.infra.artifact import Artifact
+from longreach.pipelines.recipe import PriceRecipe
+from longreach.pipelines.stage import STAGES
 
 POINTS = 500
 """Steps of a run that are read for its curves."""

@@ -13,11 +13,11 @@ from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any
 
-from evaluation.scores import paired
-from pipelines.display import duration
-from pipelines.report_figures import MOST, SOFT, Style, bars, lines, styles
-from pipelines.report_findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
-from pipelines.report_page import Best, Block, Code, Picture, Section, Table
+from longreach.evaluation.scores import paired
+from longreach.pipelines.display import duration
+from longreach.pipelines.report_figures import MOST, SOFT, Style, bars, lines, styles
+from longreach.pipelines.report_findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
+from longreach.pipelines.report_page import Best, Block, Code, Picture, Section, Table
 
 DASH = "–"
 LICENCES = {

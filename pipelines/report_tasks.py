@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipelines.report_figures import grid, lines, styles
-from pipelines.report_findings import Found, by_length, finite
-from pipelines.report_page import Block, Picture, Section, Table
-from pipelines.report_sections import DASH, curve, interval, look
+from longreach.pipelines.report_figures import grid, lines, styles
+from longreach.pipelines.report_findings import Found, by_length, finite
+from longreach.pipelines.report_page import Block, Picture, Section, Table
+from longreach.pipelines.report_sections import DASH, curve, interval, look
 
 SEES = {
     "sinks": "Above: the share on the first token by layer, then by head. Below: layers; a bright column is a sink.",

@@ -28,20 +28,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from infra import relay
-from infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
-from infra.environment import git_commit, versions
-from infra.mirror import start_mirror, stop_mirror
-from infra.polling import polling
-from infra.registry import check_login, sqlite_path, tracking_uri
-from infra.resources import Resources
-from infra.share import Share, node_scratch
-from infra.tracking import Spool, read_events
-from pipelines.display import Display
-from pipelines.foresee import foresee
-from pipelines.graph import build, report_on
-from pipelines.recipe import Loaded
-from pipelines.stage import Stage, StageRun, differences, load_function, stop_file
+from longreach.infra import relay
+from longreach.infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
+from longreach.infra.environment import git_commit, versions
+from longreach.infra.mirror import start_mirror, stop_mirror
+from longreach.infra.polling import polling
+from longreach.infra.registry import check_login, sqlite_path, tracking_uri
+from longreach.infra.resources import Resources
+from longreach.infra.share import Share, node_scratch
+from longreach.infra.tracking import Spool, read_events
+from longreach.pipelines.display import Display
+from longreach.pipelines.foresee import foresee
+from longreach.pipelines.graph import build, report_on
+from longreach.pipelines.recipe import Loaded
+from longreach.pipelines.stage import Stage, StageRun, differences, load_function, stop_file
 
 __all__ = ["LeaseHeld", "PlanRow", "RunOutcome", "plan", "run"]
 
@@ -400,7 +400,7 @@ def _description(run: _Run, outcome: RunOutcome, summary: dict[str, Any]) -> str
 
 def _run_on_ray(run: _Run, outcome: RunOutcome, stopping: _Stopping) -> None:
     """Connect, and follow what is missing to the end."""
-    from infra.cluster import connected
+    from longreach.infra.cluster import connected
 
     with connected(run.address) as ray:
         stopping.listen()  # Ray has set a handler of its own

@@ -18,9 +18,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from infra.resources import Resources
-from training.planner import CONFIG_KEYS, GIB, Machine, Prediction, Shape, predict
-from training.recipe import ArmRecipe, AttentionRecipe
+from longreach.infra.resources import Resources
+from longreach.training.planner import CONFIG_KEYS, GIB, Machine, Prediction, Shape, predict
+from longreach.training.recipe import ArmRecipe, AttentionRecipe
 
 MODELS = {
     "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 128, 32000, tied=False),

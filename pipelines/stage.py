@@ -17,11 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from infra.artifact import Attempt, digest_of
-from infra.choices import Choices
-from infra.resources import Resources
-from infra.share import Share
-from infra.tracking import Spool
+from longreach.infra.artifact import Attempt, digest_of
+from longreach.infra.choices import Choices
+from longreach.infra.resources import Resources
+from longreach.infra.share import Share
+from longreach.infra.tracking import Spool
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class StageKind:
 
 
 STAGES: dict[str, StageKind] = {
-    "convert": StageKind("pipelines.convert:convert", 1, lambda r: 1),
-    "tokenizer": StageKind("pipelines.pretrain:tokenizer", 1, lambda r: 1),
-    "pack": StageKind("pipelines.pack:pack", 2, lambda r: 1),
-    "pretrain": StageKind("pipelines.pretrain:pretrain", 2, lambda r: 0),
-    "finetune": StageKind("pipelines.finetune:finetune", 1, lambda r: 0),
-    "merge": StageKind("pipelines.merge:merge", 1, lambda r: 1),
+    "convert": StageKind("longreach.pipelines.convert:convert", 1, lambda r: 1),
+    "tokenizer": StageKind("longreach.pipelines.pretrain:tokenizer", 1, lambda r: 1),
+    "pack": StageKind("longreach.pipelines.pack:pack", 2, lambda r: 1),
+    "pretrain": StageKind("longreach.pipelines.pretrain:pretrain", 2, lambda r: 0),
+    "finetune": StageKind("longreach.pipelines.finetune:finetune", 1, lambda r: 0),
+    "merge": StageKind("longreach.pipelines.merge:merge", 1, lambda r: 1),
     "evaluate": StageKind(
-        "pipelines.evaluate:evaluate",
+        "longreach.pipelines.evaluate:evaluate",
         4,
         cpus=lambda r: r.eval_cpus if r.eval_workers == 1 else 0,
         gpus=lambda r: r.gpus_per_worker if r.eval_workers == 1 else 0,
     ),
-    "release": StageKind("pipelines.release:release", 1, lambda r: 1),
-    "promote": StageKind("pipelines.promote:promote", 1, lambda r: 1),
-    "report": StageKind("pipelines.report:report", 2, lambda r: 1),
+    "release": StageKind("longreach.pipelines.release:release", 1, lambda r: 1),
+    "promote": StageKind("longreach.pipelines.promote:promote", 1, lambda r: 1),
+    "report": StageKind("longreach.pipelines.report:report", 2, lambda r: 1),
 }
 
 

@@ -1,6 +1,6 @@
 """What a store holds right now: who runs, what is half done, what is published.
 
-from pipelines.status import status
+from longreach.pipelines.status import status
 status(Store(".longreach")).published
 """
 
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from infra.artifact import Lease, Store
+from longreach.infra.artifact import Lease, Store
 
 
 @dataclass(frozen=True)

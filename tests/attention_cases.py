@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from attention import PATTERNS, reference
+from longreach.attention import PATTERNS, reference
 
 SIZES_TOKENS = (2, 8)
 SINKS_TOKENS = (0, 3)

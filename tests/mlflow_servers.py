@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.mirror import ui_command
+from longreach.infra.mirror import ui_command
 
 PASSWORD = "a-long-password-of-tests"
 PATIENCE_S = 60

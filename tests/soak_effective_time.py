@@ -34,7 +34,14 @@ ARM = (
 def command(rate: float, steps: int, interval: int) -> list[str]:
     sets = [f"finetune.arms={ARM.format(rate=rate)}", f"finetune.steps={steps}", "pretrain=null", "evaluate={}"]
     sets += ["baselines={}", f"resources.checkpoint_every_steps={interval}"]
-    return [sys.executable, "-m", "pipelines", "run", "quickstart", *itertools.chain(*(("--set", s) for s in sets))]
+    return [
+        sys.executable,
+        "-m",
+        "longreach.pipelines",
+        "run",
+        "quickstart",
+        *itertools.chain(*(("--set", s) for s in sets)),
+    ]
 
 
 def steps_told(folder: Path) -> dict[int, tuple[float, float]]:

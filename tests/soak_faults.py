@@ -41,7 +41,7 @@ def outcome(folder: Path) -> dict[str, object]:
 
 def kill(folder: Path, victim: str, after_s: float) -> str:
     """Starts the pipeline and kills the victim so many seconds later (or as soon as it lives): what happened."""
-    command = [sys.executable, "-m", "pipelines", "run", "tiny.yaml"]
+    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
     with (folder / "driver.log").open("w") as log:
         driver = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         tree, begun = psutil.Process(driver.pid), time.monotonic()

@@ -8,9 +8,9 @@ import torch
 from attention_cases import EVERY_PATTERN, HEADS, ROWS, oracle, outputs_and_gradients, positions, qkv
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attention import PATTERNS, attend
-from attention.hf import active_pattern, set_pattern
-from attention.kernels import Situation, choose
+from longreach.attention import PATTERNS, attend
+from longreach.attention.hf import active_pattern, set_pattern
+from longreach.attention.kernels import Situation, choose
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

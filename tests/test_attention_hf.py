@@ -9,9 +9,9 @@ from attention_cases import EVERY_PATTERN, positions
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama
 
-from attention import PATTERNS, reference
-from attention.hf import active_pattern, set_pattern
-from attention.pattern import Heads
+from longreach.attention import PATTERNS, reference
+from longreach.attention.hf import active_pattern, set_pattern
+from longreach.attention.pattern import Heads
 
 TINY = {
     "vocab_size": 64,

@@ -16,9 +16,9 @@ from attention_cases import (
     qkv,
 )
 
-from attention import PATTERNS, attend, reference
-from attention.kernels import Situation, by_segments, choose
-from attention.sink_softmax import zero_sink
+from longreach.attention import PATTERNS, attend, reference
+from longreach.attention.kernels import Situation, by_segments, choose
+from longreach.attention.sink_softmax import zero_sink
 
 # Output and gradients are sums of about unit numbers over at most 41 keys. float64: 2^-52 x some tens of additions.
 # float32: 2^-24 likewise. bfloat16 keeps 8 bits, float16 11: probabilities and output are rounded once each and a

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_llama
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, MistralConfig
 
-from attention.kv_budget import KVBudget, readable
+from longreach.attention.kv_budget import KVBudget, readable
 
 MIB, GIB = 2**20, 2**30
 LLAMA2_70B = LlamaConfig(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from attention_cases import EVERY_PATTERN, HEADS, ROWS, positions
 
-from attention import PATTERNS
-from attention.pattern import Heads, and_, causal, document_starts, or_
-from attention.reference import dense_mask, starts
+from longreach.attention import PATTERNS
+from longreach.attention.pattern import Heads, and_, causal, document_starts, or_
+from longreach.attention.reference import dense_mask, starts
 
 patterns = pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
 rows = pytest.mark.parametrize("row", ROWS)

@@ -18,7 +18,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from attention.rope import TYPES, Rotary, stretched_config, turned
+from longreach.attention.rope import TYPES, Rotary, stretched_config, turned
 
 TRAINED, HEAD, THETA = 64, 16, 10_000.0
 PAIR_R = torch.arange(HEAD // 2, dtype=torch.float64)

@@ -20,10 +20,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from attention import PATTERNS
-from attention.hf import set_pattern
-from attention.kv_budget import KVBudget
-from attention.sink_cache import SinkCache
+from longreach.attention import PATTERNS
+from longreach.attention.hf import set_pattern
+from longreach.attention.kv_budget import KVBudget
+from longreach.attention.sink_cache import SinkCache
 
 SMALL = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

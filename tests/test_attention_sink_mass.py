@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
-from attention import PATTERNS
-from attention.hf import active_pattern, set_pattern
-from attention.sink_mass import attention_mass, sink_mass
-from training.model import with_softmax_sinks
+from longreach.attention import PATTERNS
+from longreach.attention.hf import active_pattern, set_pattern
+from longreach.attention.sink_mass import attention_mass, sink_mass
+from longreach.training.model import with_softmax_sinks
 
 IDS = torch.arange(20).repeat(2, 1)
 

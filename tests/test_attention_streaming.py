@@ -5,12 +5,12 @@ import torch
 from tiny_models import tiny_llama
 from transformers import AttentionInterface, AttentionMaskInterface, CohereConfig, LlamaConfig
 
-from attention import PATTERNS
-from attention.reference import attend as dense
-from attention.rope import FAR, Rotary
-from attention.sink_cache import SinkCache
-from attention.streaming import _attend, _plain, streamed_attention
-from evaluation.streaming import StreamedAttention
+from longreach.attention import PATTERNS
+from longreach.attention.reference import attend as dense
+from longreach.attention.rope import FAR, Rotary
+from longreach.attention.sink_cache import SinkCache
+from longreach.attention.streaming import _attend, _plain, streamed_attention
+from longreach.evaluation.streaming import StreamedAttention
 
 D = 16
 HALVES = Rotary.of(LlamaConfig(hidden_size=D * 2, num_attention_heads=2))

@@ -8,12 +8,20 @@ import torch
 from ranks import run_spawned
 from toy_models import job, packed_corpus, tiny_folder
 
-from attention import PATTERNS
-from attention.kernels import attend
-from attention.pattern import Heads
-from attention.ulysses import ALONE, SequenceRanks, SomeHeads, attend_in_parts, check_heads, part_of, sequence_ranks
-from infra.launch import run_local
-from infra.resources import Resources
+from longreach.attention import PATTERNS
+from longreach.attention.kernels import attend
+from longreach.attention.pattern import Heads
+from longreach.attention.ulysses import (
+    ALONE,
+    SequenceRanks,
+    SomeHeads,
+    attend_in_parts,
+    check_heads,
+    part_of,
+    sequence_ranks,
+)
+from longreach.infra.launch import run_local
+from longreach.infra.resources import Resources
 
 T, D = 24, 8
 PATTERN = {
@@ -86,10 +94,10 @@ def test_training_on_parts_of_rows_is_training_on_rows(tmp_path, pattern, zero_s
     packed_corpus(tmp_path, validation=("count39*",))
     some = {"arm": {"tune": "lora+embed+norm", "attention": attention}, "optim": {"validate_every_steps": 3}}
     alone = job(tmp_path, name="alone", **some)
-    run_local("training.loop:train", alone)
+    run_local("longreach.training.loop:train", alone)
     resources = {"workers": 2, "sequence_parallel": 2, "zero_stage": zero_stage}
     parted = job(tmp_path, name="parted", resources=resources, **some)
-    run_spawned("training.loop:train", parted, world=2, folder=tmp_path / "ranks")
+    run_spawned("longreach.training.loop:train", parted, world=2, folder=tmp_path / "ranks")
     rows = [(Path(todo["out"]) / "metrics.jsonl").read_text().splitlines() for todo in (alone, parted)]
     for one, two in zip(*([json.loads(line) for line in lines] for lines in rows), strict=True):
         assert (one["rows"], one["targets"], one["tokens"]) == (two["rows"], two["targets"], two["tokens"])

@@ -7,9 +7,9 @@ from tiny_models import tiny_llama
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, GPTNeoXConfig, Qwen3Config
 
-from attention import PATTERNS
-from attention.hf import set_pattern
-from attention.verify import Row, verify_attention
+from longreach.attention import PATTERNS
+from longreach.attention.hf import set_pattern
+from longreach.attention.verify import Row, verify_attention
 
 GROUP = 16
 

@@ -16,7 +16,7 @@ import yaml
 from local_cluster import local_cluster, s3_server
 from test_quickstart import RECIPE, make_project, wait_for
 
-from infra.artifact import Store
+from longreach.infra.artifact import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill]
 
@@ -51,9 +51,9 @@ def project(tmp_path_factory, cluster):
 
 def command(cluster, *arguments: str) -> tuple[list[str], dict[str, str]]:
     """What to start, and its environment: a driver that has no folder of a node."""
-    env = cluster.env | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    env = dict(cluster.env)
     env.pop("LONGREACH_WORKDIR", None)
-    return [sys.executable, "-m", "pipelines", *arguments], env
+    return [sys.executable, "-m", "longreach.pipelines", *arguments], env
 
 
 def longreach(cluster, project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,8 +17,8 @@ import pytest
 import typer.main
 import yaml
 
-from pipelines.cli import app
-from pipelines.recipe import Recipe, RecipeError, load, names, standalone
+from longreach.pipelines.cli import app
+from longreach.pipelines.recipe import Recipe, RecipeError, load, names, standalone
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

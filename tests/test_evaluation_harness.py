@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
 
-from evaluation.cells import evaluate
-from evaluation.harness import figure, middle_cut
-from evaluation.likelihood import token_nll
-from evaluation.recipe import HarnessRecipe
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.harness import figure, middle_cut
+from longreach.evaluation.likelihood import token_nll
+from longreach.evaluation.recipe import HarnessRecipe
 
 CARD = """---
 configs:
@@ -93,7 +93,7 @@ def test_the_middle_is_cut_and_both_ends_stay():
 
 
 def test_long_prompts_keep_their_beginning_and_end(mirror):
-    from evaluation.harness import _harness_model
+    from longreach.evaluation.harness import _harness_model
 
     model = _harness_model(tiny_llama(), byte_tokenizer(), 64)
     ids, mask = model.tok_batch_encode(["a" * 50 + "b" * 50], left_truncate_len=20)

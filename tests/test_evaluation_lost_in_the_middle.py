@@ -4,10 +4,10 @@ import json
 import pytest
 from tiny_models import byte_tokenizer, tiny_llama
 
-from evaluation import lost_in_the_middle
-from evaluation.cells import evaluate
-from evaluation.lost_in_the_middle import best_subspan_em, figure, places
-from evaluation.recipe import LostInTheMiddleRecipe
+from longreach.evaluation import lost_in_the_middle
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.lost_in_the_middle import best_subspan_em, figure, places
+from longreach.evaluation.recipe import LostInTheMiddleRecipe
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import pytest
 from tiny_models import byte_tokenizer, tiny_llama
 from transformers import AutoTokenizer
 
-from evaluation import needle
-from evaluation.cells import evaluate
-from evaluation.documents import Document
-from evaluation.needle import EFFECTIVE, Prompt, figure, sentence_end, sentence_ends
-from evaluation.recipe import NeedleRecipe
-from evaluation.scores import effective_length
+from longreach.evaluation import needle
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.documents import Document
+from longreach.evaluation.needle import EFFECTIVE, Prompt, figure, sentence_end, sentence_ends
+from longreach.evaluation.recipe import NeedleRecipe
+from longreach.evaluation.scores import effective_length
 
 TOKENIZER = byte_tokenizer()
 HAY = "It rained. The cat slept on. Nobody came! "
@@ -102,7 +102,7 @@ class Parrot:
         pass
 
     def answer(self, ids, expected, where, new_tokens):
-        from evaluation.reader import Answer
+        from longreach.evaluation.reader import Answer
 
         return Answer(1.0, 0.0, False, self.said, 10)
 

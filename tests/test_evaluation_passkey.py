@@ -2,10 +2,10 @@ import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
 
-from evaluation.cells import evaluate
-from evaluation.passkey import QUESTION, TASK, ask, draw_key, figure, fit_prompt, prompt_text
-from evaluation.reader import Reader
-from evaluation.recipe import PasskeyRecipe
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.passkey import QUESTION, TASK, ask, draw_key, figure, fit_prompt, prompt_text
+from longreach.evaluation.reader import Reader
+from longreach.evaluation.recipe import PasskeyRecipe
 
 
 def passkey(*subject, **choices):

@@ -7,11 +7,11 @@ from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import processors
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from evaluation.cells import evaluate
-from evaluation.documents import Document, first_token_id, held_out
-from evaluation.perplexity import figure
-from evaluation.recipe import PerplexityRecipe
-from evaluation.scores import paired
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.documents import Document, first_token_id, held_out
+from longreach.evaluation.perplexity import figure
+from longreach.evaluation.recipe import PerplexityRecipe
+from longreach.evaluation.scores import paired
 
 
 def document(name, tokens, domain="d", seed=0):

@@ -5,8 +5,8 @@ from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from evaluation.likelihood import token_nll
-from evaluation.reader import Reader, spelled
+from longreach.evaluation.likelihood import token_nll
+from longreach.evaluation.reader import Reader, spelled
 
 TEXT = np.random.default_rng(0).integers(0, 256, 300).tolist()
 PROMPTS = [TEXT, TEXT[:200] + TEXT[150:250], TEXT[:100] + TEXT[50:250], TEXT[5:]]

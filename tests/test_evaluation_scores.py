@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from evaluation import EVALS
-from evaluation.scores import EvalScores, bootstrap_mean, wilson
+from longreach.evaluation import EVALS
+from longreach.evaluation.scores import EvalScores, bootstrap_mean, wilson
 
 
 def scores(**changes):

@@ -3,10 +3,10 @@ import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
 
-from evaluation.cells import evaluate
-from evaluation.documents import Document
-from evaluation.recipe import SinksRecipe
-from evaluation.sinks import figure, pieces
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.documents import Document
+from longreach.evaluation.recipe import SinksRecipe
+from longreach.evaluation.sinks import figure, pieces
 
 TEXTS = [Document(name, "d", np.random.default_rng(n).integers(0, 256, 100)) for n, name in enumerate("ab")]
 

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.cells import evaluate
-from evaluation.documents import Document
-from evaluation.recipe import LostInTheMiddleRecipe, NeedleRecipe, PasskeyRecipe, SinksRecipe, StreamingRecipe
-from training.corpus import Document as Text
-from training.corpus import read_documents
-from training.model import load_model
-from training.recipe import CorpusRecipe, SourceRecipe
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.documents import Document
+from longreach.evaluation.recipe import LostInTheMiddleRecipe, NeedleRecipe, PasskeyRecipe, SinksRecipe, StreamingRecipe
+from longreach.training.corpus import Document as Text
+from longreach.training.corpus import read_documents
+from longreach.training.model import load_model
+from longreach.training.recipe import CorpusRecipe, SourceRecipe
 
 
 @pytest.fixture(scope="module")

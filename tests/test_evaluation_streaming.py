@@ -15,11 +15,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from evaluation.cells import evaluate
-from evaluation.documents import Document
-from evaluation.recipe import StreamingRecipe
-from evaluation.streaming import figure, streamed_nll
-from training.model import with_softmax_sinks
+from longreach.evaluation.cells import evaluate
+from longreach.evaluation.documents import Document
+from longreach.evaluation.recipe import StreamingRecipe
+from longreach.evaluation.streaming import figure, streamed_nll
+from longreach.training.model import with_softmax_sinks
 
 
 def document(tokens=200, seed=0):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from infra.artifact import (
+from longreach.infra.artifact import (
     AlreadyPublished,
     CorruptArtifact,
     Lease,
@@ -141,7 +141,7 @@ def test_a_remote_download_that_was_damaged_is_brought_again(s3_root: str, tmp_p
     assert (store.fetch("pack", "f6").path / "rows/data.arrow").read_text() == "tokens"
     with monkeypatch.context() as patch:
         read: list[Path] = []
-        patch.setattr("infra.artifact.file_digest", lambda path: read.append(path) or file_digest(path))
+        patch.setattr("longreach.infra.artifact.file_digest", lambda path: read.append(path) or file_digest(path))
         store.fetch("pack", "f6")
         assert read == [cached], "what is in the cache is read once"
     store.fs.pipe_file(f"{store.base}/pack/f6/attempts/{attempt.id}/out/rows/data.arrow", b"tokenZ")
@@ -207,7 +207,7 @@ def test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost(sto
 
 def test_a_holder_whose_process_is_gone_is_replaced_at_once(tmp_path: Path):
     code = (
-        "import os, sys; from infra.artifact import Lease, Store;"
+        "import os, sys; from longreach.infra.artifact import Lease, Store;"
         "Lease(Store(sys.argv[1]), 'w', 'dead:1').acquire(wait=False); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=False)

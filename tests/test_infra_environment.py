@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from infra.environment import check_requirements, doctor, system_metrics
+from longreach.infra.environment import check_requirements, doctor, system_metrics
 
 
 def checks(root=".", port=5000):
@@ -23,7 +23,7 @@ def checks(root=".", port=5000):
 def test_versions_are_recorded_without_importing_the_packages():
     code = """if True:
         import json, sys
-        from infra.environment import versions
+        from longreach.infra.environment import versions
         slow = {"torch", "ray", "mlflow", "transformers", "numpy"}
         print(json.dumps([versions(), sorted(slow & sys.modules.keys())]))
     """

@@ -22,9 +22,9 @@ import s3fs
 import yaml
 from mlflow_servers import free_port, wait_until
 
-from infra import jobs
-from infra.jobs import Submission, check_address, pinned, token, whereabouts
-from pipelines.cli import main
+from longreach.infra import jobs
+from longreach.infra.jobs import Submission, check_address, pinned, token, whereabouts
+from longreach.pipelines.cli import main
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-of-tests-0123456789abcdef"
@@ -56,12 +56,14 @@ def test_a_dry_run_says_what_would_be_sent_and_needs_no_cluster(capsys: pytest.C
     )
     sent = json.loads(out)
     assert code == 0
-    words = "exec python -m pipelines run recipe.yaml --set store.root=s3://bucket/prefix --set finetune.steps=3 "
+    words = "exec python -m longreach.pipelines run recipe.yaml "
+    words += "--set store.root=s3://bucket/prefix --set finetune.steps=3 "
     assert sent["entrypoint"].startswith(words)
     assert sent["entrypoint"].endswith("--address auto --no-wait")
     assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
     assert "pip" not in sent["runtime_env"]
-    assert {"recipe.yaml", "infra/jobs.py", "pipelines/recipes/quickstart.yaml"} <= sent["files"].keys()
+    package = {f"longreach/{path}" for path in ("__init__.py", "infra/jobs.py", "pipelines/recipes/quickstart.yaml")}
+    assert {"recipe.yaml"} | package <= sent["files"].keys()
     assert sum(sent["files"].values()) < 5e6
     unwanted = re.compile(r"(^|/)(\.|tests|__pycache__)")
     assert not [path for path in sent["files"] if unwanted.search(path)]
@@ -199,7 +201,7 @@ def test_the_token_is_looked_for_as_ray_does(tmp_path: Path, monkeypatch: pytest
 
 
 def test_no_code_of_a_downloaded_model_is_ever_run() -> None:
-    products = [path for room in jobs.PACKAGES for path in (ROOT / room).rglob("*") if path.suffix in jobs.SUFFIXES]
+    products = [path for room in jobs.ROOMS for path in (ROOT / room).rglob("*") if path.suffix in jobs.SUFFIXES]
     assert len(products) > 80
     trusting = re.compile(r"trust_remote_code['\"]?\s*[=:]\s*(True|true|yes|1)")
     assert not [str(path) for path in products if trusting.search(path.read_text(encoding="utf-8"))]
@@ -308,13 +310,15 @@ def test_a_job_runs_the_code_and_recipe_that_came_along_and_its_exit_code_comes_
 ) -> None:
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
-    code = 'import sys, infra.jobs; print(infra.jobs.__file__, open("recipe.yaml").read()); sys.exit(75)'
+    code = (
+        'import sys; from longreach.infra import jobs; print(jobs.__file__, open("recipe.yaml").read()); sys.exit(75)'
+    )
     with jobs.connected(head) as client:
         job = jobs.submit(client, Trivial(code))
         assert jobs.follow(client, job) == 75
         told = client.get_job_info(job)
     out, err = capfd.readouterr()
-    assert re.search(r"working_dir_files/\S+/infra/jobs\.py name: trivial", out)
+    assert re.search(r"working_dir_files/\S+/longreach/infra/jobs\.py name: trivial", out)
     assert "FAILED" in err
     assert not [name for name, value in CANARIES.items() if value in str(told)]
 
@@ -353,6 +357,6 @@ def test_a_cluster_that_we_start_asks_for_a_token(cluster: Any) -> None:
 
 
 def test_time_is_left_for_checkpoints() -> None:
-    from pipelines.runner import GRACE_S
+    from longreach.pipelines.runner import GRACE_S
 
     assert GRACE_S + 10 < jobs.PATIENCE_S

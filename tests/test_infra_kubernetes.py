@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra import kubernetes as k
-from infra.resources import Resources
+from longreach.infra import kubernetes as k
+from longreach.infra.resources import Resources
 
 jsonschema = pytest.importorskip("jsonschema")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")

@@ -10,8 +10,8 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from infra.launch import check_room, run_ranks
-from infra.resources import Resources
+from longreach.infra.launch import check_room, run_ranks
+from longreach.infra.resources import Resources
 
 
 @pytest.mark.slow

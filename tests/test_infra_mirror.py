@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from mlflow_servers import PATIENCE_S, Server, free_port, wait_until
 
-from infra import registry
-from infra.mirror import (
+from longreach.infra import registry
+from longreach.infra.mirror import (
     Mirror,
     _command,
     _environment,
@@ -28,7 +28,7 @@ from infra.mirror import (
     stop_mirror,
     sync,
 )
-from infra.tracking import Spool
+from longreach.infra.tracking import Spool
 
 
 class Gate:
@@ -337,7 +337,7 @@ def test_a_mirror_outlives_its_killed_parent_only_to_finish_and_to_say_so(spools
         spool.metrics({"loss": step}, step)
     code = """if True:
         import os, signal, sys
-        from infra.mirror import start_mirror
+        from longreach.infra.mirror import start_mirror
         print(start_mirror(sys.argv[1], sys.argv[2]).pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -380,7 +380,7 @@ def test_a_folder_of_the_users_called_infra_is_not_the_mirrors(tmp_path):
 
 
 def test_importing_tracking_and_mirror_does_not_import_mlflow():
-    code = "import sys, infra.tracking, infra.mirror; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, longreach.infra.tracking, longreach.infra.mirror; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,9 +10,9 @@ import uuid
 import pytest
 from mlflow_servers import PASSWORD, Server, free_port
 
-from infra.mirror import sync
-from infra.registry import check_login
-from infra.tracking import Spool
+from longreach.infra.mirror import sync
+from longreach.infra.registry import check_login
+from longreach.infra.tracking import Spool
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_spool_is_uploaded_with_the_right_login_and_kept_with_a_wrong_one(se
 
 def test_a_run_with_a_wrong_password_does_nothing(server, tmp_path):
     env = os.environ | {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "planted-canary"}
-    command = [sys.executable, "-m", "pipelines", "run", "quickstart", "--set", f"tracking.uri={server.uri}"]
+    command = [sys.executable, "-m", "longreach.pipelines", "run", "quickstart", "--set", f"tracking.uri={server.uri}"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "refuses user 'admin'" in done.stderr

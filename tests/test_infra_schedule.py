@@ -14,11 +14,11 @@ from zoneinfo import ZoneInfo
 import pytest
 import yaml
 
-from infra import kubernetes
-from infra.kubernetes import Place
-from infra.resources import Resources
-from infra.schedule import TARGETS, Job, Schedule, crontab, on_calendar, render, systemd
-from pipelines import cli
+from longreach.infra import kubernetes
+from longreach.infra.kubernetes import Place
+from longreach.infra.resources import Resources
+from longreach.infra.schedule import TARGETS, Job, Schedule, crontab, on_calendar, render, systemd
+from longreach.pipelines import cli
 
 BERLIN = ZoneInfo("Europe/Berlin")
 LOST = datetime(2026, 3, 28, 12, tzinfo=UTC)  # half a day before Berlin's clock jumps from 2:00 to 3:00

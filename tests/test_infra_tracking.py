@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 
-from infra.tracking import Spool, read_events
+from longreach.infra.tracking import Spool, read_events
 
 RUN = uuid.uuid4().hex
 
@@ -100,7 +100,7 @@ def writers(path, count, writes):
     """Processes that append metrics with steps of their own, and lines of every length, as fast as they can."""
     code = """if True:
         import sys
-        from infra.tracking import Spool
+        from longreach.infra.tracking import Spool
         path, writer, writes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
         spool = Spool.open(path, run="%s", parent=None, experiment="tests", name="a run", kind="attempt")
         for i in range(writes):

@@ -26,6 +26,11 @@ QUICK = [
 ]  # fmt: skip
 
 
+def first_name(module: str) -> str:
+    """`torch` of `torch.nn`; our own modules go by their room: `training` of `longreach.training.loop`."""
+    return module.removeprefix("longreach.").split(".")[0]
+
+
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
     """First names of what a file imports (only when it is itself imported, if `top_level`)."""
     tree = ast.parse(path.read_text())
@@ -41,9 +46,9 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
         if top_level and node in lazy:
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {first_name(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add((node.module or "").split(".")[0])
+            found.add(first_name(node.module or ""))
     return found
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
 
-from attention.sink_cache import SinkCache
-from pipelines.chat import chat, reply, turn
+from longreach.attention.sink_cache import SinkCache
+from longreach.pipelines.chat import chat, reply, turn
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}{% for m in messages %}"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-import pipelines
-from infra.artifact import Lease, LeaseHeld, Store
-from infra.environment import Check
-from infra.mirror import SyncReport
-from pipelines.cli import main
-from pipelines.recipe import load, names
+from longreach import pipelines
+from longreach.infra.artifact import Lease, LeaseHeld, Store
+from longreach.infra.environment import Check
+from longreach.infra.mirror import SyncReport
+from longreach.pipelines.cli import main
+from longreach.pipelines.recipe import load, names
 
 HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "matplotlib"}
 
@@ -63,7 +63,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def imported_by(*arguments: str) -> set[str]:
     """Top-level packages loaded when a command ends, in a fresh interpreter."""
     code = (
-        "import sys\nfrom pipelines.cli import main\n"
+        "import sys\nfrom longreach.pipelines.cli import main\n"
         f"try:\n    main({list(arguments)!r})\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "print('LOADED', *{name.split('.')[0] for name in sys.modules})"
@@ -166,9 +166,9 @@ def test_what_is_not_the_users_mistake_travels(runner: SimpleNamespace, bug: Exc
 
 def test_an_address_at_which_no_cluster_answers_is_one_line_within_seconds(tmp_path):
     address = "127.0.0.1:9"  # not `auto`: it would find, and use, any cluster that runs on this machine
-    command = [sys.executable, "-m", "pipelines", "run", "quickstart", "--address", address, "--no-wait"]
+    command = [sys.executable, "-m", "longreach.pipelines", "run", "quickstart", "--address", address, "--no-wait"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env = clean | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_TMPDIR": str(tmp_path)}
+    env = clean | {"RAY_TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"address '{address}': no Ray cluster answers there" in done.stderr
@@ -336,7 +336,7 @@ def test_sync_sends_the_spool_of_the_recipe_and_is_exit_1_while_points_are_held_
         asked.append((spool_dir, uri, timeout_s))
         return result
 
-    monkeypatch.setattr("infra.mirror.sync", sync)
+    monkeypatch.setattr("longreach.infra.mirror.sync", sync)
     changes = ("--set", "store.workdir=/w", "--set", "tracking.uri=https://mlflow.lab", "--timeout", "5")
     code, out, _ = longreach(capsys, "sync", "quickstart", *changes)
     assert (code, out) == (0, "3 runs: 12 points sent, 0 pending, 1 skipped\n")
@@ -355,7 +355,7 @@ def test_doctor_is_exit_1_only_if_a_run_cannot_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, needed: bool, code: int, mark: str
 ) -> None:
     checks = [Check("python", True, "3.11.7", "use a newer one"), Check("disk", False, "1 GiB", "make room", needed)]
-    monkeypatch.setattr("infra.environment.doctor", lambda root: checks)
+    monkeypatch.setattr("longreach.infra.environment.doctor", lambda root: checks)
     got, out, _ = longreach(capsys, "doctor")
     assert (got, [line.split() for line in out.splitlines()[1:]]) == (
         code,
@@ -411,7 +411,7 @@ def test_verify_attention_of_a_recipe_tries_the_pattern_of_each_arm(capsys: pyte
 
 def test_python_dash_m_is_the_same_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "plan", "nothing"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "longreach.pipelines", "plan", "nothing"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr == f"nothing: no recipe of that name comes with longreach; there are: {', '.join(names())}\n"

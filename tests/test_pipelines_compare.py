@@ -13,12 +13,12 @@ import pytest
 import test_pipelines_report as made
 from test_pipelines_report import PPL, RECIPE, RUN, Page, make_stages
 
-from infra.artifact import Store
-from pipelines.cli import main
-from pipelines.compare import compare
-from pipelines.graph import build, report_on
-from pipelines.recipe import Recipe
-from pipelines.report import report
+from longreach.infra.artifact import Store
+from longreach.pipelines.cli import main
+from longreach.pipelines.compare import compare
+from longreach.pipelines.graph import build, report_on
+from longreach.pipelines.recipe import Recipe
+from longreach.pipelines.report import report
 
 SMALL = RECIPE | {
     "baselines": {"base": {}},

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipelines import display as displays
-from pipelines.display import Display, duration
+from longreach.pipelines import display as displays
+from longreach.pipelines.display import Display, duration
 
 
 def progress(done: int, total: int, time_s: float, **extra: float) -> dict[str, Any]:

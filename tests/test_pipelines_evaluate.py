@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, tiny_llama
 
-from evaluation import passkey
-from evaluation.recipe import (
+from longreach.evaluation import passkey
+from longreach.evaluation.recipe import (
     LostInTheMiddleRecipe,
     NeedleRecipe,
     PasskeyRecipe,
@@ -15,14 +15,14 @@ from evaluation.recipe import (
     SinksRecipe,
     StreamingRecipe,
 )
-from evaluation.scores import EvalScores
-from infra.artifact import Artifact
-from infra.resources import Resources
-from infra.tracking import Spool, read_events
-from pipelines import evaluate as stage
-from pipelines.evaluate import evaluate
-from pipelines.graph import EvaluateStageRecipe
-from training.recipe import RopeRecipe
+from longreach.evaluation.scores import EvalScores
+from longreach.infra.artifact import Artifact
+from longreach.infra.resources import Resources
+from longreach.infra.tracking import Spool, read_events
+from longreach.pipelines import evaluate as stage
+from longreach.pipelines.evaluate import evaluate
+from longreach.pipelines.graph import EvaluateStageRecipe
+from longreach.training.recipe import RopeRecipe
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from local_cluster import s3_server
 from mlflow_servers import Server, postgresql
 from tiny_models import byte_tokenizer, tiny_llama
 
-from infra import registry
-from infra.artifact import Artifact, Store
-from infra.tracking import Spool, read_events
-from pipelines.graph import PromoteStageRecipe, ReleaseRecipe
-from pipelines.promote import decide, promote
-from pipelines.recipe import PromoteRecipe
-from pipelines.release import release
-from pipelines.stage import StageRun
+from longreach.infra import registry
+from longreach.infra.artifact import Artifact, Store
+from longreach.infra.tracking import Spool, read_events
+from longreach.pipelines.graph import PromoteStageRecipe, ReleaseRecipe
+from longreach.pipelines.promote import decide, promote
+from longreach.pipelines.recipe import PromoteRecipe
+from longreach.pipelines.release import release
+from longreach.pipelines.stage import StageRun
 
 LENGTHS = (64, 128)
 
@@ -241,7 +241,7 @@ def test_a_worse_challenger_is_refused_and_a_better_one_promoted(server, release
     assert version.tags[registry.FINGERPRINT] == models[2].fingerprint
     assert version.tags[registry.BASE] == "hub:owner/base"
     assert version.tags["longreach.licence"] == "Apache-2.0"
-    from training.convert import convert
+    from longreach.training.convert import convert
 
     convert(f"models:/{releases.name}@champion", tmp_path / "champion")
     weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "champion", models[2].path)]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import EVALS
-from pipelines import recipe as recipes
-from pipelines.recipe import Recipe, RecipeError, load, standalone
+from longreach.evaluation import EVALS
+from longreach.pipelines import recipe as recipes
+from longreach.pipelines.recipe import Recipe, RecipeError, load, standalone
 
 SMALL = """\
 name: small

@@ -16,25 +16,25 @@ import numpy as np
 import pytest
 from toy_models import tiny_tokenizer
 
-from evaluation import lost_in_the_middle, sinks
-from evaluation.perplexity import document_rows, pooled_rows, position_rows
-from evaluation.recipe import LostInTheMiddleRecipe, SinksRecipe, StreamingRecipe
-from evaluation.scores import EvalScores, retrieval_row
-from evaluation.streaming import sampled, tabulate
-from infra.artifact import Artifact, Attempt, Store
-from infra.environment import versions
-from pipelines.graph import build
-from pipelines.recipe import PriceRecipe, Recipe
-from pipelines.report import report
-from pipelines.report_figures import lines, styles
-from pipelines.report_findings import POINTS, Found, Model, brief, frontier, thinned
-from pipelines.report_page import Best, Section, Table, html_page, markdown
-from pipelines.report_sections import coarser
-from pipelines.report_tasks import others
-from pipelines.stage import STAGES, Stage, StageRun
-from training.packed import pack_corpus
-from training.recipe import TrainJob
-from training.throughput import summary as training_summary
+from longreach.evaluation import lost_in_the_middle, sinks
+from longreach.evaluation.perplexity import document_rows, pooled_rows, position_rows
+from longreach.evaluation.recipe import LostInTheMiddleRecipe, SinksRecipe, StreamingRecipe
+from longreach.evaluation.scores import EvalScores, retrieval_row
+from longreach.evaluation.streaming import sampled, tabulate
+from longreach.infra.artifact import Artifact, Attempt, Store
+from longreach.infra.environment import versions
+from longreach.pipelines.graph import build
+from longreach.pipelines.recipe import PriceRecipe, Recipe
+from longreach.pipelines.report import report
+from longreach.pipelines.report_figures import lines, styles
+from longreach.pipelines.report_findings import POINTS, Found, Model, brief, frontier, thinned
+from longreach.pipelines.report_page import Best, Section, Table, html_page, markdown
+from longreach.pipelines.report_sections import coarser
+from longreach.pipelines.report_tasks import others
+from longreach.pipelines.stage import STAGES, Stage, StageRun
+from longreach.training.packed import pack_corpus
+from longreach.training.recipe import TrainJob
+from longreach.training.throughput import summary as training_summary
 
 RUDE = '<script>alert("&")</script>|`x`'
 RUN = StageRun(

@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 from toy_stages import ToyRecipe, calls
 
-from infra.artifact import LeaseHeld
-from infra.tracking import read_events
-from pipelines import runner
-from pipelines.display import Display
-from pipelines.recipe import load
-from pipelines.stage import STAGES, Stage, StageKind
+from longreach.infra.artifact import LeaseHeld
+from longreach.infra.tracking import read_events
+from longreach.pipelines import runner
+from longreach.pipelines.display import Display
+from longreach.pipelines.recipe import load
+from longreach.pipelines.stage import STAGES, Stage, StageKind
 
 TOY = StageKind("toy_stages:toy", 1, lambda r: 0.5)
 

@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 from toy_stages import ToyRecipe, calls
 
-from infra.artifact import Store
-from infra.tracking import Spool
-from pipelines import runner
-from pipelines.display import Display
-from pipelines.recipe import load
-from pipelines.stage import STAGES, Stage, StageKind
+from longreach.infra.artifact import Store
+from longreach.infra.tracking import Spool
+from longreach.pipelines import runner
+from longreach.pipelines.display import Display
+from longreach.pipelines.recipe import load
+from longreach.pipelines.stage import STAGES, Stage, StageKind
 
 COUNT = 300
 WALL_MS, CPU_MS, FILES = 300, 40, 100

@@ -10,8 +10,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.cli import app
-from pipelines.scale import GPUS, MODELS, RESERVED_GIB, arms, compared, gpu_of, setting, shape_of, sweep, verdicts
+from longreach.pipelines.cli import app
+from longreach.pipelines.scale import (
+    GPUS,
+    MODELS,
+    RESERVED_GIB,
+    arms,
+    compared,
+    gpu_of,
+    setting,
+    shape_of,
+    sweep,
+    verdicts,
+)
 
 A100, H100 = GPUS["a100-80gb"], GPUS["h100-80gb"]
 PAGE = Path(__file__).parent.parent / "docs/scale.md"

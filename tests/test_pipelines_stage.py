@@ -3,11 +3,11 @@
 import pytest
 from pydantic import ConfigDict
 
-from infra.choices import Choices
-from infra.resources import Resources
-from pipelines.graph import build
-from pipelines.recipe import load
-from pipelines.stage import STAGES, Stage, differences
+from longreach.infra.choices import Choices
+from longreach.infra.resources import Resources
+from longreach.pipelines.graph import build
+from longreach.pipelines.recipe import load
+from longreach.pipelines.stage import STAGES, Stage, differences
 
 SMALL = ["baselines={base: {type: none}}", "evaluate={}"]
 
@@ -83,7 +83,7 @@ def test_differences_name_the_leaf_and_both_values():
 
 
 def test_every_stage_names_a_function_that_exists():
-    from pipelines.stage import load_function
+    from longreach.pipelines.stage import load_function
 
     for kind in STAGES.values():
         assert callable(load_function(kind))

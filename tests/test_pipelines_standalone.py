@@ -13,7 +13,11 @@ pytestmark = pytest.mark.slow
 
 def longreach(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "pipelines", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "longreach.pipelines", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from toy_models import VOCAB, tiny_folder
 
-from infra.artifact import Lease, Store
+from longreach.infra.artifact import Lease, Store
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def make_project(folder: Path, recipe: dict) -> Path:
 
 
 def longreach(project: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", *arguments]
+    command = [sys.executable, "-m", "longreach.pipelines", *arguments]
     return subprocess.run(
         command, cwd=project, capture_output=True, text=True, timeout=1100, env=os.environ | (env or {}), check=False
     )
@@ -229,7 +229,7 @@ def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoi
     recipe["resources"] = {"workers": 2, "checkpoint_every_steps": 5}
     project = make_project(tmp_path / "faults", recipe)
     whole = make_project(tmp_path / "whole", recipe)
-    command = [sys.executable, "-m", "pipelines", "run", "tiny.yaml"]
+    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
     with (tmp_path / "driver.log").open("w") as log:
         driver = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
         tree = psutil.Process(driver.pid)
@@ -271,7 +271,7 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
     recipe["finetune"] = recipe["finetune"] | {"steps": 400, "arms": {"full": {"tune": "all"}}}
     project = make_project(tmp_path / "project", recipe | {"resources": {"workers": 2, "checkpoint_every_steps": 1000}})
-    command = [sys.executable, "-m", "pipelines", "run", "tiny.yaml"]
+    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done = sum(map(len, steps_of(project)))
         with (tmp_path / "driver.log").open("w") as log:

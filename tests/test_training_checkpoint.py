@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder
 from transformers import AutoModelForCausalLM
 
-from infra.launch import run_local
-from training.batches import RowOrder
-from training.checkpoint import check_trained, merge_adapter, newest_valid, problem, tensor_digests
-from training.longlora import apply_arm
-from training.model import fresh_llama, load_model
-from training.recipe import ArmRecipe, RopeRecipe
+from longreach.infra.launch import run_local
+from longreach.training.batches import RowOrder
+from longreach.training.checkpoint import check_trained, merge_adapter, newest_valid, problem, tensor_digests
+from longreach.training.longlora import apply_arm
+from longreach.training.model import fresh_llama, load_model
+from longreach.training.recipe import ArmRecipe, RopeRecipe
 
 STRETCH = RopeRecipe(type="linear", factor=2.0)
 S2 = {"pattern": "shifted_sparse", "group_tokens": 8}
@@ -25,7 +25,7 @@ IDS = torch.arange(2, 40)[None]
 
 
 def train(todo):
-    return run_local("training.loop:train", todo)
+    return run_local("longreach.training.loop:train", todo)
 
 
 def losses(todo):
@@ -154,7 +154,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(tmp_path, zero_stage
 
 def on_ranks(todo, world, folder):
     (folder / "rendezvous").unlink(missing_ok=True)
-    run_spawned("training.loop:train", todo, world=world, folder=folder)
+    run_spawned("longreach.training.loop:train", todo, world=world, folder=folder)
 
 
 def test_another_zero_stage_is_refused_with_both_numbers(tmp_path):
@@ -177,7 +177,7 @@ def test_an_adapter_loads_in_plain_peft_with_the_trained_logits(tmp_path, monkey
             seen["logits"] = model.eval()(IDS, use_cache=False).logits
         real(model, start, steps)
 
-    monkeypatch.setattr("training.checkpoint.check_trained", spy)
+    monkeypatch.setattr("longreach.training.checkpoint.check_trained", spy)
     packed_corpus(tmp_path)
     todo = job(tmp_path, arm={"tune": tune})
     train(todo)

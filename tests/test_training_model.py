@@ -4,8 +4,8 @@ import pytest
 import torch
 from toy_models import TINY, VOCAB, tiny_folder, tiny_tokenizer
 
-from training.model import describe, fit_embeddings, fresh_llama, load_model
-from training.recipe import RopeRecipe
+from longreach.training.model import describe, fit_embeddings, fresh_llama, load_model
+from longreach.training.recipe import RopeRecipe
 
 
 def test_a_folder_loads_with_the_same_logits_as_the_model_that_was_saved(tmp_path):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from toy_tokenizers import LINES, toy_tokenizer
 
-from training import packed as packed_module
-from training.packed import pack_corpus
-from training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training import packed as packed_module
+from longreach.training.packed import pack_corpus
+from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 EOS, BOS, VOCAB = 0, 1, len(toy_tokenizer())
 
@@ -220,8 +220,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 from toy_tokenizers import toy_tokenizer
-from training import corpus, packed
-from training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training import corpus, packed
+from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 packed.BATCH_CHARS, packed.WRITE_BYTES, corpus.BLOCK_BYTES = 1 << 15, 1 << 17, 1 << 15
 tokenizer, folder = toy_tokenizer(), Path(sys.argv[1])

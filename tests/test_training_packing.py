@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from training.packing import METHODS, Rows, best_fit, concat, split_and_fit
+from longreach.training.packing import METHODS, Rows, best_fit, concat, split_and_fit
 
 
 def brute_force(lengths, capacity):

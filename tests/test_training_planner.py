@@ -9,18 +9,18 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import job, read_json
 
-from attention import PATTERNS
-from attention.hf import set_pattern
-from attention.pattern import Heads
-from attention.reference import dense_mask, starts
-from infra.launch import run_local
-from infra.resources import Resources
-from training import throughput
-from training.longlora import apply_arm, trainable_parameters
-from training.loss import TokenLoss
-from training.model import fresh_llama
-from training.planner import Machine, Shape, mean_keys, predict
-from training.recipe import ArmRecipe, AttentionRecipe, LlamaRecipe
+from longreach.attention import PATTERNS
+from longreach.attention.hf import set_pattern
+from longreach.attention.pattern import Heads
+from longreach.attention.reference import dense_mask, starts
+from longreach.infra.launch import run_local
+from longreach.infra.resources import Resources
+from longreach.training import throughput
+from longreach.training.longlora import apply_arm, trainable_parameters
+from longreach.training.loss import TokenLoss
+from longreach.training.model import fresh_llama
+from longreach.training.planner import Machine, Shape, mean_keys, predict
+from longreach.training.recipe import ArmRecipe, AttentionRecipe, LlamaRecipe
 
 RECIPE = LlamaRecipe(hidden=64, layers=3, heads=4, kv_heads=2, context_length=128)
 T, VOCAB = 128, 96
@@ -175,7 +175,7 @@ def test_seconds_add_up_and_say_what_they_go_into():
 
 def test_every_arm_keeps_what_was_predicted_beside_what_it_took(tmp_path):
     todo = job(tmp_path)
-    run_local("training.loop:train", todo)
+    run_local("longreach.training.loop:train", todo)
     facts = read_json(tmp_path / "run/out/training.json")
     assert facts["predicted"]["step_s"] > 0
     assert facts["predicted"]["memory_gib"]["process"] == pytest.approx(facts["machine"]["process_gib"])
@@ -189,10 +189,10 @@ def test_this_machine_is_measured_once_and_not_again_after_a_restart(tmp_path, m
     real = throughput.calibrate
     monkeypatch.setattr(throughput, "calibrate", lambda **asked: measured.append(asked) or real(**asked))
     todo = job(tmp_path)
-    machine = run_local("training.loop:train", todo)["machine"]
+    machine = run_local("longreach.training.loop:train", todo)["machine"]
     again = todo | {"out": str(tmp_path / "again/out"), "work": str(tmp_path / "again/work")}
-    found = run_local("training.loop:train", again | {"earlier": [todo["work"]]})["machine"]
+    found = run_local("longreach.training.loop:train", again | {"earlier": [todo["work"]]})["machine"]
     assert len(measured) == 1
     assert found | {"process_gib": 0} == machine | {"process_gib": 0}
-    run_local("training.loop:train", again | {"resources": {**todo["resources"], "micro_batch_rows": 2}})
+    run_local("longreach.training.loop:train", again | {"resources": {**todo["resources"], "micro_batch_rows": 2}})
     assert len(measured) == 2, "so many tokens at once were never measured"

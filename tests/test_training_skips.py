@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import load_file
 from toy_models import job
 
-from infra.launch import Stopped, run_local
-from infra.tracking import Spool, read_events
-from training.batches import RowOrder
-from training.recipe import OptimRecipe
-from training.skips import Skips
+from longreach.infra.launch import Stopped, run_local
+from longreach.infra.tracking import Spool, read_events
+from longreach.training.batches import RowOrder
+from longreach.training.recipe import OptimRecipe
+from longreach.training.skips import Skips
 
 S2 = {"pattern": "shifted_sparse", "group_tokens": 8}
 OPTIM = {"schedule": "constant", "warmup_steps": 0}
 
 
 def train(todo):
-    return run_local("training.loop:train", todo)
+    return run_local("longreach.training.loop:train", todo)
 
 
 def rows(todo):

@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from training.recipe import CorpusRecipe, SourceRecipe
-from training.tokenizer import train_tokenizer
+from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.tokenizer import train_tokenizer
 
 
 def corpus(folder):

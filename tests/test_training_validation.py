@@ -10,11 +10,11 @@ from ranks import run_spawned
 from toy_models import job, packed_corpus, read_json, tiny_folder
 from transformers import AutoModelForCausalLM
 
-from infra.launch import run_local
-from training import loop
-from training.batches import IGNORED
-from training.recipe import OptimRecipe
-from training.validation import validation_rows
+from longreach.infra.launch import run_local
+from longreach.training import loop
+from longreach.training.batches import IGNORED
+from longreach.training.recipe import OptimRecipe
+from longreach.training.validation import validation_rows
 
 HELD_OUT = ("count3[89]*",)
 
@@ -26,7 +26,7 @@ def corpus(tmp_path):
 
 
 def train(todo):
-    return run_local("training.loop:train", todo)
+    return run_local("longreach.training.loop:train", todo)
 
 
 def rows_of(todo):
@@ -69,7 +69,7 @@ def test_ranks_agree_on_it_and_training_does_not_notice(tmp_path, corpus):
         resources = {"workers": world, "zero_stage": 3}
         optim = {"validate_every_steps": 3, "validation_rows": 3}  # a rank without a row of its own
         todo = job(tmp_path, name=f"on{world}", resources=resources, optim=optim)
-        run_spawned("training.loop:train", todo, world=world, folder=tmp_path / f"on{world}")
+        run_spawned("longreach.training.loop:train", todo, world=world, folder=tmp_path / f"on{world}")
         found[world] = rows_of(todo)
     for a, b, without in zip(found[1], found[2], rows_of(plain), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from ranks import run_spawned
 from toy_models import TINY, VOCAB
 
-from infra.launch import run_local
-from infra.resources import Resources
-from training.longlora import apply_arm
-from training.loss import TokenLoss, causal_lm, count_targets
-from training.model import fresh_llama
-from training.recipe import ArmRecipe, OptimRecipe
-from training.zero import backward, check_nvme, deepspeed_config, skip_shm_build, start_engine, step, whole
+from longreach.infra.launch import run_local
+from longreach.infra.resources import Resources
+from longreach.training.longlora import apply_arm
+from longreach.training.loss import TokenLoss, causal_lm, count_targets
+from longreach.training.model import fresh_llama
+from longreach.training.recipe import ArmRecipe, OptimRecipe
+from longreach.training.zero import backward, check_nvme, deepspeed_config, skip_shm_build, start_engine, step, whole
 
 OPTIM = OptimRecipe(steps=4, global_batch_tokens=4 * 24, learning_rate=3e-3, warmup_steps=0, clip_norm=0.5)
 RATE = 3e-3
@@ -196,12 +196,14 @@ def test_an_arm_that_trains_nothing_is_refused():
 def test_training_does_not_import_torchs_compiler(tmp_path):
     """DeepSpeed's Muon does, at import: 1.4 s of each start of each rank."""
     code = (
-        "import os, sys; from pathlib import Path; from infra.launch import run_local; from toy_models import job;"
-        "run_local('training.loop:train', job(Path(sys.argv[1]))); assert 'TORCHDYNAMO_DISABLE' not in os.environ;"
+        "import os, sys; from pathlib import Path; from toy_models import job;"
+        "from longreach.infra.launch import run_local;"
+        "run_local('longreach.training.loop:train', job(Path(sys.argv[1])));"
+        "assert 'TORCHDYNAMO_DISABLE' not in os.environ;"
         "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules, 'then skip_muon_compilation may go';"
         "print('torch._inductor.compile_fx' in sys.modules)"
     )
     tests = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    env = os.environ | {"PYTHONPATH": str(tests)}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, check=True)
     assert done.stdout.split()[-1] == b"False"

@@ -7,10 +7,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from infra.resources import Resources
-from training.model import fresh_llama
-from training.packed import pack_corpus
-from training.recipe import CorpusRecipe, LlamaRecipe, OptimRecipe, PackRecipe, RopeRecipe, SourceRecipe, TrainJob
+from longreach.infra.resources import Resources
+from longreach.training.model import fresh_llama
+from longreach.training.packed import pack_corpus
+from longreach.training.recipe import (
+    CorpusRecipe,
+    LlamaRecipe,
+    OptimRecipe,
+    PackRecipe,
+    RopeRecipe,
+    SourceRecipe,
+    TrainJob,
+)
 
 VOCAB = 64
 TINY = LlamaRecipe(hidden=32, layers=2, heads=4, kv_heads=2, context_length=64)

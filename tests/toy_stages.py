@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from infra.choices import Choices
+from longreach.infra.choices import Choices
 
 
 class ToyRecipe(Choices):

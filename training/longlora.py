@@ -19,8 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from training.loss import causal_lm
-from training.recipe import ArmRecipe
+from longreach.training.loss import causal_lm
+from longreach.training.recipe import ArmRecipe
 
 
 def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:

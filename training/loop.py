@@ -22,25 +22,25 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from attention import PATTERNS
-from attention.hf import active_pattern, set_pattern
-from attention.pattern import Pattern
-from attention.sink_mass import sink_mass
-from attention.ulysses import ALONE, SequenceRanks, part_of, sequence_ranks
-from infra import relay
-from infra.artifact import digest_of
-from infra.environment import system_metrics
-from infra.launch import OutOfMemory, Stopped, Superseded
-from infra.tracking import read_events
-from training import checkpoint, throughput, zero
-from training.batches import PackedRows, RowOrder
-from training.longlora import apply_arm, trainable_parameters
-from training.loss import TokenLoss, causal_lm, count_targets
-from training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
-from training.planner import Shape, predict
-from training.recipe import OptimRecipe, TrainJob
-from training.skips import Skips
-from training.validation import validation_loss, validation_rows
+from longreach.attention import PATTERNS
+from longreach.attention.hf import active_pattern, set_pattern
+from longreach.attention.pattern import Pattern
+from longreach.attention.sink_mass import sink_mass
+from longreach.attention.ulysses import ALONE, SequenceRanks, part_of, sequence_ranks
+from longreach.infra import relay
+from longreach.infra.artifact import digest_of
+from longreach.infra.environment import system_metrics
+from longreach.infra.launch import OutOfMemory, Stopped, Superseded
+from longreach.infra.tracking import read_events
+from longreach.training import checkpoint, throughput, zero
+from longreach.training.batches import PackedRows, RowOrder
+from longreach.training.longlora import apply_arm, trainable_parameters
+from longreach.training.loss import TokenLoss, causal_lm, count_targets
+from longreach.training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
+from longreach.training.planner import Shape, predict
+from longreach.training.recipe import OptimRecipe, TrainJob
+from longreach.training.skips import Skips
+from longreach.training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
 """Share of the parameters from which it is said that an arm trains its embeddings."""

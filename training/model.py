@@ -3,7 +3,7 @@
 `rope_parameters` belongs in the config from the start: the rotary module computes its frequencies once, when it is
 built, so a config changed afterwards would say one thing and the model do another.
 
-    python -c "from training.model import describe; print(describe('base'))"
+    python -c "from longreach.training.model import describe; print(describe('base'))"
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from attention.rope import stretched_config
-from training.recipe import LlamaRecipe, RopeRecipe
+from longreach.attention.rope import stretched_config
+from longreach.training.recipe import LlamaRecipe, RopeRecipe
 
 
 def load_model(

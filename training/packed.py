@@ -22,11 +22,11 @@ import pyarrow as pa
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from training.corpus import BadLine, Document, check_patterns, read_documents, source_digest, split_of
-from training.packing import METHODS, Rows
-from training.recipe import CorpusRecipe, PackRecipe
-from training.sink import with_sink_token
-from training.tokens import BATCH_CHARS, Encoder, encode_all
+from longreach.training.corpus import BadLine, Document, check_patterns, read_documents, source_digest, split_of
+from longreach.training.packing import METHODS, Rows
+from longreach.training.recipe import CorpusRecipe, PackRecipe
+from longreach.training.sink import with_sink_token
+from longreach.training.tokens import BATCH_CHARS, Encoder, encode_all
 
 SHARD_BYTES = 256 << 20
 WRITE_BYTES = 8 << 20

@@ -5,7 +5,8 @@ best_fit puts whole documents together with least waste: longest first, each int
 split and only its remainder is fitted; no token is dropped. position_ids restart at each document, which is what
 isolates them. concat joins documents and cuts every seq_len tokens, with one range of positions a row: LongLoRA's data.
 
-    python -c "from training.packing import best_fit; print(best_fit([5, 3, 6, 2], 8))"      # [1 1 0 0]: 6 + 2, 5 + 3
+    from longreach.training.packing import best_fit
+    print(best_fit([5, 3, 6, 2], 8))      # [1 1 0 0]: 6 + 2, 5 + 3
 
 Legend: D documents, S segments (pieces of documents), R rows, T tokens of a row.
 """

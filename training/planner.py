@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.resources import Resources
-from training.recipe import ArmRecipe, AttentionRecipe
+from longreach.infra.resources import Resources
+from longreach.training.recipe import ArmRecipe, AttentionRecipe
 
 GIB = 2**30
 CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")

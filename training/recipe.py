@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from infra.choices import Choices, PathOrUrl
-from infra.resources import Resources
-from infra.share import Share
+from longreach.infra.choices import Choices, PathOrUrl
+from longreach.infra.resources import Resources
+from longreach.infra.share import Share
 
 Sink = Literal["none", "zero", "token", "logit"]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from statistics import median
 
-from training.recipe import OptimRecipe
+from longreach.training.recipe import OptimRecipe
 
 RECENT, ENOUGH = 20, 5
 """How many losses the median is over, and how few say nothing yet."""

@@ -2,7 +2,8 @@
 
 Ratios depend on width and length, so a speed is only worth something beside both.
 
-    python -c "from training.throughput import Clock; c = Clock(); sum(range(10**7)); c.lap('sum'); print(c.laps)"
+    from longreach.training.throughput import Clock
+    clock = Clock(); sum(range(10**7)); clock.lap("sum"); print(clock.laps)
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from training.planner import GIB, PASSES, Machine, Shape, outputs
-from training.recipe import ArmRecipe
+from longreach.training.planner import GIB, PASSES, Machine, Shape, outputs
+from longreach.training.recipe import ArmRecipe
 
 FRESH = 4
 """Layers whose elementwise results live at once while bandwidth is measured: no cache holds them."""

@@ -12,8 +12,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.corpus import Document, read_documents, split_of
-from training.recipe import CorpusRecipe
+from longreach.training.corpus import Document, read_documents, split_of
+from longreach.training.recipe import CorpusRecipe
 
 EOS = "<|endoftext|>"
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.batches import IGNORED
-from training.loss import count_targets
+from longreach.training.batches import IGNORED
+from longreach.training.loss import count_targets
 
 
 def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:

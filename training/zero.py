@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from infra.resources import Resources
-from training.recipe import OptimRecipe
+from longreach.infra.resources import Resources
+from longreach.training.recipe import OptimRecipe
 
 
 def deepspeed_config(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifact import Lease, LeaseHeld, Store
+from longreach.infra.artifact import Lease, LeaseHeld, Store
 
 DAY = 86_400
 

@@ -16,9 +16,9 @@ import pytest
 from test_training_loop import at_step, train
 from toy_models import job
 
-from infra.artifact import Lease, Store
-from infra.launch import FINAL_ERRORS
-from training.checkpoint import problem
+from longreach.infra.artifact import Lease, Store
+from longreach.infra.launch import FINAL_ERRORS
+from longreach.training.checkpoint import problem
 
 NOBODY = 65534
 RECORD = {"summary": {}, "inputs": {}, "recipe": {}}

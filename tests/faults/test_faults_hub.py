@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ASK = "import sys; from training.convert import convert; convert('hub:nobody/nothing', sys.argv[1])"
+ASK = "import sys; from longreach.training.convert import convert; convert('hub:nobody/nothing', sys.argv[1])"
 
 
 WITHIN_S = 45

@@ -9,11 +9,11 @@ import fsspec
 import pytest
 from toy_models import tiny_tokenizer
 
-from infra.artifact import CorruptArtifact, Store
-from infra.share import Share
-from pipelines.recipe import RecipeError, load
-from training.packed import pack_corpus
-from training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.infra.artifact import CorruptArtifact, Store
+from longreach.infra.share import Share
+from longreach.pipelines.recipe import RecipeError, load
+from longreach.training.packed import pack_corpus
+from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 RECORD = {"summary": {}, "inputs": {}, "recipe": {}}
 OUTSIDE = ["../up", "/etc/up", "..", "a/b", "a\\b", ".hidden", "up\n", "ü"]

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from ranks import run_spawned
 
-from training.checkpoint import acts_for_disk
+from longreach.training.checkpoint import acts_for_disk
 
 
 def act(job: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from test_training_checkpoint import crash, train  # noqa: F401 (crash is a fixt
 from toy_models import job, tiny_folder
 from transformers import AutoModelForCausalLM
 
-from training.convert import convert
+from longreach.training.convert import convert
 
 
 class Trap:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import s3fs
 
-from infra.artifact import Lease, LeaseHeld, Store
+from longreach.infra.artifact import Lease, LeaseHeld, Store
 
 RECORD = {"summary": {}, "inputs": {}, "recipe": {}}
 ERROR = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
