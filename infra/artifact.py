@@ -21,19 +21,16 @@ import contextlib
 import json
 import os
 import shutil
-import sys
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
-import xxhash
+
+from longreach.infra.files import digest_of, draft_of, file_digest
 
 MANIFEST = "artifact.json"
 
@@ -48,14 +45,6 @@ class AlreadyPublished(Exception):
 
 class CorruptArtifact(Exception):
     """A published artifact does not match its manifest."""
-
-
-class LeaseHeld(Exception):
-    """Another live run holds the lease; `holder` names it."""
-
-    def __init__(self, name: str, holder: str) -> None:
-        super().__init__(f"{name!r} is being run by {holder}")
-        self.holder = holder
 
 
 @dataclass(frozen=True)
@@ -103,42 +92,6 @@ class Attempt:
     def superseded_file(self) -> Path:
         """Exists once a newer attempt took over: a writer that sees it stops."""
         return self.folder.with_name(self.id + ".superseded")
-
-
-def file_digest(path: Path) -> str:
-    """xxh3-128 of a local file, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(min(1 << 22, os.fstat(file.fileno()).st_size or 1)))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """One more name for a published file, which nobody writes again; a copy where the file system has no links."""
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def canonical(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces.
-
-    Raises:
-        ValueError: for anything whose JSON is not unique (NaN, sets, objects): it cannot be part of an identity.
-    """
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot be serialised deterministically: {error}") from error
-
-
-def digest_of(value: Any) -> str:
-    """xxh3-128 of a value's canonical JSON."""
-    return xxhash.xxh3_128(canonical(value).encode()).hexdigest()
 
 
 class Store:
@@ -271,9 +224,8 @@ class Store:
         for entry in files:
             path = artifact.path / entry["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-            self.fs.get_file(f"{self._remote_out(artifact)}/{entry['path']}", str(part))
-            part.replace(path)
+            with draft_of(path) as draft:
+                self.fs.get_file(f"{self._remote_out(artifact)}/{entry['path']}", str(draft))
 
     def fetch(self, stage: str, fingerprint: str) -> Artifact:
         """The artifact, every byte verified, its files local.
@@ -344,7 +296,7 @@ class Store:
         if not self.local:
             self.fs.put(str(attempt.out) + "/", f"{folder}/attempts/{attempt.id}/out/", recursive=True)
         try:
-            self._create(f"{folder}/{MANIFEST}", body)
+            self.create(f"{folder}/{MANIFEST}", body)
         except FileExistsError:
             if not self._refuse_if_published(attempt):
                 raise
@@ -409,7 +361,7 @@ class Store:
         """Unpublish (`run --force`): the stage runs again and publishes anew."""
         self.fs.rm(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
 
-    def _create(self, path: str, body: bytes) -> None:
+    def create(self, path: str, body: bytes) -> None:
         """Create a file whole and only if it does not exist.
 
         Raises:
@@ -420,157 +372,13 @@ class Store:
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.draft")
         try:
-            with draft.open("wb") as file:
+            # Unlike a rename, a link fails if the target exists.
+            with draft_of(target, publish=os.link) as draft, draft.open("wb") as file:
                 file.write(body)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(draft, target)  # fails if target exists, and never shows half a file
         except OSError as error:
             if error.filename:
                 raise
-            raise OSError(error.errno, error.strerror, str(draft)) from error  # a full disk's error names no file
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def process_mark(pid: int) -> list[str] | None:
-    """Names a process for ever: the machine's boot, its namespace, its number there, and when it started, in the
-    kernel's own ticks. None if it has ended, or where the kernel does not say (Linux does)."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        state, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
-        return None if state == "Z" else [boot, os.readlink("/proc/self/ns/pid"), str(pid), ticks]
-    except OSError:
-        return None
-
-
-def is_gone(mark: list[str] | None) -> bool:
-    """Whether a process is known to have ended; those of other machines and containers are not known."""
-    own = process_mark(os.getpid())
-    return mark is not None and own is not None and mark[:2] == own[:2] and process_mark(int(mark[2])) != mark
-
-
-@dataclass
-class Lease:
-    """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever compared.
-
-    A lease is a numbered generation, created exclusively. A waiter takes the next number once the holder released
-    its own, once the counter has stood still for `patience_beats` beats of the waiter's own time, or at once where
-    both run on one machine and the holder's process is gone. A holder that was only slow sees the higher number and
-    knows that it has lost (`lost` is set).
-    """
-
-    store: Store
-    name: str
-    holder: str
-    beat_s: float = 2.0
-    patience_beats: int = 4
-    lost: threading.Event = field(default_factory=threading.Event)
-    _generation: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    @cached_property
-    def _folder(self) -> str:
-        return f"{self.store.base}/leases/{self.name}"
-
-    def acquire(self, *, wait: bool) -> Lease:
-        """Returns self once held.
-
-        Raises:
-            LeaseHeld: somebody alive holds it and `wait` is False.
-        """
-        while True:
-            newest = self._newest()
-            if newest == 0 or self._exists(newest, "released") or not self._alive(newest, wait):
-                try:
-                    about = {"holder": self.holder, "process": process_mark(os.getpid())}
-                    self.store._create(self._path(newest + 1, "json"), canonical(about).encode())
-                except FileExistsError:
-                    continue  # somebody was faster: look again
-                self._generation = newest + 1
-                self._beat(0)
-                self._sweep()
-                threading.Thread(target=self._heartbeat, daemon=True, name=f"lease {self.name}").start()
-                return self
-
-    def release(self) -> None:
-        """Let the next one in at once."""
-        self._stop.set()
-        if not self.lost.is_set():
-            self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
-
-    def current_holder(self) -> str | None:
-        """Who holds it, as far as is known: who died holding it on another machine still does. None after a release."""
-        newest = self._newest()
-        if newest == 0 or self._exists(newest, "released"):
-            return None
-        about = self._about(newest)
-        return None if is_gone(about.get("process")) else about["holder"]
-
-    def _alive(self, generation: int, wait: bool) -> bool:
-        """Watch the counter: False as soon as it may be taken over; True where a newer one took its place meanwhile.
-
-        Raises:
-            LeaseHeld: the counter moved and `wait` is False.
-        """
-        try:
-            about = self._about(generation)
-        except FileNotFoundError:  # swept away by the next holder
-            return True
-        if is_gone(about.get("process")):
-            return False
-        seen, still = self._counter(generation), 0
-        while still < self.patience_beats:
-            time.sleep(self.beat_s)
-            if self._exists(generation, "released"):
-                return False
-            if (now := self._counter(generation)) == seen:
-                still += 1
-                continue
-            if not wait:
-                raise LeaseHeld(self.name, about["holder"])
-            seen, still = now, 0
-        return False
-
-    def _path(self, generation: int, suffix: str) -> str:
-        return f"{self._folder}/{generation:08d}.{suffix}"
-
-    def _exists(self, generation: int, suffix: str) -> bool:
-        self.store.fs.invalidate_cache()
-        return self.store.fs.exists(self._path(generation, suffix))
-
-    def _newest(self) -> int:
-        self.store.fs.invalidate_cache()
-        return max((int(Path(p).name.split(".")[0]) for p in self.store.fs.glob(f"{self._folder}/*.json")), default=0)
-
-    def _counter(self, generation: int) -> bytes:
-        try:
-            return self.store.fs.cat_file(self._path(generation, "beat"))
-        except FileNotFoundError:
-            return b""
-
-    def _about(self, generation: int) -> dict[str, Any]:
-        return json.loads(self.store.fs.cat_file(self._path(generation, "json")))
-
-    def _beat(self, counter: int) -> None:
-        self.store.fs.pipe_file(self._path(self._generation, "beat"), str(counter).encode())
-
-    def _heartbeat(self) -> None:
-        counter = 0
-        while not self._stop.wait(self.beat_s):
-            counter += 1
-            try:
-                if self._newest() > self._generation:
-                    self.lost.set()
-                    return
-                self._beat(counter)
-            except Exception as error:  # noqa: BLE001 (whatever the store raises while it is away: if it lasts, somebody takes over)
-                print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
-
-    def _sweep(self) -> None:
-        """Forget the generations before this one."""
-        for path in self.store.fs.glob(f"{self._folder}/*"):
-            if int(Path(path).name.split(".")[0]) < self._generation:
-                self.store.fs.rm(path)
+            raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk's error names no file

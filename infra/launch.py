@@ -27,26 +27,10 @@ from typing import Any
 import fsspec
 import pyarrow.fs
 
+from longreach.infra.errors import DiskFull, OutOfMemory, Stopped, Superseded
 from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
-
-
-class Superseded(Exception):
-    """A newer attempt took over this one's work."""
-
-
-class Stopped(Exception):
-    """Training wrote a checkpoint and stopped, because it was asked to."""
-
-
-class OutOfMemory(Exception):
-    """A rank needed more memory than there is; trying again would only need it again."""
-
-
-class DiskFull(Exception):
-    """There is no room for a checkpoint; trying again would only need it again."""
-
 
 FINAL_ERRORS: dict[str, type[Exception]] = {
     e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped, OutOfMemory, DiskFull)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from longreach.infra.artifact import link_or_copy
+from longreach.infra.files import link_or_copy
 
 RUN_TAG = "longreach.run"
 CHAMPION, PREVIOUS = "champion", "previous"

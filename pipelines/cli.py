@@ -145,7 +145,7 @@ def _run(
     notify: str | None = None,
 ) -> None:  # fmt: skip
     """Runs it and says how it went, on stderr; the report's path alone goes to stdout."""
-    from longreach.infra.artifact import LeaseHeld
+    from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url
     from longreach.pipelines import runner
     from longreach.pipelines.display import Display, duration

@@ -15,7 +15,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from longreach.evaluation.scores import EFFECTIVE, EvalScores, effective_length
-from longreach.infra.artifact import Artifact, link_or_copy
+from longreach.infra.artifact import Artifact
+from longreach.infra.files import link_or_copy
 from longreach.infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
 from longreach.pipelines.graph import ReleaseRecipe
 from longreach.pipelines.report_findings import about_arm

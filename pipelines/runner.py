@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from longreach.infra import relay
-from longreach.infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Lease, LeaseHeld, Store
+from longreach.infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Store
 from longreach.infra.environment import git_commit, versions
+from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
 from longreach.infra.registry import check_login, sqlite_path, tracking_uri

@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from longreach.infra.artifact import Attempt, digest_of
+from longreach.infra.artifact import Attempt
 from longreach.infra.choices import Choices
+from longreach.infra.files import digest_of
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
 from longreach.infra.tracking import Spool

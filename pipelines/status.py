@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longreach.infra.artifact import Lease, Store
+from longreach.infra.artifact import Store
+from longreach.infra.lease import Lease
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,14 @@
-"""Artifacts and leases: on a local folder and on an S3 server (moto), the same promises."""
+"""Artifacts: on a local folder and on an S3 server (moto), the same promises."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import s3fs
 
-from longreach.infra.artifact import (
-    AlreadyPublished,
-    CorruptArtifact,
-    Lease,
-    LeaseHeld,
-    Store,
-    digest_of,
-    file_digest,
-    is_gone,
-    process_mark,
-)
+from longreach.infra.artifact import AlreadyPublished, CorruptArtifact, Store
+from longreach.infra.files import digest_of, file_digest
 
 RECORD = {"summary": {"rows": 3}, "inputs": {}, "recipe": {}}
 
@@ -180,90 +167,3 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path):
     (tmp_path / "pack/f8/artifact.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
     with pytest.raises(CorruptArtifact, match="leaves its folder"):
         store.find("pack", "f8")
-
-
-def test_a_second_run_is_refused_while_the_first_lives_and_let_in_after_release(store: Store):
-    first = Lease(store, "quickstart", "alice:1", beat_s=0.1).acquire(wait=False)
-    with pytest.raises(LeaseHeld, match="alice:1"):
-        Lease(store, "quickstart", "bob:2", beat_s=0.1, patience_beats=8).acquire(wait=False)
-    first.release()
-    second = Lease(store, "quickstart", "bob:2", beat_s=0.1).acquire(wait=False)
-    assert second.current_holder() == "bob:2"
-    second.release()
-    assert second.current_holder() is None
-
-
-def test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost(store: Store):
-    slow = Lease(store, "quickstart", "slow:1", beat_s=0.1)
-    slow.acquire(wait=False)
-    slow._stop.set()  # its heartbeat stands still, as after kill -9 or a long pause
-    taker = Lease(store, "quickstart", "taker:2", beat_s=0.1).acquire(wait=False)
-    slow._stop.clear()
-    slow._heartbeat()
-    assert slow.lost.is_set()
-    assert taker.current_holder() == "taker:2"
-    taker.release()
-
-
-def test_a_holder_whose_process_is_gone_is_replaced_at_once(tmp_path: Path):
-    code = (
-        "import os, sys; from longreach.infra.artifact import Lease, Store;"
-        "Lease(Store(sys.argv[1]), 'w', 'dead:1').acquire(wait=False); os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=False)
-    taker = Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=60)
-    assert [p.suffix for p in (tmp_path / "leases/w").glob("*1.*")] != [".released"]
-    assert taker.current_holder() is None
-    started = time.monotonic()
-    taker.acquire(wait=False).release()
-    assert time.monotonic() - started < 30
-
-
-def test_a_generation_that_the_next_holder_swept_away_is_looked_at_again(tmp_path: Path, monkeypatch):
-    store = Store(str(tmp_path))
-    first = Lease(store, "w", "first:1", beat_s=0.1).acquire(wait=False)
-    late, seen = Lease(store, "w", "late:3", beat_s=0.1, patience_beats=20), [first._generation]
-    first.release()
-    second = Lease(store, "w", "second:2", beat_s=0.1).acquire(wait=False)
-    real = late._newest
-    monkeypatch.setattr(late, "_newest", lambda: seen.pop() if seen else real())
-    with pytest.raises(LeaseHeld, match="second:2"):
-        late.acquire(wait=False)
-    second.release()
-
-
-def test_only_a_process_of_this_machine_is_known_to_be_gone():
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mark = process_mark(child.pid)
-    assert mark is not None
-    assert not is_gone(mark)
-    child.communicate(b"\n")
-    assert is_gone(mark)
-    assert not is_gone(["another boot", *mark[1:]])
-    assert not is_gone([mark[0], "pid:[1]", *mark[2:]])
-    assert not is_gone(None)
-    own = process_mark(os.getpid())
-    assert is_gone([*own[:3], "1"]), "its number went to another process"
-
-
-def test_of_two_runs_started_together_one_waits_for_the_other(tmp_path: Path):
-    store, inside, overlaps = Store(str(tmp_path)), [], []
-
-    def run(name: str) -> None:
-        lease = Lease(store, "weekly", name, beat_s=0.05, patience_beats=40).acquire(wait=True)
-        overlaps.append(len(inside))
-        inside.append(name)
-        threading.Event().wait(0.2)
-        inside.remove(name)
-        lease.release()
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in ("a", "b", "c")]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert overlaps == [0, 0, 0]
-
-
-@pytest.mark.parametrize("value", [float("nan"), {1, 2}, object()])
-def test_values_without_one_serialisation_are_refused_as_identity(value):
-    with pytest.raises(ValueError, match="deterministically"):
-        digest_of({"a": value})

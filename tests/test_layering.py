@@ -16,7 +16,8 @@ MAY_IMPORT = {
 }
 SLOW = {"torch", "transformers", "ray", "mlflow", "deepspeed", "peft", "datasets", "pandas", "matplotlib"}
 QUICK = [
-    "infra/choices.py", "infra/resources.py", "infra/artifact.py", "infra/cluster.py", "infra/tracking.py",
+    "infra/choices.py", "infra/resources.py", "infra/artifact.py",
+    "infra/errors.py", "infra/files.py", "infra/lease.py", "infra/cluster.py", "infra/tracking.py",
     "infra/environment.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",
     "infra/polling.py", "infra/schedule.py", "infra/kubernetes.py", "infra/mirror.py", "training/recipe.py",
     "training/convert.py", "training/corpus.py", "evaluation/__init__.py", "evaluation/recipe.py",

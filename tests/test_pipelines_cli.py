@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from longreach import pipelines
-from longreach.infra.artifact import Lease, LeaseHeld, Store
+from longreach.infra.artifact import Store
 from longreach.infra.environment import Check
+from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.pipelines.cli import main
 from longreach.pipelines.recipe import load, names

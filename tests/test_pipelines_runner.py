@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from toy_stages import ToyRecipe, calls
 
-from longreach.infra.artifact import LeaseHeld
+from longreach.infra.lease import LeaseHeld
 from longreach.infra.tracking import read_events
 from longreach.pipelines import runner
 from longreach.pipelines.display import Display

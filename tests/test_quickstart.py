@@ -21,7 +21,8 @@ import pytest
 import yaml
 from toy_models import VOCAB, tiny_folder
 
-from longreach.infra.artifact import Lease, Store
+from longreach.infra.artifact import Store
+from longreach.infra.lease import Lease
 
 pytestmark = pytest.mark.slow
 

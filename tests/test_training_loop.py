@@ -10,7 +10,8 @@ from ranks import run_spawned
 from toy_models import VOCAB, job, packed_corpus, read_json, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
-from longreach.infra.launch import OutOfMemory, Superseded, run_local
+from longreach.infra.errors import OutOfMemory, Superseded
+from longreach.infra.launch import run_local
 from longreach.infra.tracking import Spool, read_events
 from longreach.training import loop
 from longreach.training.batches import PackedRows, RowOrder

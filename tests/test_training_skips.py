@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from toy_models import job
 
-from longreach.infra.launch import Stopped, run_local
+from longreach.infra.errors import Stopped
+from longreach.infra.launch import run_local
 from longreach.infra.tracking import Spool, read_events
 from longreach.training.batches import RowOrder
 from longreach.training.recipe import OptimRecipe

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from longreach.infra.artifact import file_digest
-from longreach.infra.launch import DiskFull
+from longreach.infra.errors import DiskFull
+from longreach.infra.files import file_digest
 from longreach.infra.share import Share
 from longreach.training.loss import causal_lm
 from longreach.training.model import load_model

@@ -28,9 +28,9 @@ from longreach.attention.pattern import Pattern
 from longreach.attention.sink_mass import sink_mass
 from longreach.attention.ulysses import ALONE, SequenceRanks, part_of, sequence_ranks
 from longreach.infra import relay
-from longreach.infra.artifact import digest_of
 from longreach.infra.environment import system_metrics
-from longreach.infra.launch import OutOfMemory, Stopped, Superseded
+from longreach.infra.errors import OutOfMemory, Stopped, Superseded
+from longreach.infra.files import digest_of
 from longreach.infra.tracking import read_events
 from longreach.training import checkpoint, throughput, zero
 from longreach.training.batches import PackedRows, RowOrder

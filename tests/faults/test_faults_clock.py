@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from longreach.infra.artifact import Lease, LeaseHeld, Store
+from longreach.infra.artifact import Store
+from longreach.infra.lease import Lease, LeaseHeld
 
 DAY = 86_400
 

@@ -16,8 +16,9 @@ import pytest
 from test_training_loop import at_step, train
 from toy_models import job
 
-from longreach.infra.artifact import Lease, Store
+from longreach.infra.artifact import Store
 from longreach.infra.launch import FINAL_ERRORS
+from longreach.infra.lease import Lease
 from longreach.training.checkpoint import problem
 
 NOBODY = 65534

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 import s3fs
 
-from longreach.infra.artifact import Lease, LeaseHeld, Store
+from longreach.infra.artifact import Store
+from longreach.infra.lease import Lease, LeaseHeld
 
 RECORD = {"summary": {}, "inputs": {}, "recipe": {}}
 ERROR = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"

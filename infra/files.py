@@ -1,0 +1,103 @@
+"""Files that are written whole or not at all, and digests that name content.
+
+A reader never sees half a file: it is written under a temporary name in the same folder and then renamed, which every
+file system does in one step.
+
+    write_whole(Path("state.json"), "{}")
+    with draft_of(Path("corpus.txt")) as draft: download(url, draft)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+
+BLOCK_BYTES = 1 << 22
+
+
+class Digest(Protocol):
+    """A running hash: one of xxhash's or hashlib's."""
+
+    def update(self, data: Any, /) -> None:
+        """Add bytes to what is hashed."""
+
+
+@contextlib.contextmanager
+def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
+    """Give the block a temporary path beside `target`, and publish it under that name once the block has ended well.
+
+    Args:
+        publish: takes the draft and the target. `os.replace` overwrites; `os.link` raises FileExistsError instead.
+    """
+    draft = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.draft")
+    try:
+        yield draft
+        publish(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write a text file (UTF-8) so that nobody ever reads a part of it; a file of that name is replaced."""
+    with draft_of(target) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a published file, which nobody writes again, one more name; copy it where the disk has no hard links."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def add_file(digest: Digest, path: Path) -> None:
+    """Add a file's bytes to a running digest, a block at a time."""
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(BLOCK_BYTES, os.fstat(file.fileno()).st_size or 1)))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+
+
+def file_digest(path: Path) -> str:
+    """Return the xxh3-128 of a file as 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    add_file(digest, path)
+    return digest.hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces.
+
+    Raises:
+        ValueError: the value's JSON is not unique (NaN, sets, objects), so it cannot be part of an identity.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot be serialised deterministically: {error}") from error
+
+
+def digest_of(value: Any) -> str:
+    """Return the xxh3-128 of a value's canonical JSON."""
+    return xxhash.xxh3_128(canonical(value).encode()).hexdigest()
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one level of dotted names: `{"optim": {"steps": 8}}` -> `{"optim.steps": 8}`."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
