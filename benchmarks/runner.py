@@ -28,7 +28,7 @@ from longreach.infra.choices import Choices
 from longreach.infra.cluster import connected
 from longreach.pipelines import runner
 from longreach.pipelines.display import Display
-from longreach.pipelines.recipe import load
+from longreach.pipelines.reader import load
 from longreach.pipelines.stage import STAGES, Stage, StageKind
 
 CHAIN = 4

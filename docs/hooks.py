@@ -25,7 +25,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from longreach.pipelines.recipe import RECIPES, Recipe
+from longreach.pipelines.reader import RECIPES
+from longreach.pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np

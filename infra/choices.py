@@ -4,6 +4,8 @@ A section is identity: its JSON goes into the stage's fingerprint (pipelines/sta
 one JSON form is not allowed in one.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -24,3 +26,21 @@ def _without_password(place: str) -> str:
 
 PathOrUrl = Annotated[str, AfterValidator(_without_password)]
 """A path or an fsspec URL."""
+
+
+Location = tuple[str | int, ...]
+"""Where a value stands in nested choices: ("corpus", "sources", 0)."""
+
+
+def dotted(location: Location) -> str:
+    """Write a location as users do: ("corpus", "sources", 0) -> "corpus.sources.0"."""
+    return ".".join(str(part) for part in location)
+
+
+def nearest(word: str, known: Iterable[str], introduction: str) -> str:
+    """Return the end of a message about an unknown word: the closest known word, or else all."""
+    words = list(known)
+    close = difflib.get_close_matches(word, words, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; {introduction}: {', '.join(words) or 'none'}"

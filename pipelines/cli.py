@@ -25,7 +25,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from longreach.infra.artifact import Store
-    from longreach.pipelines.recipe import Loaded, Recipe
+    from longreach.pipelines.reader import Loaded
+    from longreach.pipelines.recipe import Recipe
     from longreach.pipelines.runner import PlanRow
 
 BAD_INPUT, REFUSED, LEASE_HELD = 2, 3, 75
@@ -101,7 +102,7 @@ def run(
     notify: Notify = None,
 ) -> None:
     """Run a recipe: reuse what is published, resume what is half done, print the report's path."""
-    from longreach.pipelines.recipe import load
+    from longreach.pipelines.reader import load
 
     _run(
         load(recipe, overrides), recipe, force=tuple(force or ()), address=address, wait=wait, quiet=quiet,
@@ -134,7 +135,7 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and failures only.")] = False,
 ) -> None:
     """Measure what any model can really use of a long context; print the report's path."""
-    from longreach.pipelines.recipe import standalone
+    from longreach.pipelines.reader import standalone
 
     loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
     _run(loaded, suite, address=address, quiet=quiet)
@@ -214,7 +215,7 @@ def rollback(
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Say what `run` would do and why, without doing it."""
-    from longreach.pipelines.recipe import load
+    from longreach.pipelines.reader import load
 
     loaded = load(recipe, overrides)
     _show_plan(loaded)
@@ -398,7 +399,7 @@ def schedule(
     from longreach.infra.jobs import whereabouts
     from longreach.infra.kubernetes import Place
     from longreach.infra.schedule import Job, Schedule, render
-    from longreach.pipelines.recipe import load
+    from longreach.pipelines.reader import load
 
     loaded, timing = load(recipe, overrides), Schedule.parse(cron, tz, max_start_delay)
     if run_now:
@@ -472,7 +473,7 @@ def submit(
     from dataclasses import asdict
 
     from longreach.infra import jobs, kubernetes
-    from longreach.pipelines.recipe import load
+    from longreach.pipelines.reader import load
 
     loaded = load(recipe, overrides)
     if to not in (None, "k8s"):
@@ -649,7 +650,8 @@ def init(
     source: Annotated[str, typer.Option("--from", metavar="RECIPE", help="The recipe to copy.")] = "quickstart",
 ) -> None:
     """Copy a recipe, comments and all, to edit."""
-    from longreach.pipelines.recipe import SAFE_NAME, load
+    from longreach.pipelines.reader import load
+    from longreach.pipelines.recipe import SAFE_NAME
 
     if not SAFE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} names files: use lower-case letters, digits and . _ + - only")
@@ -670,7 +672,9 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Print every value of a recipe, defaults included, and where it comes from."""
-    from longreach.pipelines.recipe import dotted, load, values
+    from longreach.infra.choices import dotted
+    from longreach.pipelines.reader import load
+    from longreach.pipelines.recipe import values
 
     loaded = load(recipe, overrides)
     found = {dotted(location): value for location, value in values(loaded.recipe)}
@@ -701,7 +705,7 @@ def _store_and_fingerprints(
 
     if recipe is None:
         return Store(root).checked(), None
-    from longreach.pipelines.recipe import load
+    from longreach.pipelines.reader import load
 
     loaded = load(recipe, overrides)
     from longreach.pipelines import runner
@@ -722,7 +726,7 @@ def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) ->
 
     if recipe is None:
         return tracking_uri(None, workdir), workdir
-    from longreach.pipelines.recipe import load
+    from longreach.pipelines.reader import load
 
     chosen = load(recipe, overrides).recipe
     return tracking_uri(chosen.tracking.uri, chosen.store.workdir), Path(chosen.store.workdir)
@@ -735,7 +739,7 @@ def _models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tupl
 
         yield target, load_model(target)[0], 64
         return
-    from longreach.pipelines.recipe import load
+    from longreach.pipelines.reader import load
 
     chosen = load(target, overrides).recipe
     from longreach.attention import PATTERNS

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra.artifact import MANIFEST, Artifact, Store
-from longreach.pipelines.recipe import PriceRecipe, load
-from longreach.pipelines.recipe import names as recipe_names
+from longreach.pipelines.reader import load
+from longreach.pipelines.reader import names as recipe_names
+from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report import write_page
 from longreach.pipelines.report_findings import Found, Model, finite, gather, show_ppl
 from longreach.pipelines.report_page import Section, Table

@@ -23,7 +23,8 @@ from pydantic import Field, SerializeAsAny
 from longreach.evaluation.recipe import EvalRecipe
 from longreach.infra import registry
 from longreach.infra.choices import Choices
-from longreach.pipelines.recipe import PriceRecipe, PromoteRecipe, Recipe
+from longreach.pipelines.gate import PromoteStageRecipe, lengths_of
+from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.stage import Stage
 from longreach.training.convert import source_digest as model_digest
 from longreach.training.corpus import source_digest as corpus_digest
@@ -72,17 +73,6 @@ class ReleaseRecipe(Choices):
     """The arm's name."""
     register_as: str = ""
     """MLflow's registered model; empty where the gate registers it."""
-
-
-class PromoteStageRecipe(Choices):
-    """One decision of the gate."""
-
-    rules: PromoteRecipe
-    """The recipe's section."""
-    champion: str | None
-    """The version that the challenger is measured against; None: there is none yet."""
-    lengths: tuple[int, ...]
-    """At which perplexity was measured."""
 
 
 class ReportRecipe(Choices):
@@ -214,8 +204,9 @@ def _gate(
         )
         inputs["champion_perplexity"] = scored
         new.append(scored)
-    lengths = tuple(getattr(asked.get("perplexity"), "lengths", ()))
-    decision = PromoteStageRecipe(rules=gate, champion=champion and str(champion.version), lengths=lengths)
+    decision = PromoteStageRecipe(
+        rules=gate, champion=champion and str(champion.version), lengths=lengths_of(recipe, "perplexity")
+    )
     return [*new, Stage("promote", "promote", decision, inputs)]
 
 

@@ -41,7 +41,7 @@ from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import foresee
 from longreach.pipelines.graph import build, report_on
-from longreach.pipelines.recipe import Loaded
+from longreach.pipelines.reader import Loaded
 from longreach.pipelines.stage import Stage, StageRun, differences, load_function, stop_file
 
 __all__ = ["LeaseHeld", "PlanRow", "RunOutcome", "plan", "run"]

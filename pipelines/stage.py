@@ -53,7 +53,7 @@ STAGES: dict[str, StageKind] = {
         gpus=lambda r: r.gpus_per_worker if r.eval_workers == 1 else 0,
     ),
     "release": StageKind("longreach.pipelines.release:release", 1, lambda r: 1),
-    "promote": StageKind("longreach.pipelines.promote:promote", 1, lambda r: 1),
+    "promote": StageKind("longreach.pipelines.gate:promote", 1, lambda r: 1),
     "report": StageKind("longreach.pipelines.report:report", 2, lambda r: 1),
 }
 

@@ -18,7 +18,8 @@ import typer.main
 import yaml
 
 from longreach.pipelines.cli import app
-from longreach.pipelines.recipe import Recipe, RecipeError, load, names, standalone
+from longreach.pipelines.reader import RecipeError, load, names, standalone
+from longreach.pipelines.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -21,7 +21,8 @@ QUICK = [
     "infra/environment.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",
     "infra/polling.py", "infra/schedule.py", "infra/kubernetes.py", "infra/mirror.py", "training/recipe.py",
     "training/convert.py", "training/corpus.py", "evaluation/__init__.py", "evaluation/recipe.py",
-    "pipelines/recipe.py", "pipelines/stage.py", "pipelines/graph.py", "pipelines/runner.py", "pipelines/status.py",
+    "pipelines/recipe.py", "pipelines/reader.py", "pipelines/gate.py",
+    "pipelines/stage.py", "pipelines/graph.py", "pipelines/runner.py", "pipelines/status.py",
     "pipelines/display.py", "pipelines/cli.py", "pipelines/__main__.py", "infra/jobs.py", "pipelines/scale.py",
     "pipelines/compare.py",
 ]  # fmt: skip

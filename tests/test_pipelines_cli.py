@@ -18,7 +18,7 @@ from longreach.infra.environment import Check
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.pipelines.cli import main
-from longreach.pipelines.recipe import load, names
+from longreach.pipelines.reader import load, names
 
 HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "matplotlib"}
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from longreach.evaluation import EVALS
+from longreach.infra.choices import dotted
 from longreach.pipelines import recipe as recipes
-from longreach.pipelines.recipe import Recipe, RecipeError, load, standalone
+from longreach.pipelines.reader import RecipeError, load, names, standalone
+from longreach.pipelines.recipe import Recipe
 
 SMALL = """\
 name: small
@@ -50,7 +52,7 @@ def mistakes(path: Path | str, *overrides: str, edits: dict[str, str] | None = N
     return caught.value.render().replace(f"{Path(path).parent}/", "").splitlines()
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", names())
 def test_every_recipe_that_comes_along_is_valid_and_bears_its_own_name(name: str) -> None:
     assert load(name).recipe.name == name
 
@@ -92,7 +94,7 @@ def test_every_value_knows_its_origin(small: Path) -> None:
     assert origin["finetune.arms.full.tune"] == origin["evaluate.passkey.trials"] == "default"
     replaced = load(small, ["baselines.stretched={type: linear}"]).origins
     assert (replaced["baselines.stretched.type"], replaced["baselines.stretched.factor"]) == ("--set", "default")
-    assert list(origin) == [recipes.dotted(location) for location, _ in recipes.values(loaded.recipe)]
+    assert list(origin) == [dotted(location) for location, _ in recipes.values(loaded.recipe)]
 
 
 @pytest.mark.parametrize("field", ["store.root", "corpus.sources.0.files"])

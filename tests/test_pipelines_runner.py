@@ -13,7 +13,7 @@ from longreach.infra.lease import LeaseHeld
 from longreach.infra.tracking import read_events
 from longreach.pipelines import runner
 from longreach.pipelines.display import Display
-from longreach.pipelines.recipe import load
+from longreach.pipelines.reader import load
 from longreach.pipelines.stage import STAGES, Stage, StageKind
 
 TOY = StageKind("toy_stages:toy", 1, lambda r: 0.5)

@@ -17,7 +17,7 @@ from longreach.infra.artifact import Store
 from longreach.infra.tracking import Spool
 from longreach.pipelines import runner
 from longreach.pipelines.display import Display
-from longreach.pipelines.recipe import load
+from longreach.pipelines.reader import load
 from longreach.pipelines.stage import STAGES, Stage, StageKind
 
 COUNT = 300

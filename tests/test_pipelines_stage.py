@@ -6,7 +6,7 @@ from pydantic import ConfigDict
 from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
 from longreach.pipelines.graph import build
-from longreach.pipelines.recipe import load
+from longreach.pipelines.reader import load
 from longreach.pipelines.stage import STAGES, Stage, differences
 
 SMALL = ["baselines={base: {type: none}}", "evaluate={}"]

@@ -16,9 +16,8 @@ from tiny_models import byte_tokenizer, tiny_llama
 from longreach.infra import registry
 from longreach.infra.artifact import Artifact, Store
 from longreach.infra.tracking import Spool, read_events
-from longreach.pipelines.graph import PromoteStageRecipe, ReleaseRecipe
-from longreach.pipelines.promote import decide, promote
-from longreach.pipelines.recipe import PromoteRecipe
+from longreach.pipelines.gate import PromoteRecipe, PromoteStageRecipe, decide, promote
+from longreach.pipelines.graph import ReleaseRecipe
 from longreach.pipelines.release import release
 from longreach.pipelines.stage import StageRun
 

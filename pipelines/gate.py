@@ -1,0 +1,293 @@
+"""The gate: rules that a model has to keep before it becomes champion; otherwise nothing moves.
+
+Perplexities are compared token by token: challenger, champion and base read the same held-out texts, and the ratio's
+95% interval resamples stretches of text (evaluation/scores.py). By default the whole interval has to keep a rule, so a
+challenger that is only perhaps as good is refused. A refusal is a result: it is published, printed on stderr, shown in
+MLflow, and the command ends with exit code 3.
+
+    longreach run retrain && longreach rollback smollm2-retrained
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from longreach.infra import registry
+from longreach.infra.artifact import Artifact
+from longreach.infra.choices import Choices, Location, nearest
+from longreach.pipelines.stage import StageRun
+
+if TYPE_CHECKING:
+    from longreach.pipelines.recipe import Recipe
+
+Rows = list[dict[str, Any]]
+
+
+class PromoteRecipe(Choices):
+    """The gate: which arm may become champion of a registered model, and the rules that it has to keep.
+
+    Challenger, champion and base read the same held-out tokens and are compared token by token.
+    """
+
+    model: str
+    """Name of the arm that is the challenger."""
+    name: str = Field(pattern=r"^[^/:@']+$")
+    """Name of the registered model: its alias `champion` moves, the former champion becomes `previous`."""
+    start_from: Literal["base", "champion"] = "base"
+    """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
+    target_length: int | None = Field(default=None, ge=2)
+    """Tokens at which it is compared with the champion; without it, the greatest of evaluate.perplexity.lengths."""
+    perplexity_ratio: float | None = Field(default=1.01, gt=0)
+    """Greatest allowed ratio of its perplexity to the champion's, up to target_length."""
+    base_ratio: float | None = Field(default=1.02, gt=0)
+    """Greatest allowed ratio of its perplexity to the base's, at every measured length that the base was trained to."""
+    passkey: float | None = Field(default=None, ge=0, le=1)
+    """Least share of pass keys that it has to find, at every measured length up to target_length."""
+    effective_length: int | None = Field(default=None, ge=1)
+    """Least number of tokens up to which it has to find a share of `passkey` (without it, 0.9) of the keys."""
+    certainty: Literal["interval", "estimate"] = "interval"
+    """interval: the whole 95% interval of a ratio has to keep its rule; estimate: the ratio alone."""
+
+    def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
+        """Yield what the other sections lack for this gate: what a rule is about has to be measured."""
+        sections = {name: section for section, name in recipe.models()}
+        arms = [name for name, section in sections.items() if section != ("baselines",)]
+        if self.model not in arms:
+            yield ("promote", "model"), f"no arm {self.model!r}{nearest(self.model, arms, 'the recipe has')}"
+            return
+        finetuned = sections[self.model] == ("finetune", "arms")
+        if "champion" in sections:
+            yield (*sections["champion"], "champion"), "the name is the gate's: choose another one"
+        if self.start_from == "champion" and not finetuned:
+            message = f"'champion' is where fine-tuning starts from, and {self.model} is no arm of it"
+            yield ("promote", "start_from"), message
+        if self.base_ratio is not None and not finetuned:
+            message = f"{self.model} was not made from the base: set promote.base_ratio to null"
+            yield ("promote", "base_ratio"), message
+        if recipe.base.source.startswith(f"models:/{self.name}@"):
+            message = "each promotion would change it: name the first base, and promote.start_from champion"
+            yield ("base", "source"), message
+        yield from self._unmeasured(recipe, [*sections])
+        yield from self._lengths_that_do_not_fit(recipe)
+
+    def _unmeasured(self, recipe: Recipe, models: list[str]) -> Iterator[tuple[Location, str]]:
+        """Yield the rules for which the recipe does not measure what they compare."""
+        rules = [rule for rule in MEASURED_BY if getattr(self, rule) is not None]
+        if not rules:
+            yield ("promote",), f"has no rule, and would let everything pass: set one of {', '.join(MEASURED_BY)}"
+        for rule in rules:
+            evaluation = MEASURED_BY[rule]
+            section = recipe.evaluate.chosen().get(evaluation)
+            measured = [] if section is None else [*(section.models or models)]
+            compared = self.model
+            if rule == "base_ratio":
+                compared = recipe.plain_baseline() or ""
+                if not compared:
+                    yield ("promote", rule), "needs the untrained base to compare with: add `base: {}` to baselines"
+                if measured and self.model not in measured:
+                    yield ("promote", rule), f"needs evaluate.{evaluation} of {self.model} too"
+            if compared and compared not in measured:
+                message = f"needs evaluate.{evaluation} of {compared}: add it, or set promote.{rule} to null"
+                yield ("promote", rule), message
+
+    def _lengths_that_do_not_fit(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
+        ratios, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["passkey"]
+        lengths, key_lengths = lengths_of(recipe, ratios), lengths_of(recipe, keys)
+        target = self.target_length or max(lengths, default=0)
+        if self.passkey is not None and key_lengths and target and min(key_lengths) > target:
+            message = f"no length of evaluate.{keys} {list(key_lengths)} is within target_length {target}"
+            yield ("promote", "passkey"), message
+        if self.effective_length and key_lengths and self.effective_length > max(key_lengths):
+            greatest = f"the greatest of evaluate.{keys}.lengths {list(key_lengths)}"
+            yield ("promote", "effective_length"), f"{self.effective_length} is more than {greatest}"
+        if self.target_length and lengths and self.target_length not in lengths:
+            message = f"{self.target_length} is none of evaluate.{ratios}.lengths {lengths}"
+            yield ("promote", "target_length"), message
+
+
+MEASURED_BY = {
+    "perplexity_ratio": "perplexity",
+    "base_ratio": "perplexity",
+    "passkey": "passkey",
+    "effective_length": "passkey",
+}
+"""The rules, and the evaluation that each of them is about."""
+
+
+class PromoteStageRecipe(Choices):
+    """One decision of the gate."""
+
+    rules: PromoteRecipe
+    """The recipe's section."""
+    champion: str | None
+    """Version that the challenger is measured against; None: there is none yet."""
+    lengths: tuple[int, ...]
+    """Context lengths in tokens at which perplexity was measured."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether one rule was kept at one place."""
+
+    rule: str
+    """The recipe's field, and the length and the model that it was compared at."""
+    measured: str
+    """The measured value in words."""
+    asked: str
+    """The limit in words."""
+    kept: bool
+
+
+def lengths_of(recipe: Recipe, evaluation: str) -> tuple[int, ...]:
+    """Return the lengths in tokens at which a recipe measures an evaluation; none if it does not."""
+    return tuple(getattr(recipe.evaluate.chosen().get(evaluation), "lengths", ()))
+
+
+def promote(
+    model: Artifact, *, recipe: PromoteStageRecipe, resources: object, out: Path, run: StageRun, **inputs: Artifact
+) -> dict[str, Any]:
+    """Stage `promote`: decide, write gate.json and gate.md, and move the alias if all rules are kept.
+
+    Args:
+        model: the challenger's release.
+        inputs: scores named ROLE_EVALUATION (`champion_perplexity`), and `base`, the model that base_ratio is about.
+
+    Raises:
+        ValueError: the rules cannot be applied to what was measured, or the registry cannot be asked.
+        AliasMoved: another model became champion in the meantime.
+    """
+    rows = {name: _rows(artifact) for name, artifact in inputs.items() if name != "base"}
+    context = inputs["base"].summary["context_length"] if "base" in inputs else 0
+    findings = decide(recipe.rules, recipe.lengths, context, **rows)
+    if taken_back := registry.rolled_back(recipe.rules.name, model.fingerprint):
+        advice = f"none that people took back (its tag {registry.ROLLED_BACK})"
+        findings.append(Finding("rollback", f"it is version {taken_back}", advice, False))
+    refusals = [f"{f.rule}: {f.measured}, asked for {f.asked}" for f in findings if not f.kept]
+    decision = {
+        "passed": not refusals,
+        "refusals": refusals,
+        "name": recipe.rules.name,
+        "champion": recipe.champion,
+    }
+    if not refusals:
+        decision["version"] = _move(recipe, model, run)
+    record = {**decision, "findings": [asdict(finding) for finding in findings]}
+    (out / "gate.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / "gate.md").write_text(_page(recipe, decision, findings), encoding="utf-8")
+    tags = model.summary["tags"]  # a refused model is listed too, but its files stay in the store
+    run.spool.model(recipe.rules.name, tags[registry.MODEL], model.summary["metrics"], tags=tags)
+    run.spool.artifact(out / "gate.md")
+    run.spool.tag("gate", "refused: " + "; ".join(refusals) if refusals else "passed")
+    return decision
+
+
+def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **rows: Rows) -> list[Finding]:
+    """Apply each rule.
+
+    Args:
+        lengths: context lengths in tokens at which perplexity was measured.
+        base_context: the length that the base was trained to.
+        rows: rows of scores by ROLE_EVALUATION; without the champion's there is none yet.
+
+    Raises:
+        ValueError: no measured length is one that the base was trained to.
+    """
+    ratio, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["passkey"]
+    ours = rows.get(f"challenger_{ratio}", [])
+    target = rules.target_length or max(lengths, default=0)
+    findings = []
+    if rules.perplexity_ratio is not None:
+        if (champion := rows.get(f"champion_{ratio}")) is None:
+            findings.append(Finding("perplexity_ratio", "there is no champion yet", "nothing to compare with", True))
+        else:
+            place = f"perplexity_ratio at {target:,} tokens, to the champion"
+            findings.append(_ratio(place, ours, champion, target, rules.perplexity_ratio, rules))
+    if rules.base_ratio is not None and (base := rows.get(f"base_{ratio}")) is not None:
+        trained = [length for length in lengths if length <= base_context]
+        if not trained:
+            raise ValueError(
+                f"promote.base_ratio: no length of evaluate.{ratio}.lengths {list(lengths)} is within the "
+                f"{base_context:,} tokens that the base was trained to: add one, or set promote.base_ratio to null"
+            )
+        for length in trained:
+            place = f"base_ratio at {length:,} tokens, to the base"
+            findings.append(_ratio(place, ours, base, length, rules.base_ratio, rules))
+    return findings + _retrieval(rules, target, rows.get(f"challenger_{keys}", []))
+
+
+def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
+    """Apply the rules about the share of keys that are found."""
+    from longreach.evaluation.scores import EFFECTIVE, effective_length
+
+    findings = []
+    totals = [row for row in rows if row["kind"] == "length"]
+    if rules.passkey is not None:
+        for row in totals:
+            if row["length"] <= target or not target:
+                measured = f"{row['accuracy']:.2f} ({row['correct']} of {row['trials']})"
+                place, asked = f"passkey at {row['length']:,} tokens", f"at least {rules.passkey:g}"
+                findings.append(Finding(place, measured, asked, row["accuracy"] >= rules.passkey))
+    if rules.effective_length is not None:
+        reached = effective_length(totals, EFFECTIVE if rules.passkey is None else rules.passkey)
+        asked, kept = f"at least {rules.effective_length:,}", reached >= rules.effective_length
+        findings.append(Finding("effective_length", f"{reached:,}", asked, kept))
+    return findings
+
+
+def _ratio(place: str, ours: Rows, theirs: Rows, length: int, most: float, rules: PromoteRecipe) -> Finding:
+    """Compare the perplexity of `ours` with that of `theirs` on the same tokens."""
+    from longreach.evaluation.scores import paired
+
+    difference = paired(ours, theirs, length)  # in nats per token
+    nll, low, high = difference["nll"], difference["low"], difference["high"]
+    if rules.certainty == "estimate":
+        measured, deciding = _times(nll), nll
+    elif math.isnan(high):  # NaN keeps no rule
+        reason = "one stretch of text: measure greater lengths or more documents"
+        measured, deciding = f"{_times(nll)} without an interval ({reason})", high
+    else:
+        measured, deciding = f"{_times(nll)}, 95% interval {_times(low)} to {_times(high)}", high
+    return Finding(place, measured, f"at most {most:g}", deciding <= math.log(most))
+
+
+def _times(nll: float) -> str:
+    """Write a difference in nats per token as a ratio of perplexities."""
+    return "more than 100" if nll >= math.log(100) else f"{math.exp(nll):.4f}"
+
+
+def _move(recipe: PromoteStageRecipe, model: Artifact, run: StageRun) -> str:
+    """Register the challenger, make it champion and return its version."""
+    client = registry.connect()
+    name, tags = recipe.rules.name, model.summary["tags"]
+    experiment = registry.experiment_id(client, run.experiment)
+    mlflow_run = registry.run_of(client, experiment, run.id)
+    logged = registry.log_model(client, experiment, mlflow_run, name, tags, model.path)
+    version = registry.register(client, name, logged, mlflow_run, tags, model.summary["about"])
+    registry.move(client, name, str(version.version), recipe.champion)
+    return str(version.version)
+
+
+def _rows(artifact: Artifact) -> Rows:
+    return json.loads((artifact.path / "scores.json").read_text(encoding="utf-8"))["rows"]
+
+
+def _page(recipe: PromoteStageRecipe, decision: dict[str, Any], findings: list[Finding]) -> str:
+    """Write gate.md, the decision for people to read."""
+    against = f"version {recipe.champion}" if recipe.champion else "nobody: there was no champion"
+    verdict = "refused: nothing was moved"
+    if decision["passed"]:
+        verdict = f"passed: version {decision['version']} is champion"
+    table = ["| rule | measured | asked for | kept |", "|---|---|---|---|"]
+    for finding in findings:
+        kept = "yes" if finding.kept else "**no**"
+        table.append(f"| {finding.rule} | {finding.measured} | {finding.asked} | {kept} |")
+    title = f"# {recipe.rules.name}: {verdict}"
+    challenger = f"Challenger: arm {recipe.rules.model}. Measured against {against}."
+    return "\n\n".join([title, challenger, "\n".join(table)]) + "\n"

@@ -1,0 +1,426 @@
+"""Reads a recipe: YAML with the place of every value, overrides, validation, and mistakes in plain words.
+
+Every value keeps where it came from (a line of the file, `--set`, a default), so that all mistakes are reported at
+once, each with its place, the nearest valid field and both numbers, before anything expensive starts. The file is
+YAML 1.2's core schema without tags and merge keys: `2e-5` is a number; `no`, `010` and `2026-01-01` are text.
+
+    from longreach.pipelines.reader import load
+    load("quickstart", ["finetune.steps=2"]).recipe.finetune.steps
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+import shlex
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from longreach.evaluation import EVALS
+from longreach.infra.choices import Location, dotted, nearest
+from longreach.pipelines.recipe import Recipe, SectionsDisagree, values
+
+RECIPES = Path(__file__).parent / "recipes"
+SET = "--set"
+EVALUATE = "longreach evaluate"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of a recipe."""
+
+    place: str
+    """Where the nearest value was written: "file:line" or "--set"."""
+    location: Location
+    """The field."""
+    message: str
+    """What is wrong and what to do."""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.place, dotted(self.location), self.message) if part)
+
+
+class RecipeError(ValueError):
+    """All mistakes of a recipe, one line each."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+    def render(self) -> str:
+        """Return the lines to print; having this method marks an error as the user's."""
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid recipe and how it came about."""
+
+    recipe: Recipe
+    path: Path
+    """The file that was read."""
+    origins: dict[str, str]
+    """Where each value came from, by its dotted location: "file:line", "--set" or "default"."""
+    command: str
+    """The command that runs the same recipe again from the same folder."""
+
+
+def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded:
+    """Read a recipe.
+
+    Args:
+        path_or_name: a file (it has a suffix or a slash), or the name of a recipe that comes with longreach.
+        overrides: `a.b.c=value` texts; the value is YAML, items of lists are entered by index
+            (`corpus.sources.0.files=x.txt`).
+
+    Raises:
+        RecipeError: unreadable file, broken YAML, unknown or missing field, wrong type, sections that disagree.
+    """
+    reader = _Reader(_find(str(path_or_name)))
+    words = ["longreach", "run", str(path_or_name)]
+    for text in overrides or []:
+        reader.override(text)
+        words += [SET, text]
+    return reader.loaded(shlex.join(words))
+
+
+def standalone(
+    model: str, *, evals: tuple[str, ...], suite: str, documents: str | None, overrides: list[str]
+) -> Loaded:
+    """Make the recipe that evaluates one model, with the evaluations and held-out documents of a suite.
+
+    Args:
+        model: what base.source takes.
+        evals: names of the evaluations to run, with the suite's choices where it has them; all of the suite's if empty.
+        suite: a recipe's file or name.
+        documents: glob of text files to measure on instead of the suite's documents.
+        overrides: as in `load`; with one evaluation, a field of its own may be given alone: `lengths=[1024]`, `seed=1`.
+
+    Raises:
+        RecipeError: as `load`, or no such evaluation.
+    """
+    for name in evals:
+        if name not in EVALS:
+            hint = nearest(name, EVALS, "there are")
+            raise RecipeError(Problem("--eval", (), f"no evaluation {name!r}{hint}"))
+    reader = _Reader(_find(suite))
+    reader.loaded("")  # a suite with mistakes is refused as it stands
+    written = reader.data.get("evaluate") or {}
+    last_part = re.split("[/:]", model.rstrip("/"))[-1].lower()
+    slug = re.sub(r"[^a-z0-9._+-]+", "-", last_part).strip("-._+") or "model"
+    reader.put(("base",), {**(reader.data.get("base") or {}), "source": model, "revision": None})
+    reader.put(("name",), f"evaluate-{slug}")
+    for left_out in ("finetune", "pretrain", "promote"):
+        reader.put((left_out,), None)
+    reader.put(("baselines",), {slug: {}})
+    words = ["longreach", "evaluate", model, "--suite", suite]
+    for name in evals:
+        words += ["--eval", name]
+    if documents:
+        reader.put(("corpus",), {"sources": [{"files": documents}], "test": ["*"]})
+        words += ["--documents", documents]
+    reader.put(("evaluate",), {})
+    for name in evals or [name for name in EVALS if written.get(name) is not None]:
+        section = {**(written.get(name) or {}), "models": None}
+        for field, info in EVALS[name].recipe.model_fields.items():
+            if documents and info.default in ("*", ("*",)):  # it names documents of the suite, which are replaced
+                section.pop(field, None)
+        reader.put(("evaluate", name), section)
+    for text in overrides:
+        words += [SET, text]
+        field = re.split("[=.]", text)[0]
+        if len(evals) == 1 and (field in EVALS[evals[0]].recipe.model_fields or field not in Recipe.model_fields):
+            text = f"evaluate.{evals[0]}.{text}"
+        reader.override(text)
+    return reader.loaded(shlex.join(words))
+
+
+def names() -> list[str]:
+    """Return the names of the recipes that come with longreach."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _find(path_or_name: str) -> Path:
+    path = Path(path_or_name)
+    is_name = path.suffix not in (".yaml", ".yml") and len(path.parts) == 1
+    if is_name:
+        path = RECIPES / f"{path_or_name}.yaml"
+    if path.is_file():
+        return path
+    if not is_name:
+        hint = nearest(path.stem, names(), "recipes that come along")
+        raise RecipeError(Problem(path_or_name, (), f"no such file{hint}"))
+    hint = nearest(path_or_name, names(), "there are")
+    beside = Path(f"{path_or_name}.yaml")
+    if beside.is_file():
+        hint = f"; did you mean the file {beside}?"
+    raise RecipeError(Problem(path_or_name, (), f"no recipe of that name comes with longreach{hint}"))
+
+
+class _Yaml12(yaml.SafeLoader):
+    """YAML 1.2's core schema. PyYAML's own rules are 1.1's: `2e-5` is text, `no` is false, 1:30 is 90.
+
+    ruamel.yaml keeps places too, but reads 010 and 1_000 as numbers and 2026-01-01 as a date, and stops at the first
+    field that is written twice.
+    """
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name and place)
+
+
+for _tag, _pattern, _first_characters in [
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan", [*"-+.0123456789"]),
+]:
+    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first_characters)
+
+
+class _Reader:
+    """A recipe's plain data on the way to validation, the place of each value, and the mistakes met so far."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            RecipeError: it cannot be read, or is no mapping.
+        """
+        self.path = path
+        label = path.name if path.parent == RECIPES else str(path)
+        self.places: dict[Location, str] = {}
+        self.problems: list[Problem] = []
+        try:
+            data = self._parse(path.read_text(encoding="utf-8"), (), label)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(Problem(label, (), f"cannot be read: {error}")) from None
+        if not isinstance(data, dict):
+            raise RecipeError(Problem(label, (), f"a recipe is a mapping of fields, got {_describe(data)}"))
+        self.data: dict[str, Any] = data
+
+    def override(self, text: str) -> None:
+        """Put one `a.b.c=value` into the data.
+
+        Raises:
+            RecipeError: no `=`, or a path through something that has no such item.
+        """
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            raise RecipeError(Problem(f"{SET} {text}", (), "write it as field=value, e.g. finetune.steps=4"))
+        location: Location = ()
+        node: Any = self.data
+        parts = path.strip().split(".")
+        while parts:
+            key, parts = self._step(node, parts, location)
+            location = (*location, key)
+            if parts:
+                inner = node.get(key) if isinstance(node, dict) else node[key]
+                if inner is None:  # a section that the file leaves out
+                    inner = node[key] = {}
+                    self.places[location] = SET
+                node = inner
+        self._forget(location)
+        node[location[-1]] = self._parse(value, location, SET)
+
+    def put(self, location: Location, value: Any) -> None:
+        """Put a value that no user wrote at a location whose surroundings are there."""
+        node: Any = self.data
+        for key in location[:-1]:
+            node = node[key]
+        self._forget(location)
+        self.places[location] = EVALUATE
+        node[location[-1]] = value
+
+    def loaded(self, command: str) -> Loaded:
+        """Validate the data.
+
+        Raises:
+            RecipeError: all mistakes, those met while reading among them.
+        """
+        problems = [*self.problems]
+        try:  # by way of JSON: strict about types, while a list is still welcome where a tuple is meant
+            recipe = Recipe.model_validate_json(json.dumps(self.data), strict=True)
+        except ValidationError as error:
+            for details in error.errors():
+                problems += self._explain(details)
+        if problems:
+            raise RecipeError(*sorted(problems, key=_line))
+        origins = {dotted(location): self.places.get(location, DEFAULT) for location, _ in values(recipe)}
+        return Loaded(recipe, self.path, origins, command)
+
+    def _forget(self, location: Location) -> None:
+        """Drop the places of a value that is replaced."""
+        for known in [*self.places]:
+            if known[: len(location)] == location:
+                del self.places[known]
+
+    def _step(self, node: Any, parts: list[str], location: Location) -> tuple[str | int, list[str]]:
+        """Return the next key of an override's path and the rest of it."""
+        if isinstance(node, dict):
+            for taken in range(len(parts), 0, -1):  # a key may itself contain dots, as names of arms do
+                if ".".join(parts[:taken]) in node:
+                    return ".".join(parts[:taken]), parts[taken:]
+            return parts[0], parts[1:]
+        if not isinstance(node, list):
+            message = f"{dotted(location)} is {_describe(node)}: no fields"
+            raise RecipeError(Problem(SET, (*location, *parts), message))
+        if not parts[0].isdecimal() or int(parts[0]) >= len(node):
+            has = f"{dotted(location)} has {len(node)} items, from 0 to {len(node) - 1}"
+            raise RecipeError(Problem(SET, (*location, *parts), f"no item {parts[0]!r}: {has}"))
+        return int(parts[0]), parts[1:]
+
+    def _parse(self, text: str, location: Location, label: str) -> Any:
+        """Return plain data and remember its places; `label` is the file or `--set`."""
+        try:
+            loader = _Yaml12(text)
+            node = loader.get_single_node()
+            self.places[location] = _place(label, 0)
+            return None if node is None else self._plain(loader, node, location, label, ())
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line if error.problem_mark else 0
+            message = ", ".join(part for part in (error.problem, error.context) if part)
+            raise RecipeError(Problem(_place(label, line), location, f"broken YAML: {message}")) from None
+        except yaml.YAMLError as error:
+            raise RecipeError(Problem(_place(label, 0), location, f"broken YAML: {error}")) from None
+
+    def _plain(
+        self, loader: _Yaml12, node: yaml.Node, location: Location, label: str, around: tuple[yaml.Node, ...]
+    ) -> Any:
+        """Return the plain data of a YAML node; `around` are the nodes that it stands in."""
+        place = _place(label, node.start_mark.line)
+        if node in around:
+            raise RecipeError(Problem(place, location, "an alias that contains itself"))
+        unquoted = getattr(node, "style", None) is None
+        if node.tag != loader.resolve(type(node), node.value, (unquoted, not unquoted)):
+            message = f"tags such as {node.tag} have no use here; a number in quotes is text"
+            raise RecipeError(Problem(place, location, message))
+        if isinstance(node, yaml.ScalarNode):
+            return loader.construct_object(node)
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for index, item in enumerate(node.value):
+                self.places[(*location, index)] = _place(label, item.start_mark.line)
+                items.append(self._plain(loader, item, (*location, index), label, (*around, node)))
+            return items
+        fields: dict[str, Any] = {}
+        for key_node, value in node.value:
+            place = _place(label, key_node.start_mark.line)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(Problem(place, location, "a field's name is one word, not a list or a mapping"))
+            inner = (*location, key_node.value)
+            if key_node.value in fields:
+                self.problems.append(Problem(place, inner, f"written twice, first at {self.places[inner]}"))
+                continue
+            self.places[inner] = place
+            fields[key_node.value] = self._plain(loader, value, inner, label, (*around, node))
+        return fields
+
+    def _explain(self, details: ErrorDetails) -> list[Problem]:
+        """Put pydantic's error into a recipe's words: one problem, or several where sections disagree."""
+        location = details["loc"]
+        error = details.get("ctx", {}).get("error")
+        if isinstance(error, SectionsDisagree):
+            return [Problem(self._place_of(where), where, message) for where, message in error.problems]
+        if isinstance(error, ValueError):  # a section's own check: its message begins with the field it is about
+            field = str(error).split(" ", 1)[0]
+            return [Problem(self._place_of((*location, field)), location, str(error))]
+        return [Problem(self._place_of(location), location, _message(details))]
+
+    def _place_of(self, location: Location) -> str:
+        """Return the place of a value, or of the nearest one around it that was written."""
+        path = f"{dotted(location)}."
+        around = [known for known in self.places if not known or path.startswith(f"{dotted(known)}.")]
+        return self.places[max(around, key=len)]
+
+
+def _place(label: str, line: int) -> str:
+    """Return the place of a line, counted from 0, of a file or of an override."""
+    return SET if label == SET else f"{label}:{line + 1}"
+
+
+def _line(problem: Problem) -> int:
+    """Return the line of a problem, to sort by; 0 where there is none."""
+    number = problem.place.rpartition(":")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def _message(details: ErrorDetails) -> str:
+    location, kind = details["loc"], details["type"]
+    if kind == "extra_forbidden":
+        return "no such field" + _nearest_field(location)
+    if kind == "missing":
+        field = _type_at(location[:-1]).model_fields[str(location[-1])]
+        return f"missing, and it has no default ({(field.description or '').rstrip('.')})"
+    message = re.sub("^(Input|String) should", "should", details["msg"]).replace("Tuple", "list")
+    message = re.sub(r"a valid (array|tuple)", "a list", message)
+    message = message.replace("an object", "a mapping of fields").replace(" after validation", "")
+    if ", not " in message:  # pydantic has named the value already
+        return message
+    return f"{message}, got {_describe(details['input'])}"
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return f"a mapping ({', '.join(map(str, value)) or 'empty'})"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return f"text {value!r}" if isinstance(value, str) else json.dumps(value)
+
+
+def _nearest_field(location: Location) -> str:
+    """Name the closest field of the same section, else where the recipe has a field of that very name, else all."""
+    name, section = str(location[-1]), _type_at(location[:-1])
+    elsewhere = _paths_by_name(Recipe).get(name, [])
+    if difflib.get_close_matches(name, section.model_fields) or not elsewhere:
+        return nearest(name, section.model_fields, "this section has")
+    below = [path for path in elsewhere if path.startswith(dotted(location[:-1]))]
+    return f"; did you mean {' or '.join(below or elsewhere)}?"
+
+
+def _paths_by_name(section: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    """Return the dotted paths of all fields below a section, by their last name."""
+    paths: dict[str, list[str]] = {}
+    for name, field in section.model_fields.items():
+        paths.setdefault(name, []).append(prefix + name)
+        inner, step = _without_none(field.annotation), ""
+        if typing.get_origin(inner) in (tuple, dict):
+            step = "0." if typing.get_origin(inner) is tuple else "NAME."
+            inner = _inside(inner, step)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            for key, deeper in _paths_by_name(inner, f"{prefix}{name}.{step}").items():
+                paths.setdefault(key, []).extend(deeper)
+    return paths
+
+
+def _type_at(location: Location) -> Any:
+    """Return the type at a location that pydantic reported, so that every part of it is known."""
+    return functools.reduce(_inside, location, Recipe)
+
+
+def _inside(container: Any, key: str | int) -> Any:
+    """Return the type of one field, item or value of a container type."""
+    arguments = typing.get_args(container)
+    if typing.get_origin(container) is tuple:
+        return _without_none(arguments[0])
+    if typing.get_origin(container) is dict:
+        return _without_none(arguments[1])
+    return _without_none(container.model_fields[key].annotation)
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return X for `X | None`, and any other annotation as it is."""
+    if isinstance(annotation, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    return annotation
