@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from longreach.infra import registry
-from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices, Location, nearest
-from longreach.pipelines.stage import StageRun
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # checking a recipe loads neither stores nor numpy
+    from longreach.infra.artifact import Artifact
     from longreach.pipelines.recipe import Recipe
+    from longreach.pipelines.stage import StageRun
 
 Rows = list[dict[str, Any]]
 
