@@ -1,22 +1,351 @@
-"""How all figures of evaluations look: Vega-Lite charts, saved as a PNG and as an interactive page that opens offline.
+"""The figures of all evaluations and of the report: lines, bars and grids, drawn by Vega-Lite.
 
-Okabe and Ito's palette (jfly.uni-koeln.de/color), which colour-blind readers can tell apart. Hovering over a point in
-the page shows every column of its row.
+A figure is 486 points wide with 13-point text: on a phone's 360 pixels that is still 10 pixels high. Colours are Okabe
+and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell apart. A model keeps its colour, its marker and
+its dash in all figures, since they share one Style. Hovering over a mark in an interactive page shows its numbers.
 
-    save(curves(rows, x="length", y="ppl", by="document", titles=("Perplexity", "tokens", "perplexity")), out, "ppl")
+    style = Style.of(["base", "full", "lora"], dashed=["base"])
+    bars("cost.png", "Cost", "Less is better.", {"time (s)": {"full": 8.0, "lora": 6.0}}, style)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import altair as alt
-
+from longreach.evaluation.blocks import Figure
 from longreach.evaluation.scores import EvalScores
 
+if TYPE_CHECKING:
+    import altair as alt
+
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
+BLUES = (
+    "#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b",
+)  # fmt: skip
+"""ColorBrewer's, from light to dark."""
+GREY = "#59636e"
+WIDTH = 486
+"""Of a whole figure, in points."""
+HEIGHT = 378
+"""Of a whole figure with curves, in points; a long legend adds to it."""
+FONT = 13
+CHARACTER = 7.2
+"""Mean width of a character of FONT's size, in points."""
+LABEL = 200
+"""Greatest width of a name beside an axis, in points."""
+MOST_SERIES = 12
+"""Curves, or bars of a panel, that can still be told apart; a caption says how many more there are."""
+MOST_ROWS = 64
+"""Rows of a grid that can still be told apart."""
+
+
+class Look(NamedTuple):
+    """How one name is drawn wherever it appears."""
+
+    colour: str
+    marker: str = "stroke"
+    """One of Vega's symbols."""
+    line: Literal["solid", "dashed", "none"] = "solid"
+
+
+@dataclass(frozen=True)
+class Style:
+    """The look of every name (of models, usually), the same in all figures that it is given to."""
+
+    looks: Mapping[str, Look]
+
+    @classmethod
+    def of(cls, names: Iterable[str], dashed: Iterable[str] = ()) -> Style:
+        """Give each name a look; after seven names the colours come again, with other markers."""
+        colours = [COLOURS[n] for n in (0, 2, 1, 4, 5, 6, 3)]  # yellow is too pale for lines
+        markers = (
+            "circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left",
+        )  # fmt: skip
+        dashed = set(dashed)
+        looks = {}
+        for n, name in enumerate(names):
+            looks[name] = Look(
+                colours[n % len(colours)], markers[n % len(markers)], "dashed" if name in dashed else "solid"
+            )
+        return cls(looks)
+
+    def with_looks(self, looks: Mapping[str, Look]) -> Style:
+        """Return this style with some names drawn in another way."""
+        return Style({**self.looks, **looks})
+
+    def __getitem__(self, name: str) -> Look:
+        return self.looks[name]
+
+
+def lines(
+    file: str,
+    title: str,
+    caption: str,
+    axes: tuple[str, str],
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    style: Style,
+    *,
+    log: bool = False,
+    ticks: Sequence[float] = (),
+    marks: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw the first MOST_SERIES curves through their points.
+
+    Args:
+        axes: names of x and y, with units.
+        curves: by name, points (x, y) or (x, y, low, high) with an error bar; there is no point where y is not finite.
+        log: whether y is logarithmic where it spans more than a factor of two.
+        ticks: the x that were measured, drawn as marked points on a logarithmic axis; none: x is linear.
+        marks: vertical lines by name.
+    """
+    import altair as alt
+
+    curves, caption = _first(curves, caption, MOST_SERIES)
+    names = list(curves)
+    joined = [name for name in names if style[name].line != "none"]
+    marked = [name for name in names if ticks or len(curves[name]) == 1 or name not in joined]
+    rows = [row for name, points in curves.items() for row in _point_rows(name, points)]
+    columns = max(1, min(4, len(names), 76 // (8 + max(map(len, names), default=0))))
+    look = _encodings(names, marked, style, columns)
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=_x(axes[0], ticks),
+        y=_y(axes[1], rows, log),
+        tooltip=[
+            alt.Tooltip("name", type="nominal"),
+            alt.Tooltip("x", type="quantitative", title=axes[0]),
+            alt.Tooltip("y", type="quantitative", title=axes[1], format=",.5~g"),
+        ],
+    )
+    connected = base.transform_filter(alt.FieldOneOfPredicate("name", joined)).mark_line(strokeWidth=2)
+    points = base.transform_filter(alt.FieldOneOfPredicate("name", marked)).mark_point(size=45, opacity=1)
+    layers: list[Any] = [
+        *(_mark(name, x) for name, x in (marks or {}).items()),
+        connected.encode(stroke=look["stroke"], strokeDash=look["strokeDash"]),
+        points.encode(stroke=look["stroke"], fill=look["fill"], shape=look["shape"]),
+        base.mark_point(size=80, opacity=0),  # where the mouse finds the numbers of a curve without markers
+    ]
+    if any("low" in row for row in rows):
+        intervals = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.2)
+        layers.append(intervals.encode(y=alt.Y("low", type="quantitative"), y2="high", stroke=look["stroke"]))
+    height = HEIGHT + 20 * max(0, math.ceil(len(names) / columns) - 2)
+    return Figure(file, title, caption, _finished(alt.layer(*layers).properties(height=height), title))
+
+
+def bars(file: str, title: str, caption: str, panels: Mapping[str, Mapping[str, float]], style: Style) -> Figure:
+    """Draw horizontal bars with their values, the first MOST_SERIES of each panel.
+
+    Args:
+        panels: a quantity each, by its name and unit: a value for every name.
+    """
+    import altair as alt
+
+    shown = {quantity: _first(values, caption, MOST_SERIES) for quantity, values in panels.items()}
+    room = _label_room(name for values, _ in shown.values() for name in values)
+    parts = []
+    for quantity, (values, _) in shown.items():
+        rows = [
+            {"name": name, "value": value, "text": f"{value:,.4g}", "colour": style[name].colour}
+            for name, value in values.items()
+        ]
+        top = max((value for value in values.values() if math.isfinite(value)), default=1.0) or 1.0
+        base = alt.Chart(alt.Data(values=rows)).encode(
+            x=alt.X("value", type="quantitative", axis=None, scale=alt.Scale(domain=[0, 1.2 * top])),
+            y=alt.Y(
+                "name", type="nominal", sort=None, title=None,
+                axis=alt.Axis(domain=False, ticks=False, labelLimit=LABEL, labelPadding=6),
+            ),
+            tooltip=[alt.Tooltip("name", type="nominal"), alt.Tooltip("value", type="quantitative", title=quantity)],
+        )  # fmt: skip
+        bar = base.mark_bar(height={"band": 0.65}).encode(color=alt.Color("colour", type="nominal", scale=None))
+        text = base.mark_text(align="left", dx=4, fontSize=12).encode(text="text:N")
+        heading = alt.TitleParams(quantity, anchor="start", fontSize=FONT, fontWeight="normal", offset=4)
+        parts.append((bar + text).properties(title=heading, width=WIDTH - 24 - room, height=29 * len(rows)))
+    _, caption = next(iter(shown.values()))
+    return Figure(file, title, caption, _finished(alt.vconcat(*parts, spacing=14), title))
+
+
+def grid(
+    file: str,
+    title: str,
+    caption: str,
+    axes: tuple[str, str],
+    columns: Sequence[str],
+    rows: Mapping[str, Sequence[tuple[float, str]]],
+    top: float,
+    rows_title: str = "",
+) -> Figure:
+    """Draw cells of (value, text), dark towards `top`, white where the value is NaN; texts only where they fit.
+
+    Args:
+        axes: names of the x axis and of the value.
+        rows: by name, a cell for each of `columns`; the first MOST_ROWS are drawn.
+    """
+    import altair as alt
+
+    rows, caption = _first(rows, caption, MOST_ROWS)
+    cells: list[dict[str, Any]] = [
+        {"row": name, "column": column, "value": value if math.isfinite(value) else None, "text": text.split("\n")}
+        for name, values in rows.items()
+        for column, (value, text) in zip(columns, values, strict=True)
+    ]
+    few = len(rows) <= 16
+    most_lines = max((len(cell["text"]) for cell in cells), default=1)
+    widest = max((len(line) for cell in cells for line in cell["text"]), default=0)
+    column_width = (WIDTH - _label_room(rows) - 90) / max(1, len(columns))
+    base = alt.Chart(alt.Data(values=cells)).encode(
+        x=alt.X(
+            "column", type="ordinal", title=axes[0], scale=alt.Scale(domain=list(columns)),
+            axis=alt.Axis(labelAngle=0, labelOverlap=True, domain=False, ticks=False),
+        ),
+        y=alt.Y(
+            "row", type="ordinal", title=rows_title or None, scale=alt.Scale(domain=list(rows)),
+            axis=alt.Axis(labelOverlap=not few, domain=False, ticks=False, labelLimit=LABEL),
+        ),
+        tooltip=[
+            alt.Tooltip("row", type="nominal", title=rows_title or " "),
+            alt.Tooltip("column", type="nominal", title=axes[0]),
+            alt.Tooltip("value", type="quantitative", title=axes[1], format=",.4~g"),
+        ],
+    )  # fmt: skip
+    shade = alt.Color(
+        "value", type="quantitative", title=axes[1],
+        legend=alt.Legend(gradientThickness=12),
+        scale=alt.Scale(domain=[top * n / 8 for n in range(9)], range=list(BLUES), clamp=True),
+    )  # fmt: skip
+    layers: list[Any] = [base.transform_filter("isValid(datum.value)").mark_rect().encode(color=shade)]
+    if few and 6 * widest < column_width:
+        ink = alt.condition(f"datum.value > {0.6 * top}", alt.value("white"), alt.value("black"))
+        layers.append(
+            base.mark_text(fontSize=11, lineHeight=13, baseline="middle", dy=-6.5 * (most_lines - 1)).encode(
+                text="text:N", color=ink
+            )
+        )
+    height = 110 + (35 if few else 8) * len(rows)
+    return Figure(file, title, caption, _finished(alt.layer(*layers).properties(height=height), title))
+
+
+def _first(series: Mapping[str, Any], caption: str, most: int) -> tuple[Mapping[str, Any], str]:
+    """Return the first `most` of some series, and the caption, which then counts the others."""
+    others = len(series) - most
+    if others <= 0:
+        return series, caption
+    return dict(list(series.items())[:most]), f"{caption} {others} more are left out."
+
+
+def _label_room(names: Iterable[str]) -> float:
+    """Return the width that names beside an axis take, in points."""
+    return min(LABEL, CHARACTER * max(map(len, names), default=0))
+
+
+def _point_rows(name: str, points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """Return a curve's points as Vega-Lite's rows, without those that are not finite."""
+    rows: list[dict[str, Any]] = []
+    for x, y, *interval in points:
+        if math.isfinite(y):
+            rows.append({"name": name, "x": x, "y": y})
+            if interval:
+                rows[-1] |= {"low": interval[0], "high": interval[1]}
+    return rows
+
+
+def _encodings(names: list[str], marked: list[str], style: Style, columns: int) -> dict[str, Any]:
+    """Return the channels by which curves differ; they share a legend below the figure, `columns` names in a line."""
+    import altair as alt
+
+    def scale(values: list[Any]) -> alt.Scale:
+        return alt.Scale(domain=names, range=values)
+
+    legend = alt.Legend(
+        title=None, orient="bottom", columns=columns, labelLimit=WIDTH - 40, symbolSize=110, symbolStrokeWidth=2
+    )
+    colours = scale([style[name].colour for name in names])
+    shapes = scale([style[name].marker if name in marked else "stroke" for name in names])
+    dashed = [name for name in names if style[name].line == "dashed"]
+    # A condition has no legend: where there are markers, their outlines in it would be dashed as well.
+    dashes: Any = alt.condition(alt.FieldOneOfPredicate("name", dashed), alt.value([5, 4]), alt.value([1, 0]))
+    kind: dict[str, Any] = {"type": "nominal", "sort": None}
+    if not marked:
+        patterns = scale([[5, 4] if name in dashed else [1, 0] for name in names])
+        dashes = alt.StrokeDash("name", **kind, scale=patterns, legend=legend)
+    return {
+        "stroke": alt.Stroke("name", **kind, scale=colours, legend=legend),
+        "fill": alt.Fill("name", **kind, scale=colours, legend=legend),
+        "shape": alt.Shape("name", **kind, scale=shapes, legend=legend),
+        "strokeDash": dashes,
+    }
+
+
+def _x(title: str, ticks: Sequence[float]) -> alt.X:
+    """Return a linear axis of whole numbers, or a logarithmic one with these ticks."""
+    import altair as alt
+
+    if ticks:
+        scale = alt.Scale(type="log", base=2, nice=False, padding=14)
+        axis = alt.Axis(values=list(ticks), format=",", labelOverlap=True)
+    else:
+        scale = alt.Scale(zero=False, nice=False, padding=8)
+        axis = alt.Axis(tickCount=5, tickMinStep=1, format=",.10~g")
+    return alt.X("x", type="quantitative", title=title, scale=scale, axis=axis)
+
+
+def _y(title: str, rows: list[dict[str, Any]], log: bool) -> alt.Y:
+    """Return the y axis; a logarithmic one has its ticks at 1, 2, 5 and, where it spans little, between them."""
+    import altair as alt
+
+    heights = [row["y"] for row in rows] or [1.0]
+    low, high = min(heights), max(heights)
+    if not log or not 0 < 2 * low < high:
+        scale = alt.Scale(zero=False, padding=8)
+        return alt.Y("y", type="quantitative", title=title, scale=scale, axis=alt.Axis(tickCount=6))
+    steps: tuple[float, ...] = (1.0,)
+    if high < 300 * low:
+        steps = (1.0, 2.0, 5.0)
+    if high < 10 * low:
+        steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return alt.Y(
+        "y", type="quantitative", title=f"{title}, log scale",
+        scale=alt.Scale(type="log", nice=False, padding=8),
+        axis=alt.Axis(values=ticks, format=",.6~r"),
+    )  # fmt: skip
+
+
+def _mark(name: str, x: float) -> Any:
+    """Draw a dotted vertical line with its name to the left of its upper end."""
+    import altair as alt
+
+    base = alt.Chart(alt.Data(values=[{"x": x, "mark": name}])).encode(x=alt.X("x", type="quantitative"))
+    line = base.mark_rule(color=GREY, strokeDash=[2, 3], strokeWidth=1.2)
+    text = base.mark_text(color=GREY, fontSize=12, align="right", baseline="top", dx=-4)
+    return line + text.encode(text="mark:N", y=alt.value(3))
+
+
+def _finished(chart: Any, title: str) -> Any:
+    """Give a chart its title, its width and the look that all figures have."""
+    import altair as alt
+
+    if not isinstance(chart, alt.VConcatChart):
+        chart = chart.properties(width=WIDTH, autosize=alt.AutoSizeParams(type="fit", contains="padding"))
+    heading = alt.TitleParams(textwrap.wrap(title, 60), anchor="start", frame="bounds", fontSize=14, offset=12)
+    return (
+        chart.properties(title=heading, padding=8, background="white")
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelFontSize=FONT, titleFontSize=FONT, titleFontWeight="normal", titlePadding=8,
+            gridColor="#e3e7eb", domainColor="#8a939c", tickColor="#8a939c",
+        )
+        .configure_legend(labelFontSize=12.5, titleFontSize=12, titleFontWeight="normal", padding=0)
+    )  # fmt: skip
+
+
+# --- Figures of a single evaluation, until each evaluation describes itself in a Section ------------------------------
+
 Rows = Iterable[dict[str, Any]]
 Titles = tuple[list[str] | str, str, str]
 """A figure's title (lines: what is asked, and how to read it) and the names of its axes, units included."""
@@ -27,6 +356,8 @@ def curves(rows: Rows, *, x: str, y: str, by: str, titles: Titles, log: str = ""
 
     log: the axes ("x", "y", "xy") whose scale is logarithmic.
     """
+    import altair as alt
+
     rows = list(rows)
     title, x_title, y_title = titles
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -54,6 +385,8 @@ def heatmap(
 
     bright_low: small values are the bright ones.
     """
+    import altair as alt
+
     rows = list(rows)
     title, x_title, y_title = titles
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -87,7 +420,7 @@ def retrieval_figure(scores: EvalScores, question: list[str], x_title: str, y_ti
     )  # fmt: skip
 
 
-def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> Path:
+def save(chart: Any, folder: Path, name: str) -> Path:
     """Writes NAME.png and NAME.html (self-contained); returns the PNG's path."""
     chart = chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.4).configure_legend(labelLimit=260)
     chart.save(folder / f"{name}.png", ppi=110)
@@ -96,22 +429,30 @@ def save(chart: alt.TopLevelMixin, folder: Path, name: str) -> Path:
 
 
 def _title(lines: list[str] | str) -> alt.TitleParams:
+    import altair as alt
+
     first, *rest = [lines] if isinstance(lines, str) else lines
     return alt.TitleParams(first, subtitle=rest, anchor="start", fontSize=13, subtitleFontSize=11)
 
 
 def _ticks(rows: list[dict[str, Any]], x: str) -> alt.Axis:
     """Where something was measured, if that is at few places."""
+    import altair as alt
+
     places = sorted({row[x] for row in rows})
     return alt.Axis(values=places) if len(places) <= 10 else alt.Axis()
 
 
 def _scale(log: bool) -> alt.Scale:
+    import altair as alt
+
     return alt.Scale(type="log", nice=False) if log else alt.Scale()
 
 
 def _tooltips(rows: list[dict[str, Any]]) -> list[alt.Tooltip]:
     """Every column."""
+    import altair as alt
+
     return [alt.Tooltip(key, type=_kind(rows, key)) for key in dict.fromkeys(k for row in rows for k in row)]
 
 

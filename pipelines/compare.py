@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from longreach.evaluation.blocks import Section, Table
 from longreach.infra.artifact import MANIFEST, Artifact, Store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report import write_page
 from longreach.pipelines.report_findings import Found, Model, finite, gather, show_ppl
-from longreach.pipelines.report_page import Section, Table
 from longreach.pipelines.report_sections import losses, pairs, results
 from longreach.pipelines.runner import open_store
 from longreach.pipelines.stage import differences

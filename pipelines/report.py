@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from longreach.evaluation.blocks import Section, Table
 from longreach.infra.artifact import Artifact
 from longreach.pipelines import report_sections, report_tasks
 from longreach.pipelines.graph import ReportRecipe
 from longreach.pipelines.report_findings import NOT_RUN, Found, brief, finite, gather, show_ppl
-from longreach.pipelines.report_page import Section, Table, html_page, markdown, markdown_table
+from longreach.pipelines.report_page import html_page, markdown, markdown_table
 from longreach.pipelines.stage import StageRun
 
 SECTIONS: tuple[Callable[[Found], Section | None], ...] = (
@@ -55,8 +56,11 @@ def write_page(out: Path, name: str, title: str, about: str, headline: str, sect
     """NAME.html, NAME.md and the figures that it refers to."""
     (out / f"{name}.html").write_text(html_page(title, about, headline, sections), encoding="utf-8")
     (out / f"{name}.md").write_text(markdown(title, about, headline, sections), encoding="utf-8")
-    for picture in (p for section in sections for block in section.blocks if isinstance(block, list) for p in block):
-        (out / picture.file).write_bytes(picture.png)
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, list):
+                for figure in block:
+                    (out / figure.file).write_bytes(figure.png)
 
 
 def short_table(found: Found) -> str:

@@ -12,55 +12,12 @@ import base64
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
+
 TEMPLATE = Path(__file__).with_name("report.html.tmpl")
-
-
-class Best(str):
-    """A cell's text, set off as the best of its column."""
-
-
-class Code(str):
-    """Lines to be copied as they are."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells, of which the first names the row; what follows a line end in a cell is set small."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    groups: Sequence[tuple[str, int]] = ()
-    """Headings over the columns, each with the number of columns that it spans."""
-    legend: str = ""
-    prose: bool = False
-    """Cells are words: from the left, in lines."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, and a sentence on what to see in it."""
-
-    file: str
-    title: str
-    says: str
-    png: bytes
-
-
-Block = str | Table | list[Picture]
-"""A paragraph or code, a table, pictures side by side."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands under it."""
-
-    title: str
-    blocks: Sequence[Block]
 
 
 def html_page(title: str, about: str, headline: str, sections: Sequence[Section]) -> str:
@@ -99,11 +56,11 @@ def _html_cell(text: str, tag: str, scope: str = "") -> str:
     return f"<{tag}{scope and f' scope={scope}'}>{large}{small and f'<small>{small}</small>'}</{tag}>"
 
 
-def _html_picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
+def _html_picture(figure: Figure) -> str:
+    data = base64.b64encode(figure.png).decode()
     return (
-        f'<figure>\n<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{data}">\n'
-        f"<figcaption>{html.escape(picture.says)}</figcaption>\n</figure>\n"
+        f'<figure>\n<img alt="{html.escape(figure.title)}" src="data:image/png;base64,{data}">\n'
+        f"<figcaption>{html.escape(figure.caption)}</figcaption>\n</figure>\n"
     )
 
 
@@ -119,7 +76,7 @@ def _markdown(block: Block) -> str:
     if isinstance(block, str):
         return f"```\n{block}\n```" if isinstance(block, Code) else _plain(block)
     if isinstance(block, list):
-        return "\n\n".join(f"![{_plain(p.title)}]({p.file})\n\n{_plain(p.says)}" for p in block)
+        return "\n\n".join(f"![{_plain(p.title)}]({p.file})\n\n{_plain(p.caption)}" for p in block)
     return f"{_plain(block.caption)}\n\n{markdown_table(block)}\n\n{_plain(block.legend)}".strip()
 
 

@@ -13,11 +13,11 @@ from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any
 
+from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
+from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines
 from longreach.evaluation.scores import paired
 from longreach.pipelines.display import duration
-from longreach.pipelines.report_figures import MOST, SOFT, Style, bars, lines, styles
 from longreach.pipelines.report_findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
-from longreach.pipelines.report_page import Best, Block, Code, Picture, Section, Table
 
 DASH = "–"
 LICENCES = {
@@ -123,16 +123,16 @@ def columns_of(found: Found) -> list[tuple[str, str, dict[str, str]]]:
     return columns
 
 
-def look(found: Found) -> dict[str, Style]:
+def look(found: Found) -> Style:
     """How each model is drawn in all figures."""
-    return styles(found.models, dashed=found.of("baseline"))
+    return Style.of(found.models, dashed=found.of("baseline"))
 
 
 def _marks(found: Found) -> dict[str, int]:
     return {"trained length": found.base["context_length"]} if found.base else {}
 
 
-def _perplexity_picture(found: Found) -> list[Picture]:
+def _perplexity_picture(found: Found) -> list[Figure]:
     measured = found.ppl()
     curves = {name: curve([r[name] for r in measured.values() if name in r], "length") for name in found.compared}
     curves = {name: points for name, points in curves.items() if points}
@@ -144,7 +144,7 @@ def _perplexity_picture(found: Found) -> list[Picture]:
     return [lines("perplexity.png", title, says, axes, curves, how_drawn, log=True, ticks=ticks, marks=_marks(found))]
 
 
-def _frontier(found: Found) -> list[Picture]:
+def _frontier(found: Found) -> list[Figure]:
     """What perplexity costs: Pareto's frontier over the arms and what needed no training."""
     length, ppl = found.greatest()
     arms, price = found.trained, found.prices.price_per_hour
@@ -156,12 +156,12 @@ def _frontier(found: Found) -> list[Picture]:
     corners = [points[name] for name in best] + [(max(x for x, _ in points.values()), 0.0)]
     edge = [(x, y) for (start, y), (end, _) in pairwise(corners) for x in (start, end)]
     curves: dict[str, Any] = {"frontier": edge}
-    curves |= {name: [points[name]] for name in sorted(points, key=lambda name: name not in best)[: MOST - 2]}
+    curves |= {name: [points[name]] for name in sorted(points, key=lambda name: name not in best)[: MOST_SERIES - 2]}
     if rest := [xy for name, xy in points.items() if name not in curves]:
         curves["others"] = rest
     named = ", ".join(f"{name} ({show_ppl(points[name][1])})" for name in best if name in curves)
     says = f"To the left is cheaper, below is better; untrained models cost nothing. On the frontier: {named}."
-    drawn = look(found) | {"frontier": Style(SOFT, "", "-"), "others": Style("#aab2ba", "o", "none")}
+    drawn = look(found).with_looks({"frontier": Look(GREY), "others": Look("#aab2ba", "circle", "none")})
     unit = f"cost of training ({found.prices.currency})" if price else "wall clock of training (s)"
     axes = (unit, f"perplexity at {length:,} tokens")
     return [lines("frontier.png", "What a lower perplexity costs", says, axes, curves, drawn, log=True)]
@@ -215,7 +215,7 @@ def pairs(models: Mapping[str, Model], resamples: int = 4000) -> list[Block]:
     return [Table(said, ["model", *(f"up to {length:,}" for length in lengths)], rows)] if rows else []
 
 
-def _along_the_text(found: Found) -> list[Picture]:
+def _along_the_text(found: Found) -> list[Figure]:
     """A figure a document: every model scores the same tokens, so the place where one breaks can be seen."""
     pictures = []
     rows = (row for model in found.compared.values() for row in model.rows("perplexity", kind="position"))
@@ -309,7 +309,7 @@ def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
     axes = ("optimizer step", "share of attention")
     return [
         Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], ends),
-        [lines("sink-mass.png", "Where attention rests", says, axes, curves, styles(curves))],
+        [lines("sink-mass.png", "Where attention rests", says, axes, curves, Style.of(curves))],
     ]
 
 
@@ -332,7 +332,7 @@ def losses(found: Found, kind: str, heading: str, file: str, says: str, more: It
         held_out = {f"{name}, held out": points for name, m in arms.items() if (points := _along(m, "validation_loss"))}
         if max(m.training["steps"] for m in arms.values()) > POINTS:
             says += f" Of longer runs about {POINTS} steps are drawn, evenly spread."
-        drawn = look(found) if kind == "finetune" and not held_out else styles(curves | held_out, dashed=held_out)
+        drawn = look(found) if kind == "finetune" and not held_out else Style.of(curves | held_out, dashed=held_out)
         axes = ("optimizer step", "loss (nats per token)")
         blocks.append([lines(file, f"{heading}: loss", says, axes, curves | held_out, drawn)])
     return Section(heading, blocks)
@@ -384,7 +384,7 @@ def packing(found: Found) -> Section | None:
     held = [n for n, (_, count) in enumerate(bins) if count]
     counts = {f"{top // 2 + 1:,} to {top:,}": count for top, count in bins[held[0] : held[-1] + 1]}
     says = "Held-out documents included. Those longer than a row fill rows of their own, the rest are fitted together."
-    look = dict.fromkeys(counts, Style("#0072B2", "o", "-"))
+    look = Style(dict.fromkeys(counts, Look("#0072B2")))
     picture = bars("lengths.png", "How long the documents are", says, {"documents, by number of tokens": counts}, look)
     return Section("Packing", [*blocks, [picture]])
 

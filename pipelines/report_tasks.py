@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from longreach.pipelines.report_figures import grid, lines, styles
+from longreach.evaluation.blocks import Block, Figure, Section, Table
+from longreach.evaluation.figures import Style, grid, lines
 from longreach.pipelines.report_findings import Found, by_length, finite
-from longreach.pipelines.report_page import Block, Picture, Section, Table
 from longreach.pipelines.report_sections import DASH, curve, interval, look
 
 SEES = {
     "sinks": "Above: the share on the first token by layer, then by head. Below: layers; a bright column is a sink.",
 }
 """What is to be seen in an evaluation's own figure."""
+
+
+@dataclass(frozen=True)
+class Drawn(Figure):
+    """A figure whose PNG an evaluation has drawn; `chart` holds it."""
+
+    def __post_init__(self) -> None:
+        vars(self)["png"] = self.chart
+
+
 AXIS = ("prompt length (tokens)", "nats per token")
 
 
@@ -28,7 +39,7 @@ def passkey(found: Found) -> Section | None:
     return Section("Passkey", [said, pictures]) if pictures else None
 
 
-def _retrieval(found: Found, evaluation: str, title: str) -> list[Picture]:
+def _retrieval(found: Found, evaluation: str, title: str) -> list[Figure]:
     """Model x length; and for each model that was asked at several depths, depth x length."""
     totals = by_length(found.models, evaluation, kind="length")
     asked = {name: m.rows(evaluation, kind="cell") for name, m in found.models.items() if evaluation in m.scores}
@@ -50,11 +61,11 @@ def _retrieval(found: Found, evaluation: str, title: str) -> list[Picture]:
     return pictures
 
 
-def _own(found: Found, evaluation: str) -> list[Picture]:
+def _own(found: Found, evaluation: str) -> list[Figure]:
     """The evaluation's own figure of each model."""
     title = evaluation.replace("_", " ")
     return [
-        Picture(f"{evaluation}-{name}.png", f"{title}: {name}", f"{name}. {SEES.get(evaluation, '')}".strip(), drawn)
+        Drawn(f"{evaluation}-{name}.png", f"{title}: {name}", f"{name}. {SEES.get(evaluation, '')}".strip(), drawn)
         for name, model in found.models.items()
         if (drawn := model.figures.get(evaluation))
     ]
@@ -83,7 +94,8 @@ def streaming(found: Found) -> Section | None:
             "with a few of them kept as sinks it should stay near the window that is recomputed for each token."
         )
         title, axes, marks = f"Streaming: {name}", ("token of the text", "perplexity"), {"cache full": cache}
-        pictures.append(lines(f"streaming-{name}.png", title, says, axes, curves, styles(usual), log=True, marks=marks))
+        file, style = f"streaming-{name}.png", Style.of(usual)
+        pictures.append(lines(file, title, says, axes, curves, style, log=True, marks=marks))
     return Section("Streaming with a small cache", [*blocks, [*pictures, *_endurance(found)]])
 
 
@@ -116,7 +128,7 @@ def _decoding(found: Found) -> list[Block]:
     return blocks
 
 
-def _endurance(found: Found) -> list[Picture]:
+def _endurance(found: Found) -> list[Figure]:
     curves = {n: curve(rows, "end") for n, m in found.models.items() if (rows := m.rows("streaming", kind="endurance"))}
     says = "One stream through one cache that never grows. Flat: generation stays stable; a rise that stays is decay."
     names = ("token of the stream", "perplexity")
@@ -140,11 +152,11 @@ def others(found: Found) -> Section | None:
     return Section("Other evaluations", blocks) if blocks else None
 
 
-def _needle(found: Found) -> list[Picture]:
+def _needle(found: Found) -> list[Figure]:
     return _retrieval(found, "needle", "Is the needle found?")
 
 
-def _by_place(found: Found) -> list[Picture]:
+def _by_place(found: Found) -> list[Figure]:
     """Lost in the middle: a figure for each task and size, a curve for each model."""
     rows = {n: m.rows("lost_in_the_middle", kind="cell") for n, m in found.models.items()}
     pictures, words = [], {"kv": "JSON pairs", "qa": "documents"}
@@ -161,7 +173,7 @@ def _by_place(found: Found) -> list[Picture]:
     return pictures
 
 
-def _by_layer(found: Found) -> list[Picture]:
+def _by_layer(found: Found) -> list[Figure]:
     """Attention on the first token, a figure for each length of texts, a curve for each model."""
     rows = {n: some for n, m in found.models.items() if (some := m.rows("sinks", kind="layer"))}
     pictures = []
@@ -178,7 +190,7 @@ def _by_layer(found: Found) -> list[Picture]:
 
 ENOUGH = ("needle", "lost_in_the_middle")
 """Evaluations whose own figures show no more than the comparison."""
-COMPARED: dict[str, Callable[[Found], list[Picture]]] = {
+COMPARED: dict[str, Callable[[Found], list[Figure]]] = {
     "needle": _needle,
     "lost_in_the_middle": _by_place,
     "sinks": _by_layer,

@@ -17,6 +17,8 @@ import pytest
 from toy_models import tiny_tokenizer
 
 from longreach.evaluation import lost_in_the_middle, sinks
+from longreach.evaluation.blocks import Best, Section, Table
+from longreach.evaluation.figures import Style, lines
 from longreach.evaluation.perplexity import document_rows, pooled_rows, position_rows
 from longreach.evaluation.recipe import LostInTheMiddleRecipe, SinksRecipe, StreamingRecipe
 from longreach.evaluation.scores import EvalScores, retrieval_row
@@ -26,9 +28,8 @@ from longreach.infra.environment import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.report import report
-from longreach.pipelines.report_figures import lines, styles
 from longreach.pipelines.report_findings import POINTS, Found, Model, brief, frontier, thinned
-from longreach.pipelines.report_page import Best, Section, Table, html_page, markdown
+from longreach.pipelines.report_page import html_page, markdown
 from longreach.pipelines.report_sections import coarser
 from longreach.pipelines.report_tasks import others
 from longreach.pipelines.stage import STAGES, Stage, StageRun
@@ -529,7 +530,7 @@ def test_an_evaluation_without_a_section_of_its_own_is_still_shown(inputs, tmp_p
     manifest = json.loads(json.dumps(artifacts[key].manifest))
     manifest["identity"]["recipe"]["eval"] = "harness"
     (artifacts[key].path / "harness.png").write_bytes(
-        lines("x", "T", "S", ("x", "y"), {"a": [(1, 2)]}, styles(["a"])).png
+        lines("x", "T", "S", ("x", "y"), {"a": [(1, 2)]}, Style.of(["a"])).png
     )
     out, _ = write((recipe, artifacts | {key: Artifact(artifacts[key].path, manifest)}), tmp_path)
     (artifacts[key].path / "harness.png").unlink()
@@ -545,14 +546,14 @@ def test_each_model_is_compared_with_the_first_on_the_same_tokens(written):
 
 
 def test_models_are_told_apart_by_colour_or_marker_and_untrained_ones_are_dashed():
-    look = styles([f"m{n}" for n in range(20)], dashed=["m0"])
-    assert len({(style.colour, style.marker) for style in look.values()}) == 20
-    assert [style.line for style in look.values()] == ["--"] + ["-"] * 19
+    looks = Style.of([f"m{n}" for n in range(20)], dashed=["m0"]).looks.values()
+    assert len({(look.colour, look.marker) for look in looks}) == 20
+    assert [look.line for look in looks] == ["dashed"] + ["solid"] * 19
 
 
 def test_a_figure_is_drawn_although_nothing_of_a_curve_is_finite():
     curves = {"a": [(1, math.nan), (2, math.nan)], "b": [(1, 5.0), (2, 50.0)]}
-    picture = lines("x.png", "Title", "See.", ("x", "y"), curves, styles(curves), log=True, ticks=(1, 2))
+    picture = lines("x.png", "Title", "See.", ("x", "y"), curves, Style.of(curves), log=True, ticks=(1, 2))
     width, height = struct.unpack(">II", picture.png[16:24])
     assert (width, height) == (972, 756)
 
@@ -718,8 +719,8 @@ def test_of_a_long_run_evenly_spread_steps_are_read_and_all_kinds_of_measurement
 
 def test_more_than_a_dozen_curves_are_not_drawn_and_that_is_said():
     curves = {f"a-rather-long-name-{n}": [(1, 1.0), (2, 2.0)] for n in range(15)}
-    assert lines("x.png", "T", "See.", ("x", "y"), curves, styles(curves)).says == "See. 3 more are left out."
-    assert lines("x.png", "T", "See.", ("x", "y"), dict(list(curves.items())[:12]), styles(curves)).says == "See."
+    assert lines("x.png", "T", "See.", ("x", "y"), curves, Style.of(curves)).caption == "See. 3 more are left out."
+    assert lines("x.png", "T", "See.", ("x", "y"), dict(list(curves.items())[:12]), Style.of(curves)).caption == "See."
 
 
 def test_models_are_compared_by_depth_by_place_and_by_layer(written):
@@ -739,6 +740,6 @@ def test_models_are_compared_by_depth_by_place_and_by_layer(written):
     pictures = [picture for block in section.blocks if isinstance(block, list) for picture in block]
     files = ["lost-in-the-middle-kv-8.png", "sinks-16.png", "sinks-a.png", "sinks-b.png"]
     assert [picture.file for picture in pictures] == files
-    assert "Even attention would give the first token 0.083" in pictures[1].says
-    assert all(len(picture.says) > 20 for picture in pictures)
+    assert "Even attention would give the first token 0.083" in pictures[1].caption
+    assert all(len(picture.caption) > 20 for picture in pictures)
     assert (written[0] / "passkey-longlora.png").is_file()

@@ -1,0 +1,73 @@
+"""What a page is made of: sections of paragraphs, tables, figures and lines of code. Nothing here draws or writes.
+
+An evaluation describes its numbers in these blocks once; `longreach evaluate` and the report turn them into HTML and
+Markdown (pipelines/report/page.py), where every text is escaped, so plain text goes in here.
+
+    Section("Results", ["A paragraph.", Table("Costs", ["model", "seconds"], [["full", Best("8.0")]])])
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+class Best(str):
+    """The text of a table's cell that is the best of its column, to be set off."""
+
+
+class Code(str):
+    """Lines to be copied as they are."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, of which the first names the row; what follows a line end in a cell is set small."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    groups: Sequence[tuple[str, int]] = ()
+    """Headings over the columns, each with the number of columns that it spans."""
+    legend: str = ""
+    prose: bool = False
+    """Whether cells are words, which are set from the left and may be broken into lines."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, and a sentence on what to see in it (evaluation/figures.py makes them)."""
+
+    file: str
+    """Name of the PNG file, such as `perplexity.png`."""
+    title: str
+    caption: str
+    chart: Any
+    """An altair chart."""
+
+    @cached_property
+    def png(self) -> bytes:
+        """The chart as a picture of two pixels for each of its points, which stays sharp on today's screens."""
+        picture = io.BytesIO()
+        self.chart.save(picture, format="png", scale_factor=2)
+        return picture.getvalue()
+
+    @property
+    def vega_lite(self) -> dict[str, Any]:
+        """The chart in the Vega-Lite language, which a browser draws interactively."""
+        return self.chart.to_dict()
+
+
+Block = str | Table | list[Figure]
+"""A paragraph or code, a table, figures side by side."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and the blocks below it."""
+
+    title: str
+    blocks: Sequence[Block]
