@@ -86,7 +86,7 @@ class Recipe(Choices):
     experiment: str = "longreach"
     """Name of MLflow's experiment."""
     seed: int = Field(default=0, ge=0)
-    """Seed of initialisation, row order and LoRA; evaluations have their own."""
+    """Seeds initialisation, row order and LoRA; evaluations have seeds of their own."""
     base: BaseRecipe = BaseRecipe()
     """The model that is extended."""
     corpus: CorpusRecipe
