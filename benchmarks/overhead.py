@@ -49,7 +49,7 @@ def plain(folder: Path) -> list[float]:
     """Seconds of each step of a loop that anybody would write."""
     torch.set_num_threads(2)
     rows = PackedRows(folder / "corpus")
-    model = fresh_llama(MODEL, rows.info["vocab_size"], 0)
+    model = fresh_llama(MODEL, rows.summary.vocab_size, 0)
     set_pattern(model, PATTERNS["causal"]())
     model.train()
     objective = TokenLoss(model)

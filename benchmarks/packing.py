@@ -33,7 +33,7 @@ Result = tuple[float, int, int]
 def ours(tokenizer: PreTrainedTokenizerBase, seq_len: int, out: Path) -> Result:
     started = time.perf_counter()
     packed = pack_corpus(CORPUS, PackRecipe(seq_len=seq_len), tokenizer, out)
-    return time.perf_counter() - started, packed["rows"], packed["tokens"]
+    return time.perf_counter() - started, packed.rows, packed.tokens
 
 
 def theirs(strategy: str) -> Callable[[PreTrainedTokenizerBase, int, Path], Result]:

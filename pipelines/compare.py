@@ -27,6 +27,7 @@ from longreach.pipelines.report_findings import Found, Model, finite, gather, sh
 from longreach.pipelines.report_sections import losses, pairs, results
 from longreach.pipelines.runner import open_store
 from longreach.pipelines.stage import differences
+from longreach.training.summary import PackSummary
 
 FILES = {"compare.html", "compare.md", "perplexity.png", "frontier.png", "cost.png", "loss.png", "pretrain-loss.png"}
 """What a comparison may write: all else in its folder is somebody's."""
@@ -121,7 +122,7 @@ def read(store: Store, manifest: dict[str, Any]) -> Found:
         files = [
             file
             for file in artifact.manifest["files"]
-            if file["path"] in ("scores.json", "metrics.jsonl", "report.json")
+            if file["path"] in ("scores.json", "metrics.jsonl", PackSummary.file)
         ]
         if problems := store.problems(Artifact(artifact.path, artifact.manifest | {"files": files})):
             raise ValueError(f"{recipe['name']}: {label} is damaged: {'; '.join(problems)}")

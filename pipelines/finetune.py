@@ -13,6 +13,7 @@ from longreach.infra.launch import run_ranks
 from longreach.infra.resources import Resources
 from longreach.pipelines.stage import StageRun, stop_file
 from longreach.training.recipe import FinetuneStageRecipe, TrainJob
+from longreach.training.summary import PackSummary, TrainingSummary
 
 
 def finetune(
@@ -47,14 +48,15 @@ def places(out: Path, run: StageRun) -> dict[str, Any]:
 
 
 def run_job(job: TrainJob, corpus: Artifact, run: StageRun) -> dict[str, Any]:
-    """Trains on the ranks that the job's resources ask for; returns what training.json holds."""
-    if not corpus.summary["rows"]:
-        held = ", ".join(f"{split} {n}" for split, n in corpus.summary["documents"].items() if n)
+    """Trains on the ranks that the job's resources ask for; returns the training's summary."""
+    packed = PackSummary.model_validate(corpus.summary)
+    if not packed.rows:
+        held = ", ".join(f"{split} {n}" for split, n in packed.documents.items() if n)
         raise ValueError(f"corpus.validation and corpus.test hold out all documents ({held}): nothing to train on")
     run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, job.corpus)
     for key, value in {"ranks": job.resources.workers, "zero_stage": job.resources.zero_stage}.items():
         run.spool.param(key, value)
-    summary = run_ranks(
+    trained = run_ranks(
         "longreach.training.loop:train",
         job.model_dump(mode="json"),
         resources=job.resources,
@@ -62,8 +64,14 @@ def run_job(job: TrainJob, corpus: Artifact, run: StageRun) -> dict[str, Any]:
         storage=f"{run.share.root}/{run.share.folder}/work/ray" if run.share else str(run.attempt.work / "ray"),
         share=run.share,
     )
-    if run.share and not (run.attempt.out / "training.json").exists():  # rank 0 was on another node
+    if run.share and not (run.attempt.out / TrainingSummary.file).exists():  # rank 0 was on another node
         run.share.pull(run.attempt.out)
-    costs = {"wall_s": "wall_s", "peak_gib": "peak_gib", "tokens_per_s": "tokens_per_s", "step_s": "step_s_median"}
-    run.spool.metrics({f"cost/{name}": summary[key] for name, key in costs.items()}, step=summary["steps"])
-    return summary
+    summary = TrainingSummary.model_validate(trained)
+    costs = {
+        "cost/wall_s": summary.wall_s,
+        "cost/peak_gib": summary.peak_gib,
+        "cost/tokens_per_s": summary.tokens_per_s,
+        "cost/step_s": summary.step_s_median,
+    }
+    run.spool.metrics(costs, step=summary.steps)
+    return summary.to_json()

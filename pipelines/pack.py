@@ -19,6 +19,7 @@ from longreach.pipelines.stage import StageRun
 from longreach.training.corpus import known_names
 from longreach.training.packed import pack_corpus
 from longreach.training.recipe import PackStageRecipe
+from longreach.training.summary import PackSummary
 
 REPORT_EVERY_S = 0.5
 
@@ -26,7 +27,7 @@ REPORT_EVERY_S = 0.5
 def pack(base: Artifact, *, recipe: PackStageRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
     """Write a PackedCorpus to `out`; relative globs of the recipe start at the working directory.
 
-    The summary is packed.json. ValueError as pack_corpus.
+    The summary is packed.json without the list of malformed entries. ValueError as pack_corpus.
     """
     total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0: nobody knows before the end
     said_at = 0.0
@@ -42,9 +43,7 @@ def pack(base: Artifact, *, recipe: PackStageRecipe, resources: Resources, out: 
     packed = pack_corpus(
         recipe.corpus, recipe.pack, tokenizer, out, base_dir=Path.cwd(), workers=workers, progress=progress
     )
-    run.spool.metrics(
-        {"pack/rows": packed["rows"], "pack/tokens": packed["tokens"], "pack/efficiency": packed["efficiency"]}
-    )
-    run.spool.artifact(out / "report.json")
-    run.spool.dataset(run.label, packed["source_digest"], str(out))
-    return packed
+    run.spool.metrics({"pack/rows": packed.rows, "pack/tokens": packed.tokens, "pack/efficiency": packed.efficiency})
+    run.spool.artifact(out / PackSummary.file)
+    run.spool.dataset(run.label, packed.source_digest, str(out))
+    return packed.model_dump(mode="json", exclude={"bad": {"listed"}})

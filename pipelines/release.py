@@ -22,6 +22,7 @@ from longreach.pipelines.graph import ReleaseRecipe
 from longreach.pipelines.report_findings import about_arm
 from longreach.pipelines.stage import StageRun
 from longreach.training.convert import kept_files
+from longreach.training.summary import PackSummary, TrainingSummary
 
 TOKENIZER = Path("components", "tokenizer")
 """Where MLflow's flavour looks for it."""
@@ -54,7 +55,12 @@ def release(
         "longreach.effective_context": str(card.effective if card.effective is not None else "not measured"),
     }
     metrics = {f"eval/{k}": v for name, s in card.own().items() for k, v in s.summary.items()}
-    metrics |= {f"cost/{k}": card.training[k] for k in ("wall_s", "tokens_per_s", "peak_gib") if k in card.training}
+    trained = card.training
+    metrics |= {
+        "cost/wall_s": trained.wall_s,
+        "cost/tokens_per_s": trained.tokens_per_s,
+        "cost/peak_gib": trained.peak_gib,
+    }
     if recipe.register_as:
         run.spool.model(recipe.register_as, tags[MODEL], metrics, tags=tags, path=out, register=recipe.register_as)
     run.spool.artifact(out / "README.md")
@@ -69,10 +75,10 @@ class Card:
         self, recipe: ReleaseRecipe, model: Artifact, corpus: Artifact, base: Artifact, scores: dict[str, EvalScores]
     ) -> None:
         self.recipe, self.corpus, self.scores = recipe, corpus, scores
-        self.training = json.loads((model.path / "training.json").read_text(encoding="utf-8"))
+        self.training = TrainingSummary.read(model.path)
         self.config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
         self.origin: dict[str, Any] = base.summary.get("origin", {})
-        self.scratch = self.training["kind"] == "pretrain" and bool(self.training["model"])
+        self.scratch = self.training.kind == "pretrain" and self.training.model is not None
         self.licence = "unknown" if self.scratch else str(self.origin.get("licence") or "unknown")
         self.trained = base.summary.get("context_length")
         self.claimed: int = self.config["max_position_embeddings"]
@@ -102,7 +108,7 @@ class Card:
             tags=[
                 "longreach",
                 "long-context",
-                *(["longlora"] if "+" in self.training.get("arm", {}).get("tune", "") else []),
+                *(["longlora"] if "+" in self.training.arm.tune else []),
             ],
         )
         parts = [
@@ -145,15 +151,16 @@ class Card:
         return "\n".join(said)
 
     def _made(self) -> str:
-        packed, t = self.corpus.summary, self.training
+        packed, trained = PackSummary.model_validate(self.corpus.summary), self.training
         sources = self.corpus.manifest["identity"]["recipe"]["corpus"]["sources"]
         names = ", ".join(str(s.get("package") or s.get("files") or s.get("dataset")) for s in sources)
         return "\n".join([
-            f"- Data: {names}: {packed['documents']['train']:,} documents for training, "
-            f"{packed['rows']:,} rows of {packed['seq_len']:,} tokens ({packed['method']}).",
-            f"- Training: {t['steps']:,} optimizer steps, {t['tokens']:,} tokens, loss {t['loss_first']:.3f} to "
-            f"{t['loss_last']:.3f}; attention {t['pattern']}.",
-            f"- Cost: {t['wall_s']:,.0f} s on {t['ranks']} ranks, peak {t['peak_gib']:.2f} GiB on all of them.",
+            f"- Data: {names}: {packed.documents['train']:,} documents for training, "
+            f"{packed.rows:,} rows of {packed.seq_len:,} tokens ({packed.method}).",
+            f"- Training: {trained.steps:,} optimizer steps, {trained.tokens:,} tokens, "
+            f"loss {trained.loss_first:.3f} to {trained.loss_last:.3f}; attention {trained.pattern}.",
+            f"- Cost: {trained.wall_s:,.0f} s on {trained.ranks} ranks, "
+            f"peak {trained.peak_gib:.2f} GiB on all of them.",
         ])  # fmt: skip
 
     def _evaluation(self) -> list[str]:
@@ -173,8 +180,8 @@ class Card:
         if texts := sorted({row["document"] for row in self._rows("own_perplexity") if row["kind"] == "document"}):
             few = ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
             said.append(f"- Perplexity was measured on {few}; other languages and domains were not asked.")
-        if self.training["tokens"] < 100_000_000:
-            said.append(f"- {self.training['tokens']:,} tokens are few: take it as a demonstration, not as a product.")
+        if self.training.tokens < 100_000_000:
+            said.append(f"- {self.training.tokens:,} tokens are few: take it as a demonstration, not as a product.")
         if self.effective is not None and self.effective < self.claimed:
             said.append("- Between the effective and the claimed context nothing is promised.")
         return "\n".join(said)

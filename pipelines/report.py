@@ -143,17 +143,17 @@ def metrics(found: Found) -> dict[str, float]:
     def plain(name: str) -> str:  # MLflow's names allow neither plus nor brackets, ours no space
         return re.sub(r"[^a-z0-9._-]+", " ", name).strip()
 
-    values: dict[str, float] = {f"pack/efficiency/{plain(n)}": pack["efficiency"] for n, pack in found.packs.items()}
+    values: dict[str, float] = {f"pack/efficiency/{plain(n)}": pack.efficiency for n, pack in found.packs.items()}
     for name, model in found.models.items():
         tag = plain(name)
         values |= {f"eval/{key}/{tag}": value for s in model.scores.values() for key, value in s["summary"].items()}
-        if model.training:
-            values |= {f"cost/{key}/{tag}": model.training[key] for key in COSTS} | {f"cost/mfu/{tag}": model.mfu}
+        if model.summary:
+            values[f"cost/wall_s/{tag}"] = model.summary.wall_s
+            values[f"cost/tokens_per_s/{tag}"] = model.summary.tokens_per_s
+            values[f"cost/peak_gib/{tag}"] = model.summary.peak_gib
+            values[f"cost/mfu/{tag}"] = model.mfu
         for against, tune in (("full", "all"), ("lora", "lora")):
             if model.kind == "finetune" and (other := found.yardstick(tune)):
                 values[f"compare/speedup_vs_{against}/{tag}"] = model.ratio(other, "tokens_per_s")
                 values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(other, "peak_gib")
     return {key: float(value) for key, value in values.items() if finite(value)}
-
-
-COSTS = ("wall_s", "tokens_per_s", "peak_gib")

@@ -16,6 +16,7 @@ from typing import Any
 from longreach.infra.artifact import Artifact
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.stage import STAGES
+from longreach.training.summary import PackSummary, TrainingSummary
 
 POINTS = 500
 """Steps of a run that are read for its curves."""
@@ -32,8 +33,8 @@ class Model:
     """baseline, finetune or pretrain; `failed finetune` or `failed pretrain` where training did not end."""
     about: str
     """What was done to it, in a few words."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """What training.json holds; empty for a baseline."""
+    summary: TrainingSummary | None = None
+    """What its training says of itself; None for a baseline and where training did not end."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -47,22 +48,28 @@ class Model:
         rows = self.scores[evaluation]["rows"] if evaluation in self.scores else []
         return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
 
-    def ratio(self, other: Model, key: str) -> float:
-        """This model's cost over another one's."""
-        return self.training[key] / other.training[key]
+    @property
+    def training(self) -> TrainingSummary:
+        """What its training says of itself, for models that were trained."""
+        assert self.summary is not None, f"{self.name} was not trained"
+        return self.summary
+
+    def ratio(self, other: Model, cost: str) -> float:
+        """This model's cost (a number of TrainingSummary) over another one's."""
+        return getattr(self.training, cost) / getattr(other.training, cost)
 
     @property
     def rank_hours(self) -> float:
         """Wall clock of training times ranks."""
-        return self.training["wall_s"] * self.training["ranks"] / 3600
+        return self.training.wall_s * self.training.ranks / 3600
 
     @property
     def mfu(self) -> float:
         """FLOPs that a step needs over what the ranks do in plain matrix products; NaN where they were not counted."""
-        if not (said := self.training.get("predicted")):
+        predicted, machine = self.training.predicted, self.training.machine
+        if predicted is None or machine is None:
             return math.nan
-        rate = self.training["machine"]["matmul"] * self.training["ranks"]
-        return said["flops"] / self.training["step_s_median"] / rate
+        return predicted.flops / self.training.step_s_median / (machine.matmul * self.training.ranks)
 
 
 @dataclass
@@ -73,8 +80,8 @@ class Found:
     """By label, in the order of the graph."""
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base comes from and what it is; empty if there is none."""
-    packs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """packed.json and report.json, by label."""
+    packs: dict[str, PackSummary] = field(default_factory=dict)
+    """How documents became rows, by label."""
     models: dict[str, Model] = field(default_factory=dict)
     prices: PriceRecipe = field(default_factory=PriceRecipe)
     failed: dict[str, str] = field(default_factory=dict)
@@ -86,8 +93,8 @@ class Found:
 
     def yardstick(self, tune: str) -> Model | None:
         """The first arm that trains `tune` under full attention: what others are measured against."""
-        arms = (m for m in self.of("finetune").values() if m.training["arm"]["tune"] == tune)
-        return next((m for m in arms if m.training["arm"]["attention"]["pattern"] == "causal"), None)
+        arms = (m for m in self.of("finetune").values() if m.training.arm.tune == tune)
+        return next((m for m in arms if m.training.arm.attention.pattern == "causal"), None)
 
     @property
     def compared(self) -> dict[str, Model]:
@@ -97,7 +104,7 @@ class Found:
     @property
     def trained(self) -> dict[str, Model]:
         """Those of them that training made, so that they have a cost."""
-        return {name: model for name, model in self.compared.items() if model.training}
+        return {name: model for name, model in self.compared.items() if model.summary}
 
     def ppl(self, protocol: str = "last_stride") -> dict[int, dict[str, dict[str, Any]]]:
         """Perplexity over all documents, by context length and model."""
@@ -116,7 +123,7 @@ class Found:
 
     def where(self) -> str:
         """What ratios of speed depend on, as far as it is known."""
-        rows = [f"rows of {pack['seq_len']:,} tokens" for label, pack in self.packs.items() if label == "pack"]
+        rows = [f"rows of {pack.seq_len:,} tokens" for label, pack in self.packs.items() if label == "pack"]
         return ", ".join(rows + ([f"width {self.base['hidden']:,}"] if self.base else []))
 
 
@@ -144,9 +151,10 @@ def gather(
                 # the first; another one is where a retraining starts
                 found.base = found.base or artifact.summary["origin"] | artifact.summary
             case "pack":
-                found.packs[label] = artifact.summary | read(artifact, "report.json", "length_histogram", "bad")
+                found.packs[label] = _pack_summary(artifact)
             case "finetune" | "pretrain" as kind:
-                name, facts = label.partition("[")[2].removesuffix("]"), artifact.summary
+                name = label.partition("[")[2].removesuffix("]")
+                facts = TrainingSummary.model_validate(artifact.summary)
                 steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
                 arms[name] = Model(name, kind, about_arm(facts), facts, [json.loads(line) for line in steps])
             case "evaluate":
@@ -210,6 +218,13 @@ def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
     return value
 
 
+def _pack_summary(artifact: Artifact) -> PackSummary:
+    try:
+        return PackSummary.read(artifact.path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{artifact.manifest['label']}: {error}") from error
+
+
 def about_rope(rope: dict[str, Any] | None) -> str:
     """What was done to a baseline."""
     if rope is None:
@@ -218,24 +233,24 @@ def about_rope(rope: dict[str, Any] | None) -> str:
     return f"not trained, RoPE {rope['type']} {detail}"
 
 
-def about_arm(facts: dict[str, Any]) -> str:
+def about_arm(facts: TrainingSummary) -> str:
     """What was trained, and how."""
-    if facts["kind"] == "pretrain":
+    if facts.kind == "pretrain":
         sinks = {
             "none": "no sink",
             "zero": "a zero sink",
             "token": "a sink token",
             "logit": "a learned sink logit a head",
         }
-        return ("from scratch, " if facts["model"] else "from the base, ") + sinks[facts["sink"]]
-    arm = facts["arm"]
-    words = {"all": "all weights", "lora": f"LoRA r={arm['lora_rank']}", "embed": "embeddings", "norm": "norms"}
-    pattern, group = arm["attention"]["pattern"], arm["attention"]["group_tokens"]
+        return ("from scratch, " if facts.model else "from the base, ") + sinks[facts.sink]
+    arm = facts.arm
+    words = {"all": "all weights", "lora": f"LoRA r={arm.lora_rank}", "embed": "embeddings", "norm": "norms"}
+    pattern, group = arm.attention.pattern, arm.attention.group_tokens
     sparse = {"causal": "", "shifted_sparse": f", S²-Attn, groups of {group}"}.get(pattern, f", {pattern}")
-    sparse += f" and {sinks} sinks" if (sinks := arm["attention"]["sink_tokens"]) else ""
-    if share := arm["attention"]["anneal_fraction"]:
+    sparse += f" and {first} sinks" if (first := arm.attention.sink_tokens) else ""
+    if share := arm.attention.anneal_fraction:
         sparse += f", the last {share:.0%} of steps full attention"
-    return " + ".join(words[part] for part in arm["tune"].split("+")) + sparse
+    return " + ".join(words[part] for part in arm.tune.split("+")) + sparse
 
 
 def finite(value: Any) -> bool:

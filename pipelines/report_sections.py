@@ -60,7 +60,7 @@ def results(
     if arms:
         keys = {"wall_s": "wall clock (s), less is better", "tokens_per_s": "tokens/s, more is better"}
         keys["peak_gib"] = "peak memory (GiB, all ranks), less is better"
-        panels = {title: {name: m.training[key] for name, m in arms.items()} for key, title in keys.items()}
+        panels = {title: {name: getattr(m.training, key) for name, m in arms.items()} for key, title in keys.items()}
         says = f"What each arm cost, one after the other ({found.where()})." if found.where() else "What each arm cost."
         pictures.append(bars("cost.png", "What the arms cost", says, panels, look(found)))
     return Section(title, [table, pictures])
@@ -102,11 +102,11 @@ def columns_of(found: Found) -> list[tuple[str, str, dict[str, str]]]:
         facts = {name: model.training for name, model in arms.items()}
         mfu = {name: f"\n{model.mfu:.0%}" * finite(model.mfu) for name, model in arms.items()}
         hours = {name: model.rank_hours for name, model in arms.items()}
-        sizes = {n: (f["trainable"]["total"], f["total_parameters"]) for n, f in facts.items()}
-        add("training", "wall clock", {n: (f["wall_s"], duration(f["wall_s"])) for n, f in facts.items()}, min)
-        speed = {n: (v, f"{v:,.0f}{mfu[n]}") for n, f in facts.items() for v in [f["tokens_per_s"]]}
+        sizes = {n: (f.trainable.total, f.total_parameters) for n, f in facts.items()}
+        add("training", "wall clock", {n: (f.wall_s, duration(f.wall_s)) for n, f in facts.items()}, min)
+        speed = {n: (v, f"{v:,.0f}{mfu[n]}") for n, f in facts.items() for v in [f.tokens_per_s]}
         add("training", "tokens/s\nMFU", speed, max)
-        add("training", "peak GiB", {n: (f["peak_gib"], f"{f['peak_gib']:.2f}") for n, f in facts.items()}, min)
+        add("training", "peak GiB", {n: (f.peak_gib, f"{f.peak_gib:.2f}") for n, f in facts.items()}, min)
         if rates := _rates(found):
             bills = {n: (h, "\n".join(f"{h * rate:.3g} {unit}" for rate, unit, _ in rates)) for n, h in hours.items()}
             add("training", "cost", bills, min)
@@ -148,7 +148,7 @@ def _frontier(found: Found) -> list[Figure]:
     """What perplexity costs: Pareto's frontier over the arms and what needed no training."""
     length, ppl = found.greatest()
     arms, price = found.trained, found.prices.price_per_hour
-    paid = {n: m.rank_hours * price if price else m.training["wall_s"] for n, m in arms.items()}
+    paid = {n: m.rank_hours * price if price else m.training.wall_s for n, m in arms.items()}
     points = {name: (paid.get(name, 0.0), value) for name, value in ppl.items() if finite(value)}
     if not paid.keys() & points.keys():
         return []
@@ -275,7 +275,7 @@ def training(found: Found) -> Section | None:
 def pretraining(found: Found) -> Section | None:
     """The sink arms: loss, and where attention rests."""
     arms = found.of("pretrain")
-    if max((m.training["steps"] for m in arms.values()), default=0) < FEW_STEPS:
+    if max((m.training.steps for m in arms.values()), default=0) < FEW_STEPS:
         says = (
             "So short a run cannot show attention sinks emerging (StreamingLLM trained 160 million parameters for "
             "143,000 steps). What to see: the arms learn, and a sink costs nothing so far if the curves lie together."
@@ -317,9 +317,9 @@ def losses(found: Found, kind: str, heading: str, file: str, says: str, more: It
     """What each arm of a kind was trained on, and its loss curve."""
     arms, failed = found.of(kind), found.of(f"failed {kind}")
     rows = [
-        [f"{name}\n{m.about}", f"{f['steps']:,}", f"{f['tokens']:,}", f"{f['loss_first']:.3f}", f"{f['loss_last']:.3f}",
-         f"{f['arm']['learning_rate'] or f['optim']['learning_rate']:g}", f"{f['step_s_median']:.2f}",
-         f"{f['total_parameters'] / 1e6:,.1f} M"]
+        [f"{name}\n{m.about}", f"{f.steps:,}", f"{f.tokens:,}", f"{f.loss_first:.3f}", f"{f.loss_last:.3f}",
+         f"{f.arm.learning_rate or f.optim.learning_rate:g}", f"{f.step_s_median:.2f}",
+         f"{f.total_parameters / 1e6:,.1f} M"]
         for name, m in arms.items() for f in [m.training]
     ]  # fmt: skip
     columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
@@ -330,7 +330,7 @@ def losses(found: Found, kind: str, heading: str, file: str, says: str, more: It
     if arms:
         curves = {name: _along(m, "loss") for name, m in arms.items()}
         held_out = {f"{name}, held out": points for name, m in arms.items() if (points := _along(m, "validation_loss"))}
-        if max(m.training["steps"] for m in arms.values()) > POINTS:
+        if max(m.training.steps for m in arms.values()) > POINTS:
             says += f" Of longer runs about {POINTS} steps are drawn, evenly spread."
         drawn = look(found) if kind == "finetune" and not held_out else Style.of(curves | held_out, dashed=held_out)
         axes = ("optimizer step", "loss (nats per token)")
@@ -347,9 +347,9 @@ def _foreseen(arms: Mapping[str, Model]) -> list[Block]:
     rows = []
     for name, model in arms.items():
         facts = model.training
-        if not (said := facts.get("predicted")):
+        if facts.predicted is None or facts.predicted.step_s is None:
             continue
-        pairs = ((said["step_s"], facts["step_s_median"]), (said["peak_gib"], facts["peak_gib"]))
+        pairs = ((facts.predicted.step_s, facts.step_s_median), (facts.predicted.peak_gib, facts.peak_gib))
         cells = [text for a, b in pairs for text in (f"{a:.3g}", f"{b:.3g}", f"{a / b - 1:+.0%}")]
         rows.append([name, *cells])
     columns = ["arm", *(f"{what}\n{kind}" for what in ("step (s)", "memory (GiB)") for kind in KINDS)]
@@ -363,8 +363,8 @@ def packing(found: Found) -> Section | None:
     if not packs:
         return None
     rows = [
-        [label, f"{p['rows']:,} × {p['seq_len']:,}", f"{p['tokens']:,}", f"{p['efficiency']:.2%}", p["method"],
-         *(f"{p['documents'][split]:,}" for split in SPLITS), f"{p['longer_than_a_row']:,}", f"{p['bad']['count']:,}"]
+        [label, f"{p.rows:,} × {p.seq_len:,}", f"{p.tokens:,}", f"{p.efficiency:.2%}", p.method,
+         *(f"{p.documents[split]:,}" for split in SPLITS), f"{p.longer_than_a_row:,}", f"{p.bad.count:,}"]
         for label, p in packs.items()
     ]  # fmt: skip
     columns = [
@@ -378,9 +378,9 @@ def packing(found: Found) -> Section | None:
     columns += ["longer\nthan a row", "malformed"]
     legend = "Efficiency: places in rows that hold a token. Documents longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
-    if bad := sorted({(f"{b['file']}:{b['line']}", b["reason"]) for p in packs.values() for b in p["bad"]["listed"]}):
+    if bad := sorted({(f"{b.file}:{b.line}", b.reason) for p in packs.values() for b in p.bad.listed}):
         blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], bad[:20], prose=True))
-    bins = [(b["up_to"], sum(b[split] for split in SPLITS)) for b in next(iter(packs.values()))["length_histogram"]]
+    bins = [(b.up_to, b.count) for b in next(iter(packs.values())).length_histogram]
     held = [n for n, (_, count) in enumerate(bins) if count]
     counts = {f"{top // 2 + 1:,} to {top:,}": count for top, count in bins[held[0] : held[-1] + 1]}
     says = "Held-out documents included. Those longer than a row fill rows of their own, the rest are fitted together."

@@ -42,7 +42,7 @@ class StageKind:
 STAGES: dict[str, StageKind] = {
     "convert": StageKind("longreach.pipelines.convert:convert", 1, lambda r: 1),
     "tokenizer": StageKind("longreach.pipelines.pretrain:tokenizer", 1, lambda r: 1),
-    "pack": StageKind("longreach.pipelines.pack:pack", 2, lambda r: 1),
+    "pack": StageKind("longreach.pipelines.pack:pack", 3, lambda r: 1),
     "pretrain": StageKind("longreach.pipelines.pretrain:pretrain", 2, lambda r: 0),
     "finetune": StageKind("longreach.pipelines.finetune:finetune", 1, lambda r: 0),
     "merge": StageKind("longreach.pipelines.merge:merge", 1, lambda r: 1),

@@ -17,6 +17,7 @@ from local_cluster import local_cluster, s3_server
 from test_quickstart import RECIPE, make_project, wait_for
 
 from longreach.infra.artifact import Store
+from longreach.training.summary import TrainingSummary
 
 pytestmark = [pytest.mark.slow, pytest.mark.drill]
 
@@ -130,9 +131,10 @@ def test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint(cluster,
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
         monkeypatch.setenv(name, cluster.env[name])
     made = list(Store("s3://longreach/small", project / "scratch").manifests("finetune"))
-    (summary,) = [m["summary"] for m in made if m["summary"]["steps"] == 200]
+    summaries = [TrainingSummary.model_validate(manifest["summary"]) for manifest in made]
+    (summary,) = [summary for summary in summaries if summary.steps == 200]
     told = steps_told(project / "lost")
     assert sorted(set(told)) == list(range(1, 201))
-    resumed = summary["resumed_from_step"]
+    resumed = summary.resumed_from_step
     assert resumed >= 20
     assert resumed % 20 == 0

@@ -12,6 +12,7 @@ import s3fs
 from local_cluster import s3_server
 from mlflow_servers import Server, postgresql
 from tiny_models import byte_tokenizer, tiny_llama
+from toy_models import pack_summary, training_summary
 
 from longreach.infra import registry
 from longreach.infra.artifact import Artifact, Store
@@ -20,6 +21,7 @@ from longreach.pipelines.gate import PromoteRecipe, PromoteStageRecipe, decide, 
 from longreach.pipelines.graph import ReleaseRecipe
 from longreach.pipelines.release import release
 from longreach.pipelines.stage import StageRun
+from longreach.training.recipe import ArmRecipe
 
 LENGTHS = (64, 128)
 
@@ -171,17 +173,13 @@ class Releases:
         def model(out: Path) -> None:
             tiny_llama(seed).save_pretrained(out)
             byte_tokenizer().save_pretrained(out)
-            arm = {"tune": "lora+embed+norm", "lora_rank": 8}
-            arm["attention"] = {
-                "pattern": "shifted_sparse", "group_tokens": 8, "sink_tokens": 0, "anneal_fraction": 0.0
-            }  # fmt: skip
-            facts = {"kind": "finetune", "arm": arm, "steps": 6, "tokens": 768, "loss_first": 5.0, "loss_last": 4.0}
-            facts |= {"pattern": "S²-Attn", "wall_s": 10.0, "ranks": 2, "peak_gib": 1.5}
-            (out / "training.json").write_text(json.dumps(facts))
+            attention = {"pattern": "shifted_sparse", "group_tokens": 8}
+            arm = ArmRecipe(tune="lora+embed+norm", attention=attention)
+            training_summary(arm=arm, pattern="S²-Attn").write(out)
 
         source = self.publish("merge", model, {}, {})
         sources = {"sources": [{"package": None, "files": "texts/*.txt", "dataset": None}]}
-        packed = {"documents": {"train": 12}, "rows": 40, "seq_len": 32, "method": "best_fit"}
+        packed = pack_summary(documents={"train": 12}, rows=40, seq_len=32).to_json()
         corpus = self.publish(
             "pack",
             lambda out: (out / "x").write_text("x"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_models import tiny_tokenizer
+from toy_models import tiny_tokenizer, training_summary
 
 from longreach.evaluation import lost_in_the_middle, sinks
 from longreach.evaluation.blocks import Best, Section, Table
@@ -33,9 +33,11 @@ from longreach.pipelines.report_page import html_page, markdown
 from longreach.pipelines.report_sections import coarser
 from longreach.pipelines.report_tasks import others
 from longreach.pipelines.stage import STAGES, Stage, StageRun
+from longreach.training import throughput
 from longreach.training.packed import pack_corpus
+from longreach.training.planner import Machine, Prediction
 from longreach.training.recipe import TrainJob
-from longreach.training.throughput import summary as training_summary
+from longreach.training.summary import TrainableParameters
 
 RUDE = '<script>alert("&")</script>|`x`'
 RUN = StageRun(
@@ -158,7 +160,7 @@ def write_base(stage, out: Path) -> dict:
 
 
 def write_corpus(stage, out: Path) -> dict:
-    return pack_corpus(stage.recipe.corpus, stage.recipe.pack, tiny_tokenizer(), out)
+    return pack_corpus(stage.recipe.corpus, stage.recipe.pack, tiny_tokenizer(), out).to_json()
 
 
 def write_arm(stage, out: Path) -> dict:
@@ -184,18 +186,14 @@ def write_arm(stage, out: Path) -> dict:
     ]
     (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     facts = {
-        "machine": {"matmul": 100.0},
-        "predicted": {
-            "flops": 200.0 * STEP_S[name] * MFU,
-            "step_s": STEP_S[name] * 1.5,
-            "peak_gib": PEAK_GIB[name] / 2,
-        },
+        "machine": Machine(matmul=100.0, attention=100.0, attention_backward=100.0, bytes=100.0, process_gib=0.5),
+        "predicted": Prediction(200.0 * STEP_S[name] * MFU, PEAK_GIB[name] / 2, {}, STEP_S[name] * 1.5),
         "total_parameters": 135_000_000,
-        "trainable": {"total": 29_000_000},
+        "trainable": TrainableParameters(total=29_000_000, lora=29_000_000, embed=0, norm=0, other=0),
         "peak_gib": PEAK_GIB[name],
         "ranks": 2,
     }
-    return training_summary(steps) | facts | job.choices()
+    return training_summary(**throughput.summary(steps), **facts, **job.choices()).to_json()
 
 
 def write_tokenizer(stage, out: Path) -> dict:

@@ -23,6 +23,7 @@ from toy_models import VOCAB, tiny_folder
 
 from longreach.infra.artifact import Store
 from longreach.infra.lease import Lease
+from longreach.training.summary import TrainingSummary
 
 pytestmark = pytest.mark.slow
 
@@ -140,12 +141,12 @@ def test_a_second_run_does_nothing_and_starts_no_ray(project: Path, tmp_path: Pa
 
 
 def test_training_ran_on_two_ranks_and_moved_what_it_should(project: Path):
-    summary = manifests(project)["finetune[longlora]"]["summary"]
-    assert summary["ranks"] == 2
-    assert summary["pattern"].startswith("shifted_sparse")
-    assert summary["trainable"]["lora"] > 0
-    assert summary["trainable"]["embed"] > 0
-    assert summary["trainable"]["norm"] > 0
+    summary = TrainingSummary.model_validate(manifests(project)["finetune[longlora]"]["summary"])
+    assert summary.ranks == 2
+    assert summary.pattern.startswith("shifted_sparse")
+    assert summary.trainable.lora > 0
+    assert summary.trainable.embed > 0
+    assert summary.trainable.norm > 0
 
 
 def test_both_arms_saw_the_same_rows_in_the_same_order(project: Path):

@@ -98,7 +98,7 @@ def test_rows_come_in_the_order_asked_for_from_any_record_batch(tmp_path, monkey
 
 def test_without_the_sinks_the_rest_is_the_same_text(corpus):
     rows = PackedRows(corpus["sink"])
-    sink = rows.info["first_token_id"]
+    sink = rows.summary.first_token_id
     every = range(len(rows))
     with_sink, without = rows.batch(every), rows.batch(every, drop_first=True)
     assert (with_sink["input_ids"][:, 0] == sink).all()
@@ -114,7 +114,7 @@ def test_without_the_sinks_the_rest_is_the_same_text(corpus):
         assert torch.equal(got[1][:left], positions[kept] - 1)
         # A document's first word is predicted from the sink, or from nothing: that target is missing.
         assert torch.equal(got[2][:left], labels[kept].masked_fill(got[1][:left] == 0, IGNORED))
-        assert (got[0][left:] == rows.info["pad_token_id"]).all()
+        assert (got[0][left:] == rows.summary.pad_token_id).all()
         assert got[1][left:].tolist() == list(range(16 - left))
         assert (got[2][left:] == IGNORED).all()
     assert several
@@ -122,7 +122,7 @@ def test_without_the_sinks_the_rest_is_the_same_text(corpus):
 
 def test_the_sink_is_never_a_target(corpus):
     rows = PackedRows(corpus["sink"])
-    assert not (rows.batch(range(len(rows)))["labels"] == rows.info["first_token_id"]).any()
+    assert not (rows.batch(range(len(rows)))["labels"] == rows.summary.first_token_id).any()
 
 
 def test_a_column_that_is_not_there_cannot_be_dropped(corpus):

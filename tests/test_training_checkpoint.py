@@ -9,23 +9,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import run_spawned
 from safetensors.torch import load_file
-from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder
+from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder, train
 from transformers import AutoModelForCausalLM
 
-from longreach.infra.launch import run_local
 from longreach.training.batches import RowOrder
 from longreach.training.checkpoint import check_trained, merge_adapter, newest_valid, problem, tensor_digests
 from longreach.training.longlora import apply_arm
 from longreach.training.model import fresh_llama, load_model
 from longreach.training.recipe import ArmRecipe, RopeRecipe
+from longreach.training.summary import TrainingSummary
 
 STRETCH = RopeRecipe(type="linear", factor=2.0)
 S2 = {"pattern": "shifted_sparse", "group_tokens": 8}
 IDS = torch.arange(2, 40)[None]
-
-
-def train(todo):
-    return run_local("longreach.training.loop:train", todo)
 
 
 def losses(todo):
@@ -71,7 +67,7 @@ def test_resume_is_bitwise_identical(tmp_path, crash, tune, another_attempt):
     crash(stopped, 5)
     if another_attempt:
         stopped = job(tmp_path, name="again", arm=arm, earlier=(stopped["work"],))
-    assert train(stopped)["resumed_from_step"] == 4
+    assert train(stopped).resumed_from_step == 4
     assert_identical(whole, stopped)
 
 
@@ -85,8 +81,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, crash):
     flipped[len(flipped) // 2] ^= 1
     state.write_bytes(flipped)
     summary = train(stopped)
-    assert summary["resumed_from_step"] == 2
-    assert summary["notes"] == [f"{newest} passed over: {state.name} is damaged"]
+    assert summary.resumed_from_step == 2
+    assert summary.notes == (f"{newest} passed over: {state.name} is damaged",)
     assert_identical(whole, stopped)
 
 
@@ -95,7 +91,7 @@ def test_a_checkpoint_that_was_never_finished_is_not_seen_and_goes(tmp_path, cra
     crash(todo, 3)
     folder = Path(todo["work"]) / "checkpoints"
     (folder / "step-00000002").rename(folder / ".draft-step-00000002")
-    assert train(todo)["resumed_from_step"] == 0
+    assert train(todo).resumed_from_step == 0
     assert not list(folder.glob(".draft*"))
 
 
@@ -107,7 +103,7 @@ def test_a_checkpoint_of_another_recipe_is_not_resumed_from(tmp_path, crash):
     assert problem(path, identity=identity) is None
     assert problem(path, identity="other") == "it belongs to another recipe"
     changed = job(tmp_path, optim={"learning_rate": 1e-3})
-    assert train(changed)["resumed_from_step"] == 0
+    assert train(changed).resumed_from_step == 0
 
 
 def test_the_newest_of_all_attempts_wins_and_a_missing_file_disqualifies(tmp_path, crash):
@@ -144,7 +140,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(tmp_path, zero_stage
         tmp_path, name="other", arm=arm, resources={"workers": after, "zero_stage": zero_stage}, earlier=[one["work"]]
     )
     on_ranks(other, after, tmp_path)
-    assert read_json(Path(other["out"]) / "training.json")["resumed_from_step"] == 4
+    assert TrainingSummary.read(other["out"]).resumed_from_step == 4
     rows = [(Path(todo["out"]) / "metrics.jsonl").read_text().splitlines() for todo in (one, other)]
     for a, b in zip(*([json.loads(line) for line in lines] for lines in rows), strict=True):
         assert a["rows"] == b["rows"]

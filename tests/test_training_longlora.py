@@ -7,6 +7,7 @@ from toy_models import TINY, VOCAB
 from longreach.training.longlora import apply_arm, trainable_parameters
 from longreach.training.model import fresh_llama
 from longreach.training.recipe import ArmRecipe
+from longreach.training.summary import TrainableParameters
 
 IDS = torch.arange(2, 40)[None]
 NORMS = (2 * TINY.layers + 1) * TINY.hidden
@@ -30,14 +31,14 @@ def arm(tune, **choices):
 def test_an_arm_trains_what_its_name_says(tune, lora, embed, norm):
     model = apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm(tune))
     got = trainable_parameters(model)
-    assert got == {"total": lora + embed + norm, "lora": lora, "embed": embed, "norm": norm, "other": 0}
+    assert got == TrainableParameters(total=lora + embed + norm, lora=lora, embed=embed, norm=norm, other=0)
 
 
 def test_tuning_all_trains_every_parameter_and_counts_a_tied_one_once():
     model = apply_arm(fresh_llama(TINY, VOCAB, seed=0).requires_grad_(False), arm("all"))
     got = trainable_parameters(model)
-    assert got["total"] == sum(p.numel() for p in model.parameters())
-    assert (got["embed"], got["norm"], got["lora"]) == (EMBED, NORMS, 0)
+    assert got.total == sum(p.numel() for p in model.parameters())
+    assert (got.embed, got.norm, got.lora) == (EMBED, NORMS, 0)
 
 
 @pytest.mark.parametrize("tune", ["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_spawned
-from toy_models import VOCAB, job, packed_corpus, read_json, tiny_folder
+from toy_models import VOCAB, job, packed_corpus, tiny_folder, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 from longreach.infra.errors import OutOfMemory, Superseded
@@ -18,14 +18,11 @@ from longreach.training.batches import PackedRows, RowOrder
 from longreach.training.loop import learning_rate
 from longreach.training.model import with_softmax_sinks
 from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, TrainJob
+from longreach.training.summary import TrainingSummary
 
 S2 = ArmRecipe(tune="lora+embed+norm", attention={"pattern": "shifted_sparse", "group_tokens": 8, "sink_tokens": 2})
 ACROSS_RANKS = 2e-5
 """Of a loss of about 4 in float32: the ranks' gradients are added in another order, six AdamW steps long."""
-
-
-def train(todo):
-    return run_local("longreach.training.loop:train", todo)
 
 
 def steps(todo):
@@ -35,10 +32,10 @@ def steps(todo):
 def test_the_loss_falls_and_the_asked_pattern_is_what_ran(tmp_path):
     todo = job(tmp_path, arm=S2, optim={"steps": 30})
     summary = train(todo)
-    assert summary["loss_last"] < summary["loss_first"] - 0.3
-    assert summary["pattern"] == "shifted_sparse(group_tokens=8, sink_tokens=2)"
-    assert summary["kernel"] == "sdpa"
-    assert summary == read_json(Path(todo["out"]) / "training.json")
+    assert summary.loss_last < summary.loss_first - 0.3
+    assert summary.pattern == "shifted_sparse(group_tokens=8, sink_tokens=2)"
+    assert summary.kernel == "sdpa"
+    assert summary == TrainingSummary.read(todo["out"])
     assert [row["step"] for row in steps(todo)] == list(range(1, 31))
 
 
@@ -138,7 +135,7 @@ def test_an_attempt_superseded_while_it_trains_ends_its_step_and_leaves_no_resul
     with pytest.raises(Superseded, match="step 5: a newer attempt took over"):
         train(todo)
     assert [row["step"] for row in steps(todo)] == [1, 2, 3, 4]
-    assert not (Path(todo["out"]) / "training.json").exists()
+    assert not (Path(todo["out"]) / TrainingSummary.file).exists()
 
 
 def test_each_step_is_recorded_once_and_told_once_whatever_was_repeated(tmp_path, monkeypatch):
@@ -156,7 +153,7 @@ def test_each_step_is_recorded_once_and_told_once_whatever_was_repeated(tmp_path
         at_step(patch, 4, die)
         with pytest.raises(KeyboardInterrupt):
             train(todo)
-    assert train(todo)["resumed_from_step"] == 4
+    assert train(todo).resumed_from_step == 4
     assert [row["step"] for row in steps(todo)] == [1, 2, 3, 4, 5, 6]
     told = [event for event in read_events(tmp_path / "a.jsonl")[0] if event["event"] == "metrics"]
     assert [event["step"] for event in told] == [1, 2, 3, 4, 5, 6]
@@ -272,7 +269,7 @@ def test_sink_arms_start_alike_from_a_base_too(tmp_path):
     built = {}
     for sink in ("none", "zero", "token", "logit"):
         todo = TrainJob.model_validate(job(tmp_path, kind="pretrain", sink=sink, rope={}))
-        built[sink], _ = loop.build(todo, PackedRows(todo.corpus).info)
+        built[sink], _ = loop.build(todo, PackedRows(todo.corpus).summary)
     weights = {sink: dict(model.named_parameters()) for sink, model in built.items()}
     for sink in weights:
         assert all(torch.equal(p, weights[sink][name]) for name, p in weights["none"].items())

@@ -15,6 +15,7 @@ from toy_tokenizers import LINES, toy_tokenizer
 from longreach.training import packed as packed_module
 from longreach.training.packed import pack_corpus
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.summary import BadEntries, PackSummary
 
 EOS, BOS, VOCAB = 0, 1, len(toy_tokenizer())
 
@@ -92,42 +93,42 @@ def test_held_out_documents_are_whole_and_their_text_is_in_no_row(texts, packed)
     assert documents["split"] == ["validation" if name == "t03" else "test" for name in held_out(texts)]
     assert documents["domain"] == held_out(texts)
     assert documents["input_ids"] == [tokenizer(texts[name]).input_ids for name in held_out(texts)]
-    assert summary["documents"] == {"train": 18, "validation": 1, "test": 11}
+    assert summary.documents == {"train": 18, "validation": 1, "test": 11}
 
 
 def test_datasets_opens_the_folder_memory_mapped(packed):
     rows, ids, positions, _ = rows_of(packed[0])
     assert isinstance(rows.data, datasets.table.MemoryMappedTable)
-    assert ids.shape == positions.shape == (packed[1]["rows"], 64)
+    assert ids.shape == positions.shape == (packed[1].rows, 64)
     assert str(rows.features["input_ids"].feature.dtype) == "int32"
 
 
 def test_the_summary_counts_what_is_in_the_rows(packed):
     out, summary = packed
     _, _, _, length = rows_of(out)
-    assert summary["tokens"] == length.sum()
-    assert summary["efficiency"] == length.sum() / (len(length) * 64)
-    assert summary["efficiency"] > 0.95
-    assert summary == json.loads((out / "packed.json").read_text())
-    assert summary["tokenizer_sha256"] == folder_digest(out / "tokenizer")["tokenizer.json"]
-    assert summary["vocab_size"] == VOCAB
+    assert summary.tokens == length.sum()
+    assert summary.efficiency == length.sum() / (len(length) * 64)
+    assert summary.efficiency > 0.95
+    assert summary == PackSummary.read(out)
+    assert summary.tokenizer_sha256 == folder_digest(out / "tokenizer")["tokenizer.json"]
+    assert summary.vocab_size == VOCAB
 
 
 def test_the_report_adds_up(texts, packed):
-    report = json.loads((packed[0] / "report.json").read_text())
+    _, report = packed
     tokenizer = toy_tokenizer()
     lengths = {name: len(tokenizer(text).input_ids) for name, text in texts[1].items()}
     train = [n for name, n in lengths.items() if name not in held_out(lengths)]
-    assert report["document_tokens"]["train"] == sum(train)
-    assert sum(report["document_tokens"].values()) == sum(lengths.values())
-    assert report["longer_than_a_row"] == sum(n + 1 > 64 for n in train)
-    assert report["truncated_tokens"] == 0
+    assert report.document_tokens["train"] == sum(train)
+    assert sum(report.document_tokens.values()) == sum(lengths.values())
+    assert report.longer_than_a_row == sum(n + 1 > 64 for n in train)
+    assert report.truncated_tokens == 0
     low = 0
-    for bar in report["length_histogram"]:
-        assert bar["train"] == sum(low < n <= bar["up_to"] for n in train)
-        low = bar["up_to"]
-    assert sum(bar["train"] + bar["validation"] + bar["test"] for bar in report["length_histogram"]) == 30
-    assert report["bad"] == {"count": 0, "fraction": 0.0, "listed": []}
+    for bar in report.length_histogram:
+        assert bar.train == sum(low < n <= bar.up_to for n in train)
+        low = bar.up_to
+    assert sum(bar.count for bar in report.length_histogram) == 30
+    assert report.bad == BadEntries(count=0, fraction=0.0)
 
 
 def test_concat_joins_the_training_documents_by_eos(texts, tmp_path):
@@ -149,19 +150,19 @@ def test_a_first_token_opens_each_row_and_each_isolated_document_and_counts(
     summary = pack(texts[0], tmp_path / "out", method=method, first_token=first_token)
     _, ids, positions, length = rows_of(tmp_path / "out")
     first = BOS if first_token == "bos" else VOCAB
-    assert summary["first_token_id"] == first
-    assert summary["vocab_size"] == VOCAB + (first_token == "sink")
+    assert summary.first_token_id == first
+    assert summary.vocab_size == VOCAB + (first_token == "sink")
     real = np.arange(ids.shape[1]) < length[:, None]
     assert ((ids == first) == ((positions == 0) & real)).all()  # there, and nowhere else
     assert ((ids == first).sum(1) > 1).any() == (method == "best_fit")
     assert (positions[:, :2] == [0, 1]).all()
-    assert length.sum() - (ids == first).sum() == packed[1]["tokens"]
+    assert length.sum() - (ids == first).sum() == packed[1].tokens
 
 
 def test_a_padding_token_of_its_own_is_used(texts, tmp_path):
     tokenizer = toy_tokenizer()
     tokenizer.pad_token = "<mark>"
-    assert pack(texts[0], tmp_path / "out", tokenizer=tokenizer)["pad_token_id"] == 2
+    assert pack(texts[0], tmp_path / "out", tokenizer=tokenizer).pad_token_id == 2
     _, ids, _, length = rows_of(tmp_path / "out")
     assert {token for row, n in zip(ids, length, strict=True) for token in row[n:].tolist()} == {2}
 
@@ -265,10 +266,10 @@ def write_lines(folder, good, bad):
 
 def test_malformed_entries_up_to_the_limit_are_counted_and_listed(tmp_path):
     write_lines(tmp_path, good=98, bad=2)
-    pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 0.02})
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    listed = [{"file": str(tmp_path / "x.jsonl"), "line": n, "reason": "text is int, not a string"} for n in (99, 100)]
-    assert report["bad"] == {"count": 2, "fraction": 0.02, "listed": listed}
+    bad = pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 0.02}).bad
+    assert (bad.count, bad.fraction) == (2, 0.02)
+    assert [(entry.file, entry.line) for entry in bad.listed] == [(str(tmp_path / "x.jsonl"), n) for n in (99, 100)]
+    assert {entry.reason for entry in bad.listed} == {"text is int, not a string"}
 
 
 def test_more_malformed_entries_than_the_limit_fail_naming_the_first(tmp_path):
@@ -281,15 +282,14 @@ def test_more_malformed_entries_than_the_limit_fail_naming_the_first(tmp_path):
 def test_the_list_of_malformed_entries_is_bounded_their_count_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(packed_module, "BAD_LISTED", 5)
     write_lines(tmp_path, good=1, bad=20)
-    pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 1.0})
-    bad = json.loads((tmp_path / "out/report.json").read_text())["bad"]
-    assert (bad["count"], len(bad["listed"])) == (20, 5)
+    bad = pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 1.0}).bad
+    assert (bad.count, len(bad.listed)) == (20, 5)
 
 
 def test_a_corpus_may_be_for_evaluation_only_but_not_empty(tmp_path):
     write_lines(tmp_path, good=3, bad=0)
     packed = pack(tmp_path, tmp_path / "a", files="*.jsonl", corpus={"test": ("*",)})
-    assert (packed["rows"], packed["documents"]["test"]) == (0, 3)
+    assert (packed.rows, packed.documents["test"]) == (0, 3)
     assert len(datasets.load_from_disk(tmp_path / "a" / "documents")) == 3
     write_lines(tmp_path, good=0, bad=0)
     with pytest.raises(ValueError, match="no document, and 0 malformed"):

@@ -7,13 +7,12 @@ import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.utils.flop_counter import FlopCounterMode
-from toy_models import job, read_json
+from toy_models import job, train
 
 from longreach.attention import PATTERNS
 from longreach.attention.hf import set_pattern
 from longreach.attention.pattern import Heads
 from longreach.attention.reference import dense_mask, starts
-from longreach.infra.launch import run_local
 from longreach.infra.resources import Resources
 from longreach.training import throughput
 from longreach.training.longlora import apply_arm, trainable_parameters
@@ -21,6 +20,7 @@ from longreach.training.loss import TokenLoss
 from longreach.training.model import fresh_llama
 from longreach.training.planner import Machine, Shape, mean_keys, predict
 from longreach.training.recipe import ArmRecipe, AttentionRecipe, LlamaRecipe
+from longreach.training.summary import TrainingSummary
 
 RECIPE = LlamaRecipe(hidden=64, layers=3, heads=4, kv_heads=2, context_length=128)
 T, VOCAB = 128, 96
@@ -55,8 +55,8 @@ def test_smollm2_is_counted_to_the_last_parameter():
 def test_parameters_are_those_of_the_model(tune):
     model = tuned(tune)
     kinds = shape_of(model).trained(ArmRecipe(tune=tune))
-    assert sum(kinds.values()) == trainable_parameters(model)["total"]
-    assert shape_of(model).counts({"total_parameters": model.num_parameters(), "trainable": {"lora": kinds["lora"]}})
+    assert sum(kinds.values()) == trainable_parameters(model).total
+    assert shape_of(model).counts(model.num_parameters() - kinds["lora"])
 
 
 @pytest.mark.parametrize("tune", ARMS)
@@ -175,12 +175,12 @@ def test_seconds_add_up_and_say_what_they_go_into():
 
 def test_every_arm_keeps_what_was_predicted_beside_what_it_took(tmp_path):
     todo = job(tmp_path)
-    run_local("longreach.training.loop:train", todo)
-    facts = read_json(tmp_path / "run/out/training.json")
-    assert facts["predicted"]["step_s"] > 0
-    assert facts["predicted"]["memory_gib"]["process"] == pytest.approx(facts["machine"]["process_gib"])
+    train(todo)
+    facts = TrainingSummary.read(tmp_path / "run/out")
+    assert facts.predicted.step_s > 0
+    assert facts.predicted.memory_gib["process"] == pytest.approx(facts.machine.process_gib)
     rows = [json.loads(line) for line in (tmp_path / "run/out/metrics.jsonl").read_text().splitlines()]
-    expected = facts["predicted"]["flops"] / rows[0]["seconds"] / facts["machine"]["matmul"]
+    expected = facts.predicted.flops / rows[0]["seconds"] / facts.machine.matmul
     assert rows[0]["mfu"] == pytest.approx(expected)
 
 
@@ -189,10 +189,10 @@ def test_this_machine_is_measured_once_and_not_again_after_a_restart(tmp_path, m
     real = throughput.calibrate
     monkeypatch.setattr(throughput, "calibrate", lambda **asked: measured.append(asked) or real(**asked))
     todo = job(tmp_path)
-    machine = run_local("longreach.training.loop:train", todo)["machine"]
+    machine = train(todo).machine
     again = todo | {"out": str(tmp_path / "again/out"), "work": str(tmp_path / "again/work")}
-    found = run_local("longreach.training.loop:train", again | {"earlier": [todo["work"]]})["machine"]
+    found = train(again | {"earlier": [todo["work"]]}).machine
     assert len(measured) == 1
-    assert found | {"process_gib": 0} == machine | {"process_gib": 0}
-    run_local("longreach.training.loop:train", again | {"resources": {**todo["resources"], "micro_batch_rows": 2}})
+    assert replace(found, process_gib=0) == replace(machine, process_gib=0)
+    train(again | {"resources": {**todo["resources"], "micro_batch_rows": 2}})
     assert len(measured) == 2, "so many tokens at once were never measured"

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_models import job
+from toy_models import job, train
 
 from longreach.infra.errors import Stopped
-from longreach.infra.launch import run_local
 from longreach.infra.tracking import Spool, read_events
 from longreach.training.batches import RowOrder
 from longreach.training.recipe import OptimRecipe
@@ -18,10 +17,6 @@ from longreach.training.skips import Skips
 
 S2 = {"pattern": "shifted_sparse", "group_tokens": 8}
 OPTIM = {"schedule": "constant", "warmup_steps": 0}
-
-
-def train(todo):
-    return run_local("longreach.training.loop:train", todo)
 
 
 def rows(todo):
@@ -60,7 +55,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tmp_path, monk
         distrusting(patch, 2)
         summary = train(skipping)
     assert [row["skipped"] for row in rows(skipping)] == [False, False, True, False]
-    assert (summary["steps"], summary["skipped_steps"]) == (4, 1)
+    assert (summary.steps, summary.skipped_steps) == (4, 1)
     real = RowOrder.rows_of_step
     monkeypatch.setattr(RowOrder, "rows_of_step", lambda self, step: real(self, 3 if step == 2 else step))
     train(without)
@@ -131,7 +126,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_the_next_run_goes_on_from_that
         train(todo)
     (tmp_path / "stop").unlink()
     monkeypatch.setattr(RowOrder, "for_rank", real)
-    assert train(todo)["resumed_from_step"] == 3
+    assert train(todo).resumed_from_step == 3
     assert same(whole, todo)
 
 
@@ -140,8 +135,8 @@ def test_the_last_steps_see_what_the_arm_anneals_to(tmp_path):
     sparse = job(tmp_path, name="b", arm={"attention": S2})
     summary = train(annealed)
     train(sparse)
-    assert summary["pattern"] == "shifted_sparse(group_tokens=8, sink_tokens=0)"
-    assert summary["pattern_at_the_end"] == "causal()"
+    assert summary.pattern == "shifted_sparse(group_tokens=8, sink_tokens=0)"
+    assert summary.pattern_at_the_end == "causal()"
     ours, theirs = ([row["loss"] for row in rows(todo)] for todo in (annealed, sparse))
     assert ours[:3] == theirs[:3]
     assert ours[3] != theirs[3]
@@ -162,5 +157,5 @@ def test_a_run_killed_in_the_anneal_goes_on_in_it(tmp_path, monkeypatch):
         patch.setattr(RowOrder, "for_rank", for_rank)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
-    assert train(broken)["resumed_from_step"] == 4
+    assert train(broken).resumed_from_step == 4
     assert same(whole, broken)

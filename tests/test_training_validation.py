@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_spawned
-from toy_models import job, packed_corpus, read_json, tiny_folder
+from toy_models import job, packed_corpus, tiny_folder, train
 from transformers import AutoModelForCausalLM
 
-from longreach.infra.launch import run_local
 from longreach.training import loop
 from longreach.training.batches import IGNORED
 from longreach.training.recipe import OptimRecipe
+from longreach.training.summary import TrainingSummary
 from longreach.training.validation import validation_rows
 
 HELD_OUT = ("count3[89]*",)
@@ -23,10 +23,6 @@ HELD_OUT = ("count3[89]*",)
 def corpus(tmp_path):
     tiny_folder(tmp_path / "base")
     return packed_corpus(tmp_path, validation=HELD_OUT)
-
-
-def train(todo):
-    return run_local("longreach.training.loop:train", todo)
 
 
 def rows_of(todo):
@@ -88,7 +84,7 @@ def test_the_best_weights_leave_though_later_ones_were_trained(tmp_path, corpus,
     monkeypatch.setattr(loop, "validation_loss", measured)
     optim = {"steps": 8, "validate_every_steps": 1, "result": "best"}
     todo = job(tmp_path, optim=optim, resources={"keep_last": 1})
-    assert train(todo)["left_after_step"] == 3
+    assert train(todo).left_after_step == 3
     model = AutoModelForCausalLM.from_pretrained(todo["out"])
     assert all(torch.equal(p, weights[2][name]) for name, p in model.named_parameters())
     assert not all(torch.equal(p, weights[7][name]) for name, p in model.named_parameters())
@@ -100,7 +96,7 @@ def test_where_the_last_weights_leave_no_best_checkpoint_is_kept(tmp_path, corpu
     values = iter(range(1, 9))
     monkeypatch.setattr(loop, "validation_loss", lambda *args: (float(next(values)), 1))
     todo = job(tmp_path, optim={"steps": 8, "validate_every_steps": 1}, resources={"keep_last": 1})
-    assert train(todo)["left_after_step"] == 8
+    assert train(todo).left_after_step == 8
     assert {path.name for path in (Path(todo["work"]) / "checkpoints").glob("step-*")} == {"step-00000006"}
 
 
@@ -112,8 +108,8 @@ def test_a_skipped_step_is_never_the_best(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(loop.zero, "step", lambda engine, rate: real(engine, rate) * next(norms))
     todo = job(tmp_path, optim={"steps": 4, "global_batch_tokens": 16, "validate_every_steps": 1, "result": "best"})
     facts = train(todo)
-    assert facts["skipped_steps"] == 1
-    assert facts["left_after_step"] == 2
+    assert facts.skipped_steps == 1
+    assert facts.left_after_step == 2
 
 
 def test_an_adapter_may_leave_after_its_first_step_and_the_pattern_said_is_the_arms(tmp_path, corpus, monkeypatch):
@@ -121,8 +117,8 @@ def test_an_adapter_may_leave_after_its_first_step_and_the_pattern_said_is_the_a
     monkeypatch.setattr(loop, "validation_loss", lambda *args: (next(values), 1))
     arm = {"tune": "lora", "attention": {"pattern": "shifted_sparse", "group_tokens": 8}}
     facts = train(job(tmp_path, arm=arm, optim={"steps": 3, "validate_every_steps": 1, "result": "best"}))
-    assert facts["left_after_step"] == 1
-    assert facts["pattern_at_the_end"].startswith("shifted_sparse")
+    assert facts.left_after_step == 1
+    assert facts.pattern_at_the_end.startswith("shifted_sparse")
 
 
 def test_a_resumed_run_remembers_which_was_best(tmp_path, corpus, monkeypatch):
@@ -148,8 +144,8 @@ def test_a_resumed_run_remembers_which_was_best(tmp_path, corpus, monkeypatch):
         train(first)
     monkeypatch.setattr(loop, "validation_loss", real)
     facts = train(second)
-    assert facts["resumed_from_step"] > 0
-    assert facts["left_after_step"] == read_json(Path(whole["out"]) / "training.json")["left_after_step"]
+    assert facts.resumed_from_step > 0
+    assert facts.left_after_step == TrainingSummary.read(whole["out"]).left_after_step
 
 
 def test_documents_shorter_than_a_row_are_named_as_the_reason(tmp_path):

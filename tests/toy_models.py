@@ -7,10 +7,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from longreach.infra.launch import run_local
 from longreach.infra.resources import Resources
 from longreach.training.model import fresh_llama
 from longreach.training.packed import pack_corpus
 from longreach.training.recipe import (
+    ArmRecipe,
     CorpusRecipe,
     LlamaRecipe,
     OptimRecipe,
@@ -19,6 +21,7 @@ from longreach.training.recipe import (
     SourceRecipe,
     TrainJob,
 )
+from longreach.training.summary import PackSummary, TrainingSummary
 
 VOCAB = 64
 TINY = LlamaRecipe(hidden=32, layers=2, heads=4, kv_heads=2, context_length=64)
@@ -65,6 +68,37 @@ def packed_corpus(
     (folder / "corpus").mkdir()
     pack_corpus(corpus, pack, tiny_tokenizer(), folder / "corpus")
     return folder / "corpus"
+
+
+def training_summary(**facts) -> TrainingSummary:
+    """What a short training might say of itself; `facts` override."""
+    usual = {
+        "kind": "finetune", "rope": RopeRecipe(), "arm": ArmRecipe(), "model": None, "sink": "none",
+        "sink_mass_every": 0, "optim": OptimRecipe(steps=6, global_batch_tokens=128), "seed": 0,
+        "steps": 6, "skipped_steps": 0, "tokens": 768, "targets": 700, "wall_s": 10.0, "checkpoints_s": 0.5,
+        "step_s_median": 1.5, "tokens_per_s": 80.0, "loss_first": 5.0, "loss_last": 4.0,
+        "total_parameters": 1000, "trainable": dict.fromkeys(("total", "lora", "embed", "norm", "other"), 0),
+        "machine": None, "predicted": None, "peak_gib": 1.5, "ranks": 2, "kernel": "sdpa",
+        "pattern": "causal()", "pattern_at_the_end": "causal()", "resumed_from_step": 0, "left_after_step": 6,
+        "notes": (),
+    }  # fmt: skip
+    return TrainingSummary(**usual | facts)
+
+
+def pack_summary(**facts) -> PackSummary:
+    """What a small packed corpus might say of itself; `facts` override."""
+    usual = {
+        "seq_len": 16, "method": "best_fit", "first_token": "none", "first_token_id": None, "eos_token_id": 0,
+        "pad_token_id": 0, "vocab_size": VOCAB, "tokenizer_sha256": "", "rows": 8, "tokens": 120, "efficiency": 0.94,
+        "documents": {"train": 12, "validation": 0, "test": 0}, "source_digest": "", "document_tokens": {},
+        "longer_than_a_row": 0, "truncated_tokens": 0, "length_histogram": (), "bad": {"count": 0, "fraction": 0.0},
+    }  # fmt: skip
+    return PackSummary(**usual | facts)
+
+
+def train(todo: dict) -> TrainingSummary:
+    """Train in this process, as the only rank."""
+    return TrainingSummary.model_validate(run_local("longreach.training.loop:train", todo))
 
 
 def job(folder: Path, **choices) -> dict:

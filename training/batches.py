@@ -15,11 +15,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+
+from longreach.training.summary import PackSummary
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
@@ -70,8 +71,7 @@ class PackedRows:
 
     def __init__(self, corpus_dir: Path | str) -> None:
         folder = Path(corpus_dir)
-        self.info: dict[str, Any] = json.loads((folder / "packed.json").read_text(encoding="utf-8"))
-        """packed.json."""
+        self.summary = PackSummary.read(folder)
         state = json.loads((folder / "rows" / "state.json").read_text(encoding="utf-8"))
         files = [folder / "rows" / entry["filename"] for entry in state["_data_files"]]
         blocks = [
@@ -81,8 +81,8 @@ class PackedRows:
         self._columns = {
             name: [_view(block[name]) for block in blocks] for name in ("input_ids", "position_ids", "length")
         }
-        if len(self) != self.info["rows"]:
-            raise ValueError(f"{folder}: packed.json counts {self.info['rows']} rows, rows/ holds {len(self)}")
+        if len(self) != self.summary.rows:
+            raise ValueError(f"{folder}: packed.json counts {self.summary.rows} rows, rows/ holds {len(self)}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -124,14 +124,14 @@ class PackedRows:
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows without their sink or BOS tokens, the rest moved up."""
-        if (first := self.info["first_token_id"]) is None:
+        if (first := self.summary.first_token_id) is None:
             raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
         column_T = torch.arange(ids_BT.shape[1])
         first_BT = (ids_BT == first) & (positions_BT == 0) & (column_T < length_B1)
         kept_BT = torch.argsort(first_BT, dim=1, stable=True)
         length_B1 = length_B1 - first_BT.sum(1, keepdim=True)
         padding_BT = column_T >= length_B1
-        ids_BT = ids_BT.gather(1, kept_BT).masked_fill(padding_BT, self.info["pad_token_id"])
+        ids_BT = ids_BT.gather(1, kept_BT).masked_fill(padding_BT, self.summary.pad_token_id)
         positions_BT = torch.where(padding_BT, column_T - length_B1, positions_BT.gather(1, kept_BT) - 1)
         return ids_BT, positions_BT, length_B1
 

@@ -179,10 +179,11 @@ def base_of(adapter: Path) -> str:
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     """Merges an adapter into its base; one of ours brings the stretch that it was trained with."""
     from longreach.training.checkpoint import merge_adapter
-    from longreach.training.recipe import RopeRecipe
+    from longreach.training.summary import TrainingSummary
 
-    files, trained = kept_files(adapter), adapter / "training.json"
-    rope = RopeRecipe(**json.loads(trained.read_text())["rope"]) if trained.is_file() else None
+    files, rope = kept_files(adapter), None
+    if (adapter / TrainingSummary.file).is_file():
+        rope = TrainingSummary.read(adapter).rope
     kind, name = parse_source(base_of(adapter))
     base = Path(name) if kind == "folder" else _download(name, None)
     about = merge_adapter(base, adapter, out, rope=rope)

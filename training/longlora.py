@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from longreach.training.loss import causal_lm
 from longreach.training.recipe import ArmRecipe
+from longreach.training.summary import TrainableParameters
 
 
 def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:
@@ -73,11 +74,8 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
             )
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters by kind: {total, lora, embed, norm, other}; a tied weight counts once.
-
-    ZeRO-3's partitioned parameters are counted whole.
-    """
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """Count the trainable parameters by kind. ZeRO-3's partitioned parameters are counted whole."""
     lm = causal_lm(model)
     embed = {id(p) for p in lm.get_input_embeddings().parameters()}
     norm = {id(p) for m in lm.modules() if is_norm(m) for p in m.parameters()}
@@ -88,4 +86,4 @@ def trainable_parameters(model: nn.Module) -> dict[str, int]:
             size = getattr(p, "ds_numel", p.numel())
             counts[kind] += size
             counts["total"] += size
-    return counts
+    return TrainableParameters(**counts)

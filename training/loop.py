@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,15 @@ from longreach.training.batches import PackedRows, RowOrder
 from longreach.training.longlora import apply_arm, trainable_parameters
 from longreach.training.loss import TokenLoss, causal_lm, count_targets
 from longreach.training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
-from longreach.training.planner import Shape, predict
+from longreach.training.planner import Machine, Prediction, Shape, predict
 from longreach.training.recipe import OptimRecipe, TrainJob
 from longreach.training.skips import Skips
+from longreach.training.summary import PackSummary, TrainingSummary
 from longreach.training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
-"""Share of the parameters from which it is said that an arm trains its embeddings."""
+"""Share of the parameters from which it is said that an arm trains its embeddings: they are 1.9% of Llama-2-7B, 21% of
+Llama-3.2-1B."""
 
 PROBE_ROWS = 4
 """The corpus' first rows, on which it is measured where attention rests."""
@@ -68,7 +69,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 def _what_would_fit(todo: TrainJob, error: str) -> str:
     """Out of memory, with what to change."""
-    of, seq_len = todo.resources, PackedRows(Path(todo.corpus)).info["seq_len"]
+    of, seq_len = todo.resources, PackSummary.read(todo.corpus).seq_len
     smaller = [
         f"resources.micro_batch_rows {of.micro_batch_rows} -> {of.micro_batch_rows // 2}" * (of.micro_batch_rows > 1),
         "resources.activation_checkpointing true" * (not of.activation_checkpointing),
@@ -98,14 +99,15 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     if optim.validate_every_steps:
         held_out = validation_rows(Path(todo.corpus), optim.validation_rows, drop_first=drops_first(todo))
         held_out = [part_of(row, shared) for row in held_out]
-    model, tokenizer = build(todo, rows.info)
+    packed = rows.summary
+    model, tokenizer = build(todo, packed)
     set_active(model, pattern_of(todo, 0), shared)
     start = checkpoint.tensor_digests(model)
-    facts = {"total_parameters": model.num_parameters(), "trainable": trainable_parameters(model)}
+    parameters, trainable = model.num_parameters(), trainable_parameters(model)
 
     # ---- the engine and the rows
     peak_rate = todo.arm.learning_rate or optim.learning_rate
-    global_rows = optim.global_batch_tokens // rows.info["seq_len"]
+    global_rows = optim.global_batch_tokens // packed.seq_len
     own_rate = todo.arm.embedding_learning_rate or peak_rate
     scales = dict.fromkeys(causal_lm(model).get_input_embeddings().parameters(), own_rate / peak_rate)
     engine = zero.start_engine(
@@ -120,10 +122,11 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     kernel = set_pattern(model, pattern_of(todo, 0), sequence=shared).kernel  # that of the engine's device and type
     order = RowOrder(len(rows), todo.seed, global_rows)
     probe = rows.batch(range(min(PROBE_ROWS, len(rows))), drop_first=drops_first(todo))["input_ids"]
-    probe = probe[:, : rows.info["seq_len"] - 1].to(engine.device)  # arms without a sink token have one token less
+    probe = probe[:, : packed.seq_len - 1].to(engine.device)  # arms without a sink token have one token less
 
     # ---- what it should cost
-    facts |= foreseen(todo, causal_lm(model), rows, facts, engine.device, process_gib)
+    whole_parameters = parameters - trainable.lora
+    machine, predicted = foreseen(todo, causal_lm(model), rows, whole_parameters, engine.device, process_gib)
 
     # ---- resume
     log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
@@ -131,7 +134,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     acts = checkpoint.acts_for_disk(checkpoints)
     done, notes, losses, validated = resume(engine, checkpoints, todo, identity, log, acts)
     skips = Skips(optim, losses)
-    if log and (share := embedding_share(facts)) > LARGE_EMBEDDING and todo.arm.tune != "all":
+    if log and (share := trainable.embed / parameters) > LARGE_EMBEDDING and todo.arm.tune != "all":
         log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
 
     saving: dict[str, float] = {}
@@ -213,7 +216,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
                 | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
                 | {"phases": clock.laps | saving, "rows": row_ids, "skipped": not trained}
                 | measured
-                | mfu(facts, clock.total, world),
+                | mfu(machine, predicted, clock.total, world),
                 total=optim.steps,
             )
         saving.clear()
@@ -251,17 +254,29 @@ def _train(todo: TrainJob) -> dict[str, Any]:
     checkpoint.export(model, tokenizer, out, start=start, steps=leaving)
     if not log:
         return {}
-    summary = throughput.summary(log.rows) | facts
-    summary |= {"peak_gib": peak_gib, "ranks": world, "kernel": kernel}
-    summary |= {"pattern": str(pattern_of(todo, 0)), "pattern_at_the_end": str(pattern_of(todo, optim.steps - 1))}
-    summary |= {"resumed_from_step": done, "left_after_step": leaving, "notes": notes, **todo.choices()}
-    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary = TrainingSummary(
+        **throughput.summary(log.rows),
+        total_parameters=parameters,
+        trainable=trainable,
+        machine=machine,
+        predicted=predicted,
+        peak_gib=peak_gib,
+        ranks=world,
+        kernel=kernel,
+        pattern=str(pattern_of(todo, 0)),
+        pattern_at_the_end=str(pattern_of(todo, optim.steps - 1)),
+        resumed_from_step=done,
+        left_after_step=leaving,
+        notes=tuple(notes),
+        **todo.choices(),
+    )
+    summary.write(out)
     if todo.share:
         todo.share.push(out)  # for the node that publishes it
-    return summary
+    return summary.to_json()
 
 
-def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
+def build(todo: TrainJob, packed: PackSummary) -> tuple[Any, Any]:
     """(model, tokenizer): the start that all arms share, then this arm's parameters and pattern.
 
     ValueError: rows of another tokenizer, rows beyond the stretched context. RuntimeError: the pattern is not on.
@@ -271,7 +286,7 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
         # All sink arms get the sink token's embedding row, so they start from the same weights; most never look it up.
         own = AutoTokenizer.from_pretrained(todo.base, local_files_only=True)
         if todo.model is not None:
-            model: Any = fresh_llama(todo.model, packed["vocab_size"], todo.seed)
+            model: Any = fresh_llama(todo.model, packed.vocab_size, todo.seed)
             for config in (model.config, model.generation_config):
                 for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                     setattr(config, key, getattr(tokenizer, key))
@@ -288,14 +303,14 @@ def build(todo: TrainJob, packed: dict[str, Any]) -> tuple[Any, Any]:
         check_tokenizer(own_tokenizer.get_vocab(), tokenizer.get_vocab())
         if fit_embeddings(model, tokenizer) and todo.arm.tune != "all":
             raise ValueError(
-                f"the rows begin with a token that the base lacks ({packed['first_token']!r}): an adapter cannot carry "
+                f"the rows begin with a token that the base lacks ({packed.first_token!r}): an adapter cannot carry "
                 f"a resized embedding, so tune 'all', or pack with first_token 'none' or 'bos'"
             )
     # a dynamic stretch begins past the trained length, which the config keeps
     reach = model.config.max_position_embeddings * (todo.rope.factor if todo.rope.type == "dynamic" else 1)
-    if packed["seq_len"] > reach:
+    if packed.seq_len > reach:
         raise ValueError(
-            f"rows of {packed['seq_len']} tokens exceed the model's {reach:,.0f} positions: "
+            f"rows of {packed.seq_len} tokens exceed the model's {reach:,.0f} positions: "
             f"raise rope.factor, or lower pack.seq_len"
         )
     model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
@@ -334,14 +349,14 @@ def pattern_of(todo: TrainJob, step: int) -> Pattern:
 
 
 def foreseen(
-    todo: TrainJob, model: Any, rows: PackedRows, facts: dict[str, Any], device: torch.device, process_gib: float
-) -> dict[str, Any]:
-    """{machine, predicted}: what the ranks were measured to do, and what a step should cost; both None for a model that
-    is no Llama to the planner."""
+    todo: TrainJob, model: Any, rows: PackedRows, parameters: int, device: torch.device, process_gib: float
+) -> tuple[Machine | None, Prediction | None]:
+    """What a rank was measured to do in a second, and what a step should cost; both None for a model that is no Llama
+    to the planner. parameters: of the model, without LoRA's."""
     shape = Shape.of(model.config.to_dict())
-    if not shape.counts(facts):
-        return {"machine": None, "predicted": None}
-    seq_len, document = rows.info["seq_len"], rows.mean_document()
+    if not shape.counts(parameters):
+        return None, None
+    seq_len, document = rows.summary.seq_len, rows.mean_document()
     machine = throughput.calibrated(
         [Path(todo.work), *map(Path, todo.earlier)],
         shape=shape,
@@ -360,14 +375,14 @@ def foreseen(
         machine=machine,
         document=document,
     )
-    return {"machine": asdict(machine), "predicted": asdict(predicted)}
+    return machine, predicted
 
 
-def mfu(facts: dict[str, Any], seconds: float, world: int) -> dict[str, float]:
+def mfu(machine: Machine | None, predicted: Prediction | None, seconds: float, world: int) -> dict[str, float]:
     """Model FLOPs utilisation: the step's FLOPs, recomputation left out, over what the matrices alone could do here."""
-    if facts["predicted"] is None:
+    if machine is None or predicted is None:
         return {}
-    return {"mfu": facts["predicted"]["flops"] / seconds / world / facts["machine"]["matmul"]}
+    return {"mfu": predicted.flops / seconds / world / machine.matmul}
 
 
 def set_active(model: Any, pattern: Pattern, shared: SequenceRanks = ALONE) -> None:
@@ -377,11 +392,6 @@ def set_active(model: Any, pattern: Pattern, shared: SequenceRanks = ALONE) -> N
         asked, now = set_pattern(model, pattern, sequence=shared), active_pattern(model)
         if now != asked:
             raise RuntimeError(f"asked for attention {asked}, but {now} is on")
-
-
-def embedding_share(facts: dict[str, Any]) -> float:
-    """Trained embeddings over all parameters: 1.9% of Llama-2-7B, 21% of Llama-3.2-1B."""
-    return facts["trainable"]["embed"] / facts["total_parameters"]
 
 
 def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:

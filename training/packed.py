@@ -1,4 +1,4 @@
-"""Texts -> a PackedCorpus folder: rows/ and documents/ (Arrow, memory-mapped by `datasets`), tokenizer/, two reports.
+"""Texts -> a PackedCorpus folder: rows/ and documents/ (Arrow, memory-mapped by `datasets`), tokenizer/, packed.json.
 
 One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token goes where is then
 arithmetic on document lengths (training/packing.py); a second pass copies tokens into shards. Memory holds a few
@@ -26,6 +26,7 @@ from longreach.training.corpus import BadLine, Document, check_patterns, read_do
 from longreach.training.packing import METHODS, Rows
 from longreach.training.recipe import CorpusRecipe, PackRecipe
 from longreach.training.sink import with_sink_token
+from longreach.training.summary import PackSummary
 from longreach.training.tokens import BATCH_CHARS, Encoder, encode_all
 
 SHARD_BYTES = 256 << 20
@@ -47,8 +48,8 @@ def pack_corpus(
     base_dir: Path | str = ".",
     workers: int = 0,
     progress: Callable[[int], None] = lambda documents: None,
-) -> dict[str, Any]:
-    """Write the folder and return packed.json. No byte of it depends on workers (see encode_all).
+) -> PackSummary:
+    """Write the folder and return its summary. No byte of it depends on workers (see encode_all).
 
     progress is called with the number of documents done so far.
 
@@ -73,23 +74,22 @@ def pack_corpus(
         _write_documents(out / "documents", found, scratch)
     tokenizer.save_pretrained(out / "tokenizer")
     row_tokens = int(rows.lengths().sum())
-    packed = pack.model_dump() | {
-        "first_token_id": first_token,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
-        "vocab_size": len(tokenizer),
-        "tokenizer_sha256": hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
-        "rows": rows.count,
-        "tokens": row_tokens,
-        "efficiency": row_tokens / max(1, rows.count * pack.seq_len),
-        "documents": {split: found.splits.count(split) for split in SPLITS},
-        "source_digest": digest,
-    }
-    report = {key: packed[key] for key in ("rows", "tokens", "efficiency", "documents")}
-    report |= found.report(pack.seq_len - lead)
-    for name, content in (("packed.json", packed), ("report.json", report)):
-        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return packed
+    summary = PackSummary(
+        **pack.model_dump(),
+        first_token_id=first_token,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        vocab_size=len(tokenizer),
+        tokenizer_sha256=hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
+        rows=rows.count,
+        tokens=row_tokens,
+        efficiency=row_tokens / max(1, rows.count * pack.seq_len),
+        documents={split: found.splits.count(split) for split in SPLITS},
+        source_digest=digest,
+        **found.report(pack.seq_len - lead),
+    )
+    summary.write(out)
+    return summary
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:

@@ -70,10 +70,9 @@ class Shape:
             tied=bool(config.get("tie_word_embeddings")),
         )
 
-    def counts(self, facts: Mapping[str, Any]) -> bool:
-        """Whether this counting fits a model of so many parameters (`total_parameters`, LoRA's included)."""
-        whole = facts["total_parameters"] - facts["trainable"]["lora"]
-        return abs(self.parameters - whole) < 0.02 * whole
+    def counts(self, parameters: int) -> bool:
+        """Whether this counting fits a model of `parameters` parameters (LoRA's left out): within 2%."""
+        return abs(self.parameters - parameters) < 0.02 * parameters
 
     @property
     def attention_matrices(self) -> dict[str, tuple[int, int]]:

@@ -4,7 +4,7 @@ Defaults are LongLoRA's (arXiv:2309.12307, section 4.1) where the paper gives on
 """
 
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -466,7 +466,7 @@ class TrainJob(Choices):
     share: Share | None = None
     """How nodes without a shared disk see each other's files."""
 
-    def choices(self) -> dict[str, object]:
+    def choices(self) -> dict[str, Any]:
         """What changes the result; a checkpoint with other choices is not resumed from."""
         places = {"corpus", "base", "resources", "out", "work", "earlier", "superseded_file", "stop_file"}
         places |= {"spool", "share"}

@@ -157,11 +157,7 @@ def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps, tokens, seconds and losses of a run from its metrics rows (one a step, in order).
-
-    wall_s adds up all steps; start-up, validation, saving the result and checkpoints (checkpoints_s) are not in it.
-    The median step leaves out the first, which pays for warming up; tokens_per_s follows from the median.
-    """
+    """Return TrainingSummary's fields on steps, tokens, seconds and losses, from a run's metrics rows in order."""
     trained = [row for row in rows if not row["skipped"]]
     seconds = [row["seconds"] for row in rows]
     typical = median(seconds[1:] or seconds)

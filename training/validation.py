@@ -8,7 +8,6 @@ arm trains with (LongLoRA, section 3.2), so arms compare. The loss is a mean ove
 
 from __future__ import annotations
 
-import json
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 from longreach.training.batches import IGNORED
 from longreach.training.loss import count_targets
+from longreach.training.summary import PackSummary
 
 
 def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:
@@ -28,9 +28,9 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
     """
     import datasets
 
-    info = json.loads((corpus / "packed.json").read_text(encoding="utf-8"))
-    lead = [] if info["first_token_id"] is None or drop_first else [info["first_token_id"]]
-    length = info["seq_len"] - (info["first_token_id"] is not None)
+    packed = PackSummary.read(corpus)
+    lead = [] if packed.first_token_id is None or drop_first else [packed.first_token_id]
+    length = packed.seq_len - (packed.first_token_id is not None)
     held_out = datasets.load_from_disk(str(corpus / "documents")).with_format("numpy")
     texts = [row["input_ids"].astype(np.int64) for row in held_out if row["split"] == "validation"]
     pieces = [[text[at : at + length] for at in range(0, len(text) - length + 1, length)] for text in texts]
@@ -40,11 +40,11 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
             f"validate_every_steps: none of the {len(texts)} validation documents has {length} tokens, which a row "
             f"takes: name longer ones in corpus.validation, or set it to 0"
         )
-    column_T = torch.arange(info["seq_len"])
+    column_T = torch.arange(packed.seq_len)
     end = len(lead) + length
     rows = []
     for piece in in_turn:
-        ids_T = torch.full_like(column_T, info["pad_token_id"])
+        ids_T = torch.full_like(column_T, packed.pad_token_id)
         ids_T[:end] = torch.from_numpy(np.concatenate([np.array(lead, np.int64), piece]))
         # arms with and without a sink token score the same tokens
         labels_T = ids_T.masked_fill((column_T <= len(lead)) | (column_T >= end), IGNORED)

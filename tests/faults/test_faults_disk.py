@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_training_loop import at_step, train
-from toy_models import job
+from test_training_loop import at_step
+from toy_models import job, train
 
 from longreach.infra.artifact import Store
 from longreach.infra.launch import FINAL_ERRORS
@@ -87,8 +87,8 @@ def test_a_disk_that_fills_while_training_keeps_the_last_good_checkpoint(tmp_pat
     assert [p.name for p in checkpoints.glob("step-*")] == ["step-00000002"]
     (small_disk / "ballast").unlink()
     summary = train(todo)
-    assert summary["resumed_from_step"] == 2
-    assert summary["notes"] == []
+    assert summary.resumed_from_step == 2
+    assert summary.notes == ()
     assert problem(checkpoints / "step-00000004", identity="other") == "it belongs to another recipe"
 
 

@@ -31,7 +31,7 @@ pack("small")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pack("large")
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-report = json.loads((folder / "packed-large/report.json").read_text())
+report = json.loads((folder / "packed-large/packed.json").read_text())
 line = len(tokenizer(sys.argv[2]).input_ids)
 print(json.dumps({"mib": grown / 1024, "tokens": report["document_tokens"]["train"], "line": line}))
 """

@@ -6,8 +6,8 @@ import pickle
 from pathlib import Path
 
 import pytest
-from test_training_checkpoint import crash, train  # noqa: F401 (crash is a fixture)
-from toy_models import job, tiny_folder
+from test_training_checkpoint import crash  # noqa: F401 (a fixture)
+from toy_models import job, tiny_folder, train
 from transformers import AutoModelForCausalLM
 
 from longreach.training.convert import convert
@@ -41,7 +41,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run_unless_its_manifest_vouches_for_it(
     for file in newest.glob("*.pt"):
         file.write_bytes(content)
     (newest / "more.pkl").write_bytes(content)
-    assert train(todo)["resumed_from_step"] == 2
+    assert train(todo).resumed_from_step == 2
     assert not sprung.exists()
 
 

@@ -1,0 +1,214 @@
+"""What a training and a packed corpus say of themselves: typed facts, one JSON file in each result's folder.
+
+Everyone who wants to know what a training cost, or how many rows a corpus has, reads these classes; nobody else knows
+the files' names or keys. No torch here: `longreach plan` reads them in milliseconds.
+
+    TrainingSummary.read("merged").tokens_per_s
+    PackSummary.read("corpus").efficiency
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from longreach.training.planner import Machine, Prediction
+from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, PackRecipe, RopeRecipe, Sink
+
+
+class Facts(BaseModel):
+    """Frozen facts, strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as JSON's own types, as manifests hold them."""
+        return self.model_dump(mode="json")
+
+
+class Summary(Facts):
+    """Facts that lie in a file of their own beside the result."""
+
+    file: ClassVar[str]
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Self:
+        """Return what the file in `folder` says. OSError if there is none, ValueError if it says something else."""
+        path = Path(folder) / cls.file
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{path} is not what this version of longreach writes: {place}: {first['msg']}"
+                f" ({error.error_count()} such problems)"
+            ) from error
+
+    def write(self, folder: Path | str) -> None:
+        """Write the file into `folder`."""
+        text = json.dumps(self.to_json(), indent=1) + "\n"
+        (Path(folder) / self.file).write_text(text, encoding="utf-8")
+
+
+class TrainableParameters(Facts):
+    """Numbers of parameters that an arm trains, by kind; a tied weight counts once."""
+
+    total: int
+    """All kinds together."""
+    lora: int
+    """In LoRA's two small matrices."""
+    embed: int
+    """In the input embedding."""
+    norm: int
+    """In the norms."""
+    other: int
+    """In everything else: the layers' own matrices and an untied head."""
+
+
+class TrainingSummary(Summary):
+    """What was trained, what it cost and how it went: training.json beside the trained weights."""
+
+    file: ClassVar[str] = "training.json"
+
+    steps: int
+    """Optimizer steps, skipped ones included."""
+    skipped_steps: int
+    """Steps that left the weights as they were (training/skips.py)."""
+    tokens: int
+    """Tokens read in all steps."""
+    targets: int
+    """Tokens that were predicted, so that they count in the loss."""
+    wall_s: float
+    """Seconds of all optimizer steps, without start-up, checkpoints, validation and saving."""
+    checkpoints_s: float
+    """Seconds in which checkpoints were written."""
+    step_s_median: float
+    """Seconds of the median step; the first step, which warms up, is left out."""
+    tokens_per_s: float
+    """Tokens of a mean step per second of the median step, over all ranks."""
+    loss_first: float
+    """Loss of the first trained step, in nats per target."""
+    loss_last: float
+    """Loss of the last trained step, in nats per target."""
+    total_parameters: int
+    """Parameters of the model, LoRA's included."""
+    trainable: TrainableParameters
+    """Parameters that were trained."""
+    machine: Machine | None
+    """What one rank was measured to do in a second; None for an architecture that the cost model does not know."""
+    predicted: Prediction | None
+    """What a step was predicted to cost before the first one; None as above."""
+    peak_gib: float
+    """Peak memory in GiB, summed over the ranks: of their GPUs, else of their processes."""
+    ranks: int
+    """Number of ranks."""
+    kernel: str
+    """How attention was computed (attention/kernels.py)."""
+    pattern: str
+    """The attention pattern of the first step."""
+    pattern_at_the_end: str
+    """The attention pattern of the last step, which differs where an arm anneals."""
+    resumed_from_step: int
+    """Steps that were already done when this attempt began; 0 for a fresh start."""
+    left_after_step: int
+    """The step whose weights were saved: the last one, or the one with the lowest validation loss."""
+    notes: tuple[str, ...]
+    """Checkpoints that were passed over when this attempt began, and why."""
+
+    kind: Literal["finetune", "pretrain"]
+    """An arm of context extension, or of sink pretraining."""
+    rope: RopeRecipe
+    """The stretch of the positions (finetune)."""
+    arm: ArmRecipe
+    """The training method (finetune)."""
+    model: LlamaRecipe | None
+    """The model made from scratch (pretrain); None: training began with the base's weights."""
+    sink: Sink
+    """The attention sink (pretrain)."""
+    sink_mass_every: int
+    """Steps between two measurements of where attention rests (pretrain); 0: never."""
+    optim: OptimRecipe
+    """Optimizer and schedule."""
+    seed: int
+    """Seed of initialisation and row order."""
+
+
+class BadEntry(Facts):
+    """A malformed entry that was skipped."""
+
+    file: str
+    """The file it stands in."""
+    line: int
+    """Its line or row, from 1."""
+    reason: str
+    """What is wrong with it."""
+
+
+class BadEntries(Facts):
+    """How many entries of the sources were malformed."""
+
+    count: int
+    """Number of malformed entries."""
+    fraction: float
+    """Malformed entries over all entries."""
+    listed: tuple[BadEntry, ...] = ()
+    """The first of them (packed.MAX_LISTED); manifests leave them out."""
+
+
+class LengthBin(Facts):
+    """Documents of one range of lengths: more than half of `up_to` tokens, up to `up_to`."""
+
+    up_to: int
+    """The greatest length of the range, a power of two."""
+    train: int
+    """Documents for training."""
+    validation: int
+    """Documents for validation."""
+    test: int
+    """Documents for evaluation."""
+
+    @property
+    def count(self) -> int:
+        """Return the number of documents of all splits."""
+        return self.train + self.validation + self.test
+
+
+class PackSummary(Summary, PackRecipe):
+    """How documents became rows: packed.json in a PackedCorpus folder. Its first fields are the recipe's."""
+
+    file: ClassVar[str] = "packed.json"
+
+    first_token_id: int | None
+    """The token at the start of each row or isolated document; None for `first_token: none`."""
+    eos_token_id: int
+    """The token that ends each document."""
+    pad_token_id: int
+    """The token that fills the rest of a row."""
+    vocab_size: int
+    """Tokens of the tokenizer."""
+    tokenizer_sha256: str
+    """Digest of its tokenizer.json."""
+    rows: int
+    """Number of rows."""
+    tokens: int
+    """Tokens in the rows, without padding."""
+    efficiency: float
+    """Share of the rows' places that hold a token."""
+    documents: dict[str, int]
+    """Number of documents by split (train, validation, test)."""
+    source_digest: str
+    """Identity of the texts (training/corpus.py)."""
+    document_tokens: dict[str, int]
+    """Tokens of the documents' text by split."""
+    longer_than_a_row: int
+    """Training documents that had to be split over rows."""
+    truncated_tokens: int
+    """Tokens that were lost: 0, since what does not fit a row goes on in another."""
+    length_histogram: tuple[LengthBin, ...]
+    """Documents by length, in powers of two."""
+    bad: BadEntries
+    """Malformed entries."""
