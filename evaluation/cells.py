@@ -9,7 +9,6 @@ stopped, and several tasks can share the work, because what a cell's result is d
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from longreach.evaluation.documents import Document, Progress, silent
 from longreach.evaluation.likelihood import forget_length
 from longreach.evaluation.recipe import EvalRecipe
 from longreach.evaluation.scores import EvalScores
+from longreach.infra.files import write_whole
 
 Result = dict[str, Any]
 
@@ -82,8 +82,5 @@ class CellFolder:
 
     def keep(self, n: int, cell: Any, result: Result) -> None:
         """Writes one."""
-        draft = self.folder / f".{n:05d}.json"
-        draft.write_text(
-            json.dumps({"cell": cell, "setting": self.setting, "result": result}, ensure_ascii=False), encoding="utf-8"
-        )
-        os.replace(draft, self.folder / f"{n:05d}.json")
+        record = {"cell": cell, "setting": self.setting, "result": result}
+        write_whole(self.folder / f"{n:05d}.json", json.dumps(record, ensure_ascii=False))

@@ -5,9 +5,9 @@ one JSON form is not allowed in one.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -18,10 +18,23 @@ class Choices(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def refuse_password(url: str, advice: str) -> str:
+    """Return a path or URL as it is.
+
+    Raises:
+        ValueError: the URL holds a password. The message is `advice` with the URL's part before the password in place
+            of `{user}` (`s3://key`); the password itself is never repeated.
+    """
+    if found := re.search(r"(\w+://[^:/@]*):[^/@]+@", url):
+        raise ValueError(advice.format(user=found[1]))
+    return url
+
+
 def _without_password(place: str) -> str:
-    if "://" in place and urlsplit(place).password:
-        raise ValueError("holds a password, which manifests and reports would show: put it into the environment")
-    return place
+    """Return a recipe's path or URL; ValueError if it holds a password."""
+    return refuse_password(
+        place, "holds a password, which manifests and reports would show: put it into the environment"
+    )
 
 
 PathOrUrl = Annotated[str, AfterValidator(_without_password)]

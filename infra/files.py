@@ -37,7 +37,7 @@ def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -
     Args:
         publish: takes the draft and the target. `os.replace` overwrites; `os.link` raises FileExistsError instead.
     """
-    draft = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.draft")
+    draft = target.with_name(f"{uuid.uuid4().hex}.draft")  # short: the target's own name may be as long as names can be
     try:
         yield draft
         publish(draft, target)

@@ -33,6 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from longreach.infra import kubernetes
+from longreach.infra.choices import refuse_password
 from longreach.infra.environment import installed
 from longreach.infra.resources import Resources
 
@@ -61,12 +62,12 @@ class Submission:
     """What the cluster installs for the job; empty: its image has it."""
 
     def __post_init__(self) -> None:
-        for text in (*self.overrides, self.recipe.decode()):
-            if found := re.search(r"(\w+://[^\s:/@]*):[^\s/@]+@", text):
-                raise ValueError(
-                    f"{found[1]}:...@ holds a password, which Ray's dashboard shows to everyone who may see it: leave "
-                    "it out, and give user and password to the cluster's pods as environment variables"
-                )
+        for word in " ".join([*self.overrides, self.recipe.decode()]).split():
+            refuse_password(
+                word,
+                "{user}:...@ holds a password, which Ray's dashboard shows to everyone who may see it: leave it out, "
+                "and give user and password to the cluster's pods as environment variables",
+            )
 
     def run(self, recipe: str, *program: str) -> list[str]:
         """The driver's command. It never waits for another run of the recipe."""

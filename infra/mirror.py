@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra import registry
+from longreach.infra.files import write_whole
 from longreach.infra.registry import default_uri
 from longreach.infra.tracking import iter_events
 
@@ -94,9 +95,7 @@ class Position:
 
     def save(self, path: Path) -> None:
         target = _position_path(path)
-        new = target.with_suffix(".offset.new")
-        new.write_text(json.dumps(asdict(self)))
-        os.replace(new, target)
+        write_whole(target, json.dumps(asdict(self)))
 
 
 def _position_path(path: Path) -> Path:
@@ -508,7 +507,7 @@ def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport
 
 
 def _command(spool_dir: Path, uri: str) -> list[str]:
-    registry.refuse_password(uri)
+    registry.check_tracking_uri(uri)
     return [sys.executable, "-P", "-m", "longreach.infra.mirror", str(spool_dir), "--uri", uri]
 
 

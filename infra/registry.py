@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from longreach.infra.choices import refuse_password
 from longreach.infra.files import link_or_copy
 
 RUN_TAG = "longreach.run"
@@ -60,18 +61,16 @@ def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
     Raises:
         ValueError: it holds a password, which process lists, logs and dashboards would show.
     """
-    uri = chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir)
-    refuse_password(uri)
-    return uri
+    return check_tracking_uri(chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir))
 
 
-def refuse_password(uri: str) -> None:
-    """ValueError for a URI with a password in it, which is not repeated."""
-    if urlsplit(uri).password:
-        raise ValueError(
-            "the tracking URI holds a password, which other users can read in the list of processes: put it into "
-            "MLFLOW_TRACKING_PASSWORD, the user into MLFLOW_TRACKING_USERNAME (PGPASSWORD, PGUSER for PostgreSQL)"
-        )
+def check_tracking_uri(uri: str) -> str:
+    """Return the URI; ValueError if it holds a password."""
+    return refuse_password(
+        uri,
+        "the tracking URI holds a password, which other users can read in the list of processes: put it into "
+        "MLFLOW_TRACKING_PASSWORD, the user into MLFLOW_TRACKING_USERNAME (PGPASSWORD, PGUSER for PostgreSQL)",
+    )
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -23,6 +23,7 @@ from pydantic import Field, SerializeAsAny
 from longreach.evaluation.recipe import EvalRecipe
 from longreach.infra import registry
 from longreach.infra.choices import Choices
+from longreach.infra.files import add_file
 from longreach.pipelines.gate import PromoteStageRecipe, lengths_of
 from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.stage import Stage
@@ -274,7 +275,7 @@ def _digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
-        digest.update(file.read_bytes())
+        add_file(digest, file)
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
 from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines
 from longreach.evaluation.scores import paired
+from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
 from longreach.pipelines.report_findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
 
@@ -437,14 +438,14 @@ def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _flat(section: Mapping[str, Any]) -> list[str]:
     """`{"optim": {"steps": 8}}` -> `["optim.steps 8"]`; what is None is left out."""
-    flat = []
-    for key, value in section.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    choices = []
+    for name, value in flatten(section).items():
         if value is not None:
-            flat += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key} {text}"]
-    return flat
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            choices.append(f"{name} {text}")
+    return choices
 
 
 def _words(values: Mapping[str, Any]) -> str:

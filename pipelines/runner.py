@@ -31,6 +31,7 @@ from typing import Any, Literal, NoReturn
 from longreach.infra import relay
 from longreach.infra.artifact import AlreadyPublished, Artifact, CorruptArtifact, Store
 from longreach.infra.environment import git_commit, versions
+from longreach.infra.files import flatten
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
@@ -632,7 +633,7 @@ def _execute(task: Task, *inputs: Done) -> Done:
         name=f"{stage.label} attempt {int(attempt.id.split('-')[0])}",
         kind="attempt",
         tags={"fingerprint": stage.fingerprint, "attempt": attempt.id},
-        params=_flat(stage.identity["recipe"]),
+        params={name: str(value) for name, value in flatten(stage.identity["recipe"]).items()},
     )
     started, status = time.monotonic(), "FAILED"
     try:
@@ -675,11 +676,3 @@ def _execute(task: Task, *inputs: Done) -> Done:
 
 
 _versions = functools.cache(versions)
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """A section as MLflow parameters: `optim.steps` -> `8`."""
-    flat: dict[str, str] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
-    return flat

@@ -25,6 +25,7 @@ from typing import Any
 
 import xxhash
 
+from longreach.infra.files import add_file
 from longreach.infra.registry import version_of
 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -81,9 +82,7 @@ def source_digest(source: str, revision: str | None = None) -> str:
         digest.update(source_digest(base_of(Path(name))).encode())
     for path in kept_files(Path(name)):
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-        with path.open("rb") as f:
-            while block := f.read(1 << 24):
-                digest.update(block)
+        add_file(digest, path)
     return f"folder:{digest.hexdigest()}"
 
 

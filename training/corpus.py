@@ -18,7 +18,6 @@ import glob
 import importlib.util
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import fsspec
 import xxhash
 
+from longreach.infra.files import add_file, draft_of
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
 
 BLOCK_BYTES = 1 << 20
@@ -124,8 +124,7 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
             files = [(path.name, path) for _, path in _files(source, Path(base_dir))]
         for name, path in files:
             digest.update(f"{name}:{path.stat().st_size}\0".encode())
-            for block in _read_bytes(path):
-                digest.update(block)
+            add_file(digest, path)
     return digest.hexdigest()
 
 
@@ -185,9 +184,8 @@ def _fetched(pattern: str) -> list[Path]:
         path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{fs.ukey(key)}".encode()) / key.rsplit("/", 1)[-1]
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{uuid.uuid4().hex}.part")
-            fs.get_file(key, str(part))
-            part.replace(path)
+            with draft_of(path) as draft:
+                fs.get_file(key, str(draft))
         paths.append(path)
     return paths
 

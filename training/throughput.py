@@ -9,7 +9,6 @@ Ratios depend on width and length, so a speed is only worth something beside bot
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from longreach.infra.files import write_whole
 from longreach.training.planner import GIB, PASSES, Machine, Shape, outputs
 from longreach.training.recipe import ArmRecipe
 
@@ -138,9 +138,7 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
     machine = calibrate(**asked)
     if dist.get_rank() == 0:
         folders[0].mkdir(parents=True, exist_ok=True)
-        draft = folders[0] / ".machine.json"
-        draft.write_text(json.dumps({"about": about, "machine": asdict(machine)}))
-        os.replace(draft, folders[0] / "machine.json")
+        write_whole(folders[0] / "machine.json", json.dumps({"about": about, "machine": asdict(machine)}))
     return machine
 
 

@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-ARTIFACT, MIRROR, CHECKPOINT = "test_infra_artifact.py", "test_infra_mirror.py", "test_training_checkpoint.py"
+ARTIFACT, LEASE, MIRROR = (f"test_infra_{name}.py" for name in ("artifact", "lease", "mirror"))
+CHECKPOINT = "test_training_checkpoint.py"
 LOOP, SKIPS, CORPUS, PACKED = (f"test_training_{name}.py" for name in ("loop", "skips", "corpus", "packed"))
 CONVERT, RUNNER, QUICKSTART = "test_training_convert.py", "test_pipelines_runner.py", "test_quickstart.py"
 S3, DISK, NAMES = "faults/test_faults_s3.py", "faults/test_faults_disk.py", "faults/test_faults_names.py"
@@ -24,7 +25,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         THREE_KILLS,
         "test_infra_launch.py::test_a_killed_rank_is_restarted_and_a_group_that_a_killed_task_left_behind_is_in_nobodys_way",
     ),
-    2: (THREE_KILLS, f"{ARTIFACT}::test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost"),
+    2: (THREE_KILLS, f"{LEASE}::test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost"),
     3: (
         THREE_KILLS,
         f"{RUNNER}::test_a_stage_task_killed_with_sigkill_is_retried_and_sees_its_earlier_checkpoint",
@@ -69,7 +70,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
     ),
     12: (
         f"{RUNNER}::test_a_second_run_of_a_recipe_is_refused_while_one_lives",
-        f"{ARTIFACT}::test_of_two_runs_started_together_one_waits_for_the_other",
+        f"{LEASE}::test_of_two_runs_started_together_one_waits_for_the_other",
         f"{ARTIFACT}::test_of_many_publishers_at_once_exactly_one_wins",
     ),
     13: (
