@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model, model_validator
@@ -118,6 +119,22 @@ class Recipe(Choices):
         if self.pretrain:
             names["pretrain", "arms"] = self.pretrain.arms
         return [(section, name) for section, models in names.items() for name in models]
+
+    def local_paths(self) -> dict[str, str]:
+        """Return what may name a file or folder of this machine, by dotted field."""
+        paths = {"store.root": self.store.root, "store.workdir": self.store.workdir}
+        for index, source in enumerate(self.corpus.sources):
+            if source.files:
+                paths[f"corpus.sources.{index}.files"] = source.files
+            if source.dataset and Path(source.dataset).exists():
+                paths[f"corpus.sources.{index}.dataset"] = source.dataset
+        if Path(self.base.source).is_dir():
+            paths["base.source"] = self.base.source
+        for name, section in self.evaluate.chosen().items():
+            for field in ("kv_data", "qa_data", "data"):
+                if path := getattr(section, field, None):
+                    paths[f"evaluate.{name}.{field}"] = path
+        return paths
 
     def plain_baseline(self) -> str | None:
         """Return the name of the baseline that is the base as it is, if there is one."""

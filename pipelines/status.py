@@ -57,6 +57,25 @@ def status(store: Store, only: Collection[str] | None = None) -> Status:
     )
 
 
+def newest_report(store: Store, only: Collection[str] | None = None) -> dict[str, Any] | None:
+    """Return the manifest of the newest report, if there is one.
+
+    Args:
+        only: fingerprints of a recipe's stages: then it is the report of these, or of those among them that did not
+            fail; any report without it.
+    """
+    reports = [manifest for manifest in store.manifests("report") if only is None or _is_of(manifest, {*only})]
+    return max(reports, key=lambda manifest: manifest["published_at"], default=None)
+
+
+def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
+    """Whether a manifest is the report of these stages, or of those among them that did not fail."""
+    if report["fingerprint"] in fingerprints:
+        return True
+    identity = report["identity"]
+    return bool(identity["recipe"].get("failed")) and {*identity["inputs"].values()} <= fingerprints
+
+
 def _attempts(store: Store) -> list[Unfinished]:
     top = Path(store.base) if store.local else store.scratch
     found = []

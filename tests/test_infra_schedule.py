@@ -18,7 +18,7 @@ from longreach.infra import kubernetes
 from longreach.infra.kubernetes import Place
 from longreach.infra.resources import Resources
 from longreach.infra.schedule import TARGETS, Job, Schedule, crontab, on_calendar, render, systemd
-from longreach.pipelines import cli
+from longreach.pipelines import cli, cluster_cli
 
 BERLIN = ZoneInfo("Europe/Berlin")
 LOST = datetime(2026, 3, 28, 12, tzinfo=UTC)  # half a day before Berlin's clock jumps from 2:00 to 3:00
@@ -418,7 +418,7 @@ def test_a_mistake_exits_2_with_one_line(capsys):
 @pytest.mark.parametrize(("minutes", "runs"), [(30, True), (200, False)])
 def test_run_looks_at_the_clock_and_never_waits_for_another_run(monkeypatch, capsys, minutes, runs):
     ran = []
-    monkeypatch.setattr(cli, "_run", lambda loaded, name, **options: ran.append((name, options)))
+    monkeypatch.setattr(cluster_cli, "run_recipe", lambda loaded, name, **options: ran.append((name, options)))
     fired = datetime.now(UTC) - timedelta(minutes=minutes)
     cron = f"{fired.minute} {fired.hour} * * *"
     guard = ("--cron", cron, "--max-start-delay", "2h", "--run", "--address", "auto")

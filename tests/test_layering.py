@@ -23,7 +23,8 @@ QUICK = [
     "training/convert.py", "training/corpus.py", "evaluation/__init__.py", "evaluation/recipe.py",
     "pipelines/recipe.py", "pipelines/reader.py", "pipelines/gate.py",
     "pipelines/stage.py", "pipelines/graph.py", "pipelines/runner.py", "pipelines/status.py",
-    "pipelines/display.py", "pipelines/cli.py", "pipelines/__main__.py", "infra/jobs.py", "pipelines/scale.py",
+    "pipelines/display.py", "pipelines/cli.py", "pipelines/cluster_cli.py", "pipelines/console.py",
+    "pipelines/__main__.py", "infra/jobs.py", "pipelines/scale.py",
     "pipelines/compare.py",
 ]  # fmt: skip
 

@@ -1,0 +1,216 @@
+"""What all commands share: exit codes, options, tables, and how a run is carried out and reported.
+
+Nothing slow is imported at the top, so that `longreach --help` answers at once.
+
+    print_table(["stage", "state"], [["pack", "done"]])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from longreach.pipelines.reader import Loaded
+    from longreach.pipelines.runner import PlanRow, RunOutcome
+
+FAILED, BAD_INPUT, REFUSED, LEASE_HELD = 1, 2, 3, 75
+"""Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the lease."""
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one that comes along.")
+]
+OptionalRecipe = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Only what belongs to this recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override one value, e.g. finetune.steps=4.")
+]
+Root = Annotated[str, typer.Option(help="Artifact store (folder or fsspec URL), where no recipe names one.")]
+Notify = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="POST a summary there at the end; or LONGREACH_NOTIFY_URL, which no log shows."),
+]
+Workdir = Annotated[Path, typer.Option(help="This machine's folder of spools and the embedded MLflow store.")]
+RayAddress = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, one is started here.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and failures only.")]
+
+
+def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take groups of options: a parameter whose type is a dataclass becomes an option for each field."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    options: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            options += inspect.signature(groups[parameter.name], eval_str=True).parameters.values()
+        else:
+            options.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        return command(**values)
+
+    keyword_only = inspect.Parameter.KEYWORD_ONLY  # so that required options may stand after others
+    signature = inspect.Signature([option.replace(kind=keyword_only) for option in options])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+def load(recipe: str, overrides: list[str] | None = None) -> Loaded:
+    """Read a recipe as pipelines/reader.py does, which is imported only here."""
+    from longreach.pipelines import reader
+
+    return reader.load(recipe, overrides)
+
+
+def run_recipe(
+    loaded: Loaded,
+    name: str,
+    *,
+    force: tuple[str, ...] = (),
+    address: str | None = None,
+    wait: bool = True,
+    quiet: bool = False,
+    notify: str | None = None,
+) -> None:
+    """Run a recipe and tell on stderr how it went; the report's path alone goes to stdout.
+
+    Args:
+        name: what the user called the recipe.
+        notify: URL of a webhook that gets a summary.
+
+    Raises:
+        typer.Exit: with the code of the outcome, unless all is well.
+    """
+    from longreach.infra.lease import LeaseHeld
+    from longreach.infra.notify import URL, check_url
+    from longreach.pipelines import runner
+    from longreach.pipelines.display import Display
+
+    if notify := notify or os.environ.get(URL):
+        check_url(notify)
+    try:
+        with Display(quiet=quiet) as display:
+            outcome = runner.run(loaded, force=force, wait=wait, address=address, display=display)
+    except LeaseHeld as held:
+        print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
+        raise typer.Exit(LEASE_HELD) from None
+    except BaseException as error:
+        if notify:
+            ending = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failure"
+            reason = f"{type(error).__name__}: {error}".strip(": ")
+            _post(notify, ending, loaded.recipe.name, {"headline": reason})
+        raise
+    _show_outcome(outcome, name, quiet=quiet)
+    if notify and (outcome.ran or outcome.failed):  # a run in which nothing happened is no news
+        _post_outcome(notify, outcome, loaded.recipe.name)
+    if outcome.failed:
+        raise typer.Exit(FAILED)
+    if outcome.refusals:
+        raise typer.Exit(REFUSED)
+
+
+def _show_outcome(outcome: RunOutcome, name: str, *, quiet: bool) -> None:
+    from longreach.pipelines.display import duration
+
+    for stage, reason in outcome.failed.items():
+        print(f"{stage} failed: {reason}", file=sys.stderr)
+    if not quiet:
+        counts = f"{len(outcome.ran)} stages run, {len(outcome.reused)} reused, {len(outcome.failed)} failed"
+        print(f"{counts}, in {duration(outcome.seconds)}", file=sys.stderr)
+    if outcome.unsent_points:
+        print(f"{outcome.unsent_points} points are not in MLflow yet; later: longreach sync {name}", file=sys.stderr)
+    for reason in outcome.refusals:
+        print(f"refused by the gate: {reason}", file=sys.stderr)
+    if outcome.report_path:
+        print(outcome.report_path)
+
+
+def _post_outcome(url: str, outcome: RunOutcome, recipe: str) -> None:
+    ending = "success"
+    if outcome.failed:
+        ending = "failure"
+    elif outcome.refusals:
+        ending = "refused"
+    facts = {
+        "headline": outcome.headline,
+        "failed": outcome.failed,
+        "refusals": outcome.refusals,
+        "gate": outcome.gate,
+        "ran": len(outcome.ran),
+        "reused": len(outcome.reused),
+        "seconds": round(outcome.seconds),
+        "report": str(outcome.report_path or ""),
+    }
+    _post(url, ending, recipe, facts)
+
+
+def _post(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
+    """Post to the webhook; that it does not answer is a line on stderr and no failure."""
+    from longreach.infra.notify import notify
+
+    if trouble := notify(url, ending, recipe, facts):
+        print(trouble, file=sys.stderr)
+
+
+def show_plan(loaded: Loaded) -> list[PlanRow]:
+    """Print what a run would do, and what it should cost; returns the rows."""
+    from longreach.pipelines import runner
+    from longreach.pipelines.display import duration
+
+    rows = runner.plan(loaded)
+    lines = []
+    for row in rows:
+        took = "" if row.seconds_last is None else duration(row.seconds_last)
+        lines.append([row.stage, row.state, row.why, row.fingerprint[:8], took])
+    print_table(
+        ["stage", "state", "why", "fingerprint", "last took"],
+        lines,
+        styles={"done": "green", "stale": "yellow", "run": "bold"},
+    )
+    done = sum(row.state == "done" for row in rows)
+    for row in rows:
+        if row.foreseen and row.state != "done":
+            print(f"{row.stage}: {row.foreseen}")
+    print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run")
+    return rows
+
+
+def ago(then: datetime) -> str:
+    """Return how long ago a moment was: "1m05s ago"."""
+    from longreach.pipelines.display import duration
+
+    return f"{duration((datetime.now(then.tzinfo) - then).total_seconds())} ago"
+
+
+def print_table(columns: list[str], rows: list[list[str]], styles: dict[str, str] | None = None) -> None:
+    """Print a table on a terminal; elsewhere aligned lines, whole whatever their length, to grep.
+
+    Args:
+        styles: the style of a row that holds such a cell.
+    """
+    console = Console(highlight=False, markup=False)
+    if console.is_terminal:
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            style = next((style for word, style in (styles or {}).items() if word in row), None)
+            table.add_row(*row, style=style)
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in [columns, *rows]:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
