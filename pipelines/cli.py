@@ -173,7 +173,7 @@ def scale(
     paper: Annotated[bool, typer.Option("--paper", help="Compare with what LongLoRA's authors reported.")] = False,
 ) -> None:
     """Say on paper what a model costs on many GPUs: memory by ZeRO stage, seconds a step, where it stops scaling."""
-    from longreach.pipelines import scale as on_paper
+    from longreach.training import scale as on_paper
 
     reached = utilisation or on_paper.UTILISATION
     if paper:
@@ -235,7 +235,7 @@ def report(
 
     manifest = None
     if recipe and re.fullmatch("[0-9a-f]{6,32}", recipe):
-        from longreach.pipelines.compare import by_prefix
+        from longreach.pipelines.report.compare import by_prefix
 
         manifest = by_prefix(store := Store(root).checked(), recipe)
     if manifest is None:
@@ -262,7 +262,7 @@ def compare(
     ] = None,
 ) -> None:
     """Put several runs on one page: what differs between them, what they reached and cost; print its path."""
-    from longreach.pipelines.compare import compare
+    from longreach.pipelines.report.compare import compare
 
     print(compare(runs, out, root))
 

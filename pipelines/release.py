@@ -19,7 +19,7 @@ from longreach.infra.artifact import Artifact
 from longreach.infra.files import link_or_copy
 from longreach.infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
 from longreach.pipelines.graph import ReleaseRecipe
-from longreach.pipelines.report_findings import about_arm
+from longreach.pipelines.report.findings import about_arm
 from longreach.pipelines.stage import StageRun
 from longreach.training.convert import kept_files
 from longreach.training.summary import PackSummary, TrainingSummary

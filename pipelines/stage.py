@@ -54,7 +54,7 @@ STAGES: dict[str, StageKind] = {
     ),
     "release": StageKind("longreach.pipelines.release:release", 1, lambda r: 1),
     "promote": StageKind("longreach.pipelines.gate:promote", 1, lambda r: 1),
-    "report": StageKind("longreach.pipelines.report:report", 2, lambda r: 1),
+    "report": StageKind("longreach.pipelines.report.report:report", 2, lambda r: 1),
 }
 
 

@@ -24,8 +24,8 @@ QUICK = [
     "pipelines/recipe.py", "pipelines/reader.py", "pipelines/gate.py",
     "pipelines/stage.py", "pipelines/graph.py", "pipelines/runner.py", "pipelines/status.py",
     "pipelines/display.py", "pipelines/cli.py", "pipelines/cluster_cli.py", "pipelines/console.py",
-    "pipelines/__main__.py", "infra/jobs.py", "pipelines/scale.py",
-    "pipelines/compare.py",
+    "pipelines/__main__.py", "infra/jobs.py", "training/scale.py",
+    "pipelines/report/compare.py",
 ]  # fmt: skip
 
 

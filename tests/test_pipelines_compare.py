@@ -15,10 +15,10 @@ from test_pipelines_report import PPL, RECIPE, RUN, Page, make_stages
 
 from longreach.infra.artifact import Store
 from longreach.pipelines.cli import main
-from longreach.pipelines.compare import compare
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.recipe import Recipe
-from longreach.pipelines.report import report
+from longreach.pipelines.report.compare import compare
+from longreach.pipelines.report.report import report
 
 SMALL = RECIPE | {
     "baselines": {"base": {}},

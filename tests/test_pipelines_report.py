@@ -27,11 +27,11 @@ from longreach.infra.artifact import Artifact, Attempt, Store
 from longreach.infra.environment import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.recipe import PriceRecipe, Recipe
-from longreach.pipelines.report import report
-from longreach.pipelines.report_findings import POINTS, Found, Model, brief, frontier, thinned
-from longreach.pipelines.report_page import html_page, markdown
-from longreach.pipelines.report_sections import coarser
-from longreach.pipelines.report_tasks import others
+from longreach.pipelines.report.findings import POINTS, Found, Model, brief, frontier, thinned
+from longreach.pipelines.report.page import html_page, markdown
+from longreach.pipelines.report.report import report
+from longreach.pipelines.report.sections import coarser
+from longreach.pipelines.report.tasks import others
 from longreach.pipelines.stage import STAGES, Stage, StageRun
 from longreach.training import throughput
 from longreach.training.packed import pack_corpus

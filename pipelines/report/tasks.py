@@ -12,8 +12,8 @@ from typing import Any
 
 from longreach.evaluation.blocks import Block, Figure, Section, Table
 from longreach.evaluation.figures import Style, grid, lines
-from longreach.pipelines.report_findings import Found, by_length, finite
-from longreach.pipelines.report_sections import DASH, curve, interval, look
+from longreach.pipelines.report.findings import Found, by_length, finite
+from longreach.pipelines.report.sections import DASH, curve, interval, look
 
 SEES = {
     "sinks": "Above: the share on the first token by layer, then by head. Below: layers; a bright column is a sink.",

@@ -18,7 +18,7 @@ from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, l
 from longreach.evaluation.scores import paired
 from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
-from longreach.pipelines.report_findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
+from longreach.pipelines.report.findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
 
 DASH = "–"
 LICENCES = {

@@ -20,6 +20,17 @@ from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Tabl
 TEMPLATE = Path(__file__).with_name("report.html.tmpl")
 
 
+def write_page(out: Path, name: str, title: str, about: str, headline: str, sections: list[Section]) -> None:
+    """NAME.html, NAME.md and the figures that it refers to."""
+    (out / f"{name}.html").write_text(html_page(title, about, headline, sections), encoding="utf-8")
+    (out / f"{name}.md").write_text(markdown(title, about, headline, sections), encoding="utf-8")
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, list):
+                for figure in block:
+                    (out / figure.file).write_bytes(figure.png)
+
+
 def html_page(title: str, about: str, headline: str, sections: Sequence[Section]) -> str:
     """The page. `about` stands under the title; `headline` is what a reader in a hurry takes away."""
     links = "".join(f'<a href="#s{n}">{html.escape(s.title)}</a>\n' for n, s in enumerate(sections))

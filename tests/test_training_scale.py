@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from longreach.pipelines.cli import app
-from longreach.pipelines.scale import (
+from longreach.training.scale import (
     GPUS,
     MODELS,
     RESERVED_GIB,

@@ -22,9 +22,9 @@ from longreach.infra.artifact import MANIFEST, Artifact, Store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
 from longreach.pipelines.recipe import PriceRecipe
-from longreach.pipelines.report import write_page
-from longreach.pipelines.report_findings import Found, Model, finite, gather, show_ppl
-from longreach.pipelines.report_sections import losses, pairs, results
+from longreach.pipelines.report.findings import Found, Model, finite, gather, show_ppl
+from longreach.pipelines.report.page import write_page
+from longreach.pipelines.report.sections import losses, pairs, results
 from longreach.pipelines.runner import open_store
 from longreach.pipelines.stage import differences
 from longreach.training.summary import PackSummary

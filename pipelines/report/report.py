@@ -16,10 +16,11 @@ from typing import Any
 
 from longreach.evaluation.blocks import Section, Table
 from longreach.infra.artifact import Artifact
-from longreach.pipelines import report_sections, report_tasks
 from longreach.pipelines.graph import ReportRecipe
-from longreach.pipelines.report_findings import NOT_RUN, Found, brief, finite, gather, show_ppl
-from longreach.pipelines.report_page import html_page, markdown, markdown_table
+from longreach.pipelines.report import sections as report_sections
+from longreach.pipelines.report import tasks as report_tasks
+from longreach.pipelines.report.findings import NOT_RUN, Found, brief, finite, gather, show_ppl
+from longreach.pipelines.report.page import markdown_table, write_page
 from longreach.pipelines.stage import StageRun
 
 SECTIONS: tuple[Callable[[Found], Section | None], ...] = (
@@ -50,17 +51,6 @@ def report(
     about += f"report {run.attempt.fingerprint[:8]}"
     write_page(out, "report", f"longreach: {recipe.name}", about, headline(found), sections)
     return {"headline": headline(found), "metrics": metrics(found), "table": short_table(found)}
-
-
-def write_page(out: Path, name: str, title: str, about: str, headline: str, sections: list[Section]) -> None:
-    """NAME.html, NAME.md and the figures that it refers to."""
-    (out / f"{name}.html").write_text(html_page(title, about, headline, sections), encoding="utf-8")
-    (out / f"{name}.md").write_text(markdown(title, about, headline, sections), encoding="utf-8")
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, list):
-                for figure in block:
-                    (out / figure.file).write_bytes(figure.png)
 
 
 def short_table(found: Found) -> str:
