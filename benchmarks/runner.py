@@ -10,6 +10,7 @@ Times are wall seconds over the number of stages; Ray's start is not counted. Th
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import resource
@@ -18,18 +19,22 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
 
+from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices
 from longreach.infra.cluster import connected
 from longreach.pipelines import runner
 from longreach.pipelines.display import Display
+from longreach.pipelines.kind import stage
 from longreach.pipelines.reader import load
-from longreach.pipelines.stage import STAGES, Stage, StageKind
+from longreach.pipelines.stage import Stage
+from longreach.pipelines.stages import STAGES
 
 CHAIN = 4
 
@@ -40,7 +45,8 @@ class NoopRecipe(Choices):
     text: str
 
 
-def noop(*, recipe: NoopRecipe, resources: Any, out: Path, run: Any, **inputs: Any) -> dict[str, Any]:
+@stage(makes=Artifact, revision=1, cpus=lambda resources: 0.5)
+def noop(inputs: Mapping[str, Artifact], *, recipe: NoopRecipe, resources: Any, out: Path, run: Any) -> dict[str, Any]:
     """A stage that writes one small file."""
     (out / "text").write_text(recipe.text)
     return {"text": recipe.text}
@@ -72,7 +78,7 @@ class Watch(threading.Thread):
 
 def main() -> None:
     count = int(sys.argv[1]) if sys.argv[1:] else 1000
-    STAGES["noop"] = StageKind("runner:noop", 1, lambda r: 0.5)
+    STAGES["noop"] = importlib.import_module("runner").noop  # not that of __main__, which no worker can import
     with tempfile.TemporaryDirectory() as folder:
         places = [f"store.root={folder}/root", f"store.workdir={folder}/work", "tracking.enabled=false"]
         loaded = load("quickstart", places)

@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-
 from longreach.infra.files import digest_of, draft_of, file_digest
 
 MANIFEST = "artifact.json"
@@ -99,6 +97,8 @@ class Store:
 
     def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
         self.root = root
+        import fsspec  # 80 ms, which commands without a store need not wait for
+
         self.fs, self.base = fsspec.core.url_to_fs(root)
         self.local = self.fs.protocol == "file" or "file" in self.fs.protocol
         self.scratch = Path(scratch).absolute()

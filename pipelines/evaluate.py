@@ -11,27 +11,53 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import SerializeAsAny
 
-from longreach.attention.kv_budget import KVBudget, readable
 from longreach.evaluation import EVALS
-from longreach.evaluation.cells import CellFolder, Result, measured
-from longreach.evaluation.documents import Document, held_out
-from longreach.evaluation.figures import save
-from longreach.infra.artifact import Artifact
+from longreach.evaluation.recipe import EvalRecipe
+from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
-from longreach.pipelines.graph import EvaluateStageRecipe
-from longreach.pipelines.stage import StageRun
-from longreach.training.model import load_model
+from longreach.pipelines.artifacts import ModelCheckpoint, PackedCorpus, Scores
+from longreach.pipelines.kind import StageRun, stage
+from longreach.training.recipe import RopeRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from longreach.evaluation.cells import Result
+    from longreach.evaluation.documents import Document
 
 
+class EvaluateStageRecipe(Choices):
+    """One evaluation of one model."""
+
+    eval: str
+    """Name in EVALS."""
+    model: str
+    """The model's name in the recipe; it stands in every row of the scores."""
+    rope: RopeRecipe | None = None
+    """A stretch applied while loading, for untrained baselines; None: as the folder says."""
+    choices: SerializeAsAny[EvalRecipe]
+    """The evaluation's own section."""
+
+
+@stage(
+    makes=Scores,
+    revision=4,
+    cpus=lambda resources: resources.eval_cpus if resources.eval_workers == 1 else 0,
+    gpus=lambda resources: resources.gpus_per_worker if resources.eval_workers == 1 else 0,
+)
 def evaluate(
-    model: Artifact, corpus: Artifact, *, recipe: EvaluateStageRecipe, resources: Resources, out: Path, run: StageRun
+    model: ModelCheckpoint,
+    corpus: PackedCorpus,
+    *,
+    recipe: EvaluateStageRecipe,
+    resources: Resources,
+    out: Path,
+    run: StageRun,
 ) -> dict[str, Any]:
     """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents into `out`; returns their summary.
 
@@ -40,6 +66,9 @@ def evaluate(
             and values do not fit into memory.
         FloatingPointError: the model's logits are not finite.
     """
+    from longreach.evaluation.cells import CellFolder, measured
+    from longreach.evaluation.figures import save
+
     code = EVALS[recipe.eval].load()
     check_memory(model.path, recipe, resources)
     spread = resources.eval_workers > 1  # then the tasks have the GPUs
@@ -73,9 +102,15 @@ def evaluate(
 
 
 def _subject(
-    model: Artifact, corpus: Artifact, recipe: EvaluateStageRecipe, resources: Resources
+    model: ModelCheckpoint, corpus: PackedCorpus, recipe: EvaluateStageRecipe, resources: Resources
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Document]]:
     """The model, ready to be asked, its tokenizer and the held-out documents."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from longreach.evaluation.documents import held_out
+    from longreach.training.model import load_model
+
     torch.set_num_threads(resources.eval_cpus)
     network, tokenizer = load_model(model.path, rope=recipe.rope, dtype=resources.dtype)
     check_tokenizers(AutoTokenizer.from_pretrained(corpus.path / "tokenizer", local_files_only=True), tokenizer)
@@ -86,8 +121,8 @@ def _subject(
 
 
 def _spread(
-    model: Artifact,
-    corpus: Artifact,
+    model: ModelCheckpoint,
+    corpus: PackedCorpus,
     recipe: EvaluateStageRecipe,
     resources: Resources,
     todo: dict[int, Any],
@@ -117,23 +152,32 @@ def _spread(
 
 
 def _share(
-    model: Artifact,
-    corpus: Artifact,
+    model: ModelCheckpoint,
+    corpus: PackedCorpus,
     recipe: EvaluateStageRecipe,
     resources: Resources,
     todo: dict[int, Any],
     share: Share | None,
 ) -> Iterator[tuple[int, Result]]:
     """What one task of `_spread` does, on whichever node."""
+    from longreach.evaluation.cells import measured
+
     if share:
         share.bring()
-        model, corpus = (replace(a, path=Path(share.here(str(a.path)))) for a in (model, corpus))
+        model = replace(model, path=Path(share.here(str(model.path))))
+        corpus = replace(corpus, path=Path(share.here(str(corpus.path))))
     network, tokenizer, documents = _subject(model, corpus, recipe, resources)
     yield from measured(recipe.eval, network, tokenizer, recipe=recipe.choices, documents=documents, todo=todo)
 
 
 def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources) -> None:
     """ValueError if the weights and the keys and values of the longest prompt do not fit into what is free."""
+    import psutil
+    import torch
+    from transformers import AutoConfig
+
+    from longreach.attention.kv_budget import KVBudget, readable
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     lengths = [*(getattr(recipe.choices, "lengths", None) or [getattr(recipe.choices, "tokens", 0)])]
     if not (longest := max(lengths)):

@@ -12,13 +12,12 @@ from longreach.infra.artifact import CorruptArtifact, Store
 from longreach.infra.resources import Resources
 from longreach.pipelines.display import duration
 from longreach.pipelines.stage import Stage
+from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
 from longreach.training.planner import Machine, Prediction, Shape, predict
 from longreach.training.recipe import (
     ArmRecipe,
     FinetuneStageRecipe,
-    PackStageRecipe,
     PretrainStageRecipe,
-    TokenizerRecipe,
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from longreach.infra import registry
+from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices, Location, nearest
+from longreach.pipelines.artifacts import Decision, Release
+from longreach.pipelines.kind import StageRun, stage
 
-if TYPE_CHECKING:  # checking a recipe loads neither stores nor numpy
-    from longreach.infra.artifact import Artifact
+if TYPE_CHECKING:
     from longreach.pipelines.recipe import Recipe
-    from longreach.pipelines.stage import StageRun
 
 Rows = list[dict[str, Any]]
 
@@ -150,8 +151,15 @@ def lengths_of(recipe: Recipe, evaluation: str) -> tuple[int, ...]:
     return tuple(getattr(recipe.evaluate.chosen().get(evaluation), "lengths", ()))
 
 
+@stage(makes=Decision, revision=1, cpus=lambda resources: 1)
 def promote(
-    model: Artifact, *, recipe: PromoteStageRecipe, resources: object, out: Path, run: StageRun, **inputs: Artifact
+    model: Release,
+    inputs: Mapping[str, Artifact],
+    *,
+    recipe: PromoteStageRecipe,
+    resources: object,
+    out: Path,
+    run: StageRun,
 ) -> dict[str, Any]:
     """Stage `promote`: decide, write gate.json and gate.md, and move the alias if all rules are kept.
 
@@ -181,8 +189,8 @@ def promote(
     record = {**decision, "findings": [asdict(finding) for finding in findings]}
     (out / "gate.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / "gate.md").write_text(_page(recipe, decision, findings), encoding="utf-8")
-    tags = model.summary["tags"]  # a refused model is listed too, but its files stay in the store
-    run.spool.model(recipe.rules.name, tags[registry.MODEL], model.summary["metrics"], tags=tags)
+    tags = model.tags  # a refused model is listed too, but its files stay in the store
+    run.spool.model(recipe.rules.name, tags[registry.MODEL], model.metrics, tags=tags)
     run.spool.artifact(out / "gate.md")
     run.spool.tag("gate", "refused: " + "; ".join(refusals) if refusals else "passed")
     return decision
@@ -262,14 +270,14 @@ def _times(nll: float) -> str:
     return "more than 100" if nll >= math.log(100) else f"{math.exp(nll):.4f}"
 
 
-def _move(recipe: PromoteStageRecipe, model: Artifact, run: StageRun) -> str:
+def _move(recipe: PromoteStageRecipe, model: Release, run: StageRun) -> str:
     """Register the challenger, make it champion and return its version."""
     client = registry.connect()
-    name, tags = recipe.rules.name, model.summary["tags"]
+    name, tags = recipe.rules.name, model.tags
     experiment = registry.experiment_id(client, run.experiment)
     mlflow_run = registry.run_of(client, experiment, run.id)
     logged = registry.log_model(client, experiment, mlflow_run, name, tags, model.path)
-    version = registry.register(client, name, logged, mlflow_run, tags, model.summary["about"])
+    version = registry.register(client, name, logged, mlflow_run, tags, model.about)
     registry.move(client, name, str(version.version), recipe.champion)
     return str(version.version)
 

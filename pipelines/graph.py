@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import Field, SerializeAsAny
 
-from longreach.evaluation.recipe import EvalRecipe
 from longreach.infra import registry
-from longreach.infra.choices import Choices
 from longreach.infra.files import add_file
+from longreach.pipelines.evaluate import EvaluateStageRecipe
 from longreach.pipelines.gate import PromoteStageRecipe, lengths_of
-from longreach.pipelines.recipe import PriceRecipe, Recipe
+from longreach.pipelines.recipe import Recipe
+from longreach.pipelines.release import ReleaseRecipe
+from longreach.pipelines.report.report import ReportRecipe
 from longreach.pipelines.stage import Stage
+from longreach.pipelines.stages import MergeRecipe, PackStageRecipe, TokenizerRecipe
 from longreach.training.convert import source_digest as model_digest
 from longreach.training.corpus import source_digest as corpus_digest
 from longreach.training.recipe import (
@@ -35,58 +36,15 @@ from longreach.training.recipe import (
     FinetuneStageRecipe,
     OptimRecipe,
     PackRecipe,
-    PackStageRecipe,
     PretrainRecipe,
     PretrainStageRecipe,
     RopeRecipe,
-    TokenizerRecipe,
 )
 
 GATED = ("perplexity", "passkey")
 """Evaluations that the gate's rules are about."""
 DATA = ("kv_data", "qa_data", "data")
 """Choices of evaluations that name files: their bytes are part of identity."""
-
-
-class EvaluateStageRecipe(Choices):
-    """One evaluation of one model."""
-
-    eval: str
-    """Name in EVALS."""
-    model: str
-    """The model's name in the recipe; it stands in every row of the scores."""
-    rope: RopeRecipe | None = None
-    """A stretch applied while loading, for untrained baselines; None: as the folder says."""
-    choices: SerializeAsAny[EvalRecipe]
-    """The evaluation's own section."""
-
-
-class MergeRecipe(Choices):
-    """Merging an adapter into its base leaves nothing to choose."""
-
-
-class ReleaseRecipe(Choices):
-    """An arm's model as it leaves the house."""
-
-    name: str
-    """The recipe's name."""
-    arm: str
-    """The arm's name."""
-    register_as: str = ""
-    """MLflow's registered model; empty where the gate registers it."""
-
-
-class ReportRecipe(Choices):
-    """What the report is called; all else comes from its inputs."""
-
-    name: str
-    """The recipe's name."""
-    labels: dict[str, str]
-    """The report's inputs: parameter name -> the stage's label."""
-    prices: PriceRecipe = PriceRecipe()
-    """What a rank costs."""
-    failed: dict[str, str] = Field(default_factory=dict)
-    """Stages that could not be done: label -> why, in the order of the graph."""
 
 
 @dataclass(frozen=True)

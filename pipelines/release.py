@@ -9,29 +9,49 @@ the flavour `transformers`, with a signature. On a local store its weights are l
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
-
-from longreach.evaluation.scores import EFFECTIVE, EvalScores, effective_length
-from longreach.infra.artifact import Artifact
+from longreach.infra.choices import Choices
 from longreach.infra.files import link_or_copy
 from longreach.infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
-from longreach.pipelines.graph import ReleaseRecipe
+from longreach.pipelines.artifacts import ModelCheckpoint, PackedCorpus, Release, Scores, TokenizerFolder
+from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.report.findings import about_arm
-from longreach.pipelines.stage import StageRun
 from longreach.training.convert import kept_files
-from longreach.training.summary import PackSummary, TrainingSummary
+from longreach.training.summary import TrainingSummary
+
+if TYPE_CHECKING:
+    from longreach.evaluation.scores import EvalScores
 
 TOKENIZER = Path("components", "tokenizer")
 """Where MLflow's flavour looks for it."""
 
 
+class ReleaseRecipe(Choices):
+    """An arm's model as it leaves the pipeline."""
+
+    name: str
+    """The recipe's name."""
+    arm: str
+    """The arm's name."""
+    register_as: str = ""
+    """MLflow's registered model; empty where the gate registers it."""
+
+
+@stage(makes=Release, revision=1, cpus=lambda resources: 1)
 def release(
-    model: Artifact, corpus: Artifact, base: Artifact, *, recipe: ReleaseRecipe, resources: object, out: Path,
-    run: StageRun, **scores: Artifact,
-) -> dict[str, Any]:  # fmt: skip
+    model: ModelCheckpoint,
+    corpus: PackedCorpus,
+    base: TokenizerFolder,
+    scores: Mapping[str, Scores],
+    *,
+    recipe: ReleaseRecipe,
+    resources: object,
+    out: Path,
+    run: StageRun,
+) -> dict[str, Any]:
     """The model's files, README.md and MLmodel; the summary holds what MLflow is told: tags and metrics."""
     for file in kept_files(model.path):
         if file.name != "README.md":
@@ -39,14 +59,14 @@ def release(
             if file.suffix != ".safetensors" and file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
                 (out / TOKENIZER).mkdir(parents=True, exist_ok=True)
                 link_or_copy(str(file), str(out / TOKENIZER / file.name))
-    card = Card(recipe, model, corpus, base, {name: EvalScores.read(a.path) for name, a in scores.items()})
+    card = Card(recipe, model, corpus, base, {name: one.read() for name, one in scores.items()})
     (out / "README.md").write_text(card.text(), encoding="utf-8")
     _mlmodel(out, card)
     tags = {
         MODEL: f"release-{run.attempt.fingerprint}-{run.attempt.id}",
         FINGERPRINT: run.attempt.fingerprint,
         BASE: base.manifest["identity"]["recipe"].get("source", "from scratch"),
-        DOCUMENTS: corpus.manifest["identity"]["digests"]["documents"],
+        DOCUMENTS: corpus.source_digest,
         "longreach.recipe": recipe.name,
         "longreach.arm": recipe.arm,
         "longreach.corpus": corpus.fingerprint,
@@ -72,8 +92,15 @@ class Card:
     """What a model card says, from artifacts alone."""
 
     def __init__(
-        self, recipe: ReleaseRecipe, model: Artifact, corpus: Artifact, base: Artifact, scores: dict[str, EvalScores]
+        self,
+        recipe: ReleaseRecipe,
+        model: ModelCheckpoint,
+        corpus: PackedCorpus,
+        base: TokenizerFolder,
+        scores: dict[str, EvalScores],
     ) -> None:
+        from longreach.evaluation.scores import EFFECTIVE, effective_length
+
         self.recipe, self.corpus, self.scores = recipe, corpus, scores
         self.training = TrainingSummary.read(model.path)
         self.config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
@@ -96,6 +123,8 @@ class Card:
 
     def text(self) -> str:
         """The README."""
+        from huggingface_hub import ModelCardData
+
         source = self.origin.get("source", "")
         hub = source.removeprefix("hub:") if source.startswith("hub:") else None
         known = self.licence.lower().replace(" ", "-")
@@ -137,6 +166,8 @@ class Card:
         return f"{start} ({self.about}) by longreach. Plain transformers loads it; attention is full and causal."
 
     def _context(self) -> str:
+        from longreach.evaluation.scores import EFFECTIVE
+
         said = [f"- Claimed: {self.claimed:,} tokens (`max_position_embeddings`)."]
         if self.trained and not self.scratch:
             said.append(f"- The base was trained to {self.trained:,} tokens.")
@@ -151,7 +182,7 @@ class Card:
         return "\n".join(said)
 
     def _made(self) -> str:
-        packed, trained = PackSummary.model_validate(self.corpus.summary), self.training
+        packed, trained = self.corpus.packed, self.training
         sources = self.corpus.manifest["identity"]["recipe"]["corpus"]["sources"]
         names = ", ".join(str(s.get("package") or s.get("files") or s.get("dataset")) for s in sources)
         return "\n".join([

@@ -42,8 +42,9 @@ from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import foresee
 from longreach.pipelines.graph import build, report_on
+from longreach.pipelines.kind import StageRun, stop_file
 from longreach.pipelines.reader import Loaded
-from longreach.pipelines.stage import Stage, StageRun, differences, load_function, stop_file
+from longreach.pipelines.stage import Stage, differences
 
 __all__ = ["LeaseHeld", "PlanRow", "RunOutcome", "plan", "run"]
 
@@ -642,8 +643,8 @@ def _execute(task: Task, *inputs: Done) -> Done:
         work = StageRun(
             stage.label, spool, attempt, earlier, task.command, task.experiment, own_run, None if store.local else share
         )
-        function = load_function(stage.kind)
-        summary = function(**artifacts, recipe=stage.recipe, resources=task.resources, out=attempt.out, run=work)
+        arguments = stage.kind.arguments(artifacts)
+        summary = stage.kind(**arguments, recipe=stage.recipe, resources=task.resources, out=attempt.out, run=work)
         if (seen := summary.get("source_digest")) and seen != stage.digests.get("documents", seen):
             raise ValueError(
                 "the corpus' documents changed while the run went on: run again, to take them as they are now"

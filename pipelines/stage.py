@@ -1,61 +1,22 @@
-"""A stage: a function, the choices that change its result, and its inputs; and from these its fingerprint.
+"""A stage of a pipeline: its kind, the choices that change its result, and its inputs; from these its fingerprint.
 
     fingerprint = hash(stage name, stage revision, recipe section, input fingerprints, data digests)
 
 Literals are identity, context is not: resources, paths of the store, hosts and commits never enter. Code is not hashed
-either; a stage whose meaning changes raises its `revision` here.
-
-To add a stage: a file with its recipe model and its function, one line in STAGES, and its place in pipelines/graph.py.
+either; a stage whose meaning changes raises its `revision` (pipelines/stages.py).
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from longreach.infra.artifact import Attempt
 from longreach.infra.choices import Choices
 from longreach.infra.files import digest_of
-from longreach.infra.resources import Resources
-from longreach.infra.share import Share
-from longreach.infra.tracking import Spool
-
-
-@dataclass(frozen=True)
-class StageKind:
-    """What all stages of a name share."""
-
-    function: str
-    """`module:function`, imported only where it runs."""
-    revision: int
-    """Raised when the same choices would now give another result."""
-    cpus: Callable[[Resources], float]
-    """Ray CPUs of the stage's task; 0 for those that only drive ranks or tasks, which bring their own."""
-    gpus: Callable[[Resources], float] = lambda r: 0
-    """Ray GPUs of the stage's task."""
-
-
-STAGES: dict[str, StageKind] = {
-    "convert": StageKind("longreach.pipelines.convert:convert", 1, lambda r: 1),
-    "tokenizer": StageKind("longreach.pipelines.pretrain:tokenizer", 1, lambda r: 1),
-    "pack": StageKind("longreach.pipelines.pack:pack", 3, lambda r: 1),
-    "pretrain": StageKind("longreach.pipelines.pretrain:pretrain", 2, lambda r: 0),
-    "finetune": StageKind("longreach.pipelines.finetune:finetune", 1, lambda r: 0),
-    "merge": StageKind("longreach.pipelines.merge:merge", 1, lambda r: 1),
-    "evaluate": StageKind(
-        "longreach.pipelines.evaluate:evaluate",
-        4,
-        cpus=lambda r: r.eval_cpus if r.eval_workers == 1 else 0,
-        gpus=lambda r: r.gpus_per_worker if r.eval_workers == 1 else 0,
-    ),
-    "release": StageKind("longreach.pipelines.release:release", 1, lambda r: 1),
-    "promote": StageKind("longreach.pipelines.gate:promote", 1, lambda r: 1),
-    "report": StageKind("longreach.pipelines.report.report:report", 2, lambda r: 1),
-}
+from longreach.pipelines.kind import StageKind
+from longreach.pipelines.stages import STAGES
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +37,12 @@ class Stage:
     """Stages that must not run at the same time and go first; no part of identity."""
 
     kind: StageKind = field(init=False)
-    """Looked up once, so that it travels to the worker with the stage."""
+    """The entry of STAGES, kept here so that the worker gets it with the stage."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", STAGES[self.name])
+        for name, source in self.inputs.items():
+            assert source.kind.gives(self.kind.type_of(name)), f"{source.label} is no {name} of {self.label}"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -102,50 +65,20 @@ class Stage:
         return digest_of(self.identity)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As it travels to a worker: of its inputs what finds them, lest the whole pipeline before it goes along."""
-        inputs = {name: Made(stage.name, stage.fingerprint) for name, stage in self.inputs.items()}
-        known = {"identity": self.identity, "fingerprint": self.fingerprint}
-        return {**vars(self), **known, "inputs": inputs, "after": ()}
+        """Pickle inputs as (name, fingerprint), not as whole upstream graphs."""
+        inputs = {name: InputRef(stage.name, stage.fingerprint) for name, stage in self.inputs.items()}
+        computed = {"identity": self.identity, "fingerprint": self.fingerprint}
+        return {**vars(self), **computed, "inputs": inputs, "after": ()}
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a worker needs to know of a stage before its own."""
+class InputRef:
+    """What a worker needs to find the artifact of an input in the store."""
 
     name: str
+    """The input's stage: its key in STAGES."""
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """What a running stage may use beside its inputs and choices."""
-
-    label: str
-    spool: Spool
-    """Metrics and progress of this attempt."""
-    attempt: Attempt
-    """`attempt.work` is private and survives until publication: checkpoints go there."""
-    earlier: list[Path]
-    """Folders of earlier unpublished attempts, newest first: their checkpoints may be read, never written."""
-    command: str = ""
-    """What the user said to get this run."""
-    experiment: str = "longreach"
-    """MLflow's."""
-    id: str = ""
-    """The attempt's own run, as its spool names it."""
-    share: Share | None = None
-    """How other nodes see this attempt; None: they share its disk, or there are none."""
-
-
-def stop_file(spool_folder: Path) -> Path:
-    """Once it exists, the training of this pipeline run writes a checkpoint and stops."""
-    return spool_folder / "stop"
-
-
-def load_function(kind: StageKind) -> Callable[..., dict[str, Any]]:
-    """Import a stage's function."""
-    module, _, name = kind.function.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """The input's fingerprint."""
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -14,18 +14,31 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "attention", "infra"},
     "pipelines": set(ROOMS),
 }
-SLOW = {"torch", "transformers", "ray", "mlflow", "deepspeed", "peft", "datasets", "pandas", "matplotlib"}
+SLOW = {
+    "torch",
+    "altair",
+    "scipy",
+    "huggingface_hub",
+    "transformers",
+    "ray",
+    "mlflow",
+    "deepspeed",
+    "peft",
+    "datasets",
+    "pandas",
+    "matplotlib",
+}
 QUICK = [
     "infra/choices.py", "infra/resources.py", "infra/artifact.py",
     "infra/errors.py", "infra/files.py", "infra/lease.py", "infra/cluster.py", "infra/tracking.py",
     "infra/environment.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",
     "infra/polling.py", "infra/schedule.py", "infra/kubernetes.py", "infra/mirror.py", "training/recipe.py",
     "training/convert.py", "training/corpus.py", "evaluation/__init__.py", "evaluation/recipe.py",
-    "pipelines/recipe.py", "pipelines/reader.py", "pipelines/gate.py",
-    "pipelines/stage.py", "pipelines/graph.py", "pipelines/runner.py", "pipelines/status.py",
-    "pipelines/display.py", "pipelines/cli.py", "pipelines/cluster_cli.py", "pipelines/console.py",
-    "pipelines/__main__.py", "infra/jobs.py", "training/scale.py",
-    "pipelines/report/compare.py",
+    "pipelines/recipe.py", "pipelines/reader.py", "pipelines/gate.py", "pipelines/stage.py", "pipelines/kind.py",
+    "pipelines/artifacts.py", "pipelines/stages.py", "pipelines/evaluate.py", "pipelines/release.py",
+    "pipelines/report/report.py", "pipelines/report/compare.py", "pipelines/graph.py", "pipelines/runner.py",
+    "pipelines/status.py", "pipelines/display.py", "pipelines/cli.py", "pipelines/cluster_cli.py",
+    "pipelines/console.py", "pipelines/__main__.py", "infra/jobs.py", "training/scale.py",
 ]  # fmt: skip
 
 

@@ -20,8 +20,7 @@ from longreach.infra.artifact import Artifact
 from longreach.infra.resources import Resources
 from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines import evaluate as stage
-from longreach.pipelines.evaluate import evaluate
-from longreach.pipelines.graph import EvaluateStageRecipe
+from longreach.pipelines.evaluate import EvaluateStageRecipe, evaluate
 from longreach.training.recipe import RopeRecipe
 
 

@@ -18,9 +18,8 @@ from longreach.infra import registry
 from longreach.infra.artifact import Artifact, Store
 from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines.gate import PromoteRecipe, PromoteStageRecipe, decide, promote
-from longreach.pipelines.graph import ReleaseRecipe
-from longreach.pipelines.release import release
-from longreach.pipelines.stage import StageRun
+from longreach.pipelines.kind import StageRun
+from longreach.pipelines.release import ReleaseRecipe, release
 from longreach.training.recipe import ArmRecipe
 
 LENGTHS = (64, 128)
@@ -189,9 +188,8 @@ class Releases:
         run = self.run("release")
         own = {"own_perplexity": scores, "base_perplexity": scores} if scores else {}
         recipe = ReleaseRecipe(name="weekly", arm="arm", register_as="")
-        summary = release(
-            source, corpus, self.base(), recipe=recipe, resources=None, out=run.attempt.out, run=run, **own
-        )
+        inputs = release.arguments({"model": source, "corpus": corpus, "base": self.base(), **own})
+        summary = release(**inputs, recipe=recipe, resources=None, out=run.attempt.out, run=run)
         record = {"label": "release", "identity": {}, "summary": summary, "seconds": 0.0}
         self.store.publish(run.attempt, record)
         return self.store.fetch("release", run.attempt.fingerprint), run
@@ -201,10 +199,10 @@ def ask_the_gate(releases: Releases, model: Artifact, champion: str | None, wors
     run = releases.run("promote")
     recipe = PromoteStageRecipe(rules=rules(base_ratio=None, perplexity_ratio=1.01), champion=champion, lengths=LENGTHS)
     recipe = recipe.model_copy(update={"rules": recipe.rules.model_copy(update={"name": releases.name})})
-    inputs = {"challenger_perplexity": releases.scores(perplexity_rows(worse_by))}
+    inputs = {"model": model, "challenger_perplexity": releases.scores(perplexity_rows(worse_by))}
     if champion:
         inputs["champion_perplexity"] = releases.scores(perplexity_rows(0, seed=2))
-    return promote(model, recipe=recipe, resources=None, out=run.attempt.out, run=run, **inputs)
+    return promote(**promote.arguments(inputs), recipe=recipe, resources=None, out=run.attempt.out, run=run)
 
 
 def aliases(name: str) -> dict[str, str]:

@@ -26,13 +26,15 @@ from longreach.evaluation.streaming import sampled, tabulate
 from longreach.infra.artifact import Artifact, Attempt, Store
 from longreach.infra.environment import versions
 from longreach.pipelines.graph import build
+from longreach.pipelines.kind import StageRun
 from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.report.findings import POINTS, Found, Model, brief, frontier, thinned
 from longreach.pipelines.report.page import html_page, markdown
 from longreach.pipelines.report.report import report
 from longreach.pipelines.report.sections import coarser
 from longreach.pipelines.report.tasks import others
-from longreach.pipelines.stage import STAGES, Stage, StageRun
+from longreach.pipelines.stage import Stage
+from longreach.pipelines.stages import STAGES
 from longreach.training import throughput
 from longreach.training.packed import pack_corpus
 from longreach.training.planner import Machine, Prediction
@@ -113,7 +115,7 @@ def written(inputs, tmp_path_factory) -> tuple[Path, dict]:
 def write(inputs: tuple, out: Path) -> tuple[Path, dict]:
     out.mkdir(exist_ok=True)
     recipe, artifacts = inputs
-    return out, report(recipe=recipe, resources=None, out=out, run=RUN, **artifacts)
+    return out, report(artifacts, recipe=recipe, resources=None, out=out, run=RUN)
 
 
 def make_inputs(folder: Path, recipe: dict) -> tuple:
@@ -513,13 +515,18 @@ def with_scores(inputs: tuple, label: str, folder: Path, change) -> dict[str, Ar
     return {key: Artifact(folder, artifacts[key].manifest)}
 
 
-def test_an_artifact_without_a_label_or_of_an_unknown_stage_is_an_error(inputs, tmp_path):
+def test_an_artifact_without_a_label_is_an_error(inputs, tmp_path):
     recipe, artifacts = inputs
     with pytest.raises(ValueError, match="input_999"):
         write((recipe, artifacts | {"input_999": artifacts["input_000"]}), tmp_path)
+
+
+def test_a_stage_that_the_report_does_not_know_is_listed_in_how_it_was_run(inputs, tmp_path):
+    recipe, artifacts = inputs
     stranger = Artifact(tmp_path, artifacts["input_000"].manifest | {"stage": "distil"})
-    with pytest.raises(ValueError, match="distil"):
-        write((recipe, artifacts | {"input_000": stranger}), tmp_path)
+    named = recipe.model_copy(update={"labels": recipe.labels | {"input_999": "distil"}})
+    out, _ = write((named, artifacts | {"input_999": stranger}), tmp_path / "out")
+    assert "\n| distil |" in (out / "report.md").read_text().partition("How it was run")[2]
 
 
 def test_an_evaluation_without_a_section_of_its_own_is_still_shown(inputs, tmp_path):

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from toy_stages import ToyRecipe, calls
+from toy_stages import ToyRecipe, calls, toy, toy_report
 
 from longreach.infra.lease import LeaseHeld
 from longreach.infra.tracking import read_events
 from longreach.pipelines import runner
 from longreach.pipelines.display import Display
 from longreach.pipelines.reader import load
-from longreach.pipelines.stage import STAGES, Stage, StageKind
-
-TOY = StageKind("toy_stages:toy", 1, lambda r: 0.5)
+from longreach.pipelines.stage import Stage
+from longreach.pipelines.stages import STAGES
 
 
 @pytest.fixture
@@ -25,8 +24,8 @@ def pipeline(tmp_path: Path, monkeypatch):
     log = tmp_path / "log"
     log.mkdir()
     recipes = {name: {"text": name, "log": str(log)} for name in ("a", "b", "c", "report")}
-    monkeypatch.setitem(STAGES, "toy", TOY)
-    monkeypatch.setitem(STAGES, "report", StageKind("toy_stages:toy_report", 1, lambda r: 0.5))
+    monkeypatch.setitem(STAGES, "toy", toy)
+    monkeypatch.setitem(STAGES, "report", toy_report)
 
     def build(recipe) -> list[Stage]:
         made = {name: ToyRecipe(**choices) for name, choices in recipes.items()}

@@ -11,14 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from toy_stages import ToyRecipe, calls
+from toy_stages import ToyRecipe, calls, toy
 
 from longreach.infra.artifact import Store
 from longreach.infra.tracking import Spool
 from longreach.pipelines import runner
 from longreach.pipelines.display import Display
 from longreach.pipelines.reader import load
-from longreach.pipelines.stage import STAGES, Stage, StageKind
+from longreach.pipelines.stage import Stage
+from longreach.pipelines.stages import STAGES
 
 COUNT = 300
 WALL_MS, CPU_MS, FILES = 300, 40, 100
@@ -28,7 +29,7 @@ own 35 files are among those that a run opens."""
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    monkeypatch.setitem(STAGES, "toy", StageKind("toy_stages:toy", 1, lambda r: 0.5))
+    monkeypatch.setitem(STAGES, "toy", toy)
 
 
 def chains(log: Path, text: str, count: int = COUNT) -> list[Stage]:
@@ -94,7 +95,6 @@ def test_a_stage_travels_without_those_before_it(tmp_path):
     for n in range(1, 3000):
         chain.append(Stage("toy", str(n), ToyRecipe(), {"before": chain[-1]}, after=(chain[-1],)))
         assert chain[-1].fingerprint  # in the order of the graph, as plan and run do: no recursion
-    del chain[-1].__dict__["kind"]  # lambdas, which Ray pickles and pickle does not
     sent = pickle.dumps(chain[-1])
     assert len(sent) < 2000
     arrived = pickle.loads(sent)

@@ -1,5 +1,8 @@
 """Identity: what changes a fingerprint and what must not."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 from pydantic import ConfigDict
 
@@ -7,7 +10,9 @@ from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
-from longreach.pipelines.stage import STAGES, Stage, differences
+from longreach.pipelines.stage import Stage, differences
+from longreach.pipelines.stages import STAGES
+from longreach.training.recipe import BaseRecipe
 
 SMALL = ["baselines={base: {type: none}}", "evaluate={}"]
 
@@ -63,7 +68,7 @@ def test_arms_whose_wall_clock_is_compared_are_chained():
 
 def test_a_raised_revision_changes_the_fingerprint(monkeypatch):
     before = Stage("merge", "m", Choices()).fingerprint
-    monkeypatch.setitem(STAGES, "merge", STAGES["merge"].__class__("a:b", 99, lambda r: 1))
+    monkeypatch.setitem(STAGES, "merge", replace(STAGES["merge"], revision=99))
     assert Stage("merge", "m", Choices()).fingerprint != before
 
 
@@ -82,9 +87,15 @@ def test_differences_name_the_leaf_and_both_values():
     assert differences(old, new) == ["recipe.arm.learning_rate: 0.001 -> 0.002"]
 
 
-def test_every_stage_names_a_function_that_exists():
-    from longreach.pipelines.stage import load_function
-
+def test_every_stage_arrives_at_a_worker_as_the_one_that_it_is_here():
     for kind in STAGES.values():
-        assert callable(load_function(kind))
+        assert pickle.loads(pickle.dumps(kind)) is kind
         assert kind.cpus(Resources()) >= 0
+
+
+def test_an_artifact_of_another_type_than_the_stage_reads_is_refused():
+    base = Stage("convert", "convert", BaseRecipe())
+    with pytest.raises(AssertionError, match="convert is no corpus of finetune"):
+        Stage("finetune", "finetune", Choices(), {"corpus": base})
+    with pytest.raises(AssertionError, match="no parameter for its input 'model'"):
+        Stage("merge", "merge", Choices(), {"model": base})

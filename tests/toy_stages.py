@@ -6,10 +6,13 @@ import os
 import signal
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices
+from longreach.pipelines.kind import StageRun, stage
 
 
 class ToyRecipe(Choices):
@@ -29,7 +32,10 @@ def calls(log: Path, name: str) -> int:
     return len(list(log.glob(f"{name}-*")))
 
 
-def toy(*, recipe: ToyRecipe, resources: Any, out: Path, run: Any, **inputs: Any) -> dict[str, Any]:
+@stage(makes=Artifact, revision=1, cpus=lambda resources: 0.5)
+def toy(
+    inputs: Mapping[str, Artifact], *, recipe: ToyRecipe, resources: Any, out: Path, run: StageRun
+) -> dict[str, Any]:
     """Write the inputs' texts and its own."""
     log = Path(recipe.log)
     (log / f"{run.label}-{uuid.uuid4().hex}").touch()
@@ -50,10 +56,13 @@ def toy(*, recipe: ToyRecipe, resources: Any, out: Path, run: Any, **inputs: Any
     return {"text": recipe.text, "resumed": resumed}
 
 
-def toy_report(*, recipe: Any, resources: Any, out: Path, run: Any, **inputs: Any) -> dict[str, Any]:
+@stage(makes=Artifact, revision=1, cpus=lambda resources: 0.5)
+def toy_report(
+    inputs: Mapping[str, Artifact], *, recipe: Any, resources: Any, out: Path, run: StageRun
+) -> dict[str, Any]:
     """As `toy`; the report on what was done, where something failed, names that."""
     if isinstance(recipe, ToyRecipe):
-        return toy(recipe=recipe, resources=resources, out=out, run=run, **inputs)
+        return toy(inputs, recipe=recipe, resources=resources, out=out, run=run)
     if "unspeakable" in str(recipe.failed):
         raise ValueError("the report cannot say that")
     (out / "report.html").write_text(str(recipe.failed))

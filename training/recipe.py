@@ -364,15 +364,6 @@ class PretrainRecipe(OptimRecipe):
         return self
 
 
-class PackStageRecipe(Choices):
-    """The pack stage's part of the recipe."""
-
-    corpus: CorpusRecipe
-    """Documents and their split."""
-    pack: PackRecipe
-    """Rows."""
-
-
 class FinetuneStageRecipe(Choices):
     """One arm's part of the recipe: other arms are not in it, so adding one re-runs none."""
 
@@ -384,15 +375,6 @@ class FinetuneStageRecipe(Choices):
     """Optimizer and schedule."""
     seed: int
     """Row order, LoRA's initialisation."""
-
-
-class TokenizerRecipe(Choices):
-    """A tokenizer of the corpus' own."""
-
-    corpus: CorpusRecipe
-    """Its training documents are learned from."""
-    vocab_size: int
-    """Tokens."""
 
 
 class PretrainStageRecipe(Choices):

@@ -10,31 +10,41 @@ out) and stand beside the row length and model width that they were measured at,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from longreach.evaluation.blocks import Section, Table
 from longreach.infra.artifact import Artifact
-from longreach.pipelines.graph import ReportRecipe
-from longreach.pipelines.report import sections as report_sections
-from longreach.pipelines.report import tasks as report_tasks
+from longreach.infra.choices import Choices
+from longreach.pipelines.artifacts import Report
+from longreach.pipelines.kind import StageRun, stage
+from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report.findings import NOT_RUN, Found, brief, finite, gather, show_ppl
 from longreach.pipelines.report.page import markdown_table, write_page
-from longreach.pipelines.stage import StageRun
 
-SECTIONS: tuple[Callable[[Found], Section | None], ...] = (
-    report_sections.failures, report_sections.results, report_sections.perplexity, report_sections.documents,
-    report_tasks.passkey, report_tasks.streaming, report_sections.training, report_sections.pretraining,
-    report_tasks.others, report_sections.packing,
-)  # fmt: skip
-"""The page, in order; how it was run comes last."""
 TABLE_CHARACTERS = 4000
 """What a run's description in MLflow takes beside the headline."""
 
 
+class ReportRecipe(Choices):
+    """What the report is called; all else comes from its inputs."""
+
+    name: str
+    """The recipe's name."""
+    labels: dict[str, str]
+    """The report's inputs: parameter name -> the stage's label."""
+    prices: PriceRecipe = PriceRecipe()
+    """What a rank costs."""
+    failed: dict[str, str] = Field(default_factory=dict)
+    """Stages that could not be done: label -> why, in the order of the graph."""
+
+
+@stage(makes=Report, revision=2, cpus=lambda resources: 1)
 def report(
-    *, recipe: ReportRecipe, resources: object, out: Path, run: StageRun, **artifacts: Artifact
+    artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, resources: object, out: Path, run: StageRun
 ) -> dict[str, Any]:
     """Write report.html, report.md and figures into `out`; returns {"headline", "metrics": name -> finite number,
     "table": the main table in short, as Markdown}.
@@ -42,20 +52,35 @@ def report(
     Raises:
         ValueError: an artifact without a label, of an unknown stage, or with a file that is not what it should be.
     """
+    from longreach.pipelines.report.sections import how
+
     if wrong := artifacts.keys() ^ recipe.labels.keys():
         raise ValueError(f"{len(artifacts)} artifacts, {len(recipe.labels)} labels; not in both: {sorted(wrong)}")
     labelled = {recipe.labels[key]: artifact for key, artifact in artifacts.items()}
     found = gather(labelled, recipe.prices, recipe.failed)
-    sections = [section for part in SECTIONS if (section := part(found))] + [report_sections.how(found, run.command)]
+    sections = [section for part in _parts() if (section := part(found))] + [how(found, run.command)]
     about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; " if found.base else ""
     about += f"report {run.attempt.fingerprint[:8]}"
     write_page(out, "report", f"longreach: {recipe.name}", about, headline(found), sections)
     return {"headline": headline(found), "metrics": metrics(found), "table": short_table(found)}
 
 
+def _parts() -> tuple[Callable[[Found], Section | None], ...]:
+    """The page, in order; how it was run comes last. Imported here, since drawing is slow to import."""
+    from longreach.pipelines.report import sections, tasks
+
+    return (
+        sections.failures, sections.results, sections.perplexity, sections.documents,
+        tasks.passkey, tasks.streaming, sections.training, sections.pretraining,
+        tasks.others, sections.packing,
+    )  # fmt: skip
+
+
 def short_table(found: Found) -> str:
     """Perplexity at the greatest length and costs, below TABLE_CHARACTERS: rows that do not fit are counted."""
-    columns = report_sections.columns_of(found)
+    from longreach.pipelines.report.sections import columns_of
+
+    columns = columns_of(found)
     short = [column for column in columns if column[0].startswith("perplexity")][-1:]
     short += [column for column in columns if column[1] in ("wall clock", "peak GiB")]
     short += [column for column in columns if column[0].startswith("speed-up")][:1]

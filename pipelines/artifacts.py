@@ -1,0 +1,104 @@
+"""What flows between stages, by type: an artifact of the store whose summary and files have names.
+
+Documents -pack-> PackedCorpus -pretrain-> ModelCheckpoint
+                  PackedCorpus + ModelCheckpoint -finetune-> AdapterCheckpoint -merge-> ModelCheckpoint
+ModelCheckpoint -evaluate-> Scores; all of them -report-> Report; ModelCheckpoint -release-> Release -promote-> Decision
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from longreach.infra.artifact import Artifact
+from longreach.training.summary import PackSummary
+
+if TYPE_CHECKING:
+    from longreach.evaluation.scores import EvalScores
+
+
+class TokenizerFolder(Artifact):
+    """A folder that transformers loads a tokenizer from."""
+
+
+class ModelCheckpoint(TokenizerFolder):
+    """A Hugging Face folder with a model and its tokenizer: the base, or an arm's model."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Source, licence and hashes of a converted model; empty for a model that was trained here."""
+        return self.summary.get("origin", {})
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that a converted model was trained to; None for a model that was trained here."""
+        return self.summary.get("context_length")
+
+
+class AdapterCheckpoint(Artifact):
+    """A peft adapter with the record of its training (training.json)."""
+
+
+class PackedCorpus(Artifact):
+    """Rows of token ids, the held-out documents, and the tokenizer that made them (training/packed.py)."""
+
+    @property
+    def packed(self) -> PackSummary:
+        """How the documents became rows; the list of malformed entries is in its file alone."""
+        return PackSummary.model_validate(self.summary)
+
+    @property
+    def source_digest(self) -> str:
+        """Digest of the documents' bytes."""
+        return self.manifest["identity"]["digests"]["documents"]
+
+
+class Scores(Artifact):
+    """One evaluation of one model: scores.json, scores.parquet, cases.jsonl and figures."""
+
+    def read(self) -> EvalScores:
+        """The scores, rows and summary, as the evaluation wrote them."""
+        from longreach.evaluation.scores import EvalScores
+
+        return EvalScores.read(self.path)
+
+
+class Release(Artifact):
+    """An arm's model with a card, at once a Hugging Face folder and an MLflow model."""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the registry stores beside the model."""
+        return self.summary["tags"]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Scores and costs by the name that MLflow shows."""
+        return self.summary["metrics"]
+
+    @property
+    def about(self) -> str:
+        """How the arm was trained, in a few words."""
+        return self.summary["about"]
+
+
+class Decision(Artifact):
+    """What the gate decided: gate.json and gate.md."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the challenger kept all rules."""
+        return self.summary["passed"]
+
+    @property
+    def refusals(self) -> list[str]:
+        """The rules that were broken, with what was measured."""
+        return self.summary["refusals"]
+
+
+class Report(Artifact):
+    """The page on a whole run: report.html, report.md and figures."""
+
+    @property
+    def headline(self) -> str:
+        """What was gained, and at what cost, in a few sentences."""
+        return self.summary.get("headline", "")

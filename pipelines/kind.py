@@ -1,0 +1,131 @@
+"""What all stages of one name share: a function, the type of what it makes, its revision, its CPUs and GPUs.
+
+    @stage(makes=ModelCheckpoint, revision=1, cpus=lambda r: 1)
+    def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, recipe: MergeRecipe, resources, out, run): ...
+
+The parameters before the star are the stage's inputs. Each is given as the type that it names; a parameter
+of the type `Mapping[str, T]` takes all inputs that have no parameter of their own, by name. The function writes
+files into `out` and returns a summary: plain data for the manifest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from longreach.infra.artifact import Artifact, Attempt
+from longreach.infra.resources import Resources
+from longreach.infra.share import Share
+from longreach.infra.tracking import Spool
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a running stage may use beside its inputs and choices."""
+
+    label: str
+    """The stage's name in its pipeline, e.g. `finetune[lora]`."""
+    spool: Spool
+    """Metrics and progress of this attempt."""
+    attempt: Attempt
+    """`attempt.work` is private and survives until publication: checkpoints go there."""
+    earlier: list[Path]
+    """Folders of earlier unpublished attempts, newest first: their checkpoints may be read, never written."""
+    command: str = ""
+    """The command that started the run, for manifests and the report."""
+    experiment: str = "longreach"
+    """Name of the MLflow experiment."""
+    id: str = ""
+    """The attempt's own run, as its spool names it."""
+    share: Share | None = None
+    """How other nodes see this attempt; None: they share its disk, or there are none."""
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What all stages of one name share; calling it calls the function."""
+
+    function: Callable[..., dict[str, Any]]
+    """Writes the artifact's files and returns its summary."""
+    makes: type[Artifact] | UnionType
+    """The artifact's type; a union where the choices decide which."""
+    revision: int
+    """Raised when the same choices would now give another result: code is no part of a fingerprint."""
+    cpus: Callable[[Resources], float]
+    """Ray CPUs of the stage's task; 0 for those that only drive ranks or tasks, which bring their own."""
+    gpus: Callable[[Resources], float]
+    """Ray GPUs of the stage's task."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a name: the worker imports the module, so that no code travels."""
+        return _imported, (self.function.__module__, self.function.__qualname__)
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """The type of each input by the name of its parameter."""
+        hints = typing.get_type_hints(self.function)
+        parameters = inspect.signature(self.function).parameters.values()
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return {one.name: hints[one.name] for one in parameters if one.kind == positional}
+
+    def type_of(self, name: str) -> type[Artifact]:
+        """The type that the function expects of an input."""
+        if name in self.inputs:
+            return self.inputs[name]
+        mappings = [hint for hint in self.inputs.values() if _is_mapping(hint)]
+        assert mappings, f"{self.function.__qualname__} has no parameter for its input {name!r}"
+        return typing.get_args(mappings[0])[1]
+
+    def gives(self, wanted: type[Artifact]) -> bool:
+        """Whether what it makes may be an input of the type `wanted`."""
+        made = typing.get_args(self.makes) or (self.makes,)
+        return any(issubclass(one, wanted) for one in made)
+
+    def arguments(self, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+        """The function's inputs, each as the type that its parameter names."""
+        arguments: dict[str, Any] = {}
+        rest = {}
+        for name, artifact in artifacts.items():
+            typed = self.type_of(name)(artifact.path, artifact.manifest)
+            if name in self.inputs:
+                arguments[name] = typed
+            else:
+                rest[name] = typed
+        for parameter, hint in self.inputs.items():
+            if _is_mapping(hint):
+                arguments[parameter] = rest
+        return arguments
+
+
+def stage(
+    *,
+    makes: type[Artifact] | UnionType,
+    revision: int,
+    cpus: Callable[[Resources], float],
+    gpus: Callable[[Resources], float] = lambda resources: 0,
+) -> Callable[[Callable[..., dict[str, Any]]], StageKind]:
+    """Turn a function into a stage kind; the arguments are StageKind's fields."""
+    return lambda function: StageKind(function, makes, revision, cpus, gpus)
+
+
+def stop_file(spool_folder: Path) -> Path:
+    """Once this file exists, the training of this pipeline run writes a checkpoint and stops."""
+    return spool_folder / "stop"
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(hint) is Mapping
+
+
+def _imported(module: str, name: str) -> StageKind:
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,262 @@
+"""The chain, stage by stage: what each may choose, what it reads and makes, and the code around training/ that does it.
+
+    convert ─┬─ pack ─── finetune ─── merge ─┬─ evaluate ─── report
+             └─ pack ─── pretrain ───────────┘
+
+evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in what order, is
+pipelines/graph.py. To add a stage: its recipe model and function here or in a file, one line in STAGES, its place in
+graph.py. torch, transformers and ray are imported inside the functions, so that `longreach plan` stays quick.
+
+    longreach run quickstart
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from longreach.infra.choices import Choices
+from longreach.infra.resources import Resources
+from longreach.pipelines.artifacts import AdapterCheckpoint, ModelCheckpoint, PackedCorpus, TokenizerFolder
+from longreach.pipelines.evaluate import evaluate
+from longreach.pipelines.gate import promote
+from longreach.pipelines.kind import StageKind, StageRun, stage, stop_file
+from longreach.pipelines.release import release
+from longreach.pipelines.report.report import report
+from longreach.training.recipe import (
+    BaseRecipe,
+    CorpusRecipe,
+    FinetuneStageRecipe,
+    PackRecipe,
+    PretrainStageRecipe,
+    TrainJob,
+)
+from longreach.training.summary import PackSummary, TrainingSummary
+
+PROGRESS_EVERY_S = 0.5
+"""Packing reports its progress at most this often."""
+
+
+# ---- convert: the base model, from wherever the recipe says, as one plain Hugging Face folder
+
+
+@stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
+def convert(*, recipe: BaseRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
+    """Write the model with origin.json; the summary says where it came from and what it is."""
+    from longreach.training.convert import convert as convert_model
+    from longreach.training.model import describe
+
+    origin = convert_model(recipe.source, out, recipe.revision)
+    return {"origin": origin, **describe(out)}
+
+
+# ---- tokenizer: a vocabulary of the corpus' own, for pretraining from scratch
+
+
+class TokenizerRecipe(Choices):
+    """A tokenizer trained on the corpus."""
+
+    corpus: CorpusRecipe
+    """Its training documents are learned from."""
+    vocab_size: int
+    """Number of tokens in the vocabulary."""
+
+
+@stage(makes=TokenizerFolder, revision=1, cpus=lambda resources: 1)
+def tokenizer(*, recipe: TokenizerRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
+    """Train a tokenizer on the corpus' training documents."""
+    from longreach.training.tokenizer import train_tokenizer
+
+    return train_tokenizer(recipe.corpus, recipe.vocab_size, out, base_dir=Path.cwd())
+
+
+# ---- pack: documents as rows of equal length, in the tokens of the base
+
+
+class PackStageRecipe(Choices):
+    """Which documents are packed, and how."""
+
+    corpus: CorpusRecipe
+    """Documents and their split."""
+    pack: PackRecipe
+    """How documents become rows."""
+
+
+@stage(makes=PackedCorpus, revision=3, cpus=lambda resources: 1)
+def pack(
+    base: TokenizerFolder, *, recipe: PackStageRecipe, resources: Resources, out: Path, run: StageRun
+) -> dict[str, Any]:
+    """Pack with Ray tasks if a cluster is there, else with threads of this process: the rows are the same.
+
+    Relative globs of the recipe start at the working directory. The summary is packed.json without the list of
+    malformed entries. Errors as pack_corpus.
+    """
+    import ray
+    from transformers import AutoTokenizer
+
+    from longreach.training.corpus import known_names
+    from longreach.training.packed import pack_corpus
+
+    total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0: the number is known only at the end
+    reported_at = 0.0
+
+    def progress(documents: int) -> None:
+        nonlocal reported_at
+        if time.monotonic() - reported_at > PROGRESS_EVERY_S or documents == total:
+            reported_at = time.monotonic()
+            run.spool.progress(documents, total, unit="document")
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+    workers = int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 0
+    packed = pack_corpus(
+        recipe.corpus, recipe.pack, tokenizer, out, base_dir=Path.cwd(), workers=workers, progress=progress
+    )
+    run.spool.metrics({"pack/rows": packed.rows, "pack/tokens": packed.tokens, "pack/efficiency": packed.efficiency})
+    run.spool.artifact(out / PackSummary.file)
+    run.spool.dataset(run.label, packed.source_digest, str(out))
+    return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
+
+
+# ---- finetune and pretrain: one arm each, as DeepSpeed ranks on Ray Train. The story is training/loop.py
+
+
+@stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0)
+def finetune(
+    corpus: PackedCorpus,
+    base: ModelCheckpoint,
+    *,
+    recipe: FinetuneStageRecipe,
+    resources: Resources,
+    out: Path,
+    run: StageRun,
+) -> dict[str, Any]:
+    """Train one arm from the stretched base: an adapter, or a whole model where everything is tuned."""
+    job = TrainJob(
+        kind="finetune",
+        corpus=str(corpus.path),
+        base=str(base.path),
+        rope=recipe.rope,
+        arm=recipe.arm,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        resources=resources,
+        **_places(out, run),
+    )
+    return _train(job, corpus, run)
+
+
+@stage(makes=ModelCheckpoint, revision=2, cpus=lambda resources: 0)
+def pretrain(
+    corpus: PackedCorpus,
+    base: TokenizerFolder,
+    *,
+    recipe: PretrainStageRecipe,
+    resources: Resources,
+    out: Path,
+    run: StageRun,
+) -> dict[str, Any]:
+    """Train a Llama from scratch, or the base again, with one attention sink or another (2309.17453, section 3.3).
+
+    Rows begin with the sink token. Arms without a sink token read the same rows without it, and leave with the
+    tokenizer that adds none.
+    """
+    job = TrainJob(
+        kind="pretrain",
+        corpus=str(corpus.path),
+        base=str(base.path),
+        model=recipe.model,
+        sink=recipe.arm.sink,
+        sink_mass_every=recipe.sink_mass_every,
+        optim=recipe.optim,
+        seed=recipe.seed,
+        resources=resources,
+        **_places(out, run),
+    )
+    return _train(job, corpus, run)
+
+
+def _places(out: Path, run: StageRun) -> dict[str, Any]:
+    """Where a training job reads and writes, by TrainJob's field names."""
+    return {
+        "out": str(out),
+        "work": str(run.attempt.work),
+        "earlier": tuple(str(folder / "work") for folder in run.earlier),
+        "superseded_file": str(run.attempt.superseded_file),
+        "stop_file": str(stop_file(run.spool.path.parent)),
+        "spool": str(run.spool.path),
+        "share": run.share,
+    }
+
+
+def _train(job: TrainJob, corpus: PackedCorpus, run: StageRun) -> dict[str, Any]:
+    """Train on the ranks that the job's resources ask for, and return the training's summary."""
+    from longreach.infra.launch import run_ranks
+
+    packed = corpus.packed
+    if not packed.rows:
+        held_out = ", ".join(f"{split} {n}" for split, n in packed.documents.items() if n)
+        raise ValueError(f"corpus.validation and corpus.test hold out all documents ({held_out}): nothing to train on")
+    run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, job.corpus)
+    run.spool.param("ranks", job.resources.workers)
+    run.spool.param("zero_stage", job.resources.zero_stage)
+    storage = f"{run.share.root}/{run.share.folder}/work/ray" if run.share else str(run.attempt.work / "ray")
+    trained = run_ranks(
+        "longreach.training.loop:train",
+        job.model_dump(mode="json"),
+        resources=job.resources,
+        name="train",
+        storage=storage,
+        share=run.share,
+    )
+    if run.share and not (run.attempt.out / TrainingSummary.file).exists():  # rank 0 was on another node
+        run.share.pull(run.attempt.out)
+    summary = TrainingSummary.model_validate(trained)
+    costs = {
+        "cost/wall_s": summary.wall_s,
+        "cost/peak_gib": summary.peak_gib,
+        "cost/tokens_per_s": summary.tokens_per_s,
+        "cost/step_s": summary.step_s_median,
+    }
+    run.spool.metrics(costs, step=summary.steps)
+    return summary.to_json()
+
+
+# ---- merge: base + adapter as one model that plain transformers loads, its RoPE stretch in config.json
+
+
+class MergeRecipe(Choices):
+    """Merging an adapter into its base leaves nothing to choose."""
+
+
+@stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
+def merge(
+    base: ModelCheckpoint,
+    adapter: AdapterCheckpoint,
+    *,
+    recipe: MergeRecipe,
+    resources: Resources,
+    out: Path,
+    run: StageRun,
+) -> dict[str, Any]:
+    """Write the merged model with its training.json; fails unless its logits are the adapter's."""
+    from longreach.training.checkpoint import merge_adapter
+
+    trained = TrainingSummary.read(adapter.path)
+    merged = merge_adapter(base.path, adapter.path, out, rope=trained.rope)
+    trained.write(out)
+    return merged
+
+
+STAGES: dict[str, StageKind] = {
+    "convert": convert,
+    "tokenizer": tokenizer,
+    "pack": pack,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "merge": merge,
+    "evaluate": evaluate,
+    "release": release,
+    "promote": promote,
+    "report": report,
+}
