@@ -5,6 +5,11 @@ between segments. Group edges and document edges are one list and a half of the 
 documents are two calls however many groups they have. Two libraries have it: torch itself (kernel "sdpa" on CUDA) and
 the package flash-attn (kernel "flash"), imported only when it is asked for. Both read grouped-query heads as they are.
 
+What both ask for (torch 2.8 to 2.14, flash-attn 2.7 to 2.8, read in their sources): compute capability 8.0, 16 bits,
+head sizes up to 256 that 8 divides, features side by side, `cu_seqlens` in int32 on the device. Causal is the window
+(-1, 0); where queries and keys differ in number it is aligned at the bottom right, so the rectangles here that are
+causal are squares. The random state is read with dropout only, of which there is none.
+
     attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flash")
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim; a library's own layout is [B·T, heads, D].
@@ -14,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -125,18 +131,21 @@ def united_edges(pattern: Pattern, variant: Hashable, documents: Documents, T: i
     return Edges(cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True, window=windows[0] or 0)
 
 
+_forward = torch.ops.aten._flash_attention_forward
+
+
 class TorchVarlen:
     """The flash kernels that torch carries, called as torch.nn.attention.varlen calls them."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = _forward(
             q, k, v, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, edges.causal and not edges.window, False,
             scale=scale, window_size_left=edges.sides[0], window_size_right=edges.sides[1],
         )  # fmt: skip
         return out, lse
 
     def backward(self, saved: tuple[Tensor, ...], edges: Edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        no_dropout = saved[0].new_zeros(2, dtype=torch.uint64), saved[0].new_empty(0)
+        no_dropout = saved[0].new_empty(2, dtype=torch.uint64), saved[0].new_empty(0)  # never read
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             *saved, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, edges.causal and not edges.window,
             *no_dropout, scale=scale, window_size_left=edges.sides[0], window_size_right=edges.sides[1],
@@ -162,6 +171,44 @@ class FlashAttnVarlen:
         dq, dk, dv = (torch.empty_like(x) for x in saved[1:4])
         _wrapped_flash_attn_varlen_backward(
             *saved, dq, dk, dv, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, scale, edges.causal,
-            *edges.sides, softcap=0.0, alibi_slopes=None, deterministic=False,
+            *edges.sides, softcap=0.0, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # torch's own kernels ask the same
         )  # fmt: skip
         return dq, dk, dv
+
+
+def dense(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Return the output [B, H, T, D] and the log-sum-exp [B, H, T] of one rectangle a row, by torch's own kernel.
+
+    causal: the i-th query sees the first i keys, and those after the last key see all of them. The library aligns
+    causal queries with the last keys, so queries beyond the square are a rectangle of their own.
+    """
+    T, N = q_BHTD.shape[2], k_BKND.shape[2]
+    if causal and N < T:
+        square = dense(q_BHTD[:, :, :N], k_BKND, v_BKND, scale, causal=True)
+        rest = dense(q_BHTD[:, :, N:], k_BKND, v_BKND, scale, causal=False)
+        return torch.cat([square[0], rest[0]], 2), torch.cat([square[1], rest[1]], 2)
+    assert not causal or N == T, f"{T} causal queries, and {N} keys"
+    q, k, v = (x.transpose(1, 2) for x in (q_BHTD, k_BKND, v_BKND))
+    out_BTHD, lse_BHT, *_ = _forward(q, k, v, None, None, T, N, 0.0, causal, False, scale=scale)
+    return out_BTHD.transpose(1, 2), lse_BHT
+
+
+def refusal(dtype: torch.dtype, head_dim: int) -> str:
+    """Return why flash attention on CUDA cannot compute in this type and head size; empty if it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention on CUDA computes in bfloat16 and float16, not in {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"flash attention on CUDA wants a head size that 8 divides, up to 256, not {head_dim}"
+    return _too_old() if torch.cuda.is_available() else ""
+
+
+@cache
+def _too_old() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"flash attention needs compute capability 8.0, and this GPU has {major}.{minor}"
+
+
+def has_flash_attn() -> bool:
+    """Whether flash-attn 2 is installed: its compiled part, since its name is shared by flash-attn 4, which differs."""
+    return find_spec("flash_attn_2_cuda") is not None

@@ -15,17 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from longreach.attention import flex, reference
-from longreach.attention.flash import FlashAttnVarlen, TorchVarlen, Varlen, varlen_calls
-from longreach.attention.pattern import Heads, Pattern, document_starts
-from longreach.attention.segments import Documents, Segments, features_last, pieces
+from longreach.attention.flash import FlashAttnVarlen, TorchVarlen, Varlen, has_flash_attn, refusal, varlen_calls
+from longreach.attention.pattern import Heads, Pattern
+from longreach.attention.segments import Segments, documents_of, features_last, pieces
 
 
 @dataclass(frozen=True)
@@ -125,24 +123,6 @@ def by_segments(
     return Segments.apply(q_BHTD, k_BKTD, v_BKTD, sink_logit_H, calls, D**-0.5 if scale is None else scale)
 
 
-_known_documents = WeakIdKeyDictionary()
-"""position_ids -> (its version, its documents): all layers get the same tensor, and reading it waits for a GPU."""
-
-
-def documents_of(position_ids_BT: Tensor | None, B: int, T: int) -> Documents:
-    """For each row, where its documents begin."""
-    if position_ids_BT is None:
-        return ((0,),) * B
-    version = -1 if position_ids_BT.is_inference() else position_ids_BT._version
-    known = _known_documents.get(position_ids_BT)
-    if known is None or known[0] != version or version < 0:
-        start_BT = document_starts(position_ids_BT)
-        fresh = (start_BT == torch.arange(T, device=start_BT.device)).cpu()
-        known = version, tuple(tuple(row.nonzero()[:, 0].tolist()) for row in fresh)
-        _known_documents[position_ids_BT] = known
-    return known[1] if len(known[1]) == B else known[1] * B
-
-
 def sdpa(q_BHTD: Tensor, *args: object, **kwargs: object) -> Tensor:
     """torch's own flash attention."""
     library = TorchVarlen() if q_BHTD.device.type == "cuda" else None
@@ -155,21 +135,22 @@ def _needs(pattern: Pattern, where: Situation, device: str = "") -> str:
         return "the pattern does not say its rectangles"
     if device and where.device != device:
         return f"it needs {device}, and this is {where.device}"
-    if where.device == "cuda" and where.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash attention on CUDA computes in bfloat16 and float16, not in {where.dtype}"
-    if where.device == "cuda" and (where.head_dim % 8 or where.head_dim > 256):
-        return f"flash attention on CUDA wants a head size that 8 divides, up to 256, not {where.head_dim}"
-    return ""
+    return refusal(where.dtype, where.head_dim) if where.device == "cuda" else ""
 
 
 def _cannot_flash(pattern: Pattern, where: Situation) -> str:
-    missing = "" if find_spec("flash_attn") else "the package flash-attn is not installed (pip install longreach[gpu])"
+    missing = "" if has_flash_attn() else "the package flash-attn is not installed (pip install longreach[gpu])"
     return _needs(pattern, where, device="cuda") or missing
 
 
 def _cannot_flex(pattern: Pattern, where: Situation) -> str:
-    backward = where.device == "cpu" and where.gradients
-    return "FlexAttention has no backward on CPU; call it under torch.no_grad()" if backward else ""
+    if where.device == "cpu" and where.gradients:
+        return "FlexAttention has no backward on CPU; call it under torch.no_grad()"
+    if where.device == "cuda" and where.dtype == torch.float64:
+        return "FlexAttention on CUDA does not compute in float64"
+    if where.device == "cuda" and where.head_dim < 16:
+        return f"FlexAttention on CUDA wants a head size of at least 16, not {where.head_dim}"
+    return ""
 
 
 @dataclass(frozen=True)

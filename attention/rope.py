@@ -125,23 +125,23 @@ class Rotary:
         return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
     def angles(self, by_T: Tensor) -> Tensor:
-        """Radians [T, R] of a turn by so many positions, in float64."""
-        return by_T.double().cpu()[:, None] * self.inv_freq_R.double()
+        """Return the radians [T, R] of a turn by so many positions, in float64, on the positions' device."""
+        return by_T.double()[:, None] * self.inv_freq_R.to(by_T.device).double()
 
     def rounding(self, at_T: Tensor) -> Tensor:
         """Radians [T, R] that transformers' float32 angle of a position falls short of the true one; 0 before FAR."""
-        off_TR = self.angles(at_T) - (at_T.float().cpu()[:, None] * self.inv_freq_R).double()
-        return off_TR * (at_T.cpu() >= FAR)[:, None]
+        off_TR = self.angles(at_T) - (at_T.float()[:, None] * self.inv_freq_R.to(at_T.device)).double()
+        return off_TR * (at_T >= FAR)[:, None]
 
     def put_right(self, x_BHTD: Tensor, at_T: Tensor) -> Tensor:
         """Queries or keys that transformers rotated to at_T, free of the rounding of far angles."""
         if int(at_T.max()) < FAR:
             return x_BHTD
-        return turned(x_BHTD, self.cos_sin(self.rounding(at_T), x_BHTD), self.interleaved)
+        return turned(x_BHTD, self.cos_sin(self.rounding(at_T.to(x_BHTD.device)), x_BHTD), self.interleaved)
 
     def turn(self, x_BHTD: Tensor, by_T: Tensor) -> Tensor:
         """Rotated queries or keys as they would be by_T positions later."""
-        return turned(x_BHTD, self.cos_sin(self.angles(by_T), x_BHTD), self.interleaved)
+        return turned(x_BHTD, self.cos_sin(self.angles(by_T.to(x_BHTD.device)), x_BHTD), self.interleaved)
 
     @staticmethod
     def cos_sin(angles_TR: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

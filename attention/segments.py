@@ -22,12 +22,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
-from longreach.attention.pattern import Heads, Pattern, Rectangle
+from longreach.attention.pattern import Heads, Pattern, Rectangle, document_starts
 from longreach.attention.sink_softmax import add_sink_, merge_, sink_gradient
 
 Documents = tuple[tuple[int, ...], ...]
 """For each batch row, where its documents begin."""
+
+_known_documents = WeakIdKeyDictionary()
+"""position_ids -> (its version, its documents): all layers get the same tensor, and reading it waits for a GPU."""
+
+
+def documents_of(position_ids_BT: Tensor | None, B: int, T: int) -> Documents:
+    """Return for each row where its documents begin."""
+    if position_ids_BT is None:
+        return ((0,),) * B
+    version = -1 if position_ids_BT.is_inference() else position_ids_BT._version
+    known = _known_documents.get(position_ids_BT)
+    if known is None or known[0] != version or version < 0:
+        start_BT = document_starts(position_ids_BT)
+        fresh = (start_BT == torch.arange(T, device=start_BT.device)).cpu()
+        known = version, tuple(tuple(row.nonzero()[:, 0].tolist()) for row in fresh)
+        _known_documents[position_ids_BT] = known
+    return known[1] if len(known[1]) == B else known[1] * B
 
 
 class Call(Protocol):

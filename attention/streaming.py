@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longreach.attention import flash
+from longreach.attention.flash import refusal
 from longreach.attention.rope import Rotary
 from longreach.attention.sink_softmax import with_sink
 
@@ -100,7 +102,9 @@ def _sink_part(
 
 
 def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> Part:
-    """One part. Flash attention on CPU, a KV head's query heads in turn, so that no key is repeated."""
+    """One part. Flash attention; on CPU a KV head's query heads in turn, so that no key is repeated."""
+    if q_BHTD.device.type == "cuda" and not refusal(q_BHTD.dtype, q_BHTD.shape[3]):
+        return flash.dense(q_BHTD, k_BKND, v_BKND, scale, causal=causal)
     if q_BHTD.device.type != "cpu":
         T, N = q_BHTD.shape[2], k_BKND.shape[2]
         future_TN = torch.ones(T, N, dtype=torch.bool, device=q_BHTD.device).triu(1) if causal else None

@@ -218,6 +218,7 @@ def run_local(function: str, job: dict[str, Any]) -> dict[str, Any]:
 
     if not dist.is_initialized():  # DeepSpeed keeps hold of the first process group, so it stays for the process's life
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if job.get("resources", {}).get("gpus_per_worker") else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(job)

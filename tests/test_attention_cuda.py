@@ -1,7 +1,6 @@
 """The kernels of CUDA against the float64 oracle, forward and gradients; and a model that trains with them."""
 
 import copy
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,17 +8,17 @@ from attention_cases import EVERY_PATTERN, HEADS, ROWS, oracle, outputs_and_grad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longreach.attention import PATTERNS, attend
+from longreach.attention.flash import has_flash_attn
 from longreach.attention.hf import active_pattern, set_pattern
 from longreach.attention.kernels import Situation, choose
+from longreach.attention.streaming import streamed_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # Probabilities and output are rounded once each to 8 (bfloat16) or 11 bits, sums of a few tens of such errors.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 
-flash = pytest.param(
-    "flash", marks=pytest.mark.skipif(not find_spec("flash_attn"), reason="flash-attn is not installed")
-)
+flash = pytest.param("flash", marks=pytest.mark.skipif(not has_flash_attn(), reason="flash-attn is not installed"))
 kernels = pytest.mark.parametrize("kernel", [flash, "sdpa", "flex"])
 patterns = pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
 
@@ -67,7 +66,7 @@ def test_float32_runs_by_flex_and_by_nothing_less_exact(pattern):
 
 
 def test_flash_attention_is_what_runs_by_itself_in_bfloat16():
-    first = "flash" if find_spec("flash_attn") else "sdpa"
+    first = "flash" if has_flash_attn() else "sdpa"
     assert all(choose(pattern, "auto", Situation("cuda", torch.bfloat16)) == first for pattern in EVERY_PATTERN)
 
 
@@ -96,3 +95,14 @@ def test_a_model_trains_with_s2_as_with_the_oracle():
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     for a, b in zip(fast.parameters(), slow.parameters(), strict=True):
         assert float((a.grad - b.grad).norm()) < 5e-2 * float(b.grad.norm())
+
+
+@pytest.mark.parametrize("length", [40, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_streaming_in_one_pass_equals_the_formula(dtype, length):
+    q, k, v = qkv(4, 2, length, D=64, dtype=dtype)
+    sinks, recent = (k[:, :, :4], v[:, :, :4]), (k[:, :, 4:], v[:, :, 4:])
+    options = {"sink_tokens": 4, "window_tokens": 50, "rotary": None, "scale": 0.2}
+    expected = streamed_attention(q.double(), *([x.double() for x in pair] for pair in (recent, sinks)), **options)
+    got = streamed_attention(q.cuda(), *([x.cuda() for x in pair] for pair in (recent, sinks)), **options)
+    assert float((got.cpu().double() - expected).abs().max()) < TOLERANCE[dtype]

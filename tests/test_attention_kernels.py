@@ -15,9 +15,12 @@ from attention_cases import (
     positions,
     qkv,
 )
+from torch.nn.attention.flex_attention import create_block_mask
 
-from longreach.attention import PATTERNS, attend, reference
+from longreach.attention import PATTERNS, attend, flex, reference
 from longreach.attention.kernels import Situation, by_segments, choose
+from longreach.attention.pattern import Heads
+from longreach.attention.segments import documents_of
 from longreach.attention.sink_softmax import zero_sink
 
 # Output and gradients are sums of about unit numbers over at most 41 keys. float64: 2^-52 x some tens of additions.
@@ -245,6 +248,37 @@ def test_sdpa_computes_causal_and_grouped_patterns():
     for name in ("causal", "grouped", "shifted_sparse"):
         pattern = PATTERNS[name](**({} if name == "causal" else {"group_tokens": 8}))
         assert choose(pattern) == "sdpa"
+
+
+@pytest.mark.parametrize("row", ["not divided by the group", "ragged documents", "one token"])
+@patterns
+def test_flex_gets_the_block_mask_that_torch_would_make(monkeypatch, pattern, row):
+    """Made a run of queries at a time here, from all pairs at once there; the backward's blocks are in it too."""
+    T, documents = ROWS[row]
+    given = None if documents is None else positions(*documents)
+    heads, B = Heads(3, 3, layer=1), len(documents or [0])
+    start_BT = reference.starts(given, B, T, torch.device("cpu"))
+    expected = create_block_mask(pattern.mask_mod(heads, start_BT), B, 3, T, T, device="cpu", BLOCK_SIZE=8)
+    for at_once in (1, 2**28):
+        monkeypatch.setattr(flex, "PAIRS_AT_ONCE", at_once)
+        flex.block_mask.cache_clear()
+        got = flex.block_mask(pattern, heads, documents_of(given, B, T), T, torch.device("cpu"), block_tokens=8)
+        assert got.seq_lengths == expected.seq_lengths
+        for name in ("kv", "full_kv", "q", "full_q"):
+            for field in (f"{name}_num_blocks", f"{name}_indices"):
+                assert torch.equal(getattr(got, field), getattr(expected, field)), field
+
+
+def test_layers_that_see_the_same_share_a_block_mask_which_is_made_once():
+    flex.block_mask.cache_clear()
+    pattern, documents, device = PATTERNS["shifted_sparse"](group_tokens=8), ((0, 5), (0,)), torch.device("cpu")
+    for K, kinds in ((2, 1), (3, 2)):  # with an odd number of KV heads odd layers have the other halves
+        masks = {
+            id(flex.block_mask(pattern, flex.first_alike(pattern, Heads(6, K, layer)), documents, 20, device))
+            for layer in range(6)
+        }
+        assert len(masks) == kinds
+    assert flex.block_mask.cache_info().misses == 3
 
 
 def test_flex_equals_the_oracle_where_no_gradient_is_wanted():

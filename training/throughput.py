@@ -32,8 +32,8 @@ FRESH = 4
 """Layers whose elementwise results live at once while bandwidth is measured: no cache holds them."""
 EXCHANGED = 32 * 2**20
 """Bytes that the ranks add up while that is measured."""
-CALIBRATED = 2048
-"""Tokens from which on rates change little."""
+CALIBRATED = {"cpu": 2048, "cuda": 8192}
+"""Tokens from which on rates change little, by device: with fewer a GPU waits for its kernels to be launched."""
 
 
 class Clock:
@@ -45,7 +45,7 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         """Books the time since the last lap on `phase`."""
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # a rank on the CPU leaves the machine's GPU alone
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
@@ -59,7 +59,7 @@ class Clock:
 
 def peak_gib() -> float:
     """The most memory that this rank held: of the GPU if it has one, else resident memory of the process."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
@@ -72,7 +72,7 @@ def calibrate(
     tokens: in one forward pass; span: tokens of a document or group, within which attention works; of both no more than
     CALIBRATED are tried, which a rank that trains has room for. process_gib: this rank before it had a model.
     """
-    tokens, span = min(tokens, CALIBRATED), min(span, CALIBRATED)
+    tokens, span = min(tokens, CALIBRATED[device.type]), min(span, CALIBRATED[device.type])
 
     def tensor(*sizes: int) -> Tensor:
         return torch.ones(sizes, device=device, dtype=dtype)  # nothing drawn: training's random state stays as it is

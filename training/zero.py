@@ -83,6 +83,8 @@ def start_engine(
 
     rate_scales: what the learning rate of some parameters is multiplied by.
     """
+    if not resources.gpus_per_worker:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take the first GPU that it sees, whatever was asked
     skip_shm_build()
     skip_muon_compilation()
     import deepspeed
