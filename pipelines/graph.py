@@ -12,8 +12,9 @@ Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import xxhash
 from longreach.infra import registry
 from longreach.infra.files import add_file
 from longreach.pipelines.evaluate import EvaluateStageRecipe
-from longreach.pipelines.gate import PromoteStageRecipe, lengths_of
+from longreach.pipelines.gate import PromoteRecipe, PromoteStageRecipe, lengths_of
 from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
@@ -32,11 +33,9 @@ from longreach.training.convert import source_digest as model_digest
 from longreach.training.corpus import source_digest as corpus_digest
 from longreach.training.recipe import (
     BaseRecipe,
-    FinetuneRecipe,
     FinetuneStageRecipe,
     OptimRecipe,
     PackRecipe,
-    PretrainRecipe,
     PretrainStageRecipe,
     RopeRecipe,
 )
@@ -48,190 +47,282 @@ DATA = ("kv_data", "qa_data", "data")
 
 
 @dataclass(frozen=True)
-class _Model:
-    """What is evaluated: a model folder's stage, a stretch applied while loading, and the corpus of its tokenizer."""
+class EvaluatedModel:
+    """A model that is evaluated: an arm's or a baseline."""
 
     stage: Stage
+    """The stage that makes the model folder."""
     rope: RopeRecipe | None
+    """A stretch applied while loading; None: as the folder says."""
     corpus: Stage
+    """The held-out documents in the model's own tokens."""
     start: Stage | None = None
-    """What an arm was trained from; None: it is a baseline."""
+    """The stage whose model the arm was trained from; None: it is a baseline."""
+
+
+@dataclass
+class Pipeline:
+    """The stages of a recipe so far, and what later stages build on."""
+
+    recipe: Recipe
+    stages: list[Stage] = field(default_factory=list)
+    """In an order in which each comes after its inputs."""
+    models: dict[str, EvaluatedModel] = field(default_factory=dict)
+    """Baselines and arms by name."""
+
+    @cached_property
+    def base(self) -> Stage:
+        """The model that everything starts from."""
+        return _converted("convert", self.recipe.base if self.needs_base else BaseRecipe(source=""))
+
+    @property
+    def needs_base(self) -> bool:
+        """False where all models are pretrained from scratch with a vocabulary of their own."""
+        pretrain = self.recipe.pretrain
+        keeps_tokenizer = pretrain is not None and pretrain.vocab_size is None
+        return bool(self.recipe.finetune or self.recipe.baselines or keeps_tokenizer)
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """The identity of the documents, as stages that read them note it."""
+        return {"documents": corpus_digest(self.recipe.corpus, Path.cwd())}
+
+    @cached_property
+    def champion(self) -> Any:
+        """The registered version that the gate compares with; None: there is no gate, or no champion yet."""
+        gate = self.recipe.promote
+        return registry.champion(gate.name) if gate else None
+
+    @cached_property
+    def corpus(self) -> Stage:
+        """The documents in the base's tokens."""
+        finetune = self.recipe.finetune
+        rows = finetune.pack if finetune else PackRecipe(seq_len=1024)  # evaluation needs the held-out documents only
+        return self.packed("pack", rows, self.base)
+
+    def packed(self, label: str, rows: PackRecipe, base: Stage) -> Stage:
+        """A stage that packs the documents in the tokens of `base`."""
+        choices = PackStageRecipe(corpus=self.recipe.corpus, pack=rows)
+        return Stage("pack", label, choices, {"base": base}, self.texts)
+
+    def scores_of(self, model: str) -> dict[str, Stage]:
+        """The evaluations of a model, by the evaluation's name."""
+        scores = {}
+        for stage in self.stages:
+            if isinstance(stage.recipe, EvaluateStageRecipe) and stage.recipe.model == model:
+                scores[stage.recipe.eval] = stage
+        return scores
 
 
 def build(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe, inputs first.
+    """Return the stages of a recipe, inputs first.
 
     Raises:
         ValueError: source documents or the base model cannot be found.
     """
-    starts = bool(recipe.finetune or recipe.baselines or (recipe.pretrain and recipe.pretrain.vocab_size is None))
-    base = _converted("convert", recipe.base if starts else BaseRecipe(source=""))
-    texts = {"documents": corpus_digest(recipe.corpus, Path.cwd())}
-    champion = registry.champion(recipe.promote.name) if recipe.promote else None
+    pipeline = Pipeline(recipe)
+    for add in BUILDERS:
+        add(pipeline)
+    return pipeline.stages
 
-    def packed(label: str, rows: PackRecipe, base: Stage) -> Stage:
-        return Stage("pack", label, PackStageRecipe(corpus=recipe.corpus, pack=rows), {"base": base}, texts)
 
-    stages, models = [base] if starts else [], {}
-    rows = recipe.finetune.pack if recipe.finetune else PackRecipe(seq_len=1024)  # evaluation needs held-out documents
-    corpus = packed("pack", rows, base)
+def add_base(pipeline: Pipeline) -> None:
+    """Add the base, its corpus, and the baselines: the base as it is, or stretched without training."""
+    recipe = pipeline.recipe
+    if pipeline.needs_base:
+        pipeline.stages.append(pipeline.base)
     if recipe.finetune or recipe.baselines:
-        stages.append(corpus)
+        pipeline.stages.append(pipeline.corpus)
     for name, rope in recipe.baselines.items():
-        models[name] = _Model(base, None if rope.type == "none" else rope, corpus)
-    if recipe.finetune:
-        start, rope = base, recipe.finetune.rope
-        if champion and recipe.promote and recipe.promote.start_from == "champion":
-            start, rope = _from_champion(base, rope, champion, texts["documents"])
-            stages += [start] if start is not base else []
-        for name, tuned in _finetuned(recipe.finetune, rope, recipe.seed, corpus, start):
-            stages += tuned
-            models[name] = _Model(tuned[-1], None, corpus, start)
-    if recipe.pretrain:
-        scratch = base
-        if (size := recipe.pretrain.vocab_size) is not None:
-            scratch = Stage("tokenizer", "tokenizer", TokenizerRecipe(corpus=recipe.corpus, vocab_size=size), {}, texts)
-            stages.append(scratch)
-        stages.append(sink_corpus := packed("pack[sink]", recipe.pretrain.pack, scratch))
-        for name, pretrained in _pretrained(recipe.pretrain, recipe.seed, sink_corpus, scratch):
-            stages.append(pretrained)
-            models[name] = _Model(pretrained, None, sink_corpus, scratch)
-    scores = list(_evaluations(recipe, models))
-    releases = [_release(recipe, name, model, scores) for name, model in models.items() if model.start]
-    report = report_on(recipe, [*stages, *scores])
-    return [*stages, *scores, *releases, report, *_gate(recipe, base, models, [*stages, *scores], releases, champion)]
+        stretch = None if rope.type == "none" else rope
+        pipeline.models[name] = EvaluatedModel(pipeline.base, stretch, pipeline.corpus)
 
 
-def _converted(label: str, base: BaseRecipe) -> Stage:
-    """A source's stage; an alias of the registry stands for the version that it names now."""
-    if base.source.startswith("models:/") and "@" in base.source:
-        version = registry.version_of(base.source.removeprefix("models:/"))
-        base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
-    return Stage(
-        "convert", label, base, digests={"source": model_digest(base.source, base.revision)} if base.source else {}
-    )
+def add_finetuned(pipeline: Pipeline) -> None:
+    """Add the fine-tuned arms. Their wall clock is compared, so they run one after the other and never share cores."""
+    section, gate = pipeline.recipe.finetune, pipeline.recipe.promote
+    if section is None:
+        return
+    start, rope = pipeline.base, section.rope
+    if pipeline.champion and gate and gate.start_from == "champion":
+        start, rope = _from_champion(pipeline, rope)
+        if start is not pipeline.base:
+            pipeline.stages.append(start)
+    previous: tuple[Stage, ...] = ()
+    for name, arm in section.every_arm().items():
+        choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=pipeline.recipe.seed)
+        inputs = {"corpus": pipeline.corpus, "base": start}
+        model = Stage("finetune", f"finetune[{name}]", choices, inputs, after=previous)
+        previous = (model,)
+        pipeline.stages.append(model)
+        if arm.tune != "all":
+            inputs = {"base": start, "adapter": model}
+            model = Stage("merge", f"merge[{name}]", MergeRecipe(), inputs)
+            pipeline.stages.append(model)
+        pipeline.models[name] = EvaluatedModel(model, None, pipeline.corpus, start)
 
 
-def _from_champion(base: Stage, rope: RopeRecipe, champion: Any, documents: str) -> tuple[Stage, RopeRecipe]:
-    """What fine-tuning starts from, and the stretch that is left to do. A champion that was trained on these very
-    documents is not trained on them again: then the start is what it started from, and all is as it was."""
-    source = f"models:/{champion.name}/{champion.version}"
-    if champion.tags.get(registry.DOCUMENTS) == documents:
-        source = champion.tags[registry.BASE]
-        if not source.startswith(f"models:/{champion.name}/"):  # it was the first, made from the recipe's base
-            return base, rope
-    return _converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
-
-
-def _release(recipe: Recipe, name: str, model: _Model, scores: list[Stage]) -> Stage:
-    """An arm's model with a card; the untrained base's scores stand beside its own."""
-    gated = recipe.promote and recipe.promote.model == name
-    choices = ReleaseRecipe(name=recipe.name, arm=name, register_as="" if gated else f"{recipe.name}-{name}")
-    assert model.start
-    inputs = {"model": model.stage, "corpus": model.corpus, "base": model.start}
-    for prefix, whose in (("own", name), ("base", recipe.plain_baseline())):
-        inputs |= {f"{prefix}_{eval_of(s)}": s for s in scores if model_of(s) == whose}
-    return Stage("release", f"release[{name}]", choices, inputs)
-
-
-def _gate(
-    recipe: Recipe, base: Stage, models: dict[str, _Model], known: list[Stage], releases: list[Stage], champion: Any
-) -> list[Stage]:
-    """The champion's stages and the decision; nothing where the challenger is the champion already."""
-    gate, asked = recipe.promote, recipe.evaluate.chosen()
-    if not gate:
-        return []
-    release = next(stage for stage in releases if stage.label == f"release[{gate.model}]")
-    if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
-        return []
-    inputs, new = {"model": release}, []
-    for role, whose, evals in (("challenger", gate.model, GATED), ("base", recipe.plain_baseline(), GATED[:1])):
-        scores = [s for s in known if s.name == "evaluate" and model_of(s) == whose and eval_of(s) in evals]
-        inputs |= {f"{role}_{eval_of(stage)}": stage for stage in scores}
-    if gate.base_ratio:
-        inputs["base"] = base
-    if champion and gate.perplexity_ratio is not None:
-        model = _converted("convert[champion]", BaseRecipe(source=f"models:/{champion.name}/{champion.version}"))
-        if same := next((stage for stage in known if stage.fingerprint == model.fingerprint), None):
-            model = same  # training started from it
-        else:
-            new.append(model)
-        choices = asked["perplexity"].model_copy(update={"models": None})
-        measure = EvaluateStageRecipe(eval="perplexity", model="champion", choices=choices)
-        scored = Stage(
-            "evaluate", "evaluate[champion,perplexity]", measure, {"model": model, "corpus": models[gate.model].corpus}
+def add_pretrained(pipeline: Pipeline) -> None:
+    """Add the pretrained arms, on rows that begin with the sink token."""
+    section = pipeline.recipe.pretrain
+    if section is None:
+        return
+    start = pipeline.base
+    if section.vocab_size is not None:
+        vocabulary = TokenizerRecipe(corpus=pipeline.recipe.corpus, vocab_size=section.vocab_size)
+        start = Stage("tokenizer", "tokenizer", vocabulary, {}, pipeline.texts)
+        pipeline.stages.append(start)
+    corpus = pipeline.packed("pack[sink]", section.pack, start)
+    pipeline.stages.append(corpus)
+    for name, arm in section.arms.items():
+        choices = PretrainStageRecipe(
+            model=section.model,
+            arm=arm,
+            sink_mass_every=section.sink_mass_every,
+            optim=_optim(section),
+            seed=pipeline.recipe.seed,
         )
-        inputs["champion_perplexity"] = scored
-        new.append(scored)
-    decision = PromoteStageRecipe(
-        rules=gate, champion=champion and str(champion.version), lengths=lengths_of(recipe, "perplexity")
+        model = Stage("pretrain", f"pretrain[{name}]", choices, {"corpus": corpus, "base": start})
+        pipeline.stages.append(model)
+        pipeline.models[name] = EvaluatedModel(model, None, corpus, start)
+
+
+def add_evaluations(pipeline: Pipeline) -> None:
+    """Add each evaluation of each model that it names."""
+    for eval_name, section in pipeline.recipe.evaluate.chosen().items():
+        choices = section.model_copy(update={"models": None})  # which others are evaluated does not change this one
+        digests = {}
+        for key in DATA:
+            if path := getattr(section, key, None):
+                digests[key] = _digest(Path(path))
+        for name in section.models or pipeline.models:
+            model = pipeline.models[name]
+            asked = EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices)
+            inputs = {"model": model.stage, "corpus": model.corpus}
+            pipeline.stages.append(Stage("evaluate", f"evaluate[{name},{eval_name}]", asked, inputs, digests))
+
+
+def add_releases(pipeline: Pipeline) -> None:
+    """Add each arm's model with a card, on which the untrained base's scores stand beside its own."""
+    recipe = pipeline.recipe
+    baseline = pipeline.scores_of(recipe.plain_baseline() or "")
+    for name, model in pipeline.models.items():
+        if model.start is None:
+            continue
+        registered = f"{recipe.name}-{name}"
+        if recipe.promote and recipe.promote.model == name:
+            registered = ""  # the gate registers it
+        inputs = {"model": model.stage, "corpus": model.corpus, "base": model.start}
+        inputs |= {f"own_{evaluation}": stage for evaluation, stage in pipeline.scores_of(name).items()}
+        inputs |= {f"base_{evaluation}": stage for evaluation, stage in baseline.items()}
+        choices = ReleaseRecipe(name=recipe.name, arm=name, register_as=registered)
+        pipeline.stages.append(Stage("release", f"release[{name}]", choices, inputs))
+
+
+def add_report(pipeline: Pipeline) -> None:
+    """Add the report on all stages so far; a release only repeats what it reads."""
+    reported = [stage for stage in pipeline.stages if stage.name != "release"]
+    pipeline.stages.append(report_on(pipeline.recipe, reported))
+
+
+def add_gate(pipeline: Pipeline) -> None:
+    """Add the champion's stages and the decision; nothing where the challenger is the champion already."""
+    gate, champion = pipeline.recipe.promote, pipeline.champion
+    if not gate:
+        return
+    (release,) = (stage for stage in pipeline.stages if stage.label == f"release[{gate.model}]")
+    if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
+        return
+    inputs = {"model": release}
+    for evaluation, stage in pipeline.scores_of(gate.model).items():
+        if evaluation in GATED:
+            inputs[f"challenger_{evaluation}"] = stage
+    for evaluation, stage in pipeline.scores_of(pipeline.recipe.plain_baseline() or "").items():
+        if evaluation == GATED[0]:
+            inputs[f"base_{evaluation}"] = stage
+    if gate.base_ratio:
+        inputs["base"] = pipeline.base
+    if champion and gate.perplexity_ratio is not None:
+        inputs["champion_perplexity"] = _champions_scores(pipeline, gate)
+    choices = PromoteStageRecipe(
+        rules=gate,
+        champion=champion and str(champion.version),
+        lengths=lengths_of(pipeline.recipe, "perplexity"),
     )
-    return [*new, Stage("promote", "promote", decision, inputs)]
+    pipeline.stages.append(Stage("promote", "promote", choices, inputs))
 
 
-def model_of(stage: Stage) -> str:
-    """Whom an evaluation asks."""
-    assert isinstance(stage.recipe, EvaluateStageRecipe)
-    return stage.recipe.model
-
-
-def eval_of(stage: Stage) -> str:
-    """What it asks."""
-    assert isinstance(stage.recipe, EvaluateStageRecipe)
-    return stage.recipe.eval
+BUILDERS: list[Callable[[Pipeline], None]] = [
+    add_base,
+    add_finetuned,
+    add_pretrained,
+    add_evaluations,
+    add_releases,
+    add_report,
+    add_gate,
+]
+"""What adds stages to a pipeline, in the order in which they are built. A new stage has its place here."""
 
 
 def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None = None) -> Stage:
-    """The report of these stages; `failed` are the others, by label, with the reason."""
+    """Return the report on these stages; `failed` are the others, by label, with the reason."""
     inputs = {f"input_{n:03d}": stage for n, stage in enumerate(stages)}
     labels = {key: stage.label for key, stage in inputs.items()}
     choices = ReportRecipe(name=recipe.name, labels=labels, prices=recipe.report, failed=failed or {})
     return Stage("report", "report", choices, inputs)
 
 
-def _finetuned(
-    section: FinetuneRecipe, rope: RopeRecipe, seed: int, corpus: Stage, base: Stage
-) -> Iterator[tuple[str, list[Stage]]]:
-    """Each arm's stages, the one that gives the model last. Arms whose wall clock is compared run one after the other:
-    they never share cores."""
-    previous: tuple[Stage, ...] = ()
-    for name, arm in section.every_arm().items():
-        choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=seed)
-        tuned = Stage("finetune", f"finetune[{name}]", choices, {"corpus": corpus, "base": base}, after=previous)
-        previous = (tuned,)
-        if arm.tune == "all":
-            yield name, [tuned]
-        else:
-            yield name, [tuned, Stage("merge", f"merge[{name}]", MergeRecipe(), {"base": base, "adapter": tuned})]
+def _converted(label: str, base: BaseRecipe) -> Stage:
+    """The stage of a source; an alias of the registry stands for the version that it names now."""
+    if base.source.startswith("models:/") and "@" in base.source:
+        version = registry.version_of(base.source.removeprefix("models:/"))
+        base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
+    digests = {}
+    if base.source:
+        digests["source"] = model_digest(base.source, base.revision)
+    return Stage("convert", label, base, digests=digests)
 
 
-def _pretrained(section: PretrainRecipe, seed: int, corpus: Stage, base: Stage) -> Iterator[tuple[str, Stage]]:
-    for name, arm in section.arms.items():
-        choices = PretrainStageRecipe(
-            model=section.model, arm=arm, sink_mass_every=section.sink_mass_every, optim=_optim(section), seed=seed
-        )
-        yield name, Stage("pretrain", f"pretrain[{name}]", choices, {"corpus": corpus, "base": base})
+def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRecipe]:
+    """What fine-tuning starts from, and the stretch that is left to do.
+
+    A champion that was trained on these very documents is not trained on them again: then the start is what it
+    started from, and the fingerprints are those of its own run.
+    """
+    champion = pipeline.champion
+    source = f"models:/{champion.name}/{champion.version}"
+    if champion.tags.get(registry.DOCUMENTS) == pipeline.texts["documents"]:
+        source = champion.tags[registry.BASE]
+        if not source.startswith(f"models:/{champion.name}/"):  # it was the first, made from the recipe's base
+            return pipeline.base, rope
+    return _converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
 
 
-def _evaluations(recipe: Recipe, models: dict[str, _Model]) -> Iterator[Stage]:
-    for eval_name, section in recipe.evaluate.chosen().items():
-        choices = section.model_copy(update={"models": None})  # which others are evaluated does not change this one
-        data = {key: _digest(Path(path)) for key in DATA if (path := getattr(section, key, None))}
-        for name in section.models or models:
-            model = models[name]
-            yield Stage(
-                "evaluate",
-                f"evaluate[{name},{eval_name}]",
-                EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices),
-                {"model": model.stage, "corpus": model.corpus},
-                digests=data,
-            )
+def _champions_scores(pipeline: Pipeline, gate: PromoteRecipe) -> Stage:
+    """The champion's perplexity on the challenger's corpus; its stages are added."""
+    champion = pipeline.champion
+    source = BaseRecipe(source=f"models:/{champion.name}/{champion.version}")
+    model = _converted("convert[champion]", source)
+    same = [stage for stage in pipeline.stages if stage.fingerprint == model.fingerprint]
+    if same:  # training started from it
+        model = same[0]
+    else:
+        pipeline.stages.append(model)
+    section = pipeline.recipe.evaluate.chosen()["perplexity"].model_copy(update={"models": None})
+    choices = EvaluateStageRecipe(eval="perplexity", model="champion", choices=section)
+    inputs = {"model": model, "corpus": pipeline.models[gate.model].corpus}
+    scores = Stage("evaluate", "evaluate[champion,perplexity]", choices, inputs)
+    pipeline.stages.append(scores)
+    return scores
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of all files below a folder; empty if there is none, which the evaluation will say."""
+    """Digest of a file, or of all files below a folder; if there is none the evaluation reports it."""
+    files = [path]
+    if not path.is_file():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
     digest = xxhash.xxh3_128()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in files:
         digest.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
         add_file(digest, file)
     return digest.hexdigest()
@@ -239,4 +330,4 @@ def _digest(path: Path) -> str:
 
 def _optim(section: OptimRecipe) -> OptimRecipe:
     """The optimizer's fields of a section that has more."""
-    return OptimRecipe(**{name: getattr(section, name) for name in OptimRecipe.model_fields})
+    return OptimRecipe(**section.model_dump(include={*OptimRecipe.model_fields}))

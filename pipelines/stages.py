@@ -5,7 +5,8 @@
 
 evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in what order, is
 pipelines/graph.py. To add a stage: its recipe model and function here or in a file, one line in STAGES, its place in
-graph.py. torch, transformers and ray are imported inside the functions, so that `longreach plan` stays quick.
+BUILDERS (graph.py). torch, transformers and ray are imported inside the functions, so that `longreach plan` stays
+quick.
 
     longreach run quickstart
 """
