@@ -1,18 +1,22 @@
 """attention: which keys each query may see. Patterns by name, one `attend` for all of them.
 
-from longreach.attention import PATTERNS, attend
-out_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, PATTERNS["shifted_sparse"](group_tokens=512))
+    from longreach.attention import PATTERNS, attend
+    out_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, PATTERNS["shifted_sparse"](group_tokens=512))
+
+PATTERNS imports no torch: recipes are read from it.
 """
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from longreach.attention.causal import Causal
-from longreach.attention.kernels import attend
 from longreach.attention.pattern import Pattern
 from longreach.attention.shifted_sparse import Grouped, ShiftedSparse
 from longreach.attention.sink_window import SinkWindow
 
-PATTERNS: dict[str, Callable[..., Pattern]] = {
+if TYPE_CHECKING:
+    from longreach.attention.kernels import attend
+
+PATTERNS: dict[str, type[Pattern]] = {
     "causal": Causal,
     "grouped": Grouped,
     "shifted_sparse": ShiftedSparse,
@@ -20,3 +24,11 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
 }
 
 __all__ = ["PATTERNS", "Pattern", "attend"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attend":  # its kernels import torch
+        from longreach.attention.kernels import attend
+
+        return attend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -107,7 +107,7 @@ def _registered_name(active: ActivePattern) -> str:
     for name, known in _registered.items():
         if known == active:
             return name
-    name = f"longreach_{len(_registered)}_{active.pattern.name}"
+    name = f"longreach_{len(_registered)}_{active.pattern.pattern}"
     AttentionInterface.register(name, _forward_of(active))
     AttentionMaskInterface.register(name, _padding_only)
     _registered[name] = active

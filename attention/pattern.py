@@ -15,12 +15,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+if TYPE_CHECKING:  # recipes import the patterns, and `longreach plan` must not wait for torch
+    from torch import Tensor
+
+MaskMod: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]"
 
 
 def and_(*mods: MaskMod) -> MaskMod:
@@ -59,6 +61,8 @@ def same_document(start_BT: Tensor) -> MaskMod:
 
 def document_starts(position_ids_BT: Tensor) -> Tensor:
     """For each token, where its document begins in the row [B, T], int64."""
+    import torch
+
     index_T = torch.arange(position_ids_BT.shape[1], device=position_ids_BT.device)
     fresh_BT = torch.ones_like(position_ids_BT, dtype=torch.bool)
     fresh_BT[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
@@ -89,24 +93,53 @@ class Rectangle:
     window: int | None = None
 
 
-class Pattern(ABC):
-    """One attention variant. Subclasses are frozen dataclasses whose fields are the variant's choices."""
+class Pattern(BaseModel, ABC):
+    """One attention variant: its choices, which a recipe's `attention` section gives, and what follows from them.
 
-    name: ClassVar[str]
+    A subclass names itself by `pattern: Literal["its name"]`, and each of its fields has a docstring.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    pattern: str
+    """The pattern's name."""
 
     @abstractmethod
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
-        """Which keys may be seen, causality and documents included."""
+        """Return the predicate of the visible keys, causality and documents included."""
+
+    @abstractmethod
+    def mean_keys(self, document_tokens: float) -> float:
+        """Return how many keys a query sees on average in a document of that length: training's cost grows with it."""
 
     def variants(self, heads: Heads) -> list[Hashable]:
-        """For each KV head, what tells its rectangles from another's (S²-Attn: its shift)."""
+        """Return for each KV head what tells its rectangles from another's (S²-Attn: its shift)."""
         return [None] * heads.kv
 
     def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle] | None:
-        """The predicate inside the document begin..end of a row: every visible pair in one rectangle, and each token in
-        one causal rectangle of its own (q and k the same tokens). None: it cannot be said so."""
+        """Return the predicate inside the document begin..end of a row, or None if it is not made of rectangles.
+
+        Every visible pair is in one rectangle, and each token in one causal rectangle of its own (q and k the same
+        tokens).
+        """
         return None
 
+    def check_row(self, seq_len: int) -> None:
+        """Raise ValueError, which opens with the field's name, if rows of that length do not suit the pattern."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of the blocks that it cuts a document into (a group, a window); 0 if it takes a document whole."""
+        return 0
+
+    def span(self, document_tokens: int) -> int:
+        """Return the side of the largest causal square that a kernel computes in a document of that length."""
+        return min(document_tokens, self.block_tokens or document_tokens)
+
+    def about(self) -> str:
+        """Return a few words for the report's tables; nothing for full attention."""
+        return str(self)
+
     def __str__(self) -> str:
-        fields = ", ".join(f"{k}={v}" for k, v in vars(self).items())
-        return f"{self.name}({fields})"
+        fields = ", ".join(f"{name}={value}" for name, value in self if name != "pattern")
+        return f"{self.pattern}({fields})"

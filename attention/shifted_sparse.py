@@ -23,29 +23,42 @@ since no group after the first sees token 0.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import TYPE_CHECKING, Literal, Self
 
-from torch import Tensor
+from pydantic import Field, model_validator
 
 from longreach.attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@dataclass(frozen=True)
+
 class Grouped(Pattern):
     """Causal attention inside groups, without the shift: the paper's ablation."""
 
-    group_tokens: int
-    sink_tokens: int = 0
-    name: ClassVar[str] = "grouped"
+    pattern: Literal["grouped"] = "grouped"
+    """Groups that are not shifted."""
+    group_tokens: int = Field(ge=2)
+    """Group size, which is even and divides seq_len; the paper's choice is seq_len / 4."""
+    sink_tokens: int = Field(default=0, ge=0)
+    """First tokens of a document that every later group also sees."""
 
-    def __post_init__(self) -> None:
-        if self.group_tokens < 2 or self.group_tokens % 2:
-            near = max(2, self.group_tokens + 1)
-            raise ValueError(f"group_tokens {self.group_tokens} must be even and at least 2: use {near}")
-        if self.sink_tokens < 0:
-            raise ValueError(f"sink_tokens {self.sink_tokens} is negative: use 0 for none")
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        G = self.group_tokens
+        if G % 2:
+            raise ValueError(f"group_tokens {G} is odd: half a group is shifted; use {G - 1} or {G + 1}")
+        return self
+
+    def check_row(self, seq_len: int) -> None:
+        if seq_len % self.group_tokens:
+            divisors = [d for d in range(2, seq_len + 1, 2) if seq_len % d == 0] or [2]  # 2: nothing fits an odd row
+            nearest = min(divisors, key=lambda d: abs(d - self.group_tokens))
+            raise ValueError(
+                f"group_tokens {self.group_tokens} does not divide pack.seq_len {seq_len}: "
+                f"use {nearest}, or another seq_len"
+            )
 
     def shifted(self, heads: Heads, kv_head: int) -> bool:
         """Whether a KV head's groups begin half a group later."""
@@ -82,14 +95,43 @@ class Grouped(Pattern):
         far = near[-1][1] if near else edges[1]
         return [*found, Rectangle((far, end), (begin, sinks))] if self.sink_tokens and far < end else found
 
+    def mean_keys(self, document_tokens: float) -> float:
+        G = self.group_tokens
+        if document_tokens <= G:
+            return (document_tokens + 1) / 2
+        return self._group_keys(document_tokens) + self.sink_tokens * (1 - G / document_tokens)
 
-@dataclass(frozen=True)
+    def _group_keys(self, document_tokens: float) -> float:
+        """Return the mean number of keys in a query's own group, in a document longer than a group."""
+        return (self.group_tokens + 1) / 2
+
+    @property
+    def block_tokens(self) -> int:
+        return self.group_tokens
+
+    def about(self) -> str:
+        return f"groups of {self.group_tokens} without shift{self._and_sinks()}"
+
+    def _and_sinks(self) -> str:
+        return f" and {self.sink_tokens} sinks" if self.sink_tokens else ""
+
+
 class ShiftedSparse(Grouped):
-    """S²-Attn."""
+    """S²-Attn: groups, shifted by half a group in half of the heads."""
 
-    name: ClassVar[str] = "shifted_sparse"
+    pattern: Literal["shifted_sparse"] = "shifted_sparse"  # type: ignore[assignment]
+    """S²-Attn."""
 
     def shifted(self, heads: Heads, kv_head: int) -> bool:
         stay = (heads.kv + 1) // 2
         roles_change = heads.kv % 2 == 1 and heads.layer % 2 == 1
         return (kv_head >= stay) != roles_change
+
+    def _group_keys(self, document_tokens: float) -> float:
+        G, staying = self.group_tokens, (self.group_tokens + 1) / 2
+        # half of the heads have document / G - 1 whole groups between two half ones
+        shifted = staying * (1 - G / (2 * document_tokens))
+        return (staying + shifted) / 2
+
+    def about(self) -> str:
+        return f"S²-Attn, groups of {self.group_tokens}{self._and_sinks()}"

@@ -7,27 +7,25 @@ few of them does not. `sink_tokens=0` is plain window attention.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from pydantic import Field
 
 from longreach.attention.pattern import Heads, MaskMod, Pattern, Rectangle, and_, causal, or_, same_document
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@dataclass(frozen=True)
+
 class SinkWindow(Pattern):
     """The first `sink_tokens` of a document and the last `window_tokens`, the query's own included."""
 
-    window_tokens: int
-    sink_tokens: int = 4
-    name: ClassVar[str] = "sink_window"
-
-    def __post_init__(self) -> None:
-        if self.window_tokens < 1 or self.sink_tokens < 0:
-            raise ValueError(
-                f"window_tokens {self.window_tokens} and sink_tokens {self.sink_tokens}: at least 1 and at least 0"
-            )
+    pattern: Literal["sink_window"] = "sink_window"
+    """A window of the last tokens, and a document's first tokens."""
+    window_tokens: int = Field(ge=1)
+    """Last tokens that a query sees, its own included."""
+    sink_tokens: int = Field(default=4, ge=0)
+    """First tokens of a document that every later query also sees; 0 is plain window attention."""
 
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
         def recent(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -47,3 +45,14 @@ class SinkWindow(Pattern):
         if n and out + n < end:
             found.append(Rectangle((out + n, end), (begin, begin + n)))
         return found
+
+    def mean_keys(self, document_tokens: float) -> float:
+        most = min(document_tokens, self.sink_tokens + self.window_tokens)  # the i-th query sees min(i, most) keys
+        return most - most * (most - 1) / (2 * document_tokens)
+
+    @property
+    def block_tokens(self) -> int:
+        return self.window_tokens
+
+    def about(self) -> str:
+        return f"a window of {self.window_tokens}" + (f" and {self.sink_tokens} sinks" if self.sink_tokens else "")

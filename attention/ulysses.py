@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -49,18 +49,22 @@ def sequence_ranks(size: int) -> SequenceRanks:
     return SequenceRanks(groups[rank // size], size, rank % size)
 
 
-@dataclass(frozen=True)
 class SomeHeads(Pattern):
     """A pattern as some neighbouring heads of a model see it."""
 
+    pattern: Literal["some_heads"] = "some_heads"
+    """Some heads of another pattern."""
     whole: Pattern
+    """The model's pattern."""
     query: int
     """Query heads of the model."""
     kv: int
     """Key/value heads of the model."""
     first_kv: int
     """The first of these heads, among the model's."""
-    name: ClassVar[str] = "some_heads"
+
+    def mean_keys(self, document_tokens: float) -> float:
+        return self.whole.mean_keys(document_tokens)
 
     def _model(self, heads: Heads) -> Heads:
         return Heads(self.query, self.kv, heads.layer)
@@ -135,7 +139,7 @@ def attend_in_parts(
     own = slice(ranks.rank * H // ranks.size, (ranks.rank + 1) * H // ranks.size)
     out_BGTD = attend(
         q_BGTD, k_BGTD, v_BGTD,
-        SomeHeads(pattern, H, K, ranks.rank * K // ranks.size),
+        SomeHeads(whole=pattern, query=H, kv=K, first_kv=ranks.rank * K // ranks.size),
         torch.cat(parts, 1),
         None if sink_logit_H is None else sink_logit_H[own],
         scale, kernel, layer=layer,

@@ -27,6 +27,7 @@ from pydantic_core import PydanticUndefined
 
 from longreach.pipelines.reader import RECIPES
 from longreach.pipelines.recipe import Recipe
+from longreach.training.attention_recipe import AttentionRecipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,6 +136,10 @@ def _section_anchors() -> frozenset[str]:
 
 def models_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
     """The models inside a field's type, and what stands between the field and them: `.NAME` or `.0`."""
+    if annotation is AttentionRecipe:  # one section a pattern
+        for section in AttentionRecipe.sections():
+            yield section, f"{suffix} ({section.model_fields['pattern'].default})"
+        return
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, suffix
         return
@@ -170,6 +175,8 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(inner[0])}"
     if origin is dict:
         return f"mapping of names to {_kind(inner[1])}"
+    if annotation is AttentionRecipe:
+        return " or ".join(map(_kind, AttentionRecipe.sections()))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         place = next(places[0] for section, places in sections() if section is annotation)
         return f"[{place}](#{anchor(place)})"

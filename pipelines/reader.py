@@ -11,7 +11,6 @@ YAML 1.2's core schema without tags and merge keys: `2e-5` is a number; `no`, `0
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import re
 import shlex
@@ -28,6 +27,7 @@ from pydantic_core import ErrorDetails
 from longreach.evaluation import EVALS
 from longreach.infra.choices import Location, dotted, nearest
 from longreach.pipelines.recipe import Recipe, SectionsDisagree, values
+from longreach.training.attention_recipe import AttentionRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
 SET = "--set"
@@ -334,7 +334,7 @@ class _Reader:
         if isinstance(error, ValueError):  # a section's own check: its message begins with the field it is about
             field = str(error).split(" ", 1)[0]
             return [Problem(self._place_of((*location, field)), location, str(error))]
-        return [Problem(self._place_of(location), location, _message(details))]
+        return [Problem(self._place_of(location), location, _message(details, self.data))]
 
     def _place_of(self, location: Location) -> str:
         """Return the place of a value, or of the nearest one around it that was written."""
@@ -354,12 +354,12 @@ def _line(problem: Problem) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _message(details: ErrorDetails) -> str:
+def _message(details: ErrorDetails, data: Any) -> str:
     location, kind = details["loc"], details["type"]
     if kind == "extra_forbidden":
-        return "no such field" + _nearest_field(location)
+        return "no such field" + _nearest_field(location, data)
     if kind == "missing":
-        field = _type_at(location[:-1]).model_fields[str(location[-1])]
+        field = _type_at(location[:-1], data).model_fields[str(location[-1])]
         return f"missing, and it has no default ({(field.description or '').rstrip('.')})"
     message = re.sub("^(Input|String) should", "should", details["msg"]).replace("Tuple", "list")
     message = re.sub(r"a valid (array|tuple)", "a list", message)
@@ -379,9 +379,11 @@ def _describe(value: Any) -> str:
     return f"text {value!r}" if isinstance(value, str) else json.dumps(value)
 
 
-def _nearest_field(location: Location) -> str:
+def _nearest_field(location: Location, data: Any) -> str:
     """Name the closest field of the same section, else where the recipe has a field of that very name, else all."""
-    name, section = str(location[-1]), _type_at(location[:-1])
+    name, section = str(location[-1]), _type_at(location[:-1], data)
+    if issubclass(section, AttentionRecipe):  # other patterns have other fields
+        return nearest(name, section.model_fields, f"pattern {section.model_fields['pattern'].default!r} has")
     elsewhere = _paths_by_name(Recipe).get(name, [])
     if difflib.get_close_matches(name, section.model_fields) or not elsewhere:
         return nearest(name, section.model_fields, "this section has")
@@ -398,15 +400,22 @@ def _paths_by_name(section: type[BaseModel], prefix: str = "") -> dict[str, list
         if typing.get_origin(inner) in (tuple, dict):
             step = "0." if typing.get_origin(inner) is tuple else "NAME."
             inner = _inside(inner, step)
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            for key, deeper in _paths_by_name(inner, f"{prefix}{name}.{step}").items():
-                paths.setdefault(key, []).extend(deeper)
+        for model in AttentionRecipe.sections() if inner is AttentionRecipe else [inner]:
+            if isinstance(model, type) and issubclass(model, BaseModel):
+                for key, deeper in _paths_by_name(model, f"{prefix}{name}.{step}").items():
+                    known = paths.setdefault(key, [])
+                    known.extend(path for path in deeper if path not in known)
     return paths
 
 
-def _type_at(location: Location) -> Any:
-    """Return the type at a location that pydantic reported, so that every part of it is known."""
-    return functools.reduce(_inside, location, Recipe)
+def _type_at(location: Location, data: Any) -> Any:
+    """Return the type at a location in a recipe's data; pydantic reported it, so that every part of it is known."""
+    section: Any = Recipe
+    for key in location:
+        section, data = _inside(section, key), data[key]
+        if section is AttentionRecipe:  # the pattern that was written decides which fields there are
+            section = AttentionRecipe.section(data.get("pattern", "causal"))
+    return section
 
 
 def _inside(container: Any, key: str | int) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from longreach.attention import PATTERNS
 from longreach.attention.hf import set_pattern
 from longreach.pipelines.reader import load
 from longreach.training.model import fresh_llama, load_model
@@ -32,10 +31,9 @@ def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple
         return
     finetune = load(target, overrides).recipe.finetune
     for name, arm in (finetune.every_arm() if finetune else {}).items():
-        choices = arm.attention.arguments()
-        tokens = max(TOKENS, 3 * choices.get("group_tokens", 0))
+        pattern = arm.attention.pattern_at(step=0, steps=1)
+        tokens = max(TOKENS, 3 * pattern.block_tokens)
         # an odd number of KV heads has unequal halves, which change roles from layer to layer: two layers show both
         tiny = LlamaRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)
         model = fresh_llama(tiny, vocab_size=256, seed=0)
-        pattern = set_pattern(model, PATTERNS[arm.attention.pattern](**choices))
-        yield f"{name} ({pattern})", model, tokens
+        yield f"{name} ({set_pattern(model, pattern)})", model, tokens

@@ -1,6 +1,5 @@
 """What the attention tests share: every pattern of the registry, rows with documents, the float64 oracle."""
 
-import inspect
 from itertools import product
 
 import torch
@@ -13,7 +12,7 @@ SINKS_TOKENS = (0, 3)
 
 def instances(name):
     """Small instances of a pattern, by its own parameters: sink_tokens of 0 and 3, other sizes of 2 and 8."""
-    names = list(inspect.signature(PATTERNS[name]).parameters)
+    names = [field for field in PATTERNS[name].model_fields if field != "pattern"]
     choices = [SINKS_TOKENS if field == "sink_tokens" else SIZES_TOKENS for field in names]
     return [PATTERNS[name](**dict(zip(names, values, strict=True))) for values in product(*choices)]
 

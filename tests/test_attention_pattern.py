@@ -129,6 +129,25 @@ def test_rectangles_cover_exactly_what_the_predicate_allows(pattern, row, H, K):
         assert torch.equal(covered, dense_mask(pattern, heads, start_BT)[:, :: H // K].int())
 
 
+@pytest.mark.parametrize(
+    ("name", "choices", "tolerance"),
+    [
+        ("causal", {}, 1e-9),
+        ("grouped", {"group_tokens": 32}, 1e-9),
+        ("shifted_sparse", {"group_tokens": 32}, 0.01),  # half groups at both ends are counted as one whole
+        ("shifted_sparse", {"group_tokens": 64, "sink_tokens": 4}, 0.03),
+        ("shifted_sparse", {"group_tokens": 512, "sink_tokens": 4}, 1e-9),
+        ("sink_window", {"window_tokens": 32}, 1e-9),
+        ("sink_window", {"window_tokens": 32, "sink_tokens": 0}, 1e-9),
+        ("sink_window", {"window_tokens": 255, "sink_tokens": 9}, 1e-9),
+    ],
+)
+def test_mean_keys_are_those_under_the_mask(name, choices, tolerance):
+    pattern = PATTERNS[name](**choices)
+    mask = mask_of(pattern, 256, heads=(4, 4))
+    assert pattern.mean_keys(256) == pytest.approx(float(mask.float().sum(-1).mean()), rel=tolerance)
+
+
 def inside(r):
     """A rectangle's pairs, 0 or 1."""
     pairs = torch.ones(r.q[1] - r.q[0], r.k[1] - r.k[0], dtype=torch.int)
@@ -160,11 +179,14 @@ def test_a_pattern_says_its_name_and_choices():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: PATTERNS["grouped"](group_tokens=7), "group_tokens 7 must be even and at least 2: use 8"),
-        (lambda: PATTERNS["shifted_sparse"](group_tokens=0), "use 2"),
-        (lambda: PATTERNS["grouped"](group_tokens=8, sink_tokens=-1), "sink_tokens -1 is negative"),
-        (lambda: PATTERNS["sink_window"](window_tokens=0), "window_tokens 0"),
-        (lambda: PATTERNS["sink_window"](window_tokens=4, sink_tokens=-2), "sink_tokens -2"),
+        (lambda: PATTERNS["grouped"](group_tokens=7), "group_tokens 7 is odd: half a group is shifted; use 6 or 8"),
+        (lambda: PATTERNS["shifted_sparse"](group_tokens=0), r"group_tokens\n.* equal to 2 .*input_value=0"),
+        (lambda: PATTERNS["grouped"](group_tokens=8, sink_tokens=-1), r"sink_tokens\n.* equal to 0"),
+        (lambda: PATTERNS["sink_window"](window_tokens=0), r"window_tokens\n.* equal to 1"),
+        (
+            lambda: PATTERNS["sink_window"](window_tokens=4, sink_tokens=-2),
+            r"sink_tokens\n.* equal to 0",
+        ),
         (lambda: Heads(8, 3), "3 key/value heads do not divide 8"),
     ],
 )

@@ -49,7 +49,7 @@ def test_some_heads_are_those_of_the_whole(name, heads, kv_heads):
         for first in range(0, kv_heads, kv_heads // 2):
             kv = slice(first, first + kv_heads // 2)
             own = slice(first * heads // kv_heads, (first + kv_heads // 2) * heads // kv_heads)
-            some = SomeHeads(pattern, heads, kv_heads, first)
+            some = SomeHeads(whole=pattern, query=heads, kv=kv_heads, first_kv=first)
             for kernel in ("sdpa", "reference"):
                 part = attend(q[:, own], k[:, kv], v[:, kv], some, POSITIONS, kernel=kernel, layer=layer)
                 torch.testing.assert_close(part, whole[:, own], atol=1e-12, rtol=0)

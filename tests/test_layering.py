@@ -29,6 +29,8 @@ SLOW = {
     "matplotlib",
 }
 QUICK = [
+    "attention/__init__.py", "attention/pattern.py", "attention/causal.py", "attention/shifted_sparse.py",
+    "attention/sink_window.py", "training/attention_recipe.py",
     "infra/choices.py", "infra/resources.py", "infra/artifact.py",
     "infra/errors.py", "infra/files.py", "infra/lease.py", "infra/cluster.py", "infra/tracking.py",
     "infra/environment.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from longreach.attention import PATTERNS
+from longreach.attention.causal import Causal
 from longreach.attention.hf import active_pattern, set_pattern
 from longreach.attention.pattern import Pattern
 from longreach.attention.sink_mass import sink_mass
@@ -203,7 +203,7 @@ def _train(todo: TrainJob) -> dict[str, Any]:
         if sink_mass_due(todo, step):
             measured["sink_mass"] = sink_mass(causal_lm(model), probe)
         if due(optim.validate_every_steps, step, optim.steps):
-            set_active(model, PATTERNS["causal"](), shared)
+            set_active(model, Causal(), shared)
             summed, scored = all_sum(engine, [*validation_loss(engine, held_out, lane, lanes)])
             measured["validation_loss"] = found = summed / scored
             if math.isfinite(found) and math.isfinite(norm):  # a skipped step leaves no checkpoint
@@ -342,10 +342,7 @@ def due(every: int, step: int, steps: int) -> bool:
 
 def pattern_of(todo: TrainJob, step: int) -> Pattern:
     """What a step (counted from 0) attends by: the arm's pattern, and at the end what it anneals to."""
-    choice = todo.arm.attention
-    if choice.anneal_to and step >= choice.sparse_steps(todo.optim.steps):
-        return PATTERNS[choice.anneal_to]()
-    return PATTERNS[choice.pattern](**choice.arguments())
+    return todo.arm.attention.pattern_at(step, todo.optim.steps)
 
 
 def foreseen(
@@ -361,7 +358,7 @@ def foreseen(
         [Path(todo.work), *map(Path, todo.earlier)],
         shape=shape,
         tokens=todo.resources.micro_batch_rows * seq_len // todo.resources.sequence_parallel,
-        span=int(min(document, todo.arm.attention.group_tokens or document)),
+        span=todo.arm.attention.span(int(document)),
         process_gib=process_gib,
         device=device,
         dtype=next(model.parameters()).dtype,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longreach.infra.resources import Resources
-from longreach.training.recipe import ArmRecipe, AttentionRecipe
+from longreach.training.recipe import ArmRecipe
 
 GIB = 2**30
 CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
@@ -167,17 +167,6 @@ class Prediction:
     """The same by what they go into; nothing is taken to overlap."""
 
 
-def mean_keys(attention: AttentionRecipe, document: float) -> float:
-    """How many keys a query sees on average in documents of so many tokens: the pattern's density."""
-    group = attention.group_tokens
-    if attention.pattern == "causal" or group is None or group >= document:
-        return (document + 1) / 2
-    grouped = (group + 1) / 2
-    # half the heads are shifted: document / group - 1 whole groups between two halves
-    shifted = grouped * (1 - group / (2 * document)) if attention.pattern == "shifted_sparse" else grouped
-    return (grouped + shifted) / 2 + attention.sink_tokens * (1 - group / document)
-
-
 def predict(
     shape: Shape,
     arm: ArmRecipe,
@@ -194,7 +183,7 @@ def predict(
     """
     tokens, world = rows * seq_len, resources.workers
     trained = shape.trained(arm)
-    keys = mean_keys(arm.attention, document or seq_len)
+    keys = arm.attention.mean_keys(document or seq_len)
     forward = 2 * (shape.layer_parameters + trained["lora"])
     backward = forward + 2 * (trained["layers"] + trained["lora"])
     loss = 2 * shape.vocab * shape.hidden * (2 + bool(trained["embed"]))

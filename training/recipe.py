@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from longreach.attention import PATTERNS
 from longreach.infra.choices import Choices, PathOrUrl
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
+from longreach.training.attention_recipe import AttentionRecipe, PatternName
 
 Sink = Literal["none", "zero", "token", "logit"]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
@@ -101,51 +103,12 @@ class PackRecipe(Choices):
     """What is put first in each row (best_fit: in each document), and counts towards seq_len."""
 
 
-class AttentionRecipe(Choices):
-    """Which keys a query may see while training. Evaluation is always full causal attention (LongLoRA, section 3.2)."""
-
-    pattern: Literal["causal", "shifted_sparse", "grouped"] = "causal"
-    """shifted_sparse is S²-Attn; grouped is its ablation without the shift."""
-    group_tokens: int | None = Field(default=None, ge=2)
-    """Group size; seq_len / 4 is the paper's choice. Needs to be even and to divide seq_len."""
-    sink_tokens: int = Field(default=0, ge=0)
-    """First tokens of a document that every later group also sees (shifted_sparse, grouped)."""
-    anneal_to: Literal["causal"] | None = None
-    """The pattern of the last steps (ablation: the paper trains with one pattern)."""
-    anneal_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps, at the end, that see `anneal_to`."""
-
-    def arguments(self) -> dict[str, int]:
-        """What the pattern's factory in attention.PATTERNS is called with."""
-        return self.model_dump(include={"group_tokens", "sink_tokens"}, exclude_defaults=True)
-
-    def sparse_steps(self, steps: int) -> int:
-        """How many of so many steps see `pattern`, before the anneal."""
-        return steps - round(self.anneal_fraction * steps)
-
-    @model_validator(mode="after")
-    def _group(self) -> "AttentionRecipe":
-        if (self.anneal_to is None) != (self.anneal_fraction == 0):
-            raise ValueError(
-                f"anneal_to {self.anneal_to} with anneal_fraction {self.anneal_fraction:g}: set both, or neither"
-            )
-        if self.pattern == "causal":
-            if self.group_tokens is not None or self.sink_tokens or self.anneal_to:
-                raise ValueError("attention pattern 'causal' takes neither group_tokens, sink_tokens nor anneal_to")
-        elif self.group_tokens is None:
-            raise ValueError(f"attention pattern {self.pattern!r} needs group_tokens (the paper's choice: seq_len / 4)")
-        elif self.group_tokens % 2:
-            low, high = self.group_tokens - 1, self.group_tokens + 1
-            raise ValueError(f"group_tokens {self.group_tokens} is odd: half a group is shifted; use {low} or {high}")
-        return self
-
-
 class ArmRecipe(Choices):
     """One training method of the comparison; arms differ in what is written here and in nothing else."""
 
     tune: Tune = "all"
     """Which parameters train."""
-    attention: AttentionRecipe = AttentionRecipe()
+    attention: AttentionRecipe = AttentionRecipe.of()
     """The pattern during training."""
     lora_rank: int = Field(default=8, ge=1)
     """LongLoRA: 8."""
@@ -173,12 +136,12 @@ class ArmMatrix(Choices):
 
     tune: tuple[Tune, ...] = Field(min_length=1)
     """What trains."""
-    attention: tuple[Literal["causal", "shifted_sparse", "grouped"], ...] = Field(default=("causal",), min_length=1)
-    """The patterns."""
+    attention: tuple[PatternName, ...] = Field(default=("causal",), min_length=1)
+    """The patterns, which choose nothing but group_tokens and sink_tokens; others are arms of their own."""
     group_ratio: tuple[int, ...] = Field(default=(4,), min_length=1)
-    """seq_len / group_tokens, for the patterns that have groups; the paper's choice is 4."""
+    """seq_len / group_tokens, for patterns that have groups; the paper's choice is 4."""
     sink_tokens: int = Field(default=0, ge=0)
-    """As in an arm's attention section, for the patterns that have groups."""
+    """As in an arm's attention section, for patterns that have sink tokens."""
     lora_rank: tuple[int, ...] = Field(default=(8,), min_length=1)
     """LoRA's ranks; `all` has none and comes once. lora_alpha stays twice the rank, as in the paper."""
     learning_rate: dict[Tune, float] = Field(default_factory=dict)
@@ -187,25 +150,60 @@ class ArmMatrix(Choices):
     """Of the arms that train embeddings beside adapters."""
 
     def arms(self, seq_len: int) -> dict[str, "ArmRecipe"]:
-        """The arms by name, in the order in which they are written."""
-        found = {}
-        for tune, pattern in product(self.tune, self.attention):
-            ratios = self.group_ratio if pattern != "causal" else (0,)
-            for ratio, rank in product(ratios, self.lora_rank if tune != "all" else (8,)):
-                attention: dict[str, object] = {"pattern": pattern}
-                if ratio:
-                    attention |= {"group_tokens": max(1, seq_len // ratio), "sink_tokens": self.sink_tokens}
-                words = [tune, pattern + (f"-{seq_len // ratio}" if ratio else "")]
-                words += [f"r{rank}"] if tune != "all" and len(self.lora_rank) > 1 else []
-                found[".".join(words)] = ArmRecipe(
+        """Return the arms by name, in the order in which they are written."""
+        arms = {}
+        for tune, (attention_name, attention) in product(self.tune, self._attentions(seq_len).items()):
+            ranks = (8,) if tune == "all" else self.lora_rank
+            for rank in ranks:
+                name = f"{tune}.{attention_name}"
+                if tune != "all" and len(self.lora_rank) > 1:
+                    name += f".r{rank}"
+                arms[name] = ArmRecipe(
                     tune=tune,
-                    attention=AttentionRecipe(**attention),  # type: ignore[arg-type]
+                    attention=attention,
                     lora_rank=rank,
                     lora_alpha=2 * rank,
                     learning_rate=self.learning_rate.get(tune),
                     embedding_learning_rate=self.embedding_learning_rate if "embed" in tune else None,
                 )
-        return found
+        return arms
+
+    def _attentions(self, seq_len: int) -> dict[str, AttentionRecipe]:
+        """Return the attention sections by their part of an arm's name."""
+        sections = {}
+        for pattern in self.attention:
+            fields = PATTERNS[pattern].model_fields
+            choices: dict[str, object] = {"pattern": pattern}
+            if "sink_tokens" in fields:
+                choices["sink_tokens"] = self.sink_tokens
+            if "group_tokens" not in fields:
+                sections[pattern] = AttentionRecipe.of(**choices)
+                continue
+            for ratio in self.group_ratio:
+                self._check_groups(ratio, seq_len)
+                group_tokens = seq_len // ratio
+                sections[f"{pattern}-{group_tokens}"] = AttentionRecipe.of(**choices, group_tokens=group_tokens)
+        return sections
+
+    def _check_groups(self, ratio: int, seq_len: int) -> None:
+        fits = [r for r in range(1, seq_len // 2 + 1) if seq_len % (2 * r) == 0]
+        if ratio not in fits:
+            raise ValueError(
+                f"matrix.group_ratio {ratio} does not divide pack.seq_len {seq_len} into even groups: "
+                f"use {', '.join(map(str, fits[:8]))}"
+            )
+
+    @model_validator(mode="after")
+    def _has_their_fields(self) -> "ArmMatrix":
+        for pattern in self.attention:
+            fields = PATTERNS[pattern].model_fields
+            missing = [n for n, f in fields.items() if f.is_required() and n not in ("group_tokens", "sink_tokens")]
+            if missing:
+                raise ValueError(
+                    f"attention {pattern!r} needs {', '.join(missing)}, which a matrix does not vary: "
+                    f"write such arms by name"
+                )
+        return self
 
 
 class OptimRecipe(Choices):
@@ -271,22 +269,13 @@ class FinetuneRecipe(OptimRecipe):
             )
         if not self.arms and not self.matrix:
             raise ValueError("arms is empty and there is no matrix: name at least one arm")
-        if self.matrix and {*self.matrix.attention} - {"causal"}:
-            fits = [r for r in range(1, self.pack.seq_len // 2 + 1) if self.pack.seq_len % (2 * r) == 0]
-            if wrong := [r for r in self.matrix.group_ratio if r not in fits]:
-                raise ValueError(
-                    f"matrix.group_ratio {wrong[0]} does not divide pack.seq_len {self.pack.seq_len} into even groups: "
-                    f"use {', '.join(map(str, fits[:8]))}"
-                )
         if twice := sorted(self.arms.keys() & (self.matrix.arms(self.pack.seq_len) if self.matrix else {}).keys()):
             raise ValueError(f"arms has {', '.join(twice)}, and so has matrix: rename it")
         for name, arm in self.every_arm().items():
-            group, seq_len = arm.attention.group_tokens, self.pack.seq_len
-            if group is not None and seq_len % group:
-                raise ValueError(
-                    f"arms.{name}.attention.group_tokens {group} does not divide pack.seq_len {seq_len}: "
-                    f"use {nearest_even_divisor(seq_len, group)}, or another seq_len"
-                )
+            try:
+                arm.attention.check_row(self.pack.seq_len)
+            except ValueError as error:
+                raise ValueError(f"arms.{name}.attention.{error}") from None
         return self
 
 
@@ -400,12 +389,6 @@ def check_batch(global_batch_tokens: int, seq_len: int) -> None:
             f"global_batch_tokens {global_batch_tokens} is not a multiple of pack.seq_len {seq_len}: "
             f"use {rows * seq_len} ({rows} rows)"
         )
-
-
-def nearest_even_divisor(seq_len: int, group_tokens: int) -> int:
-    """The even divisor of seq_len that is nearest to group_tokens (2 if seq_len is odd: then nothing fits)."""
-    even = [d for d in range(2, seq_len + 1, 2) if seq_len % d == 0] or [2]
-    return min(even, key=lambda d: abs(d - group_tokens))
 
 
 class TrainJob(Choices):

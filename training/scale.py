@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra.resources import Resources
+from longreach.training.attention_recipe import AttentionRecipe
 from longreach.training.planner import CONFIG_KEYS, GIB, Machine, Prediction, Shape, predict
-from longreach.training.recipe import ArmRecipe, AttentionRecipe
+from longreach.training.recipe import ArmRecipe
 
 MODELS = {
     "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 128, 32000, tied=False),
@@ -87,7 +88,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def arms(row: int) -> dict[str, ArmRecipe]:
     """The methods; LongLoRA's groups are a quarter of the row."""
-    sparse = AttentionRecipe(pattern="shifted_sparse", group_tokens=row // 4)
+    sparse = AttentionRecipe.of(pattern="shifted_sparse", group_tokens=row // 4)
     return {
         "full": ArmRecipe(),
         "lora": ArmRecipe(tune="lora"),

@@ -242,12 +242,8 @@ def about_arm(facts: TrainingSummary) -> str:
         return ("from scratch, " if facts.model else "from the base, ") + sinks[facts.sink]
     arm = facts.arm
     words = {"all": "all weights", "lora": f"LoRA r={arm.lora_rank}", "embed": "embeddings", "norm": "norms"}
-    pattern, group = arm.attention.pattern, arm.attention.group_tokens
-    sparse = {"causal": "", "shifted_sparse": f", S²-Attn, groups of {group}"}.get(pattern, f", {pattern}")
-    sparse += f" and {first} sinks" if (first := arm.attention.sink_tokens) else ""
-    if share := arm.attention.anneal_fraction:
-        sparse += f", the last {share:.0%} of steps full attention"
-    return " + ".join(words[part] for part in arm.tune.split("+")) + sparse
+    trained = " + ".join(words[part] for part in arm.tune.split("+"))
+    return ", ".join(filter(None, [trained, arm.attention.about()]))
 
 
 def finite(value: Any) -> bool:

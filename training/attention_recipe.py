@@ -1,0 +1,135 @@
+"""An arm's `attention` section: one of attention.PATTERNS with its own choices, and how it ends.
+
+The section is a union over PATTERNS that is looked up when a recipe is read: a pattern needs its line in PATTERNS and
+none here, and its fields are checked, hashed and documented like any other choice.
+
+    AttentionRecipe.of(pattern="shifted_sparse", group_tokens=256).pattern_at(step=0, steps=100)
+"""
+
+import functools
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+
+from longreach.attention import PATTERNS
+from longreach.attention.pattern import Pattern
+
+
+class AttentionRecipe(Pattern):
+    """Which keys a query may see while training; evaluation is always full causal attention (LongLoRA, section 3.2).
+
+    A recipe's section is an instance of a subclass: of `section("grouped")`, say, which is the pattern with the fields
+    below.
+    """
+
+    anneal_to: Literal["causal"] | None = None
+    """The pattern of the last steps (ablation: the paper trains with one pattern)."""
+    anneal_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps, at the end, that see `anneal_to`."""
+
+    @classmethod
+    def of(cls, **choices: Any) -> "AttentionRecipe":
+        """Return the section of these choices; full causal attention if there are none."""
+        return cls.model_validate(choices)
+
+    @staticmethod
+    def section(pattern: str) -> "type[AttentionRecipe]":
+        """Return the model of a section that chooses this pattern."""
+        return _section_of(PATTERNS[pattern])
+
+    @staticmethod
+    def sections() -> "list[type[AttentionRecipe]]":
+        """Return the models of all sections, in the order of PATTERNS."""
+        return [_section_of(pattern) for pattern in PATTERNS.values()]
+
+    def pattern_at(self, step: int, steps: int) -> Pattern:
+        """Return the pattern of a step, counted from 0, of a training of `steps`."""
+        annealed = round(self.anneal_fraction * steps)
+        if self.anneal_to and step >= steps - annealed:
+            return PATTERNS[self.anneal_to].model_validate({})
+        return PATTERNS[self.pattern].model_validate(self.model_dump(include={*PATTERNS[self.pattern].model_fields}))
+
+    def about(self) -> str:
+        """Return the pattern's own few words, and how the last steps differ."""
+        own = super().about()
+        return f"{own}, the last {self.anneal_fraction:.0%} of steps full attention" if self.anneal_to else own
+
+    @model_validator(mode="after")
+    def _anneals(self) -> Self:
+        if (self.anneal_to is None) != (self.anneal_fraction == 0):
+            raise ValueError(
+                f"anneal_to {self.anneal_to} with anneal_fraction {self.anneal_fraction:g}: set both, or neither"
+            )
+        if self.anneal_to == self.pattern:
+            raise ValueError(f"anneal_to {self.anneal_to!r} is the pattern itself: leave it out")
+        return self
+
+    def __reduce__(self) -> Any:
+        return AttentionRecipe.model_validate, (self.model_dump(),)  # pickle cannot find what `section` made
+
+    @staticmethod
+    def _read(choices: Any, info: ValidationInfo) -> "AttentionRecipe":
+        """Validate a section by the model of the pattern that it names, `causal` without a name."""
+        if isinstance(choices, AttentionRecipe):
+            return choices
+        section = AttentionRecipe.section("causal")
+        if isinstance(choices, dict) and "pattern" in choices:
+            section = AttentionRecipe.section(_Named.model_validate(choices).pattern)
+        if info.mode == "json":  # a recipe's file: strict about types, though a list may stand for a tuple
+            return section.model_validate_json(json.dumps(choices), strict=True)
+        return section.model_validate(choices)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if issubclass(cls, tuple(PATTERNS.values())):
+            return handler(source)
+        return core_schema.with_info_plain_validator_function(cls._read)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if issubclass(cls, tuple(PATTERNS.values())):
+            return handler(schema)
+        return handler(core_schema.union_schema([section.__pydantic_core_schema__ for section in cls.sections()]))
+
+
+@functools.cache
+def _section_of(pattern: type[Pattern]) -> type[AttentionRecipe]:
+    name = pattern.model_fields["pattern"]  # AttentionRecipe comes first, and its own takes any name
+    bases: Any = (AttentionRecipe, pattern)
+    field: Any = (name.annotation, name)
+    return create_model(pattern.__name__, __base__=bases, __doc__=pattern.__doc__, pattern=field)
+
+
+def _known(pattern: str) -> str:
+    if pattern not in PATTERNS:
+        *others, last = map(repr, PATTERNS)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+    return pattern
+
+
+class _PatternNames:
+    """A text that is a key of PATTERNS, as pydantic shall check and describe it."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(_known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "enum": [*PATTERNS]}
+
+
+PatternName = Annotated[str, _PatternNames()]
+"""A key of PATTERNS."""
+
+
+class _Named(BaseModel):
+    pattern: PatternName
