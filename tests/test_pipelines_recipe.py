@@ -59,9 +59,8 @@ def test_every_recipe_that_comes_along_is_valid_and_bears_its_own_name(name: str
 
 def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None:
     (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.pack.seq_len=1023",
-                       "finetune.global_batch_tokens=2046", "finetune.arms.longlora.attention.group_tokens=null",
-                       "finetune.arms.longlora.attention.sink_tokens=0",
-                       "finetune.arms.longlora.attention.pattern=causal")  # fmt: skip
+                       "finetune.global_batch_tokens=2046",
+                       "finetune.arms.longlora.attention={pattern: causal}")  # fmt: skip
     assert said.endswith(
         "finetune.pack.seq_len: 1023 is not divided by resources.sequence_parallel 2: change one of them"
     )
