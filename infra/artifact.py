@@ -1,13 +1,13 @@
-"""Artifacts: what a stage publishes, and how two writers can never both win.
+"""Artifacts: what a stage publishes, and why two writers can never both win.
 
     {root}/{stage}/{fingerprint}/attempts/{id}/out/...    files, written by one attempt alone
     {root}/{stage}/{fingerprint}/attempts/{id}/work/...   its private state (checkpoints); gone once published
     {root}/{stage}/{fingerprint}/artifact.json            created last and exclusively: names the winning attempt
 
-Why it is safe: after `kill -9` of a stage its training ranks go on writing for a while, so two writers are real. They
-never share a file, since each attempt has its own folder, and only one can create `artifact.json`: locally by linking
-a finished file to that name, on object stores by a conditional put (If-None-Match). The loser's publication is refused
-and its attempt removed.
+Two writers are real: after `kill -9` of a stage its training ranks go on writing for a while. They never share a file,
+since each attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished file to
+that name, on object stores by a conditional put (If-None-Match). The loser's publication is refused and its attempt is
+removed.
 
 `root` is any fsspec URL. Stages read and write local folders: on a remote root an attempt works in `scratch` and its
 files are uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by hash.
@@ -31,6 +31,8 @@ from typing import Any
 from longreach.infra.files import digest_of, draft_of, file_digest
 
 MANIFEST = "artifact.json"
+HASHING_THREADS = 4
+"""Threads that hash an artifact's files; more do not help, since a disk is read."""
 
 
 class AlreadyPublished(Exception):
@@ -93,58 +95,45 @@ class Attempt:
 
 
 class Store:
-    """Artifacts and leases under one fsspec root."""
+    """Artifacts below a folder that every writer sees. As with pathlib, `Store(url)` makes the class that fits: a
+    RemoteStore where the URL is not a folder."""
+
+    local = True
+
+    def __new__(cls, root: str, scratch: str | Path = "") -> Store:
+        return object.__new__(cls if fsspec.utils.get_protocol(root) in ("file", "local") else RemoteStore)
 
     def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
+        """Name a store; nothing is created or asked yet.
+
+        Args:
+            scratch: the folder of this machine where attempts on a remote root are written and inputs are cached.
+        """
         self.root = root
         import fsspec  # 80 ms, which commands without a store need not wait for
 
         self.fs, self.base = fsspec.core.url_to_fs(root)
-        self.local = self.fs.protocol == "file" or "file" in self.fs.protocol
         self.scratch = Path(scratch).absolute()
 
     def checked(self) -> Store:
-        """Itself, after a look at a remote root: a missing bucket or key is found before anything is computed.
-
-        Raises:
-            ValueError: the root cannot be listed.
-        """
-        bucket = self.base.partition("/")[0]
-        try:
-            if not (self.local or self._listed(self.base) or self._listed(bucket)):
-                raise FileNotFoundError(f"there is no {bucket}")
-        except Exception as error:  # every file system has its own
-            raise ValueError(
-                f"store {self.root!r}: {error}: correct store.root (or --root), or put the store's keys into the "
-                "environment (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL); where only the "
-                "cluster reaches it: longreach submit --no-plan"
-            ) from error
-        self.fs.invalidate_cache()  # what was there now must not be the answer later
+        """Return the store itself; ValueError if a remote root cannot be listed."""
         return self
-
-    def _listed(self, path: str) -> bool:
-        """Whether it is there; that we may not look at the whole bucket says nothing against our part of it."""
-        try:
-            self.fs.ls(path)
-        except FileNotFoundError:
-            return not path
-        except PermissionError:
-            if path == self.base:
-                raise
-        return True
 
     def _folder(self, stage: str, fingerprint: str) -> str:
         return f"{self.base}/{stage}/{fingerprint}"
 
     def _attempts(self, stage: str, fingerprint: str) -> Path:
-        """Where attempts are written: in place on a local root, in scratch otherwise."""
-        top = Path(self.base) if self.local else self.scratch
-        return top / stage / fingerprint / "attempts"
+        """Return the local folder in which attempts are written."""
+        return Path(self.base, stage, fingerprint, "attempts")
+
+    def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
+        """Return the local folder in which a published attempt's files are read."""
+        return self._attempts(stage, fingerprint) / attempt_id / "out"
 
     # ---- reading
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """The published artifact, or None. Its manifest is checked, its files are not (see `problems`).
+        """Return the published artifact, or None. Its manifest is checked, its files are not (see `problems`).
 
         Raises:
             CorruptArtifact: the manifest itself is damaged.
@@ -155,8 +144,7 @@ class Store:
             return None
         if (manifest["stage"], manifest["fingerprint"]) != (stage, fingerprint):
             raise CorruptArtifact(f"{stage}/{fingerprint}: the manifest is that of another artifact")
-        attempts = Path(self.base) if self.local else self.scratch / "cache"
-        return Artifact(attempts / stage / fingerprint / "attempts" / manifest["attempt"] / "out", manifest)
+        return Artifact(self._readable(stage, fingerprint, manifest["attempt"]), manifest)
 
     def _read_manifest(self, path: str) -> dict[str, Any]:
         text = self.fs.cat_file(path)
@@ -174,61 +162,15 @@ class Store:
         return manifest
 
     def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:
-        """What differs from the manifest, a line each; empty if the artifact is whole.
+        """Return what differs from the manifest, a line for each file; empty if the artifact is whole.
 
         Args:
             hashes: read every byte; without it only presence and size are compared.
         """
-
-        if not self.local and not hashes:
-            return self._remote_problems(artifact)
-        wrong = self._wrong(artifact, artifact.manifest["files"], hashes)
-        if wrong and not self.local:  # not yet in this node's cache, or damaged there
-            self._download(artifact, [entry for entry, _ in wrong])
-            wrong = self._wrong(artifact, [entry for entry, _ in wrong], hashes)
-        return [line for _, line in wrong]
-
-    @staticmethod
-    def _wrong(artifact: Artifact, files: list[dict[str, Any]], hashes: bool) -> list[tuple[dict[str, Any], str]]:
-        """The entries whose local file is not as published, and what is wrong with it."""
-
-        def check(entry: dict[str, Any]) -> str | None:
-            path = artifact.path / entry["path"]
-            if not path.is_file():
-                return f"{entry['path']}: missing"
-            if (size := path.stat().st_size) != entry["size"]:
-                return f"{entry['path']}: {size} bytes, {entry['size']} were published"
-            if hashes and file_digest(path) != entry["xxh3"]:
-                return f"{entry['path']}: its content changed since it was published"
-            return None
-
-        if len(files) == 1:  # thousands of small stages need no threads
-            return [(files[0], line)] if (line := check(files[0])) else []
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            return [(entry, line) for entry, line in zip(files, pool.map(check, files), strict=True) if line]
-
-    def _remote_out(self, artifact: Artifact) -> str:
-        return f"{self._folder(artifact.stage, artifact.fingerprint)}/attempts/{artifact.attempt}/out"
-
-    def _remote_problems(self, artifact: Artifact) -> list[str]:
-        out = self._remote_out(artifact)
-        sizes = {name[len(out) + 1 :]: info["size"] for name, info in self.fs.find(out, detail=True).items()}
-        return [
-            f"{entry['path']}: {sizes.get(entry['path'], 'no')} bytes, {entry['size']} were published"
-            for entry in artifact.manifest["files"]
-            if sizes.get(entry["path"]) != entry["size"]
-        ]
-
-    def _download(self, artifact: Artifact, files: list[dict[str, Any]]) -> None:
-        """Bring files of a remote artifact into the cache."""
-        for entry in files:
-            path = artifact.path / entry["path"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft_of(path) as draft:
-                self.fs.get_file(f"{self._remote_out(artifact)}/{entry['path']}", str(draft))
+        return list(damaged_files(artifact, artifact.manifest["files"], hashes).values())
 
     def fetch(self, stage: str, fingerprint: str) -> Artifact:
-        """The artifact, every byte verified, its files local.
+        """Return the artifact, every byte verified, its files local.
 
         Raises:
             CorruptArtifact: it is missing or does not match its manifest.
@@ -241,7 +183,7 @@ class Store:
         return artifact
 
     def manifests(self, stage: str | None = None) -> Iterator[dict[str, Any]]:
-        """Manifests of everything published (of one stage), damaged ones left out."""
+        """Yield the manifests of everything published (of one stage), without damaged ones."""
         for path in self.fs.glob(f"{self.base}/{stage or '*'}/*/{MANIFEST}"):
             try:
                 yield self._read_manifest(path)
@@ -251,7 +193,7 @@ class Store:
     # ---- writing
 
     def new_attempt(self, stage: str, fingerprint: str) -> Attempt:
-        """A folder of one's own; every earlier unpublished attempt is told to stop."""
+        """Create a folder for one writer, and tell the writers of all earlier unpublished attempts to stop."""
         attempts = self._attempts(stage, fingerprint)
         attempts.mkdir(parents=True, exist_ok=True)
         earlier = self.earlier_attempts(stage, fingerprint)
@@ -265,10 +207,9 @@ class Store:
         return attempt
 
     def earlier_attempts(self, stage: str, fingerprint: str) -> list[Path]:
-        """Folders of unpublished attempts, newest first: a new attempt may read their checkpoints."""
-        attempts = self._attempts(stage, fingerprint)
-        found = [p for p in attempts.glob("[0-9]*-*") if p.is_dir()] if attempts.is_dir() else []
-        return sorted(found, key=lambda p: p.name, reverse=True)
+        """Return the folders of unpublished attempts, newest first: a new one may read their checkpoints."""
+        folders = [path for path in self._attempts(stage, fingerprint).glob("[0-9]*-*") if path.is_dir()]
+        return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
         """Make `attempt.out` the artifact of its fingerprint; other attempts of it are removed.
@@ -280,8 +221,8 @@ class Store:
             AlreadyPublished: another attempt was first; this one has been removed.
         """
         try:
-            files = self._inventory(attempt)
-        except FileNotFoundError:  # removed under our hands by a winner, or the stage wrote nothing
+            files = _inventory(attempt)
+        except FileNotFoundError:  # a winner removed this attempt meanwhile, or the stage wrote nothing
             self._refuse_if_published(attempt)
             raise
         manifest = {
@@ -292,11 +233,9 @@ class Store:
             "files": files,
         }
         body = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, ensure_ascii=False).encode()
-        folder = self._folder(attempt.stage, attempt.fingerprint)
-        if not self.local:
-            self.fs.put(str(attempt.out) + "/", f"{folder}/attempts/{attempt.id}/out/", recursive=True)
+        self._upload(attempt)
         try:
-            self.create(f"{folder}/{MANIFEST}", body)
+            self.create(f"{self._folder(attempt.stage, attempt.fingerprint)}/{MANIFEST}", body)
         except FileExistsError:
             if not self._refuse_if_published(attempt):
                 raise
@@ -305,71 +244,39 @@ class Store:
             if loser.name != attempt.id:
                 loser.with_name(loser.name + ".superseded").touch()
                 self._remove(attempt.stage, attempt.fingerprint, loser.name)
-        if not self.local:
-            self._tidy(folder, attempt.id)
         artifact = self.find(attempt.stage, attempt.fingerprint)
         assert artifact is not None, "just published"
         return artifact
 
-    def _tidy(self, folder: str, winner: str) -> None:
-        """Remove what attempts on any node left in the store: checkpoints, and all of the losers."""
-        self.fs.invalidate_cache()
-        for path in self.fs.ls(f"{folder}/attempts", detail=False):
-            if not path.rsplit("/", 1)[1]:  # some stores list the folder itself
-                continue
-            gone = path if path.rsplit("/", 1)[1] != winner else f"{path}/work"
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm(gone, recursive=True)
-
-    def _inventory(self, attempt: Attempt) -> list[dict[str, Any]]:
-        names = sorted(p.relative_to(attempt.out).as_posix() for p in attempt.out.rglob("*") if p.is_file())
-        if not names:
-            raise FileNotFoundError(f"{attempt.stage}: the stage wrote no file into {attempt.out}")
-        paths = [attempt.out / name for name in names]
-        open_to = attempt.out.stat().st_mode & 0o666  # safetensors writes for its owner alone
-        for path in paths:
-            if (mode := path.stat().st_mode) & open_to != open_to:
-                path.chmod(mode | open_to)
-        return [
-            {"path": name, "size": path.stat().st_size, "xxh3": file_digest(path)}
-            for name, path in zip(names, paths, strict=True)
-        ]
-
     def _refuse_if_published(self, attempt: Attempt) -> bool:
-        """Raises AlreadyPublished if another attempt is; says whether this one is, as after an answer that was lost."""
+        """Return whether this attempt is published (it may be, if the store's answer was lost on its way).
+
+        Raises:
+            AlreadyPublished: another attempt is; this one has been removed.
+        """
         winner = self.find(attempt.stage, attempt.fingerprint)
         if winner and winner.attempt != attempt.id:
             self._remove(attempt.stage, attempt.fingerprint, attempt.id)
             raise AlreadyPublished(winner)
         return winner is not None
 
-    def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
-        """An attempt's files; a writer that is still alive in it fails, which is meant."""
-        shutil.rmtree(self._attempts(stage, fingerprint) / attempt_id, ignore_errors=True)
-        if not self.local:
-            with contextlib.suppress(FileNotFoundError):  # nothing was uploaded yet, or another publisher was faster
-                self.fs.rm(f"{self._folder(stage, fingerprint)}/attempts/{attempt_id}", recursive=True)
-
     def quarantine(self, stage: str, fingerprint: str) -> str:
-        """Take a damaged artifact's manifest away, so that its stage runs again; returns the manifest's new name."""
+        """Rename a damaged artifact's manifest, so that its stage runs again; return the manifest's new name."""
         manifest = f"{self._folder(stage, fingerprint)}/{MANIFEST}"
         aside = f"{manifest}.damaged-{uuid.uuid4().hex[:8]}"
         self.fs.mv(manifest, aside)
         return aside
 
     def withdraw(self, stage: str, fingerprint: str) -> None:
-        """Unpublish (`run --force`): the stage runs again and publishes anew."""
+        """Unpublish an artifact (`run --force`): the stage runs again and publishes anew."""
         self.fs.rm(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
 
     def create(self, path: str, body: bytes) -> None:
-        """Create a file whole and only if it does not exist.
+        """Create a file whole, and only if it does not exist.
 
         Raises:
-            FileExistsError: somebody was first.
+            FileExistsError: another writer was first.
         """
-        if not self.local:
-            self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
-            return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -382,3 +289,134 @@ class Store:
             if error.filename:
                 raise
             raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk's error names no file
+
+    def _upload(self, attempt: Attempt) -> None:
+        """Bring an attempt's files into the store, in which a local one already writes."""
+
+    def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
+        """Delete an attempt's files. A process that still writes there is supposed to fail."""
+        shutil.rmtree(self._attempts(stage, fingerprint) / attempt_id, ignore_errors=True)
+
+
+class RemoteStore(Store):
+    """Artifacts below a URL: attempts are written in `scratch`, uploaded to be published, and read from a cache."""
+
+    local = False
+
+    def checked(self) -> Store:
+        """Return the store itself after a look at it: a missing bucket or key is found before anything is computed.
+
+        Raises:
+            ValueError: the root cannot be listed.
+        """
+        bucket = self.base.partition("/")[0]
+        try:
+            if not (self._listed(self.base) or self._listed(bucket)):
+                raise FileNotFoundError(f"there is no {bucket}")
+        except Exception as error:  # every file system has its own
+            raise ValueError(
+                f"store {self.root!r}: {error}: correct store.root (or --root), or put the store's keys into the "
+                "environment (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL); where only the "
+                "cluster reaches it: longreach submit --no-plan"
+            ) from error
+        self.fs.invalidate_cache()  # what was there now must not be the answer later
+        return self
+
+    def _listed(self, path: str) -> bool:
+        """Whether a path exists. A bucket that we may not list counts: our part of it may still be ours."""
+        try:
+            self.fs.ls(path)
+        except FileNotFoundError:
+            return not path
+        except PermissionError:
+            if path == self.base:
+                raise
+        return True
+
+    def _attempts(self, stage: str, fingerprint: str) -> Path:
+        return self.scratch / stage / fingerprint / "attempts"
+
+    def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
+        return self.scratch / "cache" / stage / fingerprint / "attempts" / attempt_id / "out"
+
+    def _attempt(self, stage: str, fingerprint: str, attempt_id: str) -> str:
+        """Return an attempt's folder in the store."""
+        return f"{self._folder(stage, fingerprint)}/attempts/{attempt_id}"
+
+    def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:
+        """Return what differs from the manifest; with `hashes` after files were downloaded that the cache lacks."""
+        out = self._attempt(artifact.stage, artifact.fingerprint, artifact.attempt) + "/out"
+        files = artifact.manifest["files"]
+        if not hashes:
+            sizes = {name[len(out) + 1 :]: info["size"] for name, info in self.fs.find(out, detail=True).items()}
+            return [
+                f"{entry['path']}: {sizes.get(entry['path'], 'no')} bytes, {entry['size']} were published"
+                for entry in files
+                if sizes.get(entry["path"]) != entry["size"]
+            ]
+        missing = damaged_files(artifact, files)  # not yet in this node's cache, or damaged there
+        for name in missing:
+            path = artifact.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with draft_of(path) as draft:
+                self.fs.get_file(f"{out}/{name}", str(draft))
+        return list(damaged_files(artifact, [entry for entry in files if entry["path"] in missing]).values())
+
+    def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
+        """Publish, and delete what attempts of any node left in the store: checkpoints, and the files of the losers."""
+        artifact = super().publish(attempt, record)
+        self.fs.invalidate_cache()
+        for path in self.fs.ls(f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts", detail=False):
+            name = path.rsplit("/", 1)[1]
+            if name:  # some stores list the folder itself
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm(f"{path}/work" if name == attempt.id else path, recursive=True)
+        return artifact
+
+    def create(self, path: str, body: bytes) -> None:
+        self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
+
+    def _upload(self, attempt: Attempt) -> None:
+        out = self._attempt(attempt.stage, attempt.fingerprint, attempt.id) + "/out/"
+        self.fs.put(str(attempt.out) + "/", out, recursive=True)
+
+    def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
+        super()._remove(stage, fingerprint, attempt_id)
+        with contextlib.suppress(FileNotFoundError):  # nothing was uploaded yet, or another publisher was faster
+            self.fs.rm(self._attempt(stage, fingerprint, attempt_id), recursive=True)
+
+
+def damaged_files(artifact: Artifact, files: list[dict[str, Any]], hashes: bool = True) -> dict[str, str]:
+    """Return the names of a manifest's files that are not as published on this disk, with what is wrong with each."""
+
+    def check(entry: dict[str, Any]) -> str | None:
+        path = artifact.path / entry["path"]
+        if not path.is_file():
+            return f"{entry['path']}: missing"
+        if (size := path.stat().st_size) != entry["size"]:
+            return f"{entry['path']}: {size} bytes, {entry['size']} were published"
+        if hashes and file_digest(path) != entry["xxh3"]:
+            return f"{entry['path']}: its content changed since it was published"
+        return None
+
+    if len(files) == 1:  # thousands of small stages need no threads
+        lines = [check(files[0])]
+    else:
+        with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            lines = list(pool.map(check, files))
+    return {entry["path"]: line for entry, line in zip(files, lines, strict=True) if line}
+
+
+def _inventory(attempt: Attempt) -> list[dict[str, Any]]:
+    """Return name, size and hash of all files of an attempt, after making each as readable as their folder."""
+    paths = sorted(path for path in attempt.out.rglob("*") if path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"{attempt.stage}: the stage wrote no file into {attempt.out}")
+    folder_mode = attempt.out.stat().st_mode & 0o666
+    files = []
+    for path in paths:
+        if (mode := path.stat().st_mode) & folder_mode != folder_mode:  # safetensors writes for its owner alone
+            path.chmod(mode | folder_mode)
+        name = path.relative_to(attempt.out).as_posix()
+        files.append({"path": name, "size": path.stat().st_size, "xxh3": file_digest(path)})
+    return sorted(files, key=lambda entry: entry["path"])

@@ -37,7 +37,8 @@ def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -
     Args:
         publish: takes the draft and the target. `os.replace` overwrites; `os.link` raises FileExistsError instead.
     """
-    draft = target.with_name(f"{uuid.uuid4().hex}.draft")  # short: the target's own name may be as long as names can be
+    # At most 50 of the name's characters: it may already be as long as the disk allows. Leases read its beginning.
+    draft = target.with_name(f"{target.name[:50]}.{uuid.uuid4().hex[:8]}.draft")
     try:
         yield draft
         publish(draft, target)
