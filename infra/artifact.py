@@ -101,7 +101,8 @@ class Store:
     local = True
 
     def __new__(cls, root: str, scratch: str | Path = "") -> Store:
-        return object.__new__(cls if fsspec.utils.get_protocol(root) in ("file", "local") else RemoteStore)
+        is_folder = "://" not in root or root.startswith(("file://", "local://"))
+        return object.__new__(cls if is_folder else RemoteStore)
 
     def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
         """Name a store; nothing is created or asked yet.
