@@ -58,12 +58,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except PermissionError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what = str(error)
+        if error.filename:
+            what = f"{error.filename}: {error.strerror}"
         print(f"{what}: choose a place that you may read and write", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ValueError as error:
-        ours = type(error) is ValueError or hasattr(error, "render")
-        if not ours or os.environ.get("LONGREACH_DEBUG") == "1":
+        users_mistake = type(error) is ValueError or hasattr(error, "render")  # not a library's UnicodeDecodeError
+        if not users_mistake or os.environ.get("LONGREACH_DEBUG") == "1":
             raise
         print(error, file=sys.stderr)
         if not hasattr(error, "render"):
@@ -138,10 +140,10 @@ def evaluate(
 @app.command()
 def rollback(
     name: Annotated[str, typer.Argument(help="The registered model.")],
-    recipe: Annotated[str | None, typer.Option(help="The recipe whose MLflow is meant.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe whose MLflow holds the model.")] = None,
     workdir: Workdir = Path(".longreach"),
 ) -> None:
-    """Make the previous champion champion again; the one that is becomes the previous one."""
+    """Make the previous champion champion again; today's champion becomes the previous one."""
     from longreach.infra.registry import rollback
 
     os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipe, None, workdir)
@@ -165,10 +167,12 @@ def scale(
     gpu: Annotated[
         str, typer.Option(help="a100-80gb or h100-80gb; other facts follow: h100-80gb,memory_gib=141,bytes=4.8e12.")
     ] = "a100-80gb",
-    gpus: Annotated[list[int] | None, typer.Option(min=1, help="How many; may be repeated. 8 to 1,024.")] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="Number of GPUs; may be repeated; 8 to 1,024 without it.")
+    ] = None,
     utilisation: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1.0, help="What matrices and attention reach of the peak; 0.6 if unsaid."),
+        typer.Option(min=0.01, max=1.0, help="Share of the peak that matrices and attention reach; 0.6 without it."),
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Compare with what LongLoRA's authors reported.")] = False,
 ) -> None:
@@ -199,23 +203,17 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
     for name, holder in now.holders.items():
         print(f"{name} is being run by {holder}")
     if now.unfinished:
-        print_table(
-            ["half done", "fingerprint", "attempt", "last write"],
-            [[one.stage, one.fingerprint[:8], one.attempt, ago(one.last_write)] for one in now.unfinished],
-        )
+        rows = []
+        for attempt in now.unfinished:
+            rows.append([attempt.stage, attempt.fingerprint[:8], attempt.attempt, ago(attempt.last_write)])
+        print_table(["half done", "fingerprint", "attempt", "last write"], rows)
     if now.published:
-        print_table(
-            ["published", "fingerprint", "MB", "when"],
-            [
-                [
-                    manifest["label"],
-                    manifest["fingerprint"][:8],
-                    f"{sum(file['size'] for file in manifest['files']) / 1e6:,.1f}",
-                    ago(datetime.fromisoformat(manifest["published_at"])),
-                ]
-                for manifest in now.published
-            ],
-        )
+        rows = []
+        for manifest in now.published:
+            megabytes = sum(file["size"] for file in manifest["files"]) / 1e6
+            when = ago(datetime.fromisoformat(manifest["published_at"]))
+            rows.append([manifest["label"], manifest["fingerprint"][:8], f"{megabytes:,.1f}", when])
+        print_table(["published", "fingerprint", "MB", "when"], rows)
     if not (now.holders or now.unfinished or now.published):
         print("nothing yet")
 
@@ -237,7 +235,8 @@ def report(
     if recipe and re.fullmatch("[0-9a-f]{6,32}", recipe):
         from longreach.pipelines.report.compare import by_prefix
 
-        manifest = by_prefix(store := Store(root).checked(), recipe)
+        store = Store(root).checked()
+        manifest = by_prefix(store, recipe)
     if manifest is None:
         store, fingerprints = _store_and_fingerprints(recipe, overrides, root)
         manifest = newest_report(store, fingerprints)
@@ -258,7 +257,7 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("compare"),
     root: Annotated[
-        str | None, typer.Option(help="Artifact store, where neither a recipe nor a folder says it.")
+        str | None, typer.Option(help="Artifact store, where neither a recipe nor a folder names one.")
     ] = None,
 ) -> None:
     """Put several runs on one page: what differs between them, what they reached and cost; print its path."""
@@ -310,14 +309,18 @@ def doctor(root: Root = ".longreach") -> None:
     """Say what this machine can run, and how to mend what is missing; exit 1 if a run cannot work."""
     from longreach.infra.environment import doctor
 
-    checks = doctor(root)
-    marks = {check: "ok" if check.ok else "WRONG" if check.needed else "note" for check in checks}
+    rows = []
+    for check in doctor(root):
+        if check.ok:
+            rows.append(["ok", check.name, check.detail, ""])
+        else:
+            rows.append(["WRONG" if check.needed else "note", check.name, check.detail, check.fix])
     print_table(
         ["", "check", "found", "what to do"],
-        [[marks[check], check.name, check.detail, "" if check.ok else check.fix] for check in checks],
+        rows,
         styles={"WRONG": "bold red", "note": "yellow"},
     )
-    if "WRONG" in marks.values():
+    if any(row[0] == "WRONG" for row in rows):
         raise typer.Exit(FAILED)
 
 
@@ -333,9 +336,13 @@ def chat(
     from longreach.pipelines.chat import chat as talk
 
     talk(
-        model, sinks=sinks, window=window, max_new_tokens=max_new_tokens, temperature=temperature,
+        model,
+        sinks=sinks,
+        window=window,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
         ask=lambda: input("> "),
-    )  # fmt: skip
+    )
 
 
 @app.command("kv-cache")
@@ -380,16 +387,17 @@ def verify_attention(
     from longreach.attention.verify import verify_attention
     from longreach.pipelines.verify import models_to_verify
 
-    leaking = 0
+    success = "no token sees a later one or another document" if packed else "no token sees a later one"
+    leaking = False
     for name, model, enough in models_to_verify(target, overrides):
         if attention:
             model.set_attn_implementation(attention)
         leaks = verify_attention(model, tokens=tokens or enough, packed=packed)
+        leaking = leaking or bool(leaks)
         for leak in leaks:
             print(f"{name}: {leak}")
         if not leaks:
-            print(f"{name}: no token sees a later one{' or another document' if packed else ''}")
-        leaking += bool(leaks)
+            print(f"{name}: {success}")
     if leaking:
         raise typer.Exit(FAILED)
 

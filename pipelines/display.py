@@ -1,6 +1,6 @@
 """Progress of a run: bars with stage, step, tokens/s and time left on a terminal, plain lines anywhere else.
 
-It is told what happens (events as stages spool them, and changes of a stage's state) and reads no file itself.
+The driver tells it of changes of a stage's state and passes on the events that stages spool; it reads no file itself.
 
     with Display() as display:
         display.stage("pack", "running")
@@ -19,7 +19,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 ENDED = {"done": "green", "reused": "cyan", "failed": "bold red"}
+"""Last states of a stage, and the style of their lines."""
 PLAIN_EVERY_S = 10.0
+"""Seconds between two lines of progress of a stage where there is no terminal."""
 
 
 @dataclass
@@ -32,37 +34,55 @@ class _Stage:
     total: float = 0
     unit: str = ""
     origin: tuple[float, float] | None = None
-    """(time_ms, done) of the first progress: what the time left is reckoned from."""
+    """(time_ms, done) at the first progress of the attempt: the time left is reckoned from there."""
     time_ms: float = 0
     tokens_per_s: float | None = None
     loss: float | None = None
     printed_s: float = float("-inf")
+    """When its last line of progress was printed (time.monotonic)."""
 
     def progress(self, event: dict[str, Any]) -> None:
-        if self.origin is None or event["done"] < self.done:  # the first, or a new attempt that starts further back
+        """Take up a `progress` event."""
+        if self.origin is None or event["done"] < self.done:  # a new attempt starts further back
             self.origin = event["time_ms"], event["done"]
-        self.done, self.total, self.unit = event["done"], event["total"], event.get("unit", "step")
+        self.done = event["done"]
+        self.total = event["total"]
+        self.unit = event.get("unit", "step")
         self.time_ms = event["time_ms"]
         self.tokens_per_s = event.get("extra", {}).get("tokens_per_s", self.tokens_per_s)
 
     def metrics(self, values: dict[str, Any]) -> None:
+        """Take up the loss and the speed of a `metrics` event."""
         for name, value in values.items():
-            if isinstance(value, int | float):  # NaN and infinity arrive as text and are not worth a line
-                self.loss = value if name.endswith("/loss") else self.loss
-                self.tokens_per_s = value if name.endswith("/tokens_per_s") else self.tokens_per_s
+            if not isinstance(value, int | float):  # NaN and infinity arrive as text
+                continue
+            if name.endswith("/loss"):
+                self.loss = value
+            elif name.endswith("/tokens_per_s"):
+                self.tokens_per_s = value
 
     @property
     def seconds_left(self) -> float | None:
-        """From the speed since the first progress; None before there is any."""
-        if self.origin is None or self.done <= self.origin[1] or self.done >= self.total:
+        """The time left at the speed since the first progress; None before there is any."""
+        if self.origin is None:
             return None
-        return (self.time_ms - self.origin[0]) / 1000 / (self.done - self.origin[1]) * (self.total - self.done)
+        start_ms, start = self.origin
+        if self.done <= start or self.done >= self.total:
+            return None
+        seconds_each = (self.time_ms - start_ms) / 1000 / (self.done - start)
+        return seconds_each * (self.total - self.done)
 
     def text(self) -> str:
-        parts = [f"{self.unit} {self.done:g}/{self.total:g}"] if self.total else []
-        parts += [f"loss {self.loss:.3f}"] if self.loss is not None else []
-        parts += [f"{self.tokens_per_s:,.0f} tokens/s"] if self.tokens_per_s is not None else []
-        parts += [f"{duration(self.seconds_left)} left"] if self.seconds_left is not None else []
+        """Return its progress in words; empty before there is any."""
+        parts = []
+        if self.total:
+            parts.append(f"{self.unit} {self.done:g}/{self.total:g}")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.3f}")
+        if self.tokens_per_s is not None:
+            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
+        if (seconds := self.seconds_left) is not None:
+            parts.append(f"{duration(seconds)} left")
         return ", ".join(parts)
 
 
@@ -70,9 +90,10 @@ class Display:
     """Shows stages on `console` (stderr by default, so that stdout carries results alone)."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        """
+        """Show nothing yet.
+
         Args:
-            quiet: say nothing but failures.
+            quiet: print nothing but failures.
         """
         self.console = console or Console(stderr=True, highlight=False, markup=False)
         self.quiet = quiet
@@ -98,58 +119,69 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """A stage changed its state: waiting, running, retrying; or, for good: done, reused, failed."""
+        """Show a stage's new state: waiting, running, retrying; or, for good: done, reused, failed."""
         with self._lock:
             self._change(name, state, detail)
 
     def note(self, text: str) -> None:
-        """A line that belongs to no stage."""
+        """Print a line that belongs to no stage."""
         if not self.quiet:
             self.console.print(Text(text), soft_wrap=True)
 
     def event(self, name: str, event: dict[str, Any]) -> None:
-        """One line of the spool of a stage's attempt. Those of stages that have ended come late and are ignored."""
+        """Show one event that a stage spooled. Events of stages that have ended come late and are ignored."""
         with self._lock:
-            known = self._stages.get(name)
-            if known is None:
+            stage = self._stages.get(name)
+            if stage is None:
                 return
-            if event["event"] == "start":
-                detail = event["name"].removeprefix(name).strip()  # "attempt 1"
-                self._change(name, "running" if known.state == "waiting" else "retrying", detail)
-            elif event["event"] in ("progress", "metrics"):
-                known.progress(event) if event["event"] == "progress" else known.metrics(event["values"])
-                self._show(name, known)
-            elif event["event"] == "tag" and event["key"] == "longreach.note" and not self.quiet:
-                self._line(name, event["value"])  # a skipped step, a checkpoint passed over
+            match event["event"]:
+                case "start":
+                    state = "running" if stage.state == "waiting" else "retrying"
+                    self._change(name, state, event["name"].removeprefix(name).strip())  # "attempt 1"
+                case "progress":
+                    stage.progress(event)
+                    self._show(name, stage)
+                case "metrics":
+                    stage.metrics(event["values"])
+                    self._show(name, stage)
+                case "tag" if event["key"] == "longreach.note" and not self.quiet:
+                    self._line(name, event["value"])  # a skipped step, a checkpoint passed over
 
     def _change(self, name: str, state: str, detail: str) -> None:
-        known = self._stages.setdefault(name, _Stage(state))
-        known.state = state
-        if self._bars and known.bar is None and state in ("running", "retrying"):
-            known.bar = self._bars.add_task(name, total=None, text="")
+        stage = self._stages.setdefault(name, _Stage(state))
+        stage.state = state
+        if self._bars and stage.bar is None and state in ("running", "retrying"):
+            stage.bar = self._bars.add_task(name, total=None, text="")
         if state in ENDED:
             del self._stages[name]
-            if self._bars and known.bar is not None:
-                self._bars.remove_task(known.bar)
+            if self._bars and stage.bar is not None:
+                self._bars.remove_task(stage.bar)
         if state == "failed" or not (self.quiet or state == "waiting"):
             self._line(name, state, detail)
 
-    def _show(self, name: str, known: _Stage) -> None:
-        if self._bars and known.bar is not None:
-            self._bars.update(known.bar, completed=known.done, total=known.total or None, text=known.text())
-        elif not self.quiet and known.text() and time.monotonic() - known.printed_s >= PLAIN_EVERY_S:
-            known.printed_s = time.monotonic()
-            self._line(name, known.text())
+    def _show(self, name: str, stage: _Stage) -> None:
+        if self._bars and stage.bar is not None:
+            self._bars.update(stage.bar, completed=stage.done, total=stage.total or None, text=stage.text())
+            return
+        due = time.monotonic() - stage.printed_s >= PLAIN_EVERY_S
+        if due and stage.text() and not self.quiet:
+            stage.printed_s = time.monotonic()
+            self._line(name, stage.text())
 
     def _line(self, name: str, text: str, detail: str = "") -> None:
         elapsed = duration(time.monotonic() - self.started_s)
-        line = f"[{elapsed:>6}] {name}: {text}" + (f" ({detail})" if detail else "")
-        self.console.print(Text(line, ENDED.get(text, "")), soft_wrap=True)  # Text: finetune[lora] is no markup
+        line = f"[{elapsed:>6}] {name}: {text}"
+        if detail:
+            line += f" ({detail})"
+        # as Text: the brackets of finetune[lora] are no markup
+        self.console.print(Text(line, ENDED.get(text, "")), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """7 -> "7s", 65 -> "1m05s", 3661 -> "1h01m"."""
+    """Write seconds for people: 7 -> "7s", 65 -> "1m05s", 3661 -> "1h01m"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
