@@ -1,57 +1,26 @@
-"""evaluation: a loaded model in, numbers out.
+"""evaluation: a loaded model in, numbers out. EVALS holds every evaluation by name.
 
-An evaluation is a file with four functions, and one line here:
-
-    cells(model, tokenizer, *, recipe, documents) -> list of cells      checks everything, measures nothing
-    measure(model, tokenizer, *, recipe, documents, cell) -> result     one cell; the same result wherever it runs
-    collect(recipe, results) -> EvalScores                              tidy rows from [(cell, result), ...]
-    figure(scores) -> chart
-
-Cells and results are plain JSON, so that evaluation/cells.py can spread them and go on where a run was interrupted.
-`documents` are the held-out ones, for those that read them. Files are imported when asked for: this module and
-`longreach.evaluation.recipe` import no torch.
+An evaluation is a file with one subclass of `Evaluation` (base.py), and one line here. Its section in recipes,
+`longreach evaluate`, its place in the report and what the gate may ask of it follow from the class.
 
     python -c "from longreach.evaluation import EVALS; print(*EVALS)"
 """
 
-from __future__ import annotations
+from longreach.evaluation.base import Evaluation
+from longreach.evaluation.harness import Harness
+from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
+from longreach.evaluation.needle import Needle
+from longreach.evaluation.passkey import Passkey
+from longreach.evaluation.perplexity import Perplexity
+from longreach.evaluation.sinks import Sinks
+from longreach.evaluation.streaming import Streaming
 
-import importlib
-from dataclasses import dataclass
-from typing import Any
-
-from longreach.evaluation.recipe import (
-    EvalRecipe,
-    HarnessRecipe,
-    LostInTheMiddleRecipe,
-    NeedleRecipe,
-    PasskeyRecipe,
-    PerplexityRecipe,
-    SinksRecipe,
-    StreamingRecipe,
-)
-
-
-@dataclass(frozen=True)
-class Eval:
-    """One evaluation: its choices, and the module of its four functions."""
-
-    recipe: type[EvalRecipe]
-    """The choices' type."""
-    module: str
-    """Imported by `load`."""
-
-    def load(self) -> Any:
-        """The module; imports torch."""
-        return importlib.import_module(self.module)
-
-
-EVALS = {
-    "perplexity": Eval(PerplexityRecipe, "longreach.evaluation.perplexity"),
-    "passkey": Eval(PasskeyRecipe, "longreach.evaluation.passkey"),
-    "needle": Eval(NeedleRecipe, "longreach.evaluation.needle"),
-    "lost_in_the_middle": Eval(LostInTheMiddleRecipe, "longreach.evaluation.lost_in_the_middle"),
-    "streaming": Eval(StreamingRecipe, "longreach.evaluation.streaming"),
-    "sinks": Eval(SinksRecipe, "longreach.evaluation.sinks"),
-    "harness": Eval(HarnessRecipe, "longreach.evaluation.harness"),
+EVALS: dict[str, type[Evaluation]] = {
+    Perplexity.name: Perplexity,
+    Passkey.name: Passkey,
+    Needle.name: Needle,
+    LostInTheMiddle.name: LostInTheMiddle,
+    Streaming.name: Streaming,
+    Sinks.name: Sinks,
+    Harness.name: Harness,
 }

@@ -1,24 +1,26 @@
-"""Held-out documents as token ids, and the token that a model expects before any of them.
+"""Held-out documents as token ids, and the token that a model expects before any text.
 
 python -c "from longreach.evaluation.documents import held_out; print([d.name for d in held_out('corpus/documents')])"
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+from longreach.infra.lazy import lazy_module
 
-Progress = Callable[[int, int], None]
-"""Called with (cells done, cells in all) while an evaluation runs."""
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+else:
+    np = lazy_module("numpy")
 
-
-def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+MARK = "\u2063text\u2063"
+"""Stands in a chat message for a text, to see what a chat template puts around it; invisible separators frame it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Document:
 
 
 def held_out(folder: Path | str) -> list[Document]:
-    """The documents of a PackedCorpus' `documents/` folder (columns name, domain, split, input_ids), in its order."""
+    """Read the documents of a PackedCorpus' `documents/` folder (columns name, domain, split, input_ids), in order."""
     import datasets
 
     rows = datasets.load_from_disk(str(folder)).with_format("numpy")
@@ -40,33 +42,51 @@ def held_out(folder: Path | str) -> list[Document]:
 
 
 def matching(documents: Iterable[Document], patterns: tuple[str, ...]) -> list[Document]:
-    """Those whose name matches one of the shell patterns; ValueError if none does."""
+    """Return the documents whose name matches one of the shell patterns; ValueError if none does."""
     documents = list(documents)
-    found = [d for d in documents if any(fnmatchcase(d.name, pattern) for pattern in patterns)]
-    if not found:
-        there = ", ".join(d.name for d in documents) or "none"
-        raise ValueError(f"no held-out document matches {list(patterns)}; there are: {there}")
-    return found
+    matches = [d for d in documents if any(fnmatchcase(d.name, pattern) for pattern in patterns)]
+    if not matches:
+        names = ", ".join(d.name for d in documents) or "none"
+        raise ValueError(f"no held-out document matches {list(patterns)}; there are: {names}")
+    return matches
 
 
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that the tokenizer puts before every text (BOS, or a trained sink token); None if it puts none.
+    """Return the id that the tokenizer puts before every text (BOS, or a trained sink token); None if it puts none.
 
-    A corpus packed for another model's tokenizer lacks it, and a model that always saw it is lost without.
+    A corpus that was packed for another model's tokenizer lacks it, and a model that always saw it is lost without it.
     """
-    whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    return int(whole[0]) if whole[:1] != bare[:1] else None  # of "" an EOS that it appends would be the first
+    whole = tokenizer("a").input_ids  # of an empty text, an appended EOS would come first
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    return None if whole[:1] == bare[:1] else int(whole[0])
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = True) -> list[int]:
-    """Ids of a text that is to go on: after the tokenizer's first token, if it has one, and without an EOS that it
-    appends."""
+    """Return the ids of a text that will be continued: no EOS at its end, even if the tokenizer appends one.
+
+    first: put the tokenizer's first token, if it has one, before the text.
+    """
     ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int64)
-    return with_first(ids, first_token_id(tokenizer) if first else None).tolist()
+    if first:
+        ids = with_first(ids, first_token_id(tokenizer))
+    return ids.tolist()
 
 
 def with_first(ids_T: np.ndarray, first: int | None) -> np.ndarray:
-    """ids_T, after the model's own first token if it has one and the ids do not begin with it already."""
+    """Return ids_T after the model's own first token, unless there is none or the ids begin with it already."""
     if first is None or (len(ids_T) and ids_T[0] == first):
         return ids_T
     return np.concatenate([np.array([first], ids_T.dtype), ids_T])
+
+
+def chat_around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, refusal: str) -> tuple[str, str]:
+    """Return what the model's chat template puts before and after MARK, which stands in one of the messages.
+
+    Raises:
+        ValueError: the template changes the messages, so that MARK is not in what it makes; `refusal` is the message.
+    """
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    before, mark, after = whole.partition(MARK)
+    if not mark:
+        raise ValueError(refusal)
+    return before, after

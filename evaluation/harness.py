@@ -15,117 +15,155 @@ import contextlib
 import difflib
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
-from longreach.evaluation.documents import Document
-from longreach.evaluation.figures import heatmap
-from longreach.evaluation.recipe import HarnessRecipe
-from longreach.evaluation.scores import EvalScores
+from longreach.evaluation.base import Cell, DataFile, EvalChoices, Evaluation, Result
+from longreach.evaluation.scores import EvalScores, Row
 
-
-def cells(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: HarnessRecipe, documents: list[Document]
-) -> list[dict[str, Any]]:
-    """A task each. ValueError for a task that the harness does not know, or where the extra is not installed."""
-    if recipe.data and not Path(recipe.data).is_dir():
-        raise ValueError(f"harness.data {recipe.data}: no such folder")
-    known = _manager(recipe.data).all_tasks
-    for task in recipe.tasks:
-        if task not in known:
-            near = difflib.get_close_matches(task, known, n=3)
-            raise ValueError(f"harness.tasks {task!r}: lm-eval has no such task; near: {', '.join(near) or 'none'}")
-    return [{"task": task} for task in recipe.tasks]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: HarnessRecipe,
-    documents: list[Document],
-    cell: dict[str, Any],
-) -> dict[str, Any]:
-    """{"rows": a metric each, "cases"}; ValueError where the task's data cannot be reached."""
-    from datasets.exceptions import DatasetNotFoundError
-    from lm_eval import simple_evaluate
+class Harness(Evaluation):
+    """What does the field's common benchmark suite say?"""
 
-    try:
-        with contextlib.chdir(recipe.data or "."):
-            found = simple_evaluate(
-                _harness_model(model, tokenizer, recipe.max_length),
-                tasks=[cell["task"]],
-                limit=recipe.limit,
-                task_manager=_manager(recipe.data and "."),
-                metadata={"pretrained": model.name_or_path} | recipe.task_arguments,
-                bootstrap_iters=1000,
-            )
-    except AssertionError as error:  # its word for a prompt that cannot fit
-        raise ValueError(f"harness task {cell['task']}, max_length {recipe.max_length}: {error}; raise it") from error
-    except (OSError, DatasetNotFoundError) as error:
-        raise ValueError(
-            f"harness task {cell['task']}: its data cannot be reached ({str(error).splitlines()[0]}): go online, or "
-            f"put it into a folder and name that in harness.data"
-        ) from error
+    name = "harness"
+    title = "Tasks of lm-evaluation-harness"
+
+    class Choices(EvalChoices):
+        """Tasks of EleutherAI's lm-evaluation-harness: LongBench, LongBench v2, RULER and all others (extra `eval`)."""
+
+        tasks: tuple[str, ...] = Field(min_length=1)
+        """The harness's names of tasks or groups, e.g. longbench_qasper."""
+        limit: int | None = Field(default=None, ge=1)
+        """Documents of each task; without it, all."""
+        max_length: int | None = Field(default=None, ge=16)
+        """Tokens that a prompt may have, the middle of longer ones is cut out; without it, the model's own context."""
+        data: DataFile = None
+        """A folder with tasks of its own (YAML files, local data), read beside the harness's."""
+        task_arguments: dict[str, str | int | tuple[int, ...]] = Field(default_factory=dict)
+        """Arguments that are handed to the tasks (RULER: max_seq_lengths)."""
+
+    choices: Choices
+
+    def cells(self) -> list[Cell]:
+        """Return a cell for each task.
+
+        Raises:
+            ValueError: a task that the harness does not have, or the extra is not installed.
+        """
+        folder = self.choices.data
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"harness.data {folder}: no such folder")
+        available = _task_manager(folder).all_tasks
+        for task in self.choices.tasks:
+            if task not in available:
+                near = ", ".join(difflib.get_close_matches(task, available, n=3)) or "none"
+                raise ValueError(f"harness.tasks {task!r}: lm-eval has no such task; near: {near}")
+        return [{"task": task} for task in self.choices.tasks]
+
+    def measure(self, cell: Cell) -> Result:
+        """Return {"rows": one for each metric, "cases"}; ValueError where the task's data cannot be reached."""
+        from datasets.exceptions import DatasetNotFoundError
+        from lm_eval import simple_evaluate
+
+        choices = self.choices
+        try:
+            with contextlib.chdir(choices.data or "."):
+                answer = simple_evaluate(
+                    _harness_model(self.model, self.tokenizer, choices.max_length),
+                    tasks=[cell["task"]],
+                    limit=choices.limit,
+                    task_manager=_task_manager(choices.data and "."),
+                    metadata={"pretrained": self.model.name_or_path} | choices.task_arguments,
+                    bootstrap_iters=1000,
+                )
+        except AssertionError as error:  # how the harness says that a prompt cannot fit
+            place = f"harness task {cell['task']}, max_length {choices.max_length}"
+            raise ValueError(f"{place}: {error}; raise it") from error
+        except (OSError, DatasetNotFoundError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"harness task {cell['task']}: its data cannot be reached ({reason}): go online, or "
+                f"put it into a folder and name that in harness.data"
+            ) from error
+        cases = []
+        for task, samples in answer["samples"].items():
+            for sample in samples:
+                prompt, expected = str(sample["arguments"]), str(sample["target"])
+                cases.append({"task": task, "prompt": prompt, "expected": expected, "got": str(sample["resps"])})
+        return {"rows": _metric_rows(answer), "cases": cases}
+
+    @classmethod
+    def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return rows of kind `task`: one for each metric of each task."""
+        rows = [row for _, result in results for row in result["rows"]]
+        return EvalScores(
+            eval=cls.name,
+            protocol="lm-evaluation-harness's own prompts and metrics; the middle of longer prompts is cut out",
+            recipe=choices.model_dump(mode="json"),
+            rows=rows,
+            summary={f"{row['task']}_{row['metric']}": row["value"] for row in rows},
+            note="With a limit these are the first documents of a task: no published number.",
+            cases=[case for _, result in results for case in result["cases"]],
+        )
+
+    @classmethod
+    def figure(cls, scores: EvalScores) -> Any:
+        """A cell for each task and metric."""
+        from longreach.evaluation.figures import heatmap
+
+        rows = [row | {"text": f"{row['value']:.3g}"} for row in scores.rows]
+        top = max(1.0, *(row["value"] for row in rows), 0.0)
+        question = [f"{scores.model}: tasks of lm-evaluation-harness", "metrics as it defines them"]
+        return heatmap(
+            rows, x="metric", y="task", value="value", text="text",
+            titles=(question, "metric", "task"),
+            value_title="value", top=top, bright_low=False,
+        )  # fmt: skip
+
+
+def _metric_rows(answer: dict[str, Any]) -> list[Row]:
+    """Return a row for each metric of each task in the harness's answer, which names them "metric,filter"."""
     rows = []
-    for task, values in found["results"].items():
+    for task, values in answer["results"].items():
+        documents = answer["n-samples"].get(task, {}).get("effective")
         for name, value in values.items():
-            metric, _, filtered = name.partition(",")
+            metric, _, answer_filter = name.partition(",")
             if metric.isdecimal() and value == -1:
-                continue  # RULER's word for a length that was not asked for
-            if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
-                spread = values.get(f"{metric}_stderr,{filtered}")
-                if filtered != "none":
-                    metric = f"{metric}_{filtered}"  # a task may read answers in several ways
-                row = {"kind": "task", "task": task, "metric": metric, "value": float(value)}
-                if isinstance(spread, float):
-                    row |= {"low": value - 1.96 * spread, "high": value + 1.96 * spread}
-                rows.append(row | {"documents": found["n-samples"].get(task, {}).get("effective")})
-    cases = [
-        {
-            "task": task,
-            "prompt": str(sample["arguments"]),
-            "expected": str(sample["target"]),
-            "got": str(sample["resps"]),
-        }
-        for task, samples in found["samples"].items()
-        for sample in samples
-    ]
-    return {"rows": rows, "cases": cases}
+                continue  # how RULER marks a length that was not asked for
+            if not isinstance(value, int | float) or not answer_filter or metric.endswith("_stderr"):
+                continue  # an alias, or the error of another entry
+            error = values.get(f"{metric}_stderr,{answer_filter}")
+            if answer_filter != "none":
+                metric = f"{metric}_{answer_filter}"  # a task may read answers in several ways
+            row: Row = {"kind": "task", "task": task, "metric": metric, "value": float(value)}
+            if isinstance(error, float):
+                row |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
+            rows.append(row | {"documents": documents})
+    return rows
 
 
-def collect(recipe: HarnessRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
-    """Rows of kind `task`: a metric of a task each."""
-    rows = [row for _, result in results for row in result["rows"]]
-    return EvalScores(
-        eval="harness",
-        protocol="lm-evaluation-harness's own prompts and metrics; the middle of longer prompts is cut out",
-        recipe=recipe.model_dump(mode="json"),
-        rows=rows,
-        summary={f"{row['task']}_{row['metric']}": row["value"] for row in rows},
-        note="With a limit these are the first documents of a task: no published number.",
-        cases=[case for _, result in results for case in result["cases"]],
-    )
-
-
-def _manager(data: str | None) -> Any:
-    """The harness's tasks, and those of a folder."""
+def _task_manager(folder: str | None) -> Any:
+    """Return the harness's tasks together with those of a folder; ValueError where it is not installed."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError("lm-evaluation-harness is not installed: pip install 'longreach[eval]'") from error
-    return TaskManager(include_path=data)
+    return TaskManager(include_path=folder)
 
 
 def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Any:
-    """The harness's model around ours, cutting the middle out of prompts that are too long."""
-    return _class()(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length)
+    """Return the harness's model around ours, which cuts the middle out of prompts that are too long."""
+    wrapper = _middle_cutting_model()
+    return wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length)
 
 
 @functools.cache
-def _class() -> Any:
-    """A subclass of the harness's class, made where that is imported."""
+def _middle_cutting_model() -> Any:
+    """Return a subclass of the harness's model class; the harness is imported only here."""
     from lm_eval.models.huggingface import HFLM
 
     class MiddleCut(HFLM):
@@ -145,22 +183,15 @@ def _class() -> Any:
 
 
 def middle_cut(ids: Any, room: int | None) -> Any:
-    """The first and last room / 2 of a list of ids, or of the columns of a tensor [B, T]; whole if they fit."""
-    if isinstance(ids, list):
-        return ids if room is None or len(ids) <= room else ids[: room // 2] + ids[len(ids) - (room - room // 2) :]
-    if room is None or ids.shape[1] <= room:
+    """Return the first and last room / 2 of a list of ids, or of the columns of a tensor [B, T]; all if they fit."""
+    is_list = isinstance(ids, list)
+    length = len(ids) if is_list else ids.shape[1]
+    if room is None or length <= room:
         return ids
+    head = room // 2
+    tail = length - (room - head)
+    if is_list:
+        return ids[:head] + ids[tail:]
     import torch
 
-    return torch.cat([ids[:, : room // 2], ids[:, ids.shape[1] - (room - room // 2) :]], 1)
-
-
-def figure(scores: EvalScores) -> Any:
-    """A cell for each task and metric."""
-    rows = [row | {"text": f"{row['value']:.3g}"} for row in scores.rows]
-    top = max(1.0, *(row["value"] for row in rows), 0.0)
-    return heatmap(
-        rows, x="metric", y="task", value="value", text="text",
-        titles=([f"{scores.model}: tasks of lm-evaluation-harness", "metrics as it defines them"], "metric", "task"),
-        value_title="value", top=top, bright_low=False,
-    )  # fmt: skip
+    return torch.cat([ids[:, :head], ids[:, tail:]], 1)

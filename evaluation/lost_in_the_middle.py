@@ -15,22 +15,26 @@ and with `new_tokens` by whether the generated text's first line holds an answer
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import string
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field, model_validator
 
-from longreach.evaluation.documents import Document
-from longreach.evaluation.figures import curves
-from longreach.evaluation.reader import Reader, spelled
-from longreach.evaluation.recipe import LostInTheMiddleRecipe
-from longreach.evaluation.scores import EvalScores, retrieval_row, wilson
+from longreach.evaluation.base import Cell, DataFile, EvalChoices, Evaluation, Result
+from longreach.evaluation.scores import EvalScores, Row, retrieval_row, wilson
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy_module("numpy")
 
 KV = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
 QA = (
@@ -42,203 +46,325 @@ FAMILY = ("Arven", "Belmor", "Castrin", "Dovrel", "Ermont", "Falkes", "Gorlan", 
 PLACES = ("Alderby", "Brimfell", "Corvale", "Dunmorra", "Eskworth", "Farrowick", "Glenhar", "Hollowmere", "Ironby",
           "Jarrowden", "Kestrel Bay", "Lindemoor", "Marlstone", "Nethercombe", "Oxmarsh", "Pinehaven")  # fmt: skip
 WORKS = ("bridge", "lighthouse", "library", "theatre", "clock tower", "railway station", "harbour", "observatory")
+MOST_INVENTED = min(len(PLACES) * len(WORKS), len(GIVEN) * len(FAMILY))
+"""Documents about invented people that differ from each other."""
+KV_COLUMNS = {"ordered_kv_records", "key", "value"}
+QA_COLUMNS = {"question", "ctxs", "answers"}
+
+Pair = tuple[str, str]
 
 
-def cells(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: LostInTheMiddleRecipe,
-    documents: list[Document],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One for each size and question, with all places, as their prompts begin alike. `documents` are not read.
+class LostInTheMiddle(Evaluation):
+    """Does it matter where in a long prompt the answer stands?"""
 
-    Raises ValueError for a data file that is missing or of another form, or that holds fewer questions than `trials`.
-    """
-    for path, keys in (
-        (recipe.kv_data, {"ordered_kv_records", "key", "value"}),
-        (recipe.qa_data, {"question", "ctxs", "answers"}),
-    ):
-        if path is None:
-            continue
-        lines = list(zip(range(recipe.trials), _lines(path), strict=False))
-        if len(lines) < recipe.trials or (missing := keys - lines[0][1].keys()):
-            found = f"{len(lines)} questions" if len(lines) < recipe.trials else f"no {', '.join(sorted(missing))}"
-            raise ValueError(f"{path} has {found}, {recipe.trials} questions with {', '.join(sorted(keys))} are needed")
-    most = min(len(PLACES) * len(WORKS), len(GIVEN) * len(FAMILY))
-    if recipe.qa_data is None and max(recipe.documents, default=0) > most:
-        raise ValueError(
-            f"documents {max(recipe.documents)}: at most {most} can be made up; give qa_data, or ask for fewer"
-        )
-    sizes = [("kv", n) for n in recipe.pairs] + [("qa", n) for n in recipe.documents]
-    wanted = [{"task": task, "size": n, "trial": trial} for task, n in sizes for trial in range(recipe.trials)]
-    for cell in wanted:
-        try:
-            next(_prompts(recipe, cell))
-        except (OSError, KeyError, TypeError) as error:
-            raise ValueError(f"{recipe.kv_data or recipe.qa_data}, question {cell['trial']}: {error!r}") from error
-    return wanted
+    name = "lost_in_the_middle"
+    title = "Lost in the middle"
 
+    class Choices(EvalChoices):
+        """Something to be found among many of its kind, by where it stands (Lost in the Middle, 2307.03172)."""
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: LostInTheMiddleRecipe,
-    documents: list[Document],
-    cell: dict[str, Any],
-) -> dict[str, Any]:
-    """{"cases": one for each place, and for qa the two baselines}. FloatingPointError: logits that are not finite."""
-    reader, cases = Reader(model, tokenizer), []
-    for place, prompt, answers in _prompts(recipe, cell):
-        where = f"lost_in_the_middle {cell | {'place': place}}"
-        ids, expected = spelled(tokenizer, prompt, f" {answers[0]}", where)
-        room = max(recipe.new_tokens, len(expected)) if recipe.new_tokens else 0  # a UUID has about 30 tokens
-        found = reader.answer(ids, expected, where, new_tokens=room)
-        said = {"subspan": best_subspan_em(found.got.split("\n")[0], answers)} if recipe.new_tokens else {}
-        about = {"place": place, "prompt_tokens": len(ids), "prompt": prompt, "expected": answers[0]}
-        cases.append(cell | about | found.as_row() | said)
-    return {"cases": cases}
+        pairs: tuple[int, ...] = ()
+        """Key-value retrieval among n JSON pairs (the paper: 75, 140, 300); none: not measured."""
+        documents: tuple[int, ...] = ()
+        """Question answering over n documents (the paper: 10, 20, 30); none: not measured."""
+        positions: int = Field(default=5, ge=2)
+        """Places at which the answer is tried, evenly spread from the first to the last."""
+        trials: int = Field(default=4, ge=1)
+        """Questions for each size; each is asked at every place."""
+        new_tokens: int = Field(default=0, ge=0)
+        """Also generate n tokens (at least as many as the answer has) and look for the answer in them; 0: nothing is
+        generated, scoring is teacher-forced alone."""
+        kv_data: DataFile = None
+        """The paper's own kv-retrieval-N_keys.jsonl.gz (one size); without it, pairs are drawn."""
+        qa_data: DataFile = None
+        """The paper's own nq-open file (gzipped JSON lines); without it, facts about invented people are drawn."""
 
+        @model_validator(mode="after")
+        def _asks_something(self) -> LostInTheMiddle.Choices:
+            sizes = [*self.pairs, *self.documents]
+            if not sizes:
+                raise ValueError("pairs and documents are both empty: say how many to search, e.g. pairs: [75]")
+            if min(sizes) < 2:
+                raise ValueError(f"pairs and documents of {min(sizes)}: two at least, or there is no middle")
+            return self
 
-def collect(recipe: LostInTheMiddleRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
-    """Rows of kind `cell` (task, size and place; `depth` is the place as a share), `baseline` and `size`."""
-    cases = [case for _, result in results for case in result["cases"]]
-    rows: list[dict[str, Any]] = []
-    summary: dict[str, float] = {}
-    for task, size in dict.fromkeys((case["task"], case["size"]) for case in cases):
-        here = [case for case in cases if (case["task"], case["size"]) == (task, size)]
-        for place in dict.fromkeys(case["place"] for case in here):
-            kind = "baseline" if isinstance(place, str) else "cell"
-            depth = place / (size - 1) if kind == "cell" else None
-            rows.append(
-                {"task": task, "place": str(place)} | _row(kind, [c for c in here if c["place"] == place], size, depth)
+    choices: Choices
+
+    def cells(self) -> list[Cell]:
+        """Return a cell for each size and question, with all places, as their prompts begin alike.
+
+        Raises:
+            ValueError: a data file is missing, has another form or fewer questions than `trials`.
+        """
+        choices = self.choices
+        if choices.kv_data:
+            _check_data(choices.kv_data, KV_COLUMNS, choices.trials)
+        if choices.qa_data:
+            _check_data(choices.qa_data, QA_COLUMNS, choices.trials)
+        largest = max(choices.documents, default=0)
+        if choices.qa_data is None and largest > MOST_INVENTED:
+            raise ValueError(
+                f"documents {largest}: at most {MOST_INVENTED} can be made up; give qa_data, or ask for fewer"
             )
-        placed = [case for case in here if not isinstance(case["place"], str)]
-        rows.append({"task": task, "place": "all"} | _row("size", placed, size, None))
-        summary |= {f"{task}_{size}": rows[-1]["accuracy"], f"{task}_nll_{size}": rows[-1]["nll"]}
-    return EvalScores(
-        eval="lost_in_the_middle",
-        protocol="`correct`: teacher-forced, every token of the answer is the argmax; `subspan`: an answer is in the "
-        "greedy text (best_subspan_em)",
-        recipe=recipe.model_dump(mode="json"),
-        rows=rows,
-        summary=summary,
-        note="UUIDs can only be copied; answers about invented people cannot be known by heart.",
-        cases=cases,
-    )
+        sizes = [("kv", size) for size in choices.pairs] + [("qa", size) for size in choices.documents]
+        cells = []
+        for task, size in sizes:
+            for trial in range(choices.trials):
+                cell = {"task": task, "size": size, "trial": trial}
+                try:
+                    next(questions(choices, cell))
+                except (OSError, KeyError, TypeError) as error:
+                    raise ValueError(f"{choices.kv_data or choices.qa_data}, question {trial}: {error!r}") from error
+                cells.append(cell)
+        return cells
+
+    def measure(self, cell: Cell) -> Result:
+        """Return {"cases": one for each place, and for qa the two baselines}."""
+        from longreach.evaluation.reader import Reader, spelled
+
+        reader = Reader(self.model, self.tokenizer)
+        cases = []
+        for question in questions(self.choices, cell):
+            where = f"lost_in_the_middle {cell | {'place': question.place}}"
+            answers = question.answers
+            prompt_ids, answer_ids = spelled(self.tokenizer, question.prompt, f" {answers[0]}", where)
+            new_tokens = self.choices.new_tokens
+            if new_tokens:
+                new_tokens = max(new_tokens, len(answer_ids))  # a UUID has about 30 tokens
+            answered = reader.answer(prompt_ids, answer_ids, where, new_tokens=new_tokens)
+            case = cell | {
+                "place": question.place,
+                "prompt_tokens": len(prompt_ids),
+                "prompt": question.prompt,
+                "expected": answers[0],
+            }
+            case |= answered.as_row()
+            if new_tokens:
+                case["subspan"] = best_subspan_em(answered.got.split("\n")[0], answers)
+            cases.append(case)
+        return {"cases": cases}
+
+    @classmethod
+    def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return rows of kind `cell` (task, size and place; `depth` is the place as a share), `baseline`, `size`."""
+        cases = [case for _, result in results for case in result["cases"]]
+        rows: list[Row] = []
+        summary: dict[str, float] = {}
+        for task, size in dict.fromkeys((case["task"], case["size"]) for case in cases):
+            of_size = [case for case in cases if (case["task"], case["size"]) == (task, size)]
+            for place in dict.fromkeys(case["place"] for case in of_size):
+                of_place = [case for case in of_size if case["place"] == place]
+                if isinstance(place, str):
+                    row = _row("baseline", of_place, size, None)
+                else:
+                    row = _row("cell", of_place, size, place / (size - 1))
+                rows.append({"task": task, "place": str(place)} | row)
+            placed = [case for case in of_size if not isinstance(case["place"], str)]
+            total = _row("size", placed, size, None)
+            rows.append({"task": task, "place": "all"} | total)
+            summary |= {f"{task}_{size}": total["accuracy"], f"{task}_nll_{size}": total["nll"]}
+        return EvalScores(
+            eval=cls.name,
+            protocol="`correct`: teacher-forced, every token of the answer is the argmax; `subspan`: an answer is in "
+            "the greedy text (best_subspan_em)",
+            recipe=choices.model_dump(mode="json"),
+            rows=rows,
+            summary=summary,
+            note="UUIDs can only be copied; answers about invented people cannot be known by heart.",
+            cases=cases,
+        )
+
+    @classmethod
+    def figure(cls, scores: EvalScores) -> Any:
+        """NLL by place, a line a task and size: a U upside down is a model that is lost in the middle."""
+        from longreach.evaluation.figures import curves
+
+        question = [
+            f"{scores.model}: does it matter where the answer stands?",
+            "NLL of the answer: a hump in the middle means that answers at both ends are found more easily",
+        ]
+        words = {"kv": "JSON pairs", "qa": "documents"}
+        rows = [row | {"line": f"{row['size']} {words[row['task']]}"} for row in scores.rows if row["kind"] == "cell"]
+        titles = (question, "place of the answer (0 first, 1 last)", "NLL of the answer (nats per token)")
+        return curves(rows, x="depth", y="nll", by="line", titles=titles)
 
 
-def _row(kind: str, cases: list[dict[str, Any]], size: int, depth: float | None) -> dict[str, Any]:
+def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
+    """Return the mean of cases; where text was generated, also the share of it that holds an answer."""
     row = retrieval_row(kind, cases, size, depth)
     row["size"] = row.pop("length")
     if "subspan" in cases[0]:
-        said = int(sum(case["subspan"] for case in cases))
-        low, high = wilson(said, len(cases))
-        row |= {"subspan": said / len(cases), "subspan_low": low, "subspan_high": high}
-    return row | {"prompt_tokens": float(np.mean([case["prompt_tokens"] for case in cases]))}
+        right = int(sum(case["subspan"] for case in cases))
+        low, high = wilson(right, len(cases))
+        row |= {"subspan": right / len(cases), "subspan_low": low, "subspan_high": high}
+    row["prompt_tokens"] = float(np.mean([case["prompt_tokens"] for case in cases]))
+    return row
 
 
 def best_subspan_em(prediction: str, answers: list[str]) -> float:
-    """1.0 if one of the answers is in the prediction, both without case, punctuation, articles and spare spaces."""
-    said = _normal(prediction)
-    return float(any(_normal(answer) in said for answer in answers))
+    """Return 1.0 if one of the answers is in the prediction, both without case, punctuation, articles and spare
+    spaces; else 0.0."""
+    text = _normalised(prediction)
+    return float(any(_normalised(answer) in text for answer in answers))
 
 
-def _normal(text: str) -> str:
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+def _normalised(text: str) -> str:
+    """Return a text without case, punctuation, articles and spare spaces."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def places(size: int, count: int) -> list[int]:
-    """Evenly spread from 0 to size - 1."""
+    """Return `count` places evenly spread from 0 to size - 1, fewer where there are not so many."""
     return sorted({round(n * (size - 1) / (count - 1)) for n in range(count)})
 
 
-def _prompts(recipe: LostInTheMiddleRecipe, cell: dict[str, Any]) -> Iterator[tuple[int | str, str, list[str]]]:
-    """(place, prompt, answers) of one question: at every place, and the baselines."""
-    size = cell["size"]
+@dataclass(frozen=True)
+class Question:
+    """One prompt of a cell."""
+
+    place: int | str
+    """Where the answer stands among its kind, or the baseline's name."""
+    prompt: str
+    answers: list[str]
+    """Each counts as right; the first is the one that is scored teacher-forced."""
+
+
+def questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Question]:
+    """Yield one question with its answer at every place, and the baselines."""
     if cell["task"] == "kv":
-        records, wanted = _pairs(recipe, cell)
-        for place in places(size, recipe.positions):
-            others = [pair for pair in records if pair != wanted][: size - 1]
-            shown = [*others[:place], wanted, *others[place:]]
-            lines = ",\n ".join(f'"{key}": "{value}"' for key, value in shown)
-            yield place, f'{KV}{{{lines}}}\n\nKey: "{wanted[0]}"\nCorresponding value:', [wanted[1]]
-        return
-    question, answers, gold, others = _question(recipe, cell)
-    end = f"Question: {question}\nAnswer:"
-    for place in places(size, recipe.positions):
-        yield place, QA + _results([*others[:place], gold, *others[place : size - 1]]) + end, answers
-    yield "closed book", end, answers
-    yield "oracle", QA + _results([gold]) + end, answers
+        yield from _kv_questions(choices, cell)
+    else:
+        yield from _qa_questions(choices, cell)
 
 
-def _results(documents: list[tuple[str, str]]) -> str:
-    return "".join(f"Document [{n}](Title: {title}) {text}\n" for n, (title, text) in enumerate(documents, 1)) + "\n"
+def _kv_questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Question]:
+    """Yield the question for a key's value."""
+    size = cell["size"]
+    pairs, wanted = _pairs(choices, cell)
+    others = [pair for pair in pairs if pair != wanted][: size - 1]
+    for place in places(size, choices.positions):
+        shown = [*others[:place], wanted, *others[place:]]
+        lines = ",\n ".join(f'"{key}": "{value}"' for key, value in shown)
+        prompt = f'{KV}{{{lines}}}\n\nKey: "{wanted[0]}"\nCorresponding value:'
+        yield Question(place, prompt, [wanted[1]])
+
+
+def _qa_questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Question]:
+    """Yield the question about documents, and its two baselines."""
+    size = cell["size"]
+    asked = _document_question(choices, cell)
+    end = f"Question: {asked.question}\nAnswer:"
+    for place in places(size, choices.positions):
+        shown = [*asked.others[:place], asked.gold, *asked.others[place : size - 1]]
+        yield Question(place, QA + _numbered(shown) + end, asked.answers)
+    yield Question("closed book", end, asked.answers)
+    yield Question("oracle", QA + _numbered([asked.gold]) + end, asked.answers)
+
+
+def _numbered(documents: list[Pair]) -> str:
+    """Return documents as the paper's prompt shows them; a document is a title and a text."""
+    lines = [f"Document [{n}](Title: {title}) {text}\n" for n, (title, text) in enumerate(documents, 1)]
+    return "".join(lines) + "\n"
+
+
+def _check_data(path: str, columns: set[str], trials: int) -> None:
+    """Raise ValueError where a data file has fewer questions than are asked, or another form."""
+    lines = list(itertools.islice(_lines(path), trials))
+    found = ""
+    if len(lines) < trials:
+        found = f"{len(lines)} questions"
+    elif missing := columns - lines[0].keys():
+        found = f"no {', '.join(sorted(missing))}"
+    if found:
+        raise ValueError(f"{path} has {found}, {trials} questions with {', '.join(sorted(columns))} are needed")
 
 
 def _lines(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the questions of one of the paper's data files."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; leave it out for questions that are made up")
-    with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as lines:
+    open_text = gzip.open if path.endswith(".gz") else open
+    with open_text(path, "rt", encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
-def _nth(path: str, n: int) -> dict[str, Any]:
-    return next(line for i, line in enumerate(_lines(path)) if i == n)
+def _question_of_file(path: str, number: int) -> dict[str, Any]:
+    """Return one question of a data file, counted from 0."""
+    return next(line for n, line in enumerate(_lines(path)) if n == number)
 
 
-def _pairs(recipe: LostInTheMiddleRecipe, cell: dict[str, Any]) -> tuple[list[tuple[str, str]], tuple[str, str]]:
-    """(pairs, the one that is asked for)."""
-    if recipe.kv_data:
-        line = _nth(recipe.kv_data, cell["trial"])
-        records = [(key, value) for key, value in line["ordered_kv_records"]]
-        if len(records) < cell["size"]:
-            raise ValueError(f"{recipe.kv_data} has {len(records)} pairs a question, pairs asks for {cell['size']}")
-        return records, (line["key"], line["value"])
-    chance = np.random.default_rng([recipe.seed, cell["size"], cell["trial"]])
-    drawn = [str(UUID(bytes=chance.bytes(16), version=4)) for _ in range(2 * cell["size"])]
-    records = list(zip(drawn[::2], drawn[1::2], strict=True))
-    return records, records[int(chance.integers(cell["size"]))]
-
-
-def _question(
-    recipe: LostInTheMiddleRecipe, cell: dict[str, Any]
-) -> tuple[str, list[str], tuple[str, str], list[tuple[str, str]]]:
-    """(question, answers, the document that holds them, others); a document is a title and a text."""
+def _pairs(choices: LostInTheMiddle.Choices, cell: Cell) -> tuple[list[Pair], Pair]:
+    """Return (pairs, the one that is asked for)."""
     size = cell["size"]
-    if recipe.qa_data:
-        line = _nth(recipe.qa_data, cell["trial"])
-        gold = [(c["title"], c["text"]) for c in line["ctxs"] if c.get("isgold")]
-        others = [(c["title"], c["text"]) for c in line["ctxs"] if not c.get("isgold") and not c.get("hasanswer")]
-        if not gold or len(others) < size - 1:
-            raise ValueError(
-                f"{recipe.qa_data}, question {cell['trial']}: {len(gold)} gold and {len(others)} other documents, "
-                f"documents asks for {size}"
-            )
-        return line["question"], list(line["answers"]), gold[0], others
-    chance = np.random.default_rng([recipe.seed, size, cell["trial"], 1])
-    things = chance.choice(len(PLACES) * len(WORKS), size, replace=False)
-    people = chance.choice(len(GIVEN) * len(FAMILY), size, replace=False)
-    years = chance.integers(1790, 1960, (size, 2))
-    told: list[tuple[str, str, str, tuple[str, str]]] = []
-    for thing, person, (begun, opened) in zip(things.tolist(), people.tolist(), np.sort(years).tolist(), strict=True):
-        place, work = PLACES[thing % len(PLACES)], WORKS[thing // len(PLACES)]
-        name = f"{GIVEN[person % len(GIVEN)]} {FAMILY[person // len(GIVEN)]}"
-        text = (
-            f"The {work} of {place} was begun in {begun} and opened in {opened}. It was designed by {name}, who had "
-            f"drawn the plans in a single winter. Visitors remember it for its stone and for the view from its roof."
+    if choices.kv_data:
+        line = _question_of_file(choices.kv_data, cell["trial"])
+        pairs = [(key, value) for key, value in line["ordered_kv_records"]]
+        if len(pairs) < size:
+            raise ValueError(f"{choices.kv_data} has {len(pairs)} pairs a question, pairs asks for {size}")
+        return pairs, (line["key"], line["value"])
+    chance = np.random.default_rng([choices.seed, size, cell["trial"]])
+    drawn = [str(UUID(bytes=chance.bytes(16), version=4)) for _ in range(2 * size)]
+    pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
+    return pairs, pairs[int(chance.integers(size))]
+
+
+@dataclass(frozen=True)
+class _DocumentQuestion:
+    """A question, its answers, the document that holds them, and others; a document is a title and a text."""
+
+    question: str
+    answers: list[str]
+    gold: Pair
+    others: list[Pair]
+
+
+def _document_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _DocumentQuestion:
+    """Return a cell's question about documents, from the paper's file or about invented people."""
+    if choices.qa_data:
+        return _file_question(choices.qa_data, cell)
+    return _invented_question(choices.seed, cell)
+
+
+def _file_question(path: str, cell: Cell) -> _DocumentQuestion:
+    """Return a question of the paper's file, without other documents that hold an answer too."""
+    size = cell["size"]
+    line = _question_of_file(path, cell["trial"])
+    gold = []
+    others = []
+    for context in line["ctxs"]:
+        document = (context["title"], context["text"])
+        if context.get("isgold"):
+            gold.append(document)
+        elif not context.get("hasanswer"):
+            others.append(document)
+    if not gold or len(others) < size - 1:
+        raise ValueError(
+            f"{path}, question {cell['trial']}: {len(gold)} gold and {len(others)} other documents, "
+            f"documents asks for {size}"
         )
-        told.append((place, work, name, (f"{place} {work}", text)))
-    place, work, name, answer = told[0]
-    return f"who designed the {work} of {place}", [name], answer, [document for *_, document in told[1:]]
+    return _DocumentQuestion(line["question"], list(line["answers"]), gold[0], others)
 
 
-def figure(scores: EvalScores) -> Any:
-    """NLL by place, a line a task and size: a U upside down is a model that is lost in the middle."""
-    question = [
-        f"{scores.model}: does it matter where the answer stands?",
-        "NLL of the answer: a hump in the middle means that answers at both ends are found more easily",
-    ]
-    words = {"kv": "JSON pairs", "qa": "documents"}
-    rows = [row | {"line": f"{row['size']} {words[row['task']]}"} for row in scores.rows if row["kind"] == "cell"]
-    titles = (question, "place of the answer (0 first, 1 last)", "NLL of the answer (nats per token)")
-    return curves(rows, x="depth", y="nll", by="line", titles=titles)
+def _invented_question(seed: int, cell: Cell) -> _DocumentQuestion:
+    """Draw documents about buildings and their designers, all invented; the first one's designer is asked for."""
+    size: int = cell["size"]
+    chance = np.random.default_rng([seed, size, cell["trial"], 1])
+    things = chance.choice(len(PLACES) * len(WORKS), size, replace=False).tolist()
+    people = chance.choice(len(GIVEN) * len(FAMILY), size, replace=False).tolist()
+    years = np.sort(chance.integers(1790, 1960, (size, 2))).tolist()
+    buildings = []
+    designers = []
+    documents = []
+    for thing, person, (begun, opened) in zip(things, people, years, strict=True):
+        place, work = PLACES[thing % len(PLACES)], WORKS[thing // len(PLACES)]
+        designer = f"{GIVEN[person % len(GIVEN)]} {FAMILY[person // len(GIVEN)]}"
+        text = (
+            f"The {work} of {place} was begun in {begun} and opened in {opened}. It was designed by {designer}, who "
+            f"had drawn the plans in a single winter. Visitors remember it for its stone and for the view from its "
+            f"roof."
+        )
+        buildings.append(f"{work} of {place}")
+        designers.append(designer)
+        documents.append((f"{place} {work}", text))
+    return _DocumentQuestion(f"who designed the {buildings[0]}", [designers[0]], documents[0], documents[1:])

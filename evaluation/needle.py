@@ -1,6 +1,6 @@
 """Needle in a haystack: a fact about an invented town, put into real text, asked for at the end (gkamradt's test).
 
-The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the asked length. The
+The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the wanted length. The
 needle goes in where a sentence ends, at a depth from 0 (first) to 1 (the very end). Towns and numbers are drawn anew
 for each haystack: nothing can be known by heart, and the answer is right or wrong, with no judge. Two ways of scoring:
 
@@ -9,7 +9,7 @@ for each haystack: nothing can be known by heart, and the answer is right or wro
 
 Several needles (`needles`) start at the depth and stand evenly spread behind it, and all are asked for; `distractors`
 are facts about other towns, drawn into the text away from the tested depths. A model with a chat template is asked in
-it, unless told not.
+it, unless the recipe forbids it.
 
     longreach evaluate MODEL --eval needle --set lengths=[1024,4096] --set depths=[0,0.5,1]
 """
@@ -17,18 +17,25 @@ it, unless told not.
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
-from longreach.evaluation.documents import Document, matching, text_ids
-from longreach.evaluation.figures import retrieval_figure
-from longreach.evaluation.likelihood import is_dynamic
-from longreach.evaluation.reader import Reader, spelled
-from longreach.evaluation.recipe import NeedleRecipe
-from longreach.evaluation.scores import EvalScores, effective_length, retrieval_row, wilson
+from longreach.evaluation.base import Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
+from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
+from longreach.evaluation.scores import EvalScores, Row, effective_length, retrieval_row, wilson
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from longreach.evaluation.reader import Reader
+else:
+    np = lazy_module("numpy")
 
 TASK = "Read the text below. Somewhere in it a magic number of a town is mentioned; remember it.\n\n"
 FACT = " The magic number of {town} is {number}."
@@ -37,230 +44,343 @@ ANSWER = "The magic number of {town} is"
 QUESTIONS = "\n\nWhat are the magic numbers of {town}?"
 ANSWERS = "The magic numbers of {town} are"
 STARTS = (
-    "Bran",
-    "Cal",
-    "Dor",
-    "El",
-    "Fen",
-    "Gar",
-    "Hol",
-    "Ist",
-    "Jor",
-    "Kel",
-    "Lor",
-    "Mar",
-    "Nor",
-    "Os",
-    "Pel",
-    "Quin",
-)
+    "Bran", "Cal", "Dor", "El", "Fen", "Gar", "Hol", "Ist",
+    "Jor", "Kel", "Lor", "Mar", "Nor", "Os", "Pel", "Quin",
+)  # fmt: skip
 ENDS = ("dale", "ford", "gate", "ham", "mere", "mouth", "stead", "wick")
-EFFECTIVE = 0.85
+RULER_BAR = 0.85
 """RULER's bar for an effective length, about Llama-2-7B's score at 4,096 tokens (2404.06654)."""
 
 
-def cells(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: NeedleRecipe, documents: list[Document]
-) -> list[dict[str, Any]]:
-    """One for each length and trial, with all depths, as their prompts begin alike.
+class Needle(Evaluation):
+    """Is a sentence found that stands somewhere in a real text?"""
 
-    Raises ValueError for a length that the text does not fill or that cannot hold the question, and where a chat
-    template is required but missing.
-    """
-    if recipe.chat_template == "always" and not tokenizer.chat_template:
-        raise ValueError("needle.chat_template is 'always', but the model has no chat template: use 'auto' or 'never'")
-    text = haystack(recipe, documents)
-    for length, trial in itertools.product(recipe.lengths, range(recipe.trials)):
-        prompt = Prompt.draw(tokenizer, recipe, length, 0.0, trial)
-        if (room := length - prompt.fixed) < 1:
+    name = "needle"
+    title = "Needle in a haystack"
+
+    class Choices(EvalChoices):
+        """A fact put into held-out text, asked for at the end (needle in a haystack, gkamradt)."""
+
+        lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
+        """Prompt lengths in tokens."""
+        depths: tuple[Proportion, ...] = ()
+        """Where the needle stands: 0 first, 1 last; without it, depth_points of them."""
+        depth_points: int = Field(default=5, ge=2)
+        """Number of depths, from 0 to 1."""
+        depth_curve: Literal["linear", "sigmoid"] = "linear"
+        """How they are spread: evenly, or denser at both ends."""
+        needles: int = Field(default=1, ge=1, le=8)
+        """Facts that are asked for; the first stands at the depth, the others evenly behind it."""
+        distractors: int = Field(default=0, ge=0, le=64)
+        """Facts about other towns, drawn into the text away from the tested depths."""
+        trials: int = Field(default=1, ge=1)
+        """Haystacks tried for each length."""
+        documents: DocumentNames = ("*",)
+        """Names (shell patterns) of held-out documents that the haystack is made of."""
+        new_tokens: int = Field(default=0, ge=0)
+        """Also generate n tokens and look for the numbers in them; 0: teacher-forced scoring alone."""
+        chat_template: Literal["auto", "always", "never"] = "auto"
+        """Ask as a chat: auto, if the model has a template for it; always, or refuse a model without; never."""
+
+        def every_depth(self) -> list[float]:
+            """Return the depths, ascending."""
+            if self.depths:
+                return sorted(self.depths)
+            depths = [n / (self.depth_points - 1) for n in range(self.depth_points)]
+            if self.depth_curve == "sigmoid":
+                depths = [1 / (1 + math.exp(-10 * (depth - 0.5))) for depth in depths]
+            return [round(depth, 4) for depth in depths]
+
+    choices: Choices
+
+    def cells(self) -> list[Cell]:
+        """Return a cell for each length and trial, with all depths, as their prompts begin alike.
+
+        Raises:
+            ValueError: a length that the text does not fill or that cannot hold the question, or a chat template is
+                required but missing.
+        """
+        choices = self.choices
+        if choices.chat_template == "always" and not self.tokenizer.chat_template:
             raise ValueError(
-                f"needle length {length}: question and needles alone have {prompt.fixed} tokens; use a longer one"
+                "needle.chat_template is 'always', but the model has no chat template: use 'auto' or 'never'"
             )
-        if room > len(text):
-            raise ValueError(
-                f"needle length {length} needs {room} tokens of text, the chosen documents have {len(text)}: "
-                f"lower the length or choose more documents"
-            )
-    return [{"length": length, "trial": trial} for length in recipe.lengths for trial in range(recipe.trials)]
+        text_tokens = len(self._haystack())
+        cells = []
+        for length, trial in itertools.product(choices.lengths, range(choices.trials)):
+            prompt = Prompt.draw(self.tokenizer, choices, length, 0.0, trial)
+            room = length - prompt.fixed_tokens
+            if room < 1:
+                raise ValueError(
+                    f"needle length {length}: question and needles alone have {prompt.fixed_tokens} tokens; "
+                    f"use a longer one"
+                )
+            if room > text_tokens:
+                raise ValueError(
+                    f"needle length {length} needs {room} tokens of text, the chosen documents have {text_tokens}: "
+                    f"lower the length or choose more documents"
+                )
+            cells.append({"length": length, "trial": trial})
+        return cells
 
+    def measure(self, cell: Cell) -> Result:
+        """Return {"cases": one for each depth, "read_tokens", "prompt_tokens", "claimed": the model's context}."""
+        from longreach.evaluation.reader import Reader
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: NeedleRecipe,
-    documents: list[Document],
-    cell: dict[str, Any],
-) -> dict[str, Any]:
-    """{"cases": one for each depth, "read_tokens", "prompt_tokens", "claimed": the model's context}; FloatingPointError
-    for logits that are not finite."""
-    text, ends = haystack(recipe, documents), sentence_ends(tokenizer)
-    reader, cases, read, total = Reader(model, tokenizer), [], 0, 0
-    for depth in recipe.every_depth():
-        prompt = Prompt.draw(tokenizer, recipe, cell["length"], depth, cell["trial"])
-        ids = prompt.around(text, ends, recipe.seed + cell["trial"])
-        place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
-        room = max(recipe.new_tokens, len(prompt.answer)) if recipe.new_tokens else 0
-        found = reader.answer(ids, prompt.answer, f"needle {place}", new_tokens=room)
-        read, total = read + found.read_tokens, total + len(ids)
-        said = [number for number in prompt.numbers if re.search(rf"(?<!\d){number}(?!\d)", found.got)]
-        cases.append(
-            place
-            | {"prompt_tokens": len(ids), "prompt": str(tokenizer.decode(ids)), "expected": ", ".join(prompt.numbers)}
-            | found.as_row()
-            | ({"recall": len(said) / len(prompt.numbers)} if recipe.new_tokens else {})
+        text = self._haystack()
+        ends = sentence_ends(self.tokenizer)
+        reader = Reader(self.model, self.tokenizer)
+        cases = []
+        read_tokens = prompt_tokens = 0
+        for depth in self.choices.every_depth():
+            prompt = Prompt.draw(self.tokenizer, self.choices, cell["length"], depth, cell["trial"])
+            ids = prompt.around(text, ends, self.choices.seed + cell["trial"])
+            place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
+            case, read = self._ask(reader, prompt, ids, place)
+            cases.append(case)
+            read_tokens += read
+            prompt_tokens += len(ids)
+        return {
+            "cases": cases,
+            "read_tokens": read_tokens,
+            "prompt_tokens": prompt_tokens,
+            "claimed": claimed_length(self.model),
+        }
+
+    def _haystack(self) -> np.ndarray:
+        """Return the tokens of the chosen documents, one after the other."""
+        return np.concatenate([document.ids_T for document in matching(self.documents, self.choices.documents)])
+
+    def _ask(self, reader: Reader, prompt: Prompt, ids: list[int], place: Row) -> tuple[Row, int]:
+        """Return one case, and how many tokens had to be read for it."""
+        new_tokens = self.choices.new_tokens
+        if new_tokens:
+            new_tokens = max(new_tokens, len(prompt.answer))
+        answered = reader.answer(ids, prompt.answer, f"needle {place}", new_tokens=new_tokens)
+        case = place | {
+            "prompt_tokens": len(ids),
+            "prompt": str(self.tokenizer.decode(ids)),
+            "expected": ", ".join(prompt.numbers),
+        }
+        case |= answered.as_row()
+        if new_tokens:
+            given = [number for number in prompt.numbers if re.search(rf"(?<!\d){number}(?!\d)", answered.got)]
+            case["recall"] = len(given) / len(prompt.numbers)
+        return case, answered.read_tokens
+
+    @classmethod
+    def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return rows of kind `length` and `cell` (length x depth); the summary has the effective length."""
+        cases = [case for _, result in results for case in result["cases"]]
+        totals = []
+        cells = []
+        for length in choices.lengths:
+            of_length = [case for case in cases if case["length"] == length]
+            totals.append(_row("length", of_length, length, None))
+            for depth in choices.every_depth():
+                of_depth = [case for case in of_length if case["depth"] == depth]
+                cells.append(_row("cell", of_depth, length, depth))
+        summary = {f"needle_{row['length']}": row["accuracy"] for row in totals}
+        summary |= {f"needle_nll_{row['length']}": row["nll"] for row in totals}
+        if choices.new_tokens:
+            summary |= {f"needle_recall_{row['length']}": row["recall"] for row in totals}
+        summary["needle_effective_length"] = effective_length(totals, RULER_BAR)
+        claimed = results[0][1]["claimed"]
+        if claimed:
+            summary["needle_claimed_length"] = float(claimed)
+        read = sum(result["read_tokens"] for _, result in results)
+        summary["needle_tokens_read"] = read / sum(result["prompt_tokens"] for _, result in results)
+        return EvalScores(
+            eval=cls.name,
+            protocol=f"{choices.needles} needles, {choices.distractors} distractors; `correct`: teacher-forced, every "
+            "token of the answer is the argmax; `recall`: share of the numbers in the greedy answer",
+            recipe=choices.model_dump(mode="json"),
+            rows=totals + cells,
+            summary=summary,
+            note="Finding a sentence that stands out is the least that a long context is for.",
+            cases=cases,
         )
-    claimed = getattr(model.config, "max_position_embeddings", None)  # some have no such limit
+
+    @classmethod
+    def figure(cls, scores: EvalScores) -> Any:
+        """Length x depth, as gkamradt's."""
+        from longreach.evaluation.figures import retrieval_figure
+
+        question = [
+            f"{scores.model}: is the needle found, however long the haystack is?",
+            "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
+        ]
+        return retrieval_figure(
+            scores, question, "prompt length (tokens)", "depth (0 first, 1 last)", "length", "depth"
+        )
+
+
+def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
+    """Return the mean of cases; where text was generated, also how many of the numbers it holds."""
+    row = retrieval_row(kind, cases, length, depth)
+    if "recall" in cases[0]:
+        complete = sum(case["recall"] == 1 for case in cases)
+        low, high = wilson(complete, len(cases))
+        row |= {"recall": float(np.mean([case["recall"] for case in cases])), "complete": complete}
+        row |= {"complete_low": low, "complete_high": high}
+    return row
+
+
+def claimed_length(model: PreTrainedModel) -> int | None:
+    """Return the context that the model's config claims, in tokens; None where it names no limit."""
+    from longreach.evaluation.likelihood import is_dynamic
+
+    claimed = getattr(model.config, "max_position_embeddings", None)
     if claimed and is_dynamic(model):
         claimed = round(claimed * model.config.rope_parameters.get("factor", 1))
-    return {"cases": cases, "read_tokens": read, "prompt_tokens": total, "claimed": claimed}
+    return claimed
 
 
-def collect(recipe: NeedleRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
-    """Rows of kind `cell` (length x depth) and `length`; summary with the effective length (EFFECTIVE)."""
-    cases = [case for _, result in results for case in result["cases"]]
-
-    def row(kind: str, length: int, depth: float | None) -> dict[str, Any]:
-        here = [c for c in cases if c["length"] == length and depth in (None, c["depth"])]
-        found = retrieval_row(kind, here, length, depth)
-        if recipe.new_tokens:
-            complete = sum(case["recall"] == 1 for case in here)
-            low, high = wilson(complete, len(here))
-            found |= {"recall": float(np.mean([case["recall"] for case in here])), "complete": complete}
-            found |= {"complete_low": low, "complete_high": high}
-        return found
-
-    totals = [row("length", length, None) for length in recipe.lengths]
-    claimed = {"needle_claimed_length": float(results[0][1]["claimed"])} if results[0][1]["claimed"] else {}
-    read, asked = (sum(result[key] for _, result in results) for key in ("read_tokens", "prompt_tokens"))
-    generated = {f"needle_recall_{r['length']}": r["recall"] for r in totals if "recall" in r}
-    return EvalScores(
-        eval="needle",
-        protocol=f"{recipe.needles} needles, {recipe.distractors} distractors; `correct`: teacher-forced, every token "
-        "of the answer is the argmax; `recall`: share of the numbers in the greedy answer",
-        recipe=recipe.model_dump(mode="json"),
-        rows=totals + [row("cell", length, depth) for length in recipe.lengths for depth in recipe.every_depth()],
-        summary={f"needle_{r['length']}": r["accuracy"] for r in totals}
-        | {f"needle_nll_{r['length']}": r["nll"] for r in totals}
-        | generated
-        | {"needle_effective_length": effective_length(totals, EFFECTIVE)}
-        | claimed
-        | {"needle_tokens_read": read / asked},
-        note="Finding a sentence that stands out is the least that a long context is for.",
-        cases=cases,
-    )
-
-
+@dataclass(frozen=True)
 class Prompt:
-    """One case, in tokens: what stands before and after the haystack, what goes into it, and what is expected."""
+    """One question without its haystack; what stands before and after it, and the facts that go into it, as ids."""
 
-    def __init__(
-        self, before: list[int], after: list[int], needles: list[list[int]], distractors: list[list[int]],
-        numbers: list[str], answer: list[int], length: int, depth: float, elsewhere: list[float],
-    ) -> None:  # fmt: skip
-        self.before, self.after, self.needles, self.distractors = before, after, needles, distractors
-        self.numbers, self.answer, self.length, self.depth = numbers, answer, length, depth
-        self.elsewhere = elsewhere
-        self.fixed = len(before) + len(after) + sum(map(len, [*needles, *distractors]))
+    before: list[int]
+    after: list[int]
+    needles: list[list[int]]
+    """Facts that are asked for."""
+    distractors: list[list[int]]
+    """Facts about other towns."""
+    distractor_depths: list[float]
+    numbers: list[str]
+    """The needles' numbers."""
+    answer: list[int]
+    """What the model should continue with."""
+    length: int
+    """Tokens of the prompt once its haystack is in it."""
+    depth: float
+    """Where the first needle stands."""
+
+    @property
+    def fixed_tokens(self) -> int:
         """Tokens that are no haystack."""
+        facts = sum(map(len, [*self.needles, *self.distractors]))
+        return len(self.before) + len(self.after) + facts
 
     @classmethod
     def draw(
-        cls, tokenizer: PreTrainedTokenizerBase, recipe: NeedleRecipe, length: int, depth: float, trial: int
+        cls, tokenizer: PreTrainedTokenizerBase, choices: Needle.Choices, length: int, depth: float, trial: int
     ) -> Prompt:
-        """The case of a place in the grid. Towns and numbers depend on seed, length and trial, not on the depth: so all
-        depths have one haystack, and a grid can grow without changing."""
-        chance = np.random.default_rng([recipe.seed, length, trial])
-        drawn = chance.choice(len(STARTS) * len(ENDS), recipe.needles + recipe.distractors, replace=False)
-        towns = [STARTS[n % len(STARTS)] + ENDS[n // len(STARTS)] for n in drawn]
-        numbers = [str(n) for n in chance.integers(10_000, 100_000, len(towns))]
+        """Draw the question of one place in the grid.
 
-        def ids(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False).input_ids)
+        Towns and numbers depend on seed, length and trial, not on the depth: so all depths have one haystack, and a
+        grid can grow without changing.
+        """
+        chance = np.random.default_rng([choices.seed, length, trial])
+        count = choices.needles + choices.distractors
+        towns = [town_name(n) for n in chance.choice(len(STARTS) * len(ENDS), count, replace=False)]
+        numbers = [str(n) for n in chance.integers(10_000, 100_000, count)]
+        depths = choices.every_depth()
+        distractor_depths = [away_from(depths, chance) for _ in range(choices.distractors)]
 
-        facts = [ids(FACT.format(town=t, number=n)) for t, n in zip(towns, numbers, strict=True)]
-        asked, question, opening = towns[: recipe.needles], QUESTION, ANSWER
-        if recipe.needles > 1:
+        facts = []
+        for town, number in zip(towns, numbers, strict=True):
+            text = FACT.format(town=town, number=number)
+            facts.append(list(tokenizer(text, add_special_tokens=False).input_ids))
+        wanted_towns = listed(towns[: choices.needles])
+        wanted_numbers = numbers[: choices.needles]
+        question, opening = QUESTION, ANSWER
+        if choices.needles > 1:
             question, opening = QUESTIONS, ANSWERS
-        names = " and ".join(filter(None, [", ".join(asked[:-1]), asked[-1]]))
-        head, tail = around_chat(
-            tokenizer, TASK, question.format(town=names), opening.format(town=names), recipe.chat_template
+        head, tail = question_around(
+            tokenizer,
+            question.format(town=wanted_towns),
+            opening.format(town=wanted_towns),
+            choices.chat_template,
         )
-        before = text_ids(tokenizer, head)
-        answer = " " + " and ".join(
-            filter(None, [", ".join(numbers[: recipe.needles - 1]), numbers[recipe.needles - 1]])
+
+        from longreach.evaluation.reader import spelled
+
+        after, answer = spelled(tokenizer, tail, f" {listed(wanted_numbers)}", "needle", special=False)
+        return cls(
+            before=text_ids(tokenizer, head),
+            after=after,
+            needles=facts[: choices.needles],
+            distractors=facts[choices.needles :],
+            distractor_depths=distractor_depths,
+            numbers=wanted_numbers,
+            answer=answer,
+            length=length,
+            depth=depth,
         )
-        needles, others = facts[: recipe.needles], facts[recipe.needles :]
-        elsewhere = [away_from(recipe.every_depth(), chance) for _ in others]
-        after, expected = spelled(tokenizer, tail, answer, "needle", special=False)
-        return cls(before, after, needles, others, numbers[: recipe.needles], expected, length, depth, elsewhere)
 
     def around(self, text: np.ndarray, ends: set[int], seed: int) -> list[int]:
-        """The prompt's ids, exactly `length` of them: text from a start drawn with `seed`, facts at sentence ends."""
-        room = self.length - self.fixed
-        start = int(np.random.default_rng(seed).integers(0, max(1, len(text) - self.length + 1)))
-        hay = text[start : start + room].tolist()
-        share = [self.depth + (1 - self.depth) * n / len(self.needles) for n in range(len(self.needles))]
-        places = [(at, fact) for at, fact in zip(share, self.needles, strict=True)]
-        places += zip(self.elsewhere, self.distractors, strict=True)
-        inserts = sorted(((sentence_end(hay, at, ends), fact) for at, fact in places), key=lambda one: one[0])
-        ids, last = list(self.before), 0
-        for at, fact in inserts:
-            ids += hay[last:at] + fact
-            last = at
-        return ids + hay[last:] + self.after
+        """Return the prompt's ids, exactly `length` of them.
+
+        Args:
+            text: ids that the haystack is cut from, at a start drawn with `seed`.
+            ends: ids of tokens that end a sentence; facts go in after one.
+        """
+        last_start = len(text) - self.length
+        start = int(np.random.default_rng(seed).integers(0, max(1, last_start + 1)))
+        haystack = text[start : start + self.length - self.fixed_tokens].tolist()
+        inserts = []
+        for n, fact in enumerate(self.needles):
+            depth = self.depth + (1 - self.depth) * n / len(self.needles)
+            inserts.append((sentence_end(haystack, depth, ends), fact))
+        for depth, fact in zip(self.distractor_depths, self.distractors, strict=True):
+            inserts.append((sentence_end(haystack, depth, ends), fact))
+        ids = list(self.before)
+        done = 0
+        for at, fact in sorted(inserts, key=lambda insert: insert[0]):
+            ids += haystack[done:at] + fact
+            done = at
+        return ids + haystack[done:] + self.after
+
+
+def town_name(number: int) -> str:
+    """Return one of the invented towns."""
+    return STARTS[number % len(STARTS)] + ENDS[number // len(STARTS)]
+
+
+def listed(words: list[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def away_from(depths: list[float], chance: np.random.Generator) -> float:
-    """A place in a text, as far from the tested depths as the middle half of the gaps between them."""
+    """Draw a depth in the middle half of a gap between tested depths; wide gaps are drawn more often."""
     edges = sorted({0.0, *depths, 1.0})
     gaps = list(itertools.pairwise(edges))
-    left, right = gaps[int(chance.choice(len(gaps), p=[b - a for a, b in gaps]))]
+    left, right = gaps[int(chance.choice(len(gaps), p=[end - start for start, end in gaps]))]
     return left + (right - left) * float(chance.uniform(0.25, 0.75))
 
 
-def around_chat(
-    tokenizer: PreTrainedTokenizerBase, task: str, question: str, opening: str, chat: str
+def question_around(
+    tokenizer: PreTrainedTokenizerBase, question: str, opening: str, chat_template: str
 ) -> tuple[str, str]:
-    """(what stands before a text, what stands after it): as a chat if the model has a template for one."""
-    if chat == "never" or not tokenizer.chat_template:
-        return task, f"{question}\n{opening}"
-    mark = "\u2063text\u2063"
-    messages = [{"role": "user", "content": f"{task}{mark}{question}"}]
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    before, found, after = whole.partition(mark)
-    if not found:
-        raise ValueError("the model's chat template changes the user's text: set chat_template 'never'")
+    """Return what stands before and after the haystack: as a chat if the model has a template for one."""
+    if chat_template == "never" or not tokenizer.chat_template:
+        return TASK, f"{question}\n{opening}"
+    messages = [{"role": "user", "content": f"{TASK}{MARK}{question}"}]
+    refusal = "the model's chat template changes the user's text: set chat_template 'never'"
+    before, after = chat_around(tokenizer, messages, refusal=refusal)
     return before, after + opening
 
 
-def haystack(recipe: NeedleRecipe, documents: list[Document]) -> np.ndarray:
-    """The chosen documents, one after the other."""
-    return np.concatenate([document.ids_T for document in matching(documents, recipe.documents)])
-
-
 def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of tokens that end a sentence."""
+    """Return the ids of tokens that end a sentence."""
     ids = sorted(tokenizer.get_vocab().values())
     texts = tokenizer.batch_decode([[n] for n in ids])  # a byte-level vocabulary spells a Chinese full stop otherwise
-    return {n for n, text in zip(ids, texts, strict=True) if text.rstrip("\n")[-1:] in (*".!?。！？",)}
+    ends = set()
+    for n, text in zip(ids, texts, strict=True):
+        if text.rstrip("\n").endswith((".", "!", "?", "。", "！", "？")):
+            ends.add(n)
+    return ends
 
 
-def sentence_end(hay: list[int], depth: float, ends: set[int]) -> int:
-    """Where to insert: after the last sentence end at or before the share `depth` of the text, else before all of it;
-    a text without any sentence end is cut where it is."""
-    at = round(depth * len(hay))
-    if ends.isdisjoint(hay):
+def sentence_end(haystack: list[int], depth: float, ends: set[int]) -> int:
+    """Return where to insert: after the last sentence end at or before the share `depth` of the text, else before all
+    of it; a text without any sentence end is cut at the depth itself."""
+    at = round(depth * len(haystack))
+    if ends.isdisjoint(haystack):
         return at
-    while 0 < at < len(hay) and hay[at - 1] not in ends:
+    while 0 < at < len(haystack) and haystack[at - 1] not in ends:
         at -= 1
     return at
-
-
-def figure(scores: EvalScores) -> Any:
-    """Length x depth, as gkamradt's."""
-    question = [
-        f"{scores.model}: is the needle found, however long the haystack is?",
-        "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
-    ]
-    return retrieval_figure(scores, question, "prompt length (tokens)", "depth (0 first, 1 last)", "length", "depth")

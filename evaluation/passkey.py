@@ -9,87 +9,125 @@ used, whether or not the model has one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
-from longreach.evaluation.documents import Document
-from longreach.evaluation.figures import retrieval_figure
-from longreach.evaluation.reader import Reader, spelled
-from longreach.evaluation.recipe import PasskeyRecipe
-from longreach.evaluation.scores import EvalScores, retrieval_row
+from longreach.evaluation.base import Cell, EvalChoices, Evaluation, Proportion, Result
+from longreach.evaluation.scores import EvalScores, Row, retrieval_row
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from longreach.evaluation.reader import Reader
+else:
+    np = lazy_module("numpy")
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-SENTENCES = [sentence + "." for sentence in FILLER.rstrip(".").split(". ")]
+SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 QUESTION = "What is the pass key? The pass key is"
 KEYS = (1, 50_000)
 """The key's range, half open, as in LongLoRA's script."""
 
 
-def cells(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: PasskeyRecipe, documents: list[Document]
-) -> list[dict[str, Any]]:
-    """One for each length and trial, with all depths, as their prompts begin alike. `documents` are not read.
+class Passkey(Evaluation):
+    """Is a number found that stands somewhere in filler sentences?"""
 
-    Raises ValueError for a length that cannot hold the prompt.
-    """
-    for length in recipe.lengths:
-        fit_prompt(tokenizer, length, 0.5, KEYS[1] - 1)
-    return [{"length": length, "trial": trial} for length in recipe.lengths for trial in range(recipe.trials)]
+    name = "passkey"
+    title = "Passkey"
+    gate = ("passkey", "effective_length")
 
+    class Choices(EvalChoices):
+        """A key from 1 to 49,999 hidden in filler sentences (LongLoRA, section 4.2; 2305.16300)."""
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: PasskeyRecipe,
-    documents: list[Document],
-    cell: dict[str, Any],
-) -> dict[str, Any]:
-    """{"cases": one for each depth}. A case's key depends on the seed, its length, depth and trial alone, so that a
-    grid can grow without changing. Raises FloatingPointError for logits that are not finite."""
-    reader, cases = Reader(model, tokenizer), []
-    for depth in sorted(recipe.depths):
-        key = draw_key(recipe.seed, cell["length"], depth, cell["trial"])
-        prompt = fit_prompt(tokenizer, cell["length"], depth, key)
-        place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
-        cases.append(place | ask(reader, prompt, f" {key}", f"passkey {place}"))
-    return {"cases": cases}
+        lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
+        """Prompt lengths in tokens."""
+        depths: tuple[Proportion, ...] = Field(default=(0.1, 0.5, 0.9), min_length=1)
+        """Where the key stands: 0 is the prompt's beginning, 1 its end."""
+        trials: int = Field(default=1, ge=1)
+        """Keys tried for each length and depth."""
 
+    choices: Choices
 
-def collect(recipe: PasskeyRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
-    """Rows of kind `cell` (length x depth) and `length`; accuracy with Wilson's interval, NLL in nats per key token."""
-    cases = [case for _, result in results for case in result["cases"]]
-    rows = [
-        retrieval_row("cell", [c for c in cases if (c["length"], c["depth"]) == (length, depth)], length, depth)
-        for length in recipe.lengths
-        for depth in recipe.depths
-    ]
-    totals = [retrieval_row("length", [c for c in cases if c["length"] == n], n, None) for n in recipe.lengths]
-    return EvalScores(
-        eval="passkey",
-        protocol="teacher-forced: every token of the key is the argmax (equal to greedy decoding); no chat template",
-        recipe=recipe.model_dump(mode="json"),
-        rows=totals + rows,
-        summary={f"passkey_{r['length']}": r["accuracy"] for r in totals}
-        | {f"passkey_nll_{r['length']}": r["nll"] for r in totals},
-        note="Synthetic and easy: failing it says more than passing it.",
-        cases=cases,
-    )
+    def cells(self) -> list[Cell]:
+        """Return a cell for each length and trial, with all depths, as their prompts begin alike.
+
+        Raises:
+            ValueError: a length cannot hold the prompt.
+        """
+        for length in self.choices.lengths:
+            fit_prompt(self.tokenizer, length, 0.5, KEYS[1] - 1)
+        trials = range(self.choices.trials)
+        return [{"length": length, "trial": trial} for length in self.choices.lengths for trial in trials]
+
+    def measure(self, cell: Cell) -> Result:
+        """Return {"cases": one for each depth}.
+
+        A case's key depends on the seed, its length, depth and trial alone, so a grid can grow without changing.
+        """
+        from longreach.evaluation.reader import Reader
+
+        reader = Reader(self.model, self.tokenizer)
+        cases = []
+        for depth in sorted(self.choices.depths):
+            key = draw_key(self.choices.seed, cell["length"], depth, cell["trial"])
+            prompt = fit_prompt(self.tokenizer, cell["length"], depth, key)
+            place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
+            cases.append(place | ask(reader, prompt, f" {key}", f"passkey {place}"))
+        return {"cases": cases}
+
+    @classmethod
+    def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return rows of kind `length` and `cell` (length x depth): accuracy with Wilson's interval, NLL in nats per
+        token of the key."""
+        cases = [case for _, result in results for case in result["cases"]]
+        totals = []
+        cells = []
+        for length in choices.lengths:
+            of_length = [case for case in cases if case["length"] == length]
+            totals.append(retrieval_row("length", of_length, length, None))
+            for depth in choices.depths:
+                of_depth = [case for case in of_length if case["depth"] == depth]
+                cells.append(retrieval_row("cell", of_depth, length, depth))
+        accuracies = {f"passkey_{row['length']}": row["accuracy"] for row in totals}
+        nlls = {f"passkey_nll_{row['length']}": row["nll"] for row in totals}
+        return EvalScores(
+            eval=cls.name,
+            protocol="teacher-forced: every token of the key is the argmax (equal to greedy decoding); "
+            "no chat template",
+            recipe=choices.model_dump(mode="json"),
+            rows=totals + cells,
+            summary=accuracies | nlls,
+            note="Synthetic and easy: failing it says more than passing it.",
+            cases=cases,
+        )
+
+    @classmethod
+    def figure(cls, scores: EvalScores) -> Any:
+        """Length x depth: colour and first line are the key's mean NLL, the second line is how many were found."""
+        from longreach.evaluation.figures import retrieval_figure
+
+        question = [
+            f"{scores.model}: is the pass key found, wherever it stands?",
+            "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
+        ]
+        names = ("prompt length (tokens)", "depth (0 first, 1 last)")
+        return retrieval_figure(scores, question, *names, "length", "depth")
 
 
 def draw_key(seed: int, length: int, depth: float, trial: int) -> int:
-    """The cell's key, from 1 to 49,999."""
-    return int(np.random.default_rng([seed, length, round(depth * 1_000_000), trial]).integers(*KEYS))
+    """Return a case's key, from 1 to 49,999."""
+    chance = np.random.default_rng([seed, length, round(depth * 1_000_000), trial])
+    return int(chance.integers(*KEYS))
 
 
 def prompt_text(sentences: int, depth: float, key: int) -> str:
-    """The prompt with so many filler sentences, the key after the share `depth` of them."""
+    """Return the prompt with n filler sentences, the key after the share `depth` of them."""
     filler = [SENTENCES[n % len(SENTENCES)] for n in range(sentences)]
     cut = round(depth * sentences)
     info = f"The pass key is {key}. Remember it. {key} is the pass key."
@@ -98,12 +136,13 @@ def prompt_text(sentences: int, depth: float, key: int) -> str:
 
 
 def fit_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: int) -> str:
-    """The longest such prompt of at most `length` tokens, special ones included."""
+    """Return the longest such prompt of at most `length` tokens, special ones included."""
 
     def tokens(sentences: int) -> int:
         return len(tokenizer(prompt_text(sentences, depth, key)).input_ids)
 
-    if (least := tokens(0)) > length:
+    least = tokens(0)
+    if least > length:
         raise ValueError(f"passkey length {length}: the prompt alone has {least} tokens without any filler; use more")
     per_sentence = (tokens(100) - least) / 100
     sentences = int((length - least) / per_sentence)
@@ -114,18 +153,14 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, ke
     return prompt_text(sentences, depth, key)
 
 
-def ask(reader: Reader, prompt: str, answer: str, where: str) -> dict[str, Any]:
-    """One case: is `answer` what greedy decoding would continue `prompt` with? ValueError as `spelled`."""
+def ask(reader: Reader, prompt: str, answer: str, where: str) -> Row:
+    """Return one case: is `answer` what greedy decoding would continue `prompt` with? ValueError as `spelled`."""
+    from longreach.evaluation.reader import spelled
+
     prompt_ids, answer_ids = spelled(reader.tokenizer, prompt, answer, where)
-    found = reader.answer(prompt_ids, answer_ids, where)
-    asked = {"prompt_tokens": len(prompt_ids), "prompt": prompt, "expected": answer.strip()}
-    return asked | found.as_row()
-
-
-def figure(scores: EvalScores) -> Any:
-    """Length x depth: colour and first line are the key's mean NLL, the second line is how many were found."""
-    question = [
-        f"{scores.model}: is the pass key found, wherever it stands?",
-        "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
-    ]
-    return retrieval_figure(scores, question, "prompt length (tokens)", "depth (0 first, 1 last)", "length", "depth")
+    answered = reader.answer(prompt_ids, answer_ids, where)
+    return {
+        "prompt_tokens": len(prompt_ids),
+        "prompt": prompt,
+        "expected": answer.strip(),
+    } | answered.as_row()

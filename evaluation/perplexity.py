@@ -4,8 +4,8 @@ One causal pass over a document's first L tokens scores every token in its full 
 length that fits a document serves all shorter lengths too. Two protocols, named in every row:
 
   last_stride    mean over the last `last_tokens` tokens of the context: each has (nearly) the whole length behind it
-  whole_window   mean over all tokens of the context: easy to compare with published numbers, flattered by nothing but
-                 burdened by its first tokens, which have little context
+  whole_window   mean over all tokens of the context: easy to compare with published numbers, but burdened by the first
+                 tokens, which have little context
 
 In this form different lengths score different tokens of the same text. So compare models at one length, where they
 score exactly the same tokens; one model's numbers at two lengths differ by the text as well. A length counts the text's
@@ -15,98 +15,159 @@ Pooled rows average over documents, which are the independent units: the interva
 
     longreach evaluate MODEL --eval perplexity --set lengths=[2048,8192]
 
-Legend: T tokens.
+Legend: T tokens, D documents.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import altair as alt
-import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
+from longreach.evaluation.base import Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, matching, with_first
-from longreach.evaluation.figures import curves
-from longreach.evaluation.likelihood import check_head, is_dynamic, token_nll
-from longreach.evaluation.recipe import PerplexityRecipe
-from longreach.evaluation.scores import EvalScores, bootstrap_mean
+from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+else:
+    np = lazy_module("numpy")
 
 PROTOCOLS = ("last_stride", "whole_window")
 ALL = "*"
+"""The document and the domain of rows that are means over all of them."""
 
 
-def cells(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: PerplexityRecipe, documents: list[Document]
-) -> list[dict[str, Any]]:
-    """A pass each: the document, how far it is read, and which lengths that serves.
+class Perplexity(Evaluation):
+    """How well are held-out texts predicted, by how much of them the model sees?"""
 
-    Raises ValueError for a length that no document reaches or that last_tokens does not fit into.
-    """
-    chosen = matching(documents, recipe.documents)
-    names = [document.name for document in chosen]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{len(twice)} names belong to several held-out documents ({twice[0]}): rename the files")
-    lengths = sorted(set(recipe.lengths))
-    check_lengths(lengths, recipe.last_tokens, chosen)
-    check_head(model, chosen[0].ids_T)
-    found = []
-    for document in chosen:
-        fitting = [n for n in lengths if n <= len(document.ids_T)]
-        for length in passes(model, fitting):
-            serves = [length] if is_dynamic(model) else fitting
-            place = {"document": document.name, "domain": document.domain, "length": length}
-            found.append(place | {"serves": serves, "longest": length == fitting[-1]})
-    return found
+    name = "perplexity"
+    title = "Perplexity"
+    gate = ("perplexity_ratio", "base_ratio")
+
+    class Choices(EvalChoices):
+        """Perplexity by context length on held-out documents."""
+
+        lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
+        """Context lengths in tokens, below and above the trained one."""
+        documents: DocumentNames = ("*",)
+        """Names (shell patterns) of held-out documents; those shorter than a length do not count at that length."""
+        last_tokens: int = Field(default=256, ge=1)
+        """The `last_stride` protocol scores this many tokens at the end of each context."""
+
+    choices: Choices
+
+    def cells(self) -> list[Cell]:
+        """Return a cell for each pass: the document, how far it is read, and the lengths that this pass serves.
+
+        Raises:
+            ValueError: a length that no document reaches or into which last_tokens does not fit.
+        """
+        from longreach.evaluation.likelihood import check_head, is_dynamic
+
+        chosen = matching(self.documents, self.choices.documents)
+        _check_names([document.name for document in chosen])
+        lengths = sorted(set(self.choices.lengths))
+        check_lengths(lengths, self.choices.last_tokens, chosen)
+        check_head(self.model, chosen[0].ids_T)
+        cells = []
+        for document in chosen:
+            fitting = [n for n in lengths if n <= len(document.ids_T)]
+            for length in passes(self.model, fitting):
+                cells.append(
+                    {
+                        "document": document.name,
+                        "domain": document.domain,
+                        "length": length,
+                        "serves": [length] if is_dynamic(self.model) else fitting,
+                        "longest": length == fitting[-1],
+                    }
+                )
+        return cells
+
+    def measure(self, cell: Cell) -> Result:
+        """Return {"nll": nats of the text's tokens 1 .. length-1, "seconds": of the pass}."""
+        from longreach.evaluation.likelihood import token_nll
+
+        document = next(d for d in self.documents if d.name == cell["document"])
+        began = time.perf_counter()
+        ids_T = with_first(document.ids_T[: cell["length"]], first_token_id(self.tokenizer))
+        nll_T = token_nll(self.model, ids_T, document.name)[1 - cell["length"] :]
+        return {"nll": nll_T.tolist(), "seconds": time.perf_counter() - began}
+
+    @classmethod
+    def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return rows of kind `pooled` (by length and protocol, over all documents and by domain), `document` and
+        `position`; NLL in nats per token."""
+        rows: list[Row] = []
+        for cell, result in results:
+            nll_T = np.array(result["nll"])
+            place = {"document": cell["document"], "domain": cell["domain"]}
+            for length in cell["serves"]:
+                rows += document_rows(place, nll_T[: length - 1], choices.last_tokens)
+            if cell["longest"]:
+                rows += position_rows(place, nll_T, choices.last_tokens)
+        pooled = pooled_rows(rows, choices.seed)
+        names = {"last_stride": "ppl", "whole_window": "ppl_window"}
+        summary = {}
+        for row in pooled:
+            if row["domain"] == ALL:
+                summary[f"{names[row['protocol']]}_{row['length']}"] = row["ppl"]
+        tokens = sum(cell["length"] for cell, _ in results)
+        seconds = sum(result["seconds"] for _, result in results)
+        return EvalScores(
+            eval=cls.name,
+            protocol=f"one causal pass a document; last_stride: its last {choices.last_tokens} tokens; "
+            "whole_window: all",
+            recipe=choices.model_dump(mode="json"),
+            rows=pooled + rows,
+            summary=summary | {"tokens_per_s": tokens / seconds},
+            note="Lengths score different tokens: compare models at one length, not lengths of one model.",
+        )
+
+    @classmethod
+    def figure(cls, scores: EvalScores) -> Any:
+        """Perplexity by length, a line a document and one for all; below, the NLL along the text."""
+        import altair as alt
+
+        from longreach.evaluation.figures import curves
+
+        question = [
+            f"{scores.model}: does the text stay predictable as the context grows?",
+            "lower is better; a rise past the trained length means that the model breaks there",
+        ]
+        by_length = [
+            row | {"line": "all documents" if row["domain"] == ALL else row["document"]}
+            for row in scores.rows
+            if row["protocol"] == "last_stride" and (row["kind"] == "document" or row["domain"] == ALL)
+        ]
+        names = (question, "context length (tokens)", f"perplexity of the last {scores.recipe['last_tokens']} tokens")
+        upper = curves(
+            by_length, x="length", y="ppl", by="line", titles=names, log="xy", low="ppl_low", high="ppl_high"
+        )
+        along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if row["kind"] == "position"]
+        below = ("Along the text", "position (tokens)", "NLL (nats per token)")
+        return alt.vconcat(upper, curves(along, x="middle", y="nll", by="document", titles=below)).resolve_scale(
+            color="independent", strokeDash="independent"
+        )
 
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: PerplexityRecipe,
-    documents: list[Document],
-    cell: dict[str, Any],
-) -> dict[str, Any]:
-    """{"nll": nats of text tokens 1 .. length-1, "seconds"}. FloatingPointError for logits that are not finite."""
-    document = next(d for d in documents if d.name == cell["document"])
-    began = time.perf_counter()
-    ids_T = with_first(document.ids_T[: cell["length"]], first_token_id(tokenizer))
-    nll_T = token_nll(model, ids_T, document.name)[1 - cell["length"] :]
-    return {"nll": nll_T.tolist(), "seconds": time.perf_counter() - began}
-
-
-def collect(recipe: PerplexityRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
-    """Rows of kind `document`, `pooled` (per length and protocol, over all documents and by domain) and `position`.
-
-    NLL in nats per token.
-    """
-    rows: list[dict[str, Any]] = []
-    for cell, result in results:
-        nll_T, about = np.array(result["nll"]), {"document": cell["document"], "domain": cell["domain"]}
-        for served in cell["serves"]:
-            rows += document_rows(about, nll_T[: served - 1], recipe.last_tokens)
-        if cell["longest"]:
-            rows += position_rows(about, nll_T, recipe.last_tokens)
-    pooled = pooled_rows(rows, recipe.seed)
-    names = {"last_stride": "ppl", "whole_window": "ppl_window"}
-    summary = {f"{names[r['protocol']]}_{r['length']}": r["ppl"] for r in pooled if r["domain"] == ALL}
-    passed, seconds = sum(c["length"] for c, _ in results), sum(r["seconds"] for _, r in results)
-    return EvalScores(
-        eval="perplexity",
-        protocol=f"one causal pass a document; last_stride: its last {recipe.last_tokens} tokens; whole_window: all",
-        recipe=recipe.model_dump(mode="json"),
-        rows=pooled + rows,
-        summary=summary | {"tokens_per_s": passed / seconds},
-        note="Lengths score different tokens: compare models at one length, not lengths of one model.",
-    )
+def _check_names(names: list[str]) -> None:
+    """Raise ValueError where two documents have one name, which rows could not tell apart."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} names belong to several held-out documents ({repeated[0]}): rename the files"
+        )
 
 
 def check_lengths(lengths: list[int], last_tokens: int, documents: list[Document]) -> None:
-    """ValueError where a length has nothing to score."""
-    longest = max(documents, key=lambda d: len(d.ids_T))
+    """Raise ValueError where a length has nothing to score."""
+    longest = max(documents, key=lambda document: len(document.ids_T))
     if lengths[-1] > len(longest.ids_T):
         raise ValueError(
             f"length {lengths[-1]} is longer than every chosen document; the longest, {longest.name}, has "
@@ -120,84 +181,79 @@ def check_lengths(lengths: list[int], last_tokens: int, documents: list[Document
 
 
 def passes(model: PreTrainedModel, lengths: list[int]) -> list[int]:
-    """The lengths at which a document is run to serve all `lengths`: the greatest, or each one (is_dynamic)."""
+    """Return the lengths at which a document is read to serve all `lengths`.
+
+    The greatest serves all, except where rotary frequencies change with the length: then each has its own pass.
+    """
+    from longreach.evaluation.likelihood import is_dynamic
+
     return lengths if is_dynamic(model) else lengths[-1:]
 
 
-def document_rows(about: dict[str, str], nll_T: np.ndarray, last_tokens: int) -> list[dict[str, Any]]:
-    """One row a protocol, for the context that ends with nll_T's last token; about: the document's name and domain."""
+def document_rows(place: dict[str, str], nll_T: np.ndarray, last_tokens: int) -> list[Row]:
+    """Return a row for each protocol, for the context that ends with nll_T's last token.
+
+    place: the document's name and domain.
+    """
     scored = {"last_stride": nll_T[-last_tokens:], "whole_window": nll_T}
-    return [
-        {
-            "kind": "document",
-            "protocol": protocol,
-            "length": len(nll_T) + 1,
-        }
-        | about
-        | {
-            "documents": 1,
-            "tokens": len(scored[protocol]),
-            "nll": float(scored[protocol].mean()),
-            "ppl": math.exp(scored[protocol].mean()),
-        }
-        for protocol in PROTOCOLS
-    ]
+    rows = []
+    for protocol in PROTOCOLS:
+        mean = float(scored[protocol].mean())
+        row: Row = {"kind": "document", "protocol": protocol, "length": len(nll_T) + 1}
+        row |= place
+        row |= {"documents": 1, "tokens": len(scored[protocol]), "nll": mean, "ppl": math.exp(mean)}
+        rows.append(row)
+    return rows
 
 
-def position_rows(about: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> list[dict[str, Any]]:
-    """The NLL curve along the text, in bins of bin_tokens positions; entry t of nll_T is text token t + 1's."""
-    return [
-        {
-            "kind": "position",
-            "protocol": "per_position",
-        }
-        | about
-        | {
-            "start": start,
-            "end": min(start + bin_tokens, len(nll_T) + 1),
-            "nll": float(nll_T[max(0, start - 1) : start + bin_tokens - 1].mean()),
-        }
-        for start in range(0, len(nll_T) + 1, bin_tokens)
-        if start + bin_tokens > 1  # the first token is predicted from nothing
-    ]
+def position_rows(place: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> list[Row]:
+    """Return the NLL along the text, in bins of bin_tokens positions; entry t of nll_T is text token t + 1's."""
+    tokens = len(nll_T) + 1
+    rows = []
+    for start in range(0, tokens, bin_tokens):
+        end = min(start + bin_tokens, tokens)
+        if end == 1:
+            continue  # the text's first token is predicted from nothing, so a bin of it alone has no NLL
+        nll = float(nll_T[max(0, start - 1) : end - 1].mean())
+        row: Row = {"kind": "position", "protocol": "per_position"}
+        rows.append(row | place | {"start": start, "end": end, "nll": nll})
+    return rows
 
 
-def pooled_rows(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Over documents and, where there are several domains, over each domain's; exp of the mean NLL."""
+def pooled_rows(rows: list[Row], seed: int) -> list[Row]:
+    """Return means over documents and, where there are several domains, over each domain's; exp of the mean NLL."""
+    documents = [row for row in rows if row["kind"] == "document"]
     domains = sorted({row["domain"] for row in rows})
-    cells = sorted({(row["length"], row["protocol"]) for row in rows if row["kind"] == "document"})
+    shown = [ALL, *domains] if len(domains) > 1 else [ALL]
     pooled = []
-    for length, protocol in cells:
-        here = [row for row in rows if row.get("length") == length and row["protocol"] == protocol]
-        for domain in [ALL, *(domains if len(domains) > 1 else [])]:
-            nll_D = np.array([row["nll"] for row in here if domain in (ALL, row["domain"])])
-            if len(nll_D):
-                tokens = sum(row["tokens"] for row in here if domain in (ALL, row["domain"]))
-                pooled.append(
-                    {"kind": "pooled", "protocol": protocol, "length": length, "document": ALL, "domain": domain}
-                    | {"documents": len(nll_D), "tokens": tokens, "nll": float(nll_D.mean())}
-                    | {"ppl": math.exp(nll_D.mean())}
-                )
-                if interval := bootstrap_mean(nll_D, seed):
-                    pooled[-1] |= {"ppl_low": math.exp(interval[0]), "ppl_high": math.exp(interval[1])}
+    for length, protocol in sorted({(row["length"], row["protocol"]) for row in documents}):
+        for domain in shown:
+            of_domain = [
+                row
+                for row in documents
+                if (row["length"], row["protocol"]) == (length, protocol) and domain in (ALL, row["domain"])
+            ]
+            if of_domain:
+                place = {"protocol": protocol, "length": length, "domain": domain}
+                pooled.append(_pooled(place, of_domain, seed))
     return pooled
 
 
-def figure(scores: EvalScores) -> Any:
-    """Perplexity by length, a line a document and one for all; below, the NLL along the text."""
-    question = [
-        f"{scores.model}: does the text stay predictable as the context grows?",
-        "lower is better; a rise past the trained length means that the model breaks there",
-    ]
-    by_length = [
-        row | {"line": "all documents" if row["domain"] == ALL else row["document"]}
-        for row in scores.rows
-        if row["protocol"] == "last_stride" and (row["kind"] == "document" or row["domain"] == ALL)
-    ]
-    names = (question, "context length (tokens)", f"perplexity of the last {scores.recipe['last_tokens']} tokens")
-    upper = curves(by_length, x="length", y="ppl", by="line", titles=names, log="xy", low="ppl_low", high="ppl_high")
-    along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if row["kind"] == "position"]
-    below = ("Along the text", "position (tokens)", "NLL (nats per token)")
-    return alt.vconcat(upper, curves(along, x="middle", y="nll", by="document", titles=below)).resolve_scale(
-        color="independent", strokeDash="independent"
-    )
+def _pooled(place: Row, documents: list[Row], seed: int) -> Row:
+    """Return the mean over documents' rows, with an interval if there are two or more."""
+    nll_D = np.array([row["nll"] for row in documents])
+    row = {
+        "kind": "pooled",
+        "protocol": place["protocol"],
+        "length": place["length"],
+        "document": ALL,
+        "domain": place["domain"],
+        "documents": len(nll_D),
+        "tokens": sum(row["tokens"] for row in documents),
+        "nll": float(nll_D.mean()),
+        "ppl": math.exp(nll_D.mean()),
+    }
+    interval = bootstrap_mean(nll_D, seed)
+    if interval:
+        row |= {"ppl_low": math.exp(interval[0]), "ppl_high": math.exp(interval[1])}
+    return row

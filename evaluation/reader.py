@@ -13,11 +13,11 @@ Legend: A tokens of the answer, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from longreach.evaluation.documents import text_ids
@@ -27,36 +27,87 @@ from longreach.evaluation.likelihood import check_ids, forget_length, is_dynamic
 def spelled(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str, *, special: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Ids of the prompt, after the tokenizer's first token or without it, and of the answer as it goes on from it.
+    """Return the ids of the prompt, and of the answer as the text goes on from it.
 
-    A blank that is a token of its own belongs to the prompt: it says nothing of the answer. ValueError where the
-    tokenizer joins the prompt's end and the answer's beginning: then no continuation of its tokens spells the answer.
+    A blank that is a token of its own belongs to the prompt: it tells nothing about the answer.
+
+    Args:
+        where: what is asked, for errors.
+        special: put the tokenizer's first token before the prompt.
+
+    Raises:
+        ValueError: the tokenizer joins the prompt's end and the answer's beginning, so that no continuation of the
+            prompt's tokens spells the answer.
     """
-    before, ids = (text_ids(tokenizer, text, first=special) for text in (prompt, prompt + answer))
+    before = text_ids(tokenizer, prompt, first=special)
+    ids = text_ids(tokenizer, prompt + answer, first=special)
     if ids[: len(before)] != before or len(ids) == len(before):
         raise ValueError(f"{where}: the tokenizer joins {prompt[-8:]!r} and {answer!r} into one token")
-    while len(ids) - len(before) > 1 and not str(tokenizer.decode(ids[len(before) : len(before) + 1])).strip():
-        before.append(ids[len(before)])
-    return before, ids[len(before) :]
+    start = len(before)
+    while len(ids) - start > 1 and not str(tokenizer.decode(ids[start : start + 1])).strip():
+        start += 1
+    return ids[:start], ids[start:]
+
+
+def shared_start(ids: list[int], others: list[int]) -> int:
+    """Return how many tokens two texts have in common from their beginning on."""
+    shared = 0
+    for a, b in zip(ids, others, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared
+
+
+def generated(
+    model: PreTrainedModel,
+    cache: Cache,
+    ids: list[int],
+    new_tokens: int,
+    choose: Callable[[torch.Tensor], int],
+) -> Iterator[int]:
+    """Yield the tokens that follow `ids`, the one that ends the text included; the last one is not yet in the cache.
+
+    Nothing but `choose` decides, whatever penalties or beams the model's own generation_config asks for.
+
+    Args:
+        cache: holds what was read before `ids`.
+        choose: from the logits [V] of the next token to its id.
+    """
+    ends = model.generation_config.eos_token_id
+    stop = {*ends} if isinstance(ends, list) else {ends}
+    for _ in range(new_tokens):
+        with torch.inference_mode():
+            x_1T = torch.tensor([ids], device=model.device)
+            token = choose(model(x_1T, past_key_values=cache, logits_to_keep=1).logits[0, -1])
+        yield token
+        if token in stop:
+            return
+        ids = [token]
+
+
+def greedy(logits_V: torch.Tensor) -> int:
+    """Return the most likely token."""
+    return int(logits_V.argmax())
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model would say to a prompt."""
+    """How a model answers a prompt."""
 
     nll: float
     """Mean NLL of the expected answer's tokens, in nats."""
     token_accuracy: float
     """Share of them that are the argmax, each given those before it."""
     correct: bool
-    """All of them."""
+    """Whether all of them are the argmax."""
     got: str
-    """Greedy: what it generated, or, where nothing was generated, the argmax at each of the answer's positions."""
+    """Greedy text: the generated one or, where nothing was generated, the argmax at each of the answer's positions."""
     read_tokens: int
     """How many tokens had to be read for it."""
 
     def as_row(self) -> dict[str, float | bool | str]:
-        """As an evaluation's case keeps it."""
+        """Return the columns that an evaluation's case keeps."""
         return {"got": self.got, "correct": self.correct, "token_accuracy": self.token_accuracy, "nll": self.nll}
 
 
@@ -64,41 +115,52 @@ class Reader:
     """Reads prompts in turn, one model. Make one for the prompts that share a beginning: its cache stays in memory."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, reuse: bool = True) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        fresh = DynamicCache(config=model.config)
+        """Start with an empty cache; reuse: take up what two prompts have in common, where the model allows it."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = DynamicCache(config=model.config)
+        self.cached: list[int] = []
+        """Token ids whose keys and values are in the cache."""
         # keys that were dropped from a window, or turned for another length, cannot be taken up again
-        croppable = all(type(layer) is DynamicLayer for layer in fresh.layers)
+        croppable = all(type(layer) is DynamicLayer for layer in self.cache.layers)
         self.reuse = reuse and croppable and not is_dynamic(model)
-        self.held: list[int] = []
-        self.cache = fresh
 
-    @torch.inference_mode()
     def answer(self, prompt: list[int], expected: list[int], where: str, *, new_tokens: int = 0) -> Answer:
-        """How the model takes `expected` after `prompt`, and what it generates in new_tokens tokens (0: nothing).
+        """Return how likely `expected` is after `prompt`, and what the model generates in new_tokens tokens (0: none).
 
-        FloatingPointError where the logits are not finite; ValueError where an id has no embedding.
+        Raises:
+            FloatingPointError: the logits are not finite.
+            ValueError: an id has no embedding.
         """
         ids = torch.tensor([*prompt, *expected[:-1]], device=self.model.device)
         check_ids(self.model, ids, where)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.held, prompt[:-1], strict=False)))
-        shared = self._keep(shared)
         expected_A = torch.tensor(expected, device=self.model.device)
-        out = self.model(input_ids=ids[None, shared:], past_key_values=self.cache, logits_to_keep=len(expected))
-        logits_AV = out.logits[0].float()
-        nll_A = torch.nn.functional.cross_entropy(logits_AV, expected_A, reduction="none")
+        with torch.inference_mode():
+            shared = self._keep(shared_start(self.cached, prompt[:-1]))
+            out = self.model(input_ids=ids[None, shared:], past_key_values=self.cache, logits_to_keep=len(expected))
+            logits_AV = out.logits[0].float()
+            nll_A = torch.nn.functional.cross_entropy(logits_AV, expected_A, reduction="none")
         if not torch.isfinite(nll_A).all():
             raise FloatingPointError(f"{where}: the logits of the answer's tokens are not finite; check the weights")
-        hit_A = (got_A := logits_AV.argmax(-1)) == expected_A
-        self.held = ids.tolist()
-        got = self._generate(prompt, new_tokens) if new_tokens else str(self.tokenizer.decode(got_A)).strip()
+        got_A = logits_AV.argmax(-1)
+        hit_A = got_A == expected_A
+        self.cached = ids.tolist()
+        got = str(self.tokenizer.decode(got_A)).strip()
+        if new_tokens:
+            got = self._generate(prompt, new_tokens)
         return Answer(
-            float(nll_A.double().mean()), float(hit_A.double().mean()), bool(hit_A.all()), got, len(ids) - shared
+            nll=float(nll_A.double().mean()),
+            token_accuracy=float(hit_A.double().mean()),
+            correct=bool(hit_A.all()),
+            got=got,
+            read_tokens=len(ids) - shared,
         )
 
     def _keep(self, tokens: int) -> int:
-        """Forgets all but the first so many tokens, or all of them; returns how many are left."""
+        """Forget all but the first n tokens, or all of them where that cannot be; return how many are left."""
         if tokens and self.reuse:
-            if spare := len(self.held) - tokens:
+            spare = len(self.cached) - tokens
+            if spare:
                 self.cache.crop(-spare)
             return tokens
         forget_length(self.model)
@@ -106,16 +168,9 @@ class Reader:
         return 0
 
     def _generate(self, prompt: list[int], new_tokens: int) -> str:
-        """Greedy and nothing else, whatever penalties or beams the model's own generation_config asks for."""
-        ends = self.model.generation_config.eos_token_id
-        stop, said = {*ends} if isinstance(ends, list) else {ends}, []
-        ids = prompt[self._keep(len(prompt) - 1) :]
-        for _ in range(new_tokens):
-            x_1T = torch.tensor([ids], device=self.model.device)
-            token = int(self.model(x_1T, past_key_values=self.cache, logits_to_keep=1).logits[0, -1].argmax())
-            said.append(token)
-            if token in stop:
-                break
-            ids = [token]
-        self.held = [*prompt, *said[:-1]]
-        return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
+        """Return the greedy text after a prompt whose beginning is in the cache."""
+        with torch.inference_mode():
+            kept = self._keep(len(prompt) - 1)
+        tokens = list(generated(self.model, self.cache, prompt[kept:], new_tokens, greedy))
+        self.cached = [*prompt, *tokens[:-1]]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -1,7 +1,7 @@
-"""EvalScores: what an evaluation found, as tidy rows: one measurement a row, every row saying what it measures.
+"""EvalScores: what an evaluation measured, as tidy rows: one measurement a row, every row saying what it measures.
 
 `write` makes a folder that needs no code of ours to be read: scores.json (everything but the cases), scores.parquet
-(the rows, typed) and cases.jsonl (what the model was asked and what it said, one case a line).
+(the rows, typed) and cases.jsonl (what the model was asked and what it answered, one case a line).
 
     python -c "from longreach.evaluation.scores import EvalScores; print(EvalScores.read('scores').summary)"
 """
@@ -12,11 +12,17 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy_module("numpy")
+
+Row = dict[str, Any]
+"""One measurement; `kind` says which columns it has."""
 
 
 @dataclass(frozen=True)
@@ -24,60 +30,78 @@ class EvalScores:
     """The result of one evaluation of one model."""
 
     eval: str
-    """Name in EVALS."""
+    """The evaluation's name in EVALS."""
     protocol: str
-    """What was computed, in a sentence; where there are several, rows name theirs in a column."""
+    """What was computed, in a sentence; where there are several protocols, rows name theirs in a column."""
     recipe: dict[str, Any]
     """The evaluation's choices, as JSON."""
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     """Measurements; columns that a row lacks are null in scores.parquet."""
     summary: dict[str, float]
     """The few numbers that stand for the whole, by metric name."""
     note: str = ""
     """What a reader must know before comparing these numbers with others."""
-    cases: list[dict[str, Any]] = field(default_factory=list)
-    """Generated cases: prompt head and tail, expected, got."""
+    cases: list[Row] = field(default_factory=list)
+    """Single questions: prompt, expected answer, the model's answer."""
     model: str = ""
     """The model's name, also the first column of the rows once `named` has set it."""
 
     def named(self, model: str) -> EvalScores:
-        """The same scores under a model's name."""
+        """Return the same scores under a model's name."""
         return replace(self, model=model, rows=[{"model": model, "eval": self.eval} | row for row in self.rows])
 
+    def rows_with(self, **columns: Any) -> list[Row]:
+        """Return the rows whose columns have these values."""
+        return [row for row in self.rows if columns.items() <= row.items()]
+
     def write(self, out: Path) -> None:
-        """scores.json, scores.parquet and cases.jsonl in the folder `out`; ValueError where a number is not finite."""
-        for n, row in enumerate([self.summary, *self.rows]):
-            if bad := [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]:
-                place = f"row {n - 1}: {row}" if n else "the summary"
-                raise ValueError(f"{self.eval}: {', '.join(bad)} in {place} is not finite: no score to keep")
+        """Write scores.json, scores.parquet and cases.jsonl into `out`; ValueError where a number is not finite."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._check_finite("the summary", self.summary)
+        for number, row in enumerate(self.rows):
+            self._check_finite(f"row {number}: {row}", row)
         out.mkdir(parents=True, exist_ok=True)
-        content = {key: value for key, value in asdict(self).items() if key != "cases"}
-        (out / "scores.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        content = asdict(self)
+        del content["cases"]
+        text = json.dumps(content, indent=1, allow_nan=False)
+        (out / "scores.json").write_text(text + "\n", encoding="utf-8")
         columns = dict.fromkeys(key for row in self.rows for key in row)
-        pq.write_table(pa.table({key: [row.get(key) for row in self.rows] for key in columns}), out / "scores.parquet")
-        lines = (json.dumps(case, ensure_ascii=False, allow_nan=False) + "\n" for case in self.cases)
-        (out / "cases.jsonl").write_text("".join(lines), encoding="utf-8")
+        table = pa.table({key: [row.get(key) for row in self.rows] for key in columns})
+        pq.write_table(table, out / "scores.parquet")
+        with (out / "cases.jsonl").open("w", encoding="utf-8") as lines:
+            for case in self.cases:
+                lines.write(json.dumps(case, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _check_finite(self, place: str, numbers: Row) -> None:
+        """Raise ValueError where one of the numbers is not finite."""
+        bad = [key for key, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"{self.eval}: {', '.join(bad)} in {place} is not finite: no score to keep")
 
     @classmethod
     def read(cls, folder: Path | str) -> EvalScores:
-        """What `write` wrote."""
+        """Read what `write` wrote."""
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
         with (Path(folder) / "cases.jsonl").open(encoding="utf-8") as lines:
             return cls(**content, cases=[json.loads(line) for line in lines])
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927), 95% by default: stays in [0, 1] and has a width at 0 and at 1."""
-    share, shrink = successes / trials, 1 + z * z / trials
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a proportion (1927): it stays in [0, 1] and has a width at 0 and at 1 too."""
+    z = 1.96
+    share = successes / trials
+    shrink = 1 + z * z / trials
     centre = (share + z * z / (2 * trials)) / shrink
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / shrink
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tuple[float, float] | None:
-    """Percentile bootstrap 95% interval of the mean of independent `values`; None of fewer than two.
+    """Return a percentile bootstrap 95% interval of the mean of independent values; None for fewer than two.
 
-    Percentile intervals of a handful of values are too narrow: print how many there are.
+    Percentile intervals of a handful of values are too narrow: print how many values there are.
     """
     if len(values) < 2:
         return None
@@ -86,8 +110,8 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tup
     return float(low), float(high)
 
 
-def retrieval_row(kind: str, cases: list[dict[str, Any]], length: int, depth: float | None) -> dict[str, Any]:
-    """The mean of some cases in which something was looked for, with Wilson's interval of the share that was found."""
+def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
+    """Return the mean over cases in which something had to be found, with Wilson's interval of the share found."""
     correct = sum(case["correct"] for case in cases)
     low, high = wilson(correct, len(cases))
     return {
@@ -105,40 +129,44 @@ def retrieval_row(kind: str, cases: list[dict[str, Any]], length: int, depth: fl
     }
 
 
-EFFECTIVE = 0.9
-"""Share of pass keys with which a length counts as used, where nothing else is asked for."""
+PASSKEY_BAR = 0.9
+"""Share of pass keys that must be found for a length to count as used, where a recipe does not set another one."""
 
 
-def effective_length(totals: list[dict[str, Any]], bar: float) -> int:
-    """The greatest length at which, and at all shorter ones, the accuracy reaches the bar; 0 if at none (RULER,
-    arXiv:2404.06654). totals: rows of a retrieval evaluation, one a length."""
+def effective_length(totals: list[Row], bar: float) -> int:
+    """Return the greatest length up to which the accuracy reaches the bar at every length; 0 if at none (RULER,
+    arXiv:2404.06654).
+
+    totals: rows of an evaluation in which something has to be found, one for each length.
+    """
     reached = 0
-    for row in sorted(totals, key=lambda r: r["length"]):
+    for row in sorted(totals, key=lambda row: row["length"]):
         if row["accuracy"] < bar:
             break
         reached = row["length"]
     return reached
 
 
-def paired(
-    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], length: int, resamples: int = 4_000
-) -> dict[str, float]:
-    """How two models' scores (their rows) differ on the same tokens: {"nll": ours - theirs, "low", "high", "bins"}.
+def paired(ours: list[Row], theirs: list[Row], length: int, resamples: int = 4_000) -> dict[str, float]:
+    """Return how two models' perplexity rows differ on the same tokens: {"nll": ours - theirs, "low", "high", "bins"}.
 
     The difference is taken in bins of last_tokens positions of each document, up to `length`; the 95% interval
-    resamples bins, which are nearly independent where single tokens are not. ValueError unless both read the same
-    documents.
+    resamples bins, which are nearly independent where single tokens are not. ValueError unless both models read the
+    same documents.
     """
-    bins = [
-        {
-            (r["document"], r["start"], r["end"]): r["nll"]
-            for r in rows
-            if r["kind"] == "position" and r["end"] <= length
-        }
-        for rows in (ours, theirs)
-    ]
-    if bins[0].keys() != bins[1].keys() or not bins[0]:
+    our_bins = _nll_by_bin(ours, length)
+    their_bins = _nll_by_bin(theirs, length)
+    if our_bins.keys() != their_bins.keys() or not our_bins:
         raise ValueError(f"the two models were not measured on the same tokens up to {length}")
-    difference = np.array([bins[0][key] - bins[1][key] for key in bins[0]])
-    interval = bootstrap_mean(difference, seed=0, resamples=resamples) or (math.nan, math.nan)
-    return {"nll": float(difference.mean()), "low": interval[0], "high": interval[1], "bins": len(difference)}
+    difference = np.array([our_bins[place] - their_bins[place] for place in our_bins])
+    low, high = bootstrap_mean(difference, seed=0, resamples=resamples) or (math.nan, math.nan)
+    return {"nll": float(difference.mean()), "low": low, "high": high, "bins": len(difference)}
+
+
+def _nll_by_bin(rows: list[Row], length: int) -> dict[tuple[str, int, int], float]:
+    """Return the NLL of each (document, start, end) that lies within the first `length` tokens."""
+    bins = {}
+    for row in rows:
+        if row["kind"] == "position" and row["end"] <= length:
+            bins[row["document"], row["start"], row["end"]] = row["nll"]
+    return bins

@@ -2,175 +2,239 @@
 
 Texts are pieces of held-out documents, each read from its own first token on (BOS or a sink token, if the model has
 one). Mass is averaged over texts and the queries of their second half; a head that spread its attention evenly would
-put 1 / (t + 1) on each token at position t, which `uniform` says.
+put 1 / (t + 1) on each token at position t, whose mean is the column `uniform`.
 
     longreach evaluate MODEL --eval sinks --set lengths=[16,256]
+
+Legend: L layers, H heads, N first tokens, T tokens, B texts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import altair as alt
-import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
-from longreach.attention.sink_mass import attention_mass
+from longreach.evaluation.base import Cell, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, with_first
-from longreach.evaluation.figures import curves, heatmap
-from longreach.evaluation.likelihood import check_attention
-from longreach.evaluation.recipe import SinksRecipe
-from longreach.evaluation.scores import EvalScores
+from longreach.evaluation.scores import EvalScores, Row
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+else:
+    np = lazy_module("numpy")
 
 MAPPED = 64
 """Tokens up to which a map can be read."""
 LATE = 2
 """Layers before which attention is still local, so that means are taken from here on."""
+READ_AT_ONCE = 4096
+"""Tokens of the texts that the model reads in one batch."""
 
 
-def cells(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, recipe: SinksRecipe, documents: list[Document]
-) -> list[dict[str, Any]]:
-    """A length each. ValueError where the documents are too short, or a layer is not there."""
-    check_attention(model)
-    layers = model.config.num_hidden_layers
-    if wrong := [n for n in recipe.map_layers if not -layers <= n < layers]:
-        raise ValueError(f"sinks.map_layers {wrong}: the model has layers 0 to {layers - 1}")
-    if recipe.map_layers and min(recipe.lengths) > MAPPED:
-        raise ValueError(
-            f"sinks.map_layers at {min(recipe.lengths)} tokens: maps are drawn up to {MAPPED}; set map_layers=[], or "
-            f"add a shorter length"
+class Sinks(Evaluation):
+    """How much attention rests on the first tokens?"""
+
+    name = "sinks"
+    title = "Attention sinks"
+
+    class Choices(EvalChoices):
+        """How much attention rests on the first tokens, by layer and head (StreamingLLM, figure 2)."""
+
+        lengths: tuple[int, ...] = (16, 256)
+        """Tokens of the texts."""
+        texts: int = Field(default=256, ge=1)
+        """Texts of the shortest length; longer ones are fewer, so that all lengths have the same number of tokens."""
+        first_tokens: int = Field(default=4, ge=1)
+        """Number of first tokens whose share of attention is measured."""
+        map_layers: tuple[int, ...] = (0, 1, 2, -1)
+        """Layers whose attention is drawn, at the shortest length."""
+
+    choices: Choices
+
+    def cells(self) -> list[Cell]:
+        """Return a cell for each length.
+
+        Raises:
+            ValueError: the documents are too short, or a layer does not exist.
+        """
+        from longreach.evaluation.likelihood import check_attention
+
+        choices = self.choices
+        check_attention(self.model)
+        layers = self.model.config.num_hidden_layers
+        wrong = [layer for layer in choices.map_layers if not -layers <= layer < layers]
+        if wrong:
+            raise ValueError(f"sinks.map_layers {wrong}: the model has layers 0 to {layers - 1}")
+        shortest = min(choices.lengths)
+        if choices.map_layers and shortest > MAPPED:
+            raise ValueError(
+                f"sinks.map_layers at {shortest} tokens: maps are drawn up to {MAPPED}; set map_layers=[], or "
+                f"add a shorter length"
+            )
+        cells = []
+        for length in choices.lengths:
+            texts = pieces(choices, self.documents, length)
+            if not texts:
+                raise ValueError(f"sinks.lengths {length}: no held-out document has so many tokens")
+            if length <= choices.first_tokens:
+                raise ValueError(f"sinks.lengths {length} is not above first_tokens {choices.first_tokens}")
+            cells.append({"length": length, "texts": len(texts)})
+        return cells
+
+    def measure(self, cell: Cell) -> Result:
+        """Return {"first": [L, H, N], "softmax": [L, H], "maps": layer -> [T, T], at the shortest length only}."""
+        import torch
+
+        from longreach.attention.sink_mass import attention_mass
+
+        choices, length = self.choices, cell["length"]
+        first = first_token_id(self.tokenizer)
+        texts = [with_first(ids_T, first)[:length] for ids_T in pieces(choices, self.documents, length)]
+        ids_BT = torch.from_numpy(np.stack(texts)).to(self.model.device)
+        mapped: list[int] = []
+        if length == min(choices.lengths):
+            mapped = sorted({layer % self.model.config.num_hidden_layers for layer in choices.map_layers})
+        masses = []
+        weights = []
+        for part_BT in ids_BT.split(max(1, READ_AT_ONCE // length)):
+            masses.append(attention_mass(self.model, part_BT, first_tokens=choices.first_tokens, map_layers=mapped))
+            weights.append(len(part_BT) / len(ids_BT))
+        return {
+            "first": _weighted([mass.first_LHN for mass in masses], weights),
+            "softmax": _weighted([mass.softmax_LH for mass in masses], weights),
+            "maps": {str(layer): _weighted([mass.maps[layer] for mass in masses], weights) for layer in mapped},
+        }
+
+    @classmethod
+    def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return rows of kind `layer` (means over heads), `head` (length, layer, head) and `map` (layer, query,
+        key)."""
+        heads: list[Row] = []
+        layers: list[Row] = []
+        maps: list[Row] = []
+        summary: dict[str, float] = {}
+        for cell, result in results:
+            length, first_LHN = cell["length"], np.array(result["first"])
+            for layer, (first_HN, softmax_H) in enumerate(zip(first_LHN, result["softmax"], strict=True)):
+                place = {"length": length, "texts": cell["texts"], "layer": layer}
+                rows = head_rows(place, first_HN, softmax_H)
+                heads += rows
+                layers.append(layer_row(place, rows))
+            late_LHN = first_LHN[LATE:] if len(first_LHN) > LATE else first_LHN
+            summary[f"first_token_mass_{length}"] = float(late_LHN[..., 0].mean())
+            for layer, map_TT in result["maps"].items():
+                maps += map_rows(length, int(layer), map_TT)
+        return EvalScores(
+            eval=cls.name,
+            protocol=f"means over texts and the queries of their second half; the summary is that from layer {LATE} on",
+            recipe=choices.model_dump(mode="json"),
+            rows=layers + heads + maps,
+            summary=summary,
+            note="A sink says where attention that is not needed goes, not that the first tokens matter.",
         )
-    for length in recipe.lengths:
-        if not (found := pieces(recipe, documents, length)):
-            raise ValueError(f"sinks.lengths {length}: no held-out document has so many tokens")
-        if length <= recipe.first_tokens:
-            raise ValueError(f"sinks.lengths {length} is not above first_tokens {recipe.first_tokens}")
-    return [
-        {"length": length, "texts": len(found)}
-        for length in recipe.lengths
-        if (found := pieces(recipe, documents, length))
-    ]
 
+    @classmethod
+    def figure(cls, scores: EvalScores) -> Any:
+        """The mass on the first token by layer; below, by layer and head, and the maps of some layers."""
+        import altair as alt
 
-def pieces(recipe: SinksRecipe, documents: list[Document], length: int) -> list[np.ndarray]:
-    """At most so many texts of so many tokens, taken from all documents in turn."""
-    wanted = max(1, recipe.texts * min(recipe.lengths) // length)
-    cut = [[d.ids_T[n : n + length] for n in range(0, len(d.ids_T) - length + 1, length)] for d in documents]
-    return [one[n] for n in range(max(map(len, cut), default=0)) for one in cut if n < len(one)][:wanted]
+        from longreach.evaluation.figures import curves, heatmap
 
-
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    recipe: SinksRecipe,
-    documents: list[Document],
-    cell: dict[str, Any],
-) -> dict[str, Any]:
-    """{"first": [layers, heads, first_tokens], "softmax": [layers, heads], "maps": layer -> [T, T] (if shortest)}."""
-    first, texts = first_token_id(tokenizer), pieces(recipe, documents, cell["length"])
-    ids_BT = torch.from_numpy(np.stack([with_first(ids_T, first)[: cell["length"]] for ids_T in texts])).to(
-        model.device
-    )
-    layers = model.config.num_hidden_layers
-    drawn = sorted({n % layers for n in recipe.map_layers}) if cell["length"] == min(recipe.lengths) else []
-    parts = ids_BT.split(max(1, 4096 // cell["length"]))
-    masses = [attention_mass(model, part, first_tokens=recipe.first_tokens, map_layers=drawn) for part in parts]
-    weight = [len(part) / len(ids_BT) for part in parts]
-    return {
-        "first": sum(m.first_LHN * w for m, w in zip(masses, weight, strict=True)).tolist(),  # type: ignore[union-attr]
-        "softmax": sum(m.softmax_LH * w for m, w in zip(masses, weight, strict=True)).tolist(),  # type: ignore[union-attr]
-        "maps": {
-            str(n): sum(m.maps[n] * w for m, w in zip(masses, weight, strict=True)).tolist()  # type: ignore[union-attr]
-            for n in drawn
-        },
-    }
-
-
-def collect(recipe: SinksRecipe, results: list[tuple[dict[str, Any], dict[str, Any]]]) -> EvalScores:
-    """Rows of kind `head` (length, layer, head), `layer` (means over heads) and `map` (layer, query, key)."""
-    heads: list[dict[str, Any]] = []
-    layers: list[dict[str, Any]] = []
-    maps: list[dict[str, Any]] = []
-    summary: dict[str, float] = {}
-    for cell, result in results:
-        length, first_LHN = cell["length"], np.array(result["first"])
-        at = np.arange(length // 2, length)
-        uniform = float((1 / (at + 1)).mean())
-        for layer, (first_HN, softmax_H) in enumerate(zip(first_LHN, result["softmax"], strict=True)):
-            about = {"length": length, "texts": cell["texts"], "layer": layer}
-            rows = [
-                {"kind": "head", **about, "head": head, "first_token": float(first_N[0]), "uniform": uniform}
-                | {f"token_{n}": float(mass) for n, mass in enumerate(first_N)}
-                | {"softmax_sink": float(softmax)}
-                for head, (first_N, softmax) in enumerate(zip(first_HN, softmax_H, strict=True))
-            ]
-            heads += rows
-            means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in ("kind", "head")}
-            layers.append(means | {"kind": "layer", **about})
-        late = first_LHN[LATE:] if len(first_LHN) > LATE else first_LHN
-        summary |= {f"first_token_mass_{length}": float(late[..., 0].mean())}
-        for layer, map_TT in result["maps"].items():
-            place = {"kind": "map", "length": length, "layer": int(layer)}
-            maps += [
-                place | {"query": q, "key": k, "mass": mass}
-                for q, line in enumerate(map_TT)
-                for k, mass in enumerate(line[: q + 1])
-            ]
-    return EvalScores(
-        eval="sinks",
-        protocol=f"means over texts and the queries of their second half; the summary is that from layer {LATE} on",
-        recipe=recipe.model_dump(mode="json"),
-        rows=layers + heads + maps,
-        summary=summary,
-        note="A sink says where attention that is not needed goes, not that the first tokens matter.",
-    )
-
-
-def figure(scores: EvalScores) -> Any:
-    """The mass on the first token by layer; below, by layer and head, and the maps of some layers."""
-    rows = [row | {"texts of": f"{row['length']} tokens"} for row in scores.rows if row["kind"] == "layer"]
-    question = [
-        f"{scores.model}: how much attention rests on the first token?",
-        f"even attention would give it {min(rows, key=lambda r: r['length'])['uniform']:.2f} in the shortest texts; "
-        "far above that, it is a sink",
-    ]
-    titles = (question, "layer", "mean share of attention")
-    parts: list[Any] = [curves(rows, x="layer", y="first_token", by="texts of", titles=titles)]
-    shortest = min(scores.recipe["lengths"])
-    heads = [
-        row | {"text": f"{row['first_token']:.2f}"}
-        for row in scores.rows
-        if row["kind"] == "head" and row["length"] == shortest
-    ]
-    parts.append(
-        heatmap(
-            heads,
-            x="layer",
-            y="head",
-            value="first_token",
-            text="text",
-            titles=(f"By head, texts of {shortest} tokens", "layer", "head"),
-            value_title="share on the first token",
-            top=1.0,
-            bright_low=False,
+        rows = [row | {"texts of": f"{row['length']} tokens"} for row in scores.rows if row["kind"] == "layer"]
+        question = [
+            f"{scores.model}: how much attention rests on the first token?",
+            f"even attention would give it {min(rows, key=lambda r: r['length'])['uniform']:.2f} in the shortest "
+            "texts; far above that, it is a sink",
+        ]
+        titles = (question, "layer", "mean share of attention")
+        parts: list[Any] = [curves(rows, x="layer", y="first_token", by="texts of", titles=titles)]
+        shortest = min(scores.recipe["lengths"])
+        heads = [
+            row | {"text": f"{row['first_token']:.2f}"}
+            for row in scores.rows
+            if row["kind"] == "head" and row["length"] == shortest
+        ]
+        parts.append(
+            heatmap(
+                heads,
+                x="layer",
+                y="head",
+                value="first_token",
+                text="text",
+                titles=(f"By head, texts of {shortest} tokens", "layer", "head"),
+                value_title="share on the first token",
+                top=1.0,
+                bright_low=False,
+            )
         )
-    )
-    maps = [row for row in scores.rows if row["kind"] == "map"]
-    drawn = [
-        alt.Chart(alt.Data(values=[row for row in maps if row["layer"] == layer]), title=f"layer {layer}")
-        .mark_rect()
-        .encode(
-            x=alt.X("key", type="ordinal", title="key"),
-            y=alt.Y("query", type="ordinal", title="query"),
-            color=alt.Color("mass", type="quantitative", title="attention", scale=alt.Scale(scheme="cividis")),
-            tooltip=[alt.Tooltip(key, type="quantitative") for key in ("query", "key", "mass")],
-        )
-        .properties(width=180, height=180)
-        for layer in dict.fromkeys(row["layer"] for row in maps)
-    ]
-    if drawn:
-        parts.append(alt.hconcat(*drawn))
-    return alt.vconcat(*parts).resolve_scale(color="independent", strokeDash="independent")
+        maps = [row for row in scores.rows if row["kind"] == "map"]
+        drawn = [
+            alt.Chart(alt.Data(values=[row for row in maps if row["layer"] == layer]), title=f"layer {layer}")
+            .mark_rect()
+            .encode(
+                x=alt.X("key", type="ordinal", title="key"),
+                y=alt.Y("query", type="ordinal", title="query"),
+                color=alt.Color("mass", type="quantitative", title="attention", scale=alt.Scale(scheme="cividis")),
+                tooltip=[alt.Tooltip(key, type="quantitative") for key in ("query", "key", "mass")],
+            )
+            .properties(width=180, height=180)
+            for layer in dict.fromkeys(row["layer"] for row in maps)
+        ]
+        if drawn:
+            parts.append(alt.hconcat(*drawn))
+        return alt.vconcat(*parts).resolve_scale(color="independent", strokeDash="independent")
+
+
+def pieces(choices: Sinks.Choices, documents: list[Document], length: int) -> list[np.ndarray]:
+    """Return texts of `length` tokens, taken from all documents in turn, as many as `texts` allows at this length."""
+    wanted = max(1, choices.texts * min(choices.lengths) // length)
+    taken: list[np.ndarray] = []
+    start = 0
+    while len(taken) < wanted:
+        texts = [document.ids_T[start : start + length] for document in documents]
+        whole = [ids_T for ids_T in texts if len(ids_T) == length]
+        if not whole:
+            break
+        taken += whole
+        start += length
+    return taken[:wanted]
+
+
+def _weighted(parts: list[torch.Tensor], weights: list[float]) -> Any:
+    """Return the weighted sum of tensors as nested lists."""
+    total = sum(part * weight for part, weight in zip(parts, weights, strict=True))
+    return total.tolist()  # type: ignore[union-attr]
+
+
+def head_rows(place: Row, first_HN: np.ndarray, softmax_H: list[float]) -> list[Row]:
+    """Return a row for each head of a layer: the mass on each first token, and on the sink in the softmax."""
+    length = place["length"]
+    queries = np.arange(length // 2, length)
+    uniform = float((1 / (queries + 1)).mean())
+    rows = []
+    for head, (first_N, softmax) in enumerate(zip(first_HN, softmax_H, strict=True)):
+        row = {"kind": "head", **place, "head": head, "first_token": float(first_N[0]), "uniform": uniform}
+        for n, mass in enumerate(first_N):
+            row[f"token_{n}"] = float(mass)
+        row["softmax_sink"] = float(softmax)
+        rows.append(row)
+    return rows
+
+
+def layer_row(place: Row, heads: list[Row]) -> Row:
+    """Return the means over a layer's heads."""
+    columns = [column for column in heads[0] if column not in ("kind", "head")]
+    means = {column: float(np.mean([row[column] for row in heads])) for column in columns}
+    return means | {"kind": "layer", **place}
+
+
+def map_rows(length: int, layer: int, map_TT: list[list[float]]) -> list[Row]:
+    """Return a row for each (query, key) that a causal layer sees."""
+    rows = []
+    for query, masses in enumerate(map_TT):
+        for key, mass in enumerate(masses[: query + 1]):
+            rows.append({"kind": "map", "length": length, "layer": layer, "query": query, "key": key, "mass": mass})
+    return rows

@@ -1,7 +1,7 @@
 """Stage `evaluate`: one evaluation of one model -> EvalScores (scores.json, scores.parquet, cases.jsonl) and figures.
 
 Each cell's result is kept in the attempt's folder as soon as it is known, so that an interrupted grid goes on where
-it stopped. With `eval_workers` above 1 the cells are spread over so many Ray tasks, each with the model in its own
+it stopped. With `eval_workers` n above 1 the cells are spread over n Ray tasks, each with the model in its own
 memory; a cell's result is the same wherever it is measured. Attention is always full and causal here, whatever pattern
 the model was trained with (LongLoRA, section 3.2).
 """
@@ -9,14 +9,14 @@ the model was trained with (LongLoRA, section 3.2).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SerializeAsAny
 
 from longreach.evaluation import EVALS
-from longreach.evaluation.recipe import EvalRecipe
+from longreach.evaluation.base import Cell, EvalChoices, Evaluation, Result
 from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
@@ -25,10 +25,7 @@ from longreach.pipelines.kind import StageRun, stage
 from longreach.training.recipe import RopeRecipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from longreach.evaluation.cells import Result
-    from longreach.evaluation.documents import Document
+    from transformers import PreTrainedTokenizerBase
 
 
 class EvaluateStageRecipe(Choices):
@@ -40,8 +37,47 @@ class EvaluateStageRecipe(Choices):
     """The model's name in the recipe; it stands in every row of the scores."""
     rope: RopeRecipe | None = None
     """A stretch applied while loading, for untrained baselines; None: as the folder says."""
-    choices: SerializeAsAny[EvalRecipe]
+    choices: SerializeAsAny[EvalChoices]
     """The evaluation's own section."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is evaluated, and with what: all that a task needs to measure cells, wherever it runs."""
+
+    model: ModelCheckpoint
+    corpus: PackedCorpus
+    recipe: EvaluateStageRecipe
+    resources: Resources
+    share: Share | None = None
+    """How a task on another node gets at the model and the corpus; None where all nodes see one disk."""
+
+    def load(self) -> Evaluation:
+        """Return the evaluation with the model, its tokenizer and the held-out documents in memory."""
+        import torch
+        from transformers import AutoTokenizer
+
+        from longreach.evaluation.documents import held_out
+        from longreach.training.model import load_model
+
+        torch.set_num_threads(self.resources.eval_cpus)
+        model, tokenizer = load_model(self.model.path, rope=self.recipe.rope, dtype=self.resources.dtype)
+        of_corpus = AutoTokenizer.from_pretrained(self.corpus.path / "tokenizer", local_files_only=True)
+        check_tokenizers(of_corpus, tokenizer)
+        model.eval()
+        if self.resources.gpus_per_worker:
+            torch.nn.Module.to(model, "cuda")  # transformers' own .cuda is decorated beyond what types can follow
+        documents = held_out(self.corpus.path / "documents")
+        return EVALS[self.recipe.eval](model, tokenizer, self.recipe.choices, documents)
+
+    def on_this_node(self) -> Job:
+        """Return the job with the paths of this node, its inputs fetched."""
+        if not self.share:
+            return self
+        self.share.bring()
+        model = replace(self.model, path=Path(self.share.here(str(self.model.path))))
+        corpus = replace(self.corpus, path=Path(self.share.here(str(self.corpus.path))))
+        return replace(self, model=model, corpus=corpus)
 
 
 @stage(
@@ -69,105 +105,75 @@ def evaluate(
     from longreach.evaluation.cells import CellFolder, measured
     from longreach.evaluation.figures import save
 
-    code = EVALS[recipe.eval].load()
     check_memory(model.path, recipe, resources)
-    spread = resources.eval_workers > 1  # then the tasks have the GPUs
-    here = resources.model_copy(update={"gpus_per_worker": 0}) if spread else resources
-    network, tokenizer, documents = _subject(model, corpus, recipe, here)
-    cells = code.cells(network, tokenizer, recipe=recipe.choices, documents=documents)
+    job = Job(model, corpus, recipe, resources, run.share)
+    spread = resources.eval_workers > 1
+    if spread:  # the tasks have the GPUs; this process only lists the cells
+        evaluation = replace(job, resources=resources.model_copy(update={"gpus_per_worker": 0})).load()
+    else:
+        evaluation = job.load()
+    cells = evaluation.cells()
     folder = CellFolder(
         run.attempt.work / "cells",
         (earlier / "work" / "cells" for earlier in run.earlier),
         setting=f"{resources.dtype}, GPUs: {resources.gpus_per_worker}",
     )
-    found = folder.known(cells)
-    run.spool.progress(len(found), len(cells), unit="cell")
-    todo = {n: cell for n, cell in enumerate(cells) if n not in found}
+    results = folder.known(cells)
+    run.spool.progress(len(results), len(cells), unit="cell")
+    missing = {number: cell for number, cell in enumerate(cells) if number not in results}
     if spread:
-        del network, documents
-        results = _spread(model, corpus, recipe, resources, todo, run.share)
+        del evaluation  # its memory is for the tasks
+        arriving = _spread(job, missing)
     else:
-        results = measured(recipe.eval, network, tokenizer, recipe=recipe.choices, documents=documents, todo=todo)
-    for n, result in results:
-        found[n] = result
-        folder.keep(n, cells[n], result)
-        run.spool.progress(len(found), len(cells), unit="cell")
-    scores = code.collect(recipe.choices, [(cell, found[n]) for n, cell in enumerate(cells)]).named(recipe.model)
+        arriving = measured(evaluation, missing)
+    for number, result in arriving:
+        results[number] = result
+        folder.keep(number, cells[number], result)
+        run.spool.progress(len(results), len(cells), unit="cell")
+    kind = EVALS[recipe.eval]
+    in_order = [(cell, results[number]) for number, cell in enumerate(cells)]
+    scores = kind.scores(recipe.choices, in_order).named(recipe.model)
     scores.write(out)
     run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
     run.spool.table(out / "scores.json")
-    run.spool.artifact(save(code.figure(scores), out, recipe.eval), "figures")
+    run.spool.artifact(save(kind.figure(scores), out, recipe.eval), "figures")
     run.spool.artifact(out / f"{recipe.eval}.html", "figures")
     return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
 
 
-def _subject(
-    model: ModelCheckpoint, corpus: PackedCorpus, recipe: EvaluateStageRecipe, resources: Resources
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Document]]:
-    """The model, ready to be asked, its tokenizer and the held-out documents."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from longreach.evaluation.documents import held_out
-    from longreach.training.model import load_model
-
-    torch.set_num_threads(resources.eval_cpus)
-    network, tokenizer = load_model(model.path, rope=recipe.rope, dtype=resources.dtype)
-    check_tokenizers(AutoTokenizer.from_pretrained(corpus.path / "tokenizer", local_files_only=True), tokenizer)
-    network.eval()
-    if resources.gpus_per_worker:
-        torch.nn.Module.to(network, "cuda")  # transformers' own .cuda is decorated beyond what types can follow
-    return network, tokenizer, held_out(corpus.path / "documents")
-
-
-def _spread(
-    model: ModelCheckpoint,
-    corpus: PackedCorpus,
-    recipe: EvaluateStageRecipe,
-    resources: Resources,
-    todo: dict[int, Any],
-    share: Share | None,
-) -> Iterator[tuple[int, Result]]:
-    """Results of the cells as tasks yield them. Cells are dealt in turn, so that long ones are shared fairly."""
+def _spread(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Result]]:
+    """Yield (number, result) as Ray tasks measure the cells, which are dealt in turn, so that all get long ones."""
     import ray
 
-    numbers, tasks = list(todo), min(resources.eval_workers, len(todo))
-    parts = [{n: todo[n] for n in numbers[task::tasks]} for task in range(tasks)]
-    task = ray.remote(_share).options(
+    resources = job.resources
+    numbers = list(cells)
+    tasks = min(resources.eval_workers, len(cells))
+    measure = ray.remote(_measure_part).options(
         num_cpus=resources.eval_cpus, num_gpus=resources.gpus_per_worker, num_returns="streaming"
     )
-    running: list[Any] = [task.remote(model, corpus, recipe, resources, part, share) for part in parts]
+    running: list[Any] = []
+    for task in range(tasks):
+        part = {number: cells[number] for number in numbers[task::tasks]}
+        running.append(measure.remote(job, part))
     try:
         while running:
-            ready: list[Any] = ray.wait(running, num_returns=1)[0]
+            ready: Any = ray.wait(running, num_returns=1)[0][0]
             try:
-                found: Any = ray.get(next(ready[0]))
+                result: Any = ray.get(next(ready))
             except StopIteration:
-                running.remove(ready[0])
+                running.remove(ready)
                 continue
-            yield found
+            yield result
     finally:  # one has failed, or nobody wants the rest
         for left in running:
             ray.cancel(left)
 
 
-def _share(
-    model: ModelCheckpoint,
-    corpus: PackedCorpus,
-    recipe: EvaluateStageRecipe,
-    resources: Resources,
-    todo: dict[int, Any],
-    share: Share | None,
-) -> Iterator[tuple[int, Result]]:
-    """What one task of `_spread` does, on whichever node."""
+def _measure_part(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Result]]:
+    """Measure some of the cells in a Ray task, on whichever node."""
     from longreach.evaluation.cells import measured
 
-    if share:
-        share.bring()
-        model = replace(model, path=Path(share.here(str(model.path))))
-        corpus = replace(corpus, path=Path(share.here(str(corpus.path))))
-    network, tokenizer, documents = _subject(model, corpus, recipe, resources)
-    yield from measured(recipe.eval, network, tokenizer, recipe=recipe.choices, documents=documents, todo=todo)
+    yield from measured(job.on_this_node().load(), cells)
 
 
 def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources) -> None:
@@ -179,8 +185,8 @@ def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources
     from longreach.attention.kv_budget import KVBudget, readable
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    lengths = [*(getattr(recipe.choices, "lengths", None) or [getattr(recipe.choices, "tokens", 0)])]
-    if not (longest := max(lengths)):
+    longest = recipe.choices.longest_input()
+    if not longest:
         return
     try:
         dtype = "bf16" if resources.dtype == "bfloat16" else "fp32"

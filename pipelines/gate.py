@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from longreach.evaluation import EVALS
 from longreach.infra import registry
 from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices, Location, nearest
@@ -113,12 +114,7 @@ class PromoteRecipe(Choices):
             yield ("promote", "target_length"), message
 
 
-MEASURED_BY = {
-    "perplexity_ratio": "perplexity",
-    "base_ratio": "perplexity",
-    "passkey": "passkey",
-    "effective_length": "passkey",
-}
+MEASURED_BY = {rule: name for name, evaluation in EVALS.items() for rule in evaluation.gate}
 """The rules, and the evaluation that each of them is about."""
 
 
@@ -232,7 +228,7 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
 
 def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
     """Apply the rules about the share of keys that are found."""
-    from longreach.evaluation.scores import EFFECTIVE, effective_length
+    from longreach.evaluation.scores import PASSKEY_BAR, effective_length
 
     findings = []
     totals = [row for row in rows if row["kind"] == "length"]
@@ -243,7 +239,7 @@ def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
                 place, asked = f"passkey at {row['length']:,} tokens", f"at least {rules.passkey:g}"
                 findings.append(Finding(place, measured, asked, row["accuracy"] >= rules.passkey))
     if rules.effective_length is not None:
-        reached = effective_length(totals, EFFECTIVE if rules.passkey is None else rules.passkey)
+        reached = effective_length(totals, PASSKEY_BAR if rules.passkey is None else rules.passkey)
         asked, kept = f"at least {rules.effective_length:,}", reached >= rules.effective_length
         findings.append(Finding("effective_length", f"{reached:,}", asked, kept))
     return findings

@@ -23,7 +23,7 @@ import xxhash
 from longreach.infra import registry
 from longreach.infra.files import add_file
 from longreach.pipelines.evaluate import EvaluateStageRecipe
-from longreach.pipelines.gate import PromoteRecipe, PromoteStageRecipe, lengths_of
+from longreach.pipelines.gate import MEASURED_BY, PromoteRecipe, PromoteStageRecipe, lengths_of
 from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
@@ -39,11 +39,6 @@ from longreach.training.recipe import (
     PretrainStageRecipe,
     RopeRecipe,
 )
-
-GATED = ("perplexity", "passkey")
-"""Evaluations that the gate's rules are about."""
-DATA = ("kv_data", "qa_data", "data")
-"""Choices of evaluations that name files: their bytes are part of identity."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +186,7 @@ def add_evaluations(pipeline: Pipeline) -> None:
     """Add each evaluation of each model that it names."""
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
         choices = section.model_copy(update={"models": None})  # which others are evaluated does not change this one
-        digests = {}
-        for key in DATA:
-            if path := getattr(section, key, None):
-                digests[key] = _digest(Path(path))
+        digests = {field: _digest(Path(path)) for field, path in section.data_files().items()}
         for name in section.models or pipeline.models:
             model = pipeline.models[name]
             asked = EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices)
@@ -235,19 +227,19 @@ def add_gate(pipeline: Pipeline) -> None:
         return
     inputs = {"model": release}
     for evaluation, stage in pipeline.scores_of(gate.model).items():
-        if evaluation in GATED:
+        if evaluation in MEASURED_BY.values():
             inputs[f"challenger_{evaluation}"] = stage
     for evaluation, stage in pipeline.scores_of(pipeline.recipe.plain_baseline() or "").items():
-        if evaluation == GATED[0]:
+        if evaluation == MEASURED_BY["base_ratio"]:
             inputs[f"base_{evaluation}"] = stage
     if gate.base_ratio:
         inputs["base"] = pipeline.base
     if champion and gate.perplexity_ratio is not None:
-        inputs["champion_perplexity"] = _champions_scores(pipeline, gate)
+        inputs[f"champion_{MEASURED_BY['perplexity_ratio']}"] = _champions_scores(pipeline, gate)
     choices = PromoteStageRecipe(
         rules=gate,
         champion=champion and str(champion.version),
-        lengths=lengths_of(pipeline.recipe, "perplexity"),
+        lengths=lengths_of(pipeline.recipe, MEASURED_BY["perplexity_ratio"]),
     )
     pipeline.stages.append(Stage("promote", "promote", choices, inputs))
 
@@ -300,7 +292,7 @@ def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRec
 
 def _champions_scores(pipeline: Pipeline, gate: PromoteRecipe) -> Stage:
     """The champion's perplexity on the challenger's corpus; its stages are added."""
-    champion = pipeline.champion
+    champion, evaluation = pipeline.champion, MEASURED_BY["perplexity_ratio"]
     source = BaseRecipe(source=f"models:/{champion.name}/{champion.version}")
     model = _converted("convert[champion]", source)
     same = [stage for stage in pipeline.stages if stage.fingerprint == model.fingerprint]
@@ -308,10 +300,10 @@ def _champions_scores(pipeline: Pipeline, gate: PromoteRecipe) -> Stage:
         model = same[0]
     else:
         pipeline.stages.append(model)
-    section = pipeline.recipe.evaluate.chosen()["perplexity"].model_copy(update={"models": None})
-    choices = EvaluateStageRecipe(eval="perplexity", model="champion", choices=section)
+    section = pipeline.recipe.evaluate.chosen()[evaluation].model_copy(update={"models": None})
+    choices = EvaluateStageRecipe(eval=evaluation, model="champion", choices=section)
     inputs = {"model": model, "corpus": pipeline.models[gate.model].corpus}
-    scores = Stage("evaluate", "evaluate[champion,perplexity]", choices, inputs)
+    scores = Stage("evaluate", f"evaluate[champion,{evaluation}]", choices, inputs)
     pipeline.stages.append(scores)
     return scores
 

@@ -132,14 +132,14 @@ def standalone(
     reader.put(("evaluate",), {})
     for name in evals or [name for name in EVALS if written.get(name) is not None]:
         section = {**(written.get(name) or {}), "models": None}
-        for field, info in EVALS[name].recipe.model_fields.items():
-            if documents and info.default in ("*", ("*",)):  # it names documents of the suite, which are replaced
+        if documents:  # those that the suite names are replaced
+            for field in EVALS[name].Choices.document_fields():
                 section.pop(field, None)
         reader.put(("evaluate", name), section)
     for text in overrides:
         words += [SET, text]
         field = re.split("[=.]", text)[0]
-        if len(evals) == 1 and (field in EVALS[evals[0]].recipe.model_fields or field not in Recipe.model_fields):
+        if len(evals) == 1 and (field in EVALS[evals[0]].Choices.model_fields or field not in Recipe.model_fields):
             text = f"evaluate.{evals[0]}.{text}"
         reader.override(text)
     return reader.loaded(shlex.join(words))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, create_model, model_validator
 
 from longreach.evaluation import EVALS
-from longreach.evaluation.recipe import EvalRecipe
+from longreach.evaluation.base import EvalChoices
 from longreach.infra.choices import Choices, Location, PathOrUrl, dotted, nearest
 from longreach.infra.resources import Resources
 from longreach.pipelines.gate import PromoteRecipe
@@ -30,7 +30,7 @@ SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 class _Evaluations(Choices):
     """What is measured: each evaluation that has a section runs on every model that the section names."""
 
-    def chosen(self) -> dict[str, EvalRecipe]:
+    def chosen(self) -> dict[str, EvalChoices]:
         """Return the evaluations that have a section, by name."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: section for name, section in sections.items() if section is not None}
@@ -44,7 +44,7 @@ else:  # an evaluation needs its line in EVALS and none here: its section is a f
         __base__=_Evaluations,
         __doc__=_Evaluations.__doc__,
         **{
-            name: (one.recipe | None, Field(default=None, description=one.recipe.__doc__))
+            name: (one.Choices | None, Field(default=None, description=one.Choices.__doc__))
             for name, one in EVALS.items()
         },
     )
@@ -131,9 +131,8 @@ class Recipe(Choices):
         if Path(self.base.source).is_dir():
             paths["base.source"] = self.base.source
         for name, section in self.evaluate.chosen().items():
-            for field in ("kv_data", "qa_data", "data"):
-                if path := getattr(section, field, None):
-                    paths[f"evaluate.{name}.{field}"] = path
+            for field, path in section.data_files().items():
+                paths[f"evaluate.{name}.{field}"] = path
         return paths
 
     def plain_baseline(self) -> str | None:

@@ -99,7 +99,7 @@ class Card:
         base: TokenizerFolder,
         scores: dict[str, EvalScores],
     ) -> None:
-        from longreach.evaluation.scores import EFFECTIVE, effective_length
+        from longreach.evaluation.scores import PASSKEY_BAR, effective_length
 
         self.recipe, self.corpus, self.scores = recipe, corpus, scores
         self.training = TrainingSummary.read(model.path)
@@ -111,7 +111,7 @@ class Card:
         self.claimed: int = self.config["max_position_embeddings"]
         self.about = about_arm(self.training)
         passkey = [row for row in self._rows("own_passkey") if row["kind"] == "length"]
-        self.effective = effective_length(passkey, EFFECTIVE) if passkey else None
+        self.effective = effective_length(passkey, PASSKEY_BAR) if passkey else None
         self.asked = max((row["length"] for row in passkey), default=0)
 
     def own(self) -> dict[str, EvalScores]:
@@ -166,7 +166,7 @@ class Card:
         return f"{start} ({self.about}) by longreach. Plain transformers loads it; attention is full and causal."
 
     def _context(self) -> str:
-        from longreach.evaluation.scores import EFFECTIVE
+        from longreach.evaluation.scores import PASSKEY_BAR
 
         said = [f"- Claimed: {self.claimed:,} tokens (`max_position_embeddings`)."]
         if self.trained and not self.scratch:
@@ -176,7 +176,7 @@ class Card:
         else:
             reach = f"{self.effective:,} tokens" if self.effective else "less than the shortest length asked"
             said.append(
-                f"- Effective: {reach}, the greatest length up to which at least {EFFECTIVE:.0%} of pass keys were "
+                f"- Effective: {reach}, the greatest length up to which at least {PASSKEY_BAR:.0%} of pass keys were "
                 f"found; the longest that was asked is {self.asked:,}."
             )
         return "\n".join(said)

@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
-from longreach.evaluation.cells import evaluate
-from longreach.evaluation.harness import figure, middle_cut
+from longreach.evaluation.harness import Harness, _harness_model, middle_cut
 from longreach.evaluation.likelihood import token_nll
-from longreach.evaluation.recipe import HarnessRecipe
 
 CARD = """---
 configs:
@@ -48,10 +47,8 @@ def mirror(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(mirror, **recipe):
-    model = tiny_llama()
-    recipe = HarnessRecipe(**{"data": str(mirror), "max_length": 512} | recipe)
-    return evaluate("harness", model, byte_tokenizer(), recipe=recipe)
+def run(mirror, **choices):
+    return evaluate(Harness, tiny_llama(), byte_tokenizer(), **{"data": str(mirror), "max_length": 512} | choices)
 
 
 def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
@@ -63,7 +60,7 @@ def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
     assert len(scores.cases) == 2
     assert "who 0?" in scores.cases[0]["prompt"]
     assert "longbench_qasper_qa_f1_score" in scores.summary
-    assert "m" in figure(scores.named("m")).to_dict()["title"]["text"]
+    assert "m" in Harness.figure(scores.named("m")).to_dict()["title"]["text"]
 
 
 def test_a_folders_own_tasks_are_known_by_name(mirror):
@@ -93,8 +90,6 @@ def test_the_middle_is_cut_and_both_ends_stay():
 
 
 def test_long_prompts_keep_their_beginning_and_end(mirror):
-    from longreach.evaluation.harness import _harness_model
-
     model = _harness_model(tiny_llama(), byte_tokenizer(), 64)
     ids, mask = model.tok_batch_encode(["a" * 50 + "b" * 50], left_truncate_len=20)
     assert byte_tokenizer().decode(ids[0]) == "a" * 10 + "b" * 10

@@ -2,12 +2,10 @@ import gzip
 import json
 
 import pytest
+from evaluating import evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
-from longreach.evaluation import lost_in_the_middle
-from longreach.evaluation.cells import evaluate
-from longreach.evaluation.lost_in_the_middle import best_subspan_em, figure, places
-from longreach.evaluation.recipe import LostInTheMiddleRecipe
+from longreach.evaluation.lost_in_the_middle import LostInTheMiddle, best_subspan_em, places
 
 
 @pytest.mark.parametrize(
@@ -30,12 +28,11 @@ def test_places_are_spread_from_first_to_last():
     assert places(2, 5) == [0, 1]
 
 
-def cases(task, size, **recipe):
-    recipe = LostInTheMiddleRecipe(
-        **{"pairs": (size,) if task == "kv" else (), "documents": (size,) * (task == "qa")} | recipe
-    )
+def cases(task, size, **choices):
+    sizes = {"kv": "pairs", "qa": "documents"}
+    choices = LostInTheMiddle.Choices(**{sizes[task]: (size,)} | choices)
     cell = {"task": task, "size": size, "trial": 0}
-    return lost_in_the_middle.measure(tiny_llama(), byte_tokenizer(), recipe=recipe, documents=[], cell=cell)["cases"]
+    return LostInTheMiddle(tiny_llama(), byte_tokenizer(), choices).measure(cell)["cases"]
 
 
 def test_a_pair_is_moved_and_the_others_keep_their_order():
@@ -82,32 +79,32 @@ def test_the_papers_own_files_are_read(tmp_path):
     assert "other 1" not in found[0]["prompt"]  # it holds the answer too
     with pytest.raises(ValueError, match="1 gold and 2 other documents, documents asks for 4"):
         cases("qa", 4, trials=1, qa_data=str(qa))
-    for recipe, message in (
+    for choices, message in (
         ({"qa_data": str(qa), "documents": (3,), "trials": 2}, "has 1 questions, 2"),
         ({"kv_data": str(qa), "pairs": (3,), "trials": 1}, "no key, ordered_kv_records"),
         ({"kv_data": str(tmp_path / "no"), "pairs": (3,), "trials": 1}, "no such file"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate("lost_in_the_middle", tiny_llama(), byte_tokenizer(), recipe=LostInTheMiddleRecipe(**recipe))
+            evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), **choices)
 
 
 def test_scores_have_a_row_a_place_and_the_figure_a_line_a_size():
-    recipe = LostInTheMiddleRecipe(pairs=(3,), documents=(3,), positions=2, trials=2)
-    scores = evaluate("lost_in_the_middle", tiny_llama(), byte_tokenizer(), recipe=recipe)
+    choices = {"pairs": (3,), "documents": (3,), "positions": 2, "trials": 2}
+    scores = evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), **choices)
     assert [(r["task"], r["place"], r["kind"], r["trials"]) for r in scores.rows] == [
         ("kv", "0", "cell", 2), ("kv", "2", "cell", 2), ("kv", "all", "size", 4),
         ("qa", "0", "cell", 2), ("qa", "2", "cell", 2), ("qa", "closed book", "baseline", 2),
         ("qa", "oracle", "baseline", 2), ("qa", "all", "size", 4),
     ]  # fmt: skip
     assert scores.summary.keys() == {"kv_3", "kv_nll_3", "qa_3", "qa_nll_3"}
-    drawn = figure(scores.named("m")).to_dict()
+    drawn = LostInTheMiddle.figure(scores.named("m")).to_dict()
     assert {row["line"] for row in drawn["data"]["values"]} == {"3 JSON pairs", "3 documents"}
 
 
 def test_nothing_to_search_or_no_middle_is_refused():
     with pytest.raises(ValueError, match="both empty"):
-        LostInTheMiddleRecipe()
+        LostInTheMiddle.Choices()
     with pytest.raises(ValueError, match="pairs and documents of 1"):
-        LostInTheMiddleRecipe(pairs=(1,))
+        LostInTheMiddle.Choices(pairs=(1,))
     with pytest.raises(ValueError, match="documents 200: at most 128"):
-        evaluate("lost_in_the_middle", tiny_llama(), byte_tokenizer(), recipe=LostInTheMiddleRecipe(documents=(200,)))
+        evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), documents=(200,))

@@ -2,14 +2,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from evaluating import evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 from transformers import AutoTokenizer
 
-from longreach.evaluation import needle
-from longreach.evaluation.cells import evaluate
+from longreach.evaluation import reader
 from longreach.evaluation.documents import Document
-from longreach.evaluation.needle import EFFECTIVE, Prompt, figure, sentence_end, sentence_ends
-from longreach.evaluation.recipe import NeedleRecipe
+from longreach.evaluation.needle import RULER_BAR, Needle, Prompt, sentence_end, sentence_ends
 from longreach.evaluation.scores import effective_length
 
 TOKENIZER = byte_tokenizer()
@@ -17,12 +16,11 @@ HAY = "It rained. The cat slept on. Nobody came! "
 DOCUMENT = Document("a", "d", np.array(TOKENIZER(HAY * 60).input_ids))
 
 
-def texts(**recipe):
+def texts(**choices):
     """The prompts of each depth, as text."""
-    recipe = NeedleRecipe(**{"lengths": (600,), "chat_template": "never"} | recipe)
-    found = needle.measure(
-        tiny_llama(), TOKENIZER, recipe=recipe, documents=[DOCUMENT], cell={"length": recipe.lengths[0], "trial": 0}
-    )
+    choices = Needle.Choices(**{"lengths": (600,), "chat_template": "never"} | choices)
+    evaluation = Needle(tiny_llama(), TOKENIZER, choices, [DOCUMENT])
+    found = evaluation.measure({"length": choices.lengths[0], "trial": 0})
     return [case["prompt"] for case in found["cases"]], found
 
 
@@ -77,17 +75,14 @@ def test_a_chinese_sentence_ends_in_a_byte_level_vocabulary_too(smollm2):
 def test_a_chat_template_frames_the_question_and_the_answer_is_begun():
     chat = byte_tokenizer()
     chat.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
-    prompt = Prompt.draw(chat, NeedleRecipe(lengths=(600,)), 600, 0.5, 0)
+    prompt = Prompt.draw(chat, Needle.Choices(lengths=(600,)), 600, 0.5, 0)
     before, after = (chat.decode(ids) for ids in (prompt.before, prompt.after))
     assert before.startswith("<u>Read the text below.")
     assert "?</u><a>The magic number of" in after
-    plain = Prompt.draw(chat, NeedleRecipe(lengths=(600,), chat_template="never"), 600, 0.5, 0)
+    plain = Prompt.draw(chat, Needle.Choices(lengths=(600,), chat_template="never"), 600, 0.5, 0)
     assert chat.decode(plain.before).startswith("Read")
     with pytest.raises(ValueError, match="no chat template"):
-        evaluate(
-            "needle", tiny_llama(), TOKENIZER, recipe=NeedleRecipe(lengths=(600,), chat_template="always"),
-            documents=[DOCUMENT],
-        )  # fmt: skip
+        evaluate(Needle, tiny_llama(), TOKENIZER, [DOCUMENT], lengths=(600,), chat_template="always")
 
 
 CONFIG = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99, rope_parameters={}))
@@ -102,41 +97,34 @@ class Parrot:
         pass
 
     def answer(self, ids, expected, where, new_tokens):
-        from longreach.evaluation.reader import Answer
-
-        return Answer(1.0, 0.0, False, self.said, 10)
+        return reader.Answer(1.0, 0.0, False, self.said, 10)
 
 
 @pytest.mark.parametrize(
     ("said", "recall"), [("{0}", 1), ("It is {0}, I think.", 1), ("1{0}", 0), ("{0}7", 0), ("", 0)]
 )
 def test_a_number_counts_only_as_a_whole(monkeypatch, said, recall):
-    monkeypatch.setattr(needle, "Reader", Parrot)
-    recipe = NeedleRecipe(lengths=(600,), depths=(0.5,), chat_template="never", new_tokens=5)
-    number = Prompt.draw(TOKENIZER, recipe, 600, 0.5, 0).numbers[0]
+    monkeypatch.setattr(reader, "Reader", Parrot)
+    choices = Needle.Choices(lengths=(600,), depths=(0.5,), chat_template="never", new_tokens=5)
+    number = Prompt.draw(TOKENIZER, choices, 600, 0.5, 0).numbers[0]
     monkeypatch.setattr(Parrot, "said", said.format(number))
-    [case] = needle.measure(CONFIG, TOKENIZER, recipe=recipe, documents=[DOCUMENT], cell={"length": 600, "trial": 0})[
-        "cases"
-    ]
+    [case] = Needle(CONFIG, TOKENIZER, choices, [DOCUMENT]).measure({"length": 600, "trial": 0})["cases"]
     assert case["recall"] == recall
 
 
 def test_a_grid_can_grow_and_its_scores_say_what_was_found():
-    recipe = NeedleRecipe(lengths=(500, 600), depth_points=3, trials=2, chat_template="never", new_tokens=3)
-    scores = evaluate("needle", tiny_llama(), TOKENIZER, recipe=recipe, documents=[DOCUMENT])
+    choices = {"depth_points": 3, "chat_template": "never", "new_tokens": 3}
+    scores = evaluate(Needle, tiny_llama(), TOKENIZER, [DOCUMENT], lengths=(500, 600), trials=2, **choices)
     assert [(r["kind"], r["length"], r["depth"], r["trials"]) for r in scores.rows][:4] == [
         ("length", 500, None, 6), ("length", 600, None, 6), ("cell", 500, 0.0, 2), ("cell", 500, 0.5, 2),
     ]  # fmt: skip
     assert {"needle_500", "needle_nll_600", "needle_recall_500", "needle_effective_length"} < scores.summary.keys()
     assert scores.summary["needle_tokens_read"] < 0.8
-    one = evaluate(
-        "needle", tiny_llama(), TOKENIZER, documents=[DOCUMENT],
-        recipe=recipe.model_copy(update={"lengths": (600,), "trials": 1}),
-    )  # fmt: skip
+    one = evaluate(Needle, tiny_llama(), TOKENIZER, [DOCUMENT], lengths=(600,), trials=1, **choices)
     twin = [c for c in scores.cases if (c["length"], c["trial"]) == (600, 0)]
     assert [c["prompt"] for c in one.cases] == [c["prompt"] for c in twin]
     assert [c["nll"] for c in one.cases] == [c["nll"] for c in twin]
-    assert "m" in figure(scores.named("m")).to_dict()["title"]["text"]
+    assert "m" in Needle.figure(scores.named("m")).to_dict()["title"]["text"]
 
 
 @pytest.mark.parametrize(
@@ -145,24 +133,21 @@ def test_a_grid_can_grow_and_its_scores_say_what_was_found():
 )
 def test_lengths_that_cannot_be_are_refused(lengths, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(
-            "needle", tiny_llama(), TOKENIZER, recipe=NeedleRecipe(lengths=lengths, chat_template="never"),
-            documents=[DOCUMENT],
-        )  # fmt: skip
+        evaluate(Needle, tiny_llama(), TOKENIZER, [DOCUMENT], lengths=lengths, chat_template="never")
 
 
 def test_the_effective_length_ends_where_accuracy_first_falls_below_the_bar():
     def rows(*accuracies):
         return [{"length": 1000 * n, "accuracy": a} for n, a in enumerate(accuracies, 1)]
 
-    assert effective_length(rows(1.0, 0.85, 0.84, 1.0), EFFECTIVE) == 2000
-    assert effective_length(rows(0.5, 1.0), EFFECTIVE) == 0
-    assert effective_length(list(reversed(rows(1.0, 0.9))), EFFECTIVE) == 2000
+    assert effective_length(rows(1.0, 0.85, 0.84, 1.0), RULER_BAR) == 2000
+    assert effective_length(rows(0.5, 1.0), RULER_BAR) == 0
+    assert effective_length(list(reversed(rows(1.0, 0.9))), RULER_BAR) == 2000
 
 
 def test_depths_are_even_or_dense_at_both_ends():
-    assert NeedleRecipe(lengths=(9,), depth_points=3).every_depth() == [0.0, 0.5, 1.0]
-    sigmoid = NeedleRecipe(lengths=(9,), depth_points=5, depth_curve="sigmoid").every_depth()
+    assert Needle.Choices(lengths=(9,), depth_points=3).every_depth() == [0.0, 0.5, 1.0]
+    sigmoid = Needle.Choices(lengths=(9,), depth_points=5, depth_curve="sigmoid").every_depth()
     assert sigmoid[2] == 0.5
     assert sigmoid[1] - sigmoid[0] < sigmoid[2] - sigmoid[1]
-    assert NeedleRecipe(lengths=(9,), depths=(0.7, 0.1)).every_depth() == [0.1, 0.7]
+    assert Needle.Choices(lengths=(9,), depths=(0.7, 0.1)).every_depth() == [0.1, 0.7]

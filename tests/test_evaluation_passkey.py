@@ -1,15 +1,10 @@
 import pytest
 import torch
+from evaluating import evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
-from longreach.evaluation.cells import evaluate
-from longreach.evaluation.passkey import QUESTION, TASK, ask, draw_key, figure, fit_prompt, prompt_text
+from longreach.evaluation.passkey import QUESTION, TASK, Passkey, ask, draw_key, fit_prompt, prompt_text
 from longreach.evaluation.reader import Reader
-from longreach.evaluation.recipe import PasskeyRecipe
-
-
-def passkey(*subject, **choices):
-    return evaluate("passkey", *subject, **choices)
 
 
 def test_a_prompt_written_out_by_hand():
@@ -46,7 +41,7 @@ def test_a_length_too_short_for_the_prompt_is_an_error_with_both_numbers():
 def test_a_cells_key_does_not_depend_on_the_rest_of_the_grid():
     small = {"lengths": (320,), "depths": (0.5,), "trials": 1}
     large = {"lengths": (400, 320), "depths": (0.1, 0.5), "trials": 2}
-    run = [passkey(tiny_llama(), byte_tokenizer(), recipe=PasskeyRecipe(**grid)) for grid in (small, large)]
+    run = [evaluate(Passkey, tiny_llama(), byte_tokenizer(), **grid) for grid in (small, large)]
     twin = [c for c in run[1].cases if (c["length"], c["depth"], c["trial"]) == (320, 0.5, 0)]
     [(one, other)] = zip(run[0].cases, twin, strict=True)
     assert one | {"nll": 0} == other | {"nll": 0}
@@ -97,17 +92,15 @@ def test_a_tokenizer_that_joins_prompt_and_key_is_an_error():
 
 
 def test_scores_count_cells_and_lengths():
-    recipe = PasskeyRecipe(lengths=(320, 400), depths=(0.1, 0.9), trials=3)
-    seen = []
-    scores = passkey(tiny_llama(), byte_tokenizer(), recipe=recipe, progress=lambda *at: seen.append(at))
+    grid = {"lengths": (320, 400), "depths": (0.1, 0.9), "trials": 3}
+    scores = evaluate(Passkey, tiny_llama(), byte_tokenizer(), **grid)
     assert [(r["kind"], r["length"], r["depth"], r["trials"]) for r in scores.rows] == [
         ("length", 320, None, 6), ("length", 400, None, 6),
         ("cell", 320, 0.1, 3), ("cell", 320, 0.9, 3), ("cell", 400, 0.1, 3), ("cell", 400, 0.9, 3),
     ]  # fmt: skip
-    assert seen == [(n, 6) for n in range(7)]
     assert scores.summary["passkey_320"] == sum(c["correct"] for c in scores.cases if c["length"] == 320) / 6
     assert {"passkey_nll_320", "passkey_nll_400"} < set(scores.summary)
-    assert "base" in figure(scores.named("base")).to_json()
+    assert "base" in Passkey.figure(scores.named("base")).to_json()
 
 
 def test_logits_that_are_not_finite_name_the_cell():
@@ -115,4 +108,4 @@ def test_logits_that_are_not_finite_name_the_cell():
     with torch.no_grad():
         model.lm_head.weight[:] = float("nan")
     with pytest.raises(FloatingPointError, match=r"320.*depth.*0\.5"):
-        passkey(model, byte_tokenizer(), recipe=PasskeyRecipe(lengths=(320,), depths=(0.5,)))
+        evaluate(Passkey, model, byte_tokenizer(), lengths=(320,), depths=(0.5,))

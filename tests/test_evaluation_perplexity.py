@@ -3,14 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import processors
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from longreach.evaluation.cells import evaluate
 from longreach.evaluation.documents import Document, first_token_id, held_out
-from longreach.evaluation.perplexity import figure
-from longreach.evaluation.recipe import PerplexityRecipe
+from longreach.evaluation.perplexity import Perplexity
 from longreach.evaluation.scores import paired
 
 
@@ -31,9 +30,9 @@ def pick(scores, **where):
     return found[0]
 
 
-def run(texts, model=None, tokenizer=None, **recipe):
-    recipe = PerplexityRecipe(**{"lengths": (64, 700), "last_tokens": 16} | recipe)
-    return evaluate("perplexity", model or tiny_llama(), tokenizer or byte_tokenizer(), recipe=recipe, documents=texts)
+def run(texts, model=None, tokenizer=None, **choices):
+    choices = {"lengths": (64, 700), "last_tokens": 16} | choices
+    return evaluate(Perplexity, model or tiny_llama(), tokenizer or byte_tokenizer(), texts, **choices)
 
 
 def test_both_protocols_equal_the_naive_perplexity_of_each_window():
@@ -153,7 +152,9 @@ def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):
 
 
 def test_the_figure_says_which_model_and_has_units():
-    drawn = figure(run([document("a", 800), document("b", 800, "e", 1)]).named("base")).to_dict()["vconcat"][0]
+    drawn = Perplexity.figure(run([document("a", 800), document("b", 800, "e", 1)]).named("base")).to_dict()["vconcat"][
+        0
+    ]
     assert "base" in drawn["title"]["text"]
     assert "tokens" in str(drawn["layer"][0]["encoding"]["x"]["title"])
     assert {row["line"] for row in drawn["data"]["values"]} == {"a", "b", "all documents"}

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longreach.evaluation import EVALS
+from longreach.evaluation.base import EvalChoices
 from longreach.evaluation.scores import EvalScores, bootstrap_mean, wilson
 
 
@@ -52,6 +53,9 @@ def test_the_bootstrap_interval_has_the_width_of_the_mean():
 
 
 @pytest.mark.parametrize("name", EVALS)
-def test_every_evaluation_has_its_four_functions(name):
-    code = EVALS[name].load()
-    assert all(callable(getattr(code, function)) for function in ("cells", "measure", "collect", "figure"))
+def test_every_evaluation_is_registered_by_its_name_and_defines_all_parts(name):
+    kind = EVALS[name]
+    assert kind.name == name
+    assert kind.title
+    assert issubclass(kind.Choices, EvalChoices)
+    assert {"cells", "measure", "scores", "figure"} < vars(kind).keys()

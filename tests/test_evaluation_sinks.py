@@ -1,19 +1,18 @@
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
-from longreach.evaluation.cells import evaluate
 from longreach.evaluation.documents import Document
-from longreach.evaluation.recipe import SinksRecipe
-from longreach.evaluation.sinks import figure, pieces
+from longreach.evaluation.sinks import Sinks, pieces
 
 TEXTS = [Document(name, "d", np.random.default_rng(n).integers(0, 256, 100)) for n, name in enumerate("ab")]
 
 
-def run(model=None, **recipe):
-    recipe = SinksRecipe(**{"lengths": (16, 32), "texts": 8, "map_layers": (0,)} | recipe)
-    return evaluate("sinks", model or tiny_llama(), byte_tokenizer(), recipe=recipe, documents=TEXTS)
+def run(model=None, **choices):
+    choices = {"lengths": (16, 32), "texts": 8, "map_layers": (0,)} | choices
+    return evaluate(Sinks, model or tiny_llama(), byte_tokenizer(), TEXTS, **choices)
 
 
 def test_even_attention_is_its_own_yardstick():
@@ -39,11 +38,11 @@ def test_a_row_a_layer_and_a_head_and_the_figure_has_all_parts():
     scores = run()
     kinds = [row["kind"] for row in scores.rows]
     assert (kinds.count("layer"), kinds.count("head"), kinds.count("map")) == (4, 16, 136)
-    assert len(figure(scores.named("m")).to_dict()["vconcat"]) == 3
+    assert len(Sinks.figure(scores.named("m")).to_dict()["vconcat"]) == 3
 
 
 def test_longer_texts_are_fewer_and_come_from_all_documents():
-    recipe = SinksRecipe(lengths=(16, 32), texts=8)
+    recipe = Sinks.Choices(lengths=(16, 32), texts=8)
     assert [len(pieces(recipe, TEXTS, n)) for n in (16, 32)] == [8, 4]
     assert {tuple(p[:4]) for p in pieces(recipe, TEXTS, 32)} >= {tuple(d.ids_T[:4]) for d in TEXTS}
 

@@ -4,10 +4,14 @@ import math
 
 import numpy as np
 import pytest
+from evaluating import evaluate
 
-from longreach.evaluation.cells import evaluate
 from longreach.evaluation.documents import Document
-from longreach.evaluation.recipe import LostInTheMiddleRecipe, NeedleRecipe, PasskeyRecipe, SinksRecipe, StreamingRecipe
+from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
+from longreach.evaluation.needle import Needle
+from longreach.evaluation.passkey import Passkey
+from longreach.evaluation.sinks import Sinks
+from longreach.evaluation.streaming import Streaming
 from longreach.training.corpus import Document as Text
 from longreach.training.corpus import read_documents
 from longreach.training.model import load_model
@@ -27,8 +31,8 @@ def subject(smollm2):
 def test_a_window_collapses_where_four_sinks_do_not(subject):
     """256 tokens, a cache of 64. A probe got 52.3 for the window, 17.3 for 4 sinks, 15.8 for the dense cache."""
     model, tokenizer, text = subject
-    recipe = StreamingRecipe(tokens=256, cache_tokens=64, ways=("dense", "window", "sinks"), latency_tokens=4)
-    scores = evaluate("streaming", model, tokenizer, recipe=recipe, documents=[text])
+    choices = {"tokens": 256, "cache_tokens": 64, "ways": ("dense", "window", "sinks"), "latency_tokens": 4}
+    scores = evaluate(Streaming, model, tokenizer, [text], **choices)
     dense, window, sinks = (scores.summary[f"streaming_ppl_{way}"] for way in ("dense", "window", "4_sinks"))
     assert window > 2 * sinks
     assert sinks == pytest.approx(dense, rel=0.25)
@@ -38,21 +42,18 @@ def test_a_window_collapses_where_four_sinks_do_not(subject):
 def test_attention_rests_on_the_first_token(subject):
     """A probe saw 0.67 past layer 2 with texts of 16 tokens; even attention would be 0.08."""
     model, tokenizer, text = subject
-    recipe = SinksRecipe(lengths=(16,), texts=64, map_layers=())
-    scores = evaluate("sinks", model, tokenizer, recipe=recipe, documents=[text])
+    scores = evaluate(Sinks, model, tokenizer, [text], lengths=(16,), texts=64, map_layers=())
     assert 0.55 < scores.summary["first_token_mass_16"] < 0.8
 
 
 def test_short_prompts_are_remembered(subject):
     """The base finds pass keys at every depth of 512 tokens (RESULTS.md), and repeats what stands in its prompt."""
     model, tokenizer, text = subject
-    passkey = PasskeyRecipe(lengths=(512,), depths=(0.2, 0.8))
-    assert evaluate("passkey", model, tokenizer, recipe=passkey).summary["passkey_512"] == 1
-    needle = NeedleRecipe(lengths=(400,), depths=(0.5,), new_tokens=12)
-    found = evaluate("needle", model, tokenizer, recipe=needle, documents=[text])
+    passkey = evaluate(Passkey, model, tokenizer, lengths=(512,), depths=(0.2, 0.8))
+    assert passkey.summary["passkey_512"] == 1
+    found = evaluate(Needle, model, tokenizer, [text], lengths=(400,), depths=(0.5,), new_tokens=12)
     assert found.cases[0]["prompt"].count("<|im_start|>user") == 1  # its chat template
     assert found.summary["needle_nll_400"] < 1
-    middle = LostInTheMiddleRecipe(documents=(3,), positions=2, trials=2)
-    rows = evaluate("lost_in_the_middle", model, tokenizer, recipe=middle).rows
+    rows = evaluate(LostInTheMiddle, model, tokenizer, documents=(3,), positions=2, trials=2).rows
     nll = {row["place"]: row["nll"] for row in rows}
     assert nll["oracle"] < nll["closed book"] - 1

@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from evaluating import evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 from transformers import (
     AttentionInterface,
@@ -15,10 +16,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from longreach.evaluation.cells import evaluate
 from longreach.evaluation.documents import Document
-from longreach.evaluation.recipe import StreamingRecipe
-from longreach.evaluation.streaming import figure, streamed_nll
+from longreach.evaluation.small_cache import streamed_nll
+from longreach.evaluation.streaming import Streaming
 from longreach.training.model import with_softmax_sinks
 
 
@@ -26,13 +26,10 @@ def document(tokens=200, seed=0):
     return Document("a", "d", np.random.default_rng(seed).integers(0, 256, tokens))
 
 
-def run(model=None, text=None, tokenizer=None, **recipe):
-    recipe = StreamingRecipe(
-        **{"document": "a", "tokens": 150, "cache_tokens": 24, "sink_tokens": (3,), "recompute_every": 1} | recipe
-    )
-    return evaluate(
-        "streaming", model or tiny_llama(), tokenizer or byte_tokenizer(), recipe=recipe, documents=[text or document()]
-    )
+def run(model=None, text=None, tokenizer=None, **choices):
+    usual = {"document": "a", "tokens": 150, "cache_tokens": 24, "sink_tokens": (3,), "recompute_every": 1}
+    subject = (model or tiny_llama(), tokenizer or byte_tokenizer(), [text or document()])
+    return evaluate(Streaming, *subject, **usual | choices)
 
 
 class Decoder:
@@ -159,7 +156,7 @@ def test_several_numbers_of_sinks_are_ways_of_their_own():
     assert {way: row["sink_tokens"] for way, row in ways.items()} == {"window": 0, "1 sink": 1, "3 sinks": 3}
     for sinks, way in ((1, "1 sink"), (3, "3 sinks")):
         assert curve(scores, way) == curve(run(model, text, ways=("sinks",), sink_tokens=(sinks,)), way)
-    assert {row["way"] for row in figure(scores.named("m")).to_dict()["data"]["values"]} == {*ways}
+    assert {row["way"] for row in Streaming.figure(scores.named("m")).to_dict()["data"]["values"]} == {*ways}
 
 
 def test_positions_and_meaning_of_the_sinks_are_ways_of_their_own():
@@ -190,20 +187,17 @@ def test_latency_is_measured_while_decoding_and_only_dense_keeps_the_whole_text(
 def test_the_endurance_run_is_the_one_pass_form_over_all_documents_and_its_memory_is_flat():
     """20,000 tokens in pieces of 512 through one cache against the whole text at once; dense keys take 5 MiB."""
     model, texts = tiny_llama(), [Document(n, "d", document(10_100, seed).ids_T) for seed, n in enumerate("ab")]
-    recipe = StreamingRecipe(document="a", tokens=30, cache_tokens=24, ways=("sinks",), endurance_tokens=20_000)
-    scores = evaluate("streaming", model, byte_tokenizer(), recipe=recipe, documents=texts)
+    choices = {"document": "a", "tokens": 30, "cache_tokens": 24, "ways": ("sinks",)}
+    scores = evaluate(Streaming, model, byte_tokenizer(), texts, endurance_tokens=20_000, **choices)
     rows = [row for row in scores.rows if row["kind"] == "endurance"]
     assert (rows[0]["start"], rows[-1]["end"], len(rows)) == (0, 20_000, 24)
     whole = streamed_nll(model, np.concatenate([d.ids_T for d in texts])[:20_001], 4, 20, "cache", "a")
     expected = [whole[row["start"] : row["end"]].mean() for row in rows]
     assert [row["nll"] for row in rows] == pytest.approx(expected, rel=1e-4)
     assert abs(scores.summary["endurance_growth_mib"]) < 1  # dense keys would be 3.5 of their 5 MiB
-    assert "20,000 tokens" in str(figure(scores.named("m")).to_dict()["vconcat"][1]["title"])
+    assert "20,000 tokens" in str(Streaming.figure(scores.named("m")).to_dict()["vconcat"][1]["title"])
     with pytest.raises(ValueError, match="endurance_tokens 20200, but all held-out documents have 20200"):
-        evaluate(
-            "streaming", model, byte_tokenizer(), documents=texts,
-            recipe=recipe.model_copy(update={"endurance_tokens": 20_200}),
-        )  # fmt: skip
+        evaluate(Streaming, model, byte_tokenizer(), texts, endurance_tokens=20_200, **choices)
 
 
 def test_the_models_own_first_token_is_the_first_sink_and_not_scored():
@@ -252,7 +246,7 @@ def test_logits_that_are_not_finite_name_document_and_token():
 
 
 def test_the_figure_has_a_line_a_way():
-    drawn = figure(run().named("base")).to_dict()
+    drawn = Streaming.figure(run().named("base")).to_dict()
     ways = list(dict.fromkeys(row["way"] for row in drawn["data"]["values"]))
     assert ways == ["dense", "window", "recompute", "3 sinks"]
     assert "base" in drawn["title"]["text"]

@@ -27,6 +27,7 @@ SLOW = {
     "datasets",
     "pandas",
     "matplotlib",
+    "pyarrow",
 }
 QUICK = [
     "attention/__init__.py", "attention/pattern.py", "attention/causal.py", "attention/shifted_sparse.py",
@@ -35,7 +36,10 @@ QUICK = [
     "infra/errors.py", "infra/files.py", "infra/lease.py", "infra/cluster.py", "infra/tracking.py",
     "infra/environment.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",
     "infra/polling.py", "infra/schedule.py", "infra/kubernetes.py", "infra/mirror.py", "training/recipe.py",
-    "training/convert.py", "training/corpus.py", "evaluation/__init__.py", "evaluation/recipe.py",
+    "training/convert.py", "training/corpus.py", "infra/lazy.py", "evaluation/__init__.py", "evaluation/base.py",
+    "evaluation/blocks.py", "evaluation/cells.py", "evaluation/documents.py", "evaluation/figures.py",
+    "evaluation/harness.py", "evaluation/lost_in_the_middle.py", "evaluation/needle.py", "evaluation/passkey.py",
+    "evaluation/perplexity.py", "evaluation/scores.py", "evaluation/sinks.py", "evaluation/streaming.py",
     "pipelines/recipe.py", "pipelines/reader.py", "pipelines/gate.py", "pipelines/stage.py", "pipelines/kind.py",
     "pipelines/artifacts.py", "pipelines/stages.py", "pipelines/evaluate.py", "pipelines/release.py",
     "pipelines/report/report.py", "pipelines/report/compare.py", "pipelines/graph.py", "pipelines/runner.py",

@@ -6,16 +6,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, tiny_llama
 
-from longreach.evaluation import passkey
-from longreach.evaluation.recipe import (
-    LostInTheMiddleRecipe,
-    NeedleRecipe,
-    PasskeyRecipe,
-    PerplexityRecipe,
-    SinksRecipe,
-    StreamingRecipe,
-)
+from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
+from longreach.evaluation.needle import Needle
+from longreach.evaluation.passkey import Passkey
+from longreach.evaluation.perplexity import Perplexity
 from longreach.evaluation.scores import EvalScores
+from longreach.evaluation.sinks import Sinks
+from longreach.evaluation.streaming import Streaming
 from longreach.infra.artifact import Artifact
 from longreach.infra.resources import Resources
 from longreach.infra.tracking import Spool, read_events
@@ -45,15 +42,15 @@ def folders(tmp_path):
 
 
 CHOICES = {
-    "perplexity": PerplexityRecipe(lengths=(64, 128), last_tokens=16),
-    "passkey": PasskeyRecipe(lengths=(320,), depths=(0.5,)),
-    "streaming": StreamingRecipe(
+    "perplexity": Perplexity.Choices(lengths=(64, 128), last_tokens=16),
+    "passkey": Passkey.Choices(lengths=(320,), depths=(0.5,)),
+    "streaming": Streaming.Choices(
         document="a", tokens=100, cache_tokens=24, recompute_every=8, newlines=True, latency_tokens=4,
         positions=("cache", "text"), endurance_tokens=300,
     ),
-    "needle": NeedleRecipe(lengths=(260, 300), depth_points=2, chat_template="never", new_tokens=3),
-    "lost_in_the_middle": LostInTheMiddleRecipe(pairs=(3,), documents=(3,), positions=2, trials=1),
-    "sinks": SinksRecipe(lengths=(16, 32), texts=4, map_layers=(0, -1)),
+    "needle": Needle.Choices(lengths=(260, 300), depth_points=2, chat_template="never", new_tokens=3),
+    "lost_in_the_middle": LostInTheMiddle.Choices(pairs=(3,), documents=(3,), positions=2, trials=1),
+    "sinks": Sinks.Choices(lengths=(16, 32), texts=4, map_layers=(0, -1)),
 }  # fmt: skip
 
 
@@ -102,21 +99,21 @@ def test_a_sink_token_more_is_no_other_tokenizer_but_other_ids_are(folders):
         evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
 
 
-GRID = PasskeyRecipe(lengths=(320, 400, 480), depths=(0.0, 0.5), trials=2)
+GRID = Passkey.Choices(lengths=(320, 400, 480), depths=(0.0, 0.5), trials=2)
 
 
 def test_an_interrupted_grid_goes_on_and_ends_with_the_same_scores(folders, monkeypatch):
     model, corpus, out, run = folders
     recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=GRID)
-    measure, measured = passkey.measure, []
+    measure, measured = Passkey.measure, []
 
-    def dies(*subject, cell, **choices):
+    def dies(evaluation, cell):
         measured.append(cell)
         if len(measured) == 4:
             raise KeyboardInterrupt
-        return measure(*subject, cell=cell, **choices)
+        return measure(evaluation, cell)
 
-    monkeypatch.setattr(passkey, "measure", dies)
+    monkeypatch.setattr(Passkey, "measure", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
     (run.attempt.work / "cells" / ".00003.json").write_text("{half")  # what a kill leaves
@@ -172,7 +169,7 @@ def test_a_task_that_fails_says_why(folders, cluster):
 
 def test_a_length_that_memory_cannot_hold_is_refused_with_both_numbers(folders):
     model, corpus, out, run = folders
-    choices = PasskeyRecipe(lengths=(1 << 40,))
+    choices = Passkey.Choices(lengths=(1 << 40,))
     recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=choices)
     with pytest.raises(ValueError, match=r"passkey at 1,099,511,627,776 tokens needs about .* TiB .* is free"):
         evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)

@@ -78,7 +78,7 @@ def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remember
 def test_every_evaluation_is_a_section_of_its_name() -> None:
     fields = recipes.EvaluateRecipe.model_fields
     assert {name: field.annotation for name, field in fields.items()} == {
-        name: one.recipe | None for name, one in EVALS.items()
+        name: one.Choices | None for name, one in EVALS.items()
     }
 
 

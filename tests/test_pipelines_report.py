@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from toy_models import tiny_tokenizer, training_summary
 
-from longreach.evaluation import lost_in_the_middle, sinks
 from longreach.evaluation.blocks import Best, Section, Table
 from longreach.evaluation.figures import Style, lines
+from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
 from longreach.evaluation.perplexity import document_rows, pooled_rows, position_rows
-from longreach.evaluation.recipe import LostInTheMiddleRecipe, SinksRecipe, StreamingRecipe
 from longreach.evaluation.scores import EvalScores, retrieval_row
-from longreach.evaluation.streaming import sampled, tabulate
+from longreach.evaluation.sinks import Sinks
+from longreach.evaluation.streaming import Streaming, sampled, tabulate
 from longreach.infra.artifact import Artifact, Attempt, Store
 from longreach.infra.environment import versions
 from longreach.pipelines.graph import build
@@ -239,7 +239,7 @@ def passkey_rows(model: str, choices) -> tuple[list[dict], dict]:
     return rows + cells, {f"passkey_{r['length']}": r["accuracy"] for r in rows}
 
 
-def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], dict]:
+def streaming_rows(model: str, choices: Streaming.Choices) -> tuple[list[dict], dict]:
     draw = np.random.default_rng(0)
     ways = []
     for way in choices.ways:
@@ -248,9 +248,9 @@ def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], di
             nll_T = draw.normal(3.2, 0.3, choices.tokens)
             nll_T[choices.cache_tokens :] += 3 * (way == "window")
             ways.append((cell, nll_T[sampled(choices)] if way == "recompute" else nll_T))
-    rows, curves = tabulate(choices, ways, sampled(choices))
+    rows = tabulate(choices, ways)
     rows += [{"kind": "latency", "way": "1 sink", "text_tokens": 512, "ms": 12.5, "cache_mib": 0.25}]
-    curves += [
+    rows += [
         {
             "kind": "endurance",
             "way": "1 sink",
@@ -263,7 +263,7 @@ def streaming_rows(model: str, choices: StreamingRecipe) -> tuple[list[dict], di
         for n in range(0, 2000, 500)
     ]
     more = {"endurance_ppl": math.exp(3), "endurance_growth_mib": 1.5}
-    return rows + curves, more | {
+    return rows, more | {
         f"streaming_ppl_{row['way'].replace(' ', '_')}": row["ppl"] for row in rows if row["kind"] == "way"
     }
 
@@ -729,12 +729,12 @@ def test_more_than_a_dozen_curves_are_not_drawn_and_that_is_said():
 
 
 def test_models_are_compared_by_depth_by_place_and_by_layer(written):
-    places, heads = LostInTheMiddleRecipe(pairs=(8,), positions=2, trials=1), np.full((3, 2, 4), 0.2)
+    places, heads = LostInTheMiddle.Choices(pairs=(8,), positions=2, trials=1), np.full((3, 2, 4), 0.2)
     case = {"correct": 1, "token_accuracy": 1.0, "nll": 0.5, "prompt_tokens": 90}
     asked = [{"task": "kv", "size": 8, "place": place} | case for place in (0, 7)]
-    lost = lost_in_the_middle.collect(places, [({}, {"cases": asked})])
+    lost = LostInTheMiddle.scores(places, [({}, {"cases": asked})])
     mass = {"first": heads.tolist(), "softmax": heads[..., 0].tolist(), "maps": {}}
-    resting = sinks.collect(SinksRecipe(lengths=(16,)), [({"length": 16, "texts": 2}, mass)])
+    resting = Sinks.scores(Sinks.Choices(lengths=(16,)), [({"length": 16, "texts": 2}, mass)])
     models = {
         name: Model(
             name, "baseline", "", scores={e.eval: asdict(e) for e in (lost, resting)}, figures={"sinks": b"PNG"}

@@ -1,0 +1,124 @@
+"""The class of all evaluations: one loaded model in, scores out.
+
+An evaluation is one file with one subclass, which holds its choices (a recipe's section), its cells, how one of them
+is measured, the scores made of all results, and the section of a report that draws them. A line in
+`longreach.evaluation.EVALS` registers it. A cell is the smallest part that is measured alone (one prompt length, one
+document): cells and results are plain JSON, so they can be spread over tasks and kept on disk when a run stops.
+
+No torch is imported here or in the files of the evaluations, because `longreach plan` and `--help` read them:
+what needs torch or transformers is imported inside methods.
+
+    python -c "from longreach.evaluation import EVALS; print(EVALS['passkey'].Choices())"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from longreach.infra.choices import Choices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from longreach.evaluation.documents import Document
+    from longreach.evaluation.scores import EvalScores
+
+Cell = dict[str, Any]
+"""What is measured at once, as plain JSON."""
+Result = dict[str, Any]
+"""What a cell's measurement gave, as plain JSON."""
+
+_DATA_FILE = "names a data file or folder"
+_DOCUMENTS = "names held-out documents"
+
+DataFile = Annotated[str | None, _DATA_FILE]
+"""The type of a choice that names a file or folder: its bytes are part of a result's identity."""
+DocumentNames = Annotated[tuple[str, ...], _DOCUMENTS]
+"""The type of a choice of held-out documents, as shell patterns of their names."""
+DocumentName = Annotated[str, _DOCUMENTS]
+"""The type of a choice of one held-out document, as a shell pattern of its name."""
+Proportion = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+
+
+class EvalChoices(Choices):
+    """Choices that every evaluation has."""
+
+    models: tuple[str, ...] | None = None
+    """Names of the models (baselines and arms) to evaluate; without it, all of them."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of whatever the evaluation draws at random."""
+
+    def data_files(self) -> dict[str, str]:
+        """Return the files and folders that are chosen, by the name of their field."""
+        fields = _fields_marked(type(self), _DATA_FILE)
+        return {name: getattr(self, name) for name in fields if getattr(self, name)}
+
+    @classmethod
+    def document_fields(cls) -> list[str]:
+        """Return the fields that choose held-out documents by name; their defaults choose any document."""
+        return _fields_marked(cls, _DOCUMENTS)
+
+    def longest_input(self) -> int:
+        """Return how many tokens the model reads at once at most; 0 where that is not known beforehand."""
+        return max(getattr(self, "lengths", ()), default=0)
+
+
+def _fields_marked(choices: type[EvalChoices], mark: str) -> list[str]:
+    """Return the names of the fields whose type carries a mark."""
+    return [name for name, field in choices.model_fields.items() if mark in field.metadata]
+
+
+class Evaluation:
+    """One evaluation of one model; subclasses define what stands below."""
+
+    name: ClassVar[str]
+    """Its name in EVALS, in recipes and in scores."""
+    title: ClassVar[str]
+    """The heading of its section."""
+    gate: ClassVar[tuple[str, ...]] = ()
+    """Rules of the recipe's section `promote` that are decided by these scores, by field name."""
+    Choices: ClassVar[type[EvalChoices]]
+    """The recipe's section."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        choices: Any,
+        documents: Iterable[Document] = (),
+    ) -> None:
+        """Hold a loaded model, its tokenizer, the evaluation's choices and the held-out documents."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.choices = choices
+        self.documents = list(documents)
+
+    def cells(self) -> list[Cell]:
+        """Check everything, measure nothing, and return the cells.
+
+        Raises:
+            ValueError: the choices do not fit the model or the documents.
+        """
+        raise NotImplementedError
+
+    def measure(self, cell: Cell) -> Result:
+        """Measure one cell; the result is the same wherever and in whichever order cells are measured.
+
+        Raises:
+            FloatingPointError: the model's logits are not finite.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def scores(cls, choices: Any, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return the scores that all cells' results make together; no model is needed any more."""
+        raise NotImplementedError
+
+    @classmethod
+    def figure(cls, scores: EvalScores) -> Any:
+        """Return the chart of one model's scores."""
+        raise NotImplementedError

@@ -1,0 +1,167 @@
+"""A text read with a cache of fixed size: the loss of every token, the time of decoding one, and an endless stream.
+
+Streaming keeps the first `sinks` tokens and the last `window` ones. Instead of decoding token by token, the whole text
+is computed in one pass that gives the same (attention/streaming.py); only latencies and the endurance run use the real
+cache (attention/sink_cache.py).
+
+Legend: T tokens, N scored tokens, B windows in a batch, W window tokens, V vocabulary, E width, H heads, K KV heads,
+D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from longreach.attention.hf import attending_by
+from longreach.attention.rope import Rotary
+from longreach.attention.sink_cache import SinkCache
+from longreach.attention.streaming import streamed_attention
+from longreach.evaluation.likelihood import hidden_nll, is_dynamic, token_nll
+
+BATCH_TOKENS = 4096
+"""Tokens of the windows that `recomputed_nll` runs at once."""
+READ_AT_ONCE = 512
+"""Tokens that the endurance run reads at once."""
+
+
+def streamed_nll(
+    model: PreTrainedModel, ids_T: np.ndarray, sinks: int, window: int, positions: str, name: str
+) -> np.ndarray:
+    """Return the NLL [T-1] of decoding token by token with a cache of sinks + window keys; errors as `token_nll`.
+
+    positions: "cache" or "text", where the positions of keys are counted.
+    """
+    if sinks + window >= len(ids_T) - 1:
+        return token_nll(model, ids_T, name)  # nothing is ever evicted
+    check_rope(model, len(ids_T), sinks + window)
+    with attending_by(model, "streamed", StreamedAttention(model, sinks, window, positions)):
+        return token_nll(model, ids_T, name)
+
+
+def check_rope(model: PreTrainedModel, tokens: int, cache_tokens: int) -> None:
+    """Raise ValueError for a RoPE that changes with the length of the input."""
+    if is_dynamic(model):
+        raise ValueError(
+            f"rope type {model.config.rope_parameters['rope_type']!r} changes with the length of the input: "
+            f"one pass over {tokens} tokens is not what a cache of {cache_tokens} would give"
+        )
+
+
+class StreamedAttention:
+    """For transformers' AttentionInterface: attention/streaming.py over a whole text; q, k, v [1, ., T, D]."""
+
+    def __init__(self, model: PreTrainedModel, sinks: int, window: int, positions: str) -> None:
+        """Keep `sinks` + `window` keys; positions in the "cache" need the model's rotation, to turn keys anew."""
+        self.sinks = sinks
+        self.window = window
+        self.rotary = Rotary.of(model.config) if positions == "cache" else None
+
+    def __call__(self, module, q_BHTD, k_BKTD, v_BKTD, attention_mask, *, scaling, **kwargs):  # type: ignore[no-untyped-def]
+        """Return (attention's output [1, T, H, D], None), as transformers expects it."""
+        if self.rotary is not None:
+            at_T = torch.arange(q_BHTD.shape[2])
+            q_BHTD, k_BKTD = self.rotary.put_right(q_BHTD, at_T), self.rotary.put_right(k_BKTD, at_T)
+        out_BHTD = streamed_attention(
+            q_BHTD,
+            (k_BKTD[:, :, self.sinks :], v_BKTD[:, :, self.sinks :]),
+            (k_BKTD[:, :, : self.sinks], v_BKTD[:, :, : self.sinks]),
+            sink_tokens=self.sinks,
+            window_tokens=self.window,
+            rotary=self.rotary,
+            scale=scaling,
+            sink_logit_H=kwargs.get("s_aux"),
+        )
+        return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+@torch.inference_mode()
+def recomputed_nll(model: PreTrainedModel, ids_T: np.ndarray, ends_N: np.ndarray, window: int, name: str) -> np.ndarray:
+    """Return the NLL [N] of the tokens after positions ends_N, each predicted from its last `window` tokens alone."""
+    batches = min(len(ends_N), math.ceil(len(ends_N) * window / BATCH_TOKENS))
+    nll_by_batch = []
+    for ends_B in np.array_split(ends_N, batches):
+        windows_BW = ids_T[ends_B[:, None] + np.arange(1 - window, 1)]
+        x_BW = torch.from_numpy(windows_BW).to(model.device)
+        logits_BV = model(input_ids=x_BW, use_cache=False, logits_to_keep=1).logits[:, 0].float()
+        target_B = torch.from_numpy(ids_T[ends_B + 1]).to(model.device)
+        nll_by_batch.append(cross_entropy(logits_BV, target_B, reduction="none").double().cpu().numpy())
+    nll_N = np.concatenate(nll_by_batch)
+    if not np.isfinite(nll_N).all():
+        token = int(ends_N[~np.isfinite(nll_N)][0]) + 1
+        raise FloatingPointError(f"{name}: the logits that predict token {token} are not finite; check the weights")
+    return nll_N
+
+
+@torch.inference_mode()
+def decoding_latency(
+    model: PreTrainedModel, ids_T: np.ndarray, tokens: int, way: str, sinks: int, cache_tokens: int
+) -> dict[str, float]:
+    """Measure the decoding of a text's last `tokens` tokens, one by one, in one way through it.
+
+    Returns:
+        {"ms": median milliseconds a token, "cache_mib": keys and values that are kept meanwhile}; the way `dense`
+        keeps those of the whole text.
+    """
+    x_1T = torch.from_numpy(ids_T)[None].to(model.device)
+    first = x_1T.shape[1] - tokens - 1  # one more than is timed: the first step warms up
+    if way == "dense":
+        cache: Cache = DynamicCache(config=model.config)
+    else:
+        cache = SinkCache(model.config, sinks, cache_tokens - sinks)
+    if way != "recompute":
+        model(x_1T[:, :first], past_key_values=cache, logits_to_keep=1)
+    seconds = []
+    for at in range(first, x_1T.shape[1]):
+        began = time.perf_counter()
+        if way == "recompute":
+            model(x_1T[:, at - cache_tokens : at + 1], use_cache=False, logits_to_keep=1)
+        else:
+            model(x_1T[:, at : at + 1], past_key_values=cache, logits_to_keep=1)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return {"ms": median(seconds[1:]) * 1e3, "cache_mib": _kept_bytes(cache) / 2**20}
+
+
+def _kept_bytes(cache: Cache) -> int:
+    """Return the bytes of a cache's keys and values."""
+    total = 0
+    for layer in cache.layers:
+        for name in ("keys", "values", "sink_keys"):
+            kept = getattr(layer, name, None)
+            if isinstance(kept, torch.Tensor):
+                total += kept.nbytes
+    return total
+
+
+def endurance(
+    model: PreTrainedModel, ids_T: np.ndarray, sinks: int, window: int, parts: int
+) -> Iterator[dict[str, Any]]:
+    """Stream a long text through one SinkCache; yield {"start", "end", "nll", "resident_mib"} for each part of it.
+
+    resident_mib is the process's memory at the end of the part: it should not grow.
+    """
+    cache = SinkCache(model.config, sinks, window)
+    edges = np.linspace(0, len(ids_T) - 1, min(parts, len(ids_T) - 1) + 1).astype(int).tolist()
+    for start, end in pairwise(edges):
+        nll = []
+        with torch.inference_mode():
+            for at in range(start, end, READ_AT_ONCE):
+                to = min(at + READ_AT_ONCE, end)
+                x_T = torch.from_numpy(ids_T[at : to + 1]).to(model.device)
+                out = model.base_model(x_T[None, :-1], past_key_values=cache, use_cache=True)
+                where = f"endurance, from token {at} on"
+                nll.append(hidden_nll(model, out.last_hidden_state[0], x_T[1:], where).cpu().numpy())
+        resident = psutil.Process().memory_info().rss / 2**20
+        yield {"start": start, "end": end, "nll": float(np.concatenate(nll).mean()), "resident_mib": resident}
