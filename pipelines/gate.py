@@ -27,7 +27,9 @@ from longreach.pipelines.artifacts import Decision, Release
 from longreach.pipelines.kind import StageRun, stage
 
 if TYPE_CHECKING:
+    from longreach.pipelines.graph import Pipeline
     from longreach.pipelines.recipe import Recipe
+    from longreach.pipelines.stage import Stage
 
 Rows = list[dict[str, Any]]
 
@@ -140,6 +142,57 @@ class Finding:
     asked: str
     """The limit in words."""
     kept: bool
+
+
+def add_gate(pipeline: Pipeline) -> None:
+    """Add the champion's stages and the decision; nothing where the challenger is the champion already."""
+    from longreach.pipelines.stage import Stage
+
+    gate, champion = pipeline.recipe.promote, pipeline.champion
+    if gate is None:
+        return
+    (release,) = (stage for stage in pipeline.stages if stage.label == f"release[{gate.model}]")
+    if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
+        return
+    ratios = MEASURED_BY["perplexity_ratio"]
+    inputs = {"model": release}
+    for evaluation, scores in pipeline.scores_of(gate.model).items():
+        if evaluation in MEASURED_BY.values():
+            inputs[f"challenger_{evaluation}"] = scores
+    baseline = pipeline.scores_of(pipeline.recipe.plain_baseline() or "")
+    if ratios in baseline:
+        inputs[f"base_{ratios}"] = baseline[ratios]
+    if gate.base_ratio:
+        inputs["base"] = pipeline.base
+    if champion and gate.perplexity_ratio is not None:
+        inputs[f"champion_{ratios}"] = _champions_scores(pipeline, ratios, pipeline.models[gate.model].corpus)
+    choices = PromoteStageRecipe(
+        rules=gate,
+        champion=champion and str(champion.version),
+        lengths=lengths_of(pipeline.recipe, ratios),
+    )
+    pipeline.stages.append(Stage("promote", "promote", choices, inputs))
+
+
+def _champions_scores(pipeline: Pipeline, evaluation: str, corpus: Stage) -> Stage:
+    """Add the champion and its evaluation on the challenger's corpus, and return the latter."""
+    from longreach.pipelines.evaluate import EvaluateStageRecipe
+    from longreach.pipelines.stage import Stage
+    from longreach.training.recipe import BaseRecipe
+
+    champion = pipeline.champion
+    source = BaseRecipe(source=f"models:/{champion.name}/{champion.version}")
+    model = pipeline.converted("convert[champion]", source)
+    same = [stage for stage in pipeline.stages if stage.fingerprint == model.fingerprint]
+    if same:  # training started from it
+        model = same[0]
+    else:
+        pipeline.stages.append(model)
+    section = pipeline.recipe.evaluate.chosen()[evaluation].model_copy(update={"models": None})
+    choices = EvaluateStageRecipe(eval=evaluation, model="champion", choices=section)
+    scores = Stage("evaluate", f"evaluate[champion,{evaluation}]", choices, {"model": model, "corpus": corpus})
+    pipeline.stages.append(scores)
+    return scores
 
 
 def lengths_of(recipe: Recipe, evaluation: str) -> tuple[int, ...]:

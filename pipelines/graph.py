@@ -23,7 +23,7 @@ import xxhash
 from longreach.infra import registry
 from longreach.infra.files import add_file
 from longreach.pipelines.evaluate import EvaluateStageRecipe
-from longreach.pipelines.gate import MEASURED_BY, PromoteRecipe, PromoteStageRecipe, lengths_of
+from longreach.pipelines.gate import add_gate
 from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
@@ -68,7 +68,7 @@ class Pipeline:
     @cached_property
     def base(self) -> Stage:
         """The model that everything starts from."""
-        return _converted("convert", self.recipe.base if self.needs_base else BaseRecipe(source=""))
+        return self.converted("convert", self.recipe.base if self.needs_base else BaseRecipe(source=""))
 
     @property
     def needs_base(self) -> bool:
@@ -99,6 +99,16 @@ class Pipeline:
         """A stage that packs the documents in the tokens of `base`."""
         choices = PackStageRecipe(corpus=self.recipe.corpus, pack=rows)
         return Stage("pack", label, choices, {"base": base}, self.texts)
+
+    def converted(self, label: str, base: BaseRecipe) -> Stage:
+        """The stage that converts a source; an alias of the registry stands for the version that it names now."""
+        if base.source.startswith("models:/") and "@" in base.source:
+            version = registry.version_of(base.source.removeprefix("models:/"))
+            base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
+        digests = {}
+        if base.source:
+            digests["source"] = model_digest(base.source, base.revision)
+        return Stage("convert", label, base, digests=digests)
 
     def scores_of(self, model: str) -> dict[str, Stage]:
         """The evaluations of a model, by the evaluation's name."""
@@ -217,33 +227,6 @@ def add_report(pipeline: Pipeline) -> None:
     pipeline.stages.append(report_on(pipeline.recipe, reported))
 
 
-def add_gate(pipeline: Pipeline) -> None:
-    """Add the champion's stages and the decision; nothing where the challenger is the champion already."""
-    gate, champion = pipeline.recipe.promote, pipeline.champion
-    if not gate:
-        return
-    (release,) = (stage for stage in pipeline.stages if stage.label == f"release[{gate.model}]")
-    if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
-        return
-    inputs = {"model": release}
-    for evaluation, stage in pipeline.scores_of(gate.model).items():
-        if evaluation in MEASURED_BY.values():
-            inputs[f"challenger_{evaluation}"] = stage
-    for evaluation, stage in pipeline.scores_of(pipeline.recipe.plain_baseline() or "").items():
-        if evaluation == MEASURED_BY["base_ratio"]:
-            inputs[f"base_{evaluation}"] = stage
-    if gate.base_ratio:
-        inputs["base"] = pipeline.base
-    if champion and gate.perplexity_ratio is not None:
-        inputs[f"champion_{MEASURED_BY['perplexity_ratio']}"] = _champions_scores(pipeline, gate)
-    choices = PromoteStageRecipe(
-        rules=gate,
-        champion=champion and str(champion.version),
-        lengths=lengths_of(pipeline.recipe, MEASURED_BY["perplexity_ratio"]),
-    )
-    pipeline.stages.append(Stage("promote", "promote", choices, inputs))
-
-
 BUILDERS: list[Callable[[Pipeline], None]] = [
     add_base,
     add_finetuned,
@@ -264,17 +247,6 @@ def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None
     return Stage("report", "report", choices, inputs)
 
 
-def _converted(label: str, base: BaseRecipe) -> Stage:
-    """The stage of a source; an alias of the registry stands for the version that it names now."""
-    if base.source.startswith("models:/") and "@" in base.source:
-        version = registry.version_of(base.source.removeprefix("models:/"))
-        base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
-    digests = {}
-    if base.source:
-        digests["source"] = model_digest(base.source, base.revision)
-    return Stage("convert", label, base, digests=digests)
-
-
 def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRecipe]:
     """What fine-tuning starts from, and the stretch that is left to do.
 
@@ -287,25 +259,7 @@ def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRec
         source = champion.tags[registry.BASE]
         if not source.startswith(f"models:/{champion.name}/"):  # it was the first, made from the recipe's base
             return pipeline.base, rope
-    return _converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
-
-
-def _champions_scores(pipeline: Pipeline, gate: PromoteRecipe) -> Stage:
-    """The champion's perplexity on the challenger's corpus; its stages are added."""
-    champion, evaluation = pipeline.champion, MEASURED_BY["perplexity_ratio"]
-    source = BaseRecipe(source=f"models:/{champion.name}/{champion.version}")
-    model = _converted("convert[champion]", source)
-    same = [stage for stage in pipeline.stages if stage.fingerprint == model.fingerprint]
-    if same:  # training started from it
-        model = same[0]
-    else:
-        pipeline.stages.append(model)
-    section = pipeline.recipe.evaluate.chosen()[evaluation].model_copy(update={"models": None})
-    choices = EvaluateStageRecipe(eval=evaluation, model="champion", choices=section)
-    inputs = {"model": model, "corpus": pipeline.models[gate.model].corpus}
-    scores = Stage("evaluate", f"evaluate[champion,{evaluation}]", choices, inputs)
-    pipeline.stages.append(scores)
-    return scores
+    return pipeline.converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
 
 
 def _digest(path: Path) -> str:

@@ -1,7 +1,8 @@
-"""Stage `release`: an arm's model as it leaves the house, with a card that says what it can do and what it cannot.
+"""Stage `release`: an arm's model as it leaves the pipeline, with a card about what it can do and what it cannot.
 
 The folder is at once a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and an MLflow model of
-the flavour `transformers`, with a signature. On a local store its weights are links to the merged model's.
+the flavour `transformers`, with a signature. On a local store its weights are links to the merged model's. The card's
+text is model_card.md.tmpl.
 
     longreach run quickstart && ls .longreach/release/*/attempts/*/out
 """
@@ -9,7 +10,7 @@ the flavour `transformers`, with a signature. On a local store its weights are l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from longreach.infra.choices import Choices
 from longreach.infra.files import link_or_copy
 from longreach.infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
 from longreach.pipelines.artifacts import ModelCheckpoint, PackedCorpus, Release, Scores, TokenizerFolder
+from longreach.pipelines.gate import MEASURED_BY
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.report.findings import about_arm
 from longreach.training.convert import kept_files
@@ -25,8 +27,9 @@ from longreach.training.summary import TrainingSummary
 if TYPE_CHECKING:
     from longreach.evaluation.scores import EvalScores
 
+TEMPLATE = Path(__file__).with_name("model_card.md.tmpl")
 TOKENIZER = Path("components", "tokenizer")
-"""Where MLflow's flavour looks for it."""
+"""Where MLflow's flavour looks for the tokenizer."""
 
 
 class ReleaseRecipe(Choices):
@@ -52,16 +55,18 @@ def release(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """The model's files, README.md and MLmodel; the summary holds what MLflow is told: tags and metrics."""
+    """Write the model's files, README.md and MLmodel; the summary holds what MLflow stores: tags and metrics."""
     for file in kept_files(model.path):
-        if file.name != "README.md":
-            link_or_copy(str(file), str(out / file.name))
-            if file.suffix != ".safetensors" and file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
-                (out / TOKENIZER).mkdir(parents=True, exist_ok=True)
-                link_or_copy(str(file), str(out / TOKENIZER / file.name))
-    card = Card(recipe, model, corpus, base, {name: one.read() for name, one in scores.items()})
+        if file.name == "README.md":
+            continue
+        link_or_copy(str(file), str(out / file.name))
+        if file.suffix != ".safetensors" and file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
+            (out / TOKENIZER).mkdir(parents=True, exist_ok=True)
+            link_or_copy(str(file), str(out / TOKENIZER / file.name))
+    card = Card(recipe, model, corpus, base, {name: artifact.read() for name, artifact in scores.items()})
     (out / "README.md").write_text(card.text(), encoding="utf-8")
-    _mlmodel(out, card)
+    _write_mlmodel(out, card)
+    effective = "not measured" if card.effective is None else str(card.effective)
     tags = {
         MODEL: f"release-{run.attempt.fingerprint}-{run.attempt.id}",
         FINGERPRINT: run.attempt.fingerprint,
@@ -72,15 +77,12 @@ def release(
         "longreach.corpus": corpus.fingerprint,
         "longreach.licence": card.licence,
         "longreach.claimed_context": str(card.claimed),
-        "longreach.effective_context": str(card.effective if card.effective is not None else "not measured"),
+        "longreach.effective_context": effective,
     }
-    metrics = {f"eval/{k}": v for name, s in card.own().items() for k, v in s.summary.items()}
-    trained = card.training
-    metrics |= {
-        "cost/wall_s": trained.wall_s,
-        "cost/tokens_per_s": trained.tokens_per_s,
-        "cost/peak_gib": trained.peak_gib,
-    }
+    metrics = {f"eval/{measure}": value for measure, value, _ in card.measures()}
+    metrics["cost/wall_s"] = card.training.wall_s
+    metrics["cost/tokens_per_s"] = card.training.tokens_per_s
+    metrics["cost/peak_gib"] = card.training.peak_gib
     if recipe.register_as:
         run.spool.model(recipe.register_as, tags[MODEL], metrics, tags=tags, path=out, register=recipe.register_as)
     run.spool.artifact(out / "README.md")
@@ -89,7 +91,7 @@ def release(
 
 
 class Card:
-    """What a model card says, from artifacts alone."""
+    """What a model card tells, from artifacts alone."""
 
     def __init__(
         self,
@@ -99,127 +101,87 @@ class Card:
         base: TokenizerFolder,
         scores: dict[str, EvalScores],
     ) -> None:
+        """Collect the facts; `scores` are the model's own by `own_EVALUATION` and the base's by `base_EVALUATION`."""
         from longreach.evaluation.scores import PASSKEY_BAR, effective_length
 
-        self.recipe, self.corpus, self.scores = recipe, corpus, scores
+        self.recipe = recipe
+        self.packed = corpus.packed
         self.training = TrainingSummary.read(model.path)
         self.config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-        self.origin: dict[str, Any] = base.summary.get("origin", {})
-        self.scratch = self.training.kind == "pretrain" and self.training.model is not None
-        self.licence = "unknown" if self.scratch else str(self.origin.get("licence") or "unknown")
-        self.trained = base.summary.get("context_length")
-        self.claimed: int = self.config["max_position_embeddings"]
         self.about = about_arm(self.training)
-        passkey = [row for row in self._rows("own_passkey") if row["kind"] == "length"]
-        self.effective = effective_length(passkey, PASSKEY_BAR) if passkey else None
-        self.asked = max((row["length"] for row in passkey), default=0)
+        self.claimed: int = self.config["max_position_embeddings"]
+        self.origin: dict[str, Any] = base.summary.get("origin", {})
+        self.base_context = base.summary.get("context_length")
+        self.scratch = self.training.kind == "pretrain" and self.training.model is not None
+        self.licence = "unknown"
+        if not self.scratch:
+            self.licence = str(self.origin.get("licence") or "unknown")
+        self.sources = []
+        for source in corpus.manifest["identity"]["recipe"]["corpus"]["sources"]:
+            self.sources.append(str(source.get("package") or source.get("files") or source.get("dataset")))
 
-    def own(self) -> dict[str, EvalScores]:
-        """By evaluation."""
-        return {name.removeprefix("own_"): s for name, s in self.scores.items() if name.startswith("own_")}
+        self.own: dict[str, EvalScores] = {}
+        """The model's scores by evaluation."""
+        self.of_base: dict[str, EvalScores] = {}
+        """The untrained base's scores by evaluation."""
+        for name, one in scores.items():
+            whose, _, evaluation = name.partition("_")
+            (self.own if whose == "own" else self.of_base)[evaluation] = one
+        keys = self._rows(MEASURED_BY["effective_length"], "length")
+        self.threshold = PASSKEY_BAR
+        self.effective = effective_length(keys, PASSKEY_BAR) if keys else None
+        """Tokens up to which at least `threshold` of the keys were found; None: not measured."""
+        self.longest_asked = max((row["length"] for row in keys), default=0)
+        self.documents = sorted({row["document"] for row in self._rows(MEASURED_BY["perplexity_ratio"], "document")})
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        return self.scores[name].rows if name in self.scores else []
+    def _rows(self, evaluation: str, kind: str) -> list[dict[str, Any]]:
+        """Return the model's rows of one kind; none if it was not measured."""
+        if evaluation not in self.own:
+            return []
+        return [row for row in self.own[evaluation].rows if row["kind"] == kind]
 
-    def text(self) -> str:
-        """The README."""
+    def measures(self) -> Iterator[tuple[str, float, float | None]]:
+        """Yield (measure, the model's value, the base's value or None) of all summaries."""
+        for evaluation, scores in self.own.items():
+            base = self.of_base[evaluation].summary if evaluation in self.of_base else {}
+            for measure, value in scores.summary.items():
+                yield measure, value, base.get(measure)
+
+    def metadata(self) -> str:
+        """Return the card's head in YAML, as the Hugging Face Hub reads it."""
         from huggingface_hub import ModelCardData
 
+        licence: dict[str, Any] = {"license": self.licence.lower().replace(" ", "-")}
+        if licence["license"] not in ("apache-2.0", "mit"):
+            licence = {"license": "other", "license_name": self.licence}
+        tags = ["longreach", "long-context"]
+        if "+" in self.training.arm.tune:
+            tags.append("longlora")
         source = self.origin.get("source", "")
-        hub = source.removeprefix("hub:") if source.startswith("hub:") else None
-        known = self.licence.lower().replace(" ", "-")
+        on_hub = source.startswith("hub:") and not self.scratch
         data = ModelCardData(
-            license=known if known in ("apache-2.0", "mit") else "other",
-            license_name=None if known in ("apache-2.0", "mit") else self.licence,
-            base_model=None if self.scratch else hub,
+            **licence,
+            base_model=source.removeprefix("hub:") if on_hub else None,
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=[
-                "longreach",
-                "long-context",
-                *(["longlora"] if "+" in self.training.arm.tune else []),
-            ],
+            tags=tags,
         )
-        parts = [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {self.recipe.name}: {self.recipe.arm}",
-            self._what(),
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```',
-            "## Context",
-            self._context(),
-            "## How it was made",
-            self._made(),
-            "## Evaluation",
-            *self._evaluation(),
-            "## Limits",
-            self._limits(),
-            "## Licence",
-            f"Weights: {self.licence}{'' if self.scratch else ', that of the base'}. The training texts have licences "
-            "of their own; the report of the run names them.",
-        ]
-        return "\n\n".join(parts) + "\n"
+        return data.to_yaml()
 
-    def _what(self) -> str:
-        start = "A model trained from scratch" if self.scratch else f"`{self.origin.get('source')}`, trained further"
-        return f"{start} ({self.about}) by longreach. Plain transformers loads it; attention is full and causal."
+    def text(self) -> str:
+        """Return the whole card."""
+        from jinja2 import Environment, StrictUndefined
 
-    def _context(self) -> str:
-        from longreach.evaluation.scores import PASSKEY_BAR
-
-        said = [f"- Claimed: {self.claimed:,} tokens (`max_position_embeddings`)."]
-        if self.trained and not self.scratch:
-            said.append(f"- The base was trained to {self.trained:,} tokens.")
-        if self.effective is None:
-            said.append("- Effective: not measured (no pass-key evaluation).")
-        else:
-            reach = f"{self.effective:,} tokens" if self.effective else "less than the shortest length asked"
-            said.append(
-                f"- Effective: {reach}, the greatest length up to which at least {PASSKEY_BAR:.0%} of pass keys were "
-                f"found; the longest that was asked is {self.asked:,}."
-            )
-        return "\n".join(said)
-
-    def _made(self) -> str:
-        packed, trained = self.corpus.packed, self.training
-        sources = self.corpus.manifest["identity"]["recipe"]["corpus"]["sources"]
-        names = ", ".join(str(s.get("package") or s.get("files") or s.get("dataset")) for s in sources)
-        return "\n".join([
-            f"- Data: {names}: {packed.documents['train']:,} documents for training, "
-            f"{packed.rows:,} rows of {packed.seq_len:,} tokens ({packed.method}).",
-            f"- Training: {trained.steps:,} optimizer steps, {trained.tokens:,} tokens, "
-            f"loss {trained.loss_first:.3f} to {trained.loss_last:.3f}; attention {trained.pattern}.",
-            f"- Cost: {trained.wall_s:,.0f} s on {trained.ranks} ranks, "
-            f"peak {trained.peak_gib:.2f} GiB on all of them.",
-        ])  # fmt: skip
-
-    def _evaluation(self) -> list[str]:
-        """A table of all summaries, the untrained base's beside them where it was asked the same."""
-        if not (own := self.own()):
-            return ["Not measured."]
-        lines = ["| measure | this model | the base |", "|---|---:|---:|"]
-        for name, scores in own.items():
-            theirs = self.scores.get(f"base_{name}")
-            for key, value in scores.summary.items():
-                other = theirs.summary.get(key) if theirs else None
-                lines.append(f"| {key} | {value:.4g} | {'–' if other is None else f'{other:.4g}'} |")
-        return ["\n".join(lines), *(f"{name}: {scores.protocol}." for name, scores in own.items())]
-
-    def _limits(self) -> str:
-        said = ["- Perplexity on a long text says that it stays predictable, not that what stands far back is used."]
-        if texts := sorted({row["document"] for row in self._rows("own_perplexity") if row["kind"] == "document"}):
-            few = ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
-            said.append(f"- Perplexity was measured on {few}; other languages and domains were not asked.")
-        if self.training.tokens < 100_000_000:
-            said.append(f"- {self.training.tokens:,} tokens are few: take it as a demonstration, not as a product.")
-        if self.effective is not None and self.effective < self.claimed:
-            said.append("- Between the effective and the claimed context nothing is promised.")
-        return "\n".join(said)
+        environment = Environment(
+            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+        )
+        environment.filters["thousands"] = "{:,}".format
+        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        return template.render(card=self, packed=self.packed, trained=self.training)
 
 
-def _mlmodel(out: Path, card: Card) -> None:
-    """The file that makes the folder an MLflow model: `mlflow.transformers.load_model`, `mlflow.pyfunc.load_model`."""
+def _write_mlmodel(out: Path, card: Card) -> None:
+    """Write the file by which `mlflow.transformers.load_model` and `mlflow.pyfunc.load_model` take the folder."""
     import mlflow
     import transformers
     from mlflow.models import Model, ModelSignature
