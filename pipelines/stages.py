@@ -241,7 +241,7 @@ def merge(
     run: StageRun,
 ) -> dict[str, Any]:
     """Write the merged model with its training.json; fails unless its logits are the adapter's."""
-    from longreach.training.checkpoint import merge_adapter
+    from longreach.training.export import merge_adapter
 
     trained = TrainingSummary.read(adapter.path)
     merged = merge_adapter(base.path, adapter.path, out, rope=trained.rope)

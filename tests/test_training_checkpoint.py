@@ -13,7 +13,8 @@ from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder, 
 from transformers import AutoModelForCausalLM
 
 from longreach.training.batches import RowOrder
-from longreach.training.checkpoint import check_trained, merge_adapter, newest_valid, problem, tensor_digests
+from longreach.training.checkpoint import newest_valid, problem
+from longreach.training.export import check_trained, merge_adapter, tensor_digests
 from longreach.training.longlora import apply_arm
 from longreach.training.model import fresh_llama, load_model
 from longreach.training.recipe import ArmRecipe, RopeRecipe
@@ -173,7 +174,7 @@ def test_an_adapter_loads_in_plain_peft_with_the_trained_logits(tmp_path, monkey
             seen["logits"] = model.eval()(IDS, use_cache=False).logits
         real(model, start, steps)
 
-    monkeypatch.setattr("longreach.training.checkpoint.check_trained", spy)
+    monkeypatch.setattr("longreach.training.export.check_trained", spy)
     packed_corpus(tmp_path)
     todo = job(tmp_path, arm={"tune": tune})
     train(todo)

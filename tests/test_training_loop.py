@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 from longreach.infra.errors import OutOfMemory, Superseded
 from longreach.infra.launch import run_local
 from longreach.infra.tracking import Spool, read_events
-from longreach.training import loop
+from longreach.training import export, loop
 from longreach.training.batches import PackedRows, RowOrder
+from longreach.training.build import build
 from longreach.training.loop import learning_rate
 from longreach.training.model import with_softmax_sinks
 from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, TrainJob
@@ -193,8 +194,8 @@ def test_sink_arms_start_from_the_same_weights_and_read_the_same_text(tmp_path, 
     tiny_folder(tmp_path / "base")
     packed_corpus(tmp_path, first_token="sink", method="concat")
     digests, read = [], {}
-    real = loop.checkpoint.tensor_digests
-    monkeypatch.setattr(loop.checkpoint, "tensor_digests", lambda model: digests.append(real(model)) or digests[-1])
+    real = export.tensor_digests
+    monkeypatch.setattr(export, "tensor_digests", lambda model: digests.append(real(model)) or digests[-1])
     for sink in ("none", "token"):
         todo = job(tmp_path, name=sink, kind="pretrain", sink=sink, rope={}, model=LlamaRecipe(context_length=64))
         train(todo)
@@ -215,7 +216,7 @@ def test_each_sink_arm_is_what_plain_transformers_loads(tmp_path, monkeypatch, s
     packed_corpus(tmp_path, first_token="sink")
     model = LlamaRecipe(context_length=64) if start == "scratch" else None
     todo = job(tmp_path, name=sink, kind="pretrain", sink=sink, rope={}, model=model, sink_mass_every=4)
-    seen, real = {}, loop.checkpoint.check_trained
+    seen, real = {}, export.check_trained
     ids = torch.arange(2, 34)[None]
 
     def spy(model, *args):
@@ -223,7 +224,7 @@ def test_each_sink_arm_is_what_plain_transformers_loads(tmp_path, monkeypatch, s
             seen["logits"] = model.eval()(ids, use_cache=False).logits
         real(model, *args)
 
-    monkeypatch.setattr("longreach.training.checkpoint.check_trained", spy)
+    monkeypatch.setattr("longreach.training.export.check_trained", spy)
     train(todo)
     tokenizer, plain = (kind.from_pretrained(todo["out"]) for kind in (AutoTokenizer, AutoModelForCausalLM))
     assert tokenizer("w7 w8").input_ids == [*([VOCAB] if sink == "token" else []), 7, 8]
@@ -269,7 +270,7 @@ def test_sink_arms_start_alike_from_a_base_too(tmp_path):
     built = {}
     for sink in ("none", "zero", "token", "logit"):
         todo = TrainJob.model_validate(job(tmp_path, kind="pretrain", sink=sink, rope={}))
-        built[sink], _ = loop.build(todo, PackedRows(todo.corpus).summary)
+        built[sink], _ = build(todo, PackedRows(todo.corpus).summary)
     weights = {sink: dict(model.named_parameters()) for sink, model in built.items()}
     for sink in weights:
         assert all(torch.equal(p, weights[sink][name]) for name, p in weights["none"].items())

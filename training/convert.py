@@ -177,7 +177,7 @@ def base_of(adapter: Path) -> str:
 
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     """Merges an adapter into its base; one of ours brings the stretch that it was trained with."""
-    from longreach.training.checkpoint import merge_adapter
+    from longreach.training.export import merge_adapter
     from longreach.training.summary import TrainingSummary
 
     files, rope = kept_files(adapter), None

@@ -1,518 +1,465 @@
 """The training loop, top to bottom: one rank's whole life. Ray Train starts it on every rank (infra/launch.py).
 
     build the model -> stretch it, apply the arm, set the pattern -> DeepSpeed engine -> resume ->
-    for each step: rows by arithmetic -> loss -> backward -> step -> say so -> checkpoint
+    for each step: rows by arithmetic -> loss -> backward -> step -> record -> checkpoint
     -> check and save the result
 
 Everything that an arm shares with the others (rows, order, seed, schedule) depends on the seed and the step number
-alone, so arms differ in nothing but their own choices, and a resumed run goes on bit by bit as if never stopped.
+alone. So arms differ in nothing but their own choices, and a resumed run goes on bit by bit as if never stopped.
+
+Steps are counted from 0 while they run; `progress.step` is the number of steps done, as checkpoints and records say it.
 
     pytest tests/test_training_loop.py
 """
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
+from torch import Tensor
 
 from longreach.attention.causal import Causal
 from longreach.attention.hf import active_pattern, set_pattern
 from longreach.attention.pattern import Pattern
 from longreach.attention.sink_mass import sink_mass
-from longreach.attention.ulysses import ALONE, SequenceRanks, part_of, sequence_ranks
-from longreach.infra import relay
-from longreach.infra.environment import system_metrics
+from longreach.attention.ulysses import part_of, sequence_ranks
 from longreach.infra.errors import OutOfMemory, Stopped, Superseded
 from longreach.infra.files import digest_of
-from longreach.infra.tracking import read_events
-from longreach.training import checkpoint, throughput, zero
+from longreach.training import export, throughput, zero
 from longreach.training.batches import PackedRows, RowOrder
-from longreach.training.longlora import apply_arm, trainable_parameters
+from longreach.training.build import build
+from longreach.training.checkpoint import Checkpoints
+from longreach.training.longlora import trainable_parameters
 from longreach.training.loss import TokenLoss, causal_lm, count_targets
-from longreach.training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
-from longreach.training.planner import Machine, Prediction, Shape, predict
 from longreach.training.recipe import OptimRecipe, TrainJob
 from longreach.training.skips import Skips
-from longreach.training.summary import PackSummary, TrainingSummary
+from longreach.training.steplog import StepLog
+from longreach.training.summary import TrainingSummary
 from longreach.training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
-"""Share of the parameters from which it is said that an arm trains its embeddings: they are 1.9% of Llama-2-7B, 21% of
-Llama-3.2-1B."""
+"""Share of all parameters above which trained embeddings are worth a note: they are 1.9% of Llama-2-7B, but 21% of
+Llama-3.2-1B, whose "small adapter" is then no longer small."""
 
 PROBE_ROWS = 4
-"""The corpus' first rows, on which it is measured where attention rests."""
+"""Rows at the start of the corpus on which it is measured where attention rests."""
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains as `job` (a TrainJob's fields) says and returns the summary that training.json holds.
+    """Train as `job` (a TrainJob's fields) says; rank 0 returns the TrainingSummary, the others {}.
 
-    Every rank calls it, with the process group up. Raises ValueError (choices that cannot be), FloatingPointError (too
-    many steps in a row had to be skipped; names them and their rows), Superseded (a newer attempt took over), Stopped
-    (somebody asked for it; a checkpoint is there), OutOfMemory (says what would fit), RuntimeError (the pattern is not
-    on, or the result is not what was trained).
+    Every rank calls it, with the process group up.
+
+    Raises:
+        ValueError: choices that contradict each other, the corpus or the base.
+        FloatingPointError: too many steps in a row had to be skipped; names them and their rows.
+        Superseded: a newer attempt took over.
+        Stopped: training was asked to stop, and wrote a checkpoint.
+        OutOfMemory: says what would fit.
+        RuntimeError: the pattern is not on, or the result is not what was trained.
     """
-    todo = TrainJob.model_validate(job)
+    choices = TrainJob.model_validate(job)
     try:
-        return _train(todo)
+        training = Training(choices)
+        training.resume()
+        while training.progress.step < choices.optim.steps:
+            training.run_step()
+        return training.finish()
     except RuntimeError as error:  # torch's OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemory(_what_would_fit(todo, str(error))) from error
+        raise OutOfMemory(throughput.what_would_fit(choices, str(error))) from error
 
 
-def _what_would_fit(todo: TrainJob, error: str) -> str:
-    """Out of memory, with what to change."""
-    of, seq_len = todo.resources, PackSummary.read(todo.corpus).seq_len
-    smaller = [
-        f"resources.micro_batch_rows {of.micro_batch_rows} -> {of.micro_batch_rows // 2}" * (of.micro_batch_rows > 1),
-        "resources.activation_checkpointing true" * (not of.activation_checkpointing),
-        f"resources.zero_stage {of.zero_stage} -> 3" * (of.zero_stage < 3 and of.workers > 1),
-        f"pack.seq_len {seq_len} -> {seq_len // 2}",
-    ]
-    return (
-        f"out of memory with {of.micro_batch_rows} rows of {seq_len} tokens at once ({error.splitlines()[0]}): "
-        f"in this order, try {', '.join(filter(None, smaller))}"
-    )
+@dataclass
+class Progress:
+    """How far training has come; the same on every rank."""
+
+    step: int
+    """Optimizer steps done."""
+    saved: int
+    """Steps done when the newest checkpoint was written or loaded; 0 without one."""
+    validated: dict[int, float]
+    """Validation loss (nats per token) by number of steps done, of the steps that may be saved."""
+    trained_losses: list[tuple[int, float]]
+    """(step, training loss) of the steps that were trained before resuming."""
+    notes: list[str]
+    """Checkpoints that were passed over, and why."""
 
 
-def _train(todo: TrainJob) -> dict[str, Any]:
-    optim, resources = todo.optim, todo.resources
-    rank, world = dist.get_rank(), dist.get_world_size()
-    shared = sequence_ranks(resources.sequence_parallel)
-    lane, lanes = rank // shared.size, world // shared.size  # ranks of a lane read the same rows
-    out, checkpoints = Path(todo.out), Path(todo.work) / "checkpoints"
-    torch.manual_seed(todo.seed)
+class Training:
+    """One rank's training: what is made once, and then each step."""
 
-    zero.check_nvme(resources)
-    process_gib = throughput.peak_gib()
+    def __init__(self, job: TrainJob) -> None:
+        self.job = job
+        self.optim = job.optim
+        self.world = dist.get_world_size()
+        # Ranks that share a row read the same rows: they are one data rank.
+        self.sequence = sequence_ranks(job.resources.sequence_parallel)
+        self.data_rank = dist.get_rank() // self.sequence.size
+        self.data_ranks = self.world // self.sequence.size
+        self.out = Path(job.out)
+        torch.manual_seed(job.seed)
+        zero.check_nvme(job.resources)
+        process_gib = throughput.peak_gib()  # before there is a model
 
-    # ---- the rows, and the model as every arm starts
-    rows = PackedRows(Path(todo.corpus))
-    held_out = []
-    if optim.validate_every_steps:
-        held_out = validation_rows(Path(todo.corpus), optim.validation_rows, drop_first=drops_first(todo))
-        held_out = [part_of(row, shared) for row in held_out]
-    packed = rows.summary
-    model, tokenizer = build(todo, packed)
-    set_active(model, pattern_of(todo, 0), shared)
-    start = checkpoint.tensor_digests(model)
-    parameters, trainable = model.num_parameters(), trainable_parameters(model)
+        # ---- the rows, and the model as every arm starts
+        self.rows = PackedRows(job.corpus)
+        self.packed = self.rows.summary
+        self.held_out = self._held_out_rows()
+        self.model, self.tokenizer = build(job, self.packed)
+        self._attend_by(self._pattern_at(0))
+        self.start_digests = export.tensor_digests(self.model)
+        self.parameters = self.model.num_parameters()
+        self.trainable = trainable_parameters(self.model)
 
-    # ---- the engine and the rows
-    peak_rate = todo.arm.learning_rate or optim.learning_rate
-    global_rows = optim.global_batch_tokens // packed.seq_len
-    own_rate = todo.arm.embedding_learning_rate or peak_rate
-    scales = dict.fromkeys(causal_lm(model).get_input_embeddings().parameters(), own_rate / peak_rate)
-    engine = zero.start_engine(
-        TokenLoss(model),
-        optim,
-        resources,
-        global_batch_rows=global_rows,
-        learning_rate=peak_rate,
-        rate_scales=scales,
-    )
-    engine.train()
-    kernel = set_pattern(model, pattern_of(todo, 0), sequence=shared).kernel  # that of the engine's device and type
-    order = RowOrder(len(rows), todo.seed, global_rows)
-    probe = rows.batch(range(min(PROBE_ROWS, len(rows))), drop_first=drops_first(todo))["input_ids"]
-    probe = probe[:, : packed.seq_len - 1].to(engine.device)  # arms without a sink token have one token less
+        # ---- the engine
+        self.peak_rate = job.arm.learning_rate or self.optim.learning_rate
+        self.global_batch_rows = self.optim.global_batch_tokens // self.packed.seq_len
+        embedding_rate = job.arm.embedding_learning_rate or self.peak_rate
+        embeddings = causal_lm(self.model).get_input_embeddings().parameters()
+        self.engine = zero.start_engine(
+            TokenLoss(self.model),
+            self.optim,
+            job.resources,
+            global_batch_rows=self.global_batch_rows,
+            learning_rate=self.peak_rate,
+            rate_scales=dict.fromkeys(embeddings, embedding_rate / self.peak_rate),
+        )
+        self.engine.train()
+        # asked again, since the engine may have moved the model to a device and type that another kernel serves
+        self.kernel = set_pattern(self.model, self._pattern_at(0), sequence=self.sequence).kernel
+        self.order = RowOrder(len(self.rows), job.seed, self.global_batch_rows)
 
-    # ---- what it should cost
-    whole_parameters = parameters - trainable.lora
-    machine, predicted = foreseen(todo, causal_lm(model), rows, whole_parameters, engine.device, process_gib)
+        # ---- what a step should cost
+        self.machine, self.predicted = throughput.measure_and_predict(
+            job,
+            causal_lm(self.model),
+            self.rows,
+            parameters=self.parameters - self.trainable.lora,
+            device=self.engine.device,
+            process_gib=process_gib,
+        )
 
-    # ---- resume
-    log = StepLog(out / "metrics.jsonl", todo.spool) if rank == 0 else None
-    identity = digest_of(todo.choices())
-    acts = checkpoint.acts_for_disk(checkpoints)
-    done, notes, losses, validated = resume(engine, checkpoints, todo, identity, log, acts)
-    skips = Skips(optim, losses)
-    if log and (share := trainable.embed / parameters) > LARGE_EMBEDDING and todo.arm.tune != "all":
-        log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
+        # ---- the records
+        self.log: StepLog | None = None
+        if dist.get_rank() == 0:
+            self.log = StepLog(self.out / "metrics.jsonl", job.spool)
+        self.checkpoints = Checkpoints(
+            Path(job.work) / "checkpoints",
+            identity=digest_of(job.choices()),
+            earlier=[Path(work) / "checkpoints" for work in job.earlier],
+            share=job.share,
+        )
+        self.checkpoint_laps: dict[str, float] = {}  # seconds of a checkpoint, recorded with the step that follows
 
-    saving: dict[str, float] = {}
+    # ------------------------------------------------------------------------------------------------ start
 
-    def save(step: int) -> None:
-        clock = throughput.Clock()
-        ranked = sorted(validated, key=lambda s: validated[s]) if optim.result == "best" else []
-        checkpoint.save(
-            engine,
-            checkpoints,
-            step=step,
-            identity=identity,
-            keep_last=resources.keep_last,
-            best=[s for s in ranked if s == step or checkpoint.path_of(checkpoints, s).exists()][: resources.keep_best],
-            attach=[out / "metrics.jsonl"],
-            share=todo.share,
-            acts=acts,
+    def resume(self) -> None:
+        """Begin at the newest valid checkpoint of this attempt or an earlier one, else at step 0."""
+        self.progress = self._load_newest()
+        self.resumed_from = self.progress.step
+        self.skips = Skips(self.optim, self.progress.trained_losses)
+        share = self.trainable.embed / self.parameters
+        if self.log and share > LARGE_EMBEDDING and self.job.arm.tune != "all":
+            self.log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
+
+    def _load_newest(self) -> Progress:
+        """Load the newest valid checkpoint, and the record of the steps before it."""
+        path, passed_over = self.checkpoints.newest()
+        recorded: list[Any] = [{}, []]
+        if self.log:
+            self.log.restart(path / "metrics.jsonl" if path else None)
+            for note in passed_over:
+                self.log.note(note)
+            recorded = [self.log.validation_losses(), self.log.trained_losses()]
+        dist.broadcast_object_list(recorded)  # rank 0 alone keeps the record
+        step = self.checkpoints.load(self.engine, path) if path else 0
+        validated, trained_losses = recorded
+        return Progress(step, step, validated, trained_losses, notes=passed_over)
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def run_step(self) -> None:
+        """Train one optimizer step, or skip it where its numbers are bad; record it; write a checkpoint if one is due.
+
+        After too many skipped steps in a row training goes back to its last checkpoint instead.
+        """
+        step, clock = self.progress.step, throughput.Clock()
+        if Path(self.job.superseded_file).exists():
+            raise Superseded(f"step {step + 1}: a newer attempt took over ({self.job.superseded_file})")
+        self._attend_by(self._pattern_at(step))
+        batches = self._read_batches(step)
+        targets, tokens = self._agree(batches)
+        clock.lap("data")
+
+        rate = learning_rate(self.optim, self.peak_rate, step)
+        loss, norm, distrust = self._forward_backward(step, batches, targets, rate, clock)
+        trained = math.isfinite(norm)
+        row = {
+            "step": step + 1,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": int(tokens),
+            "targets": int(targets),
+            "tokens_per_s": tokens / clock.total,
+            "seconds": clock.total,
+            "phases": clock.laps | self.checkpoint_laps,
+            "rows": self.order.rows_of_step(step).tolist(),
+            "skipped": not trained,
+            **self._measure(step, trained),
+            **self._mfu(clock.total),
+        }
+        self.checkpoint_laps = {}
+        if self.log:
+            self.log.add(row, total=self.optim.steps)
+
+        if trained:
+            self.skips.trained(step, loss)
+        elif self._skip(step, distrust or f"its gradient norm is {norm}", row):
+            self._go_back()
+            return
+        self.progress.step += 1
+        if self._checkpoint_due() and not self.skips.in_a_row:  # never weights that may have gone wrong
+            self.save()
+
+    def _read_batches(self, step: int) -> list[dict[str, Tensor]]:
+        """Return this rank's micro-batches of a step: the same rows whatever the number of ranks."""
+        batches = []
+        for row_ids in self.order.for_rank(step, self.data_rank, self.data_ranks, self.job.resources.micro_batch_rows):
+            batch = self.rows.batch(row_ids, drop_first=self.job.drops_first)
+            batches.append(part_of(batch, self.sequence))
+        return batches
+
+    def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
+        """Return (targets, tokens) of the step over all ranks. Stopped, after a checkpoint, if any rank was asked to.
+
+        The loss is one mean over the targets of the whole global batch, however they are spread over ranks and
+        micro-batches; so the ranks have to know their number before the first forward pass.
+        """
+        own_targets = sum(count_targets(batch["labels"]) for batch in batches)
+        own_tokens = sum(batch["input_ids"].numel() for batch in batches)
+        targets, tokens, stop = all_sum(self.engine, [own_targets, own_tokens, self._stop_asked()])
+        if stop:
+            step = self.progress.step
+            if step > self.progress.saved:
+                self.save()
+            raise Stopped(f"stopped after step {step} of {self.optim.steps}: the same command goes on from there")
+        return targets, tokens
+
+    def _stop_asked(self) -> bool:
+        if self.job.stop_file is None:
+            return False
+        asked_by_driver = self.log is not None and self.log.stop_asked
+        return Path(self.job.stop_file).exists() or asked_by_driver
+
+    def _forward_backward(
+        self, step: int, batches: list[dict[str, Tensor]], targets: float, rate: float, clock: throughput.Clock
+    ) -> tuple[float, float, str]:
+        """Accumulate gradients over the micro-batches and update the weights.
+
+        Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not trusted or "").
+        A norm that is not finite says that the weights stayed as they were.
+        """
+        grad_accum_steps = len(batches)
+        scale = self.world / max(targets, 1)  # DeepSpeed averages over ranks: this undoes it
+        loss_sum, norm, distrust = 0.0, math.nan, ""
+        for micro_step in range(grad_accum_steps):
+            batch = {name: tensor.to(self.engine.device) for name, tensor in batches[micro_step].items()}
+            loss = self.engine(**batch, scale=scale)
+            loss_sum += loss.item() / self.world
+            clock.lap("forward")
+            if micro_step == grad_accum_steps - 1:
+                (loss_sum,) = all_sum(self.engine, [loss_sum])
+                if distrust := self.skips.distrusts(step, loss_sum):
+                    # Poison the loss: with NaN gradients the optimizer step is left out on every rank, and weights
+                    # and moments stay as they were (zero.step). Gradients that were accumulated cannot be taken back.
+                    loss = loss * math.nan
+            zero.backward(self.engine, loss)
+            clock.lap("backward")
+            norm = zero.step(self.engine, rate)
+            clock.lap("step")
+        return loss_sum, norm, distrust
+
+    def _measure(self, step: int, trained: bool) -> dict[str, Any]:
+        """Measure what is due after a step, with the weights as they are now."""
+        measured: dict[str, Any] = {}
+        every = self.job.sink_mass_every
+        if every and (step == 0 or is_due(step, every, self.optim.steps)):
+            measured["sink_mass"] = sink_mass(causal_lm(self.model), self._probe_ids())
+        if is_due(step, self.optim.validate_every_steps, self.optim.steps):
+            self._attend_by(Causal())
+            own_sum, own_targets = validation_loss(self.engine, self.held_out, self.data_rank, self.data_ranks)
+            loss_sum, targets = all_sum(self.engine, [own_sum, own_targets])
+            measured["validation_loss"] = loss_sum / targets
+            if trained and math.isfinite(loss_sum / targets):  # a skipped step leaves no checkpoint
+                self.progress.validated[step + 1] = loss_sum / targets
+        return measured
+
+    def _mfu(self, seconds: float) -> dict[str, float]:
+        """Model FLOPs utilisation: FLOPs of the step without recomputation, over what matrix products could do."""
+        if self.machine is None or self.predicted is None:
+            return {}
+        return {"mfu": self.predicted.flops / seconds / self.world / self.machine.matmul}
+
+    # ------------------------------------------------------------------------------------------------ bad steps
+
+    def _skip(self, step: int, why: str, row: dict[str, Any]) -> bool:
+        """Note a skipped step. Whether there were so many in a row that training has to go back to a checkpoint."""
+        note = f"step {step + 1} skipped: {why}, in rows {row['rows']}"
+        if self.log:
+            self.log.note(note)
+        if not self.skips.skipped(step, note):
+            return False
+        if self.skips.went_back or not self.progress.saved:
+            when = "again after" if self.progress.saved else "no checkpoint for"
+            raise FloatingPointError(
+                f"{note}; {self.skips.in_a_row} steps in a row, {when} going back: "
+                f"lower learning_rate ({row['lr']:g}) or look at these rows"
+            )
+        return True
+
+    def _go_back(self) -> None:
+        """Begin again at the last checkpoint; on the way forward the steps known to be bad are skipped."""
+        notes = self.progress.notes
+        self.progress = self._load_newest()
+        self.progress.notes = notes + self.progress.notes
+        self.skips.go_back()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _checkpoint_due(self) -> bool:
+        """Whether the steps done are a multiple of the interval, or left the best weights so far."""
+        step, validated = self.progress.step, self.progress.validated
+        if self.optim.result == "best" and step in validated and validated[step] == min(validated.values()):
+            return True
+        return step % self.job.resources.checkpoint_every_steps == 0 and step < self.optim.steps
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done."""
+        step, clock = self.progress.step, throughput.Clock()
+        path = self.checkpoints.save(
+            self.engine,
+            step,
+            keep_last=self.job.resources.keep_last,
+            best=self._best_steps(),
+            attach=[self.out / "metrics.jsonl"],
         )
         clock.lap("checkpoint")
-        saving.update(clock.laps)
-        if log:
-            log.checkpoint(step, identity, checkpoint.path_of(checkpoints, step))
+        self.checkpoint_laps = clock.laps
+        self.progress.saved = step
+        if self.log:
+            self.log.checkpoint(step, self.checkpoints.identity, path)
 
-    # ---- the steps
-    step = saved = done
-    while step < optim.steps:
-        if Path(todo.superseded_file).exists():
-            raise Superseded(f"step {step + 1}: a newer attempt took over ({todo.superseded_file})")
-        clock = throughput.Clock()
-        set_active(model, pattern_of(todo, step), shared)
-        micro_rows = order.for_rank(step, lane, lanes, resources.micro_batch_rows)
-        batches = [part_of(rows.batch(ids, drop_first=drops_first(todo)), shared) for ids in micro_rows]
-        stop_asked = todo.stop_file is not None and (
-            Path(todo.stop_file).exists() or (log is not None and log.stop_asked)
-        )
-        # One mean over the targets of the whole global batch, however they are spread: the ranks agree on their number.
-        targets, tokens, stop = all_sum(
-            engine,
-            [
-                sum(count_targets(b["labels"]) for b in batches),
-                sum(b["input_ids"].numel() for b in batches),
-                stop_asked,
-            ],
-        )
-        if stop:
-            if step > saved:
-                save(step)
-            raise Stopped(f"stopped after step {step} of {optim.steps}: the same command goes on from there")
-        clock.lap("data")
-        rate = learning_rate(optim, peak_rate, step)
-        loss_sum, norm, why = 0.0, math.nan, ""
-        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
-            loss = engine(**{k: v.to(engine.device) for k, v in batch.items()}, scale=world / max(targets, 1))
-            loss_sum += loss.item() / world
-            clock.lap("forward")
-            if not left:
-                (mean_loss,) = all_sum(engine, [loss_sum])
-                if why := skips.distrusts(step, mean_loss):
-                    loss = loss * math.nan  # a step whose gradients are no numbers is left out
-            zero.backward(engine, loss)
-            clock.lap("backward")
-            norm = zero.step(engine, rate)
-            clock.lap("step")
-        row_ids = order.rows_of_step(step).tolist()
-        measured: dict[str, Any] = {}
-        if sink_mass_due(todo, step):
-            measured["sink_mass"] = sink_mass(causal_lm(model), probe)
-        if due(optim.validate_every_steps, step, optim.steps):
-            set_active(model, Causal(), shared)
-            summed, scored = all_sum(engine, [*validation_loss(engine, held_out, lane, lanes)])
-            measured["validation_loss"] = found = summed / scored
-            if math.isfinite(found) and math.isfinite(norm):  # a skipped step leaves no checkpoint
-                validated[step + 1] = found
-        if trained := math.isfinite(norm):
-            skips.trained(step, mean_loss)
-        if log:
-            log.add(
-                {"step": step + 1, "loss": mean_loss, "lr": rate, "grad_norm": norm, "tokens": int(tokens)}
-                | {"targets": int(targets), "tokens_per_s": tokens / clock.total, "seconds": clock.total}
-                | {"phases": clock.laps | saving, "rows": row_ids, "skipped": not trained}
-                | measured
-                | mfu(machine, predicted, clock.total, world),
-                total=optim.steps,
-            )
-        saving.clear()
-        if not trained:
-            why = f"step {step + 1} skipped: {why or f'its gradient norm is {norm}'}, in rows {row_ids}"
-            if log:
-                log.note(why)
-            if skips.skipped(step, why):
-                if skips.went_back or not saved:
-                    raise FloatingPointError(
-                        f"{why}; {skips.in_a_row} steps in a row, {'again after' if saved else 'no checkpoint for'}"
-                        f" going back: lower learning_rate ({rate:g}) or look at these rows"
-                    )
-                step, more, _, validated = resume(engine, checkpoints, todo, identity, log, acts)
-                saved, notes = step, notes + more
-                skips.go_back()
-                continue
-        step += 1
-        best = optim.result == "best" and validated.get(step) == min(validated.values(), default=math.nan)
-        regular = step % resources.checkpoint_every_steps == 0 and step < optim.steps
-        if (best or regular) and not skips.in_a_row:
-            save(step)
-            saved = step
+    def _best_steps(self) -> list[int]:
+        """The steps with the lowest validation losses, best first, whose checkpoints are to stay (`result: best`)."""
+        if self.optim.result != "best":
+            return []
+        steps = []
+        for step in sorted(self.progress.validated, key=self.progress.validated.__getitem__):
+            if step == self.progress.step or self.checkpoints.path_of(step).exists():
+                steps.append(step)
+        return steps[: self.job.resources.keep_best]
 
-    # ---- what leaves
-    leaving = step
-    if optim.result == "best":
+    # ------------------------------------------------------------------------------------------------ end
+
+    def finish(self) -> dict[str, Any]:
+        """Check and save the weights that leave, and write the summary; rank 0 returns it."""
+        left_after_step = self.progress.step
+        if self.optim.result == "best":
+            left_after_step = self._load_best()
+        (peak_gib,) = all_sum(self.engine, [throughput.peak_gib()])
+        export.save_result(self.model, self.tokenizer, self.out, start=self.start_digests, steps=left_after_step)
+        if not self.log:
+            return {}
+        summary = TrainingSummary(
+            **throughput.summary(self.log.rows),
+            total_parameters=self.parameters,
+            trainable=self.trainable,
+            machine=self.machine,
+            predicted=self.predicted,
+            peak_gib=peak_gib,
+            ranks=self.world,
+            kernel=self.kernel,
+            pattern=str(self._pattern_at(0)),
+            pattern_at_the_end=str(self._pattern_at(self.optim.steps - 1)),
+            resumed_from_step=self.resumed_from,
+            left_after_step=left_after_step,
+            notes=tuple(self.progress.notes),
+            **self.job.choices(),
+        )
+        summary.write(self.out)
+        if self.job.share:
+            self.job.share.push(self.out)  # for the node that publishes it
+        return summary.to_json()
+
+    def _load_best(self) -> int:
+        """Load the weights with the lowest validation loss and return after which step they were saved."""
+        validated = self.progress.validated
         if not validated:
             raise FloatingPointError("result 'best', but no validation loss was a number: lower learning_rate")
-        if (leaving := min(validated, key=lambda s: validated[s])) != step:
-            pulled = todo.share and checkpoint.pull(todo.share, checkpoints, identity=identity, acts=acts, step=leaving)
-            path = (pulled and pulled[0]) or best_of(leaving, checkpoints, todo.earlier, identity)
-            checkpoint.load(engine, path, checkpoints / ".universal", acts=acts)
-    (peak_gib,) = all_sum(engine, [throughput.peak_gib()])
-    checkpoint.export(model, tokenizer, out, start=start, steps=leaving)
-    if not log:
-        return {}
-    summary = TrainingSummary(
-        **throughput.summary(log.rows),
-        total_parameters=parameters,
-        trainable=trainable,
-        machine=machine,
-        predicted=predicted,
-        peak_gib=peak_gib,
-        ranks=world,
-        kernel=kernel,
-        pattern=str(pattern_of(todo, 0)),
-        pattern_at_the_end=str(pattern_of(todo, optim.steps - 1)),
-        resumed_from_step=done,
-        left_after_step=leaving,
-        notes=tuple(notes),
-        **todo.choices(),
-    )
-    summary.write(out)
-    if todo.share:
-        todo.share.push(out)  # for the node that publishes it
-    return summary.to_json()
+        best = min(validated, key=validated.__getitem__)
+        if best != self.progress.step:
+            self.checkpoints.load(self.engine, self.checkpoints.of_step(best))
+        return best
 
+    # ------------------------------------------------------------------------------------------------ helpers
 
-def build(todo: TrainJob, packed: PackSummary) -> tuple[Any, Any]:
-    """(model, tokenizer): the start that all arms share, then this arm's parameters and pattern.
+    def _pattern_at(self, step: int) -> Pattern:
+        """Return what a step (from 0) attends by: the arm's pattern, and at the end the one that it anneals to."""
+        return self.job.arm.attention.pattern_at(step, self.optim.steps)
 
-    ValueError: rows of another tokenizer, rows beyond the stretched context. RuntimeError: the pattern is not on.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(Path(todo.corpus) / "tokenizer", local_files_only=True)
-    if todo.kind == "pretrain":
-        # All sink arms get the sink token's embedding row, so they start from the same weights; most never look it up.
-        own = AutoTokenizer.from_pretrained(todo.base, local_files_only=True)
-        if todo.model is not None:
-            model: Any = fresh_llama(todo.model, packed.vocab_size, todo.seed)
-            for config in (model.config, model.generation_config):
-                for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                    setattr(config, key, getattr(tokenizer, key))
-        else:
-            model, _ = load_model(todo.base)
-            check_tokenizer(own.get_vocab(), tokenizer.get_vocab())
-            fit_embeddings(model, tokenizer)
-        if todo.sink in ("zero", "logit"):
-            model = with_softmax_sinks(model)
-        if todo.sink != "token":
-            tokenizer = own
-    else:
-        model, own_tokenizer = load_model(todo.base, rope=todo.rope)
-        check_tokenizer(own_tokenizer.get_vocab(), tokenizer.get_vocab())
-        if fit_embeddings(model, tokenizer) and todo.arm.tune != "all":
-            raise ValueError(
-                f"the rows begin with a token that the base lacks ({packed.first_token!r}): an adapter cannot carry "
-                f"a resized embedding, so tune 'all', or pack with first_token 'none' or 'bos'"
-            )
-    # a dynamic stretch begins past the trained length, which the config keeps
-    reach = model.config.max_position_embeddings * (todo.rope.factor if todo.rope.type == "dynamic" else 1)
-    if packed.seq_len > reach:
-        raise ValueError(
-            f"rows of {packed.seq_len} tokens exceed the model's {reach:,.0f} positions: "
-            f"raise rope.factor, or lower pack.seq_len"
-        )
-    model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
-    if todo.resources.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = apply_arm(model, todo.arm)
-    if todo.sink == "zero":  # stays where it starts
-        for name, p in model.named_parameters():
-            p.requires_grad_(not name.endswith(".sinks"))
-    set_active(model, pattern_of(todo, 0))
-    return model, tokenizer
-
-
-def drops_first(todo: TrainJob) -> bool:
-    """Whether this arm reads the rows without their sink tokens."""
-    return todo.kind == "pretrain" and todo.sink != "token"
-
-
-def sink_mass_due(todo: TrainJob, step: int) -> bool:
-    """Whether it is measured after this step (counted from 0) where attention rests: at the end in any case."""
-    every = todo.sink_mass_every
-    return due(every, step, todo.optim.steps) or (bool(every) and step == 0)
-
-
-def due(every: int, step: int, steps: int) -> bool:
-    """Whether something that is done after every so many steps (0: never), and the last, follows this one (from 0)."""
-    return bool(every) and ((step + 1) % every == 0 or step + 1 == steps)
-
-
-def pattern_of(todo: TrainJob, step: int) -> Pattern:
-    """What a step (counted from 0) attends by: the arm's pattern, and at the end what it anneals to."""
-    return todo.arm.attention.pattern_at(step, todo.optim.steps)
-
-
-def foreseen(
-    todo: TrainJob, model: Any, rows: PackedRows, parameters: int, device: torch.device, process_gib: float
-) -> tuple[Machine | None, Prediction | None]:
-    """What a rank was measured to do in a second, and what a step should cost; both None for a model that is no Llama
-    to the planner. parameters: of the model, without LoRA's."""
-    shape = Shape.of(model.config.to_dict())
-    if not shape.counts(parameters):
-        return None, None
-    seq_len, document = rows.summary.seq_len, rows.mean_document()
-    machine = throughput.calibrated(
-        [Path(todo.work), *map(Path, todo.earlier)],
-        shape=shape,
-        tokens=todo.resources.micro_batch_rows * seq_len // todo.resources.sequence_parallel,
-        span=todo.arm.attention.span(int(document)),
-        process_gib=process_gib,
-        device=device,
-        dtype=next(model.parameters()).dtype,
-    )
-    predicted = predict(
-        shape,
-        todo.arm,
-        rows=todo.optim.global_batch_tokens // seq_len,
-        seq_len=seq_len,
-        resources=todo.resources,
-        machine=machine,
-        document=document,
-    )
-    return machine, predicted
-
-
-def mfu(machine: Machine | None, predicted: Prediction | None, seconds: float, world: int) -> dict[str, float]:
-    """Model FLOPs utilisation: the step's FLOPs, recomputation left out, over what the matrices alone could do here."""
-    if machine is None or predicted is None:
-        return {}
-    return {"mfu": predicted.flops / seconds / world / machine.matmul}
-
-
-def set_active(model: Any, pattern: Pattern, shared: SequenceRanks = ALONE) -> None:
-    """Lets `model` compute `pattern`. RuntimeError: another one is on afterwards."""
-    now = active_pattern(model)
-    if now is None or (now.pattern, now.sequence) != (pattern, shared):
-        asked, now = set_pattern(model, pattern, sequence=shared), active_pattern(model)
-        if now != asked:
+    def _attend_by(self, pattern: Pattern) -> None:
+        """Let the model compute `pattern`. RuntimeError if another one is on afterwards."""
+        now = active_pattern(self.model)
+        if now is not None and (now.pattern, now.sequence) == (pattern, self.sequence):
+            return
+        asked = set_pattern(self.model, pattern, sequence=self.sequence)
+        if (now := active_pattern(self.model)) != asked:
             raise RuntimeError(f"asked for attention {asked}, but {now} is on")
 
+    def _held_out_rows(self) -> list[dict[str, Tensor]]:
+        """Return the rows that validation is measured on, this rank's part of each; none if nothing is measured."""
+        if not self.optim.validate_every_steps:
+            return []
+        rows = validation_rows(Path(self.job.corpus), self.optim.validation_rows, drop_first=self.job.drops_first)
+        return [part_of(row, self.sequence) for row in rows]
 
-def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:
-    """ValueError unless the rows' vocabulary is the base's, with at most new tokens after it."""
-    wrong = [token for token, number in base.items() if corpus.get(token) != number]
-    if wrong or len(corpus) < len(base):
-        raise ValueError(
-            f"the corpus was packed with another tokenizer: {len(wrong)} of the base's {len(base)} tokens have another "
-            f"id or none in it (for instance {wrong[:3]}): pack the corpus with this base"
-        )
+    def _probe_ids(self) -> Tensor:
+        """Return token ids [PROBE_ROWS, seq_len - 1] on which it is measured where attention rests."""
+        first_rows = range(min(PROBE_ROWS, len(self.rows)))
+        ids_BT = self.rows.batch(first_rows, drop_first=self.job.drops_first)["input_ids"]
+        # one token less than a row: arms without a sink token have dropped it, and compare with those that have one
+        return ids_BT[:, : self.packed.seq_len - 1].to(self.engine.device)
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether `step` (from 0) is the last or the n-th of every `every` steps; `every` 0 means never."""
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up that never starts at zero, then constant or falling to zero."""
+    """Return the rate of a step (from 0): a warm-up that never starts at zero, then constant or falling to zero."""
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     passed = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}
-    return peak * shape[optim.schedule]
-
-
-def resume(
-    engine: Any, own: Path, todo: TrainJob, identity: str, log: StepLog | None, acts: bool
-) -> tuple[int, list[str], list[tuple[int, float]], dict[int, float]]:
-    """Loads the newest valid checkpoint of this attempt or an earlier one.
-
-    Rank 0 decides, so that all ranks load the same one. Without any, training starts at step 0. Returns the number of
-    steps done, notes on what was passed over, (step, loss) of the steps that were trained, and validation losses by
-    number of steps.
-    """
-    found: list[Any] = [None, [], [], []]
-    pulled = checkpoint.pull(todo.share, own, identity=identity, acts=acts) if todo.share else None
-    if dist.get_rank() == 0:
-        folders = [own, *(Path(work) / "checkpoints" for work in todo.earlier)]
-        path, passed_over = pulled or checkpoint.newest_valid(folders, identity=identity)
-        assert log is not None, "rank 0 keeps the record"
-        log.restart(path / "metrics.jsonl" if path else None)
-        for note in passed_over:
-            log.note(note)
-        trained = [row for row in log.rows if not row["skipped"]]
-        validated = [(row["step"], value) for row in trained if (value := row.get("validation_loss")) is not None]
-        losses = [(row["step"] - 1, row["loss"]) for row in trained]
-        found = [path, passed_over, losses, validated]
-    dist.broadcast_object_list(found)
-    path, notes, losses, validated = found
-    path = pulled[0] if pulled else path  # on this node's own disk
-    done = checkpoint.load(engine, path, own / ".universal", acts=acts) if path else 0
-    return done, notes, losses, dict(validated)
-
-
-def best_of(step: int, own: Path, earlier: tuple[str, ...], identity: str) -> Path:
-    """The checkpoint after so many steps, of this attempt or an earlier one. RuntimeError if none is whole."""
-    folders = [own, *(Path(work) / "checkpoints" for work in earlier)]
-    for path in (checkpoint.path_of(folder, step) for folder in folders):
-        if checkpoint.problem(path, identity=identity) is None:
-            return path
-    raise RuntimeError(f"the checkpoint after step {step}, which had the lowest validation loss, is gone or damaged")
-
-
-class StepLog:
-    """Rank 0's record: metrics.jsonl (every step once, part of the result) and the spool (what MLflow is shown)."""
-
-    def __init__(self, path: Path, spool: str | None) -> None:
-        self.path = path
-        self.spool = relay.spool(spool) if spool else None
-        self.label = Path(spool).name.partition("@")[0] if spool else ""
-        self.rows: list[dict[str, Any]] = []
-        # Steps that this attempt already told the spool, before its ranks were restarted: told once is enough.
-        self.told = 0
-        if spool and Path(spool).exists():
-            events = read_events(spool)[0]
-            self.told = max((e["step"] for e in events if "train/seconds" in e.get("values", ())), default=0)
-        elif path.exists():  # the spool is on another node
-            self.told = sum(1 for _ in path.open())
-
-    def restart(self, history: Path | None) -> None:
-        """Begins with the steps of the checkpoint that was loaded, if any."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = history.read_text() if history else ""
-        self.path.write_text(text)
-        self.rows = [json.loads(line) for line in text.splitlines()]
-
-    def add(self, row: dict[str, Any], *, total: int) -> None:
-        """One optimizer step; a number that is none is null."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.rows.append(row)
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
-        if self.spool is None:
-            return
-        if row["step"] > self.told:
-            names = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")
-            values = {f"train/{n}": row[n] for n in names if row.get(n) is not None} | {
-                f"time/{k}_s": v for k, v in row["phases"].items()
-            }
-            values |= {f"sink/{k}": sum(layers) / len(layers) for k, layers in row.get("sink_mass", {}).items()}
-            self.spool.metrics(values | system_metrics(), step=row["step"])
-            self.told = row["step"]  # after going back, steps are not told again
-        loss = {} if row["loss"] is None else {"loss": row["loss"]}
-        self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)
-
-    def checkpoint(self, step: int, identity: str, path: Path) -> None:
-        """One that was saved, which MLflow ranks by its losses; its files stay where they are."""
-        row = self.rows[-1] if self.rows else {}
-        # names of their own: MLflow shows a model's metrics in its run too, where `train/loss` would get a second point
-        losses = {f"checkpoint/{n}": row[n] for n in ("loss", "validation_loss") if row.get(n) is not None}
-        if self.spool:
-            name = f"{self.label} step {step}"
-            self.spool.model(name, f"{identity}-{step}", losses, step=step, tags={"checkpoint": path, "step": step})
-
-    @property
-    def stop_asked(self) -> bool:
-        """Whether the driver, on another node, was asked to stop."""
-        return bool(self.spool and self.spool.stop_asked)
-
-    def note(self, text: str) -> None:
-        """Something that a reader of the run should know."""
-        print(text, flush=True)
-        if self.spool:
-            self.spool.tag("longreach.note", text)
+    match optim.schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - passed)
+        case "cosine":
+            return peak * ((1 + math.cos(math.pi * passed)) / 2)
 
 
 def all_sum(engine: Any, values: list[float]) -> list[float]:
-    """Each value summed over the ranks, exactly (float64)."""
+    """Return each value summed over the ranks, in float64: whole numbers up to 2^53 are exact."""
     numbers = torch.tensor(values, dtype=torch.float64, device=engine.device)
     dist.all_reduce(numbers)
     return numbers.tolist()

@@ -431,8 +431,13 @@ class TrainJob(Choices):
     share: Share | None = None
     """How nodes without a shared disk see each other's files."""
 
+    @property
+    def drops_first(self) -> bool:
+        """Whether this arm reads the rows without their sink tokens."""
+        return self.kind == "pretrain" and self.sink != "token"
+
     def choices(self) -> dict[str, Any]:
-        """What changes the result; a checkpoint with other choices is not resumed from."""
+        """Return what changes the result; a checkpoint with other choices is not resumed from."""
         places = {"corpus", "base", "resources", "out", "work", "earlier", "superseded_file", "stop_file"}
         places |= {"spool", "share"}
         return self.model_dump(mode="json", exclude=places)

@@ -25,8 +25,10 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from longreach.infra.files import write_whole
-from longreach.training.planner import GIB, PASSES, Machine, Shape, outputs
-from longreach.training.recipe import ArmRecipe
+from longreach.training.batches import PackedRows
+from longreach.training.planner import GIB, PASSES, Machine, Prediction, Shape, outputs, predict
+from longreach.training.recipe import ArmRecipe, TrainJob
+from longreach.training.summary import PackSummary
 
 FRESH = 4
 """Layers whose elementwise results live at once while bandwidth is measured: no cache holds them."""
@@ -140,6 +142,59 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
         folders[0].mkdir(parents=True, exist_ok=True)
         write_whole(folders[0] / "machine.json", json.dumps({"about": about, "machine": asdict(machine)}))
     return machine
+
+
+def measure_and_predict(
+    job: TrainJob, model: Any, rows: PackedRows, *, parameters: int, device: torch.device, process_gib: float
+) -> tuple[Machine | None, Prediction | None]:
+    """Return what a rank does in a second, measured, and what a step should cost.
+
+    Every rank calls it. Both are None for an architecture that the cost model does not know.
+
+    Args:
+        parameters: of the model, without LoRA's.
+        process_gib: memory of this rank before it had a model.
+    """
+    shape = Shape.of(model.config.to_dict())
+    if not shape.counts(parameters):
+        return None, None
+    resources, seq_len, document = job.resources, rows.summary.seq_len, rows.mean_document()
+    machine = calibrated(
+        [Path(job.work), *map(Path, job.earlier)],
+        shape=shape,
+        tokens=resources.micro_batch_rows * seq_len // resources.sequence_parallel,
+        span=job.arm.attention.span(int(document)),
+        process_gib=process_gib,
+        device=device,
+        dtype=next(model.parameters()).dtype,
+    )
+    predicted = predict(
+        shape,
+        job.arm,
+        rows=job.optim.global_batch_tokens // seq_len,
+        seq_len=seq_len,
+        resources=resources,
+        machine=machine,
+        document=document,
+    )
+    return machine, predicted
+
+
+def what_would_fit(job: TrainJob, error: str) -> str:
+    """Return the message of an OutOfMemory: what was asked for, and what to change, the least costly change first."""
+    resources, seq_len = job.resources, PackSummary.read(job.corpus).seq_len
+    changes = []
+    if resources.micro_batch_rows > 1:
+        changes.append(f"resources.micro_batch_rows {resources.micro_batch_rows} -> {resources.micro_batch_rows // 2}")
+    if not resources.activation_checkpointing:
+        changes.append("resources.activation_checkpointing true")
+    if resources.zero_stage < 3 and resources.workers > 1:
+        changes.append(f"resources.zero_stage {resources.zero_stage} -> 3")
+    changes.append(f"pack.seq_len {seq_len} -> {seq_len // 2}")
+    return (
+        f"out of memory with {resources.micro_batch_rows} rows of {seq_len} tokens at once ({error.splitlines()[0]}): "
+        f"in this order, try {', '.join(changes)}"
+    )
 
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int = 3) -> float:

@@ -11,14 +11,14 @@ import pytest
 import torch.distributed as dist
 from ranks import run_spawned
 
-from longreach.training.checkpoint import acts_for_disk
+from longreach.training.checkpoint import elect_disk_leader
 
 
 def act(job: dict[str, Any]) -> bool:
     """What a rank is told whose disk is its own (or everybody's), and whose LOCAL_RANK is what Ray Train says."""
     rank = dist.get_rank()
     os.environ["LOCAL_RANK"] = str(job["local_ranks"][rank])
-    return acts_for_disk(Path(job["disks"][rank]))
+    return elect_disk_leader(Path(job["disks"][rank]))
 
 
 @pytest.mark.parametrize(

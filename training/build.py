@@ -1,0 +1,99 @@
+"""The model that an arm starts from: base or fresh weights, stretched, fitted to the rows' tokens, LoRA put in.
+
+All arms of a comparison start from the same weights; what an arm changes is done last. The attention pattern is set by
+the loop, since it may change while training.
+
+    model, tokenizer = build(job, PackSummary.read(job.corpus))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from longreach.training.longlora import apply_arm
+from longreach.training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
+from longreach.training.recipe import TrainJob
+from longreach.training.summary import PackSummary
+
+
+def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return the arm's model, and the tokenizer that it leaves with.
+
+    Raises:
+        ValueError: rows of another tokenizer, rows beyond the stretched context, an adapter on resized embeddings.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        Path(job.corpus) / "tokenizer", local_files_only=True
+    )
+    if job.kind == "pretrain":
+        model, tokenizer = _to_pretrain(job, packed, tokenizer)
+    else:
+        model = _to_finetune(job, packed, tokenizer)
+    reach = model.config.max_position_embeddings
+    if job.rope.type == "dynamic":  # stretches past the trained length only when rows reach it, and the config keeps it
+        reach *= job.rope.factor
+    if packed.seq_len > reach:
+        raise ValueError(
+            f"rows of {packed.seq_len} tokens exceed the model's {reach:,.0f} positions: "
+            f"raise rope.factor, or lower pack.seq_len"
+        )
+    model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
+    if job.resources.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = apply_arm(model, job.arm)
+    if job.sink == "zero":
+        for name, parameter in adapted.named_parameters():
+            if name.endswith(".sinks"):
+                parameter.requires_grad_(False)  # a zero sink stays where it starts
+    return adapted, tokenizer
+
+
+def _to_pretrain(
+    job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model from scratch, or the base, with its sink; and the tokenizer that adds a sink token or none.
+
+    Every sink arm gets the sink token's embedding row, so that all start from the same weights; most never look it up.
+    """
+    base_tokenizer = AutoTokenizer.from_pretrained(job.base, local_files_only=True)
+    if job.model is not None:
+        model: PreTrainedModel = fresh_llama(job.model, packed.vocab_size, job.seed)
+        for config in (model.config, model.generation_config):
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(config, key, getattr(tokenizer, key))
+    else:
+        model, _ = load_model(job.base)
+        check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
+        fit_embeddings(model, tokenizer)
+    if job.sink in ("zero", "logit"):
+        model = with_softmax_sinks(model)
+    return model, tokenizer if job.sink == "token" else base_tokenizer
+
+
+def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the stretched base, with an embedding for a first token that the rows have and the base lacks."""
+    model, base_tokenizer = load_model(job.base, rope=job.rope)
+    check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
+    if fit_embeddings(model, tokenizer) and job.arm.tune != "all":
+        raise ValueError(
+            f"the rows begin with a token that the base lacks ({packed.first_token!r}): an adapter cannot carry "
+            f"a resized embedding, so tune 'all', or pack with first_token 'none' or 'bos'"
+        )
+    return model
+
+
+def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:
+    """Check that the rows' vocabulary (token -> id) is the base's, with at most new tokens after it.
+
+    Raises:
+        ValueError: tokens of the base have another id in the corpus' vocabulary, or none.
+    """
+    wrong = [token for token, number in base.items() if corpus.get(token) != number]
+    if wrong or len(corpus) < len(base):
+        raise ValueError(
+            f"the corpus was packed with another tokenizer: {len(wrong)} of the base's {len(base)} tokens have another "
+            f"id or none in it (for instance {wrong[:3]}): pack the corpus with this base"
+        )

@@ -1,0 +1,116 @@
+"""What leaves training: a plain Hugging Face model or a plain peft adapter, checked; and adapters merged into models.
+
+The saved folder is to be what was trained. So before it is written, each trainable tensor is compared with what it was
+at the start; and a merged model is loaded again by plain transformers and its logits are compared with the adapter's.
+
+    merge_adapter(base, adapter, Path("merged"), rope=TrainingSummary.read(adapter).rope)
+
+    pytest tests/test_training_export.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from longreach.training.loss import causal_lm
+from longreach.training.model import load_model
+from longreach.training.recipe import RopeRecipe
+from longreach.training.zero import whole
+
+MERGE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest logit error of a merged model, over the largest logit: rounding of W + BA to the type, then of each layer.
+Measured on SmolLM2 in float32: 4e-6."""
+
+
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """xxh3 of each trainable tensor by name: what `save_result` compares the end with. ZeRO-3: before it partitions."""
+    return {
+        name: xxhash.xxh3_64(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data).hexdigest()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def save_result(
+    model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, *, start: dict[str, str], steps: int
+) -> None:
+    """Called by every rank; rank 0 writes the model (plain Hugging Face) or its adapter (plain peft) into `out`.
+
+    start: `tensor_digests` before training. RuntimeError if a trainable tensor is empty or as it was: then what
+    trained and what is saved are not the same thing, or nothing trained. steps: how many were trained.
+    """
+    with whole(model.parameters()):
+        if dist.get_rank() == 0:
+            check_trained(model, start, steps)
+            out.mkdir(parents=True, exist_ok=True)
+            save_adapter(model, out) if isinstance(model, PeftModel) else model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+    dist.barrier()
+
+
+def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
+    """RuntimeError naming trainable tensors that are empty, no numbers, or unchanged after so many steps."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    empty = [name for name, p in trained.items() if not (p.numel() and p.isfinite().all())]
+    end = tensor_digests(model)
+    late = {name for name in end if steps == 1 and "lora_A" in name}  # A gets no gradient before B has left zero
+    same = [name for name in end.keys() - late if end[name] == start[name]]
+    if empty or same or not end:
+        raise RuntimeError(
+            f"of {len(end)} trainable tensors {len(empty)} are empty or not finite and {len(same)} unchanged since the "
+            f"start ({', '.join((empty + same)[:3])}): the result would not be what was trained"
+        )
+
+
+def save_adapter(model: PeftModel, out: Path) -> None:
+    """The trainable tensors under the names that plain peft gives them, embeddings and norms as `modules_to_save`."""
+    tensors = {
+        name.replace(".default.", "."): p.detach().cpu().contiguous()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    if config.ensure_weight_tying:  # peft wants a tied embedding's trained values under both of its names
+        embed, head = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = {module: name for name, module in model.named_modules()}
+        tensors[f"{names[head]}.weight"] = tensors[f"{names[embed]}.weight"].clone()
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+
+
+def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: RopeRecipe | None) -> dict[str, Any]:
+    """Base + adapter -> one plain Hugging Face folder that needs neither peft nor us, RoPE stretch in its config.
+
+    The merged folder is loaded again by plain transformers and its logits on random tokens are compared with the
+    adapter's. Returns {"merge_error": largest difference / largest logit}. RuntimeError above the tolerance of the
+    base's type, or if tied embeddings came apart.
+    """
+    dtype = str(AutoConfig.from_pretrained(base_folder).dtype or torch.float32).removeprefix("torch.")
+    base, tokenizer = load_model(base_folder, rope=rope)
+    probe = torch.randint(0, base.config.vocab_size, (1, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(base, adapter_folder).eval()
+        expected = model(probe, use_cache=False).logits
+        merged = model.merge_and_unload()
+        merged.to(getattr(torch, dtype)).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        again = AutoModelForCausalLM.from_pretrained(out, local_files_only=True).eval()
+        error = float((again(probe, use_cache=False).logits - expected).abs().max() / expected.abs().max())
+    tied = again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    if error > MERGE_TOLERANCE[dtype] or tied != base.config.tie_word_embeddings:
+        raise RuntimeError(
+            f"merging {adapter_folder}: logits differ by {error:.1e} of the largest one (allowed {dtype}: "
+            f"{MERGE_TOLERANCE[dtype]:.0e}), embeddings tied {tied}, before {base.config.tie_word_embeddings}"
+        )
+    return {"merge_error": error, "dtype": dtype, "parameters": causal_lm(again).num_parameters()}

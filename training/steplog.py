@@ -1,0 +1,117 @@
+"""What rank 0 records of each step: metrics.jsonl (part of the result) and the spool (what MLflow is shown).
+
+metrics.jsonl holds every step once: after going back to a checkpoint it is cut to the steps before it. The spool is
+never cut, so a step that is repeated is not sent to it again.
+
+    log = StepLog(Path("out/metrics.jsonl"), spool=None); log.restart(None); log.add(row, total=100)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from longreach.infra import relay
+from longreach.infra.environment import system_metrics
+from longreach.infra.tracking import read_events
+
+CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")
+"""The numbers of a step that MLflow draws, as `train/...`."""
+
+
+class StepLog:
+    """The record of one attempt's steps."""
+
+    def __init__(self, path: Path, spool: str | None) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.spool = None
+        self.label = ""
+        if spool:
+            self.spool = relay.spool(spool)
+            self.label = Path(spool).name.partition("@")[0]
+        self.last_logged_step = self._last_logged_step(spool)
+
+    def _last_logged_step(self, spool: str | None) -> int:
+        """Return the last step that this attempt sent to the spool before its ranks were restarted; 0 for none."""
+        if spool and Path(spool).exists():
+            events, _ = read_events(spool)
+            return max((event["step"] for event in events if "train/seconds" in event.get("values", ())), default=0)
+        if self.path.exists():  # the spool is on another node, and every recorded step was sent to it
+            with self.path.open() as lines:
+                return sum(1 for _ in lines)
+        return 0
+
+    def restart(self, history: Path | None) -> None:
+        """Begin with the steps in `history`, the record in the checkpoint that was loaded, or with none."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = history.read_text() if history else ""
+        self.path.write_text(text)
+        self.rows = [json.loads(line) for line in text.splitlines()]
+
+    def trained_losses(self) -> list[tuple[int, float]]:
+        """Return (step from 0, loss) of the steps that changed the weights."""
+        return [(row["step"] - 1, row["loss"]) for row in self.rows if not row["skipped"]]
+
+    def validation_losses(self) -> dict[int, float]:
+        """Return the finite validation losses by number of steps done, of the steps that changed the weights."""
+        losses = {}
+        for row in self.rows:
+            if not row["skipped"] and row.get("validation_loss") is not None:
+                losses[row["step"]] = row["validation_loss"]
+        return losses
+
+    def add(self, row: dict[str, Any], *, total: int) -> None:
+        """Append one step's record and send it to the spool. NaN and infinity are written as null, as JSON has none."""
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row = row | {name: None}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.spool is None:
+            return
+        if row["step"] > self.last_logged_step:
+            self.spool.metrics(_metrics(row) | system_metrics(), step=row["step"])
+            self.last_logged_step = row["step"]
+        loss = {} if row["loss"] is None else {"loss": row["loss"]}
+        self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)
+
+    def checkpoint(self, step: int, identity: str, path: Path) -> None:
+        """Name a saved checkpoint to MLflow, which ranks it by its losses; its files stay where they are."""
+        if self.spool is None:
+            return
+        row = self.rows[-1] if self.rows else {}
+        losses = {}
+        for name in ("loss", "validation_loss"):
+            if row.get(name) is not None:
+                # not `train/...`: MLflow shows a model's metrics in its run too, and the curve would get a point twice
+                losses[f"checkpoint/{name}"] = row[name]
+        name = f"{self.label} step {step}"
+        self.spool.model(name, f"{identity}-{step}", losses, step=step, tags={"checkpoint": path, "step": step})
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether the driver, on another node, was asked to stop."""
+        return bool(self.spool and self.spool.stop_asked)
+
+    def note(self, text: str) -> None:
+        """Print something that a reader of the run should know, and keep it as a tag of the run."""
+        print(text, flush=True)
+        if self.spool:
+            self.spool.tag("longreach.note", text)
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Return a step's numbers under the names that MLflow shows."""
+    metrics = {}
+    for name in CURVES:
+        if row.get(name) is not None:
+            metrics[f"train/{name}"] = row[name]
+    for phase, seconds in row["phases"].items():
+        metrics[f"time/{phase}_s"] = seconds
+    for place, shares_by_layer in row.get("sink_mass", {}).items():
+        metrics[f"sink/{place}"] = sum(shares_by_layer) / len(shares_by_layer)
+    return metrics
