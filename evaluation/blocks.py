@@ -9,6 +9,8 @@ Markdown (pipelines/report/page.py), where every text is escaped, so plain text 
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +55,7 @@ class Figure:
         """The chart as a picture of two pixels for each of its points, which stays sharp on today's screens."""
         picture = io.BytesIO()
         self.chart.save(picture, format="png", scale_factor=2)
-        return picture.getvalue()
+        return _compressed(picture.getvalue())
 
     @property
     def vega_lite(self) -> dict[str, Any]:
@@ -71,3 +73,18 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
+
+
+def _compressed(png: bytes) -> bytes:
+    """Return the same picture in about a third of the bytes: vl-convert compresses quickly instead of well."""
+    start, position, pixels, others = png[:8], 8, b"", []
+    while position < len(png):
+        length, kind = struct.unpack(">I4s", png[position : position + 8])
+        if kind == b"IDAT":
+            pixels += png[position + 8 : position + 8 + length]
+        else:
+            others.append(png[position : position + 12 + length])
+        position += 12 + length
+    data = b"IDAT" + zlib.compress(zlib.decompress(pixels))
+    pixel_chunk = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    return b"".join([start, *others[:-1], pixel_chunk, others[-1]])  # the last one says that the file ends

@@ -121,14 +121,15 @@ def lines(
             alt.Tooltip("y", type="quantitative", title=axes[1], format=",.5~g"),
         ],
     )
-    connected = base.transform_filter(alt.FieldOneOfPredicate("name", joined)).mark_line(strokeWidth=2)
-    points = base.transform_filter(alt.FieldOneOfPredicate("name", marked)).mark_point(size=45, opacity=1)
-    layers: list[Any] = [
-        *(_mark(name, x) for name, x in (marks or {}).items()),
-        connected.encode(stroke=look["stroke"], strokeDash=look["strokeDash"]),
-        points.encode(stroke=look["stroke"], fill=look["fill"], shape=look["shape"]),
-        base.mark_point(size=80, opacity=0),  # where the mouse finds the numbers of a curve without markers
-    ]
+    layers: list[Any] = [_mark(name, x) for name, x in (marks or {}).items()]
+    if joined:
+        connected = base.transform_filter(alt.FieldOneOfPredicate("name", joined)).mark_line(strokeWidth=2)
+        layers.append(connected.encode(stroke=look["stroke"], strokeDash=look["strokeDash"]))
+    if marked:
+        points = base.transform_filter(alt.FieldOneOfPredicate("name", marked)).mark_point(size=45, opacity=1)
+        layers.append(points.encode(stroke=look["stroke"], fill=look["fill"], shape=look["shape"]))
+    # Markers that are not seen: the mouse finds the numbers of a curve at them.
+    layers.append(base.mark_point(size=80, opacity=0))
     if any("low" in row for row in rows):
         intervals = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.2)
         layers.append(intervals.encode(y=alt.Y("low", type="quantitative"), y2="high", stroke=look["stroke"]))
@@ -194,6 +195,9 @@ def grid(
         for column, (value, text) in zip(columns, values, strict=True)
     ]
     few = len(rows) <= 16
+    height = max(170, 110 + 35 * len(rows))
+    if not few:
+        height = 110 + 8 * len(rows)
     most_lines = max((len(cell["text"]) for cell in cells), default=1)
     widest = max((len(line) for cell in cells for line in cell["text"]), default=0)
     column_width = (WIDTH - _label_room(rows) - 90) / max(1, len(columns))
@@ -214,7 +218,7 @@ def grid(
     )  # fmt: skip
     shade = alt.Color(
         "value", type="quantitative", title=axes[1],
-        legend=alt.Legend(gradientThickness=12),
+        legend=alt.Legend(gradientThickness=12, gradientLength=min(200, height - 90)),
         scale=alt.Scale(domain=[top * n / 8 for n in range(9)], range=list(BLUES), clamp=True),
     )  # fmt: skip
     layers: list[Any] = [base.transform_filter("isValid(datum.value)").mark_rect().encode(color=shade)]
@@ -225,7 +229,6 @@ def grid(
                 text="text:N", color=ink
             )
         )
-    height = 110 + (35 if few else 8) * len(rows)
     return Figure(file, title, caption, _finished(alt.layer(*layers).properties(height=height), title))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import math
@@ -29,7 +30,7 @@ from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.report.findings import POINTS, Found, Model, brief, frontier, thinned
-from longreach.pipelines.report.page import html_page, markdown
+from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import report
 from longreach.pipelines.report.sections import coarser
 from longreach.pipelines.report.tasks import others
@@ -382,7 +383,7 @@ def test_the_headline_says_what_was_gained_and_what_it_cost(written):
     assert "lower than theta on 2 of 2 documents" in headline
     assert "longlora trained at 1.60 times the speed of full fine-tuning and 1.28 times that of LoRA" in headline
     assert "0.75 times full fine-tuning's peak memory and 6.1% higher perplexity" in headline
-    assert headline in (written[0] / "report.html").read_text().replace("&#x27;", "'")
+    assert headline in html.unescape((written[0] / "report.html").read_text())
 
 
 def test_the_headline_admits_that_training_was_not_worth_it(tmp_path, monkeypatch):
@@ -414,10 +415,22 @@ def test_names_and_texts_are_escaped(written):
     assert "<script" not in (out / "report.html").read_text()
     assert "<script" not in (out / "report.md").read_text().replace("\\<", "")
     section = Section(RUDE, [RUDE, Table(RUDE, [RUDE, Best(RUDE)], [[RUDE, Best(RUDE)]], legend=RUDE)])
-    page = Page(html_page(RUDE, RUDE, RUDE, [section]))
+    page = Page(WrittenPage(RUDE, RUDE, RUDE, [section]).html())
     assert page.tags.isdisjoint({"script", "x"})
     assert page.rows == [[RUDE, RUDE], [RUDE, RUDE]]
     assert page.headings == [RUDE]
+
+
+def test_a_name_cannot_end_the_script_of_an_interactive_page_and_no_other_script_may_run(written):
+    assert "script-src" not in (written[0] / "report.html").read_text()
+    figure = lines("a.png", RUDE, RUDE, (RUDE, RUDE), {RUDE: [(1, 2), (2, 3)]}, Style.of([RUDE]))
+    text = WrittenPage(RUDE, RUDE, RUDE, [Section(RUDE, [[figure]])]).html(interactive=True)
+    charts, script = re.findall(r"<script[^>]*>(.*?)</script", text, re.DOTALL)
+    assert json.loads(charts) == [figure.vega_lite]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text)
+    assert html.unescape(policy).split("; ")[0] == "default-src 'none'"
+    assert html.unescape(policy).split("; ")[-1] == f"script-src 'sha256-{digest}'"
 
 
 def test_the_markdown_says_the_same_and_names_its_pictures(written):
@@ -426,7 +439,7 @@ def test_the_markdown_says_the_same_and_names_its_pictures(written):
     assert "| **29.4<br>26.6 to 32.5** |" in text
     assert result["headline"] in text
     assert sorted(re.findall(r"!\[.*\]\((.*)\)", text)) == sorted(path.name for path in out.glob("*.png"))
-    assert "| --- |" not in markdown("t", "a", "h", [])
+    assert "| --- |" not in WrittenPage("t", "a", "h", []).markdown()
 
 
 def test_the_document_that_the_base_cannot_have_seen_stands_by_itself(written):
@@ -565,9 +578,9 @@ def test_a_figure_is_drawn_although_nothing_of_a_curve_is_finite():
 
 def test_each_document_has_a_figure_of_all_models_along_its_text(written):
     out, _ = written
-    page = (out / "report.html").read_text(encoding="utf-8")
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     for number, document in enumerate(("2026-Trump-1", RUDE)):
-        assert f"Along the text: {html.escape(document)}" in page
+        assert f"Along the text: {document}" in page
         assert (out / f"along-{number}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from test_pipelines_report import RECIPE, make_inputs, write
 
+from longreach.evaluation.blocks import Section
+from longreach.evaluation.figures import Style, bars, grid, lines
+from longreach.pipelines.report.page import Page
+
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--virtual-time-budget=5000", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -41,6 +45,7 @@ def browse(page: Path, profile: Path) -> tuple[str, list[str]]:
 def in_frames(page: Path, profile: Path) -> tuple[dict[int, int], list[str]]:
     """(width of window -> width of what is in it, what stands in the console): a window is never below 500 pixels."""
     text = page.read_text(encoding="utf-8")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)  # it would not let us measure
     copy = text.replace("<head>", f"<head>{NOTHING_OUTSIDE}", 1).replace("</body>", f"{MEASURE}</body>")
     page.with_name("copy.html").write_text(copy, encoding="utf-8")
     frames = "".join(
@@ -84,3 +89,21 @@ def test_a_script_error_a_fetch_and_a_wide_page_would_be_seen(tmp_path):
     widths, console = in_frames(bad, tmp_path / "b")
     assert widths[390] > 390
     assert "https://example.com/x.png" in "".join(console)
+
+
+def test_interactive_charts_are_drawn_and_a_name_that_is_a_script_is_not_run(tmp_path):
+    rude = "</script><script>document.body.dataset.taken = 1</script>"
+    style = Style.of([rude, "b"], dashed=["b"])
+    figures = [
+        lines(
+            "a.png", rude, rude, (rude, "y"), {rude: [(1, 2), (2, 9)], "b": [(1, 3)]}, style, marks={rude: 1}, log=True
+        ),
+        bars("b.png", rude, rude, {rude: {rude: 2, "b": 3}}, style),
+        grid("c.png", rude, rude, ("x", rude), [rude], {rude: [(0.3, rude)]}, 1.0, rude),
+    ]
+    page = Page(rude, rude, rude, [Section(rude, [rude, figures])])
+    page.write(tmp_path, "page", interactive=True)
+    dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
+    assert console == []
+    assert dom.count('class="marks"') == len(figures)
+    assert "data-taken" not in dom

@@ -40,6 +40,7 @@ def test_a_wheel_holds_one_top_level_package_with_its_recipes(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in names} == {"longreach"}
     assert "longreach/pipelines/recipes/quickstart.yaml" in names
+    assert "longreach/pipelines/report/page.html.jinja" in names
     assert {name.split("/")[1] for name in names if name.count("/") > 1} >= set(TRAPS[:5])
     assert not [name for name in names if "/tests/" in name or "/docs/" in name]
 

@@ -23,7 +23,7 @@ from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report.findings import Found, Model, finite, gather, show_ppl
-from longreach.pipelines.report.page import write_page
+from longreach.pipelines.report.page import Page
 from longreach.pipelines.report.sections import losses, pairs, results
 from longreach.pipelines.runner import open_store
 from longreach.pipelines.stage import differences
@@ -69,9 +69,8 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     kept = [section for section in sections if section and section.blocks]
-    write_page(
-        out, "compare", f"longreach: {listed}", f"{len(runs)} runs, {len(found.models)} models", headline(found), kept
-    )
+    about = f"{len(runs)} runs, {len(found.models)} models"
+    Page(f"longreach: {listed}", about, headline(found), kept).write(out, "compare")
     return out / "compare.html"
 
 

@@ -1,109 +1,145 @@
-"""Text, tables and pictures, said once and written twice: one HTML page that opens offline, and Markdown.
+"""Write a page of sections twice: as one HTML file that opens offline, and as Markdown.
 
-Every text and name is escaped here and nowhere else. The page needs no script and fetches nothing: its style is inline
-(report.html.tmpl), its pictures are base64 PNGs; for the Markdown they are files beside it.
+This is the only place that writes pages. Names of models and documents come from outside, so Jinja escapes every text
+and every chart that goes into page.html.jinja, and a content security policy forbids the page to fetch anything and to
+run any script but ours. A report has no script at all: its figures are PNGs in the page, and files beside the Markdown.
+The page of one evaluation may have interactive charts, which vega-embed draws from their data.
 
-    html_page("Title", "What it is about", "What was found", [Section("Results", ["A paragraph."])])
+    page = Page("Title", "What it is about", "What was found", [Section("Results", ["A paragraph."])])
+    page.write(Path("out"), "report")
 """
 
 from __future__ import annotations
 
 import base64
-import html
+import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from string import Template
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
 
-TEMPLATE = Path(__file__).with_name("report.html.tmpl")
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a page may fetch: nothing; styles and pictures stand in it."""
+DRAW = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const options = {ast: true, actions: {export: true, source: false, compiled: false, editor: false}};
+charts.forEach((chart, n) => vegaEmbed("#chart" + n, chart, options));
+"""
+"""Draws chart n in the element `chartN`. `ast`: Vega interprets its expressions, so that no text is run as code."""
 
 
-def write_page(out: Path, name: str, title: str, about: str, headline: str, sections: list[Section]) -> None:
-    """NAME.html, NAME.md and the figures that it refers to."""
-    (out / f"{name}.html").write_text(html_page(title, about, headline, sections), encoding="utf-8")
-    (out / f"{name}.md").write_text(markdown(title, about, headline, sections), encoding="utf-8")
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, list):
-                for figure in block:
-                    (out / figure.file).write_bytes(figure.png)
+@dataclass(frozen=True)
+class Page:
+    """A page's texts and sections."""
+
+    title: str
+    about: str
+    """What the page is about, below its title."""
+    headline: str
+    """What a reader in a hurry takes away."""
+    sections: Sequence[Section]
+
+    def figures(self) -> list[Figure]:
+        """Return the figures of all sections, in order."""
+        figures: list[Figure] = []
+        for section in self.sections:
+            for block in section.blocks:
+                if isinstance(block, list):
+                    figures += block
+        return figures
+
+    def write(self, folder: Path, name: str, *, interactive: bool = False) -> None:
+        """Write NAME.html, NAME.md and the PNG files of the figures into `folder`."""
+        (folder / f"{name}.html").write_text(self.html(interactive=interactive), encoding="utf-8")
+        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
+        for figure in self.figures():
+            (folder / figure.file).write_bytes(figure.png)
+
+    def html(self, *, interactive: bool = False) -> str:
+        """Return the page as HTML; its figures are pictures or, if `interactive`, charts that show their numbers."""
+        policy, script = POLICY, ""
+        if interactive:
+            script = _script()
+            digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+            policy += f"; script-src 'sha256-{digest}'"
+        template = _templates().get_template("page.html.jinja")
+        charts = [figure.vega_lite for figure in self.figures()] if interactive else []
+        return template.render(page=self, policy=policy, charts=charts, script=Markup(script))
+
+    def markdown(self) -> str:
+        """Return the page as Markdown, which refers to the figures' files."""
+        parts = [f"# {_plain(self.title)}", _plain(self.about), f"**{_plain(self.headline)}**"]
+        for section in self.sections:
+            parts.append(f"## {_plain(section.title)}")
+            parts += map(_markdown, section.blocks)
+        return "\n\n".join(parts) + "\n"
 
 
-def html_page(title: str, about: str, headline: str, sections: Sequence[Section]) -> str:
-    """The page. `about` stands under the title; `headline` is what a reader in a hurry takes away."""
-    links = "".join(f'<a href="#s{n}">{html.escape(s.title)}</a>\n' for n, s in enumerate(sections))
-    body = "".join(
-        f'<section id="s{n}">\n<h2>{html.escape(s.title)}</h2>\n{"".join(map(_html, s.blocks))}</section>\n'
-        for n, s in enumerate(sections)
+@cache
+def _templates() -> Environment:
+    """Return Jinja's environment, which escapes whatever a template does not mark as safe."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    texts = {"title": title, "about": about, "headline": headline}
-    escaped = {name: html.escape(text) for name, text in texts.items()}
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(escaped, links=links, body=body)
+    environment.tests |= {
+        "code": lambda block: isinstance(block, Code),
+        "best": lambda cell: isinstance(cell, Best),
+        "table": lambda block: isinstance(block, Table),
+    }
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment
 
 
-def _html(block: Block) -> str:
-    if isinstance(block, str):
-        tag = "pre" if isinstance(block, Code) else "p"
-        return f"<{tag}>{html.escape(block)}</{tag}>\n"
-    if isinstance(block, list):
-        return f'<div class="figures">\n{"".join(map(_html_picture, block))}</div>\n'
-    groups = "".join(f'<th colspan="{n}" scope="colgroup">{html.escape(text)}</th>' for text, n in block.groups)
-    lines = [f'<tr class="groups">{groups}</tr>\n'] if groups else []
-    lines += [f"<tr>{''.join(_html_cell(text, 'th', 'col') for text in block.columns)}</tr>\n</thead>\n<tbody>\n"]
-    for first, *rest in block.rows:
-        lines += [f"<tr>{_html_cell(first, 'th', 'row')}{''.join(_html_cell(text, 'td') for text in rest)}</tr>\n"]
-    return (
-        f'<div class="table">\n<p class="caption">{html.escape(block.caption)}</p>\n<div class="scroll" tabindex="0">\n'
-        f"<table{' class=prose' if block.prose else ''}>\n<thead>\n{''.join(lines)}</tbody>\n</table>\n</div>\n"
-        f'<p class="legend">{html.escape(block.legend)}</p>\n</div>\n'
-    )
+@cache
+def _script() -> str:
+    """Return the script of interactive pages: DRAW with the libraries that it needs. Bundling takes 3 seconds."""
+    import vl_convert
 
-
-def _html_cell(text: str, tag: str, scope: str = "") -> str:
-    large, _, small = map(html.escape, text.partition("\n"))
-    large = f"<strong>{large}</strong>" if isinstance(text, Best) else large
-    return f"<{tag}{scope and f' scope={scope}'}>{large}{small and f'<small>{small}</small>'}</{tag}>"
-
-
-def _html_picture(figure: Figure) -> str:
-    data = base64.b64encode(figure.png).decode()
-    return (
-        f'<figure>\n<img alt="{html.escape(figure.title)}" src="data:image/png;base64,{data}">\n'
-        f"<figcaption>{html.escape(figure.caption)}</figcaption>\n</figure>\n"
-    )
-
-
-def markdown(title: str, about: str, headline: str, sections: Sequence[Section]) -> str:
-    """The same; pictures are referred to by file name."""
-    parts = [f"# {_plain(title)}", _plain(about), f"**{_plain(headline)}**"]
-    for section in sections:
-        parts += [f"## {_plain(section.title)}", *map(_markdown, section.blocks)]
-    return "\n\n".join(parts) + "\n"
+    return vl_convert.javascript_bundle(DRAW)
 
 
 def _markdown(block: Block) -> str:
+    """Return a block as Markdown."""
+    if isinstance(block, Code):
+        return f"```\n{block}\n```"
     if isinstance(block, str):
-        return f"```\n{block}\n```" if isinstance(block, Code) else _plain(block)
+        return _plain(block)
     if isinstance(block, list):
-        return "\n\n".join(f"![{_plain(p.title)}]({p.file})\n\n{_plain(p.caption)}" for p in block)
+        return "\n\n".join(f"![{_plain(figure.title)}]({figure.file})\n\n{_plain(figure.caption)}" for figure in block)
     return f"{_plain(block.caption)}\n\n{markdown_table(block)}\n\n{_plain(block.legend)}".strip()
 
 
-def markdown_table(block: Table) -> str:
-    """Its columns and rows alone."""
-    over = [text for text, n in block.groups for _ in range(n)] or [""] * len(block.columns)
-    columns = [f"{group}\n{name}" if group else name for group, name in zip(over, block.columns, strict=True)]
-    rows = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in (columns, *block.rows)]
-    rows.insert(1, "|---" + "|---:" * (len(columns) - 1) + "|")
-    return "\n".join(rows)
+def markdown_table(table: Table) -> str:
+    """Return a table's columns and rows alone, without caption and legend."""
+    groups: list[str] = []
+    for text, n_columns in table.groups:
+        groups += [text] * n_columns
+    heads = list(table.columns)
+    if groups:
+        heads = [f"{group}\n{head}".strip() for group, head in zip(groups, heads, strict=True)]
+    lines = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in (heads, *table.rows)]
+    lines.insert(1, "|---" + "|---:" * (len(heads) - 1) + "|")
+    return "\n".join(lines)
 
 
 def _markdown_cell(text: str) -> str:
+    """Return a cell as Markdown: in one line, and bold if it is the best of its column."""
     plain = _plain(text).replace("\n", "<br>")
-    return f"**{plain}**" if isinstance(text, Best) else plain
+    if isinstance(text, Best):
+        return f"**{plain}**"
+    return plain
 
 
 def _plain(text: str) -> str:
+    """Return a text with a backslash before each character that Markdown would take for markup."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)

@@ -23,7 +23,7 @@ from longreach.pipelines.artifacts import Report
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report.findings import NOT_RUN, Found, brief, finite, gather, show_ppl
-from longreach.pipelines.report.page import markdown_table, write_page
+from longreach.pipelines.report.page import Page, markdown_table
 
 TABLE_CHARACTERS = 4000
 """What a run's description in MLflow takes beside the headline."""
@@ -61,7 +61,7 @@ def report(
     sections = [section for part in _parts() if (section := part(found))] + [how(found, run.command)]
     about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; " if found.base else ""
     about += f"report {run.attempt.fingerprint[:8]}"
-    write_page(out, "report", f"longreach: {recipe.name}", about, headline(found), sections)
+    Page(f"longreach: {recipe.name}", about, headline(found), sections).write(out, "report")
     return {"headline": headline(found), "metrics": metrics(found), "table": short_table(found)}
 
 
