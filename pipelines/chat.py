@@ -10,19 +10,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longreach.attention.kv_budget import KVBudget, readable
 from longreach.attention.sink_cache import SinkCache
-from longreach.evaluation.documents import text_ids
+from longreach.evaluation.documents import MARK, chat_around, text_ids
+from longreach.evaluation.reader import generated, greedy
 from longreach.training.convert import convert
 from longreach.training.model import load_model
 
-MARK = "\u2063said\u2063"
-"""Stands for an earlier answer, to see what a template puts after it."""
 WARNING = (
     "Streaming keeps the model fluent however long this goes on; it does not extend its context: what left the last "
     "{window:,} tokens is forgotten, but for the first {sinks}. An empty line ends the chat."
@@ -32,7 +30,19 @@ WARNING = (
 def chat(
     source: str, *, sinks: int, window: int, max_new_tokens: int, temperature: float, ask: Callable[[], str]
 ) -> None:
-    """Talks on stdout until `ask` gives an empty line or raises EOFError. ValueError as convert and SinkCache."""
+    """Talk on stdout until `ask` gives an empty line or raises EOFError.
+
+    Args:
+        source: a Hugging Face folder, or what base.source takes.
+        sinks: first tokens that the cache keeps.
+        window: recent tokens that the cache keeps.
+        max_new_tokens: tokens of an answer at most.
+        temperature: of sampling; 0: always the likeliest token.
+        ask: returns what the user typed.
+
+    Raises:
+        ValueError: as convert and SinkCache, or the model's attention does not take such a cache.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(source)
         if not (folder / "config.json").is_file():
@@ -45,24 +55,27 @@ def chat(
     cache = SinkCache(model.config, sinks, window)
     size = readable(KVBudget.of(model.config).sink_cache_bytes(1, 1, "fp32", sink_tokens=sinks, window_tokens=window))
     print(WARNING.format(window=window, sinks=sinks))
-    left: list[int] = []  # what the model said last without having read it
-    while text := _asked(ask):
-        more = turn(tokenizer, text, first=cache.get_seq_length() == 0)
-        ids, said, shown = left + more[more[:1] == left :], [], ""  # the end of the last answer is read once
-        left, began = [], time.perf_counter()
+    unread: list[int] = []  # the answer's last token, which the model has not read yet
+    while text := _typed(ask):
+        ids = turn(tokenizer, text, first=cache.get_seq_length() == 0)
+        if ids[:1] != unread:  # a template that begins with the same token would have it read twice
+            ids = unread + ids
+        answer: list[int] = []
+        printed = ""
+        began_s = time.perf_counter()
         for token in reply(model, cache, ids, max_new_tokens, temperature):
-            left = [token]
-            said.append(token)
-            whole = str(tokenizer.decode(said, skip_special_tokens=True))
-            if not whole.endswith("\ufffd"):  # a character that is not whole yet
-                sys.stdout.write(whole[len(shown) :])
+            answer.append(token)
+            whole = str(tokenizer.decode(answer, skip_special_tokens=True))
+            if not whole.endswith("\ufffd"):  # a character whose last bytes are still to come
+                sys.stdout.write(whole[len(printed) :])
                 sys.stdout.flush()
-                shown = whole
-        speed = len(said) / (time.perf_counter() - began)
-        print(f"\n[{len(said)} tokens, {speed:.1f} tokens/s; {cache.get_seq_length():,} so far, cache {size}]")
+                printed = whole
+        unread = answer[-1:]
+        speed = len(answer) / (time.perf_counter() - began_s)
+        print(f"\n[{len(answer)} tokens, {speed:.1f} tokens/s; {cache.get_seq_length():,} so far, cache {size}]")
 
 
-def _asked(ask: Callable[[], str]) -> str:
+def _typed(ask: Callable[[], str]) -> str:
     try:
         return ask().strip()
     except EOFError:
@@ -70,32 +83,28 @@ def _asked(ask: Callable[[], str]) -> str:
 
 
 def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
-    """What the model reads when the user has said something, in its chat template if it has one; after an answer of its
-    own, from the end of that answer on."""
+    """Return the ids of what the user typed, in the model's chat template if it has one.
+
+    first: False after an answer of the model, from whose end on the template is read.
+    """
     if not tokenizer.chat_template:
         return text_ids(tokenizer, text + "\n", first=first)
-    asked = {"role": "user", "content": text}
-    earlier = [] if first else [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
-    whole = str(tokenizer.apply_chat_template([*earlier, asked], tokenize=False, add_generation_prompt=True))
-    if not first and MARK not in whole:
-        raise ValueError("the model's chat template changes what was said before: it cannot be streamed turn by turn")
-    return list(tokenizer(whole.rpartition(MARK)[2], add_special_tokens=False).input_ids)
+    typed = {"role": "user", "content": text}
+    if first:
+        whole = str(tokenizer.apply_chat_template([typed], tokenize=False, add_generation_prompt=True))
+    else:
+        earlier = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
+        refusal = "the model's chat template changes earlier messages: it cannot be streamed turn by turn"
+        _, whole = chat_around(tokenizer, [*earlier, typed], refusal=refusal)
+    return list(tokenizer(whole, add_special_tokens=False).input_ids)
 
 
-@torch.inference_mode()
 def reply(
     model: PreTrainedModel, cache: SinkCache, ids: list[int], max_new_tokens: int, temperature: float
 ) -> Iterator[int]:
-    """Tokens of the answer, the one that ends it included; the last one is not yet in the cache."""
-    ends: Any = model.generation_config.eos_token_id
-    stop = {*ends} if isinstance(ends, list) else {ends}
-    for _ in range(max_new_tokens):
-        logits_V = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
-        if temperature > 0:
-            token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1))
-        else:
-            token = int(logits_V.argmax())
-        yield token
-        if token in stop:
-            return
-        ids = [token]
+    """Yield the answer's tokens, the one that ends it included; the last one is not yet in the cache."""
+
+    def sampled(logits_V: torch.Tensor) -> int:
+        return int(torch.multinomial((logits_V / temperature).softmax(-1), 1))
+
+    return generated(model, cache, ids, max_new_tokens, sampled if temperature > 0 else greedy)

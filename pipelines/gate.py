@@ -102,7 +102,7 @@ class PromoteRecipe(Choices):
                 yield ("promote", rule), message
 
     def _lengths_that_do_not_fit(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        ratios, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["passkey"]
+        ratios, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["effective_length"]
         lengths, key_lengths = lengths_of(recipe, ratios), lengths_of(recipe, keys)
         target = self.target_length or max(lengths, default=0)
         if self.passkey is not None and key_lengths and target and min(key_lengths) > target:
@@ -256,7 +256,7 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
     Raises:
         ValueError: no measured length is one that the base was trained to.
     """
-    ratio, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["passkey"]
+    ratio, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["effective_length"]
     ours = rows.get(f"challenger_{ratio}", [])
     target = rules.target_length or max(lengths, default=0)
     findings = []
