@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import test_pipelines_report as made
-from test_pipelines_report import PPL, RECIPE, RUN, Page, make_stages
+from test_pipelines_report import PPL, RECIPE, RUN, Page, make_stages, no_pictures  # noqa: F401
 
+from longreach.evaluation.blocks import Figure
 from longreach.infra.artifact import Store
 from longreach.pipelines.cli import main
 from longreach.pipelines.graph import build, report_on
@@ -29,16 +30,17 @@ SMALL = RECIPE | {
 
 
 def publish_run(folder: Path, recipe: dict, *, draw: bool = True, **ppl: tuple[float, ...]) -> str:
-    """Stages with made up numbers and their report, published; returns the report's fingerprint."""
+    """Publish stages with made up numbers and their report, without pictures; return the report's fingerprint."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "png", b"\x89PNG")
         for name, values in ppl.items():
             patch.setitem(PPL, name, values)
         store, last, artifacts = make_stages(folder, recipe)
-    attempt = store.new_attempt("report", last.fingerprint)
-    inputs = {key: artifacts[label] for key, label in last.recipe.labels.items()}
-    run = replace(RUN, attempt=attempt)
-    (attempt.out / "report.html").touch()
-    summary = report(inputs, recipe=last.recipe, resources=None, out=attempt.out, run=run) if draw else {}
+        attempt = store.new_attempt("report", last.fingerprint)
+        inputs = {key: artifacts[label] for key, label in last.recipe.labels.items()}
+        run = replace(RUN, attempt=attempt)
+        (attempt.out / "report.html").touch()
+        summary = report(inputs, recipe=last.recipe, resources=None, out=attempt.out, run=run) if draw else {}
     when = {
         "published_at": f"2026-11-25T00:00:00.{time.monotonic_ns():020}",
         "seconds": 1.0,
@@ -73,6 +75,7 @@ def test_models_of_all_runs_stand_best_first_under_their_run_and_shared_ones_onc
     assert "speed-up against" not in page.read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_differs_is_said_once_for_all_stages_that_it_concerns(runs, tmp_path):
     folder, *both = runs
     seen = Page(compare(both, tmp_path / "out", str(folder / "store")).read_text())
@@ -80,6 +83,7 @@ def test_what_differs_is_said_once_for_all_stages_that_it_concerns(runs, tmp_pat
     assert changes == [["recipe.optim.steps: 4 -> 8", "finetune[full], finetune[lora]"]]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_is_a_recipe_a_fingerprint_or_a_folder(runs, tmp_path, monkeypatch):
     folder, first, second = runs
     recipe = folder / "tiny.yaml"
@@ -95,6 +99,7 @@ def test_a_run_is_a_recipe_a_fingerprint_or_a_folder(runs, tmp_path, monkeypatch
         compare([first, str(recipe)], tmp_path / "out", str(folder / "nothing"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_perplexities_of_other_texts_are_shown_but_not_ranked(runs, tmp_path):
     folder, first, second = runs
     other = SMALL | {"name": "other", "corpus": SMALL["corpus"] | {"test": ["2026-Trump-1", "train1*"]}}
@@ -110,6 +115,7 @@ def test_perplexities_of_other_texts_are_shown_but_not_ranked(runs, tmp_path):
     assert "On the frontier: tiny: base (527), tiny: lora (35.1), tiny: full (29.4), longer: lora (27.0)" in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_folder_that_holds_something_else_is_left_alone(runs, tmp_path):
     folder, *both = runs
     (tmp_path / "thesis.md").write_text("mine")
@@ -120,6 +126,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(runs, tmp_path):
     compare(both, tmp_path / "out", str(folder / "store"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_artifact_that_was_damaged_since_is_named(tmp_path):
     fingerprints = [publish_run(tmp_path, SMALL), publish_run(tmp_path, SMALL | {"seed": 1})]
     store = Store(str(tmp_path / "store"))
@@ -128,6 +135,7 @@ def test_an_artifact_that_was_damaged_since_is_named(tmp_path):
         compare(fingerprints, tmp_path / "out", store.root)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_prints_the_page_and_report_takes_a_fingerprint(runs, tmp_path, capsys):
     folder, first, second = runs
     root = ["--root", str(folder / "store")]

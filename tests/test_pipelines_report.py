@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from toy_models import tiny_tokenizer, training_summary
 
-from longreach.evaluation.blocks import Best, Section, Table
+from longreach.evaluation.blocks import Best, Figure, Section, Table
 from longreach.evaluation.figures import Style, lines
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
 from longreach.evaluation.perplexity import document_rows, pooled_rows, position_rows
@@ -111,6 +111,12 @@ def inputs(tmp_path_factory) -> tuple:
 @pytest.fixture(scope="module")
 def written(inputs, tmp_path_factory) -> tuple[Path, dict]:
     return write(inputs, tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Charts are made but not drawn, which is most of a report's time: for tests that look at texts and numbers."""
+    monkeypatch.setattr(Figure, "png", b"\x89PNG")
 
 
 def write(inputs: tuple, out: Path) -> tuple[Path, dict]:
@@ -386,7 +392,7 @@ def test_the_headline_says_what_was_gained_and_what_it_cost(written):
     assert headline in html.unescape((written[0] / "report.html").read_text())
 
 
-def test_the_headline_admits_that_training_was_not_worth_it(tmp_path, monkeypatch):
+def test_the_headline_admits_that_training_was_not_worth_it(tmp_path, monkeypatch, no_pictures):
     monkeypatch.setitem(PPL, "theta", (57.9, 23.4, 24.0))
     recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}
     headline = write(make_inputs(tmp_path, recipe), tmp_path / "out")[1]["headline"]
@@ -483,14 +489,14 @@ def test_how_it_was_run_names_stages_choices_and_licences(written):
         ),
     ],
 )
-def test_sections_vanish_with_their_inputs(without, gone, written, tmp_path):
+def test_sections_vanish_with_their_inputs(without, gone, written, tmp_path, no_pictures):
     streaming = RECIPE["evaluate"]["streaming"] | {"models": None}
     recipe = RECIPE | {"evaluate": RECIPE["evaluate"] | {"streaming": streaming}} | without
     write(make_inputs(tmp_path, recipe), tmp_path / "out")
     assert {*page_of(written[0]).headings} - {*page_of(tmp_path / "out").headings} == gone
 
 
-def test_models_with_a_vocabulary_of_their_own_need_no_base(tmp_path):
+def test_models_with_a_vocabulary_of_their_own_need_no_base(tmp_path, no_pictures):
     alone = {"baselines": {}, "finetune": None, "pretrain": RECIPE["pretrain"] | {"vocab_size": 300}}
     streaming = RECIPE["evaluate"]["streaming"] | {"models": None}
     inputs = make_inputs(tmp_path, RECIPE | alone | {"base": {"source": "gone"}, "evaluate": {"streaming": streaming}})
@@ -503,7 +509,7 @@ def test_every_stage_has_a_writer_here_and_so_a_place_in_the_report():
     assert WRITERS.keys() >= STAGES.keys() - {"report"}
 
 
-def test_a_perplexity_that_is_not_a_number_is_shown_as_such(inputs, tmp_path):
+def test_a_perplexity_that_is_not_a_number_is_shown_as_such(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
     broken = with_scores(inputs, "evaluate[lora,perplexity]", tmp_path, lambda text: re.sub(r"35\.1\d*", "NaN", text))
     out, result = write((recipe, artifacts | broken), tmp_path)
@@ -534,7 +540,7 @@ def test_an_artifact_without_a_label_is_an_error(inputs, tmp_path):
         write((recipe, artifacts | {"input_999": artifacts["input_000"]}), tmp_path)
 
 
-def test_a_stage_that_the_report_does_not_know_is_listed_in_how_it_was_run(inputs, tmp_path):
+def test_a_stage_that_the_report_does_not_know_is_listed_in_how_it_was_run(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
     stranger = Artifact(tmp_path, artifacts["input_000"].manifest | {"stage": "distil"})
     named = recipe.model_copy(update={"labels": recipe.labels | {"input_999": "distil"}})
@@ -542,7 +548,7 @@ def test_a_stage_that_the_report_does_not_know_is_listed_in_how_it_was_run(input
     assert "\n| distil |" in (out / "report.md").read_text().partition("How it was run")[2]
 
 
-def test_an_evaluation_without_a_section_of_its_own_is_still_shown(inputs, tmp_path):
+def test_an_evaluation_without_a_section_of_its_own_is_still_shown(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
     key = next(key for key, label in recipe.labels.items() if label == "evaluate[base,passkey]")
     manifest = json.loads(json.dumps(artifacts[key].manifest))
@@ -607,7 +613,7 @@ def without(inputs: tuple, gone, **more) -> tuple:
     return recipe.model_copy(update={"labels": labels} | more), {key: artifacts[key] for key in labels}
 
 
-def test_failed_arms_are_rows_with_their_reason_and_the_headline_counts_them(inputs, tmp_path):
+def test_failed_arms_are_rows_with_their_reason_and_the_headline_counts_them(inputs, tmp_path, no_pictures):
     some = without(inputs, lambda label: label in FAILED or label.startswith("evaluate[full,"), failed=FAILED)
     out, result = write(some, tmp_path / "out")
     page = page_of(out)
@@ -645,13 +651,13 @@ def test_failed_arms_are_rows_with_their_reason_and_the_headline_counts_them(inp
     ],
     ids=["no base", "no rows", "only arms", "no arms", "base not evaluated", "no perplexity", "base alone", "nothing"],
 )
-def test_a_report_is_made_of_whatever_is_there(gone, inputs, tmp_path):
+def test_a_report_is_made_of_whatever_is_there(gone, inputs, tmp_path, no_pictures):
     out, result = write(without(inputs, gone, failed={"pack": "ValueError: no"}), tmp_path / "out")
     assert {"What failed", "How it was run"} <= {*page_of(out).headings}
     assert "stages failed: pack (ValueError: no)" in result["headline"]
 
 
-def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(inputs, tmp_path):
+def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
     prices = PriceRecipe(price_per_hour=90, currency="EUR", watts=500)
     out, _ = write((recipe.model_copy(update={"prices": prices}), artifacts), tmp_path / "out")
@@ -683,7 +689,7 @@ def test_the_frontier_holds_what_nothing_else_undercuts():
         assert best == sorted(best, key=lambda name: points[name])
 
 
-def test_the_short_table_fits_a_description_however_many_models_there_are(inputs, written, tmp_path):
+def test_the_short_table_fits_a_description_however_many_models_there_are(inputs, written, tmp_path, no_pictures):
     heads, _, *rows = written[1]["table"].split("\n")
     assert heads == "| model | perplexity at 768 | wall clock | peak GiB | speed-up vs full |"
     assert rows[-1] == "| longlora | 31.2 | **10s** | 6.00 | 1.60 × |"
@@ -694,7 +700,7 @@ def test_the_short_table_fits_a_description_however_many_models_there_are(inputs
     assert re.fullmatch(r"\d+ more models are in the report\.", table.split("\n")[-1])
 
 
-def test_what_a_release_a_promotion_and_a_new_start_are_made_of_is_not_asked(inputs, tmp_path):
+def test_what_a_release_a_promotion_and_a_new_start_are_made_of_is_not_asked(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
     merged, base = (
         next(artifacts[key] for key, label in recipe.labels.items() if label == wanted)

@@ -1,7 +1,7 @@
 """Scale on paper: what a Llama costs on 8 to 1,024 GPUs, where it stops scaling and where it does not fit.
 
-The arithmetic is the one that predicts runs on this machine (training/planner.py); only the rates are not measured but
-taken from data sheets, times an assumed share that is really reached. The batch stays the same however many GPUs
+The arithmetic is the one that predicts runs on this machine (training/planner.py). Only the rates are not measured:
+they are a data sheet's, times an assumed share that is really reached. The batch stays the same however many GPUs
 share it; once it has fewer rows than there are GPUs, neighbours share rows (DeepSpeed-Ulysses). Layers are recomputed
 in the backward pass, weights are bfloat16, and nothing overlaps.
 
@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longreach.infra.resources import Resources
 from longreach.training.attention_recipe import AttentionRecipe
@@ -31,48 +31,61 @@ MODELS = {
 PER_NODE = 8
 """GPUs in a node."""
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+"""Numbers of GPUs that are tried if a user names none."""
 UTILISATION = 0.6
-"""Assumed: what matrices and attention reach of the peak. FlashAttention-2 reports 50 to 73% on an A100
+"""Assumed share of the peak that matrices and attention reach. FlashAttention-2 reports 50 to 73% on an A100
 (arXiv:2307.08691)."""
 REACHED_BYTES = 0.8
-"""Assumed: what memory and links reach of their bandwidth."""
-BEGIN_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
-"""What NCCL reckons a ring to take for its start, a step inside a node and one between nodes, whatever it carries
-(src/graph/tuning.cc, ring, simple protocol, NVLink)."""
+"""Assumed share of its bandwidth that memory or a link reaches."""
+START_S = 8.4e-6
+"""Seconds that NCCL reckons the start of a ring to take, whatever it carries (src/graph/tuning.cc: ring, simple
+protocol, NVLink); HOP_S and NETWORK_HOP_S are from there too."""
+HOP_S = 3.4e-6
+"""Seconds of one step of a ring between two GPUs of a node."""
+NETWORK_HOP_S = 9.6e-6
+"""Seconds of one step of a ring between two nodes."""
 RESERVED_GIB = 4.0
-"""Assumed: what CUDA, NCCL and the allocator's fragments take of a GPU."""
-OFFLOADED_BYTES = 4 * 4
-"""The optimizer's weight and two moments, and the gradient."""
-STOPS = 0.5
+"""Assumed GPU memory that CUDA, NCCL and the allocator's fragments take."""
+OFFLOADED_BYTES = 16
+"""Per trained number in the host's memory, in float32: the optimizer's weight and two moments, and the gradient."""
+MIN_EFFICIENCY = 0.5
 """Efficiency under which more GPUs are no longer worth it."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data sheet. Bandwidths in bytes a second, links in one direction."""
+    """A GPU's data sheet. Bandwidths are in bytes per second, those of links in one direction."""
 
     flops: float
-    """Dense bfloat16."""
+    """Dense bfloat16 operations per second."""
     bytes: float
-    """Of its memory."""
+    """Bandwidth of its memory."""
     memory_gib: float
+    """Size of its memory."""
     node: float
-    """To the other GPUs of its node."""
+    """Bandwidth to the other GPUs of its node."""
     network: float
-    """Its share of what leaves the node."""
+    """Its share of the node's bandwidth to other nodes."""
     host: float
-    """To the host's memory, which is taken to be as fast."""
+    """Bandwidth to the host's memory, which is assumed to be as fast."""
 
     def machine(self, world: int, utilisation: float) -> Machine:
-        """What each of so many does in a second. An all-reduce in a ring moves 2 (n - 1) / n times the tensor through
-        each GPU's link, or, between nodes, through all links of a node together."""
-        link = self.node if world <= PER_NODE else min(self.node, PER_NODE * self.network)
-        reached = utilisation * self.flops
-        exchange = REACHED_BYTES * link * world / (2 * (world - 1)) if world > 1 else None
-        host = REACHED_BYTES * self.host
-        outside = math.ceil(world / PER_NODE) - 1
-        latency = BEGIN_S + 2 * (outside * NETWORK_HOP_S + (world - 1 - outside) * HOP_S)
-        return Machine(reached, reached, reached, REACHED_BYTES * self.bytes, 0.0, exchange, host, latency)
+        """Return what each of `world` GPUs does in a second if its matrices reach this share of the peak."""
+        compute = utilisation * self.flops
+        exchange = None
+        if world > 1:
+            link = self.node
+            if world > PER_NODE:  # a ring over nodes has all links of a node together
+                link = min(self.node, PER_NODE * self.network)
+            # An all-reduce in a ring moves 2 (n - 1) / n times the tensor through each link.
+            exchange = REACHED_BYTES * link * world / (2 * (world - 1))
+        network_hops = math.ceil(world / PER_NODE) - 1
+        node_hops = world - 1 - network_hops
+        # An all-reduce goes round twice: once to sum, once to give the sum to everyone.
+        latency = START_S + 2 * (network_hops * NETWORK_HOP_S + node_hops * HOP_S)
+        return Machine(
+            compute, compute, compute, REACHED_BYTES * self.bytes, 0.0, exchange, REACHED_BYTES * self.host, latency
+        )
 
 
 GPUS = {
@@ -80,14 +93,17 @@ GPUS = {
     "h100-80gb": Gpu(989e12, 3.35e12, 80, 450e9, 50e9, 64e9),  # SXM: NVLink 900 GB/s both ways, NDR 400 Gb/s, PCIe 5
 }
 WAYS: dict[str, dict[str, Any]] = {
-    **{str(stage): {"zero_stage": stage} for stage in range(4)},
+    "0": {"zero_stage": 0},
+    "1": {"zero_stage": 1},
+    "2": {"zero_stage": 2},
+    "3": {"zero_stage": 3},
     "3+host": {"zero_stage": 3, "offload": "cpu", "offload_parameters": True},
 }
-"""ZeRO stages; the last one with weights and optimizer in the host's memory."""
+"""ZeRO stages, as resources; the last one keeps weights and optimizer in the host's memory."""
 
 
 def arms(row: int) -> dict[str, ArmRecipe]:
-    """The methods; LongLoRA's groups are a quarter of the row."""
+    """Return the training methods for rows of this length; LongLoRA's groups are a quarter of the row."""
     sparse = AttentionRecipe.of(pattern="shifted_sparse", group_tokens=row // 4)
     return {
         "full": ArmRecipe(),
@@ -98,125 +114,176 @@ def arms(row: int) -> dict[str, ArmRecipe]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train on so many GPUs."""
+    """One way to train on a number of GPUs, and what it costs."""
 
     way: str
     """Key in WAYS."""
     ranks: int
     """GPUs that share a row."""
     gib: float
-    """A GPU."""
+    """Memory of each GPU."""
     host_gib: float
-    """A node's host, of what was offloaded to it."""
+    """Memory of each node's host that offloading takes."""
     cost: Prediction
+    """Time and memory of a step, by the planner."""
 
     @property
     def step_s(self) -> float:
+        """Seconds of a step, which are known since the machine's rates are given."""
         assert self.cost.step_s is not None
         return self.cost.step_s
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method on so many GPUs: the fastest setting that fits, and all with its ranks a row."""
+    """A method on a number of GPUs: the fastest setting that fits, and the others with as many ranks per row."""
 
     arm: str
+    """Key in `arms`."""
     gpus: int
+    """Number of GPUs."""
     ways: dict[str, Setting]
-    """By ZeRO stage; empty where the batch has no work for so many."""
+    """Settings by ZeRO stage; empty where the batch cannot be shared out evenly."""
     best: Setting | None
-    """None where nothing fits."""
+    """The fastest setting that fits; None where nothing does."""
     efficiency: float = 0.0
-    """Work a GPU does, over the most that it does with any number of them."""
+    """Work of a GPU in a second, as a share of the most that it does with any number of GPUs."""
 
 
-def setting(shape: Shape, arm: ArmRecipe, gpu: Gpu, way: str, *, row: int, rows: int, gpus: int, ranks: int = 1,
-            utilisation: float = UTILISATION) -> Setting:  # fmt: skip
-    """What it costs, a row at a time on each GPU (on each `ranks` GPUs that share one)."""
-    choices = {"workers": gpus, "gpus_per_worker": 1, "sequence_parallel": ranks, "dtype": "bfloat16", **WAYS[way]}
-    resources = Resources(**choices, activation_checkpointing=True)
+def setting(
+    shape: Shape,
+    arm: ArmRecipe,
+    gpu: Gpu,
+    way: str,
+    *,
+    row: int,
+    rows: int,
+    gpus: int,
+    ranks: int = 1,
+    utilisation: float = UTILISATION,
+) -> Setting:
+    """Return what steps of `rows` rows of `row` tokens cost, with one row at a time on each `ranks` GPUs."""
+    resources = Resources(
+        workers=gpus,
+        gpus_per_worker=1,
+        sequence_parallel=ranks,
+        dtype="bfloat16",
+        activation_checkpointing=True,
+        **WAYS[way],
+    )
     machine = gpu.machine(gpus, utilisation)
     cost = predict(shape, arm, rows=rows, seq_len=row, resources=resources, machine=machine)
-    offloaded = 2 * shape.parameters + OFFLOADED_BYTES * sum(shape.trained(arm).values())
-    host = offloaded * min(gpus, PER_NODE) / gpus / GIB if resources.offload_parameters else 0.0
-    return Setting(way, ranks, cost.peak_gib / gpus, host, cost)
+    host_gib = 0.0
+    if resources.offload_parameters:
+        # Weights in bfloat16 (2 bytes) and the optimizer's numbers, of which a node holds the part of its GPUs.
+        offloaded = 2 * shape.parameters + OFFLOADED_BYTES * sum(shape.trained(arm).values())
+        host_gib = offloaded * min(gpus, PER_NODE) / gpus / GIB
+    return Setting(way, ranks, cost.peak_gib / gpus, host_gib, cost)
 
 
 def sweep(
     shape: Shape, gpu: Gpu, *, row: int, rows: int, counts: tuple[int, ...] = COUNTS, utilisation: float = UTILISATION
 ) -> Iterator[Point]:
-    """Every method on every number of GPUs, a batch of so many rows each step."""
-    room = gpu.memory_gib - RESERVED_GIB
+    """Yield every method on every number of GPUs, for steps of `rows` rows."""
     for name, arm in arms(row).items():
         points = []
         for gpus in counts:
-            shared = [
-                n for n in range(1, gpus + 1)
-                if gpus % n == 0 and shape.heads % n == 0 and row % n == 0 and rows * n % gpus == 0
-            ]  # fmt: skip
-            by_ranks = {
-                n: {
-                    way: setting(shape, arm, gpu, way, row=row, rows=rows, gpus=gpus, ranks=n, utilisation=utilisation)
-                    for way in WAYS
-                }
-                for n in shared
-            }
-            fitting = [one for ways in by_ranks.values() for one in ways.values() if one.gib <= room]
+            settings: list[Setting] = []
+            shares = _ranks_per_row(shape, row, rows, gpus)
+            for ranks in shares:
+                for way in WAYS:
+                    cost = setting(
+                        shape, arm, gpu, way, row=row, rows=rows, gpus=gpus, ranks=ranks, utilisation=utilisation
+                    )
+                    settings.append(cost)
+            fitting = [one for one in settings if one.gib <= gpu.memory_gib - RESERVED_GIB]
             best = min(fitting, key=lambda one: one.step_s, default=None)
-            shown = best.ranks if best else max(shared, default=0)
-            points.append(Point(name, gpus, by_ranks.get(shown, {}), best))
-        least = min((p.best.step_s * p.gpus for p in points if p.best), default=math.nan)
-        yield from (replace(p, efficiency=least / (p.best.step_s * p.gpus) if p.best else 0.0) for p in points)
+            ranks_shown = best.ranks if best else max(shares, default=0)
+            ways = {one.way: one for one in settings if one.ranks == ranks_shown}
+            points.append(Point(name, gpus, ways, best))
+        # GPU-seconds of a step: the fewest of all numbers of GPUs are 100% efficient.
+        least = min((point.best.step_s * point.gpus for point in points if point.best), default=math.nan)
+        for point in points:
+            if point.best:
+                point = replace(point, efficiency=least / (point.best.step_s * point.gpus))
+            yield point
+
+
+def _ranks_per_row(shape: Shape, row: int, rows: int, gpus: int) -> list[int]:
+    """Return how many GPUs may share a row so that heads, tokens and rows all divide evenly."""
+    shares = []
+    for ranks in range(1, gpus + 1):
+        even_work = gpus % ranks == 0 and rows * ranks % gpus == 0
+        if even_work and shape.heads % ranks == 0 and row % ranks == 0:
+            shares.append(ranks)
+    return shares
 
 
 def verdicts(points: list[Point], gpu: Gpu) -> Iterator[str]:
-    """Where each method fits, and where it stops scaling."""
-    room = gpu.memory_gib - RESERVED_GIB
-    for name in dict.fromkeys(p.arm for p in points):
-        own = [p for p in points if p.arm == name]
-        fits = [p for p in own if p.best]
-        if not fits:
-            needed = min((s.gib for p in own for s in p.ways.values()), default=math.nan)
-            yield f"{name}: does not fit: at least {needed:.0f} GiB a GPU, where {room:.0f} are free"
-            continue
-        first, last = fits[0], fits[-1]
-        ways = [s for s in first.ways.values() if s.gib <= room]
-        parts = [f"fits from {first.gpus:,} GPUs with ZeRO {', '.join(s.way for s in ways)}"]
-        parts[0] += f" and {ways[0].host_gib:,.0f} GiB of each host's memory" if ways[0].host_gib else ""
-        slow = [p for p in fits if p.efficiency < STOPS]
-        parts.append(
-            f"stops scaling at {slow[0].gpus:,} GPUs ({slow[0].efficiency:.0%} efficient)"
-            if slow
-            else f"{last.efficiency:.0%} efficient on {last.gpus:,}"
-        )
-        idle = [f"{p.gpus:,}" for p in own if not p.ways]
-        parts += [f"the batch has no even shares for {', '.join(idle)}"] if idle else []
-        yield f"{name}: {'; '.join(parts)}"
+    """Yield a line for each method: where it fits, and where it stops scaling."""
+    for name in dict.fromkeys(point.arm for point in points):
+        own = [point for point in points if point.arm == name]
+        yield f"{name}: {_verdict(own, gpu.memory_gib - RESERVED_GIB)}"
+
+
+def _verdict(points: list[Point], room: float) -> str:
+    """Return where a method fits into GPUs with `room` GiB, and where it stops scaling."""
+    fitting = [point for point in points if point.best]
+    if not fitting:
+        needed = min((one.gib for point in points for one in point.ways.values()), default=math.nan)
+        return f"does not fit: at least {needed:.0f} GiB a GPU, where {room:.0f} are free"
+    first, last = fitting[0], fitting[-1]
+    ways = [one for one in first.ways.values() if one.gib <= room]
+    text = f"fits from {first.gpus:,} GPUs with ZeRO {', '.join(one.way for one in ways)}"
+    if ways[0].host_gib:
+        text += f" and {ways[0].host_gib:,.0f} GiB of each host's memory"
+    inefficient = [point for point in fitting if point.efficiency < MIN_EFFICIENCY]
+    if inefficient:
+        text += f"; stops scaling at {inefficient[0].gpus:,} GPUs ({inefficient[0].efficiency:.0%} efficient)"
+    else:
+        text += f"; {last.efficiency:.0%} efficient on {last.gpus:,}"
+    uneven = [f"{point.gpus:,}" for point in points if not point.ways]
+    if uneven:
+        text += f"; the batch has no even shares for {', '.join(uneven)}"
+    return text
 
 
 def tables(points: list[Point], gpu: Gpu) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """(columns, rows) of memory and time, and of the wire."""
+    """Yield two tables as (columns, rows): memory and time, and seconds of communication."""
     room = gpu.memory_gib - RESERVED_GIB
-    columns = ["", "GPUs", "ranks/row", *headed("GiB: ZeRO"), "fastest", "s/step", "efficiency"]
-    rows, wire = [], []
-    for p in points:
-        gib = [f"{s.gib:.1f}{'' if s.gib <= room else ' !'}" for s in p.ways.values()] or ["-"] * len(WAYS)
-        ranks = str(next(iter(p.ways.values())).ranks) if p.ways else "-"
-        told = [f"ZeRO {p.best.way}", f"{p.best.step_s:.3g}", f"{p.efficiency:.0%}"] if p.best else ["none", "-", "-"]
-        rows.append([p.arm, f"{p.gpus:,}", ranks, *gib, *told])
-        seconds = [f"{s.cost.seconds.get('exchange', 0) + s.cost.seconds.get('host', 0):.3g}" for s in p.ways.values()]
-        wire.append([p.arm, f"{p.gpus:,}", ranks, *(seconds or ["-"] * len(WAYS))])
-    yield columns, rows
-    yield ["", "GPUs", "ranks/row", *headed("s on the wire: ZeRO")], wire
+    columns = ["", "GPUs", "ranks/row", *_way_columns("GiB: ZeRO"), "fastest", "s/step", "efficiency"]
+    costs = []
+    communication = []
+    for point in points:
+        start = [point.arm, f"{point.gpus:,}", "-"]
+        memory = ["-"] * len(WAYS)
+        seconds = ["-"] * len(WAYS)
+        if point.ways:
+            start[2] = str(next(iter(point.ways.values())).ranks)
+            memory = [f"{one.gib:.1f}" if one.gib <= room else f"{one.gib:.1f} !" for one in point.ways.values()]
+            seconds = [_communication(one.cost) for one in point.ways.values()]
+        speed = ["none", "-", "-"]
+        if point.best:
+            speed = [f"ZeRO {point.best.way}", f"{point.best.step_s:.3g}", f"{point.efficiency:.0%}"]
+        costs.append([*start, *memory, *speed])
+        communication.append([*start, *seconds])
+    yield columns, costs
+    yield ["", "GPUs", "ranks/row", *_way_columns("s on the wire: ZeRO")], communication
 
 
-def headed(title: str) -> list[str]:
+def _communication(cost: Prediction) -> str:
+    """Return the seconds of a step in which data go between GPUs or to the host."""
+    return f"{cost.seconds.get('exchange', 0) + cost.seconds.get('host', 0):.3g}"
+
+
+def _way_columns(title: str) -> list[str]:
+    """Return a column's heading for each of WAYS, the first one with the title of all."""
     first, *others = WAYS
     return [f"{title} {first}", *others]
 
 
 def shape_of(model: str) -> Shape:
-    """A known model, or what a config.json (or its folder) says.
+    """Return the shape of a known model, or the one in a config.json (or its folder).
 
     Raises:
         ValueError: there is none, or it does not say enough.
@@ -224,17 +291,19 @@ def shape_of(model: str) -> Shape:
     if model in MODELS:
         return MODELS[model]
     path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "config.json"
     if not path.is_file():
         raise ValueError(f"no model {model!r}: name one of {', '.join(MODELS)}, or a folder with a config.json")
     config = json.loads(path.read_text(encoding="utf-8"))
-    if missing := [key for key in CONFIG_KEYS if not config.get(key)]:
+    missing = [key for key in CONFIG_KEYS if not config.get(key)]
+    if missing:
         raise ValueError(f"{path} does not say {', '.join(missing)}: it is no Llama to the planner")
     return Shape.of(config)
 
 
 def gpu_of(text: str) -> Gpu:
-    """`a100-80gb`, or with other facts: `h100-80gb,memory_gib=141,bytes=4.8e12`.
+    """Return the GPU of a name, `a100-80gb`, or with other facts: `h100-80gb,memory_gib=141,bytes=4.8e12`.
 
     Raises:
         ValueError: an unknown name or fact.
@@ -244,7 +313,8 @@ def gpu_of(text: str) -> Gpu:
         raise ValueError(
             f"no GPU {name!r}: name one of {', '.join(GPUS)}; other facts follow, e.g. {name},bytes=4.8e12"
         )
-    known, changed = {field.name for field in fields(Gpu)}, {}
+    known = {field.name for field in fields(Gpu)}
+    changed = {}
     for fact in facts:
         key, _, value = fact.partition("=")
         try:
@@ -266,19 +336,32 @@ PAPER = (
 From secondary sources, not re-read in the paper; memory is known for two of them."""
 
 
-def compared(utilisation: float = UTILISATION) -> Iterator[tuple[int, str, float, float, float, float | None]]:
-    """(row, method, hours predicted, hours reported, GiB predicted, GB reported)."""
+class Comparison(NamedTuple):
+    """What was predicted and what LongLoRA's authors reported, for one row length and method."""
+
+    row: int
+    method: str
+    hours: float
+    reported_hours: float
+    gib: float
+    reported_gb: float | None
+
+
+def compared(utilisation: float = UTILISATION) -> Iterator[Comparison]:
+    """Yield the prediction for each setting in PAPER."""
     gpu, shape = GPUS["a100-80gb"], MODELS["llama-2-7b"]
-    for row, name, hours, gb in PAPER:
-        one = setting(shape, arms(row)[name], gpu, "2", row=row, rows=64, gpus=8, utilisation=utilisation)
-        yield row, name, one.step_s * 1000 / 3600, hours, one.gib, gb
+    for row, method, hours, gb in PAPER:
+        cost = setting(shape, arms(row)[method], gpu, "2", row=row, rows=64, gpus=8, utilisation=utilisation)
+        yield Comparison(row, method, cost.step_s * 1000 / 3600, hours, cost.gib, gb)
 
 
 def against_paper(utilisation: float = UTILISATION) -> tuple[list[str], list[list[str]]]:
-    """The same as a table, with errors."""
-    lines = []
-    for row, name, hours, reported, gib, gb in compared(utilisation):
-        memory = ["-", "-"] if gb is None else [f"{gb}", f"{gib / gb - 1:+.0%}"]
-        told = [f"{hours:.1f}", f"{reported}", f"{hours / reported - 1:+.0%}", f"{gib:.1f}"]
-        lines.append([f"{row:,}", name, *told, *memory])
-    return ["row", "", "hours", "reported", "error", "GiB", "reported", "error"], lines
+    """Return the same as a table of (columns, rows), with relative errors."""
+    rows = []
+    for one in compared(utilisation):
+        memory = [f"{one.gib:.1f}", "-", "-"]
+        if one.reported_gb is not None:
+            memory[1:] = [f"{one.reported_gb}", f"{one.gib / one.reported_gb - 1:+.0%}"]
+        hours = [f"{one.hours:.1f}", f"{one.reported_hours}", f"{one.hours / one.reported_hours - 1:+.0%}"]
+        rows.append([f"{one.row:,}", one.method, *hours, *memory])
+    return ["row", "", "hours", "reported", "error", "GiB", "reported", "error"], rows

@@ -64,13 +64,12 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         *(losses(found, kind, title, file, SAYS) for kind, title, file in LOSSES),
         Section("Runs", [Table("Reports", ["run", "fingerprint", "commit", "host", "command"], told, prose=True)]),
     ]
-    listed = ", ".join(list(runs)[:5]) + f" and {len(runs) - 5} more" * (len(runs) > 5)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     kept = [section for section in sections if section and section.blocks]
     about = f"{len(runs)} runs, {len(found.models)} models"
-    Page(f"longreach: {listed}", about, headline(found), kept).write(out, "compare")
+    Page(f"longreach: {shortened(list(runs), 5)}", about, headline(found), kept).write(out, "compare")
     return out / "compare.html"
 
 
@@ -131,89 +130,126 @@ def read(store: Store, manifest: dict[str, Any]) -> Found:
 
 @dataclass
 class Merged(Found):
-    """The models of several runs, `run: model`; those that compare first, the best first."""
+    """The models of several runs, named `run: model`; those that compare come first, the best of them first."""
 
     length: int = 0
+    """The text length at which most models scored the same tokens."""
     alike: frozenset[str] = frozenset()
     """Models that scored the same tokens at this length."""
 
     @property
     def compared(self) -> dict[str, Model]:
+        """All models: a comparison shows every one of them."""
         return self.models
 
     def greatest(self) -> tuple[int, dict[str, float]]:
+        """Return the length, and the perplexities there of the models that scored the same tokens."""
         row = self.ppl().get(self.length, {})
         return self.length, {name: row[name]["ppl"] for name in self.models if name in self.alike}
 
     def yardstick(self, tune: str) -> Model | None:
-        return None  # a ratio of speeds says nothing across machines and rows
+        """Return no model, since a ratio of speeds says nothing across machines and row lengths."""
+        return None
 
 
 def merge(runs: dict[str, Found]) -> Merged:
-    """One Found of all; models whose artifacts are those of an earlier run are left out."""
+    """Return the models of all runs; a model whose artifacts are those of an earlier run is left out."""
     models: dict[str, Model] = {}
-    scored: dict[int, dict[str, frozenset[Any]]] = {}
-    """By length and model: its base, and the texts and numbers of tokens that it was measured on."""
-    seen = set()
-    for run, found in runs.items():
-        for name, model in found.models.items():
-            parts = {
-                a.fingerprint for label, a in found.artifacts.items() if re.search(rf"\[{re.escape(name)}[],]", label)
-            }
-            if parts and frozenset(parts) in seen:
+    bases: dict[str, str] = {}
+    seen: set[frozenset[str]] = set()
+    for run, findings in runs.items():
+        for name, model in findings.models.items():
+            fingerprints = _fingerprints(findings, name)
+            if fingerprints and fingerprints in seen:
                 continue
-            seen.add(frozenset(parts))
-            models[f"{run}: {name}"] = replace(model, name=f"{run}: {name}")
-            documents = model.rows("perplexity", kind="document", protocol="last_stride")
-            for length in {row["length"] for row in documents}:
-                texts = {(row["document"], row["tokens"]) for row in documents if row["length"] == length}
-                scored.setdefault(length, {})[f"{run}: {name}"] = frozenset({found.base.get("source", name), *texts})
-    common = {
-        length: max(Counter(texts.values()).items(), key=lambda item: item[1]) for length, texts in scored.items()
-    }
-    length = max(common, key=lambda n: (common[n][1], n), default=0)
-    alike = frozenset(name for name, texts in scored.get(length, {}).items() if texts == common[length][0])
-    prices = [found.prices for found in runs.values()]
-    price = prices[0] if all(other == prices[0] for other in prices) else PriceRecipe()
-    merged = Merged({}, models=models, prices=price, length=length, alike=alike)
-    ppl = {name: value if finite(value) else math.inf for name, value in merged.greatest()[1].items()}
-    merged.models = {
-        name: models[name] for name in sorted(models, key=lambda name: (name not in ppl, ppl.get(name, 0.0)))
-    }
+            seen.add(fingerprints)
+            full_name = f"{run}: {name}"
+            models[full_name] = replace(model, name=full_name)
+            bases[full_name] = findings.base.get("source", name)
+    length, alike = _largest_group(models, bases)
+    prices = [findings.prices for findings in runs.values()]
+    if any(other != prices[0] for other in prices):
+        prices = [PriceRecipe()]
+    merged = Merged({}, models=models, prices=prices[0], length=length, alike=alike)
+    _, ppl = merged.greatest()
+
+    def rank(name: str) -> tuple[bool, float]:
+        value = ppl.get(name, 0.0)
+        return name not in ppl, value if finite(value) else math.inf
+
+    merged.models = {name: models[name] for name in sorted(models, key=rank)}
     return merged
 
 
+def _fingerprints(findings: Found, name: str) -> frozenset[str]:
+    """Return the fingerprints of all artifacts of a model: those with its name in their label's brackets."""
+    of_model = re.compile(rf"\[{re.escape(name)}[],]")
+    return frozenset(a.fingerprint for label, a in findings.artifacts.items() if of_model.search(label))
+
+
+def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int, frozenset[str]]:
+    """Return the length at which most models of one base scored the same tokens, and these models.
+
+    Of lengths with equally many models, the greatest is returned.
+    """
+    length, alike = 0, frozenset[str]()
+    groups: dict[tuple[int, frozenset[Any]], list[str]] = {}
+    for name, model in models.items():
+        texts: dict[int, set[Any]] = {}
+        for row in model.rows("perplexity", kind="document", protocol="last_stride"):
+            texts.setdefault(row["length"], {bases[name]}).add((row["document"], row["tokens"]))
+        for text_length, scored in texts.items():
+            groups.setdefault((text_length, frozenset(scored)), []).append(name)
+    for (text_length, _), names in groups.items():
+        if (len(names), text_length) > (len(alike), length):
+            length, alike = text_length, frozenset(names)
+    return length, alike
+
+
 def headline(found: Merged) -> str:
-    """Which model is the best, and how many cannot be compared with it."""
+    """Say which model is the best, and how many cannot be compared with it."""
     length, ppl = found.greatest()
-    best = ", ".join(f"{name} {show_ppl(ppl[name])}" for name in list(ppl)[:3])
-    other = sum("perplexity" in model.scores for model in found.models.values()) - len(ppl)
-    said = f"Lowest perplexity at {length:,} tokens: {best}." if ppl else "No perplexity was measured."
-    return said + f" {other} models read other texts or have another base, and do not compare." * bool(other)
+    text = "No perplexity was measured."
+    if ppl:
+        best = ", ".join(f"{name} {show_ppl(ppl[name])}" for name in list(ppl)[:3])
+        text = f"Lowest perplexity at {length:,} tokens: {best}."
+    others = sum("perplexity" in model.scores for model in found.models.values()) - len(ppl)
+    if others:
+        text += f" {others} models read other texts or have another base, and do not compare."
+    return text
 
 
 def changes(runs: dict[str, Found]) -> Table:
-    """Choices, resources and hosts in which each run differs from the first; equal changes of several stages once."""
+    """Return the choices, resources and hosts in which each run differs from the first one.
+
+    A change that several stages share stands once, with their labels.
+    """
     (first, ours), *others = runs.items()
     rows = []
     for run, theirs in others:
-        stages: dict[str, list[str]] = {}
+        labels_by_change: dict[str, list[str]] = {}
         for label in dict.fromkeys([*ours.artifacts, *theirs.artifacts]):
-            pair = [found.artifacts.get(label) for found in (ours, theirs)]
-            old, new = (_choices(artifact) if artifact else None for artifact in pair)
-            for change in differences(old, new) if old and new else [f"only in {run if new else first}"]:
-                stages.setdefault(change, []).append(label)
-        rows += [
-            [run, change, ", ".join(labels[:4]) + f" and {len(labels) - 4} more" * (len(labels) > 4)]
-            for change, labels in stages.items()
-        ]
-    rows = rows or [["all", "nothing", ""]]
-    return Table(f"Against {first}", ["run", f"{first} -> run", "stages"], rows, prose=True)
+            old, new = ours.artifacts.get(label), theirs.artifacts.get(label)
+            if old and new:
+                differing = differences(_choices(old), _choices(new))
+            else:
+                differing = [f"only in {run if new else first}"]
+            for change in differing:
+                labels_by_change.setdefault(change, []).append(label)
+        rows += [[run, change, shortened(labels, 4)] for change, labels in labels_by_change.items()]
+    return Table(f"Against {first}", ["run", f"{first} -> run", "stages"], rows or [["all", "nothing", ""]], prose=True)
+
+
+def shortened(names: Sequence[str], most: int) -> str:
+    """Return the first names of a list, and how many others there are."""
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
 
 
 def _choices(artifact: Artifact) -> dict[str, Any]:
-    """What a result or its cost depends on; other stages' fingerprints would say it twice."""
-    identity, manifest = artifact.manifest["identity"], artifact.manifest
-    return {key: identity[key] for key in ("revision", "recipe", "digests")} | {
-        key: manifest.get(key) for key in ("resources", "host")
-    }
+    """Return what a result or its cost depends on, without other stages' fingerprints, which would repeat it."""
+    manifest = artifact.manifest
+    choices = {key: manifest["identity"][key] for key in ("revision", "recipe", "digests")}
+    return choices | {key: manifest.get(key) for key in ("resources", "host")}
