@@ -29,7 +29,7 @@ from rich.console import Console
 from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices
 from longreach.infra.cluster import connected
-from longreach.pipelines import runner
+from longreach.pipelines import plan, run
 from longreach.pipelines.display import Display
 from longreach.pipelines.kind import stage
 from longreach.pipelines.reader import load
@@ -78,13 +78,15 @@ class Watch(threading.Thread):
 
 def main() -> None:
     count = int(sys.argv[1]) if sys.argv[1:] else 1000
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])  # for the workers
     STAGES["noop"] = importlib.import_module("runner").noop  # not that of __main__, which no worker can import
     with tempfile.TemporaryDirectory() as folder:
         places = [f"store.root={folder}/root", f"store.workdir={folder}/work", "tracking.enabled=false"]
         loaded = load("quickstart", places)
 
         def build(text: str) -> None:
-            runner.build = lambda recipe: pipeline(count, text)  # type: ignore[assignment]
+            plan.build = run.build = lambda recipe: pipeline(count, text)  # type: ignore[assignment]
 
         build("first")
         watch = Watch()
@@ -92,20 +94,20 @@ def main() -> None:
         with connected(None, cpus=2), Display(console=Console(file=io.StringIO())) as display:
             watch.start()
             own, all_s = time.process_time(), cpu_s()
-            outcome = runner.run(loaded, display=display)
+            outcome = run.run(loaded, display=display)
             own, all_s = time.process_time() - own, cpu_s() - all_s
             assert len(outcome.ran) == count, outcome.failed
             each, own, all_s = (seconds / count * 1000 for seconds in (outcome.seconds, own, all_s))
             print(f"{count:,} stages in {outcome.seconds:.1f} s: {each:.1f} ms each")
             print(f"of it CPU: {own:.1f} ms in this process, {all_s:.1f} in all")
             print(f"peak {peak_mib():.0f} MiB ({before_mib:.0f} before), {watch.most} files open", flush=True)
-            again = runner.run(loaded, display=display)
+            again = run.run(loaded, display=display)
             assert len(again.reused) == count
             print(f"nothing to do: {again.seconds / count * 1000:.2f} ms a stage", flush=True)
         for text in ("first", "second"):
             build(text)
             began = time.perf_counter()
-            states = Counter(row.state for row in runner.plan(loaded))
+            states = Counter(row.state for row in plan.plan(loaded))
             each = (time.perf_counter() - began) / count * 1000
             print(f"plan, {dict(states)}: {each:.2f} ms a stage", flush=True)
 

@@ -1,13 +1,14 @@
 """What flows between stages, by type: an artifact of the store whose summary and files have names.
 
 Documents -pack-> PackedCorpus -pretrain-> ModelCheckpoint
-                  PackedCorpus + ModelCheckpoint -finetune-> AdapterCheckpoint -merge-> ModelCheckpoint
-ModelCheckpoint -evaluate-> Scores; all of them -report-> Report; ModelCheckpoint -release-> Release -promote-> Decision
+PackedCorpus + ModelCheckpoint -finetune-> AdapterCheckpoint -merge-> ModelCheckpoint
+ModelCheckpoint -evaluate-> Scores; all of them -report-> Report
+ModelCheckpoint -release-> Release -promote-> Decision
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longreach.infra.artifact import Artifact
 from longreach.training.summary import PackSummary
@@ -23,23 +24,13 @@ class TokenizerFolder(Artifact):
 class ModelCheckpoint(TokenizerFolder):
     """A Hugging Face folder with a model and its tokenizer: the base, or an arm's model."""
 
-    @property
-    def origin(self) -> dict[str, Any]:
-        """Source, licence and hashes of a converted model; empty for a model that was trained here."""
-        return self.summary.get("origin", {})
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that a converted model was trained to; None for a model that was trained here."""
-        return self.summary.get("context_length")
-
 
 class AdapterCheckpoint(Artifact):
     """A peft adapter with the record of its training (training.json)."""
 
 
 class PackedCorpus(Artifact):
-    """Rows of token ids, the held-out documents, and the tokenizer that made them (training/packed.py)."""
+    """Rows of token ids, the held-out documents, and their tokenizer (training/packed.py)."""
 
     @property
     def packed(self) -> PackSummary:
@@ -85,14 +76,17 @@ class Decision(Artifact):
     """What the gate decided: gate.json and gate.md."""
 
     @property
-    def passed(self) -> bool:
-        """Whether the challenger kept all rules."""
-        return self.summary["passed"]
+    def refusals(self) -> list[str]:
+        """The rules that were broken, with what was measured; empty if the challenger passed."""
+        return self.summary["refusals"]
 
     @property
-    def refusals(self) -> list[str]:
-        """The rules that were broken, with what was measured."""
-        return self.summary["refusals"]
+    def in_words(self) -> str:
+        """What became of the challenger."""
+        name = self.summary["name"]
+        if self.refusals:
+            return f"refused for {name}: {'; '.join(self.refusals)}"
+        return f"version {self.summary['version']} is champion of {name}"
 
 
 class Report(Artifact):
@@ -102,3 +96,13 @@ class Report(Artifact):
     def headline(self) -> str:
         """What was gained, and at what cost, in a few sentences."""
         return self.summary.get("headline", "")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The page's numbers, by the name that MLflow shows."""
+        return self.summary.get("metrics", {})
+
+    @property
+    def table(self) -> str:
+        """The main table in short, as Markdown."""
+        return self.summary.get("table", "")

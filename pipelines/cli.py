@@ -464,9 +464,9 @@ def _store_and_fingerprints(
     if recipe is None:
         return Store(root).checked(), None
     loaded = load(recipe, overrides)
-    from longreach.pipelines import runner
+    from longreach.pipelines.plan import open_store, plan
 
-    return runner.open_store(loaded), {row.fingerprint for row in runner.plan(loaded)}
+    return open_store(loaded), {row.fingerprint for row in plan(loaded)}
 
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from longreach.pipelines.plan import PlanRow
     from longreach.pipelines.reader import Loaded
-    from longreach.pipelines.runner import PlanRow, RunOutcome
+    from longreach.pipelines.run import RunOutcome
 
 FAILED, BAD_INPUT, REFUSED, LEASE_HELD = 1, 2, 3, 75
 """Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the lease."""
@@ -97,14 +98,14 @@ def run_recipe(
     """
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url
-    from longreach.pipelines import runner
     from longreach.pipelines.display import Display
+    from longreach.pipelines.run import run
 
     if notify := notify or os.environ.get(URL):
         check_url(notify)
     try:
         with Display(quiet=quiet) as display:
-            outcome = runner.run(loaded, force=force, wait=wait, address=address, display=display)
+            outcome = run(loaded, force=force, wait=wait, address=address, display=display)
     except LeaseHeld as held:
         print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
         raise typer.Exit(LEASE_HELD) from None
@@ -168,10 +169,10 @@ def _post(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
 
 def show_plan(loaded: Loaded) -> list[PlanRow]:
     """Print what a run would do, and what it should cost; returns the rows."""
-    from longreach.pipelines import runner
     from longreach.pipelines.display import duration
+    from longreach.pipelines.plan import plan
 
-    rows = runner.plan(loaded)
+    rows = plan(loaded)
     lines = []
     for row in rows:
         took = "" if row.seconds_last is None else duration(row.seconds_last)

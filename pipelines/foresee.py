@@ -1,7 +1,7 @@
-"""What the stages that train will cost, for `longreach plan`: memory by counting, time by what ranks like these were
-measured to do when they last trained (training/planner.py).
+"""What the stages that train will cost, for `longreach plan`: memory is counted; time follows from the speed
+that such ranks were measured to have when they last trained (training/planner.py).
 
-    foresee(store, build(recipe), recipe.resources)["finetune[lora]"]     # "about 6.9 GiB on 2 ranks, ..."
+    foresee(store, build(recipe), recipe.resources)["finetune[lora]"]  # "about 6.9 GiB on 2 ranks, ..."
 """
 
 from __future__ import annotations
@@ -14,33 +14,39 @@ from longreach.pipelines.display import duration
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
 from longreach.training.planner import Machine, Prediction, Shape, predict
-from longreach.training.recipe import (
-    ArmRecipe,
-    FinetuneStageRecipe,
-    PretrainStageRecipe,
-)
+from longreach.training.recipe import ArmRecipe, FinetuneStageRecipe, PretrainStageRecipe
+
+SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
+"""What the cost model takes from the summary of a converted model."""
+SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype")
+"""Resources in which ranks have to agree for a measured speed to hold."""
 
 
 def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str, str]:
-    """A sentence by label. Stages whose model is not known yet (its base was not converted here) are left out."""
-    machine, found = _measured(store, resources), {}
+    """Return a sentence on cost by label; stages whose base is not converted yet are left out."""
+    machine = _measured(store, resources)
+    sentences = {}
     for stage in stages:
         if not isinstance(stage.recipe, FinetuneStageRecipe | PretrainStageRecipe):
             continue
-        if (shape := _shape(store, stage)) is None:
+        shape = _shape(store, stage)
+        if shape is None:
             continue
-        corpus = stage.inputs["corpus"].recipe
+        arm = ArmRecipe()  # pretraining trains all weights under full attention
+        if isinstance(stage.recipe, FinetuneStageRecipe):
+            arm = stage.recipe.arm
+        corpus, optim = stage.inputs["corpus"].recipe, stage.recipe.optim
         assert isinstance(corpus, PackStageRecipe)
         seq_len = corpus.pack.seq_len
-        arm = stage.recipe.arm if isinstance(stage.recipe, FinetuneStageRecipe) else ArmRecipe()
-        rows = stage.recipe.optim.global_batch_tokens // seq_len
+        rows = optim.global_batch_tokens // seq_len
         cost = predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=machine)
-        found[stage.label] = _in_words(cost, stage.recipe.optim.steps, resources.workers)
-    return found
+        sentences[stage.label] = _in_words(cost, optim.steps, resources.workers)
+    return sentences
 
 
 def _in_words(cost: Prediction, steps: int, ranks: int) -> str:
-    memory = f"about {cost.peak_gib:.1f} GiB on {ranks} rank{'s' * (ranks > 1)}"
+    on_ranks = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    memory = f"about {cost.peak_gib:.1f} GiB on {on_ranks}"
     work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
     if cost.step_s is None:
         return f"{memory}, {work}; how long, is known once an arm has trained on such ranks"
@@ -48,38 +54,49 @@ def _in_words(cost: Prediction, steps: int, ranks: int) -> str:
 
 
 def _shape(store: Store, stage: Stage) -> Shape | None:
-    """Of the stage's model; None if that is an unconverted base."""
+    """The shape of the model that a stage trains; None if it is a base that is not converted yet."""
     base = stage.inputs["base"]
-    known = {} if isinstance(base.recipe, TokenizerRecipe) else _summary(store, base)
+    if isinstance(base.recipe, TokenizerRecipe):
+        facts: dict[str, Any] = {"vocab": base.recipe.vocab_size}
+    else:
+        facts = _summary(store, base)
     if not isinstance(stage.recipe, PretrainStageRecipe) or stage.recipe.model is None:
-        return Shape(**{key: known[key] for key in SHAPE}) if known.keys() >= {*SHAPE} else None
-    vocab = base.recipe.vocab_size if isinstance(base.recipe, TokenizerRecipe) else known.get("vocab")
-    if not vocab:
+        if not facts.keys() >= {*SHAPE}:
+            return None
+        return Shape(**{key: facts[key] for key in SHAPE})
+    if not facts.get("vocab"):
         return None
-    m = stage.recipe.model
-    return Shape(m.layers, m.hidden, m.intermediate, m.heads, m.kv_heads, m.hidden // m.heads, vocab + 1, tied=True)
-
-
-SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
+    fresh = stage.recipe.model
+    return Shape(
+        layers=fresh.layers,
+        hidden=fresh.hidden,
+        intermediate=fresh.intermediate,
+        heads=fresh.heads,
+        kv_heads=fresh.kv_heads,
+        head_dim=fresh.hidden // fresh.heads,
+        vocab=facts["vocab"] + 1,  # the sink token
+        tied=True,
+    )
 
 
 def _summary(store: Store, stage: Stage) -> dict[str, Any]:
+    """The summary of a stage's artifact; empty if there is none."""
     try:
         artifact = store.find(stage.name, stage.fingerprint)
-    except CorruptArtifact:  # the plan's own table says so
+    except CorruptArtifact:  # the plan's own table reports it
         return {}
     return artifact.summary if artifact else {}
 
 
 def _measured(store: Store, resources: Resources) -> Machine | None:
-    """By the newest arm that trained on ranks of the same kind, on the same host or not."""
-    wanted = resources.model_dump(mode="json")
-    same = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype")
-    trained = [
-        manifest
-        for name in ("finetune", "pretrain")
-        for manifest in store.manifests(name)
-        if manifest["summary"].get("machine") and all(manifest["resources"].get(key) == wanted[key] for key in same)
-    ]
-    newest = max(trained, key=lambda m: m["published_at"], default=None)
+    """What the newest arm measured that trained on ranks of the same kind, on whichever host."""
+    wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
+    newest: dict[str, Any] | None = None
+    for stage in ("finetune", "pretrain"):
+        for manifest in store.manifests(stage):
+            ranks = {key: manifest["resources"].get(key) for key in SAME_RANKS}
+            if ranks != wanted or not manifest["summary"].get("machine"):
+                continue
+            if newest is None or manifest["published_at"] > newest["published_at"]:
+                newest = manifest
     return Machine(**newest["summary"]["machine"]) if newest else None

@@ -7,7 +7,7 @@
     an arm's model and its evaluations ── release[arm]
     release, its evaluations, the base's and the champion's ── promote
 
-Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the source texts.
+Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the texts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Pipeline:
     @cached_property
     def base(self) -> Stage:
         """The model that everything starts from."""
-        return self.converted("convert", self.recipe.base if self.needs_base else BaseRecipe(source=""))
+        source = self.recipe.base if self.needs_base else BaseRecipe(source="")
+        return self.converted("convert", source)
 
     @property
     def needs_base(self) -> bool:
@@ -84,7 +85,7 @@ class Pipeline:
 
     @cached_property
     def champion(self) -> Any:
-        """The registered version that the gate compares with; None: there is no gate, or no champion yet."""
+        """The version that the gate compares with; None: there is no gate, or no champion yet."""
         gate = self.recipe.promote
         return registry.champion(gate.name) if gate else None
 
@@ -92,7 +93,9 @@ class Pipeline:
     def corpus(self) -> Stage:
         """The documents in the base's tokens."""
         finetune = self.recipe.finetune
-        rows = finetune.pack if finetune else PackRecipe(seq_len=1024)  # evaluation needs the held-out documents only
+        rows = PackRecipe(seq_len=1024)  # evaluation needs the held-out documents only
+        if finetune:
+            rows = finetune.pack
         return self.packed("pack", rows, self.base)
 
     def packed(self, label: str, rows: PackRecipe, base: Stage) -> Stage:
@@ -101,7 +104,7 @@ class Pipeline:
         return Stage("pack", label, choices, {"base": base}, self.texts)
 
     def converted(self, label: str, base: BaseRecipe) -> Stage:
-        """The stage that converts a source; an alias of the registry stands for the version that it names now."""
+        """The stage that converts a source; an alias stands for the version that it names now."""
         if base.source.startswith("models:/") and "@" in base.source:
             version = registry.version_of(base.source.removeprefix("models:/"))
             base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
@@ -132,7 +135,7 @@ def build(recipe: Recipe) -> list[Stage]:
 
 
 def add_base(pipeline: Pipeline) -> None:
-    """Add the base, its corpus, and the baselines: the base as it is, or stretched without training."""
+    """Add the base, its corpus, and the baselines: the base as it is, or stretched but not trained."""
     recipe = pipeline.recipe
     if pipeline.needs_base:
         pipeline.stages.append(pipeline.base)
@@ -144,7 +147,7 @@ def add_base(pipeline: Pipeline) -> None:
 
 
 def add_finetuned(pipeline: Pipeline) -> None:
-    """Add the fine-tuned arms. Their wall clock is compared, so they run one after the other and never share cores."""
+    """Add the fine-tuned arms. Their wall clock is compared, so they never run at the same time."""
     section, gate = pipeline.recipe.finetune, pipeline.recipe.promote
     if section is None:
         return
@@ -155,7 +158,12 @@ def add_finetuned(pipeline: Pipeline) -> None:
             pipeline.stages.append(start)
     previous: tuple[Stage, ...] = ()
     for name, arm in section.every_arm().items():
-        choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=pipeline.recipe.seed)
+        choices = FinetuneStageRecipe(
+            rope=rope,
+            arm=arm,
+            optim=_optim(section),
+            seed=pipeline.recipe.seed,
+        )
         inputs = {"corpus": pipeline.corpus, "base": start}
         model = Stage("finetune", f"finetune[{name}]", choices, inputs, after=previous)
         previous = (model,)
@@ -182,7 +190,7 @@ def add_pretrained(pipeline: Pipeline) -> None:
     for name, arm in section.arms.items():
         choices = PretrainStageRecipe(
             model=section.model,
-            arm=arm,
+            sink=arm.sink,
             sink_mass_every=section.sink_mass_every,
             optim=_optim(section),
             seed=pipeline.recipe.seed,
@@ -195,17 +203,19 @@ def add_pretrained(pipeline: Pipeline) -> None:
 def add_evaluations(pipeline: Pipeline) -> None:
     """Add each evaluation of each model that it names."""
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
-        choices = section.model_copy(update={"models": None})  # which others are evaluated does not change this one
+        # which other models are evaluated does not change a model's scores
+        choices = section.model_copy(update={"models": None})
         digests = {field: _digest(Path(path)) for field, path in section.data_files().items()}
         for name in section.models or pipeline.models:
             model = pipeline.models[name]
-            asked = EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices)
+            recipe = EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices)
             inputs = {"model": model.stage, "corpus": model.corpus}
-            pipeline.stages.append(Stage("evaluate", f"evaluate[{name},{eval_name}]", asked, inputs, digests))
+            label = f"evaluate[{name},{eval_name}]"
+            pipeline.stages.append(Stage("evaluate", label, recipe, inputs, digests))
 
 
 def add_releases(pipeline: Pipeline) -> None:
-    """Add each arm's model with a card, on which the untrained base's scores stand beside its own."""
+    """Add each arm's model with a card; the untrained base's scores stand there beside its own."""
     recipe = pipeline.recipe
     baseline = pipeline.scores_of(recipe.plain_baseline() or "")
     for name, model in pipeline.models.items():
@@ -215,8 +225,10 @@ def add_releases(pipeline: Pipeline) -> None:
         if recipe.promote and recipe.promote.model == name:
             registered = ""  # the gate registers it
         inputs = {"model": model.stage, "corpus": model.corpus, "base": model.start}
-        inputs |= {f"own_{evaluation}": stage for evaluation, stage in pipeline.scores_of(name).items()}
-        inputs |= {f"base_{evaluation}": stage for evaluation, stage in baseline.items()}
+        for evaluation, scores in pipeline.scores_of(name).items():
+            inputs[f"own_{evaluation}"] = scores
+        for evaluation, scores in baseline.items():
+            inputs[f"base_{evaluation}"] = scores
         choices = ReleaseRecipe(name=recipe.name, arm=name, register_as=registered)
         pipeline.stages.append(Stage("release", f"release[{name}]", choices, inputs))
 
@@ -236,34 +248,39 @@ BUILDERS: list[Callable[[Pipeline], None]] = [
     add_report,
     add_gate,
 ]
-"""What adds stages to a pipeline, in the order in which they are built. A new stage has its place here."""
+"""What adds stages to a pipeline, in the order of the stages. A new stage has its place here."""
 
 
 def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None = None) -> Stage:
     """Return the report on these stages; `failed` are the others, by label, with the reason."""
     inputs = {f"input_{n:03d}": stage for n, stage in enumerate(stages)}
     labels = {key: stage.label for key, stage in inputs.items()}
-    choices = ReportRecipe(name=recipe.name, labels=labels, prices=recipe.report, failed=failed or {})
+    choices = ReportRecipe(
+        name=recipe.name,
+        labels=labels,
+        prices=recipe.report,
+        failed=failed or {},
+    )
     return Stage("report", "report", choices, inputs)
 
 
 def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRecipe]:
     """What fine-tuning starts from, and the stretch that is left to do.
 
-    A champion that was trained on these very documents is not trained on them again: then the start is what it
-    started from, and the fingerprints are those of its own run.
+    A champion that was trained on these very documents is not trained on them again: then the start is
+    what it started from, and the fingerprints are those of its own run.
     """
     champion = pipeline.champion
     source = f"models:/{champion.name}/{champion.version}"
     if champion.tags.get(registry.DOCUMENTS) == pipeline.texts["documents"]:
         source = champion.tags[registry.BASE]
-        if not source.startswith(f"models:/{champion.name}/"):  # it was the first, made from the recipe's base
+        if not source.startswith(f"models:/{champion.name}/"):  # the first champion began with the base
             return pipeline.base, rope
     return pipeline.converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
 
 
 def _digest(path: Path) -> str:
-    """Digest of a file, or of all files below a folder; if there is none the evaluation reports it."""
+    """Digest of a file, or of all files below a folder; that there is none is reported by the evaluation."""
     files = [path]
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -1,11 +1,11 @@
-"""What all stages of one name share: a function, the type of what it makes, its revision, its CPUs and GPUs.
+"""What all stages of one name share: a function, the type of what it makes, a revision, CPUs and GPUs.
 
     @stage(makes=ModelCheckpoint, revision=1, cpus=lambda r: 1)
-    def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, recipe: MergeRecipe, resources, out, run): ...
+    def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, recipe, resources, out, run): ...
 
-The parameters before the star are the stage's inputs. Each is given as the type that it names; a parameter
-of the type `Mapping[str, T]` takes all inputs that have no parameter of their own, by name. The function writes
-files into `out` and returns a summary: plain data for the manifest.
+The parameters before the star are the stage's inputs. Each is given as the type that it names; a
+parameter of the type `Mapping[str, T]` takes all inputs that have no parameter of their own, by name.
+The function writes files into `out` and returns a summary: plain data for the manifest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StageRun:
     attempt: Attempt
     """`attempt.work` is private and survives until publication: checkpoints go there."""
     earlier: list[Path]
-    """Folders of earlier unpublished attempts, newest first: their checkpoints may be read, never written."""
+    """Folders of earlier unpublished attempts, newest first: to read checkpoints from, never to write."""
     command: str = ""
     """The command that started the run, for manifests and the report."""
     experiment: str = "longreach"
@@ -57,11 +57,13 @@ class StageKind:
     makes: type[Artifact] | UnionType
     """The artifact's type; a union where the choices decide which."""
     revision: int
-    """Raised when the same choices would now give another result: code is no part of a fingerprint."""
+    """Raised when the same choices would now give another result, since code is not fingerprinted."""
     cpus: Callable[[Resources], float]
-    """Ray CPUs of the stage's task; 0 for those that only drive ranks or tasks, which bring their own."""
+    """Ray CPUs of the stage's task; 0 if it only drives ranks or tasks, which bring their own."""
     gpus: Callable[[Resources], float]
     """Ray GPUs of the stage's task."""
+    saves_when_stopped: bool = False
+    """Whether it saves when the stop file appears, so that a run that is stopped waits for it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -113,9 +115,10 @@ def stage(
     revision: int,
     cpus: Callable[[Resources], float],
     gpus: Callable[[Resources], float] = lambda resources: 0,
+    saves_when_stopped: bool = False,
 ) -> Callable[[Callable[..., dict[str, Any]]], StageKind]:
     """Turn a function into a stage kind; the arguments are StageKind's fields."""
-    return lambda function: StageKind(function, makes, revision, cpus, gpus)
+    return lambda function: StageKind(function, makes, revision, cpus, gpus, saves_when_stopped)
 
 
 def stop_file(spool_folder: Path) -> Path:

@@ -1,9 +1,9 @@
-"""A stage of a pipeline: its kind, the choices that change its result, and its inputs; from these its fingerprint.
+"""A stage of a pipeline: its kind, its choices and its inputs; and from these its fingerprint.
 
     fingerprint = hash(stage name, stage revision, recipe section, input fingerprints, data digests)
 
-Literals are identity, context is not: resources, paths of the store, hosts and commits never enter. Code is not hashed
-either; a stage whose meaning changes raises its `revision` (pipelines/stages.py).
+Literals are identity, context is not: resources, paths of the store, hosts and commits never enter. Code
+is not hashed either; a stage whose meaning changes raises its `revision` (pipelines/stages.py).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from longreach.pipelines.stages import STAGES
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One node of a pipeline."""
+    """A stage with its choices and inputs: one node of a pipeline."""
 
     name: str
-    """Its key in STAGES."""
+    """The stage's key in STAGES."""
     label: str
-    """What people call it, e.g. `finetune[lora]`: unique in a pipeline, and no part of identity."""
+    """Its name for people, e.g. `finetune[lora]`: unique in a pipeline, and no part of identity."""
     recipe: Choices
     """The section of the recipe that changes its result."""
     inputs: Mapping[str, Stage] = field(default_factory=dict)
-    """By the name of the function's parameter."""
+    """The stages whose artifacts it reads, by the names of the function's parameters."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Content digests of data that comes from outside of the store."""
     after: tuple[Stage, ...] = ()
@@ -42,11 +42,12 @@ class Stage:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", STAGES[self.name])
         for name, source in self.inputs.items():
-            assert source.kind.gives(self.kind.type_of(name)), f"{source.label} is no {name} of {self.label}"
+            fits = source.kind.gives(self.kind.type_of(name))
+            assert fits, f"{source.label} is no {name} of {self.label}"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that the fingerprint is made of, readable: the manifest keeps it, `plan` compares it."""
+        """What the fingerprint is made of, in plain data: the manifest keeps it, `plan` compares it."""
         return {
             "stage": self.name,
             "revision": self.kind.revision,
@@ -57,16 +58,16 @@ class Stage:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits.
+        """The hash of the identity, 32 hexadecimal digits.
 
         Raises:
-            ValueError: a choice has no one serialisation.
+            ValueError: a choice cannot be written as JSON in exactly one way.
         """
         return digest_of(self.identity)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle inputs as (name, fingerprint), not as whole upstream graphs."""
-        inputs = {name: InputRef(stage.name, stage.fingerprint) for name, stage in self.inputs.items()}
+        inputs = {name: InputRef(one.name, one.fingerprint) for name, one in self.inputs.items()}
         computed = {"identity": self.identity, "fingerprint": self.fingerprint}
         return {**vars(self), **computed, "inputs": inputs, "after": ()}
 
@@ -82,15 +83,19 @@ class InputRef:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Leaves in which two identities differ: `recipe.arm.learning_rate: 0.001 -> 0.002`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*new, *(key for key in old if key not in new)]
-        return [
-            line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+    """Return the leaves in which two identities differ: `recipe.arm.tune: lora -> all`."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+    lines = []
+    for key in dict.fromkeys([*new, *old]):
+        place = f"{path}.{key}" if path else key
+        lines += differences(old.get(key), new.get(key), place)
+    return lines
 
 
 def _short(value: Any) -> str:
+    """A value's text, of at most 40 characters: the middle of a longer one is left out."""
     text = str(value)
-    return text if len(text) <= 40 else text[:18] + "…" + text[-18:]
+    if len(text) > 40:
+        text = f"{text[:18]}…{text[-18:]}"
+    return text

@@ -1,12 +1,12 @@
-"""The chain, stage by stage: what each may choose, what it reads and makes, and the code around training/ that does it.
+"""The chain, stage by stage: what each may choose, what it reads and makes, and how it calls training/.
 
     convert ─┬─ pack ─── finetune ─── merge ─┬─ evaluate ─── report
              └─ pack ─── pretrain ───────────┘
 
-evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in what order, is
-pipelines/graph.py. To add a stage: its recipe model and function here or in a file, one line in STAGES, its place in
-BUILDERS (graph.py). torch, transformers and ray are imported inside the functions, so that `longreach plan` stays
-quick.
+evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in what
+order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a file, one line in
+STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported inside the functions, so
+that `longreach plan` stays quick.
 
     longreach run quickstart
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
@@ -88,10 +88,10 @@ class PackStageRecipe(Choices):
 def pack(
     base: TokenizerFolder, *, recipe: PackStageRecipe, resources: Resources, out: Path, run: StageRun
 ) -> dict[str, Any]:
-    """Pack with Ray tasks if a cluster is there, else with threads of this process: the rows are the same.
+    """Pack with Ray tasks if there is a cluster, else with threads of this process: the rows are the same.
 
-    Relative globs of the recipe start at the working directory. The summary is packed.json without the list of
-    malformed entries. Errors as pack_corpus.
+    Relative globs of the recipe start at the working directory. The summary is packed.json without the
+    list of malformed entries. Errors as pack_corpus.
     """
     import ray
     from transformers import AutoTokenizer
@@ -99,7 +99,7 @@ def pack(
     from longreach.training.corpus import known_names
     from longreach.training.packed import pack_corpus
 
-    total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0: the number is known only at the end
+    total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0: not known before the end
     reported_at = 0.0
 
     def progress(documents: int) -> None:
@@ -113,16 +113,26 @@ def pack(
     packed = pack_corpus(
         recipe.corpus, recipe.pack, tokenizer, out, base_dir=Path.cwd(), workers=workers, progress=progress
     )
-    run.spool.metrics({"pack/rows": packed.rows, "pack/tokens": packed.tokens, "pack/efficiency": packed.efficiency})
+    metrics = {
+        "pack/rows": packed.rows,
+        "pack/tokens": packed.tokens,
+        "pack/efficiency": packed.efficiency,
+    }
+    run.spool.metrics(metrics)
     run.spool.artifact(out / PackSummary.file)
     run.spool.dataset(run.label, packed.source_digest, str(out))
     return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
 
 
-# ---- finetune and pretrain: one arm each, as DeepSpeed ranks on Ray Train. The story is training/loop.py
+# ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train; the story is training/loop.py
 
 
-@stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0)
+@stage(
+    makes=AdapterCheckpoint | ModelCheckpoint,
+    revision=1,
+    cpus=lambda resources: 0,
+    saves_when_stopped=True,
+)
 def finetune(
     corpus: PackedCorpus,
     base: ModelCheckpoint,
@@ -132,22 +142,11 @@ def finetune(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Train one arm from the stretched base: an adapter, or a whole model where everything is tuned."""
-    job = TrainJob(
-        kind="finetune",
-        corpus=str(corpus.path),
-        base=str(base.path),
-        rope=recipe.rope,
-        arm=recipe.arm,
-        optim=recipe.optim,
-        seed=recipe.seed,
-        resources=resources,
-        **_places(out, run),
-    )
-    return _train(job, corpus, run)
+    """Train one arm from the stretched base: an adapter, or a whole model if everything is tuned."""
+    return _train("finetune", corpus, base, recipe, resources, run)
 
 
-@stage(makes=ModelCheckpoint, revision=2, cpus=lambda resources: 0)
+@stage(makes=ModelCheckpoint, revision=2, cpus=lambda resources: 0, saves_when_stopped=True)
 def pretrain(
     corpus: PackedCorpus,
     base: TokenizerFolder,
@@ -157,55 +156,53 @@ def pretrain(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Train a Llama from scratch, or the base again, with one attention sink or another (2309.17453, section 3.3).
+    """Train a Llama from scratch, or the base again, with an attention sink (2309.17453, section 3.3).
 
-    Rows begin with the sink token. Arms without a sink token read the same rows without it, and leave with the
-    tokenizer that adds none.
+    Rows begin with the sink token. Arms without a sink token read the same rows without it, and leave with
+    the tokenizer that adds none.
     """
-    job = TrainJob(
-        kind="pretrain",
-        corpus=str(corpus.path),
-        base=str(base.path),
-        model=recipe.model,
-        sink=recipe.arm.sink,
-        sink_mass_every=recipe.sink_mass_every,
-        optim=recipe.optim,
-        seed=recipe.seed,
-        resources=resources,
-        **_places(out, run),
-    )
-    return _train(job, corpus, run)
+    return _train("pretrain", corpus, base, recipe, resources, run)
 
 
-def _places(out: Path, run: StageRun) -> dict[str, Any]:
-    """Where a training job reads and writes, by TrainJob's field names."""
-    return {
-        "out": str(out),
-        "work": str(run.attempt.work),
-        "earlier": tuple(str(folder / "work") for folder in run.earlier),
-        "superseded_file": str(run.attempt.superseded_file),
-        "stop_file": str(stop_file(run.spool.path.parent)),
-        "spool": str(run.spool.path),
-        "share": run.share,
-    }
-
-
-def _train(job: TrainJob, corpus: PackedCorpus, run: StageRun) -> dict[str, Any]:
-    """Train on the ranks that the job's resources ask for, and return the training's summary."""
+def _train(
+    kind: Literal["finetune", "pretrain"],
+    corpus: PackedCorpus,
+    base: TokenizerFolder,
+    recipe: FinetuneStageRecipe | PretrainStageRecipe,
+    resources: Resources,
+    run: StageRun,
+) -> dict[str, Any]:
+    """Train on the ranks that the resources ask for, and return the training's summary."""
     from longreach.infra.launch import run_ranks
 
     packed = corpus.packed
     if not packed.rows:
         held_out = ", ".join(f"{split} {n}" for split, n in packed.documents.items() if n)
         raise ValueError(f"corpus.validation and corpus.test hold out all documents ({held_out}): nothing to train on")
-    run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, job.corpus)
-    run.spool.param("ranks", job.resources.workers)
-    run.spool.param("zero_stage", job.resources.zero_stage)
-    storage = f"{run.share.root}/{run.share.folder}/work/ray" if run.share else str(run.attempt.work / "ray")
+    run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, str(corpus.path))
+    run.spool.param("ranks", resources.workers)
+    run.spool.param("zero_stage", resources.zero_stage)
+    job = TrainJob(
+        **dict(recipe),
+        kind=kind,
+        corpus=str(corpus.path),
+        base=str(base.path),
+        resources=resources,
+        out=str(run.attempt.out),
+        work=str(run.attempt.work),
+        earlier=tuple(str(folder / "work") for folder in run.earlier),
+        superseded_file=str(run.attempt.superseded_file),
+        stop_file=str(stop_file(run.spool.path.parent)),
+        spool=str(run.spool.path),
+        share=run.share,
+    )
+    storage = str(run.attempt.work / "ray")
+    if run.share:
+        storage = f"{run.share.root}/{run.share.folder}/work/ray"
     trained = run_ranks(
         "longreach.training.loop:train",
         job.model_dump(mode="json"),
-        resources=job.resources,
+        resources=resources,
         name="train",
         storage=storage,
         share=run.share,
@@ -223,7 +220,7 @@ def _train(job: TrainJob, corpus: PackedCorpus, run: StageRun) -> dict[str, Any]
     return summary.to_json()
 
 
-# ---- merge: base + adapter as one model that plain transformers loads, its RoPE stretch in config.json
+# ---- merge: base + adapter as one model that plain transformers loads, the stretch in its config.json
 
 
 class MergeRecipe(Choices):

@@ -21,20 +21,25 @@ class Unfinished:
     """An attempt that was not published: alive, or left for the next run to resume from."""
 
     stage: str
+    """The stage's name."""
     fingerprint: str
+    """The stage's fingerprint."""
     attempt: str
+    """The attempt's id."""
     last_write: datetime
+    """When a file of it was last written."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Oldest first."""
+    """What a store holds; both lists begin with the oldest."""
 
     holders: dict[str, str]
     """Lease name -> who runs it, or died running it."""
     unfinished: list[Unfinished]
+    """Attempts that were not published."""
     published: list[dict[str, Any]]
-    """Manifests."""
+    """The manifests of what was published."""
 
 
 def status(store: Store, only: Collection[str] | None = None) -> Status:
@@ -43,16 +48,24 @@ def status(store: Store, only: Collection[str] | None = None) -> Status:
     Args:
         only: fingerprints to look at; everything without it.
     """
-    names = sorted(Path(folder).name for folder in store.fs.glob(f"{store.base}/leases/*"))
-    holders = {name: holder for name in names if (holder := Lease(store, name, "").current_holder())}
-    published = [manifest for manifest in store.manifests() if only is None or manifest["fingerprint"] in only]
-    done = {manifest["fingerprint"] for manifest in published}
-    unfinished = [
-        one for one in _attempts(store) if one.fingerprint not in done and (only is None or one.fingerprint in only)
-    ]
+    holders = {}
+    for folder in sorted(store.fs.glob(f"{store.base}/leases/*")):
+        name = Path(folder).name
+        if holder := Lease(store, name, "").current_holder():
+            holders[name] = holder
+    published, done = [], set()
+    for manifest in store.manifests():
+        if only is None or manifest["fingerprint"] in only:
+            published.append(manifest)
+            done.add(manifest["fingerprint"])
+    unfinished = []
+    for attempt in _attempts(store):
+        wanted = only is None or attempt.fingerprint in only
+        if wanted and attempt.fingerprint not in done:
+            unfinished.append(attempt)
     return Status(
         holders,
-        sorted(unfinished, key=lambda one: one.last_write),
+        sorted(unfinished, key=lambda attempt: attempt.last_write),
         sorted(published, key=lambda manifest: manifest["published_at"]),
     )
 
@@ -77,17 +90,20 @@ def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
 
 
 def _attempts(store: Store) -> list[Unfinished]:
+    """All attempts whose files are on this machine."""
     top = Path(store.base) if store.local else store.scratch
-    found = []
+    attempts = []
     for folder in top.glob("*/*/attempts/[0-9]*-*"):
-        written = [_written_s(path) for path in [folder, *folder.rglob("*")]]
+        written_s = max(_written_s(path) for path in [folder, *folder.rglob("*")])
         if folder.is_dir():
             stage, fingerprint = folder.parts[-4], folder.parts[-3]
-            found.append(Unfinished(stage, fingerprint, folder.name, datetime.fromtimestamp(max(written), UTC)))
-    return found
+            last_write = datetime.fromtimestamp(written_s, UTC)
+            attempts.append(Unfinished(stage, fingerprint, folder.name, last_write))
+    return attempts
 
 
 def _written_s(path: Path) -> float:
+    """When a file was last written, in seconds since 1970."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:  # a live attempt moves its files

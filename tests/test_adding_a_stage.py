@@ -14,11 +14,13 @@ from toy_models import tiny_folder
 from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
-from longreach.pipelines import graph, runner
+from longreach.pipelines import graph
 from longreach.pipelines.artifacts import PackedCorpus
 from longreach.pipelines.display import Display
 from longreach.pipelines.kind import StageRun, stage
+from longreach.pipelines.plan import open_store, plan
 from longreach.pipelines.reader import load
+from longreach.pipelines.run import run
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
 
@@ -83,13 +85,13 @@ def test_a_stage_of_ones_own_is_planned_run_and_listed_in_the_report(cluster, tm
     (tmp_path / "counted.yaml").write_text(json.dumps(recipe))
     loaded = load(str(tmp_path / "counted.yaml"))
 
-    planned = [row.stage for row in runner.plan(loaded)]
+    planned = [row.stage for row in plan(loaded)]
     assert planned == ["convert", "pack", "count[train]", "count[test]", "add", "report"]
     with Display(console=Console(file=io.StringIO())) as display:
-        outcome = runner.run(loaded, display=display)
+        outcome = run(loaded, display=display)
     assert outcome.failed == {}
     assert sorted(outcome.ran) == sorted(planned)
-    (total,) = runner.open_store(loaded).manifests("add")
+    (total,) = open_store(loaded).manifests("add")
     assert total["summary"] == {"documents": 4}
     page = (outcome.report_path.parent / "report.md").read_text()
     stages = page.partition("## How it was run")[2]

@@ -357,6 +357,6 @@ def test_a_cluster_that_we_start_asks_for_a_token(cluster: Any) -> None:
 
 
 def test_time_is_left_for_checkpoints() -> None:
-    from longreach.pipelines.runner import GRACE_S
+    from longreach.pipelines.signals import GRACE_S
 
     assert GRACE_S + 10 < jobs.PATIENCE_S

@@ -42,9 +42,10 @@ QUICK = [
     "evaluation/perplexity.py", "evaluation/scores.py", "evaluation/sinks.py", "evaluation/streaming.py",
     "pipelines/recipe.py", "pipelines/reader.py", "pipelines/gate.py", "pipelines/stage.py", "pipelines/kind.py",
     "pipelines/artifacts.py", "pipelines/stages.py", "pipelines/evaluate.py", "pipelines/release.py",
-    "pipelines/report/report.py", "pipelines/report/compare.py", "pipelines/graph.py", "pipelines/runner.py",
-    "pipelines/status.py", "pipelines/display.py", "pipelines/cli.py", "pipelines/cluster_cli.py",
-    "pipelines/console.py", "pipelines/__main__.py", "infra/jobs.py", "training/scale.py",
+    "pipelines/report/report.py", "pipelines/report/compare.py", "pipelines/graph.py", "pipelines/plan.py",
+    "pipelines/run.py", "pipelines/worker.py", "pipelines/signals.py", "pipelines/status.py", "pipelines/display.py",
+    "pipelines/cli.py", "pipelines/cluster_cli.py", "pipelines/console.py", "pipelines/__main__.py", "infra/jobs.py",
+    "training/scale.py",
 ]  # fmt: skip
 
 

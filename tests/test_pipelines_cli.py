@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from longreach import pipelines
 from longreach.infra.artifact import Store
 from longreach.infra.environment import Check
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.pipelines.cli import main
+from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load, names
 
 HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "matplotlib"}
@@ -35,7 +35,7 @@ def longreach(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands in for pipelines.runner and remembers how `run` was called."""
+    """Stands in for `plan`, `run` and `open_store`, and remembers how `run` was called."""
     outcome = SimpleNamespace(
         report_path=Path("report.html"),
         ran=["pack", "report"],
@@ -47,7 +47,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         gate={},
         headline="",
     )
-    fake = SimpleNamespace(outcome=outcome, calls=[], rows=[], raises=None)
+    fake = SimpleNamespace(outcome=outcome, calls=[], rows=[], raises=None, open_store=open_store)
 
     def run(loaded: Any, **options: Any) -> Any:
         fake.calls.append((loaded, options))
@@ -55,9 +55,9 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise fake.raises
         return fake.outcome
 
-    fake.run = run
-    fake.plan = lambda loaded: fake.rows
-    monkeypatch.setattr(pipelines, "runner", fake, raising=False)
+    monkeypatch.setattr("longreach.pipelines.run.run", run)
+    monkeypatch.setattr("longreach.pipelines.plan.plan", lambda loaded: fake.rows)
+    monkeypatch.setattr("longreach.pipelines.plan.open_store", lambda loaded: fake.open_store(loaded))
     return fake
 
 

@@ -174,9 +174,7 @@ def write_corpus(stage, out: Path) -> dict:
 
 def write_arm(stage, out: Path) -> dict:
     name, choices, pretrain = stage.label.split("[")[1][:-1], stage.recipe, stage.name == "pretrain"
-    some = (
-        {"model": choices.model, "sink": choices.arm.sink} if pretrain else {"arm": choices.arm, "rope": choices.rope}
-    )
+    some = {"model": choices.model, "sink": choices.sink} if pretrain else {"arm": choices.arm, "rope": choices.rope}
     places = dict.fromkeys(("corpus", "base", "out", "work", "superseded_file"), "")
     job = TrainJob(kind=stage.name, optim=choices.optim, seed=0, resources={}, **places, **some)
     steps = [

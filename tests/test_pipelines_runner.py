@@ -3,7 +3,10 @@
 import io
 import os
 import signal
+import threading
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -11,11 +14,12 @@ from toy_stages import ToyRecipe, calls, toy, toy_report
 
 from longreach.infra.lease import LeaseHeld
 from longreach.infra.tracking import read_events
-from longreach.pipelines import runner
+from longreach.pipelines import plan, run, signals
 from longreach.pipelines.display import Display
 from longreach.pipelines.reader import load
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
+from longreach.pipelines.worker import Done
 
 
 @pytest.fixture
@@ -34,7 +38,8 @@ def pipeline(tmp_path: Path, monkeypatch):
         c = Stage("toy", "c--1", made["c"])
         return [a, b, c, Stage("report", "report", made["report"], {"b": b, "c": c})]
 
-    monkeypatch.setattr(runner, "build", build)
+    for module in (plan, run):
+        monkeypatch.setattr(module, "build", build)
     workdir = tmp_path / "work"
     places = [f"store.root={tmp_path}/root", f"store.workdir={workdir}", "tracking.enabled=false"]
     loaded = load("quickstart", ["name=report", *places])
@@ -49,38 +54,38 @@ def pipeline(tmp_path: Path, monkeypatch):
 
         def run(self, **options):
             with Display(console=Console(file=io.StringIO())) as display:
-                return runner.run(loaded, display=display, **options)
+                return run.run(loaded, display=display, **options)
 
         def calls(self) -> dict[str, int]:
             return {name: calls(log, name) for name in recipes}
 
         def states(self) -> dict[str, str]:
-            return {row.stage: row.state for row in runner.plan(loaded)}
+            return {row.stage: row.state for row in plan.plan(loaded)}
 
     return Pipeline()
 
 
 def test_a_run_publishes_every_stage_and_a_second_run_does_nothing(cluster, pipeline, monkeypatch):
-    monkeypatch.setattr(runner, "check_login", lambda uri: pytest.fail("tracking is off and nothing needs MLflow"))
+    monkeypatch.setattr(run, "check_login", lambda uri: pytest.fail("tracking is off and nothing needs MLflow"))
     outcome = pipeline.run()
     assert outcome.failed == {}
     assert sorted(outcome.ran) == ["a", "b", "c--1", "report"]
-    report = runner.open_store(pipeline.loaded).fetch("report", outcome_fingerprint(pipeline, "report"))
+    report = plan.open_store(pipeline.loaded).fetch("report", outcome_fingerprint(pipeline, "report"))
     assert (report.path / "text").read_text() == "abcreport"
-    monkeypatch.setattr(runner, "_run_missing", lambda *a: pytest.fail("there was nothing to run"))
+    monkeypatch.setattr(run, "_run_missing", lambda *a: pytest.fail("there was nothing to run"))
     again = pipeline.run()
     assert (again.ran, sorted(again.reused)) == ([], ["a", "b", "c--1", "report"])
     assert set(pipeline.calls().values()) == {1}
 
 
 def outcome_fingerprint(pipeline, label: str) -> str:
-    return next(row.fingerprint for row in runner.plan(pipeline.loaded) if row.stage == label)
+    return next(row.fingerprint for row in plan.plan(pipeline.loaded) if row.stage == label)
 
 
 def test_a_changed_choice_runs_its_stage_and_those_after_it_and_plan_says_so(cluster, pipeline):
     pipeline.run()
     pipeline.change(b={"text": "B"})
-    rows = {row.stage: row for row in runner.plan(pipeline.loaded)}
+    rows = {row.stage: row for row in plan.plan(pipeline.loaded)}
     assert {label: row.state for label, row in rows.items()} == {
         "a": "done",
         "b": "stale",
@@ -95,7 +100,7 @@ def test_a_changed_choice_runs_its_stage_and_those_after_it_and_plan_says_so(clu
 
 def test_a_flipped_byte_is_noticed_before_use_and_only_that_stage_runs_again(cluster, pipeline, capsys):
     pipeline.run()
-    store = runner.open_store(pipeline.loaded)
+    store = plan.open_store(pipeline.loaded)
     damaged = store.fetch("toy", outcome_fingerprint(pipeline, "a")).path / "text"
     damaged.write_text("A")
     outcome = pipeline.run()
@@ -118,7 +123,7 @@ def test_a_stage_task_killed_with_sigkill_is_retried_and_sees_its_earlier_checkp
     pipeline.change(b={"kill_self_once": True})
     outcome = pipeline.run()
     assert not outcome.failed
-    manifest = next(m for m in runner.open_store(pipeline.loaded).manifests("toy") if m["label"] == "b")
+    manifest = next(m for m in plan.open_store(pipeline.loaded).manifests("toy") if m["label"] == "b")
     assert manifest["summary"]["resumed"] == ["half done"]
     assert manifest["attempt"].startswith("0002-")
     assert pipeline.calls()["b"] == 2
@@ -126,23 +131,23 @@ def test_a_stage_task_killed_with_sigkill_is_retried_and_sees_its_earlier_checkp
 
 def test_force_runs_a_stage_again_and_publishes_under_the_same_fingerprint(cluster, pipeline):
     pipeline.run()
-    before = {row.stage: row.fingerprint for row in runner.plan(pipeline.loaded)}
+    before = {row.stage: row.fingerprint for row in plan.plan(pipeline.loaded)}
     assert pipeline.run(force=("b",)).ran == ["b"]
-    assert {row.stage: row.fingerprint for row in runner.plan(pipeline.loaded)} == before
+    assert {row.stage: row.fingerprint for row in plan.plan(pipeline.loaded)} == before
     with pytest.raises(ValueError, match="no such stage"):
         pipeline.run(force=("pakc",))
 
 
 def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
-    store = runner.open_store(pipeline.loaded)
-    with runner._lease(store, "report", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
+    store = plan.open_store(pipeline.loaded)
+    with run._lease(store, "report", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
         pipeline.run()
     assert not any(pipeline.calls().values())
 
 
 def test_manifests_record_what_made_them(cluster, pipeline):
     pipeline.run()
-    manifest = next(m for m in runner.open_store(pipeline.loaded).manifests("report"))
+    manifest = next(m for m in plan.open_store(pipeline.loaded).manifests("report"))
     assert set(manifest["inputs"]) == {"b", "c"}
     assert manifest["resources"]["workers"] == 2
     assert manifest["versions"]["python"]
@@ -164,13 +169,13 @@ def test_every_stage_and_attempt_leaves_its_events(cluster, pipeline):
 
 @pytest.mark.parametrize(("signum", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_before_the_first_stage_is_no_success(cluster, pipeline, monkeypatch, signum, ends):
-    follow = runner._follow
+    follow = run._Driver.follow
 
-    def told_first(*arguments):
+    def signalled(driver):
         os.kill(os.getpid(), signum)
-        follow(*arguments)
+        follow(driver)
 
-    monkeypatch.setattr(runner, "_follow", told_first)
+    monkeypatch.setattr(run._Driver, "follow", signalled)
     before = signal.getsignal(signum)
     own = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
     signal.signal(signum, own)  # tests in the background of a script ignore Ctrl-C
@@ -184,12 +189,12 @@ def test_a_signal_before_the_first_stage_is_no_success(cluster, pipeline, monkey
 
 
 def test_a_second_signal_does_not_wait_and_one_of_ray_itself_is_143(tmp_path):
-    stopping = runner._Stopping(tmp_path / "stop")
-    stopping.asked(signal.SIGINT, None)
+    stopping = signals.Stopping(tmp_path / "stop")
+    stopping.ask(signal.SIGINT, None)
     assert stopping.file.exists(), "training is told"
     with pytest.raises(KeyboardInterrupt):
-        stopping.asked(signal.SIGINT, None)
-    with pytest.raises(SystemExit) as ended, runner._terminable():
+        stopping.ask(signal.SIGINT, None)
+    with pytest.raises(SystemExit) as ended, signals.terminable():
         raise SystemExit(signal.SIGTERM)
     assert ended.value.code == 143
 
@@ -198,3 +203,57 @@ def test_a_report_on_what_was_done_that_fails_too_leaves_the_first_reason_to_be_
     pipeline.change(b={"fail": "unspeakable"})
     outcome = pipeline.run()
     assert outcome.failed == {"b": "unspeakable", "report": "of what was done: the report cannot say that"}
+
+
+class Recorded:
+    """Stands in for Ray and the display: every stage ends as soon as it is submitted; what happens is written down."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self, fails: str):
+        self.events: list[tuple[str, str]] = []
+        self.fails = fails
+
+    def stage(self, label: str, state: str, detail: str = "") -> None:
+        self.events.append((label, state))
+
+    def options(self, *, name: str, **placement) -> SimpleNamespace:
+        future: Future = Future()
+        if name == self.fails:
+            future.set_exception(RuntimeError("it fails"))
+        else:
+            future.set_result(Done(1.0))
+        return SimpleNamespace(remote=lambda task: SimpleNamespace(future=lambda: future))
+
+
+def follow(tmp_path: Path, stages: list[Stage], fails: str = "") -> tuple[Recorded, run.RunOutcome]:
+    loaded = load("quickstart", [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work"])
+    recorded, lease, stopping = Recorded(fails), SimpleNamespace(lost=threading.Event()), signals.Stopping()
+    state = run._Run(loaded, plan.open_store(loaded), stages, {}, recorded, lease, stopping, run.RunOutcome(), None)
+    run._Driver(recorded, state, recorded).follow()
+    return recorded, state.outcome
+
+
+def test_a_stage_is_submitted_once_its_inputs_are_published_and_those_it_comes_after_have_ended(monkeypatch, tmp_path):
+    monkeypatch.setitem(STAGES, "toy", toy)
+    a, b = Stage("toy", "a", ToyRecipe(text="a")), Stage("toy", "b", ToyRecipe(text="b"))
+    first = Stage("toy", "first", ToyRecipe(), {"x": a, "y": a})
+    second = Stage("toy", "second", ToyRecipe(), {"x": a, "z": b}, after=(first,))
+    for fails in ("", "first"):
+        recorded, outcome = follow(tmp_path / f"fails-{fails}", [a, b, first, second], fails)
+        at = {event: n for n, event in enumerate(recorded.events)}
+        assert [label for label, _ in recorded.events[:2]] == ["a", "b"]
+        assert at["a", "done"] < at["first", "waiting"]
+        assert at["first", "failed" if fails else "done"] < at["second", "waiting"], "they never run at the same time"
+        assert "second" in outcome.ran, "one that only comes before it may fail"
+
+
+def test_stages_behind_a_failed_one_are_not_run_and_name_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(STAGES, "toy", toy)
+    chain = [Stage("toy", "0", ToyRecipe())]
+    for n in range(1, 5):
+        chain.append(Stage("toy", str(n), ToyRecipe(text=str(n)), {"before": chain[-1]}))
+    _, outcome = follow(tmp_path, chain, fails="1")
+    assert outcome.ran == ["0"]
+    assert outcome.failed["1"] == "RuntimeError: it fails"
+    assert {outcome.failed[str(n)] for n in (2, 3, 4)} == {"not run, since 1 failed"}

@@ -15,7 +15,7 @@ from toy_stages import ToyRecipe, calls, toy
 
 from longreach.infra.artifact import Store
 from longreach.infra.tracking import Spool
-from longreach.pipelines import runner
+from longreach.pipelines import plan, run
 from longreach.pipelines.display import Display
 from longreach.pipelines.reader import load
 from longreach.pipelines.stage import Stage
@@ -49,14 +49,14 @@ def most_files(stop: threading.Event, found: list[int]) -> None:
 def test_hundreds_of_stages_cost_little_each_and_no_open_files(cluster, tmp_path, monkeypatch):
     log = tmp_path / "log"
     log.mkdir()
-    monkeypatch.setattr(runner, "build", lambda recipe: chains(log, "first"))
+    monkeypatch.setattr(run, "build", lambda recipe: chains(log, "first"))
     places = [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work", "tracking.enabled=false"]
     loaded, stop, files = load("quickstart", places), threading.Event(), [len(os.listdir("/proc/self/fd"))]
     watch = threading.Thread(target=most_files, args=(stop, files))
     watch.start()
     cpu = time.process_time()
     with Display(console=Console(file=io.StringIO())) as display:
-        outcome = runner.run(loaded, display=display)
+        outcome = run.run(loaded, display=display)
     cpu = time.process_time() - cpu
     stop.set()
     watch.join()
@@ -68,26 +68,11 @@ def test_hundreds_of_stages_cost_little_each_and_no_open_files(cluster, tmp_path
     read = Counter()
     whole = Store.manifests
     monkeypatch.setattr(Store, "manifests", lambda self, name=None: read.update([name]) or whole(self, name))
-    monkeypatch.setattr(runner, "build", lambda recipe: chains(log, "second"))
-    rows = runner.plan(loaded)
+    monkeypatch.setattr(plan, "build", lambda recipe: chains(log, "second"))
+    rows = plan.plan(loaded)
     assert {row.state for row in rows} == {"stale"}
     assert rows[1].why == "recipe.text: first1 -> second1; its input toy[0,x] changes"
     assert read["toy"] == 1, "what there is is read once, not for each stage"
-
-
-def test_ray_is_told_of_a_limited_number_at_once(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "IN_FLIGHT", 2)
-    log = tmp_path / "log"
-    log.mkdir()
-    monkeypatch.setattr(runner, "build", lambda recipe: chains(log, "some", 12))
-    places = [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work", "tracking.enabled=false"]
-    told: list[int] = [0]
-    with Display(console=Console(file=io.StringIO())) as display:
-        change = {"waiting": 1, "done": -1}
-        monkeypatch.setattr(display, "stage", lambda name, state, detail="": told.append(told[-1] + change[state]))
-        outcome = runner.run(load("quickstart", places), display=display)
-    assert len(outcome.ran) == 12
-    assert max(told) == 2
 
 
 def test_a_stage_travels_without_those_before_it(tmp_path):
@@ -103,26 +88,6 @@ def test_a_stage_travels_without_those_before_it(tmp_path):
     assert (before.name, before.fingerprint) == ("toy", chain[-2].fingerprint)
 
 
-def test_ray_is_not_told_of_a_stage_while_one_that_it_comes_after_runs():
-    a, b = Stage("toy", "a", ToyRecipe(text="a")), Stage("toy", "b", ToyRecipe(text="b"))
-    first = Stage("toy", "first", ToyRecipe(), {"x": a, "y": a})
-    second = Stage("toy", "second", ToyRecipe(), {"x": a, "z": b}, after=(first,))
-    order = runner._Order([a, b, first, second])
-
-    def ready():
-        return [order.ready.popleft().label for _ in range(len(order.ready))]
-
-    assert ready() == ["a", "b"]
-    order.told(a)
-    order.told(b)
-    assert ready() == ["first"], "its inputs need not have ended: Ray waits for them"
-    order.told(first)
-    order.ended(a)
-    assert ready() == []
-    order.ended(first)
-    assert ready() == ["second"]
-
-
 def test_an_attempt_that_ended_is_not_read_again(tmp_path, monkeypatch):
     stages = [Stage("toy", name, ToyRecipe()) for name in ("dead", "alive")]
     for name in ("dead", "alive"):
@@ -131,10 +96,10 @@ def test_an_attempt_that_ended_is_not_read_again(tmp_path, monkeypatch):
         if name == "dead":
             spool.end("FINISHED")
     seen, told = Counter(), []
-    whole = runner.read_events
-    monkeypatch.setattr(runner, "read_events", lambda path, offset: seen.update([path.name]) or whole(path, offset))
+    whole = run.read_events
+    monkeypatch.setattr(run, "read_events", lambda path, offset: seen.update([path.name]) or whole(path, offset))
     display = SimpleNamespace(event=lambda label, event: told.append((label, event["event"])))
-    with runner._tail(SimpleNamespace(spool_folder=tmp_path, stages=stages, display=display)):
+    with run._shown_events(SimpleNamespace(spool_folder=tmp_path, stages=stages, display=display)):
         deadline = time.monotonic() + 30
         while seen["alive@0001-x.jsonl"] < 3 and time.monotonic() < deadline:
             time.sleep(0.05)

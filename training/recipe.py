@@ -356,29 +356,29 @@ class PretrainRecipe(OptimRecipe):
 class FinetuneStageRecipe(Choices):
     """One arm's part of the recipe: other arms are not in it, so adding one re-runs none."""
 
-    rope: RopeRecipe
-    """The stretch."""
-    arm: ArmRecipe
-    """The method."""
+    rope: RopeRecipe = RopeRecipe()
+    """How positions are stretched before training."""
+    arm: ArmRecipe = ArmRecipe()
+    """The training method."""
     optim: OptimRecipe
     """Optimizer and schedule."""
     seed: int
-    """Row order, LoRA's initialisation."""
+    """Seed of row order and initialisation."""
 
 
 class PretrainStageRecipe(Choices):
     """One sink arm's part of the recipe."""
 
-    model: LlamaRecipe | None
-    """The model; None: the base."""
-    arm: PretrainArm
-    """The sink."""
-    sink_mass_every: int
-    """Steps between two measurements of where attention rests."""
+    model: LlamaRecipe | None = None
+    """The model made from scratch; None: training begins with the base's weights."""
+    sink: Sink = "none"
+    """The attention sink; all but `token` drop the rows' sink tokens."""
+    sink_mass_every: int = 0
+    """Steps between two measurements of where attention rests; 0: never."""
     optim: OptimRecipe
     """Optimizer and schedule."""
     seed: int
-    """Initialisation and row order."""
+    """Seed of row order and initialisation."""
 
 
 def check_batch(global_batch_tokens: int, seq_len: int) -> None:
@@ -391,29 +391,15 @@ def check_batch(global_batch_tokens: int, seq_len: int) -> None:
         )
 
 
-class TrainJob(Choices):
-    """All that one rank needs to train: the choices, and where things are. Plain data, so it travels through Ray."""
+class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
+    """All that one rank needs to train: a stage's choices, and where things are. Plain data that Ray can send."""
 
     kind: Literal["finetune", "pretrain"]
-    """An arm of context extension, or of sink pretraining."""
+    """Which stage it is: the other stage's own choices keep their defaults."""
     corpus: str
     """PackedCorpus folder."""
     base: str
     """Base model folder; a fresh model takes only its tokenizer."""
-    rope: RopeRecipe = RopeRecipe()
-    """The stretch (finetune)."""
-    arm: ArmRecipe = ArmRecipe()
-    """The method (finetune)."""
-    model: LlamaRecipe | None = None
-    """The fresh model (pretrain); None: the base's weights."""
-    sink: Sink = "none"
-    """The sink (pretrain); all but `token` drop the rows' sink tokens."""
-    sink_mass_every: int = 0
-    """Steps between two measurements of where attention rests (pretrain); 0: never."""
-    optim: OptimRecipe
-    """Optimizer and schedule."""
-    seed: int
-    """Initialisation and row order."""
     resources: Resources
     """Where it runs; no part of the result."""
     out: str
@@ -438,6 +424,5 @@ class TrainJob(Choices):
 
     def choices(self) -> dict[str, Any]:
         """Return what changes the result; a checkpoint with other choices is not resumed from."""
-        places = {"corpus", "base", "resources", "out", "work", "earlier", "superseded_file", "stop_file"}
-        places |= {"spool", "share"}
-        return self.model_dump(mode="json", exclude=places)
+        names = {"kind", *FinetuneStageRecipe.model_fields, *PretrainStageRecipe.model_fields}
+        return self.model_dump(mode="json", include=names)

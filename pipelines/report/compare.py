@@ -19,13 +19,13 @@ from typing import Any
 
 from longreach.evaluation.blocks import Section, Table
 from longreach.infra.artifact import MANIFEST, Artifact, Store
+from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report.findings import Found, Model, finite, gather, show_ppl
 from longreach.pipelines.report.page import Page
 from longreach.pipelines.report.sections import losses, pairs, results
-from longreach.pipelines.runner import open_store
 from longreach.pipelines.stage import differences
 from longreach.training.summary import PackSummary
 

@@ -1,0 +1,161 @@
+"""What a run would do, and what is done already.
+
+The manifests are the truth: a stage is done if its fingerprint is published and its files match.
+
+    for row in plan(load("quickstart")): print(row.stage, row.state, row.why)
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from longreach.infra.artifact import Artifact, CorruptArtifact, Store
+from longreach.infra.registry import tracking_uri
+from longreach.pipelines.foresee import foresee
+from longreach.pipelines.graph import build
+from longreach.pipelines.reader import Loaded
+from longreach.pipelines.stage import Stage, differences
+
+State = Literal["done", "stale", "run"]
+Manifests = dict[str, dict[str, Any]]
+
+TRACKING = "MLFLOW_TRACKING_URI"
+MAX_CHANGES = 3
+"""Changes that a plan spells out for one stage."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What a run would do with a stage."""
+
+    stage: str
+    """The stage's label."""
+    state: State
+    """done: published and whole; stale: published with other choices or damaged; run: never run."""
+    why: str
+    """What makes it run; empty if it is done."""
+    fingerprint: str
+    """The stage's fingerprint with these choices."""
+    seconds_last: float | None
+    """Seconds that its newest artifact took to make."""
+    foreseen: str = ""
+    """What it should cost, in words, for stages that train."""
+
+
+def open_store(loaded: Loaded) -> Store:
+    """Return the recipe's store, if it can be read; a relative root lies in the current folder."""
+    recipe = loaded.recipe.store
+    root = recipe.root
+    if "://" not in root:
+        root = str(Path(root).absolute())
+    return Store(root, Path(recipe.workdir).absolute() / "scratch").checked()
+
+
+@contextmanager
+def use_tracking(loaded: Loaded) -> Iterator[str]:
+    """Set MLflow's address: the recipe's, else the environment's, else that of the embedded store."""
+    uri = tracking_uri(loaded.recipe.tracking.uri, loaded.recipe.store.workdir)
+    before = os.environ.get(TRACKING)
+    os.environ[TRACKING] = uri
+    try:
+        yield uri
+    finally:
+        os.environ.pop(TRACKING)
+        if before is not None:
+            os.environ[TRACKING] = before
+
+
+def plan(loaded: Loaded) -> list[PlanRow]:
+    """Return what `run` would do.
+
+    Files are checked for presence and size; reading their content is the first act of `run`.
+    """
+    store = open_store(loaded)
+    with use_tracking(loaded):
+        stages = build(loaded.recipe)
+    costs = foresee(store, stages, loaded.recipe.resources)
+    newest = functools.cache(functools.partial(_newest, store))
+    rows = []
+    for stage in stages:
+        row, _ = _examine(store, stage, newest, hashes=False)
+        rows.append(replace(row, foreseen=costs.get(row.stage, "")))
+    return rows
+
+
+def survey(
+    store: Store,
+    stages: list[Stage],
+    known: dict[str, Artifact],
+    *,
+    repair: bool,
+) -> dict[str, Artifact]:
+    """Return the artifacts of the stages that are done, by label.
+
+    On a local root every byte is read. Of a remote one, whose files would all have to come here, names and
+    sizes are compared: workers verify what they use.
+
+    Args:
+        known: artifacts that were found before and are not looked at again.
+        repair: put damaged artifacts aside, so that their stages run again.
+    """
+    artifacts = dict(known)
+    for stage in stages:
+        if stage.label in artifacts:
+            continue
+        row, artifact = _examine(store, stage, lambda name: {}, hashes=store.local)
+        if artifact:
+            artifacts[stage.label] = artifact
+            continue
+        manifest = f"{store.base}/{stage.name}/{stage.fingerprint}/artifact.json"
+        if repair and store.fs.exists(manifest):
+            aside = store.quarantine(stage.name, stage.fingerprint)
+            print(f"{stage.label}: {row.why}: it is put aside as {aside}", file=sys.stderr)
+    return artifacts
+
+
+def _newest(store: Store, name: str) -> Manifests:
+    """The newest manifest of each label among the stages of a name."""
+    manifests: Manifests = {}
+    for manifest in store.manifests(name):
+        label = manifest["label"]
+        if label not in manifests or manifest["published_at"] > manifests[label]["published_at"]:
+            manifests[label] = manifest
+    return manifests
+
+
+def _examine(
+    store: Store, stage: Stage, newest: Callable[[str], Manifests], *, hashes: bool
+) -> tuple[PlanRow, Artifact | None]:
+    """A stage's row, and its artifact if it is done; `newest` finds a name's newest manifests by label."""
+
+    def row(state: State, why: str, seconds: float | None) -> PlanRow:
+        return PlanRow(stage.label, state, why, stage.fingerprint, seconds)
+
+    try:
+        if artifact := store.find(stage.name, stage.fingerprint):
+            seconds = artifact.manifest["seconds"]
+            if problems := store.problems(artifact, hashes=hashes):
+                return row("stale", "damaged: " + "; ".join(problems), seconds), None
+            return row("done", "", seconds), artifact
+    except CorruptArtifact as error:
+        return row("stale", str(error), None), None
+    last = newest(stage.name).get(stage.label)
+    if last is None:
+        return row("run", "never run", None), None
+    changes = [_in_words(stage, change) for change in differences(last["identity"], stage.identity)]
+    if len(changes) > MAX_CHANGES + 1:  # "and 1 more changes" would take as much room as the change
+        changes[MAX_CHANGES:] = [f"and {len(changes) - MAX_CHANGES} more changes"]
+    return row("stale", "; ".join(changes), last["seconds"]), None
+
+
+def _in_words(stage: Stage, change: str) -> str:
+    """Name the stage instead of fingerprints: `inputs.corpus: 12ab -> 34cd`: `its input pack changes`."""
+    name = change.split(":")[0].removeprefix("inputs.")
+    return f"its input {stage.inputs[name].label} changes" if name in stage.inputs else change

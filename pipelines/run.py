@@ -1,0 +1,484 @@
+"""Run a recipe: reuse what is published and whole, run the rest as Ray tasks once their inputs are published.
+
+When nothing is left to do no Ray is started. One run of a recipe at a time: a lease, kept by a heartbeat
+counter (infra/lease.py). MLflow only watches: stages write events to local files, and a process of its own
+uploads them (infra/mirror.py). What is done already is found by plan.py, a stage's work is worker.py, signals
+are signals.py; how often what is tried again is stated in infra/launch.py.
+
+    run(load("quickstart"), display=Display())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import platform
+import queue
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from longreach.infra import relay
+from longreach.infra.artifact import Artifact, CorruptArtifact, Store
+from longreach.infra.environment import git_commit
+from longreach.infra.lease import Lease
+from longreach.infra.mirror import start_mirror, stop_mirror
+from longreach.infra.polling import polling
+from longreach.infra.registry import check_login, sqlite_path
+from longreach.infra.tracking import Spool, read_events
+from longreach.pipelines.artifacts import Decision, Report
+from longreach.pipelines.display import Display
+from longreach.pipelines.graph import build, report_on
+from longreach.pipelines.kind import stop_file
+from longreach.pipelines.plan import TRACKING, open_store, survey, use_tracking
+from longreach.pipelines.reader import Loaded
+from longreach.pipelines.signals import GRACE_S, Stopping, terminable
+from longreach.pipelines.stage import Stage
+from longreach.pipelines.worker import Done, Task, execute, file_name, known_versions
+
+READ_BY_THE_DRIVER = ("report", "promote")
+"""Stages whose artifacts the driver reads; the others' are read by the workers that need them."""
+WORKER_RETRIES = 2
+"""How often Ray runs a stage again whose worker died."""
+
+
+@dataclass
+class RunOutcome:
+    """What a run did."""
+
+    report_path: Path | None = None
+    """The report's page; None if there is no report."""
+    ran: list[str] = field(default_factory=list)
+    """Labels of the stages that were run and published."""
+    reused: list[str] = field(default_factory=list)
+    """Labels of the stages that were published before."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Label -> why, also for stages that could not run because one before them failed."""
+    seconds: float = 0.0
+    """Wall-clock seconds of the whole run."""
+    refusals: list[str] = field(default_factory=list)
+    """Why the gate refused the challenger; empty if it did not."""
+    gate: dict[str, Any] = field(default_factory=dict)
+    """What the gate decided: passed, name, version..."""
+    headline: str = ""
+    """The report's first sentences."""
+    unsent_points: int = 0
+    """Metrics that MLflow does not have yet; `longreach sync` sends them."""
+
+
+@dataclass
+class _Run:
+    """One run's state in the driver."""
+
+    loaded: Loaded
+    store: Store
+    stages: list[Stage]
+    artifacts: dict[str, Artifact]
+    """What is published already, and what the driver read since, by label."""
+    display: Display
+    lease: Lease
+    stopping: Stopping
+    outcome: RunOutcome
+    address: str | None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def spool_folder(self) -> Path:
+        """The folder of this run's event files."""
+        return Path(self.loaded.recipe.store.workdir).absolute() / "spool" / self.id
+
+    def spool(
+        self,
+        file: str,
+        run: str,
+        parent: str | None,
+        name: str,
+        kind: str,
+        tags: dict[str, str],
+    ) -> Spool:
+        """Open the event file of the pipeline or of a stage."""
+        recipe = self.loaded.recipe
+        return Spool.open(
+            self.spool_folder / file,
+            run=run,
+            parent=parent,
+            experiment=recipe.experiment,
+            name=name,
+            kind=kind,
+            tags={"recipe": recipe.name, **tags},
+        )
+
+    def stage_spool(self, stage: Stage, run: str) -> Spool:
+        """Open the event file of a stage; `run` is the stage's own MLflow run."""
+        reused = stage.label in self.artifacts
+        tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(reused)}
+        in_brackets = stage.label.partition("[")[2].rstrip("]").split(",")
+        for key, value in zip(("arm", "eval"), in_brackets, strict=False):
+            if value:
+                tags[key] = value
+        return self.spool(f"{file_name(stage.label)}.jsonl", run, self.id, stage.label, "stage", tags)
+
+    def task(self, stage: Stage, run: str) -> Task:
+        """What the stage's worker gets; `run` is the stage's own MLflow run."""
+        return Task(
+            stage=stage,
+            resources=self.loaded.recipe.resources,
+            root=self.store.root,
+            scratch=str(self.store.scratch),
+            spool_folder=str(self.spool_folder),
+            run=run,
+            experiment=self.loaded.recipe.experiment,
+            command=self.loaded.command,
+            version=str(known_versions()["longreach"]),
+        )
+
+
+def run(
+    loaded: Loaded,
+    *,
+    display: Display,
+    force: tuple[str, ...] = (),
+    wait: bool = False,
+    address: str | None = None,
+) -> RunOutcome:
+    """Bring every stage of a recipe to be published.
+
+    Args:
+        force: stage names or labels that run again even if they are done.
+        wait: wait for another run of this recipe instead of raising LeaseHeld.
+        address: a Ray cluster; without it one is started here for the time of the run.
+
+    Raises:
+        LeaseHeld: another run of this recipe is alive.
+        ValueError: bad choices or input, found before Ray starts.
+    """
+    began = time.monotonic()
+    with use_tracking(loaded) as uri:
+        _check_tracking(loaded, uri, address, display)
+        store, stages = open_store(loaded), build(loaded.recipe)
+        _check_forced(force, stages)
+        outcome = RunOutcome()
+        artifacts = survey(store, stages, {}, repair=False)
+        if not force and len(artifacts) == len(stages):
+            display.note("nothing new: every stage is published, with these choices and from these documents")
+        if force or len(artifacts) < len(stages):
+            lease = _lease(store, loaded.recipe.name, wait, display)
+            with lease as held, terminable() as stopping:
+                _withdraw(store, stages, force, artifacts)
+                artifacts = survey(store, stages, artifacts, repair=True)
+                state = _Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address)
+                _run_missing(state)
+        touched = {*outcome.ran, *outcome.failed}
+        outcome.reused = [stage.label for stage in stages if stage.label not in touched]
+        _read_results(store, artifacts, outcome, display)
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _check_tracking(loaded: Loaded, uri: str, address: str | None, display: Display) -> None:
+    """Raise ValueError if workers could not reach the registry; note if MLflow is away."""
+    recipe = loaded.recipe
+    uses_registry = recipe.promote or recipe.base.source.startswith("models:/")
+    if address and sqlite_path(uri) and uses_registry:
+        raise ValueError(
+            f"on the cluster at {address} every node would have a registry of its own in {uri}: "
+            f"set tracking.uri to an MLflow server that all of them reach"
+        )
+    if (recipe.tracking.enabled or recipe.promote) and (away := check_login(uri)):
+        display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
+
+
+def _check_forced(force: tuple[str, ...], stages: list[Stage]) -> None:
+    names = {stage.name for stage in stages} | {stage.label for stage in stages}
+    if unknown := sorted(set(force) - names):
+        there_are = ", ".join(sorted(names))
+        raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {there_are}")
+
+
+def _withdraw(
+    store: Store,
+    stages: list[Stage],
+    force: tuple[str, ...],
+    artifacts: dict[str, Artifact],
+) -> None:
+    """Unpublish the stages that are to run again, and forget their artifacts."""
+    for stage in stages:
+        forced = stage.name in force or stage.label in force
+        if forced and store.find(stage.name, stage.fingerprint):
+            store.withdraw(stage.name, stage.fingerprint)
+            artifacts.pop(stage.label, None)
+
+
+@contextmanager
+def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Lease]:
+    lease = Lease(store, name, f"{getpass.getuser()}@{platform.node()}, process {os.getpid()}")
+    if other := lease.current_holder():
+        display.note(f"{name} is being run by {other}, or was when it died: looking for a sign of life")
+    lease.acquire(wait=wait)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _read_results(
+    store: Store,
+    artifacts: dict[str, Artifact],
+    outcome: RunOutcome,
+    display: Display,
+) -> None:
+    """Read the report's headline and the gate's decision into the outcome."""
+    if report := _report(artifacts):
+        page = report.path if store.local else store.fetch("report", report.fingerprint).path
+        outcome.report_path = page / "report.html"
+        outcome.headline = report.headline
+    if decision := _decision(artifacts):
+        gate = decision.summary
+        outcome.gate, outcome.refusals = gate, decision.refusals
+        if not decision.refusals and "promote" not in outcome.ran:
+            display.note(
+                f"version {gate['version']} of {gate['name']} passed the gate in an earlier run and is "
+                f"not champion: it was rolled back, or the registry is another one; "
+                f"--force promote asks again"
+            )
+
+
+def _report(artifacts: dict[str, Artifact]) -> Report | None:
+    artifact = artifacts.get("report")
+    return Report(artifact.path, artifact.manifest) if artifact else None
+
+
+def _decision(artifacts: dict[str, Artifact]) -> Decision | None:
+    artifact = artifacts.get("promote")
+    return Decision(artifact.path, artifact.manifest) if artifact else None
+
+
+def _run_missing(run: _Run) -> None:
+    """Run what is not published, while MLflow's mirror follows; the report goes to MLflow as well."""
+    recipe = run.loaded.recipe
+    tags = {"commit": git_commit()}
+    pipeline = run.spool("=pipeline.jsonl", run.id, None, recipe.name, "pipeline", tags)
+    mirror = None
+    if recipe.tracking.enabled:
+        mirror = start_mirror(run.spool_folder, os.environ[TRACKING])
+    status = "KILLED"
+    try:
+        with _shown_events(run):
+            _run_on_ray(run)
+        if report := _report(run.artifacts):
+            pipeline.metrics(report.metrics)
+            pipeline.tag("mlflow.note.content", _description(run, report))
+            for path in sorted(run.store.fetch("report", report.fingerprint).path.iterdir()):
+                pipeline.artifact(path, "report")
+        status = "FAILED" if run.outcome.failed else "FINISHED"
+    finally:
+        pipeline.end(status)
+        if mirror:
+            timeout_s = 5 if status == "KILLED" else 30
+            run.outcome.unsent_points = stop_mirror(mirror, timeout_s=timeout_s)
+
+
+def _description(run: _Run, report: Report) -> str:
+    """What MLflow shows on the pipeline's page, in Markdown."""
+    parts = [report.headline, report.table]
+    decision = _decision(run.artifacts)
+    if decision and "promote" in run.outcome.ran:
+        parts.append(f"**Gate:** {decision.in_words}.")
+    for label, reason in run.outcome.failed.items():
+        parts.append(f"**Failed:** {label}: {reason}")
+    parts.append(f"Report: `report/report.html` under Artifacts. Made by `{run.loaded.command}`.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _run_on_ray(run: _Run) -> None:
+    """Connect to Ray, run what is missing, and report on what was done even if something failed."""
+    from longreach.infra.cluster import connected
+
+    with connected(run.address) as ray:
+        run.stopping.listen()  # Ray has set a handler of its own
+        environment = {TRACKING: os.environ[TRACKING]}
+        # Ray Train's helpers look for the cluster, and find two where another one runs on this machine.
+        environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        collector: Any = None  # the actor lives as long as this reference
+        if run.address:  # other nodes do not see this disk
+            collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)
+        runtime_env = {"env_vars": environment}
+        remote = ray.remote(max_retries=WORKER_RETRIES, runtime_env=runtime_env)(execute)
+        run.stopping.file = stop_file(run.spool_folder)
+        try:
+            _Driver(ray, run, remote).follow()
+        finally:
+            run.stopping.file = None
+        del collector
+        if "report" in run.outcome.failed and len(run.outcome.failed) > 1:
+            _report_on_the_rest(run)
+
+
+class _Driver:
+    """Submits the stages of a run to Ray in their order, and collects what becomes of them."""
+
+    def __init__(self, ray: Any, run: _Run, remote: Any) -> None:
+        self.ray, self.run, self.remote = ray, run, remote
+        self.missing = {one.label: one for one in run.stages if one.label not in run.artifacts}
+        self.running: dict[str, Path] = {}
+        """Label -> event file of the stages that Ray has. Paths: open files would be too many."""
+        self.ended: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
+        """Stages that Ray is done with, and their futures."""
+        self.causes: dict[str, str] = {}
+        """Label of a stage that was not run -> label of the failed stage before it."""
+        self.stop_noted = False
+
+    def follow(self) -> None:
+        """Return when every stage has ended.
+
+        Raises:
+            RuntimeError: another run took the lease over.
+            SystemExit, KeyboardInterrupt: somebody asked to stop.
+        """
+        for stage in self.run.stages:
+            if stage.label in self.run.artifacts:
+                self.run.display.stage(stage.label, "reused", "")
+                self.run.stage_spool(stage, uuid.uuid4().hex).end("FINISHED")
+        order = self._order()
+        while order.is_active():
+            while self.run.stopping.until_s is None and (ready := order.get_ready()):
+                for label in ready:
+                    if not self._submit(self.missing[label]):
+                        order.done(label)
+            if self.running:
+                with contextlib.suppress(queue.Empty):
+                    stage, future = self.ended.get(timeout=1.0)
+                    self._collect(stage, future)
+                    order.done(stage.label)
+            self._check_lease()
+            self._stop_if_asked()
+
+    def _order(self) -> TopologicalSorter[str]:
+        """The missing stages, each after its inputs and those that must not run at the same time."""
+        order: TopologicalSorter[str] = TopologicalSorter()
+        for stage in self.missing.values():
+            before = [other.label for other in (*stage.inputs.values(), *stage.after)]
+            order.add(stage.label, *(label for label in before if label in self.missing))
+        order.prepare()
+        return order
+
+    def _submit(self, stage: Stage) -> bool:
+        """Give a stage to Ray. False if one that it needs has failed, so that it cannot run."""
+        stage_run = uuid.uuid4().hex
+        spool = self.run.stage_spool(stage, stage_run)
+        for source in stage.inputs.values():
+            if source.label in self.run.outcome.failed:
+                cause = self.causes.get(source.label, source.label)
+                self.causes[stage.label] = cause
+                self._post_failure(stage, spool, f"not run, since {cause} failed")
+                return False
+        self.run.display.stage(stage.label, "waiting")
+        resources = self.run.loaded.recipe.resources
+        placed = self.remote.options(
+            num_cpus=stage.kind.cpus(resources),
+            num_gpus=stage.kind.gpus(resources),
+            name=stage.label,
+        )
+        future = placed.remote(self.run.task(stage, stage_run)).future()
+        future.add_done_callback(lambda future: self.ended.put((stage, future)))
+        self.running[stage.label] = spool.path
+        return True
+
+    def _collect(self, stage: Stage, future: Any) -> None:
+        """Take in what became of a stage."""
+        run, label = self.run, stage.label
+        spool = Spool(self.running.pop(label))
+        try:
+            done: Done = future.result()
+        except self.ray.exceptions.RayError as error:
+            self._post_failure(stage, spool, _reason(error))
+            return
+        if done.held or label in READ_BY_THE_DRIVER:
+            run.artifacts[label] = run.store.fetch(stage.name, stage.fingerprint)
+        if done.held:
+            attempt_spool = Spool(run.spool_folder / done.spool)
+            relay.release(done.held, attempt_spool, done.out, run.artifacts[label].path)
+        run.outcome.ran.append(label)
+        run.display.stage(label, "done", f"{done.seconds:.0f} s")
+        spool.end("FINISHED")
+
+    def _post_failure(self, stage: Stage, spool: Spool, reason: str) -> None:
+        self.run.outcome.failed[stage.label] = reason
+        self.run.display.stage(stage.label, "failed", reason)
+        spool.end("FAILED")
+
+    def _check_lease(self) -> None:
+        if self.run.lease.lost.is_set():
+            name = self.run.loaded.recipe.name
+            raise RuntimeError(f"the lease of {name!r} was taken over: this run was silent too long")
+
+    def _stop_if_asked(self) -> None:
+        """End the run once training has saved, or the time for it is over."""
+        stopping = self.run.stopping
+        if stopping.until_s is None:
+            return
+        training = [label for label in self.running if self._trains(label)]
+        if not training or time.monotonic() > stopping.until_s:
+            stopping.end()
+        if not self.stop_noted:
+            names = ", ".join(training)
+            self.run.display.note(f"stopping: {names} may save within {GRACE_S:.0f} s; once more: at once")
+            self.stop_noted = True
+
+    def _trains(self, label: str) -> bool:
+        """Whether a stage saves when it is asked to stop, and has begun."""
+        begun = any(self.run.spool_folder.glob(f"{file_name(label)}@*.jsonl"))
+        return begun and self.missing[label].kind.saves_when_stopped
+
+
+def _report_on_the_rest(run: _Run) -> None:
+    """Report on what was done, and on what failed: an arm that ran out of memory is a result too."""
+    failed = run.outcome.failed
+    (whole,) = (stage for stage in run.stages if stage.name == "report")
+    done = [stage for stage in whole.inputs.values() if stage.label not in failed]
+    others = {label: why for label, why in failed.items() if label != "report"}
+    stage = report_on(run.loaded.recipe, done, others)
+    try:
+        execute(run.task(stage, run.id))
+    except (ValueError, OSError, CorruptArtifact) as error:
+        failed["report"] = f"of what was done: {error}"
+        return
+    run.artifacts[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
+    run.display.note(f"the report is on what was done; {len(others)} stages failed and are named in it")
+    del failed["report"]
+
+
+def _reason(error: Exception) -> str:
+    """The stage's own exception in a line, without Ray's frames."""
+    cause = getattr(error, "cause", None) or error
+    return str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
+
+
+@contextmanager
+def _shown_events(run: _Run) -> Iterator[None]:
+    """Show the events that stages write, until the run ends."""
+    offsets: dict[str, int] = {}
+    labels = {file_name(stage.label): stage.label for stage in run.stages}
+    ended: set[str] = set()  # files of attempts that are over, which need no further look
+
+    def look() -> None:
+        for name in os.listdir(run.spool_folder):
+            if "@" not in name or not name.endswith(".jsonl") or name in ended:
+                continue
+            events, offsets[name] = read_events(run.spool_folder / name, offsets.get(name, 0))
+            for event in events:
+                run.display.event(labels[name.partition("@")[0]], event)
+                if event["event"] == "end":
+                    ended.add(name)
+
+    try:
+        with polling(look, every_s=0.5, name="events"):
+            yield
+    finally:
+        look()

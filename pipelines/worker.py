@@ -1,0 +1,190 @@
+"""One stage on a Ray worker: read verified inputs, write into an attempt of its own, publish.
+
+Ray calls `execute` again if its worker died: the new attempt may start from the old one's checkpoints.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longreach.infra import relay
+from longreach.infra.artifact import AlreadyPublished, Artifact, Attempt, Store
+from longreach.infra.environment import git_commit, versions
+from longreach.infra.files import flatten
+from longreach.infra.resources import Resources
+from longreach.infra.share import Share, node_scratch
+from longreach.infra.tracking import Spool
+from longreach.pipelines.kind import StageRun
+from longreach.pipelines.stage import Stage
+
+
+@dataclass(frozen=True)
+class Task:
+    """What travels to the worker that runs a stage."""
+
+    stage: Stage
+    """The stage with its choices; of its inputs their fingerprints."""
+    resources: Resources
+    """The recipe's resources."""
+    root: str
+    """The store's root."""
+    scratch: str
+    """The driver's folder for attempts and fetched artifacts."""
+    spool_folder: str
+    """The run's folder of event files, on the driver's node."""
+    run: str
+    """The stage's own MLflow run; its attempts are children of it."""
+    experiment: str
+    """Name of the MLflow experiment."""
+    command: str
+    """The command that started the run."""
+    version: str
+    """The driver's version of longreach, which every node has to have."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the driver learns of a stage that is published."""
+
+    seconds: float
+    """How long the stage took."""
+    spool: str = ""
+    """Name of the attempt's event file."""
+    out: str = ""
+    """The folder in which its files were written."""
+    held: list[dict[str, Any]] = field(default_factory=list)
+    """Events that name files of another node; the driver sends them once it has the files."""
+
+
+known_versions = functools.cache(versions)
+"""Versions of longreach and what it depends on, read once in a process."""
+
+
+def file_name(label: str) -> str:
+    """A label as a file name: `finetune[lora]` -> `finetune-lora`."""
+    return label.replace("[", "-").replace(",", "-").rstrip("]")
+
+
+def execute(task: Task) -> Done:
+    """Run a stage in an attempt of its own and publish what it made.
+
+    Raises:
+        ValueError: this node has another version of longreach, or the stage refuses its choices.
+        CorruptArtifact: an input is damaged.
+    """
+    version = str(known_versions()["longreach"])
+    if version != task.version:
+        raise ValueError(f"this node has longreach {version}, the driver {task.version}: install the same on all nodes")
+    stage, store = task.stage, Store(task.root, node_scratch(task.scratch))
+    if done := store.find(stage.name, stage.fingerprint):  # by another run, or before a retry
+        return Done(done.manifest["seconds"])
+    artifacts = {name: store.fetch(ref.name, ref.fingerprint) for name, ref in stage.inputs.items()}
+    attempt = store.new_attempt(stage.name, stage.fingerprint)
+    spool, run_id = _open_spool(task, attempt)
+    began = time.monotonic()
+    status = "FAILED"
+    try:
+        summary = _call(task, store, attempt, artifacts, spool, run_id)
+        seconds = round(time.monotonic() - began, 3)
+        try:
+            store.publish(attempt, _record(task, artifacts, summary, seconds))
+        except AlreadyPublished as refused:  # the other attempt's result stands, and serves as well
+            spool.tag("publication", f"refused: attempt {refused.artifact.attempt} was first")
+        spool.metrics({"cost/stage_s": seconds})
+        status = "FINISHED"
+        return Done(seconds, spool.path.name, str(attempt.out), getattr(spool, "held", []))
+    finally:
+        spool.end(status)
+        spool.flush()
+
+
+def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:
+    """The attempt's event file, and the id of its MLflow run."""
+    stage, run_id = task.stage, uuid.uuid4().hex
+    spool = relay.spool(
+        Path(task.spool_folder) / f"{file_name(stage.label)}@{attempt.id}.jsonl",
+        run=run_id,
+        parent=task.run,
+        experiment=task.experiment,
+        name=f"{stage.label} attempt {int(attempt.id.split('-')[0])}",
+        kind="attempt",
+        tags={"fingerprint": stage.fingerprint, "attempt": attempt.id},
+        params={name: str(value) for name, value in flatten(stage.identity["recipe"]).items()},
+    )
+    return spool, run_id
+
+
+def _call(
+    task: Task,
+    store: Store,
+    attempt: Attempt,
+    artifacts: dict[str, Artifact],
+    spool: Spool,
+    run_id: str,
+) -> dict[str, Any]:
+    """Call the stage's function, and return the summary of what it wrote."""
+    stage, share = task.stage, None
+    if not store.local:
+        share = Share(
+            root=store.root,
+            scratch=str(store.scratch),
+            stage=stage.name,
+            fingerprint=stage.fingerprint,
+            attempt=attempt.id,
+            inputs=tuple((artifact.stage, artifact.fingerprint) for artifact in artifacts.values()),
+        )
+    earlier = store.earlier_attempts(stage.name, stage.fingerprint)
+    run = StageRun(
+        label=stage.label,
+        spool=spool,
+        attempt=attempt,
+        earlier=[folder for folder in earlier if folder.name != attempt.id],
+        command=task.command,
+        experiment=task.experiment,
+        id=run_id,
+        share=share,
+    )
+    summary = stage.kind(
+        **stage.kind.arguments(artifacts),
+        recipe=stage.recipe,
+        resources=task.resources,
+        out=attempt.out,
+        run=run,
+    )
+    documents = summary.get("source_digest")
+    if documents and documents != stage.digests.get("documents", documents):
+        raise ValueError("the corpus' documents changed while the run went on: run again, to take them as they are now")
+    return summary
+
+
+def _record(
+    task: Task,
+    artifacts: dict[str, Artifact],
+    summary: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """What the manifest says beside the files."""
+    inputs = {}
+    for name, artifact in artifacts.items():
+        inputs[name] = {"stage": artifact.stage, "fingerprint": artifact.fingerprint}
+    return {
+        "schema": 1,
+        "label": task.stage.label,
+        "identity": task.stage.identity,
+        "inputs": inputs,
+        "summary": summary,
+        "seconds": seconds,
+        "resources": task.resources.model_dump(mode="json"),
+        "versions": known_versions(),
+        "commit": git_commit(),
+        "command": task.command,
+        "host": platform.node(),
+        "published_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+    }
