@@ -99,34 +99,6 @@ def test_secrets_checkouts_and_environments_stay_out_of_the_context_and_the_repo
     assert "secrets/" in (COMPOSE.parent / ".gitignore").read_text().split()
 
 
-# ---- audit
-
-FINE = {"name": "a", "version": "1.0", "vulns": []}
-HOLED = {"name": "b", "version": "2.0", "vulns": [{"id": "CVE-2026-1", "fix_versions": ["2.1"]}]}
-UNKNOWN = {"name": "c", "skip_reason": "Dependency not found on PyPI and could not be audited: c (3.0)"}
-
-
-@pytest.mark.parametrize(
-    ("packages", "code", "says"),
-    [
-        ([FINE], 0, "1 packages looked up, 0 of them vulnerable"),
-        ([FINE, HOLED], 1, "b 2.0: CVE-2026-1, fixed in 2.1"),
-        ([FINE, UNKNOWN], 2, "NOT AUDITED: 1 of 2 packages could not be looked up (c)"),
-        ([HOLED, UNKNOWN], 1, "NOT AUDITED"),
-        (None, 2, "cannot be reached: ConnectionError"),
-    ],
-)
-def test_what_could_not_be_looked_up_is_not_called_safe(packages: Any, code: int, says: str, tmp_path: Path) -> None:
-    program = tmp_path / "pip-audit"
-    answer = f"print({json.dumps({'dependencies': packages})!r})" if packages else "sys.exit('ConnectionError')"
-    program.write_text(f"#!{sys.executable}\nimport sys\n{answer}\n")
-    program.chmod(0o755)
-    command = [sys.executable, str(ROOT / "infra/docker/audit.py"), str(program), "constraints.txt"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code
-    assert says in done.stdout + done.stderr
-
-
 # ---- compose
 
 

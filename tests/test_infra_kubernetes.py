@@ -143,75 +143,32 @@ def test_an_amount_of_memory_without_a_unit_is_refused():
         k.Place(memory="8")
 
 
-def put(manifest, path, value):
-    """Sets `a.b.0.c`."""
-    *way, last = [int(part) if part.isdecimal() else part for part in path.split(".")]
-    functools.reduce(lambda node, part: node[part], way, manifest)[last] = value
+PLAIN = Resources()
 
 
-RULES = [  # (kind, what is set, what the message says)
-    ("RayJob", {"spec.shutdownAfterJobFinishes": False}, "spec.ttlSecondsAfterFinished 600 needs spec.shutdown"),
-    ("RayJob", {"spec.ttlSecondsAfterFinished": -1}, "ttlSecondsAfterFinished -1 is negative"),
-    ("RayJob", {"spec.shutdownAfterJobFinishes": False, "spec.ttlSecondsAfterFinished": 0, "spec.suspend": True},
-     "spec.suspend true needs spec.shutdownAfterJobFinishes true"),
-    ("RayJob", {"spec.clusterSelector": {"ray.io/cluster": "lab"}, "spec.backoffLimit": 2},
-     "spec.backoffLimit 2 does not go with clusterSelector"),
-    ("RayJob", {"spec.clusterSelector": {"ray.io/cluster": "lab"}, "spec.suspend": True}, "spec.suspend true does not"),
-    ("RayJob", {"spec.clusterSelector": {"app": "lab"}}, "names no cluster: set ray.io/cluster"),
-    ("RayJob", {"spec.rayClusterSpec": None}, "rayClusterSpec and clusterSelector are missing"),
-    ("RayJob", {"spec.submissionMode": "InteractiveMode", "spec.backoffLimit": 1}, "does not go with InteractiveMode"),
-    ("RayJob", {"spec.submissionMode": "SidecarMode", "spec.submitterConfig": {"backoffLimit": 1}},
-     "spec.submitterConfig does not go with SidecarMode"),
-    ("RayJob", {"spec.submissionMode": "SidecarMode",
-                "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy": "Always"}, "SidecarMode needs Never"),
-    ("RayJob", {"spec.backoffLimit": -1}, "spec.backoffLimit -1 is negative"),
-    ("RayJob", {"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds 0 is not positive"),
-    ("RayJob", {"spec.preRunningDeadlineSeconds": 0}, "spec.preRunningDeadlineSeconds 0 is not positive"),
-    ("RayJob", {"spec.runtimeEnvYAML": "{"}, "spec.runtimeEnvYAML is no YAML"),
-    ("RayJob", {"spec.deletionStrategy": {"deletionRules": [{}]}}, "deletionRules does not go with shutdown"),
-    ("RayJob", {"spec.deletionStrategy": {"onSuccess": {"policy": "DeleteSelf"}}}, "both onSuccess and onFailure"),
-    ("RayJob", {"spec.deletionStrategy": {"onSuccess": {"policy": "DeleteNone"}, "onFailure": {}}},
-     "DeleteNone contradicts shutdownAfterJobFinishes"),
-    ("RayJob", {"spec.deletionStrategy": {"onSuccess": {}, "onFailure": {}, "deletionRules": [{}]},
-                "spec.shutdownAfterJobFinishes": False, "spec.ttlSecondsAfterFinished": 0},
-     "deletionRules does not go with onSuccess, onFailure"),
-    ("RayJob", {"spec.rayClusterSpec.authOptions.enableK8sTokenAuth": True}, "not for RayJobs"),
-    ("RayJob", {"spec.rayClusterSpec.upgradeStrategy": {"type": "Recreate"}}, "only for a RayCluster of its own"),
-    ("RayJob", {"metadata.name": "q" * 48}, "has 48 characters, a RayJob takes 47"),
-    ("RayCronJob", {"metadata.name": "q" * 37}, "has 37 characters, a RayCronJob takes 36"),
-    ("RayCronJob", {"spec.schedule": "TZ=Europe/Berlin 0 3 * * 1"}, "move the zone to spec.timeZone"),
-    ("RayCronJob", {"spec.schedule": "CRON_TZ=UTC 0 3 * * 1"}, "no TZ= or CRON_TZ= in it"),
-    ("RayCronJob", {"spec.schedule": "0 3 * * 7"}, "Sunday as 0"),
-    ("RayCronJob", {"spec.schedule": "0 25 * * 1"}, "'0 25 * * 1': Bad hour"),
-    ("RayCronJob", {"spec.timeZone": ""}, "spec.timeZone '': no such zone"),
-    ("RayCronJob", {"spec.jobTemplate.shutdownAfterJobFinishes": False}, "spec.jobTemplate.ttlSeconds"),
-    ("RayCluster", {"metadata.name": "8b"}, "'8b': start with a letter"),
-    ("RayCluster", {"spec.headGroupSpec.template.spec.containers": []}, "headGroupSpec.template.spec.containers is"),
-    ("RayCluster", {"spec.workerGroupSpecs.0.minReplicas": None}, "minReplicas None, maxReplicas 3: set both"),
-    ("RayCluster", {"spec.workerGroupSpecs.0.minReplicas": 4}, "minReplicas 4, maxReplicas 3: set 0 <="),
-    ("RayCluster", {"spec.workerGroupSpecs.0.idleTimeoutSeconds": 60}, "idleTimeoutSeconds 60 needs"),
-    ("RayCluster", {"spec.workerGroupSpecs.0.suspend": True, "spec.enableInTreeAutoscaling": True}, "suspend true"),
-    ("RayCluster", {"spec.headGroupSpec.resources": {"CPU": "1"}}, "resources and rayStartParams ['num-cpus'] both"),
-    ("RayCluster", {"spec.headGroupSpec.rayStartParams": {"labels": "a=b"}}, "rayStartParams.labels 'a=b': move them"),
-    ("RayCluster", {"spec.headGroupSpec.template.spec.containers.0.env": [{"name": "RAY_REDIS_ADDRESS", "value": "r"}]},
-     "RAY_REDIS_ADDRESS without gcsFaultToleranceOptions"),
-    ("RayCluster",
-     {"spec.headGroupSpec.template.spec.containers.0.env": [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]},
-     "needs enableInTreeAutoscaling true"),
-    ("RayCluster", {"spec.networkPolicy": {}}, "feature gate RayClusterNetworkPolicy"),
-    ("RayCluster", {"spec.rayVersion": "2.51.0"}, "spec.rayVersion '2.51.0': authOptions.mode token needs Ray 2.52"),
-    ("RayCluster", {"spec.rayVersion": ""}, "needs Ray 2.52 or later"),
-    ("RayCluster", {"spec.authOptions": {"enableK8sTokenAuth": True}}, "needs authOptions.mode token"),
-]  # fmt: skip
+@pytest.mark.parametrize(
+    ("manifest", "problem"),
+    [
+        (k.ray_job("q" * 48, ["true"], PLAIN, k.Place()), "has 48 characters, a RayJob takes 47: shorten it"),
+        (k.ray_cluster("8b", PLAIN, k.Place()), "metadata.name '8b': start with a letter"),
+        (k.ray_cluster("lab", PLAIN, k.Place(ray_version="2.51.0")), "'2.51.0': authOptions.mode token needs Ray 2.52"),
+        (k.ray_job("lab", ["true"], PLAIN, k.Place(ray_version="")), "needs Ray 2.52 or later"),
+    ],
+    ids=["long", "digit", "old", "unknown"],
+)
+def test_what_the_operator_would_refuse_is_named_beforehand(manifest, problem):
+    (found,) = k.check(manifest)
+    assert problem in found
 
 
-@pytest.mark.parametrize(("kind", "changes", "says"), RULES, ids=[f"{kind}: {says}" for kind, _, says in RULES])
-def test_the_operators_rules_beyond_the_schema(kind, changes, says):
-    (manifest,) = [copy.deepcopy(one) for one in rendered("cpu") if one["kind"] == kind]
-    for path, value in changes.items():
-        put(manifest, path, value)
-    (problem,) = k.check(manifest)
-    assert says in problem
+@pytest.mark.parametrize(("target", "longest"), [("RayCronJob", 36), ("CronJob", 41)])
+def test_a_timers_name_leaves_room_for_the_names_that_are_made_of_it(target, longest):
+    for length in (longest, longest + 1):
+        job = k.ray_job("q" * length, ["true"], PLAIN, k.Place())
+        timers = [k.ray_cron_job("q" * length, "0 3 * * 1", "UTC", job, k.Place())]
+        timers += k.cron_job("q" * length, "0 3 * * 1", "UTC", job, k.Place())
+        (timer,) = [manifest for manifest in timers if manifest["kind"] == target]
+        assert bool(k.check(timer)) == (length > longest)
 
 
 # ---- the files in infra/k8s
