@@ -34,8 +34,8 @@ from urllib.parse import urlsplit
 
 from longreach.infra import kubernetes
 from longreach.infra.choices import refuse_password
-from longreach.infra.environment import installed
 from longreach.infra.resources import Resources
+from longreach.infra.versions import installed
 
 ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
 SUFFIXES = (".py", ".yaml", ".tmpl")

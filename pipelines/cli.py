@@ -307,7 +307,7 @@ def sync(
 @app.command()
 def doctor(root: Root = ".longreach") -> None:
     """Say what this machine can run, and how to mend what is missing; exit 1 if a run cannot work."""
-    from longreach.infra.environment import doctor
+    from longreach.infra.doctor import doctor
 
     rows = []
     for check in doctor(root):

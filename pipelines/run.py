@@ -26,7 +26,7 @@ from typing import Any
 
 from longreach.infra import relay
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
-from longreach.infra.environment import git_commit
+from longreach.infra.versions import git_commit
 from longreach.infra.lease import Lease
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling

@@ -16,7 +16,7 @@ from typing import Any
 
 from longreach.infra import relay
 from longreach.infra.artifact import AlreadyPublished, Artifact, Attempt, Store
-from longreach.infra.environment import git_commit, versions
+from longreach.infra.versions import git_commit, versions
 from longreach.infra.files import flatten
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share, node_scratch

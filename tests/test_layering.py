@@ -34,7 +34,7 @@ QUICK = [
     "attention/sink_window.py", "training/attention_recipe.py",
     "infra/choices.py", "infra/resources.py", "infra/artifact.py",
     "infra/errors.py", "infra/files.py", "infra/lease.py", "infra/cluster.py", "infra/tracking.py",
-    "infra/environment.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",
+    "infra/doctor.py", "infra/versions.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",
     "infra/polling.py", "infra/schedule.py", "infra/kubernetes.py", "infra/mirror.py", "training/recipe.py",
     "training/convert.py", "training/corpus.py", "infra/lazy.py", "evaluation/__init__.py", "evaluation/base.py",
     "evaluation/blocks.py", "evaluation/cells.py", "evaluation/documents.py", "evaluation/figures.py",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from longreach.infra.artifact import Store
-from longreach.infra.environment import Check
+from longreach.infra.doctor import Check
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.pipelines.cli import main
@@ -356,7 +356,7 @@ def test_doctor_is_exit_1_only_if_a_run_cannot_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, needed: bool, code: int, mark: str
 ) -> None:
     checks = [Check("python", True, "3.11.7", "use a newer one"), Check("disk", False, "1 GiB", "make room", needed)]
-    monkeypatch.setattr("longreach.infra.environment.doctor", lambda root: checks)
+    monkeypatch.setattr("longreach.infra.doctor.doctor", lambda root: checks)
     got, out, _ = longreach(capsys, "doctor")
     assert (got, [line.split() for line in out.splitlines()[1:]]) == (
         code,

@@ -25,7 +25,7 @@ from longreach.evaluation.scores import EvalScores, retrieval_row
 from longreach.evaluation.sinks import Sinks
 from longreach.evaluation.streaming import Streaming, sampled, tabulate
 from longreach.infra.artifact import Artifact, Attempt, Store
-from longreach.infra.environment import versions
+from longreach.infra.versions import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.recipe import PriceRecipe, Recipe

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra import relay
-from longreach.infra.environment import system_metrics
+from longreach.infra.versions import system_metrics
 from longreach.infra.tracking import read_events
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")

@@ -102,7 +102,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
     ),
     19: (
         f"{DISK}::test_a_root_that_may_not_be_written_is_named_and_what_is_there_can_be_read",
-        "test_infra_environment.py::test_unwritable_home_and_root_are_found",
+        "test_infra_doctor.py::test_unwritable_home_and_root_are_found",
         f"{ARTIFACT}::test_a_manifest_cannot_name_files_outside_its_folder",
         f"{NAMES}::test_a_recipes_names_are_folders_of_their_own",
         f"{NAMES}::test_a_documents_name_is_never_a_path",

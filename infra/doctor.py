@@ -1,13 +1,12 @@
-"""The environment: what a run ran on (versions, system metrics), and `doctor`: can a run work here?
+"""`longreach doctor`: can a run work on this machine, and if not, what is to be done?
 
-No package is imported for its version, and torch only inside what needs it, so `longreach doctor` starts fast.
+torch is imported only by the check that needs it, so that the rest answers fast.
 
-    python -c "from longreach.infra.environment import doctor; print(*doctor('.longreach'), sep='\\n')"
+    python -c "from longreach.infra.doctor import doctor; print(*doctor('.longreach'), sep='\\n')"
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import ipaddress
 import os
@@ -15,7 +14,6 @@ import platform
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -23,53 +21,33 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("longreach", "torch", "transformers", "deepspeed", "peft", "ray", "mlflow")
-GIB = 2**30
+from longreach.infra.versions import GIB, git_commit, installed, usable_cores
+
 OPEN_PORTS = (5000, 8080, *range(8265, 8275))
 """Where MLflow and Ray's dashboard listen by default; where 8265 is taken, Ray takes the next one."""
 
 
-def versions() -> dict[str, str | int]:
-    """Python's, the main packages' (`missing` if not installed) and the machine's, to record beside a result."""
-    found = {package: installed(package) or "missing" for package in PACKAGES}
-    return {"python": platform.python_version(), **found, "platform": platform.platform(), "cpus": _cores()}
-
-
-def system_metrics() -> dict[str, float]:
-    """The machine's and this process's load, to spool beside a step's metrics; MLflow groups `system/` by itself.
-
-    `system/cpu_percent` (all cores) is since the previous call in this process, 0.0 at the first.
-    """
-    import psutil
-
-    return {
-        "system/cpu_percent": psutil.cpu_percent(),
-        "system/memory_percent": psutil.virtual_memory().percent,
-        "system/rss_gib": psutil.Process().memory_info().rss / GIB,
-    }
-
-
 @dataclass(frozen=True)
 class Check:
-    """One finding of `doctor`."""
+    """The answer to one of doctor's questions."""
 
     name: str
     ok: bool
     detail: str
-    """What was found."""
+    """What the machine has."""
     fix: str = ""
     """What to do if it is not ok."""
     needed: bool = True
-    """False: runs work without it."""
+    """Whether runs fail without it."""
 
 
 def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
-    """Can runs work here, with artifacts and metrics under `root` (a folder, or a fsspec URL)?"""
+    """Return the answers to: can runs work here, with artifacts and metrics under `root` (a folder or fsspec URL)?"""
     return [
         _python(),
         *check_requirements(_requirements()),
         _device(),
-        Check("cores", _cores() >= 2, f"{_cores()}", "set resources.workers=1: one training rank", needed=False),
+        _cores(),
         _memory(),
         _shared_memory(),
         _writable("home", Path.home(), "Ray writes there: set HOME to a folder of yours"),
@@ -93,7 +71,7 @@ def _requirements() -> list[str]:
 
 
 def check_requirements(requirements: Iterable[str]) -> list[Check]:
-    """One check for all packages that fit, and one for each that is missing or outside of its range.
+    """Return one check for each package that is missing or outside its range, or a single one if all fit.
 
     Args:
         requirements: as in pyproject.toml; those of extras are left out.
@@ -101,44 +79,36 @@ def check_requirements(requirements: Iterable[str]) -> list[Check]:
     from packaging.requirements import Requirement
 
     needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
-    wrong = []
+    unfit = []
     for requirement in needed:
-        found = installed(requirement.name)
-        if found is None or not requirement.specifier.contains(found, prereleases=True):
-            detail = f"{found or 'not installed'}, but {requirement.specifier or 'any version'} is needed"
-            wrong.append(Check(requirement.name, False, detail, "make setup (or: pip install -e .)"))
-    return wrong or [Check("packages", True, f"{len(needed)} packages are within their ranges")]
-
-
-def installed(package: str) -> str | None:
-    """A package's version, if it is there."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+        version = installed(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            detail = f"{version or 'not installed'}, but {requirement.specifier or 'any version'} is needed"
+            unfit.append(Check(requirement.name, False, detail, "make setup (or: pip install -e .)"))
+    return unfit or [Check("packages", True, f"{len(needed)} packages are within their ranges")]
 
 
 def _device() -> Check:
-    """The GPU, if any; a GPU that this torch cannot use is a fault."""
+    """Name the GPUs, if any; a GPU that this torch cannot use is a fault."""
     if importlib.util.find_spec("torch") is None:
         return Check("device", False, "torch is not installed", "make setup")
     import torch
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        flash = installed("flash-attn")
-        extra = f"flash-attn {flash}" if flash else "without flash-attn (optional: pip install -e '.[gpu]')"
-        return Check("device", True, f"{', '.join(names)}; CUDA {torch.version.cuda}; {extra}")
+        flash = "without flash-attn (optional: pip install -e '.[gpu]')"
+        if version := installed("flash-attn"):
+            flash = f"flash-attn {version}"
+        return Check("device", True, f"{', '.join(names)}; CUDA {torch.version.cuda}; {flash}")
     if shutil.which("nvidia-smi") and not torch.version.cuda:
-        fix = "install a CUDA build of torch, or go on with CPU"
-        return Check(
-            "device", False, f"a GPU is here, but torch {torch.__version__} is built for CPU", fix, needed=False
-        )
+        detail = f"a GPU is here, but torch {torch.__version__} is built for CPU"
+        return Check("device", False, detail, "install a CUDA build of torch, or go on with CPU", needed=False)
     return Check("device", True, "CPU (gloo between ranks)")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores() -> Check:
+    count = usable_cores()
+    return Check("cores", count >= 2, f"{count}", "set resources.workers=1: one training rank", needed=False)
 
 
 def _memory() -> Check:
@@ -186,7 +156,7 @@ def _port(port: int) -> Check:
 
 
 def _ray_cluster_file() -> Check:
-    """`ray.init()` of other programs joins the cluster that this file names, even a dead one. Ours never reads it."""
+    """Look at the file by which other programs' `ray.init()` joins a cluster, even a dead one. Ours never reads it."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     file = Path(folder, "ray", "ray_current_cluster")
     if not file.exists():
@@ -205,32 +175,37 @@ def _ray_cluster_file() -> Check:
 
 
 def _tracking_port() -> set[int]:
-    """MLFLOW_TRACKING_URI's, whosever machine it names: only this one's sockets are looked at."""
-    found = re.match(r"https?://[^/]*:(\d+)", os.environ.get("MLFLOW_TRACKING_URI", ""))
-    return {int(found[1])} if found else set()
+    """Return the port that MLFLOW_TRACKING_URI names, on whichever machine: only this one's sockets are looked at."""
+    match = re.match(r"https?://[^/]*:(\d+)", os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return {int(match[1])} if match else set()
 
 
 def _open_to_others(ports: set[int]) -> Check:
-    """A dashboard of Ray or an MLflow that others reach and that asks for no login runs code for whoever comes by."""
+    """Look for a Ray dashboard or MLflow that other machines reach without a login: it runs anybody's code."""
     import psutil
 
     try:
-        sockets = [one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+        connections = psutil.net_connections("tcp")
     except psutil.AccessDenied:
         return Check("open", False, "this system shows sockets to root alone", "run doctor as root", needed=False)
-    public = sorted({(ip, port) for ip, port in sockets if port in ports and not ipaddress.ip_address(ip).is_loopback})
-    found = [f"{name} at {ip}:{port}" for ip, port in public if (name := _without_login(ip, port))]
+    addresses = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
+    servers = []
+    for ip, port in sorted(addresses):
+        if port not in ports or ipaddress.ip_address(ip).is_loopback:
+            continue
+        if name := _without_login(ip, port):
+            servers.append(f"{name} at {ip}:{port}")
     fix = (
         "listen on 127.0.0.1 (from elsewhere: an SSH tunnel), or ask for a login: RAY_AUTH_MODE=token before Ray "
         "starts, mlflow server --app-name basic-auth"
     )
-    if found:
-        return Check("open", False, f"{'; '.join(found)}: other machines reach it and it asks for no login", fix)
+    if servers:
+        return Check("open", False, f"{'; '.join(servers)}: other machines reach it and it asks for no login", fix)
     return Check("open", True, "neither Ray nor MLflow lets other machines in without a login")
 
 
 def _without_login(ip: str, port: int) -> str:
-    """What answers there without a token or password: "Ray's dashboard", "MLflow", or "" for neither."""
+    """Name what answers there without a token or password: "Ray's dashboard", "MLflow", or "" for neither."""
     import requests
 
     address = ipaddress.ip_address(ip)
@@ -243,11 +218,10 @@ def _without_login(ip: str, port: int) -> str:
     }
     with requests.Session() as session:
         session.trust_env = False  # no proxy, and no login from .netrc
-        for name, (method, path, asked, key) in probes.items():
+        for name, (method, path, body, key) in probes.items():
             try:  # `Host` is the sender's to choose, so --allowed-hosts is no login
-                answer = session.request(
-                    method, base + path, json=asked, headers={"Host": f"localhost:{port}"}, timeout=3
-                )
+                host = {"Host": f"localhost:{port}"}
+                answer = session.request(method, base + path, json=body, headers=host, timeout=3)
                 if answer.status_code == 200 and key in answer.json():
                     return name
             except (requests.RequestException, TypeError):  # not HTTP, or not JSON with keys: neither of them
@@ -257,16 +231,5 @@ def _without_login(ip: str, port: int) -> str:
 
 def _git() -> Check:
     fix = "install git and work in a checkout: artifacts then record the commit that made them"
-    found = git_commit()
-    return Check("git", found != "unknown", f"commit {found}", fix, needed=False)
-
-
-@functools.cache  # once a process: asking takes longer than a small stage
-def git_commit() -> str:
-    """The commit of the code that runs, `-dirty` if it was changed since; `unknown` outside of a checkout."""
-    if not shutil.which("git"):
-        return "unknown"
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    commit = git_commit()
+    return Check("git", commit != "unknown", f"commit {commit}", fix, needed=False)

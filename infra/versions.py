@@ -1,0 +1,66 @@
+"""What a result is recorded with: versions of packages, the code's commit, and the machine's load.
+
+No package is imported to learn its version, so that this answers fast.
+
+    python -c "from longreach.infra.versions import versions; print(versions())"
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+RECORDED = ("longreach", "torch", "transformers", "deepspeed", "peft", "ray", "mlflow")
+"""Packages whose versions go into every artifact's manifest."""
+GIB = 2**30
+
+
+def versions() -> dict[str, str | int]:
+    """Return Python's version, those of the main packages (`missing` if not installed), and what the machine is."""
+    packages = {package: installed(package) or "missing" for package in RECORDED}
+    return {"python": platform.python_version(), **packages, "platform": platform.platform(), "cpus": usable_cores()}
+
+
+def installed(package: str) -> str | None:
+    """Return a package's version, or None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """Return how many CPU cores this process may use, where the system says so; all of the machine's elsewhere."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache  # once a process: asking takes longer than a small stage
+def git_commit() -> str:
+    """Return the commit of the code that runs, with `-dirty` if it was changed since; `unknown` outside a checkout."""
+    if not shutil.which("git"):
+        return "unknown"
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def system_metrics() -> dict[str, float]:
+    """Return the machine's and this process's load, to log beside a step's metrics; MLflow groups `system/` by itself.
+
+    `system/cpu_percent` (all cores) is the mean since the previous call in this process, 0.0 at the first call.
+    """
+    import psutil
+
+    return {
+        "system/cpu_percent": psutil.cpu_percent(),
+        "system/memory_percent": psutil.virtual_memory().percent,
+        "system/rss_gib": psutil.Process().memory_info().rss / GIB,
+    }

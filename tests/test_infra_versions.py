@@ -1,0 +1,37 @@
+"""What a run records about its packages and its machine."""
+
+import gc
+import json
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from longreach.infra.versions import system_metrics
+
+
+def test_versions_are_recorded_without_importing_the_packages():
+    code = """if True:
+        import json, sys
+        from longreach.infra.versions import versions
+        slow = {"torch", "ray", "mlflow", "transformers", "numpy"}
+        print(json.dumps([versions(), sorted(slow & sys.modules.keys())]))
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    found, imported = json.loads(out)
+    assert imported == []
+    assert found["torch"] == torch.__version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert "missing" not in found.values()
+    assert found["cpus"] >= 1
+
+
+def test_system_metrics_describe_this_process():
+    gc.collect()
+    before = system_metrics()["system/rss_gib"]
+    ballast = np.ones(2**29, dtype=np.uint8)  # 1/2 GiB, touched; threads of other tests may free some meanwhile
+    after = system_metrics()
+    assert after["system/rss_gib"] - before > 0.7 * ballast.nbytes / 2**30
+    assert 0 < after["system/memory_percent"] <= 100
+    assert all(name.startswith("system/") for name in after)
