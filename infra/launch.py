@@ -2,9 +2,12 @@
 
 The function is named, not passed ("longreach.training.loop:train"): only the ranks import it, and torch with it.
 
-A rank that dies (kill, out of memory of the host) is restarted with all the others, up to `max_failures` times; the
-function resumes from its own checkpoints. An error that a restart would only repeat (FINAL_ERRORS) is written down
-instead and raised here, without waiting for restarts.
+How an error comes back, at its two ends: Ray Train restarts all ranks after any exception of one, and what it raises in
+the end wraps the cause. So an error that a restart would only repeat (FINAL_ERRORS) is not raised by its rank at all.
+`_rank` writes it down as `error.json` and returns as if all were well, the other ranks wake up from their collectives
+and return too, and `run_ranks`, on the side of the stage, reads the file and raises the same error by its name.
+Any other death of a rank (kill, out of memory of the host) costs a restart of all of them; the function resumes from
+its own checkpoints. How many restarts there are in all stands in infra/resources.py.
 
     run_ranks("longreach.training.loop:train", job, resources=Resources(workers=2), name="lora", storage="/tmp/ranks")
 """
@@ -19,10 +22,10 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pyarrow.fs
@@ -32,10 +35,13 @@ from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
 
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
 FINAL_ERRORS: dict[str, type[Exception]] = {
     e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped, OutOfMemory, DiskFull)
 }
-"""Raised by a rank, these end the run at once."""
+"""Errors of a rank that end the run at once, by the name under which `error.json` carries them."""
 
 
 def run_ranks(
@@ -47,31 +53,37 @@ def run_ranks(
     storage: str | Path,
     share: Share | None = None,
 ) -> dict[str, Any]:
-    """Calls `function(job)` ("module:name") on every rank and returns rank 0's result, a JSON-able dict.
+    """Call `function(job)` ("module:name") on every rank and return rank 0's result, a JSON-able dict.
 
     Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps its own records
     there. With a share, each rank gets the job with its own node's paths, and finds the share's inputs fetched.
-    ValueError if the cluster is too small; otherwise the ranks' own final error, or Ray's TrainingFailedError.
+
+    Raises:
+        ValueError: the cluster is too small.
+        Exception: the ranks' own final error, or Ray Train's.
     """
     import ray
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     check_room(ray.cluster_resources(), resources)
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
-    fs, place = fsspec.core.url_to_fs(str(storage))
-    box = Box(str(storage), f"{place}/{run_name}/result")
-    fs.makedirs(box.folder, exist_ok=True)
-    local = "file" in fs.protocol
-    trainer = TorchTrainer(
+    results = RankResults.create(str(storage), run_name)
+    work = {"function": function, "job": job, "results": results, "threads": resources.cpus_per_worker, "share": share}
+    _fit(_trainer(work, resources, run_name, str(storage)), resources.max_failures)
+    return results.collect()
+
+
+def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage: str) -> TorchTrainer:
+    """Return Ray Train's description of the run: what each rank does, what it may use, and where records are kept."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    fs, place = fsspec.core.url_to_fs(storage)
+    filesystem = None
+    if "file" not in fs.protocol:
+        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    return TorchTrainer(
         _rank,
-        train_loop_config={
-            "function": function,
-            "job": job,
-            "box": box,
-            "threads": resources.cpus_per_worker,
-            "share": share,
-        },
+        train_loop_config=work,
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
@@ -81,34 +93,41 @@ def run_ranks(
         run_config=RunConfig(
             name=run_name,
             storage_path=place,
-            storage_filesystem=None if local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
+
+
+def _fit(trainer: TorchTrainer, max_failures: int) -> None:
+    """Run the ranks to their end, again if Ray Train gives up because one died while it was started.
+
+    Raises:
+        ControllerError: Ray Train failed in another way, or `max_failures` times more in this one.
+    """
+    import ray
+    from ray.train import ControllerError
+
     groups = AbandonedGroups()
-    for failures_left in reversed(range(resources.max_failures + 1)):
+    for failures_left in reversed(range(max_failures + 1)):
         try:
+            # Ranks that wait for the room of an abandoned group do so in the first minute.
             with _interrupt_handler_restored(), polling(groups.look, every_s=1.0, for_s=60.0, name="abandoned groups"):
-                trainer.fit()  # ranks that wait for the room of such a group do so in the first minute
-            break
-        except ControllerError as ended:
-            failure = ended.with_traceback(None)  # its frames hold the controller, and the controller its ranks
+                trainer.fit()
+            return
+        except ControllerError as error:
+            failure = error.with_traceback(None)  # its frames hold the controller, and the controller its ranks
         for _ in range(3 * groups.LOOKS):
             if not groups.look():
                 break
             time.sleep(1)
         if not failures_left or not isinstance(failure.controller_failure, ray.exceptions.RayActorError):
             raise failure
-    if error := box.read("error.json"):
-        raise FINAL_ERRORS[error["type"]](error["message"])
-    result = box.read("result.json")
-    assert result is not None, "rank 0 writes it before it ends"
-    return result
 
 
 @contextlib.contextmanager
 def _interrupt_handler_restored() -> Iterator[None]:
-    """Ray Train leaves its own handler of Ctrl-C behind: it swallows later ones, and keeps the controller alive."""
+    """Undo Ray Train's handler of Ctrl-C: it stays behind, swallows later ones and keeps the controller alive."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -118,92 +137,107 @@ def _interrupt_handler_restored() -> Iterator[None]:
 
 
 class AbandonedGroups:
-    """Placement groups of this Ray job in which nobody lives are removed; without it nobody would ever get their CPUs.
+    """Finds and removes placement groups of this Ray job in which no actor lives; else their CPUs stay reserved.
 
-    Ray Train (2.60) forgets two: that of a rank that dies in the instant in which it is told to start, after which it
-    gives up, whatever max_failures says; and that of a controller whose stage task was killed, which outlives it for
-    five seconds and may start its ranks once more in them. The ranks of a run that just begins enter their group only
-    moments after it was made, so a group goes when LOOKS looks in a row, a second apart, find nobody in it.
+    Ray Train (2.60) leaks two kinds. That of a rank that dies while it is being started, after which Ray Train gives
+    up, whatever max_failures says; and that of a controller whose stage task was killed: it outlives the task by five
+    seconds and may start its ranks once more. The ranks of a run that has just begun enter their group only moments
+    after it was made, so a group is removed when LOOKS looks in a row, a second apart, find it empty.
     """
 
     LOOKS = 3
 
     def __init__(self) -> None:
-        self.seen_empty: dict[str, int] = {}
+        self.looks_empty: dict[str, int] = {}
+        """Placement group -> how many looks in a row have found it empty."""
 
     def look(self) -> bool:
-        """Count those that are empty, and remove those that were so often enough; False if there are none at all."""
+        """Count the empty groups and remove those that were empty LOOKS times; return whether any group exists."""
         import ray
         from ray.util import remove_placement_group
         from ray.util.placement_group import PlacementGroup
         from ray.util.state import list_actors, list_placement_groups
 
         context = ray.get_runtime_context()
-        asked: dict[str, Any] = {"address": context.gcs_address, "detail": True, "limit": 10_000}
-        groups = list_placement_groups(**asked, filters=[("state", "=", "CREATED")])
-        own = {group.placement_group_id for group in groups if group.creator_job_id == context.get_job_id()}
-        inhabited = {actor.placement_group_id for actor in list_actors(**asked) if actor.state != "DEAD"}
-        self.seen_empty = {group: self.seen_empty.get(group, 0) + 1 for group in own - inhabited}
-        for group in [group for group, looks in self.seen_empty.items() if looks >= self.LOOKS]:
-            print(f"placement group {group} was left behind and is removed", flush=True)
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
-            del self.seen_empty[group]
-        return bool(own)
+        query: dict[str, Any] = {"address": context.gcs_address, "detail": True, "limit": 10_000}
+        groups = list_placement_groups(**query, filters=[("state", "=", "CREATED")])
+        ours = {group.placement_group_id for group in groups if group.creator_job_id == context.get_job_id()}
+        inhabited = {actor.placement_group_id for actor in list_actors(**query) if actor.state != "DEAD"}
+        self.looks_empty = {group: self.looks_empty.get(group, 0) + 1 for group in ours - inhabited}
+        for group, looks in list(self.looks_empty.items()):
+            if looks >= self.LOOKS:
+                print(f"placement group {group} was left behind and is removed", flush=True)
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+                del self.looks_empty[group]
+        return bool(ours)
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:
-    """ValueError if the ranks can never be placed: Ray itself would wait for ever."""
+    """Raise ValueError if the ranks can never be placed: Ray itself would wait for ever."""
     for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
-        asked, there = each * resources.workers, cluster.get(kind, 0)
-        if asked > there:
+        needed = each * resources.workers
+        if needed > cluster.get(kind, 0):
             raise ValueError(
-                f"{resources.workers} ranks x {each} {kind} need {asked} {kind}s, the cluster has {there:g}: "
+                f"{resources.workers} ranks x {each} {kind} need {needed} {kind}s, "
+                f"the cluster has {cluster.get(kind, 0):g}: "
                 f"lower resources.workers or {kind.lower()}s_per_worker, or connect to a larger cluster"
             )
 
 
-def _rank(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each rank."""
+def _function(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Import what "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _rank(work: dict[str, Any]) -> None:
+    """Do one rank's work, in the process that Ray Train started for it; a final error is written down, not raised."""
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(config["threads"])  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
-    box, job, share = config["box"], config["job"], config["share"]
-    module, _, name = config["function"].partition(":")
+    torch.set_num_threads(work["threads"])  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
+    job, results, share = work["job"], work["results"], work["share"]
     try:
         if share:
             share.bring()
             job = share.here(job)
-        result = getattr(importlib.import_module(module), name)(job)
+        result = _function(work["function"])(job)
     except tuple(FINAL_ERRORS.values()) as error:
-        kind = next(n for n, e in FINAL_ERRORS.items() if isinstance(error, e))
-        box.write("error.json", {"type": kind, "message": str(error), "rank": dist.get_rank()})
+        kind = next(name for name, final in FINAL_ERRORS.items() if isinstance(error, final))
+        results.write("error.json", {"type": kind, "message": str(error), "rank": dist.get_rank()})
         dist.destroy_process_group()  # ranks that wait for this one in a collective wake up with an error
         return
     except Exception:
-        if box.read("error.json"):  # woken by the line above: the reason is already written down
+        if results.read("error.json"):  # woken by the line above: the reason is already written down
             return
         raise
     if dist.get_rank() == 0:
-        box.write("result.json", result)
+        results.write("result.json", result)
 
 
 @dataclass(frozen=True)
-class Box:
+class RankResults:
     """Where ranks leave what the stage reads: a folder of a file system that all of them see."""
 
     storage: str
     folder: str
 
+    @classmethod
+    def create(cls, storage: str, run_name: str) -> RankResults:
+        """Make the folder of a run below `storage`, a folder or fsspec URL."""
+        fs, place = fsspec.core.url_to_fs(storage)
+        fs.makedirs(f"{place}/{run_name}/result", exist_ok=True)
+        return cls(storage, f"{place}/{run_name}/result")
+
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Whole or not at all."""
+        """Write a JSON file whole or not at all, on any file system; infra/files.py does so on this machine's."""
         fs = fsspec.core.url_to_fs(self.storage)[0]
         draft = f"{self.folder}/{name}.{uuid.uuid4().hex[:8]}"
         fs.pipe_file(draft, json.dumps(value).encode())
         fs.mv(draft, f"{self.folder}/{name}")
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """What was written, if it was."""
+        """Return a file's content, or None if no rank wrote it."""
         fs = fsspec.core.url_to_fs(self.storage)[0]
         fs.invalidate_cache()
         try:
@@ -211,14 +245,21 @@ class Box:
         except FileNotFoundError:
             return None
 
+    def collect(self) -> dict[str, Any]:
+        """Return rank 0's result, or raise the final error that a rank wrote down."""
+        if error := self.read("error.json"):
+            raise FINAL_ERRORS[error["type"]](error["message"])
+        result = self.read("result.json")
+        assert result is not None, "rank 0 writes it before it ends"
+        return result
+
 
 def run_local(function: str, job: dict[str, Any]) -> dict[str, Any]:
-    """The same function as one rank in this process, without Ray: for tests and debuggers."""
+    """Run the function as one rank in this process, without Ray: for tests and debuggers."""
     import torch.distributed as dist
 
     if not dist.is_initialized():  # DeepSpeed keeps hold of the first process group, so it stays for the process's life
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         backend = "cpu:gloo,cuda:nccl" if job.get("resources", {}).get("gpus_per_worker") else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)(job)
+    return _function(function)(job)

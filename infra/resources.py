@@ -8,6 +8,16 @@ from pydantic import Field, model_validator
 
 from longreach.infra.choices import Choices
 
+STAGE_RETRIES = 2
+"""How often Ray runs a stage again whose worker process died.
+
+It is the last of three budgets, which multiply. (1) Ray Train restarts all ranks after one died, up to `max_failures`
+times in one `fit()`. (2) `run_ranks` calls `fit()` again, up to `max_failures` times, where Ray Train gave up because a
+rank died while it was being started. (3) Ray runs the whole stage again, as a new attempt, STAGE_RETRIES times. So the
+ranks of a stage are started at most (max_failures + 1) ** 2 * (STAGE_RETRIES + 1) times: 27 by default. Each start
+resumes from the newest checkpoint, and an error that it would only meet again ends them all (infra/launch.py).
+"""
+
 
 class Resources(Choices):
     """What training ranks and evaluation tasks may use."""
@@ -41,6 +51,7 @@ class Resources(Choices):
     """CPU cores (torch threads) of one evaluation task; tasks run side by side while cores last."""
     eval_workers: int = Field(default=1, ge=1)
     """Ray tasks among which the cells of one evaluation are spread, each with the model in its memory and eval_cpus."""
+    # The first two of the three retry budgets that STAGE_RETRIES explains.
     max_failures: int = Field(default=2, ge=0)
     """How often Ray Train restarts a stage's ranks after one of them died."""
     checkpoint_every_steps: int = Field(default=50, ge=1)

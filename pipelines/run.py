@@ -31,6 +31,7 @@ from longreach.infra.lease import Lease
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
 from longreach.infra.registry import check_login, sqlite_path
+from longreach.infra.resources import STAGE_RETRIES
 from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.display import Display
@@ -44,8 +45,6 @@ from longreach.pipelines.worker import Done, Task, execute, file_name, known_ver
 
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads; the others' are read by the workers that need them."""
-WORKER_RETRIES = 2
-"""How often Ray runs a stage again whose worker died."""
 
 
 @dataclass
@@ -309,7 +308,7 @@ def _run_on_ray(run: _Run) -> None:
         if run.address:  # other nodes do not see this disk
             collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)
         runtime_env = {"env_vars": environment}
-        remote = ray.remote(max_retries=WORKER_RETRIES, runtime_env=runtime_env)(execute)
+        remote = ray.remote(max_retries=STAGE_RETRIES, runtime_env=runtime_env)(execute)
         run.stopping.file = stop_file(run.spool_folder)
         try:
             _Driver(ray, run, remote).follow()

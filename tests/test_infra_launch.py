@@ -53,7 +53,7 @@ def test_a_rank_that_dies_while_it_is_started_is_started_again_and_its_cpus_are_
 
     class Trainer:
         def __init__(self, function, *, train_loop_config, **options):
-            self.box = Path(train_loop_config["box"].folder)
+            self.results = Path(train_loop_config["results"].folder)
 
         def fit(self):
             lives.append(self)
@@ -66,7 +66,7 @@ def test_a_rank_that_dies_while_it_is_started_is_started_again_and_its_cpus_are_
                 cluster.get(rank.ready.remote())
                 threading.Timer(2.5, cluster.kill, [rank]).start()  # dies only after the run was given up
                 raise ControllerError(ActorDiedError())
-            (self.box / "result.json").write_text("{}")
+            (self.results / "result.json").write_text("{}")
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     assert run_ranks("toy_ranks:count_ranks", {}, resources=Resources(workers=2), name="again", storage=tmp_path) == {}
