@@ -53,7 +53,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""The mirror's, unless the user's own says otherwise."""
+"""MLflow's settings for the mirror, unless the user's own say otherwise."""
 
 log = logging.getLogger("longreach.mirror")
 
@@ -87,15 +87,14 @@ class Position:
 
     @classmethod
     def of(cls, path: Path) -> Position:
-        """Where a file stands; lost or unreadable, it only costs a replay."""
+        """Read how far a file is uploaded; if that is lost or unreadable, the file is uploaded from its start."""
         try:
             return cls(**json.loads(_position_path(path).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return cls()
 
     def save(self, path: Path) -> None:
-        target = _position_path(path)
-        write_whole(target, json.dumps(asdict(self)))
+        write_whole(_position_path(path), json.dumps(asdict(self)))
 
 
 def _position_path(path: Path) -> Path:
@@ -103,19 +102,22 @@ def _position_path(path: Path) -> Path:
 
 
 def pending_points(spool_dir: Path | str) -> int:
-    """Finite metric points in the spool files under a folder that are not uploaded yet. Asks no server."""
-    return sum(
-        sum(len(_finite(event)) for event, _ in iter_events(path, Position.of(path).offset) if event)
-        for path in Path(spool_dir).rglob("*.jsonl")
-    )
+    """Count the finite metric points in a folder's spool files that are not uploaded yet. Asks no server."""
+    points = 0
+    for path in Path(spool_dir).rglob("*.jsonl"):
+        for event, _ in iter_events(path, Position.of(path).offset):
+            if event:
+                points += len(_finite(event.get("values", {})))
+    return points
 
 
-def _finite(event: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in event.get("values", {}).items() if not isinstance(v, str)}
+def _finite(values: dict[str, Any]) -> dict[str, float]:
+    """Leave out NaN and infinities, which spools hold as texts."""
+    return {name: value for name, value in values.items() if not isinstance(value, str)}
 
 
 class Pause(Exception):
-    """Not now: the server is away, or time is up. The spool keeps what is left."""
+    """Nothing more can be uploaded now: the server is away, or time is up. The spool keeps what is left."""
 
 
 @dataclass
@@ -127,7 +129,7 @@ class _Tail:
     run_id: str = ""
     """Its MLflow run; empty until this process has looked it up."""
     offset: int = 0
-    """Up to where this process knows it to be uploaded."""
+    """Bytes that this process has uploaded, or found to be."""
 
 
 @dataclass
@@ -153,7 +155,7 @@ class Mirror:
 
     @cached_property
     def client(self) -> Any:
-        """An mlflow.MlflowClient, made when there is something to send: the import costs 2 s, a new database more."""
+        """Make an mlflow.MlflowClient when there is something to send: the import costs 2 s, a new database more."""
         from mlflow import MlflowClient
 
         if database := registry.sqlite_path(self.uri):
@@ -161,7 +163,7 @@ class Mirror:
         return MlflowClient(tracking_uri=self.uri)
 
     def upload(self, deadline_s: float, *, everything: bool = False) -> str:
-        """One pass over all files. Returns why it did not come to its end, or "".
+        """Go over all files once; return why that did not come to its end, or "".
 
         Args:
             deadline_s: by time.monotonic().
@@ -178,7 +180,7 @@ class Mirror:
                     self._drain(tail, deadline_s)
             except Pause as pause:
                 return str(pause)
-            except Exception as error:  # whatever MLflow and its stores raise: it is told, and tried again
+            except Exception as error:  # whatever MLflow and its stores raise is reported and tried again
                 log.debug("while uploading %s", tail.path, exc_info=True)
                 self.tails[run] = self.tails.pop(run)  # the next pass takes it last: it must not block the others
                 tail.run_id = ""
@@ -212,7 +214,7 @@ class Mirror:
         self._send(tail, batch, position)
 
     def _locate(self, tail: _Tail) -> Position:
-        """Find or make a file's MLflow run; where its upload goes on."""
+        """Find or make a file's MLflow run; return where its upload goes on."""
         position = Position.of(tail.path)
         if not tail.run_id:
             tail.run_id = self._find(tail.start, position.run_id) or self._create(tail.start)
@@ -222,7 +224,7 @@ class Mirror:
         return position
 
     def _find(self, start: dict[str, Any], known: str = "") -> str:
-        """The MLflow run that carries a run's tag: the known one of several, TRASH if a user deleted it, or ""."""
+        """Return the MLflow run with a run's tag: of several the known one, TRASH if a user deleted it, or ""."""
         from mlflow.entities import ViewType
 
         query = f"tags.`{registry.RUN_TAG}` = '{start['run']}'"
@@ -261,13 +263,14 @@ class Mirror:
         return self._experiments[name]
 
     def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
-        """Put an event into the batch; files and datasets are sent at once (repeating that changes nothing)."""
+        """Put an event into the batch; send files and datasets at once, since repeating that changes nothing."""
         from mlflow.entities import Metric
 
         match event["event"]:
             case "metrics":
-                finite = _finite(event)
-                batch.metrics += [Metric(k, v, event["time_ms"], event["step"]) for k, v in finite.items()]
+                finite = _finite(event["values"])
+                for name, value in finite.items():
+                    batch.metrics.append(Metric(name, value, event["time_ms"], event["step"]))
                 batch.skipped += len(event["values"]) - len(finite)
             case "start":
                 batch.params |= event["params"]
@@ -279,7 +282,7 @@ class Mirror:
             case "artifact" | "table":
                 self._file(tail, event)
             case "dataset":
-                self._dataset(tail, event)
+                log_dataset(self.client, tail.run_id, event)
             case "model":
                 self._model(tail, event)
             case "end":
@@ -306,7 +309,7 @@ class Mirror:
         tail.offset = position.offset
 
     def _log(self, tail: _Tail, kind: str, items: list[Any]) -> int:
-        """Send metrics, params or tags; returns how many MLflow refused for good (each is named in a warning)."""
+        """Send metrics, params or tags; return how many MLflow refused for good (a warning names each)."""
         from mlflow.exceptions import MlflowException
 
         limit = METRICS_PER_BATCH if kind == "metrics" else PARAMS_OR_TAGS_PER_BATCH
@@ -334,34 +337,14 @@ class Mirror:
         if not os.access(path, os.R_OK):
             self._warn(f"{tail.start['name']}: {path} cannot be read any more and is not uploaded")
         elif event["event"] == "table":
-            self._table(tail.run_id, json.loads(path.read_text()), posixpath.join(folder, path.name))
+            log_table(self.client, tail.run_id, json.loads(path.read_text()), posixpath.join(folder, path.name))
         elif path.is_dir():
             self.client.log_artifacts(tail.run_id, str(path), folder or None)
         else:
             self.client.log_artifact(tail.run_id, str(path), folder or None)
 
-    def _table(self, run_id: str, content: Any, name: str) -> None:
-        """What MlflowClient.log_table writes, except that it would append the rows once more at every replay."""
-        rows = content["rows"] if isinstance(content, dict) else content
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[row.get(column) for column in columns] for row in rows]
-        data = [[str(c) if isinstance(c, float) and not math.isfinite(c) else c for c in line] for line in cells]
-        self.client.log_dict(run_id, {"columns": columns, "data": data}, name)
-        tables = json.loads(self.client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
-        entry = {"path": name, "type": "table"}
-        if entry not in tables:
-            self.client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([*tables, entry]))
-
-    def _dataset(self, tail: _Tail, event: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput
-        from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
-
-        digest, source = event["digest"][:MAX_DATASET_DIGEST_SIZE], json.dumps({"uri": event["source"]})
-        dataset = Dataset(name=event["name"], digest=digest, source_type="local", source=source)
-        self.client.log_inputs(tail.run_id, datasets=[DatasetInput(dataset)])
-
     def _model(self, tail: _Tail, event: dict[str, Any]) -> None:
-        """A LoggedModel with its metrics, and a version of a registered model if that was asked for."""
+        """Log a model with its metrics, and register it as a version if the event says so."""
         from mlflow.entities import Metric
 
         folder = Path(event["path"]) if event["path"] else None
@@ -370,17 +353,16 @@ class Mirror:
             return
         experiment = self._experiment(tail.start["experiment"])
         model = registry.log_model(self.client, experiment, tail.run_id, event["name"], event["tags"], folder)
-        finite = {k: v for k, v in event["metrics"].items() if not isinstance(v, str)}
-        points = [
-            Metric(k, v, event["time_ms"], event["step"], model_id=model.model_id, run_id=tail.run_id)
-            for k, v in finite.items()
-        ]
+        points = []
+        for name, value in _finite(event["metrics"]).items():
+            ids = {"model_id": model.model_id, "run_id": tail.run_id}
+            points.append(Metric(name, value, event["time_ms"], event["step"], **ids))
         self._log(tail, "metrics", points)
         if event["register"]:
             registry.register(self.client, event["register"], model, tail.run_id, event["tags"])
 
     def close_runs(self) -> None:
-        """Runs that never said how they ended were killed."""
+        """End the runs that never said how they ended: they were killed."""
         for tail in self.tails.values():
             if tail.run_id not in ("", TRASH) and not Position.of(tail.path).ended:
                 self.client.set_terminated(tail.run_id, "KILLED")
@@ -389,6 +371,31 @@ class Mirror:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message)
+
+
+def log_table(client: Any, run_id: str, content: Any, name: str) -> None:
+    """Log rows as MlflowClient.log_table does, which however would append them once more at every replay."""
+    rows = content["rows"] if isinstance(content, dict) else content
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    data = []
+    for row in rows:
+        cells = [row.get(column) for column in columns]
+        data.append([str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in cells])
+    client.log_dict(run_id, {"columns": columns, "data": data}, name)
+    tables = json.loads(client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+    entry = {"path": name, "type": "table"}
+    if entry not in tables:
+        client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([*tables, entry]))
+
+
+def log_dataset(client: Any, run_id: str, event: dict[str, Any]) -> None:
+    """Log an input of a run, as the event names it."""
+    from mlflow.entities import Dataset, DatasetInput
+    from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
+
+    digest, source = event["digest"][:MAX_DATASET_DIGEST_SIZE], json.dumps({"uri": event["source"]})
+    dataset = Dataset(name=event["name"], digest=digest, source_type="local", source=source)
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset)])
 
 
 @contextmanager
@@ -470,7 +477,7 @@ def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
 
 
 def stop_mirror(process: MirrorProcess, timeout_s: float = 30.0) -> int:
-    """Let a mirror upload what is there and end; returns the points that MLflow still misses (`sync` sends them).
+    """Let a mirror upload what is there and end; return how many points MLflow still misses (`sync` sends them).
 
     Args:
         timeout_s: after that it is killed. If the server is away it ends much sooner.
@@ -512,12 +519,12 @@ def _command(spool_dir: Path, uri: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment without the registry's patience."""
+    """Return this process's environment without the registry's timeouts, since the mirror has its own."""
     return {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
 
 
 def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
-    """The command line that shows the embedded store in a browser of this machine: MLflow asks for no password."""
+    """Return the command that shows the embedded store in a browser of this machine: MLflow asks for no password."""
     artifacts = Path(workdir).absolute() / "mlartifacts"
     return [
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes

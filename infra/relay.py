@@ -1,9 +1,9 @@
-"""Events from other nodes: a spool there is an actor's call away from the file on the driver's node.
+"""Forwards events from workers on other nodes to the driver's spool files, through a Ray actor on the driver's node.
 
 The mirror, the progress display and the stop file live on the driver's disk, which other nodes do not see. So a stage
-(or rank 0 of its training) that finds itself elsewhere sends its lines to an actor beside the driver, in order and
-without waiting; the answer says whether somebody asked to stop. Files and models that an event names are held back
-until the driver has fetched the published artifact (`Relayed.held`).
+(or rank 0 of its training) that finds itself elsewhere sends its lines to that actor, in order and without waiting; the
+answer says whether training shall stop. Events that name files or models are held back until the driver has fetched
+the published artifact (`RemoteSpool.held`).
 
     LONGREACH_DRIVER=<node id>:<actor> names the actor; without it, or on that node, spools are plain files.
 """
@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from longreach.infra.tracking import Spool, encode
+from longreach.infra.tracking import RunStatus, Spool, encode
 
 DRIVER = "LONGREACH_DRIVER"
 NAMESPACE = "longreach"
@@ -22,14 +22,14 @@ WITH_FILES = ("artifact", "table", "model")
 
 
 class Collector:
-    """The actor: appends to the spool files of one pipeline run."""
+    """The actor on the driver's node: appends to the spool files of one pipeline run."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.files: dict[str, Spool] = {}
 
     def take(self, name: str, start: dict[str, Any] | None, line: bytes) -> bool:
-        """One line of the file `name`; returns whether training was asked to stop."""
+        """Append a line to the file `name`, or make the file; return whether training was asked to stop."""
         if name not in self.files:
             path = self.folder / name
             self.files[name] = Spool.open(path, **start) if start else Spool(path)
@@ -39,41 +39,52 @@ class Collector:
 
 
 def start_collector(ray: Any, folder: Path) -> tuple[Any, str]:
-    """The actor on this node, and what LONGREACH_DRIVER says of it; keep the actor, it ends with its last reference."""
+    """Start the actor on this node; return it, which must be kept (it ends with its last reference), and its address:
+    the value of LONGREACH_DRIVER."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node, name = ray.get_runtime_context().get_node_id(), f"spools-{folder.name}"
-    here = NodeAffinitySchedulingStrategy(node, soft=False)
-    options = {"num_cpus": 0, "name": name, "namespace": NAMESPACE, "scheduling_strategy": here}
+    on_this_node = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"num_cpus": 0, "name": name, "namespace": NAMESPACE, "scheduling_strategy": on_this_node}
     return ray.remote(Collector).options(**options).remote(str(folder)), f"{node}:{name}"
 
 
 def spool(path: Path | str, **start: Any) -> Spool:
-    """The spool at a path of the driver's; with `start` (what Spool.open takes) it is made if it is not there."""
+    """Return the spool at a path of the driver's node; with `start` (what Spool.open takes) it is made if missing."""
     node, _, name = os.environ.get(DRIVER, "").partition(":")
     if node:
         import ray
 
         if ray.get_runtime_context().get_node_id() != node:
-            return Relayed(path, ray.get_actor(name, namespace=NAMESPACE), start or None)
-    return Spool.open(path, **start) if start else Spool(path)
+            return RemoteSpool(path, ray.get_actor(name, namespace=NAMESPACE), start or None)
+    if start:
+        return Spool.open(path, **start)
+    return Spool(path)
+
+
+def stop_asked(spool: Spool) -> bool:
+    """Whether the driver answered from another node that training shall stop; on its own node the stop file says so."""
+    return isinstance(spool, RemoteSpool) and spool.stop_asked
 
 
 def release(held: list[dict[str, Any]], spool: Spool, attempt: str, published: Path) -> None:
-    """Write events that were held back, with the published files' paths instead of those of the attempt's folder."""
+    """Write events that were held back, with the published files' paths instead of those in the attempt's folder."""
     for event in held:
         path = event["path"]
-        path = str(published) + path[len(attempt) :] if path.startswith(attempt) else path
+        if path.startswith(attempt):
+            path = str(published) + path[len(attempt) :]
         spool.append(encode(event["event"], {**event, "path": path}))
 
 
-class Relayed(Spool):
-    """A spool whose file is on another node."""
+class RemoteSpool(Spool):
+    """A spool whose file is on the driver's node while its writer is on another."""
 
     def __init__(self, path: Path | str, collector: Any, start: dict[str, Any] | None = None) -> None:
         self.path, self._collector = Path(path).absolute(), collector
         self.held: list[dict[str, Any]] = []
         """Events that name files of this node: for the driver, once it has the published ones."""
+        self.stop_asked = False
+        """Whether the driver's last answer said that the stop file is there."""
         self._answer = collector.take.remote(self.path.name, start, b"")
 
     def _write(self, event: str, **fields: Any) -> None:
@@ -86,8 +97,9 @@ class Relayed(Spool):
             self.stop_asked = ray.get(self._answer)
         self._answer = self._collector.take.remote(self.path.name, None, encode(event, fields))
 
-    def flush(self) -> None:
-        """Returns when all lines have arrived."""
+    def end(self, status: RunStatus | str) -> None:
+        """Say how the run ended, and wait until all of its lines have arrived."""
+        super().end(status)
         import ray
 
         ray.get(self._answer)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
 Kind = Literal["pipeline", "stage", "attempt"]
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -67,7 +67,7 @@ class Spool:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Spool:
-        """The spool of one run; an existing file of the same run is continued.
+        """Return the spool of one run; an existing file of the same run is continued.
 
         Args:
             run: uuid hex, made by the caller: MLflow's own id is not known yet, and may never be.
@@ -84,6 +84,7 @@ class Spool:
         return cls(path, {"run": run, "parent": parent, "experiment": experiment, "name": name, "kind": kind} | texts)
 
     def _begin(self, start: dict[str, Any]) -> None:
+        """Write the start line of a new file; check that of an existing one."""
         fcntl.flock(self._file, fcntl.LOCK_EX)  # two first openers: one writes the start line
         try:
             with self.path.open("rb") as file:
@@ -91,17 +92,21 @@ class Spool:
             if not first.endswith(b"\n"):  # a new file, or its writer died within the first line
                 self._file.truncate(0)
                 self._write("start", **start)
-            elif (there := (_parse(first) or {}).get("run")) != start["run"]:
-                raise ValueError(f"{self.path} is the file of run {there}, not of {start['run']}: open another file")
+            else:
+                owner = (_parse(first) or {}).get("run")
+                if owner != start["run"]:
+                    raise ValueError(
+                        f"{self.path} is the file of run {owner}, not of {start['run']}: open another file"
+                    )
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def metrics(self, values: Mapping[str, SupportsFloat], step: int = 0) -> None:
-        """Points of curves; names with `/` group charts: `train/loss`. MLflow is spared NaN and infinities."""
+        """Add points to curves; names with `/` group charts: `train/loss`. NaN and infinities stay in the file."""
         self._write("metrics", values=_numbers(values), step=int(step))
 
     def progress(self, done: int, total: int, unit: str = "step", **extra: SupportsFloat) -> None:
-        """How far the run is, for progress bars; not uploaded."""
+        """Say how far the run is, for progress bars; not uploaded."""
         self._write("progress", done=int(done), total=int(total), unit=unit, extra=_numbers(extra))
 
     def tag(self, key: str, value: object) -> None:
@@ -109,19 +114,19 @@ class Spool:
         self._write("tag", key=key, value=str(value))
 
     def param(self, key: str, value: object) -> None:
-        """A parameter; MLflow keeps the first value of each."""
+        """Set a parameter; MLflow keeps the first value of each."""
         self._write("param", key=key, value=str(value))
 
     def artifact(self, path: Path | str, artifact_path: str = "") -> None:
-        """A file or folder to show, under the folder `artifact_path`; it must stay until it is uploaded."""
+        """Show a file or folder, in the folder `artifact_path` of MLflow; it must stay until it is uploaded."""
         self._write("artifact", path=os.path.abspath(path), artifact_path=artifact_path)
 
     def table(self, path: Path | str, artifact_path: str = "") -> None:
-        """A JSON file to show as a table: a list of row dicts, or an object whose `rows` is one (scores.json)."""
+        """Show a JSON file as a table: a list of row dicts, or an object whose `rows` is one (scores.json)."""
         self._write("table", path=os.path.abspath(path), artifact_path=artifact_path)
 
     def dataset(self, name: str, digest: str, source: str) -> None:
-        """An input of the run: `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36 characters)."""
+        """Name an input: `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36 characters)."""
         self._write("dataset", name=name, digest=digest, source=str(source))
 
     def model(
@@ -135,51 +140,50 @@ class Spool:
         path: Path | str = "",
         register: str = "",
     ) -> None:
-        """A model that the run made, which MLflow lists and ranks by its metrics.
+        """Name a model that the run made, which MLflow lists and ranks by its metrics.
 
         Args:
-            key: names it for good, whatever it is called.
-            path: its folder, if its files are to be kept there too.
+            key: identifies the model for good, whatever `name` says.
+            path: its folder, if MLflow is to keep its files too.
             register: the registered model that it becomes a version of; needs `path`.
         """
         about = {"tags": _texts({"longreach.model": key, **(tags or {})}), "metrics": _numbers(metrics), "step": step}
         self._write("model", name=name, **about, path=str(path and os.path.abspath(path)), register=register)
 
-    def end(self, status: Status | str) -> None:
-        """How the run ended; events may still follow."""
+    def end(self, status: RunStatus | str) -> None:
+        """Say how the run ended; events may still follow."""
         self._write("end", status=status)
 
     def _write(self, event: str, **fields: Any) -> None:
         self.append(encode(event, fields))
 
     def append(self, line: bytes) -> None:
-        """A whole line, as `encode` makes it."""
-        if (written := self._file.write(line)) != len(line):
+        """Append a whole line, as `encode` makes it."""
+        written = self._file.write(line)
+        if written != len(line):
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written: is the disk full?")
-
-    stop_asked = False
-    """On another node: the stop file is there (infra/relay.py)."""
-
-    def flush(self) -> None:
-        """Returns when all lines are where readers find them: at once, in a file."""
 
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
         return Spool, (self.path,)
 
 
 def encode(event: str, fields: Mapping[str, Any]) -> bytes:
-    """An event's line, stamped with the time."""
+    """Return an event's line, stamped with the time."""
     return _encode({"event": event, **fields, "time_ms": time.time_ns() // 1_000_000}).encode() + b"\n"
 
 
 def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The events in the whole lines from byte `offset` on, and the offset behind them; torn lines are skipped."""
-    read = list(iter_events(path, offset))
-    return [event for event, _ in read if event], read[-1][1] if read else offset
+    """Return the events in the whole lines from byte `offset` on, and the offset behind them, without torn lines."""
+    events = []
+    for event, end in iter_events(path, offset):
+        offset = end
+        if event:
+            events.append(event)
+    return events, offset
 
 
 def iter_events(path: Path | str, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """(event, offset behind its line) of each whole line from byte `offset` on; None for a torn line."""
+    """Yield (event, offset behind its line) for each whole line from byte `offset` on; the event is None if torn."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:

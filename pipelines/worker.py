@@ -102,7 +102,6 @@ def execute(task: Task) -> Done:
         return Done(seconds, spool.path.name, str(attempt.out), getattr(spool, "held", []))
     finally:
         spool.end(status)
-        spool.flush()
 
 
 def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:

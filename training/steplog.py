@@ -95,7 +95,7 @@ class StepLog:
     @property
     def stop_asked(self) -> bool:
         """Whether the driver, on another node, was asked to stop."""
-        return bool(self.spool and self.spool.stop_asked)
+        return self.spool is not None and relay.stop_asked(self.spool)
 
     def note(self, text: str) -> None:
         """Print something that a reader of the run should know, and keep it as a tag of the run."""
