@@ -1,7 +1,7 @@
-"""The base of every recipe section and of Resources: frozen, strict about names, plain to serialise.
+"""The base of every recipe section and of Resources: frozen, strict about names, with one JSON form.
 
-A section is identity: its JSON goes into the stage's fingerprint (pipelines/stage.py), so a value that has no
-one JSON form is not allowed in one.
+A section's JSON goes into the fingerprint of its stage (pipelines/stage.py), so values whose JSON is not unique (NaN,
+infinity) are refused.
 """
 
 import difflib

@@ -17,25 +17,26 @@ from typing import Any
 
 @contextlib.contextmanager
 def connected(address: str | None, *, cpus: int | None = None) -> Iterator[ModuleType]:
-    """Ray, initialised; shut down at the end, with every process that we started.
+    """Connect to Ray, give the block its module, and in the end shut down every process that was started for it.
 
     Args:
         address: a cluster's address; None starts one here, whatever a stale `current-cluster` file says.
-        cpus: CPUs that a cluster of our own offers; the machine's without it.
+        cpus: CPUs that a cluster of our own offers; all of the machine's if None.
 
     Raises:
         ValueError: no cluster answers at `address`.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default makes each report cost 2 s
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more at each start; nobody asks it
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # else one more process at each start
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asks for no GPU sees none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None and "ray" not in sys.modules:  # Ray does so itself since 2.59; it is read when Ray is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says at each start that tokens are on
+    # Else it prints at each start that tokens are on.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray
 
-    if ray.is_initialized():  # somebody around us (a test session) owns the cluster
+    if ray.is_initialized():  # a caller (a test session) owns the cluster
         yield ray
         return
     # The dashboard stays on although it costs seconds: without it Ray Train cannot ask the state API what a dead
@@ -63,10 +64,10 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
 
 
 def _job_config() -> Any:
-    """A job whose workers do not get the driver's current folder at the head of their module path.
+    """Return a job's settings that keep the driver's current folder out of its workers' module path.
 
-    Ray puts it there unless the job has a `working_dir`, and a user's `datasets.py` would then stand for the library's.
-    We have no `working_dir` either, since that would upload the folder; so Ray is told that there is one.
+    Ray puts it first there unless the job has a `working_dir`, and a user's `datasets.py` would then replace the
+    library. We have no `working_dir` either, since Ray would upload that folder; so Ray is told that there is one.
     """
     from ray.job_config import JobConfig
 

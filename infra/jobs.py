@@ -48,15 +48,15 @@ PATIENCE_S = 60
 
 @dataclass(frozen=True)
 class Submission:
-    """What is sent; nothing else leaves this machine.
+    """What is sent to the cluster; nothing else leaves this machine.
 
     Raises:
-        ValueError: a password in it, which the dashboard would show.
+        ValueError: it holds a password, which the dashboard would show.
     """
 
     name: str
     recipe: bytes
-    """The recipe's file."""
+    """Content of the recipe's file."""
     overrides: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
     """What the cluster installs for the job; empty: its image has it."""
@@ -70,17 +70,17 @@ class Submission:
             )
 
     def run(self, recipe: str, *program: str) -> list[str]:
-        """The driver's command. It never waits for another run of the recipe."""
+        """Return the driver's command, which never waits for another run of the recipe."""
         sets = [word for text in self.overrides for word in ("--set", text)]
         return [*program, "run", recipe, *sets, "--address", "auto", "--no-wait"]
 
     @property
     def entrypoint(self) -> str:
-        """As Ray's shell takes it; `exec`, so that signals and the exit code are the driver's and not the shell's."""
+        """The command for Ray's shell; with `exec`, signals and the exit code are the driver's, not the shell's."""
         return "exec " + shlex.join(self.run(RECIPE, "python", "-m", "longreach.pipelines"))
 
     def files(self) -> dict[str, bytes]:
-        """Content by path in the job's folder: the recipe, and the package `longreach`."""
+        """Return content by path in the job's folder: the recipe, and the package `longreach`."""
         root = Path(__file__).parents[1]
         sources = [root / "__init__.py"]
         for room in ROOMS:
@@ -89,15 +89,18 @@ class Submission:
         return {RECIPE: self.recipe, **package}
 
     def runtime_env(self, folder: str) -> dict[str, Any]:
-        """As Ray takes it."""
-        made: dict[str, Any] = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(PATIENCE_S)}}
-        return made | ({"pip": [*self.pip]} if self.pip else {})
+        """Return the job's environment in Ray's form; `folder` holds its files."""
+        env = {"RAY_JOB_STOP_WAIT_TIME_S": str(PATIENCE_S)}
+        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": env}
+        if self.pip:
+            runtime_env["pip"] = list(self.pip)
+        return runtime_env
 
     def metadata(self) -> dict[str, str]:
         return {"recipe": self.name, "longreach": installed("longreach") or "unknown"}
 
     def as_json(self, address: str, **more: Any) -> str:
-        """Everything that would be sent, with files as sizes."""
+        """Return everything that would be sent as JSON, with sizes in place of files."""
         files = {path: len(content) for path, content in self.files().items()}
         shown = {"address": address, "entrypoint": self.entrypoint, "metadata": self.metadata()}
         shown |= {"runtime_env": self.runtime_env(f"{len(files)} files, {sum(files.values()):,} bytes")}
@@ -107,13 +110,13 @@ class Submission:
 def whereabouts(
     address: str, local: dict[str, str], *, shared_disk: bool, workdir: str = WORKDIR, option: str = "--shared-disk"
 ) -> dict[str, str]:
-    """What to set so that a driver elsewhere finds what the recipe says, by field.
+    """Return what to set, by field, so that a driver elsewhere finds the files that the recipe names.
 
     Args:
         local: fields that may name a file or folder: `store.root`, `corpus.sources.0.files`, ...
         shared_disk: the cluster sees this machine's disk under the same paths; a loopback address says so, too.
         workdir: what a relative store.workdir becomes on another machine.
-        option: says that the disk is shared.
+        option: the command's option that means `shared_disk`, for messages.
 
     Raises:
         ValueError: one of them is a folder of this machine, which the cluster does not see.
@@ -140,7 +143,7 @@ def whereabouts(
 
 
 def manifest(submission: Submission, resources: Resources, place: kubernetes.Place) -> str:
-    """A RayJob and the recipe that it mounts, for `kubectl apply -f -`; the code is the image's.
+    """Return a RayJob and the recipe that it mounts, for `kubectl apply -f -`; the code is the image's.
 
     Raises:
         ValueError: what the operator would refuse.
@@ -153,23 +156,25 @@ def manifest(submission: Submission, resources: Resources, place: kubernetes.Pla
 
 
 def pinned() -> tuple[str, ...]:
-    """What longreach needs, with what that needs in turn, in this environment's versions without builds (`+cpu`)."""
+    """Return all packages that longreach needs, theirs too, pinned to this environment's versions without builds
+    (`+cpu`)."""
     from packaging.requirements import Requirement
 
-    found: dict[str, str] = {}
-    todo = [Requirement(text) for text in metadata.requires("longreach") or ()]
-    todo = [one for one in todo if one.marker is None or one.marker.evaluate({"extra": ""})]
+    versions: dict[str, str] = {}
     seen: set[str] = set()
-    while todo:
-        one = todo.pop()
-        if str(one) in seen or (version := installed(one.name)) is None:
+    pending = [Requirement("longreach")]
+    while pending:
+        package = pending.pop()
+        version = installed(package.name)
+        if str(package) in seen or version is None:
             continue
-        seen.add(str(one))
-        found[one.name.lower().replace("_", "-")] = version.partition("+")[0]
-        for inner in map(Requirement, metadata.requires(one.name) or ()):
-            if inner.marker is None or any(inner.marker.evaluate({"extra": e}) for e in ("", *one.extras)):
-                todo.append(inner)
-    return tuple(f"{name}=={version}" for name, version in sorted(found.items()))
+        seen.add(str(package))
+        versions[package.name.lower().replace("_", "-")] = version.partition("+")[0]
+        for needed in map(Requirement, metadata.requires(package.name) or ()):
+            if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in ("", *package.extras)):
+                pending.append(needed)
+    del versions["longreach"]  # the job brings its code along
+    return tuple(f"{name}=={version}" for name, version in sorted(versions.items()))
 
 
 # ---- the cluster
@@ -200,7 +205,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def token() -> tuple[str | None, str]:
-    """(the token, where it comes from), in Ray's order.
+    """Return (the token, where it comes from), looking in Ray's order.
 
     Raises:
         ValueError: RAY_AUTH_TOKEN_PATH names no readable file.
@@ -212,8 +217,8 @@ def token() -> tuple[str | None, str]:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"
     try:
-        if found := file.read_text().strip():
-            return found, str(file)
+        if content := file.read_text().strip():
+            return content, str(file)
     except OSError as error:
         if path:
             raise ValueError(f"RAY_AUTH_TOKEN_PATH {path}: {error.strerror}: name the file of Ray's token") from None
@@ -221,8 +226,8 @@ def token() -> tuple[str | None, str]:
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """A JobSubmissionClient of Ray's.
+def job_client(address: str) -> Iterator[Any]:
+    """Give the block a client of Ray's jobs (JobSubmissionClient).
 
     Raises:
         ValueError: nobody answers there, the token is not the cluster's, or it refuses what is asked.
@@ -258,7 +263,7 @@ def connected(address: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _winning(address: str, variable: str = "RAY_API_SERVER_ADDRESS") -> Iterator[None]:
-    """Ray lets this variable, and then RAY_ADDRESS, win over the address that its client is given."""
+    """Make `address` win: Ray prefers this variable, and then RAY_ADDRESS, to the address that its client is given."""
     before = os.environ.get(variable)
     os.environ[variable] = address
     try:
@@ -269,7 +274,7 @@ def _winning(address: str, variable: str = "RAY_API_SERVER_ADDRESS") -> Iterator
 
 
 def submit(client: Any, submission: Submission) -> str:
-    """Send it; returns the job's id at once, while the cluster unpacks (and installs)."""
+    """Send a job; return its id at once, while the cluster unpacks (and installs)."""
     with tempfile.TemporaryDirectory(prefix="longreach-submit-") as folder:
         for path, content in submission.files().items():
             target = Path(folder, path)
@@ -283,7 +288,7 @@ def submit(client: Any, submission: Submission) -> str:
 
 
 def follow(client: Any, job: str) -> int:
-    """Print a job's log from its first line until it ends; returns its driver's exit code (1 if it has none).
+    """Print a job's log from its first line until it ends; return its driver's exit code (1 if it has none).
 
     Raises:
         ValueError: the connection broke. The job goes on.
@@ -295,7 +300,7 @@ def follow(client: Any, job: str) -> int:
 
     import aiohttp
 
-    client.get_job_status(job)  # of a job that does not exist, before a log of nothing
+    client.get_job_status(job)  # raises if there is no such job; the log would merely be empty
     try:
         asyncio.run(lines())
     except KeyboardInterrupt:
@@ -307,16 +312,16 @@ def follow(client: Any, job: str) -> int:
 
 
 def ended(client: Any, job: str) -> int:
-    """The exit code of a job that is over; says why it failed, on stderr."""
-    found = client.get_job_info(job)
-    status = found.status.value
+    """Return the exit code of a job that is over; print on stderr why it failed."""
+    details = client.get_job_info(job)
+    status = details.status.value
     if status == "SUCCEEDED":
         return 0
-    why = (found.message or "").partition(", last available logs")[0].partition("\n")[0]  # the log was just printed
+    why = (details.message or "").partition(", last available logs")[0].partition("\n")[0]  # the log was just printed
     print(f"{job} {status}: {why}", file=sys.stderr)
-    return found.driver_exit_code or 1
+    return details.driver_exit_code or 1
 
 
 def listed(client: Any) -> list[Any]:
-    """Ray's JobDetails of every submitted job, the newest first."""
+    """Return Ray's JobDetails of every submitted job, the newest first."""
     return sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: -(job.start_time or 0))

@@ -1,7 +1,7 @@
 """Tell people how a run ended: one JSON POST to a webhook (Slack, Teams and ntfy read its `text`; programs the rest).
 
-The address is a secret as often as not, so it is taken from the command line or LONGREACH_NOTIFY_URL and shown nowhere
-but by its host; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook that fails changes no exit code.
+The address is often a secret, so it is taken from the command line or LONGREACH_NOTIFY_URL, and of it only the host is
+ever shown; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook that fails changes no exit code.
 
     LONGREACH_NOTIFY_URL=https://hooks.example.org/T0/B0/secret longreach run retrain
 """
@@ -18,14 +18,14 @@ Ending = Literal["success", "failure", "refused", "stopped"]
 
 
 def check_url(url: str) -> None:
-    """ValueError, which does not repeat it, unless it is an http(s) address."""
+    """Raise ValueError, which does not repeat the address, unless it is an http(s) one."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--notify and {URL} want an http:// or https:// address, got one of scheme {parts.scheme!r}")
 
 
 def notify(url: str, ending: Ending, recipe: str, facts: Mapping[str, Any], timeout_s: float = 10.0) -> str:
-    """POST {"text", "recipe", "status", ...facts}; returns "" or why it did not arrive, without the address."""
+    """POST {"text", "recipe", "status", ...facts}; return "", or why it did not arrive, without the address."""
     import requests
 
     mark = {"success": "done", "failure": "FAILED", "refused": "refused by the gate", "stopped": "stopped"}[ending]

@@ -1,4 +1,4 @@
-"""Look again and again, in a thread, while something else goes on.
+"""Call a function again and again, in a thread, while something else goes on.
 
 with polling(show_progress, every_s=0.5, name="tail"): ...
 """
@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def polling(look: Callable[[], object], *, every_s: float, name: str, for_s: float = math.inf) -> Iterator[None]:
-    """Calls `look` every `every_s` seconds, for at most `for_s`; on leaving, a look that has begun ends first."""
-    over, until = threading.Event(), time.monotonic() + for_s
+    """Call `look` every `every_s` seconds, for at most `for_s` in all; on leaving, wait for a call to end."""
+    over = threading.Event()
+    until = time.monotonic() + for_s
 
     def loop() -> None:
         while not over.wait(every_s) and time.monotonic() < until:

@@ -1,8 +1,8 @@
 """MLflow's registry: models as it lists and ranks them, versions by name, and the alias `champion` that the gate moves.
 
-Everything here can be said twice: a model is found again by its tag `longreach.model`, a version by its fingerprint.
-What stands behind an alias is whatever the registry says at that moment, so a move names the version that it expects to
-find there and is refused if another one took its place in the meantime. The server is MLFLOW_TRACKING_URI's.
+Everything here may be repeated: a model is found again by its tag `longreach.model`, a version by its fingerprint.
+Others may move an alias at any time, so a move names the version that it expects behind the alias, and is refused if
+another one took its place in the meantime. The server is the one that MLFLOW_TRACKING_URI names.
 
     python -c "from longreach.infra.registry import champion; print(champion('quickstart-longlora'))"
 """
@@ -38,12 +38,12 @@ class AliasMoved(RuntimeError):
 
 
 def connect() -> Any:
-    """An MlflowClient that gives up after seconds: MLflow's own patience is minutes."""
+    """Return an MlflowClient that gives up after a minute or two; MLflow's own default is many minutes."""
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it prints a line for each table that it creates
     client = MlflowClient()
     if database := sqlite_path(client.tracking_uri):
         database.parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +51,12 @@ def connect() -> Any:
 
 
 def default_uri(workdir: Path | str) -> str:
-    """The embedded store: SQLite at `{workdir}/mlflow.db`, artifacts beside it in `mlartifacts`; no server needed."""
+    """Return the URI of the embedded store, which needs no server: `{workdir}/mlflow.db`, and `mlartifacts` beside it."""
     return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
 
 
 def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
-    """The recipe's MLflow, else the environment's, else the embedded one below `workdir`.
+    """Return the URI of the recipe's MLflow, else the environment's, else the embedded one below `workdir`.
 
     Raises:
         ValueError: it holds a password, which process lists, logs and dashboards would show.
@@ -74,21 +74,23 @@ def check_tracking_uri(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The database file of an embedded store."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    """Return the database file of an embedded store, None for a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).absolute()
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """Of an experiment, made if it is not there; an embedded store keeps its files beside its database.
+    """Return an experiment's id; it is made if it is missing. An embedded store keeps files beside its database.
 
     Raises:
         ValueError: it was deleted.
     """
-    found = client.get_experiment_by_name(name)
-    if found and found.lifecycle_stage == "deleted":
+    experiment = client.get_experiment_by_name(name)
+    if experiment and experiment.lifecycle_stage == "deleted":
         raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
-    if found:
-        return found.experiment_id
+    if experiment:
+        return experiment.experiment_id
     database = sqlite_path(client.tracking_uri)
     artifacts = (database.parent / "mlartifacts").as_uri() if database else None
     kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page shows prompts and traces
@@ -96,13 +98,13 @@ def experiment_id(client: Any, name: str) -> str:
 
 
 def run_of(client: Any, experiment_id: str, run: str) -> str | None:
-    """MLflow's id of a spooled run; None if it is not uploaded yet."""
-    found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run}'")
-    return found[0].info.run_id if found else None
+    """Return MLflow's id of a spooled run; None if it is not uploaded yet."""
+    runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run}'")
+    return runs[0].info.run_id if runs else None
 
 
 def check_login(uri: str, timeout_s: float = 5.0) -> str:
-    """ "" if a tracking server lets us in, else why it cannot be asked right now; other stores are not asked.
+    """Return "" if a tracking server lets us in, else why it cannot be asked now; other stores are not asked.
 
     Raises:
         ValueError: it refuses the login.
@@ -130,24 +132,26 @@ def check_login(uri: str, timeout_s: float = 5.0) -> str:
 
 
 def version_of(name: str) -> Any:
-    """What the registry knows of `name@alias` or `name/3`. ValueError if it knows nothing, or cannot be asked."""
+    """Return the version `name@alias` or `name/3`; ValueError if there is none, or MLflow cannot be asked."""
     from mlflow.exceptions import MlflowException
 
     model, _, alias = name.partition("@")
     client = connect()
     try:
-        return client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(*name.split("/"))
+        if alias:
+            return client.get_model_version_by_alias(model, alias)
+        return client.get_model_version(*name.split("/"))
     except MlflowException as error:
         raise ValueError(f"models:/{name}: MLflow at {client.tracking_uri} says: {error.message}") from error
 
 
 def champion(name: str) -> Any | None:
-    """The version behind the alias, None if there is none. ValueError if the registry cannot be asked."""
+    """Return the champion's version, None if there is none; ValueError if the registry cannot be asked."""
     return aliased(connect(), name, CHAMPION)
 
 
 def aliased(client: Any, name: str, alias: str) -> Any | None:
-    """The version behind an alias, None if there is none."""
+    """Return the version behind an alias, None if there is none; ValueError if the registry cannot be asked."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -164,10 +168,13 @@ def aliased(client: Any, name: str, alias: str) -> Any | None:
 def log_model(
     client: Any, experiment_id: str, run_id: str | None, name: str, tags: Mapping[str, str], folder: Path | None = None
 ) -> Any:
-    """The LoggedModel with this MODEL tag, made if it is not there; with a folder's files, if one is given."""
-    name, query = NOT_IN_NAMES.sub("-", name).strip("-"), f"tags.`{MODEL}` = '{tags[MODEL]}'"
-    found = client.search_logged_models([experiment_id], query)
-    model = found[0] if found else client.create_logged_model(experiment_id, name, run_id, dict(tags))
+    """Return the LoggedModel with this MODEL tag; if it is missing it is made, with the files of `folder`."""
+    models = client.search_logged_models([experiment_id], f"tags.`{MODEL}` = '{tags[MODEL]}'")
+    if models:
+        model = models[0]
+    else:
+        plain_name = NOT_IN_NAMES.sub("-", name).strip("-")
+        model = client.create_logged_model(experiment_id, plain_name, run_id, dict(tags))
     if str(model.status) != "READY":
         if folder:
             _upload(client, model, folder)
@@ -176,7 +183,7 @@ def log_model(
 
 
 def _upload(client: Any, model: Any, folder: Path) -> None:
-    """Where MLflow's artifacts are local files, the model's are links to the published ones: no second copy."""
+    """Upload a model's files; where MLflow's artifacts are local files, link the published ones: no second copy."""
     place = urlsplit(model.artifact_location)
     if place.scheme not in ("", "file"):
         client.log_model_artifacts(model.model_id, str(folder))
@@ -185,7 +192,7 @@ def _upload(client: Any, model: Any, folder: Path) -> None:
 
 
 def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mapping[str, str], about: str = "") -> Any:
-    """The version of `name` that a LoggedModel is, made if it is not there."""
+    """Return the version of `name` that a LoggedModel is; it is made if it is missing."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -227,14 +234,15 @@ def move(client: Any, name: str, version: str, expected: str | None) -> None:
 
 
 def rolled_back(name: str, fingerprint: str) -> str | None:
-    """The version of a release that people took back, if they did."""
-    versions = connect().search_model_versions(f"name = '{name}'")
-    mine = [v for v in versions if v.tags.get(FINGERPRINT) == fingerprint and v.tags.get(ROLLED_BACK)]
-    return str(mine[0].version) if mine else None
+    """Return the version of a release if people took it back, else None."""
+    for version in connect().search_model_versions(f"name = '{name}'"):
+        if version.tags.get(FINGERPRINT) == fingerprint and version.tags.get(ROLLED_BACK):
+            return str(version.version)
+    return None
 
 
 def rollback(name: str) -> tuple[str, str]:
-    """`previous` becomes champion, and the champion `previous`; returns (version that was, version that is).
+    """Make `previous` champion and the champion `previous`; return (version that was champion, version that is).
 
     Raises:
         ValueError: one of them is missing, or the registry cannot be asked.

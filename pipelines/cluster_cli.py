@@ -190,7 +190,7 @@ def submit(
         return
     if not yes and not typer.confirm(f"submit to {url}?", err=True):
         raise typer.Exit(FAILED)
-    with jobs.connected(url) as client:
+    with jobs.job_client(url) as client:
         job = jobs.submit(client, submission)
         print(job, flush=True)
         code = jobs.follow(client, job) if follow else 0
@@ -204,7 +204,7 @@ def list_jobs(address: Address) -> None:
     from longreach.infra import jobs
     from longreach.pipelines.display import duration
 
-    with jobs.connected(address) as client:
+    with jobs.job_client(address) as client:
         listed = jobs.listed(client)
     rows = []
     for job in listed:
@@ -226,7 +226,7 @@ def logs(job: JobId, address: Address, follow: Follow = False) -> None:
     """Print what a job has written so far; with --follow until it ends, with its exit code."""
     from longreach.infra import jobs
 
-    with jobs.connected(address) as client:
+    with jobs.job_client(address) as client:
         if not follow:
             print(client.get_job_logs(job), end="")
             return
@@ -240,7 +240,7 @@ def stop(job: JobId, address: Address) -> None:
     """Ask a job to stop: its training writes checkpoints first, and submitting again resumes from them."""
     from longreach.infra import jobs
 
-    with jobs.connected(address) as client:
+    with jobs.job_client(address) as client:
         asked = client.stop_job(job)
     print(f"{job} was asked to stop" if asked else f"{job} was over already")
 

@@ -210,7 +210,7 @@ def test_no_code_of_a_downloaded_model_is_ever_run() -> None:
 def test_nobody_answers_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(ValueError, match="no Ray dashboard answers"),
-        jobs.connected(f"http://127.0.0.1:{free_port()}"),
+        jobs.job_client(f"http://127.0.0.1:{free_port()}"),
     ):
         pass
 
@@ -297,7 +297,7 @@ def test_without_the_token_nothing_is_answered(head: str, monkeypatch: pytest.Mo
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
         with (
             pytest.raises(ValueError, match=r"refuses.*RAY_AUTH_TOKEN, or .*RAY_AUTH_TOKEN_PATH") as refused,
-            jobs.connected(head) as client,
+            jobs.job_client(head) as client,
         ):
             jobs.listed(client)
         assert "wrong-token" not in str(refused.value)
@@ -313,7 +313,7 @@ def test_a_job_runs_the_code_and_recipe_that_came_along_and_its_exit_code_comes_
     code = (
         'import sys; from longreach.infra import jobs; print(jobs.__file__, open("recipe.yaml").read()); sys.exit(75)'
     )
-    with jobs.connected(head) as client:
+    with jobs.job_client(head) as client:
         job = jobs.submit(client, Trivial(code))
         assert jobs.follow(client, job) == 75
         told = client.get_job_info(job)
@@ -333,7 +333,7 @@ def test_the_commands_list_a_job_print_its_log_and_stop_it_with_time_to_finish(
         'end = lambda *_: (time.sleep(5), print("checkpoint written", flush=True), sys.exit(143)); '
         'signal.signal(signal.SIGTERM, end); print("training", flush=True); time.sleep(300)'
     )
-    with jobs.connected(head) as client:
+    with jobs.job_client(head) as client:
         job = jobs.submit(client, Trivial(code))
         wait_until(lambda: "\ntraining" in client.get_job_logs(job))
         assert re.search(rf"{job} +trivial +RUNNING", longreach(capsys, "jobs", "--address", head)[1])
