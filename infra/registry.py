@@ -51,7 +51,7 @@ def connect() -> Any:
 
 
 def default_uri(workdir: Path | str) -> str:
-    """Return the URI of the embedded store, which needs no server: `{workdir}/mlflow.db`, and `mlartifacts` beside it."""
+    """Return the URI of the embedded store: `{workdir}/mlflow.db`, with `mlartifacts` beside it; it needs no server."""
     return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
 
 
