@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra import relay
-from longreach.infra.versions import system_metrics
 from longreach.infra.tracking import read_events
+from longreach.infra.versions import system_metrics
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")
 """The numbers of a step that MLflow draws, as `train/...`."""
