@@ -26,13 +26,13 @@ from typing import Any
 
 from longreach.infra import relay
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
-from longreach.infra.versions import git_commit
 from longreach.infra.lease import Lease
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
 from longreach.infra.registry import check_login, sqlite_path
 from longreach.infra.resources import STAGE_RETRIES
 from longreach.infra.tracking import Spool, read_events
+from longreach.infra.versions import git_commit
 from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.display import Display
 from longreach.pipelines.graph import build, report_on

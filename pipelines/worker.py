@@ -16,11 +16,11 @@ from typing import Any
 
 from longreach.infra import relay
 from longreach.infra.artifact import AlreadyPublished, Artifact, Attempt, Store
-from longreach.infra.versions import git_commit, versions
 from longreach.infra.files import flatten
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share, node_scratch
 from longreach.infra.tracking import Spool
+from longreach.infra.versions import git_commit, versions
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.stage import Stage
 
