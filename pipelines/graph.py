@@ -30,7 +30,7 @@ from longreach.pipelines.report.report import ReportRecipe
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import MergeRecipe, PackStageRecipe, TokenizerRecipe
 from longreach.training.convert import source_digest as model_digest
-from longreach.training.corpus import source_digest as corpus_digest
+from longreach.training.documents import source_digest as corpus_digest
 from longreach.training.recipe import (
     BaseRecipe,
     FinetuneStageRecipe,

@@ -67,7 +67,7 @@ class TokenizerRecipe(Choices):
 @stage(makes=TokenizerFolder, revision=1, cpus=lambda resources: 1)
 def tokenizer(*, recipe: TokenizerRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
     """Train a tokenizer on the corpus' training documents."""
-    from longreach.training.tokenizer import train_tokenizer
+    from longreach.training.train_tokenizer import train_tokenizer
 
     return train_tokenizer(recipe.corpus, recipe.vocab_size, out, base_dir=Path.cwd())
 
@@ -96,8 +96,8 @@ def pack(
     import ray
     from transformers import AutoTokenizer
 
-    from longreach.training.corpus import known_names
-    from longreach.training.packed import pack_corpus
+    from longreach.training.corpus import pack_corpus
+    from longreach.training.documents import known_names
 
     total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0: not known before the end
     reported_at = 0.0

@@ -37,8 +37,8 @@ from longreach.pipelines.report.tasks import others
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
 from longreach.training import throughput
-from longreach.training.packed import pack_corpus
-from longreach.training.planner import Machine, Prediction
+from longreach.training.corpus import pack_corpus
+from longreach.training.cost import Machine, Prediction
 from longreach.training.recipe import TrainJob
 from longreach.training.summary import TrainableParameters
 

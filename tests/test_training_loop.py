@@ -14,11 +14,12 @@ from longreach.infra.errors import OutOfMemory, Superseded
 from longreach.infra.launch import run_local
 from longreach.infra.tracking import Spool, read_events
 from longreach.training import export, loop
-from longreach.training.batches import PackedRows, RowOrder
 from longreach.training.build import build
+from longreach.training.corpus import PackedRows
 from longreach.training.loop import learning_rate
 from longreach.training.model import with_softmax_sinks
 from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, TrainJob
+from longreach.training.row_order import RowOrder
 from longreach.training.summary import TrainingSummary
 
 S2 = ArmRecipe(tune="lora+embed+norm", attention={"pattern": "shifted_sparse", "group_tokens": 8, "sink_tokens": 2})

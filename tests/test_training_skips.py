@@ -11,8 +11,8 @@ from toy_models import job, train
 
 from longreach.infra.errors import Stopped
 from longreach.infra.tracking import Spool, read_events
-from longreach.training.batches import RowOrder
 from longreach.training.recipe import OptimRecipe
+from longreach.training.row_order import RowOrder
 from longreach.training.skips import Skips
 
 S2 = {"pattern": "shifted_sparse", "group_tokens": 8}

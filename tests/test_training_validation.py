@@ -11,7 +11,7 @@ from toy_models import job, packed_corpus, tiny_folder, train
 from transformers import AutoModelForCausalLM
 
 from longreach.training import loop
-from longreach.training.batches import IGNORED
+from longreach.training.corpus import IGNORED
 from longreach.training.recipe import OptimRecipe
 from longreach.training.summary import TrainingSummary
 from longreach.training.validation import validation_rows

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from longreach.infra.launch import run_local
 from longreach.infra.resources import Resources
+from longreach.training.corpus import pack_corpus
 from longreach.training.model import fresh_llama
-from longreach.training.packed import pack_corpus
 from longreach.training.recipe import (
     ArmRecipe,
     CorpusRecipe,

@@ -3,7 +3,7 @@
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longreach.training.tokens import LLAMA3_SPLITS
+from longreach.training.tokenise import LLAMA3_SPLITS
 
 LINES = [
     "It was the best of times, it was the worst of times, it was the age of wisdom, 1859.",

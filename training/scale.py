@@ -1,6 +1,6 @@
 """Scale on paper: what a Llama costs on 8 to 1,024 GPUs, where it stops scaling and where it does not fit.
 
-The arithmetic is the one that predicts runs on this machine (training/planner.py). Only the rates are not measured:
+The arithmetic is the one that predicts runs on this machine (training/cost.py). Only the rates are not measured:
 they are a data sheet's, times an assumed share that is really reached. The batch stays the same however many GPUs
 share it; once it has fewer rows than there are GPUs, neighbours share rows (DeepSpeed-Ulysses). Layers are recomputed
 in the backward pass, weights are bfloat16, and nothing overlaps.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from longreach.infra.resources import Resources
 from longreach.training.attention_recipe import AttentionRecipe
-from longreach.training.planner import CONFIG_KEYS, GIB, Machine, Prediction, Shape, predict
+from longreach.training.cost import CONFIG_KEYS, GIB, Machine, Prediction, Shape, predict
 from longreach.training.recipe import ArmRecipe
 
 MODELS = {

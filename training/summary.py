@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from longreach.training.planner import Machine, Prediction
+from longreach.training.cost import Machine, Prediction
 from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, PackRecipe, RopeRecipe, Sink
 
 
@@ -156,7 +156,7 @@ class BadEntries(Facts):
     fraction: float
     """Malformed entries over all entries."""
     listed: tuple[BadEntry, ...] = ()
-    """The first of them (packed.MAX_LISTED); manifests leave them out."""
+    """The first of them (corpus.MAX_LISTED); manifests leave them out."""
 
 
 class LengthBin(Facts):
@@ -201,7 +201,7 @@ class PackSummary(Summary, PackRecipe):
     documents: dict[str, int]
     """Number of documents by split (train, validation, test)."""
     source_digest: str
-    """Identity of the texts (training/corpus.py)."""
+    """Identity of the texts (training/documents.py)."""
     document_tokens: dict[str, int]
     """Tokens of the documents' text by split."""
     longer_than_a_row: int

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longreach.training.batches import IGNORED
+from longreach.training.corpus import IGNORED
 from longreach.training.loss import count_targets
 from longreach.training.summary import PackSummary
 

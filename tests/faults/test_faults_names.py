@@ -12,7 +12,7 @@ from toy_models import tiny_tokenizer
 from longreach.infra.artifact import CorruptArtifact, Store
 from longreach.infra.share import Share
 from longreach.pipelines.reader import RecipeError, load
-from longreach.training.packed import pack_corpus
+from longreach.training.corpus import pack_corpus
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 RECORD = {"summary": {}, "inputs": {}, "recipe": {}}

@@ -4,7 +4,7 @@ A text is cut only where its tokenizer is known to begin a new pre-token whateve
 parts, joined, are the tokens of the whole. `exact_cut` holds the rules and their proofs; each cut is asserted on the
 characters around it. Cutting also pays: pieces of 1 KB stay in cache and take half of the CPU time of whole books.
 
-    python -c "from longreach.training.tokens import Encoder; print(Encoder(open('base/tokenizer.json').read()).cut)"
+    python -c "from longreach.training.tokenise import Encoder; print(Encoder(open('base/tokenizer.json').read()).cut)"
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
-from longreach.training.tokenizer import train_tokenizer
+from longreach.training.train_tokenizer import train_tokenizer
 
 
 def corpus(folder):

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from toy_tokenizers import LINES, PRE_TOKENIZERS, toy_core
 from transformers import AutoTokenizer
 
-from longreach.training.corpus import known_names, read_documents
+from longreach.training.documents import known_names, read_documents
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
-from longreach.training.tokens import Encoder, Tokens, encode_all, exact_cut
+from longreach.training.tokenise import Encoder, Tokens, encode_all, exact_cut
 
 ATOMS = [
     *" \n\r\t.,!-'1aZéß你。\u00a0\u0085\u2028\u3000\x1c\x1f\u200b\u0301\u0308",

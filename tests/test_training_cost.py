@@ -12,11 +12,11 @@ from toy_models import job, train
 from longreach.attention import PATTERNS
 from longreach.attention.hf import set_pattern
 from longreach.infra.resources import Resources
-from longreach.training import throughput
+from longreach.training import cost
+from longreach.training.cost import Machine, Shape, predict
 from longreach.training.longlora import apply_arm, trainable_parameters
 from longreach.training.loss import TokenLoss
 from longreach.training.model import fresh_llama
-from longreach.training.planner import Machine, Shape, predict
 from longreach.training.recipe import ArmRecipe, LlamaRecipe
 from longreach.training.summary import TrainingSummary
 
@@ -167,8 +167,8 @@ def test_every_arm_keeps_what_was_predicted_beside_what_it_took(tmp_path):
 
 def test_this_machine_is_measured_once_and_not_again_after_a_restart(tmp_path, monkeypatch):
     measured = []
-    real = throughput.calibrate
-    monkeypatch.setattr(throughput, "calibrate", lambda **asked: measured.append(asked) or real(**asked))
+    real = cost.calibrate
+    monkeypatch.setattr(cost, "calibrate", lambda **asked: measured.append(asked) or real(**asked))
     todo = job(tmp_path)
     machine = train(todo).machine
     again = todo | {"out": str(tmp_path / "again/out"), "work": str(tmp_path / "again/work")}

@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer of the corpus' own, for models from scratch: a small vocabulary leaves a small model its
 parameters for the layers.
 
-    pytest tests/test_training_tokenizer.py
+    pytest tests/test_training_train_tokenizer.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longreach.training.corpus import Document, read_documents, split_of
+from longreach.training.documents import Document, read_documents, split_of
 from longreach.training.recipe import CorpusRecipe
 
 EOS = "<|endoftext|>"

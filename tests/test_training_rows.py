@@ -5,7 +5,8 @@ import pytest
 import torch
 from toy_models import packed_corpus
 
-from longreach.training.batches import IGNORED, PackedRows, RowOrder
+from longreach.training.corpus import IGNORED, PackedRows
+from longreach.training.row_order import RowOrder
 
 ORDER = RowOrder(rows=100, seed=0, global_batch_rows=12)
 
@@ -87,8 +88,8 @@ def test_labels_are_the_tokens_wherever_a_document_has_gone_before(corpus):
 
 
 def test_rows_come_in_the_order_asked_for_from_any_record_batch(tmp_path, monkeypatch, corpus):
-    monkeypatch.setattr("longreach.training.packed.WRITE_BYTES", 300)
-    monkeypatch.setattr("longreach.training.packed.SHARD_BYTES", 1000)
+    monkeypatch.setattr("longreach.training.corpus.WRITE_BYTES", 300)
+    monkeypatch.setattr("longreach.training.corpus.SHARD_BYTES", 1000)
     cut, whole = PackedRows(packed_corpus(tmp_path)), PackedRows(corpus["none"])
     assert len(list((tmp_path / "corpus/rows").glob("*.arrow"))) > 2
     every = joined(whole.batch(range(len(whole))))

@@ -1,0 +1,626 @@
+"""What a training step will cost, before it is trained: FLOPs, memory and seconds, by counting.
+
+FLOPs are those of the matrices and of the keys that a pattern lets a query see. Memory is what ZeRO leaves on a rank,
+plus what the backward pass needs of each layer. Seconds are FLOPs and bytes over what this machine was measured to do
+(`calibrate`), each kind of work at its own rate. The model is Llama-like (q, k, v, o, a gated MLP). Everything that is
+assumed and not measured stands in the table of assumptions below. No torch at import: `longreach plan` reads this in
+milliseconds.
+
+    predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources, machine=machine).step_s
+
+Legend: T tokens, H heads, D head dim, E hidden size, I intermediate size, N and M a matrix's inputs and outputs.
+
+    pytest tests/test_training_cost.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from longreach.infra.files import write_whole
+from longreach.infra.resources import Resources
+from longreach.training.recipe import ArmRecipe, TrainJob
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+GIB = 2**30
+CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+
+# ---- the table of assumptions: what, why, and where the number comes from
+
+ATTENTION_BACKWARD = 2.5
+"""FLOPs of the attention kernel's backward pass over those of its forward. FlashAttention computes 2 products forward
+(scores, values) and 5 backward (the scores again, and gradients of q, k, v and the scores)."""
+BACKWARD_TRAFFIC = 2
+"""Bytes that elementwise operations move backward over those forward: they read the saved input and the gradient."""
+PASSES = 3
+"""Floats that an elementwise operation moves for each that it returns: about two are read and one is written."""
+LOSS_PASSES = 12
+"""Memory passes over the logits in the fused loss (training/loss.py), by its operations: the matmul writes 1, the
+maximum reads 1, subtracting and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets
+about 1, and the products for the two gradients read 1 each."""
+LOSS_CHUNK = 512
+"""Tokens whose logits exist at once (training/loss.py)."""
+OPTIMIZER_BYTES = 7 * 4
+"""Bytes per trained parameter of an AdamW step: it reads weight, gradient and two moments, and writes all but the
+gradient, in float32."""
+SHARDED_BYTES = 6 * 4
+"""Bytes per trained parameter that ZeRO adds: it copies each gradient into a bucket and on into its owner's part, and
+each new weight back into the model; a copy reads and writes."""
+BUCKET_NUMBERS = 5e8
+"""Numbers that one collective carries at most (DeepSpeed's reduce_bucket_size)."""
+PREFETCH_NUMBERS = 5e7
+"""Numbers that ZeRO-3 gathers at once (DeepSpeed's stage3_prefetch_bucket_size)."""
+LIVE_NUMBERS = 1e9
+"""Weights that ZeRO-3 keeps whole on each GPU at most (DeepSpeed's stage3_max_live_parameters)."""
+PROCESS_GIB = 0.65
+"""Memory of a rank with torch, DeepSpeed and Ray before it has a model, where none was measured (RESULTS.md)."""
+KNOWN_WITHIN = 0.02
+"""A model whose number of parameters differs more than this from the counted one is no Llama, and not predicted."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that decide its cost."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """Read a config.json's content. Sizes that it lacks are 0, and then nothing `counts`."""
+        config = dict.fromkeys(CONFIG_KEYS, 0) | dict(config)
+        heads = config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // max(heads, 1),
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+        )
+
+    def counts(self, parameters: int) -> bool:
+        """Whether this counting fits a model of `parameters` parameters, LoRA's left out."""
+        return abs(self.parameters - parameters) < KNOWN_WITHIN * parameters
+
+    @property
+    def q_width(self) -> int:
+        """Return the width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Return the width of all key heads together, which is that of the value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Return (inputs, outputs) of a layer's matrices by name."""
+        return {
+            "q_proj": (self.hidden, self.q_width),
+            "k_proj": (self.hidden, self.kv_width),
+            "v_proj": (self.hidden, self.kv_width),
+            "o_proj": (self.q_width, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def layer_parameters(self) -> int:
+        """Return the parameters in all layers' matrices."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.matrices.values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Return the parameters of the input embedding."""
+        return self.vocab * self.hidden
+
+    @property
+    def norm_parameters(self) -> int:
+        """Return the parameters of all norms: two in each layer, and the last one."""
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Return the parameters of the whole model; a tied head counts once."""
+        heads = 1 if self.tied else 2
+        return self.layer_parameters + heads * self.embedding_parameters + self.norm_parameters
+
+    def trained(self, arm: ArmRecipe) -> dict[str, int]:
+        """Return the parameters that an arm trains, by kind; an untied head counts as `embed`."""
+        if arm.tune == "all":
+            embed = self.parameters - self.layer_parameters - self.norm_parameters
+            return {"layers": self.layer_parameters, "lora": 0, "norm": self.norm_parameters, "embed": embed}
+        trained = {"layers": 0, "lora": 0, "norm": 0, "embed": 0}
+        for name, (inputs, outputs) in self.matrices.items():
+            if name in arm.target_modules:
+                trained["lora"] += self.layers * arm.lora_rank * (inputs + outputs)
+        if "norm" in arm.tune:
+            trained["norm"] = self.norm_parameters
+        if "embed" in arm.tune:
+            trained["embed"] = self.embedding_parameters
+        return trained
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank does in a second while all ranks work, as `calibrate` measured it or a data sheet says."""
+
+    matmul: float
+    """FLOP/s of the model's own matrices."""
+    attention: float
+    """FLOP/s of the attention kernel in the forward pass."""
+    attention_backward: float
+    """FLOP/s of the attention kernel in the backward pass."""
+    bytes: float
+    """Bytes/s that a layer's elementwise operations read and write, counted by PASSES and BACKWARD_TRAFFIC."""
+    process_gib: float
+    """Memory of a rank before it has a model, in GiB."""
+    exchange: float | None = None
+    """Bytes/s of a tensor that all ranks add up (all-reduce); None for a rank alone."""
+    host: float | None = None
+    """Bytes/s between a GPU and its host's memory, for what is offloaded; None where that was not measured."""
+    latency: float = 0.0
+    """Seconds of an all-reduce of next to nothing; 0 where `exchange` was measured, which includes it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one optimizer step is expected to cost."""
+
+    flops: float
+    """FLOPs of all ranks. Recomputation is not in it, so that MFU does not reward it."""
+    peak_gib: float
+    """Peak memory of all ranks together, in GiB."""
+    memory_gib: dict[str, float]
+    """The same by what it is for."""
+    step_s: float | None
+    """Seconds; None for a machine that was not measured."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """The same by kind of work; nothing is taken to overlap."""
+
+
+def predict(
+    shape: Shape,
+    arm: ArmRecipe,
+    *,
+    rows: int,
+    seq_len: int,
+    resources: Resources,
+    machine: Machine | None = None,
+    document: float | None = None,
+) -> Prediction:
+    """Predict a step of `rows` rows on all ranks together.
+
+    Args:
+        document: mean length in tokens of the (isolated) document that a token stands in; None: a whole row.
+    """
+    trained = shape.trained(arm)
+    flops_per_token = _flops_per_token(shape, arm, trained, document or seq_len)
+    flops = rows * seq_len * sum(flops_per_token.values())
+    process_gib = PROCESS_GIB
+    if machine:
+        process_gib = machine.process_gib
+    memory = _memory(shape, arm, trained, resources, seq_len)
+    if not resources.gpus_per_worker:  # peak_gib of a GPU counts what torch allocated there, no process
+        memory["process"] = process_gib * GIB
+    memory_gib = {kind: resources.workers * size / GIB for kind, size in memory.items()}
+    peak_gib = sum(memory_gib.values())
+    if machine is None:
+        return Prediction(flops, peak_gib, memory_gib, None)
+    seconds = _seconds_by_work(shape, arm, trained, flops_per_token, rows * seq_len, resources, machine)
+    passes = rows * resources.sequence_parallel / (resources.workers * resources.micro_batch_rows)
+    if machine.exchange:
+        tokens = rows * seq_len / resources.workers
+        seconds["exchange"] = _exchange_seconds(shape, sum(trained.values()), tokens, passes, resources, machine)
+    if machine.host and resources.gpus_per_worker and resources.offload != "none":
+        seconds["host"] = _host_seconds(shape, sum(trained.values()), passes, resources, machine.host)
+    return Prediction(flops, peak_gib, memory_gib, sum(seconds.values()), seconds)
+
+
+def _flops_per_token(shape: Shape, arm: ArmRecipe, trained: Mapping[str, int], document: float) -> dict[str, float]:
+    """Return a token's FLOPs in a step by kind of work: a multiplication and an addition are two."""
+    # a weight is used once in the forward pass
+    forward = 2 * (shape.layer_parameters + trained["lora"])
+    # and backward once for the gradient of its input, once more for its own gradient if it is trained
+    backward = forward + 2 * (trained["layers"] + trained["lora"])
+    # the logits, the gradient of the hidden states, and that of the head's weight if it is trained
+    loss_products = 3 if trained["embed"] else 2
+    # q·k and probabilities·v, for each key that the pattern lets a query see
+    attention = 4 * arm.attention.mean_keys(document) * shape.q_width * shape.layers
+    return {
+        "forward": forward,
+        "backward": backward,
+        "loss": 2 * shape.vocab * shape.hidden * loss_products,
+        "attention_forward": attention,
+        "attention_backward": attention * ATTENTION_BACKWARD,
+    }
+
+
+def _seconds_by_work(
+    shape: Shape,
+    arm: ArmRecipe,
+    trained: Mapping[str, int],
+    flops: Mapping[str, float],
+    tokens: int,
+    resources: Resources,
+    machine: Machine,
+) -> dict[str, float]:
+    """Return a rank's own seconds of a step by kind of work, without what it waits for other ranks."""
+    forwards = 2 if resources.activation_checkpointing else 1  # each layer's forward pass is run again backward
+    own_tokens = tokens / resources.workers
+    matrix_flops = forwards * flops["forward"] + flops["backward"] + flops["loss"]
+    attention_s = (
+        forwards * flops["attention_forward"] / machine.attention
+        + flops["attention_backward"] / machine.attention_backward
+    )
+    layer_bytes = _number_bytes(resources) * PASSES * shape.layers * outputs(shape, arm)
+    logit_bytes = 4 * LOSS_PASSES * shape.vocab  # float32 whatever the weights are
+    update_bytes: float = OPTIMIZER_BYTES
+    if resources.zero_stage:  # each rank updates its own share of the parameters
+        update_bytes = OPTIMIZER_BYTES / resources.workers + SHARDED_BYTES
+    return {
+        "matrices": own_tokens * matrix_flops / machine.matmul,
+        "attention": own_tokens * attention_s,
+        "elementwise": own_tokens * ((forwards + BACKWARD_TRAFFIC) * layer_bytes + logit_bytes) / machine.bytes,
+        "optimizer": sum(trained.values()) * update_bytes / machine.bytes,
+    }
+
+
+def _exchange_seconds(
+    shape: Shape, trained: int, tokens: float, passes: float, resources: Resources, machine: Machine
+) -> float:
+    """Return the seconds of a step's collectives: what they carry at the measured speed, and a latency for each.
+
+    Args:
+        trained: parameters that are trained. tokens: a rank's own. passes: forward passes of a rank.
+    """
+    assert machine.exchange is not None
+    numbers = _all_reduced(shape.parameters, trained, passes, resources.zero_stage)
+    numbers += tokens * _all_to_all_per_token(shape, resources)
+    gathers, buckets = math.ceil(shape.parameters / PREFETCH_NUMBERS), math.ceil(trained / BUCKET_NUMBERS)
+    collectives = _all_reduced(gathers, buckets, passes, resources.zero_stage)
+    return numbers * _number_bytes(resources) / machine.exchange + collectives * machine.latency
+
+
+def _all_reduced(weights: int, trained: int, passes: float, zero_stage: int) -> float:
+    """Return the communication volume of a step in all-reduce units: an all-gather or a reduce-scatter counts 1/2.
+
+    Args:
+        weights: numbers (or collectives) of the whole model. trained: of what is trained.
+        passes: forward passes of a rank in a step.
+    """
+    if zero_stage == 0:
+        return trained  # gradients are added up once
+    if zero_stage == 1:
+        return trained + trained / 2  # and new weights are gathered once
+    # from stage 2 on ranks keep no gradients of others' parameters, so these are added up after each pass
+    if zero_stage == 2:
+        return passes * trained + trained / 2
+    # in stage 3 all weights are gathered for each forward and each backward pass
+    return passes * trained + 2 * passes * weights / 2
+
+
+def _all_to_all_per_token(shape: Shape, resources: Resources) -> float:
+    """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce units.
+
+    Ranks that share a row exchange q, k, v and the attention's result of each layer (attention/ulysses.py), in the
+    forward pass, its repetition and the backward pass.
+    """
+    ranks = resources.sequence_parallel
+    exchanges = 3 if resources.activation_checkpointing else 2
+    per_layer = 2 * (shape.q_width + shape.kv_width)  # q and the result; k and v
+    to_others = (ranks - 1) / ranks  # a rank's own part does not travel; 0 where nobody shares a row
+    return exchanges * shape.layers * per_layer * to_others / 2
+
+
+def _host_seconds(shape: Shape, trained: int, passes: float, resources: Resources, host: float) -> float:
+    """Return the seconds in which offloaded state travels between a GPU and its host, spread over the ranks."""
+    moved = float(trained * OPTIMIZER_BYTES)
+    if resources.offload_parameters:  # fetched for each forward and each backward pass
+        moved += 2 * passes * _number_bytes(resources) * shape.parameters
+    return moved / resources.workers / host
+
+
+def outputs(shape: Shape, arm: ArmRecipe) -> int:
+    """Return the floats a token that a layer's operations return in its forward pass, saved for the backward or not."""
+    norms = 2 * 3 * shape.hidden  # squared, scaled to unit variance, times the weight; two norms
+    residuals = 2 * shape.hidden
+    attention = 2 * shape.q_width  # the kernel's result, and its copy in o_proj's layout
+    # q and k: projected, times cos, its halves swapped, times sin, summed; v is only projected
+    rotated = 5 * (shape.q_width + shape.kv_width) + shape.kv_width
+    gated = 4 * shape.intermediate  # gate, up, silu(gate), their product
+    lora = 0
+    if arm.tune != "all":
+        for name in arm.target_modules:
+            if name in shape.matrices:
+                lora += 2 * shape.matrices[name][1]  # B's product, and its sum with the frozen matrix's
+    return norms + residuals + attention + rotated + gated + lora
+
+
+def saved(shape: Shape, arm: ArmRecipe, zero_stage: int) -> int:
+    """Return the floats a token that one layer keeps for its backward pass.
+
+    Frozen matrices and norms need no input for that, but ZeRO-3's own linear keeps it all the same.
+    """
+    hidden, intermediate = 5, 3
+    if arm.tune == "all" or "norm" in arm.tune:
+        hidden += 2  # the input of each norm's weight
+    if arm.tune == "all" or zero_stage == 3:
+        hidden += 1
+        intermediate += 1
+    return hidden * shape.hidden + intermediate * shape.intermediate + 2 * shape.kv_width
+
+
+def _memory(
+    shape: Shape, arm: ArmRecipe, trained: Mapping[str, int], resources: Resources, seq_len: int
+) -> dict[str, float]:
+    """Return the bytes of one rank by what they are for, without the process itself."""
+    world, stage, on_gpu = resources.workers, resources.zero_stage, resources.gpus_per_worker > 0
+    number, count = _number_bytes(resources), sum(trained.values())
+    tokens = resources.micro_batch_rows * seq_len // resources.sequence_parallel
+    offloaded = on_gpu and resources.offload != "none"
+
+    weights = number * shape.parameters
+    gathered = 0.0
+    if stage == 3:
+        if on_gpu and world > 1:  # while a layer is computed its weights are whole on each GPU
+            gathered = number * min(LIVE_NUMBERS, shape.parameters)
+        weights /= world
+    if offloaded and resources.offload_parameters:
+        weights = 0
+
+    gradients = float(number * count)
+    if stage == 2:
+        gradients *= 1 + 1 / world  # a bucket of whole gradients, and the rank's own share
+    elif stage == 3:
+        gradients *= 0 if offloaded else 1 / world
+
+    optimizer = 4.0 * 2 * count  # two moments in float32
+    if stage or number < 4:
+        optimizer += 4 * count  # and the float32 weight that ZeRO or bfloat16 training updates
+    if stage:
+        optimizer /= world
+    if offloaded:
+        optimizer = 0
+
+    # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so what every operation of a layer returns
+    # stays resident; a GPU's caching allocator gives freed blocks to the next layer.
+    layer = saved(shape, arm, stage) if on_gpu else outputs(shape, arm)
+    kept = shape.layers * layer
+    if resources.activation_checkpointing:  # the input of each layer, and all of the one that is computed again
+        kept = shape.layers * shape.hidden + layer
+
+    loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab + number * tokens * shape.hidden  # logits; hidden states' gradient
+    if trained["embed"]:
+        loss += 4 * shape.embedding_parameters  # the head's gradient in float32
+    return {
+        "weights": weights,
+        "gathered": gathered,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": number * kept * tokens,
+        "loss": loss,
+    }
+
+
+def _number_bytes(resources: Resources) -> int:
+    """Return the bytes of a weight, gradient or activation."""
+    return 2 if resources.dtype == "bfloat16" else 4
+
+
+def what_would_fit(resources: Resources, seq_len: int, error: str) -> str:
+    """Return what was too much for the memory and what to change, the least costly change first."""
+    changes = []
+    if resources.micro_batch_rows > 1:
+        changes.append(f"resources.micro_batch_rows {resources.micro_batch_rows} -> {resources.micro_batch_rows // 2}")
+    if not resources.activation_checkpointing:
+        changes.append("resources.activation_checkpointing true")
+    if resources.zero_stage < 3 and resources.workers > 1:
+        changes.append(f"resources.zero_stage {resources.zero_stage} -> 3")
+    changes.append(f"pack.seq_len {seq_len} -> {seq_len // 2}")
+    return (
+        f"out of memory with {resources.micro_batch_rows} rows of {seq_len} tokens at once ({error.splitlines()[0]}): "
+        f"in this order, try {', '.join(changes)}"
+    )
+
+
+# ---- measuring a machine
+
+CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens above which rates change little, by device: with fewer, a GPU waits for its kernels to be launched."""
+CALIBRATION_LAYERS = 4
+"""Layers kept alive during the bandwidth test, so that their data exceeds every cache."""
+CALIBRATION_EXCHANGE_BYTES = 32 * 2**20
+"""Bytes of the tensor that the ranks add up while their exchange is measured."""
+
+
+def measure_and_predict(
+    job: TrainJob,
+    model: Any,
+    *,
+    device: torch.device,
+    parameters: int,
+    seq_len: int,
+    document: float,
+    process_gib: float,
+) -> tuple[Machine | None, Prediction | None]:
+    """Return what a rank does in a second, measured, and what a step should cost.
+
+    Every rank calls it. Both are None for an architecture that this counting does not know.
+
+    Args:
+        device: that trains; the weights may be offloaded.
+        parameters: of the model, LoRA's left out.
+        document: mean length in tokens of the document that a token stands in.
+        process_gib: memory of this rank before it had a model.
+    """
+    shape, resources = Shape.of(model.config.to_dict()), job.resources
+    if not shape.counts(parameters):
+        return None, None
+    machine = calibrated(
+        [Path(job.work), *map(Path, job.earlier)],
+        shape=shape,
+        tokens=resources.micro_batch_rows * seq_len // resources.sequence_parallel,
+        span=job.arm.attention.span(int(document)),
+        process_gib=process_gib,
+        device=device,
+        dtype=next(model.parameters()).dtype,
+    )
+    rows = job.optim.global_batch_tokens // seq_len
+    predicted = predict(
+        shape, job.arm, rows=rows, seq_len=seq_len, resources=resources, machine=machine, document=document
+    )
+    return machine, predicted
+
+
+def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
+    """Calibrate once: what an earlier start on this host measured with as many ranks and threads is read instead.
+
+    Every rank calls it, with `calibrate`'s arguments.
+
+    Args:
+        folders: of this attempt, which keeps the answer, and of those before it.
+    """
+    import torch
+    import torch.distributed as dist
+
+    about: dict[str, Any] = {name: str(value) for name, value in asked.items() if name != "process_gib"}
+    about |= {"host": platform.node(), "ranks": dist.get_world_size(), "threads": torch.get_num_threads()}
+    known: list[Any] = [None]
+    if dist.get_rank() == 0:
+        for path in (folder / "machine.json" for folder in folders):
+            kept = json.loads(path.read_text()) if path.is_file() else {}
+            if kept.get("about") == about:
+                known = [kept["machine"]]
+                break
+    dist.broadcast_object_list(known)
+    if known[0]:
+        return Machine(**{**known[0], "process_gib": asked["process_gib"]})
+    machine = calibrate(**asked)
+    if dist.get_rank() == 0:
+        folders[0].mkdir(parents=True, exist_ok=True)
+        write_whole(folders[0] / "machine.json", json.dumps({"about": about, "machine": asdict(machine)}))
+    return machine
+
+
+def calibrate(
+    shape: Shape, *, tokens: int, span: int, process_gib: float, device: torch.device, dtype: torch.dtype
+) -> Machine:
+    """Measure what this rank does in a second, each kind of work by itself: a few seconds. All ranks at once.
+
+    Args:
+        tokens: in one forward pass. span: tokens of the document or group within which attention works. Of both no more
+            than CALIBRATION_TOKENS are tried, which a rank that trains has room for.
+        process_gib: memory of this rank before it had a model.
+    """
+    import torch
+    import torch.distributed as dist
+
+    tokens = min(tokens, CALIBRATION_TOKENS[device.type])
+    span = min(span, CALIBRATION_TOKENS[device.type])
+
+    def tensor(*sizes: int) -> Tensor:
+        return torch.ones(sizes, device=device, dtype=dtype)  # nothing drawn: training's random state stays as it is
+
+    matmul = _matmul_rate(shape, tokens, tensor)
+    attention, attention_backward = _attention_rates(shape, span, tensor)
+    bytes_per_s = _elementwise_rate(shape, tokens, tensor)
+    exchange = None
+    if dist.get_world_size() > 1:
+        numbers = torch.ones(CALIBRATION_EXCHANGE_BYTES // 4, device=device)
+        exchange = CALIBRATION_EXCHANGE_BYTES / _seconds(lambda: dist.all_reduce(numbers), device.type)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what was tried here is not training's
+    return Machine(matmul, attention, attention_backward, bytes_per_s, process_gib, exchange)
+
+
+def _matmul_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) -> float:
+    """FLOP/s of one layer's matrices: forward, and backward to inputs and weights."""
+    operands, flops = [], 0
+    for n, m in shape.matrices.values():
+        operands.append((tensor(tokens, n), tensor(n, m), tensor(tokens, m)))
+        flops += 3 * 2 * tokens * n * m
+
+    def a_layer() -> None:
+        for x_TN, w_NM, dy_TM in operands:
+            _ = x_TN @ w_NM, dy_TM @ w_NM.t(), x_TN.t() @ dy_TM
+
+    return flops / _seconds(a_layer, operands[0][0].device.type)
+
+
+def _attention_rates(shape: Shape, span: int, tensor: Callable[..., Tensor]) -> tuple[float, float]:
+    """FLOP/s of causal attention, forward and backward."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q_1HTD = tensor(1, shape.heads, span, shape.head_dim).requires_grad_()
+
+    def forward() -> Tensor:
+        return scaled_dot_product_attention(q_1HTD, q_1HTD, q_1HTD, is_causal=True)
+
+    forward_s = _seconds(forward, q_1HTD.device.type)
+    both_s = _seconds(lambda: forward().sum().backward(), q_1HTD.device.type)
+    backward_s = max(both_s - forward_s, forward_s)  # noise must not make it negative
+    flops = 2 * span * (span + 1) * shape.q_width  # 4 per key, and a query sees (span + 1) / 2 keys on average
+    return flops / forward_s, ATTENTION_BACKWARD * flops / backward_s
+
+
+def _elementwise_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) -> float:
+    """Bytes/s of a layer's elementwise operations, forward and backward."""
+    import torch
+    from torch.nn.functional import silu
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+    x_1TE = tensor(1, tokens, shape.hidden).requires_grad_()
+    gate_1TI = tensor(1, tokens, shape.intermediate).requires_grad_()
+    q_1HTD = tensor(1, shape.heads, tokens, shape.head_dim).requires_grad_()
+    k_1HTD = tensor(1, shape.kv_heads, tokens, shape.head_dim).requires_grad_()
+    cos_1TD = tensor(1, tokens, shape.head_dim)
+    norm = LlamaRMSNorm(shape.hidden).to(x_1TE.device, x_1TE.dtype)
+
+    def layers() -> None:
+        results: list[Tensor] = []
+        for _ in range(CALIBRATION_LAYERS):
+            results += [norm(x_1TE), x_1TE + x_1TE, norm(x_1TE), x_1TE + x_1TE]
+            results += apply_rotary_pos_emb(q_1HTD, k_1HTD, cos_1TD, cos_1TD)
+            results.append(silu(gate_1TI) * gate_1TI)
+        torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+
+    # what the matrices and the attention kernel return is no elementwise result
+    returned = outputs(shape, ArmRecipe(tune="all")) - 3 * shape.q_width - 2 * shape.kv_width - 2 * shape.intermediate
+    moved = x_1TE.element_size() * (1 + BACKWARD_TRAFFIC) * PASSES * CALIBRATION_LAYERS * returned * tokens
+    return moved / _seconds(layers, x_1TE.device.type)
+
+
+def _seconds(work: Callable[[], object], device_type: str, times: int = 3) -> float:
+    """Return the median seconds of some runs, after one that warms up."""
+    import torch
+
+    took = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - begun)
+    return median(took[1:])

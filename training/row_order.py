@@ -1,0 +1,56 @@
+"""(seed, step, rank) -> rows: what a step reads is arithmetic, so a resumed run, or one on other ranks, reads the same.
+
+Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next global_batch_rows of the
+endless line of epochs. Nothing is stored, nothing is skipped over on resuming.
+
+    RowOrder(rows=1000, seed=0, global_batch_rows=8).for_rank(step=3, rank=1, world=2, micro_batch_rows=2)
+
+    pytest tests/test_training_rows.py
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Which rows each optimizer step reads."""
+
+    rows: int
+    seed: int
+    global_batch_rows: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.global_batch_rows < 1:
+            raise ValueError(f"{self.rows} rows in batches of {self.global_batch_rows}: both must be at least 1")
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Global row ids of a step (from 0), in order: [global_batch_rows] int64."""
+        at = np.arange(step * self.global_batch_rows, (step + 1) * self.global_batch_rows)
+        epochs, places = np.divmod(at, self.rows)
+        return np.concatenate(
+            [_permutation(self.rows, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        )
+
+    def for_rank(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[np.ndarray]:
+        """A rank's micro-batches of a step: the ranks' in order of rank are rows_of_step, whatever the number of ranks.
+
+        ValueError if world x micro_batch_rows does not divide the global batch.
+        """
+        at_once = world * micro_batch_rows
+        if self.global_batch_rows % at_once:
+            raise ValueError(
+                f"{world} ranks x micro_batch_rows {micro_batch_rows} = {at_once} does not divide the global batch of "
+                f"{self.global_batch_rows} rows: change resources.workers, micro_batch_rows or global_batch_tokens"
+            )
+        mine = np.split(self.rows_of_step(step), world)[rank]
+        return np.split(mine, len(mine) // micro_batch_rows)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(rows)
