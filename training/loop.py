@@ -83,7 +83,7 @@ class Progress:
     """How far training has come; the same on every rank."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps done so far."""
     saved: int
     """Steps done when the newest checkpoint was written or loaded; 0 without one."""
     validated: dict[int, float]

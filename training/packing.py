@@ -119,7 +119,7 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """Rows."""
+        """Return the number of rows."""
         return int(self.segments.row[-1]) + 1 if len(self.segments.row) else 0
 
     def lengths(self) -> np.ndarray:

@@ -60,7 +60,7 @@ class SourceRecipe(Choices):
     config: str | None = None
     """The dataset's configuration name."""
     split: str = "train"
-    """The dataset's split."""
+    """Which split of the dataset is read."""
     revision: str | None = None
     """The hub dataset's commit, tag or branch; a full commit hash needs no network to plan."""
     text_field: str = "text"
@@ -107,13 +107,13 @@ class ArmRecipe(Choices):
     """One training method of the comparison; arms differ in what is written here and in nothing else."""
 
     tune: Tune = "all"
-    """Which parameters train."""
+    """Which parameters train: all of them, or LoRA's and, where named, embeddings and norms in place."""
     attention: AttentionRecipe = AttentionRecipe.of()
     """The pattern during training."""
     lora_rank: int = Field(default=8, ge=1)
-    """LongLoRA: 8."""
+    """Rank of LoRA's two matrices; the paper takes 8."""
     lora_alpha: int = Field(default=16, ge=1)
-    """LongLoRA: 16."""
+    """LoRA's update is scaled by alpha / rank; the paper takes 16."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Linear layers that LoRA adapts."""
     learning_rate: float | None = Field(default=None, gt=0)
@@ -135,7 +135,7 @@ class ArmMatrix(Choices):
     """Arms as a cross product; each is named by what varies, e.g. `lora+embed+norm.shifted_sparse-256.r8`."""
 
     tune: tuple[Tune, ...] = Field(min_length=1)
-    """What trains."""
+    """What the arms train, one choice each."""
     attention: tuple[PatternName, ...] = Field(default=("causal",), min_length=1)
     """The patterns, which choose nothing but group_tokens and sink_tokens; others are arms of their own."""
     group_ratio: tuple[int, ...] = Field(default=(4,), min_length=1)
@@ -210,29 +210,29 @@ class OptimRecipe(Choices):
     """Optimizer and schedule, shared by all arms."""
 
     steps: int = Field(ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch_tokens: int = Field(ge=1)
     """Tokens of one optimizer step over all ranks; a multiple of seq_len."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak rate of AdamW."""
     warmup_steps: int = Field(default=20, ge=0)
-    """Linear warm-up."""
+    """Steps over which the rate rises linearly to its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up; linear and cosine end at zero."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's."""
+    """AdamW's decoupled weight decay."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
     """AdamW's second beta; the first is 0.9."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradient norm above which gradients are scaled down."""
     spike_factor: float = Field(default=3.0, gt=1)
-    """A loss so many times the median of the last 20 is a spike: like one that is not finite, its step is skipped."""
+    """A loss over this many times the median of the last 20 is a spike: its step is skipped, like a non-finite one."""
     max_skipped: int = Field(default=3, ge=1)
     """Steps skipped in a row after which training goes back to its last checkpoint, once, and then stops."""
     validate_every_steps: int = Field(default=0, ge=0)
-    """Measure the loss on validation documents after every so many steps, and after the last; 0: never."""
+    """Measure the loss on validation documents every n steps, and after the last; 0: never."""
     validation_rows: int = Field(default=8, ge=1)
-    """Rows of pack.seq_len tokens that it is measured on, a piece of each document in turn."""
+    """Number of rows of pack.seq_len tokens for that, a piece of each validation document in turn."""
     result: Literal["last", "best"] = "last"
     """Which weights leave training: the last step's, or those with the lowest validation loss."""
 
@@ -251,7 +251,7 @@ class FinetuneRecipe(OptimRecipe):
     pack: PackRecipe
     """Rows for all arms."""
     arms: dict[str, ArmRecipe] = Field(default_factory=dict)
-    """By name."""
+    """The arms to compare, by name."""
     matrix: ArmMatrix | None = None
     """More arms, as a cross product."""
 
@@ -283,9 +283,9 @@ class LlamaRecipe(Choices):
     """A Llama from scratch."""
 
     hidden: int = Field(default=128, ge=8)
-    """Width."""
+    """Width of the residual stream."""
     layers: int = Field(default=4, ge=1)
-    """Depth."""
+    """Number of layers."""
     heads: int = Field(default=4, ge=1)
     """Attention heads; they divide `hidden`."""
     kv_heads: int = Field(default=4, ge=1)
@@ -326,9 +326,9 @@ class PretrainRecipe(OptimRecipe):
     pack: PackRecipe
     """Rows, with the sink token first; arms without it drop it, so all read the same text."""
     sink_mass_every: int = Field(default=0, ge=0)
-    """Measure every so many steps how much attention rests on first tokens and sinks; 0: never."""
+    """Measure every n steps how much attention rests on first tokens and sinks; 0: never."""
     arms: dict[str, PretrainArm] = Field(min_length=1)
-    """By name."""
+    """The sinks to compare, by the arm's name."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainRecipe":
@@ -359,9 +359,9 @@ class FinetuneStageRecipe(Choices):
     rope: RopeRecipe = RopeRecipe()
     """How positions are stretched before training."""
     arm: ArmRecipe = ArmRecipe()
-    """The training method."""
+    """What this arm trains, and with which attention."""
     optim: OptimRecipe
-    """Optimizer and schedule."""
+    """Optimizer, schedule and number of steps."""
     seed: int
     """Seed of row order and initialisation."""
 
@@ -376,7 +376,7 @@ class PretrainStageRecipe(Choices):
     sink_mass_every: int = 0
     """Steps between two measurements of where attention rests; 0: never."""
     optim: OptimRecipe
-    """Optimizer and schedule."""
+    """Optimizer, schedule and number of steps."""
     seed: int
     """Seed of row order and initialisation."""
 
@@ -397,7 +397,7 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
     kind: Literal["finetune", "pretrain"]
     """Which stage it is: the other stage's own choices keep their defaults."""
     corpus: str
-    """PackedCorpus folder."""
+    """Folder of the PackedCorpus."""
     base: str
     """Base model folder; a fresh model takes only its tokenizer."""
     resources: Resources

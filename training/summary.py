@@ -58,13 +58,13 @@ class TrainableParameters(Facts):
     """Numbers of parameters that an arm trains, by kind; a tied weight counts once."""
 
     total: int
-    """All kinds together."""
+    """All kinds of parameters together."""
     lora: int
     """In LoRA's two small matrices."""
     embed: int
     """In the input embedding."""
     norm: int
-    """In the norms."""
+    """In the norms' weights."""
     other: int
     """In everything else: the layers' own matrices and an untied head."""
 
@@ -105,7 +105,7 @@ class TrainingSummary(Summary):
     peak_gib: float
     """Peak memory in GiB, summed over the ranks: of their GPUs, else of their processes."""
     ranks: int
-    """Number of ranks."""
+    """Number of ranks that trained."""
     kernel: str
     """How attention was computed (attention/kernels.py)."""
     pattern: str
@@ -132,7 +132,7 @@ class TrainingSummary(Summary):
     sink_mass_every: int
     """Steps between two measurements of where attention rests (pretrain); 0: never."""
     optim: OptimRecipe
-    """Optimizer and schedule."""
+    """Optimizer and learning rate schedule."""
     seed: int
     """Seed of initialisation and row order."""
 
@@ -165,11 +165,11 @@ class LengthBin(Facts):
     up_to: int
     """The greatest length of the range, a power of two."""
     train: int
-    """Documents for training."""
+    """Number of documents for training."""
     validation: int
-    """Documents for validation."""
+    """Number of documents for validation."""
     test: int
-    """Documents for evaluation."""
+    """Number of documents for evaluation."""
 
     @property
     def count(self) -> int:
@@ -193,7 +193,7 @@ class PackSummary(Summary, PackRecipe):
     tokenizer_sha256: str
     """Digest of its tokenizer.json."""
     rows: int
-    """Number of rows."""
+    """Number of packed rows."""
     tokens: int
     """Tokens in the rows, without padding."""
     efficiency: float
@@ -211,4 +211,4 @@ class PackSummary(Summary, PackRecipe):
     length_histogram: tuple[LengthBin, ...]
     """Documents by length, in powers of two."""
     bad: BadEntries
-    """Malformed entries."""
+    """Malformed entries of the sources."""

@@ -142,9 +142,9 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
 
 
 def step(engine: Any, learning_rate: float) -> float:
-    """Ends a micro-batch. After a step's last one: updates the weights and returns the norm before clipping; else NaN.
+    """End a micro-batch. After a step's last one: update the weights and return the norm before clipping; else NaN.
 
-    A norm that is no number: the weights and the optimizer's state stay as they were.
+    Where the norm is not finite, the weights and the optimizer's state stay as they were, on every rank.
     """
     last = engine.is_gradient_accumulation_boundary()
     for group in engine.optimizer.param_groups:
@@ -158,6 +158,8 @@ def step(engine: Any, learning_rate: float) -> float:
     # Plain float32 without ZeRO is the one case where DeepSpeed keeps no norm, and steps whatever it is.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     if not norm.isfinite():
+        # A skipped step still has to go through engine.step, which counts micro-batches and clears gradients. So the
+        # optimizer's own step is hidden for this one call, behind an attribute of the instance, and shown again below.
         engine.optimizer.step = lambda: None
     engine.step()
     engine.optimizer.__dict__.pop("step", None)
