@@ -14,6 +14,7 @@ what needs torch or transformers is imported inside methods.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -23,7 +24,9 @@ from longreach.infra.choices import Choices
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from longreach.evaluation.blocks import Block, Figure, Section
     from longreach.evaluation.documents import Document
+    from longreach.evaluation.figures import Style
     from longreach.evaluation.scores import EvalScores
 
 Cell = dict[str, Any]
@@ -70,6 +73,37 @@ class EvalChoices(Choices):
 def _fields_marked(choices: type[EvalChoices], mark: str) -> list[str]:
     """Return the names of the fields whose type carries a mark."""
     return [name for name, field in choices.model_fields.items() if mark in field.metadata]
+
+
+@dataclass(frozen=True)
+class Background:
+    """What a page knows of the models beside their scores."""
+
+    trained_length: int | None = None
+    """Tokens that the models' common base was trained to."""
+    related: frozenset[str] | None = None
+    """Models of one base, whose losses on a token compare; None: all of them."""
+
+    def of_one_base(self, models: dict[str, EvalScores]) -> dict[str, EvalScores]:
+        """Return the models whose losses compare."""
+        if self.related is None:
+            return models
+        return {name: scores for name, scores in models.items() if name in self.related}
+
+    def marks(self) -> dict[str, float]:
+        """Return the vertical lines of figures along a text."""
+        return {} if self.trained_length is None else {"trained length": self.trained_length}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the report's main table."""
+
+    group: str
+    """The heading over this and its neighbours."""
+    head: str
+    cells: dict[str, tuple[float, str]]
+    """Number and text by model."""
 
 
 class Evaluation:
@@ -119,6 +153,31 @@ class Evaluation:
         raise NotImplementedError
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """Return the chart of one model's scores."""
-        raise NotImplementedError
+    def columns(cls, models: dict[str, EvalScores]) -> list[Column]:
+        """Return what the report's main table shows of these scores; usually nothing."""
+        return []
+
+    @classmethod
+    def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
+        """Return the section of a page on one model's scores or on those of many, compared.
+
+        Args:
+            models: the scores of this evaluation by the model's name, at least one.
+            style: how each model is drawn in all figures.
+            background: what is known beside the scores.
+        """
+        from longreach.evaluation.blocks import Section
+        from longreach.evaluation.sections import summary_table
+
+        first = next(iter(models.values()))
+        text = f"{cls.__doc__} Protocol: {first.protocol}. {first.note}"
+        blocks: list[Block] = [text.strip(), summary_table("Summary", models)]
+        figures = cls.figures(models, style, background)
+        if figures:
+            blocks.append(figures)
+        return Section(cls.title, blocks)
+
+    @classmethod
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return the figures of the section; usually all that differs from evaluation to evaluation."""
+        return []

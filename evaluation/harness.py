@@ -14,16 +14,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from longreach.evaluation.base import Cell, DataFile, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, Evaluation, Result
 from longreach.evaluation.scores import EvalScores, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from longreach.evaluation.blocks import Figure
+    from longreach.evaluation.figures import Style
 
 
 class Harness(Evaluation):
@@ -111,18 +115,23 @@ class Harness(Evaluation):
         )
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """A cell for each task and metric."""
-        from longreach.evaluation.figures import heatmap
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return a grid of metric x task for each model."""
+        from longreach.evaluation.figures import grid
 
-        rows = [row | {"text": f"{row['value']:.3g}"} for row in scores.rows]
-        top = max(1.0, *(row["value"] for row in rows), 0.0)
-        question = [f"{scores.model}: tasks of lm-evaluation-harness", "metrics as it defines them"]
-        return heatmap(
-            rows, x="metric", y="task", value="value", text="text",
-            titles=(question, "metric", "task"),
-            value_title="value", top=top, bright_low=False,
-        )  # fmt: skip
+        values = [row["value"] for scores in models.values() for row in scores.rows]
+        top = max([1.0, *values])
+        figures = []
+        for name, scores in models.items():
+            cells = {(row["task"], row["metric"]): row["value"] for row in scores.rows}
+            metrics = list(dict.fromkeys(metric for _, metric in cells))
+            lines = {}
+            for task in dict.fromkeys(task for task, _ in cells):
+                of_task = [cells.get((task, metric), math.nan) for metric in metrics]
+                lines[task] = [(value, f"{value:.3g}" if math.isfinite(value) else "") for value in of_task]
+            title, caption = f"{cls.title}: {name}", "Metrics as the harness defines them."
+            figures.append(grid(f"harness-{name}.png", title, caption, ("metric", "value"), metrics, lines, top))
+        return figures
 
 
 def _metric_rows(answer: dict[str, Any]) -> list[Row]:

@@ -27,12 +27,15 @@ from uuid import UUID
 
 from pydantic import Field, model_validator
 
-from longreach.evaluation.base import Cell, DataFile, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, Evaluation, Result
 from longreach.evaluation.scores import EvalScores, Row, retrieval_row, wilson
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from longreach.evaluation.blocks import Figure
+    from longreach.evaluation.figures import Style
 else:
     np = lazy_module("numpy")
 
@@ -48,6 +51,8 @@ PLACES = ("Alderby", "Brimfell", "Corvale", "Dunmorra", "Eskworth", "Farrowick",
 WORKS = ("bridge", "lighthouse", "library", "theatre", "clock tower", "railway station", "harbour", "observatory")
 MOST_INVENTED = min(len(PLACES) * len(WORKS), len(GIVEN) * len(FAMILY))
 """Documents about invented people that differ from each other."""
+THINGS = {"kv": "JSON pairs", "qa": "documents"}
+"""What the size of each task counts."""
 KV_COLUMNS = {"ordered_kv_records", "key", "value"}
 QA_COLUMNS = {"question", "ctxs", "answers"}
 
@@ -175,18 +180,22 @@ class LostInTheMiddle(Evaluation):
         )
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """NLL by place, a line a task and size: a U upside down is a model that is lost in the middle."""
-        from longreach.evaluation.figures import curves
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return a figure for each task and size: the answer's NLL by where it stands, a curve for each model."""
+        from longreach.evaluation.figures import lines
 
-        question = [
-            f"{scores.model}: does it matter where the answer stands?",
-            "NLL of the answer: a hump in the middle means that answers at both ends are found more easily",
-        ]
-        words = {"kv": "JSON pairs", "qa": "documents"}
-        rows = [row | {"line": f"{row['size']} {words[row['task']]}"} for row in scores.rows if row["kind"] == "cell"]
-        titles = (question, "place of the answer (0 first, 1 last)", "NLL of the answer (nats per token)")
-        return curves(rows, x="depth", y="nll", by="line", titles=titles)
+        curves: dict[tuple[str, int], dict[str, list[tuple[float, float]]]] = {}
+        for name, scores in models.items():
+            for row in scores.rows_with(kind="cell"):
+                places = curves.setdefault((row["task"], row["size"]), {}).setdefault(name, [])
+                places.append((100 * row["depth"], row["nll"]))
+        caption = "A hump in the middle: answers at both ends are found more easily. Lower is better."
+        axes = ("place of the answer (%, 0: first)", "answer (nats per token)")
+        figures = []
+        for (task, size), of_size in curves.items():
+            title = f"Where the answer stands: {size} {THINGS[task]}"
+            figures.append(lines(f"lost-in-the-middle-{task}-{size}.png", title, caption, axes, of_size, style))
+        return figures
 
 
 def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:

@@ -20,11 +20,11 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from longreach.evaluation.base import Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
+from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
 from longreach.evaluation.scores import EvalScores, Row, effective_length, retrieval_row, wilson
 from longreach.infra.lazy import lazy_module
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from longreach.evaluation.blocks import Figure
+    from longreach.evaluation.figures import Style
     from longreach.evaluation.reader import Reader
 else:
     np = lazy_module("numpy")
@@ -202,17 +204,11 @@ class Needle(Evaluation):
         )
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """Length x depth, as gkamradt's."""
-        from longreach.evaluation.figures import retrieval_figure
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return grids of the answer's NLL, by model and length and by depth and length."""
+        from longreach.evaluation.sections import retrieval_figures
 
-        question = [
-            f"{scores.model}: is the needle found, however long the haystack is?",
-            "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
-        ]
-        return retrieval_figure(
-            scores, question, "prompt length (tokens)", "depth (0 first, 1 last)", "length", "depth"
-        )
+        return retrieval_figures(cls.name, "Is the needle found?", models)
 
 
 def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:

@@ -9,11 +9,11 @@ used, whether or not the model has one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from longreach.evaluation.base import Cell, EvalChoices, Evaluation, Proportion, Result
+from longreach.evaluation.base import Background, Cell, Column, EvalChoices, Evaluation, Proportion, Result
 from longreach.evaluation.scores import EvalScores, Row, retrieval_row
 from longreach.infra.lazy import lazy_module
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from longreach.evaluation.blocks import Figure
+    from longreach.evaluation.figures import Style
     from longreach.evaluation.reader import Reader
 else:
     np = lazy_module("numpy")
@@ -108,16 +110,21 @@ class Passkey(Evaluation):
         )
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """Length x depth: colour and first line are the key's mean NLL, the second line is how many were found."""
-        from longreach.evaluation.figures import retrieval_figure
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return grids of the answer's NLL, by model and length and by depth and length."""
+        from longreach.evaluation.sections import retrieval_figures
 
-        question = [
-            f"{scores.model}: is the pass key found, wherever it stands?",
-            "NLL of the answer in nats a token, and how many of the answers were found; bright: certain, dark: a guess",
-        ]
-        names = ("prompt length (tokens)", "depth (0 first, 1 last)")
-        return retrieval_figure(scores, question, *names, "length", "depth")
+        return retrieval_figures(cls.name, "Is the hidden key found?", models)
+
+    @classmethod
+    def columns(cls, models: dict[str, EvalScores]) -> list[Column]:
+        """Return a column for each length: keys found of keys hidden."""
+        columns: dict[int, dict[str, tuple[float, str]]] = {}
+        for name, scores in models.items():
+            for row in scores.rows_with(kind="length"):
+                text = f"{row['correct']}/{row['trials']}"
+                columns.setdefault(row["length"], {})[name] = (row["correct"], text)
+        return [Column("passkey by prompt length", f"{length:,}", columns[length]) for length in sorted(columns)]
 
 
 def draw_key(seed: int, length: int, depth: float, trial: int) -> int:

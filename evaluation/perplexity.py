@@ -22,18 +22,21 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from longreach.evaluation.base import Cell, DocumentNames, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, matching, with_first
-from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean
+from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean, paired
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
+
+    from longreach.evaluation.blocks import Block, Figure, Section, Table
+    from longreach.evaluation.figures import Style
 else:
     np = lazy_module("numpy")
 
@@ -130,30 +133,30 @@ class Perplexity(Evaluation):
         )
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """Perplexity by length, a line a document and one for all; below, the NLL along the text."""
-        import altair as alt
+    def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
+        """Return both protocols with intervals, differences on the same tokens, and the loss along each text."""
+        from longreach.evaluation.blocks import Section
 
-        from longreach.evaluation.figures import curves
+        first = next(iter(models.values()))
+        table, documents = _protocol_table(models)
+        text = f"Protocol: {first.protocol}. {first.note}"
+        if max(documents) > 1:
+            counts = " or ".join(map(str, sorted(documents)))
+            text += f" Small: 95% intervals over {counts} documents; over so few they are too narrow."
+        blocks: list[Block] = [text, table]
+        compared = background.of_one_base(models)
+        blocks += difference_tables(compared)
+        if compared:
+            blocks.append(cls.figures(compared, style, background))
+        return Section(cls.title, blocks)
 
-        question = [
-            f"{scores.model}: does the text stay predictable as the context grows?",
-            "lower is better; a rise past the trained length means that the model breaks there",
-        ]
-        by_length = [
-            row | {"line": "all documents" if row["domain"] == ALL else row["document"]}
-            for row in scores.rows
-            if row["protocol"] == "last_stride" and (row["kind"] == "document" or row["domain"] == ALL)
-        ]
-        names = (question, "context length (tokens)", f"perplexity of the last {scores.recipe['last_tokens']} tokens")
-        upper = curves(
-            by_length, x="length", y="ppl", by="line", titles=names, log="xy", low="ppl_low", high="ppl_high"
-        )
-        along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if row["kind"] == "position"]
-        below = ("Along the text", "position (tokens)", "NLL (nats per token)")
-        return alt.vconcat(upper, curves(along, x="middle", y="nll", by="document", titles=below)).resolve_scale(
-            color="independent", strokeDash="independent"
-        )
+    @classmethod
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return, for one model, figures with a curve for each document; for many, a figure for each document."""
+        if len(models) == 1:
+            (scores,) = models.values()
+            return _one_model_figures(scores, background)
+        return _along_figures(models, style, background)
 
 
 def _check_names(names: list[str]) -> None:
@@ -257,3 +260,137 @@ def _pooled(place: Row, documents: list[Row], seed: int) -> Row:
     if interval:
         row |= {"ppl_low": math.exp(interval[0]), "ppl_high": math.exp(interval[1])}
     return row
+
+
+def _protocol_table(models: dict[str, EvalScores]) -> tuple[Table, set[int]]:
+    """Return perplexity by protocol and length, and the numbers of documents that it is a mean over."""
+    from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import perplexity_cell
+
+    heads, groups = ["model"], [("", 1)]
+    lines = [[name] for name in models]
+    documents = set()
+    for protocol in PROTOCOLS:
+        rows = {}
+        for name, scores in models.items():
+            for row in scores.rows_with(kind="pooled", protocol=protocol, domain=ALL):
+                rows[row["length"], name] = row
+                documents.add(row["documents"])
+        lengths = sorted({length for length, _ in rows})
+        heads += [f"{length:,}" for length in lengths]
+        groups.append((protocol, len(lengths)))
+        for line, name in zip(lines, models, strict=True):
+            line += [perplexity_cell(rows.get((length, name))) for length in lengths]
+    return Table("By context length", heads, lines, groups), documents
+
+
+def difference_tables(models: dict[str, EvalScores], resamples: int = 4_000) -> list[Table]:
+    """Return a table of each model against the first one on the same tokens; none for fewer than two models.
+
+    There is no number where two models did not read the same tokens.
+    """
+    from longreach.evaluation.blocks import Table
+
+    if len(models) < 2:
+        return []
+    (reference, theirs), *others = models.items()
+    lengths = sorted({row["length"] for row in theirs.rows_with(kind="pooled")})
+    lines = []
+    for name, ours in others:
+        cells = [_difference_cell(ours.rows, theirs.rows, length, resamples) for length in lengths]
+        lines.append([name, *cells])
+    caption = (
+        f"Difference in NLL to {reference} on the same tokens "
+        "(nats per token; below 0: better; small: within these texts)"
+    )
+    return [Table(caption, ["model", *(f"up to {length:,}" for length in lengths)], lines)]
+
+
+def _difference_cell(ours: list[Row], theirs: list[Row], length: int, resamples: int) -> str:
+    """Return the difference of two models up to a length and, small, its interval."""
+    from longreach.evaluation.sections import DASH
+
+    try:
+        difference = paired(ours, theirs, length, resamples)
+    except ValueError:  # the other model read other documents
+        return DASH
+    text = f"{difference['nll']:+.3f}"
+    if difference["bins"] > 1:
+        text += f"\n{difference['low']:+.3f} to {difference['high']:+.3f}"
+    return text
+
+
+def _one_model_figures(scores: EvalScores, background: Background) -> list[Figure]:
+    """Draw one model: perplexity by length and along the text, a curve for each document."""
+    from longreach.evaluation.figures import lines
+    from longreach.evaluation.sections import document_style
+
+    whole = "all documents"
+    by_length: dict[str, list[tuple[float, ...]]] = {whole: []}
+    for row in scores.rows_with(protocol="last_stride"):
+        if row["kind"] == "document":
+            by_length.setdefault(row["document"], []).append((row["length"], row["ppl"]))
+        elif row["domain"] == ALL:
+            point = (row["length"], row["ppl"])
+            interval = (row["ppl_low"], row["ppl_high"]) if "ppl_low" in row else ()
+            by_length[whole].append(point + interval)
+    ticks = [point[0] for point in by_length[whole]]
+    along = {}
+    for document in by_length:
+        rows = scores.rows_with(kind="position", document=document)
+        if rows:
+            along[document] = coarser(rows)
+    style, marks = document_style(by_length, whole), background.marks()
+    return [
+        lines(
+            "perplexity-by-document.png",
+            f"Perplexity by document: {scores.model}",
+            "Lower is better. A rise past the trained length means that the model breaks there.",
+            ("context length (tokens)", f"perplexity (last {scores.recipe['last_tokens']} tokens)"),
+            by_length,
+            style,
+            log=True,
+            ticks=ticks,
+            marks=marks,
+        ),
+        lines(
+            "along.png",
+            f"Along the text: {scores.model}",
+            "A curve that rises past the trained length breaks there.",
+            ("token of the text", "perplexity"),
+            along,
+            style,
+            log=True,
+            marks=marks,
+        ),
+    ]
+
+
+def _along_figures(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+    """Draw a figure for each document: all models score the same tokens, so the place where one breaks is seen."""
+    from longreach.evaluation.figures import lines
+
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, scores in models.items():
+        for document in dict.fromkeys(row["document"] for row in scores.rows_with(kind="position")):
+            rows = scores.rows_with(kind="position", document=document)
+            curves.setdefault(document, {})[name] = coarser(rows)
+    caption = "All models score the same tokens. A curve that leaves the others past the trained length breaks there."
+    axes, marks = ("token of the text", "perplexity"), background.marks()
+    figures = []
+    for number, (document, of_document) in enumerate(curves.items()):
+        file, title = f"along-{number}.png", f"Along the text: {document}"
+        figures.append(lines(file, title, caption, axes, of_document, style, log=True, marks=marks))
+    return figures
+
+
+def coarser(rows: list[Row], points: int = 16) -> list[tuple[float, float]]:
+    """Return a curve of (last token, perplexity) through about `points` means over consecutive rows."""
+    step = math.ceil(len(rows) / points)
+    curve = []
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        tokens = sum(row["end"] - row["start"] for row in part)
+        nll = sum(row["nll"] * (row["end"] - row["start"]) for row in part) / tokens
+        curve.append((part[-1]["end"], math.exp(nll)))
+    return curve

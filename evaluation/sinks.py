@@ -11,11 +11,12 @@ Legend: L layers, H heads, N first tokens, T tokens, B texts.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from longreach.evaluation.base import Cell, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, with_first
 from longreach.evaluation.scores import EvalScores, Row
 from longreach.infra.lazy import lazy_module
@@ -23,6 +24,9 @@ from longreach.infra.lazy import lazy_module
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from longreach.evaluation.blocks import Figure
+    from longreach.evaluation.figures import Style
 else:
     np = lazy_module("numpy")
 
@@ -137,55 +141,15 @@ class Sinks(Evaluation):
         )
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """The mass on the first token by layer; below, by layer and head, and the maps of some layers."""
-        import altair as alt
-
-        from longreach.evaluation.figures import curves, heatmap
-
-        rows = [row | {"texts of": f"{row['length']} tokens"} for row in scores.rows if row["kind"] == "layer"]
-        question = [
-            f"{scores.model}: how much attention rests on the first token?",
-            f"even attention would give it {min(rows, key=lambda r: r['length'])['uniform']:.2f} in the shortest "
-            "texts; far above that, it is a sink",
-        ]
-        titles = (question, "layer", "mean share of attention")
-        parts: list[Any] = [curves(rows, x="layer", y="first_token", by="texts of", titles=titles)]
-        shortest = min(scores.recipe["lengths"])
-        heads = [
-            row | {"text": f"{row['first_token']:.2f}"}
-            for row in scores.rows
-            if row["kind"] == "head" and row["length"] == shortest
-        ]
-        parts.append(
-            heatmap(
-                heads,
-                x="layer",
-                y="head",
-                value="first_token",
-                text="text",
-                titles=(f"By head, texts of {shortest} tokens", "layer", "head"),
-                value_title="share on the first token",
-                top=1.0,
-                bright_low=False,
-            )
-        )
-        maps = [row for row in scores.rows if row["kind"] == "map"]
-        drawn = [
-            alt.Chart(alt.Data(values=[row for row in maps if row["layer"] == layer]), title=f"layer {layer}")
-            .mark_rect()
-            .encode(
-                x=alt.X("key", type="ordinal", title="key"),
-                y=alt.Y("query", type="ordinal", title="query"),
-                color=alt.Color("mass", type="quantitative", title="attention", scale=alt.Scale(scheme="cividis")),
-                tooltip=[alt.Tooltip(key, type="quantitative") for key in ("query", "key", "mass")],
-            )
-            .properties(width=180, height=180)
-            for layer in dict.fromkeys(row["layer"] for row in maps)
-        ]
-        if drawn:
-            parts.append(alt.hconcat(*drawn))
-        return alt.vconcat(*parts).resolve_scale(color="independent", strokeDash="independent")
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return the mass on the first token by layer, all models together; then by head, and maps, of each model."""
+        figures = [_layers_figure(length, models, style) for length in _lengths(models)]
+        for name, scores in models.items():
+            figures.append(_heads_figure(name, scores))
+            maps = scores.rows_with(kind="map")
+            for layer in dict.fromkeys(row["layer"] for row in maps):
+                figures.append(_map_figure(name, layer, [row for row in maps if row["layer"] == layer]))
+        return figures
 
 
 def pieces(choices: Sinks.Choices, documents: list[Document], length: int) -> list[np.ndarray]:
@@ -238,3 +202,68 @@ def map_rows(length: int, layer: int, map_TT: list[list[float]]) -> list[Row]:
         for key, mass in enumerate(masses[: query + 1]):
             rows.append({"kind": "map", "length": length, "layer": layer, "query": query, "key": key, "mass": mass})
     return rows
+
+
+def _lengths(models: dict[str, EvalScores]) -> list[int]:
+    """Return the lengths of texts at which any of the models was measured."""
+    return sorted({row["length"] for scores in models.values() for row in scores.rows_with(kind="layer")})
+
+
+def _layers_figure(length: int, models: dict[str, EvalScores], style: Style) -> Figure:
+    """Draw the mass on the first token by layer, a curve for each model."""
+    from longreach.evaluation.figures import lines
+
+    curves = {}
+    even = 0.0
+    for name, scores in models.items():
+        rows = scores.rows_with(kind="layer", length=length)
+        if rows:
+            curves[name] = [(row["layer"], row["first_token"]) for row in rows]
+            even = rows[0]["uniform"]
+    title = f"Attention on the first token, texts of {length:,} tokens"
+    caption = f"Even attention would give the first token {even:.3f}; a layer far above that uses it as a sink."
+    return lines(f"sinks-{length}.png", title, caption, ("layer", "share of attention"), curves, style)
+
+
+def _heads_figure(name: str, scores: EvalScores) -> Figure:
+    """Draw the mass on the first token by layer and head, at the shortest length."""
+    from longreach.evaluation.figures import grid
+
+    shortest = min(row["length"] for row in scores.rows_with(kind="head"))
+    heads: dict[str, list[tuple[float, str]]] = {}
+    layers = []
+    for row in scores.rows_with(kind="head", length=shortest):
+        mass = row["first_token"]
+        heads.setdefault(f"head {row['head']}", []).append((mass, f"{mass:.2f}"))
+        if row["layer"] not in layers:
+            layers.append(row["layer"])
+    return grid(
+        f"sinks-{name}.png",
+        f"Attention on the first token by head: {name}",
+        f"Texts of {shortest:,} tokens. Dark: the head rests on the first token.",
+        ("layer", "share of attention"),
+        [str(layer) for layer in layers],
+        heads,
+        1.0,
+    )
+
+
+def _map_figure(name: str, layer: int, rows: list[Row]) -> Figure:
+    """Draw what each query of a layer sees, the mean over heads and texts."""
+    from longreach.evaluation.figures import grid
+
+    tokens = rows[0]["length"]
+    masses = {(row["query"], row["key"]): row["mass"] for row in rows}
+    queries = {}
+    for query in range(tokens):
+        queries[str(query)] = [(masses.get((query, key), math.nan), "") for key in range(tokens)]
+    return grid(
+        f"sinks-{name}-layer-{layer}.png",
+        f"Attention of layer {layer}: {name}",
+        "A dark column is a token on which all later ones rest: a sink.",
+        ("key", "share of attention"),
+        [str(key) for key in range(tokens)],
+        queries,
+        1.0,
+        "query",
+    )

@@ -30,11 +30,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longreach.evaluation.base import Cell, DocumentName, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, DocumentName, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, matching, with_first
 from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean
 from longreach.infra.lazy import lazy_module
@@ -42,6 +42,9 @@ from longreach.infra.lazy import lazy_module
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+    from longreach.evaluation.blocks import Block, Figure, Section, Table
+    from longreach.evaluation.figures import Style
 else:
     np = lazy_module("numpy")
 
@@ -197,29 +200,37 @@ class Streaming(Evaluation):
             )
 
     @classmethod
-    def figure(cls, scores: EvalScores) -> Any:
-        """Perplexity along the stream, a line a way, the usual ones; below, along the endurance run."""
-        import altair as alt
+    def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
+        """Return the ways through the text, what a token costs in each, and the longest stream."""
+        from longreach.evaluation.blocks import Section
 
-        from longreach.evaluation.figures import curves
+        protocol = next(iter(models.values())).protocol
+        warning = "Streaming keeps a model fluent; it does not let it see further back than its cache."
+        text = f"Protocol: {protocol}. {warning}"
+        blocks: list[Block] = [text]
+        blocks += [*_ways_table(models), *_latency_table(models), *_endurance_table(models)]
+        blocks.append(cls.figures(models, style, background))
+        return Section(cls.title, blocks)
 
-        cache = scores.recipe["cache_tokens"]
-        question = [
-            f"{scores.model}: does generation stay stable when the text outgrows a cache of {cache} tokens?",
-            "window rises once the first tokens are evicted; sinks should stay close to recompute, whatever dense does",
-        ]
-        along = [row | {"middle": (row["start"] + row["end"]) / 2} for row in scores.rows if "start" in row]
-        usual = [row for row in along if row["kind"] == "stream" and "," not in row["way"]]
-        titles = (question, "position in the text (tokens)", "perplexity")
-        upper = curves(usual, x="middle", y="ppl", by="way", titles=titles, log="y", low="ppl_low", high="ppl_high")
-        if not (enduring := [row for row in along if row["kind"] == "endurance"]):
-            return upper
-        tokens, grown = enduring[-1]["end"], scores.summary["endurance_growth_mib"]
-        titles = (
-            [f"{tokens:,} tokens through one cache", f"the process grew by {grown:.1f} MiB in the last three quarters"],
-            *titles[1:],
-        )
-        return alt.vconcat(upper, curves(enduring, x="middle", y="ppl", by="way", titles=titles))
+    @classmethod
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return perplexity along the text, a figure for each model, and along the endurance runs of all models."""
+        from longreach.evaluation.figures import lines
+        from longreach.evaluation.sections import perplexity_curve
+
+        figures = [_stream_figure(name, scores) for name, scores in models.items()]
+        curves = {}
+        for name, scores in models.items():
+            if rows := scores.rows_with(kind="endurance"):
+                curves[name] = perplexity_curve(rows, "end")
+        if curves:
+            caption = (
+                "One stream through one cache that never grows. Flat: generation stays stable; a rise that stays is "
+                "decay."
+            )
+            axes = ("token of the stream", "perplexity")
+            figures.append(lines("endurance.png", "Endurance", caption, axes, curves, style, log=True))
+        return figures
 
 
 class Ways:
@@ -492,3 +503,101 @@ def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, sta
         row["ppl_low"] = math.exp(nll + low - difference_N.mean())
         row["ppl_high"] = math.exp(nll + high - difference_N.mean())
     return row
+
+
+def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
+    """Return the perplexity of each way, a column for each model."""
+    from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import perplexity_cell
+
+    ways: dict[str, dict[str, Row]] = {}
+    for name, scores in models.items():
+        for row in scores.rows_with(kind="way"):
+            ways.setdefault(row["way"], {})[name] = row
+    lines = []
+    for way, rows in ways.items():
+        protocol = next(iter(rows.values()))["protocol"]
+        lines.append([f"{way}\n{protocol}", *(perplexity_cell(rows.get(name)) for name in models)])
+    cache = next(iter(models.values())).recipe["cache_tokens"]
+    return [
+        Table(
+            f"Perplexity once the cache of {cache:,} tokens is full",
+            ["way", *models],
+            lines,
+            legend="Small: the tokens that are scored. n sinks: the first n tokens stay in the cache, beside the most "
+            "recent.",
+        )
+    ]
+
+
+def _latency_table(models: dict[str, EvalScores]) -> list[Table]:
+    """Return what decoding a token costs in each way, a column for each model that was timed."""
+    from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import DASH
+
+    timed: dict[str, dict[str, Row]] = {}
+    for name, scores in models.items():
+        for row in scores.rows_with(kind="latency"):
+            timed.setdefault(name, {})[row["way"]] = row
+    if not timed:
+        return []
+    lines = []
+    for way in dict.fromkeys(way for rows in timed.values() for way in rows):
+        cells = []
+        for rows in timed.values():
+            cells.append(f"{rows[way]['ms']:.1f}\n{rows[way]['cache_mib']:.2f} MiB" if way in rows else DASH)
+        lines.append([way, *cells])
+    tokens = next(row["text_tokens"] for rows in timed.values() for row in rows.values())
+    caption = f"Milliseconds to decode a token, the median at the end of {tokens:,} tokens; small: keys and values"
+    return [Table(caption, ["way", *timed], lines)]
+
+
+def _endurance_table(models: dict[str, EvalScores]) -> list[Table]:
+    """Return the endurance runs in numbers, a row for each model that has one."""
+    from longreach.evaluation.blocks import Table
+
+    lines = []
+    for name, scores in models.items():
+        rows = scores.rows_with(kind="endurance")
+        if rows:
+            last = rows[-1]
+            lines.append(
+                [
+                    f"{name}\n{last['way']}",
+                    f"{last['end']:,}",
+                    f"{scores.summary['endurance_ppl']:.4g}",
+                    f"{last['ppl']:.4g}",
+                    f"{last['resident_mib']:,.0f}",
+                    f"{scores.summary['endurance_growth_mib']:+.1f}",
+                ]
+            )
+    if not lines:
+        return []
+    columns = ["model", "tokens", "perplexity", "of its last part", "memory at the end (MiB)", "grown (MiB)"]
+    legend = "Memory: the process's. Grown: in the last three quarters; a cache that leaks would show here."
+    return [Table("All held-out documents through one cache", columns, lines, legend=legend)]
+
+
+def _stream_figure(name: str, scores: EvalScores) -> Figure:
+    """Draw one model's perplexity along the text, a curve for each usual way; the others are in the table."""
+    from longreach.evaluation.figures import Style, lines
+    from longreach.evaluation.sections import perplexity_curve
+
+    curves: dict[str, list[Row]] = {}
+    for row in scores.rows_with(kind="stream"):
+        if "," not in row["way"]:  # neither text positions nor line breaks
+            curves.setdefault(row["way"], []).append(row)
+    caption = (
+        "Once its cache is full, a plain window drops the first tokens, on which attention rests, and should leap; "
+        "with a few of them kept as sinks it should stay near the window that is recomputed for each token."
+    )
+    return lines(
+        f"streaming-{name}.png",
+        f"Streaming: {name}",
+        caption,
+        ("token of the text", "perplexity"),
+        {way: perplexity_curve(rows, "end") for way, rows in curves.items()},
+        Style.of(curves),
+        log=True,
+        marks={"cache full": scores.recipe["cache_tokens"]},
+    )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SerializeAsAny
 
 from longreach.evaluation import EVALS
-from longreach.evaluation.base import Cell, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
 from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
@@ -103,7 +103,7 @@ def evaluate(
         FloatingPointError: the model's logits are not finite.
     """
     from longreach.evaluation.cells import CellFolder, measured
-    from longreach.evaluation.figures import save
+    from longreach.evaluation.figures import Style, save
 
     check_memory(model.path, recipe, resources)
     job = Job(model, corpus, recipe, resources, run.share)
@@ -136,8 +136,10 @@ def evaluate(
     scores.write(out)
     run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
     run.spool.table(out / "scores.json")
-    run.spool.artifact(save(kind.figure(scores), out, recipe.eval), "figures")
-    run.spool.artifact(out / f"{recipe.eval}.html", "figures")
+    if figures := kind.figures({recipe.model: scores}, Style.of([recipe.model]), Background()):
+        save(figures, out, recipe.eval)
+        run.spool.artifact(out / f"{recipe.eval}.png", "figures")
+        run.spool.artifact(out / f"{recipe.eval}.html", "figures")
     return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
 
 

@@ -1,0 +1,106 @@
+"""What the sections of several evaluations have in common: cells of tables, curves and grids of retrievals.
+
+python -c "from longreach.evaluation.sections import perplexity_text; print(perplexity_text(12.345))"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from longreach.evaluation.blocks import Figure, Table
+from longreach.evaluation.figures import Style, grid
+from longreach.evaluation.scores import EvalScores, Row
+
+DASH = "–"
+"""Stands in a table's cell where a value does not apply."""
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a number, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def perplexity_text(value: float | None) -> str:
+    """Return a perplexity with three digits, or NaN."""
+    if value is None or not finite(value):
+        return "NaN"
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def perplexity_cell(row: Row | None) -> str:
+    """Return a row's perplexity and, small, its interval; a dash without a row."""
+    if row is None:
+        return DASH
+    text = perplexity_text(row["ppl"])
+    if row.get("ppl_low") is None:
+        return text
+    return f"{text}\n{perplexity_text(row['ppl_low'])} to {perplexity_text(row['ppl_high'])}"
+
+
+def perplexity_curve(rows: Iterable[Row], x: str) -> list[tuple[float, float]]:
+    """Return points (x, perplexity), with NaN where a perplexity is not finite."""
+    points = []
+    for row in rows:
+        points.append((row[x], row["ppl"] if finite(row["ppl"]) else math.nan))
+    return points
+
+
+def summary_table(title: str, models: Mapping[str, EvalScores]) -> Table:
+    """Return a row for each measure of the summaries, a column for each model."""
+    measures = dict.fromkeys(measure for scores in models.values() for measure in scores.summary)
+    rows = []
+    for measure in measures:
+        cells = []
+        for scores in models.values():
+            value = scores.summary.get(measure)
+            cells.append(f"{value:.4g}" if finite(value) else DASH)
+        rows.append([measure, *cells])
+    return Table(title, ["measure", *models], rows)
+
+
+def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScores]) -> list[Figure]:
+    """Return a grid of model x length and, for each model with several depths, one of depth x length.
+
+    Args:
+        evaluation: name of an evaluation with rows of the kinds `length` and `cell`; the files are named after it.
+    """
+    lengths = sorted({row["length"] for scores in models.values() for row in scores.rows_with(kind="length")})
+    cells = {name: scores.rows_with(kind="cell") for name, scores in models.items()}
+    top = max((row["nll"] for rows in cells.values() for row in rows), default=1.0)
+    axes = ("prompt length (tokens)", "nats per token")
+    columns = [f"{length:,}" for length in lengths]
+
+    def draw(file: str, heading: str, caption: str, lines: Mapping[str, dict[int, Row]]) -> Figure:
+        texts = {name: [_retrieval_cell(rows.get(length)) for length in lengths] for name, rows in lines.items()}
+        return grid(file, heading, f"{caption} Light: the model is sure; dark: it guesses.", axes, columns, texts, top)
+
+    totals = {}
+    for name, scores in models.items():
+        totals[name] = {row["length"]: row for row in scores.rows_with(kind="length")}
+    caption = "In a cell: found of asked, and nats per token of the answer."
+    figures = [draw(f"{evaluation}.png", title, caption, totals)]
+    for name, rows in cells.items():
+        by_depth: dict[str, dict[int, Row]] = {}
+        for row in sorted(rows, key=lambda row: row["depth"]):
+            by_depth.setdefault(f"{row['depth']:.0%}", {})[row["length"]] = row
+        if len(by_depth) > 1:
+            caption = "By depth: 0% is the prompt's beginning."
+            figures.append(draw(f"{evaluation}-{name}.png", f"{title} {name}", caption, by_depth))
+    return figures
+
+
+def _retrieval_cell(row: Row | None) -> tuple[float, str]:
+    """Return a grid's value and text."""
+    if row is None:
+        return math.nan, DASH
+    return row["nll"], f"{row['correct']}/{row['trials']}\n{row['nll']:.2f}"
+
+
+def document_style(names: Iterable[str], whole: str) -> Style:
+    """Return the look of curves of single documents (dashed) and of the mean over all of them."""
+    names = list(names)
+    return Style.of(names, dashed=[name for name in names if name != whole])
