@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluating import evaluate
+from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.harness import Harness, _harness_model, middle_cut
@@ -60,7 +60,7 @@ def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
     assert len(scores.cases) == 2
     assert "who 0?" in scores.cases[0]["prompt"]
     assert "longbench_qasper_qa_f1_score" in scores.summary
-    assert "m" in Harness.figure(scores.named("m")).to_dict()["title"]["text"]
+    assert list(drawn(scores.named("m"))) == ["harness-m.png"]
 
 
 def test_a_folders_own_tasks_are_known_by_name(mirror):

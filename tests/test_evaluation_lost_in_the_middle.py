@@ -2,7 +2,7 @@ import gzip
 import json
 
 import pytest
-from evaluating import evaluate
+from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle, best_subspan_em, places
@@ -97,8 +97,11 @@ def test_scores_have_a_row_a_place_and_the_figure_a_line_a_size():
         ("qa", "oracle", "baseline", 2), ("qa", "all", "size", 4),
     ]  # fmt: skip
     assert scores.summary.keys() == {"kv_3", "kv_nll_3", "qa_3", "qa_nll_3"}
-    drawn = LostInTheMiddle.figure(scores.named("m")).to_dict()
-    assert {row["line"] for row in drawn["data"]["values"]} == {"3 JSON pairs", "3 documents"}
+    titles = {file: "".join(chart["title"]["text"]) for file, chart in drawn(scores.named("m")).items()}
+    assert titles == {
+        "lost-in-the-middle-kv-3.png": "Where the answer stands: 3 JSON pairs",
+        "lost-in-the-middle-qa-3.png": "Where the answer stands: 3 documents",
+    }
 
 
 def test_nothing_to_search_or_no_middle_is_refused():

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from evaluating import evaluate
+from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 from transformers import AutoTokenizer
 
@@ -124,7 +124,7 @@ def test_a_grid_can_grow_and_its_scores_say_what_was_found():
     twin = [c for c in scores.cases if (c["length"], c["trial"]) == (600, 0)]
     assert [c["prompt"] for c in one.cases] == [c["prompt"] for c in twin]
     assert [c["nll"] for c in one.cases] == [c["nll"] for c in twin]
-    assert "m" in Needle.figure(scores.named("m")).to_dict()["title"]["text"]
+    assert list(drawn(scores.named("m"))) == ["needle.png", "needle-m.png"]
 
 
 @pytest.mark.parametrize(

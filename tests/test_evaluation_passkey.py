@@ -1,6 +1,6 @@
 import pytest
 import torch
-from evaluating import evaluate
+from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.passkey import QUESTION, TASK, Passkey, ask, draw_key, fit_prompt, prompt_text
@@ -100,7 +100,9 @@ def test_scores_count_cells_and_lengths():
     ]  # fmt: skip
     assert scores.summary["passkey_320"] == sum(c["correct"] for c in scores.cases if c["length"] == 320) / 6
     assert {"passkey_nll_320", "passkey_nll_400"} < set(scores.summary)
-    assert "base" in Passkey.figure(scores.named("base")).to_json()
+    figures = drawn(scores.named("base"))
+    assert list(figures) == ["passkey.png", "passkey-base.png"]
+    assert "base" in str(figures["passkey.png"])
 
 
 def test_logits_that_are_not_finite_name_the_cell():

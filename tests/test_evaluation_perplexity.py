@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluating import evaluate
+from evaluating import drawn, evaluate, names_of
 from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import processors
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -152,12 +152,11 @@ def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):
 
 
 def test_the_figure_says_which_model_and_has_units():
-    drawn = Perplexity.figure(run([document("a", 800), document("b", 800, "e", 1)]).named("base")).to_dict()["vconcat"][
-        0
-    ]
-    assert "base" in drawn["title"]["text"]
-    assert "tokens" in str(drawn["layer"][0]["encoding"]["x"]["title"])
-    assert {row["line"] for row in drawn["data"]["values"]} == {"a", "b", "all documents"}
+    scores = run([document("a", 800), document("b", 800, "e", 1)]).named("base")
+    chart = drawn(scores)["perplexity-by-document.png"]
+    assert "base" in str(chart["title"]["text"])
+    assert "tokens" in str(chart["layer"])
+    assert set(names_of(chart)) == {"a", "b", "all documents"}
 
 
 def test_two_models_are_compared_on_the_same_tokens_bin_by_bin():

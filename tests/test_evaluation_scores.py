@@ -58,4 +58,4 @@ def test_every_evaluation_is_registered_by_its_name_and_defines_all_parts(name):
     assert kind.name == name
     assert kind.title
     assert issubclass(kind.Choices, EvalChoices)
-    assert {"cells", "measure", "scores", "figure"} < vars(kind).keys()
+    assert {"cells", "measure", "scores", "figures"} < vars(kind).keys()

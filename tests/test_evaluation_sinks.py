@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from evaluating import evaluate
+from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.documents import Document
@@ -38,7 +38,7 @@ def test_a_row_a_layer_and_a_head_and_the_figure_has_all_parts():
     scores = run()
     kinds = [row["kind"] for row in scores.rows]
     assert (kinds.count("layer"), kinds.count("head"), kinds.count("map")) == (4, 16, 136)
-    assert len(Sinks.figure(scores.named("m")).to_dict()["vconcat"]) == 3
+    assert list(drawn(scores.named("m"))) == ["sinks-16.png", "sinks-32.png", "sinks-m.png", "sinks-m-layer-0.png"]
 
 
 def test_longer_texts_are_fewer_and_come_from_all_documents():

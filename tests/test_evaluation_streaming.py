@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from evaluating import evaluate
+from evaluating import drawn, evaluate, names_of
 from tiny_models import byte_tokenizer, tiny_llama
 from transformers import (
     AttentionInterface,
@@ -16,7 +16,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document
+from longreach.evaluation.figures import Style
 from longreach.evaluation.small_cache import streamed_nll
 from longreach.evaluation.streaming import Streaming
 from longreach.training.model import with_softmax_sinks
@@ -156,7 +158,7 @@ def test_several_numbers_of_sinks_are_ways_of_their_own():
     assert {way: row["sink_tokens"] for way, row in ways.items()} == {"window": 0, "1 sink": 1, "3 sinks": 3}
     for sinks, way in ((1, "1 sink"), (3, "3 sinks")):
         assert curve(scores, way) == curve(run(model, text, ways=("sinks",), sink_tokens=(sinks,)), way)
-    assert {row["way"] for row in Streaming.figure(scores.named("m")).to_dict()["data"]["values"]} == {*ways}
+    assert set(names_of(drawn(scores.named("m"))["streaming-m.png"])) == {*ways}
 
 
 def test_positions_and_meaning_of_the_sinks_are_ways_of_their_own():
@@ -195,7 +197,9 @@ def test_the_endurance_run_is_the_one_pass_form_over_all_documents_and_its_memor
     expected = [whole[row["start"] : row["end"]].mean() for row in rows]
     assert [row["nll"] for row in rows] == pytest.approx(expected, rel=1e-4)
     assert abs(scores.summary["endurance_growth_mib"]) < 1  # dense keys would be 3.5 of their 5 MiB
-    assert "20,000 tokens" in str(Streaming.figure(scores.named("m")).to_dict()["vconcat"][1]["title"])
+    section = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background())
+    assert section.blocks[-2].rows[0][1] == "20,000"
+    assert section.blocks[-1][-1].file == "endurance.png"
     with pytest.raises(ValueError, match="endurance_tokens 20200, but all held-out documents have 20200"):
         evaluate(Streaming, model, byte_tokenizer(), texts, endurance_tokens=20_200, **choices)
 
@@ -246,10 +250,9 @@ def test_logits_that_are_not_finite_name_document_and_token():
 
 
 def test_the_figure_has_a_line_a_way():
-    drawn = Streaming.figure(run().named("base")).to_dict()
-    ways = list(dict.fromkeys(row["way"] for row in drawn["data"]["values"]))
-    assert ways == ["dense", "window", "recompute", "3 sinks"]
-    assert "base" in drawn["title"]["text"]
+    chart = drawn(run().named("base"))["streaming-base.png"]
+    assert names_of(chart) == ["dense", "window", "recompute", "3 sinks"]
+    assert "base" in str(chart["title"]["text"])
 
 
 def test_what_the_cache_cannot_do_is_refused_before_anything_is_measured():

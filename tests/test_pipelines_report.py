@@ -9,7 +9,6 @@ import json
 import math
 import re
 import struct
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from toy_models import tiny_tokenizer, training_summary
 
 from longreach.evaluation.blocks import Best, Figure, Section, Table
 from longreach.evaluation.figures import Style, lines
+from longreach.evaluation.harness import Harness
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
-from longreach.evaluation.perplexity import document_rows, pooled_rows, position_rows
+from longreach.evaluation.perplexity import coarser, document_rows, pooled_rows, position_rows
 from longreach.evaluation.scores import EvalScores, retrieval_row
 from longreach.evaluation.sinks import Sinks
 from longreach.evaluation.streaming import Streaming, sampled, tabulate
@@ -32,8 +32,7 @@ from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.report.findings import POINTS, Found, Model, brief, frontier, thinned
 from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import report
-from longreach.pipelines.report.sections import coarser
-from longreach.pipelines.report.tasks import others
+from longreach.pipelines.report.sections import evaluations
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
 from longreach.training import throughput
@@ -546,17 +545,16 @@ def test_a_stage_that_the_report_does_not_know_is_listed_in_how_it_was_run(input
     assert "\n| distil |" in (out / "report.md").read_text().partition("How it was run")[2]
 
 
-def test_an_evaluation_without_a_section_of_its_own_is_still_shown(inputs, tmp_path, no_pictures):
+def test_every_evaluation_that_was_measured_has_a_section(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
     key = next(key for key, label in recipe.labels.items() if label == "evaluate[base,passkey]")
     manifest = json.loads(json.dumps(artifacts[key].manifest))
     manifest["identity"]["recipe"]["eval"] = "harness"
-    (artifacts[key].path / "harness.png").write_bytes(
-        lines("x", "T", "S", ("x", "y"), {"a": [(1, 2)]}, Style.of(["a"])).png
-    )
-    out, _ = write((recipe, artifacts | {key: Artifact(artifacts[key].path, manifest)}), tmp_path)
-    (artifacts[key].path / "harness.png").unlink()
-    assert page_of(out).row("passkey_128") == ["1"]
+    row = {"kind": "task", "task": "qasper", "metric": "f1", "value": 0.25}
+    scores = Harness.scores(Harness.Choices(tasks=("qasper",)), [({"task": "qasper"}, {"rows": [row], "cases": []})])
+    scores.named("base").write(tmp_path / "harness")
+    out, _ = write((recipe, artifacts | {key: Artifact(tmp_path / "harness", manifest)}), tmp_path)
+    assert page_of(out).row("qasper_f1") == ["0.25"]
     assert (out / "harness-base.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -752,14 +750,10 @@ def test_models_are_compared_by_depth_by_place_and_by_layer(written):
     lost = LostInTheMiddle.scores(places, [({}, {"cases": asked})])
     mass = {"first": heads.tolist(), "softmax": heads[..., 0].tolist(), "maps": {}}
     resting = Sinks.scores(Sinks.Choices(lengths=(16,)), [({"length": 16, "texts": 2}, mass)])
-    models = {
-        name: Model(
-            name, "baseline", "", scores={e.eval: asdict(e) for e in (lost, resting)}, figures={"sinks": b"PNG"}
-        )
-        for name in ("a", "b")
-    }
-    section = others(Found({}, models=models))
-    pictures = [picture for block in section.blocks if isinstance(block, list) for picture in block]
+    scores = {lost.eval: lost, resting.eval: resting}
+    models = {name: Model(name, "baseline", "", scores=scores) for name in ("a", "b")}
+    sections = evaluations(Found({}, models=models))
+    pictures = [picture for section in sections for picture in section.blocks[-1]]
     files = ["lost-in-the-middle-kv-8.png", "sinks-16.png", "sinks-a.png", "sinks-b.png"]
     assert [picture.file for picture in pictures] == files
     assert "Even attention would give the first token 0.083" in pictures[1].caption

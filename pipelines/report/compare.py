@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from longreach.evaluation.blocks import Section, Table
+from longreach.evaluation.perplexity import difference_tables
+from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import MANIFEST, Artifact, Store
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
 from longreach.pipelines.recipe import PriceRecipe
-from longreach.pipelines.report.findings import Found, Model, finite, gather, show_ppl
+from longreach.pipelines.report.findings import PERPLEXITY, Found, Model, gather
 from longreach.pipelines.report.page import Page
-from longreach.pipelines.report.sections import losses, pairs, results
+from longreach.pipelines.report.sections import losses, results
 from longreach.pipelines.stage import differences
 from longreach.training.summary import PackSummary
 
@@ -59,7 +61,7 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
     found = merge(runs)
     sections = [
         results(found, "What every model reached, and what it cost", "All models; on the same texts first, best first"),
-        Section("Differences on the same tokens", list(pairs(found.models, resamples=1000))),
+        Section("Differences on the same tokens", difference_tables(found.scores_of(PERPLEXITY), resamples=1000)),
         Section("What differs", [changes(runs)]),
         *(losses(found, kind, title, file, SAYS) for kind, title, file in LOSSES),
         Section("Runs", [Table("Reports", ["run", "fingerprint", "commit", "host", "command"], told, prose=True)]),
@@ -196,7 +198,7 @@ def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int
     groups: dict[tuple[int, frozenset[Any]], list[str]] = {}
     for name, model in models.items():
         texts: dict[int, set[Any]] = {}
-        for row in model.rows("perplexity", kind="document", protocol="last_stride"):
+        for row in model.rows(PERPLEXITY, kind="document", protocol="last_stride"):
             texts.setdefault(row["length"], {bases[name]}).add((row["document"], row["tokens"]))
         for text_length, scored in texts.items():
             groups.setdefault((text_length, frozenset(scored)), []).append(name)
@@ -211,9 +213,9 @@ def headline(found: Merged) -> str:
     length, ppl = found.greatest()
     text = "No perplexity was measured."
     if ppl:
-        best = ", ".join(f"{name} {show_ppl(ppl[name])}" for name in list(ppl)[:3])
+        best = ", ".join(f"{name} {perplexity_text(ppl[name])}" for name in list(ppl)[:3])
         text = f"Lowest perplexity at {length:,} tokens: {best}."
-    others = sum("perplexity" in model.scores for model in found.models.values()) - len(ppl)
+    others = sum(PERPLEXITY in model.scores for model in found.models.values()) - len(ppl)
     if others:
         text += f" {others} models read other texts or have another base, and do not compare."
     return text

@@ -13,12 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from longreach.evaluation.base import Background
+from longreach.evaluation.scores import EvalScores
+from longreach.evaluation.sections import finite
 from longreach.infra.artifact import Artifact
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
 
 POINTS = 500
 """Steps of a run that are read for its curves."""
+PERPLEXITY = "perplexity"
+"""The evaluation by which models are compared: in the main table, the headline and the frontier."""
 NOT_RUN = "not run, since "
 """How the reason of a stage begins that failed only because one before it did."""
 
@@ -36,16 +41,12 @@ class Model:
     """What its training says of itself; None for a baseline and where training did not end."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """scores.json by evaluation."""
-
-    figures: dict[str, bytes] = field(default_factory=dict)
-    """The evaluation's own figure (PNG), by evaluation."""
+    scores: dict[str, EvalScores] = field(default_factory=dict)
+    """Scores without their cases, by evaluation."""
 
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
         """Rows of an evaluation's scores whose columns have these values; none if it was not evaluated so."""
-        rows = self.scores[evaluation]["rows"] if evaluation in self.scores else []
-        return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+        return self.scores[evaluation].rows_with(**where) if evaluation in self.scores else []
 
     @property
     def training(self) -> TrainingSummary:
@@ -107,7 +108,15 @@ class Found:
 
     def ppl(self, protocol: str = "last_stride") -> dict[int, dict[str, dict[str, Any]]]:
         """Perplexity over all documents, by context length and model."""
-        return by_length(self.models, "perplexity", kind="pooled", protocol=protocol, domain="*")
+        return by_length(self.models, PERPLEXITY, kind="pooled", protocol=protocol, domain="*")
+
+    def scores_of(self, evaluation: str) -> dict[str, EvalScores]:
+        """Return an evaluation's scores by the model's name."""
+        return {name: model.scores[evaluation] for name, model in self.models.items() if evaluation in model.scores}
+
+    def background(self) -> Background:
+        """Return what the sections of evaluations should know beside scores."""
+        return Background(self.base.get("context_length"), frozenset(self.compared))
 
     def greatest(self) -> tuple[int, dict[str, float]]:
         """The greatest length measured, and the compared models' perplexities there, best first; a NaN is last."""
@@ -117,8 +126,8 @@ class Found:
 
     def last_tokens(self) -> str:
         """Which tokens the `last_stride` protocol scores."""
-        asked = [m.scores["perplexity"]["recipe"] for m in self.models.values() if "perplexity" in m.scores]
-        return f"last {' or '.join(str(n) for n in sorted({recipe['last_tokens'] for recipe in asked}))} tokens"
+        counts = {scores.recipe["last_tokens"] for scores in self.scores_of(PERPLEXITY).values()}
+        return f"last {' or '.join(str(count) for count in sorted(counts))} tokens"
 
     def where(self) -> str:
         """What ratios of speed depend on, as far as it is known."""
@@ -161,9 +170,8 @@ def gather(
                 name = choices["model"]
                 baseline = Model(name, "baseline", about_rope(choices["rope"]))
                 model = arms.get(name) or found.models.setdefault(name, baseline)
-                model.scores[choices["eval"]] = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
-                if (drawn := artifact.path / f"{choices['eval']}.png").is_file():
-                    model.figures[choices["eval"]] = drawn.read_bytes()
+                content = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
+                model.scores[choices["eval"]] = EvalScores(**content)
             case _:
                 pass  # a stage without a section of its own is listed in "how it was run"
     found.models |= arms  # after the baselines
@@ -244,15 +252,3 @@ def about_arm(facts: TrainingSummary) -> str:
     words = {"all": "all weights", "lora": f"LoRA r={arm.lora_rank}", "embed": "embeddings", "norm": "norms"}
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
     return ", ".join(filter(None, [trained, arm.attention.about()]))
-
-
-def finite(value: Any) -> bool:
-    """Whether it is a number, and an ordinary one."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def show_ppl(value: float | None) -> str:
-    """Three digits, or NaN."""
-    if value is None or not finite(value):
-        return "NaN"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"

@@ -10,19 +10,20 @@ out) and stand beside the row length and model width that they were measured at,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from longreach.evaluation.blocks import Section, Table
+from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices
 from longreach.pipelines.artifacts import Report
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.recipe import PriceRecipe
-from longreach.pipelines.report.findings import NOT_RUN, Found, brief, finite, gather, show_ppl
+from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Found, brief, gather
 from longreach.pipelines.report.page import Page, markdown_table
 
 TABLE_CHARACTERS = 4000
@@ -52,28 +53,25 @@ def report(
     Raises:
         ValueError: an artifact without a label, of an unknown stage, or with a file that is not what it should be.
     """
-    from longreach.pipelines.report.sections import how
-
     if wrong := artifacts.keys() ^ recipe.labels.keys():
         raise ValueError(f"{len(artifacts)} artifacts, {len(recipe.labels)} labels; not in both: {sorted(wrong)}")
     labelled = {recipe.labels[key]: artifact for key, artifact in artifacts.items()}
     found = gather(labelled, recipe.prices, recipe.failed)
-    sections = [section for part in _parts() if (section := part(found))] + [how(found, run.command)]
+    sections = _sections(found, run.command)
     about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; " if found.base else ""
     about += f"report {run.attempt.fingerprint[:8]}"
     Page(f"longreach: {recipe.name}", about, headline(found), sections).write(out, "report")
     return {"headline": headline(found), "metrics": metrics(found), "table": short_table(found)}
 
 
-def _parts() -> tuple[Callable[[Found], Section | None], ...]:
-    """The page, in order; how it was run comes last. Imported here, since drawing is slow to import."""
-    from longreach.pipelines.report import sections, tasks
+def _sections(found: Found, command: str) -> list[Section]:
+    """Return the page, in order. What draws is imported here, since it is slow to import."""
+    from longreach.pipelines.report import sections
 
-    return (
-        sections.failures, sections.results, sections.perplexity, sections.documents,
-        tasks.passkey, tasks.streaming, sections.training, sections.pretraining,
-        tasks.others, sections.packing,
-    )  # fmt: skip
+    of_models = [sections.failures(found), sections.results(found)]
+    of_training = [sections.training(found), sections.pretraining(found), sections.packing(found)]
+    whole = [*of_models, *sections.evaluations(found), sections.documents(found), *of_training]
+    return [section for section in whole if section] + [sections.how(found, command)]
 
 
 def short_table(found: Found) -> str:
@@ -117,17 +115,17 @@ def _gained(found: Found) -> list[str]:
     length, ppl = found.greatest()
     arms = [name for name in ppl if name in found.of("finetune")]
     untrained = [name for name in ppl if name not in arms]
-    listed = ", ".join(f"{name} {show_ppl(ppl[name])}" for name in untrained)
+    listed = ", ".join(f"{name} {perplexity_text(ppl[name])}" for name in untrained)
     said = f"At {length:,} tokens"
     if found.base:
         said += f", {length / found.base['context_length']:.3g} times what the base was trained to"
     if not arms:
         return [f"{said}, perplexity without any training is: {listed}."] if ppl else []
-    said += f", {arms[0]} is the best trained arm with perplexity {show_ppl(ppl[arms[0]])}"
+    said += f", {arms[0]} is the best trained arm with perplexity {perplexity_text(ppl[arms[0]])}"
     if not untrained:
         return [f"{said}."]
     place = {"kind": "document", "protocol": "last_stride", "length": length}
-    rows = [found.models[name].rows("perplexity", **place) for name in (arms[0], untrained[0])]
+    rows = [found.models[name].rows(PERPLEXITY, **place) for name in (arms[0], untrained[0])]
     mine, best = ({row["document"]: row["nll"] for row in each} for each in rows)
     wins = sum(mine[document] < best[document] for document in mine)
     worse = [name for name in untrained if not ppl[arms[0]] < ppl[name]]
@@ -161,7 +159,7 @@ def metrics(found: Found) -> dict[str, float]:
     values: dict[str, float] = {f"pack/efficiency/{plain(n)}": pack.efficiency for n, pack in found.packs.items()}
     for name, model in found.models.items():
         tag = plain(name)
-        values |= {f"eval/{key}/{tag}": value for s in model.scores.values() for key, value in s["summary"].items()}
+        values |= {f"eval/{key}/{tag}": value for s in model.scores.values() for key, value in s.summary.items()}
         if model.summary:
             values[f"cost/wall_s/{tag}"] = model.summary.wall_s
             values[f"cost/tokens_per_s/{tag}"] = model.summary.tokens_per_s

