@@ -77,15 +77,15 @@ def pack_corpus(
         raise ValueError("the tokenizer has no EOS token to end documents with: set its eos_token")
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     lead = int(first_token is not None)
-    digest, found = source_digest(corpus, base_dir), Found(corpus)
+    digest, index = source_digest(corpus, base_dir), CorpusIndex(corpus)
     with tempfile.TemporaryFile(dir=out) as scratch:
         items = read_documents(corpus, base_dir)
-        _tokenise(items, found, Encoder.of(tokenizer), eos, scratch, workers, progress)
-        found.check()
-        segments = METHODS[pack.method](*found.extents("train"), pack.seq_len, lead)
+        _tokenise(items, index, Encoder.of(tokenizer), eos, scratch, workers, progress)
+        index.check()
+        segments = METHODS[pack.method](*index.extents("train"), pack.seq_len, lead)
         rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
         _write_rows(out / "rows", rows, scratch)
-        _write_documents(out / "documents", found, scratch)
+        _write_documents(out / "documents", index, scratch)
     tokenizer.save_pretrained(out / "tokenizer")
     row_tokens = int(rows.lengths().sum())
     summary = PackSummary(
@@ -98,16 +98,16 @@ def pack_corpus(
         rows=rows.count,
         tokens=row_tokens,
         efficiency=row_tokens / max(1, rows.count * pack.seq_len),
-        documents={split: found.splits.count(split) for split in SPLITS},
+        documents={split: index.splits.count(split) for split in SPLITS},
         source_digest=digest,
-        **found.report(pack.seq_len - lead),
+        **index.report(pack.seq_len - lead),
     )
     summary.write(out)
     return summary
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The tokenizer, with a sink token if that is asked for, and the id that opens each row or document."""
+    """Return the tokenizer, with a sink token if the recipe wants one, and the id that opens each row or document."""
     if kind == "sink":
         return with_sink_token(tokenizer)
     if kind == "bos" and tokenizer.bos_token_id is None:
@@ -115,8 +115,8 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrai
     return tokenizer, tokenizer.bos_token_id if kind == "bos" else None
 
 
-class Found:
-    """What one pass over the texts found, document by document."""
+class CorpusIndex:
+    """What one pass over the texts learned, document by document: the order of all lists is that of the texts."""
 
     def __init__(self, corpus: CorpusRecipe) -> None:
         self.corpus = corpus
@@ -129,7 +129,7 @@ class Found:
         self.bad_count = 0
 
     def add(self, item: Document | BadLine) -> None:
-        """The next document, its tokens still to be counted, or a malformed entry."""
+        """Add the next document, whose tokens are counted later, or a malformed entry."""
         if isinstance(item, BadLine):
             self.bad_count += 1
             self.bad += [item] if len(self.bad) < MAX_LISTED else []
@@ -140,7 +140,7 @@ class Found:
         self.lengths.append(0)
 
     def check(self) -> None:
-        """Raises ValueError if the texts are not what the recipe takes them for."""
+        """Check the texts against the recipe. ValueError: too many malformed entries, no document, an idle pattern."""
         entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
         if self.bad_count > limit * entries:
             first = self.bad[0]
@@ -156,14 +156,14 @@ class Found:
         check_patterns(self.names, self.corpus)
 
     def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Starts of a split's documents (None: all) in the scratch file and their lengths with EOS: [D] int64 each."""
+        """Return starts in the scratch file and lengths with EOS of a split's documents (None: all): [D] int64 each."""
         lengths = np.array(self.lengths, np.int64) + 1
         starts = 1 + np.cumsum(lengths) - lengths
         chosen = np.array([split in (None, s) for s in self.splits])
         return starts[chosen], lengths[chosen]
 
     def report(self, capacity: int) -> dict[str, Any]:
-        """The packing report: what was split, how long documents are, what was skipped."""
+        """Return PackSummary's fields on the documents: what was split, how long they are, what was skipped."""
         lengths = {split: self.extents(split)[1] - 1 for split in SPLITS}
         upper = [1 << bits for bits in range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)]
         counts = {split: np.bincount(np.searchsorted(upper, n), minlength=len(upper)) for split, n in lengths.items()}
@@ -184,7 +184,7 @@ class Found:
 
 def _tokenise(
     items: Iterable[Document | BadLine],
-    found: Found,
+    index: CorpusIndex,
     encoder: Encoder,
     eos: int,
     scratch: IO[bytes],
@@ -194,10 +194,10 @@ def _tokenise(
     """Write EOS, document, EOS, document, ... EOS to the scratch file, as int32."""
     owners: deque[np.ndarray] = deque()  # of the texts of each batch under way: indices of documents
     last = -1
-    for ids, lengths in encode_all(_batches(items, found, encoder, owners), encoder, workers):
+    for ids, lengths in encode_all(_batches(items, index, encoder, owners), encoder, workers):
         owner = owners.popleft()
         for document, tokens in zip(owner.tolist(), lengths.tolist(), strict=True):
-            found.lengths[document] += tokens
+            index.lengths[document] += tokens
         begins = np.diff(owner, prepend=last) > 0
         scratch.write(np.insert(ids, (np.cumsum(lengths) - lengths)[begins], eos).data)
         last = int(owner[-1])
@@ -208,17 +208,17 @@ def _tokenise(
 
 
 def _batches(
-    items: Iterable[Document | BadLine], found: Found, encoder: Encoder, owners: deque[np.ndarray]
+    items: Iterable[Document | BadLine], index: CorpusIndex, encoder: Encoder, owners: deque[np.ndarray]
 ) -> Iterator[list[str]]:
-    """Texts of about BATCH_CHARS in all; whose they are goes to the end of `owners`."""
+    """Yield batches of texts, about BATCH_CHARS each, and append to `owners` the document of each text."""
     texts: list[str] = []
     owner: list[int] = []
     chars = 0
     for item in items:
-        found.add(item)
+        index.add(item)
         for part in encoder.parts(item.blocks()) if isinstance(item, Document) else ():
             texts.append(part)
-            owner.append(len(found.names) - 1)
+            owner.append(len(index.names) - 1)
             chars += len(part)
             if chars >= BATCH_CHARS:
                 owners.append(np.array(owner))
@@ -230,7 +230,7 @@ def _batches(
 
 
 def _mapped(scratch: IO[bytes]) -> np.ndarray:
-    """All tokens. Mapped anew for each batch: what is read counts as this process's memory while its mapping lives."""
+    """Map all tokens, anew for each batch: what is read counts as this process's memory while a mapping lives."""
     return np.memmap(scratch, np.int32, "r")
 
 
@@ -247,14 +247,14 @@ def _write_rows(folder: Path, rows: Rows, scratch: IO[bytes]) -> None:
     _write_dataset(folder, ROW, shards)
 
 
-def _write_documents(folder: Path, found: Found, scratch: IO[bytes]) -> None:
+def _write_documents(folder: Path, index: CorpusIndex, scratch: IO[bytes]) -> None:
     """Held-out documents: the tokens of the text alone."""
 
     def batches() -> Iterator[pa.RecordBatch]:
-        starts, lengths = found.extents()
-        for n, split in enumerate(found.splits):
+        starts, lengths = index.extents()
+        for n, split in enumerate(index.splits):
             if split != "train":
-                labels = [pa.array([label]) for label in (found.names[n], found.domains[n], split)]
+                labels = [pa.array([label]) for label in (index.names[n], index.domains[n], split)]
                 ids = _mapped(scratch)[starts[n] : starts[n] + lengths[n] - 1]
                 yield pa.record_batch([*labels, _lists(ids[None])], schema=DOCUMENT)
 
@@ -268,7 +268,10 @@ def _lists(values: np.ndarray) -> pa.ListArray:
 
 
 def _write_dataset(folder: Path, schema: pa.Schema, shards: list[Iterator[pa.RecordBatch]]) -> None:
-    """What `Dataset.save_to_disk` writes, without its copy of everything: Arrow streams, features, and their list."""
+    """Write what `Dataset.save_to_disk` would, without its copy of everything: Arrow streams, features, their list.
+
+    The keys of state.json are private to `datasets`, which refuses the folder without them; a test opens it.
+    """
     import datasets
 
     folder.mkdir()
