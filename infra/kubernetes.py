@@ -37,26 +37,26 @@ TOKENS_SINCE = (2, 52)
 
 @dataclass(frozen=True)
 class Place:
-    """What a cluster needs to know beside Resources."""
+    """What a cluster's manifests need beside Resources."""
 
     image: str = f"longreach:{version('longreach')}"
-    """Holds longreach, and Ray in the version `ray_version`."""
+    """The image of all pods: it holds longreach, and Ray in the version `ray_version`."""
     namespace: str = "longreach"
     memory: str = "8Gi"
-    """Of one worker's pod."""
+    """Memory of one worker's pod."""
     head_memory: str = "4Gi"
-    """Of the head, where the driver runs."""
+    """Memory of the head's pod, where the driver runs."""
     ray_version: str = version("ray")
     secret: str = "longreach-store"
     """A Secret whose keys become environment variables: the store's and MLflow's credentials."""
     claim: str | None = None
     """A ReadWriteMany volume claim for the run's folder; without one each pod has a folder of its own."""
     queue: str | None = None
-    """Kueue's LocalQueue."""
+    """The LocalQueue of Kueue that jobs wait in."""
     gpu_nodes: dict[str, str] = field(default_factory=dict)
     """Labels of the nodes for workers with a GPU."""
     kubectl_image: str = "registry.k8s.io/kubectl:v1.35.0"
-    """Creates RayJobs for a core CronJob."""
+    """The image in which a core CronJob creates RayJobs."""
 
     def __post_init__(self) -> None:
         for name in ("memory", "head_memory"):
@@ -65,12 +65,12 @@ class Place:
 
 
 def ray_cluster(name: str, resources: Resources, place: Place) -> Manifest:
-    """A standing cluster: one pod for each training rank."""
+    """Return a standing cluster: one pod for each training rank."""
     return _manifest("ray.io/v1", "RayCluster", name, place, spec=_cluster_spec(resources, place))
 
 
 def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place) -> Manifest:
-    """A cluster for one command, gone ten minutes after it ends.
+    """Return a cluster for one command, which is deleted ten minutes after that ends.
 
     The operator submits over HTTP: a submitter pod would add a shell that reads `&&` and `;` of the entrypoint itself.
     There are no retries: each would be a new cluster, and the next fire time resumes from the newest checkpoint anyway.
@@ -86,8 +86,8 @@ def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place
 
 
 def ray_cron_job(name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True) -> Manifest:
-    """KubeRay's own timer: alpha, behind the gate RayCronJob. It has no concurrency policy and makes up for every
-    missed fire time at once, so the lease and the driver's max_start_delay do that work.
+    """Return KubeRay's own timer: alpha, behind the gate RayCronJob. It has no concurrency policy and makes up for
+    every missed fire time at once, so the lease and the driver's max_start_delay keep runs apart and in time.
 
     Raises:
         ValueError: a queue, since it gives its RayJobs no labels.
@@ -105,7 +105,7 @@ def cron_job(
     name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True,
     max_start_delay: timedelta | None = None,
 ) -> list[Manifest]:  # fmt: skip
-    """Kubernetes' own timer (1.27 or later, for its zones): its pod creates a RayJob and ends.
+    """Return Kubernetes' own timer (1.27 or later, for its zones), whose pod creates a RayJob and ends.
 
     Of three ways this is the sound one. A pod that ran `longreach run` itself would be one node, and hold it; one that
     submits to a standing cluster pays for that cluster all week. So the pod only does `kubectl create`, with a service
@@ -157,17 +157,17 @@ def cron_job(
 
 
 def recipe_map(name: str, text: str, place: Place) -> Manifest:
-    """The recipe that the head of cluster `name` mounts."""
+    """Return the ConfigMap with the recipe, which the head of cluster `name` mounts."""
     return _manifest("v1", "ConfigMap", f"{name}-recipe", place, data={"recipe.yaml": text})
 
 
 def dump(manifests: list[Manifest]) -> str:
-    """YAML documents, as `kubectl apply -f -` takes them."""
+    """Return YAML documents for `kubectl apply -f -`."""
     return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts as they are; shared parts written out: a reader should not have to look up `*id001`."""
+    """Writes texts as they are, and shared parts each time: no reader should have to look up `*id001`."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -180,7 +180,7 @@ _Dumper.add_representer(
 
 
 def dns_name(name: str) -> str:
-    """A recipe's name as Kubernetes takes it: `sink+160m.v2` -> `sink-160m-v2`."""
+    """Return a recipe's name in the letters that Kubernetes allows: `sink+160m.v2` -> `sink-160m-v2`."""
     return re.sub("[^a-z0-9-]+", "-", name.lower()).strip("-")
 
 
@@ -200,7 +200,7 @@ def _manifest(api: str, kind: str, name: str, place: Place, queue: str | None = 
 
 
 def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
-    """Requests equal limits: Ray counts CPUs by them, and a pod of that class is the last to be evicted."""
+    """Return requests equal to limits: Ray counts CPUs by them, and such a pod is the last to be evicted."""
     amounts = {"cpu": cpu, "memory": memory} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
     return {"requests": amounts, "limits": amounts}
 

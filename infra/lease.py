@@ -28,20 +28,23 @@ class LeaseHeld(Exception):
 
 
 def process_mark(pid: int) -> list[str] | None:
-    """Names a process for ever: the machine's boot, its namespace, its number there, and when it started, in the
-    kernel's own ticks. None if it has ended, or where the kernel does not say (Linux does)."""
+    """Return what no other process will ever have: the machine's boot, the process's namespace, its number there, and
+    its start in the kernel's ticks. None if it has ended, or where there is no /proc (Linux has it)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
-        return None if state == "Z" else [boot, os.readlink("/proc/self/ns/pid"), str(pid), ticks]
+        namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
+    return None if state == "Z" else [boot, namespace, str(pid), ticks]  # Z: it has ended, its parent has not looked
 
 
 def is_gone(mark: list[str] | None) -> bool:
-    """Whether a process is known to have ended; those of other machines and containers are not known."""
-    own = process_mark(os.getpid())
-    return mark is not None and own is not None and mark[:2] == own[:2] and process_mark(int(mark[2])) != mark
+    """Whether a process is known to have ended; of other machines' and containers' nothing is known."""
+    ours = process_mark(os.getpid())
+    if mark is None or ours is None or mark[:2] != ours[:2]:
+        return False
+    return process_mark(int(mark[2])) != mark
 
 
 @dataclass
@@ -68,10 +71,10 @@ class Lease:
         return f"{self.store.base}/leases/{self.name}"
 
     def acquire(self, *, wait: bool) -> Lease:
-        """Returns self once held.
+        """Return self once the lease is held.
 
         Raises:
-            LeaseHeld: somebody alive holds it and `wait` is False.
+            LeaseHeld: a live run holds it and `wait` is False.
         """
         while True:
             newest = self._newest()
@@ -80,7 +83,7 @@ class Lease:
                     about = {"holder": self.holder, "process": process_mark(os.getpid())}
                     self.store.create(self._path(newest + 1, "json"), canonical(about).encode())
                 except FileExistsError:
-                    continue  # somebody was faster: look again
+                    continue  # another run was faster: look again
                 self._generation = newest + 1
                 self._beat(0)
                 self._sweep()
@@ -88,13 +91,13 @@ class Lease:
                 return self
 
     def release(self) -> None:
-        """Let the next one in at once."""
+        """Give the lease up, so that the next run need not wait."""
         self._stop.set()
         if not self.lost.is_set():
             self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
 
     def current_holder(self) -> str | None:
-        """Who holds it, as far as is known: who died holding it on another machine still does. None after a release."""
+        """Return the holder's name, None after a release. A holder that died on another machine is still reported."""
         newest = self._newest()
         if newest == 0 or self._exists(newest, "released"):
             return None
@@ -102,7 +105,7 @@ class Lease:
         return None if is_gone(about.get("process")) else about["holder"]
 
     def _alive(self, generation: int, wait: bool) -> bool:
-        """Watch the counter: False as soon as it may be taken over; True where a newer one took its place meanwhile.
+        """Watch the counter; return False once the lease may be taken over, True if a newer one took its place.
 
         Raises:
             LeaseHeld: the counter moved and `wait` is False.
@@ -113,17 +116,18 @@ class Lease:
             return True
         if is_gone(about.get("process")):
             return False
-        seen, still = self._counter(generation), 0
-        while still < self.patience_beats:
+        counter, beats_without_change = self._counter(generation), 0
+        while beats_without_change < self.patience_beats:
             time.sleep(self.beat_s)
             if self._exists(generation, "released"):
                 return False
-            if (now := self._counter(generation)) == seen:
-                still += 1
-                continue
-            if not wait:
+            newer_counter = self._counter(generation)
+            if newer_counter == counter:
+                beats_without_change += 1
+            elif not wait:
                 raise LeaseHeld(self.name, about["holder"])
-            seen, still = now, 0
+            else:
+                counter, beats_without_change = newer_counter, 0
         return False
 
     def _path(self, generation: int, suffix: str) -> str:
@@ -135,7 +139,8 @@ class Lease:
 
     def _newest(self) -> int:
         self.store.fs.invalidate_cache()
-        return max((int(Path(p).name.split(".")[0]) for p in self.store.fs.glob(f"{self._folder}/*.json")), default=0)
+        names = [Path(path).name for path in self.store.fs.glob(f"{self._folder}/*.json")]
+        return max((int(name.split(".")[0]) for name in names), default=0)
 
     def _counter(self, generation: int) -> bytes:
         try:
@@ -158,11 +163,12 @@ class Lease:
                     self.lost.set()
                     return
                 self._beat(counter)
-            except Exception as error:  # noqa: BLE001 (whatever the store raises while it is away: if it lasts, somebody takes over)
+            # Whatever the store raises while it is away: if that lasts, another run takes the lease over.
+            except Exception as error:  # noqa: BLE001
                 print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
 
     def _sweep(self) -> None:
-        """Forget the generations before this one."""
+        """Delete the files of the generations before this one."""
         for path in self.store.fs.glob(f"{self._folder}/*"):
             if int(Path(path).name.split(".")[0]) < self._generation:
                 self.store.fs.rm(path)

@@ -3,7 +3,7 @@
 What happens in the hour that does not exist and in the one that exists twice differs: Debian's cron fires a fixed time
 of the lost hour right after it, systemd and Kubernetes leave it out; in the doubled hour Kubernetes fires twice, the
 others once. `next` says it as the target does it. What fires twice or late is harmless: a run that finds another one
-alive exits 75 (the lease, infra/artifact.py), one that finds everything published ends in seconds, and max_start_delay
+alive exits 75 (the lease, infra/lease.py), one that finds everything published ends in seconds, and max_start_delay
 keeps a scheduler that catches up (systemd after a reboot, KubeRay after an outage) from starting too late.
 
     print(*Schedule.parse("30 2 * * *", "Europe/Berlin").next(5, "systemd"), sep="\n")
@@ -34,7 +34,7 @@ LONGEST_CRONTAB_LINE = 998
 
 @dataclass(frozen=True)
 class Schedule:
-    """Five fields and the zone whose clock they mean."""
+    """A cron line of five fields, and the time zone that it is read in."""
 
     cron: str
     tz: str
@@ -42,10 +42,10 @@ class Schedule:
 
     @classmethod
     def parse(cls, cron: str, tz: str, max_start_delay: str | None = None) -> Schedule:
-        """What every target understands in the same way.
+        """Return the schedule if every target understands the line in the same way.
 
         Raises:
-            ValueError: anything else, naming the field, its value and what to write.
+            ValueError: they do not; the message names the field, its value and what to write.
         """
         _check_zone(tz)
         schedule = cls(_normal(cron), tz, _duration(max_start_delay) if max_start_delay else None)
@@ -59,7 +59,7 @@ class Schedule:
         return schedule
 
     def fire_times(self, after: datetime, target: str) -> Iterator[datetime]:
-        """Later than `after`, which has a zone, as `target` fires them; in the schedule's zone.
+        """Yield the fire times later than `after` (which has a zone) as `target` has them, in the schedule's zone.
 
         Where a zone skips midnight itself (Cairo, Beirut, Santiago), Go's cron loses or moves that day; this does not.
         """
@@ -76,15 +76,15 @@ class Schedule:
                 yield instant.astimezone(zone)
 
     def next(self, count: int, target: str, after: datetime | None = None) -> list[datetime]:
-        """The next `count` fire times."""
+        """Return the next `count` fire times."""
         return list(islice(self.fire_times(after or datetime.now(UTC), target), count))
 
     def late_by(self, now: datetime) -> timedelta:
-        """How long ago the last fire time was, by instants: in a doubled hour the nearer one counts."""
+        """Return how long ago the last fire time was; in a doubled hour the nearer of the two counts."""
         return now - next(CronSim(f"0 {self.cron}", now.astimezone(ZoneInfo(self.tz)), reverse=True))
 
     def command(self, recipe: str, overrides: tuple[str, ...], program: str, address: str | None = None) -> list[str]:
-        """What a target starts. It never waits for another run, and with max_start_delay looks at the clock first."""
+        """Return what a target starts: it never waits for another run, and with max_start_delay checks the clock."""
         sets = [part for text in overrides for part in ("--set", text)]
         where = ["--address", address] if address else []
         if self.max_start_delay is None:
@@ -96,7 +96,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to run, as this machine and a cluster know it."""
+    """What a schedule starts, as this machine and a cluster know it."""
 
     name: str
     recipe: str
@@ -105,15 +105,15 @@ class Job:
     program: Path
     """The longreach command of this machine, absolute."""
     folder: Path
-    """Where it runs on this machine."""
+    """The folder in which it runs on this machine."""
     text: str
-    """The recipe's file, for a cluster."""
+    """The content of the recipe's file, for a cluster."""
     resources: Resources
     store_root: str
 
 
 def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *, enable: bool) -> dict[str, str]:
-    """The files that `target` takes, by name.
+    """Return the files that `target` takes, by name.
 
     Raises:
         ValueError: the target cannot do this, and what to change.
@@ -180,8 +180,8 @@ WantedBy=timers.target
 
 
 def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
-    """A service and its timer, for `systemctl --user` or, with a User= line, for the system. A service that still runs
-    is not started again, so runs never overlap on one machine."""
+    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the system. systemd does not
+    start a service again that still runs, so runs never overlap on one machine."""
     unit = "longreach-" + job.name.replace("+", "-")  # `+` has no place in a unit's name
     arguments = schedule.command(job.recipe, job.overrides, str(job.program))
     if unfit := re.search("[\"'\\\\]", str(job.program)) or re.search("\n", "".join([*arguments, str(job.folder)])):
@@ -198,7 +198,7 @@ def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
 
 
 def on_calendar(schedule: Schedule) -> list[str]:
-    """systemd's calendar expressions: two where cron means "this day of the month or that day of the week"."""
+    """Return systemd's calendar expressions: two where cron means "this day of the month or that day of the week"."""
     sim = CronSim(schedule.cron, datetime(2000, 1, 1))
     names = ["Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"]
     every = [set(range(low, high + 1)) for low, high in FIELDS.values()]
@@ -216,7 +216,7 @@ def on_calendar(schedule: Schedule) -> list[str]:
 
 
 def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime")) -> str:
-    """A line for `crontab`. Cron never starts late, so max_start_delay has nothing to do.
+    """Return a line for `crontab`. Cron never starts late, so max_start_delay is not needed.
 
     Raises:
         ValueError: the zone is not this machine's. Debian's cron ignores CRON_TZ, and hours moved by hand would be
@@ -241,14 +241,14 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
 
 
 def zone_of_machine(localtime: Path = Path("/etc/localtime")) -> str:
-    """The name of the zone that cron goes by, or the path of its rules where they have no name."""
+    """Return the name of the zone that cron goes by, or the path of its rules where they have no name."""
     if not localtime.exists():
         return "UTC"
     return str(localtime.resolve()).partition("zoneinfo/")[2] or str(localtime)
 
 
 def _is_zone_of_machine(tz: str, localtime: Path) -> bool:
-    """By offsets, since a zone has many names: on each day of the next two years."""
+    """Whether a zone has the machine's offset on each day of the next two years; names do not tell, zones have many."""
     if not localtime.exists():
         return tz in ("UTC", "Etc/UTC")
     with localtime.open("rb") as file:
@@ -258,7 +258,7 @@ def _is_zone_of_machine(tz: str, localtime: Path) -> bool:
 
 
 def _normal(cron: str) -> str:
-    """Five fields that Debian's cron, Go's cron and cronsim read alike."""
+    """Return the line rewritten so that Debian's cron, Go's cron and cronsim read it alike."""
     if "TZ=" in cron.upper():
         raise ValueError(f"cron {cron!r}: the zone has an option of its own: --tz Europe/Berlin")
     fields = cron.upper().split()
