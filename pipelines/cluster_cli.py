@@ -105,13 +105,16 @@ def schedule(
         if times.max_start_delay and late > times.max_start_delay:
             ago = str(late).split(".")[0]
             limit = timing.max_start_delay
-            print(f"not run: {timing.cron!r} fired {ago} ago, max_start_delay is {limit}", file=sys.stderr)
+            fired = f"{timing.cron!r} fired {ago} ago"
+            print(f"not run: {fired}, max_start_delay is {limit}", file=sys.stderr)
             return
         run_recipe(loaded, recipe, address=address, wait=False, quiet=True)
         return
     if to.endswith("cronjob"):
-        paths = {field: path for field, path in loaded.recipe.local_paths().items() if not field.startswith("store.")}
-        whereabouts("the cluster", paths, shared_disk=kubernetes.claim is not None, option="--claim")
+        paths = loaded.recipe.local_paths()
+        del paths["store.root"], paths["store.workdir"]  # pods have a folder of their own
+        shared = kubernetes.claim is not None
+        whereabouts("the cluster", paths, shared_disk=shared, option="--claim")
     job = Job(
         name=loaded.recipe.name,
         recipe=str(loaded.path.absolute()),
@@ -169,10 +172,11 @@ def submit(
         shared_disk=package.shared_disk,
         workdir=WORKDIR if to else jobs.WORKDIR,
     )
+    changed = [f"{field}={json.dumps(path)}" for field, path in places.items()]
     submission = jobs.Submission(
         name=loaded.recipe.name,
         recipe=loaded.path.read_bytes(),
-        overrides=(*(overrides or ()), *(f"{field}={json.dumps(path)}" for field, path in places.items())),
+        overrides=(*(overrides or ()), *changed),
         pip=jobs.pinned() if package.install else (),
     )
     if to:
@@ -218,7 +222,8 @@ def list_jobs(address: Address) -> None:
             code = str(job.driver_exit_code)
         name = (job.metadata or {}).get("recipe", "")
         rows.append([job.submission_id, name, job.status.value, code, started, took])
-    print_table(["job", "recipe", "status", "exit", "started", "took"], rows, {"RUNNING": "bold", "FAILED": "red"})
+    columns = ["job", "recipe", "status", "exit", "started", "took"]
+    print_table(columns, rows, {"RUNNING": "bold", "FAILED": "red"})
 
 
 @app.command()
@@ -237,7 +242,7 @@ def logs(job: JobId, address: Address, follow: Follow = False) -> None:
 
 @app.command()
 def stop(job: JobId, address: Address) -> None:
-    """Ask a job to stop: its training writes checkpoints first, and submitting again resumes from them."""
+    """Ask a job to stop: its training writes checkpoints first; submitting it again resumes."""
     from longreach.infra import jobs
 
     with jobs.job_client(address) as client:

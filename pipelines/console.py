@@ -48,9 +48,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's p
 
 
 def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a command take groups of options: a parameter whose type is a dataclass becomes an option for each field."""
+    """Let a command take groups of options: a dataclass's fields become options of their own."""
     hints = typing.get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups: dict[str, Any] = {n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)}
     options: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name in groups:
@@ -61,7 +61,8 @@ def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            names = [field.name for field in dataclasses.fields(group)]
+            values[name] = group(**{field: values.pop(field) for field in names})
         return command(**values)
 
     keyword_only = inspect.Parameter.KEYWORD_ONLY  # so that required options may stand after others
@@ -130,10 +131,12 @@ def _show_outcome(outcome: RunOutcome, name: str, *, quiet: bool) -> None:
     for stage, reason in outcome.failed.items():
         print(f"{stage} failed: {reason}", file=sys.stderr)
     if not quiet:
-        counts = f"{len(outcome.ran)} stages run, {len(outcome.reused)} reused, {len(outcome.failed)} failed"
-        print(f"{counts}, in {duration(outcome.seconds)}", file=sys.stderr)
+        counts = f"{len(outcome.ran)} stages run, {len(outcome.reused)} reused"
+        took = f"{len(outcome.failed)} failed, in {duration(outcome.seconds)}"
+        print(f"{counts}, {took}", file=sys.stderr)
     if outcome.unsent_points:
-        print(f"{outcome.unsent_points} points are not in MLflow yet; later: longreach sync {name}", file=sys.stderr)
+        unsent = f"{outcome.unsent_points} points are not in MLflow yet"
+        print(f"{unsent}; later: longreach sync {name}", file=sys.stderr)
     for reason in outcome.refusals:
         print(f"refused by the gate: {reason}", file=sys.stderr)
     if outcome.report_path:

@@ -1,6 +1,6 @@
-"""Progress of a run: bars with stage, step, tokens/s and time left on a terminal, plain lines anywhere else.
+"""Progress of a run: bars with stage, step, tokens/s and time left on a terminal, else plain lines.
 
-The driver tells it of changes of a stage's state and passes on the events that stages spool; it reads no file itself.
+The driver passes on changes of a stage's state and the events that stages spool; no file is read here.
 
     with Display() as display:
         display.stage("pack", "running")
@@ -34,7 +34,7 @@ class _Stage:
     total: float = 0
     unit: str = ""
     origin: tuple[float, float] | None = None
-    """(time_ms, done) at the first progress of the attempt: the time left is reckoned from there."""
+    """(time_ms, done) at the attempt's first progress: the time left is reckoned from there."""
     time_ms: float = 0
     tokens_per_s: float | None = None
     loss: float | None = None
@@ -99,7 +99,8 @@ class Display:
         self.quiet = quiet
         self.started_s = time.monotonic()
         self._stages: dict[str, _Stage] = {}
-        self._lock = threading.Lock()  # states come from the driver, events from the thread that tails the spools
+        # states come from the driver, events from the thread that tails the spools
+        self._lock = threading.Lock()
         self._bars: Progress | None = None
         if self.console.is_terminal and not quiet:
             columns = (
@@ -119,7 +120,7 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """Show a stage's new state: waiting, running, retrying; or, for good: done, reused, failed."""
+        """Show a stage's new state: waiting, running, retrying; or the last: done, reused, failed."""
         with self._lock:
             self._change(name, state, detail)
 
@@ -129,7 +130,7 @@ class Display:
             self.console.print(Text(text), soft_wrap=True)
 
     def event(self, name: str, event: dict[str, Any]) -> None:
-        """Show one event that a stage spooled. Events of stages that have ended come late and are ignored."""
+        """Show an event that a stage spooled; those of stages that have ended come late: ignored."""
         with self._lock:
             stage = self._stages.get(name)
             if stage is None:
@@ -137,7 +138,8 @@ class Display:
             match event["event"]:
                 case "start":
                     state = "running" if stage.state == "waiting" else "retrying"
-                    self._change(name, state, event["name"].removeprefix(name).strip())  # "attempt 1"
+                    attempt = event["name"].removeprefix(name).strip()  # "attempt 1"
+                    self._change(name, state, attempt)
                 case "progress":
                     stage.progress(event)
                     self._show(name, stage)
@@ -161,7 +163,8 @@ class Display:
 
     def _show(self, name: str, stage: _Stage) -> None:
         if self._bars and stage.bar is not None:
-            self._bars.update(stage.bar, completed=stage.done, total=stage.total or None, text=stage.text())
+            total = stage.total or None
+            self._bars.update(stage.bar, completed=stage.done, total=total, text=stage.text())
             return
         due = time.monotonic() - stage.printed_s >= PLAIN_EVERY_S
         if due and stage.text() and not self.quiet:

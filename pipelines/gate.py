@@ -1,9 +1,10 @@
 """The gate: rules that a model has to keep before it becomes champion; otherwise nothing moves.
 
-Perplexities are compared token by token: challenger, champion and base read the same held-out texts, and the ratio's
-95% interval resamples stretches of text (evaluation/scores.py). By default the whole interval has to keep a rule, so a
-challenger that is only perhaps as good is refused. A refusal is a result: it is published, printed on stderr, shown in
-MLflow, and the command ends with exit code 3.
+Perplexities are compared token by token: challenger, champion and base read the same held-out
+texts, and the ratio's 95% interval resamples stretches of text (evaluation/scores.py). By default
+the whole interval has to keep a rule, so a challenger that is only perhaps as good is refused. A
+refusal is a result: it is published, printed on stderr, shown in MLflow, and the command ends with
+exit code 3.
 
     longreach run retrain && longreach rollback smollm2-retrained
 """
@@ -35,7 +36,7 @@ Rows = list[dict[str, Any]]
 
 
 class PromoteRecipe(Choices):
-    """The gate: which arm may become champion of a registered model, and the rules that it has to keep.
+    """The gate: which arm may become champion of a registered model, and the rules it has to keep.
 
     Challenger, champion and base read the same held-out tokens and are compared token by token.
     """
@@ -43,41 +44,45 @@ class PromoteRecipe(Choices):
     model: str
     """Name of the arm that is the challenger."""
     name: str = Field(pattern=r"^[^/:@']+$")
-    """Name of the registered model: its alias `champion` moves, the former champion becomes `previous`."""
+    """Name of the registered model: its alias `champion` moves, the former one becomes `previous`."""
     start_from: Literal["base", "champion"] = "base"
     """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
     target_length: int | None = Field(default=None, ge=2)
-    """Tokens at which it is compared with the champion; without it, the greatest of evaluate.perplexity.lengths."""
+    """Tokens at which it is compared with the champion; without it, the greatest of
+    evaluate.perplexity.lengths."""
     perplexity_ratio: float | None = Field(default=1.01, gt=0)
     """Greatest allowed ratio of its perplexity to the champion's, up to target_length."""
     base_ratio: float | None = Field(default=1.02, gt=0)
-    """Greatest allowed ratio of its perplexity to the base's, at every measured length that the base was trained to."""
+    """Greatest allowed ratio of its perplexity to the base's, at every measured length that the
+    base was trained to."""
     passkey: float | None = Field(default=None, ge=0, le=1)
-    """Least share of pass keys that it has to find, at every measured length up to target_length."""
+    """Least share of keys that it has to find, at every measured length up to target_length."""
     effective_length: int | None = Field(default=None, ge=1)
-    """Least number of tokens up to which it has to find a share of `passkey` (without it, 0.9) of the keys."""
+    """Least number of tokens up to which it has to find the share `passkey` (without it, 0.9) of
+    the keys."""
     certainty: Literal["interval", "estimate"] = "interval"
-    """interval: the whole 95% interval of a ratio has to keep its rule; estimate: the ratio alone."""
+    """interval: a ratio's whole 95% interval has to keep its rule; estimate: the ratio alone."""
 
     def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield what the other sections lack for this gate: what a rule is about has to be measured."""
+        """Yield what the other sections lack: what a rule is about has to be measured."""
         sections = {name: section for section, name in recipe.models()}
         arms = [name for name, section in sections.items() if section != ("baselines",)]
         if self.model not in arms:
-            yield ("promote", "model"), f"no arm {self.model!r}{nearest(self.model, arms, 'the recipe has')}"
+            hint = nearest(self.model, arms, "the recipe has")
+            yield ("promote", "model"), f"no arm {self.model!r}{hint}"
             return
         finetuned = sections[self.model] == ("finetune", "arms")
         if "champion" in sections:
             yield (*sections["champion"], "champion"), "the name is the gate's: choose another one"
         if self.start_from == "champion" and not finetuned:
-            message = f"'champion' is where fine-tuning starts from, and {self.model} is no arm of it"
-            yield ("promote", "start_from"), message
+            message = "'champion' is where fine-tuning starts from"
+            yield ("promote", "start_from"), f"{message}, and {self.model} is no arm of it"
         if self.base_ratio is not None and not finetuned:
             message = f"{self.model} was not made from the base: set promote.base_ratio to null"
             yield ("promote", "base_ratio"), message
         if recipe.base.source.startswith(f"models:/{self.name}@"):
-            message = "each promotion would change it: name the first base, and promote.start_from champion"
-            yield ("base", "source"), message
+            advice = "name the first base, and promote.start_from champion"
+            yield ("base", "source"), f"each promotion would change it: {advice}"
         yield from self._unmeasured(recipe, [*sections])
         yield from self._lengths_that_do_not_fit(recipe)
 
@@ -85,7 +90,8 @@ class PromoteRecipe(Choices):
         """Yield the rules for which the recipe does not measure what they compare."""
         rules = [rule for rule in MEASURED_BY if getattr(self, rule) is not None]
         if not rules:
-            yield ("promote",), f"has no rule, and would let everything pass: set one of {', '.join(MEASURED_BY)}"
+            advice = f"set one of {', '.join(MEASURED_BY)}"
+            yield ("promote",), f"has no rule, and would let everything pass: {advice}"
         for rule in rules:
             evaluation = MEASURED_BY[rule]
             section = recipe.evaluate.chosen().get(evaluation)
@@ -94,23 +100,25 @@ class PromoteRecipe(Choices):
             if rule == "base_ratio":
                 compared = recipe.plain_baseline() or ""
                 if not compared:
-                    yield ("promote", rule), "needs the untrained base to compare with: add `base: {}` to baselines"
+                    advice = "add `base: {}` to baselines"
+                    yield ("promote", rule), f"needs the untrained base to compare with: {advice}"
                 if measured and self.model not in measured:
                     yield ("promote", rule), f"needs evaluate.{evaluation} of {self.model} too"
             if compared and compared not in measured:
-                message = f"needs evaluate.{evaluation} of {compared}: add it, or set promote.{rule} to null"
-                yield ("promote", rule), message
+                advice = f"add it, or set promote.{rule} to null"
+                yield ("promote", rule), f"needs evaluate.{evaluation} of {compared}: {advice}"
 
     def _lengths_that_do_not_fit(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         ratios, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["effective_length"]
         lengths, key_lengths = lengths_of(recipe, ratios), lengths_of(recipe, keys)
         target = self.target_length or max(lengths, default=0)
         if self.passkey is not None and key_lengths and target and min(key_lengths) > target:
-            message = f"no length of evaluate.{keys} {list(key_lengths)} is within target_length {target}"
-            yield ("promote", "passkey"), message
+            message = f"no length of evaluate.{keys} {list(key_lengths)} is within"
+            yield ("promote", "passkey"), f"{message} target_length {target}"
         if self.effective_length and key_lengths and self.effective_length > max(key_lengths):
-            greatest = f"the greatest of evaluate.{keys}.lengths {list(key_lengths)}"
-            yield ("promote", "effective_length"), f"{self.effective_length} is more than {greatest}"
+            message = f"{self.effective_length} is more than the greatest of"
+            message += f" evaluate.{keys}.lengths {list(key_lengths)}"
+            yield ("promote", "effective_length"), message
         if self.target_length and lengths and self.target_length not in lengths:
             message = f"{self.target_length} is none of evaluate.{ratios}.lengths {lengths}"
             yield ("promote", "target_length"), message
@@ -145,7 +153,7 @@ class Finding:
 
 
 def add_gate(pipeline: Pipeline) -> None:
-    """Add the champion's stages and the decision; nothing where the challenger is the champion already."""
+    """Add the champion's stages and the decision; nothing if the challenger is champion already."""
     from longreach.pipelines.stage import Stage
 
     gate, champion = pipeline.recipe.promote, pipeline.champion
@@ -165,7 +173,8 @@ def add_gate(pipeline: Pipeline) -> None:
     if gate.base_ratio:
         inputs["base"] = pipeline.base
     if champion and gate.perplexity_ratio is not None:
-        inputs[f"champion_{ratios}"] = _champions_scores(pipeline, ratios, pipeline.models[gate.model].corpus)
+        corpus = pipeline.models[gate.model].corpus
+        inputs[f"champion_{ratios}"] = _champions_scores(pipeline, ratios, corpus)
     choices = PromoteStageRecipe(
         rules=gate,
         champion=champion and str(champion.version),
@@ -190,13 +199,14 @@ def _champions_scores(pipeline: Pipeline, evaluation: str, corpus: Stage) -> Sta
         pipeline.stages.append(model)
     section = pipeline.recipe.evaluate.chosen()[evaluation].model_copy(update={"models": None})
     choices = EvaluateStageRecipe(eval=evaluation, model="champion", choices=section)
-    scores = Stage("evaluate", f"evaluate[champion,{evaluation}]", choices, {"model": model, "corpus": corpus})
+    inputs = {"model": model, "corpus": corpus}
+    scores = Stage("evaluate", f"evaluate[champion,{evaluation}]", choices, inputs)
     pipeline.stages.append(scores)
     return scores
 
 
 def lengths_of(recipe: Recipe, evaluation: str) -> tuple[int, ...]:
-    """Return the lengths in tokens at which a recipe measures an evaluation; none if it does not."""
+    """Return the lengths in tokens at which a recipe runs an evaluation; none if it does not."""
     return tuple(getattr(recipe.evaluate.chosen().get(evaluation), "lengths", ()))
 
 
@@ -210,14 +220,14 @@ def promote(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Stage `promote`: decide, write gate.json and gate.md, and move the alias if all rules are kept.
+    """Stage `promote`: decide, write gate.json and gate.md, move the alias if all rules are kept.
 
     Args:
         model: the challenger's release.
-        inputs: scores named ROLE_EVALUATION (`champion_perplexity`), and `base`, the model that base_ratio is about.
+        inputs: scores named ROLE_EVALUATION, and `base`, the model that base_ratio is about.
 
     Raises:
-        ValueError: the rules cannot be applied to what was measured, or the registry cannot be asked.
+        ValueError: the rules do not fit what was measured, or the registry cannot be asked.
         AliasMoved: another model became champion in the meantime.
     """
     rows = {name: _rows(artifact) for name, artifact in inputs.items() if name != "base"}
@@ -245,7 +255,12 @@ def promote(
     return decision
 
 
-def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **rows: Rows) -> list[Finding]:
+def decide(
+    rules: PromoteRecipe,
+    lengths: tuple[int, ...],
+    base_context: int,
+    **rows: Rows,
+) -> list[Finding]:
     """Apply each rule.
 
     Args:
@@ -262,7 +277,8 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
     findings = []
     if rules.perplexity_ratio is not None:
         if (champion := rows.get(f"champion_{ratio}")) is None:
-            findings.append(Finding("perplexity_ratio", "there is no champion yet", "nothing to compare with", True))
+            measured, asked = "there is no champion yet", "nothing to compare with"
+            findings.append(Finding("perplexity_ratio", measured, asked, True))
         else:
             place = f"perplexity_ratio at {target:,} tokens, to the champion"
             findings.append(_ratio(place, ours, champion, target, rules.perplexity_ratio, rules))

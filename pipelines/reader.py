@@ -1,8 +1,9 @@
-"""Reads a recipe: YAML with the place of every value, overrides, validation, and mistakes in plain words.
+"""Reads a recipe: YAML with the place of every value, overrides, and mistakes in plain words.
 
-Every value keeps where it came from (a line of the file, `--set`, a default), so that all mistakes are reported at
-once, each with its place, the nearest valid field and both numbers, before anything expensive starts. The file is
-YAML 1.2's core schema without tags and merge keys: `2e-5` is a number; `no`, `010` and `2026-01-01` are text.
+Every value keeps where it came from (a line of the file, `--set`, a default), so that all mistakes
+are reported at once, each with its place, the nearest valid field and both numbers, before anything
+expensive starts. The file is YAML 1.2's core schema without tags and merge keys: `2e-5` is a number;
+`no`, `010` and `2026-01-01` are text.
 
     from longreach.pipelines.reader import load
     load("quickstart", ["finetune.steps=2"]).recipe.finetune.steps
@@ -79,12 +80,13 @@ def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded
     """Read a recipe.
 
     Args:
-        path_or_name: a file (it has a suffix or a slash), or the name of a recipe that comes with longreach.
+        path_or_name: a file (it has a suffix or a slash), or the name of a recipe of longreach's.
         overrides: `a.b.c=value` texts; the value is YAML, items of lists are entered by index
             (`corpus.sources.0.files=x.txt`).
 
     Raises:
-        RecipeError: unreadable file, broken YAML, unknown or missing field, wrong type, sections that disagree.
+        RecipeError: unreadable file, broken YAML, unknown or missing field, wrong type, or
+            sections that disagree.
     """
     reader = _Reader(_find(str(path_or_name)))
     words = ["longreach", "run", str(path_or_name)]
@@ -97,14 +99,14 @@ def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded
 def standalone(
     model: str, *, evals: tuple[str, ...], suite: str, documents: str | None, overrides: list[str]
 ) -> Loaded:
-    """Make the recipe that evaluates one model, with the evaluations and held-out documents of a suite.
+    """Make the recipe that evaluates one model with a suite's evaluations and held-out documents.
 
     Args:
         model: what base.source takes.
-        evals: names of the evaluations to run, with the suite's choices where it has them; all of the suite's if empty.
+        evals: names of evaluations, with the suite's choices where it has them; all of its if empty.
         suite: a recipe's file or name.
         documents: glob of text files to measure on instead of the suite's documents.
-        overrides: as in `load`; with one evaluation, a field of its own may be given alone: `lengths=[1024]`, `seed=1`.
+        overrides: as in `load`; with one evaluation, its own fields may stand alone: `seed=1`.
 
     Raises:
         RecipeError: as `load`, or no such evaluation.
@@ -138,9 +140,10 @@ def standalone(
         reader.put(("evaluate", name), section)
     for text in overrides:
         words += [SET, text]
-        field = re.split("[=.]", text)[0]
-        if len(evals) == 1 and (field in EVALS[evals[0]].Choices.model_fields or field not in Recipe.model_fields):
-            text = f"evaluate.{evals[0]}.{text}"
+        if len(evals) == 1:
+            field = re.split("[=.]", text)[0]
+            if field in EVALS[evals[0]].Choices.model_fields or field not in Recipe.model_fields:
+                text = f"evaluate.{evals[0]}.{text}"
         reader.override(text)
     return reader.loaded(shlex.join(words))
 
@@ -164,14 +167,15 @@ def _find(path_or_name: str) -> Path:
     beside = Path(f"{path_or_name}.yaml")
     if beside.is_file():
         hint = f"; did you mean the file {beside}?"
-    raise RecipeError(Problem(path_or_name, (), f"no recipe of that name comes with longreach{hint}"))
+    message = f"no recipe of that name comes with longreach{hint}"
+    raise RecipeError(Problem(path_or_name, (), message))
 
 
 class _Yaml12(yaml.SafeLoader):
-    """YAML 1.2's core schema. PyYAML's own rules are 1.1's: `2e-5` is text, `no` is false, 1:30 is 90.
+    """YAML 1.2's core schema. By PyYAML's own rules, 1.1's, `2e-5` is text, `no` false and 1:30 90.
 
-    ruamel.yaml keeps places too, but reads 010 and 1_000 as numbers and 2026-01-01 as a date, and stops at the first
-    field that is written twice.
+    ruamel.yaml keeps places too, but reads 010 and 1_000 as numbers and 2026-01-01 as a date, and
+    stops at the first field that is written twice.
     """
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name and place)
@@ -184,11 +188,12 @@ for _tag, _pattern, _first_characters in [
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
     ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan", [*"-+.0123456789"]),
 ]:
-    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first_characters)
+    _whole = re.compile(f"(?:{_pattern})$")
+    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, _first_characters)
 
 
 class _Reader:
-    """A recipe's plain data on the way to validation, the place of each value, and the mistakes met so far."""
+    """A recipe's plain data before validation, the place of each value, and the mistakes so far."""
 
     def __init__(self, path: Path) -> None:
         """Read the file.
@@ -205,7 +210,8 @@ class _Reader:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(Problem(label, (), f"cannot be read: {error}")) from None
         if not isinstance(data, dict):
-            raise RecipeError(Problem(label, (), f"a recipe is a mapping of fields, got {_describe(data)}"))
+            message = f"a recipe is a mapping of fields, got {_describe(data)}"
+            raise RecipeError(Problem(label, (), message))
         self.data: dict[str, Any] = data
 
     def override(self, text: str) -> None:
@@ -216,7 +222,8 @@ class _Reader:
         """
         path, equals, value = text.partition("=")
         if not equals or not path:
-            raise RecipeError(Problem(f"{SET} {text}", (), "write it as field=value, e.g. finetune.steps=4"))
+            message = "write it as field=value, e.g. finetune.steps=4"
+            raise RecipeError(Problem(f"{SET} {text}", (), message))
         location: Location = ()
         node: Any = self.data
         parts = path.strip().split(".")
@@ -248,14 +255,16 @@ class _Reader:
             RecipeError: all mistakes, those met while reading among them.
         """
         problems = [*self.problems]
-        try:  # by way of JSON: strict about types, while a list is still welcome where a tuple is meant
+        try:  # from JSON: strict about types, and yet a list is welcome where a tuple is meant
             recipe = Recipe.model_validate_json(json.dumps(self.data), strict=True)
         except ValidationError as error:
             for details in error.errors():
                 problems += self._explain(details)
         if problems:
             raise RecipeError(*sorted(problems, key=_line))
-        origins = {dotted(location): self.places.get(location, DEFAULT) for location, _ in values(recipe)}
+        origins = {}
+        for location, _ in values(recipe):
+            origins[dotted(location)] = self.places.get(location, DEFAULT)
         return Loaded(recipe, self.path, origins, command)
 
     def _forget(self, location: Location) -> None:
@@ -267,7 +276,7 @@ class _Reader:
     def _step(self, node: Any, parts: list[str], location: Location) -> tuple[str | int, list[str]]:
         """Return the next key of an override's path and the rest of it."""
         if isinstance(node, dict):
-            for taken in range(len(parts), 0, -1):  # a key may itself contain dots, as names of arms do
+            for taken in range(len(parts), 0, -1):  # a key may contain dots, as names of arms do
                 if ".".join(parts[:taken]) in node:
                     return ".".join(parts[:taken]), parts[taken:]
             return parts[0], parts[1:]
@@ -289,12 +298,19 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line if error.problem_mark else 0
             message = ", ".join(part for part in (error.problem, error.context) if part)
-            raise RecipeError(Problem(_place(label, line), location, f"broken YAML: {message}")) from None
+            problem = Problem(_place(label, line), location, f"broken YAML: {message}")
+            raise RecipeError(problem) from None
         except yaml.YAMLError as error:
-            raise RecipeError(Problem(_place(label, 0), location, f"broken YAML: {error}")) from None
+            problem = Problem(_place(label, 0), location, f"broken YAML: {error}")
+            raise RecipeError(problem) from None
 
     def _plain(
-        self, loader: _Yaml12, node: yaml.Node, location: Location, label: str, around: tuple[yaml.Node, ...]
+        self,
+        loader: _Yaml12,
+        node: yaml.Node,
+        location: Location,
+        label: str,
+        around: tuple[yaml.Node, ...],
     ) -> Any:
         """Return the plain data of a YAML node; `around` are the nodes that it stands in."""
         place = _place(label, node.start_mark.line)
@@ -316,22 +332,24 @@ class _Reader:
         for key_node, value in node.value:
             place = _place(label, key_node.start_mark.line)
             if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError(Problem(place, location, "a field's name is one word, not a list or a mapping"))
+                message = "a field's name is one word, not a list or a mapping"
+                raise RecipeError(Problem(place, location, message))
             inner = (*location, key_node.value)
             if key_node.value in fields:
-                self.problems.append(Problem(place, inner, f"written twice, first at {self.places[inner]}"))
+                message = f"written twice, first at {self.places[inner]}"
+                self.problems.append(Problem(place, inner, message))
                 continue
             self.places[inner] = place
             fields[key_node.value] = self._plain(loader, value, inner, label, (*around, node))
         return fields
 
     def _explain(self, details: ErrorDetails) -> list[Problem]:
-        """Put pydantic's error into a recipe's words: one problem, or several where sections disagree."""
+        """Put pydantic's error into plain words: one problem, or several if sections disagree."""
         location = details["loc"]
         error = details.get("ctx", {}).get("error")
         if isinstance(error, SectionsDisagree):
-            return [Problem(self._place_of(where), where, message) for where, message in error.problems]
-        if isinstance(error, ValueError):  # a section's own check: its message begins with the field it is about
+            return [Problem(self._place_of(at), at, message) for at, message in error.problems]
+        if isinstance(error, ValueError):  # a section's own check: its message begins with a field
             field = str(error).split(" ", 1)[0]
             return [Problem(self._place_of((*location, field)), location, str(error))]
         return [Problem(self._place_of(location), location, _message(details, self.data))]
@@ -339,8 +357,11 @@ class _Reader:
     def _place_of(self, location: Location) -> str:
         """Return the place of a value, or of the nearest one around it that was written."""
         path = f"{dotted(location)}."
-        around = [known for known in self.places if not known or path.startswith(f"{dotted(known)}.")]
-        return self.places[max(around, key=len)]
+        around: Location = ()
+        for known in self.places:
+            if path.startswith(f"{dotted(known)}.") and len(known) > len(around):
+                around = known
+        return self.places[around]
 
 
 def _place(label: str, line: int) -> str:
@@ -380,7 +401,7 @@ def _describe(value: Any) -> str:
 
 
 def _nearest_field(location: Location, data: Any) -> str:
-    """Name the closest field of the same section, else where the recipe has a field of that very name, else all."""
+    """Name the closest field of the section, else where that very name is a field, else all."""
     name, section = str(location[-1]), _type_at(location[:-1], data)
     if issubclass(section, AttentionRecipe):  # other patterns have other fields
         return nearest(name, section.model_fields, f"pattern {section.model_fields['pattern'].default!r} has")
@@ -409,7 +430,7 @@ def _paths_by_name(section: type[BaseModel], prefix: str = "") -> dict[str, list
 
 
 def _type_at(location: Location, data: Any) -> Any:
-    """Return the type at a location in a recipe's data; pydantic reported it, so that every part of it is known."""
+    """Return the type at a location that pydantic reported, so that every part of it is known."""
     section: Any = Recipe
     for key in location:
         section, data = _inside(section, key), data[key]

@@ -1,7 +1,7 @@
-"""The recipe's schema: every choice of a pipeline with its meaning and default, and how sections must agree.
+"""The recipe's schema: each choice of a pipeline with its meaning and default, and how sections agree.
 
-pipelines/reader.py reads recipes from files. `longreach config schema` prints these classes for editors, and
-docs/hooks.py makes the reference from them, so the text below a field is what users read.
+pipelines/reader.py reads recipes from files. `longreach config schema` prints these classes for
+editors, and docs/hooks.py makes the reference from them: the text below a field is what users read.
 
     from longreach.pipelines.recipe import Recipe
     Recipe.model_fields["evaluate"].description
@@ -28,7 +28,7 @@ SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 
 
 class _Evaluations(Choices):
-    """What is measured: each evaluation that has a section runs on every model that the section names."""
+    """What is measured: each evaluation that has a section runs on the models that the section names."""
 
     def chosen(self) -> dict[str, EvalChoices]:
         """Return the evaluations that have a section, by name."""
@@ -60,7 +60,7 @@ class StoreRecipe(Choices):
 
 
 class PriceRecipe(Choices):
-    """What a training rank costs; with it the report also shows money and energy, from wall-clock time."""
+    """What a training rank costs: with it the report shows money and energy, from wall-clock time."""
 
     price_per_hour: float | None = Field(default=None, gt=0)
     """Price of one rank for an hour, in `currency`."""
@@ -71,7 +71,7 @@ class PriceRecipe(Choices):
 
 
 class TrackingRecipe(Choices):
-    """Where MLflow is. Not part of identity, and no run waits for it: metrics are spooled and sent again later."""
+    """Where MLflow is. Not part of identity, and no run waits for it: metrics are spooled first."""
 
     uri: str | None = None
     """Tracking server; without it, an SQLite store in store.workdir (`longreach ui` shows it)."""
@@ -141,7 +141,8 @@ class Recipe(Choices):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        problems = [*self._name_problems(), *self._parallel_problems(), *self._evaluation_problems()]
+        problems = [*self._name_problems(), *self._parallel_problems()]
+        problems += self._evaluation_problems()
         if self.promote:
             problems += self.promote.problems(self)
         if problems:
@@ -152,7 +153,8 @@ class Recipe(Choices):
         sections: dict[str, Location] = {}
         for section, name in self.models():
             if not SAFE_NAME.fullmatch(name):
-                yield (*section, name), "names a folder: use lower-case letters, digits and . _ + - only"
+                message = "names a folder: use lower-case letters, digits and . _ + - only"
+                yield (*section, name), message
             if name in sections:
                 taken = f"{dotted(sections[name])}.{name}"
                 yield (*section, name), f"the name is taken by {taken}; each model needs its own"
@@ -162,8 +164,9 @@ class Recipe(Choices):
         ranks = self.resources.sequence_parallel
         for section, training in (("finetune", self.finetune), ("pretrain", self.pretrain)):
             if training and training.pack.seq_len % ranks:
-                message = f"{training.pack.seq_len} is not divided by resources.sequence_parallel {ranks}"
-                yield (section, "pack", "seq_len"), f"{message}: change one of them"
+                message = f"{training.pack.seq_len} is not divided by"
+                message += f" resources.sequence_parallel {ranks}: change one of them"
+                yield (section, "pack", "seq_len"), message
         if ranks > 1 and self.finetune and self.finetune.rope.type == "dynamic":
             message = "'dynamic' depends on how much of a row a rank sees: not with"
             yield ("finetune", "rope", "type"), f"{message} resources.sequence_parallel {ranks}"
@@ -172,7 +175,8 @@ class Recipe(Choices):
         known = [name for _, name in self.models()]
         for evaluation, section in self.evaluate.chosen().items():
             if not known:
-                yield ("evaluate", evaluation), "nothing to evaluate: the recipe has no baselines and no arms"
+                message = "nothing to evaluate: the recipe has no baselines and no arms"
+                yield ("evaluate", evaluation), message
             for model in section.models or ():
                 if model not in known:
                     hint = nearest(model, dict.fromkeys(known), "the recipe has")
@@ -183,12 +187,13 @@ class SectionsDisagree(ValueError):
     """Sections that are valid alone do not fit together; carries (location, message) pairs."""
 
     def __init__(self, problems: list[tuple[Location, str]]) -> None:
-        super().__init__("; ".join(f"{dotted(location)}: {message}" for location, message in problems))
+        lines = (f"{dotted(location)}: {message}" for location, message in problems)
+        super().__init__("; ".join(lines))
         self.problems = problems
 
 
 def values(recipe: Recipe) -> Iterator[tuple[Location, Any]]:
-    """Yield every value of a recipe with its location, in the order of fields; a list of plain values is one value."""
+    """Yield each value with its location, in the order of fields; a list of plain values is one."""
     yield from _leaves(recipe.model_dump(mode="json"), ())
 
 

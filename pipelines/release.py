@@ -1,8 +1,8 @@
-"""Stage `release`: an arm's model as it leaves the pipeline, with a card about what it can do and what it cannot.
+"""Stage `release`: an arm's model as it leaves the pipeline, with a card about its abilities and limits.
 
-The folder is at once a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and an MLflow model of
-the flavour `transformers`, with a signature. On a local store its weights are links to the merged model's. The card's
-text is model_card.md.tmpl.
+The folder is at once a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and
+an MLflow model of the flavour `transformers`, with a signature. On a local store its weights are
+links to the merged model's. The card's text is model_card.md.tmpl.
 
     longreach run quickstart && ls .longreach/release/*/attempts/*/out
 """
@@ -55,7 +55,7 @@ def release(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Write the model's files, README.md and MLmodel; the summary holds what MLflow stores: tags and metrics."""
+    """Write the model's files, README.md and MLmodel; returns what MLflow stores: tags and metrics."""
     for file in kept_files(model.path):
         if file.name == "README.md":
             continue
@@ -63,7 +63,8 @@ def release(
         if file.suffix != ".safetensors" and file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
             (out / TOKENIZER).mkdir(parents=True, exist_ok=True)
             link_or_copy(str(file), str(out / TOKENIZER / file.name))
-    card = Card(recipe, model, corpus, base, {name: artifact.read() for name, artifact in scores.items()})
+    read = {name: artifact.read() for name, artifact in scores.items()}
+    card = Card(recipe, model, corpus, base, read)
     (out / "README.md").write_text(card.text(), encoding="utf-8")
     _write_mlmodel(out, card)
     effective = "not measured" if card.effective is None else str(card.effective)
@@ -101,7 +102,7 @@ class Card:
         base: TokenizerFolder,
         scores: dict[str, EvalScores],
     ) -> None:
-        """Collect the facts; `scores` are the model's own by `own_EVALUATION` and the base's by `base_EVALUATION`."""
+        """Collect the facts; `scores` are named `own_EVALUATION` and, the base's, `base_EVALUATION`."""
         from longreach.evaluation.scores import PASSKEY_BAR, effective_length
 
         self.recipe = recipe
@@ -118,7 +119,8 @@ class Card:
             self.licence = str(self.origin.get("licence") or "unknown")
         self.sources = []
         for source in corpus.manifest["identity"]["recipe"]["corpus"]["sources"]:
-            self.sources.append(str(source.get("package") or source.get("files") or source.get("dataset")))
+            place = source.get("package") or source.get("files") or source.get("dataset")
+            self.sources.append(str(place))
 
         self.own: dict[str, EvalScores] = {}
         """The model's scores by evaluation."""
@@ -126,13 +128,17 @@ class Card:
         """The untrained base's scores by evaluation."""
         for name, one in scores.items():
             whose, _, evaluation = name.partition("_")
-            (self.own if whose == "own" else self.of_base)[evaluation] = one
+            if whose == "own":
+                self.own[evaluation] = one
+            else:
+                self.of_base[evaluation] = one
         keys = self._rows(MEASURED_BY["effective_length"], "length")
         self.threshold = PASSKEY_BAR
         self.effective = effective_length(keys, PASSKEY_BAR) if keys else None
         """Tokens up to which at least `threshold` of the keys were found; None: not measured."""
         self.longest_asked = max((row["length"] for row in keys), default=0)
-        self.documents = sorted({row["document"] for row in self._rows(MEASURED_BY["perplexity_ratio"], "document")})
+        documents = self._rows(MEASURED_BY["perplexity_ratio"], "document")
+        self.documents = sorted({row["document"] for row in documents})
 
     def _rows(self, evaluation: str, kind: str) -> list[dict[str, Any]]:
         """Return the model's rows of one kind; none if it was not measured."""
@@ -143,9 +149,9 @@ class Card:
     def measures(self) -> Iterator[tuple[str, float, float | None]]:
         """Yield (measure, the model's value, the base's value or None) of all summaries."""
         for evaluation, scores in self.own.items():
-            base = self.of_base[evaluation].summary if evaluation in self.of_base else {}
+            base = self.of_base.get(evaluation)
             for measure, value in scores.summary.items():
-                yield measure, value, base.get(measure)
+                yield measure, value, base.summary.get(measure) if base else None
 
     def metadata(self) -> str:
         """Return the card's head in YAML, as the Hugging Face Hub reads it."""
@@ -181,7 +187,7 @@ class Card:
 
 
 def _write_mlmodel(out: Path, card: Card) -> None:
-    """Write the file by which `mlflow.transformers.load_model` and `mlflow.pyfunc.load_model` take the folder."""
+    """Write the file by which mlflow.transformers and mlflow.pyfunc load the folder."""
     import mlflow
     import transformers
     from mlflow.models import Model, ModelSignature
