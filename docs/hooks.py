@@ -1,10 +1,11 @@
-"""What the documentation does not write by hand: mkdocs calls this file while it builds the site.
+"""Parts of the documentation that are made from the code: mkdocs calls this file during a build.
 
-  recipes.md     gets the reference of all sections and fields, from the pydantic models, and the list of recipes
+  recipes.md     gets the reference of all sections and fields, and the list of recipes
   attention.md   gets its figures: the mask_mod of each pattern, drawn for a short row
   results.md     is RESULTS.md, with links that work here
 
-So none of them can fall behind the code: what is gone from it is gone from the page, and a link to it fails the build.
+So none of them can fall behind the code: what is gone from it is gone from the page, and a link to
+it fails the build.
 
     mkdocs build --strict
 """
@@ -17,7 +18,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ SCHEMA, SHIPPED = "<!-- schema -->", "<!-- shipped recipes -->"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """mkdocs' event: the pages and figures that no file holds."""
+    """Add the page and the figures that no file holds; an event of mkdocs."""
     from mkdocs.structure.files import File
 
     text = results_page((ROOT / "RESULTS.md").read_text(encoding="utf-8"))
@@ -50,7 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs' event: the places that the schema fills."""
+    """Fill in the parts of pages that come from the schema; an event of mkdocs."""
     for mark, fill in ((SCHEMA, reference), (SHIPPED, shipped)):
         if mark in markdown:
             markdown = markdown.replace(mark, fill())
@@ -58,14 +59,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def results_page(text: str) -> str:
-    """RESULTS.md as a page, wide for its tables: pictures and pages are here, files of the repository are not."""
+    """Turn RESULTS.md into a wide page; links to files of the repository become text."""
     text = re.sub(r"\]\(docs/", "](", text)
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|images/|[a-z_]+\.md)[^)]*\)", r"\1", text)
     taken: set[str] = set()
 
     def named(match: re.Match[str]) -> str:
-        """A heading without its commits and dates as its anchor: a new run must not break links."""
-        short = re.sub(r"[^a-z0-9]+", "-", re.split(r"[(:,]", match[2].lower().replace("²", "2"))[0]).strip("-")
+        """Give a heading an anchor without commits and dates, so that a new run breaks no links."""
+        title = re.split(r"[(:,]", match[2].lower().replace("²", "2"))[0]
+        short = re.sub(r"[^a-z0-9]+", "-", title).strip("-")
         if short in taken:
             return match[0]
         taken.add(short)
@@ -74,13 +76,14 @@ def results_page(text: str) -> str:
     return "---\nhide: [toc]\n---\n\n" + re.sub(r"^(##+) (.+)$", named, text, flags=re.MULTILINE)
 
 
-# --- recipes.md ---------------------------------------------------------------------------------------------------
+# --- recipes.md ----------------------------------------------------------------------------------
 
 
 def shipped() -> str:
-    """The recipes that come along: each one's name and the first paragraph of its opening comment."""
+    """List the recipes of longreach: the name and the first paragraph of the opening comment."""
     lines = ["| recipe | what it does |", "|---|---|"]
-    for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: (path.stem != "quickstart", path.stem)):
+    paths = sorted(RECIPES.glob("*.yaml"), key=lambda path: (path.stem != "quickstart", path.stem))
+    for path in paths:
         comment = []
         for line in path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("# "):
@@ -93,7 +96,7 @@ def shipped() -> str:
 
 
 def reference() -> str:
-    """A heading for each section of a recipe, in the order of the schema, and a table of its fields."""
+    """Return a heading and a table of fields for each section of a recipe, in the schema's order."""
     parts = []
     for section, places in sections():
         depth = min(places[0].count(".") + 3, 4)
@@ -102,12 +105,14 @@ def reference() -> str:
         if section.__doc__:
             parts.append(escaped(" ".join(section.__doc__.split())))
         if places[1:]:
-            parts.append(f"The same fields stand under {', '.join(f'`{place}`' for place in places[1:])}.")
+            others = ", ".join(f"`{place}`" for place in places[1:])
+            parts.append(f"The same fields stand under {others}.")
         rows = ["| field | type | default | what it is |", "|---|---|---|---|"]
         for name, field in section.model_fields.items():
             link = anchor(f"{places[0]}.{name}")
             shown = [f"`{name}`{{ #{link} }}" if link not in _section_anchors() else f"`{name}`"]
-            shown += [kind(field), default(field), escaped(" ".join((field.description or "").split()))]
+            description = " ".join((field.description or "").split())
+            shown += [kind(field), default(field), escaped(description)]
             rows.append(f"| {' | '.join(shown)} |")
         parts.append('<div class="fields" markdown>\n\n' + "\n".join(rows) + "\n\n</div>")
     return "\n\n".join(parts)
@@ -115,18 +120,18 @@ def reference() -> str:
 
 @functools.cache
 def sections() -> list[tuple[type[BaseModel], list[str]]]:
-    """Each model of the schema once, with all the places where it stands, "" for the recipe."""
-    found: dict[type[BaseModel], list[str]] = {Recipe: [""]}
+    """Return each model of the schema once, with all places where it stands; the recipe's is ""."""
+    places: dict[type[BaseModel], list[str]] = {Recipe: [""]}
 
     def walk(section: type[BaseModel], place: str) -> None:
         for name, field in section.model_fields.items():
             for inner, suffix in models_in(field.annotation):
                 here = f"{place}.{name}{suffix}".lstrip(".")
-                found.setdefault(inner, []).append(here)
+                places.setdefault(inner, []).append(here)
                 walk(inner, here)
 
     walk(Recipe, "")
-    return list(found.items())
+    return list(places.items())
 
 
 @functools.cache
@@ -135,7 +140,7 @@ def _section_anchors() -> frozenset[str]:
 
 
 def models_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """The models inside a field's type, and what stands between the field and them: `.NAME` or `.0`."""
+    """Yield the models inside a field's type, with what stands before them: `.NAME` or `.0`."""
     if annotation is AttentionRecipe:  # one section a pattern
         for section in AttentionRecipe.sections():
             yield section, f"{suffix} ({section.model_fields['pattern'].default})"
@@ -153,10 +158,12 @@ def models_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseMode
 
 
 def kind(field: FieldInfo) -> str:
-    """A field's type and limits in words, with links to sections."""
-    found = _kind(field.annotation)
-    limits = [text for rule in field.metadata if (text := _limit(rule, field.annotation))]
-    return ", ".join([found, *limits])
+    """Describe a field's type and limits in words, with links to sections."""
+    return _with_limits(_kind(field.annotation), field.metadata)
+
+
+def _with_limits(words: str, rules: Iterable[Any]) -> str:
+    return ", ".join([words, *filter(None, map(_limit, rules))])
 
 
 def _kind(annotation: Any) -> str:
@@ -165,12 +172,15 @@ def _kind(annotation: Any) -> str:
         return words[annotation]
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return ", ".join([_kind(inner[0]), *(t for rule in inner[1:] for t in _limits(rule))])
+        rules = []
+        for rule in inner[1:]:
+            rules += getattr(rule, "metadata", [rule])  # a pydantic Field holds several
+        return _with_limits(_kind(inner[0]), rules)
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in inner)
     if origin in (types.UnionType, typing.Union):
-        known = [_kind(one) for one in inner if one is not types.NoneType]
-        return " or ".join([*known, *["null"] * (len(known) < len(inner))])
+        in_order = sorted(inner, key=lambda one: one is types.NoneType)  # null comes last
+        return " or ".join(map(_kind, in_order))
     if origin in (tuple, list):
         return f"list of {_kind(inner[0])}"
     if origin is dict:
@@ -183,12 +193,8 @@ def _kind(annotation: Any) -> str:
     return f"`{annotation}`"
 
 
-def _limits(rule: Any) -> Iterator[str]:
-    yield from (text for one in getattr(rule, "metadata", [rule]) if (text := _limit(one, None)))
-
-
-def _limit(rule: Any, annotation: Any) -> str:
-    """One rule of annotated-types in words."""
+def _limit(rule: Any) -> str:
+    """Describe one rule of annotated-types in words; empty for a rule that is no limit."""
     for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
         if (value := getattr(rule, name, None)) is not None:
             return f"{sign} {value:g}"
@@ -200,46 +206,52 @@ def _limit(rule: Any, annotation: Any) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """What stands where nothing is said."""
+    """Return the field's default as a recipe would write it."""
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "**required**"
     if isinstance(value, BaseModel):
-        changed = value.model_dump(mode="json", exclude_defaults=True)
-        return f"`{_yaml(changed)}`" if changed else "its defaults"
-    return "null" if value is None else f"`{_yaml(value)}`"
+        value = value.model_dump(mode="json", exclude_defaults=True)
+        if not value:
+            return "its defaults"
+    if value is None:
+        return "null"
+    return f"`{_yaml(value)}`"
 
 
 def _yaml(value: Any) -> str:
-    """A value in one line, as a recipe would have it."""
+    """Write a value in one line of YAML."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_yaml(one)}" for key, one in value.items()) + "}"
+        fields = [f"{key}: {_yaml(one)}" for key, one in value.items()]
+        return "{" + ", ".join(fields) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_yaml, value)) + "]"
     if isinstance(value, float) and value:
         return f"{value:g}"
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z.][\w./:+-]*", value)
-    return value if plain else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z.][\w./:+-]*", value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def anchor(place: str) -> str:
-    """finetune.arms.NAME.attention -> finetune-arms-name-attention; the recipe itself is `recipe`."""
+    """Return the anchor of a place: finetune.arms.NAME -> finetune-arms-name."""
     return re.sub(r"[^a-z0-9_]+", "-", place.lower()).strip("-") or "recipe"
 
 
 def escaped(text: str) -> str:
-    """Plain words as Markdown for a table's cell; what stands in backticks stays."""
+    """Escape plain words as Markdown for a table's cell; what stands in backticks stays."""
     pieces = re.split(r"(`[^`]*`)", text)
-    plain = [re.sub(r"([*_<>\[\]])", r"\\\1", piece) if n % 2 == 0 else piece for n, piece in enumerate(pieces)]
-    return "".join(plain).replace("|", "\\|")
+    for n in range(0, len(pieces), 2):  # every second piece stands in backticks
+        pieces[n] = re.sub(r"([*_<>\[\]])", r"\\\1", pieces[n])
+    return "".join(pieces).replace("|", "\\|")
 
 
-# --- attention.md's figures -----------------------------------------------------------------------------------------
+# --- attention.md's figures ----------------------------------------------------------------------
 
 FUTURE, HIDDEN, SEEN, SINK, LEAK = range(5)
-"""What a cell of a drawing says: a later key, one that is not seen, one that is, one seen as a sink, a leak."""
+"""Cells of a drawing: a later key, a key not seen, a key seen, a sink seen, a later key seen."""
 COLOURS = ("#ffffff", "#e3e5e8", "#0072B2", "#E69F00", "#D55E00")
-"""Okabe and Ito's, as in all figures of the project."""
+"""Colours of Okabe and Ito, as in all figures of the project."""
 TOKENS, GROUP = 24, 8
 TWO_DOCUMENTS = (0, 13)
 """Where the documents of a packed row begin."""
@@ -254,7 +266,7 @@ def cells(
     starts: tuple[int, ...] = (0,),
     **choices: Any,
 ) -> np.ndarray:
-    """What one head's queries (rows) see of the keys (columns) under a pattern of PATTERNS, in the numbers above."""
+    """Return what one head's queries (rows) see of the keys (columns), in the numbers above."""
     import numpy as np
     import torch
 
@@ -280,7 +292,7 @@ def cells(
 
 
 def rolled() -> np.ndarray:
-    """What a head sees if the row is rolled by half a group and then cut into causal groups: the usual mistake."""
+    """Return what a head sees if the row is rolled by half a group, then cut: the usual mistake."""
     import numpy as np
 
     place_T = (np.arange(TOKENS) - GROUP // 2) % TOKENS
@@ -293,7 +305,7 @@ def rolled() -> np.ndarray:
 
 
 def figures() -> dict[str, bytes]:
-    """Every drawing, by file name: panels side by side, each with its title."""
+    """Return every drawing by file name: panels side by side, each with its title."""
     s2 = functools.partial(cells, "shifted_sparse", group_tokens=GROUP)
     window = functools.partial(cells, "sink_window", window_tokens=6)
     staying, shifted = "a head that stays", "a head that is shifted"
@@ -318,7 +330,7 @@ def figures() -> dict[str, bytes]:
 
 
 def draw(panels: dict[str, np.ndarray], columns: int = 2) -> bytes:
-    """An SVG with a square for each pair of query and key; its text is drawn, so it needs no font."""
+    """Draw an SVG with a square for each pair of query and key; drawn text needs no font."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
