@@ -210,7 +210,7 @@ class OptimRecipe(Choices):
     """Optimizer and schedule, shared by all arms."""
 
     steps: int = Field(ge=1)
-    """Number of optimizer steps."""
+    """Optimizer steps."""
     global_batch_tokens: int = Field(ge=1)
     """Tokens of one optimizer step over all ranks; a multiple of seq_len."""
     learning_rate: float = Field(default=2e-5, gt=0)
