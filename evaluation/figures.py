@@ -14,7 +14,6 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from longreach.evaluation.blocks import Figure
@@ -351,8 +350,8 @@ def _configured(chart: Any) -> Any:
     )  # fmt: skip
 
 
-def save(figures: Sequence[Figure], folder: Path, name: str) -> None:
-    """Write figures below each other as NAME.png and as NAME.html, an interactive page that opens offline."""
+def stacked_png(figures: Sequence[Figure]) -> bytes:
+    """Return one picture of figures below each other."""
     import altair as alt
 
     parts = []
@@ -367,5 +366,4 @@ def save(figures: Sequence[Figure], folder: Path, name: str) -> None:
             color="independent", stroke="independent", fill="independent", shape="independent", strokeDash="independent"
         )
     )
-    whole.save(folder / f"{name}.png", ppi=110)
-    whole.save(folder / f"{name}.html", inline=True)
+    return Figure("", "", "", whole).png

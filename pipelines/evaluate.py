@@ -103,7 +103,8 @@ def evaluate(
         FloatingPointError: the model's logits are not finite.
     """
     from longreach.evaluation.cells import CellFolder, measured
-    from longreach.evaluation.figures import Style, save
+    from longreach.evaluation.figures import Style, stacked_png
+    from longreach.pipelines.report.page import Page
 
     check_memory(model.path, recipe, resources)
     job = Job(model, corpus, recipe, resources, run.share)
@@ -136,10 +137,14 @@ def evaluate(
     scores.write(out)
     run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
     run.spool.table(out / "scores.json")
-    if figures := kind.figures({recipe.model: scores}, Style.of([recipe.model]), Background()):
-        save(figures, out, recipe.eval)
-        run.spool.artifact(out / f"{recipe.eval}.png", "figures")
-        run.spool.artifact(out / f"{recipe.eval}.html", "figures")
+    section = kind.section({recipe.model: scores}, Style.of([recipe.model]), Background())
+    page = Page(f"{section.title}: {recipe.model}", scores.protocol, scores.note, [section])
+    if page.figures():
+        picture, interactive = out / f"{recipe.eval}.png", out / f"{recipe.eval}.html"
+        picture.write_bytes(stacked_png(page.figures()))
+        interactive.write_text(page.html(interactive=True), encoding="utf-8")
+        run.spool.artifact(picture, "figures")
+        run.spool.artifact(interactive, "figures")
     return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
 
 

@@ -29,7 +29,7 @@ from longreach.infra.versions import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.recipe import PriceRecipe, Recipe
-from longreach.pipelines.report.findings import POINTS, Found, Model, brief, frontier, thinned
+from longreach.pipelines.report.findings import POINTS, Findings, Model, brief, frontier, thinned
 from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import report
 from longreach.pipelines.report.sections import evaluations
@@ -752,7 +752,7 @@ def test_models_are_compared_by_depth_by_place_and_by_layer(written):
     resting = Sinks.scores(Sinks.Choices(lengths=(16,)), [({"length": 16, "texts": 2}, mass)])
     scores = {lost.eval: lost, resting.eval: resting}
     models = {name: Model(name, "baseline", "", scores=scores) for name in ("a", "b")}
-    sections = evaluations(Found({}, models=models))
+    sections = evaluations(Findings({}, models=models))
     pictures = [picture for section in sections for picture in section.blocks[-1]]
     files = ["lost-in-the-middle-kv-8.png", "sinks-16.png", "sinks-a.png", "sinks-b.png"]
     assert [picture.file for picture in pictures] == files

@@ -25,7 +25,7 @@ from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
 from longreach.pipelines.recipe import PriceRecipe
-from longreach.pipelines.report.findings import PERPLEXITY, Found, Model, gather
+from longreach.pipelines.report.findings import PERPLEXITY, Findings, Model, gather
 from longreach.pipelines.report.page import Page
 from longreach.pipelines.report.sections import losses, results
 from longreach.pipelines.stage import differences
@@ -112,7 +112,7 @@ def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
-def read(store: Store, manifest: dict[str, Any]) -> Found:
+def read(store: Store, manifest: dict[str, Any]) -> Findings:
     """What a report was made of; of each artifact only the files that are read here are fetched and verified."""
     recipe, artifacts = manifest["identity"]["recipe"], {}
     for key, label in recipe["labels"].items():
@@ -131,7 +131,7 @@ def read(store: Store, manifest: dict[str, Any]) -> Found:
 
 
 @dataclass
-class Merged(Found):
+class Merged(Findings):
     """The models of several runs, named `run: model`; those that compare come first, the best of them first."""
 
     length: int = 0
@@ -154,7 +154,7 @@ class Merged(Found):
         return None
 
 
-def merge(runs: dict[str, Found]) -> Merged:
+def merge(runs: dict[str, Findings]) -> Merged:
     """Return the models of all runs; a model whose artifacts are those of an earlier run is left out."""
     models: dict[str, Model] = {}
     bases: dict[str, str] = {}
@@ -183,7 +183,7 @@ def merge(runs: dict[str, Found]) -> Merged:
     return merged
 
 
-def _fingerprints(findings: Found, name: str) -> frozenset[str]:
+def _fingerprints(findings: Findings, name: str) -> frozenset[str]:
     """Return the fingerprints of all artifacts of a model: those with its name in their label's brackets."""
     of_model = re.compile(rf"\[{re.escape(name)}[],]")
     return frozenset(a.fingerprint for label, a in findings.artifacts.items() if of_model.search(label))
@@ -221,7 +221,7 @@ def headline(found: Merged) -> str:
     return text
 
 
-def changes(runs: dict[str, Found]) -> Table:
+def changes(runs: dict[str, Findings]) -> Table:
     """Return the choices, resources and hosts in which each run differs from the first one.
 
     A change that several stages share stands once, with their labels.

@@ -1,4 +1,4 @@
-"""What the report's inputs say: artifacts read once into models with their training, steps and scores.
+"""What the report's inputs say: artifacts are read once, into models with their training, steps and scores.
 
 gather({"convert": artifact, "evaluate[base,perplexity]": another}).ppl()[8192]["base"]["ppl"]
 """
@@ -21,16 +21,16 @@ from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
 
 POINTS = 500
-"""Steps of a run that are read for its curves."""
+"""Steps of a training that are read for its curves."""
 PERPLEXITY = "perplexity"
 """The evaluation by which models are compared: in the main table, the headline and the frontier."""
 NOT_RUN = "not run, since "
-"""How the reason of a stage begins that failed only because one before it did."""
+"""The reason of a stage that failed only because one before it did begins so."""
 
 
 @dataclass
 class Model:
-    """A baseline, a fine-tuned arm or a pretrained one, and what is known of it."""
+    """A baseline, a fine-tuned arm or a pretrained one, with all that its artifacts say."""
 
     name: str
     kind: str
@@ -45,27 +45,29 @@ class Model:
     """Scores without their cases, by evaluation."""
 
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
-        """Rows of an evaluation's scores whose columns have these values; none if it was not evaluated so."""
-        return self.scores[evaluation].rows_with(**where) if evaluation in self.scores else []
+        """Return the rows of an evaluation's scores whose columns have these values; none if it was not evaluated."""
+        if evaluation not in self.scores:
+            return []
+        return self.scores[evaluation].rows_with(**where)
 
     @property
     def training(self) -> TrainingSummary:
-        """What its training says of itself, for models that were trained."""
+        """What its training says of itself; only for models that were trained."""
         assert self.summary is not None, f"{self.name} was not trained"
         return self.summary
 
     def ratio(self, other: Model, cost: str) -> float:
-        """This model's cost (a number of TrainingSummary) over another one's."""
+        """Return this model's cost (a number of TrainingSummary) as a multiple of another one's."""
         return getattr(self.training, cost) / getattr(other.training, cost)
 
     @property
     def rank_hours(self) -> float:
-        """Wall clock of training times ranks."""
+        """Hours of training, times its ranks."""
         return self.training.wall_s * self.training.ranks / 3600
 
     @property
     def mfu(self) -> float:
-        """FLOPs that a step needs over what the ranks do in plain matrix products; NaN where they were not counted."""
+        """A step's FLOPs over what the ranks do meanwhile in plain matrix products; NaN where they were not counted."""
         predicted, machine = self.training.predicted, self.training.machine
         if predicted is None or machine is None:
             return math.nan
@@ -73,11 +75,11 @@ class Model:
 
 
 @dataclass
-class Found:
-    """All that the inputs say."""
+class Findings:
+    """All that the report's inputs say."""
 
     artifacts: dict[str, Artifact]
-    """By label, in the order of the graph."""
+    """The inputs by label, in the order of the graph."""
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base comes from and what it is; empty if there is none."""
     packs: dict[str, PackSummary] = field(default_factory=dict)
@@ -85,29 +87,32 @@ class Found:
     models: dict[str, Model] = field(default_factory=dict)
     prices: PriceRecipe = field(default_factory=PriceRecipe)
     failed: dict[str, str] = field(default_factory=dict)
-    """Label -> why."""
+    """Stages that could not be done: label -> why."""
 
     def of(self, *kinds: str) -> dict[str, Model]:
-        """Models of these kinds."""
+        """Return the models of these kinds."""
         return {name: model for name, model in self.models.items() if model.kind in kinds}
 
     def yardstick(self, tune: str) -> Model | None:
-        """The first arm that trains `tune` under full attention: what others are measured against."""
-        arms = (m for m in self.of("finetune").values() if m.training.arm.tune == tune)
-        return next((m for m in arms if m.training.arm.attention.pattern == "causal"), None)
+        """Return the first arm that trains `tune` under full attention: the others are measured against it."""
+        for model in self.of("finetune").values():
+            arm = model.training.arm
+            if arm.tune == tune and arm.attention.pattern == "causal":
+                return model
+        return None
 
     @property
     def compared(self) -> dict[str, Model]:
-        """The base's descendants, whose numbers compare."""
+        """The models that come from the base, whose numbers compare."""
         return self.of("baseline", "finetune", "failed finetune")
 
     @property
     def trained(self) -> dict[str, Model]:
-        """Those of them that training made, so that they have a cost."""
+        """Those of the compared models that were trained, so that they have a cost."""
         return {name: model for name, model in self.compared.items() if model.summary}
 
     def ppl(self, protocol: str = "last_stride") -> dict[int, dict[str, dict[str, Any]]]:
-        """Perplexity over all documents, by context length and model."""
+        """Return the rows of perplexity over all documents, by context length and model."""
         return by_length(self.models, PERPLEXITY, kind="pooled", protocol=protocol, domain="*")
 
     def scores_of(self, evaluation: str) -> dict[str, EvalScores]:
@@ -119,91 +124,110 @@ class Found:
         return Background(self.base.get("context_length"), frozenset(self.compared))
 
     def greatest(self) -> tuple[int, dict[str, float]]:
-        """The greatest length measured, and the compared models' perplexities there, best first; a NaN is last."""
-        length = max(self.ppl(), default=0)
-        ppl = {name: row["ppl"] for name, row in self.ppl().get(length, {}).items() if name in self.compared}
+        """Return the greatest length measured, and the compared models' perplexities there, best first, NaN last."""
+        by_length = self.ppl()
+        length = max(by_length, default=0)
+        ppl = {name: row["ppl"] for name, row in by_length.get(length, {}).items() if name in self.compared}
         return length, dict(sorted(ppl.items(), key=lambda item: item[1] if finite(item[1]) else math.inf))
 
     def last_tokens(self) -> str:
-        """Which tokens the `last_stride` protocol scores."""
+        """Say which tokens the `last_stride` protocol scores."""
         counts = {scores.recipe["last_tokens"] for scores in self.scores_of(PERPLEXITY).values()}
         return f"last {' or '.join(str(count) for count in sorted(counts))} tokens"
 
     def where(self) -> str:
-        """What ratios of speed depend on, as far as it is known."""
-        rows = [f"rows of {pack.seq_len:,} tokens" for label, pack in self.packs.items() if label == "pack"]
-        return ", ".join(rows + ([f"width {self.base['hidden']:,}"] if self.base else []))
+        """Say what ratios of speed depend on, as far as it is known: row length and model width."""
+        parts = []
+        if "pack" in self.packs:
+            parts.append(f"rows of {self.packs['pack'].seq_len:,} tokens")
+        if self.base:
+            parts.append(f"width {self.base['hidden']:,}")
+        return ", ".join(parts)
 
 
 def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[int, dict[str, dict[str, Any]]]:
-    """Rows of an evaluation by length and model; `where` picks one for each."""
-    found: dict[int, dict[str, dict[str, Any]]] = {}
+    """Return an evaluation's rows by length and model; `where` picks one row for each."""
+    lengths: dict[int, dict[str, dict[str, Any]]] = {}
     for name, model in models.items():
         for row in model.rows(evaluation, **where):
-            found.setdefault(row["length"], {})[name] = row
-    return dict(sorted(found.items()))
+            lengths.setdefault(row["length"], {})[name] = row
+    return dict(sorted(lengths.items()))
 
 
 def gather(
     artifacts: dict[str, Artifact], prices: PriceRecipe | None = None, failed: Mapping[str, str] | None = None
-) -> Found:
+) -> Findings:
     """Read what the artifacts hold, by label; any of them may be missing.
 
     Raises:
         ValueError: a file is not what it should be.
     """
-    found, arms = Found(artifacts, prices=prices or PriceRecipe(), failed=dict(failed or {})), {}
+    findings = Findings(artifacts, prices=prices or PriceRecipe(), failed=dict(failed or {}))
+    arms: dict[str, Model] = {}
     for label, artifact in artifacts.items():
-        match artifact.stage:
-            case "convert":
-                # the first; another one is where a retraining starts
-                found.base = found.base or artifact.summary["origin"] | artifact.summary
-            case "pack":
-                found.packs[label] = _pack_summary(artifact)
-            case "finetune" | "pretrain" as kind:
-                name = label.partition("[")[2].removesuffix("]")
-                facts = TrainingSummary.model_validate(artifact.summary)
-                steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-                arms[name] = Model(name, kind, about_arm(facts), facts, [json.loads(line) for line in steps])
-            case "evaluate":
-                choices = artifact.manifest["identity"]["recipe"]
-                name = choices["model"]
-                baseline = Model(name, "baseline", about_rope(choices["rope"]))
-                model = arms.get(name) or found.models.setdefault(name, baseline)
-                content = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
-                model.scores[choices["eval"]] = EvalScores(**content)
-            case _:
-                pass  # a stage without a section of its own is listed in "how it was run"
-    found.models |= arms  # after the baselines
-    for label, reason in found.failed.items():
-        stage, _, rest = label.removesuffix("]").partition("[")
-        name, _, evaluation = rest.partition(",")
-        if stage in ("finetune", "pretrain"):
-            found.models[name] = Model(name, f"failed {stage}", f"failed: {brief(reason)}")
-        elif name in found.models and not reason.startswith(NOT_RUN):
-            found.models[name].about += f"; {evaluation or stage} failed: {brief(reason)}"
-    return found
+        if artifact.stage == "convert" and not findings.base:  # another one is where a retraining starts
+            findings.base = artifact.summary["origin"] | artifact.summary
+        elif artifact.stage == "pack":
+            findings.packs[label] = _pack_summary(artifact)
+        elif artifact.stage in ("finetune", "pretrain"):
+            name = label.partition("[")[2].removesuffix("]")
+            arms[name] = _arm(name, artifact)
+    for artifact in artifacts.values():
+        if artifact.stage == "evaluate":
+            choices = artifact.manifest["identity"]["recipe"]
+            name = choices["model"]
+            model = arms.get(name) or findings.models.get(name)
+            if model is None:
+                model = findings.models[name] = Model(name, "baseline", about_rope(choices["rope"]))
+            content = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
+            model.scores[choices["eval"]] = EvalScores(**content)
+    findings.models |= arms  # after the baselines
+    for label, reason in findings.failed.items():
+        _note_failure(findings, label, reason)
+    return findings
+
+
+def _arm(name: str, artifact: Artifact) -> Model:
+    """Return a trained model without its scores."""
+    summary = TrainingSummary.model_validate(artifact.summary)
+    steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return Model(name, artifact.stage, about_arm(summary), summary, [json.loads(line) for line in steps])
+
+
+def _note_failure(findings: Findings, label: str, reason: str) -> None:
+    """Add an arm whose training failed, or say of a model that something else failed by its own fault."""
+    stage, _, rest = label.removesuffix("]").partition("[")
+    name, _, evaluation = rest.partition(",")
+    if stage in ("finetune", "pretrain"):
+        findings.models[name] = Model(name, f"failed {stage}", f"failed: {brief(reason)}")
+    elif name in findings.models and not reason.startswith(NOT_RUN):
+        findings.models[name].about += f"; {evaluation or stage} failed: {brief(reason)}"
 
 
 def brief(reason: str) -> str:
-    """Why a stage failed, in a table's cell: lack of memory by that name, else the first line, shortened."""
+    """Return why a stage failed, for a table's cell: lack of memory by that name, else the first line, shortened."""
     if re.search(r"out ?of ?memory|low on memory|oom.?kill", reason, re.IGNORECASE):
         return "out of memory"
     return textwrap.shorten(next(iter(reason.splitlines()), "no reason given"), 100, placeholder=" …")
 
 
 def thinned(lines: list[str]) -> list[str]:
-    """Of a long run's steps about POINTS, evenly spread with the last; and as many of those that were measured more."""
+    """Return about POINTS of a long run's steps, evenly spread and with the last one.
+
+    Steps with a validation loss or a sink mass are few: of each of these about POINTS are returned as well.
+    """
     kept: set[int] = set()
-    for needle in ("", '"validation_loss"', '"sink_mass"'):
-        those = [n for n, line in enumerate(lines) if needle in line]
-        kept.update(those[:: max(1, -(-len(those) // POINTS))], those[-1:])
+    for mark in ("", '"validation_loss"', '"sink_mass"'):
+        numbers = [n for n, line in enumerate(lines) if mark in line]
+        every = max(1, math.ceil(len(numbers) / POINTS))
+        kept.update(numbers[::every], numbers[-1:])
     return [lines[n] for n in sorted(kept)]
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Names of the points (x, y) that no other undercuts in one and equals in the other, by x: Pareto's frontier."""
-    names, least = [], math.inf
+    """Return the names of Pareto's frontier by x: no other point (x, y) is as good in both and better in one."""
+    names: list[str] = []
+    least = math.inf
     for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
         if y < least:
             names.append(name)
@@ -212,7 +236,7 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
-    """A JSON object with at least the keys `needed`; ValueError says what it is instead."""
+    """Return a JSON object that has the keys `needed`; ValueError says what the file holds instead."""
     path = artifact.path / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -224,6 +248,7 @@ def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
 
 
 def _pack_summary(artifact: Artifact) -> PackSummary:
+    """Return how documents became rows; ValueError names the stage whose file cannot be read."""
     try:
         return PackSummary.read(artifact.path)
     except (OSError, ValueError) as error:
@@ -231,15 +256,16 @@ def _pack_summary(artifact: Artifact) -> PackSummary:
 
 
 def about_rope(rope: dict[str, Any] | None) -> str:
-    """What was done to a baseline."""
+    """Say what was done to a baseline."""
     if rope is None:
         return "as trained"
-    detail = f"{rope['theta']:,.0f}" if rope["type"] == "theta" else f"× {rope['factor']:g}"
-    return f"not trained, RoPE {rope['type']} {detail}"
+    if rope["type"] == "theta":
+        return f"not trained, RoPE theta {rope['theta']:,.0f}"
+    return f"not trained, RoPE {rope['type']} × {rope['factor']:g}"
 
 
 def about_arm(facts: TrainingSummary) -> str:
-    """What was trained, and how."""
+    """Say what was trained, and how."""
     if facts.kind == "pretrain":
         sinks = {
             "none": "no sink",

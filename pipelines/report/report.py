@@ -23,7 +23,7 @@ from longreach.infra.choices import Choices
 from longreach.pipelines.artifacts import Report
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.recipe import PriceRecipe
-from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Found, brief, gather
+from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Findings, brief, gather
 from longreach.pipelines.report.page import Page, markdown_table
 
 TABLE_CHARACTERS = 4000
@@ -64,109 +64,150 @@ def report(
     return {"headline": headline(found), "metrics": metrics(found), "table": short_table(found)}
 
 
-def _sections(found: Found, command: str) -> list[Section]:
+def _sections(found: Findings, command: str) -> list[Section]:
     """Return the page, in order. What draws is imported here, since it is slow to import."""
     from longreach.pipelines.report import sections
 
-    of_models = [sections.failures(found), sections.results(found)]
-    of_training = [sections.training(found), sections.pretraining(found), sections.packing(found)]
-    whole = [*of_models, *sections.evaluations(found), sections.documents(found), *of_training]
-    return [section for section in whole if section] + [sections.how(found, command)]
+    parts = [
+        sections.failures(found),
+        sections.results(found),
+        *sections.evaluations(found),
+        sections.documents(found),
+        sections.training(found),
+        sections.pretraining(found),
+        sections.packing(found),
+        sections.how(found, command),
+    ]
+    return [part for part in parts if part]
 
 
-def short_table(found: Found) -> str:
-    """Perplexity at the greatest length and costs, below TABLE_CHARACTERS: rows that do not fit are counted."""
-    from longreach.pipelines.report.sections import columns_of
+def short_table(found: Findings) -> str:
+    """Return perplexity at the greatest length and costs, below TABLE_CHARACTERS; rows that do not fit are counted."""
+    from longreach.pipelines.report.sections import main_columns
 
-    columns = columns_of(found)
-    short = [column for column in columns if column[0].startswith("perplexity")][-1:]
-    short += [column for column in columns if column[1] in ("wall clock", "peak GiB")]
-    short += [column for column in columns if column[0].startswith("speed-up")][:1]
-    words = {"perplexity": "perplexity at ", "speed-up": "speed-up vs "}
-    heads = ["model", *(words.get(group.split()[0], "") + head.partition("\n")[0] for group, head, _ in short)]
-    names = {name: name + f" ({m.about})" * m.kind.startswith("failed") for name, m in found.compared.items()}
-    rows = [[shown, *(cells[name].partition("\n")[0] for *_, cells in short)] for name, shown in names.items()]
-    text, many = markdown_table(Table("", heads, rows)), len(rows)
+    columns = main_columns(found)
+    perplexity = [column for column in columns if column.group.startswith("perplexity")][-1:]
+    costs = [column for column in columns if column.head in ("wall clock", "peak GiB")]
+    speedup = [column for column in columns if column.group.startswith("speed-up")][:1]
+    heads = ["model"]
+    heads += [f"perplexity at {_first_line(column.head)}" for column in perplexity]
+    heads += [column.head for column in costs]
+    heads += [f"speed-up vs {_first_line(column.head)}" for column in speedup]
+    rows = []
+    for name, model in found.compared.items():
+        shown_name = name
+        if model.kind.startswith("failed"):
+            shown_name += f" ({model.about})"
+        rows.append([shown_name, *(_first_line(column.cells[name]) for column in [*perplexity, *costs, *speedup])])
+    if not rows:
+        return ""
+    text, n_rows = markdown_table(Table("", heads, rows)), len(rows)
     while len(text) >= TABLE_CHARACTERS:
-        many -= 1
-        text = markdown_table(Table("", heads, rows[:many])) + f"\n\n{len(rows) - many} more models are in the report."
-    return text if rows else ""
+        n_rows -= 1
+        text = markdown_table(Table("", heads, rows[:n_rows]))
+        text += f"\n\n{len(rows) - n_rows} more models are in the report."
+    return text
 
 
-def headline(found: Found) -> str:
-    """What was gained at the greatest length, and at what cost: a sentence each, where there is something to say."""
-    nothing = f"{len(found.artifacts)} stages are done; no perplexity of the base or of an arm was measured."
-    return " ".join(_lost(found) + ([*_gained(found), *_paid(found)] or [nothing]))
+def _first_line(text: str) -> str:
+    """Return the first line of a cell; the best of a column stays set off if it is one line."""
+    return text.partition("\n")[0]
 
 
-def _lost(found: Found) -> list[str]:
-    """What failed, by its own fault first."""
-    causes = {label: brief(why) for label, why in found.failed.items() if not why.startswith(NOT_RUN)}
+def headline(found: Findings) -> str:
+    """Say what was gained at the greatest length, and at what cost: a sentence for each that there is."""
+    gains = [*_gain(found), *_price(found)]
+    if not gains:
+        gains = [f"{len(found.artifacts)} stages are done; no perplexity of the base or of an arm was measured."]
+    return " ".join([*_failures(found), *gains])
+
+
+def _failures(found: Findings) -> list[str]:
+    """Say which stages failed by their own fault, and how many others could not run without them."""
     if not found.failed:
         return []
-    listed = ", ".join(f"{label} ({why})" for label, why in list(causes.items())[:5]) + " …" * (len(causes) > 5)
-    said = f"{len(found.failed)} of {len(found.failed) + len(found.artifacts)} stages failed: {listed}"
+    causes = [f"{label} ({brief(why)})" for label, why in found.failed.items() if not why.startswith(NOT_RUN)]
+    text = f"{len(found.failed)} of {len(found.failed) + len(found.artifacts)} stages failed: {', '.join(causes[:5])}"
+    if len(causes) > 5:
+        text += " …"
     waiting = len(found.failed) - len(causes)
-    return [f"{said}, and {waiting} that could not run without them." if waiting else f"{said}."]
+    if waiting:
+        text += f", and {waiting} that could not run without them"
+    return [f"{text}."]
 
 
-def _gained(found: Found) -> list[str]:
-    """The best arm against everything that needed no training."""
+def _gain(found: Findings) -> list[str]:
+    """Say how the best arm compares with everything that needed no training."""
     length, ppl = found.greatest()
+    if not ppl:
+        return []
     arms = [name for name in ppl if name in found.of("finetune")]
     untrained = [name for name in ppl if name not in arms]
     listed = ", ".join(f"{name} {perplexity_text(ppl[name])}" for name in untrained)
-    said = f"At {length:,} tokens"
+    text = f"At {length:,} tokens"
     if found.base:
-        said += f", {length / found.base['context_length']:.3g} times what the base was trained to"
+        text += f", {length / found.base['context_length']:.3g} times what the base was trained to"
     if not arms:
-        return [f"{said}, perplexity without any training is: {listed}."] if ppl else []
-    said += f", {arms[0]} is the best trained arm with perplexity {perplexity_text(ppl[arms[0]])}"
+        return [f"{text}, perplexity without any training is: {listed}."]
+    best = arms[0]
+    text += f", {best} is the best trained arm with perplexity {perplexity_text(ppl[best])}"
     if not untrained:
-        return [f"{said}."]
-    place = {"kind": "document", "protocol": "last_stride", "length": length}
-    rows = [found.models[name].rows(PERPLEXITY, **place) for name in (arms[0], untrained[0])]
-    mine, best = ({row["document"]: row["nll"] for row in each} for each in rows)
-    wins = sum(mine[document] < best[document] for document in mine)
-    worse = [name for name in untrained if not ppl[arms[0]] < ppl[name]]
-    verdict = f"worse than {' and '.join(worse)} without any training" if worse else "better than anything untrained"
-    said += f": {verdict} ({listed}), and lower than {untrained[0]}"
-    return [f"{said} on {wins} of {len(mine)} documents."]
+        return [f"{text}."]
+    worse_than = [name for name in untrained if not ppl[best] < ppl[name]]
+    verdict = "better than anything untrained"
+    if worse_than:
+        verdict = f"worse than {' and '.join(worse_than)} without any training"
+    ours, theirs = _document_losses(found, best, length), _document_losses(found, untrained[0], length)
+    wins = sum(ours[document] < theirs[document] for document in ours)
+    return [f"{text}: {verdict} ({listed}), and lower than {untrained[0]} on {wins} of {len(ours)} documents."]
 
 
-def _paid(found: Found) -> list[str]:
-    """What the best other arm cost against full fine-tuning."""
-    (_, ppl), full, lora = found.greatest(), found.yardstick("all"), found.yardstick("lora")
-    arm = next((m for name in ppl if (m := found.models[name]).kind == "finetune" and m is not full), None)
-    if not full or not arm:
+def _document_losses(found: Findings, name: str, length: int) -> dict[str, float]:
+    """Return a model's loss on each document at a length, in nats per token."""
+    rows = found.models[name].rows(PERPLEXITY, kind="document", protocol="last_stride", length=length)
+    return {row["document"]: row["nll"] for row in rows}
+
+
+def _price(found: Findings) -> list[str]:
+    """Say what the best arm but full fine-tuning cost, compared with full fine-tuning and with LoRA."""
+    _, ppl = found.greatest()
+    full, lora = found.yardstick("all"), found.yardstick("lora")
+    arms = [found.models[name] for name in ppl if name in found.of("finetune")]
+    others = [arm for arm in arms if arm is not full]
+    if not full or not others:
         return []
-    said = f"{arm.name} trained at {arm.ratio(full, 'tokens_per_s'):.2f} times the speed of full fine-tuning"
+    arm = others[0]
+    text = f"{arm.name} trained at {arm.ratio(full, 'tokens_per_s'):.2f} times the speed of full fine-tuning"
     if lora and lora is not arm:
-        said += f" and {arm.ratio(lora, 'tokens_per_s'):.2f} times that of LoRA"
-    said += f" ({found.where()}), with {arm.ratio(full, 'peak_gib'):.2f} times full fine-tuning's peak memory"
+        text += f" and {arm.ratio(lora, 'tokens_per_s'):.2f} times that of LoRA"
+    text += f" ({found.where()}), with {arm.ratio(full, 'peak_gib'):.2f} times full fine-tuning's peak memory"
     if finite(ppl[arm.name]) and finite(ppl.get(full.name)):
         change = ppl[arm.name] / ppl[full.name] - 1
-        said += f" and {abs(change):.1%} {'higher' if change > 0 else 'lower'} perplexity"
-    return [f"{said}."]
+        text += f" and {abs(change):.1%} {'higher' if change > 0 else 'lower'} perplexity"
+    return [f"{text}."]
 
 
-def metrics(found: Found) -> dict[str, float]:
-    """The page's numbers for MLflow, by name; not those that are not finite, which no manifest can hold."""
-
-    def plain(name: str) -> str:  # MLflow's names allow neither plus nor brackets, ours no space
-        return re.sub(r"[^a-z0-9._-]+", " ", name).strip()
-
-    values: dict[str, float] = {f"pack/efficiency/{plain(n)}": pack.efficiency for n, pack in found.packs.items()}
+def metrics(found: Findings) -> dict[str, float]:
+    """Return the page's numbers for MLflow, by name, without those that no manifest can hold: NaN and infinity."""
+    values: dict[str, float] = {}
+    for label, pack in found.packs.items():
+        values[f"pack/efficiency/{_metric_part(label)}"] = pack.efficiency
     for name, model in found.models.items():
-        tag = plain(name)
-        values |= {f"eval/{key}/{tag}": value for s in model.scores.values() for key, value in s.summary.items()}
+        tag = _metric_part(name)
+        for scores in model.scores.values():
+            values |= {f"eval/{key}/{tag}": value for key, value in scores.summary.items()}
         if model.summary:
-            values[f"cost/wall_s/{tag}"] = model.summary.wall_s
-            values[f"cost/tokens_per_s/{tag}"] = model.summary.tokens_per_s
-            values[f"cost/peak_gib/{tag}"] = model.summary.peak_gib
+            for cost in ("wall_s", "tokens_per_s", "peak_gib"):
+                values[f"cost/{cost}/{tag}"] = getattr(model.summary, cost)
             values[f"cost/mfu/{tag}"] = model.mfu
         for against, tune in (("full", "all"), ("lora", "lora")):
-            if model.kind == "finetune" and (other := found.yardstick(tune)):
-                values[f"compare/speedup_vs_{against}/{tag}"] = model.ratio(other, "tokens_per_s")
-                values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(other, "peak_gib")
+            yardstick = found.yardstick(tune)
+            if yardstick and model.kind == "finetune":
+                values[f"compare/speedup_vs_{against}/{tag}"] = model.ratio(yardstick, "tokens_per_s")
+                values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(yardstick, "peak_gib")
     return {key: float(value) for key, value in values.items() if finite(value)}
+
+
+def _metric_part(name: str) -> str:
+    """Return a name without the characters that MLflow's metric names do not allow, such as plus and brackets."""
+    return re.sub(r"[^a-z0-9._-]+", " ", name).strip()

