@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as library
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from longreach.attention.call import AttentionCall
 from longreach.attention.pattern import Heads, Pattern
 from longreach.attention.segments import Documents, documents_of
 from longreach.attention.sink_softmax import with_sink
@@ -34,36 +35,22 @@ PAIRS_AT_ONCE = 2**28
 """Pairs of a query and a key for which the predicate is evaluated at once: 256 MiB of booleans."""
 
 
-def attend(
-    q_BHTD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    pattern: Pattern,
-    position_ids_BT: Tensor | None = None,
-    sink_logit_H: Tensor | None = None,
-    scale: float | None = None,
-    *,
-    layer: int = 0,
-) -> Tensor:
-    """Attention [B, H, T, D] by FlexAttention; see `attention.attend`.
-
-    Raises:
-        ValueError: a sink logit on CPU.
-    """
-    B, H, T, _ = q_BHTD.shape
-    heads = Heads(H, k_BKTD.shape[1], layer)
-    if sink_logit_H is not None and q_BHTD.device.type == "cpu":
+def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) -> Tensor:
+    """Return attention [B, H, T, D] by FlexAttention. ValueError: a sink logit on CPU."""
+    B, _, T, _ = q_BHTD.shape
+    heads, sink_H = call.heads(q_BHTD, k_BKTD), call.sink_logit_H
+    if sink_H is not None and q_BHTD.device.type == "cpu":
         raise ValueError("kernel 'flex' has no sink logits on CPU (no log-sum-exp comes out of it there); use 'auto'")
-    documents = documents_of(position_ids_BT, B, T)
-    mask = block_mask(pattern, first_alike(pattern, heads), documents, T, q_BHTD.device)
-    asked = {"block_mask": mask, "scale": scale, "enable_gqa": heads.query != heads.kv}
-    if sink_logit_H is None:
-        return _compiled()(q_BHTD, k_BKTD, v_BKTD, **asked)
+    documents = documents_of(call.position_ids_BT, B, T)
+    mask = block_mask(call.pattern, first_alike(call.pattern, heads), documents, T, q_BHTD.device)
+    options = {"block_mask": mask, "scale": call.scale, "enable_gqa": heads.query != heads.kv}
+    if sink_H is None:
+        return _compiled()(q_BHTD, k_BKTD, v_BKTD, **options)
     if hasattr(library, "AuxRequest"):
-        out_BHTD, more = _compiled()(q_BHTD, k_BKTD, v_BKTD, **asked, return_aux=library.AuxRequest(lse=True))
-        return with_sink(out_BHTD, more.lse, sink_logit_H)
-    out_BHTD, lse_BHT = _compiled()(q_BHTD, k_BKTD, v_BKTD, **asked, return_lse=True)  # torch 2.8
-    return with_sink(out_BHTD, lse_BHT, sink_logit_H)
+        out_BHTD, more = _compiled()(q_BHTD, k_BKTD, v_BKTD, **options, return_aux=library.AuxRequest(lse=True))
+        return with_sink(out_BHTD, more.lse, sink_H)
+    out_BHTD, lse_BHT = _compiled()(q_BHTD, k_BKTD, v_BKTD, **options, return_lse=True)  # torch 2.8
+    return with_sink(out_BHTD, lse_BHT, sink_H)
 
 
 def first_alike(pattern: Pattern, heads: Heads) -> Heads:

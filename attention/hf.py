@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from longreach.attention.kernels import Situation, attend, choose
+from longreach.attention.call import AttentionCall
+from longreach.attention.kernels import Situation, attend_call, choose
 from longreach.attention.pattern import Pattern
 from longreach.attention.ulysses import ALONE, SequenceRanks, attend_in_parts, check_heads
 
@@ -165,18 +166,11 @@ def _forward_of(active: ActivePattern) -> Any:
             raise ValueError(f"{type(module).__name__} gets no position_ids: packed documents would see each other")
         documents_BT = position_ids if attention_mask is None else split_padding(position_ids, attention_mask)
         layer = getattr(module, "layer_idx", None) or 0
-        given = (
-            q_BHTD,
-            k_BKTD,
-            v_BKTD,
-            active.pattern,
-            documents_BT,
-            kwargs.get("s_aux"),
-            scaling,
-            active.asked,
-            layer,
-        )
-        out_BHTD = attend_in_parts(*given, active.sequence) if active.sequence.size > 1 else attend(*given)
+        call = AttentionCall(active.pattern, documents_BT, kwargs.get("s_aux"), scaling, layer)
+        if active.sequence.size > 1:
+            out_BHTD = attend_in_parts(q_BHTD, k_BKTD, v_BKTD, call, active.asked, active.sequence)
+        else:
+            out_BHTD = attend_call(q_BHTD, k_BKTD, v_BKTD, call, active.asked)
         return out_BHTD.transpose(1, 2), None
 
     return forward

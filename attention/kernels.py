@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from longreach.attention import flex, reference
+from longreach.attention.call import AttentionCall
 from longreach.attention.flash import FlashAttnVarlen, TorchVarlen, Varlen, has_flash_attn, refusal, varlen_calls
-from longreach.attention.pattern import Heads, Pattern
+from longreach.attention.pattern import Pattern
 from longreach.attention.segments import Segments, documents_of, features_last, pieces
 
 
@@ -50,26 +51,30 @@ def attend(
     kernel: str = "auto",
     layer: int = 0,
 ) -> Tensor:
-    """Attention of every query over the keys that `pattern` lets it see, [B, H, T, D].
+    """Return attention [B, H, T, D] of every query over the keys that `pattern` lets it see.
 
     Args:
-        position_ids_BT: restart at each packed document (padding is a run of its own); one document a row without it.
-        sink_logit_H: a logit per head that takes part in the softmax and carries no value (attention/sink_softmax.py).
-        scale: of the scores; 1/sqrt(D) without it.
+        pattern: which keys each query sees; it and the next three as in AttentionCall.
         kernel: a name in KERNELS, or "auto": see `choose`.
-        layer: which layer this is; patterns on an odd number of KV heads alternate by it.
+        layer: as in AttentionCall.
 
     Raises:
         ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern here.
     """
+    call = AttentionCall(pattern, position_ids_BT, sink_logit_H, scale, layer)
+    return attend_call(q_BHTD, k_BKTD, v_BKTD, call, kernel)
+
+
+def attend_call(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall, kernel: str = "auto") -> Tensor:
+    """Return the same as `attend`, whose choices a layer hands on as one object."""
     check_shapes(q_BHTD, k_BKTD, v_BKTD)
-    if torch.is_autocast_enabled(q_BHTD.device.type):  # it does not know our function; rotary leaves q, k in float32
-        short = torch.get_autocast_dtype(q_BHTD.device.type)
+    device = q_BHTD.device.type
+    if torch.is_autocast_enabled(device):  # it does not know our function; rotary leaves q, k in float32
+        short = torch.get_autocast_dtype(device)
         q_BHTD, k_BKTD, v_BKTD = (x.to(short) for x in (q_BHTD, k_BKTD, v_BKTD))
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHTD, k_BKTD, v_BKTD))
-    chosen = choose(pattern, kernel, Situation(q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[-1], grads))
-    run = KERNELS[chosen].run
-    return run(q_BHTD, k_BKTD, v_BKTD, pattern, position_ids_BT, sink_logit_H, scale, layer=layer)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHTD, k_BKTD, v_BKTD))
+    chosen = choose(call.pattern, kernel, Situation(device, q_BHTD.dtype, q_BHTD.shape[-1], gradients))
+    return KERNELS[chosen].run(q_BHTD, k_BKTD, v_BKTD, call)
 
 
 def choose(pattern: Pattern, kernel: str = "auto", where: Situation = CPU) -> str:
@@ -100,33 +105,24 @@ def check_shapes(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> None:
 
 
 def by_segments(
-    q_BHTD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    pattern: Pattern,
-    position_ids_BT: Tensor | None = None,
-    sink_logit_H: Tensor | None = None,
-    scale: float | None = None,
-    *,
-    layer: int = 0,
-    library: Varlen | None = None,
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall, library: Varlen | None = None
 ) -> Tensor:
-    """A pattern's rectangles by flash attention: varlen calls of a library, or without one the CPU's pieces."""
-    B, H, T, D = q_BHTD.shape
-    heads, documents = Heads(H, k_BKTD.shape[1], layer), documents_of(position_ids_BT, B, T)
+    """Return a pattern's rectangles by flash attention: a library's varlen calls, or without one the CPU's pieces."""
+    B, _, T, _ = q_BHTD.shape
+    heads, documents = call.heads(q_BHTD, k_BKTD), documents_of(call.position_ids_BT, B, T)
     q_BHTD, k_BKTD, v_BKTD = (features_last(x) for x in (q_BHTD, k_BKTD, v_BKTD))
     calls: list[Any]
     if library is None:
-        calls = pieces(pattern, heads, documents, T)
+        calls = pieces(call.pattern, heads, documents, T)
     else:
-        calls = varlen_calls(pattern, heads, documents, T, library, q_BHTD.device)
-    return Segments.apply(q_BHTD, k_BKTD, v_BKTD, sink_logit_H, calls, D**-0.5 if scale is None else scale)
+        calls = varlen_calls(call.pattern, heads, documents, T, library, q_BHTD.device)
+    return Segments.apply(q_BHTD, k_BKTD, v_BKTD, call.sink_logit_H, calls, call.scale_of(q_BHTD))
 
 
-def sdpa(q_BHTD: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """torch's own flash attention."""
+def sdpa(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) -> Tensor:
+    """Return attention by torch's own flash attention."""
     library = TorchVarlen() if q_BHTD.device.type == "cuda" else None
-    return by_segments(q_BHTD, *args, library=library, **kwargs)  # type: ignore[arg-type]
+    return by_segments(q_BHTD, k_BKTD, v_BKTD, call, library)
 
 
 def _needs(pattern: Pattern, where: Situation, device: str = "") -> str:
@@ -157,7 +153,7 @@ def _cannot_flex(pattern: Pattern, where: Situation) -> str:
 class Kernel:
     """One way to compute patterns, and why it cannot in some situation (empty if it can)."""
 
-    run: Callable[..., Tensor]
+    run: Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
     cannot: Callable[[Pattern, Situation], str]
 
 

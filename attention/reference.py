@@ -10,33 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longreach.attention.call import AttentionCall
 from longreach.attention.pattern import Heads, Pattern, document_starts
 
 
-def attend(
-    q_BHTD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    pattern: Pattern,
-    position_ids_BT: Tensor | None = None,
-    sink_logit_H: Tensor | None = None,
-    scale: float | None = None,
-    kernel: str = "reference",
-    layer: int = 0,
-) -> Tensor:
-    """Attention [B, H, T, D]; same arguments as `attention.attend`, `kernel` is of no account.
-
-    Raises:
-        ValueError: K does not divide H.
-    """
-    B, H, T, D = q_BHTD.shape
-    heads = Heads(H, k_BKTD.shape[1], layer)
-    mask_BHTT = dense_mask(pattern, heads, starts(position_ids_BT, B, T, q_BHTD.device))
+def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) -> Tensor:
+    """Return attention [B, H, T, D]. ValueError: K does not divide H."""
+    B, H, T, _ = q_BHTD.shape
+    heads = call.heads(q_BHTD, k_BKTD)
+    mask_BHTT = dense_mask(call.pattern, heads, starts(call.position_ids_BT, B, T, q_BHTD.device))
     k_BHTD, v_BHTD = (x.repeat_interleave(H // heads.kv, 1) for x in (k_BKTD, v_BKTD))
-    scores_BHTT = q_BHTD @ k_BHTD.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
+    scores_BHTT = q_BHTD @ k_BHTD.transpose(-1, -2) * call.scale_of(q_BHTD)
     scores_BHTT = scores_BHTT.masked_fill(~mask_BHTT, -torch.inf)
-    if sink_logit_H is not None:
-        column = sink_logit_H.to(scores_BHTT.dtype)[None, :, None, None].expand(B, H, T, 1)
+    if call.sink_logit_H is not None:
+        column = call.sink_logit_H.to(scores_BHTT.dtype)[None, :, None, None].expand(B, H, T, 1)
         return torch.cat([scores_BHTT, column], -1).softmax(-1)[..., :-1] @ v_BHTD
     return scores_BHTT.softmax(-1) @ v_BHTD
 

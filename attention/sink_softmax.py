@@ -8,7 +8,7 @@ gpt-oss's (arXiv:2508.10925). Any kernel that gives its log-sum-exp gives it exa
 
     out_with_sink = out · exp(lse) / (exp(sink) + exp(lse)) = out · sigmoid(lse - sink)
 
-    attend(q_BHTD, k_BKTD, v_BKTD, pattern, sink_logit_H=zero_sink(H))
+    attend(q_BHTD, k_BKTD, v_BKTD, pattern, sink_logit_H=torch.zeros(H))
 
 Legend: B batch, T tokens, H query heads, D head dim.
 """
@@ -17,11 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def zero_sink(heads: int, device: torch.device | str = "cpu") -> Tensor:
-    """The sink logits [H] of softmax-off-by-one."""
-    return torch.zeros(heads, device=device)
 
 
 def with_sink(out_BHTD: Tensor, lse_BHT: Tensor, sink_logit_H: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ Legend: B batch, T tokens of the row, P tokens of a rank's part, H heads of the 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
 
-from longreach.attention.kernels import attend
+from longreach.attention.call import AttentionCall
+from longreach.attention.kernels import attend_call
 from longreach.attention.pattern import Heads, MaskMod, Pattern, Rectangle
 
 
@@ -80,30 +82,22 @@ class SomeHeads(Pattern):
         return self.whole.rectangles(variant, begin, end)
 
 
-class _Exchange(torch.autograd.Function):
-    """[B, H, P, D] of a part's tokens and all heads -> [B, G, T, D] of all tokens and a part's heads, or back."""
+def to_heads(x_BHPD: Tensor, ranks: SequenceRanks) -> Tensor:
+    """Exchange a part's tokens of all heads for all tokens of a part's heads [B, G, T, D]; differentiable."""
+    x_NBGPD = x_BHPD.unflatten(1, (ranks.size, -1)).movedim(1, 0)  # the n-th slice goes to rank n
+    return _exchanged(x_NBGPD, ranks).movedim(0, 2).flatten(2, 3)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: SequenceRanks, to_heads: bool) -> Tensor:
-        ctx.ranks, ctx.to_heads = ranks, to_heads
-        B, first, second, D = x.shape
-        n = ranks.size
-        # what goes to rank r, and after the exchange what came from it: [N, B, G, P, D]
-        sent = (
-            x.view(B, n, first // n, second, D).transpose(0, 1)
-            if to_heads
-            else x.view(B, first, n, -1, D).movedim(2, 0)
-        )
-        sent = sent.contiguous()
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=ranks.group)
-        if to_heads:
-            return got.movedim(0, 2).reshape(B, first // n, n * second, D)
-        return got.transpose(0, 1).reshape(B, n * first, second // n, D)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _Exchange.apply(grad.contiguous(), ctx.ranks, not ctx.to_heads), None, None
+def to_tokens(x_BGTD: Tensor, ranks: SequenceRanks) -> Tensor:
+    """Undo `to_heads`: return a part's tokens of all heads [B, H, P, D]; differentiable."""
+    x_NBGPD = x_BGTD.unflatten(2, (ranks.size, -1)).movedim(2, 0)
+    return _exchanged(x_NBGPD, ranks).movedim(0, 1).flatten(1, 2)
+
+
+def _exchanged(x_NBGPD: Tensor, ranks: SequenceRanks) -> Tensor:
+    """Return the slices that came from each rank, having sent each rank its own."""
+    x_NBGPD = x_NBGPD.contiguous()
+    return all_to_all_single(torch.empty_like(x_NBGPD), x_NBGPD, group=ranks.group)
 
 
 def check_heads(heads: int, kv_heads: int, size: int) -> None:
@@ -116,35 +110,28 @@ def check_heads(heads: int, kv_heads: int, size: int) -> None:
 
 
 def attend_in_parts(
-    q_BHPD: Tensor,
-    k_BKPD: Tensor,
-    v_BKPD: Tensor,
-    pattern: Pattern,
-    position_ids_BP: Tensor,
-    sink_logit_H: Tensor | None,
-    scale: float | None,
-    kernel: str,
-    layer: int,
-    ranks: SequenceRanks,
+    q_BHPD: Tensor, k_BKPD: Tensor, v_BKPD: Tensor, call: AttentionCall, kernel: str, ranks: SequenceRanks
 ) -> Tensor:
-    """Attention [B, H, P, D] of this rank's tokens over the whole row; arguments as `attend`, of this rank's part.
+    """Return attention [B, H, P, D] of this rank's tokens over the whole row.
 
-    Every rank of the group calls it at the same time. ValueError as `check_heads`.
+    Every rank of the group calls it at the same time, with the call of its own tokens. ValueError as `check_heads`.
     """
     H, K = q_BHPD.shape[1], k_BKPD.shape[1]
     check_heads(H, K, ranks.size)
-    parts = [torch.empty_like(position_ids_BP) for _ in range(ranks.size)]
-    dist.all_gather(parts, position_ids_BP.contiguous(), group=ranks.group)
-    q_BGTD, k_BGTD, v_BGTD = (_Exchange.apply(x.contiguous(), ranks, True) for x in (q_BHPD, k_BKPD, v_BKPD))
-    own = slice(ranks.rank * H // ranks.size, (ranks.rank + 1) * H // ranks.size)
-    out_BGTD = attend(
-        q_BGTD, k_BGTD, v_BGTD,
-        SomeHeads(whole=pattern, query=H, kv=K, first_kv=ranks.rank * K // ranks.size),
-        torch.cat(parts, 1),
-        None if sink_logit_H is None else sink_logit_H[own],
-        scale, kernel, layer=layer,
-    )  # fmt: skip
-    return _Exchange.apply(out_BGTD.contiguous(), ranks, False)
+    assert call.position_ids_BT is not None, "documents of a row are known by their positions"
+    parts = [torch.empty_like(call.position_ids_BT) for _ in range(ranks.size)]
+    dist.all_gather(parts, call.position_ids_BT.contiguous(), group=ranks.group)
+    sink_logit_G = call.sink_logit_H
+    if sink_logit_G is not None:
+        sink_logit_G = sink_logit_G[ranks.rank * H // ranks.size : (ranks.rank + 1) * H // ranks.size]
+    of_the_row = replace(
+        call,
+        pattern=SomeHeads(whole=call.pattern, query=H, kv=K, first_kv=ranks.rank * K // ranks.size),
+        position_ids_BT=torch.cat(parts, 1),
+        sink_logit_H=sink_logit_G,
+    )
+    q_BGTD, k_BGTD, v_BGTD = (to_heads(x, ranks) for x in (q_BHPD, k_BKPD, v_BKPD))
+    return to_tokens(attend_call(q_BGTD, k_BGTD, v_BGTD, of_the_row, kernel), ranks)
 
 
 def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from itertools import product
 import torch
 
 from longreach.attention import PATTERNS, reference
+from longreach.attention.call import AttentionCall
 
 SIZES_TOKENS = (2, 8)
 SINKS_TOKENS = (0, 3)
@@ -59,8 +60,13 @@ def outputs_and_gradients(attend, q, k, v, *args, **kwargs):
     return [out.detach(), *torch.autograd.grad(out, leaves, direction.to(out.dtype))]
 
 
+def dense(q, k, v, pattern, *args, **kwargs):
+    """The dense reference, called like `attention.attend`."""
+    return reference.attend(q, k, v, AttentionCall(pattern, *args, **kwargs))
+
+
 def oracle(q, k, v, *args, **kwargs):
     """The same by the dense reference in float64."""
     kwargs["sink_logit_H"] = None if kwargs.get("sink_logit_H") is None else kwargs["sink_logit_H"].double()
     kwargs.pop("kernel", None)
-    return outputs_and_gradients(reference.attend, q.double(), k.double(), v.double(), *args, **kwargs)
+    return outputs_and_gradients(dense, q.double(), k.double(), v.double(), *args, **kwargs)

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama
 
 from longreach.attention import PATTERNS, reference
+from longreach.attention.call import AttentionCall
 from longreach.attention.hf import active_pattern, set_pattern
 from longreach.attention.pattern import Heads
 
@@ -67,7 +68,8 @@ def dense_forward(pattern):
     """transformers' interface for the oracle alone: a mask of ours, the plain formula, nothing of attention/hf.py."""
 
     def forward(module, q, k, v, mask, scaling=None, position_ids=None, **kwargs):
-        out = reference.attend(q, k, v, pattern, position_ids, scale=scaling, layer=module.layer_idx)
+        call = AttentionCall(pattern, position_ids, scale=scaling, layer=module.layer_idx)
+        out = reference.attend(q, k, v, call)
         return out.transpose(1, 2), None
 
     return forward

@@ -1,7 +1,6 @@
 """Every kernel against the dense float64 oracle, forward and gradients, over every pattern in the registry."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from attention_cases import (
     EVERY_PATTERN,
     HEADS,
     ROWS,
+    dense,
     oracle,
     outputs_and_gradients,
     positions,
@@ -18,10 +18,10 @@ from attention_cases import (
 from torch.nn.attention.flex_attention import create_block_mask
 
 from longreach.attention import PATTERNS, attend, flex, reference
+from longreach.attention.call import AttentionCall
 from longreach.attention.kernels import Situation, by_segments, choose
 from longreach.attention.pattern import Heads
 from longreach.attention.segments import documents_of
-from longreach.attention.sink_softmax import zero_sink
 
 # Output and gradients are sums of about unit numbers over at most 41 keys. float64: 2^-52 x some tens of additions.
 # float32: 2^-24 likewise. bfloat16 keeps 8 bits, float16 11: probabilities and output are rounded once each and a
@@ -99,7 +99,7 @@ LAYOUTS = {
 def test_any_memory_layout_gives_the_same(pattern, kernel, layout):
     q, k, v = (LAYOUTS[layout](x) for x in qkv(4, 4, 21))
     out = attend(q, k, v, pattern, kernel=kernel)
-    assert torch.allclose(out, reference.attend(q, k, v, pattern), atol=1e-13)
+    assert torch.allclose(out, dense(q, k, v, pattern), atol=1e-13)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     grads = torch.autograd.grad(attend(*leaves, pattern, kernel=kernel), leaves, LAYOUTS[layout](torch.randn_like(q)))
     assert all(g.isfinite().all() for g in grads)
@@ -111,7 +111,7 @@ def test_the_gradient_of_a_plain_sum_is_right(pattern, kernel):
     """autograd hands such a gradient over as one number with strides of zero."""
     leaves = [x.requires_grad_() for x in qkv(2, 2, 13)]
     got = torch.autograd.grad(attend(*leaves, pattern, kernel=kernel).sum(), leaves)
-    expected = torch.autograd.grad(reference.attend(*leaves, pattern).sum(), leaves)
+    expected = torch.autograd.grad(dense(*leaves, pattern).sum(), leaves)
     for a, b in zip(got, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-13)
 
@@ -122,7 +122,7 @@ def test_only_the_asked_gradients_are_given(pattern, kernel):
     q, k, v = qkv(4, 2, 13)
     v.requires_grad_()
     got = torch.autograd.grad(attend(q, k, v, pattern, kernel=kernel).square().sum(), v)[0]
-    expected = torch.autograd.grad(reference.attend(q, k, v, pattern).square().sum(), v)[0]
+    expected = torch.autograd.grad(dense(q, k, v, pattern).square().sum(), v)[0]
     assert torch.allclose(got, expected, atol=1e-13)
 
 
@@ -155,7 +155,7 @@ def test_the_kernel_chosen_by_itself_equals_the_oracle(pattern):
 def test_the_oracle_is_softmax_written_out_for_one_query():
     q, k, v = qkv(2, 1, 7)
     pattern, logit = PATTERNS["sink_window"](window_tokens=3, sink_tokens=1), torch.tensor([0.3, -1.0]).double()
-    out = reference.attend(q, k, v, pattern, positions((1, 6)), sink_logit_H=logit, scale=0.5)
+    out = dense(q, k, v, pattern, positions((1, 6)), sink_logit_H=logit, scale=0.5)
     seen = [1, 4, 5, 6]  # the second document's first token and the last three
     weights = [math.exp(0.5 * float(q[0, 1, 6] @ k[0, 0, i])) for i in seen]
     total = sum(weights) + math.exp(float(logit[1]))
@@ -166,9 +166,9 @@ def test_the_oracle_is_softmax_written_out_for_one_query():
 @kernels
 def test_a_zero_sink_is_one_more_token_whose_key_and_value_are_zero(kernel):
     q, k, v = qkv(4, 2, 9)
-    got = attend(q, k, v, PATTERNS["causal"](), sink_logit_H=zero_sink(4), kernel=kernel)
+    got = attend(q, k, v, PATTERNS["causal"](), sink_logit_H=torch.zeros(4), kernel=kernel)
     q, k, v = (torch.cat([torch.zeros_like(x[:, :, :1]), x], 2) for x in (q, k, v))
-    assert torch.allclose(got, reference.attend(q, k, v, PATTERNS["causal"]())[:, :, 1:], atol=1e-13)
+    assert torch.allclose(got, dense(q, k, v, PATTERNS["causal"]())[:, :, 1:], atol=1e-13)
 
 
 class VarlenByTheFormula:
@@ -215,6 +215,10 @@ class VarlenByTheFormula:
         return dq, dk, dv
 
 
+def by_varlen(q, k, v, pattern, *args, **kwargs):
+    return by_segments(q, k, v, AttentionCall(pattern, *args, **kwargs), VarlenByTheFormula())
+
+
 @rows
 @patterns
 def test_varlen_calls_equal_the_oracle_on_every_row(pattern, row):
@@ -224,8 +228,7 @@ def test_varlen_calls_equal_the_oracle_on_every_row(pattern, row):
     logit = torch.tensor([-1.0, 0.0, 1.5, 4.0], dtype=torch.float64)
     for layer, sink in ((0, None), (1, logit)):
         options = {"sink_logit_H": sink, "layer": layer}
-        run = partial(by_segments, library=VarlenByTheFormula())
-        got = outputs_and_gradients(run, q, k, v, pattern, given, **options)
+        got = outputs_and_gradients(by_varlen, q, k, v, pattern, given, **options)
         for name, a, b in zip(
             ("out", "dq", "dk", "dv", "dsink"), got, oracle(q, k, v, pattern, given, **options), strict=False
         ):
@@ -239,8 +242,8 @@ def test_varlen_edges_fit_rows_of_every_length(pattern):
     for documents in cases:
         q, k, v = qkv(3, 3, sum(documents), D=2)
         for layer in (0, 1):
-            got = by_segments(q, k, v, pattern, positions(documents), layer=layer, library=VarlenByTheFormula())
-            expected = reference.attend(q, k, v, pattern, positions(documents), layer=layer)
+            got = by_varlen(q, k, v, pattern, positions(documents), layer=layer)
+            expected = dense(q, k, v, pattern, positions(documents), layer=layer)
             assert torch.allclose(got, expected, atol=1e-12), documents
 
 
@@ -288,7 +291,7 @@ def test_flex_equals_the_oracle_where_no_gradient_is_wanted():
     documents = positions((1, 2, 7, 12, 19), (30, 11))
     with torch.no_grad():
         got = attend(q, k, v, pattern, documents, kernel="flex", layer=1)
-    assert torch.allclose(got, reference.attend(q, k, v, pattern, documents, layer=1), atol=5e-6)
+    assert torch.allclose(got, dense(q, k, v, pattern, documents, layer=1), atol=5e-6)
     with pytest.raises(ValueError, match="no sink logits on CPU"):
         attend(q, k, v, pattern, sink_logit_H=torch.zeros(4), kernel="flex")
     with pytest.raises(ValueError, match=r"kernel 'flex' cannot compute .* no backward on CPU"):

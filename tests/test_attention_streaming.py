@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from attention_cases import dense
 from tiny_models import tiny_llama
 from transformers import AttentionInterface, AttentionMaskInterface, CohereConfig, LlamaConfig
 
 from longreach.attention import PATTERNS, flash
-from longreach.attention.reference import attend as dense
 from longreach.attention.rope import FAR, Rotary
 from longreach.attention.sink_cache import SinkCache
 from longreach.attention.streaming import _attend, _plain, streamed_attention

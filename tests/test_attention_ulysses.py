@@ -9,6 +9,7 @@ from ranks import run_spawned
 from toy_models import job, packed_corpus, tiny_folder
 
 from longreach.attention import PATTERNS
+from longreach.attention.call import AttentionCall
 from longreach.attention.kernels import attend
 from longreach.attention.pattern import Heads
 from longreach.attention.ulysses import (
@@ -64,7 +65,8 @@ def on_a_rank(todo):
     part = slice(ranks.rank * T // ranks.size, (ranks.rank + 1) * T // ranks.size)
     mine = [x[:, :, part].clone().requires_grad_() for x in (q, k, v)]
     pattern = PATTERNS[todo["pattern"]](**PATTERN[todo["pattern"]])
-    out = attend_in_parts(*mine, pattern, POSITIONS[:, part], sink, None, "auto", todo["layer"], ranks)
+    call = AttentionCall(pattern, POSITIONS[:, part], sink, layer=todo["layer"])
+    out = attend_in_parts(*mine, call, "auto", ranks)
     grads = torch.autograd.grad(out, mine, dout[:, :, part])
     return {name: x.tolist() for name, x in zip(("out", "q", "k", "v"), (out, *grads), strict=True)}
 

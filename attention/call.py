@@ -1,0 +1,40 @@
+"""What one layer asks of a kernel, besides queries, keys and values: one object instead of five arguments everywhere.
+
+    attend_call(q_BHTD, k_BKTD, v_BKTD, AttentionCall(pattern, position_ids_BT, layer=3))
+
+Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longreach.attention.pattern import Heads, Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """The choices of one attention, the same for all kernels."""
+
+    pattern: Pattern
+    """Which keys each query sees."""
+    position_ids_BT: Tensor | None = None
+    """Positions that restart at each packed document (padding is a run of its own); None: a row is one document."""
+    sink_logit_H: Tensor | None = None
+    """A logit per head that takes part in the softmax and carries no value (attention/sink_softmax.py)."""
+    scale: float | None = None
+    """Factor of the scores; None: 1/sqrt(D)."""
+    layer: int = 0
+    """Which layer this is: patterns on an odd number of KV heads alternate by it."""
+
+    def heads(self, q_BHTD: Tensor, k_BKTD: Tensor) -> Heads:
+        """Return the numbers of heads, which ValueError refuses unless K divides H."""
+        return Heads(q_BHTD.shape[1], k_BKTD.shape[1], self.layer)
+
+    def scale_of(self, q_BHTD: Tensor) -> float:
+        """Return the factor of the scores."""
+        if self.scale is None:
+            return q_BHTD.shape[-1] ** -0.5
+        return self.scale
