@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
 
 from longreach.attention.sink_cache import SinkCache
-from longreach.evaluation.streaming import streamed_nll
+from longreach.evaluation.small_cache import streamed_nll
 
 SINKS = 4
 SMOLLM2 = LlamaConfig(

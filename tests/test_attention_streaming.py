@@ -10,7 +10,7 @@ from longreach.attention import PATTERNS, flash
 from longreach.attention.rope import FAR, Rotary
 from longreach.attention.sink_cache import SinkCache
 from longreach.attention.streaming import _attend, _plain, streamed_attention
-from longreach.evaluation.streaming import StreamedAttention
+from longreach.evaluation.small_cache import StreamedAttention
 
 D = 16
 HALVES = Rotary.of(LlamaConfig(hidden_size=D * 2, num_attention_heads=2))
