@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from longreach.attention.pattern import Heads, Pattern
-from longreach.attention.segments import Documents, head_spans, row_rectangles
+from longreach.attention.segments import Call, Documents, head_spans, row_rectangles
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Varlen(Protocol):
 
 
 @dataclass(frozen=True)
-class VarlenCall:
+class VarlenCall(Call):
     """Tokens q and k (begin, end) of the line of all rows, for some KV heads and their queries."""
 
     library: Varlen
@@ -68,11 +68,10 @@ class VarlenCall:
     repeat: int
     q: tuple[int, int]
     k: tuple[int, int]
-    own: bool
 
     @property
-    def own_keys(self) -> bool:
-        return self.own
+    def writes_queries(self) -> bool:
+        return self.q == self.k  # the call of all segments; the others reach keys outside of a query's segment
 
     def queries(self, x_BHT: Tensor) -> Tensor:
         first, last = (h * self.repeat for h in self.heads)
@@ -95,26 +94,26 @@ def varlen_calls(
 ) -> list[VarlenCall]:
     """The pattern as varlen calls: one for each range of heads, then one for each rectangle outside the segments."""
     return [
-        VarlenCall(library, edges, span, heads.query // heads.kv, q, k, own)
+        VarlenCall(library, edges, span, heads.query // heads.kv, q, k)
         for span, variant in head_spans(pattern, heads)
-        for edges, q, k, own in _calls(pattern, variant, documents, T, device)
+        for edges, q, k in _calls(pattern, variant, documents, T, device)
     ]
 
 
 @lru_cache(maxsize=256)  # the layers of a model share it, and so do forward and backward
 def _calls(
     pattern: Pattern, variant: Hashable, documents: Documents, T: int, device: torch.device
-) -> tuple[tuple[Edges, tuple[int, int], tuple[int, int], bool], ...]:
+) -> tuple[tuple[Edges, tuple[int, int], tuple[int, int]], ...]:
     line = (0, len(documents) * T)
-    found = [(united_edges(pattern, variant, documents, T, device), line, line, True)]
+    calls = [(united_edges(pattern, variant, documents, T, device), line, line)]
     for row, starts in enumerate(documents):
         for r in row_rectangles(pattern, variant, starts, T):
             if r.q != r.k:
                 q, k = ((row * T + begin, row * T + end) for begin, end in (r.q, r.k))
                 lengths = q[1] - q[0], k[1] - k[0]
                 cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in lengths)
-                found.append((Edges(cu_q, cu_k, *lengths, r.causal), q, k, False))
-    return tuple(found)
+                calls.append((Edges(cu_q, cu_k, *lengths, r.causal), q, k))
+    return tuple(calls)
 
 
 def united_edges(pattern: Pattern, variant: Hashable, documents: Documents, T: int, device: torch.device) -> Edges:

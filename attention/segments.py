@@ -6,18 +6,26 @@ log-sum-exp over all keys of a query: handed the merged ones, each call's backwa
 gradient of the whole, sink logits included. The autograd function writes these into slices of one buffer, because the
 backward of a slice would fill a whole tensor with zeros for every call.
 
-Query heads that share a KV head are called in turn, so that no key is repeated.
+A rectangle is one of three kinds of piece. Queries go down, keys to the right, and `x` is a visible pair:
+
+    causal   x . . .     full   x x x x     later   . . . .     of a window of 5 tokens, in blocks of 4: the query
+             x x . .            x x x x             . x x x     sees its own block causally, and of the block before
+             x x x .            x x x x             . . x x     it what is later; read backwards that is causal too
+             x x x x            x x x x             . . . x     (queries and keys flipped), so the op can do it
+
+Query heads that share a KV head are called one after another, so that no key is repeated.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, R = H/K, D head dim.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,33 +56,42 @@ def documents_of(position_ids_BT: Tensor | None, B: int, T: int) -> Documents:
     return known[1] if len(known[1]) == B else known[1] * B
 
 
-class Call(Protocol):
+class Call(ABC):
     """One call of a library's flash attention: which part of the tensors it reads, and how."""
 
-    own: bool
-    """Whether it is the first to reach its queries (it writes; later calls merge) ..."""
-    own_keys: bool
-    """... and its keys (it writes their gradients; later calls add)."""
+    @property
+    @abstractmethod
+    def writes_queries(self) -> bool:
+        """Whether it is the first call to reach its queries: it writes their output, later calls merge into it."""
 
+    @property
+    def writes_keys(self) -> bool:
+        """Whether it is the first call to reach its keys: it writes their gradients, later calls add to them."""
+        return self.writes_queries
+
+    @abstractmethod
     def queries(self, x_BHT: Tensor) -> Tensor:
-        """The call's view of a tensor [B, H, T, D] or [B, H, T]."""
+        """Return the call's view of a tensor [B, H, T, D] or [B, H, T]."""
 
+    @abstractmethod
     def keys(self, x_BKTD: Tensor) -> Tensor:
-        """The call's view of a tensor [B, K, T, D]."""
+        """Return the call's view of a tensor [B, K, T, D]."""
 
+    @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp."""
+        """Return output and log-sum-exp."""
 
+    @abstractmethod
     def backward(self, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v from (dout, q, k, v, out, lse)."""
+        """Return gradients of q, k, v from (dout, q, k, v, out, lse)."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of rectangles of one size, one after another, as a batch of the CPU op's."""
+class Piece(Call):
+    """A run of rectangles of one size, one after another, as one batch of the CPU op."""
 
     kind: str
-    """causal, full, or later: the i-th query sees the i-th key and all after it (the far half of a window)."""
+    """causal, full or later, as drawn above."""
     q_begin: int
     k_begin: int
     q_length: int
@@ -83,19 +100,20 @@ class Piece:
     row: int = 0
     heads: tuple[int, int] = (0, 1)
     repeat: int = 1
-    turn: int = 0
+    member: int = 0
+    """Which of the `repeat` query heads that share a KV head."""
 
     @property
-    def own(self) -> bool:
+    def writes_queries(self) -> bool:
         return self.kind == "causal" and self.q_begin == self.k_begin
 
     @property
-    def own_keys(self) -> bool:
-        return self.own and self.turn == 0
+    def writes_keys(self) -> bool:
+        return self.writes_queries and self.member == 0
 
     def queries(self, x_BHT: Tensor) -> Tensor:
         first, last = (h * self.repeat for h in self.heads)
-        heads = slice(first + self.turn, last, self.repeat)
+        heads = slice(first + self.member, last, self.repeat)
         part = x_BHT[self.row, heads, self.q_begin : self.q_begin + self.segments * self.q_length]
         return part.unflatten(1, (self.segments, self.q_length)).transpose(0, 1)
 
@@ -104,21 +122,21 @@ class Piece:
         return part.unflatten(1, (self.segments, self.k_length)).transpose(0, 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = self._turned(q, k, v)
+        q, k, v = self._mirrored(q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, self.kind != "full", scale=scale
         )
-        out, lse = self._turned(out, lse)
+        out, lse = self._mirrored(out, lse)
         return out, lse
 
     def backward(self, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *self._turned(*saved), 0.0, self.kind != "full", scale=scale
+            *self._mirrored(*saved), 0.0, self.kind != "full", scale=scale
         )
-        dq, dk, dv = self._turned(dq, dk, dv)
+        dq, dk, dv = self._mirrored(dq, dk, dv)
         return dq, dk, dv
 
-    def _turned(self, *xs: Tensor) -> tuple[Tensor, ...]:
+    def _mirrored(self, *xs: Tensor) -> tuple[Tensor, ...]:
         """Read backwards, "later" is causal; the tokens' dimension is the third."""
         return tuple(x.flip(2) for x in xs) if self.kind == "later" else xs
 
@@ -127,13 +145,13 @@ def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list
     """The pattern as calls on a CPU, each of so many heads as keep all threads busy: what a call returns is a copy, and
     that of one head is small (93 MiB instead of 106 for one layer's forward and backward at T = 8,192)."""
     return [
-        replace(part, row=row, heads=(first, min(first + at_once, last)), repeat=heads.query // heads.kv, turn=turn)
+        replace(part, row=row, heads=(first, min(first + at_once, last)), repeat=heads.query // heads.kv, member=member)
         for row, starts in enumerate(documents)
         for (begin, last), variant in head_spans(pattern, heads)
         for part in _row_pieces(pattern, variant, starts, T)
         for at_once in [-(-torch.get_num_threads() // part.segments)]
         for first in range(begin, last, at_once)
-        for turn in range(heads.query // heads.kv)
+        for member in range(heads.query // heads.kv)
     ]
 
 
@@ -163,7 +181,7 @@ def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T:
     found: list[Piece] = []
     for one in sorted(
         (piece for rectangle in row_rectangles(pattern, variant, starts, T) for piece in _blocks(rectangle)),
-        key=lambda piece: not piece.own,
+        key=lambda piece: not piece.writes_queries,
     ):
         last = found[-1] if found else None
         if last and _continues(last, one):
@@ -209,7 +227,7 @@ class Segments(torch.autograd.Function):
         lse_BHT = _token_major(q_BHTD[..., :1], wide)[..., 0]
         for call in calls:
             out, lse = call.forward(call.queries(q_BHTD), call.keys(k_BKTD), call.keys(v_BKTD), scale)
-            if call.own:
+            if call.writes_queries:
                 call.queries(out_BHTD).copy_(out)
                 call.queries(lse_BHT).copy_(lse)
             else:
@@ -230,9 +248,9 @@ class Segments(torch.autograd.Function):
             dout, q, out, lse = (call.queries(x) for x in (dout_BHTD, q_BHTD, out_BHTD, lse_BHT))
             k, v = call.keys(k_BKTD), call.keys(v_BKTD)
             dq, dk, dv = call.backward((dout, q, k, v, out, lse), ctx.scale)
-            _put(call.queries(dq_BHTD), dq, call.own)
-            _put(call.keys(dk_BKTD), dk, call.own_keys)
-            _put(call.keys(dv_BKTD), dv, call.own_keys)
+            _put(call.queries(dq_BHTD), dq, call.writes_queries)
+            _put(call.keys(dk_BKTD), dk, call.writes_keys)
+            _put(call.keys(dv_BKTD), dv, call.writes_keys)
         dsink = None if sink is None else sink_gradient(dout_BHTD, out_BHTD, lse_BHT, sink)
         return dq_BHTD, dk_BKTD, dv_BKTD, dsink, None, None
 
