@@ -20,7 +20,7 @@ from longreach.attention.pattern import Heads
 from longreach.attention.reference import dense_mask, starts
 from longreach.infra.artifact import Store
 from longreach.infra.resources import Resources
-from longreach.pipelines import runner
+from longreach.pipelines.plan import plan
 from longreach.pipelines.reader import RecipeError, load
 from longreach.training.planner import Shape, predict
 from longreach.training.recipe import ArmRecipe
@@ -54,7 +54,7 @@ def test_a_recipe_chooses_it_and_the_plan_shows_its_arm(project: Path):
     attention = loaded.recipe.finetune.arms["dilated"].attention
     assert attention.pattern_at(step=0, steps=1) == Dilated(stride_tokens=4)
     assert loaded.origins["finetune.arms.dilated.attention.stride_tokens"].startswith("tiny.yaml:")
-    assert "finetune[dilated]" in {row.stage for row in runner.plan(loaded)}
+    assert "finetune[dilated]" in {row.stage for row in plan(loaded)}
 
 
 @pytest.mark.usefixtures("registered")
