@@ -22,7 +22,7 @@ from longreach.infra.artifact import Store
 from longreach.infra.resources import Resources
 from longreach.pipelines.plan import plan
 from longreach.pipelines.reader import RecipeError, load
-from longreach.training.planner import Shape, predict
+from longreach.training.cost import Shape, predict
 from longreach.training.recipe import ArmRecipe
 
 ROOT = Path(__file__).parent.parent

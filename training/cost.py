@@ -381,7 +381,7 @@ def _memory(
     tokens = resources.micro_batch_rows * seq_len // resources.sequence_parallel
     offloaded = on_gpu and resources.offload != "none"
 
-    weights = number * shape.parameters
+    weights: float = number * shape.parameters
     gathered = 0.0
     if stage == 3:
         if on_gpu and world > 1:  # while a layer is computed its weights are whole on each GPU
