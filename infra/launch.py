@@ -256,10 +256,16 @@ class RankResults:
 
 def run_local(function: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run the function as one rank in this process, without Ray: for tests and debuggers."""
+    be_the_only_rank(gpu=bool(job.get("resources", {}).get("gpus_per_worker")))
+    return _function(function)(job)
+
+
+def be_the_only_rank(*, gpu: bool) -> None:
+    """Start a process group of this process alone; DeepSpeed keeps hold of the first one, so it stays for its life."""
     import torch.distributed as dist
 
-    if not dist.is_initialized():  # DeepSpeed keeps hold of the first process group, so it stays for the process's life
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        backend = "cpu:gloo,cuda:nccl" if job.get("resources", {}).get("gpus_per_worker") else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return _function(function)(job)
+    if dist.is_initialized():
+        return
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -142,6 +142,20 @@ def test_bfloat16_follows_the_float32_losses():
     assert all(math.isfinite(norm) for norm in norms)
 
 
+def test_rotary_frequencies_stay_in_float32_beside_bfloat16_weights():
+    """With 8 bits of frequency the thousandth position is off by radians; DeepSpeed rounded them before 0.19.2."""
+    run_local("test_training_zero:check_frequencies", {"resources": {"dtype": "bfloat16", "zero_stage": 0}})
+
+
+def check_frequencies(job):
+    model = fresh_llama(TINY, VOCAB, 0)
+    engine = start_engine(
+        model, OPTIM, Resources(workers=1, **job["resources"]), global_batch_rows=4, learning_rate=RATE
+    )
+    assert next(engine.module.parameters()).dtype == torch.bfloat16
+    assert engine.module.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="6 rows does not divide into 2 ranks x micro_batch_rows 2"):
         deepspeed_config(OPTIM, Resources(micro_batch_rows=2), global_batch_rows=6, world=2)
