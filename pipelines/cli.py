@@ -134,13 +134,7 @@ def evaluate(
     """Measure what any model can really use of a long context; print the report's path."""
     from longreach.pipelines.reader import standalone
 
-    loaded = standalone(
-        model,
-        evals=tuple(evals or ()),
-        suite=suite,
-        documents=documents,
-        overrides=overrides or [],
-    )
+    loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
     run_recipe(loaded, suite, address=address, quiet=quiet)
 
 
@@ -326,11 +320,7 @@ def doctor(root: Root = ".longreach") -> None:
             rows.append(["ok", check.name, check.detail, ""])
         else:
             rows.append(["WRONG" if check.needed else "note", check.name, check.detail, check.fix])
-    print_table(
-        ["", "check", "found", "what to do"],
-        rows,
-        styles={"WRONG": "bold red", "note": "yellow"},
-    )
+    print_table(["", "check", "found", "what to do"], rows, styles={"WRONG": "bold red", "note": "yellow"})
     if any(row[0] == "WRONG" for row in rows):
         raise typer.Exit(FAILED)
 

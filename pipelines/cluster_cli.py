@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Address = Annotated[
-    str,
-    typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
+    str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265.")
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="As submit printed it; jobs lists all.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends, with its exit code.")]
@@ -167,10 +166,7 @@ def submit(
         raise ValueError("--address is missing, the dashboard of a Ray cluster: http://HOST:8265")
     url = to or jobs.check_address(address)
     places = jobs.whereabouts(
-        url,
-        loaded.recipe.local_paths(),
-        shared_disk=package.shared_disk,
-        workdir=WORKDIR if to else jobs.WORKDIR,
+        url, loaded.recipe.local_paths(), shared_disk=package.shared_disk, workdir=WORKDIR if to else jobs.WORKDIR
     )
     changed = [f"{field}={json.dumps(path)}" for field, path in places.items()]
     submission = jobs.Submission(

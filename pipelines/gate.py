@@ -176,9 +176,7 @@ def add_gate(pipeline: Pipeline) -> None:
         corpus = pipeline.models[gate.model].corpus
         inputs[f"champion_{ratios}"] = _champions_scores(pipeline, ratios, corpus)
     choices = PromoteStageRecipe(
-        rules=gate,
-        champion=champion and str(champion.version),
-        lengths=lengths_of(pipeline.recipe, ratios),
+        rules=gate, champion=champion and str(champion.version), lengths=lengths_of(pipeline.recipe, ratios)
     )
     pipeline.stages.append(Stage("promote", "promote", choices, inputs))
 
@@ -237,12 +235,7 @@ def promote(
         advice = f"none that people took back (its tag {registry.ROLLED_BACK})"
         findings.append(Finding("rollback", f"it is version {taken_back}", advice, False))
     refusals = [f"{f.rule}: {f.measured}, asked for {f.asked}" for f in findings if not f.kept]
-    decision = {
-        "passed": not refusals,
-        "refusals": refusals,
-        "name": recipe.rules.name,
-        "champion": recipe.champion,
-    }
+    decision = {"passed": not refusals, "refusals": refusals, "name": recipe.rules.name, "champion": recipe.champion}
     if not refusals:
         decision["version"] = _move(recipe, model, run)
     record = {**decision, "findings": [asdict(finding) for finding in findings]}
@@ -255,12 +248,7 @@ def promote(
     return decision
 
 
-def decide(
-    rules: PromoteRecipe,
-    lengths: tuple[int, ...],
-    base_context: int,
-    **rows: Rows,
-) -> list[Finding]:
+def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **rows: Rows) -> list[Finding]:
     """Apply each rule.
 
     Args:

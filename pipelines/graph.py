@@ -158,12 +158,7 @@ def add_finetuned(pipeline: Pipeline) -> None:
             pipeline.stages.append(start)
     previous: tuple[Stage, ...] = ()
     for name, arm in section.every_arm().items():
-        choices = FinetuneStageRecipe(
-            rope=rope,
-            arm=arm,
-            optim=_optim(section),
-            seed=pipeline.recipe.seed,
-        )
+        choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=pipeline.recipe.seed)
         inputs = {"corpus": pipeline.corpus, "base": start}
         model = Stage("finetune", f"finetune[{name}]", choices, inputs, after=previous)
         previous = (model,)
@@ -255,12 +250,7 @@ def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None
     """Return the report on these stages; `failed` are the others, by label, with the reason."""
     inputs = {f"input_{n:03d}": stage for n, stage in enumerate(stages)}
     labels = {key: stage.label for key, stage in inputs.items()}
-    choices = ReportRecipe(
-        name=recipe.name,
-        labels=labels,
-        prices=recipe.report,
-        failed=failed or {},
-    )
+    choices = ReportRecipe(name=recipe.name, labels=labels, prices=recipe.report, failed=failed or {})
     return Stage("report", "report", choices, inputs)
 
 

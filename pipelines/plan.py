@@ -89,13 +89,7 @@ def plan(loaded: Loaded) -> list[PlanRow]:
     return rows
 
 
-def survey(
-    store: Store,
-    stages: list[Stage],
-    known: dict[str, Artifact],
-    *,
-    repair: bool,
-) -> dict[str, Artifact]:
+def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
     """Return the artifacts of the stages that are done, by label.
 
     On a local root every byte is read. Of a remote one, whose files would all have to come here, names and

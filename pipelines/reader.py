@@ -305,12 +305,7 @@ class _Reader:
             raise RecipeError(problem) from None
 
     def _plain(
-        self,
-        loader: _Yaml12,
-        node: yaml.Node,
-        location: Location,
-        label: str,
-        around: tuple[yaml.Node, ...],
+        self, loader: _Yaml12, node: yaml.Node, location: Location, label: str, around: tuple[yaml.Node, ...]
     ) -> Any:
         """Return the plain data of a YAML node; `around` are the nodes that it stands in."""
         place = _place(label, node.start_mark.line)

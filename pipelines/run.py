@@ -92,15 +92,7 @@ class _Run:
         """The folder of this run's event files."""
         return Path(self.loaded.recipe.store.workdir).absolute() / "spool" / self.id
 
-    def spool(
-        self,
-        file: str,
-        run: str,
-        parent: str | None,
-        name: str,
-        kind: str,
-        tags: dict[str, str],
-    ) -> Spool:
+    def spool(self, file: str, run: str, parent: str | None, name: str, kind: str, tags: dict[str, str]) -> Spool:
         """Open the event file of the pipeline or of a stage."""
         recipe = self.loaded.recipe
         return Spool.open(
@@ -139,12 +131,7 @@ class _Run:
 
 
 def run(
-    loaded: Loaded,
-    *,
-    display: Display,
-    force: tuple[str, ...] = (),
-    wait: bool = False,
-    address: str | None = None,
+    loaded: Loaded, *, display: Display, force: tuple[str, ...] = (), wait: bool = False, address: str | None = None
 ) -> RunOutcome:
     """Bring every stage of a recipe to be published.
 
@@ -200,12 +187,7 @@ def _check_forced(force: tuple[str, ...], stages: list[Stage]) -> None:
         raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {there_are}")
 
 
-def _withdraw(
-    store: Store,
-    stages: list[Stage],
-    force: tuple[str, ...],
-    artifacts: dict[str, Artifact],
-) -> None:
+def _withdraw(store: Store, stages: list[Stage], force: tuple[str, ...], artifacts: dict[str, Artifact]) -> None:
     """Unpublish the stages that are to run again, and forget their artifacts."""
     for stage in stages:
         forced = stage.name in force or stage.label in force
@@ -226,12 +208,7 @@ def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Le
         lease.release()
 
 
-def _read_results(
-    store: Store,
-    artifacts: dict[str, Artifact],
-    outcome: RunOutcome,
-    display: Display,
-) -> None:
+def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome, display: Display) -> None:
     """Read the report's headline and the gate's decision into the outcome."""
     if report := _report(artifacts):
         page = report.path if store.local else store.fetch("report", report.fingerprint).path
@@ -380,9 +357,7 @@ class _Driver:
         self.run.display.stage(stage.label, "waiting")
         resources = self.run.loaded.recipe.resources
         placed = self.remote.options(
-            num_cpus=stage.kind.cpus(resources),
-            num_gpus=stage.kind.gpus(resources),
-            name=stage.label,
+            num_cpus=stage.kind.cpus(resources), num_gpus=stage.kind.gpus(resources), name=stage.label
         )
         future = placed.remote(self.run.task(stage, stage_run)).future()
         future.add_done_callback(lambda future: self.ended.put((stage, future)))

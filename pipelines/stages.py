@@ -113,11 +113,7 @@ def pack(
     packed = pack_corpus(
         recipe.corpus, recipe.pack, tokenizer, out, base_dir=Path.cwd(), workers=workers, progress=progress
     )
-    metrics = {
-        "pack/rows": packed.rows,
-        "pack/tokens": packed.tokens,
-        "pack/efficiency": packed.efficiency,
-    }
+    metrics = {"pack/rows": packed.rows, "pack/tokens": packed.tokens, "pack/efficiency": packed.efficiency}
     run.spool.metrics(metrics)
     run.spool.artifact(out / PackSummary.file)
     run.spool.dataset(run.label, packed.source_digest, str(out))
@@ -127,12 +123,7 @@ def pack(
 # ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train; the story is training/loop.py
 
 
-@stage(
-    makes=AdapterCheckpoint | ModelCheckpoint,
-    revision=1,
-    cpus=lambda resources: 0,
-    saves_when_stopped=True,
-)
+@stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
 def finetune(
     corpus: PackedCorpus,
     base: ModelCheckpoint,

@@ -121,12 +121,7 @@ def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:
 
 
 def _call(
-    task: Task,
-    store: Store,
-    attempt: Attempt,
-    artifacts: dict[str, Artifact],
-    spool: Spool,
-    run_id: str,
+    task: Task, store: Store, attempt: Attempt, artifacts: dict[str, Artifact], spool: Spool, run_id: str
 ) -> dict[str, Any]:
     """Call the stage's function, and return the summary of what it wrote."""
     stage, share = task.stage, None
@@ -151,11 +146,7 @@ def _call(
         share=share,
     )
     summary = stage.kind(
-        **stage.kind.arguments(artifacts),
-        recipe=stage.recipe,
-        resources=task.resources,
-        out=attempt.out,
-        run=run,
+        **stage.kind.arguments(artifacts), recipe=stage.recipe, resources=task.resources, out=attempt.out, run=run
     )
     documents = summary.get("source_digest")
     if documents and documents != stage.digests.get("documents", documents):
@@ -163,12 +154,7 @@ def _call(
     return summary
 
 
-def _record(
-    task: Task,
-    artifacts: dict[str, Artifact],
-    summary: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
+def _record(task: Task, artifacts: dict[str, Artifact], summary: dict[str, Any], seconds: float) -> dict[str, Any]:
     """What the manifest says beside the files."""
     inputs = {}
     for name, artifact in artifacts.items():

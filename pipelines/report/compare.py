@@ -76,10 +76,7 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
 
 
 SAYS = "Arms of one run read the same rows in the same order; other runs may read others. Lower is better."
-LOSSES = (
-    ("finetune", "Training", "loss.png"),
-    ("pretrain", "Attention-sink pretraining", "pretrain-loss.png"),
-)
+LOSSES = (("finetune", "Training", "loss.png"), ("pretrain", "Attention-sink pretraining", "pretrain-loss.png"))
 
 
 def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:

@@ -393,10 +393,7 @@ def _predictions(arms: Mapping[str, Model]) -> list[Block]:
         if predicted is None or predicted.step_s is None:
             continue
         row = [name]
-        for before, after in (
-            (predicted.step_s, measured.step_s_median),
-            (predicted.peak_gib, measured.peak_gib),
-        ):
+        for before, after in ((predicted.step_s, measured.step_s_median), (predicted.peak_gib, measured.peak_gib)):
             row += [f"{before:.3g}", f"{after:.3g}", f"{before / after - 1:+.0%}"]
         rows.append(row)
     if not rows:
