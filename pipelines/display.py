@@ -20,8 +20,7 @@ from rich.text import Text
 
 ENDED = {"done": "green", "reused": "cyan", "failed": "bold red"}
 """Last states of a stage, and the style of their lines."""
-PLAIN_EVERY_S = 10.0
-"""Seconds between two lines of progress of a stage where there is no terminal."""
+PLAIN_EVERY_S = 10.0  # seconds between two lines of progress of a stage where there is no terminal
 
 
 @dataclass
@@ -38,8 +37,7 @@ class _Stage:
     time_ms: float = 0
     tokens_per_s: float | None = None
     loss: float | None = None
-    printed_s: float = float("-inf")
-    """When its last line of progress was printed (time.monotonic)."""
+    printed_s: float = float("-inf")  # when its last line of progress was printed (time.monotonic)
 
     def progress(self, event: dict[str, Any]) -> None:
         """Take up a `progress` event."""

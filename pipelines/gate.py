@@ -143,12 +143,9 @@ class PromoteStageRecipe(Choices):
 class Finding:
     """Whether one rule was kept at one place."""
 
-    rule: str
-    """The recipe's field, and the length and the model that it was compared at."""
+    rule: str  # the recipe's field, and the length and the model that it was compared at
     measured: str
-    """The measured value in words."""
     asked: str
-    """The limit in words."""
     kept: bool
 
 

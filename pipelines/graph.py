@@ -45,14 +45,10 @@ from longreach.training.recipe import (
 class EvaluatedModel:
     """A model that is evaluated: an arm's or a baseline."""
 
-    stage: Stage
-    """The stage that makes the model folder."""
-    rope: RopeRecipe | None
-    """A stretch applied while loading; None: as the folder says."""
-    corpus: Stage
-    """The held-out documents in the model's own tokens."""
-    start: Stage | None = None
-    """The stage whose model the arm was trained from; None: it is a baseline."""
+    stage: Stage  # the stage that makes the model folder
+    rope: RopeRecipe | None  # a stretch applied while loading; None: as the folder says
+    corpus: Stage  # the held-out documents in the model's own tokens
+    start: Stage | None = None  # the stage whose model the arm was trained from; None: it is a baseline
 
 
 @dataclass
@@ -60,10 +56,8 @@ class Pipeline:
     """The stages of a recipe so far, and what later stages build on."""
 
     recipe: Recipe
-    stages: list[Stage] = field(default_factory=list)
-    """In an order in which each comes after its inputs."""
+    stages: list[Stage] = field(default_factory=list)  # in an order in which each comes after its inputs
     models: dict[str, EvaluatedModel] = field(default_factory=dict)
-    """Baselines and arms by name."""
 
     @cached_property
     def base(self) -> Stage:

@@ -30,20 +30,14 @@ from longreach.infra.tracking import Spool
 class StageRun:
     """What a running stage may use beside its inputs and choices."""
 
-    label: str
-    """The stage's name in its pipeline, e.g. `finetune[lora]`."""
-    spool: Spool
-    """Metrics and progress of this attempt."""
-    attempt: Attempt
-    """`attempt.work` is private and survives until publication: checkpoints go there."""
+    label: str  # the stage's name in its pipeline, e.g. `finetune[lora]`.
+    spool: Spool  # metrics and progress of this attempt
+    attempt: Attempt  # `attempt.work` is private and survives until publication: checkpoints go there
     earlier: list[Path]
     """Folders of earlier unpublished attempts, newest first: to read checkpoints from, never to write."""
     command: str = ""
-    """The command that started the run, for manifests and the report."""
     experiment: str = "longreach"
-    """Name of the MLflow experiment."""
-    id: str = ""
-    """The attempt's own run, as its spool names it."""
+    id: str = ""  # the attempt's own run, as its spool names it
     share: Share | None = None
     """How other nodes see this attempt; None: they share its disk, or there are none."""
 
@@ -52,16 +46,13 @@ class StageRun:
 class StageKind:
     """What all stages of one name share; calling it calls the function."""
 
-    function: Callable[..., dict[str, Any]]
-    """Writes the artifact's files and returns its summary."""
-    makes: type[Artifact] | UnionType
-    """The artifact's type; a union where the choices decide which."""
+    function: Callable[..., dict[str, Any]]  # writes the artifact's files and returns its summary
+    makes: type[Artifact] | UnionType  # the artifact's type; a union where the choices decide which
     revision: int
     """Raised when the same choices would now give another result, since code is not fingerprinted."""
     cpus: Callable[[Resources], float]
     """Ray CPUs of the stage's task; 0 if it only drives ranks or tasks, which bring their own."""
     gpus: Callable[[Resources], float]
-    """Ray GPUs of the stage's task."""
     saves_when_stopped: bool = False
     """Whether it saves when the stop file appears, so that a run that is stopped waits for it."""
 

@@ -27,8 +27,7 @@ State = Literal["done", "stale", "run"]
 Manifests = dict[str, dict[str, Any]]
 
 TRACKING = "MLFLOW_TRACKING_URI"
-MAX_CHANGES = 3
-"""Changes that a plan spells out for one stage."""
+MAX_CHANGES = 3  # changes that a plan spells out for one stage
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,11 @@ class PlanRow:
     """What a run would do with a stage."""
 
     stage: str
-    """The stage's label."""
-    state: State
-    """done: published and whole; stale: published with other choices or damaged; run: never run."""
-    why: str
-    """What makes it run; empty if it is done."""
+    state: State  # done: published and whole; stale: published with other choices or damaged; run: never run
+    why: str  # what makes it run; empty if it is done
     fingerprint: str
-    """The stage's fingerprint with these choices."""
-    seconds_last: float | None
-    """Seconds that its newest artifact took to make."""
-    foreseen: str = ""
-    """What it should cost, in words, for stages that train."""
+    seconds_last: float | None  # seconds that its newest artifact took to make
+    foreseen: str = ""  # what it should cost, in words, for stages that train
 
 
 def open_store(loaded: Loaded) -> Store:

@@ -40,12 +40,9 @@ DEFAULT = "default"
 class Problem:
     """One mistake of a recipe."""
 
-    place: str
-    """Where the nearest value was written: "file:line" or "--set"."""
+    place: str  # where the nearest value was written: "file:line" or "--set"
     location: Location
-    """The field."""
     message: str
-    """What is wrong and what to do."""
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.place, dotted(self.location), self.message) if part)
@@ -69,11 +66,9 @@ class Loaded:
 
     recipe: Recipe
     path: Path
-    """The file that was read."""
     origins: dict[str, str]
     """Where each value came from, by its dotted location: "file:line", "--set" or "default"."""
-    command: str
-    """The command that runs the same recipe again from the same folder."""
+    command: str  # the command that runs the same recipe again from the same folder
 
 
 def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded:

@@ -23,8 +23,7 @@ from longreach.infra.resources import Resources
 from longreach.pipelines.gate import PromoteRecipe
 from longreach.training.recipe import BaseRecipe, CorpusRecipe, FinetuneRecipe, PretrainRecipe, RopeRecipe
 
-SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
-"""Names that become names of folders and files."""
+SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")  # names that become names of folders and files
 
 
 class _Evaluations(Choices):

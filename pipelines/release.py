@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from longreach.evaluation.scores import EvalScores
 
 TEMPLATE = Path(__file__).with_name("model_card.md.tmpl")
-TOKENIZER = Path("components", "tokenizer")
-"""Where MLflow's flavour looks for the tokenizer."""
+TOKENIZER = Path("components", "tokenizer")  # where MLflow's flavour looks for the tokenizer
 
 
 class ReleaseRecipe(Choices):

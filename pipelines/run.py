@@ -51,24 +51,17 @@ READ_BY_THE_DRIVER = ("report", "promote")
 class RunOutcome:
     """What a run did."""
 
-    report_path: Path | None = None
-    """The report's page; None if there is no report."""
-    ran: list[str] = field(default_factory=list)
-    """Labels of the stages that were run and published."""
-    reused: list[str] = field(default_factory=list)
-    """Labels of the stages that were published before."""
+    report_path: Path | None = None  # the report's page; None if there is no report
+    ran: list[str] = field(default_factory=list)  # labels of the stages that were run and published
+    reused: list[str] = field(default_factory=list)  # labels of the stages that were published before
     failed: dict[str, str] = field(default_factory=dict)
     """Label -> why, also for stages that could not run because one before them failed."""
     seconds: float = 0.0
-    """Wall-clock seconds of the whole run."""
     refusals: list[str] = field(default_factory=list)
     """Why the gate refused the challenger; empty if it did not."""
-    gate: dict[str, Any] = field(default_factory=dict)
-    """What the gate decided: passed, name, version..."""
-    headline: str = ""
-    """The report's first sentences."""
-    unsent_points: int = 0
-    """Metrics that MLflow does not have yet; `longreach sync` sends them."""
+    gate: dict[str, Any] = field(default_factory=dict)  # what the gate decided: passed, name, version
+    headline: str = ""  # the report's first sentences
+    unsent_points: int = 0  # metrics that MLflow does not have yet; `longreach sync` sends them
 
 
 @dataclass
@@ -78,8 +71,7 @@ class _Run:
     loaded: Loaded
     store: Store
     stages: list[Stage]
-    artifacts: dict[str, Artifact]
-    """What is published already, and what the driver read since, by label."""
+    artifacts: dict[str, Artifact]  # what is published already, and what the driver read since, by label
     display: Display
     lease: Lease
     stopping: Stopping

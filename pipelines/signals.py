@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRACE_S = 25.0
-"""Kubernetes kills a container 30 seconds after it asked it to end."""
+GRACE_S = 25.0  # Kubernetes kills a container 30 seconds after it asked it to end
 
 
 @dataclass
@@ -25,10 +24,8 @@ class Stopping:
 
     file: Path | None = None
     """The file that makes training stop (kind.stop_file); None while there is nothing to stop."""
-    signum: int = 0
-    """The signal that asked; 0: none did."""
-    until_s: float | None = None
-    """When the time to save is over, by time.monotonic(); None: nobody asked."""
+    signum: int = 0  # the signal that asked; 0: none did
+    until_s: float | None = None  # when the time to save is over, by time.monotonic(); None: nobody asked
 
     def listen(self) -> None:
         """Handle the signals from now on; not Ctrl-C if it is ignored, as in a script's background."""

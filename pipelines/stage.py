@@ -23,12 +23,9 @@ from longreach.pipelines.stages import STAGES
 class Stage:
     """A stage with its choices and inputs: one node of a pipeline."""
 
-    name: str
-    """The stage's key in STAGES."""
-    label: str
-    """Its name for people, e.g. `finetune[lora]`: unique in a pipeline, and no part of identity."""
-    recipe: Choices
-    """The section of the recipe that changes its result."""
+    name: str  # the stage's key in STAGES
+    label: str  # its name for people, e.g. `finetune[lora]`: unique in a pipeline, and no part of identity.
+    recipe: Choices  # the section of the recipe that changes its result
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     """The stages whose artifacts it reads, by the names of the function's parameters."""
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -76,10 +73,8 @@ class Stage:
 class InputRef:
     """What a worker needs to find the artifact of an input in the store."""
 
-    name: str
-    """The input's stage: its key in STAGES."""
+    name: str  # the input's stage: its key in STAGES
     fingerprint: str
-    """The input's fingerprint."""
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -35,8 +35,7 @@ from longreach.training.recipe import (
 )
 from longreach.training.summary import PackSummary, TrainingSummary
 
-PROGRESS_EVERY_S = 0.5
-"""Packing reports its progress at most this often."""
+PROGRESS_EVERY_S = 0.5  # packing reports its progress at most this often
 
 
 # ---- convert: the base model, from wherever the recipe says, as one plain Hugging Face folder

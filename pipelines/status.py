@@ -21,25 +21,18 @@ class Unfinished:
     """An attempt that was not published: alive, or left for the next run to resume from."""
 
     stage: str
-    """The stage's name."""
     fingerprint: str
-    """The stage's fingerprint."""
     attempt: str
-    """The attempt's id."""
     last_write: datetime
-    """When a file of it was last written."""
 
 
 @dataclass(frozen=True)
 class Status:
     """What a store holds; both lists begin with the oldest."""
 
-    holders: dict[str, str]
-    """Lease name -> who runs it, or died running it."""
+    holders: dict[str, str]  # lease name -> who runs it, or died running it
     unfinished: list[Unfinished]
-    """Attempts that were not published."""
-    published: list[dict[str, Any]]
-    """The manifests of what was published."""
+    published: list[dict[str, Any]]  # the manifests of what was published
 
 
 def status(store: Store, only: Collection[str] | None = None) -> Status:

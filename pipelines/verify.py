@@ -15,8 +15,7 @@ from longreach.pipelines.reader import load
 from longreach.training.model import fresh_llama, load_model
 from longreach.training.recipe import LlamaRecipe
 
-TOKENS = 64
-"""Least tokens of a test row."""
+TOKENS = 64  # least tokens of a test row
 
 
 def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple[str, PreTrainedModel, int]]:

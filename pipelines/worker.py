@@ -29,24 +29,15 @@ from longreach.pipelines.stage import Stage
 class Task:
     """What travels to the worker that runs a stage."""
 
-    stage: Stage
-    """The stage with its choices; of its inputs their fingerprints."""
+    stage: Stage  # the stage with its choices; of its inputs their fingerprints
     resources: Resources
-    """The recipe's resources."""
     root: str
-    """The store's root."""
-    scratch: str
-    """The driver's folder for attempts and fetched artifacts."""
-    spool_folder: str
-    """The run's folder of event files, on the driver's node."""
-    run: str
-    """The stage's own MLflow run; its attempts are children of it."""
+    scratch: str  # the driver's folder for attempts and fetched artifacts
+    spool_folder: str  # the run's folder of event files, on the driver's node
+    run: str  # the stage's own MLflow run; its attempts are children of it
     experiment: str
-    """Name of the MLflow experiment."""
     command: str
-    """The command that started the run."""
-    version: str
-    """The driver's version of longreach, which every node has to have."""
+    version: str  # the driver's version of longreach, which every node has to have
 
 
 @dataclass(frozen=True)
@@ -54,11 +45,8 @@ class Done:
     """What the driver learns of a stage that is published."""
 
     seconds: float
-    """How long the stage took."""
-    spool: str = ""
-    """Name of the attempt's event file."""
-    out: str = ""
-    """The folder in which its files were written."""
+    spool: str = ""  # name of the attempt's event file
+    out: str = ""  # the folder in which its files were written
     held: list[dict[str, Any]] = field(default_factory=list)
     """Events that name files of another node; the driver sends them once it has the files."""
 

@@ -131,10 +131,8 @@ def read(store: Store, manifest: dict[str, Any]) -> Findings:
 class Merged(Findings):
     """The models of several runs, named `run: model`; those that compare come first, the best of them first."""
 
-    length: int = 0
-    """The text length at which most models scored the same tokens."""
-    alike: frozenset[str] = frozenset()
-    """Models that scored the same tokens at this length."""
+    length: int = 0  # the text length at which most models scored the same tokens
+    alike: frozenset[str] = frozenset()  # models that scored the same tokens at this length
 
     @property
     def compared(self) -> dict[str, Model]:

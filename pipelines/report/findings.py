@@ -20,12 +20,10 @@ from longreach.infra.artifact import Artifact
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
 
-POINTS = 500
-"""Steps of a training that are read for its curves."""
+POINTS = 500  # steps of a training that are read for its curves
 PERPLEXITY = "perplexity"
 """The evaluation by which models are compared: in the main table, the headline and the frontier."""
-NOT_RUN = "not run, since "
-"""The reason of a stage that failed only because one before it did begins so."""
+NOT_RUN = "not run, since "  # the reason of a stage that failed only because one before it did begins so
 
 
 @dataclass
@@ -36,13 +34,11 @@ class Model:
     kind: str
     """baseline, finetune or pretrain; `failed finetune` or `failed pretrain` where training did not end."""
     about: str
-    """What was done to it, in a few words."""
     summary: TrainingSummary | None = None
     """What its training says of itself; None for a baseline and where training did not end."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
-    scores: dict[str, EvalScores] = field(default_factory=dict)
-    """Scores without their cases, by evaluation."""
+    scores: dict[str, EvalScores] = field(default_factory=dict)  # scores without their cases, by evaluation
 
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
         """Return the rows of an evaluation's scores whose columns have these values; none if it was not evaluated."""
@@ -79,15 +75,12 @@ class Findings:
     """All that the report's inputs say."""
 
     artifacts: dict[str, Artifact]
-    """The inputs by label, in the order of the graph."""
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base comes from and what it is; empty if there is none."""
-    packs: dict[str, PackSummary] = field(default_factory=dict)
-    """How documents became rows, by label."""
+    packs: dict[str, PackSummary] = field(default_factory=dict)  # how documents became rows, by label
     models: dict[str, Model] = field(default_factory=dict)
     prices: PriceRecipe = field(default_factory=PriceRecipe)
-    failed: dict[str, str] = field(default_factory=dict)
-    """Stages that could not be done: label -> why."""
+    failed: dict[str, str] = field(default_factory=dict)  # stages that could not be done: label -> why
 
     def of(self, *kinds: str) -> dict[str, Model]:
         """Return the models of these kinds."""

@@ -40,9 +40,7 @@ class Page:
 
     title: str
     about: str
-    """What the page is about, below its title."""
-    headline: str
-    """What a reader in a hurry takes away."""
+    headline: str  # what a reader in a hurry takes away
     sections: Sequence[Section]
 
     def figures(self) -> list[Figure]:

