@@ -39,7 +39,6 @@ class PackedCorpus(Artifact):
 
     @property
     def source_digest(self) -> str:
-        """Digest of the documents' bytes."""
         return self.manifest["identity"]["digests"]["documents"]
 
 
@@ -68,7 +67,6 @@ class Release(Artifact):
 
     @property
     def about(self) -> str:
-        """How the arm was trained, in a few words."""
         return self.summary["about"]
 
 
@@ -94,7 +92,6 @@ class Report(Artifact):
 
     @property
     def headline(self) -> str:
-        """What was gained, and at what cost, in a few sentences."""
         return self.summary.get("headline", "")
 
     @property

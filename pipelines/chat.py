@@ -33,16 +33,7 @@ def chat(
 ) -> None:
     """Talk on stdout until `ask` gives an empty line or raises EOFError.
 
-    Args:
-        source: a Hugging Face folder, or what base.source takes.
-        sinks: first tokens that the cache keeps.
-        window: recent tokens that the cache keeps.
-        max_new_tokens: tokens of an answer at most.
-        temperature: of sampling; 0: always the likeliest token.
-        ask: returns what the user typed.
-
-    Raises:
-        ValueError: as convert and SinkCache, or the model's attention does not take such a cache.
+    ValueError: as convert and SinkCache, or the model's attention takes no such cache.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(source)
@@ -88,7 +79,7 @@ def _typed(ask: Callable[[], str]) -> str:
 def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
     """Return the ids of what the user typed, in the model's chat template if it has one.
 
-    first: False after an answer of the model, from whose end on the template is read.
+    After an answer (`first` is False) the template is read from the answer's end on.
     """
     if not tokenizer.chat_template:
         return text_ids(tokenizer, text + "\n", first=first)

@@ -264,7 +264,6 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 
 def _ranks(recipe: Recipe) -> str:
-    """Describe the ranks that a run asks the cluster for."""
     wanted = recipe.resources
     each = f"CPUs each: {wanted.cpus_per_worker}, GPUs: {wanted.gpus_per_worker}"
     training = f"training ranks: {wanted.workers} ({each}), ZeRO {wanted.zero_stage}, {wanted.dtype}"

@@ -88,14 +88,9 @@ def run_recipe(
     quiet: bool = False,
     notify: str | None = None,
 ) -> None:
-    """Run a recipe and tell on stderr how it went; the report's path alone goes to stdout.
+    """Run a recipe that the user called `name` and tell on stderr how it went; stdout gets the report's path.
 
-    Args:
-        name: what the user called the recipe.
-        notify: URL of a webhook that gets a summary.
-
-    Raises:
-        typer.Exit: with the code of the outcome, unless all is well.
+    Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the URL `notify`.
     """
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url
@@ -203,8 +198,7 @@ def ago(then: datetime) -> str:
 def print_table(columns: list[str], rows: list[list[str]], styles: dict[str, str] | None = None) -> None:
     """Print a table on a terminal; elsewhere aligned lines, whole whatever their length, to grep.
 
-    Args:
-        styles: the style of a row that holds such a cell.
+    `styles` has the style of a row by a cell that it holds.
     """
     console = Console(highlight=False, markup=False)
     if console.is_terminal:

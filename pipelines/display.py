@@ -25,8 +25,6 @@ PLAIN_EVERY_S = 10.0  # seconds between two lines of progress of a stage where t
 
 @dataclass
 class _Stage:
-    """What is known of a stage that has not ended."""
-
     state: str
     bar: TaskID | None = None
     done: float = 0
@@ -40,7 +38,6 @@ class _Stage:
     printed_s: float = float("-inf")  # when its last line of progress was printed (time.monotonic)
 
     def progress(self, event: dict[str, Any]) -> None:
-        """Take up a `progress` event."""
         if self.origin is None or event["done"] < self.done:  # a new attempt starts further back
             self.origin = event["time_ms"], event["done"]
         self.done = event["done"]
@@ -50,7 +47,6 @@ class _Stage:
         self.tokens_per_s = event.get("extra", {}).get("tokens_per_s", self.tokens_per_s)
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """Take up the loss and the speed of a `metrics` event."""
         for name, value in values.items():
             if not isinstance(value, int | float):  # NaN and infinity arrive as text
                 continue
@@ -88,11 +84,7 @@ class Display:
     """Shows stages on `console` (stderr by default, so that stdout carries results alone)."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        """Show nothing yet.
-
-        Args:
-            quiet: print nothing but failures.
-        """
+        """Show nothing yet; if `quiet`, print nothing but failures."""
         self.console = console or Console(stderr=True, highlight=False, markup=False)
         self.quiet = quiet
         self.started_s = time.monotonic()

@@ -95,12 +95,10 @@ def evaluate(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents into `out`; returns their summary.
+    """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents; returns their summary.
 
-    Raises:
-        ValueError: the corpus was tokenised for another model, the evaluation refuses its choices, or a prompt's keys
-            and values do not fit into memory.
-        FloatingPointError: the model's logits are not finite.
+    ValueError: the corpus has another tokenizer, the evaluation refuses its choices, or a prompt's keys and values
+    do not fit into memory. FloatingPointError: the model's logits are not finite.
     """
     from longreach.evaluation.cells import CellFolder, measured
     from longreach.evaluation.figures import Style, stacked_png

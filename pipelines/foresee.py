@@ -80,7 +80,6 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
 
 
 def _summary(store: Store, stage: Stage) -> dict[str, Any]:
-    """The summary of a stage's artifact; empty if there is none."""
     try:
         artifact = store.find(stage.name, stage.fingerprint)
     except CorruptArtifact:  # the plan's own table reports it

@@ -36,10 +36,7 @@ Rows = list[dict[str, Any]]
 
 
 class PromoteRecipe(Choices):
-    """The gate: which arm may become champion of a registered model, and the rules it has to keep.
-
-    Challenger, champion and base read the same held-out tokens and are compared token by token.
-    """
+    """The gate: which arm may become champion of a registered model, and the rules it has to keep."""
 
     model: str
     """Name of the arm that is the challenger."""
@@ -215,10 +212,9 @@ def promote(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Stage `promote`: decide, write gate.json and gate.md, move the alias if all rules are kept.
+    """Decide, write gate.json and gate.md, and move the alias if all rules are kept.
 
     Args:
-        model: the challenger's release.
         inputs: scores named ROLE_EVALUATION, and `base`, the model that base_ratio is about.
 
     Raises:
@@ -246,15 +242,12 @@ def promote(
 
 
 def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **rows: Rows) -> list[Finding]:
-    """Apply each rule.
+    """Apply each rule; ValueError if perplexity was measured at no length that the base was trained to.
 
     Args:
         lengths: context lengths in tokens at which perplexity was measured.
         base_context: the length that the base was trained to.
         rows: rows of scores by ROLE_EVALUATION; without the champion's there is none yet.
-
-    Raises:
-        ValueError: no measured length is one that the base was trained to.
     """
     ratio, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["effective_length"]
     ours = rows.get(f"challenger_{ratio}", [])
@@ -281,7 +274,6 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
 
 
 def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
-    """Apply the rules about the share of keys that are found."""
     from longreach.evaluation.scores import PASSKEY_BAR, effective_length
 
     findings = []
@@ -300,7 +292,6 @@ def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
 
 
 def _ratio(place: str, ours: Rows, theirs: Rows, length: int, most: float, rules: PromoteRecipe) -> Finding:
-    """Compare the perplexity of `ours` with that of `theirs` on the same tokens."""
     from longreach.evaluation.scores import paired
 
     difference = paired(ours, theirs, length)  # in nats per token
@@ -337,7 +328,6 @@ def _rows(artifact: Artifact) -> Rows:
 
 
 def _page(recipe: PromoteStageRecipe, decision: dict[str, Any], findings: list[Finding]) -> str:
-    """Write gate.md, the decision for people to read."""
     against = f"version {recipe.champion}" if recipe.champion else "nobody: there was no champion"
     verdict = "refused: nothing was moved"
     if decision["passed"]:

@@ -93,7 +93,6 @@ class Pipeline:
         return self.packed("pack", rows, self.base)
 
     def packed(self, label: str, rows: PackRecipe, base: Stage) -> Stage:
-        """A stage that packs the documents in the tokens of `base`."""
         choices = PackStageRecipe(corpus=self.recipe.corpus, pack=rows)
         return Stage("pack", label, choices, {"base": base}, self.texts)
 
@@ -108,7 +107,6 @@ class Pipeline:
         return Stage("convert", label, base, digests=digests)
 
     def scores_of(self, model: str) -> dict[str, Stage]:
-        """The evaluations of a model, by the evaluation's name."""
         scores = {}
         for stage in self.stages:
             if isinstance(stage.recipe, EvaluateStageRecipe) and stage.recipe.model == model:
@@ -117,11 +115,7 @@ class Pipeline:
 
 
 def build(recipe: Recipe) -> list[Stage]:
-    """Return the stages of a recipe, inputs first.
-
-    Raises:
-        ValueError: source documents or the base model cannot be found.
-    """
+    """Return a recipe's stages, inputs first; ValueError if documents or the base cannot be found."""
     pipeline = Pipeline(recipe)
     for add in BUILDERS:
         add(pipeline)
@@ -190,7 +184,6 @@ def add_pretrained(pipeline: Pipeline) -> None:
 
 
 def add_evaluations(pipeline: Pipeline) -> None:
-    """Add each evaluation of each model that it names."""
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
         # which other models are evaluated does not change a model's scores
         choices = section.model_copy(update={"models": None})
@@ -276,5 +269,4 @@ def _digest(path: Path) -> str:
 
 
 def _optim(section: OptimRecipe) -> OptimRecipe:
-    """The optimizer's fields of a section that has more."""
     return OptimRecipe(**section.model_dump(include={*OptimRecipe.model_fields}))

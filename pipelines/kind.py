@@ -65,14 +65,12 @@ class StageKind:
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """The type of each input by the name of its parameter."""
         hints = typing.get_type_hints(self.function)
         parameters = inspect.signature(self.function).parameters.values()
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return {one.name: hints[one.name] for one in parameters if one.kind == positional}
 
     def type_of(self, name: str) -> type[Artifact]:
-        """The type that the function expects of an input."""
         if name in self.inputs:
             return self.inputs[name]
         mappings = [hint for hint in self.inputs.values() if _is_mapping(hint)]

@@ -66,10 +66,7 @@ def use_tracking(loaded: Loaded) -> Iterator[str]:
 
 
 def plan(loaded: Loaded) -> list[PlanRow]:
-    """Return what `run` would do.
-
-    Files are checked for presence and size; reading their content is the first act of `run`.
-    """
+    """Return what `run` would do; of files only presence and size are looked at, which `run` reads whole."""
     store = open_store(loaded)
     with use_tracking(loaded):
         stages = build(loaded.recipe)
@@ -83,14 +80,10 @@ def plan(loaded: Loaded) -> list[PlanRow]:
 
 
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
-    """Return the artifacts of the stages that are done, by label.
+    """Return the artifacts of the stages that are done, by label; those `known` are not looked at again.
 
-    On a local root every byte is read. Of a remote one, whose files would all have to come here, names and
-    sizes are compared: workers verify what they use.
-
-    Args:
-        known: artifacts that were found before and are not looked at again.
-        repair: put damaged artifacts aside, so that their stages run again.
+    On a local root every byte is read; of a remote one names and sizes are compared, since workers verify what
+    they use. `repair` puts damaged artifacts aside, so that their stages run again.
     """
     artifacts = dict(known)
     for stage in stages:
@@ -108,7 +101,6 @@ def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, rep
 
 
 def _newest(store: Store, name: str) -> Manifests:
-    """The newest manifest of each label among the stages of a name."""
     manifests: Manifests = {}
     for manifest in store.manifests(name):
         label = manifest["label"]

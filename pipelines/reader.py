@@ -72,16 +72,12 @@ class Loaded:
 
 
 def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded:
-    """Read a recipe.
+    """Read a recipe; RecipeError holds all its mistakes.
 
     Args:
         path_or_name: a file (it has a suffix or a slash), or the name of a recipe of longreach's.
         overrides: `a.b.c=value` texts; the value is YAML, items of lists are entered by index
             (`corpus.sources.0.files=x.txt`).
-
-    Raises:
-        RecipeError: unreadable file, broken YAML, unknown or missing field, wrong type, or
-            sections that disagree.
     """
     reader = _Reader(_find(str(path_or_name)))
     words = ["longreach", "run", str(path_or_name)]
@@ -97,14 +93,11 @@ def standalone(
     """Make the recipe that evaluates one model with a suite's evaluations and held-out documents.
 
     Args:
-        model: what base.source takes.
         evals: names of evaluations, with the suite's choices where it has them; all of its if empty.
-        suite: a recipe's file or name.
         documents: glob of text files to measure on instead of the suite's documents.
         overrides: as in `load`; with one evaluation, its own fields may stand alone: `seed=1`.
 
-    Raises:
-        RecipeError: as `load`, or no such evaluation.
+    RecipeError: as `load`, or no such evaluation.
     """
     for name in evals:
         if name not in EVALS:
@@ -191,11 +184,7 @@ class _Reader:
     """A recipe's plain data before validation, the place of each value, and the mistakes so far."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file.
-
-        Raises:
-            RecipeError: it cannot be read, or is no mapping.
-        """
+        """Read the file; RecipeError if it cannot be read or is no mapping."""
         self.path = path
         label = path.name if path.parent == RECIPES else str(path)
         self.places: dict[Location, str] = {}
@@ -210,11 +199,7 @@ class _Reader:
         self.data: dict[str, Any] = data
 
     def override(self, text: str) -> None:
-        """Put one `a.b.c=value` into the data.
-
-        Raises:
-            RecipeError: no `=`, or a path through something that has no such item.
-        """
+        """Put one `a.b.c=value` into the data; RecipeError without `=` or where there is no such item."""
         path, equals, value = text.partition("=")
         if not equals or not path:
             message = "write it as field=value, e.g. finetune.steps=4"
@@ -244,11 +229,7 @@ class _Reader:
         node[location[-1]] = value
 
     def loaded(self, command: str) -> Loaded:
-        """Validate the data.
-
-        Raises:
-            RecipeError: all mistakes, those met while reading among them.
-        """
+        """Validate the data; RecipeError holds all mistakes, those met while reading among them."""
         problems = [*self.problems]
         try:  # from JSON: strict about types, and yet a list is welcome where a tuple is meant
             recipe = Recipe.model_validate_json(json.dumps(self.data), strict=True)
@@ -263,7 +244,6 @@ class _Reader:
         return Loaded(recipe, self.path, origins, command)
 
     def _forget(self, location: Location) -> None:
-        """Drop the places of a value that is replaced."""
         for known in [*self.places]:
             if known[: len(location)] == location:
                 del self.places[known]
@@ -345,7 +325,6 @@ class _Reader:
         return [Problem(self._place_of(location), location, _message(details, self.data))]
 
     def _place_of(self, location: Location) -> str:
-        """Return the place of a value, or of the nearest one around it that was written."""
         path = f"{dotted(location)}."
         around: Location = ()
         for known in self.places:

@@ -140,7 +140,6 @@ class Card:
         self.documents = sorted({row["document"] for row in documents})
 
     def _rows(self, evaluation: str, kind: str) -> list[dict[str, Any]]:
-        """Return the model's rows of one kind; none if it was not measured."""
         if evaluation not in self.own:
             return []
         return [row for row in self.own[evaluation].rows if row["kind"] == kind]
@@ -174,7 +173,6 @@ class Card:
         return data.to_yaml()
 
     def text(self) -> str:
-        """Return the whole card."""
         from jinja2 import Environment, StrictUndefined
 
         environment = Environment(

@@ -81,11 +81,9 @@ class _Run:
 
     @property
     def spool_folder(self) -> Path:
-        """The folder of this run's event files."""
         return Path(self.loaded.recipe.store.workdir).absolute() / "spool" / self.id
 
     def spool(self, file: str, run: str, parent: str | None, name: str, kind: str, tags: dict[str, str]) -> Spool:
-        """Open the event file of the pipeline or of a stage."""
         recipe = self.loaded.recipe
         return Spool.open(
             self.spool_folder / file,
@@ -108,7 +106,6 @@ class _Run:
         return self.spool(f"{file_name(stage.label)}.jsonl", run, self.id, stage.label, "stage", tags)
 
     def task(self, stage: Stage, run: str) -> Task:
-        """What the stage's worker gets; `run` is the stage's own MLflow run."""
         return Task(
             stage=stage,
             resources=self.loaded.recipe.resources,
@@ -132,9 +129,7 @@ def run(
         wait: wait for another run of this recipe instead of raising LeaseHeld.
         address: a Ray cluster; without it one is started here for the time of the run.
 
-    Raises:
-        LeaseHeld: another run of this recipe is alive.
-        ValueError: bad choices or input, found before Ray starts.
+    ValueError: bad choices or input, found before Ray starts.
     """
     began = time.monotonic()
     with use_tracking(loaded) as uri:
@@ -201,7 +196,6 @@ def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Le
 
 
 def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome, display: Display) -> None:
-    """Read the report's headline and the gate's decision into the outcome."""
     if report := _report(artifacts):
         page = report.path if store.local else store.fetch("report", report.fingerprint).path
         outcome.report_path = page / "report.html"
@@ -253,7 +247,6 @@ def _run_missing(run: _Run) -> None:
 
 
 def _description(run: _Run, report: Report) -> str:
-    """What MLflow shows on the pipeline's page, in Markdown."""
     parts = [report.headline, report.table]
     decision = _decision(run.artifacts)
     if decision and "promote" in run.outcome.ran:
@@ -305,9 +298,7 @@ class _Driver:
     def follow(self) -> None:
         """Return when every stage has ended.
 
-        Raises:
-            RuntimeError: another run took the lease over.
-            SystemExit, KeyboardInterrupt: somebody asked to stop.
+        RuntimeError: another run took the lease over. SystemExit, KeyboardInterrupt: somebody asked to stop.
         """
         for stage in self.run.stages:
             if stage.label in self.run.artifacts:
@@ -328,7 +319,6 @@ class _Driver:
             self._stop_if_asked()
 
     def _order(self) -> TopologicalSorter[str]:
-        """The missing stages, each after its inputs and those that must not run at the same time."""
         order: TopologicalSorter[str] = TopologicalSorter()
         for stage in self.missing.values():
             before = [other.label for other in (*stage.inputs.values(), *stage.after)]
@@ -357,7 +347,6 @@ class _Driver:
         return True
 
     def _collect(self, stage: Stage, future: Any) -> None:
-        """Take in what became of a stage."""
         run, label = self.run, stage.label
         spool = Spool(self.running.pop(label))
         try:
@@ -398,7 +387,6 @@ class _Driver:
             self.stop_noted = True
 
     def _trains(self, label: str) -> bool:
-        """Whether a stage saves when it is asked to stop, and has begun."""
         begun = any(self.run.spool_folder.glob(f"{file_name(label)}@*.jsonl"))
         return begun and self.missing[label].kind.saves_when_stopped
 

@@ -55,11 +55,7 @@ class Stage:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The hash of the identity, 32 hexadecimal digits.
-
-        Raises:
-            ValueError: a choice cannot be written as JSON in exactly one way.
-        """
+        """The identity's hash in 32 hexadecimal digits; ValueError if JSON cannot hold a choice in exactly one way."""
         return digest_of(self.identity)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,7 +85,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """A value's text, of at most 40 characters: the middle of a longer one is left out."""
     text = str(value)
     if len(text) > 40:
         text = f"{text[:18]}…{text[-18:]}"

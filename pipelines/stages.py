@@ -89,8 +89,7 @@ def pack(
 ) -> dict[str, Any]:
     """Pack with Ray tasks if there is a cluster, else with threads of this process: the rows are the same.
 
-    Relative globs of the recipe start at the working directory. The summary is packed.json without the
-    list of malformed entries. Errors as pack_corpus.
+    Relative globs start at the working directory. The summary leaves out the list of malformed entries.
     """
     import ray
     from transformers import AutoTokenizer
@@ -148,8 +147,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a Llama from scratch, or the base again, with an attention sink (2309.17453, section 3.3).
 
-    Rows begin with the sink token. Arms without a sink token read the same rows without it, and leave with
-    the tokenizer that adds none.
+    Arms without a sink token read the same rows without it, and leave with a tokenizer that adds none.
     """
     return _train("pretrain", corpus, base, recipe, resources, run)
 

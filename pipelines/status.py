@@ -36,11 +36,7 @@ class Status:
 
 
 def status(store: Store, only: Collection[str] | None = None) -> Status:
-    """Read the store.
-
-    Args:
-        only: fingerprints to look at; everything without it.
-    """
+    """Read the store: all of it, or what has one of the fingerprints `only`."""
     holders = {}
     for folder in sorted(store.fs.glob(f"{store.base}/leases/*")):
         name = Path(folder).name
@@ -66,9 +62,7 @@ def status(store: Store, only: Collection[str] | None = None) -> Status:
 def newest_report(store: Store, only: Collection[str] | None = None) -> dict[str, Any] | None:
     """Return the manifest of the newest report, if there is one.
 
-    Args:
-        only: fingerprints of a recipe's stages: then it is the report of these, or of those among them that did not
-            fail; any report without it.
+    With `only`, a recipe's fingerprints, it is the report of these stages, or of those that did not fail.
     """
     reports = [manifest for manifest in store.manifests("report") if only is None or _is_of(manifest, {*only})]
     return max(reports, key=lambda manifest: manifest["published_at"], default=None)
@@ -96,7 +90,6 @@ def _attempts(store: Store) -> list[Unfinished]:
 
 
 def _written_s(path: Path) -> float:
-    """When a file was last written, in seconds since 1970."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:  # a live attempt moves its files

@@ -21,9 +21,7 @@ TOKENS = 64  # least tokens of a test row
 def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple[str, PreTrainedModel, int]]:
     """Yield (name, model, tokens of a row that show its pattern).
 
-    Args:
-        target: a Hugging Face folder, or a recipe: a tiny Llama then gets the pattern of each arm.
-        overrides: of the recipe, as in `load`.
+    `target` is a Hugging Face folder, or a recipe: a tiny Llama then gets the pattern of each arm.
     """
     if Path(target, "config.json").is_file():
         yield target, load_model(target)[0], TOKENS

@@ -63,9 +63,8 @@ def file_name(label: str) -> str:
 def execute(task: Task) -> Done:
     """Run a stage in an attempt of its own and publish what it made.
 
-    Raises:
-        ValueError: this node has another version of longreach, or the stage refuses its choices.
-        CorruptArtifact: an input is damaged.
+    ValueError: this node has another version of longreach, or the stage refuses its choices.
+    CorruptArtifact: an input is damaged.
     """
     version = str(known_versions()["longreach"])
     if version != task.version:
@@ -93,7 +92,6 @@ def execute(task: Task) -> Done:
 
 
 def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:
-    """The attempt's event file, and the id of its MLflow run."""
     stage, run_id = task.stage, uuid.uuid4().hex
     spool = relay.spool(
         Path(task.spool_folder) / f"{file_name(stage.label)}@{attempt.id}.jsonl",
@@ -111,7 +109,6 @@ def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:
 def _call(
     task: Task, store: Store, attempt: Attempt, artifacts: dict[str, Artifact], spool: Spool, run_id: str
 ) -> dict[str, Any]:
-    """Call the stage's function, and return the summary of what it wrote."""
     stage, share = task.stage, None
     if not store.local:
         share = Share(
@@ -143,7 +140,6 @@ def _call(
 
 
 def _record(task: Task, artifacts: dict[str, Artifact], summary: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What the manifest says beside the files."""
     inputs = {}
     for name, artifact in artifacts.items():
         inputs[name] = {"stage": artifact.stage, "fingerprint": artifact.fingerprint}

@@ -43,8 +43,7 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         names: recipes, fingerprints of reports (six digits are enough) or reports' folders.
         root: the store, where a name does not say it.
 
-    Raises:
-        ValueError: fewer than two runs, a run without a report or with damaged artifacts, or `out` holds other files.
+    ValueError: fewer than two runs, a run without a report or with damaged artifacts, or `out` holds other files.
     """
     if out.exists() and (foreign := sorted({path.name for path in out.iterdir()} - FILES)):
         raise ValueError(f"{out} holds {foreign[0]}, which no comparison wrote: choose another --out")
@@ -179,16 +178,12 @@ def merge(runs: dict[str, Findings]) -> Merged:
 
 
 def _fingerprints(findings: Findings, name: str) -> frozenset[str]:
-    """Return the fingerprints of all artifacts of a model: those with its name in their label's brackets."""
     of_model = re.compile(rf"\[{re.escape(name)}[],]")
     return frozenset(a.fingerprint for label, a in findings.artifacts.items() if of_model.search(label))
 
 
 def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int, frozenset[str]]:
-    """Return the length at which most models of one base scored the same tokens, and these models.
-
-    Of lengths with equally many models, the greatest is returned.
-    """
+    """Return the (greatest) length at which most models of one base scored the same tokens, and these models."""
     length, alike = 0, frozenset[str]()
     groups: dict[tuple[int, frozenset[Any]], list[str]] = {}
     for name, model in models.items():
@@ -217,10 +212,7 @@ def headline(found: Merged) -> str:
 
 
 def changes(runs: dict[str, Findings]) -> Table:
-    """Return the choices, resources and hosts in which each run differs from the first one.
-
-    A change that several stages share stands once, with their labels.
-    """
+    """Return the choices, resources and hosts in which runs differ from the first; shared ones stand once."""
     (first, ours), *others = runs.items()
     rows = []
     for run, theirs in others:
@@ -238,7 +230,6 @@ def changes(runs: dict[str, Findings]) -> Table:
 
 
 def shortened(names: Sequence[str], most: int) -> str:
-    """Return the first names of a list, and how many others there are."""
     text = ", ".join(names[:most])
     if len(names) > most:
         text += f" and {len(names) - most} more"

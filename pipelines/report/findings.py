@@ -58,7 +58,6 @@ class Model:
 
     @property
     def rank_hours(self) -> float:
-        """Hours of training, times its ranks."""
         return self.training.wall_s * self.training.ranks / 3600
 
     @property
@@ -83,7 +82,6 @@ class Findings:
     failed: dict[str, str] = field(default_factory=dict)  # stages that could not be done: label -> why
 
     def of(self, *kinds: str) -> dict[str, Model]:
-        """Return the models of these kinds."""
         return {name: model for name, model in self.models.items() if model.kind in kinds}
 
     def yardstick(self, tune: str) -> Model | None:
@@ -109,11 +107,9 @@ class Findings:
         return by_length(self.models, PERPLEXITY, kind="pooled", protocol=protocol, domain="*")
 
     def scores_of(self, evaluation: str) -> dict[str, EvalScores]:
-        """Return an evaluation's scores by the model's name."""
         return {name: model.scores[evaluation] for name, model in self.models.items() if evaluation in model.scores}
 
     def background(self) -> Background:
-        """Return what the sections of evaluations should know beside scores."""
         return Background(self.base.get("context_length"), frozenset(self.compared))
 
     def greatest(self) -> tuple[int, dict[str, float]]:
@@ -150,11 +146,7 @@ def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[i
 def gather(
     artifacts: dict[str, Artifact], prices: PriceRecipe | None = None, failed: Mapping[str, str] | None = None
 ) -> Findings:
-    """Read what the artifacts hold, by label; any of them may be missing.
-
-    Raises:
-        ValueError: a file is not what it should be.
-    """
+    """Read what the artifacts hold, by label; any may be missing, and ValueError names a malformed file."""
     findings = Findings(artifacts, prices=prices or PriceRecipe(), failed=dict(failed or {}))
     arms: dict[str, Model] = {}
     for label, artifact in artifacts.items():
@@ -181,7 +173,6 @@ def gather(
 
 
 def _arm(name: str, artifact: Artifact) -> Model:
-    """Return a trained model without its scores."""
     summary = TrainingSummary.model_validate(artifact.summary)
     steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return Model(name, artifact.stage, about_arm(summary), summary, [json.loads(line) for line in steps])
@@ -249,7 +240,6 @@ def _pack_summary(artifact: Artifact) -> PackSummary:
 
 
 def about_rope(rope: dict[str, Any] | None) -> str:
-    """Say what was done to a baseline."""
     if rope is None:
         return "as trained"
     if rope["type"] == "theta":
@@ -258,7 +248,6 @@ def about_rope(rope: dict[str, Any] | None) -> str:
 
 
 def about_arm(facts: TrainingSummary) -> str:
-    """Say what was trained, and how."""
     if facts.kind == "pretrain":
         sinks = {
             "none": "no sink",

@@ -44,7 +44,6 @@ class Page:
     sections: Sequence[Section]
 
     def figures(self) -> list[Figure]:
-        """Return the figures of all sections, in order."""
         figures: list[Figure] = []
         for section in self.sections:
             for block in section.blocks:
@@ -107,7 +106,6 @@ def _script() -> str:
 
 
 def _markdown(block: Block) -> str:
-    """Return a block as Markdown."""
     if isinstance(block, Code):
         return f"```\n{block}\n```"
     if isinstance(block, str):

@@ -46,11 +46,9 @@ class ReportRecipe(Choices):
 def report(
     artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, resources: object, out: Path, run: StageRun
 ) -> dict[str, Any]:
-    """Write report.html, report.md and figures into `out`; returns {"headline", "metrics": name -> finite number,
-    "table": the main table in short, as Markdown}.
+    """Write report.html, report.md and figures; returns {"headline", "metrics", "table": Markdown, in short}.
 
-    Raises:
-        ValueError: an artifact without a label, of an unknown stage, or with a file that is not what it should be.
+    ValueError: an artifact without a label, of an unknown stage, or with a file that is not what it should be.
     """
     if wrong := artifacts.keys() ^ recipe.labels.keys():
         raise ValueError(f"{len(artifacts)} artifacts, {len(recipe.labels)} labels; not in both: {sorted(wrong)}")
@@ -109,7 +107,6 @@ def short_table(found: Findings) -> str:
 
 
 def _first_line(text: str) -> str:
-    """Return the first line of a cell; the best of a column stays set off if it is one line."""
     return text.partition("\n")[0]
 
 
@@ -162,7 +159,6 @@ def _gain(found: Findings) -> list[str]:
 
 
 def _document_losses(found: Findings, name: str, length: int) -> dict[str, float]:
-    """Return a model's loss on each document at a length, in nats per token."""
     rows = found.models[name].rows(PERPLEXITY, kind="document", protocol="last_stride", length=length)
     return {row["document"]: row["nll"] for row in rows}
 

@@ -64,7 +64,6 @@ def results(
 
 
 def _legend(found: Findings) -> str:
-    """Return the main table's legend; intervals and prices are explained where there are some."""
     text = LEGEND
     if any("ppl_low" in row for rows in found.ppl().values() for row in rows.values()):
         text += " Small, under perplexities: 95% intervals over the documents."
@@ -83,7 +82,6 @@ class Rate(NamedTuple):
 
 
 def _rates(found: Findings) -> list[Rate]:
-    """Return the rates that the recipe chooses."""
     prices = found.prices
     rates = []
     if prices.price_per_hour:
@@ -200,10 +198,7 @@ def _perplexity_figure(found: Findings) -> list[Figure]:
 
 
 def _frontier_figure(found: Findings) -> list[Figure]:
-    """Return what a perplexity costs, with Pareto's frontier over the arms and what needed no training.
-
-    Nothing is returned unless a trained arm's perplexity was measured.
-    """
+    """Return what a perplexity costs, with Pareto's frontier; nothing unless a trained arm was measured."""
     length, ppl = found.greatest()
     price = found.prices.price_per_hour
     costs = {}
@@ -233,7 +228,6 @@ def _frontier_figure(found: Findings) -> list[Figure]:
 
 
 def _cost_figure(found: Findings) -> list[Figure]:
-    """Return time, speed and memory of each arm; nothing without arms."""
     if not found.trained:
         return []
     names = {
@@ -276,7 +270,6 @@ def documents(found: Findings) -> Section | None:
 
 
 def evaluations(found: Findings) -> list[Section]:
-    """Return each evaluation's section on the models that it measured."""
     sections = []
     for name, evaluation in EVALS.items():
         scores = found.scores_of(name)
@@ -286,7 +279,6 @@ def evaluations(found: Findings) -> list[Section]:
 
 
 def training(found: Findings) -> Section | None:
-    """Return the loss curves of the fine-tuned arms."""
     caption = "The arms read the same rows in the same order, so their curves compare step by step. Lower is better."
     return losses(found, "finetune", "Training", "loss.png", caption)
 
@@ -364,7 +356,6 @@ def losses(
 
 
 def _trained_cells(training: TrainingSummary) -> list[str]:
-    """Return an arm's cells in the table of what was trained."""
     return [
         f"{training.steps:,}",
         f"{training.tokens:,}",
@@ -377,7 +368,6 @@ def _trained_cells(training: TrainingSummary) -> list[str]:
 
 
 def _curve(model: Model, key: str) -> list[tuple[float, float]]:
-    """Return the points (step, value) of the steps at which a value was measured and is finite."""
     return [(row["step"], row[key]) for row in model.steps if finite(row.get(key))]
 
 
@@ -402,7 +392,6 @@ def _predictions(arms: Mapping[str, Model]) -> list[Block]:
 
 
 def packing(found: Findings) -> Section | None:
-    """Return how documents became rows, and what was skipped."""
     if not found.packs:
         return None
     columns = ["corpus", "rows × tokens", "tokens", "efficiency", "method"]
@@ -463,7 +452,6 @@ def how(found: Findings, command: str) -> Section:
 
 
 def _licences(found: Findings) -> dict[str, str]:
-    """Return the licence of the model and of each source of texts."""
     licences = {}
     if found.base:
         licences[found.base["source"]] = found.base["licence"]
