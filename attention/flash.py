@@ -15,8 +15,6 @@ causal are squares. The random state is read with dropout only, of which there i
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim; a library's own layout is [B·T, heads, D].
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, lru_cache

@@ -13,8 +13,6 @@ where no gradient is wanted, after 10 to 15 s of compiling.
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, N blocks of keys, C queries of a run.
 """
 
-from __future__ import annotations
-
 from functools import cache, lru_cache
 from itertools import count
 from typing import Any

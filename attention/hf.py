@@ -9,8 +9,6 @@ holds through PEFT and under gradient checkpointing. Packed rows come as positio
 mask; both end up as document edges. Use `use_cache=False`: a cache makes queries and keys differ in length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,10 +49,8 @@ def set_pattern(
     """Let every attention layer of a transformers model (or a PEFT model around one) compute `pattern`.
 
     sequence: the ranks that share each row; each then calls the model on its part of the tokens.
-
-    Raises:
-        ValueError: the kernel cannot compute the pattern; the architecture does not use the AttentionInterface; ranks
-            that do not divide the heads.
+    Raises ValueError: the kernel cannot compute the pattern; the architecture does not use the
+    AttentionInterface; ranks that do not divide the heads.
     """
     inner = _transformers_model(model)
     runs = choose(pattern, kernel, Situation(inner.device.type, inner.dtype))
@@ -75,11 +71,8 @@ def set_pattern(
 
 
 def active_pattern(model: nn.Module) -> ActivePattern | None:
-    """The pattern that every attention layer of the model computes; None if that is transformers' own attention.
-
-    Raises:
-        ValueError: layers disagree.
-    """
+    """The pattern that every attention layer of the model computes; None if that is transformers'
+    own attention. Raises ValueError: layers disagree."""
     modules = [m for m in model.modules() if hasattr(m, "config") and (hasattr(m, "is_causal") or _is_model(m))]
     names = {getattr(m.config, "_attn_implementation", None) for m in modules}
     if len(names) != 1:

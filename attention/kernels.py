@@ -10,8 +10,6 @@
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -51,15 +49,14 @@ def attend(
     kernel: str = "auto",
     layer: int = 0,
 ) -> Tensor:
-    """Return attention [B, H, T, D] of every query over the keys that `pattern` lets it see.
+    """Return attention [B, H, T, D] of every query over the keys that `pattern` lets it see. Raises
+    ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern
+    here.
 
     Args:
         pattern: which keys each query sees; it and the next three as in AttentionCall.
         kernel: a name in KERNELS, or "auto": see `choose`.
         layer: as in AttentionCall.
-
-    Raises:
-        ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern here.
     """
     call = AttentionCall(pattern, position_ids_BT, sink_logit_H, scale, layer)
     return attend_call(q_BHTD, k_BKTD, v_BKTD, call, kernel)
@@ -78,11 +75,9 @@ def attend_call(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionC
 
 
 def choose(pattern: Pattern, kernel: str = "auto", where: Situation = CPU) -> str:
-    """The kernel that will run: the asked one, or for "auto" the first of AUTO that can.
-
-    Raises:
-        ValueError: the asked kernel is unknown or cannot compute this pattern here; "auto" on another device.
-    """
+    """The kernel that will run: the asked one, or for "auto" the first of AUTO that can. Raises
+    ValueError: the asked kernel is unknown or cannot compute this pattern here; "auto" on another
+    device."""
     if kernel == "auto":
         if where.device not in AUTO:
             raise ValueError(f"no kernel is known to be right on device {where.device!r}: use {' or '.join(AUTO)}")

@@ -31,11 +31,8 @@ class KVBudget:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> KVBudget:
-        """From a model's config.
-
-        Raises:
-            ValueError: the model keeps something else than keys and values per head (latent attention, state spaces).
-        """
+        """From a model's config. Raises ValueError: the model keeps something else than keys and
+        values per head (latent attention, state spaces)."""
         if getattr(config, "kv_lora_rank", None):
             raise ValueError(f"{config.model_type} caches a latent of rank {config.kv_lora_rank}, not keys and values")
         kinds = getattr(config, "layer_types", None) or ["by sliding_window"] * config.num_hidden_layers
@@ -55,11 +52,8 @@ class KVBudget:
         return replace(self, kv_heads=self.heads)
 
     def bytes(self, batch: int, length: int, dtype: str = "bf16") -> int:
-        """Bytes for `batch` texts of `length` tokens.
-
-        Raises:
-            ValueError: batch or length below 1, an unknown dtype.
-        """
+        """Bytes for `batch` texts of `length` tokens. Raises ValueError: batch or length below 1,
+        an unknown dtype."""
         tokens = sum(length if window is None else min(length, window) for window in self.windows)
         return 2 * tokens * self._values(batch, length, dtype)
 

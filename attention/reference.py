@@ -5,8 +5,6 @@
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -34,17 +34,16 @@ def stretched_config(
 ) -> PretrainedConfig:
     """A copy of a config whose context is `factor` times as long; build the model from it.
 
-    `max_position_embeddings` becomes the new context, except for "dynamic": transformers reads the trained context from
-    it there, and stretches by itself as the input grows beyond that.
+    `max_position_embeddings` becomes the new context, except for "dynamic": transformers reads the
+    trained context from it there, and stretches by itself as the input grows beyond that. Raises
+    ValueError: unknown type, a model without RoPE, one that is stretched already, a missing or
+    needless theta.
 
     Args:
         config: of a model with rotary positions that is not yet stretched.
         type: one of TYPES.
         factor: new context length over the trained one, at least 1.
         theta: the new base frequency, for type "theta" only.
-
-    Raises:
-        ValueError: unknown type, a model without RoPE, one that is stretched already, a missing or needless theta.
     """
     rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
     if type not in TYPES:
@@ -90,12 +89,9 @@ class Rotary:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Rotary:
-        """From a model's config; how pairs lie is found by trying the family's own function.
-
-        Raises:
-            ValueError: no rotary positions, or ones that further rotations cannot move: frequencies that differ by
-                layer or change with the length of the input.
-        """
+        """From a model's config; how pairs lie is found by trying the family's own function. Raises
+        ValueError: no rotary positions, or ones that further rotations cannot move: frequencies
+        that differ by layer or change with the length of the input."""
         rope = getattr(config, "rope_parameters", None) or {}
         if "rope_theta" not in rope:
             raise ValueError(f"{config.model_type} has no single set of rotary parameters ({rope or None})")

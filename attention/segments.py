@@ -18,8 +18,6 @@ Query heads that share a KV head are called one after another, so that no key is
 Legend: B batch, T tokens, H query heads, K key/value heads, R = H/K, D head dim.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace

@@ -41,7 +41,9 @@ from longreach.attention.streaming import streamed_attention
 
 
 class SinkCache(Cache):
-    """Sinks and recent keys, in every layer.
+    """Sinks and recent keys, in every layer. Raises ValueError: sizes that make no sense; a model
+    whose keys cannot be moved (see Rotary.of) or that has windows of its own no longer than this
+    one.
 
     Args:
         config: the model's.
@@ -50,10 +52,6 @@ class SinkCache(Cache):
         positions: "cache" or "text", see above.
 
     Left-padded batches are welcome if the first forward pass gets the mask: each row's sinks are its own first tokens.
-
-    Raises:
-        ValueError: sizes that make no sense; a model whose keys cannot be moved (see Rotary.of) or that has windows of
-            its own no longer than this one.
     """
 
     def __init__(

@@ -9,8 +9,6 @@ for BLOCK queries at a time: no layer's attention exists whole, unless its map i
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, L layers, N first tokens, Q queries of a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

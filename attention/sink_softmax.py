@@ -13,8 +13,6 @@ gpt-oss's (arXiv:2508.10925). Any kernel that gives its log-sum-exp gives it exa
 Legend: B batch, T tokens, H query heads, D head dim.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -15,8 +15,6 @@ k, v. Equal to decoding to 1e-12 in float64 (tests/test_attention_streaming.py);
 Legend: B batch, T queries, H query heads, K key/value heads, D head dim, S sinks, W window, N recent keys.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ numbers in the model, not in the rank, so a rank computes `SomeHeads` of the pat
 Legend: B batch, T tokens of the row, P tokens of a rank's part, H heads of the model, G heads of a rank, N ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Literal

@@ -15,8 +15,6 @@ Each is done at many cuts, in a row that is one document and in one of three pac
 Legend: B rows, T tokens, E width, C cuts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -84,6 +82,7 @@ class Row:
 
 def verify_attention(model: nn.Module, *, tokens: int = 64, packed: bool = True, cuts: int = 64) -> list[Leak]:
     """The leaks found; none if the model sees only what is before each token in its document.
+    Raises ValueError: fewer than 8 tokens; hidden states that are not finite.
 
     Args:
         model: a causal transformers model (or PEFT around one), with any attention; its weights and mode stay.
@@ -91,9 +90,6 @@ def verify_attention(model: nn.Module, *, tokens: int = 64, packed: bool = True,
             takes nothing else.
         packed: also try documents packed into one row, told apart by position_ids that restart.
         cuts: where to perturb; every pair of tokens with a cut between is tried by output.
-
-    Raises:
-        ValueError: fewer than 8 tokens; hidden states that are not finite.
     """
     if tokens < 8:
         raise ValueError(f"{tokens} tokens are too few to pack three documents: use at least 8")

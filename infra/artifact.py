@@ -134,11 +134,8 @@ class Store:
     # ---- reading
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the published artifact, or None. Its manifest is checked, its files are not (see `problems`).
-
-        Raises:
-            CorruptArtifact: the manifest itself is damaged.
-        """
+        """Return the published artifact, or None. Its manifest is checked, its files are not (see
+        `problems`). Raises CorruptArtifact: the manifest itself is damaged."""
         try:
             manifest = self._read_manifest(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
         except FileNotFoundError:
@@ -171,11 +168,8 @@ class Store:
         return list(damaged_files(artifact, artifact.manifest["files"], hashes).values())
 
     def fetch(self, stage: str, fingerprint: str) -> Artifact:
-        """Return the artifact, every byte verified, its files local.
-
-        Raises:
-            CorruptArtifact: it is missing or does not match its manifest.
-        """
+        """Return the artifact, every byte verified, its files local. Raises CorruptArtifact: it is
+        missing or does not match its manifest."""
         artifact = self.find(stage, fingerprint)
         if artifact is None:
             raise CorruptArtifact(f"{stage}/{fingerprint} is not published")
@@ -214,12 +208,10 @@ class Store:
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
         """Make `attempt.out` the artifact of its fingerprint; other attempts of it are removed.
+        Raises AlreadyPublished: another attempt was first; this one has been removed.
 
         Args:
             record: inputs, recipe, summary, seconds, versions...: what the manifest says beside the files.
-
-        Raises:
-            AlreadyPublished: another attempt was first; this one has been removed.
         """
         try:
             files = _inventory(attempt)
@@ -250,11 +242,8 @@ class Store:
         return artifact
 
     def _refuse_if_published(self, attempt: Attempt) -> bool:
-        """Return whether this attempt is published (it may be, if the store's answer was lost on its way).
-
-        Raises:
-            AlreadyPublished: another attempt is; this one has been removed.
-        """
+        """Return whether this attempt is published (it may be, if the store's answer was lost on
+        its way). Raises AlreadyPublished: another attempt is; this one has been removed."""
         winner = self.find(attempt.stage, attempt.fingerprint)
         if winner and winner.attempt != attempt.id:
             self._remove(attempt.stage, attempt.fingerprint, attempt.id)
@@ -273,11 +262,8 @@ class Store:
         self.fs.rm(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
 
     def create(self, path: str, body: bytes) -> None:
-        """Create a file whole, and only if it does not exist.
-
-        Raises:
-            FileExistsError: another writer was first.
-        """
+        """Create a file whole, and only if it does not exist. Raises FileExistsError: another
+        writer was first."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -305,11 +291,8 @@ class RemoteStore(Store):
     local = False
 
     def checked(self) -> Store:
-        """Return the store itself after a look at it: a missing bucket or key is found before anything is computed.
-
-        Raises:
-            ValueError: the root cannot be listed.
-        """
+        """Return the store itself after a look at it: a missing bucket or key is found before
+        anything is computed. Raises ValueError: the root cannot be listed."""
         bucket = self.base.partition("/")[0]
         try:
             if not (self._listed(self.base) or self._listed(bucket)):

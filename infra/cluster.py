@@ -3,8 +3,6 @@
 with connected(None) as ray: ...
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -17,14 +15,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def connected(address: str | None, *, cpus: int | None = None) -> Iterator[ModuleType]:
-    """Connect to Ray, give the block its module, and in the end shut down every process that was started for it.
+    """Connect to Ray, give the block its module, and in the end shut down every process that was
+    started for it. Raises ValueError: no cluster answers at `address`.
 
     Args:
         address: a cluster's address; None starts one here, whatever a stale `current-cluster` file says.
         cpus: CPUs that a cluster of our own offers; all of the machine's if None.
-
-    Raises:
-        ValueError: no cluster answers at `address`.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default makes each report cost 2 s
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # else one more process at each start

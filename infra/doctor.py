@@ -5,8 +5,6 @@ torch is imported only by the check that needs it, so that the rest answers fast
     python -c "from longreach.infra.doctor import doctor; print(*doctor('.longreach'), sep='\\n')"
 """
 
-from __future__ import annotations
-
 import importlib.util
 import ipaddress
 import os

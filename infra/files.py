@@ -7,8 +7,6 @@ file system does in one step.
     with draft_of(Path("corpus.txt")) as draft: download(url, draft)
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -77,11 +75,8 @@ def file_digest(path: Path) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces.
-
-    Raises:
-        ValueError: the value's JSON is not unique (NaN, sets, objects), so it cannot be part of an identity.
-    """
+    """Return the one JSON text of a value: sorted keys, no spaces. Raises ValueError: the value's
+    JSON is not unique (NaN, sets, objects), so it cannot be part of an identity."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:

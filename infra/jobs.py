@@ -13,8 +13,6 @@ RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
     print(Submission("demo", b"name: demo", ("finetune.steps=2",)).as_json("http://127.0.0.1:8265"))
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ipaddress
@@ -48,11 +46,8 @@ PATIENCE_S = 60
 
 @dataclass(frozen=True)
 class Submission:
-    """What is sent to the cluster; nothing else leaves this machine.
-
-    Raises:
-        ValueError: it holds a password, which the dashboard would show.
-    """
+    """What is sent to the cluster; nothing else leaves this machine. Raises ValueError: it holds a
+    password, which the dashboard would show."""
 
     name: str
     recipe: bytes
@@ -110,16 +105,15 @@ class Submission:
 def whereabouts(
     address: str, local: dict[str, str], *, shared_disk: bool, workdir: str = WORKDIR, option: str = "--shared-disk"
 ) -> dict[str, str]:
-    """Return what to set, by field, so that a driver elsewhere finds the files that the recipe names.
+    """Return what to set, by field, so that a driver elsewhere finds the files that the recipe
+    names. Raises ValueError: one of them is a folder of this machine, which the cluster does not
+    see.
 
     Args:
         local: fields that may name a file or folder: `store.root`, `corpus.sources.0.files`, ...
         shared_disk: the cluster sees this machine's disk under the same paths; a loopback address says so, too.
         workdir: what a relative store.workdir becomes on another machine.
         option: the command's option that means `shared_disk`, for messages.
-
-    Raises:
-        ValueError: one of them is a folder of this machine, which the cluster does not see.
     """
     ours = {field: path for field, path in local.items() if "://" not in path}
     sees = shared_disk or _is_loopback(address)
@@ -143,11 +137,8 @@ def whereabouts(
 
 
 def manifest(submission: Submission, resources: Resources, place: kubernetes.Place) -> str:
-    """Return a RayJob and the recipe that it mounts, for `kubectl apply -f -`; the code is the image's.
-
-    Raises:
-        ValueError: what the operator would refuse.
-    """
+    """Return a RayJob and the recipe that it mounts, for `kubectl apply -f -`; the code is the
+    image's. Raises ValueError: what the operator would refuse."""
     name = kubernetes.dns_name(submission.name)
     job = kubernetes.ray_job(name, submission.run(kubernetes.RECIPE_FILE, "longreach"), resources, place)
     if problems := kubernetes.check(job):
@@ -181,11 +172,8 @@ def pinned() -> tuple[str, ...]:
 
 
 def check_address(address: str) -> str:
-    """A dashboard's address; `head` becomes http://head:8265.
-
-    Raises:
-        ValueError: it is another kind of address.
-    """
+    """A dashboard's address; `head` becomes http://head:8265. Raises ValueError: it is another kind
+    of address."""
     if "://" not in address:
         address = f"http://{address}" if ":" in address else f"http://{address}:8265"
     address = address.rstrip("/")
@@ -205,11 +193,8 @@ def _is_loopback(address: str) -> bool:
 
 
 def token() -> tuple[str | None, str]:
-    """Return (the token, where it comes from), looking in Ray's order.
-
-    Raises:
-        ValueError: RAY_AUTH_TOKEN_PATH names no readable file.
-    """
+    """Return (the token, where it comes from), looking in Ray's order. Raises ValueError:
+    RAY_AUTH_TOKEN_PATH names no readable file."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return None, "RAY_AUTH_MODE=disabled"
     if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -227,11 +212,8 @@ def token() -> tuple[str | None, str]:
 
 @contextlib.contextmanager
 def job_client(address: str) -> Iterator[Any]:
-    """Give the block a client of Ray's jobs (JobSubmissionClient).
-
-    Raises:
-        ValueError: nobody answers there, the token is not the cluster's, or it refuses what is asked.
-    """
+    """Give the block a client of Ray's jobs (JobSubmissionClient). Raises ValueError: nobody
+    answers there, the token is not the cluster's, or it refuses what is asked."""
     address = check_address(address)
     given, source = token()
     if given and address.startswith("http://") and not _is_loopback(address):
@@ -288,11 +270,8 @@ def submit(client: Any, submission: Submission) -> str:
 
 
 def follow(client: Any, job: str) -> int:
-    """Print a job's log from its first line until it ends; return its driver's exit code (1 if it has none).
-
-    Raises:
-        ValueError: the connection broke. The job goes on.
-    """
+    """Print a job's log from its first line until it ends; return its driver's exit code (1 if it
+    has none). Raises ValueError: the connection broke. The job goes on."""
 
     async def lines() -> None:
         async for text in client.tail_job_logs(job):

@@ -11,8 +11,6 @@ The operator has rules which no schema knows, and tells of them in an event only
     print(dump([ray_cluster("lab", Resources(workers=4), Place(memory="16Gi"))]))
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -86,12 +84,9 @@ def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place
 
 
 def ray_cron_job(name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True) -> Manifest:
-    """Return KubeRay's own timer: alpha, behind the gate RayCronJob. It has no concurrency policy and makes up for
-    every missed fire time at once, so the lease and the driver's max_start_delay keep runs apart and in time.
-
-    Raises:
-        ValueError: a queue, since it gives its RayJobs no labels.
-    """
+    """Return KubeRay's own timer: alpha, behind the gate RayCronJob. It has no concurrency policy
+    and makes up for every missed fire time at once, so the lease and the driver's max_start_delay
+    keep runs apart and in time. Raises ValueError: a queue, since it gives its RayJobs no labels."""
     if place.queue:
         raise ValueError(
             f"queue {place.queue!r}: a RayCronJob gives its RayJobs no labels: use --to cronjob, or name the "

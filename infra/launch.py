@@ -55,12 +55,10 @@ def run_ranks(
 ) -> dict[str, Any]:
     """Call `function(job)` ("module:name") on every rank and return rank 0's result, a JSON-able dict.
 
-    Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps its own records
-    there. With a share, each rank gets the job with its own node's paths, and finds the share's inputs fetched.
-
-    Raises:
-        ValueError: the cluster is too small.
-        Exception: the ranks' own final error, or Ray Train's.
+    Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps
+    its own records there. With a share, each rank gets the job with its own node's paths, and finds
+    the share's inputs fetched. Raises ValueError: the cluster is too small. Exception: the ranks'
+    own final error, or Ray Train's.
     """
     import ray
 
@@ -100,11 +98,9 @@ def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage:
 
 
 def _fit(trainer: TorchTrainer, max_failures: int) -> None:
-    """Run the ranks to their end, again if Ray Train gives up because one died while it was started.
-
-    Raises:
-        ControllerError: Ray Train failed in another way, or `max_failures` times more in this one.
-    """
+    """Run the ranks to their end, again if Ray Train gives up because one died while it was
+    started. Raises ControllerError: Ray Train failed in another way, or `max_failures` times more
+    in this one."""
     import ray
     from ray.train import ControllerError
 

@@ -8,8 +8,6 @@
         np = lazy_module("numpy")
 """
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 from typing import Any

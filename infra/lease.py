@@ -71,11 +71,8 @@ class Lease:
         return f"{self.store.base}/leases/{self.name}"
 
     def acquire(self, *, wait: bool) -> Lease:
-        """Return self once the lease is held.
-
-        Raises:
-            LeaseHeld: a live run holds it and `wait` is False.
-        """
+        """Return self once the lease is held. Raises LeaseHeld: a live run holds it and `wait` is
+        False."""
         while True:
             newest = self._newest()
             if newest == 0 or self._exists(newest, "released") or not self._alive(newest, wait):
@@ -105,11 +102,8 @@ class Lease:
         return None if is_gone(about.get("process")) else about["holder"]
 
     def _alive(self, generation: int, wait: bool) -> bool:
-        """Watch the counter; return False once the lease may be taken over, True if a newer one took its place.
-
-        Raises:
-            LeaseHeld: the counter moved and `wait` is False.
-        """
+        """Watch the counter; return False once the lease may be taken over, True if a newer one
+        took its place. Raises LeaseHeld: the counter moved and `wait` is False."""
         try:
             about = self._about(generation)
         except FileNotFoundError:  # swept away by the next holder

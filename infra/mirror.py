@@ -454,10 +454,8 @@ class MirrorProcess(subprocess.Popen[bytes]):
 def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
     """Start uploading a folder's spool files in the background, at the lowest priority; see `<spool_dir>/mirror.log`.
 
-    The mirror ends by itself, after uploading what is there, when this process ends, however it ends.
-
-    Raises:
-        ValueError: the URI holds a password.
+    The mirror ends by itself, after uploading what is there, when this process ends, however it
+    ends. Raises ValueError: the URI holds a password.
     """
     spool_dir = Path(spool_dir).absolute()
     spool_dir.mkdir(parents=True, exist_ok=True)
@@ -493,12 +491,9 @@ def stop_mirror(process: MirrorProcess, timeout_s: float = 30.0) -> int:
 
 
 def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport:
-    """Upload what MLflow misses of all spool files under a folder, trying again until `timeout_s` is over.
-
-    Raises:
-        ValueError: the URI holds a password.
-        RuntimeError: the mirror failed; it said why on stderr.
-    """
+    """Upload what MLflow misses of all spool files under a folder, trying again until `timeout_s`
+    is over. Raises ValueError: the URI holds a password. RuntimeError: the mirror failed; it said
+    why on stderr."""
     spool_dir = Path(spool_dir).absolute()
     command = [*_command(spool_dir, uri), "--once", "--timeout-s", str(timeout_s)]
     try:

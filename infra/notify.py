@@ -6,8 +6,6 @@ ever shown; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook th
     LONGREACH_NOTIFY_URL=https://hooks.example.org/T0/B0/secret longreach run retrain
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 with polling(show_progress, every_s=0.5, name="tail"): ...
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import threading

@@ -7,8 +7,6 @@ another one took its place in the meantime. The server is the one that MLFLOW_TR
     python -c "from longreach.infra.registry import champion; print(champion('quickstart-longlora'))"
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -56,11 +54,9 @@ def default_uri(workdir: Path | str) -> str:
 
 
 def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
-    """Return the URI of the recipe's MLflow, else the environment's, else the embedded one below `workdir`.
-
-    Raises:
-        ValueError: it holds a password, which process lists, logs and dashboards would show.
-    """
+    """Return the URI of the recipe's MLflow, else the environment's, else the embedded one below
+    `workdir`. Raises ValueError: it holds a password, which process lists, logs and dashboards
+    would show."""
     return check_tracking_uri(chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir))
 
 
@@ -81,11 +77,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """Return an experiment's id; it is made if it is missing. An embedded store keeps files beside its database.
-
-    Raises:
-        ValueError: it was deleted.
-    """
+    """Return an experiment's id; it is made if it is missing. An embedded store keeps files beside
+    its database. Raises ValueError: it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment and experiment.lifecycle_stage == "deleted":
         raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
@@ -104,11 +97,8 @@ def run_of(client: Any, experiment_id: str, run: str) -> str | None:
 
 
 def check_login(uri: str, timeout_s: float = 5.0) -> str:
-    """Return "" if a tracking server lets us in, else why it cannot be asked now; other stores are not asked.
-
-    Raises:
-        ValueError: it refuses the login.
-    """
+    """Return "" if a tracking server lets us in, else why it cannot be asked now; other stores are
+    not asked. Raises ValueError: it refuses the login."""
     if not uri.startswith(("http://", "https://")):
         return ""
     import requests
@@ -212,13 +202,11 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
 
 
 def move(client: Any, name: str, version: str, expected: str | None) -> None:
-    """Make a version champion; the one that was becomes `previous`.
+    """Make a version champion; the one that was becomes `previous`. Raises AliasMoved: it is
+    another one; nothing was changed.
 
     Args:
         expected: the version that is champion, None if there is none.
-
-    Raises:
-        AliasMoved: it is another one; nothing was changed.
     """
     now = aliased(client, name, CHAMPION)
     if now and str(now.version) == version:  # a repeated move
@@ -242,11 +230,8 @@ def rolled_back(name: str, fingerprint: str) -> str | None:
 
 
 def rollback(name: str) -> tuple[str, str]:
-    """Make `previous` champion and the champion `previous`; return (version that was champion, version that is).
-
-    Raises:
-        ValueError: one of them is missing, or the registry cannot be asked.
-    """
+    """Make `previous` champion and the champion `previous`; return (version that was champion,
+    version that is). Raises ValueError: one of them is missing, or the registry cannot be asked."""
     client = connect()
     now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
     if not now or not before or now.version == before.version:

@@ -8,8 +8,6 @@ the published artifact (`RemoteSpool.held`).
     LONGREACH_DRIVER=<node id>:<actor> names the actor; without it, or on that node, spools are plain files.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

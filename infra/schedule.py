@@ -42,11 +42,8 @@ class Schedule:
 
     @classmethod
     def parse(cls, cron: str, tz: str, max_start_delay: str | None = None) -> Schedule:
-        """Return the schedule if every target understands the line in the same way.
-
-        Raises:
-            ValueError: they do not; the message names the field, its value and what to write.
-        """
+        """Return the schedule if every target understands the line in the same way. Raises
+        ValueError: they do not; the message names the field, its value and what to write."""
         _check_zone(tz)
         schedule = cls(_normal(cron), tz, _duration(max_start_delay) if max_start_delay else None)
         ticks = [tick.astimezone(UTC) for tick in schedule.next(50, "systemd")]
@@ -113,11 +110,8 @@ class Job:
 
 
 def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *, enable: bool) -> dict[str, str]:
-    """Return the files that `target` takes, by name.
-
-    Raises:
-        ValueError: the target cannot do this, and what to change.
-    """
+    """Return the files that `target` takes, by name. Raises ValueError: the target cannot do this,
+    and what to change."""
     if target == "systemd":
         return systemd(schedule, job)
     if target == "crontab":
@@ -216,12 +210,9 @@ def on_calendar(schedule: Schedule) -> list[str]:
 
 
 def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime")) -> str:
-    """Return a line for `crontab`. Cron never starts late, so max_start_delay is not needed.
-
-    Raises:
-        ValueError: the zone is not this machine's. Debian's cron ignores CRON_TZ, and hours moved by hand would be
-            wrong for half of the year.
-    """
+    """Return a line for `crontab`. Cron never starts late, so max_start_delay is not needed. Raises
+    ValueError: the zone is not this machine's. Debian's cron ignores CRON_TZ, and hours moved by
+    hand would be wrong for half of the year."""
     if not _is_zone_of_machine(schedule.tz, localtime):
         raise ValueError(
             f"tz {schedule.tz!r}: cron goes by this machine's clock, whose zone is {zone_of_machine(localtime)}, and "

@@ -9,8 +9,6 @@ disk already.
     share = Share("s3://bucket/x", "/work/scratch", "finetune", fingerprint, attempt.id)
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -67,15 +67,13 @@ class Spool:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Spool:
-        """Return the spool of one run; an existing file of the same run is continued.
+        """Return the spool of one run; an existing file of the same run is continued. Raises
+        ValueError: the file is another run's.
 
         Args:
             run: uuid hex, made by the caller: MLflow's own id is not known yet, and may never be.
             parent: the `run` of the run that this one is nested in; its file lies in the same folder.
             tags, params: shown by MLflow; values are written as str.
-
-        Raises:
-            ValueError: the file is another run's.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,6 @@ No package is imported to learn its version, so that this answers fast.
     python -c "from longreach.infra.versions import versions; print(versions())"
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import platform
