@@ -4,13 +4,12 @@
     {root}/{stage}/{fingerprint}/attempts/{id}/work/...   its private state (checkpoints); gone once published
     {root}/{stage}/{fingerprint}/artifact.json            created last and exclusively: names the winning attempt
 
-Two writers are real: after `kill -9` of a stage its training ranks go on writing for a while. They never share a file,
-since each attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished file to
-that name, on object stores by a conditional put (If-None-Match). The loser's publication is refused and its attempt is
-removed.
+Two writers are real: after `kill -9` of a stage its training ranks go on writing for a while. Each
+attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished
+file to that name, on object stores by a conditional put (If-None-Match). The loser is removed.
 
-`root` is any fsspec URL. Stages read and write local folders: on a remote root an attempt works in `scratch` and its
-files are uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by hash.
+`root` is any fsspec URL. On a remote root an attempt works in the local folder `scratch`, its files are
+uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by hash.
 
     store = Store(".longreach"); attempt = store.new_attempt("pack", fingerprint); ...; store.publish(attempt, {...})
 """
@@ -105,11 +104,8 @@ class Store:
         return object.__new__(cls if is_folder else RemoteStore)
 
     def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
-        """Name a store; nothing is created or asked yet.
-
-        Args:
-            scratch: the folder of this machine where attempts on a remote root are written and inputs are cached.
-        """
+        """Name a store; nothing is created or asked yet. `scratch`: the folder of this machine
+        where attempts on a remote root are written and inputs are cached."""
         self.root = root
         import fsspec  # 80 ms, which commands without a store need not wait for
 
@@ -160,11 +156,8 @@ class Store:
         return manifest
 
     def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:
-        """Return what differs from the manifest, a line for each file; empty if the artifact is whole.
-
-        Args:
-            hashes: read every byte; without it only presence and size are compared.
-        """
+        """Return what differs from the manifest, a line for each file; empty if the artifact is
+        whole. `hashes`: read every byte; without it only presence and size are compared."""
         return list(damaged_files(artifact, artifact.manifest["files"], hashes).values())
 
     def fetch(self, stage: str, fingerprint: str) -> Artifact:
@@ -208,23 +201,15 @@ class Store:
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
         """Make `attempt.out` the artifact of its fingerprint; other attempts of it are removed.
-        Raises AlreadyPublished: another attempt was first; this one has been removed.
-
-        Args:
-            record: inputs, recipe, summary, seconds, versions...: what the manifest says beside the files.
-        """
+        `record`: inputs, recipe, summary, seconds, versions...: what the manifest says beside the
+        files. Raises AlreadyPublished: another attempt was first; this one has been removed."""
         try:
             files = _inventory(attempt)
         except FileNotFoundError:  # a winner removed this attempt meanwhile, or the stage wrote nothing
             self._refuse_if_published(attempt)
             raise
-        manifest = {
-            **record,
-            "stage": attempt.stage,
-            "fingerprint": attempt.fingerprint,
-            "attempt": attempt.id,
-            "files": files,
-        }
+        named = {"stage": attempt.stage, "fingerprint": attempt.fingerprint, "attempt": attempt.id}
+        manifest = {**record, **named, "files": files}
         body = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, ensure_ascii=False).encode()
         self._upload(attempt)
         try:
@@ -290,9 +275,7 @@ class RemoteStore(Store):
 
     local = False
 
-    def checked(self) -> Store:
-        """Return the store itself after a look at it: a missing bucket or key is found before
-        anything is computed. Raises ValueError: the root cannot be listed."""
+    def checked(self) -> Store:  # a missing bucket or key is found before anything is computed
         bucket = self.base.partition("/")[0]
         try:
             if not (self._listed(self.base) or self._listed(bucket)):
@@ -333,11 +316,8 @@ class RemoteStore(Store):
         files = artifact.manifest["files"]
         if not hashes:
             sizes = {name[len(out) + 1 :]: info["size"] for name, info in self.fs.find(out, detail=True).items()}
-            return [
-                f"{entry['path']}: {sizes.get(entry['path'], 'no')} bytes, {entry['size']} were published"
-                for entry in files
-                if sizes.get(entry["path"]) != entry["size"]
-            ]
+            rows = [(entry["path"], sizes.get(entry["path"], "no"), entry["size"]) for entry in files]
+            return [f"{name}: {found} bytes, {size} were published" for name, found, size in rows if found != size]
         missing = damaged_files(artifact, files)  # not yet in this node's cache, or damaged there
         for name in missing:
             path = artifact.path / name

@@ -16,39 +16,31 @@ from typing import Any
 @contextlib.contextmanager
 def connected(address: str | None, *, cpus: int | None = None) -> Iterator[ModuleType]:
     """Connect to Ray, give the block its module, and in the end shut down every process that was
-    started for it. Raises ValueError: no cluster answers at `address`.
-
-    Args:
-        address: a cluster's address; None starts one here, whatever a stale `current-cluster` file says.
-        cpus: CPUs that a cluster of our own offers; all of the machine's if None.
-    """
+    started for it. `address`: a cluster's address; None starts one here, whatever a stale
+    `current-cluster` file says. `cpus`: CPUs that a cluster of our own offers; all of the machine's
+    if None. Raises ValueError: no cluster answers at `address`."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default makes each report cost 2 s
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # else one more process at each start
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asks for no GPU sees none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None and "ray" not in sys.modules:  # Ray does so itself since 2.59; it is read when Ray is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # Else it prints at each start that tokens are on.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # else it prints that tokens are on
     import ray
 
     if ray.is_initialized():  # a caller (a test session) owns the cluster
         yield ray
         return
-    # The dashboard stays on although it costs seconds: without it Ray Train cannot ask the state API what a dead
-    # driver left behind, and its placement group keeps the CPUs for ever.
+    # The dashboard stays on although it costs seconds: else Ray Train cannot ask the state API for a
+    # dead driver's placement group, which then keeps its CPUs for ever.
     try:
         host, colon, port = (address or "").rpartition(":")
         if colon and port.isdigit() and "://" not in host:  # Ray itself would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(
-            address or "local",
-            num_cpus=None if address else cpus,
-            log_to_driver=False,
-            job_config=_job_config(),
-            logging_level=logging.WARNING,
-            configure_logging=True,
-        )
+            address or "local", num_cpus=None if address else cpus, job_config=_job_config(),
+            log_to_driver=False, logging_level=logging.WARNING, configure_logging=True,
+        )  # fmt: skip
     except OSError as error:  # Ray's ConnectionError too
         if address is None:
             raise
@@ -62,8 +54,10 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
 def _job_config() -> Any:
     """Return a job's settings that keep the driver's current folder out of its workers' module path.
 
-    Ray puts it first there unless the job has a `working_dir`, and a user's `datasets.py` would then replace the
-    library. We have no `working_dir` either, since Ray would upload that folder; so Ray is told that there is one.
+    Ray puts it first there unless the job has a `working_dir`, and a user's `datasets.py` would then
+    replace the library. We have no `working_dir` either, since Ray would upload that folder; so Ray is
+    told that there is one. That has one effect more: the folder of the driver's script stays out of the
+    path as well. Ray (2.60) asks nowhere else; its uploads and agents read the runtime_env itself.
     """
     from ray.job_config import JobConfig
 

@@ -41,11 +41,13 @@ class Check:
 
 def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
     """Return the answers to: can runs work here, with artifacts and metrics under `root` (a folder or fsspec URL)?"""
+    cores, commit = usable_cores(), git_commit()
+    recorded = "install git and work in a checkout: artifacts then record the commit that made them"
     return [
-        _python(),
+        Check("python", sys.version_info >= (3, 11), platform.python_version(), "use Python 3.11 or newer"),
         *check_requirements(_requirements()),
         _device(),
-        _cores(),
+        Check("cores", cores >= 2, f"{cores}", "set resources.workers=1: one training rank", needed=False),
         _memory(),
         _shared_memory(),
         _writable("home", Path.home(), "Ray writes there: set HOME to a folder of yours"),
@@ -53,12 +55,8 @@ def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
         _port(ui_port),
         _ray_cluster_file(),
         _open_to_others({*OPEN_PORTS, ui_port, *_tracking_port()}),
-        _git(),
+        Check("git", commit != "unknown", f"commit {commit}", recorded, needed=False),
     ]
-
-
-def _python() -> Check:
-    return Check("python", sys.version_info >= (3, 11), platform.python_version(), "use Python 3.11 or newer")
 
 
 def _requirements() -> list[str]:
@@ -69,11 +67,8 @@ def _requirements() -> list[str]:
 
 
 def check_requirements(requirements: Iterable[str]) -> list[Check]:
-    """Return one check for each package that is missing or outside its range, or a single one if all fit.
-
-    Args:
-        requirements: as in pyproject.toml; those of extras are left out.
-    """
+    """Return one check for each package that is missing or outside its range, or a single one if
+    all fit. `requirements`: as in pyproject.toml; those of extras are left out."""
     from packaging.requirements import Requirement
 
     needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -102,11 +97,6 @@ def _device() -> Check:
         detail = f"a GPU is here, but torch {torch.__version__} is built for CPU"
         return Check("device", False, detail, "install a CUDA build of torch, or go on with CPU", needed=False)
     return Check("device", True, "CPU (gloo between ranks)")
-
-
-def _cores() -> Check:
-    count = usable_cores()
-    return Check("cores", count >= 2, f"{count}", "set resources.workers=1: one training rank", needed=False)
 
 
 def _memory() -> Check:
@@ -225,9 +215,3 @@ def _without_login(ip: str, port: int) -> str:
             except (requests.RequestException, TypeError):  # not HTTP, or not JSON with keys: neither of them
                 continue
     return ""
-
-
-def _git() -> Check:
-    fix = "install git and work in a checkout: artifacts then record the commit that made them"
-    commit = git_commit()
-    return Check("git", commit != "unknown", f"commit {commit}", fix, needed=False)

@@ -30,11 +30,9 @@ class Digest(Protocol):
 
 @contextlib.contextmanager
 def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
-    """Give the block a temporary path beside `target`, and publish it under that name once the block has ended well.
-
-    Args:
-        publish: takes the draft and the target. `os.replace` overwrites; `os.link` raises FileExistsError instead.
-    """
+    """Give the block a temporary path beside `target`, and publish it under that name once the
+    block has ended well. `publish`: takes the draft and the target. `os.replace` overwrites;
+    `os.link` raises FileExistsError instead."""
     # At most 50 of the name's characters: it may already be as long as the disk allows. Leases read its beginning.
     draft = target.with_name(f"{target.name[:50]}.{uuid.uuid4().hex[:8]}.draft")
     try:

@@ -1,14 +1,12 @@
 """Send a run to a Ray cluster through Ray's Jobs API, and look after it: follow, list, stop.
 
-What travels is a folder made for it: the sources of the rooms named in ROOMS and the recipe's file, about 1 MB.
-It is a list of what goes, not of what stays behind, so no checkout, artifact or file with a password goes along, and
-nothing assumes a disk that both machines see. The cluster runs `python -m longreach.pipelines run` in that folder; that
-driver may be submitted again at any time: what is published is reused, what is half done resumed, and a run that finds
-another one of its recipe alive exits 75.
+What is sent is a folder made for it: the sources of the rooms named in ROOMS and the recipe's file,
+about 1 MB; no checkout, artifact or file with a password. The cluster runs
+`python -m longreach.pipelines run` there, which may be submitted again at any time: what is published
+is reused, what is half done resumed, and a second run of a live recipe exits 75.
 
-No environment variable of this machine is sent, since a job's environment can be read in the dashboard: the store's and
-MLflow's credentials belong to the cluster's pods (envFrom a Secret). The token of Ray's API is looked for as Ray does:
-RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
+No environment variable of this machine is sent, since the dashboard shows a job's environment: the
+store's and MLflow's credentials belong to the cluster's pods (envFrom a Secret).
 
     print(Submission("demo", b"name: demo", ("finetune.steps=2",)).as_json("http://127.0.0.1:8265"))
 """
@@ -87,9 +85,7 @@ class Submission:
         """Return the job's environment in Ray's form; `folder` holds its files."""
         env = {"RAY_JOB_STOP_WAIT_TIME_S": str(PATIENCE_S)}
         runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": env}
-        if self.pip:
-            runtime_env["pip"] = list(self.pip)
-        return runtime_env
+        return {**runtime_env, "pip": list(self.pip)} if self.pip else runtime_env
 
     def metadata(self) -> dict[str, str]:
         return {"recipe": self.name, "longreach": installed("longreach") or "unknown"}
@@ -172,7 +168,7 @@ def pinned() -> tuple[str, ...]:
 
 
 def check_address(address: str) -> str:
-    """A dashboard's address; `head` becomes http://head:8265. Raises ValueError: it is another kind
+    """Return a dashboard's address; `head` becomes http://head:8265. Raises ValueError: it is another kind
     of address."""
     if "://" not in address:
         address = f"http://{address}" if ":" in address else f"http://{address}:8265"
@@ -244,8 +240,9 @@ def job_client(address: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _winning(address: str, variable: str = "RAY_API_SERVER_ADDRESS") -> Iterator[None]:
-    """Make `address` win: Ray prefers this variable, and then RAY_ADDRESS, to the address that its client is given."""
+def _winning(address: str) -> Iterator[None]:
+    """Make `address` win: Ray prefers two variables to the address that its client is given."""
+    variable = "RAY_API_SERVER_ADDRESS"  # it is preferred to the other one, RAY_ADDRESS
     before = os.environ.get(variable)
     os.environ[variable] = address
     try:
@@ -262,11 +259,8 @@ def submit(client: Any, submission: Submission) -> str:
             target = Path(folder, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-        return client.submit_job(
-            entrypoint=submission.entrypoint,
-            runtime_env=submission.runtime_env(folder),
-            metadata=submission.metadata(),
-        )
+        env, about = submission.runtime_env(folder), submission.metadata()
+        return client.submit_job(entrypoint=submission.entrypoint, runtime_env=env, metadata=about)
 
 
 def follow(client: Any, job: str) -> int:

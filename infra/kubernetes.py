@@ -1,12 +1,9 @@
 """Manifests for Ray on Kubernetes, as plain dicts from a recipe's numbers. KubeRay 1.6 or later; 1.7 for a RayCronJob,
 which had no zones before.
 
-A scheduled run is a RayJob: its cluster comes up for it and goes away after it. The driver is `longreach run` on the
-head, with the recipe mounted from a ConfigMap. It may be started twice or killed at any time: what is published is
-reused, a lease in the store keeps two runs apart, and exit code 75 says that another one holds it.
-
-The operator has rules which no schema knows, and tells of them in an event only, after `kubectl apply` said "created".
-`check` states beforehand those that a recipe can break.
+A scheduled run is a RayJob: its cluster comes up for it and goes away after it. The driver is
+`longreach run` on the head, with the recipe mounted from a ConfigMap; it may be started twice or killed
+at any time. The operator's own rules are in no schema; `check` states those that a recipe can break.
 
     print(dump([ray_cluster("lab", Resources(workers=4), Place(memory="16Gi"))]))
 """
@@ -102,41 +99,33 @@ def cron_job(
 ) -> list[Manifest]:  # fmt: skip
     """Return Kubernetes' own timer (1.27 or later, for its zones), whose pod creates a RayJob and ends.
 
-    Of three ways this is the sound one. A pod that ran `longreach run` itself would be one node, and hold it; one that
-    submits to a standing cluster pays for that cluster all week. So the pod only does `kubectl create`, with a service
-    account that may create RayJobs and nothing else. `Forbid` therefore covers the seconds of that pod; runs are kept
-    apart by their lease. `create` with a generated name, since `apply` would do nothing to last week's RayJob.
+    A pod that ran `longreach run` itself would be one node, and hold it; one that submits to a standing
+    cluster pays for that all week. The pod's service account may create RayJobs and nothing else. `Forbid`
+    covers the seconds of that pod; a lease keeps runs apart. `create` with a generated name, since `apply`
+    would do nothing to last week's RayJob.
     """
     template = {**job, "metadata": {**job["metadata"], "generateName": f"{name}-"}}
     del template["metadata"]["name"]
     creator = f"{name}-creator"
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": creator}
+    container = {
+        "name": "create",
+        "image": place.kubectl_image,
+        "args": ["create", "--filename=/etc/longreach/rayjob.yaml", "--cache-dir=/tmp"],
+        "resources": _resources("100m", "128Mi"),
+        "securityContext": CONTAINER_SECURITY,
+        "volumeMounts": [{"name": "job", "mountPath": "/etc/longreach", "readOnly": True}],
+    }
     pod = {
         "serviceAccountName": creator,
         "restartPolicy": "Never",
         "securityContext": {**POD_SECURITY, "runAsUser": 65532},
-        "containers": [
-            {
-                "name": "create",
-                "image": place.kubectl_image,
-                "args": ["create", "--filename=/etc/longreach/rayjob.yaml", "--cache-dir=/tmp"],
-                "resources": _resources("100m", "128Mi"),
-                "securityContext": CONTAINER_SECURITY,
-                "volumeMounts": [{"name": "job", "mountPath": "/etc/longreach", "readOnly": True}],
-            }
-        ],
+        "containers": [container],
         "volumes": [{"name": "job", "configMap": {"name": f"{name}-rayjob"}}],
     }
-    spec = {
-        "schedule": cron,
-        "timeZone": tz,
-        "suspend": suspend,
-        "concurrencyPolicy": "Forbid",
-        "jobTemplate": {
-            "spec": {"backoffLimit": 2, "ttlSecondsAfterFinished": 86400,
-                     "template": {"metadata": {"labels": LABELS}, "spec": pod}}
-        },
-    }  # fmt: skip
+    pods = {"metadata": {"labels": LABELS}, "spec": pod}
+    jobs = {"spec": {"backoffLimit": 2, "ttlSecondsAfterFinished": 86400, "template": pods}}
+    spec = {"schedule": cron, "timeZone": tz, "suspend": suspend, "concurrencyPolicy": "Forbid", "jobTemplate": jobs}
     if max_start_delay:
         spec["startingDeadlineSeconds"] = int(max_start_delay.total_seconds())
     rule = {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}
@@ -188,10 +177,8 @@ CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop"
 
 def _manifest(api: str, kind: str, name: str, place: Place, queue: str | None = None, **rest: Any) -> Manifest:
     labels = LABELS | ({QUEUE: queue} if queue else {})
-    return {
-        "apiVersion": api, "kind": kind,
-        "metadata": {"name": name, "namespace": place.namespace, "labels": labels}, **rest,
-    }  # fmt: skip
+    metadata = {"name": name, "namespace": place.namespace, "labels": labels}
+    return {"apiVersion": api, "kind": kind, "metadata": metadata, **rest}
 
 
 def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
@@ -209,20 +196,14 @@ def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = N
         mount = {"name": "recipe", "mountPath": RECIPE_FILE.rpartition("/")[0], "readOnly": True}
         head["spec"]["volumes"].append({"name": "recipe", "configMap": {"name": recipe_map}})
         container["volumeMounts"].append(mount)
-    container["ports"] = [
-        {"name": port, "containerPort": number}
-        for port, number in (("gcs-server", 6379), ("dashboard", 8265), ("client", 10001))
-    ]
+    ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
+    container["ports"] = [{"name": port, "containerPort": number} for port, number in ports.items()]
     worker = _pod("ray-worker", place, _resources(str(cpus), place.memory, gpus))
     if gpus:
         worker["spec"]["nodeSelector"] = place.gpu_nodes
         worker["spec"]["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    group = {
-        "groupName": "workers",
-        "replicas": resources.workers, "minReplicas": resources.workers, "maxReplicas": resources.workers,
-        "rayStartParams": {},
-        "template": worker,
-    }  # fmt: skip
+    replicas = dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), resources.workers)
+    group = {"groupName": "workers", **replicas, "rayStartParams": {}, "template": worker}
     return {
         "rayVersion": place.ray_version,
         "authOptions": {"mode": "token"},
@@ -234,26 +215,23 @@ def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = N
 
 def _pod(container: str, place: Place, resources: Manifest) -> Manifest:
     volume = {"persistentVolumeClaim": {"claimName": place.claim}} if place.claim else {"emptyDir": {}}
-    return {
-        "metadata": {"labels": LABELS},
-        "spec": {
-            "automountServiceAccountToken": False,
-            "terminationGracePeriodSeconds": 120,  # the run takes 25 s to write its checkpoints
-            "securityContext": POD_SECURITY,
-            "containers": [
-                {
-                    "name": container,
-                    "image": place.image,
-                    "workingDir": WORKDIR,
-                    "envFrom": [{"secretRef": {"name": place.secret, "optional": True}}],
-                    "resources": resources,
-                    "securityContext": CONTAINER_SECURITY,
-                    "volumeMounts": [{"name": "work", "mountPath": WORKDIR}],
-                }
-            ],
-            "volumes": [{"name": "work", **volume}],
-        },
+    program = {
+        "name": container,
+        "image": place.image,
+        "workingDir": WORKDIR,
+        "envFrom": [{"secretRef": {"name": place.secret, "optional": True}}],
+        "resources": resources,
+        "securityContext": CONTAINER_SECURITY,
+        "volumeMounts": [{"name": "work", "mountPath": WORKDIR}],
     }
+    spec = {
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": 120,  # the run takes 25 s to write its checkpoints
+        "securityContext": POD_SECURITY,
+        "containers": [program],
+        "volumes": [{"name": "work", **volume}],
+    }
+    return {"metadata": {"labels": LABELS}, "spec": spec}
 
 
 # ---- the operator's rules

@@ -2,12 +2,11 @@
 
 The function is named, not passed ("longreach.training.loop:train"): only the ranks import it, and torch with it.
 
-How an error comes back, at its two ends: Ray Train restarts all ranks after any exception of one, and what it raises in
-the end wraps the cause. So an error that a restart would only repeat (FINAL_ERRORS) is not raised by its rank at all.
-`_rank` writes it down as `error.json` and returns as if all were well, the other ranks wake up from their collectives
-and return too, and `run_ranks`, on the side of the stage, reads the file and raises the same error by its name.
-Any other death of a rank (kill, out of memory of the host) costs a restart of all of them; the function resumes from
-its own checkpoints. How many restarts there are in all stands in infra/resources.py.
+How an error comes back: Ray Train restarts all ranks after any exception of one. So an error that a
+restart would only repeat (FINAL_ERRORS) is not raised by its rank: `_rank` writes it down as
+`error.json` and returns, the other ranks wake up from their collectives and return too, and
+`run_ranks`, on the side of the stage, raises it again. Any other death of a rank restarts all of them,
+and the function resumes from its own checkpoints; infra/resources.py counts the restarts.
 
     run_ranks("longreach.training.loop:train", job, resources=Resources(workers=2), name="lora", storage="/tmp/ranks")
 """
@@ -45,14 +44,9 @@ FINAL_ERRORS: dict[str, type[Exception]] = {
 
 
 def run_ranks(
-    function: str,
-    job: dict[str, Any],
-    *,
-    resources: Resources,
-    name: str,
-    storage: str | Path,
+    function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: str | Path,
     share: Share | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Call `function(job)` ("module:name") on every rank and return rank 0's result, a JSON-able dict.
 
     Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps
@@ -76,25 +70,17 @@ def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     fs, place = fsspec.core.url_to_fs(storage)
-    filesystem = None
-    if "file" not in fs.protocol:
-        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    is_disk = "file" in fs.protocol
+    filesystem = None if is_disk else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    gpus, failures = resources.gpus_per_worker, FailureConfig(max_failures=resources.max_failures)
+    each = {"CPU": resources.cpus_per_worker, "GPU": gpus}
     return TorchTrainer(
-        _rank,
-        train_loop_config=work,
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
-        ),
+        _rank, train_loop_config=work, torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=each),
         run_config=RunConfig(
-            name=run_name,
-            storage_path=place,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            name=run_name, storage_path=place, storage_filesystem=filesystem, failure_config=failures
         ),
-    )
+    )  # fmt: skip
 
 
 def _fit(trainer: TorchTrainer, max_failures: int) -> None:
@@ -135,10 +121,9 @@ def _interrupt_handler_restored() -> Iterator[None]:
 class AbandonedGroups:
     """Finds and removes placement groups of this Ray job in which no actor lives; else their CPUs stay reserved.
 
-    Ray Train (2.60) leaks two kinds. That of a rank that dies while it is being started, after which Ray Train gives
-    up, whatever max_failures says; and that of a controller whose stage task was killed: it outlives the task by five
-    seconds and may start its ranks once more. The ranks of a run that has just begun enter their group only moments
-    after it was made, so a group is removed when LOOKS looks in a row, a second apart, find it empty.
+    Ray Train (2.60) leaks two kinds: that of a rank that dies while it is being started, and that of a
+    controller whose stage task was killed, which may start its ranks once more. Ranks enter a new group
+    only moments after it was made, so LOOKS looks in a row, a second apart, must find it empty.
     """
 
     LOOKS = 3
@@ -174,9 +159,9 @@ def check_room(cluster: dict[str, float], resources: Resources) -> None:
         needed = each * resources.workers
         if needed > cluster.get(kind, 0):
             raise ValueError(
-                f"{resources.workers} ranks x {each} {kind} need {needed} {kind}s, "
-                f"the cluster has {cluster.get(kind, 0):g}: "
-                f"lower resources.workers or {kind.lower()}s_per_worker, or connect to a larger cluster"
+                f"{resources.workers} ranks x {each} {kind} need {needed} {kind}s, the cluster has "
+                f"{cluster.get(kind, 0):g}: lower resources.workers or {kind.lower()}s_per_worker, or connect to a "
+                "larger cluster"
             )
 
 

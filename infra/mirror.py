@@ -1,12 +1,10 @@
 """The mirror: uploads spooled events (infra/tracking.py) to MLflow from a process of its own, outages or not.
 
-Why nothing is missing and nothing doubled, whoever is killed and whenever: how far a file is uploaded is written beside
-it (`<file>.offset`) only after the server accepted; a replay repeats the same key, value, step and timestamp, which
-MLflow stores once; and a run is found again by its tag `longreach.run`. Where the run is not found (another server,
-`mlflow gc`, a new database) the file is uploaded from its start: MLflow is only the window on what the files say.
-
-It samples nothing: system metrics (`system/...`) are spooled like all others by the process that they describe, so that
-they too survive an outage. Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from a URI.
+Why nothing is missing and nothing doubled, whoever is killed: how far a file is uploaded is written
+beside it (`<file>.offset`) only after the server accepted; a replay repeats the same key, value, step
+and timestamp, which MLflow stores once; and a run is found again by its tag `longreach.run`. Where it
+is not found (another server, `mlflow gc`, a new database) the file is uploaded from its start.
+Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from a URI.
 
     python -m longreach.infra.mirror .longreach/spool --uri sqlite:///$PWD/.longreach/mlflow.db --once
 """
@@ -47,8 +45,8 @@ TRASH = "trash"
 """Stands for the id of a run that a user deleted: its events are not wanted any more."""
 
 ENVIRONMENT = {
-    # A request that fails is repeated by our own loop, which first looks what arrived. MLflow's defaults are 120 s and
-    # 7 repetitions, and a repeated "create run" would make two.
+    # Our own loop repeats what fails, after a look at what arrived: a repeated "create run" would make
+    # two. MLflow's defaults are 120 s and 7 repetitions.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -60,10 +58,9 @@ log = logging.getLogger("longreach.mirror")
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one synchronisation did; a point is one value of one metric at one step."""
+    """What one synchronisation of a folder did; a point is one value of one metric at one step."""
 
     runs: int
-    """Runs in the folder."""
     points: int
     """Points that the server accepted now; after a kill, some of them for the second time."""
     pending: int
@@ -163,12 +160,8 @@ class Mirror:
         return MlflowClient(tracking_uri=self.uri)
 
     def upload(self, deadline_s: float, *, everything: bool = False) -> str:
-        """Go over all files once; return why that did not come to its end, or "".
-
-        Args:
-            deadline_s: by time.monotonic().
-            everything: also look whether runs without news are still there.
-        """
+        """Go over all files once; return why that did not come to its end, or "". `deadline_s`: by
+        time.monotonic(). `everything`: also look whether runs without news are still there."""
         self._discover()
         for run, tail in list(self.tails.items()):
             if not everything and tail.path.stat().st_size <= tail.offset:
@@ -230,9 +223,9 @@ class Mirror:
         query = f"tags.`{registry.RUN_TAG}` = '{start['run']}'"
         found = self.client.search_runs([self._experiment(start["experiment"])], query, ViewType.ALL)
         runs = {run.info.run_id: run for run in found}
-        if runs and all(run.info.lifecycle_stage == "deleted" for run in found):
-            return TRASH
         live = [run_id for run_id, run in runs.items() if run.info.lifecycle_stage == "active"]
+        if runs and not live:
+            return TRASH
         chosen = known if known in live else min(live, default="")
         for twin in live:  # the answer to a "create run" was lost, and the run was made a second time
             if twin != chosen and not runs[twin].data.metrics and not runs[twin].data.params:
@@ -255,11 +248,11 @@ class Mirror:
         return run.info.run_id
 
     def _experiment(self, name: str) -> str:
-        if name not in self._experiments:
-            try:
+        try:
+            if name not in self._experiments:
                 self._experiments[name] = registry.experiment_id(self.client, name)
-            except ValueError as error:
-                raise Pause(str(error)) from None
+        except ValueError as error:
+            raise Pause(str(error)) from None
         return self._experiments[name]
 
     def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
@@ -432,8 +425,7 @@ def _follow(mirror: Mirror) -> None:
 
 
 def _input_closed(wait_s: float) -> bool:
-    readable, _, _ = select.select([0], [], [], wait_s)
-    return bool(readable) and not os.read(0, 1024)
+    return bool(select.select([0], [], [], wait_s)[0]) and not os.read(0, 1024)
 
 
 def _sync_once(mirror: Mirror, timeout_s: float) -> SyncReport:
@@ -460,26 +452,19 @@ def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
     spool_dir = Path(spool_dir).absolute()
     spool_dir.mkdir(parents=True, exist_ok=True)
     with (spool_dir / "mirror.log").open("ab") as output:
+        # A group of its own: Ctrl-C does not reach it. Not a session: Linux balances sessions against each
+        # other (autogroups), so in one of its own its low priority would count for nothing.
         process = MirrorProcess(
-            _command(spool_dir, uri),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            env=_environment(),
-            # A group of its own: Ctrl-C does not reach it. Not a session: Linux balances sessions against each other
-            # (autogroups), so in one of its own its low priority would count for nothing.
-            process_group=0,
-        )
+            _command(spool_dir, uri), env=_environment(), process_group=0,
+            stdin=subprocess.PIPE, stdout=output, stderr=output,
+        )  # fmt: skip
     process.spool_dir = spool_dir
     return process
 
 
 def stop_mirror(process: MirrorProcess, timeout_s: float = 30.0) -> int:
-    """Let a mirror upload what is there and end; return how many points MLflow still misses (`sync` sends them).
-
-    Args:
-        timeout_s: after that it is killed. If the server is away it ends much sooner.
-    """
+    """Let a mirror upload what is there and end; return how many points MLflow still misses (`sync`
+    sends them). `timeout_s`: after that it is killed. If the server is away it ends much sooner."""
     assert process.stdin
     process.stdin.close()
     try:

@@ -24,8 +24,8 @@ RUN_TAG = "longreach.run"
 CHAMPION, PREVIOUS = "champion", "previous"
 MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
 BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longreach.rolled_back"
-"""Tags of a version: its model, its release, what that was made from (a model's source, a digest of texts), and whether
-people took it back."""
+"""Tags of a version: its model, its release, what that was made from (a model's source, a digest of
+texts), and whether people took it back."""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow's settings for this process, unless the user's own say otherwise; the mirror has its own."""
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
@@ -71,18 +71,15 @@ def check_tracking_uri(uri: str) -> str:
 
 def sqlite_path(uri: str) -> Path | None:
     """Return the database file of an embedded store, None for a server."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(uri.removeprefix("sqlite:///")).absolute()
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
 def experiment_id(client: Any, name: str) -> str:
     """Return an experiment's id; it is made if it is missing. An embedded store keeps files beside
     its database. Raises ValueError: it was deleted."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment and experiment.lifecycle_stage == "deleted":
-        raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
-    if experiment:
+    if experiment := client.get_experiment_by_name(name):
+        if experiment.lifecycle_stage == "deleted":
+            raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
         return experiment.experiment_id
     database = sqlite_path(client.tracking_uri)
     artifacts = (database.parent / "mlartifacts").as_uri() if database else None
@@ -202,12 +199,8 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
 
 
 def move(client: Any, name: str, version: str, expected: str | None) -> None:
-    """Make a version champion; the one that was becomes `previous`. Raises AliasMoved: it is
-    another one; nothing was changed.
-
-    Args:
-        expected: the version that is champion, None if there is none.
-    """
+    """Make a version champion; the one that was becomes `previous`. `expected`: the version that is
+    champion, None if there is none. Raises AliasMoved: it is another one; nothing was changed."""
     now = aliased(client, name, CHAMPION)
     if now and str(now.version) == version:  # a repeated move
         return

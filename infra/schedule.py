@@ -1,10 +1,10 @@
 """One cron line, everywhere: validated once, its next fire times, and the files that a scheduler takes.
 
-What happens in the hour that does not exist and in the one that exists twice differs: Debian's cron fires a fixed time
-of the lost hour right after it, systemd and Kubernetes leave it out; in the doubled hour Kubernetes fires twice, the
-others once. `next` says it as the target does it. What fires twice or late is harmless: a run that finds another one
-alive exits 75 (the lease, infra/lease.py), one that finds everything published ends in seconds, and max_start_delay
-keeps a scheduler that catches up (systemd after a reboot, KubeRay after an outage) from starting too late.
+Debian's cron fires a fixed time of the hour that a zone skips right after it, systemd and Kubernetes
+leave it out; in the doubled hour Kubernetes fires twice, the others once. `next` does as the target
+does. What fires twice is harmless: a run that finds another one alive exits 75 (infra/lease.py), one
+that finds everything published ends in seconds. max_start_delay keeps a scheduler that catches up
+(systemd after a reboot, KubeRay after an outage) from starting too late.
 
     print(*Schedule.parse("30 2 * * *", "Europe/Berlin").next(5, "systemd"), sep="\n")
 """
@@ -129,13 +129,11 @@ def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *
     guarded = schedule if replays else Schedule(schedule.cron, schedule.tz)
     entrypoint = guarded.command(kubernetes.RECIPE_FILE, overrides, "longreach", "auto")
     ray_job = kubernetes.ray_job(name, entrypoint, job.resources, place)
+    timer = (name, schedule.cron, schedule.tz, ray_job, place)
     if replays:
-        timers = [kubernetes.ray_cron_job(name, schedule.cron, schedule.tz, ray_job, place, suspend=not enable)]
+        timers = [kubernetes.ray_cron_job(*timer, suspend=not enable)]
     else:
-        timers = kubernetes.cron_job(
-            name, schedule.cron, schedule.tz, ray_job, place,
-            suspend=not enable, max_start_delay=schedule.max_start_delay,
-        )  # fmt: skip
+        timers = kubernetes.cron_job(*timer, suspend=not enable, max_start_delay=schedule.max_start_delay)
     manifests = [kubernetes.recipe_map(name, job.text, place), *timers]
     if problems := [problem for manifest in [*manifests, ray_job] for problem in kubernetes.check(manifest)]:
         raise ValueError("\n".join(problems))
@@ -174,19 +172,16 @@ WantedBy=timers.target
 
 
 def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
-    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the system. systemd does not
-    start a service again that still runs, so runs never overlap on one machine."""
+    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the system. It
+    starts no service that still runs, so runs never overlap on one machine."""
     unit = "longreach-" + job.name.replace("+", "-")  # `+` has no place in a unit's name
     arguments = schedule.command(job.recipe, job.overrides, str(job.program))
     if unfit := re.search("[\"'\\\\]", str(job.program)) or re.search("\n", "".join([*arguments, str(job.folder)])):
         raise ValueError(f"{unfit.string!r} has {unfit[0]!r}, which a unit file cannot hold: rename it")
     calendars = "\n".join(f"OnCalendar={text}" for text in on_calendar(schedule))
-    service = SERVICE.format(
-        unit=unit,
-        name=job.name,
-        folder=str(job.folder).replace("%", "%%"),
-        command=" ".join([f'"{job.program}"'.replace("%", "%%"), *map(_unit_quoted, arguments[1:])]),
-    )
+    command = " ".join([f'"{job.program}"'.replace("%", "%%"), *map(_unit_quoted, arguments[1:])])
+    folder = str(job.folder).replace("%", "%%")
+    service = SERVICE.format(unit=unit, name=job.name, folder=folder, command=command)
     timer = TIMER.format(unit=unit, name=job.name, cron=schedule.cron, tz=schedule.tz, calendars=calendars)
     return {f"{unit}.service": service, f"{unit}.timer": timer}
 
