@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from longreach.infra.artifact import CorruptArtifact, Store
 from longreach.infra.resources import Resources
 from longreach.pipelines.display import duration
@@ -15,6 +17,7 @@ from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
 from longreach.training.cost import Machine, Prediction, Shape, predict
 from longreach.training.recipe import ArmRecipe, FinetuneStageRecipe, PretrainStageRecipe
+from longreach.training.summary import TrainingSummary
 
 SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
 """What the cost model takes from the summary of a converted model."""
@@ -90,12 +93,14 @@ def _summary(store: Store, stage: Stage) -> dict[str, Any]:
 def _measured(store: Store, resources: Resources) -> Machine | None:
     """What the newest arm measured that trained on ranks of the same kind, on whichever host."""
     wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
-    newest: dict[str, Any] | None = None
-    for stage in ("finetune", "pretrain"):
-        for manifest in store.manifests(stage):
-            ranks = {key: manifest["resources"].get(key) for key in SAME_RANKS}
-            if ranks != wanted or not manifest["summary"].get("machine"):
-                continue
-            if newest is None or manifest["published_at"] > newest["published_at"]:
-                newest = manifest
-    return Machine(**newest["summary"]["machine"]) if newest else None
+    machine = None
+    manifests = [*store.manifests("finetune"), *store.manifests("pretrain")]
+    for manifest in sorted(manifests, key=lambda one: one["published_at"]):
+        if {key: manifest["resources"].get(key) for key in SAME_RANKS} != wanted:
+            continue
+        try:
+            summary = TrainingSummary.model_validate(manifest["summary"])
+        except ValidationError:  # another version of longreach wrote it
+            continue
+        machine = summary.machine or machine
+    return machine

@@ -21,8 +21,10 @@ from longreach.infra.resources import Resources
 from longreach.infra.share import Share, node_scratch
 from longreach.infra.tracking import Spool
 from longreach.infra.versions import git_commit, versions
+from longreach.pipelines.artifacts import PackedCorpus
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.stage import Stage
+from longreach.training.summary import PackSummary
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ def _call(
     summary = stage.kind(
         **stage.kind.arguments(artifacts), recipe=stage.recipe, resources=task.resources, out=attempt.out, run=run
     )
-    documents = summary.get("source_digest")
-    if documents and documents != stage.digests.get("documents", documents):
+    if stage.kind.makes is not PackedCorpus or "documents" not in stage.digests:
+        return summary
+    if PackSummary.model_validate(summary).source_digest != stage.digests["documents"]:
         raise ValueError("the corpus' documents changed while the run went on: run again, to take them as they are now")
     return summary
 

@@ -9,8 +9,6 @@ vouches for. Only folders of our own root are read: DeepSpeed's files are pickle
 Every disk needs one rank that hashes, renames and deletes on it, whether nodes share it or not: its disk leader.
 
     {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt}
-
-    pytest tests/test_training_checkpoint.py
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import re
 import shutil
@@ -27,6 +26,7 @@ import xxhash
 
 from longreach.infra.files import add_file
 from longreach.infra.registry import version_of
+from longreach.training.documents import package_folder
 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -37,7 +37,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """A Python package that carries a model: its distribution, its module folder and the file in it."""
+    """A Python package that carries a model in a file of its module's folder."""
 
     distribution: str
     module: str
@@ -45,11 +45,8 @@ class ModelPackage:
     install: str
 
     def folder(self) -> Path:
-        """Where it is installed, without importing it (its import would want llama.cpp)."""
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"package {self.distribution} is not installed: {self.install}")
-        return Path(spec.submodule_search_locations[0])
+        """Return where it is installed; ValueError if it is not."""
+        return package_folder(self.module, f"package {self.distribution} is not installed: {self.install}")
 
 
 PACKAGES = {
@@ -63,10 +60,11 @@ PACKAGES = {
 
 
 def source_digest(source: str, revision: str | None = None) -> str:
-    """Names the bytes behind `source` cheaply and without torch: `plan` calls this.
+    """Name the bytes behind `source` cheaply and without torch, for `plan`.
 
-    A package is known by name, version and file size, a folder by the xxh3 of the files that would be kept, a hub id
-    by its revision ("default" follows the branch and is resolved when converted). ValueError if there is no source.
+    A package is known by name, version and file size, a folder by the xxh3 of the files that would be
+    kept, a hub id by its revision ("default" follows the branch and is resolved when converted).
+    ValueError if there is no source.
     """
     kind, name = parse_source(source)
     if kind == "package":
@@ -87,7 +85,10 @@ def source_digest(source: str, revision: str | None = None) -> str:
 
 
 def parse_source(source: str) -> tuple[str, str]:
-    """('package', name), ('hub', 'owner/name'), ('models', 'name@alias') or ('folder', path); ValueError otherwise."""
+    """Return ('package', name), ('hub', 'owner/name'), ('models', 'name@alias') or ('folder', path).
+
+    ValueError for anything else.
+    """
     kind, _, name = source.partition(":")
     if kind == "package":
         if name not in PACKAGES:
@@ -109,9 +110,9 @@ def parse_source(source: str) -> tuple[str, str]:
 
 
 def convert(source: str, out: Path | str, revision: str | None = None) -> dict[str, Any]:
-    """Writes `source` as a Hugging Face folder into `out` (made if missing) and returns what origin.json says.
+    """Write `source` as a Hugging Face folder into `out` (made if missing); return what origin.json says.
 
-    ValueError: unknown source, weights that are not safetensors, missing shards, a hub that cannot be reached.
+    ValueError: unknown source, weights that are not safetensors, missing shards, a hub out of reach.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -128,33 +129,43 @@ def convert(source: str, out: Path | str, revision: str | None = None) -> dict[s
     elif kind == "folder" and is_adapter(Path(name)):
         origin |= _merged(Path(name), out)
     else:
-        found = {"folder": Path, "hub": lambda hub_id: _download(hub_id, revision), "models": _registered}
-        folder = found[kind](name)
+        if kind == "hub":
+            folder = _download(name, revision)
+            origin["revision"] = folder.name  # the hub's cache names a snapshot by its commit
+        elif kind == "models":
+            folder = _registered(name)
+        else:
+            folder = Path(name)
         files = kept_files(folder)
         for path in files:
             shutil.copyfile(path, out / path.name)
-        origin |= {"sha256": {p.name: _sha256(p) for p in files}, "licence": _licence(folder)}
-        if kind == "hub":
-            origin["revision"] = folder.name  # the hub's cache names a snapshot by its commit
+        origin |= _digests_and_licence(files, folder)
     (out / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
     return origin
 
 
 def kept_files(folder: Path) -> list[Path]:
-    """The files of a model folder that are copied, by name. ValueError unless it is whole and safetensors only."""
+    """Return the files of a model folder that are copied; ValueError unless it is whole, in safetensors."""
     if is_adapter(folder):
-        if missing := [name for name in ADAPTER if not (folder / name).is_file()]:
-            raise ValueError(f"{folder} is a peft adapter without {missing[0]}: save it again with save_pretrained")
-        return [folder / name for name in ADAPTER]
+        files = [folder / name for name in ADAPTER]
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{folder} is a peft adapter without {file.name}: save it again with save_pretrained")
+        return files
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json, nor adapter_config.json")
-    pickled = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in PICKLED)]
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and any(fnmatch(p.name, pattern) for pattern in KEPT)]
-    files = [p for p in files if p.name not in pickled]
-    shards = {p.name for p in files if p.suffix == ".safetensors"}
+    files, pickled = [], []
+    for path in sorted(folder.iterdir()):
+        if any(fnmatch(path.name, pattern) for pattern in PICKLED):
+            pickled.append(path.name)
+        elif path.is_file() and any(fnmatch(path.name, pattern) for pattern in KEPT):
+            files.append(path)
+    shards = {path.name for path in files if path.suffix == ".safetensors"}
     if not shards:
-        found = f"only pickled weights ({', '.join(pickled)}), which run code when opened" if pickled else "no weights"
-        raise ValueError(f"{folder} has {found}: save it again with save_pretrained, which writes safetensors")
+        weights = "no weights"
+        if pickled:
+            weights = f"only pickled weights ({', '.join(pickled)}), which run code when opened"
+        raise ValueError(f"{folder} has {weights}: save it again with save_pretrained, which writes safetensors")
     for index in folder.glob("*.safetensors.index.json"):
         missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - shards)
         if missing:
@@ -168,7 +179,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(adapter: Path) -> str:
-    """The source of an adapter's base, as it says itself: a folder, else a hub id."""
+    """Return the source of an adapter's base, as it says itself: a folder, else a hub id."""
     base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter}/adapter_config.json does not say its base_model_name_or_path: write it there")
@@ -176,21 +187,22 @@ def base_of(adapter: Path) -> str:
 
 
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
-    """Merges an adapter into its base; one of ours brings the stretch that it was trained with."""
+    """Merge an adapter into its base; one of ours brings the stretch that it was trained with."""
     from longreach.training.export import merge_adapter
     from longreach.training.summary import TrainingSummary
 
-    files, rope = kept_files(adapter), None
+    files = kept_files(adapter)
+    rope = None
     if (adapter / TrainingSummary.file).is_file():
         rope = TrainingSummary.read(adapter).rope
     kind, name = parse_source(base_of(adapter))
     base = Path(name) if kind == "folder" else _download(name, None)
     about = merge_adapter(base, adapter, out, rope=rope)
-    return about | {"base": str(base), "sha256": {p.name: _sha256(p) for p in files}, "licence": _licence(base)}
+    return about | {"base": str(base)} | _digests_and_licence(files, base)
 
 
 def _registered(name: str) -> Path:
-    """The model folder inside of a registered model's artifacts (mlflow.transformers has one for it)."""
+    """Return the model folder inside of a registered model's artifacts, as mlflow.transformers has one."""
     import mlflow
 
     version = version_of(name)
@@ -205,12 +217,12 @@ def _registered(name: str) -> Path:
 
 
 def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
-    """De-quantises a GGUF file to float32 and saves model and tokenizer."""
+    """De-quantise a GGUF file to float32, and save model and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # The weights are plain tensors by now, but the model still calls itself quantised and would refuse to be saved.
+    # The weights are plain tensors by now, but the model calls itself quantised and would not be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(out)
@@ -219,7 +231,7 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The hub's snapshot folder, from its cache when the hub is away."""
+    """Return the hub's snapshot folder, from its cache when the hub is away."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -232,10 +244,9 @@ def _download(name: str, revision: str | None) -> Path:
             away = True
         except Exception:  # noqa: BLE001 (of whichever HTTP client the hub's library has): nobody answers
             away = True
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=list(KEPT), etag_timeout=10, local_files_only=away
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=KEPT, etag_timeout=10, local_files_only=away)
         )
-        return Path(found)
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise ValueError(
             f"hub:{name} (revision {revision or 'default'}) could not be fetched and is not in the local cache "
@@ -243,16 +254,23 @@ def _download(name: str, revision: str | None) -> Path:
         ) from e
 
 
+def _digests_and_licence(files: list[Path], folder: Path) -> dict[str, Any]:
+    return {"sha256": {path.name: _sha256(path) for path in files}, "licence": _licence(folder)}
+
+
 def _licence(folder: Path) -> str:
-    """What the model card's header says, else the name of a licence file, else "unknown"."""
+    """Return what the model card's header says, else the name of a licence file, else "unknown"."""
     card = folder / "README.md"
     if card.is_file():
         from huggingface_hub import ModelCard
 
-        if licence := ModelCard.load(card, ignore_metadata_errors=True).data.get("license"):
-            other = ModelCard.load(card, ignore_metadata_errors=True).data.get("license_name")
-            return str(other if licence == "other" and other else licence)
-    return next((f"see {p.name}" for p in sorted(folder.glob("LICENSE*"))), "unknown")
+        header = ModelCard.load(card, ignore_metadata_errors=True).data
+        licence = header.get("license")
+        if licence == "other":
+            licence = header.get("license_name") or licence
+        if licence:
+            return str(licence)
+    return next((f"see {path.name}" for path in sorted(folder.glob("LICENSE*"))), "unknown")
 
 
 def _sha256(path: Path) -> str:

@@ -9,8 +9,6 @@ milliseconds.
     predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources, machine=machine).step_s
 
 Legend: T tokens, H heads, D head dim, E hidden size, I intermediate size, N and M a matrix's inputs and outputs.
-
-    pytest tests/test_training_cost.py
 """
 
 from __future__ import annotations

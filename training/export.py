@@ -4,8 +4,6 @@ The saved folder is to be what was trained. So before it is written, each traina
 at the start; and a merged model is loaded again by plain transformers and its logits are compared with the adapter's.
 
     merge_adapter(base, adapter, Path("merged"), rope=TrainingSummary.read(adapter).rope)
-
-    pytest tests/test_training_export.py
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ beside it does, and costs few parameters (LongLoRA, arXiv:2309.12307, section 3.
 Embeddings and norms train in place, where peft's `modules_to_save` would keep a frozen copy of each (113 MB for
 SmolLM2's embedding) and wrap 61 norms. Only the saved folder says `modules_to_save`, with the key names that peft uses
 for them, so plain peft loads it with the same logits (training/export.py).
-
-    pytest tests/test_training_longlora.py
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ Everything that an arm shares with the others (rows, order, seed, schedule) depe
 alone. So arms differ in nothing but their own choices, and a resumed run goes on bit by bit as if never stopped.
 
 Steps are counted from 0 while they run; `progress.step` is the number of steps done, as checkpoints and records say it.
-
-    pytest tests/test_training_loop.py
 """
 
 from __future__ import annotations
@@ -161,8 +159,6 @@ class Training:
         )
         self.checkpoint_laps: dict[str, float] = {}  # seconds of a checkpoint, recorded with the step that follows
 
-    # ------------------------------------------------------------------------------------------------ start
-
     def resume(self) -> None:
         """Begin at the newest valid checkpoint of this attempt or an earlier one, else at step 0."""
         self.progress = self._load_newest()
@@ -185,8 +181,6 @@ class Training:
         step = self.checkpoints.load(self.engine, path) if path else 0
         validated, trained_losses = recorded
         return Progress(step, step, validated, trained_losses, notes=passed_over)
-
-    # ------------------------------------------------------------------------------------------------ one step
 
     def run_step(self) -> None:
         """Train one optimizer step, or skip it where its numbers are bad; record it; write a checkpoint if one is due.
@@ -311,8 +305,6 @@ class Training:
             return {}
         return {"mfu": self.predicted.flops / seconds / self.world / self.machine.matmul}
 
-    # ------------------------------------------------------------------------------------------------ bad steps
-
     def _skip(self, step: int, why: str, row: dict[str, Any]) -> bool:
         """Note a skipped step. Whether there were so many in a row that training has to go back to a checkpoint."""
         note = f"step {step + 1} skipped: {why}, in rows {row['rows']}"
@@ -334,8 +326,6 @@ class Training:
         self.progress = self._load_newest()
         self.progress.notes = notes + self.progress.notes
         self.skips.go_back()
-
-    # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _checkpoint_due(self) -> bool:
         """Whether the steps done are a multiple of the interval, or left the best weights so far."""
@@ -369,8 +359,6 @@ class Training:
             if step == self.progress.step or self.checkpoints.path_of(step).exists():
                 steps.append(step)
         return steps[: self.job.resources.keep_best]
-
-    # ------------------------------------------------------------------------------------------------ end
 
     def finish(self) -> dict[str, Any]:
         """Check and save the weights that leave, and write the summary; rank 0 returns it."""
@@ -411,8 +399,6 @@ class Training:
         if best != self.progress.step:
             self.checkpoints.load(self.engine, self.checkpoints.of_step(best))
         return best
-
-    # ------------------------------------------------------------------------------------------------ helpers
 
     def _pattern_at(self, step: int) -> Pattern:
         """Return what a step (from 0) attends by: the arm's pattern, and at the end the one that it anneals to."""

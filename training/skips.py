@@ -3,8 +3,6 @@
 A skipped step leaves weights and optimizer as they were. Several in a row mean that the weights themselves went wrong:
 training goes back to its last checkpoint, once, and on the way forward leaves out the steps that were bad. If that does
 not help it stops and names the rows. Every rank decides the same, since all see the same numbers.
-
-    pytest tests/test_training_skips.py
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from longreach.training.cost import Machine, Prediction
-from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, PackRecipe, RopeRecipe, Sink
+from longreach.training.recipe import FinetuneStageRecipe, PackRecipe, PretrainStageRecipe
 
 
 class Facts(BaseModel):
     """Frozen facts, strict about names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as JSON's own types, as manifests hold them."""
@@ -58,26 +58,26 @@ class TrainableParameters(Facts):
     """Numbers of parameters that an arm trains, by kind; a tied weight counts once."""
 
     total: int
-    """All kinds of parameters together."""
     lora: int
-    """In LoRA's two small matrices."""
     embed: int
     """In the input embedding."""
     norm: int
-    """In the norms' weights."""
     other: int
-    """In everything else: the layers' own matrices and an untied head."""
+    """In the layers' own matrices and an untied head."""
 
 
-class TrainingSummary(Summary):
-    """What was trained, what it cost and how it went: training.json beside the trained weights."""
+class TrainingSummary(Summary, FinetuneStageRecipe, PretrainStageRecipe):
+    """What was trained, what it cost and how it went: training.json beside the trained weights.
+
+    It holds the choices of both stages that train; those of the other stage keep their defaults.
+    """
 
     file: ClassVar[str] = "training.json"
 
+    kind: Literal["finetune", "pretrain"]
     steps: int
     """Optimizer steps, skipped ones included."""
     skipped_steps: int
-    """Steps that left the weights as they were (training/skips.py)."""
     tokens: int
     """Tokens read in all steps."""
     targets: int
@@ -85,7 +85,6 @@ class TrainingSummary(Summary):
     wall_s: float
     """Seconds of all optimizer steps, without start-up, checkpoints, validation and saving."""
     checkpoints_s: float
-    """Seconds in which checkpoints were written."""
     step_s_median: float
     """Seconds of the median step; the first step, which warms up, is left out."""
     tokens_per_s: float
@@ -93,19 +92,16 @@ class TrainingSummary(Summary):
     loss_first: float
     """Loss of the first trained step, in nats per target."""
     loss_last: float
-    """Loss of the last trained step, in nats per target."""
     total_parameters: int
     """Parameters of the model, LoRA's included."""
     trainable: TrainableParameters
-    """Parameters that were trained."""
     machine: Machine | None
-    """What one rank was measured to do in a second; None for an architecture that the cost model does not know."""
+    """What a rank was measured to do; None for an architecture that the cost model does not know."""
     predicted: Prediction | None
     """What a step was predicted to cost before the first one; None as above."""
     peak_gib: float
-    """Peak memory in GiB, summed over the ranks: of their GPUs, else of their processes."""
+    """Peak memory, summed over the ranks: of their GPUs, else of their processes."""
     ranks: int
-    """Number of ranks that trained."""
     kernel: str
     """How attention was computed (attention/kernels.py)."""
     pattern: str
@@ -115,44 +111,24 @@ class TrainingSummary(Summary):
     resumed_from_step: int
     """Steps that were already done when this attempt began; 0 for a fresh start."""
     left_after_step: int
-    """The step whose weights were saved: the last one, or the one with the lowest validation loss."""
+    """The step whose weights were saved: the last, or the one with the lowest validation loss."""
     notes: tuple[str, ...]
     """Checkpoints that were passed over when this attempt began, and why."""
 
-    kind: Literal["finetune", "pretrain"]
-    """An arm of context extension, or of sink pretraining."""
-    rope: RopeRecipe
-    """The stretch of the positions (finetune)."""
-    arm: ArmRecipe
-    """The training method (finetune)."""
-    model: LlamaRecipe | None
-    """The model made from scratch (pretrain); None: training began with the base's weights."""
-    sink: Sink
-    """The attention sink (pretrain)."""
-    sink_mass_every: int
-    """Steps between two measurements of where attention rests (pretrain); 0: never."""
-    optim: OptimRecipe
-    """Optimizer and learning rate schedule."""
-    seed: int
-    """Seed of initialisation and row order."""
-
 
 class BadEntry(Facts):
-    """A malformed entry that was skipped."""
+    """A malformed entry that was skipped, and why."""
 
     file: str
-    """The file it stands in."""
     line: int
     """Its line or row, from 1."""
     reason: str
-    """What is wrong with it."""
 
 
 class BadEntries(Facts):
     """How many entries of the sources were malformed."""
 
     count: int
-    """Number of malformed entries."""
     fraction: float
     """Malformed entries over all entries."""
     listed: tuple[BadEntry, ...] = ()
@@ -160,16 +136,12 @@ class BadEntries(Facts):
 
 
 class LengthBin(Facts):
-    """Documents of one range of lengths: more than half of `up_to` tokens, up to `up_to`."""
+    """Numbers of documents that have more than half of `up_to` tokens, up to `up_to`."""
 
     up_to: int
-    """The greatest length of the range, a power of two."""
     train: int
-    """Number of documents for training."""
     validation: int
-    """Number of documents for validation."""
     test: int
-    """Number of documents for evaluation."""
 
     @property
     def count(self) -> int:
@@ -185,15 +157,12 @@ class PackSummary(Summary, PackRecipe):
     first_token_id: int | None
     """The token at the start of each row or isolated document; None for `first_token: none`."""
     eos_token_id: int
-    """The token that ends each document."""
     pad_token_id: int
-    """The token that fills the rest of a row."""
     vocab_size: int
     """Tokens of the tokenizer."""
     tokenizer_sha256: str
     """Digest of its tokenizer.json."""
     rows: int
-    """Number of packed rows."""
     tokens: int
     """Tokens in the rows, without padding."""
     efficiency: float
@@ -209,6 +178,4 @@ class PackSummary(Summary, PackRecipe):
     truncated_tokens: int
     """Tokens that were lost: 0, since what does not fit a row goes on in another."""
     length_histogram: tuple[LengthBin, ...]
-    """Documents by length, in powers of two."""
     bad: BadEntries
-    """Malformed entries of the sources."""

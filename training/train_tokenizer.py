@@ -1,7 +1,5 @@
 """A byte-level BPE tokenizer of the corpus' own, for models from scratch: a small vocabulary leaves a small model its
 parameters for the layers.
-
-    pytest tests/test_training_train_tokenizer.py
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and causal whatever the
 arm trains with (LongLoRA, section 3.2), so arms compare. The loss is a mean over all targets, whatever the ranks.
-
-    pytest tests/test_training_validation.py
 """
 
 from __future__ import annotations

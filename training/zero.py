@@ -3,8 +3,6 @@
 AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes before the first step.
 The loss is already divided by the targets of the whole global batch (training/loss.py), so DeepSpeed may average over
 ranks but must not divide by the number of micro-batches: `backward` undoes that.
-
-    pytest tests/test_training_zero.py
 """
 
 from __future__ import annotations
