@@ -1,12 +1,11 @@
 """Checkpoints from which training resumes bitwise.
 
-A checkpoint is DeepSpeed's own folder (weights that train, optimizer state, one file a rank) plus `checkpoint.json`:
-size and xxh3 of each file, the step, and the identity of the run it belongs to. It is written under another name and
-then renamed, so a kill leaves either a whole one or a draft that nobody reads. The newest whole one wins; a damaged one
-is passed over, with a note. Frozen weights are not saved: resuming needs the same base loaded first, which the identity
-vouches for. Only folders of our own root are read: DeepSpeed's files are pickles.
-
-Every disk needs one rank that hashes, renames and deletes on it, whether nodes share it or not: its disk leader.
+A checkpoint is DeepSpeed's own folder (weights that train, optimizer state, one file a rank) plus
+`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run. It is written as a
+draft and then renamed, so a kill leaves a whole one or a draft that nobody reads. The newest whole one wins;
+a damaged one is passed over, with a note. Frozen weights are not saved: the same base is loaded first, which
+the identity vouches for. Only folders of our own root are read: DeepSpeed's files are pickles. On every disk
+one rank hashes, renames and deletes, whether nodes share it or not: its disk leader.
 
     {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt}
 """
@@ -34,17 +33,16 @@ FULL_BELOW_BYTES = 64 * 2**20
 
 
 class Checkpoints:
-    """The checkpoints of one attempt, and of earlier ones to begin from. Every rank makes one and calls its methods."""
+    """The checkpoints of one attempt, and earlier ones to begin from. Every rank calls every method."""
 
     def __init__(
         self, folder: Path, *, identity: str, earlier: Iterable[Path] = (), share: Share | None = None
     ) -> None:
         """
         Args:
-            folder: of this attempt.
             identity: of the run; checkpoints of another one are passed over.
             earlier: folders of earlier attempts, which are only read.
-            share: where checkpoints go for nodes that do not see this disk, and come from instead of `earlier`.
+            share: where nodes that do not see this disk exchange checkpoints; then `earlier` is not read.
         """
         self.folder = folder
         self.identity = identity
@@ -53,7 +51,7 @@ class Checkpoints:
         self.is_disk_leader = elect_disk_leader(folder)
 
     def path_of(self, step: int) -> Path:
-        """Return where the checkpoint after `step` steps stands, or would stand."""
+        """Return where the checkpoint after `step` steps stands or would stand."""
         return self.folder / f"step-{step:08d}"
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -81,9 +79,9 @@ class Checkpoints:
         )
 
     def _pull(self, share: Share, step: int | None = None) -> tuple[Path | None, list[str]]:
-        """Bring the newest whole checkpoint in the store (or that of a step) to every node; returns as `newest`.
+        """Bring the newest checkpoint in the store (or that of a step) to every node; return as `newest`.
 
-        Ranks agree on which: one that is damaged on any node is passed over by all.
+        One that is damaged on any node is passed over by all.
         """
         listed: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -109,9 +107,7 @@ class Checkpoints:
     ) -> Path:
         """Write and publish the checkpoint after `step` steps, and remove older ones beyond `keep_last`.
 
-        Args:
-            best: steps whose checkpoints stay however old they are.
-            attach: files that are copied in, so that they go back in time with it.
+        best: steps whose checkpoints stay. attach: files that go back in time with it.
         """
         path = self.path_of(step)
         draft = self.folder / f".draft-{path.name}"
@@ -137,7 +133,6 @@ class Checkpoints:
         return path
 
     def _write(self, engine: Any, draft: Path, step: int) -> None:
-        """Let DeepSpeed write its files into `draft`. DiskFull if there was no room."""
         # the version tells DeepSpeed that the checkpoint may be converted to another number of ranks
         state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         try:
@@ -182,11 +177,9 @@ class Checkpoints:
     def load(self, engine: Any, path: Path) -> int:
         """Load weights and optimizer state on every rank and return the number of steps done.
 
-        The base is loaded already. A checkpoint that was written by another number of ranks goes through DeepSpeed's
-        universal format. Then the next step is no longer bitwise the same: sums over ranks are added in another order.
-
-        Raises:
-            ValueError: it was written with another ZeRO stage.
+        A checkpoint of another number of ranks goes through DeepSpeed's universal format. Then the next
+        step is not bitwise the same: sums over ranks are added in another order. ValueError if it was
+        written with another ZeRO stage.
         """
         now = layout(engine)
         about = json.loads((path / MANIFEST).read_text())
@@ -219,8 +212,8 @@ def _load(engine: Any, path: Path, universal: bool) -> int:
     engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not load {path}")
-    # ZeRO-3's universal loading (DeepSpeed 0.19) gives all groups the choices of the first, and one step counter that
-    # all tensors share, so that each group would advance it.
+    # ZeRO-3's universal loading (DeepSpeed 0.19) gives all groups the choices of the first, and one step
+    # counter that all tensors share, so that each group would advance it.
     for group, scale in zip(engine.optimizer.param_groups, scales, strict=True):
         group["rate_scale"] = scale
     for tensors in engine.optimizer.state.values():
@@ -229,10 +222,10 @@ def _load(engine: Any, path: Path, universal: bool) -> int:
 
 
 def elect_disk_leader(folder: Path) -> bool:
-    """True on one rank per disk (the lowest): it hashes, renames and deletes for the disk that `folder` is on.
+    """Return whether this rank is the disk leader where `folder` is: the lowest of those that see it.
 
-    Every rank calls it. Each leaves a file there and looks whose files it sees, so it does not matter whether nodes
-    share the disk, or what they are called. Drafts that a kill left are removed.
+    Every rank calls it. Each leaves a file there and looks whose files it sees, so it does not matter
+    whether nodes share the disk. Drafts that a kill left are removed.
     """
     mark = [uuid.uuid4().hex]
     dist.broadcast_object_list(mark)
@@ -270,11 +263,9 @@ def problem(path: Path, *, identity: str) -> str | None:
 
 
 def newest_valid(folders: Iterable[Path], *, identity: str) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint with the highest step in any of `folders`, and a line for each newer one passed over."""
-    paths: list[Path] = []
-    for folder in folders:
-        paths += folder.glob("step-*")
-    passed_over: list[str] = []
+    """Return the checkpoint of the highest step in any folder, and a line for each newer one passed over."""
+    paths = [path for folder in folders for path in folder.glob("step-*")]
+    passed_over = []
     for path in sorted(paths, key=lambda p: p.name, reverse=True):  # stable: of equal steps the first folder's
         why = problem(path, identity=identity)
         if why is None:
@@ -284,7 +275,6 @@ def newest_valid(folders: Iterable[Path], *, identity: str) -> tuple[Path | None
 
 
 def _to_universal(path: Path, out: Path) -> None:
-    """Convert DeepSpeed's checkpoint to its universal format, which any number of ranks can load."""
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(out, ignore_errors=True)

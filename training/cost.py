@@ -1,10 +1,9 @@
 """What a training step will cost, before it is trained: FLOPs, memory and seconds, by counting.
 
-FLOPs are those of the matrices and of the keys that a pattern lets a query see. Memory is what ZeRO leaves on a rank,
-plus what the backward pass needs of each layer. Seconds are FLOPs and bytes over what this machine was measured to do
-(`calibrate`), each kind of work at its own rate. The model is Llama-like (q, k, v, o, a gated MLP). Everything that is
-assumed and not measured stands in the table of assumptions below. No torch at import: `longreach plan` reads this in
-milliseconds.
+FLOPs are those of the matrices and of the keys that a pattern lets a query see. Memory is what ZeRO
+leaves on a rank, plus what the backward pass needs of each layer. Seconds are FLOPs and bytes over what
+this machine was measured to do (`calibrate`), each kind of work at its own rate. The model is Llama-like.
+What is assumed and not measured comes first. No torch at import: `longreach plan` reads this.
 
     predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources, machine=machine).step_s
 
@@ -34,27 +33,25 @@ if TYPE_CHECKING:
 GIB = 2**30
 CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
-# ---- the table of assumptions: what, why, and where the number comes from
-
 ATTENTION_BACKWARD = 2.5
-"""FLOPs of the attention kernel's backward pass over those of its forward. FlashAttention computes 2 products forward
-(scores, values) and 5 backward (the scores again, and gradients of q, k, v and the scores)."""
+"""FLOPs of the attention kernel backward over forward: FlashAttention computes 2 products (scores, values)
+forward and 5 backward (the scores again, and gradients of q, k, v and the scores)."""
 BACKWARD_TRAFFIC = 2
 """Bytes that elementwise operations move backward over those forward: they read the saved input and the gradient."""
 PASSES = 3
 """Floats that an elementwise operation moves for each that it returns: about two are read and one is written."""
 LOSS_PASSES = 12
-"""Memory passes over the logits in the fused loss (training/loss.py), by its operations: the matmul writes 1, the
-maximum reads 1, subtracting and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets
-about 1, and the products for the two gradients read 1 each."""
+"""Memory passes over the logits in training/loss.py: the matmul writes 1, the maximum reads 1, subtracting
+and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets about 1, and the
+products for the two gradients read 1 each."""
 LOSS_CHUNK = 512
 """Tokens whose logits exist at once (training/loss.py)."""
 OPTIMIZER_BYTES = 7 * 4
-"""Bytes per trained parameter of an AdamW step: it reads weight, gradient and two moments, and writes all but the
-gradient, in float32."""
+"""Bytes per trained parameter of an AdamW step: it reads weight, gradient and two moments, and writes all
+but the gradient, in float32."""
 SHARDED_BYTES = 6 * 4
-"""Bytes per trained parameter that ZeRO adds: it copies each gradient into a bucket and on into its owner's part, and
-each new weight back into the model; a copy reads and writes."""
+"""Bytes per trained parameter that ZeRO adds: it copies each gradient into a bucket and on into its owner's
+part, and each new weight back into the model; a copy reads and writes."""
 BUCKET_NUMBERS = 5e8
 """Numbers that one collective carries at most (DeepSpeed's reduce_bucket_size)."""
 PREFETCH_NUMBERS = 5e7
@@ -64,7 +61,7 @@ LIVE_NUMBERS = 1e9
 PROCESS_GIB = 0.65
 """Memory of a rank with torch, DeepSpeed and Ray before it has a model, where none was measured (RESULTS.md)."""
 KNOWN_WITHIN = 0.02
-"""A model whose number of parameters differs more than this from the counted one is no Llama, and not predicted."""
+"""A model whose number of parameters differs more from the counted one is no Llama, and not predicted."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """Read a config.json's content. Sizes that it lacks are 0, and then nothing `counts`."""
+        """Read a config.json's content; sizes that it lacks are 0, and then nothing `counts`."""
         config = dict.fromkeys(CONFIG_KEYS, 0) | dict(config)
         heads = config["num_attention_heads"]
         return cls(
@@ -102,12 +99,10 @@ class Shape:
 
     @property
     def q_width(self) -> int:
-        """Return the width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Return the width of all key heads together, which is that of the value heads."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -125,17 +120,14 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Return the parameters in all layers' matrices."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.matrices.values())
 
     @property
     def embedding_parameters(self) -> int:
-        """Return the parameters of the input embedding."""
         return self.vocab * self.hidden
 
     @property
     def norm_parameters(self) -> int:
-        """Return the parameters of all norms: two in each layer, and the last one."""
         return (2 * self.layers + 1) * self.hidden
 
     @property
@@ -162,24 +154,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank does in a second while all ranks work, as `calibrate` measured it or a data sheet says."""
+    """What a rank does in a second while all work, as `calibrate` measured it or a data sheet says."""
 
     matmul: float
     """FLOP/s of the model's own matrices."""
     attention: float
     """FLOP/s of the attention kernel in the forward pass."""
     attention_backward: float
-    """FLOP/s of the attention kernel in the backward pass."""
     bytes: float
-    """Bytes/s that a layer's elementwise operations read and write, counted by PASSES and BACKWARD_TRAFFIC."""
+    """Bytes/s that elementwise operations read and write, counted by PASSES and BACKWARD_TRAFFIC."""
     process_gib: float
-    """Memory of a rank before it has a model, in GiB."""
+    """Memory of a rank before it has a model."""
     exchange: float | None = None
     """Bytes/s of a tensor that all ranks add up (all-reduce); None for a rank alone."""
     host: float | None = None
     """Bytes/s between a GPU and its host's memory, for what is offloaded; None where that was not measured."""
     latency: float = 0.0
-    """Seconds of an all-reduce of next to nothing; 0 where `exchange` was measured, which includes it."""
+    """Seconds of an all-reduce of next to nothing; 0 where the measured `exchange` includes it."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +180,7 @@ class Prediction:
     flops: float
     """FLOPs of all ranks. Recomputation is not in it, so that MFU does not reward it."""
     peak_gib: float
-    """Peak memory of all ranks together, in GiB."""
+    """Peak memory of all ranks together."""
     memory_gib: dict[str, float]
     """The same by what it is for."""
     step_s: float | None
@@ -216,12 +207,9 @@ def predict(
     trained = shape.trained(arm)
     flops_per_token = _flops_per_token(shape, arm, trained, document or seq_len)
     flops = rows * seq_len * sum(flops_per_token.values())
-    process_gib = PROCESS_GIB
-    if machine:
-        process_gib = machine.process_gib
     memory = _memory(shape, arm, trained, resources, seq_len)
     if not resources.gpus_per_worker:  # peak_gib of a GPU counts what torch allocated there, no process
-        memory["process"] = process_gib * GIB
+        memory["process"] = (machine.process_gib if machine else PROCESS_GIB) * GIB
     memory_gib = {kind: resources.workers * size / GIB for kind, size in memory.items()}
     peak_gib = sum(memory_gib.values())
     if machine is None:
@@ -238,9 +226,8 @@ def predict(
 
 def _flops_per_token(shape: Shape, arm: ArmRecipe, trained: Mapping[str, int], document: float) -> dict[str, float]:
     """Return a token's FLOPs in a step by kind of work: a multiplication and an addition are two."""
-    # a weight is used once in the forward pass
     forward = 2 * (shape.layer_parameters + trained["lora"])
-    # and backward once for the gradient of its input, once more for its own gradient if it is trained
+    # a weight is used backward for the gradient of its input, and once more for its own if it is trained
     backward = forward + 2 * (trained["layers"] + trained["lora"])
     # the logits, the gradient of the hidden states, and that of the head's weight if it is trained
     loss_products = 3 if trained["embed"] else 2
@@ -288,11 +275,7 @@ def _seconds_by_work(
 def _exchange_seconds(
     shape: Shape, trained: int, tokens: float, passes: float, resources: Resources, machine: Machine
 ) -> float:
-    """Return the seconds of a step's collectives: what they carry at the measured speed, and a latency for each.
-
-    Args:
-        trained: parameters that are trained. tokens: a rank's own. passes: forward passes of a rank.
-    """
+    """Return the seconds of a step's collectives, for a rank's own tokens and forward passes."""
     assert machine.exchange is not None
     numbers = _all_reduced(shape.parameters, trained, passes, resources.zero_stage)
     numbers += tokens * _all_to_all_per_token(shape, resources)
@@ -302,11 +285,9 @@ def _exchange_seconds(
 
 
 def _all_reduced(weights: int, trained: int, passes: float, zero_stage: int) -> float:
-    """Return the communication volume of a step in all-reduce units: an all-gather or a reduce-scatter counts 1/2.
+    """Return the volume of a step's collectives: an all-gather or a reduce-scatter counts 1/2 all-reduce.
 
-    Args:
-        weights: numbers (or collectives) of the whole model. trained: of what is trained.
-        passes: forward passes of a rank in a step.
+    weights and trained: numbers (or collectives) of the whole model, and of what is trained.
     """
     if zero_stage == 0:
         return trained  # gradients are added up once
@@ -322,18 +303,17 @@ def _all_reduced(weights: int, trained: int, passes: float, zero_stage: int) -> 
 def _all_to_all_per_token(shape: Shape, resources: Resources) -> float:
     """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce units.
 
-    Ranks that share a row exchange q, k, v and the attention's result of each layer (attention/ulysses.py), in the
-    forward pass, its repetition and the backward pass.
+    Ranks that share a row exchange q, k, v and the attention's result of each layer, in the forward pass,
+    its repetition and the backward pass (attention/ulysses.py).
     """
-    ranks = resources.sequence_parallel
     exchanges = 3 if resources.activation_checkpointing else 2
     per_layer = 2 * (shape.q_width + shape.kv_width)  # q and the result; k and v
-    to_others = (ranks - 1) / ranks  # a rank's own part does not travel; 0 where nobody shares a row
+    to_others = 1 - 1 / resources.sequence_parallel  # a rank's own part does not travel
     return exchanges * shape.layers * per_layer * to_others / 2
 
 
 def _host_seconds(shape: Shape, trained: int, passes: float, resources: Resources, host: float) -> float:
-    """Return the seconds in which offloaded state travels between a GPU and its host, spread over the ranks."""
+    """Return the seconds in which a rank's offloaded state travels between its GPU and the host."""
     moved = float(trained * OPTIMIZER_BYTES)
     if resources.offload_parameters:  # fetched for each forward and each backward pass
         moved += 2 * passes * _number_bytes(resources) * shape.parameters
@@ -341,7 +321,7 @@ def _host_seconds(shape: Shape, trained: int, passes: float, resources: Resource
 
 
 def outputs(shape: Shape, arm: ArmRecipe) -> int:
-    """Return the floats a token that a layer's operations return in its forward pass, saved for the backward or not."""
+    """Return the floats a token that a layer's operations return in its forward pass."""
     norms = 2 * 3 * shape.hidden  # squared, scaled to unit variance, times the weight; two norms
     residuals = 2 * shape.hidden
     attention = 2 * shape.q_width  # the kernel's result, and its copy in o_proj's layout
@@ -357,14 +337,11 @@ def outputs(shape: Shape, arm: ArmRecipe) -> int:
 
 
 def saved(shape: Shape, arm: ArmRecipe, zero_stage: int) -> int:
-    """Return the floats a token that one layer keeps for its backward pass.
-
-    Frozen matrices and norms need no input for that, but ZeRO-3's own linear keeps it all the same.
-    """
+    """Return the floats a token that one layer keeps for its backward pass."""
     hidden, intermediate = 5, 3
     if arm.tune == "all" or "norm" in arm.tune:
         hidden += 2  # the input of each norm's weight
-    if arm.tune == "all" or zero_stage == 3:
+    if arm.tune == "all" or zero_stage == 3:  # frozen matrices need no input, but ZeRO-3's linear keeps it
         hidden += 1
         intermediate += 1
     return hidden * shape.hidden + intermediate * shape.intermediate + 2 * shape.kv_width
@@ -402,8 +379,8 @@ def _memory(
     if offloaded:
         optimizer = 0
 
-    # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so what every operation of a layer returns
-    # stays resident; a GPU's caching allocator gives freed blocks to the next layer.
+    # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so all that a layer's operations
+    # return stays resident; a GPU's caching allocator gives freed blocks to the next layer.
     layer = saved(shape, arm, stage) if on_gpu else outputs(shape, arm)
     kept = shape.layers * layer
     if resources.activation_checkpointing:  # the input of each layer, and all of the one that is computed again
@@ -412,18 +389,11 @@ def _memory(
     loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab + number * tokens * shape.hidden  # logits; hidden states' gradient
     if trained["embed"]:
         loss += 4 * shape.embedding_parameters  # the head's gradient in float32
-    return {
-        "weights": weights,
-        "gathered": gathered,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "activations": number * kept * tokens,
-        "loss": loss,
-    }
+    memory = {"weights": weights, "gathered": gathered, "gradients": gradients, "optimizer": optimizer}
+    return memory | {"activations": number * kept * tokens, "loss": loss}
 
 
 def _number_bytes(resources: Resources) -> int:
-    """Return the bytes of a weight, gradient or activation."""
     return 2 if resources.dtype == "bfloat16" else 4
 
 
@@ -443,8 +413,6 @@ def what_would_fit(resources: Resources, seq_len: int, error: str) -> str:
     )
 
 
-# ---- measuring a machine
-
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens above which rates change little, by device: with fewer, a GPU waits for its kernels to be launched."""
 CALIBRATION_LAYERS = 4
@@ -463,15 +431,10 @@ def measure_and_predict(
     document: float,
     process_gib: float,
 ) -> tuple[Machine | None, Prediction | None]:
-    """Return what a rank does in a second, measured, and what a step should cost.
+    """Return what a rank does in a second, measured, and what a step should cost; every rank calls it.
 
-    Every rank calls it. Both are None for an architecture that this counting does not know.
-
-    Args:
-        device: that trains; the weights may be offloaded.
-        parameters: of the model, LoRA's left out.
-        document: mean length in tokens of the document that a token stands in.
-        process_gib: memory of this rank before it had a model.
+    Both are None for an architecture that this counting does not know: one whose `parameters`, without
+    LoRA's, are others. document: mean length of the document that a token stands in.
     """
     shape, resources = Shape.of(model.config.to_dict()), job.resources
     if not shape.counts(parameters):
@@ -493,9 +456,9 @@ def measure_and_predict(
 
 
 def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
-    """Calibrate once: what an earlier start on this host measured with as many ranks and threads is read instead.
+    """Calibrate once; every rank calls it, with `calibrate`'s arguments.
 
-    Every rank calls it, with `calibrate`'s arguments.
+    What an earlier start on this host measured with as many ranks and threads is read instead.
 
     Args:
         folders: of this attempt, which keeps the answer, and of those before it.
@@ -507,11 +470,9 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
     about |= {"host": platform.node(), "ranks": dist.get_world_size(), "threads": torch.get_num_threads()}
     known: list[Any] = [None]
     if dist.get_rank() == 0:
-        for path in (folder / "machine.json" for folder in folders):
-            kept = json.loads(path.read_text()) if path.is_file() else {}
-            if kept.get("about") == about:
+        for path in [folder / "machine.json" for folder in reversed(folders)]:
+            if path.is_file() and (kept := json.loads(path.read_text()))["about"] == about:
                 known = [kept["machine"]]
-                break
     dist.broadcast_object_list(known)
     if known[0]:
         return Machine(**{**known[0], "process_gib": asked["process_gib"]})
@@ -525,12 +486,10 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
 def calibrate(
     shape: Shape, *, tokens: int, span: int, process_gib: float, device: torch.device, dtype: torch.dtype
 ) -> Machine:
-    """Measure what this rank does in a second, each kind of work by itself: a few seconds. All ranks at once.
+    """Measure what this rank does in a second, each kind of work by itself, while all ranks do the same.
 
-    Args:
-        tokens: in one forward pass. span: tokens of the document or group within which attention works. Of both no more
-            than CALIBRATION_TOKENS are tried, which a rank that trains has room for.
-        process_gib: memory of this rank before it had a model.
+    tokens are those of one forward pass, span those of the document or group within which attention works.
+    Of both no more than CALIBRATION_TOKENS are tried, which a rank that trains has room for.
     """
     import torch
     import torch.distributed as dist

@@ -4,10 +4,9 @@
     for each step: rows by arithmetic -> loss -> backward -> step -> record -> checkpoint
     -> check and save the result
 
-Everything that an arm shares with the others (rows, order, seed, schedule) depends on the seed and the step number
-alone. So arms differ in nothing but their own choices, and a resumed run goes on bit by bit as if never stopped.
-
-Steps are counted from 0 while they run; `progress.step` is the number of steps done, as checkpoints and records say it.
+What an arm shares with the others (rows, order, seed, schedule) depends on the seed and the step number
+alone. So arms differ in nothing but their own choices, and a resumed run goes on bit by bit. Steps are
+counted from 0 while they run; `progress.step` is the number of steps done, as in checkpoints and records.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ from longreach.training.summary import PackSummary, TrainingSummary
 from longreach.training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
-"""Share of all parameters above which trained embeddings are worth a note: they are 1.9% of Llama-2-7B, but 21% of
-Llama-3.2-1B, whose "small adapter" is then no longer small."""
-
+"""Share of all parameters above which trained embeddings are worth a note: they are 1.9% of Llama-2-7B, but
+21% of Llama-3.2-1B, whose "small adapter" is then no longer small."""
 PROBE_ROWS = 4
 """Rows at the start of the corpus on which it is measured where attention rests."""
 
@@ -57,8 +55,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: choices that contradict each other, the corpus or the base.
         FloatingPointError: too many steps in a row had to be skipped; names them and their rows.
-        Superseded: a newer attempt took over.
-        Stopped: training was asked to stop, and wrote a checkpoint.
+        Superseded, Stopped: a newer attempt took over; it was asked to stop, and wrote a checkpoint.
         OutOfMemory: says what would fit.
         RuntimeError: the pattern is not on, or the result is not what was trained.
     """
@@ -85,7 +82,7 @@ class Progress:
     saved: int
     """Steps done when the newest checkpoint was written or loaded; 0 without one."""
     validated: dict[int, float]
-    """Validation loss (nats per token) by number of steps done, of the steps that may be saved."""
+    """Validation loss by number of steps done, of the steps that may be saved."""
     trained_losses: list[tuple[int, float]]
     """(step, training loss) of the steps that were trained before resuming."""
     notes: list[str]
@@ -108,7 +105,6 @@ class Training:
         zero.check_nvme(job.resources)
         process_gib = throughput.peak_gib()  # before there is a model
 
-        # ---- the rows, and the model as every arm starts
         self.rows = PackedRows(job.corpus)
         self.packed = self.rows.summary
         self.held_out = self._held_out_rows()
@@ -118,7 +114,6 @@ class Training:
         self.parameters = self.model.num_parameters()
         self.trainable = trainable_parameters(self.model)
 
-        # ---- the engine
         self.peak_rate = job.arm.learning_rate or self.optim.learning_rate
         self.global_batch_rows = self.optim.global_batch_tokens // self.packed.seq_len
         embedding_rate = job.arm.embedding_learning_rate or self.peak_rate
@@ -132,11 +127,10 @@ class Training:
             rate_scales=dict.fromkeys(embeddings, embedding_rate / self.peak_rate),
         )
         self.engine.train()
-        # asked again, since the engine may have moved the model to a device and type that another kernel serves
+        # again, since the engine may have moved the model to a device and type that another kernel serves
         self.kernel = set_pattern(self.model, self._pattern_at(0), sequence=self.sequence).kernel
         self.order = RowOrder(len(self.rows), job.seed, self.global_batch_rows)
 
-        # ---- what a step should cost
         self.machine, self.predicted = cost.measure_and_predict(
             job,
             causal_lm(self.model),
@@ -147,17 +141,14 @@ class Training:
             process_gib=process_gib,
         )
 
-        # ---- the records
-        self.log: StepLog | None = None
-        if dist.get_rank() == 0:
-            self.log = StepLog(self.out / "metrics.jsonl", job.spool)
+        self.log = StepLog(self.out / "metrics.jsonl", job.spool) if dist.get_rank() == 0 else None
         self.checkpoints = Checkpoints(
             Path(job.work) / "checkpoints",
             identity=digest_of(job.choices()),
             earlier=[Path(work) / "checkpoints" for work in job.earlier],
             share=job.share,
         )
-        self.checkpoint_laps: dict[str, float] = {}  # seconds of a checkpoint, recorded with the step that follows
+        self.checkpoint_laps: dict[str, float] = {}  # a checkpoint's seconds, for the record of the next step
 
     def resume(self) -> None:
         """Begin at the newest valid checkpoint of this attempt or an earlier one, else at step 0."""
@@ -183,7 +174,7 @@ class Training:
         return Progress(step, step, validated, trained_losses, notes=passed_over)
 
     def run_step(self) -> None:
-        """Train one optimizer step, or skip it where its numbers are bad; record it; write a checkpoint if one is due.
+        """Train one optimizer step, or skip it where its numbers are bad; record it; checkpoint if it is due.
 
         After too many skipped steps in a row training goes back to its last checkpoint instead.
         """
@@ -235,14 +226,18 @@ class Training:
         return batches
 
     def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """Return (targets, tokens) of the step over all ranks. Stopped, after a checkpoint, if any rank was asked to.
+        """Return (targets, tokens) of the step over all ranks, or save and stop if any rank was asked to.
 
-        The loss is one mean over the targets of the whole global batch, however they are spread over ranks and
+        The loss is one mean over the targets of the global batch, however they are spread over ranks and
         micro-batches; so the ranks have to know their number before the first forward pass.
         """
         own_targets = sum(count_targets(batch["labels"]) for batch in batches)
         own_tokens = sum(batch["input_ids"].numel() for batch in batches)
-        targets, tokens, stop = all_sum(self.engine, [own_targets, own_tokens, self._stop_asked()])
+        stop_asked = False
+        if self.job.stop_file is not None:
+            asked_by_driver = self.log is not None and self.log.stop_asked
+            stop_asked = asked_by_driver or Path(self.job.stop_file).exists()
+        targets, tokens, stop = all_sum(self.engine, [own_targets, own_tokens, stop_asked])
         if stop:
             step = self.progress.step
             if step > self.progress.saved:
@@ -250,33 +245,26 @@ class Training:
             raise Stopped(f"stopped after step {step} of {self.optim.steps}: the same command goes on from there")
         return targets, tokens
 
-    def _stop_asked(self) -> bool:
-        if self.job.stop_file is None:
-            return False
-        asked_by_driver = self.log is not None and self.log.stop_asked
-        return Path(self.job.stop_file).exists() or asked_by_driver
-
     def _forward_backward(
         self, step: int, batches: list[dict[str, Tensor]], targets: float, rate: float, clock: throughput.Clock
     ) -> tuple[float, float, str]:
         """Accumulate gradients over the micro-batches and update the weights.
 
-        Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not trusted or "").
-        A norm that is not finite says that the weights stayed as they were.
+        Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not trusted
+        or ""). A norm that is not finite says that the weights stayed as they were.
         """
-        grad_accum_steps = len(batches)
         scale = self.world / max(targets, 1)  # DeepSpeed averages over ranks: this undoes it
         loss_sum, norm, distrust = 0.0, math.nan, ""
-        for micro_step in range(grad_accum_steps):
-            batch = {name: tensor.to(self.engine.device) for name, tensor in batches[micro_step].items()}
+        for micro_step, own_batch in enumerate(batches, start=1):
+            batch = {name: tensor.to(self.engine.device) for name, tensor in own_batch.items()}
             loss = self.engine(**batch, scale=scale)
             loss_sum += loss.item() / self.world
             clock.lap("forward")
-            if micro_step == grad_accum_steps - 1:
+            if micro_step == len(batches):
                 (loss_sum,) = all_sum(self.engine, [loss_sum])
                 if distrust := self.skips.distrusts(step, loss_sum):
-                    # Poison the loss: with NaN gradients the optimizer step is left out on every rank, and weights
-                    # and moments stay as they were (zero.step). Gradients that were accumulated cannot be taken back.
+                    # Accumulated gradients cannot be taken back. So poison the loss: with NaN gradients the
+                    # optimizer step is left out on every rank, and weights and moments stay (zero.step).
                     loss = loss * math.nan
             zero.backward(self.engine, loss)
             clock.lap("backward")
@@ -300,13 +288,13 @@ class Training:
         return measured
 
     def _mfu(self, seconds: float) -> dict[str, float]:
-        """Model FLOPs utilisation: FLOPs of the step without recomputation, over what matrix products could do."""
+        """Return the share of what matrix products could do that the step's FLOPs take, without recomputation."""
         if self.machine is None or self.predicted is None:
             return {}
         return {"mfu": self.predicted.flops / seconds / self.world / self.machine.matmul}
 
     def _skip(self, step: int, why: str, row: dict[str, Any]) -> bool:
-        """Note a skipped step. Whether there were so many in a row that training has to go back to a checkpoint."""
+        """Note a skipped step; return whether there were so many in a row that training has to go back."""
         note = f"step {step + 1} skipped: {why}, in rows {row['rows']}"
         if self.log:
             self.log.note(note)
@@ -351,14 +339,12 @@ class Training:
             self.log.checkpoint(step, self.checkpoints.identity, path)
 
     def _best_steps(self) -> list[int]:
-        """The steps with the lowest validation losses, best first, whose checkpoints are to stay (`result: best`)."""
+        """Return the steps with the lowest validation losses, whose checkpoints are to stay (`result: best`)."""
         if self.optim.result != "best":
             return []
-        steps = []
-        for step in sorted(self.progress.validated, key=self.progress.validated.__getitem__):
-            if step == self.progress.step or self.checkpoints.path_of(step).exists():
-                steps.append(step)
-        return steps[: self.job.resources.keep_best]
+        validated, done = self.progress.validated, self.progress.step
+        steps = [step for step in validated if step == done or self.checkpoints.path_of(step).exists()]
+        return sorted(steps, key=validated.__getitem__)[: self.job.resources.keep_best]
 
     def finish(self) -> dict[str, Any]:
         """Check and save the weights that leave, and write the summary; rank 0 returns it."""
@@ -401,7 +387,7 @@ class Training:
         return best
 
     def _pattern_at(self, step: int) -> Pattern:
-        """Return what a step (from 0) attends by: the arm's pattern, and at the end the one that it anneals to."""
+        """Return the pattern of a step (from 0): the arm's, and at the end the one that it anneals to."""
         return self.job.arm.attention.pattern_at(step, self.optim.steps)
 
     def _attend_by(self, pattern: Pattern) -> None:
@@ -414,7 +400,7 @@ class Training:
             raise RuntimeError(f"asked for attention {asked}, but {now} is on")
 
     def _held_out_rows(self) -> list[dict[str, Tensor]]:
-        """Return the rows that validation is measured on, this rank's part of each; none if nothing is measured."""
+        """Return this rank's part of each row that validation is measured on; none if nothing is measured."""
         if not self.optim.validate_every_steps:
             return []
         rows = validation_rows(Path(self.job.corpus), self.optim.validation_rows, drop_first=self.job.drops_first)
@@ -424,7 +410,7 @@ class Training:
         """Return token ids [PROBE_ROWS, seq_len - 1] on which it is measured where attention rests."""
         first_rows = range(min(PROBE_ROWS, len(self.rows)))
         ids_BT = self.rows.batch(first_rows, drop_first=self.job.drops_first)["input_ids"]
-        # one token less than a row: arms without a sink token have dropped it, and compare with those that have one
+        # one token less than a row: arms without a sink token have dropped it, and are compared with the rest
         return ids_BT[:, : self.packed.seq_len - 1].to(self.engine.device)
 
 
@@ -434,17 +420,15 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 
 def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
-    """Return the rate of a step (from 0): a warm-up that never starts at zero, then constant or falling to zero."""
+    """Return the rate of a step (from 0): a warm-up from above zero, then constant or falling to zero."""
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     passed = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
-    match optim.schedule:
-        case "constant":
-            return peak
-        case "linear":
-            return peak * (1 - passed)
-        case "cosine":
-            return peak * ((1 + math.cos(math.pi * passed)) / 2)
+    if optim.schedule == "linear":
+        return peak * (1 - passed)
+    if optim.schedule == "cosine":
+        return peak * ((1 + math.cos(math.pi * passed)) / 2)
+    return peak
 
 
 def all_sum(engine: Any, values: list[float]) -> list[float]:

