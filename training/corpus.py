@@ -5,9 +5,9 @@
     tokenizer/    the tokenizer that made the ids
     packed.json   what it is and how it was made (PackSummary)
 
-One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token goes where is then
-arithmetic on document lengths (training/packing.py); a second pass copies tokens into shards. Memory holds a few
-megabytes of text and tokens at a time, whatever the size of the corpus or of one document.
+One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token goes
+where is then arithmetic on document lengths (training/packing.py); a second pass copies tokens into shards.
+Memory holds a few megabytes at a time, whatever the size of the corpus or of one document.
 
     python -c "import datasets; print(datasets.load_from_disk('corpus/rows'))"
 
@@ -23,6 +23,7 @@ import json
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,8 +69,8 @@ def pack_corpus(
     progress is called with the number of documents done so far.
 
     Raises:
-        ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a document; nothing to
-            train on; a tokenizer without the special tokens that are asked for.
+        ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a document;
+            nothing to train on; a tokenizer without the special tokens that are asked for.
     """
     tokenizer, first_token = _first_token(tokenizer, pack.first_token)
     eos = tokenizer.eos_token_id
@@ -107,12 +108,14 @@ def pack_corpus(
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Return the tokenizer, with a sink token if the recipe wants one, and the id that opens each row or document."""
+    """Return the tokenizer, with a sink token if that is wanted, and the id that opens each row or document."""
     if kind == "sink":
         return with_sink_token(tokenizer)
-    if kind == "bos" and tokenizer.bos_token_id is None:
+    if kind == "none":
+        return tokenizer, None
+    if tokenizer.bos_token_id is None:
         raise ValueError("pack.first_token is 'bos', but the tokenizer has no BOS token: use 'none' or 'sink'")
-    return tokenizer, tokenizer.bos_token_id if kind == "bos" else None
+    return tokenizer, tokenizer.bos_token_id
 
 
 class CorpusIndex:
@@ -129,10 +132,11 @@ class CorpusIndex:
         self.bad_count = 0
 
     def add(self, item: Document | BadLine) -> None:
-        """Add the next document, whose tokens are counted later, or a malformed entry."""
+        """Add the next document, whose tokens are counted later, or malformed entry."""
         if isinstance(item, BadLine):
             self.bad_count += 1
-            self.bad += [item] if len(self.bad) < MAX_LISTED else []
+            if len(self.bad) < MAX_LISTED:
+                self.bad.append(item)
             return
         self.names.append(item.name)
         self.domains.append(item.domain)
@@ -140,7 +144,7 @@ class CorpusIndex:
         self.lengths.append(0)
 
     def check(self) -> None:
-        """Check the texts against the recipe. ValueError: too many malformed entries, no document, an idle pattern."""
+        """Raise ValueError for too many malformed entries, no document, or an idle split pattern."""
         entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
         if self.bad_count > limit * entries:
             first = self.bad[0]
@@ -156,7 +160,7 @@ class CorpusIndex:
         check_patterns(self.names, self.corpus)
 
     def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return starts in the scratch file and lengths with EOS of a split's documents (None: all): [D] int64 each."""
+        """Return starts in the scratch file and lengths with EOS of a split's documents (None: all), [D] each."""
         lengths = np.array(self.lengths, np.int64) + 1
         starts = 1 + np.cumsum(lengths) - lengths
         chosen = np.array([split in (None, s) for s in self.splits])
@@ -164,20 +168,24 @@ class CorpusIndex:
 
     def report(self, capacity: int) -> dict[str, Any]:
         """Return PackSummary's fields on the documents: what was split, how long they are, what was skipped."""
-        lengths = {split: self.extents(split)[1] - 1 for split in SPLITS}
-        upper = [1 << bits for bits in range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)]
-        counts = {split: np.bincount(np.searchsorted(upper, n), minlength=len(upper)) for split, n in lengths.items()}
+        bits = range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)
+        histogram: list[dict[str, int]] = [{"up_to": 1 << n} for n in bits]
+        tokens = {}
+        for split in SPLITS:
+            lengths = self.extents(split)[1] - 1
+            tokens[split] = int(lengths.sum())
+            place = np.searchsorted([one["up_to"] for one in histogram], lengths)
+            for one, count in zip(histogram, np.bincount(place, minlength=len(bits)), strict=True):
+                one[split] = int(count)
         return {
-            "document_tokens": {split: int(n.sum()) for split, n in lengths.items()},
-            "longer_than_a_row": int(np.sum(lengths["train"] + 1 > capacity)),
+            "document_tokens": tokens,
+            "longer_than_a_row": int(np.sum(self.extents("train")[1] > capacity)),
             "truncated_tokens": 0,  # by construction: what does not fit a row goes on in another
-            "length_histogram": [
-                {"up_to": top} | {split: int(counts[split][n]) for split in SPLITS} for n, top in enumerate(upper)
-            ],
+            "length_histogram": histogram,
             "bad": {
                 "count": self.bad_count,
                 "fraction": self.bad_count / (len(self.names) + self.bad_count),
-                "listed": [{"file": b.file, "line": b.line, "reason": b.reason} for b in self.bad],
+                "listed": [asdict(one) for one in self.bad],
             },
         }
 
@@ -248,7 +256,7 @@ def _write_rows(folder: Path, rows: Rows, scratch: IO[bytes]) -> None:
 
 
 def _write_documents(folder: Path, index: CorpusIndex, scratch: IO[bytes]) -> None:
-    """Held-out documents: the tokens of the text alone."""
+    """Write the held-out documents, with the tokens of the text alone."""
 
     def batches() -> Iterator[pa.RecordBatch]:
         starts, lengths = index.extents()
@@ -262,15 +270,15 @@ def _write_documents(folder: Path, index: CorpusIndex, scratch: IO[bytes]) -> No
 
 
 def _lists(values: np.ndarray) -> pa.ListArray:
-    """[lists, values in each] int32 as an Arrow column, without a copy."""
+    """Return [lists, values in each] int32 as an Arrow column, without a copy."""
     edges = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(edges), pa.array(values.reshape(-1)))
 
 
 def _write_dataset(folder: Path, schema: pa.Schema, shards: list[Iterator[pa.RecordBatch]]) -> None:
-    """Write what `Dataset.save_to_disk` would, without its copy of everything: Arrow streams, features, their list.
+    """Write what `Dataset.save_to_disk` would, without its copy of everything.
 
-    The keys of state.json are private to `datasets`, which refuses the folder without them; a test opens it.
+    The keys of state.json are private to `datasets`, which refuses the folder without them.
     """
     import datasets
 
@@ -283,33 +291,27 @@ def _write_dataset(folder: Path, schema: pa.Schema, shards: list[Iterator[pa.Rec
                 writer.write_batch(batch)
                 digest.update(batch["input_ids"].values.buffers()[1])
     datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema)).write_to_directory(str(folder))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": file} for file in files],
-        "_fingerprint": digest.hexdigest(),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
+    state = {
+        "_data_files": [{"filename": file} for file in files], "_fingerprint": digest.hexdigest(),
+        "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
         "_split": None,
-    }
+    }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 class PackedRows:
-    """The rows of a PackedCorpus folder, memory-mapped: opening takes milliseconds, reading copies what is read."""
+    """The rows of a PackedCorpus folder, memory-mapped: opening takes milliseconds."""
 
     def __init__(self, corpus_dir: Path | str) -> None:
         folder = Path(corpus_dir)
         self.summary = PackSummary.read(folder)
         state = json.loads((folder / "rows" / "state.json").read_text(encoding="utf-8"))
-        files = [folder / "rows" / entry["filename"] for entry in state["_data_files"]]
-        blocks = [
-            block for file in files for block in pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
-        ]
+        blocks: list[pa.RecordBatch] = []
+        for entry in state["_data_files"]:
+            file = pa.memory_map(str(folder / "rows" / entry["filename"]))
+            blocks += pa.ipc.open_stream(file).read_all().to_batches()
         self._ends = np.cumsum([len(block) for block in blocks])
-        self._columns = {
-            name: [_view(block[name]) for block in blocks] for name in ("input_ids", "position_ids", "length")
-        }
+        self._columns = {name: [_view(block[name]) for block in blocks] for name in ROW.names}
         if len(self) != self.summary.rows:
             raise ValueError(f"{folder}: packed.json counts {self.summary.rows} rows, rows/ holds {len(self)}")
 
@@ -317,23 +319,23 @@ class PackedRows:
         return int(self._ends[-1])
 
     def _read(self, column: str, row_ids: np.ndarray) -> torch.Tensor:
-        """Some rows of a column: [B, ...] int64."""
+        """Return some rows of a column, [B, ...] int64."""
         block_B = np.searchsorted(self._ends, row_ids, side="right")
         rows = [self._columns[column][b][row - self._ends[b]] for b, row in zip(block_B, row_ids, strict=True)]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def mean_document(self, rows: int = 256) -> float:
-        """Tokens of the document that a token stands in, on average over the first rows: 2 x mean position + 1."""
+        """Return the mean length of the document that a token stands in: 2 x mean position + 1."""
         return 2 * float(self._read("position_ids", np.arange(min(rows, len(self)))).double().mean()) + 1
 
     def batch(self, row_ids: Sequence[int] | np.ndarray, drop_first: bool = False) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids and labels of some rows: [B, T] int64 each.
+        """Return input_ids, position_ids and labels of some rows, [B, T] int64 each.
 
-        labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to predict from: the
-        first token of a row, of a document that is isolated, and padding.
+        labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to predict
+        from: the first token of a row, of a document that is isolated, and padding.
 
-        drop_first leaves out the sink or BOS before each row or document, with padding at the end instead, so a model
-        without it reads the same text. ValueError if the rows have none.
+        drop_first leaves out the sink or BOS before each row or document, with padding at the end instead,
+        so a model without it reads the same text. ValueError if the rows have none.
         """
         row_ids = np.asarray(row_ids)
         if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < len(self):
@@ -352,7 +354,7 @@ class PackedRows:
     def _without_first(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows without their sink or BOS tokens, the rest moved up."""
+        """Return rows without their sink or BOS tokens, the rest moved up."""
         if (first := self.summary.first_token_id) is None:
             raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
         column_T = torch.arange(ids_BT.shape[1])
@@ -366,5 +368,7 @@ class PackedRows:
 
 
 def _view(column: pa.Array) -> np.ndarray:
-    """An Arrow column as NumPy without a copy; lists, all of one length, as [rows, length]."""
-    return column.values.to_numpy().reshape(len(column), -1) if pa.types.is_list(column.type) else column.to_numpy()
+    """Return an Arrow column as NumPy without a copy; lists, all of one length, as [rows, length]."""
+    if pa.types.is_list(column.type):
+        return column.values.to_numpy().reshape(len(column), -1)
+    return column.to_numpy()

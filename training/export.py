@@ -1,7 +1,7 @@
 """What leaves training: a plain Hugging Face model or a plain peft adapter, checked; and adapters merged into models.
 
-The saved folder is to be what was trained. So before it is written, each trainable tensor is compared with what it was
-at the start; and a merged model is loaded again by plain transformers and its logits are compared with the adapter's.
+Before a result is written, each trainable tensor is compared with what it was at the start; and a merged
+model is loaded again by plain transformers and its logits are compared with the adapter's.
 
     merge_adapter(base, adapter, Path("merged"), rope=TrainingSummary.read(adapter).rope)
 """
@@ -25,40 +25,49 @@ from longreach.training.recipe import RopeRecipe
 from longreach.training.zero import whole
 
 MERGE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest logit error of a merged model, over the largest logit: rounding of W + BA to the type, then of each layer.
-Measured on SmolLM2 in float32: 4e-6."""
+"""Largest logit error of a merged model, over the largest logit: rounding of W + BA to the type, then of
+each layer. Measured on SmolLM2 in float32: 4e-6."""
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """xxh3 of each trainable tensor by name: what `save_result` compares the end with. ZeRO-3: before it partitions."""
-    return {
-        name: xxhash.xxh3_64(p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data).hexdigest()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    """Return xxh3 of each trainable tensor by name; under ZeRO-3, before it partitions or while it is whole."""
+    digests = {}
+    for name, p in trainable(model).items():
+        raw = p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+        digests[name] = xxhash.xxh3_64(raw.data).hexdigest()
+    return digests
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_result(
     model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, *, start: dict[str, str], steps: int
 ) -> None:
-    """Called by every rank; rank 0 writes the model (plain Hugging Face) or its adapter (plain peft) into `out`.
+    """Check what was trained since `start` (its `tensor_digests`), and let rank 0 write model or adapter.
 
-    start: `tensor_digests` before training. RuntimeError if a trainable tensor is empty or as it was: then what
-    trained and what is saved are not the same thing, or nothing trained. steps: how many were trained.
+    Every rank calls it.
     """
     with whole(model.parameters()):
         if dist.get_rank() == 0:
             check_trained(model, start, steps)
             out.mkdir(parents=True, exist_ok=True)
-            save_adapter(model, out) if isinstance(model, PeftModel) else model.save_pretrained(out)
+            if isinstance(model, PeftModel):
+                save_adapter(model, out)
+            else:
+                model.save_pretrained(out)
             tokenizer.save_pretrained(out)
     dist.barrier()
 
 
 def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
-    """RuntimeError naming trainable tensors that are empty, no numbers, or unchanged after so many steps."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    empty = [name for name, p in trained.items() if not (p.numel() and p.isfinite().all())]
+    """Raise RuntimeError naming trainable tensors that are empty, not finite, or unchanged after the steps.
+
+    What was trained and what is saved would not be the same thing, or nothing was trained.
+    """
+    empty = [name for name, p in trainable(model).items() if not (p.numel() and p.isfinite().all())]
     end = tensor_digests(model)
     late = {name for name in end if steps == 1 and "lora_A" in name}  # A gets no gradient before B has left zero
     same = [name for name in end.keys() - late if end[name] == start[name]]
@@ -70,12 +79,10 @@ def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
 
 
 def save_adapter(model: PeftModel, out: Path) -> None:
-    """The trainable tensors under the names that plain peft gives them, embeddings and norms as `modules_to_save`."""
-    tensors = {
-        name.replace(".default.", "."): p.detach().cpu().contiguous()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    """Save the trainable tensors as plain peft names them, embeddings and norms as `modules_to_save`."""
+    tensors = {}
+    for name, p in trainable(model).items():
+        tensors[name.replace(".default.", ".")] = p.detach().cpu().contiguous()
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     if config.ensure_weight_tying:  # peft wants a tied embedding's trained values under both of its names
@@ -88,10 +95,10 @@ def save_adapter(model: PeftModel, out: Path) -> None:
 
 
 def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: RopeRecipe | None) -> dict[str, Any]:
-    """Base + adapter -> one plain Hugging Face folder that needs neither peft nor us, RoPE stretch in its config.
+    """Merge an adapter into its base: a plain Hugging Face folder, with the RoPE stretch in its config.
 
-    The merged folder is loaded again by plain transformers and its logits on random tokens are compared with the
-    adapter's. Returns {"merge_error": largest difference / largest logit}. RuntimeError above the tolerance of the
+    It is loaded again by plain transformers, and its logits on random tokens are compared with the adapter's:
+    merge_error is the largest difference over the largest logit. RuntimeError above the tolerance of the
     base's type, or if tied embeddings came apart.
     """
     dtype = str(AutoConfig.from_pretrained(base_folder).dtype or torch.float32).removeprefix("torch.")

@@ -1,9 +1,7 @@
 """What training cost: seconds by phase, tokens per second, memory. training/cost.py predicts what it should cost.
 
-Ratios of speed depend on the model's width and the rows' length, so a speed is only worth something beside both.
-
-    from longreach.training.throughput import Clock
-    clock = Clock(); sum(range(10**7)); clock.lap("sum"); print(clock.laps)
+from longreach.training.throughput import Clock
+clock = Clock(); sum(range(10**7)); clock.lap("sum"); print(clock.laps)
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from longreach.training.cost import GIB
 
 
 class Clock:
-    """Wall seconds since it was made, split by what they went into. On a GPU a phase ends when its kernels do."""
+    """Wall seconds since it was made, by phase; on a GPU a phase ends when its kernels do."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._begun = self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """Books the time since the last lap on `phase`."""
+        """Book the time since the last lap on `phase`."""
         if torch.cuda.is_initialized():  # a rank on the CPU leaves the machine's GPU alone
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -35,12 +33,12 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Seconds of all laps."""
+        """Return the seconds of all laps."""
         return self._last - self._begun
 
 
 def peak_gib() -> float:
-    """The most memory that this rank held: of the GPU if it has one, else resident memory of the process."""
+    """Return the most memory that this rank held: of its GPU, else resident memory of the process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB

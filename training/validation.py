@@ -1,12 +1,12 @@
 """Loss on held-out text while training goes on, so that the best weights can be kept and not only the last.
 
-Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and causal whatever the
-arm trains with (LongLoRA, section 3.2), so arms compare. The loss is a mean over all targets, whatever the ranks.
+Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and causal
+whatever the arm trains with (LongLoRA, section 3.2), so arms compare.
 """
 
 from __future__ import annotations
 
-from itertools import chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,25 @@ from longreach.training.summary import PackSummary
 
 
 def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:
-    """At most `count` rows [1, T] as PackedRows.batch gives them, the first token of the corpus' rows in front.
+    """Return at most `count` rows [1, T] as PackedRows.batch gives them, with or without the first token.
 
-    drop_first: without it and with padding at the end, as for the arms that read rows so. ValueError if no document is
-    as long as a row.
+    ValueError if no document is as long as a row.
     """
     import datasets
 
     packed = PackSummary.read(corpus)
-    lead = [] if packed.first_token_id is None or drop_first else [packed.first_token_id]
-    length = packed.seq_len - (packed.first_token_id is not None)
+    lead, length = np.empty(0, np.int64), packed.seq_len
+    if packed.first_token_id is not None:
+        length -= 1  # also where it is dropped: arms with and without a sink token score the same tokens
+        if not drop_first:
+            lead = np.array([packed.first_token_id])
     held_out = datasets.load_from_disk(str(corpus / "documents")).with_format("numpy")
-    texts = [row["input_ids"].astype(np.int64) for row in held_out if row["split"] == "validation"]
-    pieces = [[text[at : at + length] for at in range(0, len(text) - length + 1, length)] for text in texts]
-    in_turn = [piece for piece in chain.from_iterable(zip_longest(*pieces)) if piece is not None][:count]
-    if not in_turn:
+    texts = [row["input_ids"] for row in held_out if row["split"] == "validation"]
+    pieces = []  # with their number in their document, by which they take turns
+    for text in texts:
+        whole = text[: len(text) // length * length].reshape(-1, length)
+        pieces += enumerate(whole)
+    if not pieces:
         raise ValueError(
             f"validate_every_steps: none of the {len(texts)} validation documents has {length} tokens, which a row "
             f"takes: name longer ones in corpus.validation, or set it to 0"
@@ -41,10 +45,9 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
     column_T = torch.arange(packed.seq_len)
     end = len(lead) + length
     rows = []
-    for piece in in_turn:
+    for _, piece in sorted(pieces, key=itemgetter(0))[:count]:
         ids_T = torch.full_like(column_T, packed.pad_token_id)
-        ids_T[:end] = torch.from_numpy(np.concatenate([np.array(lead, np.int64), piece]))
-        # arms with and without a sink token score the same tokens
+        ids_T[:end] = torch.from_numpy(np.concatenate([lead, piece]))
         labels_T = ids_T.masked_fill((column_T <= len(lead)) | (column_T >= end), IGNORED)
         row = {"input_ids": ids_T, "position_ids": column_T % end, "labels": labels_T}  # padding: a run of its own
         rows.append({name: x_T[None] for name, x_T in row.items()})
@@ -53,7 +56,7 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
 
 @torch.no_grad()
 def validation_loss(engine: Any, rows: list[dict[str, torch.Tensor]], rank: int, world: int) -> tuple[float, int]:
-    """(summed loss, targets) of this rank's share of the rows. Every rank makes as many passes."""
+    """Return (summed loss, targets) of this rank's share of the rows; every rank makes as many passes."""
     total, targets = 0.0, 0
     engine.eval()
     for at in range(0, len(rows), world):
