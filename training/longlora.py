@@ -1,12 +1,11 @@
 """Which parameters an arm trains: all, LoRA's, or LongLoRA's LoRA + embeddings + norms.
 
-LoRA alone does not close the gap to full fine-tuning when the context grows; training the embeddings and the norms
-beside it does, and costs few parameters (LongLoRA, arXiv:2309.12307, section 3.3 and table 2). "LoRA+embed+norm", never
-"LoRA+", which is another paper's name.
+LoRA alone does not close the gap to full fine-tuning when the context grows; training the embeddings and the
+norms beside it does, and costs few parameters (LongLoRA, arXiv:2309.12307, section 3.3 and table 2).
 
-Embeddings and norms train in place, where peft's `modules_to_save` would keep a frozen copy of each (113 MB for
-SmolLM2's embedding) and wrap 61 norms. Only the saved folder says `modules_to_save`, with the key names that peft uses
-for them, so plain peft loads it with the same logits (training/export.py).
+Embeddings and norms train in place, where peft's `modules_to_save` would keep a frozen copy of each (113 MB
+for SmolLM2's embedding) and wrap 61 norms. Only the saved folder says `modules_to_save`, with peft's key
+names, so plain peft loads it with the same logits (training/export.py).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from longreach.training.summary import TrainableParameters
 
 
 def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:
-    """Sets `requires_grad` for the arm and, unless it tunes everything, puts LoRA layers into `model`.
+    """Set `requires_grad` for the arm and, unless it tunes everything, put LoRA layers into `model`.
 
     LoRA starts at zero, so logits do not move. ValueError where the architecture lacks a target module.
     """
@@ -46,7 +45,7 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
 
 
 def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
-    """The embedding and norm modules that train beside LoRA, by name. The lm_head is one only where it is tied."""
+    """Return the modules that train beside LoRA by name: embeddings (with a tied lm_head) and norms."""
     lm, extras = causal_lm(model), tune.split("+")[1:]
     return {
         name: module
@@ -56,19 +55,20 @@ def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm and each architecture's own class of that name."""
+    """Return whether it is a LayerNorm, RMSNorm or an architecture's own class of that name."""
     return type(module).__name__.endswith("Norm")
 
 
 def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
-    """ValueError naming the nearest linear layers if `model` has none of a target's name."""
+    """Raise ValueError naming the nearest linear layers if `model` has none of a target's name."""
     linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     for target in targets:
         if target not in linear:
-            near = get_close_matches(target, linear, n=3, cutoff=0.4)
+            near = ", ".join(get_close_matches(target, linear, n=3, cutoff=0.4))
+            hint = f"nearest: {near}" if near else "it has"
             raise ValueError(
-                f"target_modules: {type(model).__name__} has no linear layer {target!r}; "
-                f"{'nearest: ' + ', '.join(near) if near else 'it has'} (of {', '.join(linear)})"
+                f"target_modules: {type(model).__name__} has no linear layer {target!r}; {hint} "
+                f"(of {', '.join(linear)})"
             )
 
 

@@ -1,9 +1,7 @@
 """Models in: a converted folder, its RoPE stretched before the weights are built; or a Llama from scratch.
 
-`rope_parameters` belongs in the config from the start: the rotary module computes its frequencies once, when it is
-built, so a config changed afterwards would say one thing and the model do another.
-
-    python -c "from longreach.training.model import describe; print(describe('base'))"
+`rope_parameters` belongs in the config from the start: the rotary module computes its frequencies once,
+when it is built, so a config changed afterwards would say one thing and the model do another.
 """
 
 from __future__ import annotations
@@ -31,10 +29,9 @@ from longreach.training.recipe import LlamaRecipe, RopeRecipe
 def load_model(
     folder: Path | str, *, rope: RopeRecipe | None = None, dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a Hugging Face folder; nothing is fetched from anywhere.
+    """Return a causal LM, stretched by `rope`, and its tokenizer from a folder; nothing is fetched.
 
-    rope stretches the positions past the trained context (None: as the folder says). dtype is torch's name of the
-    weights' type. ValueError where tokenizer and embedding disagree.
+    ValueError where tokenizer and embedding disagree.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if rope is not None and rope.type != "none":
@@ -52,7 +49,7 @@ def load_model(
 
 
 def describe(folder: Path | str) -> dict[str, Any]:
-    """What config.json says about a model, and its number of parameters, without loading a weight."""
+    """Return what config.json says about a model, and its parameters, without loading a weight."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -74,7 +71,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
 
 
 def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """A Llama in float32 with tied embeddings; the same seed gives the same weights, whatever was drawn before."""
+    """Return a float32 Llama with tied embeddings: the same for a seed, whatever was drawn before."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden,
@@ -91,10 +88,10 @@ def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCaus
 
 
 def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
-    """The same Llama with a sink logit a head, all 0, in each softmax (attention/sink_softmax.py).
+    """Return the same Llama with a sink logit a head, all 0, in each softmax (attention/sink_softmax.py).
 
-    As transformers' `granite_swa`, which is Llama with these logits once every layer sees everything: plain
-    transformers computes it from the saved folder. `model` is not used afterwards. ValueError for other architectures.
+    It is transformers' `granite_swa`, which is Llama with these logits once every layer sees everything, so
+    plain transformers loads the saved folder. ValueError for other architectures.
     """
     old = model.config
     if not isinstance(old, LlamaConfig) or old.attention_bias or old.mlp_bias:
@@ -120,9 +117,9 @@ def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Gives every token of the tokenizer an embedding row and returns how many rows were added.
+    """Give every token of the tokenizer an embedding row, and return how many rows were added.
 
-    A new row (the sink token's) starts at the mean of the old ones: an unremarkable vector, the same in every run.
+    A new row (the sink token's) starts at the mean of the old ones: unremarkable, and the same in every run.
     """
     rows = model.config.vocab_size
     added = max(0, len(tokenizer) - rows)

@@ -1,9 +1,9 @@
 """Which tokens stand in which row, in pure NumPy; training/corpus.py reads the texts and writes the rows.
 
-best_fit puts whole documents together with least waste: longest first, each into the fullest row that still has room
-(best-fit decreasing, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830). A document longer than a row is
-split and only its remainder is fitted; no token is dropped. position_ids restart at each document, which is what
-isolates them. concat joins documents and cuts every seq_len tokens, with one range of positions a row: LongLoRA's data.
+best_fit puts whole documents together with least waste: longest first, each into the fullest row that has
+room (best-fit decreasing, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830). Of a document longer
+than a row only the remainder is fitted; no token is dropped. position_ids restart at each document, which
+isolates them. concat joins documents and cuts every seq_len tokens, with one range of positions a row.
 
     from longreach.training.packing import best_fit
     print(best_fit([5, 3, 6, 2], 8))      # [1 1 0 0]: 6 + 2, 5 + 3
@@ -23,12 +23,10 @@ from numpy.typing import ArrayLike
 
 
 def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
-    """The row of each item, [items] int64, rows counted from 0.
+    """Return the row of each item, [items] int64. ValueError unless all lengths are from 1 to capacity.
 
-    Items of one length are placed together, into all rows of one room at a time, and a row is touched only when it
-    gets something: the time is that of sorting, plus the number of distinct lengths (at most capacity) and of rows.
-
-    ValueError unless all lengths are from 1 to capacity.
+    Items of one length are placed together, into all rows of one room at a time, and a row is touched only
+    when it gets something: the time is that of sorting, plus the numbers of distinct lengths and of rows.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
@@ -78,8 +76,10 @@ class Segments(NamedTuple):
 
 
 def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
-    """best_fit of documents, those longer than a row split into full pieces and a remainder; `lead` tokens (the sink's
-    or BOS's) stand before each piece."""
+    """Return the best fit of documents, those longer than a row split into full pieces and a remainder.
+
+    `lead` tokens (the sink's or BOS's) stand before each piece.
+    """
     capacity = seq_len - lead
     pieces_D = -(-lengths_D // capacity)
     document_S = np.repeat(np.arange(len(lengths_D)), pieces_D)
@@ -91,8 +91,7 @@ def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lea
 
 
 def concat(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
-    """Documents one after the other, cut where a row is full; the last row may be shorter. `lead` tokens stand before
-    each row."""
+    """Return documents one after the other, cut where a row is full, with `lead` tokens before each row."""
     capacity = seq_len - lead
     ends_D = np.cumsum(lengths_D)
     total = int(lengths_D.sum())
@@ -123,20 +122,20 @@ class Rows:
         return int(self.segments.row[-1]) + 1 if len(self.segments.row) else 0
 
     def lengths(self) -> np.ndarray:
-        """Tokens before the padding: [R] int32."""
+        """Return the tokens before the padding, [R] int32."""
         row_S, _, length_S = self.segments
         return np.bincount(row_S, length_S + self._lead(row_S), self.count).astype(np.int32)
 
     def _lead(self, row_S: np.ndarray) -> np.ndarray:
-        """Tokens that stand before each segment: [S], 0 or 1. row_S begins with a row's first segment."""
-        if self.first_token is None:
-            return np.zeros(len(row_S), np.int64)
-        return np.ones(len(row_S), np.int64) if self.isolated else (np.diff(row_S, prepend=-1) > 0).astype(np.int64)
+        """Return how many tokens stand before each segment, 0 or 1; row_S begins with a row's first one."""
+        if self.first_token is None or self.isolated:
+            return np.full(len(row_S), self.first_token is not None, np.int64)
+        return (np.diff(row_S, prepend=-1) > 0).astype(np.int64)
 
     def fill(self, start: int, stop: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows start..stop: input_ids [R, T] int32, position_ids [R, T] int32 and length [R] int32.
+        """Return input_ids [R, T], position_ids [R, T] and length [R] of some rows, int32, from the token stream.
 
-        Padding stands at the end of a row, and its positions restart like a document's. tokens is the stream, [any].
+        Padding stands at the end of a row, and its positions restart like a document's.
         """
         low, high = np.searchsorted(self.segments.row, [start, stop])
         row_S, source_S, length_S = (column[low:high] for column in self.segments)

@@ -1,11 +1,7 @@
-"""(seed, step, rank) -> rows: what a step reads is arithmetic, so a resumed run, or one on other ranks, reads the same.
+"""(seed, step, rank) -> rows: what a step reads is arithmetic, so resumed runs and other ranks read the same.
 
-Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next global_batch_rows of the
-endless line of epochs. Nothing is stored, nothing is skipped over on resuming.
-
-    RowOrder(rows=1000, seed=0, global_batch_rows=8).for_rank(step=3, rank=1, world=2, micro_batch_rows=2)
-
-    pytest tests/test_training_rows.py
+Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next global_batch_rows of
+the endless line of epochs.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ class RowOrder:
             raise ValueError(f"{self.rows} rows in batches of {self.global_batch_rows}: both must be at least 1")
 
     def rows_of_step(self, step: int) -> np.ndarray:
-        """Global row ids of a step (from 0), in order: [global_batch_rows] int64."""
+        """Return the row ids of a step (from 0), in order: [global_batch_rows] int64."""
         at = np.arange(step * self.global_batch_rows, (step + 1) * self.global_batch_rows)
         epochs, places = np.divmod(at, self.rows)
         return np.concatenate(
@@ -37,7 +33,7 @@ class RowOrder:
         )
 
     def for_rank(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[np.ndarray]:
-        """A rank's micro-batches of a step: the ranks' in order of rank are rows_of_step, whatever the number of ranks.
+        """Return a rank's micro-batches of a step: those of all ranks, in order of rank, are rows_of_step.
 
         ValueError if world x micro_batch_rows does not divide the global batch.
         """

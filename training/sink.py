@@ -1,10 +1,7 @@
 """The sink token: a token of its own, learned as the place where attention goes when it has nowhere to go.
 
-"Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453, section 3.3): a model pretrained with such
-a token first in every sample needs only that one kept in its cache. The tokenizer itself puts it there, so whoever
-loads the model with plain transformers feeds it what it was trained on.
-
-    tokenizer, sink_id = with_sink_token(tokenizer);  assert tokenizer("Hello").input_ids[0] == sink_id
+A model pretrained with such a token first in every sample needs only that one kept in its cache (arXiv:2309.17453,
+section 3.3). The tokenizer itself puts it there, so plain transformers feeds the model what it was trained on.
 """
 
 from __future__ import annotations
@@ -21,13 +18,11 @@ SINK_TOKEN = "<|sink|>"
 
 
 def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, int]:
-    """A copy of the tokenizer that puts `<|sink|>` before every text (before BOS, if it adds one), and the token's id.
+    """Return a tokenizer that puts `<|sink|>` before every text (before BOS, if it adds one), and the id.
 
-    The rule is the post-processor of tokenizer.json, so it survives saving and loading; that is tried here. A tokenizer
-    that does so already comes back as it is.
-
-    ValueError for a tokenizer that is not a fast one, or whose rule for special tokens is not a template or is rebuilt
-    by its class on loading.
+    The rule is the post-processor of tokenizer.json, so it survives saving and loading; that is tried here.
+    ValueError for a tokenizer that is not a fast one, or whose rule for special tokens is not a template or
+    is rebuilt by its class on loading.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: it has no template to put {SINK_TOKEN} in")
@@ -58,7 +53,7 @@ def _is_first(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _sink_before(rule: dict[str, Any] | None, sink_id: int) -> dict[str, Any]:
-    """A post-processor with the sink token as the first piece of its template; it gets a template if it has none."""
+    """Return a post-processor with the sink token as the first piece of its template, added if it has none."""
     if rule is None or rule["type"] == "ByteLevel":  # ByteLevel only trims offsets
         text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         template = {"type": "TemplateProcessing", "single": [text], "pair": [text, pair], "special_tokens": {}}

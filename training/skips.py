@@ -1,8 +1,8 @@
 """Steps that are not trained on: a loss or gradient that is no number, or a loss that jumps.
 
-A skipped step leaves weights and optimizer as they were. Several in a row mean that the weights themselves went wrong:
-training goes back to its last checkpoint, once, and on the way forward leaves out the steps that were bad. If that does
-not help it stops and names the rows. Every rank decides the same, since all see the same numbers.
+A skipped step leaves weights and optimizer as they were. Several in a row mean that the weights went wrong:
+training goes back to its last checkpoint, once, and then leaves out the steps that were bad. If that does not
+help it stops and names the rows. Every rank decides the same, since all see the same numbers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,6 @@ class Skips:
     """What was skipped, and what to do about it."""
 
     def __init__(self, optim: OptimRecipe, losses: Iterable[tuple[int, float]] = ()) -> None:
-        """
-        Args:
-            losses: (step, loss) of the steps trained so far.
-        """
         self.spike_factor, self.allowed = optim.spike_factor, optim.max_skipped
         self.losses = dict(losses)
         self.bad: dict[int, str] = {}
@@ -33,7 +29,7 @@ class Skips:
         self.went_back = False
 
     def distrusts(self, step: int, loss: float) -> str:
-        """Why a step with this loss must not change the weights; empty if it may."""
+        """Return why a step with this loss must not change the weights; empty if it may."""
         if step in self.bad:
             return self.bad[step]
         if not math.isfinite(loss):
@@ -49,7 +45,7 @@ class Skips:
         self.in_a_row = 0
 
     def skipped(self, step: int, why: str) -> bool:
-        """The step did not. Whether there were too many in a row, so that training has to go back."""
+        """The step did not; return whether there were too many in a row, so that training has to go back."""
         if step not in self.bad:  # those known to be bad say nothing new
             self.bad[step] = why
             self.in_a_row += 1
@@ -57,4 +53,5 @@ class Skips:
 
     def go_back(self) -> None:
         """Training begins again at a checkpoint."""
-        self.in_a_row, self.went_back = 0, True
+        self.in_a_row = 0
+        self.went_back = True

@@ -1,9 +1,7 @@
 """What rank 0 records of each step: metrics.jsonl (part of the result) and the spool (what MLflow is shown).
 
-metrics.jsonl holds every step once: after going back to a checkpoint it is cut to the steps before it. The spool is
-never cut, so a step that is repeated is not sent to it again.
-
-    log = StepLog(Path("out/metrics.jsonl"), spool=None); log.restart(None); log.add(row, total=100)
+metrics.jsonl holds every step once: after going back to a checkpoint it is cut to the steps before it. The
+spool is never cut, so a step that is repeated is not sent to it again.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ class StepLog:
         return [(row["step"] - 1, row["loss"]) for row in self.rows if not row["skipped"]]
 
     def validation_losses(self) -> dict[int, float]:
-        """Return the finite validation losses by number of steps done, of the steps that changed the weights."""
+        """Return the finite validation losses, by steps done, of the steps that changed the weights."""
         losses = {}
         for row in self.rows:
             if not row["skipped"] and row.get("validation_loss") is not None:
@@ -64,7 +62,7 @@ class StepLog:
         return losses
 
     def add(self, row: dict[str, Any], *, total: int) -> None:
-        """Append one step's record and send it to the spool. NaN and infinity are written as null, as JSON has none."""
+        """Append one step's record and send it to the spool; NaN and infinity become null."""
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row = row | {name: None}

@@ -2,9 +2,6 @@
 
 Everyone who wants to know what a training cost, or how many rows a corpus has, reads these classes; nobody else knows
 the files' names or keys. No torch here: `longreach plan` reads them in milliseconds.
-
-    TrainingSummary.read("merged").tokens_per_s
-    PackSummary.read("corpus").efficiency
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What training cost: seconds by phase, tokens per second, memory. training/cost.py predicts what it should cost.
-
-from longreach.training.throughput import Clock
-clock = Clock(); sum(range(10**7)); clock.lap("sum"); print(clock.laps)
-"""
+"""What training cost: seconds by phase, tokens per second, memory. training/cost.py predicts what it should cost."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """Text -> token ids, in parallel, in bounded memory, with exactly the tokens of the text encoded as a whole.
 
-A text is cut only where its tokenizer is known to begin a new pre-token whatever surrounds it, so the tokens of the
-parts, joined, are the tokens of the whole. `exact_cut` holds the rules and their proofs; each cut is asserted on the
-characters around it. Cutting also pays: pieces of 1 KB stay in cache and take half of the CPU time of whole books.
-
-    python -c "from longreach.training.tokenise import Encoder; print(Encoder(open('base/tokenizer.json').read()).cut)"
+A text is cut only where its tokenizer is known to begin a new pre-token whatever surrounds it (`exact_cut`
+has the proofs), and each cut is asserted on the characters around it. Cutting also pays: pieces of 1 KB stay
+in cache and take half of the CPU time of whole books.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 PIECE_CHARS = 1024
 """One call of the tokenizer. Measured on books: 512 costs the same, 4,096 a quarter more, 65,536 twice as much."""
 PART_CHARS = 1 << 16
-"""What travels to a worker as one text, or a little more: up to the next cut."""
+"""What goes to a worker as one text, or a little more: up to the next cut."""
 BATCH_CHARS = 1 << 20
 """Text of one task."""
 CHECKED_CHARS = 16
@@ -43,20 +41,19 @@ LLAMA3_SPLITS = tuple(
 
 
 def exact_cut(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Matches (emptily) where a text may be cut without changing a token; None: nowhere that can be proven.
+    """Return what matches (emptily) where a text may be cut without changing a token; None: nowhere provable.
 
-    Asked for: BPE (each pre-token alone), no normalizer or NFC (which joins nothing across a space or line end), and a
-    pre-tokenizer whose regex scans from left to right without looking back, so that the text after a pre-token's end is
-    split as if it stood alone. Left to show: a pre-token ends at the cut, and those before it end as they did, although
-    the regex now meets the end of the text there.
+    It takes BPE (each pre-token alone), no normalizer or NFC (which joins nothing across a space or line end),
+    and a pre-tokenizer whose regex scans from left to right without looking back, so that the text after a
+    pre-token's end is split as if it stood alone. Left to show: a pre-token ends at the cut, and those before
+    it end as they did, although the regex now meets the end of the text there.
 
-    - GPT-2: no alternative holds a non-space followed by white space, and runs of white space, the only ones that look
-      ahead, stay together with what follows them. Splitting off digits first (SmolLM2) goes by character class alone.
+    - GPT-2: no alternative holds a non-space followed by white space, and runs of white space, the only ones
+      that look ahead, stay with what follows. Splitting off digits first (SmolLM2) goes by character class.
     - Llama 3, Qwen 2: the same before a space. After a line end: no alternative goes on to a non-space, and
-      `\\s*[\\r\\n]+`, tried before the one that looks ahead, takes the whole run of white space in both cases.
+      `\\s*[\\r\\n]+`, tried before the one that looks ahead, takes the whole run of white space.
 
-    Llama 2's tokenizer sees a text as one word with marked spaces: such texts are encoded whole, in memory that grows
-    with the longest of them.
+    Llama 2's tokenizer sees a text as one word with marked spaces: such texts are encoded whole.
     """
     spec = json.loads(tokenizer.to_str())
     model, normalizer, added = spec["model"], spec["normalizer"], spec["added_tokens"]
@@ -105,17 +102,13 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """That of a transformers tokenizer; ValueError if it is not a fast one."""
+        """Return that of a transformers tokenizer; ValueError if it is not a fast one."""
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: save it as tokenizer.json first")
         return cls(tokenizer.backend_tokenizer.to_str())
 
     def parts(self, blocks: Iterable[str], chars: int = PART_CHARS) -> Iterator[str]:
-        """A text, given in blocks of any size, in parts of at least `chars` that end at the next allowed cut.
-
-        Joined, the parts are the text, and their tokens its tokens. Memory: a block and a part, unless the text has no
-        allowed cut.
-        """
+        """Yield a text, given in blocks of any size, in parts of at least `chars` that end at an allowed cut."""
         rest = ""
         for block in blocks:
             start, seen, rest = 0, max(0, len(rest) - 1), rest + block
@@ -128,7 +121,7 @@ class Encoder:
             yield rest
 
     def encode(self, texts: list[str]) -> Tokens:
-        """The texts' own tokens; nothing is put in front or behind."""
+        """Return the texts' own tokens; nothing is put in front or behind."""
         ids, lengths = [np.empty(0, np.int32)], np.zeros(len(texts), np.int64)
         for n, text in enumerate(texts):
             for piece in self.parts([text], PIECE_CHARS):
@@ -147,10 +140,10 @@ class Encoder:
 
 
 def encode_all(batches: Iterable[list[str]], encoder: Encoder, workers: int = 0) -> Iterator[Tokens]:
-    """encoder.encode of each batch, in the batches' order whatever the number of workers.
+    """Yield encoder.encode of each batch, in order; only a few batches are in memory at a time.
 
-    workers: Ray tasks of one CPU at the same time, on whatever machines the cluster has; 0: threads of this process
-    (the tokenizer releases the GIL). Only a few batches are in memory at a time.
+    workers: Ray tasks of one CPU at the same time, on whatever machines the cluster has; 0: threads of this
+    process (the tokenizer releases the GIL).
     """
     if workers:
         import ray
@@ -164,7 +157,7 @@ def encode_all(batches: Iterable[list[str]], encoder: Encoder, workers: int = 0)
 
 
 def _in_order(submit: Callable, result: Callable, items: Iterable, ahead: int) -> Iterator:
-    """result(submit(item)) of each item, in order, with up to `ahead` of them under way."""
+    """Yield result(submit(item)) of each item, in order, with up to `ahead` of them under way."""
     pending: deque = deque()
     for item in items:
         pending.append(submit(item))
@@ -180,5 +173,5 @@ def _encode_remotely(tokenizer_json: str, texts: list[str]) -> Tokens:
 
 @functools.lru_cache(maxsize=2)
 def _encoder(tokenizer_json: str) -> Encoder:
-    """Parsing a tokenizer takes as long as encoding 200 KB: once a process."""
+    # once a process: parsing a tokenizer takes as long as encoding 200 KB
     return Encoder(tokenizer_json)

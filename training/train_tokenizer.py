@@ -1,9 +1,8 @@
-"""A byte-level BPE tokenizer of the corpus' own, for models from scratch: a small vocabulary leaves a small model its
-parameters for the layers.
-"""
+"""A byte-level BPE tokenizer of the corpus' own: a small vocabulary leaves a small model's parameters to its layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ EOS = "<|endoftext|>"
 
 
 def train_tokenizer(corpus: CorpusRecipe, vocab_size: int, out: Path, *, base_dir: Path | str = ".") -> dict[str, Any]:
-    """Learns merges from the training documents (malformed ones are left out) and saves a Hugging Face tokenizer.
+    """Learn merges from the training documents, save a Hugging Face tokenizer and return its vocab_size.
 
-    Byte-level: every text can be written in it. Returns {"vocab_size": its tokens}. ValueError if there is too
-    little text for so many.
+    ValueError if there is too little text for so many tokens.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -29,13 +27,13 @@ def train_tokenizer(corpus: CorpusRecipe, vocab_size: int, out: Path, *, base_di
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
     )
-    texts = (
-        block
-        for document in read_documents(corpus, base_dir)
-        if isinstance(document, Document) and split_of(document.name, corpus) == "train"
-        for block in document.blocks()
-    )
-    core.train_from_iterator(texts, trainer)
+
+    def texts() -> Iterator[str]:
+        for document in read_documents(corpus, base_dir):
+            if isinstance(document, Document) and split_of(document.name, corpus) == "train":
+                yield from document.blocks()
+
+    core.train_from_iterator(texts(), trainer)
     if (got := core.get_vocab_size()) != vocab_size:
         raise ValueError(f"vocab_size {vocab_size}, but the training documents give only {got} tokens: lower it")
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS).save_pretrained(out)

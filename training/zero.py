@@ -1,8 +1,8 @@
 """Recipe + resources -> a DeepSpeed engine. The only file that knows DeepSpeed's config keys and private corners.
 
-AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes before the first step.
-The loss is already divided by the targets of the whole global batch (training/loss.py), so DeepSpeed may average over
-ranks but must not divide by the number of micro-batches: `backward` undoes that.
+AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes first. The
+loss is already divided by the targets of the whole global batch (training/loss.py), so DeepSpeed may average
+over ranks but must not divide by the number of micro-batches: `backward` undoes that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from longreach.training.recipe import OptimRecipe
 def deepspeed_config(
     recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, world: int
 ) -> dict[str, Any]:
-    """DeepSpeed's config dict. ValueError where the global batch does not divide over ranks and micro-batches."""
+    """Return DeepSpeed's config. ValueError where the batch does not divide over ranks and micro-batches."""
     world //= resources.sequence_parallel
     rows_at_once = resources.micro_batch_rows * world
     if global_batch_rows % rows_at_once:
@@ -53,7 +53,7 @@ def deepspeed_config(
 
 
 def check_nvme(resources: Resources) -> None:
-    """ValueError where weights or optimizer state are to live on a disk and cannot; tried before a model is loaded."""
+    """Raise ValueError where weights or optimizer state are to live on a disk and cannot."""
     if resources.offload != "nvme":
         return
     assert resources.nvme_path is not None
@@ -77,12 +77,12 @@ def start_engine(
     learning_rate: float,
     rate_scales: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> Any:
-    """The DeepSpeed engine around `module`, training what requires a gradient. The process group must be up.
+    """Return the DeepSpeed engine around `module`, which trains what requires a gradient.
 
     rate_scales: what the learning rate of some parameters is multiplied by.
     """
     if not resources.gpus_per_worker:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take the first GPU that it sees, whatever was asked
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take the first GPU that it sees
     skip_shm_build()
     skip_muon_compilation()
     import deepspeed
@@ -106,7 +106,7 @@ def start_engine(
 
 
 def skip_shm_build() -> None:
-    """Keeps `init_distributed` from compiling its shared-memory op: 68 s, and a crash where there is no g++ or ninja.
+    """Keep `init_distributed` from compiling its shared-memory op: 68 s, and a crash without g++ or ninja.
 
     A private table of DeepSpeed, guarded by a test; gloo does the same work without it.
     """
@@ -116,7 +116,7 @@ def skip_shm_build() -> None:
 
 
 def skip_muon_compilation() -> None:
-    """Lets DeepSpeed import an optimizer that nobody asked for without importing torch's compiler: 1.4 s of each start.
+    """Import an optimizer that DeepSpeed always imports, without torch's compiler: 1.4 s of each start.
 
     It decorates a function with torch.compile, which under this variable leaves it as it is.
     """
@@ -131,23 +131,22 @@ def skip_muon_compilation() -> None:
 
 
 def backward(engine: Any, loss: torch.Tensor) -> None:
-    """Accumulates the gradient of an already normalised loss.
+    """Accumulate the gradient of an already normalised loss.
 
-    DeepSpeed divides by the number of micro-batches. Its `scale_wrt_gas=False` does not stop that where the loss is
-    the module's own output (0.19.8: a hook on the output divides all the same), so we multiply first.
+    DeepSpeed divides by the number of micro-batches, with `scale_wrt_gas=False` as well where the loss is the
+    module's own output (0.19.8: a hook on the output), so we multiply first.
     """
     engine.backward(loss * engine.gradient_accumulation_steps())
 
 
 def step(engine: Any, learning_rate: float) -> float:
-    """End a micro-batch. After a step's last one: update the weights and return the norm before clipping; else NaN.
+    """End a micro-batch; after a step's last one update the weights and return the norm before clipping.
 
-    Where the norm is not finite, the weights and the optimizer's state stay as they were, on every rank.
+    NaN after the others. Where the norm is not finite, weights and optimizer stay as they were on every rank.
     """
-    last = engine.is_gradient_accumulation_boundary()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_scale"]
-    if not last:
+    if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return math.nan
     if engine.zero_optimization_stage() or engine.bfloat16_enabled():
@@ -156,8 +155,8 @@ def step(engine: Any, learning_rate: float) -> float:
     # Plain float32 without ZeRO is the one case where DeepSpeed keeps no norm, and steps whatever it is.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     if not norm.isfinite():
-        # A skipped step still has to go through engine.step, which counts micro-batches and clears gradients. So the
-        # optimizer's own step is hidden for this one call, behind an attribute of the instance, and shown again below.
+        # A skipped step goes through engine.step as well, which counts micro-batches and clears gradients. So
+        # the optimizer's own step is hidden for this one call, behind an attribute of the instance.
         engine.optimizer.step = lambda: None
     engine.step()
     engine.optimizer.__dict__.pop("step", None)
@@ -165,7 +164,7 @@ def step(engine: Any, learning_rate: float) -> float:
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-    """Inside it ZeRO-3's partitioned parameters are whole on every rank; for other parameters it does nothing."""
+    """Return a context in which ZeRO-3's partitioned parameters are whole on every rank."""
     parted = [p for p in parameters if hasattr(p, "ds_id")]
     if not parted:
         return contextlib.nullcontext()
