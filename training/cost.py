@@ -204,120 +204,151 @@ def predict(
     Args:
         document: mean length in tokens of the (isolated) document that a token stands in; None: a whole row.
     """
-    trained = shape.trained(arm)
-    flops_per_token = _flops_per_token(shape, arm, trained, document or seq_len)
+    step = _Step(shape, arm, resources, rows, seq_len)
+    flops_per_token = step.flops_per_token(document or seq_len)
     flops = rows * seq_len * sum(flops_per_token.values())
-    memory = _memory(shape, arm, trained, resources, seq_len)
+    memory = step.memory()
     if not resources.gpus_per_worker:  # peak_gib of a GPU counts what torch allocated there, no process
         memory["process"] = (machine.process_gib if machine else PROCESS_GIB) * GIB
     memory_gib = {kind: resources.workers * size / GIB for kind, size in memory.items()}
     peak_gib = sum(memory_gib.values())
     if machine is None:
         return Prediction(flops, peak_gib, memory_gib, None)
-    seconds = _seconds_by_work(shape, arm, trained, flops_per_token, rows * seq_len, resources, machine)
-    passes = rows * resources.sequence_parallel / (resources.workers * resources.micro_batch_rows)
-    if machine.exchange:
-        tokens = rows * seq_len / resources.workers
-        seconds["exchange"] = _exchange_seconds(shape, sum(trained.values()), tokens, passes, resources, machine)
-    if machine.host and resources.gpus_per_worker and resources.offload != "none":
-        seconds["host"] = _host_seconds(shape, sum(trained.values()), passes, resources, machine.host)
+    seconds = step.seconds(flops_per_token, machine)
     return Prediction(flops, peak_gib, memory_gib, sum(seconds.values()), seconds)
 
 
-def _flops_per_token(shape: Shape, arm: ArmRecipe, trained: Mapping[str, int], document: float) -> dict[str, float]:
-    """Return a token's FLOPs in a step by kind of work: a multiplication and an addition are two."""
-    forward = 2 * (shape.layer_parameters + trained["lora"])
-    # a weight is used backward for the gradient of its input, and once more for its own if it is trained
-    backward = forward + 2 * (trained["layers"] + trained["lora"])
-    # the logits, the gradient of the hidden states, and that of the head's weight if it is trained
-    loss_products = 3 if trained["embed"] else 2
-    # q·k and probabilities·v, for each key that the pattern lets a query see
-    attention = 4 * arm.attention.mean_keys(document) * shape.q_width * shape.layers
-    return {
-        "forward": forward,
-        "backward": backward,
-        "loss": 2 * shape.vocab * shape.hidden * loss_products,
-        "attention_forward": attention,
-        "attention_backward": attention * ATTENTION_BACKWARD,
-    }
+class _Step:
+    """One optimizer step of an arm, and what it costs a rank."""
 
+    def __init__(self, shape: Shape, arm: ArmRecipe, resources: Resources, rows: int, seq_len: int) -> None:
+        self.shape, self.arm, self.resources = shape, arm, resources
+        self.seq_len = seq_len
+        self.tokens = rows * seq_len / resources.workers
+        self.passes = rows * resources.sequence_parallel / (resources.workers * resources.micro_batch_rows)
+        self.number_bytes = 2 if resources.dtype == "bfloat16" else 4  # of a weight, gradient or activation
+        self.trained = shape.trained(arm)
+        self.trained_numbers = sum(self.trained.values())
 
-def _seconds_by_work(
-    shape: Shape,
-    arm: ArmRecipe,
-    trained: Mapping[str, int],
-    flops: Mapping[str, float],
-    tokens: int,
-    resources: Resources,
-    machine: Machine,
-) -> dict[str, float]:
-    """Return a rank's own seconds of a step by kind of work, without what it waits for other ranks."""
-    forwards = 2 if resources.activation_checkpointing else 1  # each layer's forward pass is run again backward
-    own_tokens = tokens / resources.workers
-    matrix_flops = forwards * flops["forward"] + flops["backward"] + flops["loss"]
-    attention_s = (
-        forwards * flops["attention_forward"] / machine.attention
-        + flops["attention_backward"] / machine.attention_backward
-    )
-    layer_bytes = _number_bytes(resources) * PASSES * shape.layers * outputs(shape, arm)
-    logit_bytes = 4 * LOSS_PASSES * shape.vocab  # float32 whatever the weights are
-    update_bytes: float = OPTIMIZER_BYTES
-    if resources.zero_stage:  # each rank updates its own share of the parameters
-        update_bytes = OPTIMIZER_BYTES / resources.workers + SHARDED_BYTES
-    return {
-        "matrices": own_tokens * matrix_flops / machine.matmul,
-        "attention": own_tokens * attention_s,
-        "elementwise": own_tokens * ((forwards + BACKWARD_TRAFFIC) * layer_bytes + logit_bytes) / machine.bytes,
-        "optimizer": sum(trained.values()) * update_bytes / machine.bytes,
-    }
+    def flops_per_token(self, document: float) -> dict[str, float]:
+        """Return a token's FLOPs by kind of work: a multiplication and an addition are two."""
+        shape, trained = self.shape, self.trained
+        forward = 2 * (shape.layer_parameters + trained["lora"])
+        # a weight is used backward for the gradient of its input, and once more for its own if it is trained
+        backward = forward + 2 * (trained["layers"] + trained["lora"])
+        # the logits, the gradient of the hidden states, and that of the head's weight if it is trained
+        loss_products = 3 if trained["embed"] else 2
+        # q·k and probabilities·v, for each key that the pattern lets a query see
+        attention = 4 * self.arm.attention.mean_keys(document) * shape.q_width * shape.layers
+        return {
+            "forward": forward,
+            "backward": backward,
+            "loss": 2 * shape.vocab * shape.hidden * loss_products,
+            "attention_forward": attention,
+            "attention_backward": attention * ATTENTION_BACKWARD,
+        }
 
+    def seconds(self, flops: Mapping[str, float], machine: Machine) -> dict[str, float]:
+        """Return a rank's seconds by kind of work; `flops` are those of a token."""
+        shape, resources = self.shape, self.resources
+        forwards = 2 if resources.activation_checkpointing else 1  # a layer's forward pass is run again backward
+        matrix_flops = forwards * flops["forward"] + flops["backward"] + flops["loss"]
+        attention_s = forwards * flops["attention_forward"] / machine.attention
+        attention_s += flops["attention_backward"] / machine.attention_backward
+        layer_bytes = self.number_bytes * PASSES * shape.layers * outputs(shape, self.arm)
+        logit_bytes = 4 * LOSS_PASSES * shape.vocab  # float32 whatever the weights are
+        token_bytes = (forwards + BACKWARD_TRAFFIC) * layer_bytes + logit_bytes
+        update_bytes: float = OPTIMIZER_BYTES
+        if resources.zero_stage:  # each rank updates its own share of the parameters
+            update_bytes = OPTIMIZER_BYTES / resources.workers + SHARDED_BYTES
+        seconds = {
+            "matrices": self.tokens * matrix_flops / machine.matmul,
+            "attention": self.tokens * attention_s,
+            "elementwise": self.tokens * token_bytes / machine.bytes,
+            "optimizer": self.trained_numbers * update_bytes / machine.bytes,
+        }
+        if machine.exchange:
+            numbers = self._all_reduced(shape.parameters, self.trained_numbers)
+            numbers += self.tokens * self._all_to_all_per_token()
+            gathers = math.ceil(shape.parameters / PREFETCH_NUMBERS)
+            collectives = self._all_reduced(gathers, math.ceil(self.trained_numbers / BUCKET_NUMBERS))
+            seconds["exchange"] = numbers * self.number_bytes / machine.exchange + collectives * machine.latency
+        if machine.host and resources.gpus_per_worker and resources.offload != "none":
+            moved = float(self.trained_numbers * OPTIMIZER_BYTES)
+            if resources.offload_parameters:  # fetched for each forward and each backward pass
+                moved += 2 * self.passes * self.number_bytes * shape.parameters
+            seconds["host"] = moved / resources.workers / machine.host
+        return seconds
 
-def _exchange_seconds(
-    shape: Shape, trained: int, tokens: float, passes: float, resources: Resources, machine: Machine
-) -> float:
-    """Return the seconds of a step's collectives, for a rank's own tokens and forward passes."""
-    assert machine.exchange is not None
-    numbers = _all_reduced(shape.parameters, trained, passes, resources.zero_stage)
-    numbers += tokens * _all_to_all_per_token(shape, resources)
-    gathers, buckets = math.ceil(shape.parameters / PREFETCH_NUMBERS), math.ceil(trained / BUCKET_NUMBERS)
-    collectives = _all_reduced(gathers, buckets, passes, resources.zero_stage)
-    return numbers * _number_bytes(resources) / machine.exchange + collectives * machine.latency
+    def _all_reduced(self, weights: int, trained: int) -> float:
+        """Return the volume of the collectives: an all-gather or a reduce-scatter counts 1/2 all-reduce.
 
+        weights and trained: numbers (or collectives) of the whole model, and of what is trained.
+        """
+        if self.resources.zero_stage == 0:
+            return trained  # gradients are added up once
+        if self.resources.zero_stage == 1:
+            return trained + trained / 2  # and new weights are gathered once
+        # from stage 2 on ranks keep no gradients of others' parameters, so these are added up after each pass
+        if self.resources.zero_stage == 2:
+            return self.passes * trained + trained / 2
+        # in stage 3 all weights are gathered for each forward and each backward pass
+        return self.passes * trained + 2 * self.passes * weights / 2
 
-def _all_reduced(weights: int, trained: int, passes: float, zero_stage: int) -> float:
-    """Return the volume of a step's collectives: an all-gather or a reduce-scatter counts 1/2 all-reduce.
+    def _all_to_all_per_token(self) -> float:
+        """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce units.
 
-    weights and trained: numbers (or collectives) of the whole model, and of what is trained.
-    """
-    if zero_stage == 0:
-        return trained  # gradients are added up once
-    if zero_stage == 1:
-        return trained + trained / 2  # and new weights are gathered once
-    # from stage 2 on ranks keep no gradients of others' parameters, so these are added up after each pass
-    if zero_stage == 2:
-        return passes * trained + trained / 2
-    # in stage 3 all weights are gathered for each forward and each backward pass
-    return passes * trained + 2 * passes * weights / 2
+        Ranks that share a row exchange q, k, v and the attention's result of each layer, in the forward pass,
+        its repetition and the backward pass (attention/ulysses.py).
+        """
+        exchanges = 3 if self.resources.activation_checkpointing else 2
+        per_layer = 2 * (self.shape.q_width + self.shape.kv_width)  # q and the result; k and v
+        to_others = 1 - 1 / self.resources.sequence_parallel  # a rank's own part does not travel
+        return exchanges * self.shape.layers * per_layer * to_others / 2
 
+    def memory(self) -> dict[str, float]:
+        """Return the bytes of one rank by what they are for, without the process itself."""
+        shape, resources, number = self.shape, self.resources, self.number_bytes
+        world, stage, on_gpu = resources.workers, resources.zero_stage, resources.gpus_per_worker > 0
+        tokens = resources.micro_batch_rows * self.seq_len // resources.sequence_parallel
+        offloaded = on_gpu and resources.offload != "none"
 
-def _all_to_all_per_token(shape: Shape, resources: Resources) -> float:
-    """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce units.
+        weights: float = number * shape.parameters
+        gathered = 0.0
+        if stage == 3:
+            if on_gpu and world > 1:  # while a layer is computed its weights are whole on each GPU
+                gathered = number * min(LIVE_NUMBERS, shape.parameters)
+            weights /= world
+        if offloaded and resources.offload_parameters:
+            weights = 0
 
-    Ranks that share a row exchange q, k, v and the attention's result of each layer, in the forward pass,
-    its repetition and the backward pass (attention/ulysses.py).
-    """
-    exchanges = 3 if resources.activation_checkpointing else 2
-    per_layer = 2 * (shape.q_width + shape.kv_width)  # q and the result; k and v
-    to_others = 1 - 1 / resources.sequence_parallel  # a rank's own part does not travel
-    return exchanges * shape.layers * per_layer * to_others / 2
+        gradients = float(number * self.trained_numbers)
+        if stage == 2:
+            gradients *= 1 + 1 / world  # a bucket of whole gradients, and the rank's own share
+        elif stage == 3:
+            gradients *= 0 if offloaded else 1 / world
 
+        optimizer = 4.0 * 2 * self.trained_numbers  # two moments in float32
+        if stage or number < 4:
+            optimizer += 4 * self.trained_numbers  # and the weight that ZeRO or bfloat16 training updates
+        if stage:
+            optimizer /= world
+        if offloaded:
+            optimizer = 0
 
-def _host_seconds(shape: Shape, trained: int, passes: float, resources: Resources, host: float) -> float:
-    """Return the seconds in which a rank's offloaded state travels between its GPU and the host."""
-    moved = float(trained * OPTIMIZER_BYTES)
-    if resources.offload_parameters:  # fetched for each forward and each backward pass
-        moved += 2 * passes * _number_bytes(resources) * shape.parameters
-    return moved / resources.workers / host
+        # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so all that a layer's operations
+        # return stays resident; a GPU's caching allocator gives freed blocks to the next layer.
+        layer = saved(shape, self.arm, stage) if on_gpu else outputs(shape, self.arm)
+        kept = shape.layers * layer
+        if resources.activation_checkpointing:  # the input of each layer, and all of the one computed again
+            kept = shape.layers * shape.hidden + layer
+
+        loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab  # logits
+        loss += number * tokens * shape.hidden  # gradient of the hidden states
+        if self.trained["embed"]:
+            loss += 4 * shape.embedding_parameters  # the head's gradient in float32
+        memory = {"weights": weights, "gathered": gathered, "gradients": gradients, "optimizer": optimizer}
+        return memory | {"activations": number * kept * tokens, "loss": loss}
 
 
 def outputs(shape: Shape, arm: ArmRecipe) -> int:
@@ -345,56 +376,6 @@ def saved(shape: Shape, arm: ArmRecipe, zero_stage: int) -> int:
         hidden += 1
         intermediate += 1
     return hidden * shape.hidden + intermediate * shape.intermediate + 2 * shape.kv_width
-
-
-def _memory(
-    shape: Shape, arm: ArmRecipe, trained: Mapping[str, int], resources: Resources, seq_len: int
-) -> dict[str, float]:
-    """Return the bytes of one rank by what they are for, without the process itself."""
-    world, stage, on_gpu = resources.workers, resources.zero_stage, resources.gpus_per_worker > 0
-    number, count = _number_bytes(resources), sum(trained.values())
-    tokens = resources.micro_batch_rows * seq_len // resources.sequence_parallel
-    offloaded = on_gpu and resources.offload != "none"
-
-    weights: float = number * shape.parameters
-    gathered = 0.0
-    if stage == 3:
-        if on_gpu and world > 1:  # while a layer is computed its weights are whole on each GPU
-            gathered = number * min(LIVE_NUMBERS, shape.parameters)
-        weights /= world
-    if offloaded and resources.offload_parameters:
-        weights = 0
-
-    gradients = float(number * count)
-    if stage == 2:
-        gradients *= 1 + 1 / world  # a bucket of whole gradients, and the rank's own share
-    elif stage == 3:
-        gradients *= 0 if offloaded else 1 / world
-
-    optimizer = 4.0 * 2 * count  # two moments in float32
-    if stage or number < 4:
-        optimizer += 4 * count  # and the float32 weight that ZeRO or bfloat16 training updates
-    if stage:
-        optimizer /= world
-    if offloaded:
-        optimizer = 0
-
-    # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so all that a layer's operations
-    # return stays resident; a GPU's caching allocator gives freed blocks to the next layer.
-    layer = saved(shape, arm, stage) if on_gpu else outputs(shape, arm)
-    kept = shape.layers * layer
-    if resources.activation_checkpointing:  # the input of each layer, and all of the one that is computed again
-        kept = shape.layers * shape.hidden + layer
-
-    loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab + number * tokens * shape.hidden  # logits; hidden states' gradient
-    if trained["embed"]:
-        loss += 4 * shape.embedding_parameters  # the head's gradient in float32
-    memory = {"weights": weights, "gathered": gathered, "gradients": gradients, "optimizer": optimizer}
-    return memory | {"activations": number * kept * tokens, "loss": loss}
-
-
-def _number_bytes(resources: Resources) -> int:
-    return 2 if resources.dtype == "bfloat16" else 4
 
 
 def what_would_fit(resources: Resources, seq_len: int, error: str) -> str:
