@@ -1,7 +1,8 @@
 """An arm's `attention` section: one of attention.PATTERNS with its own choices, and how it ends.
 
-The section is a union over PATTERNS that is looked up when a recipe is read: a pattern needs its line in PATTERNS and
-none here, and its fields are checked, hashed and documented like any other choice.
+The section is a union over PATTERNS that is looked up when a recipe is read: a pattern needs its
+line in PATTERNS and none here, and its fields are checked, hashed and documented like any other
+choice.
 
     AttentionRecipe.of(pattern="shifted_sparse", group_tokens=256).pattern_at(step=0, steps=100)
 """
@@ -28,8 +29,8 @@ from longreach.attention.pattern import Pattern
 class AttentionRecipe(Pattern):
     """Which keys a query may see while training; evaluation is always full causal attention (LongLoRA, section 3.2).
 
-    A recipe's section is an instance of a subclass: of `section("grouped")`, say, which is the pattern with the fields
-    below.
+    A recipe's section is an instance of a subclass: of `section("grouped")`, say, which is the
+    pattern with the fields below.
     """
 
     anneal_to: Literal["causal"] | None = None

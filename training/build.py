@@ -1,7 +1,7 @@
 """The model that an arm starts from: base or fresh weights, stretched, fitted to the rows' tokens, LoRA put in.
 
-All arms of a comparison start from the same weights; what an arm changes is done last. The loop sets the
-attention pattern, since it may change while training.
+All arms of a comparison start from the same weights; what an arm changes is done last. The loop
+sets the attention pattern, since it may change while training.
 """
 
 from __future__ import annotations

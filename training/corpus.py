@@ -5,9 +5,10 @@
     tokenizer/    the tokenizer that made the ids
     packed.json   what it is and how it was made (PackSummary)
 
-One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token goes
-where is then arithmetic on document lengths (training/packing.py); a second pass copies tokens into shards.
-Memory holds a few megabytes at a time, whatever the size of the corpus or of one document.
+One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token
+goes where is then arithmetic on document lengths (training/packing.py); a second pass copies tokens
+into shards. Memory holds a few megabytes at a time, whatever the size of the corpus or of one
+document.
 
     python -c "import datasets; print(datasets.load_from_disk('corpus/rows'))"
 
@@ -331,11 +332,11 @@ class PackedRows:
     def batch(self, row_ids: Sequence[int] | np.ndarray, drop_first: bool = False) -> dict[str, torch.Tensor]:
         """Return input_ids, position_ids and labels of some rows, [B, T] int64 each.
 
-        labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to predict
-        from: the first token of a row, of a document that is isolated, and padding.
+        labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to
+        predict from: the first token of a row, of a document that is isolated, and padding.
 
-        drop_first leaves out the sink or BOS before each row or document, with padding at the end instead,
-        so a model without it reads the same text. ValueError if the rows have none.
+        drop_first leaves out the sink or BOS before each row or document, with padding at the end
+        instead, so a model without it reads the same text. ValueError if the rows have none.
         """
         row_ids = np.asarray(row_ids)
         if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < len(self):

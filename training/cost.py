@@ -1,9 +1,10 @@
 """What a training step will cost, before it is trained: FLOPs, memory and seconds, by counting.
 
 FLOPs are those of the matrices and of the keys that a pattern lets a query see. Memory is what ZeRO
-leaves on a rank, plus what the backward pass needs of each layer. Seconds are FLOPs and bytes over what
-this machine was measured to do (`calibrate`), each kind of work at its own rate. The model is Llama-like.
-What is assumed and not measured comes first. No torch at import: `longreach plan` reads this.
+leaves on a rank, plus what the backward pass needs of each layer. Seconds are FLOPs and bytes over
+what this machine was measured to do (`calibrate`), each kind of work at its own rate. The model is
+Llama-like. What is assumed and not measured comes first. No torch at import: `longreach plan` reads
+this.
 
     predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources, machine=machine).step_s
 
@@ -34,24 +35,24 @@ GIB = 2**30
 CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
 ATTENTION_BACKWARD = 2.5
-"""FLOPs of the attention kernel backward over forward: FlashAttention computes 2 products (scores, values)
-forward and 5 backward (the scores again, and gradients of q, k, v and the scores)."""
+"""FLOPs of the attention kernel backward over forward: FlashAttention computes 2 products (scores,
+values) forward and 5 backward (the scores again, and gradients of q, k, v and the scores)."""
 BACKWARD_TRAFFIC = 2
 """Bytes that elementwise operations move backward over those forward: they read the saved input and the gradient."""
 PASSES = 3
 """Floats that an elementwise operation moves for each that it returns: about two are read and one is written."""
 LOSS_PASSES = 12
-"""Memory passes over the logits in training/loss.py: the matmul writes 1, the maximum reads 1, subtracting
-and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets about 1, and the
-products for the two gradients read 1 each."""
+"""Memory passes over the logits in training/loss.py: the matmul writes 1, the maximum reads 1,
+subtracting and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets
+about 1, and the products for the two gradients read 1 each."""
 LOSS_CHUNK = 512
 """Tokens whose logits exist at once (training/loss.py)."""
 OPTIMIZER_BYTES = 7 * 4
-"""Bytes per trained parameter of an AdamW step: it reads weight, gradient and two moments, and writes all
-but the gradient, in float32."""
+"""Bytes per trained parameter of an AdamW step: it reads weight, gradient and two moments, and
+writes all but the gradient, in float32."""
 SHARDED_BYTES = 6 * 4
-"""Bytes per trained parameter that ZeRO adds: it copies each gradient into a bucket and on into its owner's
-part, and each new weight back into the model; a copy reads and writes."""
+"""Bytes per trained parameter that ZeRO adds: it copies each gradient into a bucket and on into its
+owner's part, and each new weight back into the model; a copy reads and writes."""
 BUCKET_NUMBERS = 5e8
 """Numbers that one collective carries at most (DeepSpeed's reduce_bucket_size)."""
 PREFETCH_NUMBERS = 5e7
@@ -298,8 +299,8 @@ class _Step:
     def _all_to_all_per_token(self) -> float:
         """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce units.
 
-        Ranks that share a row exchange q, k, v and the attention's result of each layer, in the forward pass,
-        its repetition and the backward pass (attention/ulysses.py).
+        Ranks that share a row exchange q, k, v and the attention's result of each layer, in the
+        forward pass, its repetition and the backward pass (attention/ulysses.py).
         """
         exchanges = 3 if self.resources.activation_checkpointing else 2
         per_layer = 2 * (self.shape.q_width + self.shape.kv_width)  # q and the result; k and v
@@ -336,8 +337,9 @@ class _Step:
         if offloaded:
             optimizer = 0
 
-        # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so all that a layer's operations
-        # return stays resident; a GPU's caching allocator gives freed blocks to the next layer.
+        # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so all that a
+        # layer's operations return stays resident; a GPU's caching allocator gives freed blocks to
+        # the next layer.
         layer = saved(shape, self.arm, stage) if on_gpu else outputs(shape, self.arm)
         kept = shape.layers * layer
         if resources.activation_checkpointing:  # the input of each layer, and all of the one computed again
@@ -414,8 +416,8 @@ def measure_and_predict(
 ) -> tuple[Machine | None, Prediction | None]:
     """Return what a rank does in a second, measured, and what a step should cost; every rank calls it.
 
-    Both are None for an architecture that this counting does not know: one whose `parameters`, without
-    LoRA's, are others. document: mean length of the document that a token stands in.
+    Both are None for an architecture that this counting does not know: one whose `parameters`,
+    without LoRA's, are others. document: mean length of the document that a token stands in.
     """
     shape, resources = Shape.of(model.config.to_dict()), job.resources
     if not shape.counts(parameters):
@@ -469,8 +471,8 @@ def calibrate(
 ) -> Machine:
     """Measure what this rank does in a second, each kind of work by itself, while all ranks do the same.
 
-    tokens are those of one forward pass, span those of the document or group within which attention works.
-    Of both no more than CALIBRATION_TOKENS are tried, which a rank that trains has room for.
+    tokens are those of one forward pass, span those of the document or group within which attention
+    works. Of both no more than CALIBRATION_TOKENS are tried, which a rank that trains has room for.
     """
     import torch
     import torch.distributed as dist

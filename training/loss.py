@@ -1,22 +1,24 @@
 """Cross entropy over a large vocabulary without ever holding the logits.
 
-For 8,192 tokens and 49,152 words the logits alone are 1.6 GB in float32, their gradient as much again.
-But the gradient of a token's loss is known as soon as its logits are: softmax(logits) - onehot. So the
-forward pass turns each chunk of logits into d(loss)/d(hidden) and d(loss)/d(weight) on the spot, and the
-backward pass only hands them out. (The idea of Liger's fused linear cross entropy, arXiv:2410.10989.)
+For 8,192 tokens and 49,152 words the logits alone are 1.6 GB in float32, their gradient as much
+again. But the gradient of a token's loss is known as soon as its logits are: softmax(logits) -
+onehot. So the forward pass turns each chunk of logits into d(loss)/d(hidden) and d(loss)/d(weight)
+on the spot, and the backward pass only hands them out. (The idea of Liger's fused linear cross
+entropy, arXiv:2410.10989.)
 
-torch has had the same as `torch.nn.functional.linear_cross_entropy` since 2.13. We keep ours: torch's
-returns the loss of bfloat16 weights in bfloat16, 0.3 to 0.5% off (measured), too coarse for curves,
-spikes and the best checkpoint; and it would raise our floor from torch 2.8. It is no quicker. Median
-CPU seconds of forward and backward, and memory, in float32 with hidden size 576 and chunks of 512:
+torch has had the same as `torch.nn.functional.linear_cross_entropy` since 2.13. We keep ours:
+torch's returns the loss of bfloat16 weights in bfloat16, 0.3 to 0.5% off (measured), too coarse for
+curves, spikes and the best checkpoint; and it would raise our floor from torch 2.8. It is no
+quicker. Median CPU seconds of forward and backward, and memory, in float32 with hidden size 576 and
+chunks of 512:
 
     tokens x words           ours            torch's
     8,192 x 4,096            0.909, 61 MiB   0.938, 72 MiB
     the same, frozen head    0.613, 61 MiB   0.574, 49 MiB
     2,048 x 49,152           4.00            4.01
 
-The loss is a sum over tokens times `scale`. With scale = world size / targets of the global batch the
-gradient, once DeepSpeed has averaged it over the ranks, is that of the mean over all targets.
+The loss is a sum over tokens times `scale`. With scale = world size / targets of the global batch
+the gradient, once DeepSpeed has averaged it over the ranks, is that of the mean over all targets.
 
 Legend: B batch, T tokens, N = B*T, C tokens of one chunk, E hidden size, V vocabulary.
 """
@@ -67,8 +69,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In place: a second backward through one loss would need the buffers that this one gives away, and torch's
-        # version counter refuses it.
+        # In place: a second backward through one loss would need the buffers that this one gives
+        # away, and torch's version counter refuses it.
         return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
 
 
@@ -77,8 +79,9 @@ def fused_linear_cross_entropy(
 ) -> Tensor:
     """Return scale * sum over targets of -log softmax(hidden @ weight.T)[label], in float32 or wider.
 
-    labels_BT are int64 and *not* shifted: position t is scored against label t+1, and -100 is no target;
-    [B, T+1] where a row goes on elsewhere. Frozen weights cost nothing. Memory: chunk_tokens x V.
+    labels_BT are int64 and *not* shifted: position t is scored against label t+1, and -100 is no
+    target; [B, T+1] where a row goes on elsewhere. Frozen weights cost nothing. Memory:
+    chunk_tokens x V.
     """
     target_BT = torch.full(hidden_BTE.shape[:2], IGNORED, device=labels_BT.device)
     target_BT[:, : labels_BT.shape[1] - 1] = labels_BT[:, 1:]  # shifting the labels spares a copy of the hidden states

@@ -1,7 +1,7 @@
 """Models in: a converted folder, its RoPE stretched before the weights are built; or a Llama from scratch.
 
-`rope_parameters` belongs in the config from the start: the rotary module computes its frequencies once,
-when it is built, so a config changed afterwards would say one thing and the model do another.
+`rope_parameters` belongs in the config from the start: the rotary module computes its frequencies
+once, when it is built, so a config changed afterwards would say one thing and the model do another.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCaus
 def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
     """Return the same Llama with a sink logit a head, all 0, in each softmax (attention/sink_softmax.py).
 
-    It is transformers' `granite_swa`, which is Llama with these logits once every layer sees everything, so
-    plain transformers loads the saved folder. ValueError for other architectures.
+    It is transformers' `granite_swa`, which is Llama with these logits once every layer sees
+    everything, so plain transformers loads the saved folder. ValueError for other architectures.
     """
     old = model.config
     if not isinstance(old, LlamaConfig) or old.attention_bias or old.mlp_bias:

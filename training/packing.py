@@ -1,9 +1,10 @@
 """Which tokens stand in which row, in pure NumPy; training/corpus.py reads the texts and writes the rows.
 
-best_fit puts whole documents together with least waste: longest first, each into the fullest row that has
-room (best-fit decreasing, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830). Of a document longer
-than a row only the remainder is fitted; no token is dropped. position_ids restart at each document, which
-isolates them. concat joins documents and cuts every seq_len tokens, with one range of positions a row.
+best_fit puts whole documents together with least waste: longest first, each into the fullest row
+that has room (best-fit decreasing, "Fewer Truncations Improve Language Modeling",
+arXiv:2404.10830). Of a document longer than a row only the remainder is fitted; no token is
+dropped. position_ids restart at each document, which isolates them. concat joins documents and cuts
+every seq_len tokens, with one range of positions a row.
 
     from longreach.training.packing import best_fit
     print(best_fit([5, 3, 6, 2], 8))      # [1 1 0 0]: 6 + 2, 5 + 3
@@ -25,8 +26,9 @@ from numpy.typing import ArrayLike
 def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
     """Return the row of each item, [items] int64. ValueError unless all lengths are from 1 to capacity.
 
-    Items of one length are placed together, into all rows of one room at a time, and a row is touched only
-    when it gets something: the time is that of sorting, plus the numbers of distinct lengths and of rows.
+    Items of one length are placed together, into all rows of one room at a time, and a row is
+    touched only when it gets something: the time is that of sorting, plus the numbers of distinct
+    lengths and of rows.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:

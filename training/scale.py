@@ -1,9 +1,9 @@
 """Scale on paper: what a Llama costs on 8 to 1,024 GPUs, where it stops scaling and where it does not fit.
 
-The arithmetic is training/cost.py's; only the rates are a data sheet's, times an assumed share that is
-really reached. The batch stays the same however many GPUs share it; once it has fewer rows than there are
-GPUs, neighbours share rows (DeepSpeed-Ulysses). Layers are recomputed in the backward pass, weights are
-bfloat16, and nothing overlaps.
+The arithmetic is training/cost.py's; only the rates are a data sheet's, times an assumed share that
+is really reached. The batch stays the same however many GPUs share it; once it has fewer rows than
+there are GPUs, neighbours share rows (DeepSpeed-Ulysses). Layers are recomputed in the backward
+pass, weights are bfloat16, and nothing overlaps.
 
     longreach scale llama-2-7b --row 32768
     longreach scale --paper
@@ -33,13 +33,13 @@ GPUS_PER_NODE = 8
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Numbers of GPUs that are tried if a user names none."""
 UTILISATION = 0.6
-"""Assumed share of the peak that matrices and attention reach; FlashAttention-2 reports 50 to 73% on an A100
-(arXiv:2307.08691)."""
+"""Assumed share of the peak that matrices and attention reach; FlashAttention-2 reports 50 to 73%
+on an A100 (arXiv:2307.08691)."""
 REACHED_BYTES = 0.8
 """Assumed share of its bandwidth that memory or a link reaches."""
 START_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
-"""Seconds that NCCL reckons for the start of a ring, for a step between two GPUs of a node, and for one
-between two nodes (its src/graph/tuning.cc: ring, simple protocol, NVLink)."""
+"""Seconds that NCCL reckons for the start of a ring, for a step between two GPUs of a node, and for
+one between two nodes (its src/graph/tuning.cc: ring, simple protocol, NVLink)."""
 RESERVED_GIB = 4.0
 """Assumed GPU memory that CUDA, NCCL and the allocator's fragments take."""
 OFFLOADED_BYTES = 16
@@ -293,8 +293,9 @@ PAPER = (
     (32768, "full", 39.8, None), (32768, "lora", 36.5, None), (32768, "longlora", 24.6, None),
     (65536, "lora", 92.5, 71.1), (65536, "longlora", 52.4, 69.8),
 )  # fmt: skip
-"""LongLoRA (arXiv:2309.12307), Llama-2-7B on 8 A100 of 80 GB, ZeRO 2, 1,000 steps of 64 rows: (row, method,
-hours, GB). From secondary sources, not re-read in the paper; memory is known for two of them."""
+"""LongLoRA (arXiv:2309.12307), Llama-2-7B on 8 A100 of 80 GB, ZeRO 2, 1,000 steps of 64 rows: (row,
+method, hours, GB). From secondary sources, not re-read in the paper; memory is known for two of
+them."""
 
 
 def compared(utilisation: float = UTILISATION) -> Iterator[tuple[int, str, float, float, float, float | None]]:

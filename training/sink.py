@@ -1,7 +1,8 @@
 """The sink token: a token of its own, learned as the place where attention goes when it has nowhere to go.
 
-A model pretrained with such a token first in every sample needs only that one kept in its cache (arXiv:2309.17453,
-section 3.3). The tokenizer itself puts it there, so plain transformers feeds the model what it was trained on.
+A model pretrained with such a token first in every sample needs only that one kept in its cache
+(arXiv:2309.17453, section 3.3). The tokenizer itself puts it there, so plain transformers feeds the
+model what it was trained on.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ SINK_TOKEN = "<|sink|>"
 def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, int]:
     """Return a tokenizer that puts `<|sink|>` before every text (before BOS, if it adds one), and the id.
 
-    The rule is the post-processor of tokenizer.json, so it survives saving and loading; that is tried here.
-    ValueError for a tokenizer that is not a fast one, or whose rule for special tokens is not a template or
-    is rebuilt by its class on loading.
+    The rule is the post-processor of tokenizer.json, so it survives saving and loading; that is
+    tried here. ValueError for a tokenizer that is not a fast one, or whose rule for special tokens
+    is not a template or is rebuilt by its class on loading.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: it has no template to put {SINK_TOKEN} in")

@@ -1,8 +1,9 @@
 """Steps that are not trained on: a loss or gradient that is no number, or a loss that jumps.
 
-A skipped step leaves weights and optimizer as they were. Several in a row mean that the weights went wrong:
-training goes back to its last checkpoint, once, and then leaves out the steps that were bad. If that does not
-help it stops and names the rows. Every rank decides the same, since all see the same numbers.
+A skipped step leaves weights and optimizer as they were. Several in a row mean that the weights
+went wrong: training goes back to its last checkpoint, once, and then leaves out the steps that were
+bad. If that does not help it stops and names the rows. Every rank decides the same, since all see
+the same numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What rank 0 records of each step: metrics.jsonl (part of the result) and the spool (what MLflow is shown).
 
-metrics.jsonl holds every step once: after going back to a checkpoint it is cut to the steps before it. The
-spool is never cut, so a step that is repeated is not sent to it again.
+metrics.jsonl holds every step once: after going back to a checkpoint it is cut to the steps before
+it. The spool is never cut, so a step that is repeated is not sent to it again.
 """
 
 from __future__ import annotations

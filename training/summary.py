@@ -1,7 +1,8 @@
 """What a training and a packed corpus say of themselves: typed facts, one JSON file in each result's folder.
 
-Everyone who wants to know what a training cost, or how many rows a corpus has, reads these classes; nobody else knows
-the files' names or keys. No torch here: `longreach plan` reads them in milliseconds.
+Everyone who wants to know what a training cost, or how many rows a corpus has, reads these classes;
+nobody else knows the files' names or keys. No torch here: `longreach plan` reads them in
+milliseconds.
 """
 
 from __future__ import annotations

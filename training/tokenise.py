@@ -1,8 +1,8 @@
 """Text -> token ids, in parallel, in bounded memory, with exactly the tokens of the text encoded as a whole.
 
-A text is cut only where its tokenizer is known to begin a new pre-token whatever surrounds it (`exact_cut`
-has the proofs), and each cut is asserted on the characters around it. Cutting also pays: pieces of 1 KB stay
-in cache and take half of the CPU time of whole books.
+A text is cut only where its tokenizer is known to begin a new pre-token whatever surrounds it
+(`exact_cut` has the proofs), and each cut is asserted on the characters around it. Cutting also
+pays: pieces of 1 KB stay in cache and take half of the CPU time of whole books.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ LLAMA3_SPLITS = tuple(
 def exact_cut(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     """Return what matches (emptily) where a text may be cut without changing a token; None: nowhere provable.
 
-    It takes BPE (each pre-token alone), no normalizer or NFC (which joins nothing across a space or line end),
-    and a pre-tokenizer whose regex scans from left to right without looking back, so that the text after a
-    pre-token's end is split as if it stood alone. Left to show: a pre-token ends at the cut, and those before
-    it end as they did, although the regex now meets the end of the text there.
+    It takes BPE (each pre-token alone), no normalizer or NFC (which joins nothing across a space or
+    line end), and a pre-tokenizer whose regex scans from left to right without looking back, so
+    that the text after a pre-token's end is split as if it stood alone. Left to show: a pre-token
+    ends at the cut, and those before it end as they did, although the regex now meets the end of
+    the text there.
 
     - GPT-2: no alternative holds a non-space followed by white space, and runs of white space, the only ones
       that look ahead, stay with what follows. Splitting off digits first (SmolLM2) goes by character class.
@@ -142,8 +143,8 @@ class Encoder:
 def encode_all(batches: Iterable[list[str]], encoder: Encoder, workers: int = 0) -> Iterator[Tokens]:
     """Yield encoder.encode of each batch, in order; only a few batches are in memory at a time.
 
-    workers: Ray tasks of one CPU at the same time, on whatever machines the cluster has; 0: threads of this
-    process (the tokenizer releases the GIL).
+    workers: Ray tasks of one CPU at the same time, on whatever machines the cluster has; 0: threads
+    of this process (the tokenizer releases the GIL).
     """
     if workers:
         import ray

@@ -1,7 +1,7 @@
 """Loss on held-out text while training goes on, so that the best weights can be kept and not only the last.
 
-Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and causal
-whatever the arm trains with (LongLoRA, section 3.2), so arms compare.
+Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and
+causal whatever the arm trains with (LongLoRA, section 3.2), so arms compare.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Recipe + resources -> a DeepSpeed engine. The only file that knows DeepSpeed's config keys and private corners.
 
-AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes first. The
-loss is already divided by the targets of the whole global batch (training/loss.py), so DeepSpeed may average
-over ranks but must not divide by the number of micro-batches: `backward` undoes that.
+AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes
+first. The loss is already divided by the targets of the whole global batch (training/loss.py), so
+DeepSpeed may average over ranks but must not divide by the number of micro-batches: `backward`
+undoes that.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ def skip_muon_compilation() -> None:
 def backward(engine: Any, loss: torch.Tensor) -> None:
     """Accumulate the gradient of an already normalised loss.
 
-    DeepSpeed divides by the number of micro-batches, with `scale_wrt_gas=False` as well where the loss is the
-    module's own output (0.19.8: a hook on the output), so we multiply first.
+    DeepSpeed divides by the number of micro-batches, with `scale_wrt_gas=False` as well where the
+    loss is the module's own output (0.19.8: a hook on the output), so we multiply first.
     """
     engine.backward(loss * engine.gradient_accumulation_steps())
 
@@ -155,8 +156,9 @@ def step(engine: Any, learning_rate: float) -> float:
     # Plain float32 without ZeRO is the one case where DeepSpeed keeps no norm, and steps whatever it is.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     if not norm.isfinite():
-        # A skipped step goes through engine.step as well, which counts micro-batches and clears gradients. So
-        # the optimizer's own step is hidden for this one call, behind an attribute of the instance.
+        # A skipped step goes through engine.step as well, which counts micro-batches and clears
+        # gradients. So the optimizer's own step is hidden for this one call, behind an attribute of
+        # the instance.
         engine.optimizer.step = lambda: None
     engine.step()
     engine.optimizer.__dict__.pop("step", None)
