@@ -1,4 +1,4 @@
-"""The model that an arm starts from: base or fresh weights, stretched, fitted to the rows' tokens, LoRA put in.
+"""The model that an arm starts from: base or fresh weights, stretched, fitted to the rows, with LoRA.
 
 All arms of a comparison start from the same weights; what an arm changes is done last. The loop
 sets the attention pattern, since it may change while training.
@@ -51,7 +51,7 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
 def _to_pretrain(
     job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model from scratch, or the base, with its sink; and a tokenizer that adds a sink token or none.
+    """Return a new model, or the base, with its sink; and a tokenizer that adds a sink token or none.
 
     Every sink arm gets the sink token's embedding row, so that all start from the same weights.
     """
@@ -71,7 +71,7 @@ def _to_pretrain(
 
 
 def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the stretched base, with an embedding for a first token that the rows have and the base lacks."""
+    """Return the stretched base, with an embedding for a first token that the base lacks."""
     model, base_tokenizer = load_model(job.base, rope=job.rope)
     check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
     if fit_embeddings(model, tokenizer) and job.arm.tune != "all":
@@ -83,7 +83,7 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
 
 
 def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:
-    """Raise ValueError unless the rows' vocabulary (token -> id) is the base's, but for new tokens after it."""
+    """Raise ValueError unless the rows' vocabulary is the base's, but for new tokens after it."""
     wrong = [token for token, number in base.items() if corpus.get(token) != number]
     if wrong or len(corpus) < len(base):
         raise ValueError(

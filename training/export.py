@@ -1,4 +1,4 @@
-"""What leaves training: a plain Hugging Face model or a plain peft adapter, checked; and adapters merged into models.
+"""What leaves training: a plain Hugging Face model or peft adapter, checked; and merged adapters.
 
 Before a result is written, each trainable tensor is compared with what it was at the start; and a
 merged model is loaded again by plain transformers and its logits are compared with the adapter's.
@@ -28,7 +28,7 @@ then of each layer. Measured on SmolLM2 in float32: 4e-6."""
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """Return xxh3 of each trainable tensor by name; under ZeRO-3, before it partitions or while it is whole."""
+    """Return xxh3 of each trainable tensor by name; under ZeRO-3 it has to be whole."""
     digests = {}
     for name, p in trainable(model).items():
         raw = p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
@@ -44,7 +44,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_result(
     model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, *, start: dict[str, str], steps: int
 ) -> None:
-    """Check what was trained since `start` (its `tensor_digests`), and let rank 0 write model or adapter.
+    """Check what was trained since `start` (`tensor_digests`); rank 0 saves model or adapter.
 
     Every rank calls it.
     """
@@ -61,7 +61,7 @@ def save_result(
 
 
 def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
-    """Raise RuntimeError naming trainable tensors that are empty, not finite, or unchanged after the steps.
+    """Raise RuntimeError naming trainable tensors that are empty, not finite, or unchanged.
 
     What was trained and what is saved would not be the same thing, or nothing was trained.
     """
@@ -77,7 +77,7 @@ def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
 
 
 def save_adapter(model: PeftModel, out: Path) -> None:
-    """Save the trainable tensors as plain peft names them, embeddings and norms as `modules_to_save`."""
+    """Save the trainable tensors as peft names them; embeddings and norms are modules_to_save."""
     tensors = {}
     for name, p in trainable(model).items():
         tensors[name.replace(".default.", ".")] = p.detach().cpu().contiguous()
@@ -93,7 +93,7 @@ def save_adapter(model: PeftModel, out: Path) -> None:
 
 
 def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: RopeRecipe | None) -> dict[str, Any]:
-    """Merge an adapter into its base: a plain Hugging Face folder, with the RoPE stretch in its config.
+    """Merge an adapter into its base: a plain Hugging Face folder, its config stretched.
 
     It is loaded again by plain transformers, and its logits on random tokens are compared with the
     adapter's: merge_error is the largest difference over the largest logit. RuntimeError above the

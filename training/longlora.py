@@ -23,7 +23,7 @@ from longreach.training.summary import TrainableParameters
 
 
 def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:
-    """Set `requires_grad` for the arm and, unless it tunes everything, put LoRA layers into `model`.
+    """Set `requires_grad` for the arm; unless it tunes everything, put LoRA layers into `model`.
 
     LoRA starts at zero, so logits do not move. ValueError where the architecture lacks a target module.
     """
@@ -46,7 +46,7 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
 
 
 def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
-    """Return the modules that train beside LoRA by name: embeddings (with a tied lm_head) and norms."""
+    """Return the embeddings (with a tied lm_head) and norms that train beside LoRA, by name."""
     lm, extras = causal_lm(model), tune.split("+")[1:]
     return {
         name: module

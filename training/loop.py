@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: one rank's whole life. Ray Train starts it on every rank (infra/launch.py).
+"""The training loop, top to bottom: one rank's whole life, started by Ray Train (infra/launch.py).
 
     build the model -> stretch it, apply the arm, set the pattern -> DeepSpeed engine -> resume ->
     for each step: rows by arithmetic -> loss -> backward -> step -> record -> checkpoint
@@ -152,7 +152,7 @@ class Training:
         self.checkpoint_laps: dict[str, float] = {}  # a checkpoint's seconds, for the record of the next step
 
     def resume(self) -> None:
-        """Begin at the newest valid checkpoint of this attempt or an earlier one, else at step 0."""
+        """Begin at the newest valid checkpoint of this attempt or an earlier one, else at 0."""
         self.progress = self._load_newest()
         self.resumed_from = self.progress.step
         self.skips = Skips(self.optim, self.progress.trained_losses)
@@ -175,7 +175,7 @@ class Training:
         return Progress(step, step, validated, trained_losses, notes=passed_over)
 
     def run_step(self) -> None:
-        """Train one optimizer step, or skip it where its numbers are bad; record it; checkpoint if it is due.
+        """Train one step, or skip it where its numbers are bad; record it; checkpoint if due.
 
         After too many skipped steps in a row training goes back to its last checkpoint instead.
         """
@@ -219,7 +219,7 @@ class Training:
             self.save()
 
     def _read_batches(self, step: int) -> list[dict[str, Tensor]]:
-        """Return this rank's micro-batches of a step: the same rows whatever the number of ranks."""
+        """Return this rank's micro-batches of a step; all ranks' together are always the same."""
         batches = []
         for row_ids in self.order.for_rank(step, self.data_rank, self.data_ranks, self.job.resources.micro_batch_rows):
             batch = self.rows.batch(row_ids, drop_first=self.job.drops_first)
@@ -227,7 +227,7 @@ class Training:
         return batches
 
     def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """Return (targets, tokens) of the step over all ranks, or save and stop if any rank was asked to.
+        """Return (targets, tokens) of the step over all ranks; save and stop if asked to.
 
         The loss is one mean over the targets of the global batch, however they are spread over
         ranks and micro-batches; so the ranks have to know their number before the first forward
@@ -291,13 +291,13 @@ class Training:
         return measured
 
     def _mfu(self, seconds: float) -> dict[str, float]:
-        """Return the share of what matrix products could do that the step's FLOPs take, without recomputation."""
+        """Return the share of the matrix products' speed that the step's FLOPs took."""
         if self.machine is None or self.predicted is None:
             return {}
         return {"mfu": self.predicted.flops / seconds / self.world / self.machine.matmul}
 
     def _skip(self, step: int, why: str, row: dict[str, Any]) -> bool:
-        """Note a skipped step; return whether there were so many in a row that training has to go back."""
+        """Note a skipped step; return whether training has to go back after so many in a row."""
         note = f"step {step + 1} skipped: {why}, in rows {row['rows']}"
         if self.log:
             self.log.note(note)
@@ -312,14 +312,14 @@ class Training:
         return True
 
     def _go_back(self) -> None:
-        """Begin again at the last checkpoint; on the way forward the steps known to be bad are skipped."""
+        """Begin again at the last checkpoint; steps known to be bad are skipped on the way."""
         notes = self.progress.notes
         self.progress = self._load_newest()
         self.progress.notes = notes + self.progress.notes
         self.skips.go_back()
 
     def _checkpoint_due(self) -> bool:
-        """Whether the steps done are a multiple of the interval, or left the best weights so far."""
+        """Return whether the interval is full, or the step left the best weights so far."""
         step, validated = self.progress.step, self.progress.validated
         if self.optim.result == "best" and step in validated and validated[step] == min(validated.values()):
             return True
@@ -342,7 +342,7 @@ class Training:
             self.log.checkpoint(step, self.checkpoints.identity, path)
 
     def _best_steps(self) -> list[int]:
-        """Return the steps with the lowest validation losses, whose checkpoints are to stay (`result: best`)."""
+        """Return the steps with the lowest validation losses, whose checkpoints are to stay."""
         if self.optim.result != "best":
             return []
         validated, done = self.progress.validated, self.progress.step
@@ -380,7 +380,7 @@ class Training:
         return summary.to_json()
 
     def _load_best(self) -> int:
-        """Load the weights with the lowest validation loss and return after which step they were saved."""
+        """Load the weights with the lowest validation loss and return their step."""
         validated = self.progress.validated
         if not validated:
             raise FloatingPointError("result 'best', but no validation loss was a number: lower learning_rate")
@@ -390,7 +390,7 @@ class Training:
         return best
 
     def _pattern_at(self, step: int) -> Pattern:
-        """Return the pattern of a step (from 0): the arm's, and at the end the one that it anneals to."""
+        """Return the pattern of a step: the arm's, and at the end the one that it anneals to."""
         return self.job.arm.attention.pattern_at(step, self.optim.steps)
 
     def _attend_by(self, pattern: Pattern) -> None:
@@ -403,14 +403,14 @@ class Training:
             raise RuntimeError(f"asked for attention {asked}, but {now} is on")
 
     def _held_out_rows(self) -> list[dict[str, Tensor]]:
-        """Return this rank's part of each row that validation is measured on; none if nothing is measured."""
+        """Return this rank's part of the rows for validation; none if nothing is measured."""
         if not self.optim.validate_every_steps:
             return []
         rows = validation_rows(Path(self.job.corpus), self.optim.validation_rows, drop_first=self.job.drops_first)
         return [part_of(row, self.sequence) for row in rows]
 
     def _probe_ids(self) -> Tensor:
-        """Return token ids [PROBE_ROWS, seq_len - 1] on which it is measured where attention rests."""
+        """Return the token ids on which it is measured where attention rests."""
         first_rows = range(min(PROBE_ROWS, len(self.rows)))
         ids_BT = self.rows.batch(first_rows, drop_first=self.job.drops_first)["input_ids"]
         # one token less than a row: arms without a sink token have dropped it, and are compared with the rest
@@ -418,12 +418,12 @@ class Training:
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
-    """Whether `step` (from 0) is the last or the n-th of every `every` steps; `every` 0 means never."""
+    """Return whether `step` (from 0) is the last, or the n-th of every n; 0 means never."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
-    """Return the rate of a step (from 0): a warm-up from above zero, then constant or falling to zero."""
+    """Return the rate of a step (from 0): warming up, then constant or falling to zero."""
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     passed = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)

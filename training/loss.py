@@ -77,7 +77,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 def fused_linear_cross_entropy(
     hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor, *, scale: float = 1.0, chunk_tokens: int = 512
 ) -> Tensor:
-    """Return scale * sum over targets of -log softmax(hidden @ weight.T)[label], in float32 or wider.
+    """Return scale * sum over targets of -log softmax(hidden @ weight.T)[label], at least float32.
 
     labels_BT are int64 and *not* shifted: position t is scored against label t+1, and -100 is no
     target; [B, T+1] where a row goes on elsewhere. Frozen weights cost nothing. Memory:
@@ -95,7 +95,7 @@ def count_targets(labels_BT: Tensor) -> int:
 
 
 class TokenLoss(nn.Module):
-    """The objective around a causal LM (plain or peft), as a module: DeepSpeed's hooks see every parameter.
+    """The loss around a causal LM (plain or peft): a module, so that DeepSpeed's hooks see it all.
 
     The model's own lm_head is never called: its weight goes into the fused loss.
     """

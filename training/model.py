@@ -1,4 +1,4 @@
-"""Models in: a converted folder, its RoPE stretched before the weights are built; or a Llama from scratch.
+"""Models in: a converted folder, stretched before its weights are built; or a Llama from scratch.
 
 `rope_parameters` belongs in the config from the start: the rotary module computes its frequencies
 once, when it is built, so a config changed afterwards would say one thing and the model do another.
@@ -71,7 +71,7 @@ def describe(folder: Path | str) -> dict[str, Any]:
 
 
 def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """Return a float32 Llama with tied embeddings: the same for a seed, whatever was drawn before."""
+    """Return a float32 Llama with tied embeddings, the same whatever was drawn before."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden,
@@ -88,7 +88,7 @@ def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCaus
 
 
 def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
-    """Return the same Llama with a sink logit a head, all 0, in each softmax (attention/sink_softmax.py).
+    """Return the same Llama with a sink logit a head, 0 at first, in each softmax.
 
     It is transformers' `granite_swa`, which is Llama with these logits once every layer sees
     everything, so plain transformers loads the saved folder. ValueError for other architectures.

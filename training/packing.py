@@ -1,4 +1,4 @@
-"""Which tokens stand in which row, in pure NumPy; training/corpus.py reads the texts and writes the rows.
+"""Which tokens stand in which row, in pure NumPy; training/corpus.py reads and writes.
 
 best_fit puts whole documents together with least waste: longest first, each into the fullest row
 that has room (best-fit decreasing, "Fewer Truncations Improve Language Modeling",
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 
 def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
-    """Return the row of each item, [items] int64. ValueError unless all lengths are from 1 to capacity.
+    """Return the row of each item, [items] int64. ValueError unless lengths are 1 to capacity.
 
     Items of one length are placed together, into all rows of one room at a time, and a row is
     touched only when it gets something: the time is that of sorting, plus the numbers of distinct
@@ -78,7 +78,7 @@ class Segments(NamedTuple):
 
 
 def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
-    """Return the best fit of documents, those longer than a row split into full pieces and a remainder.
+    """Return the best fit of documents, longer ones split into full pieces and a remainder.
 
     `lead` tokens (the sink's or BOS's) stand before each piece.
     """
@@ -93,7 +93,7 @@ def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lea
 
 
 def concat(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
-    """Return documents one after the other, cut where a row is full, with `lead` tokens before each row."""
+    """Return documents joined, and cut where a row is full, with `lead` tokens before each row."""
     capacity = seq_len - lead
     ends_D = np.cumsum(lengths_D)
     total = int(lengths_D.sum())
@@ -113,7 +113,7 @@ class Rows:
     segments: Segments
     seq_len: int
     first_token: int | None
-    """Stands first in each row, and in each document where they are isolated; None: nothing does."""
+    """Stands first in each row, and in each isolated document; None: nothing does."""
     pad_token: int
     isolated: bool
     """position_ids restart at each document."""
@@ -129,13 +129,13 @@ class Rows:
         return np.bincount(row_S, length_S + self._lead(row_S), self.count).astype(np.int32)
 
     def _lead(self, row_S: np.ndarray) -> np.ndarray:
-        """Return how many tokens stand before each segment, 0 or 1; row_S begins with a row's first one."""
+        """Return the tokens before each segment, 0 or 1; row_S begins with a row's first one."""
         if self.first_token is None or self.isolated:
             return np.full(len(row_S), self.first_token is not None, np.int64)
         return (np.diff(row_S, prepend=-1) > 0).astype(np.int64)
 
     def fill(self, start: int, stop: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return input_ids [R, T], position_ids [R, T] and length [R] of some rows, int32, from the token stream.
+        """Return input_ids [R, T], position_ids [R, T] and length [R] of some rows, int32.
 
         Padding stands at the end of a row, and its positions restart like a document's.
         """

@@ -1,4 +1,4 @@
-"""(seed, step, rank) -> rows: what a step reads is arithmetic, so resumed runs and other ranks read the same.
+"""(seed, step, rank) -> rows: arithmetic, so that resumed runs and other ranks read the same.
 
 Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next
 global_batch_rows of the endless line of epochs.
@@ -33,7 +33,7 @@ class RowOrder:
         )
 
     def for_rank(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[np.ndarray]:
-        """Return a rank's micro-batches of a step: those of all ranks, in order of rank, are rows_of_step.
+        """Return a rank's micro-batches: those of all ranks, in order of rank, are rows_of_step.
 
         ValueError if world x micro_batch_rows does not divide the global batch.
         """

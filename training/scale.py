@@ -1,4 +1,4 @@
-"""Scale on paper: what a Llama costs on 8 to 1,024 GPUs, where it stops scaling and where it does not fit.
+"""Scale on paper: what a Llama costs on 8 to 1,024 GPUs, where it fits and stops scaling.
 
 The arithmetic is training/cost.py's; only the rates are a data sheet's, times an assumed share that
 is really reached. The batch stays the same however many GPUs share it; once it has fewer rows than
@@ -43,14 +43,14 @@ one between two nodes (its src/graph/tuning.cc: ring, simple protocol, NVLink)."
 RESERVED_GIB = 4.0
 """Assumed GPU memory that CUDA, NCCL and the allocator's fragments take."""
 OFFLOADED_BYTES = 16
-"""Bytes on the host per trained number: the optimizer's weight and two moments, and the gradient."""
+"""Bytes on the host per trained number: the optimizer's weight and moments, and the gradient."""
 MIN_EFFICIENCY = 0.5
 """Efficiency under which more GPUs are no longer worth it."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: bfloat16 operations and bytes per second; those of links in one direction."""
+    """A GPU's data sheet: bfloat16 operations and bytes per second, of links in one direction."""
 
     flops: float
     bytes: float
@@ -64,7 +64,7 @@ class Gpu:
     """Bandwidth to the host's memory, which is assumed to be as fast."""
 
     def machine(self, world: int, utilisation: float) -> Machine:
-        """Return what each of `world` GPUs does in a second if its matrices reach this share of the peak."""
+        """Return what each of `world` GPUs does if its matrices reach this share of the peak."""
         compute = utilisation * self.flops
         exchange = None
         if world > 1:
@@ -92,7 +92,7 @@ WAYS["3+host"] = {"zero_stage": 3, "offload": "cpu", "offload_parameters": True}
 
 
 def arms(row: int) -> dict[str, ArmRecipe]:
-    """Return the training methods for rows of this length; LongLoRA's groups are a quarter of the row."""
+    """Return the training methods; LongLoRA's groups are a quarter of the row."""
     sparse = AttentionRecipe.of(pattern="shifted_sparse", group_tokens=row // 4)
     return {
         "full": ArmRecipe(),
@@ -123,7 +123,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """A method on a number of GPUs: the fastest setting that fits, and the others with as many ranks per row."""
+    """A method on a number of GPUs: the fastest setting that fits, and others like it."""
 
     arm: str
     gpus: int
@@ -147,7 +147,7 @@ def setting(
     ranks: int = 1,
     utilisation: float = UTILISATION,
 ) -> Setting:
-    """Return what steps of `rows` rows of `row` tokens cost, with one row at a time on each `ranks` GPUs."""
+    """Return what steps of `rows` rows cost, with one row at a time on each `ranks` GPUs."""
     resources = Resources(
         workers=gpus, gpus_per_worker=1, sequence_parallel=ranks, dtype="bfloat16", activation_checkpointing=True,
         **WAYS[way],
@@ -249,7 +249,7 @@ def tables(points: list[Point], gpu: Gpu) -> Iterator[tuple[list[str], list[list
 
 
 def shape_of(model: str) -> Shape:
-    """Return the shape of a known model, or of a config.json (or its folder). ValueError without one."""
+    """Return the shape of a known model, or of a config.json or its folder; else ValueError."""
     if model in MODELS:
         return MODELS[model]
     path = Path(model)

@@ -1,4 +1,4 @@
-"""The sink token: a token of its own, learned as the place where attention goes when it has nowhere to go.
+"""The sink token, learned as the place where attention goes when it has nowhere to go.
 
 A model pretrained with such a token first in every sample needs only that one kept in its cache
 (arXiv:2309.17453, section 3.3). The tokenizer itself puts it there, so plain transformers feeds the
@@ -19,7 +19,7 @@ SINK_TOKEN = "<|sink|>"
 
 
 def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, int]:
-    """Return a tokenizer that puts `<|sink|>` before every text (before BOS, if it adds one), and the id.
+    """Return a tokenizer that puts `<|sink|>` before every text (before a BOS), and its id.
 
     The rule is the post-processor of tokenizer.json, so it survives saving and loading; that is
     tried here. ValueError for a tokenizer that is not a fast one, or whose rule for special tokens
@@ -54,7 +54,7 @@ def _is_first(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _sink_before(rule: dict[str, Any] | None, sink_id: int) -> dict[str, Any]:
-    """Return a post-processor with the sink token as the first piece of its template, added if it has none."""
+    """Return a post-processor with the sink token first in its template, added if missing."""
     if rule is None or rule["type"] == "ByteLevel":  # ByteLevel only trims offsets
         text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         template = {"type": "TemplateProcessing", "single": [text], "pair": [text, pair], "special_tokens": {}}

@@ -46,7 +46,7 @@ class Skips:
         self.in_a_row = 0
 
     def skipped(self, step: int, why: str) -> bool:
-        """The step did not; return whether there were too many in a row, so that training has to go back."""
+        """The step did not; return whether there were so many that training has to go back."""
         if step not in self.bad:  # those known to be bad say nothing new
             self.bad[step] = why
             self.in_a_row += 1

@@ -1,4 +1,4 @@
-"""What rank 0 records of each step: metrics.jsonl (part of the result) and the spool (what MLflow is shown).
+"""What rank 0 records of each step: metrics.jsonl (in the result) and the spool (for MLflow).
 
 metrics.jsonl holds every step once: after going back to a checkpoint it is cut to the steps before
 it. The spool is never cut, so a step that is repeated is not sent to it again.
@@ -33,7 +33,7 @@ class StepLog:
         self.last_logged_step = self._last_logged_step(spool)
 
     def _last_logged_step(self, spool: str | None) -> int:
-        """Return the last step that this attempt sent to the spool before its ranks were restarted; 0 for none."""
+        """Return the last step in the spool before the ranks were restarted; 0 for none."""
         if spool and Path(spool).exists():
             events, _ = read_events(spool)
             return max((event["step"] for event in events if "train/seconds" in event.get("values", ())), default=0)
@@ -43,7 +43,7 @@ class StepLog:
         return 0
 
     def restart(self, history: Path | None) -> None:
-        """Begin with the steps in `history`, the record in the checkpoint that was loaded, or with none."""
+        """Begin with the steps recorded in the checkpoint that was loaded, or with none."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = history.read_text() if history else ""
         self.path.write_text(text)
@@ -54,7 +54,7 @@ class StepLog:
         return [(row["step"] - 1, row["loss"]) for row in self.rows if not row["skipped"]]
 
     def validation_losses(self) -> dict[int, float]:
-        """Return the finite validation losses, by steps done, of the steps that changed the weights."""
+        """Return the finite validation losses of the steps that changed the weights."""
         losses = {}
         for row in self.rows:
             if not row["skipped"] and row.get("validation_loss") is not None:
@@ -78,7 +78,7 @@ class StepLog:
         self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)
 
     def checkpoint(self, step: int, identity: str, path: Path) -> None:
-        """Name a saved checkpoint to MLflow, which ranks it by its losses; its files stay where they are."""
+        """Name a saved checkpoint to MLflow, which ranks it by its losses."""
         if self.spool is None:
             return
         row = self.rows[-1] if self.rows else {}

@@ -1,4 +1,4 @@
-"""What a training and a packed corpus say of themselves: typed facts, one JSON file in each result's folder.
+"""What a training and a packed corpus say of themselves: typed facts, a JSON file in each folder.
 
 Everyone who wants to know what a training cost, or how many rows a corpus has, reads these classes;
 nobody else knows the files' names or keys. No torch here: `longreach plan` reads them in
@@ -34,7 +34,7 @@ class Summary(Facts):
 
     @classmethod
     def read(cls, folder: Path | str) -> Self:
-        """Return what the file in `folder` says. OSError if there is none, ValueError if it says something else."""
+        """Return what the file in `folder` says; OSError if missing, ValueError if other."""
         path = Path(folder) / cls.file
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ class TrainingSummary(Summary, FinetuneStageRecipe, PretrainStageRecipe):
     """Parameters of the model, LoRA's included."""
     trainable: TrainableParameters
     machine: Machine | None
-    """What a rank was measured to do; None for an architecture that the cost model does not know."""
+    """What a rank was measured to do; None where the cost model does not know the architecture."""
     predicted: Prediction | None
     """What a step was predicted to cost before the first one; None as above."""
     peak_gib: float
@@ -148,7 +148,7 @@ class LengthBin(Facts):
 
 
 class PackSummary(Summary, PackRecipe):
-    """How documents became rows: packed.json in a PackedCorpus folder. Its first fields are the recipe's."""
+    """How documents became rows: packed.json in a PackedCorpus folder."""
 
     file: ClassVar[str] = "packed.json"
 

@@ -1,4 +1,4 @@
-"""What training cost: seconds by phase, tokens per second, memory. training/cost.py predicts what it should cost."""
+"""What training cost: seconds by phase, tokens per second, memory."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Clock:
 
 
 def peak_gib() -> float:
-    """Return the most memory that this rank held: of its GPU, else resident memory of the process."""
+    """Return the most memory that this rank held: of its GPU, else of the process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return TrainingSummary's fields on steps, tokens, seconds and losses, from a run's metrics rows in order."""
+    """Return TrainingSummary's fields on steps, tokens, seconds and losses."""
     trained = [row for row in rows if not row["skipped"]]
     seconds = [row["seconds"] for row in rows]
     typical = median(seconds[1:] or seconds)

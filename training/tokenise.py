@@ -1,4 +1,4 @@
-"""Text -> token ids, in parallel, in bounded memory, with exactly the tokens of the text encoded as a whole.
+"""Text -> token ids, in parallel, in bounded memory, exactly as of the text encoded as a whole.
 
 A text is cut only where its tokenizer is known to begin a new pre-token whatever surrounds it
 (`exact_cut` has the proofs), and each cut is asserted on the characters around it. Cutting also
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARS = 1024
-"""One call of the tokenizer. Measured on books: 512 costs the same, 4,096 a quarter more, 65,536 twice as much."""
+"""One call of the tokenizer: on books 512 costs the same, 4,096 a quarter more, 65,536 twice as much."""
 PART_CHARS = 1 << 16
 """What goes to a worker as one text, or a little more: up to the next cut."""
 BATCH_CHARS = 1 << 20
@@ -41,7 +41,7 @@ LLAMA3_SPLITS = tuple(
 
 
 def exact_cut(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Return what matches (emptily) where a text may be cut without changing a token; None: nowhere provable.
+    """Return what matches where a text may be cut without changing a token; None: unknown.
 
     It takes BPE (each pre-token alone), no normalizer or NFC (which joins nothing across a space or
     line end), and a pre-tokenizer whose regex scans from left to right without looking back, so
@@ -109,7 +109,7 @@ class Encoder:
         return cls(tokenizer.backend_tokenizer.to_str())
 
     def parts(self, blocks: Iterable[str], chars: int = PART_CHARS) -> Iterator[str]:
-        """Yield a text, given in blocks of any size, in parts of at least `chars` that end at an allowed cut."""
+        """Yield a text, given in blocks, in parts of at least `chars` that end at an allowed cut."""
         rest = ""
         for block in blocks:
             start, seen, rest = 0, max(0, len(rest) - 1), rest + block

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of the corpus' own: a small vocabulary leaves a small model's parameters to its layers."""
+"""A byte-level BPE tokenizer of the corpus' own, small enough for a small model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EOS = "<|endoftext|>"
 
 
 def train_tokenizer(corpus: CorpusRecipe, vocab_size: int, out: Path, *, base_dir: Path | str = ".") -> dict[str, Any]:
-    """Learn merges from the training documents, save a Hugging Face tokenizer and return its vocab_size.
+    """Learn from the training documents, save a Hugging Face tokenizer, return its vocab_size.
 
     ValueError if there is too little text for so many tokens.
     """

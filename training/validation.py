@@ -1,4 +1,4 @@
-"""Loss on held-out text while training goes on, so that the best weights can be kept and not only the last.
+"""Loss on held-out text while training goes on, so that the best weights can be kept.
 
 Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and
 causal whatever the arm trains with (LongLoRA, section 3.2), so arms compare.
@@ -19,7 +19,7 @@ from longreach.training.summary import PackSummary
 
 
 def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:
-    """Return at most `count` rows [1, T] as PackedRows.batch gives them, with or without the first token.
+    """Return at most `count` rows [1, T] as PackedRows.batch gives them.
 
     ValueError if no document is as long as a row.
     """
@@ -56,7 +56,7 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
 
 @torch.no_grad()
 def validation_loss(engine: Any, rows: list[dict[str, torch.Tensor]], rank: int, world: int) -> tuple[float, int]:
-    """Return (summed loss, targets) of this rank's share of the rows; every rank makes as many passes."""
+    """Return (summed loss, targets) of this rank's rows; every rank makes as many passes."""
     total, targets = 0.0, 0
     engine.eval()
     for at in range(0, len(rows), world):

@@ -1,4 +1,4 @@
-"""Recipe + resources -> a DeepSpeed engine. The only file that knows DeepSpeed's config keys and private corners.
+"""Recipe + resources -> a DeepSpeed engine. All of DeepSpeed's config keys and private corners are here.
 
 AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes
 first. The loss is already divided by the targets of the whole global batch (training/loss.py), so
@@ -27,7 +27,7 @@ from longreach.training.recipe import OptimRecipe
 def deepspeed_config(
     recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, world: int
 ) -> dict[str, Any]:
-    """Return DeepSpeed's config. ValueError where the batch does not divide over ranks and micro-batches."""
+    """Return DeepSpeed's config. ValueError where the batch does not divide."""
     world //= resources.sequence_parallel
     rows_at_once = resources.micro_batch_rows * world
     if global_batch_rows % rows_at_once:
@@ -107,7 +107,7 @@ def start_engine(
 
 
 def skip_shm_build() -> None:
-    """Keep `init_distributed` from compiling its shared-memory op: 68 s, and a crash without g++ or ninja.
+    """Keep `init_distributed` from compiling an op: 68 s, and a crash without g++ or ninja.
 
     A private table of DeepSpeed, guarded by a test; gloo does the same work without it.
     """
@@ -117,7 +117,7 @@ def skip_shm_build() -> None:
 
 
 def skip_muon_compilation() -> None:
-    """Import an optimizer that DeepSpeed always imports, without torch's compiler: 1.4 s of each start.
+    """Import what DeepSpeed always imports, without torch's compiler: 1.4 s of each start.
 
     It decorates a function with torch.compile, which under this variable leaves it as it is.
     """
@@ -141,7 +141,7 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
 
 
 def step(engine: Any, learning_rate: float) -> float:
-    """End a micro-batch; after a step's last one update the weights and return the norm before clipping.
+    """End a micro-batch; after the last update the weights and return the norm before clipping.
 
     NaN after the others. Where the norm is not finite, weights and optimizer stay as they were on every rank.
     """
