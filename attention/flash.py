@@ -1,14 +1,13 @@
 """Variable-length flash attention (arXiv:2307.08691): for S²-Attn one call for each half of the heads (CUDA, 16 bits).
 
-A varlen call takes all segments of a batch at once: the tokens of all rows in one line, and `cu_seqlens`, the edges
-between segments. Group edges and document edges are one list and a half of the heads is a view, so that rows of any
-documents are two calls however many groups they have. Two libraries have it: torch itself (kernel "sdpa" on CUDA) and
-the package flash-attn (kernel "flash"), imported only when it is asked for. Both read grouped-query heads as they are.
+A varlen call takes all segments of a batch at once: the tokens of all rows in one line, and
+`cu_seqlens`, the edges between segments (of groups and of documents), so that rows of any documents are
+two calls however many groups they have. Two libraries have it: torch itself (kernel "sdpa" on CUDA) and
+the package flash-attn (kernel "flash"). Both read grouped-query heads as they are.
 
-What both ask for (torch 2.8 to 2.14, flash-attn 2.7 to 2.8, read in their sources): compute capability 8.0, 16 bits,
-head sizes up to 256 that 8 divides, features side by side, `cu_seqlens` in int32 on the device. Causal is the window
-(-1, 0); where queries and keys differ in number it is aligned at the bottom right, so the rectangles here that are
-causal are squares. The random state is read with dropout only, of which there is none.
+What both ask for (torch 2.8 to 2.14, flash-attn 2.7 to 2.8): compute capability 8.0, 16 bits, head sizes
+up to 256 that 8 divides, features side by side, `cu_seqlens` in int32 on the device. Causal is the
+window (-1, 0), aligned at the bottom right: so the rectangles here that are causal are squares.
 
     attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flash")
 

@@ -62,12 +62,7 @@ def first_alike(pattern: Pattern, heads: Heads) -> Heads:
 
 @lru_cache(maxsize=4)  # of 65,536 tokens and 32 heads, one takes 134 MB
 def block_mask(
-    pattern: Pattern,
-    heads: Heads,
-    documents: Documents,
-    T: int,
-    device: torch.device,
-    block_tokens: int = BLOCK_TOKENS,
+    pattern: Pattern, heads: Heads, documents: Documents, T: int, device: torch.device, block_tokens: int = BLOCK_TOKENS
 ) -> BlockMask:
     """Return the predicate as blocks [B, H, N, N], equal to what torch's `create_block_mask` makes of it."""
     start_BT = _starts(documents, T).to(device)

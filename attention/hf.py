@@ -73,8 +73,10 @@ def set_pattern(
 def active_pattern(model: nn.Module) -> ActivePattern | None:
     """The pattern that every attention layer of the model computes; None if that is transformers'
     own attention. Raises ValueError: layers disagree."""
-    modules = [m for m in model.modules() if hasattr(m, "config") and (hasattr(m, "is_causal") or _is_model(m))]
-    names = {getattr(m.config, "_attn_implementation", None) for m in modules}
+    names = set()
+    for m in model.modules():
+        if hasattr(m, "config") and (hasattr(m, "is_causal") or isinstance(m, PreTrainedModel)):
+            names.add(getattr(m.config, "_attn_implementation", None))
     if len(names) != 1:
         raise ValueError(f"the model's layers disagree about their attention: {sorted(map(str, names))}")
     return _registered.get(str(names.pop()))
@@ -122,10 +124,6 @@ def own_attention(model: nn.Module) -> str:
     return ""
 
 
-def _is_model(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel)
-
-
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
@@ -140,16 +138,9 @@ def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: An
 
 def _forward_of(active: ActivePattern) -> Any:
     def forward(
-        module: nn.Module,
-        q_BHTD: Tensor,
-        k_BKTD: Tensor,
-        v_BKTD: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+        module: nn.Module, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, dropout: float = 0.0, position_ids: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         if dropout:
             raise ValueError(f"attention dropout {dropout} is not supported with {active.pattern}: set it to 0")
         for name in ("softcap", "sliding_window", "position_bias"):

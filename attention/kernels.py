@@ -39,24 +39,13 @@ CPU = Situation()
 
 
 def attend(
-    q_BHTD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    pattern: Pattern,
-    position_ids_BT: Tensor | None = None,
-    sink_logit_H: Tensor | None = None,
-    scale: float | None = None,
-    kernel: str = "auto",
-    layer: int = 0,
-) -> Tensor:
-    """Return attention [B, H, T, D] of every query over the keys that `pattern` lets it see. Raises
-    ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern
-    here.
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, pattern: Pattern, position_ids_BT: Tensor | None = None,
+    sink_logit_H: Tensor | None = None, scale: float | None = None, kernel: str = "auto", layer: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return attention [B, H, T, D] of every query over the keys that `pattern` lets it see.
 
-    Args:
-        pattern: which keys each query sees; it and the next three as in AttentionCall.
-        kernel: a name in KERNELS, or "auto": see `choose`.
-        layer: as in AttentionCall.
+    `kernel` is a name in KERNELS, or "auto" (see `choose`); all else is as in AttentionCall. Raises
+    ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern here.
     """
     call = AttentionCall(pattern, position_ids_BT, sink_logit_H, scale, layer)
     return attend_call(q_BHTD, k_BKTD, v_BKTD, call, kernel)

@@ -2,10 +2,10 @@
 
     mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position (tensors that broadcast)
 
-Predicates combine with `and_` and `or_`; the reference and FlexAttention come from them alone. Flash attention knows no
-predicates, only causal squares and full rectangles: a pattern that can be cut into those says how in `rectangles`, and
-a test holds both forms together. Documents are read from position_ids: a position that is not its left neighbour's plus
-one starts a new one (padding is a run of its own).
+Predicates combine with `and_` and `or_`; the reference and FlexAttention come from them alone. Flash
+attention knows only causal squares and full rectangles: a pattern that can be cut into those says how
+in `rectangles`, and a test holds both forms together. A position_id that is not its left neighbour's
+plus one starts a new document (padding is a run of its own).
 
 Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D head dim.
 """
@@ -25,28 +25,17 @@ if TYPE_CHECKING:  # recipes import the patterns, and `longreach plan` must not 
 MaskMod: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]"
 
 
-def and_(*mods: MaskMod) -> MaskMod:
+def and_(first: MaskMod, *others: MaskMod) -> MaskMod:
     """All of the predicates hold."""
-
-    def mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        result = mods[0](b, h, q, kv)
-        for other in mods[1:]:
-            result = result & other(b, h, q, kv)
-        return result
-
-    return mod
+    if not others:
+        return first
+    rest = and_(*others)
+    return lambda b, h, q, kv: first(b, h, q, kv) & rest(b, h, q, kv)
 
 
-def or_(*mods: MaskMod) -> MaskMod:
-    """Any of the predicates holds."""
-
-    def mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        result = mods[0](b, h, q, kv)
-        for other in mods[1:]:
-            result = result | other(b, h, q, kv)
-        return result
-
-    return mod
+def or_(one: MaskMod, other: MaskMod) -> MaskMod:
+    """One of the predicates holds, or both."""
+    return lambda b, h, q, kv: one(b, h, q, kv) | other(b, h, q, kv)
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

@@ -60,19 +60,14 @@ def stretched_config(
     if type == "none":
         return config
     trained = config.max_position_embeddings
-    more: dict[str, Any] = {
-        "linear": {"factor": factor},
-        "dynamic": {"factor": factor},
-        "yarn": {"factor": factor, "original_max_position_embeddings": trained},
-        "llama3": {
-            "factor": factor,
-            "original_max_position_embeddings": trained,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-        },
-        "theta": {"rope_theta": theta},
-    }[type]
-    config.rope_parameters = {**rope, **more} if type == "theta" else {**rope, "rope_type": type, **more}
+    if type == "theta":
+        config.rope_parameters = {**rope, "rope_theta": theta}
+    else:
+        config.rope_parameters = {**rope, "rope_type": type, "factor": factor}
+    if type in ("yarn", "llama3"):
+        config.rope_parameters["original_max_position_embeddings"] = trained
+    if type == "llama3":
+        config.rope_parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if type != "dynamic":
         config.max_position_embeddings = math.ceil(trained * factor)
     return config

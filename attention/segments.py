@@ -181,20 +181,14 @@ def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T:
         (piece for rectangle in row_rectangles(pattern, variant, starts, T) for piece in _blocks(rectangle)),
         key=lambda piece: not piece.writes_queries,
     ):
-        last = found[-1] if found else None
-        if last and _continues(last, one):
-            found[-1] = replace(last, segments=last.segments + one.segments)
-        else:
-            found.append(one)
+        if found:
+            last = found[-1]
+            q_end, k_end = last.q_begin + last.segments * last.q_length, last.k_begin + last.segments * last.k_length
+            if one == replace(last, q_begin=q_end, k_begin=k_end, segments=1):
+                found[-1] = replace(last, segments=last.segments + 1)
+                continue
+        found.append(one)
     return tuple(found)
-
-
-def _continues(a: Piece, b: Piece) -> bool:
-    same = (a.kind, a.q_length, a.k_length) == (b.kind, b.q_length, b.k_length)
-    return same and (b.q_begin - a.q_begin, b.k_begin - a.k_begin) == (
-        a.segments * a.q_length,
-        a.segments * a.k_length,
-    )
 
 
 def _blocks(r: Rectangle) -> Iterator[Piece]:

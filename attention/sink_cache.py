@@ -41,17 +41,12 @@ from longreach.attention.streaming import streamed_attention
 
 
 class SinkCache(Cache):
-    """Sinks and recent keys, in every layer. Raises ValueError: sizes that make no sense; a model
-    whose keys cannot be moved (see Rotary.of) or that has windows of its own no longer than this
-    one.
+    """Sinks and recent keys, in every layer, for a model's config; `positions` is explained above.
 
-    Args:
-        config: the model's.
-        sink_tokens: first tokens that are never evicted; 0 is plain window attention.
-        window_tokens: recent tokens before the current one.
-        positions: "cache" or "text", see above.
-
-    Left-padded batches are welcome if the first forward pass gets the mask: each row's sinks are its own first tokens.
+    `sink_tokens` 0 is plain window attention. Left-padded batches are welcome if the first forward pass
+    gets the mask: each row's sinks are its own first tokens. Raises ValueError: sizes that make no
+    sense; a model whose keys cannot be moved (see Rotary.of), or with a window of its own no longer than
+    this one.
     """
 
     def __init__(
@@ -113,8 +108,7 @@ class NewKeys(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            keys, mask = args[1], kwargs.get("attn_mask")
-            return keys.layer.attend(args[0], mask, kwargs.get("scale"))
+            return args[1].layer.attend(args[0], kwargs.get("attn_mask"), kwargs.get("scale"))
         if func in (Tensor.__getitem__, Tensor.expand, Tensor.reshape):
             return args[0]  # transformers repeats KV heads before a masked sdpa; here they are never repeated
         if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device

@@ -28,17 +28,9 @@ Part = tuple[Tensor, Tensor]
 
 
 def streamed_attention(
-    q_BHTD: Tensor,
-    recent: tuple[Tensor, Tensor],
-    sinks: tuple[Tensor, Tensor],
-    *,
-    first: int = 0,
-    sink_tokens: int,
-    window_tokens: int,
-    rotary: Rotary | None,
-    scale: float,
-    sink_logit_H: Tensor | None = None,
-) -> Tensor:
+    q_BHTD: Tensor, recent: tuple[Tensor, Tensor], sinks: tuple[Tensor, Tensor], *, first: int = 0, sink_tokens: int,
+    window_tokens: int, rotary: Rotary | None, scale: float, sink_logit_H: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention [B, H, T, D] of tokens first .. first+T-1 of a text; queries and keys are rotated at text positions.
 
     Args:
@@ -72,14 +64,8 @@ def _band_parts(q_BHTD: Tensor, recent: tuple[Tensor, Tensor], own: int, window:
     oldest = own - window  # the first query's oldest key, the second's is one later, and so on: causal in the mirror
     low, corner = max(oldest, 0), min(oldest + T, own)
     if low < corner:
-        mirror = slice(low, corner)
-        out, lse = _attend(
-            q_BHTD[:, :, : corner - oldest].flip(2),
-            k_BKND[:, :, mirror].flip(2),
-            v_BKND[:, :, mirror].flip(2),
-            scale,
-            causal=True,
-        )
+        k, v = (x[:, :, low:corner].flip(2) for x in recent)
+        out, lse = _attend(q_BHTD[:, :, : corner - oldest].flip(2), k, v, scale, causal=True)
         parts.append((out.flip(2), lse.flip(2)))
     if max(corner, 0) < own:  # keys that every query of a short block sees
         all_see = slice(max(corner, 0), own)

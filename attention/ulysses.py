@@ -110,10 +110,8 @@ def check_heads(heads: int, kv_heads: int, size: int) -> None:
 def attend_in_parts(
     q_BHPD: Tensor, k_BKPD: Tensor, v_BKPD: Tensor, call: AttentionCall, kernel: str, ranks: SequenceRanks
 ) -> Tensor:
-    """Return attention [B, H, P, D] of this rank's tokens over the whole row.
-
-    Every rank of the group calls it at the same time, with the call of its own tokens. ValueError as `check_heads`.
-    """
+    """Return attention [B, H, P, D] of this rank's tokens over the whole row. Every rank of the group
+    calls it at the same time, with the call of its own tokens. ValueError as `check_heads`."""
     H, K = q_BHPD.shape[1], k_BKPD.shape[1]
     check_heads(H, K, ranks.size)
     assert call.position_ids_BT is not None, "documents of a row are known by their positions"
@@ -121,22 +119,16 @@ def attend_in_parts(
     dist.all_gather(parts, call.position_ids_BT.contiguous(), group=ranks.group)
     sink_logit_G = call.sink_logit_H
     if sink_logit_G is not None:
-        sink_logit_G = sink_logit_G[ranks.rank * H // ranks.size : (ranks.rank + 1) * H // ranks.size]
-    of_the_row = replace(
-        call,
-        pattern=SomeHeads(whole=call.pattern, query=H, kv=K, first_kv=ranks.rank * K // ranks.size),
-        position_ids_BT=torch.cat(parts, 1),
-        sink_logit_H=sink_logit_G,
-    )
+        sink_logit_G = sink_logit_G.chunk(ranks.size)[ranks.rank]
+    pattern = SomeHeads(whole=call.pattern, query=H, kv=K, first_kv=ranks.rank * K // ranks.size)
+    of_the_row = replace(call, pattern=pattern, position_ids_BT=torch.cat(parts, 1), sink_logit_H=sink_logit_G)
     q_BGTD, k_BGTD, v_BGTD = (to_heads(x, ranks) for x in (q_BHPD, k_BKPD, v_BKPD))
     return to_tokens(attend_call(q_BGTD, k_BGTD, v_BGTD, of_the_row, kernel), ranks)
 
 
 def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]:
-    """A rank's tokens of whole rows [B, T]; labels come with the next part's first, which the last token predicts.
-
-    ValueError if the ranks do not divide T.
-    """
+    """A rank's tokens of whole rows [B, T]; labels come with the next part's first, which the last
+    token predicts. ValueError if the ranks do not divide T."""
     if ranks.size == 1:
         return batch
     tokens = batch["input_ids"].shape[1]

@@ -130,8 +130,7 @@ class Store:
     # ---- reading
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the published artifact, or None. Its manifest is checked, its files are not (see
-        `problems`). Raises CorruptArtifact: the manifest itself is damaged."""
+        """Return the published artifact, or None. Raises CorruptArtifact: its manifest is damaged."""
         try:
             manifest = self._read_manifest(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
         except FileNotFoundError:
@@ -161,8 +160,7 @@ class Store:
         return list(damaged_files(artifact, artifact.manifest["files"], hashes).values())
 
     def fetch(self, stage: str, fingerprint: str) -> Artifact:
-        """Return the artifact, every byte verified, its files local. Raises CorruptArtifact: it is
-        missing or does not match its manifest."""
+        """Return the artifact, files local and verified. Raises CorruptArtifact: it is missing or damaged."""
         artifact = self.find(stage, fingerprint)
         if artifact is None:
             raise CorruptArtifact(f"{stage}/{fingerprint} is not published")
@@ -227,8 +225,8 @@ class Store:
         return artifact
 
     def _refuse_if_published(self, attempt: Attempt) -> bool:
-        """Return whether this attempt is published (it may be, if the store's answer was lost on
-        its way). Raises AlreadyPublished: another attempt is; this one has been removed."""
+        """Return whether this attempt is published: the store's answer may have been lost. Raises
+        AlreadyPublished: another attempt is; this one has been removed."""
         winner = self.find(attempt.stage, attempt.fingerprint)
         if winner and winner.attempt != attempt.id:
             self._remove(attempt.stage, attempt.fingerprint, attempt.id)
@@ -247,8 +245,7 @@ class Store:
         self.fs.rm(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
 
     def create(self, path: str, body: bytes) -> None:
-        """Create a file whole, and only if it does not exist. Raises FileExistsError: another
-        writer was first."""
+        """Create a file whole. Raises FileExistsError: another writer was first."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

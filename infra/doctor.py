@@ -179,9 +179,8 @@ def _open_to_others(ports: set[int]) -> Check:
     addresses = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
     servers = []
     for ip, port in sorted(addresses):
-        if port not in ports or ipaddress.ip_address(ip).is_loopback:
-            continue
-        if name := _without_login(ip, port):
+        reachable = port in ports and not ipaddress.ip_address(ip).is_loopback
+        if reachable and (name := _without_login(ip, port)):
             servers.append(f"{name} at {ip}:{port}")
     fix = (
         "listen on 127.0.0.1 (from elsewhere: an SSH tunnel), or ask for a login: RAY_AUTH_MODE=token before Ray "

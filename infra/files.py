@@ -73,8 +73,7 @@ def file_digest(path: Path) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces. Raises ValueError: the value's
-    JSON is not unique (NaN, sets, objects), so it cannot be part of an identity."""
+    """Return a value's one JSON text. Raises ValueError: its JSON is not unique (NaN, sets, objects)."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:

@@ -44,8 +44,7 @@ PATIENCE_S = 60
 
 @dataclass(frozen=True)
 class Submission:
-    """What is sent to the cluster; nothing else leaves this machine. Raises ValueError: it holds a
-    password, which the dashboard would show."""
+    """What is sent to the cluster, and nothing else. Raises ValueError: it holds a password."""
 
     name: str
     recipe: bytes
@@ -133,8 +132,7 @@ def whereabouts(
 
 
 def manifest(submission: Submission, resources: Resources, place: kubernetes.Place) -> str:
-    """Return a RayJob and the recipe that it mounts, for `kubectl apply -f -`; the code is the
-    image's. Raises ValueError: what the operator would refuse."""
+    """Return a RayJob and its recipe for `kubectl`. Raises ValueError: the operator would refuse it."""
     name = kubernetes.dns_name(submission.name)
     job = kubernetes.ray_job(name, submission.run(kubernetes.RECIPE_FILE, "longreach"), resources, place)
     if problems := kubernetes.check(job):
@@ -143,8 +141,7 @@ def manifest(submission: Submission, resources: Resources, place: kubernetes.Pla
 
 
 def pinned() -> tuple[str, ...]:
-    """Return all packages that longreach needs, theirs too, pinned to this environment's versions without builds
-    (`+cpu`)."""
+    """Return all packages that longreach needs, theirs too, with versions pinned as here, without `+cpu`."""
     from packaging.requirements import Requirement
 
     versions: dict[str, str] = {}
@@ -168,8 +165,7 @@ def pinned() -> tuple[str, ...]:
 
 
 def check_address(address: str) -> str:
-    """Return a dashboard's address; `head` becomes http://head:8265. Raises ValueError: it is another kind
-    of address."""
+    """Return a dashboard's address: http://head:8265 for `head`. Raises ValueError: another kind."""
     if "://" not in address:
         address = f"http://{address}" if ":" in address else f"http://{address}:8265"
     address = address.rstrip("/")
@@ -189,8 +185,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def token() -> tuple[str | None, str]:
-    """Return (the token, where it comes from), looking in Ray's order. Raises ValueError:
-    RAY_AUTH_TOKEN_PATH names no readable file."""
+    """Return (the token, its source) as Ray looks for it. Raises ValueError: an unreadable RAY_AUTH_TOKEN_PATH."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return None, "RAY_AUTH_MODE=disabled"
     if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -208,8 +203,7 @@ def token() -> tuple[str | None, str]:
 
 @contextlib.contextmanager
 def job_client(address: str) -> Iterator[Any]:
-    """Give the block a client of Ray's jobs (JobSubmissionClient). Raises ValueError: nobody
-    answers there, the token is not the cluster's, or it refuses what is asked."""
+    """Give the block a JobSubmissionClient. Raises ValueError: no answer, or what we send is refused."""
     address = check_address(address)
     given, source = token()
     if given and address.startswith("http://") and not _is_loopback(address):
@@ -264,8 +258,7 @@ def submit(client: Any, submission: Submission) -> str:
 
 
 def follow(client: Any, job: str) -> int:
-    """Print a job's log from its first line until it ends; return its driver's exit code (1 if it
-    has none). Raises ValueError: the connection broke. The job goes on."""
+    """Print a job's whole log until it ends; return its exit code. Raises ValueError: the connection broke."""
 
     async def lines() -> None:
         async for text in client.tail_job_logs(job):

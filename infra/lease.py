@@ -71,8 +71,7 @@ class Lease:
         return f"{self.store.base}/leases/{self.name}"
 
     def acquire(self, *, wait: bool) -> Lease:
-        """Return self once the lease is held. Raises LeaseHeld: a live run holds it and `wait` is
-        False."""
+        """Return self once the lease is held. Raises LeaseHeld: a live run has it, and not `wait`."""
         while True:
             newest = self._newest()
             if newest == 0 or self._exists(newest, "released") or not self._alive(newest, wait):

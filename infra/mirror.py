@@ -261,9 +261,8 @@ class Mirror:
 
         match event["event"]:
             case "metrics":
-                finite = _finite(event["values"])
-                for name, value in finite.items():
-                    batch.metrics.append(Metric(name, value, event["time_ms"], event["step"]))
+                finite, at = _finite(event["values"]), (event["time_ms"], event["step"])
+                batch.metrics += [Metric(name, value, *at) for name, value in finite.items()]
                 batch.skipped += len(event["values"]) - len(finite)
             case "start":
                 batch.params |= event["params"]
@@ -346,11 +345,9 @@ class Mirror:
             return
         experiment = self._experiment(tail.start["experiment"])
         model = registry.log_model(self.client, experiment, tail.run_id, event["name"], event["tags"], folder)
-        points = []
-        for name, value in _finite(event["metrics"]).items():
-            ids = {"model_id": model.model_id, "run_id": tail.run_id}
-            points.append(Metric(name, value, event["time_ms"], event["step"], **ids))
-        self._log(tail, "metrics", points)
+        at, ids = (event["time_ms"], event["step"]), {"model_id": model.model_id, "run_id": tail.run_id}
+        finite = _finite(event["metrics"])
+        self._log(tail, "metrics", [Metric(name, value, *at, **ids) for name, value in finite.items()])
         if event["register"]:
             registry.register(self.client, event["register"], model, tail.run_id, event["tags"])
 
@@ -463,8 +460,7 @@ def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
 
 
 def stop_mirror(process: MirrorProcess, timeout_s: float = 30.0) -> int:
-    """Let a mirror upload what is there and end; return how many points MLflow still misses (`sync`
-    sends them). `timeout_s`: after that it is killed. If the server is away it ends much sooner."""
+    """Let a mirror finish, or kill it after `timeout_s`; return how many points MLflow misses."""
     assert process.stdin
     process.stdin.close()
     try:

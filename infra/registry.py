@@ -1,8 +1,8 @@
 """MLflow's registry: models as it lists and ranks them, versions by name, and the alias `champion` that the gate moves.
 
-Everything here may be repeated: a model is found again by its tag `longreach.model`, a version by its fingerprint.
-Others may move an alias at any time, so a move names the version that it expects behind the alias, and is refused if
-another one took its place in the meantime. The server is the one that MLFLOW_TRACKING_URI names.
+Everything here may be repeated: a model is found again by its tag `longreach.model`, a version by its
+fingerprint. Others may move an alias at any time, so a move names the version that it expects behind the
+alias, and is refused if another one took its place. MLFLOW_TRACKING_URI names the server.
 
     python -c "from longreach.infra.registry import champion; print(champion('quickstart-longlora'))"
 """
@@ -49,14 +49,12 @@ def connect() -> Any:
 
 
 def default_uri(workdir: Path | str) -> str:
-    """Return the URI of the embedded store: `{workdir}/mlflow.db`, with `mlartifacts` beside it; it needs no server."""
+    """Return the URI of the embedded store: `{workdir}/mlflow.db`, with `mlartifacts` beside it; no server."""
     return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
 
 
 def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
-    """Return the URI of the recipe's MLflow, else the environment's, else the embedded one below
-    `workdir`. Raises ValueError: it holds a password, which process lists, logs and dashboards
-    would show."""
+    """Return the URI of MLflow: the recipe's, the environment's or the embedded one. ValueError: a password."""
     return check_tracking_uri(chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir))
 
 
@@ -75,8 +73,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """Return an experiment's id; it is made if it is missing. An embedded store keeps files beside
-    its database. Raises ValueError: it was deleted."""
+    """Return an experiment's id; it is made if it is missing. Raises ValueError: it was deleted."""
     if experiment := client.get_experiment_by_name(name):
         if experiment.lifecycle_stage == "deleted":
             raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
@@ -94,8 +91,7 @@ def run_of(client: Any, experiment_id: str, run: str) -> str | None:
 
 
 def check_login(uri: str, timeout_s: float = 5.0) -> str:
-    """Return "" if a tracking server lets us in, else why it cannot be asked now; other stores are
-    not asked. Raises ValueError: it refuses the login."""
+    """Return why a tracking server cannot be asked, "" if it can. Raises ValueError: it refuses the login."""
     if not uri.startswith(("http://", "https://")):
         return ""
     import requests
@@ -223,8 +219,7 @@ def rolled_back(name: str, fingerprint: str) -> str | None:
 
 
 def rollback(name: str) -> tuple[str, str]:
-    """Make `previous` champion and the champion `previous`; return (version that was champion,
-    version that is). Raises ValueError: one of them is missing, or the registry cannot be asked."""
+    """Swap champion and `previous`; return both versions, the former first. Raises ValueError: one is missing."""
     client = connect()
     now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
     if not now or not before or now.version == before.version:

@@ -1,9 +1,9 @@
 """Forwards events from workers on other nodes to the driver's spool files, through a Ray actor on the driver's node.
 
-The mirror, the progress display and the stop file live on the driver's disk, which other nodes do not see. So a stage
-(or rank 0 of its training) that finds itself elsewhere sends its lines to that actor, in order and without waiting; the
-answer says whether training shall stop. Events that name files or models are held back until the driver has fetched
-the published artifact (`RemoteSpool.held`).
+The mirror, the progress display and the stop file live on the driver's disk. So a stage (or rank 0 of its
+training) on another node sends its lines to that actor, in order and without waiting; the answer says
+whether training shall stop. Events that name files or models are held back until the driver has
+fetched the published artifact (`RemoteSpool.held`).
 
     LONGREACH_DRIVER=<node id>:<actor> names the actor; without it, or on that node, spools are plain files.
 """
@@ -37,8 +37,7 @@ class Collector:
 
 
 def start_collector(ray: Any, folder: Path) -> tuple[Any, str]:
-    """Start the actor on this node; return it, which must be kept (it ends with its last reference), and its address:
-    the value of LONGREACH_DRIVER."""
+    """Start the actor here; return it (it lives while referenced) and LONGREACH_DRIVER's value."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node, name = ray.get_runtime_context().get_node_id(), f"spools-{folder.name}"
@@ -55,9 +54,7 @@ def spool(path: Path | str, **start: Any) -> Spool:
 
         if ray.get_runtime_context().get_node_id() != node:
             return RemoteSpool(path, ray.get_actor(name, namespace=NAMESPACE), start or None)
-    if start:
-        return Spool.open(path, **start)
-    return Spool(path)
+    return Spool.open(path, **start) if start else Spool(path)
 
 
 def stop_asked(spool: Spool) -> bool:

@@ -42,8 +42,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, cron: str, tz: str, max_start_delay: str | None = None) -> Schedule:
-        """Return the schedule if every target understands the line in the same way. Raises
-        ValueError: they do not; the message names the field, its value and what to write."""
+        """Return the schedule. Raises ValueError: targets understand the line differently; what to write."""
         _check_zone(tz)
         schedule = cls(_normal(cron), tz, _duration(max_start_delay) if max_start_delay else None)
         ticks = [tick.astimezone(UTC) for tick in schedule.next(50, "systemd")]
@@ -110,8 +109,7 @@ class Job:
 
 
 def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *, enable: bool) -> dict[str, str]:
-    """Return the files that `target` takes, by name. Raises ValueError: the target cannot do this,
-    and what to change."""
+    """Return the target's files by name. Raises ValueError: what it cannot do, and what to change."""
     if target == "systemd":
         return systemd(schedule, job)
     if target == "crontab":
@@ -172,8 +170,7 @@ WantedBy=timers.target
 
 
 def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
-    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the system. It
-    starts no service that still runs, so runs never overlap on one machine."""
+    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the system."""
     unit = "longreach-" + job.name.replace("+", "-")  # `+` has no place in a unit's name
     arguments = schedule.command(job.recipe, job.overrides, str(job.program))
     if unfit := re.search("[\"'\\\\]", str(job.program)) or re.search("\n", "".join([*arguments, str(job.folder)])):
@@ -209,9 +206,11 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
     ValueError: the zone is not this machine's. Debian's cron ignores CRON_TZ, and hours moved by
     hand would be wrong for half of the year."""
     if not _is_zone_of_machine(schedule.tz, localtime):
+        named = str(localtime.resolve()).partition("zoneinfo/")[2] or str(localtime)
+        zone = named if localtime.exists() else "UTC"
         raise ValueError(
-            f"tz {schedule.tz!r}: cron goes by this machine's clock, whose zone is {zone_of_machine(localtime)}, and "
-            "Debian's cron ignores CRON_TZ: use --to systemd, which knows zones, or give --tz the machine's"
+            f"tz {schedule.tz!r}: cron goes by this machine's clock, whose zone is {zone}, and Debian's cron ignores "
+            "CRON_TZ: use --to systemd, which knows zones, or give --tz the machine's"
         )
     arguments = Schedule(schedule.cron, schedule.tz).command(job.recipe, job.overrides, str(job.program))
     command = f"cd {shlex.quote(str(job.folder))} && exec {shlex.join(arguments)} >>{job.name}.log 2>&1"
@@ -224,13 +223,6 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
             "the recipe"
         )
     return f"# longreach: {job.name}, in {schedule.tz}, the zone of this machine\n{schedule.cron} {command}\n"
-
-
-def zone_of_machine(localtime: Path = Path("/etc/localtime")) -> str:
-    """Return the name of the zone that cron goes by, or the path of its rules where they have no name."""
-    if not localtime.exists():
-        return "UTC"
-    return str(localtime.resolve()).partition("zoneinfo/")[2] or str(localtime)
 
 
 def _is_zone_of_machine(tz: str, localtime: Path) -> bool:

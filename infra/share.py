@@ -1,10 +1,9 @@
 """One attempt on several nodes without a shared disk: what they must see of each other goes through the store.
 
-Ranks find their inputs in their own node's cache (fetched and verified by hash), write checkpoints on their own disk,
-and every node uploads its part; the manifest comes last, so without one a checkpoint in the store does not count. After
-a node is lost, others pull the newest one. All paths are those of the node that runs the stage; `here` translates them
-for a node whose own folder (LONGREACH_WORKDIR) is another one. Only a remote root needs this: a local one is a shared
-disk already.
+Ranks find their inputs in their own node's cache, write checkpoints on their own disk, and every node
+uploads its part; the manifest comes last, and without one a checkpoint in the store does not count.
+After a node is lost, others pull the newest one. All paths are those of the node that runs the stage;
+`here` translates them for a node with another LONGREACH_WORKDIR. A local root is a shared disk already.
 
     share = Share("s3://bucket/x", "/work/scratch", "finetune", fingerprint, attempt.id)
 """
@@ -23,8 +22,7 @@ WORKDIR = "LONGREACH_WORKDIR"
 
 def node_scratch(scratch: str | Path) -> Path:
     """Return this node's folder for attempts and fetched artifacts: below LONGREACH_WORKDIR, else the driver's path."""
-    workdir = os.environ.get(WORKDIR)
-    if workdir:
+    if workdir := os.environ.get(WORKDIR):
         return Path(workdir).absolute() / "scratch"
     return Path(scratch).absolute()
 

@@ -1,8 +1,8 @@
 """Tracking: what a run says about itself while it runs, as lines in a local file. MLflow reads them later.
 
-Why a spool: a synchronous MLflow call blocks training for 245 s when the server is away, and MLflow's asynchronous mode
-drops what it cannot send. Appending a line costs microseconds (benchmarks/tracking.py), knows no network, and survives
-`kill -9` of everybody. infra/mirror.py uploads from another process and replays what an outage held back.
+Why a spool: a synchronous MLflow call blocks training for 245 s when the server is away, and MLflow's
+asynchronous mode drops what it cannot send. Appending a line costs microseconds and survives `kill -9`
+of everybody; infra/mirror.py uploads from another process and replays what an outage held back.
 
 One JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, one event a line, each with its `time_ms`:
 
