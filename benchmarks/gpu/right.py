@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attention_cases import EVERY_PATTERN, HEADS, ROWS, oracle, outputs_and_gradients, positions, qkv
+from attention_cases import EVERY_PATTERN, HEADS, ROWS, dense, oracle, outputs_and_gradients, positions, qkv
 from bench import Bench
 from safetensors.torch import load_file
 from toy_models import job, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longreach.attention import PATTERNS, attend, reference
+from longreach.attention import PATTERNS, attend
 from longreach.attention.flash import has_flash_attn
 from longreach.attention.hf import set_pattern
 from longreach.attention.sink_cache import SinkCache
@@ -120,7 +120,7 @@ def long_rows(bench: Bench, checks: Checks) -> None:
         documents, sinks = documents.to(bench.device), torch.linspace(-2, 3, H, device=bench.device)
         direction = torch.randn(inputs[0].shape, device=bench.device, dtype=dtype)
         results = []
-        for way, numbers in ((attend, inputs), (reference.attend, [x.double() for x in inputs])):
+        for way, numbers in ((attend, inputs), (dense, [x.double() for x in inputs])):
             leaves = [x.detach().clone().requires_grad_() for x in (*numbers, sinks.double())]
             out = way(*leaves[:3], pattern, documents, leaves[3])
             results.append([out.detach(), *torch.autograd.grad(out, leaves, direction.to(out.dtype))])
