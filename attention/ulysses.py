@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_to_all_single
 
 from longreach.attention.call import AttentionCall
 from longreach.attention.kernels import attend_call
@@ -80,22 +79,35 @@ class SomeHeads(Pattern):
         return self.whole.rectangles(variant, begin, end)
 
 
+class _Exchange(torch.autograd.Function):
+    """Send the n-th slice [B, G, P, D] to rank n, and return the slices that came from each rank [N, B, G, P, D].
+
+    Its gradient goes back the same way. torch.distributed.nn.functional has the same, but torch deprecates it and
+    names a private module instead.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NBGPD: Tensor, ranks: SequenceRanks) -> Tensor:
+        ctx.ranks = ranks
+        received_NBGPD = torch.empty_like(x_NBGPD)
+        dist.all_to_all_single(received_NBGPD, x_NBGPD, group=ranks.group)
+        return received_NBGPD
+
+    @staticmethod
+    def backward(ctx: Any, grad_NBGPD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Exchange.apply(grad_NBGPD.contiguous(), ctx.ranks), None
+
+
 def to_heads(x_BHPD: Tensor, ranks: SequenceRanks) -> Tensor:
     """Exchange a part's tokens of all heads for all tokens of a part's heads [B, G, T, D]; differentiable."""
-    x_NBGPD = x_BHPD.unflatten(1, (ranks.size, -1)).movedim(1, 0)  # the n-th slice goes to rank n
-    return _exchanged(x_NBGPD, ranks).movedim(0, 2).flatten(2, 3)
+    x_NBGPD = x_BHPD.unflatten(1, (ranks.size, -1)).movedim(1, 0).contiguous()
+    return _Exchange.apply(x_NBGPD, ranks).movedim(0, 2).flatten(2, 3)
 
 
 def to_tokens(x_BGTD: Tensor, ranks: SequenceRanks) -> Tensor:
     """Undo `to_heads`: return a part's tokens of all heads [B, H, P, D]; differentiable."""
-    x_NBGPD = x_BGTD.unflatten(2, (ranks.size, -1)).movedim(2, 0)
-    return _exchanged(x_NBGPD, ranks).movedim(0, 1).flatten(1, 2)
-
-
-def _exchanged(x_NBGPD: Tensor, ranks: SequenceRanks) -> Tensor:
-    """Return the slices that came from each rank, having sent each rank its own."""
-    x_NBGPD = x_NBGPD.contiguous()
-    return all_to_all_single(torch.empty_like(x_NBGPD), x_NBGPD, group=ranks.group)
+    x_NBGPD = x_BGTD.unflatten(2, (ranks.size, -1)).movedim(2, 0).contiguous()
+    return _Exchange.apply(x_NBGPD, ranks).movedim(0, 1).flatten(1, 2)
 
 
 def check_heads(heads: int, kv_heads: int, size: int) -> None:
