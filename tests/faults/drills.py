@@ -15,7 +15,7 @@ from pathlib import Path
 
 ARTIFACT, LEASE, MIRROR = (f"test_infra_{name}.py" for name in ("artifact", "lease", "mirror"))
 CHECKPOINT = "test_training_checkpoint.py"
-LOOP, SKIPS, CORPUS, PACKED = (f"test_training_{name}.py" for name in ("loop", "skips", "corpus", "packed"))
+LOOP, SKIPS, DOCUMENTS, PACKED = (f"test_training_{name}.py" for name in ("loop", "skips", "documents", "corpus"))
 CONVERT, RUNNER, QUICKSTART = "test_training_convert.py", "test_pipelines_runner.py", "test_quickstart.py"
 S3, DISK, NAMES = "faults/test_faults_s3.py", "faults/test_faults_disk.py", "faults/test_faults_names.py"
 THREE_KILLS = f"{QUICKSTART}::test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoint_interval"
@@ -60,8 +60,8 @@ DRILLS: dict[int, tuple[str, ...]] = {
         f"{MIRROR}::test_a_mirror_killed_in_the_middle_goes_on_without_gaps_or_doubles",
     ),
     10: (
-        f"{CORPUS}::test_malformed_lines_are_skipped_and_named_with_file_line_and_reason",
-        f"{CORPUS}::test_a_text_file_with_invalid_utf8_is_skipped_and_its_line_named",
+        f"{DOCUMENTS}::test_malformed_lines_are_skipped_and_named_with_file_line_and_reason",
+        f"{DOCUMENTS}::test_a_text_file_with_invalid_utf8_is_skipped_and_its_line_named",
         f"{PACKED}::test_more_malformed_entries_than_the_limit_fail_naming_the_first",
     ),
     11: (
@@ -97,7 +97,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
     ),
     18: (
         f"{CONVERT}::test_a_hub_that_is_away_fails_in_seconds_and_names_the_local_ways",
-        f"{CORPUS}::test_a_hub_dataset_whose_commit_cannot_be_resolved_says_what_to_set",
+        f"{DOCUMENTS}::test_a_hub_dataset_whose_commit_cannot_be_resolved_says_what_to_set",
         "faults/test_faults_hub.py::test_a_hub_that_refuses_or_never_answers_is_named_within_its_time",
     ),
     19: (
