@@ -29,8 +29,7 @@ from longreach.infra.files import file_digest
 from longreach.infra.share import Share
 
 MANIFEST = "checkpoint.json"
-FULL_BELOW_BYTES = 64 * 2**20
-"""A disk with less free space counts as full."""
+FULL_BELOW_BYTES = 64 * 2**20  # a disk with less free space counts as full
 
 
 class Checkpoints:

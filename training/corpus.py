@@ -41,14 +41,10 @@ from longreach.training.sink import with_sink_token
 from longreach.training.summary import PackSummary
 from longreach.training.tokenise import BATCH_CHARS, Encoder, encode_all
 
-IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
-SHARD_BYTES = 256 << 20
-"""Rows in one Arrow file."""
-WRITE_BYTES = 8 << 20
-"""Rows that are filled and written at a time: one Arrow record batch."""
-MAX_LISTED = 1000
-"""Malformed entries that packed.json names; all are counted."""
+IGNORED = -100  # the label that torch's cross entropy leaves out
+SHARD_BYTES = 256 << 20  # rows in one Arrow file
+WRITE_BYTES = 8 << 20  # rows that are filled and written at a time: one Arrow record batch
+MAX_LISTED = 1000  # malformed entries that packed.json names; all are counted
 SPLITS = ("train", "validation", "test")
 IDS = pa.list_(pa.int32())
 ROW = pa.schema([("input_ids", IDS), ("position_ids", IDS), ("length", pa.int32())])

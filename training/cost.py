@@ -45,16 +45,14 @@ LOSS_PASSES = 12
 """Memory passes over the logits in training/loss.py: the matmul writes 1, the maximum reads 1,
 subtracting and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets
 about 1, and the products for the two gradients read 1 each."""
-LOSS_CHUNK = 512
-"""Tokens whose logits exist at once (training/loss.py)."""
+LOSS_CHUNK = 512  # tokens whose logits exist at once (training/loss.py)
 OPTIMIZER_BYTES = 7 * 4
 """Bytes per trained parameter of an AdamW step: it reads weight, gradient and two moments, and
 writes all but the gradient, in float32."""
 SHARDED_BYTES = 6 * 4
 """Bytes per trained parameter that ZeRO adds: it copies each gradient into a bucket and on into its
 owner's part, and each new weight back into the model; a copy reads and writes."""
-BUCKET_NUMBERS = 5e8
-"""Numbers that one collective carries at most (DeepSpeed's reduce_bucket_size)."""
+BUCKET_NUMBERS = 5e8  # numbers that one collective carries at most (DeepSpeed's reduce_bucket_size)
 PREFETCH_NUMBERS = 5e7
 """Numbers that ZeRO-3 gathers at once (DeepSpeed's stage3_prefetch_bucket_size)."""
 LIVE_NUMBERS = 1e9
@@ -157,15 +155,12 @@ class Shape:
 class Machine:
     """What a rank does in a second while all work, as `calibrate` measured it or a data sheet says."""
 
-    matmul: float
-    """FLOP/s of the model's own matrices."""
-    attention: float
-    """FLOP/s of the attention kernel in the forward pass."""
+    matmul: float  # FLOP/s of the model's own matrices
+    attention: float  # FLOP/s of the attention kernel in the forward pass
     attention_backward: float
     bytes: float
     """Bytes/s that elementwise operations read and write, counted by PASSES and BACKWARD_TRAFFIC."""
-    process_gib: float
-    """Memory of a rank before it has a model."""
+    process_gib: float  # memory of a rank before it has a model
     exchange: float | None = None
     """Bytes/s of a tensor that all ranks add up (all-reduce); None for a rank alone."""
     host: float | None = None
@@ -178,14 +173,10 @@ class Machine:
 class Prediction:
     """What one optimizer step is expected to cost."""
 
-    flops: float
-    """FLOPs of all ranks. Recomputation is not in it, so that MFU does not reward it."""
-    peak_gib: float
-    """Peak memory of all ranks together."""
-    memory_gib: dict[str, float]
-    """The same by what it is for."""
-    step_s: float | None
-    """Seconds; None for a machine that was not measured."""
+    flops: float  # FLOPs of all ranks; recomputation is not in it, so that MFU does not reward it
+    peak_gib: float  # peak memory of all ranks together
+    memory_gib: dict[str, float]  # the same by what it is for
+    step_s: float | None  # seconds; None for a machine that was not measured
     seconds: dict[str, float] = field(default_factory=dict)
     """The same by kind of work; nothing is taken to overlap."""
 

@@ -33,12 +33,10 @@ BLOCK_BYTES = 1 << 20
 class Document:
     """One text and where it came from."""
 
-    name: str
-    """What split patterns match; `file:line` where the source gives none."""
+    name: str  # what split patterns match; `file:line` where the source gives none
     domain: str
     file: str
-    line: int
-    """From 1; the row number in Parquet files and datasets."""
+    line: int  # from 1; the row number in Parquet files and datasets
     text: str | Path
     """The text itself, or the UTF-8 file that holds it, which is never in memory as a whole."""
 

@@ -44,8 +44,7 @@ from longreach.training.validation import validation_loss, validation_rows
 LARGE_EMBEDDING = 0.1
 """Share of all parameters above which trained embeddings are worth a note: they are 1.9% of
 Llama-2-7B, but 21% of Llama-3.2-1B, whose "small adapter" is then no longer small."""
-PROBE_ROWS = 4
-"""Rows at the start of the corpus on which it is measured where attention rests."""
+PROBE_ROWS = 4  # rows at the start of the corpus on which it is measured where attention rests
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -78,16 +77,13 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 class Progress:
     """How far training has come; the same on every rank."""
 
-    step: int
-    """Optimizer steps done so far."""
-    saved: int
-    """Steps done when the newest checkpoint was written or loaded; 0 without one."""
+    step: int  # optimizer steps done so far
+    saved: int  # steps done when the newest checkpoint was written or loaded; 0 without one
     validated: dict[int, float]
     """Validation loss by number of steps done, of the steps that may be saved."""
     trained_losses: list[tuple[int, float]]
     """(step, training loss) of the steps that were trained before resuming."""
-    notes: list[str]
-    """Checkpoints that were passed over, and why."""
+    notes: list[str]  # checkpoints that were passed over, and why
 
 
 class Training:

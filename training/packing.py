@@ -72,8 +72,7 @@ class Segments(NamedTuple):
     """Pieces of the token stream, by row and place in it; each [S] int64."""
 
     row: np.ndarray
-    source: np.ndarray
-    """First token, in the stream."""
+    source: np.ndarray  # first token, in the stream
     length: np.ndarray
 
 
@@ -115,8 +114,7 @@ class Rows:
     first_token: int | None
     """Stands first in each row, and in each isolated document; None: nothing does."""
     pad_token: int
-    isolated: bool
-    """position_ids restart at each document."""
+    isolated: bool  # position_ids restart at each document
 
     @property
     def count(self) -> int:

@@ -362,8 +362,7 @@ class FinetuneStageRecipe(Choices):
     rope: RopeRecipe = RopeRecipe()
     arm: ArmRecipe = ArmRecipe()
     optim: OptimRecipe
-    seed: int
-    """Seed of row order and initialisation."""
+    seed: int  # seed of row order and initialisation
 
 
 class PretrainStageRecipe(Choices):
@@ -371,8 +370,7 @@ class PretrainStageRecipe(Choices):
 
     model: LlamaRecipe | None = None
     """The model made from scratch; None: training begins with the base's weights."""
-    sink: Sink = "none"
-    """The attention sink; all but `token` drop the rows' sink tokens."""
+    sink: Sink = "none"  # the attention sink; all but `token` drop the rows' sink tokens
     sink_mass_every: int = 0
     optim: OptimRecipe
     seed: int
@@ -394,23 +392,15 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
     kind: Literal["finetune", "pretrain"]
     """Which stage it is: the other stage's own choices keep their defaults."""
     corpus: str
-    base: str
-    """Base model folder; a fresh model takes only its tokenizer."""
+    base: str  # base model folder; a fresh model takes only its tokenizer
     resources: Resources
-    out: str
-    """Folder of the result."""
-    work: str
-    """Private folder of this attempt: checkpoints."""
-    earlier: tuple[str, ...] = ()
-    """Work folders of earlier attempts, whose checkpoints may be read."""
-    superseded_file: str
-    """Once it exists a newer attempt took over, and this one stops."""
-    stop_file: str | None = None
-    """Once it exists training writes a checkpoint and stops."""
-    spool: str | None = None
-    """The attempt's event file."""
-    share: Share | None = None
-    """How nodes without a shared disk see each other's files."""
+    out: str  # folder of the result
+    work: str  # private folder of this attempt: checkpoints
+    earlier: tuple[str, ...] = ()  # work folders of earlier attempts, whose checkpoints may be read
+    superseded_file: str  # once it exists a newer attempt took over, and this one stops
+    stop_file: str | None = None  # once it exists training writes a checkpoint and stops
+    spool: str | None = None  # the attempt's event file
+    share: Share | None = None  # how nodes without a shared disk see each other's files
 
     @property
     def drops_first(self) -> bool:

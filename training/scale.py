@@ -30,22 +30,18 @@ MODELS = {
     "llama-2-70b": Shape(80, 8192, 28672, 64, 8, 128, 32000, tied=False),
 }
 GPUS_PER_NODE = 8
-COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
-"""Numbers of GPUs that are tried if a user names none."""
+COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)  # numbers of GPUs that are tried if a user names none
 UTILISATION = 0.6
 """Assumed share of the peak that matrices and attention reach; FlashAttention-2 reports 50 to 73%
 on an A100 (arXiv:2307.08691)."""
-REACHED_BYTES = 0.8
-"""Assumed share of its bandwidth that memory or a link reaches."""
+REACHED_BYTES = 0.8  # assumed share of its bandwidth that memory or a link reaches
 START_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
 """Seconds that NCCL reckons for the start of a ring, for a step between two GPUs of a node, and for
 one between two nodes (its src/graph/tuning.cc: ring, simple protocol, NVLink)."""
-RESERVED_GIB = 4.0
-"""Assumed GPU memory that CUDA, NCCL and the allocator's fragments take."""
+RESERVED_GIB = 4.0  # assumed GPU memory that CUDA, NCCL and the allocator's fragments take
 OFFLOADED_BYTES = 16
 """Bytes on the host per trained number: the optimizer's weight and moments, and the gradient."""
-MIN_EFFICIENCY = 0.5
-"""Efficiency under which more GPUs are no longer worth it."""
+MIN_EFFICIENCY = 0.5  # efficiency under which more GPUs are no longer worth it
 
 
 @dataclass(frozen=True)
@@ -53,15 +49,11 @@ class Gpu:
     """A GPU's data sheet: bfloat16 operations and bytes per second, of links in one direction."""
 
     flops: float
-    bytes: float
-    """Bandwidth of its memory."""
+    bytes: float  # bandwidth of its memory
     memory_gib: float
-    node: float
-    """Bandwidth to the other GPUs of its node."""
-    network: float
-    """Its share of the node's bandwidth to other nodes."""
-    host: float
-    """Bandwidth to the host's memory, which is assumed to be as fast."""
+    node: float  # bandwidth to the other GPUs of its node
+    network: float  # its share of the node's bandwidth to other nodes
+    host: float  # bandwidth to the host's memory, which is assumed to be as fast
 
     def machine(self, world: int, utilisation: float) -> Machine:
         """Return what each of `world` GPUs does if its matrices reach this share of the peak."""
@@ -105,13 +97,10 @@ def arms(row: int) -> dict[str, ArmRecipe]:
 class Setting:
     """One way to train on a number of GPUs, and what it costs."""
 
-    way: str
-    """Key in WAYS."""
-    ranks: int
-    """GPUs that share a row."""
+    way: str  # key in WAYS
+    ranks: int  # GPUs that share a row
     gib: float
-    host_gib: float
-    """Memory of each node's host that offloading takes."""
+    host_gib: float  # memory of each node's host that offloading takes
     cost: Prediction
 
     @property
@@ -129,8 +118,7 @@ class Point:
     gpus: int
     ways: dict[str, Setting]
     """Settings by ZeRO stage; empty where the batch cannot be shared out evenly."""
-    best: Setting | None
-    """The fastest setting that fits; None where nothing does."""
+    best: Setting | None  # the fastest setting that fits; None where nothing does
     efficiency: float = 0.0
     """Work of a GPU in a second, as a share of the most that it does with any number of GPUs."""
 

@@ -14,8 +14,7 @@ from statistics import median
 
 from longreach.training.recipe import OptimRecipe
 
-RECENT, ENOUGH = 20, 5
-"""How many losses the median is over, and how few say nothing yet."""
+RECENT, ENOUGH = 20, 5  # how many losses the median is over, and how few say nothing yet
 
 
 class Skips:

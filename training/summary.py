@@ -57,11 +57,9 @@ class TrainableParameters(Facts):
 
     total: int
     lora: int
-    embed: int
-    """In the input embedding."""
+    embed: int  # in the input embedding
     norm: int
-    other: int
-    """In the layers' own matrices and an untied head."""
+    other: int  # in the layers' own matrices and an untied head
 
 
 class TrainingSummary(Summary, FinetuneStageRecipe, PretrainStageRecipe):
@@ -73,53 +71,41 @@ class TrainingSummary(Summary, FinetuneStageRecipe, PretrainStageRecipe):
     file: ClassVar[str] = "training.json"
 
     kind: Literal["finetune", "pretrain"]
-    steps: int
-    """Optimizer steps, skipped ones included."""
+    steps: int  # optimizer steps, skipped ones included
     skipped_steps: int
-    tokens: int
-    """Tokens read in all steps."""
-    targets: int
-    """Tokens that were predicted, so that they count in the loss."""
+    tokens: int  # tokens read in all steps
+    targets: int  # tokens that were predicted, so that they count in the loss
     wall_s: float
     """Seconds of all optimizer steps, without start-up, checkpoints, validation and saving."""
     checkpoints_s: float
-    step_s_median: float
-    """Seconds of the median step; the first step, which warms up, is left out."""
-    tokens_per_s: float
-    """Tokens of a mean step per second of the median step, over all ranks."""
-    loss_first: float
-    """Loss of the first trained step, in nats per target."""
+    step_s_median: float  # seconds of the median step; the first step, which warms up, is left out
+    tokens_per_s: float  # tokens of a mean step per second of the median step, over all ranks
+    loss_first: float  # loss of the first trained step, in nats per target
     loss_last: float
-    total_parameters: int
-    """Parameters of the model, LoRA's included."""
+    total_parameters: int  # parameters of the model, LoRA's included
     trainable: TrainableParameters
     machine: Machine | None
     """What a rank was measured to do; None where the cost model does not know the architecture."""
     predicted: Prediction | None
     """What a step was predicted to cost before the first one; None as above."""
-    peak_gib: float
-    """Peak memory, summed over the ranks: of their GPUs, else of their processes."""
+    peak_gib: float  # peak memory, summed over the ranks: of their GPUs, else of their processes
     ranks: int
-    kernel: str
-    """How attention was computed (attention/kernels.py)."""
-    pattern: str
-    """The attention pattern of the first step."""
+    kernel: str  # how attention was computed (attention/kernels.py)
+    pattern: str  # the attention pattern of the first step
     pattern_at_the_end: str
     """The attention pattern of the last step, which differs where an arm anneals."""
     resumed_from_step: int
     """Steps that were already done when this attempt began; 0 for a fresh start."""
     left_after_step: int
     """The step whose weights were saved: the last, or the one with the lowest validation loss."""
-    notes: tuple[str, ...]
-    """Checkpoints that were passed over when this attempt began, and why."""
+    notes: tuple[str, ...]  # checkpoints that were passed over when this attempt began, and why
 
 
 class BadEntry(Facts):
     """A malformed entry that was skipped, and why."""
 
     file: str
-    line: int
-    """Its line or row, from 1."""
+    line: int  # its line or row, from 1
     reason: str
 
 
@@ -127,8 +113,7 @@ class BadEntries(Facts):
     """How many entries of the sources were malformed."""
 
     count: int
-    fraction: float
-    """Malformed entries over all entries."""
+    fraction: float  # malformed entries over all entries
     listed: tuple[BadEntry, ...] = ()
     """The first of them (corpus.MAX_LISTED); manifests leave them out."""
 
@@ -156,23 +141,15 @@ class PackSummary(Summary, PackRecipe):
     """The token at the start of each row or isolated document; None for `first_token: none`."""
     eos_token_id: int
     pad_token_id: int
-    vocab_size: int
-    """Tokens of the tokenizer."""
-    tokenizer_sha256: str
-    """Digest of its tokenizer.json."""
+    vocab_size: int  # tokens of the tokenizer
+    tokenizer_sha256: str  # digest of its tokenizer.json
     rows: int
-    tokens: int
-    """Tokens in the rows, without padding."""
-    efficiency: float
-    """Share of the rows' places that hold a token."""
-    documents: dict[str, int]
-    """Number of documents by split (train, validation, test)."""
-    source_digest: str
-    """Identity of the texts (training/documents.py)."""
-    document_tokens: dict[str, int]
-    """Tokens of the documents' text by split."""
-    longer_than_a_row: int
-    """Training documents that had to be split over rows."""
+    tokens: int  # tokens in the rows, without padding
+    efficiency: float  # share of the rows' places that hold a token
+    documents: dict[str, int]  # number of documents by split (train, validation, test)
+    source_digest: str  # identity of the texts (training/documents.py)
+    document_tokens: dict[str, int]  # tokens of the documents' text by split
+    longer_than_a_row: int  # training documents that had to be split over rows
     truncated_tokens: int
     """Tokens that were lost: 0, since what does not fit a row goes on in another."""
     length_histogram: tuple[LengthBin, ...]

@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 
 PIECE_CHARS = 1024
 """One call of the tokenizer: on books 512 costs the same, 4,096 a quarter more, 65,536 twice as much."""
-PART_CHARS = 1 << 16
-"""What goes to a worker as one text, or a little more: up to the next cut."""
-BATCH_CHARS = 1 << 20
-"""Text of one task."""
-CHECKED_CHARS = 16
-"""Characters on each side of a cut that the assertion encodes."""
+PART_CHARS = 1 << 16  # what goes to a worker as one text, or a little more: up to the next cut
+BATCH_CHARS = 1 << 20  # text of one task
+CHECKED_CHARS = 16  # characters on each side of a cut that the assertion encodes
 
 GPT2_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 LLAMA3_CUT = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)")
@@ -85,10 +82,8 @@ def _cut_of_pre_tokenizer(spec: dict[str, Any]) -> re.Pattern[str] | None:
 class Tokens(NamedTuple):
     """The tokens of consecutive texts, joined."""
 
-    ids: np.ndarray
-    """[tokens] int32: vocabularies over 65,535 exist."""
-    lengths: np.ndarray
-    """[texts] int64; they sum to the number of ids."""
+    ids: np.ndarray  # [tokens] int32: vocabularies over 65,535 exist
+    lengths: np.ndarray  # [texts] int64; they sum to the number of ids
 
 
 class Encoder:
