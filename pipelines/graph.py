@@ -235,10 +235,8 @@ BUILDERS: list[Callable[[Pipeline], None]] = [
 
 def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None = None) -> Stage:
     """Return the report on these stages; `failed` are the others, by label, with the reason."""
-    inputs = {f"input_{n:03d}": stage for n, stage in enumerate(stages)}
-    labels = {key: stage.label for key, stage in inputs.items()}
-    choices = ReportRecipe(name=recipe.name, labels=labels, prices=recipe.report, failed=failed or {})
-    return Stage("report", "report", choices, inputs)
+    choices = ReportRecipe(name=recipe.name, prices=recipe.report, failed=failed or {})
+    return Stage("report", "report", choices, {stage.label: stage for stage in stages})
 
 
 def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRecipe]:

@@ -27,7 +27,7 @@ class Stage:
     label: str  # its name for people, e.g. `finetune[lora]`: unique in a pipeline, and no part of identity.
     recipe: Choices  # the section of the recipe that changes its result
     inputs: Mapping[str, Stage] = field(default_factory=dict)
-    """The stages whose artifacts it reads, by the names of the function's parameters."""
+    """The stages whose artifacts it reads, by the function's parameters or by keys of its one Mapping."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Content digests of data that comes from outside of the store."""
     after: tuple[Stage, ...] = ()

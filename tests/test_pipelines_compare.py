@@ -37,7 +37,7 @@ def publish_run(folder: Path, recipe: dict, *, draw: bool = True, **ppl: tuple[f
             patch.setitem(PPL, name, values)
         store, last, artifacts = make_stages(folder, recipe)
         attempt = store.new_attempt("report", last.fingerprint)
-        inputs = {key: artifacts[label] for key, label in last.recipe.labels.items()}
+        inputs = {label: artifacts[label] for label in last.inputs}
         run = replace(RUN, attempt=attempt)
         (attempt.out / "report.html").touch()
         summary = report(inputs, recipe=last.recipe, resources=None, out=attempt.out, run=run) if draw else {}

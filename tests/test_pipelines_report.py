@@ -103,7 +103,7 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple:
-    """(ReportRecipe, artifacts by key) of the whole recipe: true formats, made up numbers."""
+    """(ReportRecipe, artifacts by label) of the whole recipe: true formats, made up numbers."""
     return make_inputs(tmp_path_factory.mktemp("report"), RECIPE)
 
 
@@ -126,7 +126,7 @@ def write(inputs: tuple, out: Path) -> tuple[Path, dict]:
 
 def make_inputs(folder: Path, recipe: dict) -> tuple:
     _, last, made = make_stages(folder, recipe)
-    return last.recipe, {key: made[label] for key, label in last.recipe.labels.items()}
+    return last.recipe, {label: made[label] for label in last.inputs}
 
 
 def make_stages(folder: Path, recipe: dict) -> tuple[Store, Stage, dict[str, Artifact]]:
@@ -454,8 +454,7 @@ def test_the_document_that_the_base_cannot_have_seen_stands_by_itself(written):
 
 
 def test_packing_is_reported_as_it_was(inputs, written):
-    recipe, artifacts = inputs
-    packed = next(a for key, a in artifacts.items() if recipe.labels[key] == "pack").summary
+    packed = inputs[1]["pack"].summary
     row = page_of(written[0]).row("pack")
     assert row[:3] == [f"{packed['rows']} × 32", f"{packed['tokens']}", f"{packed['efficiency']:.2%}"]
     assert row[4:7] == ["20", "0", "2"]
@@ -497,7 +496,7 @@ def test_models_with_a_vocabulary_of_their_own_need_no_base(tmp_path, no_picture
     alone = {"baselines": {}, "finetune": None, "pretrain": RECIPE["pretrain"] | {"vocab_size": 300}}
     streaming = RECIPE["evaluate"]["streaming"] | {"models": None}
     inputs = make_inputs(tmp_path, RECIPE | alone | {"base": {"source": "gone"}, "evaluate": {"streaming": streaming}})
-    assert "tokenizer" in inputs[0].labels.values()
+    assert "tokenizer" in inputs[1]
     write(inputs, tmp_path / "out")
     assert "Attention-sink pretraining" in page_of(tmp_path / "out").headings
 
@@ -525,35 +524,27 @@ def test_malformed_scores_are_an_error_that_names_the_file(text, inputs, tmp_pat
 
 def with_scores(inputs: tuple, label: str, folder: Path, change) -> dict[str, Artifact]:
     """That stage's artifact with other scores."""
-    recipe, artifacts = inputs
-    key = next(key for key, other in recipe.labels.items() if other == label)
-    (folder / "scores.json").write_text(change((artifacts[key].path / "scores.json").read_text()))
-    return {key: Artifact(folder, artifacts[key].manifest)}
-
-
-def test_an_artifact_without_a_label_is_an_error(inputs, tmp_path):
-    recipe, artifacts = inputs
-    with pytest.raises(ValueError, match="input_999"):
-        write((recipe, artifacts | {"input_999": artifacts["input_000"]}), tmp_path)
+    artifact = inputs[1][label]
+    (folder / "scores.json").write_text(change((artifact.path / "scores.json").read_text()))
+    return {label: Artifact(folder, artifact.manifest)}
 
 
 def test_a_stage_that_the_report_does_not_know_is_listed_in_how_it_was_run(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
-    stranger = Artifact(tmp_path, artifacts["input_000"].manifest | {"stage": "distil"})
-    named = recipe.model_copy(update={"labels": recipe.labels | {"input_999": "distil"}})
-    out, _ = write((named, artifacts | {"input_999": stranger}), tmp_path / "out")
+    stranger = Artifact(tmp_path, artifacts["convert"].manifest | {"stage": "distil"})
+    out, _ = write((recipe, artifacts | {"distil": stranger}), tmp_path / "out")
     assert "\n| distil |" in (out / "report.md").read_text().partition("How it was run")[2]
 
 
 def test_every_evaluation_that_was_measured_has_a_section(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
-    key = next(key for key, label in recipe.labels.items() if label == "evaluate[base,passkey]")
-    manifest = json.loads(json.dumps(artifacts[key].manifest))
+    label = "evaluate[base,passkey]"
+    manifest = json.loads(json.dumps(artifacts[label].manifest))
     manifest["identity"]["recipe"]["eval"] = "harness"
     row = {"kind": "task", "task": "qasper", "metric": "f1", "value": 0.25}
     scores = Harness.scores(Harness.Choices(tasks=("qasper",)), [({"task": "qasper"}, {"rows": [row], "cases": []})])
     scores.named("base").write(tmp_path / "harness")
-    out, _ = write((recipe, artifacts | {key: Artifact(tmp_path / "harness", manifest)}), tmp_path)
+    out, _ = write((recipe, artifacts | {label: Artifact(tmp_path / "harness", manifest)}), tmp_path)
     assert page_of(out).row("qasper_f1") == ["0.25"]
     assert (out / "harness-base.png").read_bytes().startswith(b"\x89PNG")
 
@@ -605,8 +596,8 @@ FAILED = {
 def without(inputs: tuple, gone, **more) -> tuple:
     """The inputs less those whose label `gone` picks."""
     recipe, artifacts = inputs
-    labels = {key: label for key, label in recipe.labels.items() if not gone(label)}
-    return recipe.model_copy(update={"labels": labels} | more), {key: artifacts[key] for key in labels}
+    left = {label: artifact for label, artifact in artifacts.items() if not gone(label)}
+    return recipe.model_copy(update=more), left
 
 
 def test_failed_arms_are_rows_with_their_reason_and_the_headline_counts_them(inputs, tmp_path, no_pictures):
@@ -698,18 +689,14 @@ def test_the_short_table_fits_a_description_however_many_models_there_are(inputs
 
 def test_what_a_release_a_promotion_and_a_new_start_are_made_of_is_not_asked(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
-    merged, base = (
-        next(artifacts[key] for key, label in recipe.labels.items() if label == wanted)
-        for wanted in ("merge[lora]", "convert")
-    )
-    more = {
-        stage: Artifact(merged.path, merged.manifest | {"stage": stage, "summary": {}})
-        for stage in ("release", "promote")
-    }
+    merged, base = artifacts["merge[lora]"], artifacts["convert"]
+    more = {}
+    for label in ("release[lora]", "promote"):
+        manifest = merged.manifest | {"stage": label.partition("[")[0], "summary": {}}
+        more[label] = Artifact(merged.path, manifest)
     champion = base.manifest | {"summary": base.summary | {"context_length": 4}}
-    more["start"] = Artifact(base.path, champion)
-    labels = recipe.labels | {"release": "release[lora]", "promote": "promote", "start": "convert[start]"}
-    out, _ = write((recipe.model_copy(update={"labels": labels}), artifacts | more), tmp_path / "out")
+    more["convert[start]"] = Artifact(base.path, champion)
+    out, _ = write((recipe, artifacts | more), tmp_path / "out")
     assert page_of(out).row("release[lora]")
     assert "trained to 512 tokens" in (out / "report.html").read_text()
 

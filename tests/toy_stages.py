@@ -66,4 +66,4 @@ def toy_report(
     if "unspeakable" in str(recipe.failed):
         raise ValueError("the report cannot say that")
     (out / "report.html").write_text(str(recipe.failed))
-    return {"failed": recipe.failed, "labels": recipe.labels}
+    return {"failed": recipe.failed, "labels": list(inputs)}

@@ -111,9 +111,8 @@ def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
 def read(store: Store, manifest: dict[str, Any]) -> Findings:
     """What a report was made of; of each artifact only the files that are read here are fetched and verified."""
     recipe, artifacts = manifest["identity"]["recipe"], {}
-    for key, label in recipe["labels"].items():
-        stage, fingerprint = label.partition("[")[0], manifest["identity"]["inputs"][key]
-        if (artifact := store.find(stage, fingerprint)) is None:
+    for label, fingerprint in manifest["identity"]["inputs"].items():
+        if (artifact := store.find(label.partition("[")[0], fingerprint)) is None:
             raise ValueError(f"{recipe['name']}: {label} ({fingerprint[:8]}) is not in {store.root} any more")
         files = [
             file

@@ -144,10 +144,10 @@ def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[i
 
 
 def gather(
-    artifacts: dict[str, Artifact], prices: PriceRecipe | None = None, failed: Mapping[str, str] | None = None
+    artifacts: Mapping[str, Artifact], prices: PriceRecipe | None = None, failed: Mapping[str, str] | None = None
 ) -> Findings:
     """Read what the artifacts hold, by label; any may be missing, and ValueError names a malformed file."""
-    findings = Findings(artifacts, prices=prices or PriceRecipe(), failed=dict(failed or {}))
+    findings = Findings(dict(artifacts), prices=prices or PriceRecipe(), failed=dict(failed or {}))
     arms: dict[str, Model] = {}
     for label, artifact in artifacts.items():
         if artifact.stage == "convert" and not findings.base:  # another one is where a retraining starts

@@ -34,8 +34,6 @@ class ReportRecipe(Choices):
 
     name: str
     """The recipe's name."""
-    labels: dict[str, str]
-    """The report's inputs: parameter name -> the stage's label."""
     prices: PriceRecipe = PriceRecipe()
     """What a rank costs."""
     failed: dict[str, str] = Field(default_factory=dict)
@@ -48,12 +46,9 @@ def report(
 ) -> dict[str, Any]:
     """Write report.html, report.md and figures; returns {"headline", "metrics", "table": Markdown, in short}.
 
-    ValueError: an artifact without a label, of an unknown stage, or with a file that is not what it should be.
+    The artifacts come by their stages' labels. ValueError: one of them has a file that is not what it should be.
     """
-    if wrong := artifacts.keys() ^ recipe.labels.keys():
-        raise ValueError(f"{len(artifacts)} artifacts, {len(recipe.labels)} labels; not in both: {sorted(wrong)}")
-    labelled = {recipe.labels[key]: artifact for key, artifact in artifacts.items()}
-    found = gather(labelled, recipe.prices, recipe.failed)
+    found = gather(artifacts, recipe.prices, recipe.failed)
     sections = _sections(found, run.command)
     about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; " if found.base else ""
     about += f"report {run.attempt.fingerprint[:8]}"
