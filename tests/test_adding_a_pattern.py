@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from attention_cases import positions
-from test_quickstart import RECIPE, make_project
+from product_copies import product_with
+from test_quickstart import RECIPE, longreach, make_project
 from toy_models import job, train
 from toy_pattern import Dilated
 
@@ -25,8 +22,6 @@ from longreach.pipelines.reader import RecipeError, load
 from longreach.training.cost import Shape, predict
 from longreach.training.recipe import ArmRecipe
 
-ROOT = Path(__file__).parent.parent
-ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
 LINE = '\nfrom longreach.attention.dilated import Dilated\n\nPATTERNS["dilated"] = Dilated\n'
 ARMS = {"full": {"tune": "lora"}, "dilated": {"tune": "lora", "attention": {"pattern": "dilated", "stride_tokens": 4}}}
 SMALL = RECIPE | {
@@ -101,16 +96,8 @@ def test_it_trains_and_the_planner_counts_its_keys(tmp_path: Path):
 
 @pytest.mark.slow
 def test_with_its_file_and_its_line_the_whole_chain_runs_and_the_report_describes_it(project: Path, tmp_path: Path):
-    package = tmp_path / "source" / "longreach"
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, package / room)
-    shutil.copy(ROOT / "__init__.py", package)
-    shutil.copy(ROOT / "tests/toy_pattern.py", package / "attention/dilated.py")
-    with (package / "attention/__init__.py").open("a") as file:
-        file.write(LINE)
-    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
-    env = os.environ | {"PYTHONPATH": str(package.parent)}
-    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=1100, check=False)
+    env = product_with(tmp_path / "source", "toy_pattern.py", "attention/dilated.py", LINE)
+    done = longreach(project, "run", "tiny.yaml", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     store = Store(str(project / ".longreach"))
     manifests = {manifest["label"]: manifest for manifest in store.manifests()}
