@@ -204,13 +204,7 @@ def lengths_of(recipe: Recipe, evaluation: str) -> tuple[int, ...]:
 
 @stage(makes=Decision, revision=1, cpus=lambda resources: 1)
 def promote(
-    model: Release,
-    inputs: Mapping[str, Artifact],
-    *,
-    recipe: PromoteStageRecipe,
-    resources: object,
-    out: Path,
-    run: StageRun,
+    model: Release, inputs: Mapping[str, Artifact], *, recipe: PromoteStageRecipe, out: Path, run: StageRun
 ) -> dict[str, Any]:
     """Decide, write gate.json and gate.md, and move the alias if all rules are kept.
 

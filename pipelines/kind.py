@@ -1,11 +1,12 @@
 """What all stages of one name share: a function, the type of what it makes, a revision, CPUs and GPUs.
 
     @stage(makes=ModelCheckpoint, revision=1, cpus=lambda r: 1)
-    def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, recipe, resources, out, run): ...
+    def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path): ...
 
 The parameters before the star are the stage's inputs. Each is given as the type that it names; a
 parameter of the type `Mapping[str, T]` takes all inputs that have no parameter of their own, by name.
-The function writes files into `out` and returns a summary: plain data for the manifest.
+After the star it names what else it uses: its `recipe`, the `resources`, `out` for its files and the `run`.
+It returns a summary: plain data for the manifest.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class StageKind:
     """Raised when the same choices would now give another result, since code is not fingerprinted."""
     cpus: Callable[[Resources], float]
     """Ray CPUs of the stage's task; 0 if it only drives ranks or tasks, which bring their own."""
-    gpus: Callable[[Resources], float]
+    gpus: Callable[[Resources], float] = lambda resources: 0
     saves_when_stopped: bool = False
     """Whether it saves when the stop file appears, so that a run that is stopped waits for it."""
 
@@ -82,9 +83,10 @@ class StageKind:
         made = typing.get_args(self.makes) or (self.makes,)
         return any(issubclass(one, wanted) for one in made)
 
-    def arguments(self, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-        """The function's inputs, each as the type that its parameter names."""
-        arguments: dict[str, Any] = {}
+    def arguments(self, artifacts: Mapping[str, Artifact], **context: Any) -> dict[str, Any]:
+        """The function's inputs, each as the type that its parameter names, and what it uses of the context."""
+        named = inspect.signature(self.function).parameters
+        arguments = {name: value for name, value in context.items() if name in named}
         rest = {}
         for name, artifact in artifacts.items():
             typed = self.type_of(name)(artifact.path, artifact.manifest)
@@ -98,16 +100,9 @@ class StageKind:
         return arguments
 
 
-def stage(
-    *,
-    makes: type[Artifact] | UnionType,
-    revision: int,
-    cpus: Callable[[Resources], float],
-    gpus: Callable[[Resources], float] = lambda resources: 0,
-    saves_when_stopped: bool = False,
-) -> Callable[[Callable[..., dict[str, Any]]], StageKind]:
-    """Turn a function into a stage kind; the arguments are StageKind's fields."""
-    return lambda function: StageKind(function, makes, revision, cpus, gpus, saves_when_stopped)
+def stage(**fields: Any) -> Callable[[Callable[..., dict[str, Any]]], StageKind]:
+    """Turn a function into a stage kind; the arguments are StageKind's other fields."""
+    return lambda function: StageKind(function, **fields)
 
 
 def stop_file(spool_folder: Path) -> Path:

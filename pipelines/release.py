@@ -50,7 +50,6 @@ def release(
     scores: Mapping[str, Scores],
     *,
     recipe: ReleaseRecipe,
-    resources: object,
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:

@@ -42,7 +42,7 @@ PROGRESS_EVERY_S = 0.5  # packing reports its progress at most this often
 
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
-def convert(*, recipe: BaseRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
+def convert(*, recipe: BaseRecipe, out: Path) -> dict[str, Any]:
     """Write the model with origin.json; the summary says where it came from and what it is."""
     from longreach.training.convert import convert as convert_model
     from longreach.training.model import describe
@@ -64,7 +64,7 @@ class TokenizerRecipe(Choices):
 
 
 @stage(makes=TokenizerFolder, revision=1, cpus=lambda resources: 1)
-def tokenizer(*, recipe: TokenizerRecipe, resources: Resources, out: Path, run: StageRun) -> dict[str, Any]:
+def tokenizer(*, recipe: TokenizerRecipe, out: Path) -> dict[str, Any]:
     """Train a tokenizer on the corpus' training documents."""
     from longreach.training.train_tokenizer import train_tokenizer
 
@@ -84,9 +84,7 @@ class PackStageRecipe(Choices):
 
 
 @stage(makes=PackedCorpus, revision=3, cpus=lambda resources: 1)
-def pack(
-    base: TokenizerFolder, *, recipe: PackStageRecipe, resources: Resources, out: Path, run: StageRun
-) -> dict[str, Any]:
+def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: StageRun) -> dict[str, Any]:
     """Pack with Ray tasks if there is a cluster, else with threads of this process: the rows are the same.
 
     Relative globs start at the working directory. The summary leaves out the list of malformed entries.
@@ -123,13 +121,7 @@ def pack(
 
 @stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
 def finetune(
-    corpus: PackedCorpus,
-    base: ModelCheckpoint,
-    *,
-    recipe: FinetuneStageRecipe,
-    resources: Resources,
-    out: Path,
-    run: StageRun,
+    corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: FinetuneStageRecipe, resources: Resources, run: StageRun
 ) -> dict[str, Any]:
     """Train one arm from the stretched base: an adapter, or a whole model if everything is tuned."""
     return _train("finetune", corpus, base, recipe, resources, run)
@@ -137,13 +129,7 @@ def finetune(
 
 @stage(makes=ModelCheckpoint, revision=2, cpus=lambda resources: 0, saves_when_stopped=True)
 def pretrain(
-    corpus: PackedCorpus,
-    base: TokenizerFolder,
-    *,
-    recipe: PretrainStageRecipe,
-    resources: Resources,
-    out: Path,
-    run: StageRun,
+    corpus: PackedCorpus, base: TokenizerFolder, *, recipe: PretrainStageRecipe, resources: Resources, run: StageRun
 ) -> dict[str, Any]:
     """Train a Llama from scratch, or the base again, with an attention sink (2309.17453, section 3.3).
 
@@ -216,15 +202,7 @@ class MergeRecipe(Choices):
 
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
-def merge(
-    base: ModelCheckpoint,
-    adapter: AdapterCheckpoint,
-    *,
-    recipe: MergeRecipe,
-    resources: Resources,
-    out: Path,
-    run: StageRun,
-) -> dict[str, Any]:
+def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path) -> dict[str, Any]:
     """Write the merged model with its training.json; fails unless its logits are the adapter's."""
     from longreach.training.export import merge_adapter
 

@@ -132,9 +132,8 @@ def _call(
         id=run_id,
         share=share,
     )
-    summary = stage.kind(
-        **stage.kind.arguments(artifacts), recipe=stage.recipe, resources=task.resources, out=attempt.out, run=run
-    )
+    context = {"recipe": stage.recipe, "resources": task.resources, "out": attempt.out, "run": run}
+    summary = stage.kind(**stage.kind.arguments(artifacts, **context))
     if stage.kind.makes is not PackedCorpus or "documents" not in stage.digests:
         return summary
     if PackSummary.model_validate(summary).source_digest != stage.digests["documents"]:

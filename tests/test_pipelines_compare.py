@@ -40,7 +40,7 @@ def publish_run(folder: Path, recipe: dict, *, draw: bool = True, **ppl: tuple[f
         inputs = {label: artifacts[label] for label in last.inputs}
         run = replace(RUN, attempt=attempt)
         (attempt.out / "report.html").touch()
-        summary = report(inputs, recipe=last.recipe, resources=None, out=attempt.out, run=run) if draw else {}
+        summary = report(inputs, recipe=last.recipe, out=attempt.out, run=run) if draw else {}
     when = {
         "published_at": f"2026-11-25T00:00:00.{time.monotonic_ns():020}",
         "seconds": 1.0,

@@ -189,7 +189,7 @@ class Releases:
         own = {"own_perplexity": scores, "base_perplexity": scores} if scores else {}
         recipe = ReleaseRecipe(name="weekly", arm="arm", register_as="")
         inputs = release.arguments({"model": source, "corpus": corpus, "base": self.base(), **own})
-        summary = release(**inputs, recipe=recipe, resources=None, out=run.attempt.out, run=run)
+        summary = release(**inputs, recipe=recipe, out=run.attempt.out, run=run)
         record = {"label": "release", "identity": {}, "summary": summary, "seconds": 0.0}
         self.store.publish(run.attempt, record)
         return self.store.fetch("release", run.attempt.fingerprint), run
@@ -202,7 +202,7 @@ def ask_the_gate(releases: Releases, model: Artifact, champion: str | None, wors
     inputs = {"model": model, "challenger_perplexity": releases.scores(perplexity_rows(worse_by))}
     if champion:
         inputs["champion_perplexity"] = releases.scores(perplexity_rows(0, seed=2))
-    return promote(**promote.arguments(inputs), recipe=recipe, resources=None, out=run.attempt.out, run=run)
+    return promote(**promote.arguments(inputs), recipe=recipe, out=run.attempt.out, run=run)
 
 
 def aliases(name: str) -> dict[str, str]:

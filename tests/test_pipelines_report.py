@@ -121,7 +121,7 @@ def no_pictures(monkeypatch) -> None:
 def write(inputs: tuple, out: Path) -> tuple[Path, dict]:
     out.mkdir(exist_ok=True)
     recipe, artifacts = inputs
-    return out, report(artifacts, recipe=recipe, resources=None, out=out, run=RUN)
+    return out, report(artifacts, recipe=recipe, out=out, run=RUN)
 
 
 def make_inputs(folder: Path, recipe: dict) -> tuple:

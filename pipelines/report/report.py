@@ -41,9 +41,7 @@ class ReportRecipe(Choices):
 
 
 @stage(makes=Report, revision=2, cpus=lambda resources: 1)
-def report(
-    artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, resources: object, out: Path, run: StageRun
-) -> dict[str, Any]:
+def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
     """Write report.html, report.md and figures; returns {"headline", "metrics", "table": Markdown, in short}.
 
     The artifacts come by their stages' labels. ValueError: one of them has a file that is not what it should be.
