@@ -102,18 +102,15 @@ def schedule(
     if run_now:
         late = times.late_by(datetime.now(UTC))
         if times.max_start_delay and late > times.max_start_delay:
-            ago = str(late).split(".")[0]
-            limit = timing.max_start_delay
-            fired = f"{timing.cron!r} fired {ago} ago"
-            print(f"not run: {fired}, max_start_delay is {limit}", file=sys.stderr)
+            fired = f"{timing.cron!r} fired {str(late).partition('.')[0]} ago"
+            print(f"not run: {fired}, max_start_delay is {timing.max_start_delay}", file=sys.stderr)
             return
         run_recipe(loaded, recipe, address=address, wait=False, quiet=True)
         return
     if to.endswith("cronjob"):
         paths = loaded.recipe.local_paths()
         del paths["store.root"], paths["store.workdir"]  # pods have a folder of their own
-        shared = kubernetes.claim is not None
-        whereabouts("the cluster", paths, shared_disk=shared, option="--claim")
+        whereabouts("the cluster", paths, shared_disk=kubernetes.claim is not None, option="--claim")
     job = Job(
         name=loaded.recipe.name,
         recipe=str(loaded.path.absolute()),
@@ -194,8 +191,7 @@ def submit(
         job = jobs.submit(client, submission)
         print(job, flush=True)
         code = jobs.follow(client, job) if follow else 0
-    if code:
-        raise typer.Exit(code)
+    raise typer.Exit(code)
 
 
 @app.command("jobs")
@@ -232,8 +228,7 @@ def logs(job: JobId, address: Address, follow: Follow = False) -> None:
             print(client.get_job_logs(job), end="")
             return
         code = jobs.follow(client, job)
-    if code:
-        raise typer.Exit(code)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -252,15 +247,14 @@ def _place(options: PodOptions) -> Place:
 
     named = {name: value for name, value in asdict(options).items() if value is not None}
     if "gpu_nodes" in named:
-        named["gpu_nodes"] = dict(_pair("--gpu-node", text) for text in named["gpu_nodes"])
+        labels = {}
+        for text in named["gpu_nodes"]:
+            name, equals, value = text.partition("=")
+            if not equals or not name:
+                raise ValueError(f"--gpu-node {text!r}: write it as NAME=VALUE")
+            labels[name] = value
+        named["gpu_nodes"] = labels
     return Place(**named)
-
-
-def _pair(option: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"{option} {text!r}: write it as NAME=VALUE")
-    return name, value
 
 
 def _ranks(recipe: Recipe) -> str:

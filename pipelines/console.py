@@ -61,13 +61,11 @@ def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         for name, group in groups.items():
-            names = [field.name for field in dataclasses.fields(group)]
-            values[name] = group(**{field: values.pop(field) for field in names})
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         return command(**values)
 
-    keyword_only = inspect.Parameter.KEYWORD_ONLY  # so that required options may stand after others
-    signature = inspect.Signature([option.replace(kind=keyword_only) for option in options])
-    run.__signature__ = signature  # type: ignore[attr-defined]
+    keyword_only = [option.replace(kind=option.KEYWORD_ONLY) for option in options]  # a required one may come last
+    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
     return run
 
 
@@ -108,8 +106,8 @@ def run_recipe(
     except BaseException as error:
         if notify:
             ending = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failure"
-            reason = f"{type(error).__name__}: {error}".strip(": ")
-            _post(notify, ending, loaded.recipe.name, {"headline": reason})
+            facts = {"headline": f"{type(error).__name__}: {error}".strip(": ")}
+            _post(notify, ending, loaded.recipe.name, facts)
         raise
     _show_outcome(outcome, name, quiet=quiet)
     if notify and (outcome.ran or outcome.failed):  # a run in which nothing happened is no news
@@ -126,12 +124,10 @@ def _show_outcome(outcome: RunOutcome, name: str, *, quiet: bool) -> None:
     for stage, reason in outcome.failed.items():
         print(f"{stage} failed: {reason}", file=sys.stderr)
     if not quiet:
-        counts = f"{len(outcome.ran)} stages run, {len(outcome.reused)} reused"
-        took = f"{len(outcome.failed)} failed, in {duration(outcome.seconds)}"
-        print(f"{counts}, {took}", file=sys.stderr)
+        counts = f"{len(outcome.ran)} stages run, {len(outcome.reused)} reused, {len(outcome.failed)} failed"
+        print(f"{counts}, in {duration(outcome.seconds)}", file=sys.stderr)
     if outcome.unsent_points:
-        unsent = f"{outcome.unsent_points} points are not in MLflow yet"
-        print(f"{unsent}; later: longreach sync {name}", file=sys.stderr)
+        print(f"{outcome.unsent_points} points are not in MLflow yet; later: longreach sync {name}", file=sys.stderr)
     for reason in outcome.refusals:
         print(f"refused by the gate: {reason}", file=sys.stderr)
     if outcome.report_path:

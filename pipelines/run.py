@@ -141,12 +141,10 @@ def run(
         if not force and len(artifacts) == len(stages):
             display.note("nothing new: every stage is published, with these choices and from these documents")
         if force or len(artifacts) < len(stages):
-            lease = _lease(store, loaded.recipe.name, wait, display)
-            with lease as held, terminable() as stopping:
+            with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
                 _withdraw(store, stages, force, artifacts)
                 artifacts = survey(store, stages, artifacts, repair=True)
-                state = _Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address)
-                _run_missing(state)
+                _run_missing(_Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address))
         touched = {*outcome.ran, *outcome.failed}
         outcome.reused = [stage.label for stage in stages if stage.label not in touched]
         _read_results(store, artifacts, outcome, display)
@@ -170,8 +168,7 @@ def _check_tracking(loaded: Loaded, uri: str, address: str | None, display: Disp
 def _check_forced(force: tuple[str, ...], stages: list[Stage]) -> None:
     names = {stage.name for stage in stages} | {stage.label for stage in stages}
     if unknown := sorted(set(force) - names):
-        there_are = ", ".join(sorted(names))
-        raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {there_are}")
+        raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {', '.join(sorted(names))}")
 
 
 def _withdraw(store: Store, stages: list[Stage], force: tuple[str, ...], artifacts: dict[str, Artifact]) -> None:
@@ -204,11 +201,9 @@ def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutc
         gate = decision.summary
         outcome.gate, outcome.refusals = gate, decision.refusals
         if not decision.refusals and "promote" not in outcome.ran:
-            display.note(
-                f"version {gate['version']} of {gate['name']} passed the gate in an earlier run and is "
-                f"not champion: it was rolled back, or the registry is another one; "
-                f"--force promote asks again"
-            )
+            passed = f"version {gate['version']} of {gate['name']} passed the gate in an earlier run and is"
+            reason = "it was rolled back, or the registry is another one; --force promote asks again"
+            display.note(f"{passed} not champion: {reason}")
 
 
 def _report(artifacts: dict[str, Artifact]) -> Report | None:
@@ -224,11 +219,8 @@ def _decision(artifacts: dict[str, Artifact]) -> Decision | None:
 def _run_missing(run: _Run) -> None:
     """Run what is not published, while MLflow's mirror follows; the report goes to MLflow as well."""
     recipe = run.loaded.recipe
-    tags = {"commit": git_commit()}
-    pipeline = run.spool("=pipeline.jsonl", run.id, None, recipe.name, "pipeline", tags)
-    mirror = None
-    if recipe.tracking.enabled:
-        mirror = start_mirror(run.spool_folder, os.environ[TRACKING])
+    pipeline = run.spool("=pipeline.jsonl", run.id, None, recipe.name, "pipeline", {"commit": git_commit()})
+    mirror = start_mirror(run.spool_folder, os.environ[TRACKING]) if recipe.tracking.enabled else None
     status = "KILLED"
     try:
         with _shown_events(run):
@@ -242,8 +234,7 @@ def _run_missing(run: _Run) -> None:
     finally:
         pipeline.end(status)
         if mirror:
-            timeout_s = 5 if status == "KILLED" else 30
-            run.outcome.unsent_points = stop_mirror(mirror, timeout_s=timeout_s)
+            run.outcome.unsent_points = stop_mirror(mirror, timeout_s=5 if status == "KILLED" else 30)
 
 
 def _description(run: _Run, report: Report) -> str:
@@ -269,8 +260,7 @@ def _run_on_ray(run: _Run) -> None:
         collector: Any = None  # the actor lives as long as this reference
         if run.address:  # other nodes do not see this disk
             collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)
-        runtime_env = {"env_vars": environment}
-        remote = ray.remote(max_retries=STAGE_RETRIES, runtime_env=runtime_env)(execute)
+        remote = ray.remote(max_retries=STAGE_RETRIES, runtime_env={"env_vars": environment})(execute)
         run.stopping.file = stop_file(run.spool_folder)
         try:
             _Driver(ray, run, remote).follow()
@@ -357,8 +347,7 @@ class _Driver:
         if done.held or label in READ_BY_THE_DRIVER:
             run.artifacts[label] = run.store.fetch(stage.name, stage.fingerprint)
         if done.held:
-            attempt_spool = Spool(run.spool_folder / done.spool)
-            relay.release(done.held, attempt_spool, done.out, run.artifacts[label].path)
+            relay.release(done.held, Spool(run.spool_folder / done.spool), done.out, run.artifacts[label].path)
         run.outcome.ran.append(label)
         run.display.stage(label, "done", f"{done.seconds:.0f} s")
         spool.end("FINISHED")
@@ -370,8 +359,8 @@ class _Driver:
 
     def _check_lease(self) -> None:
         if self.run.lease.lost.is_set():
-            name = self.run.loaded.recipe.name
-            raise RuntimeError(f"the lease of {name!r} was taken over: this run was silent too long")
+            whose = repr(self.run.loaded.recipe.name)
+            raise RuntimeError(f"the lease of {whose} was taken over: this run was silent too long")
 
     def _stop_if_asked(self) -> None:
         """End the run once training has saved, or the time for it is over."""
@@ -382,8 +371,8 @@ class _Driver:
         if not training or time.monotonic() > stopping.until_s:
             stopping.end()
         if not self.stop_noted:
-            names = ", ".join(training)
-            self.run.display.note(f"stopping: {names} may save within {GRACE_S:.0f} s; once more: at once")
+            note = f"stopping: {', '.join(training)} may save within {GRACE_S:.0f} s; once more: at once"
+            self.run.display.note(note)
             self.stop_noted = True
 
     def _trains(self, label: str) -> bool:
