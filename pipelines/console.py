@@ -1,8 +1,6 @@
 """What all commands share: exit codes, options, tables, and how a run is carried out and reported.
 
 Nothing slow is imported at the top, so that `longreach --help` answers at once.
-
-    print_table(["stage", "state"], [["pack", "done"]])
 """
 
 from __future__ import annotations

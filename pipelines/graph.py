@@ -101,9 +101,7 @@ class Pipeline:
         if base.source.startswith("models:/") and "@" in base.source:
             version = registry.version_of(base.source.removeprefix("models:/"))
             base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
-        digests = {}
-        if base.source:
-            digests["source"] = model_digest(base.source, base.revision)
+        digests = {"source": model_digest(base.source, base.revision)} if base.source else {}
         return Stage("convert", label, base, digests=digests)
 
     def scores_of(self, model: str) -> dict[str, Stage]:
@@ -203,9 +201,8 @@ def add_releases(pipeline: Pipeline) -> None:
     for name, model in pipeline.models.items():
         if model.start is None:
             continue
-        registered = f"{recipe.name}-{name}"
-        if recipe.promote and recipe.promote.model == name:
-            registered = ""  # the gate registers it
+        by_gate = recipe.promote is not None and recipe.promote.model == name
+        registered = "" if by_gate else f"{recipe.name}-{name}"
         inputs = {"model": model.stage, "corpus": model.corpus, "base": model.start}
         for evaluation, scores in pipeline.scores_of(name).items():
             inputs[f"own_{evaluation}"] = scores

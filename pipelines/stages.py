@@ -1,8 +1,5 @@
 """The chain, stage by stage: what each may choose, what it reads and makes, and how it calls training/.
 
-    convert ─┬─ pack ─── finetune ─── merge ─┬─ evaluate ─── report
-             └─ pack ─── pretrain ───────────┘
-
 evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in what
 order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a file, one line in
 STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported inside the functions, so
@@ -184,13 +181,8 @@ def _train(
     if run.share and not (run.attempt.out / TrainingSummary.file).exists():  # rank 0 was on another node
         run.share.pull(run.attempt.out)
     summary = TrainingSummary.model_validate(trained)
-    costs = {
-        "cost/wall_s": summary.wall_s,
-        "cost/peak_gib": summary.peak_gib,
-        "cost/tokens_per_s": summary.tokens_per_s,
-        "cost/step_s": summary.step_s_median,
-    }
-    run.spool.metrics(costs, step=summary.steps)
+    costs = {f"cost/{fact}": getattr(summary, fact) for fact in ("wall_s", "peak_gib", "tokens_per_s")}
+    run.spool.metrics(costs | {"cost/step_s": summary.step_s_median}, step=summary.steps)
     return summary.to_json()
 
 

@@ -42,21 +42,15 @@ def status(store: Store, only: Collection[str] | None = None) -> Status:
         name = Path(folder).name
         if holder := Lease(store, name, "").current_holder():
             holders[name] = holder
-    published, done = [], set()
-    for manifest in store.manifests():
-        if only is None or manifest["fingerprint"] in only:
-            published.append(manifest)
-            done.add(manifest["fingerprint"])
+    published = [one for one in store.manifests() if only is None or one["fingerprint"] in only]
+    done = {manifest["fingerprint"] for manifest in published}
     unfinished = []
     for attempt in _attempts(store):
         wanted = only is None or attempt.fingerprint in only
         if wanted and attempt.fingerprint not in done:
             unfinished.append(attempt)
-    return Status(
-        holders,
-        sorted(unfinished, key=lambda attempt: attempt.last_write),
-        sorted(published, key=lambda manifest: manifest["published_at"]),
-    )
+    unfinished.sort(key=lambda attempt: attempt.last_write)
+    return Status(holders, unfinished, sorted(published, key=lambda manifest: manifest["published_at"]))
 
 
 def newest_report(store: Store, only: Collection[str] | None = None) -> dict[str, Any] | None:

@@ -218,10 +218,9 @@ def changes(runs: dict[str, Findings]) -> Table:
         labels_by_change: dict[str, list[str]] = {}
         for label in dict.fromkeys([*ours.artifacts, *theirs.artifacts]):
             old, new = ours.artifacts.get(label), theirs.artifacts.get(label)
+            differing = [f"only in {run if new else first}"]
             if old and new:
                 differing = differences(_choices(old), _choices(new))
-            else:
-                differing = [f"only in {run if new else first}"]
             for change in differing:
                 labels_by_change.setdefault(change, []).append(label)
         rows += [[run, change, shortened(labels, 4)] for change, labels in labels_by_change.items()]
@@ -229,10 +228,8 @@ def changes(runs: dict[str, Findings]) -> Table:
 
 
 def shortened(names: Sequence[str], most: int) -> str:
-    text = ", ".join(names[:most])
-    if len(names) > most:
-        text += f" and {len(names) - most} more"
-    return text
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _choices(artifact: Artifact) -> dict[str, Any]:

@@ -131,9 +131,7 @@ def markdown_table(table: Table) -> str:
 def _markdown_cell(text: str) -> str:
     """Return a cell as Markdown: in one line, and bold if it is the best of its column."""
     plain = _plain(text).replace("\n", "<br>")
-    if isinstance(text, Best):
-        return f"**{plain}**"
-    return plain
+    return f"**{plain}**" if isinstance(text, Best) else plain
 
 
 def _plain(text: str) -> str:

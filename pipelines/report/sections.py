@@ -1,7 +1,4 @@
-"""The sections of the report that no evaluation draws: each function returns one, or None without its inputs.
-
-longreach report quickstart --open
-"""
+"""The sections of the report that no evaluation draws: each function returns one, or None without its inputs."""
 
 from __future__ import annotations
 
@@ -137,10 +134,10 @@ def _add_costs(found: Findings, add: Callable[..., None]) -> None:
     if not arms:
         return
     add("training", "wall clock", {name: (arm.wall_s, duration(arm.wall_s)) for name, arm in arms.items()}, min)
+    rates = _rates(found)
     speeds = {}
     bills = {}
     shares = {}
-    rates = _rates(found)
     for name, arm in arms.items():
         model = found.models[name]
         speed = f"{arm.tokens_per_s:,.0f}"
@@ -435,7 +432,6 @@ def how(found: Findings, command: str) -> Section:
         attempt = f"{int(manifest['attempt'][:4])}"
         took = duration(manifest["seconds"])
         stages.append([label, took, manifest["fingerprint"][:8], attempt, manifest["host"], manifest["commit"]])
-    for manifest in manifests.values():
         facts["versions", ", ".join(_flat(manifest["versions"]))] = None
     for manifest in manifests.values():
         if manifest["stage"] in ("finetune", "pretrain"):
