@@ -264,7 +264,7 @@ def problem(path: Path, *, identity: str) -> str | None:
 def newest_valid(folders: Iterable[Path], *, identity: str) -> tuple[Path | None, list[str]]:
     """Return the checkpoint of the highest step, and a line for each newer one passed over."""
     paths = [path for folder in folders for path in folder.glob("step-*")]
-    passed_over = []
+    passed_over: list[str] = []
     for path in sorted(paths, key=lambda p: p.name, reverse=True):  # stable: of equal steps the first folder's
         why = problem(path, identity=identity)
         if why is None:

@@ -243,7 +243,7 @@ def _download(name: str, revision: str | None) -> Path:
         except Exception:  # noqa: BLE001 (of whichever HTTP client the hub's library has): nobody answers
             away = True
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=KEPT, etag_timeout=10, local_files_only=away)
+            snapshot_download(name, revision=revision, allow_patterns=[*KEPT], etag_timeout=10, local_files_only=away)
         )
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise ValueError(

@@ -288,7 +288,7 @@ def _write_dataset(folder: Path, schema: pa.Schema, shards: list[Iterator[pa.Rec
                 writer.write_batch(batch)
                 digest.update(batch["input_ids"].values.buffers()[1])
     datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema)).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": file} for file in files], "_fingerprint": digest.hexdigest(),
         "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
         "_split": None,

@@ -33,7 +33,7 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
             lead = np.array([packed.first_token_id])
     held_out = datasets.load_from_disk(str(corpus / "documents")).with_format("numpy")
     texts = [row["input_ids"] for row in held_out if row["split"] == "validation"]
-    pieces = []  # with their number in their document, by which they take turns
+    pieces: list[tuple[int, np.ndarray]] = []  # with their number in their document, by which they take turns
     for text in texts:
         whole = text[: len(text) // length * length].reshape(-1, length)
         pieces += enumerate(whole)
