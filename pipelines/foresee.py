@@ -93,14 +93,14 @@ def _summary(store: Store, stage: Stage) -> dict[str, Any]:
 def _measured(store: Store, resources: Resources) -> Machine | None:
     """What the newest arm measured that trained on ranks of the same kind, on whichever host."""
     wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
-    machine = None
-    manifests = [*store.manifests("finetune"), *store.manifests("pretrain")]
-    for manifest in sorted(manifests, key=lambda one: one["published_at"]):
+    machines: list[tuple[str, Machine]] = []
+    for manifest in [*store.manifests("finetune"), *store.manifests("pretrain")]:
         if {key: manifest["resources"].get(key) for key in SAME_RANKS} != wanted:
             continue
         try:
             summary = TrainingSummary.model_validate(manifest["summary"])
         except ValidationError:  # another version of longreach wrote it
             continue
-        machine = summary.machine or machine
-    return machine
+        if summary.machine:
+            machines.append((manifest["published_at"], summary.machine))
+    return max(machines, key=lambda one: one[0])[1] if machines else None
