@@ -61,6 +61,7 @@ def first_alike(pattern: Pattern, heads: Heads) -> Heads:
 
 
 @lru_cache(maxsize=4)  # of 65,536 tokens and 32 heads, one takes 134 MB
+@torch.inference_mode(False)  # one made while evaluating is kept, and training may be the next to ask for it
 def block_mask(
     pattern: Pattern, heads: Heads, documents: Documents, T: int, device: torch.device, block_tokens: int = BLOCK_TOKENS
 ) -> BlockMask:

@@ -188,7 +188,13 @@ def grid(
 
     rows, caption = _first(rows, caption, MOST_ROWS)
     cells: list[dict[str, Any]] = [
-        {"row": name, "column": column, "value": value if math.isfinite(value) else None, "text": text.split("\n")}
+        {
+            "row": name,
+            "column": column,
+            "value": value if math.isfinite(value) else None,
+            "text": text.split("\n"),
+            "says": text.replace("\n", "; "),
+        }
         for name, values in rows.items()
         for column, (value, text) in zip(columns, values, strict=True)
     ]
@@ -212,6 +218,7 @@ def grid(
             alt.Tooltip("row", type="nominal", title=rows_title or " "),
             alt.Tooltip("column", type="nominal", title=axes[0]),
             alt.Tooltip("value", type="quantitative", title=axes[1], format=",.4~g"),
+            alt.Tooltip("says", type="nominal", title="cell"),
         ],
     )  # fmt: skip
     shade = alt.Color(

@@ -152,8 +152,8 @@ class Perplexity(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return, for one model, figures with a curve for each document; for many, a figure for each document."""
-        if len(models) == 1:
+        """Return one model's figures, with a curve for each document; in a report, a figure for each document."""
+        if background.related is None and len(models) == 1:
             (scores,) = models.values()
             return _one_model_figures(scores, background)
         return _along_figures(models, style, background)
@@ -323,17 +323,16 @@ def _difference_cell(ours: list[Row], theirs: list[Row], length: int, resamples:
 def _one_model_figures(scores: EvalScores, background: Background) -> list[Figure]:
     """Draw one model: perplexity by length and along the text, a curve for each document."""
     from longreach.evaluation.figures import lines
-    from longreach.evaluation.sections import document_style
+    from longreach.evaluation.sections import document_style, perplexity_curve
 
     whole = "all documents"
-    by_length: dict[str, list[tuple[float, ...]]] = {whole: []}
+    rows_of: dict[str, list[Row]] = {whole: []}
     for row in scores.rows_with(protocol="last_stride"):
         if row["kind"] == "document":
-            by_length.setdefault(row["document"], []).append((row["length"], row["ppl"]))
+            rows_of.setdefault(row["document"], []).append(row)
         elif row["domain"] == ALL:
-            point = (row["length"], row["ppl"])
-            interval = (row["ppl_low"], row["ppl_high"]) if "ppl_low" in row else ()
-            by_length[whole].append(point + interval)
+            rows_of[whole].append(row)
+    by_length = {document: perplexity_curve(rows, "length") for document, rows in rows_of.items()}
     ticks = [point[0] for point in by_length[whole]]
     along = {}
     for document in by_length:

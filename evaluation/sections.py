@@ -41,11 +41,16 @@ def perplexity_cell(row: Row | None) -> str:
     return f"{text}\n{perplexity_text(row['ppl_low'])} to {perplexity_text(row['ppl_high'])}"
 
 
-def perplexity_curve(rows: Iterable[Row], x: str) -> list[tuple[float, float]]:
-    """Return points (x, perplexity), with NaN where a perplexity is not finite."""
-    points = []
+def perplexity_curve(rows: Iterable[Row], x: str) -> list[tuple[float, ...]]:
+    """Return points (x, perplexity[, low, high]); the perplexity is NaN where it is not finite."""
+    points: list[tuple[float, ...]] = []
     for row in rows:
-        points.append((row[x], row["ppl"] if finite(row["ppl"]) else math.nan))
+        if not finite(row["ppl"]):
+            points.append((row[x], math.nan))
+        elif row.get("ppl_low") is None:
+            points.append((row[x], row["ppl"]))
+        else:
+            points.append((row[x], row["ppl"], row["ppl_low"], row["ppl_high"]))
     return points
 
 
@@ -86,7 +91,7 @@ def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScor
     for name, rows in cells.items():
         by_depth: dict[str, dict[int, Row]] = {}
         for row in sorted(rows, key=lambda row: row["depth"]):
-            by_depth.setdefault(f"{row['depth']:.0%}", {})[row["length"]] = row
+            by_depth.setdefault(f"{100 * row['depth']:.4g}%", {})[row["length"]] = row  # depths have four decimals
         if len(by_depth) > 1:
             caption = "By depth: 0% is the prompt's beginning."
             figures.append(draw(f"{evaluation}-{name}.png", f"{title} {name}", caption, by_depth))

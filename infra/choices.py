@@ -22,7 +22,7 @@ def refuse_password(url: str, advice: str) -> str:
     """Return a path or URL as it is. Raises ValueError: the URL holds a password. The message is
     `advice` with the URL's part before the password in place of `{user}` (`s3://key`); the password
     itself is never repeated."""
-    if found := re.search(r"(\w+://[^:/@]*):[^/@]+@", url):
+    if found := re.search(r"(\w+://[^:/]*):[^/]+@", url):
         raise ValueError(advice.format(user=found[1]))
     return url
 

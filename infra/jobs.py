@@ -34,7 +34,7 @@ from longreach.infra.resources import Resources
 from longreach.infra.versions import installed
 
 ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
-SUFFIXES = (".py", ".yaml", ".tmpl")
+SUFFIXES = (".py", ".yaml", ".tmpl", ".jinja")
 RECIPE = "recipe.yaml"
 WORKDIR = "/tmp/longreach"
 """store.workdir on a cluster: the job's own folder is deleted with the job."""

@@ -104,12 +104,15 @@ def evaluate(
     from longreach.evaluation.figures import Style, stacked_png
     from longreach.pipelines.report.page import Page
 
-    check_memory(model.path, recipe, resources)
     job = Job(model, corpus, recipe, resources, run.share)
     spread = resources.eval_workers > 1
-    if spread:  # the tasks have the GPUs; this process only lists the cells
-        evaluation = replace(job, resources=resources.model_copy(update={"gpus_per_worker": 0})).load()
+    if spread:  # the tasks have the GPUs, and this process sees none: it only lists the cells
+        here = resources.model_copy(update={"gpus_per_worker": 0})
+        if not resources.gpus_per_worker:  # else each task checks its own GPU
+            check_memory(model.path, recipe, resources)
+        evaluation = replace(job, resources=here).load()
     else:
+        check_memory(model.path, recipe, resources)
         evaluation = job.load()
     cells = evaluation.cells()
     folder = CellFolder(
@@ -178,7 +181,10 @@ def _measure_part(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Resul
     """Measure some of the cells in a Ray task, on whichever node."""
     from longreach.evaluation.cells import measured
 
-    yield from measured(job.on_this_node().load(), cells)
+    job = job.on_this_node()
+    if job.resources.gpus_per_worker:
+        check_memory(job.model.path, job.recipe, job.resources)
+    yield from measured(job.load(), cells)
 
 
 def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources) -> None:

@@ -17,6 +17,7 @@ import platform
 import queue
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ from longreach.pipelines.signals import GRACE_S, Stopping, terminable
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.worker import Done, Task, execute, file_name, known_versions
 
+IN_FLIGHT = 1000
+"""Stages that Ray has at a time; each takes 30 KiB of this process."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads; the others' are read by the workers that need them."""
 
@@ -295,11 +298,14 @@ class _Driver:
                 self.run.display.stage(stage.label, "reused", "")
                 self.run.stage_spool(stage, uuid.uuid4().hex).end("FINISHED")
         order = self._order()
+        ready: deque[str] = deque()
         while order.is_active():
-            while self.run.stopping.until_s is None and (ready := order.get_ready()):
-                for label in ready:
-                    if not self._submit(self.missing[label]):
-                        order.done(label)
+            ready += order.get_ready()
+            while ready and len(self.running) < IN_FLIGHT and self.run.stopping.until_s is None:
+                label = ready.popleft()
+                if not self._submit(self.missing[label]):
+                    order.done(label)
+                    ready += order.get_ready()
             if self.running:
                 with contextlib.suppress(queue.Empty):
                     stage, future = self.ended.get(timeout=1.0)

@@ -30,7 +30,7 @@ def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple
     if finetune is None:
         return
     for name, arm in finetune.every_arm().items():
-        pattern = arm.attention.pattern_at(step=0, steps=1)
+        pattern = arm.attention.own_pattern()
         tokens = max(TOKENS, 3 * pattern.block_tokens)
         # the halves of 3 KV heads are unequal and change roles in each layer: two layers show both
         tiny = LlamaRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)

@@ -58,7 +58,12 @@ class AttentionRecipe(Pattern):
         annealed = round(self.anneal_fraction * steps)
         if self.anneal_to and step >= steps - annealed:
             return PATTERNS[self.anneal_to].model_validate({})
-        return PATTERNS[self.pattern].model_validate(self.model_dump(include={*PATTERNS[self.pattern].model_fields}))
+        return self.own_pattern()
+
+    def own_pattern(self) -> Pattern:
+        """Return the pattern of the steps before the annealing, and of all where there is none."""
+        kind = PATTERNS[self.pattern]
+        return kind.model_validate(self.model_dump(include={*kind.model_fields}))
 
     def about(self) -> str:
         """Return the pattern's own few words, and how the last steps differ."""

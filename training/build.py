@@ -55,14 +55,16 @@ def _to_pretrain(
 
     Every sink arm gets the sink token's embedding row, so that all start from the same weights.
     """
-    base_tokenizer = AutoTokenizer.from_pretrained(job.base, local_files_only=True)
+    model: PreTrainedModel
+    base_tokenizer: PreTrainedTokenizerBase
     if job.model is not None:
-        model: PreTrainedModel = fresh_llama(job.model, packed.vocab_size, job.seed)
+        base_tokenizer = AutoTokenizer.from_pretrained(job.base, local_files_only=True)
+        model = fresh_llama(job.model, packed.vocab_size, job.seed)
         for config in (model.config, model.generation_config):
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(config, key, getattr(tokenizer, key))
     else:
-        model, _ = load_model(job.base)
+        model, base_tokenizer = load_model(job.base)
         check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
         fit_embeddings(model, tokenizer)
     if job.sink in ("zero", "logit"):

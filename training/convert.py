@@ -187,12 +187,14 @@ def base_of(adapter: Path) -> str:
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     """Merge an adapter into its base; one of ours brings the stretch that it was trained with."""
     from longreach.training.export import merge_adapter
+    from longreach.training.recipe import RopeRecipe
     from longreach.training.summary import TrainingSummary
 
     files = kept_files(adapter)
     rope = None
-    if (adapter / TrainingSummary.file).is_file():
-        rope = TrainingSummary.read(adapter).rope
+    record = adapter / TrainingSummary.file
+    if record.is_file():  # its stretch alone is needed, so a record of an earlier version will do
+        rope = RopeRecipe.model_validate(json.loads(record.read_text(encoding="utf-8"))["rope"])
     kind, name = parse_source(base_of(adapter))
     base = Path(name) if kind == "folder" else _download(name, None)
     about = merge_adapter(base, adapter, out, rope=rope)

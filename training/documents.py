@@ -264,8 +264,9 @@ def _read_parquet(name: str, path: Path, source: SourceRecipe) -> Iterator[Docum
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         for column in columns:
-            if column not in schema.names:
-                raise ValueError(f"{path}: no column {column!r}; there are {', '.join(schema.names)}")
+            if (times := schema.names.count(column)) != 1:
+                has = f"{times} columns {column!r}" if times else f"no column {column!r}"
+                raise ValueError(f"{path}: {has}; there are {', '.join(schema.names)}")
         # strings as bytes: one row of invalid UTF-8 must not cost its neighbours
         texts = [c for c in columns if schema.field(c).type in (pa.string(), pa.large_string())]
         line = 0
@@ -326,8 +327,7 @@ def _from_record(record: Any, source: SourceRecipe, place: Path | str, line: int
         text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
     except UnicodeEncodeError as error:
         return BadLine(file, line, f"no valid text: {error.reason}")
-    name = f"{Path(place).name}:{line}"
-    if source.name_field:
-        name = str(record[source.name_field])
-    domain = Path(place).name if source.dataset else Path(place).stem
+    path = Path(place)
+    name = str(record[source.name_field]) if source.name_field else f"{path.name}:{line}"
+    domain = path.name if source.dataset else path.stem
     return Document(name, source.domain or domain, file, line, text)

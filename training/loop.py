@@ -238,7 +238,7 @@ class Training:
         targets, tokens, stop = all_sum(self.engine, [own_targets, own_tokens, stop_asked])
         if stop:
             step = self.progress.step
-            if step > self.progress.saved:
+            if step > self.progress.saved and not self.skips.in_a_row:
                 self.save()
             raise Stopped(f"stopped after step {step} of {self.optim.steps}: the same command goes on from there")
         return targets, tokens

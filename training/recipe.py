@@ -187,8 +187,8 @@ class ArmMatrix(Choices):
         return sections
 
     def _check_groups(self, ratio: int, seq_len: int) -> None:
-        fits = [r for r in range(1, seq_len // 2 + 1) if seq_len % (2 * r) == 0]
-        if ratio not in fits:
+        if ratio < 1 or seq_len % (2 * ratio):
+            fits = [r for r in range(1, seq_len // 2 + 1) if seq_len % (2 * r) == 0]
             raise ValueError(
                 f"matrix.group_ratio {ratio} does not divide pack.seq_len {seq_len} into even groups: "
                 f"use {', '.join(map(str, fits[:8]))}"
@@ -272,9 +272,10 @@ class FinetuneRecipe(OptimRecipe):
             )
         if not self.arms and not self.matrix:
             raise ValueError("arms is empty and there is no matrix: name at least one arm")
-        if self.matrix and (twice := self.arms.keys() & self.matrix.arms(self.pack.seq_len).keys()):
+        matrix = self.matrix.arms(self.pack.seq_len) if self.matrix else {}
+        if twice := self.arms.keys() & matrix.keys():
             raise ValueError(f"arms has {', '.join(sorted(twice))}, and so has matrix: rename it")
-        for name, arm in self.every_arm().items():
+        for name, arm in {**self.arms, **matrix}.items():
             try:
                 arm.attention.check_row(self.pack.seq_len)
             except ValueError as error:

@@ -111,6 +111,10 @@ def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
 def read(store: Store, manifest: dict[str, Any]) -> Findings:
     """What a report was made of; of each artifact only the files that are read here are fetched and verified."""
     recipe, artifacts = manifest["identity"]["recipe"], {}
+    if "labels" in recipe:  # until November 2026 inputs were numbered, and their labels a choice
+        raise ValueError(
+            f"{recipe['name']}: its report is an earlier version's; make it again with: longreach run {recipe['name']}"
+        )
     for label, fingerprint in manifest["identity"]["inputs"].items():
         if (artifact := store.find(label.partition("[")[0], fingerprint)) is None:
             raise ValueError(f"{recipe['name']}: {label} ({fingerprint[:8]}) is not in {store.root} any more")

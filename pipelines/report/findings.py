@@ -5,6 +5,7 @@ gather({"convert": artifact, "evaluate[base,perplexity]": another}).ppl()[8192][
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -164,8 +165,9 @@ def gather(
             model = arms.get(name) or findings.models.get(name)
             if model is None:
                 model = findings.models[name] = Model(name, "baseline", about_rope(choices["rope"]))
-            content = read(artifact, "scores.json", "rows", "summary", "protocol", "recipe")
-            model.scores[choices["eval"]] = EvalScores(**content)
+            content = read(artifact, "scores.json", "eval", "rows", "summary", "protocol", "recipe")
+            fields = {one.name for one in dataclasses.fields(EvalScores)}
+            model.scores[choices["eval"]] = EvalScores(**{key: content[key] for key in fields & content.keys()})
     findings.models |= arms  # after the baselines
     for label, reason in findings.failed.items():
         _note_failure(findings, label, reason)
@@ -173,7 +175,12 @@ def gather(
 
 
 def _arm(name: str, artifact: Artifact) -> Model:
-    summary = TrainingSummary.model_validate(artifact.summary)
+    try:
+        summary = TrainingSummary.model_validate(artifact.summary)
+    except ValueError as error:  # another version of longreach trained it
+        raise ValueError(
+            f"{artifact.manifest['label']}: its summary is not as this version writes it: {error}"
+        ) from error
     steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return Model(name, artifact.stage, about_arm(summary), summary, [json.loads(line) for line in steps])
 

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
+
+if TYPE_CHECKING:  # `longreach plan` reads this file, and writes no page
+    from jinja2 import Environment
 
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'"
 """What a page may fetch: nothing; styles and pictures stand in it."""
@@ -60,6 +61,8 @@ class Page:
 
     def html(self, *, interactive: bool = False) -> str:
         """Return the page as HTML; its figures are pictures or, if `interactive`, charts that show their numbers."""
+        from markupsafe import Markup
+
         policy, script = POLICY, ""
         if interactive:
             script = _script()
@@ -81,6 +84,8 @@ class Page:
 @cache
 def _templates() -> Environment:
     """Return Jinja's environment, which escapes whatever a template does not mark as safe."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -123,7 +123,8 @@ def main_columns(found: Findings) -> list[MainColumn]:
         add(f"perplexity ({found.last_tokens()}) by context length", head, ppl, min)
     _add_costs(found, add)
     for name, evaluation in EVALS.items():
-        for column in evaluation.columns(found.scores_of(name)):
+        scores = found.scores_of(name)
+        for column in evaluation.columns({model: scores[model] for model in scores if model in found.compared}):
             add(column.group, column.head, column.cells)
     return columns
 
