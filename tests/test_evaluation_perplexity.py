@@ -157,6 +157,8 @@ def test_the_figure_says_which_model_and_has_units():
     assert "base" in str(chart["title"]["text"])
     assert "tokens" in str(chart["layer"])
     assert set(names_of(chart)) == {"a", "b", "all documents"}
+    assert "low" in str(chart), "the mean over documents has its interval"
+    assert set(names_of(drawn(scores)["along.png"])) == {"a", "b"}
 
 
 def test_two_models_are_compared_on_the_same_tokens_bin_by_bin():

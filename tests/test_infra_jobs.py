@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -65,6 +66,14 @@ def test_a_dry_run_says_what_would_be_sent_and_needs_no_cluster(capsys: pytest.C
     package = {f"longreach/{path}" for path in ("__init__.py", "infra/jobs.py", "pipelines/recipes/quickstart.yaml")}
     assert {"recipe.yaml"} | package <= sent["files"].keys()
     assert sum(sent["files"].values()) < 5e6
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = set()
+    for package_name, globs in data.items():
+        folder = ROOT.joinpath(*package_name.split(".")[1:])
+        for path in (path for glob in globs for path in folder.glob(glob)):
+            installed.add(f"longreach/{path.relative_to(ROOT)}")
+    assert "longreach/pipelines/report/page.html.jinja" in installed
+    assert installed <= sent["files"].keys(), "what a wheel carries beside code, a job carries too"
     unwanted = re.compile(r"(^|/)(\.|tests|__pycache__)")
     assert not [path for path in sent["files"] if unwanted.search(path)]
 
@@ -116,7 +125,11 @@ def test_no_secret_of_this_machine_is_sent_shown_or_rendered(
 
 @pytest.mark.parametrize(
     ("recipe", "override"),
-    [(b"tracking: {uri: 'https://ada:hunter2@mlflow'}", "seed=1"), (b"name: x", "tracking.uri=http://:hunter2@host")],
+    [
+        (b"tracking: {uri: 'https://ada:hunter2@mlflow'}", "seed=1"),
+        (b"name: x", "tracking.uri=http://:hunter2@host"),
+        (b"name: x", "tracking.uri=https://ada@lab.org:hunter2@host"),
+    ],
 )
 def test_a_password_in_what_the_dashboard_shows_is_refused(recipe: bytes, override: str) -> None:
     with pytest.raises(ValueError, match="holds a password") as refused:

@@ -20,7 +20,7 @@ from longreach.pipelines.cli import main
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load, names
 
-HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "matplotlib"}
+HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "altair", "jinja2"}
 
 
 def longreach(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -408,6 +408,13 @@ def test_verify_attention_of_a_recipe_tries_the_pattern_of_each_arm(capsys: pyte
     assert arms is not None
     assert [line.split(" (")[0] for line in out.splitlines()] == list(arms.arms)
     assert "shifted_sparse" in out
+    annealed = (
+        "finetune.arms.longlora.attention.anneal_to=causal",
+        "finetune.arms.longlora.attention.anneal_fraction=0.6",
+    )
+    code, out, _ = longreach(capsys, "verify-attention", "quickstart", "--set", annealed[0], "--set", annealed[1])
+    assert code == 0
+    assert "shifted_sparse" in out, "what most steps train with is what is tried"
 
 
 def test_python_dash_m_is_the_same_command() -> None:

@@ -71,6 +71,13 @@ def test_parquet_rows_are_documents_whatever_the_order_and_type_of_columns(tmp_p
     assert list(texts(read(tmp_path, files="*.parquet"))) == [f"x.parquet:{n}" for n in range(1, 201)]
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: 2 columns 'text'; there are text, text"):
+        list(read(tmp_path, files="*.parquet"))
+
+
 def test_a_local_dataset_folder_is_read_as_a_stream(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "set/train.parquet")
