@@ -8,8 +8,13 @@ the cache, whatever transformers passes as position_ids; with positions="text" t
     model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache, max_new_tokens=10_000)
 
 How a step costs the same at any text length:
-  - Keys and values lie in one buffer, allocated once; a new token takes the place of the oldest recent one. The order
-    of keys does not matter to a single query.
+  - Keys and values lie in one ring buffer, allocated once; a new token takes the place of the oldest recent one. The
+    order of keys does not matter to a single query. With 1 sink and a window of 2, S + W + 1 = 4 slots hold
+
+        token read      0           1           2           3           4           5
+        slots        [0 . . .]   [0 1 . .]   [0 1 2 .]   [0 1 2 3]   [0 4 2 3]   [0 4 5 3]
+
+    so token 4 sees the sink 0, its window 2 and 3, and itself: it took the slot of token 1, the oldest.
   - RoPE is relative: recent keys are at their true distance as they are. Only the sinks, kept aside un-turned, are
     turned on, by the number of tokens that were evicted.
   - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position FAR on, the rounding of each
@@ -17,7 +22,7 @@ How a step costs the same at any text length:
     where positions count a row's tokens from 0 without padding, as `generate` does.)
 
 A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives what one pass a token
-would: attention/streaming.py. That needs to see the query, which a cache does not get: so `update` hands the keys on as
+would: attention/streamed.py. That needs to see the query, which a cache does not get: so `update` hands the keys on as
 a tensor type of their own, and `scaled_dot_product_attention`, by torch's __torch_function__ protocol, asks the cache.
 Hence the model must use "sdpa" attention, transformers' default; anything else that touches such keys is an error.
 
@@ -37,7 +42,7 @@ from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from longreach.attention.rope import FAR, Rotary, turned
-from longreach.attention.streaming import streamed_attention
+from longreach.attention.streamed import streamed_attention
 
 
 class SinkCache(Cache):
@@ -81,7 +86,7 @@ class Turns:
             self.right = lru_cache(2)(self._right)
 
     def _on(self, by_B: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For turning each row's keys on by so many positions [B, 1, 1, R]."""
+        """Return cosines and sines [B, 1, 1, R] that turn each row's keys on by `by_B` positions."""
         assert self.rotary is not None, "positions counted in the text are never turned"
         cos, sin = self.rotary.cos_sin(
             self.rotary.angles(torch.tensor(by_B)), torch.empty(0, dtype=dtype, device=device)
@@ -91,7 +96,10 @@ class Turns:
     def _right(
         self, first_B: tuple[int, ...], tokens: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """For taking back the rounding of float32 angles of tokens from each row's first on [B, 1, T, R]."""
+        """Return cosines and sines [B, 1, T, R] that take back float32's rounding of the angles.
+
+        Row b's tokens stand at first_B[b] .. first_B[b] + tokens - 1.
+        """
         assert self.rotary is not None, "positions counted in the text are as transformers rotated them"
         at_BT = torch.tensor(first_B)[:, None] + torch.arange(tokens)
         angles_BTR = self.rotary.rounding(at_BT.flatten()).unflatten(0, at_BT.shape)
@@ -144,7 +152,7 @@ class SinkLayer(CacheLayerMixin):
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens [B, K, T, D]; what comes back is for scaled_dot_product_attention alone."""
+        """Take the new tokens' keys and values [B, K, T, D]; the result is for scaled_dot_product_attention alone."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.keys.shape[0]:
@@ -160,7 +168,7 @@ class SinkLayer(CacheLayerMixin):
         return keys, value_states
 
     def attend(self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        """Attention of the new tokens' queries; the new keys are in the cache afterwards."""
+        """Return the attention of the new tokens' queries, and keep their keys and values."""
         assert self.new is not None, "update comes before attend"
         (k_BKTD, v_BKTD), T = self.new, q_BHTD.shape[2]
         self.new = None
@@ -178,7 +186,7 @@ class SinkLayer(CacheLayerMixin):
         return _Inference.apply(q_BHTD, out_BHTD) if q_BHTD.requires_grad else out_BHTD
 
     def _note_padding(self, mask: Tensor | None, batch: int, tokens: int) -> None:
-        """How many padding tokens lead each row, read from the first mask: a token that does not see itself is one."""
+        """Count the padding tokens that lead each row in the first mask: a token that does not see itself is one."""
         first = self.seen == tokens
         if first:
             self.padding_B = (0,) * batch
@@ -200,7 +208,7 @@ class SinkLayer(CacheLayerMixin):
             self.padding_B = tuple(padding_B)
 
     def _decode(self, q_BH1D: Tensor, k_BK1D: Tensor, v_BK1D: Tensor, first_B: tuple[int, ...], scale: float) -> Tensor:
-        """One token a row: into its slot, then one attention over all slots in use."""
+        """Put each row's one token into its slot, and attend over all slots in use."""
         for rows, at in _together(first_B):
             self.keys[rows, :, self._slot(at)] = k_BK1D[rows, :, 0]
             self.values[rows, :, self._slot(at)] = v_BK1D[rows, :, 0]
@@ -224,7 +232,7 @@ class SinkLayer(CacheLayerMixin):
     def _prefill(
         self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, first_B: tuple[int, ...], scale: float
     ) -> Tensor:
-        """Many tokens, rows of equal length together; padding attends to nothing."""
+        """Attend with many tokens at once, rows of equal length together; padding attends to nothing."""
         out_BHTD = torch.zeros_like(q_BHTD)
         for rows, first in _together(first_B):
             skip, first = max(0, -first), max(0, first)
@@ -244,7 +252,7 @@ class SinkLayer(CacheLayerMixin):
         return out_BHTD
 
     def _store(self, rows: slice, first: int, k_BKTD: Tensor, v_BKTD: Tensor, sinks: int) -> None:
-        """Puts tokens from `first` on into their slots; of those that are not sinks, the last W."""
+        """Put the tokens from `first` on into their slots: sinks, and of the others the last W."""
         end = first + k_BKTD.shape[2]
         kept = [*range(first, first + sinks), *range(max(first + sinks, end - self.W), end)]
         slots, new = [self._slot(at) for at in kept], [at - first for at in kept]
@@ -253,15 +261,17 @@ class SinkLayer(CacheLayerMixin):
         self.sink_keys[rows, :, first : first + sinks] = k_BKTD[:, :, :sinks]
 
     def _slot(self, at: int) -> int:
-        """Where a row's token lies."""
-        return at if at < self.S else self.S + (at - self.S) % (self.W + 1)
+        """Return the slot of a row's token number `at`: sinks first, then W + 1 slots in turn."""
+        if at < self.S:
+            return at
+        return self.S + (at - self.S) % (self.W + 1)
 
     def get_seq_length(self) -> int:
-        """Tokens read so far, evicted ones and padding included: transformers counts positions from it."""
+        """Return the tokens read so far, with evicted ones and padding: transformers counts positions from it."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """transformers' mask only has to tell the padding among the new tokens; the rest is this cache's business."""
+        """Return sizes for a mask that tells the padding among the new tokens; this cache hides the rest itself."""
         return query_length, self.seen
 
     def get_max_length(self) -> int:
@@ -271,7 +281,7 @@ class SinkLayer(CacheLayerMixin):
         self.seen, self.padding_B, self.new = 0, (), None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """For beam search: row n becomes what row beam_idx[n] was."""
+        """Make row n what row beam_idx[n] was, as beam search asks."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -290,7 +300,7 @@ class SinkLayer(CacheLayerMixin):
 
 
 class _Inference(torch.autograd.Function):
-    """The output as it is; a gradient through the cache does not exist, and asking for one is an error."""
+    """Pass the output on; a gradient through the cache does not exist, and asking for one is an error."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTD: Tensor, out_BHTD: Tensor) -> Tensor:
@@ -302,10 +312,11 @@ class _Inference(torch.autograd.Function):
 
 
 def _together(first_B: tuple[int, ...]) -> list[tuple[slice, int]]:
-    """Neighbouring rows that stand at the same token: (rows, token)."""
-    found, row = [], 0
+    """Return (rows, token) for each run of neighbouring rows that stand at the same token."""
+    runs = []
+    row = 0
     for first, same in groupby(first_B):
         count = len(list(same))
-        found.append((slice(row, row + count), first))
+        runs.append((slice(row, row + count), first))
         row += count
-    return found
+    return runs

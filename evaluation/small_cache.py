@@ -1,7 +1,7 @@
 """A text read with a cache of fixed size: the loss of every token, the time of decoding one, and an endless stream.
 
 Streaming keeps the first `sinks` tokens and the last `window` ones. Instead of decoding token by token, the whole text
-is computed in one pass that gives the same (attention/streaming.py); only latencies and the endurance run use the real
+is computed in one pass that gives the same (attention/streamed.py); only latencies and the endurance run use the real
 cache (attention/sink_cache.py).
 
 Legend: T tokens, N scored tokens, B windows in a batch, W window tokens, V vocabulary, E width, H heads, K KV heads,
@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from longreach.attention.hf import attending_by
 from longreach.attention.rope import Rotary
 from longreach.attention.sink_cache import SinkCache
-from longreach.attention.streaming import streamed_attention
+from longreach.attention.streamed import streamed_attention
 from longreach.evaluation.likelihood import hidden_nll, is_dynamic, token_nll
 
 BATCH_TOKENS = 4096
@@ -59,7 +59,7 @@ def check_rope(model: PreTrainedModel, tokens: int, cache_tokens: int) -> None:
 
 
 class StreamedAttention:
-    """For transformers' AttentionInterface: attention/streaming.py over a whole text; q, k, v [1, ., T, D]."""
+    """For transformers' AttentionInterface: attention/streamed.py over a whole text; q, k, v [1, ., T, D]."""
 
     def __init__(self, model: PreTrainedModel, sinks: int, window: int, positions: str) -> None:
         """Keep `sinks` + `window` keys; positions in the "cache" need the model's rotation, to turn keys anew."""

@@ -11,7 +11,7 @@ from longreach.attention import PATTERNS, attend
 from longreach.attention.flash import has_flash_attn
 from longreach.attention.hf import active_pattern, set_pattern
 from longreach.attention.kernels import Situation, choose
-from longreach.attention.streaming import streamed_attention
+from longreach.attention.streamed import streamed_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

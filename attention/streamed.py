@@ -8,7 +8,7 @@ the query were at min(t, S + W). So it is turned back by t - (S + W) for their s
 
 Blocks of W queries need no mask and no band matrix: two causal flash attentions (the second with queries and keys
 flipped), a rectangle where a block is short, a small sink term, merged by their log-sum-exps. Memory is O(W) beside q,
-k, v. Equal to decoding to 1e-12 in float64 (tests/test_attention_streaming.py); measured in benchmarks/streaming.py.
+k, v. Equal to decoding to 1e-12 in float64 (tests/test_attention_streamed.py); measured in benchmarks/streaming.py.
 
     out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020, rotary=rotary)
 

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, CohereConfi
 from longreach.attention import PATTERNS, flash
 from longreach.attention.rope import FAR, Rotary
 from longreach.attention.sink_cache import SinkCache
-from longreach.attention.streaming import _attend, _plain, streamed_attention
+from longreach.attention.streamed import _attend, _plain, streamed_attention
 from longreach.evaluation.small_cache import StreamedAttention
 
 D = 16
