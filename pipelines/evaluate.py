@@ -139,7 +139,8 @@ def evaluate(
     run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
     run.spool.table(out / "scores.json")
     section = kind.section({recipe.model: scores}, Style.of([recipe.model]), Background())
-    page = Page(f"{section.title}: {recipe.model}", scores.protocol, scores.note, [section])
+    about = f"{len(scores.rows)} rows in scores.json, {len(scores.cases)} cases in cases.jsonl"
+    page = Page(f"{section.title}: {recipe.model}", about, "", [section])
     if page.figures():
         picture, interactive = out / f"{recipe.eval}.png", out / f"{recipe.eval}.html"
         picture.write_bytes(stacked_png(page.figures()))

@@ -41,7 +41,7 @@ class Page:
 
     title: str
     about: str
-    headline: str  # what a reader in a hurry takes away
+    headline: str  # what a reader in a hurry takes away; may be empty
     sections: Sequence[Section]
 
     def figures(self) -> list[Figure]:
