@@ -1,21 +1,51 @@
 """The base of every recipe section and of Resources: frozen, strict about names, with one JSON form.
 
 A section's JSON goes into the fingerprint of its stage (pipelines/stage.py), so values whose JSON is not unique (NaN,
-infinity) are refused.
+infinity) are refused. A choice that is new since results were published is marked `New`: left at its default it stays
+out of the fingerprint, so that those results are found again.
+
+    weight: New[float] = 1.0
 """
 
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+T = TypeVar("T")
+_NEW = object()  # the mark itself
+New = Annotated[T, _NEW]
+"""A field's type with the mark of a later choice: at its default it is no part of identity."""
 
 
 class Choices(BaseModel):
     """A frozen group of named choices; unknown names are errors, a docstring under a field is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def identity(self, include: set[str] | None = None) -> dict[str, Any]:
+        """Return the JSON that a fingerprint is made of: all choices but `New` ones at their default."""
+        return self.model_dump(mode="json", include=include, context=_NEW)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_new_defaults(
+        self, serialise: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        dumped: dict[str, Any] = serialise(self)
+        if info.context is _NEW:
+            for name, field in type(self).model_fields.items():
+                if _NEW in field.metadata and getattr(self, name) == field.get_default(call_default_factory=True):
+                    dumped.pop(name, None)
+        return dumped
 
 
 def refuse_password(url: str, advice: str) -> str:

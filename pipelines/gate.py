@@ -74,6 +74,8 @@ class PromoteRecipe(Choices):
         if self.start_from == "champion" and not finetuned:
             message = "'champion' is where fine-tuning starts from"
             yield ("promote", "start_from"), f"{message}, and {self.model} is no arm of it"
+        if self.start_from == "champion" and finetuned:
+            yield from self._other_stretches(recipe)
         if self.base_ratio is not None and not finetuned:
             message = f"{self.model} was not made from the base: set promote.base_ratio to null"
             yield ("promote", "base_ratio"), message
@@ -82,6 +84,18 @@ class PromoteRecipe(Choices):
             yield ("base", "source"), f"each promotion would change it: {advice}"
         yield from self._unmeasured(recipe, [*sections])
         yield from self._lengths_that_do_not_fit(recipe)
+
+    def _other_stretches(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
+        """Yield the arms that could not go on from the champion, since it has another stretch than theirs."""
+        assert recipe.finetune is not None
+        arms = recipe.finetune.every_arm()
+        champions = recipe.finetune.rope_of(arms[self.model])
+        for name, arm in arms.items():
+            rope = recipe.finetune.rope_of(arm)
+            if rope != champions:
+                message = f"starts from {rope.about()}, and with promote.start_from champion from {self.model}'s"
+                message += f" {champions.about()}: give it the same, or start from base"
+                yield ("finetune", "arms", name), message
 
     def _unmeasured(self, recipe: Recipe, models: list[str]) -> Iterator[tuple[Location, str]]:
         """Yield the rules for which the recipe does not measure what they compare."""

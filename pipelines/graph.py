@@ -137,14 +137,19 @@ def add_finetuned(pipeline: Pipeline) -> None:
     section, gate = pipeline.recipe.finetune, pipeline.recipe.promote
     if section is None:
         return
-    start, rope = pipeline.base, section.rope
+    start = pipeline.base
     if pipeline.champion and gate and gate.start_from == "champion":
-        start, rope = _from_champion(pipeline, rope)
+        start = _from_champion(pipeline)
         if start is not pipeline.base:
             pipeline.stages.append(start)
     previous: tuple[Stage, ...] = ()
     for name, arm in section.every_arm().items():
-        choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=pipeline.recipe.seed)
+        rope = RopeRecipe()  # a champion is stretched already
+        if start is pipeline.base:
+            rope = section.rope_of(arm)
+        # the stretch stands in one place, so that it makes no difference where the recipe has it
+        alone = arm.model_copy(update={"rope": None})
+        choices = FinetuneStageRecipe(rope=rope, arm=alone, optim=_optim(section), seed=pipeline.recipe.seed)
         inputs = {"corpus": pipeline.corpus, "base": start}
         model = Stage("finetune", f"finetune[{name}]", choices, inputs, after=previous)
         previous = (model,)
@@ -236,8 +241,8 @@ def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None
     return Stage("report", "report", choices, {stage.label: stage for stage in stages})
 
 
-def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRecipe]:
-    """What fine-tuning starts from, and the stretch that is left to do.
+def _from_champion(pipeline: Pipeline) -> Stage:
+    """What fine-tuning starts from: the champion, which is stretched already, or the base.
 
     A champion that was trained on these very documents is not trained on them again: then the start is
     what it started from, and the fingerprints are those of its own run.
@@ -247,8 +252,8 @@ def _from_champion(pipeline: Pipeline, rope: RopeRecipe) -> tuple[Stage, RopeRec
     if champion.tags.get(registry.DOCUMENTS) == pipeline.texts["documents"]:
         source = champion.tags[registry.BASE]
         if not source.startswith(f"models:/{champion.name}/"):  # the first champion began with the base
-            return pipeline.base, rope
-    return pipeline.converted("convert[start]", BaseRecipe(source=source)), RopeRecipe()
+            return pipeline.base
+    return pipeline.converted("convert[start]", BaseRecipe(source=source))
 
 
 def _digest(path: Path) -> str:

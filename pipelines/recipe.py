@@ -166,9 +166,12 @@ class Recipe(Choices):
                 message = f"{training.pack.seq_len} is not divided by"
                 message += f" resources.sequence_parallel {ranks}: change one of them"
                 yield (section, "pack", "seq_len"), message
-        if ranks > 1 and self.finetune and self.finetune.rope.type == "dynamic":
+        if ranks > 1 and self.finetune:
             message = "'dynamic' depends on how much of a row a rank sees: not with"
-            yield ("finetune", "rope", "type"), f"{message} resources.sequence_parallel {ranks}"
+            message += f" resources.sequence_parallel {ranks}"
+            for place, rope in self.finetune.ropes().items():
+                if rope.type == "dynamic":
+                    yield ("finetune", *place, "type"), message
 
     def _evaluation_problems(self) -> Iterator[tuple[Location, str]]:
         known = [name for _, name in self.models()]

@@ -48,7 +48,7 @@ class Stage:
         return {
             "stage": self.name,
             "revision": self.kind.revision,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self.recipe.identity(),
             "inputs": {name: stage.fingerprint for name, stage in self.inputs.items()},
             "digests": dict(self.digests),
         }

@@ -75,6 +75,22 @@ def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remember
     assert "validate_every_steps 2 with rope type 'dynamic'" in said
 
 
+def test_an_arms_own_stretch_is_checked_like_the_sections(small: Path) -> None:
+    own = "finetune.arms.full.rope={type: dynamic, factor: 2}"
+    (said,) = mistakes(small, own, "resources.sequence_parallel=2")
+    assert "finetune.arms.full.rope.type: 'dynamic' depends on how much of a row" in said
+    (said,) = mistakes(small, own, "finetune.validate_every_steps=2")
+    assert "validate_every_steps 2 with arms.full.rope type 'dynamic'" in said
+    assert load(small, [own]).recipe.finetune.arms["full"].rope.type == "dynamic"
+
+
+def test_arms_that_go_on_from_a_champion_have_its_stretch(small: Path) -> None:
+    gate = "promote={model: full, name: m, start_from: champion, passkey: null}"
+    (said,) = mistakes(small, gate, "finetune.arms.long.1.rope={type: theta, theta: 5e4, factor: 2}")
+    assert "finetune.arms.long.1: starts from RoPE theta 50,000" in said
+    assert "with promote.start_from champion from full's RoPE linear × 2: give it the same" in said
+
+
 def test_every_evaluation_is_a_section_of_its_name() -> None:
     fields = recipes.EvaluateRecipe.model_fields
     assert {name: field.annotation for name, field in fields.items()} == {
@@ -137,6 +153,17 @@ def test_a_matrix_is_arms_named_by_what_varies(small: Path) -> None:
     arm = arms["lora.grouped-16.r4"]
     assert (arm.tune, arm.attention.pattern, arm.attention.group_tokens) == ("lora", "grouped", 16)
     assert (arm.lora_rank, arm.lora_alpha) == (4, 8)
+
+
+def test_a_matrix_varies_the_stretch_by_name(small: Path) -> None:
+    matrix = "{tune: [all, lora], rope: {pi: {type: linear, factor: 2}, high: {type: theta, theta: 5e4, factor: 2}}}"
+    arms = load(small, [f"finetune.matrix={matrix}", "finetune.arms={}"]).recipe.finetune.every_arm()
+    assert {name: arm.rope.about() for name, arm in arms.items()} == {
+        "all.causal.pi": "RoPE linear × 2",
+        "all.causal.high": "RoPE theta 50,000",
+        "lora.causal.pi": "RoPE linear × 2",
+        "lora.causal.high": "RoPE theta 50,000",
+    }
 
 
 def test_a_matrix_that_does_not_fit_is_an_error_with_both_numbers(small: Path) -> None:

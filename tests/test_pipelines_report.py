@@ -644,6 +644,16 @@ def test_a_report_is_made_of_whatever_is_there(gone, inputs, tmp_path, no_pictur
     assert "stages failed: pack (ValueError: no)" in result["headline"]
 
 
+def test_arms_that_start_from_different_stretches_say_which(written, tmp_path, no_pictures):
+    assert "from RoPE" not in (written[0] / "report.md").read_text(), "all start from the same"
+    lora = {"tune": "lora", "rope": {"type": "theta", "theta": 3e5, "factor": 2}}
+    arms = RECIPE["finetune"] | {"arms": RECIPE["finetune"]["arms"] | {"lora": lora}}
+    out, _ = write(make_inputs(tmp_path, RECIPE | {"finetune": arms}), tmp_path / "out")
+    names = [row[0] for row in page_of(out).rows]
+    assert "lora\nLoRA r=8, from RoPE theta 300,000" in names
+    assert "full\nall weights, from RoPE linear × 2" in names
+
+
 def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(inputs, tmp_path, no_pictures):
     recipe, artifacts = inputs
     prices = PriceRecipe(price_per_hour=90, currency="EUR", watts=500)

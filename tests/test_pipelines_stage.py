@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 from pydantic import ConfigDict
 
-from longreach.infra.choices import Choices
+from longreach.infra.choices import Choices, New
+from longreach.infra.files import digest_of
 from longreach.infra.resources import Resources
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.pipelines.stage import Stage, differences
 from longreach.pipelines.stages import STAGES
-from longreach.training.recipe import BaseRecipe
+from longreach.training.recipe import BaseRecipe, FinetuneStageRecipe, OptimRecipe
 
 SMALL = ["baselines={base: {type: none}}", "evaluate={}"]
 
@@ -38,6 +39,32 @@ def test_a_learning_rate_changes_its_arm_and_what_depends_on_it_and_nothing_else
     again = changed("finetune.arms.lora.learning_rate=0.5")
     assert {"finetune[lora]", "merge[lora]", "report"} <= again
     assert again == {label for label in stages() if "[lora]" in label or "[lora," in label} | {"report"}
+
+
+def test_choices_that_are_new_leave_the_fingerprints_of_recipes_without_them():
+    old = FinetuneStageRecipe(optim=OptimRecipe(steps=1, global_batch_tokens=8), seed=0)
+    assert digest_of(old.identity()) == "73a92803a5ffad145a9cc84a31c73f7e", "published results would not be found again"
+
+
+def test_a_new_choice_enters_identity_as_soon_as_it_is_made():
+    class Inner(Choices):
+        old: int = 1
+        new: New[int | None] = None
+
+    class Outer(Choices):
+        listed: tuple[Inner, ...] = (Inner(), Inner(new=2))
+
+    assert Outer().identity() == {"listed": [{"old": 1}, {"old": 1, "new": 2}]}
+    assert Outer().model_dump()["listed"][0] == {"old": 1, "new": None}, "elsewhere every value is shown"
+
+
+def test_an_arms_own_stretch_is_the_same_as_the_sections_and_changes_that_arm_alone():
+    theta = "{type: theta, theta: 300000, factor: 2}"
+    own = stages(f"finetune.arms.lora.rope={theta}")
+    for_all = stages(f"finetune.rope={theta}")
+    assert own["merge[lora]"].fingerprint == for_all["merge[lora]"].fingerprint
+    again = changed(f"finetune.arms.lora.rope={theta}")
+    assert again == {label for label in own if "[lora]" in label or "[lora," in label} | {"report"}
 
 
 def test_the_row_length_changes_everything_after_packing_but_not_the_base():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from longreach.attention import PATTERNS
-from longreach.infra.choices import Choices, PathOrUrl
+from longreach.infra.choices import Choices, New, PathOrUrl, dotted
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
 from longreach.training.attention_recipe import AttentionRecipe, PatternName
@@ -35,6 +35,12 @@ class RopeRecipe(Choices):
         if self.type == "none" and self.factor != 1.0:
             raise ValueError(f"rope type 'none' with factor {self.factor:g}: choose a type, or leave factor at 1")
         return self
+
+    def about(self) -> str:
+        """Return the stretch in few words, e.g. `RoPE yarn × 2`."""
+        if self.type == "theta":
+            return f"RoPE theta {self.theta:,.0f}"
+        return "RoPE as it is" if self.type == "none" else f"RoPE {self.type} × {self.factor:g}"
 
 
 class BaseRecipe(Choices):
@@ -122,6 +128,8 @@ class ArmRecipe(Choices):
     """Overrides the section's rate: full fine-tuning and LoRA do not have the same best one."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
     """The embeddings' own peak rate: whole weights want a smaller one than adapters (RESULTS.md)."""
+    rope: New[RopeRecipe | None] = None
+    """The stretch that this arm starts from; without it, the section's."""
 
     @model_validator(mode="after")
     def _trains_embeddings(self) -> "ArmRecipe":
@@ -150,16 +158,23 @@ class ArmMatrix(Choices):
     """Peak rates by `tune`: full fine-tuning and adapters do not have the same best one."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
     """Of the arms that train embeddings beside adapters."""
+    rope: New[dict[str, RopeRecipe]] = Field(default_factory=dict)
+    """The stretches that arms start from, by their part of the arms' names; without any, the section's."""
 
     def arms(self, seq_len: int) -> dict[str, "ArmRecipe"]:
         """Return the arms by name, in the order in which they are written."""
         arms = {}
-        for tune, (attention_name, attention) in product(self.tune, self._attentions(seq_len).items()):
+        ropes: dict[str, RopeRecipe | None] = {f".{name}": rope for name, rope in self.rope.items()} or {"": None}
+        attentions = self._attentions(seq_len)
+        for tune, (attention_name, attention), (rope_name, rope) in product(
+            self.tune, attentions.items(), ropes.items()
+        ):
             for rank in (8,) if tune == "all" else self.lora_rank:
-                name = f"{tune}.{attention_name}"
+                name = f"{tune}.{attention_name}{rope_name}"
                 if tune != "all" and len(self.lora_rank) > 1:
                     name += f".r{rank}"
                 arms[name] = ArmRecipe(
+                    rope=rope,
                     tune=tune,
                     attention=attention,
                     lora_rank=rank,
@@ -245,10 +260,10 @@ class OptimRecipe(Choices):
 
 
 class FinetuneRecipe(OptimRecipe):
-    """Context extension of the base, one arm at a time, from the same stretched start on the same rows."""
+    """Context extension of the base, one arm at a time, on the same rows and, but for rope, from the same start."""
 
     rope: RopeRecipe = RopeRecipe(type="linear", factor=2.0)
-    """The stretch that all arms start from."""
+    """The stretch that arms start from, unless they have their own."""
     pack: PackRecipe
     """Rows for all arms."""
     arms: dict[str, ArmRecipe] = Field(default_factory=dict)
@@ -262,19 +277,38 @@ class FinetuneRecipe(OptimRecipe):
             return self.arms
         return {**self.arms, **self.matrix.arms(self.pack.seq_len)}
 
+    def rope_of(self, arm: ArmRecipe) -> RopeRecipe:
+        """Return the stretch that an arm starts from."""
+        return arm.rope or self.rope
+
+    def ropes(self) -> dict[tuple[str, ...], RopeRecipe]:
+        """Return the stretches that arms start from, by their place in the section."""
+        places: dict[tuple[str, ...], RopeRecipe] = {}
+        for name, arm in self.arms.items():
+            place = ("arms", name, "rope") if arm.rope else ("rope",)
+            places[place] = self.rope_of(arm)
+        if self.matrix:
+            for name, rope in self.matrix.rope.items():
+                places["matrix", "rope", name] = rope
+            if not self.matrix.rope:
+                places["rope",] = self.rope
+        return places
+
     @model_validator(mode="after")
     def _divides(self) -> "FinetuneRecipe":
         check_batch(self.global_batch_tokens, self.pack.seq_len)
-        if self.rope.type == "dynamic" and self.validate_every_steps:
-            raise ValueError(
-                f"validate_every_steps {self.validate_every_steps} with rope type 'dynamic', whose frequencies "
-                f"remember the longest text so far: training would change; set it to 0, or take another type"
-            )
         if not self.arms and not self.matrix:
             raise ValueError("arms is empty and there is no matrix: name at least one arm")
         matrix = self.matrix.arms(self.pack.seq_len) if self.matrix else {}
         if twice := self.arms.keys() & matrix.keys():
             raise ValueError(f"arms has {', '.join(sorted(twice))}, and so has matrix: rename it")
+        for place, rope in self.ropes().items():
+            if rope.type == "dynamic" and self.validate_every_steps:
+                raise ValueError(
+                    f"validate_every_steps {self.validate_every_steps} with {dotted(place)} type 'dynamic', whose "
+                    f"frequencies remember the longest text so far: training would change; set it to 0, or take "
+                    f"another type"
+                )
         for name, arm in {**self.arms, **matrix}.items():
             try:
                 arm.attention.check_row(self.pack.seq_len)
@@ -411,4 +445,4 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
     def choices(self) -> dict[str, Any]:
         """Return what changes the result; a checkpoint with other choices is not resumed from."""
         names = {"kind", *FinetuneStageRecipe.model_fields, *PretrainStageRecipe.model_fields}
-        return self.model_dump(mode="json", include=names)
+        return self.identity(names)

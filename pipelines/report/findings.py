@@ -19,6 +19,7 @@ from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import finite
 from longreach.infra.artifact import Artifact
 from longreach.pipelines.recipe import PriceRecipe
+from longreach.training.recipe import RopeRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
 
 POINTS = 500  # steps of a training that are read for its curves
@@ -158,6 +159,10 @@ def gather(
         elif artifact.stage in ("finetune", "pretrain"):
             name = label.partition("[")[2].removesuffix("]")
             arms[name] = _arm(name, artifact)
+    finetuned = [arm for arm in arms.values() if arm.kind == "finetune"]
+    if len({arm.training.rope for arm in finetuned}) > 1:
+        for arm in finetuned:
+            arm.about += f", from {arm.training.rope.about()}"
     for artifact in artifacts.values():
         if artifact.stage == "evaluate":
             choices = artifact.manifest["identity"]["recipe"]
@@ -249,9 +254,7 @@ def _pack_summary(artifact: Artifact) -> PackSummary:
 def about_rope(rope: dict[str, Any] | None) -> str:
     if rope is None:
         return "as trained"
-    if rope["type"] == "theta":
-        return f"not trained, RoPE theta {rope['theta']:,.0f}"
-    return f"not trained, RoPE {rope['type']} × {rope['factor']:g}"
+    return f"not trained, {RopeRecipe.model_validate(rope).about()}"
 
 
 def about_arm(facts: TrainingSummary) -> str:
