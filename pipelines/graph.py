@@ -28,7 +28,7 @@ from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
 from longreach.pipelines.stage import Stage
-from longreach.pipelines.stages import MergeRecipe, PackStageRecipe, TokenizerRecipe
+from longreach.pipelines.stages import ARM, MergeRecipe, PackStageRecipe, TokenizerRecipe
 from longreach.training.convert import source_digest as model_digest
 from longreach.training.documents import source_digest as corpus_digest
 from longreach.training.recipe import (
@@ -63,6 +63,8 @@ class Pipeline:
     def base(self) -> Stage:
         """The model that everything starts from."""
         source = self.recipe.base if self.needs_base else BaseRecipe(source="")
+        if arm := source.pretrained_arm:
+            return Stage("convert", "convert", source, {ARM: self.models[arm].stage})
         return self.converted("convert", source)
 
     @property
@@ -123,6 +125,8 @@ def build(recipe: Recipe) -> list[Stage]:
 def add_base(pipeline: Pipeline) -> None:
     """Add the base, its corpus, and the baselines: the base as it is, or stretched but not trained."""
     recipe = pipeline.recipe
+    if recipe.base.pretrained_arm:  # then the base is made here, before all that starts from it
+        _add_pretrained_arms(pipeline)
     if pipeline.needs_base:
         pipeline.stages.append(pipeline.base)
     if recipe.finetune or recipe.baselines:
@@ -162,12 +166,19 @@ def add_finetuned(pipeline: Pipeline) -> None:
 
 
 def add_pretrained(pipeline: Pipeline) -> None:
+    """Add the pretrained arms, unless the base is one of them: then they are there already."""
+    if not pipeline.recipe.base.pretrained_arm:
+        _add_pretrained_arms(pipeline)
+
+
+def _add_pretrained_arms(pipeline: Pipeline) -> None:
     """Add the pretrained arms, on rows that begin with the sink token."""
     section = pipeline.recipe.pretrain
     if section is None:
         return
-    start = pipeline.base
-    if section.vocab_size is not None:
+    if section.vocab_size is None:
+        start = pipeline.base
+    else:
         vocabulary = TokenizerRecipe(corpus=pipeline.recipe.corpus, vocab_size=section.vocab_size)
         start = Stage("tokenizer", "tokenizer", vocabulary, {}, pipeline.texts)
         pipeline.stages.append(start)

@@ -140,7 +140,7 @@ class Recipe(Choices):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        problems = [*self._name_problems(), *self._parallel_problems()]
+        problems = [*self._name_problems(), *self._base_problems(), *self._parallel_problems()]
         problems += self._evaluation_problems()
         if self.promote:
             problems += self.promote.problems(self)
@@ -158,6 +158,22 @@ class Recipe(Choices):
                 taken = f"{dotted(sections[name])}.{name}"
                 yield (*section, name), f"the name is taken by {taken}; each model needs its own"
             sections.setdefault(name, section)
+
+    def _base_problems(self) -> Iterator[tuple[Location, str]]:
+        arm = self.base.pretrained_arm
+        if arm is None:
+            return
+        arms = self.pretrain.arms if self.pretrain else {}
+        place = ("base", "source")
+        if self.pretrain is None or arm not in arms:
+            hint = nearest(arm, dict.fromkeys(arms), "pretrain has") if arms else ": there is no section pretrain"
+            yield place, f"no arm {arm!r}{hint}"
+        elif self.pretrain.model is None or self.pretrain.vocab_size is None:
+            message = "is made from the base itself: give pretrain a model and a vocab_size of its own"
+            yield place, f"{self.base.source!r} {message}"
+        elif arms[arm].sink == "token":
+            message = "has a sink token, which finetune would not put into its rows: take an arm without one"
+            yield place, f"{self.base.source!r} {message}"
 
     def _parallel_problems(self) -> Iterator[tuple[Location, str]]:
         ranks = self.resources.sequence_parallel

@@ -11,6 +11,7 @@ that `longreach plan` stays quick.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ from longreach.training.recipe import (
 )
 from longreach.training.summary import PackSummary, TrainingSummary
 
+ARM = "arm"
+"""The input of `convert` that is an arm of the same recipe's pretraining."""
 PROGRESS_EVERY_S = 0.5  # packing reports its progress at most this often
 
 
@@ -39,12 +42,16 @@ PROGRESS_EVERY_S = 0.5  # packing reports its progress at most this often
 
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
-def convert(*, recipe: BaseRecipe, out: Path) -> dict[str, Any]:
-    """Write the model with origin.json; the summary says where it came from and what it is."""
+def convert(pretrained: Mapping[str, ModelCheckpoint], *, recipe: BaseRecipe, out: Path) -> dict[str, Any]:
+    """Write the model with origin.json; the summary says where it came from and what it is.
+
+    `pretrained` holds the arm that a source `pretrain:ARM` names, and is empty for other sources.
+    """
     from longreach.training.convert import convert as convert_model
     from longreach.training.model import describe
 
-    origin = convert_model(recipe.source, out, recipe.revision)
+    at = pretrained[ARM].path if ARM in pretrained else None
+    origin = convert_model(recipe.source, out, recipe.revision, at=at)
     return {"origin": origin, **describe(out)}
 
 

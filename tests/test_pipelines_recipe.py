@@ -68,6 +68,17 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None
     assert said.endswith("not with resources.sequence_parallel 2")
 
 
+def test_a_base_that_the_recipe_pretrains_needs_such_an_arm_and_weights_of_its_own() -> None:
+    (said,) = mistakes("quickstart", "base.source=pretrain:no-sinks")
+    assert said.endswith("base.source: no arm 'no-sinks'; did you mean no-sink?")
+    (said,) = mistakes("quickstart", "base.source=pretrain:x", "pretrain=null")
+    assert said.endswith("base.source: no arm 'x': there is no section pretrain")
+    (said,) = mistakes("quickstart", "base.source=pretrain:no-sink")
+    assert said.endswith("is made from the base itself: give pretrain a model and a vocab_size of its own")
+    (said,) = mistakes("quickstart", "base.source=pretrain:sink-token", "pretrain.vocab_size=300")
+    assert said.endswith("which finetune would not put into its rows: take an arm without one")
+
+
 def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remembering_frequencies() -> None:
     (said,) = mistakes("sink-lab", "pretrain.pack.method=best_fit")
     assert "sink_mass_every 50 with pack.method 'best_fit'" in said

@@ -126,3 +126,24 @@ def test_an_artifact_of_another_type_than_the_stage_reads_is_refused():
         Stage("finetune", "finetune", Choices(), {"corpus": base})
     with pytest.raises(AssertionError, match="no parameter for its input 'model'"):
         Stage("merge", "merge", Choices(), {"model": base})
+
+
+PRETRAINED = [
+    "base.source=pretrain:small",
+    "pretrain={model: {hidden: 32, layers: 2, heads: 2, kv_heads: 2, context_length: 256}, vocab_size: 300, "
+    "pack: {seq_len: 256, method: concat, first_token: sink}, steps: 2, global_batch_tokens: 512, "
+    "arms: {small: {sink: none}}}",
+]
+
+
+def test_fine_tuning_and_baselines_start_from_an_arm_that_the_recipe_pretrains():
+    found = stages(*PRETRAINED)
+    base = found["convert"]
+    assert base.inputs == {"arm": found["pretrain[small]"]}
+    assert found["pack"].inputs["base"] is base
+    assert found["finetune[lora]"].inputs["base"] is base
+    assert found["evaluate[stretched,perplexity]"].inputs["model"] is base
+    assert "base" not in found["tokenizer"].inputs
+    assert list(found).index("pretrain[small]") < list(found).index("convert")
+    other = stages(*PRETRAINED, "pretrain.steps=3")
+    assert other["finetune[lora]"].fingerprint != found["finetune[lora]"].fingerprint

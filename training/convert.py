@@ -103,18 +103,21 @@ def parse_source(source: str) -> tuple[str, str]:
             )
         return kind, name[1:]
     if not Path(source).is_dir():
-        raise ValueError(f"base.source {source!r} is no folder, nor package:NAME, hub:owner/name or models:/name@alias")
+        raise ValueError(
+            f"base.source {source!r} is no folder, nor package:NAME, hub:owner/name, models:/name@alias or pretrain:ARM"
+        )
     return "folder", source
 
 
-def convert(source: str, out: Path | str, revision: str | None = None) -> dict[str, Any]:
+def convert(source: str, out: Path | str, revision: str | None = None, *, at: Path | None = None) -> dict[str, Any]:
     """Write `source` as a Hugging Face folder into `out`; return what origin.json says.
 
+    `at`: the folder of a source that has no place of its own, such as an arm of the same recipe.
     ValueError: unknown source, weights that are not safetensors, missing shards, a hub out of reach.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    kind, name = parse_source(source)
+    kind, name = ("folder", str(at)) if at else parse_source(source)
     origin: dict[str, Any] = {"source": source}
     if kind == "package":
         package = PACKAGES[name]

