@@ -88,9 +88,8 @@ class PromoteRecipe(Choices):
     def _other_stretches(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         """Yield the arms that could not go on from the champion, since it has another stretch than theirs."""
         assert recipe.finetune is not None
-        arms = recipe.finetune.every_arm()
-        champions = recipe.finetune.rope_of(arms[self.model])
-        for name, arm in arms.items():
+        champions = recipe.finetune.rope_of(recipe.finetune.seeded_arms()[self.model].arm)
+        for name, arm in recipe.finetune.every_arm().items():
             rope = recipe.finetune.rope_of(arm)
             if rope != champions:
                 message = f"starts from {rope.about()}, and with promote.start_from champion from {self.model}'s"

@@ -147,13 +147,16 @@ def add_finetuned(pipeline: Pipeline) -> None:
         if start is not pipeline.base:
             pipeline.stages.append(start)
     previous: tuple[Stage, ...] = ()
-    for name, arm in section.every_arm().items():
+    for name, training in section.seeded_arms().items():
         rope = RopeRecipe()  # a champion is stretched already
         if start is pipeline.base:
-            rope = section.rope_of(arm)
-        # the stretch stands in one place, so that it makes no difference where the recipe has it
-        alone = arm.model_copy(update={"rope": None})
-        choices = FinetuneStageRecipe(rope=rope, arm=alone, optim=_optim(section), seed=pipeline.recipe.seed)
+            rope = section.rope_of(training.arm)
+        seed = pipeline.recipe.seed
+        if training.seed is not None:
+            seed = training.seed
+        # stretch and seed stand in one place, so that it makes no difference where the recipe has them
+        arm = training.arm.model_copy(update={"rope": None, "seeds": ()})
+        choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=seed)
         inputs = {"corpus": pipeline.corpus, "base": start}
         model = Stage("finetune", f"finetune[{name}]", choices, inputs, after=previous)
         previous = (model,)

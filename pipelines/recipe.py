@@ -114,7 +114,7 @@ class Recipe(Choices):
         """Return (section, name) of every model that can be evaluated."""
         names: dict[Location, Any] = {("baselines",): self.baselines}
         if self.finetune:
-            names["finetune", "arms"] = self.finetune.every_arm()
+            names["finetune", "arms"] = self.finetune.seeded_arms()
         if self.pretrain:
             names["pretrain", "arms"] = self.pretrain.arms
         return [(section, name) for section, models in names.items() for name in models]

@@ -95,6 +95,15 @@ def test_an_arms_own_stretch_is_checked_like_the_sections(small: Path) -> None:
     assert load(small, [own]).recipe.finetune.arms["full"].rope.type == "dynamic"
 
 
+def test_seeds_that_name_a_model_twice_are_refused(small: Path) -> None:
+    (said,) = mistakes(small, "finetune.seeds=[1, 2, 1]")
+    assert "seeds [1, 2, 1] names a seed twice" in said
+    (said,) = mistakes(small, "finetune.arms={full: {}, full.s2: {seeds: [0]}}", "finetune.seeds=[0, 2]")
+    assert "arms has full.s2, which is what full is called with seed 2: rename it" in said
+    (said,) = mistakes(small, "finetune.arms.full.seeds=[-1]")
+    assert "finetune.arms.full.seeds.0: should be greater than or equal to 0" in said
+
+
 def test_arms_that_go_on_from_a_champion_have_its_stretch(small: Path) -> None:
     gate = "promote={model: full, name: m, start_from: champion, passkey: null}"
     (said,) = mistakes(small, gate, "finetune.arms.long.1.rope={type: theta, theta: 5e4, factor: 2}")

@@ -29,7 +29,7 @@ from longreach.infra.versions import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.recipe import PriceRecipe, Recipe
-from longreach.pipelines.report.findings import POINTS, Findings, Model, brief, frontier, thinned
+from longreach.pipelines.report.findings import POINTS, Findings, Model, brief, frontier, gather, thinned
 from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import report
 from longreach.pipelines.report.sections import evaluations
@@ -172,10 +172,10 @@ def write_corpus(stage, out: Path) -> dict:
 
 
 def write_arm(stage, out: Path) -> dict:
-    name, choices, pretrain = stage.label.split("[")[1][:-1], stage.recipe, stage.name == "pretrain"
+    name, choices, pretrain = stage.label.split("[")[1][:-1].removesuffix(".s5"), stage.recipe, stage.name == "pretrain"
     some = {"model": choices.model, "sink": choices.sink} if pretrain else {"arm": choices.arm, "rope": choices.rope}
     places = dict.fromkeys(("corpus", "base", "out", "work", "superseded_file"), "")
-    job = TrainJob(kind=stage.name, optim=choices.optim, seed=0, resources={}, **places, **some)
+    job = TrainJob(kind=stage.name, optim=choices.optim, seed=choices.seed, resources={}, **places, **some)
     steps = [
         {
             "step": n + 1,
@@ -652,6 +652,15 @@ def test_arms_that_start_from_different_stretches_say_which(written, tmp_path, n
     names = [row[0] for row in page_of(out).rows]
     assert "lora\nLoRA r=8, from RoPE theta 300,000" in names
     assert "full\nall weights, from RoPE linear × 2" in names
+
+
+def test_models_that_differ_by_their_seed_only_are_known_as_one_arm(inputs, tmp_path):
+    assert {model.of for model in gather(inputs[1]).models.values()} == {"", *STEP_S}, "each arm was trained once"
+    some = RECIPE["finetune"] | {"arms": {"full": {}, "lora": {"tune": "lora", "seeds": [0, 5]}}}
+    _, artifacts = make_inputs(tmp_path, RECIPE | {"finetune": some, "pretrain": None, "evaluate": {}})
+    models = gather(artifacts).models
+    assert {name: model.of for name, model in models.items()} == {"full": "full", "lora": "lora", "lora.s5": "lora"}
+    assert [model.about for model in models.values()] == ["all weights", "LoRA r=8, seed 0", "LoRA r=8, seed 5"]
 
 
 def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(inputs, tmp_path, no_pictures):

@@ -67,6 +67,16 @@ def test_an_arms_own_stretch_is_the_same_as_the_sections_and_changes_that_arm_al
     assert again == {label for label in own if "[lora]" in label or "[lora," in label} | {"report"}
 
 
+def test_an_arm_with_seeds_is_several_models_that_differ_by_their_seed_alone():
+    old, new = stages(), stages("finetune.seeds=[0, 1]", "finetune.arms.full.seeds=[7]", "evaluate={}")
+    assert [label for label in new if label.startswith("finetune")] == [
+        "finetune[full]", "finetune[lora]", "finetune[longlora]", "finetune[lora.s1]", "finetune[longlora.s1]",
+    ]  # fmt: skip
+    assert new["merge[lora]"].fingerprint == old["merge[lora]"].fingerprint, "seed 0 is the recipe's"
+    assert differences(new["finetune[lora]"].identity, new["finetune[lora.s1]"].identity) == ["recipe.seed: 0 -> 1"]
+    assert differences(old["finetune[full]"].identity, new["finetune[full]"].identity) == ["recipe.seed: 0 -> 7"]
+
+
 def test_the_row_length_changes_everything_after_packing_but_not_the_base():
     again = changed("finetune.pack.seq_len=2048", "finetune.global_batch_tokens=4096")
     assert "convert" not in again

@@ -3,8 +3,10 @@
 Defaults are LongLoRA's (arXiv:2309.12307, section 4.1) where the paper gives one; see each field.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +17,7 @@ from longreach.infra.share import Share
 from longreach.training.attention_recipe import AttentionRecipe, PatternName
 
 Sink = Literal["none", "zero", "token", "logit"]
+Seeds = tuple[Annotated[int, Field(ge=0)], ...]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
 
 
@@ -137,6 +140,8 @@ class ArmRecipe(Choices):
     """The embeddings' own peak rate: whole weights want a smaller one than adapters (RESULTS.md)."""
     rope: New[RopeRecipe | None] = None
     """The stretch that this arm starts from; without it, the section's."""
+    seeds: New[Seeds] = ()
+    """The arm is trained once with each; without any, with the section's."""
 
     @model_validator(mode="after")
     def _trains_embeddings(self) -> "ArmRecipe":
@@ -146,6 +151,15 @@ class ArmRecipe(Choices):
                 f"trains no embeddings: leave it out, or tune 'lora+embed' or 'lora+embed+norm'"
             )
         return self
+
+
+@dataclass(frozen=True)
+class SeededArm:
+    """One training: an arm with one of its seeds."""
+
+    of: str  # the arm's name in the recipe: those that have it in common differ by seed only
+    arm: ArmRecipe
+    seed: int | None  # of row order and initialisation; None: the recipe's own
 
 
 class ArmMatrix(Choices):
@@ -277,12 +291,32 @@ class FinetuneRecipe(OptimRecipe):
     """The arms to compare, by name."""
     matrix: ArmMatrix | None = None
     """More arms, as a cross product."""
+    seeds: New[Seeds] = ()
+    """Each arm is trained once with each of these; without any, with the recipe's seed. An arm's
+    first model has its name, the others are called `ARM.sSEED`."""
 
     def every_arm(self) -> dict[str, ArmRecipe]:
         """Return those written by name, then the matrix's."""
         if self.matrix is None:
             return self.arms
         return {**self.arms, **self.matrix.arms(self.pack.seq_len)}
+
+    def seeded_arms(self) -> dict[str, SeededArm]:
+        """Return every training by its model's name: all arms with their first seed, then with their next.
+
+        So what disturbs the machine for an hour does not fall on one arm alone.
+        """
+        arms = self.every_arm()
+        seeds: dict[str, tuple[int | None, ...]] = {}
+        for name, arm in arms.items():
+            seeds[name] = arm.seeds or self.seeds or (None,)
+        trainings = {}
+        for turn in range(max(map(len, seeds.values()))):
+            for name, arm in arms.items():
+                if turn < len(seeds[name]):
+                    seed = seeds[name][turn]
+                    trainings[f"{name}.s{seed}" if turn else name] = SeededArm(name, arm, seed)
+        return trainings
 
     def rope_of(self, arm: ArmRecipe) -> RopeRecipe:
         """Return the stretch that an arm starts from."""
@@ -321,7 +355,20 @@ class FinetuneRecipe(OptimRecipe):
                 arm.attention.check_row(self.pack.seq_len)
             except ValueError as error:
                 raise ValueError(f"arms.{name}.attention.{error}") from None
+        for problem in self._seed_problems():
+            raise ValueError(problem)
         return self
+
+    def _seed_problems(self) -> Iterator[str]:
+        arms = self.every_arm()
+        places = {"seeds": self.seeds} | {f"arms.{name}.seeds": arm.seeds for name, arm in arms.items()}
+        for place, seeds in places.items():
+            if len(set(seeds)) < len(seeds):
+                yield f"{place} {list(seeds)} names a seed twice: each makes a model of its own"
+        for name, arm in arms.items():
+            for seed in (arm.seeds or self.seeds)[1:]:
+                if f"{name}.s{seed}" in arms:
+                    yield f"arms has {name}.s{seed}, which is what {name} is called with seed {seed}: rename it"
 
 
 class LlamaRecipe(Choices):

@@ -18,6 +18,7 @@ from longreach.evaluation.base import Background
 from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import finite
 from longreach.infra.artifact import Artifact
+from longreach.infra.files import digest_of
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.recipe import RopeRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
@@ -36,6 +37,9 @@ class Model:
     kind: str
     """baseline, finetune or pretrain; `failed finetune` or `failed pretrain` where training did not end."""
     about: str
+    of: str = ""
+    """The arm that it is a seed of: models that have it in common differ by their seed only. The name
+    of the first of them, which is its own where the arm was trained once; empty for a baseline."""
     summary: TrainingSummary | None = None
     """What its training says of itself; None for a baseline and where training did not end."""
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -151,6 +155,7 @@ def gather(
     """Read what the artifacts hold, by label; any may be missing, and ValueError names a malformed file."""
     findings = Findings(dict(artifacts), prices=prices or PriceRecipe(), failed=dict(failed or {}))
     arms: dict[str, Model] = {}
+    firsts: dict[str, Model] = {}  # the first model of those that differ by their seed only
     for label, artifact in artifacts.items():
         if artifact.stage == "convert" and not findings.base:  # another one is where a retraining starts
             findings.base = artifact.summary["origin"] | artifact.summary
@@ -159,10 +164,15 @@ def gather(
         elif artifact.stage in ("finetune", "pretrain"):
             name = label.partition("[")[2].removesuffix("]")
             arms[name] = _arm(name, artifact)
+            first = firsts.setdefault(_but_for_its_seed(artifact), arms[name])
+            arms[name].of = first.name
     finetuned = [arm for arm in arms.values() if arm.kind == "finetune"]
     if len({arm.training.rope for arm in finetuned}) > 1:
         for arm in finetuned:
             arm.about += f", from {arm.training.rope.about()}"
+    for arm in arms.values():
+        if [other.of for other in arms.values()].count(arm.of) > 1:
+            arm.about += f", seed {arm.training.seed}"
     for artifact in artifacts.values():
         if artifact.stage == "evaluate":
             choices = artifact.manifest["identity"]["recipe"]
@@ -187,7 +197,13 @@ def _arm(name: str, artifact: Artifact) -> Model:
             f"{artifact.manifest['label']}: its summary is not as this version writes it: {error}"
         ) from error
     steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return Model(name, artifact.stage, about_arm(summary), summary, [json.loads(line) for line in steps])
+    return Model(name, artifact.stage, about_arm(summary), "", summary, [json.loads(line) for line in steps])
+
+
+def _but_for_its_seed(artifact: Artifact) -> str:
+    """Return a digest of all that a training was made of, but its seed."""
+    identity = artifact.manifest["identity"]
+    return digest_of(identity | {"recipe": identity["recipe"] | {"seed": None}})
 
 
 def _note_failure(findings: Findings, label: str, reason: str) -> None:
