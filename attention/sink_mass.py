@@ -4,14 +4,23 @@ In trained models most of the attention of most heads rests on the first token f
 arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at position t. Mass is exp(score - log-sum-exp),
 for BLOCK queries at a time: no layer's attention exists whole, unless its map is asked for.
 
-    sink_mass(model, ids_BT)["first_token"]          # a number a layer
+A mean hides a few heads that rest on it altogether, so heads are counted, too: Sink^eps_k ("When Attention Sink
+Emerges", arXiv:2410.10781, section 3.1) is the share of heads, over layers and texts, whose mean attention to token k is
+above eps, in texts of 64 tokens. A head that takes no part in it is no sink, whatever the others do.
+
+What goes with a sink in trained models is measured beside it: the sink token's values are small, so that attention
+there does nothing, and its residual stream is far longer than others' ("Massive Activations", arXiv:2402.17762).
+
+    mass = attention_mass(model, ids_BT)
+    print(sink_mass(mass), sink_heads(mass))         # {"first_token": a number a layer, ...}, {"first_token_0.3": ...}
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, L layers, N first tokens, Q queries of a block.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +29,51 @@ from transformers import PreTrainedModel
 from longreach.attention.hf import attending_by
 
 BLOCK = 128
+SINK_TOKENS = 64
+"""T of Sink^eps_k: tokens of a text, from its first on, over which a head's attention to token k is averaged."""
+EPSILONS = (0.3, 0.2)
+"""Mean attention above which a head rests on a token: the paper's choice, and a weaker one."""
 
 
 @dataclass(frozen=True)
 class AttentionMass:
-    """Means over texts and over the queries of the second half of each text."""
+    """Where attention rests, by layer and head, and what is special about the token on which it does.
+
+    Means over texts, and over the queries of the second half of each text where nothing else is said.
+    """
 
     first_LHN: Tensor
     """On each of the first N tokens."""
     softmax_LH: Tensor
     """On the sink logit; 0 without one."""
+    early_BLHN: Tensor
+    """Of each text: on each of the first N tokens, over the queries of the first SINK_TOKENS that see it."""
+    early_softmax_BLH: Tensor
+    """Of each text: on the sink logit, over the first SINK_TOKENS queries; 0 without one."""
+    values_L2: Tensor
+    """Norm of a head's value: the first token's, and the mean of all others."""
+    residual_L2: Tensor
+    """Norm of what a layer leaves in the residual stream: of the first token, and the mean of all others."""
     maps: dict[int, Tensor]
     """By layer: [T, T], query x key, means over texts and heads."""
+
+    def heads_L(self, epsilon: float, token: int = 0) -> Tensor:
+        """Return the share of a layer's heads, over texts, whose mean attention to `token` is above epsilon."""
+        return (self.early_BLHN[..., token] > epsilon).float().mean((0, 2))
+
+    def softmax_heads_L(self, epsilon: float) -> Tensor:
+        """Return the same of the sink logit."""
+        return (self.early_softmax_BLH > epsilon).float().mean((0, 2))
+
+
+class _Layer(NamedTuple):
+    """What one layer's attention was seen to do; as AttentionMass, without L."""
+
+    first_HN: Tensor
+    softmax_H: Tensor
+    early_BHN: Tensor
+    early_softmax_BH: Tensor
+    values_2: Tensor
 
 
 @torch.no_grad()
@@ -39,17 +81,20 @@ def attention_mass(
     model: PreTrainedModel, ids_BT: Tensor, *, first_tokens: int = 1, map_layers: Collection[int] = ()
 ) -> AttentionMass:
     """Where attention rests, by layer and head. ids_BT: whole texts from their first token on, as the model is fed."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: dict[int, _Layer] = {}
     maps: dict[int, Tensor] = {}
+    B, T = ids_BT.shape
+    late, early = T - T // 2, min(SINK_TOKENS, T, BLOCK)
+    seen_by_N = early - torch.arange(first_tokens, device=ids_BT.device).clamp(max=early - 1)
 
     def attend(
         module: nn.Module, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Any, *, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        repeat, T, layer = q_BHTD.shape[1] // k_BKTD.shape[1], q_BHTD.shape[2], int(module.layer_idx)  # type: ignore[arg-type]
+        repeat, layer = q_BHTD.shape[1] // k_BKTD.shape[1], int(module.layer_idx)  # type: ignore[arg-type]
         k_BHTD, v_BHTD = (x.repeat_interleave(repeat, 1) for x in (k_BKTD, v_BKTD))
         first_HN, softmax_H, blocks = 0.0, 0.0, []
         at_T = torch.arange(T, device=q_BHTD.device)
-        outs, late = [], T - T // 2
+        outs = []
         for at_Q, q_BHQD in zip(at_T.split(BLOCK), q_BHTD.split(BLOCK, 2), strict=True):
             scores_BHQT = (q_BHQD @ k_BHTD.mT).float() * scaling
             scores_BHQT.masked_fill_(at_T > at_Q[:, None], -torch.inf)
@@ -59,24 +104,74 @@ def attention_mass(
             mass_BHQT = (scores_BHQT - total_BHQ[..., None]).exp()
             outs.append(mass_BHQT.to(v_BHTD.dtype) @ v_BHTD)
             late_BHQT = mass_BHQT[:, :, at_Q >= T // 2]
-            first_HN += late_BHQT[..., :first_tokens].sum((0, 2)) / late / len(ids_BT)
+            first_HN += late_BHQT[..., :first_tokens].sum((0, 2)) / late / B
             if sink_H is not None:
-                softmax_H += (1 - late_BHQT.sum(-1)).sum((0, 2)) / late / len(ids_BT)
+                softmax_H += (1 - late_BHQT.sum(-1)).sum((0, 2)) / late / B
+            if at_Q[0] == 0:  # later tokens change nothing here: attention is causal
+                early_BHQT = mass_BHQT[:, :, :early]
+                early_BHN = early_BHQT[..., :first_tokens].sum(2) / seen_by_N
+                early_softmax_BH = 1 - early_BHQT.sum((2, 3)) / early
             if layer in map_layers:
                 blocks.append(mass_BHQT.mean((0, 1)))
-        seen[layer] = torch.as_tensor(first_HN), torch.as_tensor(softmax_H).expand(q_BHTD.shape[1])
+        if sink_H is None:
+            early_softmax_BH = torch.zeros_like(early_softmax_BH)  # else 1 - 1, rounded
+        softmax_H = torch.as_tensor(softmax_H).expand(q_BHTD.shape[1])
+        values_2 = _first_and_others(v_BKTD.float().norm(dim=-1))
+        seen[layer] = _Layer(torch.as_tensor(first_HN), softmax_H, early_BHN, early_softmax_BH, values_2)
         if blocks:
             maps[layer] = torch.cat(blocks).cpu()
         return torch.cat(outs, 2).transpose(1, 2), None
 
-    with attending_by(model, "sink_mass", attend):
+    with attending_by(model, "sink_mass", attend), _residual_norms(model) as norms:
         model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
-    first, softmax = zip(*(seen[n] for n in sorted(seen)), strict=True)
-    return AttentionMass(torch.stack(first).cpu(), torch.stack(softmax).cpu(), maps)
+    layers = [seen[n] for n in sorted(seen)]
+    return AttentionMass(
+        torch.stack([layer.first_HN for layer in layers]).cpu(),
+        torch.stack([layer.softmax_H for layer in layers]).cpu(),
+        torch.stack([layer.early_BHN for layer in layers], 1).cpu(),
+        torch.stack([layer.early_softmax_BH for layer in layers], 1).cpu(),
+        torch.stack([layer.values_2 for layer in layers]).cpu(),
+        torch.stack(norms).cpu(),
+        maps,
+    )
 
 
-def sink_mass(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, list[float]]:
+def _first_and_others(norms_T: Tensor) -> Tensor:
+    """Return [2] from norms [..., T]: the mean of first tokens, and that of all others."""
+    return torch.stack([norms_T[..., 0].mean(), norms_T[..., 1:].mean()])
+
+
+@contextmanager
+def _residual_norms(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside it each forward pass appends, for each layer in turn, [2]: the norm of the residual stream after it."""
+    norms: list[Tensor] = []
+
+    def note(layer: nn.Module, inputs: Any, output: Any) -> None:
+        hidden_BTE = output[0] if isinstance(output, tuple) else output
+        norms.append(_first_and_others(hidden_BTE.float().norm(dim=-1)))
+
+    count = model.config.num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of its {count} layers: their outputs cannot be measured")
+    hooks = [layer.register_forward_hook(note) for layer in stacks[0]]
+    try:
+        yield norms
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sink_mass(mass: AttentionMass) -> dict[str, list[float]]:
     """{"first_token": on position 0, "softmax_sink": on the sink logit (0 without one)}: means over heads, a number a
     layer."""
-    mass = attention_mass(model, ids_BT)
     return {"first_token": mass.first_LHN[..., 0].mean(-1).tolist(), "softmax_sink": mass.softmax_LH.mean(-1).tolist()}
+
+
+def sink_heads(mass: AttentionMass) -> dict[str, float]:
+    """{"first_token_0.3": Sink^0.3_1, "softmax_sink_0.3": the same of the sink logit, ...}, for each epsilon."""
+    shares = {}
+    for epsilon in EPSILONS:
+        shares[f"first_token_{epsilon}"] = float(mass.heads_L(epsilon).mean())
+        shares[f"softmax_sink_{epsilon}"] = float(mass.softmax_heads_L(epsilon).mean())
+    return shares

@@ -4,6 +4,11 @@ Texts are pieces of held-out documents, each read from its own first token on (B
 one). Mass is averaged over texts and the queries of their second half; a head that spread its attention evenly would
 put 1 / (t + 1) on each token at position t, whose mean is the column `uniform`.
 
+A mean hides a few heads that rest there altogether. So heads are counted, too: Sink^eps_k (arXiv:2410.10781) is the
+share of heads, over layers and texts, whose mean attention to token k is above eps, in the first 64 tokens. Beside it
+stands what goes with a sink in trained models: the first token's values are small, and its residual stream is long
+("Massive Activations", arXiv:2402.17762).
+
     longreach evaluate MODEL --eval sinks --set lengths=[16,256]
 
 Legend: L layers, H heads, N first tokens, T tokens, B texts.
@@ -89,10 +94,12 @@ class Sinks(Evaluation):
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"first": [L, H, N], "softmax": [L, H], "maps": layer -> [T, T], at the shortest length only}."""
+        """Return {"first": [L, H, N], "softmax": [L, H], "heads": by epsilon [L, N], "softmax_heads": by epsilon [L],
+        "values" and "residual": [L, 2], first token and others, "maps": layer -> [T, T], at the shortest length only}.
+        """
         import torch
 
-        from longreach.attention.sink_mass import attention_mass
+        from longreach.attention.sink_mass import EPSILONS, attention_mass
 
         choices, length = self.choices, cell["length"]
         first = first_token_id(self.tokenizer)
@@ -106,9 +113,19 @@ class Sinks(Evaluation):
         for part_BT in ids_BT.split(max(1, READ_AT_ONCE // length)):
             masses.append(attention_mass(self.model, part_BT, first_tokens=choices.first_tokens, map_layers=mapped))
             weights.append(len(part_BT) / len(ids_BT))
+        tokens = range(choices.first_tokens)
+        heads, softmax_heads = {}, {}
+        for epsilon in EPSILONS:
+            by_token = [torch.stack([mass.heads_L(epsilon, token) for token in tokens], -1) for mass in masses]
+            heads[str(epsilon)] = _weighted(by_token, weights)
+            softmax_heads[str(epsilon)] = _weighted([mass.softmax_heads_L(epsilon) for mass in masses], weights)
         return {
             "first": _weighted([mass.first_LHN for mass in masses], weights),
             "softmax": _weighted([mass.softmax_LH for mass in masses], weights),
+            "heads": heads,
+            "softmax_heads": softmax_heads,
+            "values": _weighted([mass.values_L2 for mass in masses], weights),
+            "residual": _weighted([mass.residual_L2 for mass in masses], weights),
             "maps": {str(layer): _weighted([mass.maps[layer] for mass in masses], weights) for layer in mapped},
         }
 
@@ -126,9 +143,13 @@ class Sinks(Evaluation):
                 place = {"length": length, "texts": cell["texts"], "layer": layer}
                 rows = head_rows(place, first_HN, softmax_H)
                 heads += rows
-                layers.append(layer_row(place, rows))
+                layers.append(layer_row(place, rows) | norm_columns(result, layer))
+                if length == max(choices.lengths):  # of a short text even an even head gives the first token much
+                    layers[-1] |= head_columns(result, layer)
             late_LHN = first_LHN[LATE:] if len(first_LHN) > LATE else first_LHN
             summary[f"first_token_mass_{length}"] = float(late_LHN[..., 0].mean())
+            if length == max(choices.lengths):
+                summary |= head_shares(result)
             for layer, map_TT in result["maps"].items():
                 maps += map_rows(length, int(layer), map_TT)
         return EvalScores(
@@ -142,8 +163,10 @@ class Sinks(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return the mass on the first token by layer, all models together; then by head, and maps, of each model."""
+        """Return the mass on the first token and its norms by layer, all models together; then by head, and maps, of
+        each model."""
         figures = [_layers_figure(length, models, style) for length in _lengths(models)]
+        figures += _norm_figures(models, style)
         for name, scores in models.items():
             figures.append(_heads_figure(name, scores))
             maps = scores.rows_with(kind="map")
@@ -195,6 +218,34 @@ def layer_row(place: Row, heads: list[Row]) -> Row:
     return means | {"kind": "layer", **place}
 
 
+def norm_columns(result: Result, layer: int) -> Row:
+    """Return the norms of the first token's value and residual stream in a layer, and the means of all others."""
+    row: Row = {}
+    for name in ("values", "residual"):
+        row[f"{name}_first"], row[f"{name}_others"] = result[name][layer]
+    return row
+
+
+def head_columns(result: Result, layer: int) -> Row:
+    """Return the shares of a layer's heads that rest on the first token, and on the sink in the softmax."""
+    row: Row = {}
+    for epsilon, heads_LN in result["heads"].items():
+        row[f"heads_{epsilon}"] = heads_LN[layer][0]
+        row[f"softmax_heads_{epsilon}"] = result["softmax_heads"][epsilon][layer]
+    return row
+
+
+def head_shares(result: Result) -> dict[str, float]:
+    """Return Sink^eps_k over all layers: `sink_0.3_1` for token 1, the first; `sink_0.3_softmax` for the sink logit."""
+    shares = {}
+    for epsilon, heads_LN in result["heads"].items():
+        for n, share in enumerate(np.mean(heads_LN, axis=0), start=1):
+            shares[f"sink_{epsilon}_{n}"] = float(share)
+        if any(result["softmax_heads"][epsilon]):
+            shares[f"sink_{epsilon}_softmax"] = float(np.mean(result["softmax_heads"][epsilon]))
+    return shares
+
+
 def map_rows(length: int, layer: int, map_TT: list[list[float]]) -> list[Row]:
     """Return a row for each (query, key) that a causal layer sees."""
     rows = []
@@ -223,6 +274,29 @@ def _layers_figure(length: int, models: dict[str, EvalScores], style: Style) -> 
     title = f"Attention on the first token, texts of {length:,} tokens"
     caption = f"Even attention would give the first token {even:.3f}; a layer far above that uses it as a sink."
     return lines(f"sinks-{length}.png", title, caption, ("layer", "share of attention"), curves, style)
+
+
+def _norm_figures(models: dict[str, EvalScores], style: Style) -> list[Figure]:
+    """Draw the first token's norms over all others' by layer, a curve for each model, at its greatest length."""
+    from longreach.evaluation.figures import lines
+
+    figures = []
+    told = {
+        "values": "Below 1: attention on the first token brings less than on others, as on a sink.",
+        "residual": "Far above 1: massive activations, which go with a sink.",
+    }
+    for norm, caption in told.items():
+        curves = {}
+        for name, scores in models.items():
+            rows = [row for row in scores.rows_with(kind="layer") if f"{norm}_first" in row]
+            longest = max((row["length"] for row in rows), default=0)
+            at_longest = [row for row in rows if row["length"] == longest]
+            if at_longest:  # scores of earlier versions have none
+                curves[name] = [(row["layer"], row[f"{norm}_first"] / row[f"{norm}_others"]) for row in at_longest]
+        if curves:
+            title = f"Norm of the first token's {norm}, over that of other tokens"
+            figures.append(lines(f"sinks-{norm}.png", title, caption, ("layer", "ratio"), curves, style, log=True))
+    return figures
 
 
 def _heads_figure(name: str, scores: EvalScores) -> Figure:

@@ -6,8 +6,28 @@ from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.documents import Document
 from longreach.evaluation.sinks import Sinks, pieces
+from longreach.training.model import with_softmax_sinks
 
 TEXTS = [Document(name, "d", np.random.default_rng(n).integers(0, 256, 100)) for n, name in enumerate("ab")]
+
+
+def one_head_on_the_sink(head):
+    """A model whose heads attend evenly, but for one of the second layer, which rests on the token <sink>."""
+    model = tiny_llama()
+    first, second = model.model.layers
+    with torch.no_grad():
+        for weight in (first.self_attn.o_proj.weight, first.mlp.down_proj.weight):
+            weight.zero_()  # so that the second layer reads embeddings
+        for attention in (first.self_attn, second.self_attn):
+            attention.q_proj.weight.zero_()
+        embedding = model.model.embed_tokens.weight
+        embedding[:, :2] = torch.tensor([0.0, 50.0])  # all tokens are alike in channel 1,
+        embedding[257, :2] = torch.tensor([50.0, 50.0])  # and the sink alone has channel 0
+        slow = 3  # of 8 numbers: the slowest pair of RoPE, which turns by 0.001 a token
+        second.self_attn.q_proj.weight[8 * head + slow, 1] = 10
+        second.self_attn.k_proj.weight.zero_()
+        second.self_attn.k_proj.weight[slow, 0] = 10  # of the first KV head, which heads 0 and 1 share
+    return model
 
 
 def run(model=None, **choices):
@@ -38,7 +58,52 @@ def test_a_row_a_layer_and_a_head_and_the_figure_has_all_parts():
     scores = run()
     kinds = [row["kind"] for row in scores.rows]
     assert (kinds.count("layer"), kinds.count("head"), kinds.count("map")) == (4, 16, 136)
-    assert list(drawn(scores.named("m"))) == ["sinks-16.png", "sinks-32.png", "sinks-m.png", "sinks-m-layer-0.png"]
+    assert list(drawn(scores.named("m"))) == [
+        "sinks-16.png",
+        "sinks-32.png",
+        "sinks-values.png",
+        "sinks-residual.png",
+        "sinks-m.png",
+        "sinks-m-layer-0.png",
+    ]
+
+
+def test_heads_that_rest_on_a_token_are_counted_beside_the_mean_mass():
+    """One head of eight rests on the first token: the mean hardly tells, the count does."""
+    model, tokenizer = one_head_on_the_sink(head=1), byte_tokenizer("<sink>")
+    scores = evaluate(Sinks, model, tokenizer, TEXTS, lengths=(16, 80), texts=8, map_layers=())
+    assert (scores.summary["sink_0.3_1"], scores.summary["sink_0.2_1"]) == (1 / 8, 1 / 8)
+    assert scores.summary["sink_0.3_2"] == 0
+    assert scores.summary["first_token_mass_80"] < 0.2
+    assert "sink_0.3_softmax" not in scores.summary
+    assert [row["heads_0.3"] for row in scores.rows_with(kind="layer", length=80)] == [0, 1 / 4]
+    # of 16 tokens even an even head gives the first more than 0.2
+    assert not any("heads_0.2" in row for row in scores.rows_with(kind="layer", length=16))
+
+
+def test_an_own_sink_in_the_softmax_is_counted_apart():
+    model = with_softmax_sinks(tiny_llama())
+    with torch.no_grad():
+        model.model.layers[0].self_attn.sinks.fill_(100.0)
+    summary = run(model, map_layers=()).summary
+    assert (summary["sink_0.3_softmax"], summary["sink_0.3_1"]) == (0.5, 0)
+
+
+def test_the_first_token_s_norms_stand_beside_all_others():
+    model = tiny_llama(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[257] *= 1e3
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.layers[0].input_layernorm.weight.fill_(1)
+    tokenizer = byte_tokenizer("<sink>")
+    choices = {"lengths": (16,), "texts": 8, "map_layers": ()}
+    (row,) = evaluate(Sinks, model, tokenizer, TEXTS, **choices).rows_with(kind="layer")
+    lengths = model.model.embed_tokens.weight.detach().norm(dim=-1)
+    assert row["residual_first"] == pytest.approx(float(lengths[257]), rel=1e-4)
+    assert row["residual_others"] == pytest.approx(float(lengths[:256].mean()), rel=0.1)
+    # a layer's norm takes the length away, so values stay of one size
+    assert 0.5 < row["values_first"] / row["values_others"] < 2
 
 
 def test_longer_texts_are_fewer_and_come_from_all_documents():

@@ -187,7 +187,7 @@ def write_arm(stage, out: Path) -> dict:
             "skipped": False,
             "phases": {},
         }
-        | ({"sink_mass": {"first_token": [0.1 * n, 0.2], "softmax_sink": [0.0, 0.0]}} if pretrain and n % 2 else {})
+        | (where_attention_rests(n) if pretrain and n % 2 else {})
         for n in range(choices.optim.steps)
     ]
     (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -200,6 +200,11 @@ def write_arm(stage, out: Path) -> dict:
         "ranks": 2,
     }
     return training_summary(**throughput.summary(steps), **facts, **job.choices()).to_json()
+
+
+def where_attention_rests(n: int) -> dict:
+    heads = {"first_token_0.3": 0.05 * n, "first_token_0.2": 0.1 * n, "softmax_sink_0.3": 0.0, "softmax_sink_0.2": 0.0}
+    return {"sink_mass": {"first_token": [0.1 * n, 0.2], "softmax_sink": [0.0, 0.0]}, "sink_heads": heads}
 
 
 def write_tokenizer(stage, out: Path) -> dict:
@@ -353,8 +358,9 @@ def test_streaming_stands_in_one_table_and_sink_masses_in_another(written):
     assert all(a > 5 * b for a, b in zip(ppl["window"], ppl["4 sinks"], strict=True))
     assert ways[2][0] == "recompute\n1 token in 16, beside 1 sink"
     ends = [row for row in page.rows if row[0].endswith("the first token")]
-    assert [row[1:] for row in ends] == [["0.500", "0.200"]] * 2
+    assert [row[1:] for row in ends] == [["0.500", "0.200"]] * 2 + [["0.25", "0.50"]] * 2
     assert (written[0] / "sink-mass.png").stat().st_size > 5000
+    assert (written[0] / "sink-heads.png").stat().st_size > 5000
 
 
 def test_the_price_of_streaming_a_token_and_the_longest_stream_are_told(written):

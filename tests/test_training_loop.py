@@ -242,6 +242,9 @@ def test_each_sink_arm_is_what_plain_transformers_loads(tmp_path, monkeypatch, s
     mass = rows[-1]["sink_mass"]
     assert [0 < m < 1 for m in mass["first_token"]] == [True] * plain.config.num_hidden_layers
     assert all((m > 0) == (sink in ("zero", "logit")) for m in mass["softmax_sink"])
+    heads = rows[-1]["sink_heads"]
+    assert heads.keys() == {f"{place}_{epsilon}" for place in mass for epsilon in ("0.3", "0.2")}
+    assert all(0 <= share <= 1 for share in heads.values())
 
 
 def test_where_attention_rests_is_the_same_on_sharded_weights(tmp_path):
@@ -262,6 +265,7 @@ def test_where_attention_rests_is_the_same_on_sharded_weights(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)
         for kind, layers in a.get("sink_mass", {}).items():
             assert b["sink_mass"][kind] == pytest.approx(layers, abs=1e-6)
+        assert a.get("sink_heads") == b.get("sink_heads")
 
 
 def test_sink_arms_start_alike_from_a_base_too(tmp_path):

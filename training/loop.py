@@ -24,7 +24,7 @@ from torch import Tensor
 from longreach.attention.causal import Causal
 from longreach.attention.hf import active_pattern, set_pattern
 from longreach.attention.pattern import Pattern
-from longreach.attention.sink_mass import sink_mass
+from longreach.attention.sink_mass import attention_mass, sink_heads, sink_mass
 from longreach.attention.ulysses import part_of, sequence_ranks
 from longreach.infra.errors import OutOfMemory, Stopped, Superseded
 from longreach.infra.files import digest_of
@@ -276,7 +276,8 @@ class Training:
         measured: dict[str, Any] = {}
         every = self.job.sink_mass_every
         if every and (step == 0 or is_due(step, every, self.optim.steps)):
-            measured["sink_mass"] = sink_mass(causal_lm(self.model), self._probe_ids())
+            mass = attention_mass(causal_lm(self.model), self._probe_ids())
+            measured |= {"sink_mass": sink_mass(mass), "sink_heads": sink_heads(mass)}
         if is_due(step, self.optim.validate_every_steps, self.optim.steps):
             self._attend_by(Causal())
             own_sum, own_targets = validation_loss(self.engine, self.held_out, self.data_rank, self.data_ranks)

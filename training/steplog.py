@@ -112,4 +112,6 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
         metrics[f"time/{phase}_s"] = seconds
     for place, shares_by_layer in row.get("sink_mass", {}).items():
         metrics[f"sink/{place}"] = sum(shares_by_layer) / len(shares_by_layer)
+    for place, share in row.get("sink_heads", {}).items():
+        metrics[f"sink/heads_{place}"] = share
     return metrics

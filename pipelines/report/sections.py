@@ -294,22 +294,25 @@ def pretraining(found: Findings) -> Section | None:
             "What to see: whether a sink costs anything in loss. The arms read the same text in the same order, but "
             "the one with a sink token also has to predict each row's first token, from nothing."
         )
-    return losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", caption, _sink_masses(arms))
+    where = [*_sink_masses(arms), *_sink_heads(arms)]
+    return losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", caption, where)
+
+
+SINKS = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
+"""Where attention may rest, and how a table calls it."""
 
 
 def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
     """Return how much attention rests on the first token (and in the softmax's sink) as training goes on."""
-    kinds = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
     rows = []
     curves = {}
     for name, model in arms.items():
         measured = [row for row in model.steps if "sink_mass" in row]
-        for kind, place in kinds.items():
+        for kind, place in SINKS.items():
             if measured and any(measured[-1]["sink_mass"][kind]):
                 by_layer = [f"{mass:.3f}" for mass in measured[-1]["sink_mass"][kind]]
                 rows.append([f"{name}\n{place}", *by_layer])
-                curve_name = name if kind == "first_token" else f"{name} (softmax)"
-                curves[curve_name] = [(row["step"], fmean(row["sink_mass"][kind])) for row in measured]
+                curves[_sink_curve(name, kind)] = [(row["step"], fmean(row["sink_mass"][kind])) for row in measured]
     if not rows:
         return []
     layers = max(map(len, rows)) - 1
@@ -322,6 +325,38 @@ def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
         Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], rows),
         [lines("sink-mass.png", "Where attention rests", caption, axes, curves, Style.of(curves))],
     ]
+
+
+def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
+    """Return the share of heads that rest on the first token (and in the softmax's sink) as training goes on."""
+    rows = []
+    curves = {}
+    for name, model in arms.items():
+        measured = [row for row in model.steps if "sink_heads" in row]
+        for kind, place in SINKS.items():
+            # arms without a sink in their softmax have no mass there, and no row
+            if measured and any(measured[-1]["sink_mass"][kind]):
+                strong, weak = f"{kind}_0.3", f"{kind}_0.2"
+                last = measured[-1]["sink_heads"]
+                rows.append([f"{name}\n{place}", f"{last[strong]:.2f}", f"{last[weak]:.2f}"])
+                curves[_sink_curve(name, kind)] = [(row["step"], row["sink_heads"][strong]) for row in measured]
+    if not rows:
+        return []
+    caption = (
+        "Share of heads, over layers and texts, whose mean attention to the first token (or the sink in the softmax) is "
+        "above 0.3 in a row's first 64 tokens: Sink^0.3 of arXiv:2410.10781. From 0, no sink, to 1, all heads."
+    )
+    axes = ("optimizer step", "share of heads")
+    title = "Share of heads with a sink at the end of training, by the mean attention that makes a head one"
+    return [
+        Table(title, ["arm", "above 0.3", "above 0.2"], rows),
+        [lines("sink-heads.png", "How many heads have a sink", caption, axes, curves, Style.of(curves))],
+    ]
+
+
+def _sink_curve(arm: str, kind: str) -> str:
+    """Return the name of a curve of what an arm's heads do."""
+    return arm if kind == "first_token" else f"{arm} (softmax)"
 
 
 def losses(
