@@ -5,8 +5,8 @@ arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at positio
 for BLOCK queries at a time: no layer's attention exists whole, unless its map is asked for.
 
 A mean hides a few heads that rest on it altogether, so heads are counted, too: Sink^eps_k ("When Attention Sink
-Emerges", arXiv:2410.10781, section 3.1) is the share of heads, over layers and texts, whose mean attention to token k is
-above eps, in texts of 64 tokens. A head that takes no part in it is no sink, whatever the others do.
+Emerges", arXiv:2410.10781, section 3.1) is the share of heads, over layers and texts, whose mean attention to token k
+is above eps, in texts of 64 tokens.
 
 What goes with a sink in trained models is measured beside it: the sink token's values are small, so that attention
 there does nothing, and its residual stream is far longer than others' ("Massive Activations", arXiv:2402.17762).
@@ -115,9 +115,9 @@ def attention_mass(
                 blocks.append(mass_BHQT.mean((0, 1)))
         if sink_H is None:
             early_softmax_BH = torch.zeros_like(early_softmax_BH)  # else 1 - 1, rounded
-        softmax_H = torch.as_tensor(softmax_H).expand(q_BHTD.shape[1])
+        mean_softmax_H = torch.as_tensor(softmax_H).expand(q_BHTD.shape[1])
         values_2 = _first_and_others(v_BKTD.float().norm(dim=-1))
-        seen[layer] = _Layer(torch.as_tensor(first_HN), softmax_H, early_BHN, early_softmax_BH, values_2)
+        seen[layer] = _Layer(torch.as_tensor(first_HN), mean_softmax_H, early_BHN, early_softmax_BH, values_2)
         if blocks:
             maps[layer] = torch.cat(blocks).cpu()
         return torch.cat(outs, 2).transpose(1, 2), None

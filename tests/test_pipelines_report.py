@@ -761,12 +761,15 @@ def test_models_are_compared_by_depth_by_place_and_by_layer(written):
     asked = [{"task": "kv", "size": 8, "place": place} | case for place in (0, 7)]
     lost = LostInTheMiddle.scores(places, [({}, {"cases": asked})])
     mass = {"first": heads.tolist(), "softmax": heads[..., 0].tolist(), "maps": {}}
+    mass |= {"heads": {"0.3": heads[:, 0].tolist()}, "softmax_heads": {"0.3": [0.0] * 3}}
+    mass |= {"values": [[1.0, 4.0]] * 3, "residual": [[300.0, 3.0]] * 3}
     resting = Sinks.scores(Sinks.Choices(lengths=(16,)), [({"length": 16, "texts": 2}, mass)])
     scores = {lost.eval: lost, resting.eval: resting}
     models = {name: Model(name, "baseline", "", scores=scores) for name in ("a", "b")}
     sections = evaluations(Findings({}, models=models))
     pictures = [picture for section in sections for picture in section.blocks[-1]]
-    files = ["lost-in-the-middle-kv-8.png", "sinks-16.png", "sinks-a.png", "sinks-b.png"]
+    files = ["lost-in-the-middle-kv-8.png", "sinks-16.png", "sinks-values.png", "sinks-residual.png"]
+    files += ["sinks-a.png", "sinks-b.png"]
     assert [picture.file for picture in pictures] == files
     assert "Even attention would give the first token 0.083" in pictures[1].caption
     assert all(len(picture.caption) > 20 for picture in pictures)

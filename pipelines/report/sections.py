@@ -343,8 +343,8 @@ def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
     if not rows:
         return []
     caption = (
-        "Share of heads, over layers and texts, whose mean attention to the first token (or the sink in the softmax) is "
-        "above 0.3 in a row's first 64 tokens: Sink^0.3 of arXiv:2410.10781. From 0, no sink, to 1, all heads."
+        "Share of heads, over layers and texts, whose mean attention to the first token (or the sink in the softmax) "
+        "is above 0.3 in a row's first 64 tokens: Sink^0.3 of arXiv:2410.10781. From 0, no sink, to 1, all heads."
     )
     axes = ("optimizer step", "share of heads")
     title = "Share of heads with a sink at the end of training, by the mean attention that makes a head one"
