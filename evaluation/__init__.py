@@ -7,6 +7,7 @@ An evaluation is a file with one subclass of `Evaluation` (base.py), and one lin
 """
 
 from longreach.evaluation.base import Evaluation
+from longreach.evaluation.gain import Gain
 from longreach.evaluation.harness import Harness
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
 from longreach.evaluation.needle import Needle
@@ -17,6 +18,7 @@ from longreach.evaluation.streaming import Streaming
 
 EVALS: dict[str, type[Evaluation]] = {
     Perplexity.name: Perplexity,
+    Gain.name: Gain,
     Passkey.name: Passkey,
     Needle.name: Needle,
     LostInTheMiddle.name: LostInTheMiddle,

@@ -31,6 +31,8 @@ class Document:
     domain: str
     ids_T: np.ndarray
     """Token ids [tokens], int64, of the text alone: no first token, no end token."""
+    split: str = "test"
+    """Of the corpus: `test`, or `validation` for what is chosen and never reported."""
 
 
 def held_out(folder: Path | str) -> list[Document]:
@@ -38,7 +40,11 @@ def held_out(folder: Path | str) -> list[Document]:
     import datasets
 
     rows = datasets.load_from_disk(str(folder)).with_format("numpy")
-    return [Document(str(row["name"]), str(row["domain"]), row["input_ids"].astype(np.int64)) for row in rows]
+    documents = []
+    for row in rows:
+        ids_T = row["input_ids"].astype(np.int64)
+        documents.append(Document(str(row["name"]), str(row["domain"]), ids_T, str(row["split"])))
+    return documents
 
 
 def matching(documents: Iterable[Document], patterns: tuple[str, ...]) -> list[Document]:
@@ -49,6 +55,15 @@ def matching(documents: Iterable[Document], patterns: tuple[str, ...]) -> list[D
         names = ", ".join(d.name for d in documents) or "none"
         raise ValueError(f"no held-out document matches {list(patterns)}; there are: {names}")
     return matches
+
+
+def check_names(names: list[str]) -> None:
+    """Raise ValueError where two documents have one name, which rows could not tell apart."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} names belong to several held-out documents ({repeated[0]}): rename the files"
+        )
 
 
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -21,15 +21,16 @@ CHUNK = 512
 
 
 @torch.inference_mode()
-def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str) -> np.ndarray:
+def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str, last: int | None = None) -> np.ndarray:
     """NLL in nats of tokens 1..T-1, each given all before it.
 
     Args:
         ids_T: token ids [T], T >= 2, with whatever the model expects first already in place.
         name: the document's, for errors.
+        last: score only so many tokens, from the end; None: all.
 
     Returns:
-        float64 [T-1]; entry t belongs to token t + 1.
+        float64 [T-1], entry t for token t + 1; with `last`, the last so many of these.
 
     Raises:
         ValueError: an id outside of the model's vocabulary.
@@ -39,11 +40,17 @@ def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str) -> np.ndarra
     check_ids(model, x_T, name)
     forget_length(model)
     hidden_TE = model.base_model(input_ids=x_T[None], use_cache=False).last_hidden_state[0]
-    return hidden_nll(model, hidden_TE[:-1], x_T[1:], name).cpu().numpy()
+    first = 0 if last is None else len(x_T) - 1 - last
+    return hidden_nll(model, hidden_TE[first:-1], x_T[first + 1 :], name, first).cpu().numpy()
 
 
-def hidden_nll(model: PreTrainedModel, hidden_TE: torch.Tensor, target_T: torch.Tensor, name: str) -> torch.Tensor:
-    """NLL float64 [T] of target_T under the head's predictions from the body's output; errors as `token_nll`."""
+def hidden_nll(
+    model: PreTrainedModel, hidden_TE: torch.Tensor, target_T: torch.Tensor, name: str, before: int = 0
+) -> torch.Tensor:
+    """NLL float64 [T] of target_T under the head's predictions from the body's output; errors as `token_nll`.
+
+    before: how many of the text's predictions are left out before these, for errors.
+    """
     head = model.get_output_embeddings()
     nll_T = torch.cat(
         [
@@ -52,8 +59,8 @@ def hidden_nll(model: PreTrainedModel, hidden_TE: torch.Tensor, target_T: torch.
         ]
     )
     if not torch.isfinite(nll_T).all():
-        first = int((~torch.isfinite(nll_T)).nonzero()[0, 0])
-        raise FloatingPointError(f"{name}: the logits that predict token {first + 1} are not finite; check the weights")
+        token = before + int((~torch.isfinite(nll_T)).nonzero()[0, 0]) + 1
+        raise FloatingPointError(f"{name}: the logits that predict token {token} are not finite; check the weights")
     return nll_T
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
-from longreach.evaluation.documents import Document, first_token_id, matching, with_first
+from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
 from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean, paired
 from longreach.infra.lazy import lazy_module
 
@@ -73,7 +73,7 @@ class Perplexity(Evaluation):
         from longreach.evaluation.likelihood import check_head, is_dynamic
 
         chosen = matching(self.documents, self.choices.documents)
-        _check_names([document.name for document in chosen])
+        check_names([document.name for document in chosen])
         lengths = sorted(set(self.choices.lengths))
         check_lengths(lengths, self.choices.last_tokens, chosen)
         check_head(self.model, chosen[0].ids_T)
@@ -157,15 +157,6 @@ class Perplexity(Evaluation):
             (scores,) = models.values()
             return _one_model_figures(scores, background)
         return _along_figures(models, style, background)
-
-
-def _check_names(names: list[str]) -> None:
-    """Raise ValueError where two documents have one name, which rows could not tell apart."""
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"{len(repeated)} names belong to several held-out documents ({repeated[0]}): rename the files"
-        )
 
 
 def check_lengths(lengths: list[int], last_tokens: int, documents: list[Document]) -> None:

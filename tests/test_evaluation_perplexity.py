@@ -145,10 +145,11 @@ def test_a_model_that_caps_its_logits_is_refused_rather_than_scored_wrongly():
 def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):
     import datasets
 
-    rows = {"name": ["a", "b"], "domain": ["x", "y"], "split": ["test", "test"], "input_ids": [[1, 2, 3], [4]]}
+    rows = {"name": ["a", "b"], "domain": ["x", "y"], "split": ["test", "validation"], "input_ids": [[1, 2, 3], [4]]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "documents")
     read = held_out(tmp_path / "documents")
     assert [(d.name, d.domain, d.ids_T.tolist()) for d in read] == [("a", "x", [1, 2, 3]), ("b", "y", [4])]
+    assert [d.split for d in read] == ["test", "validation"]
 
 
 def test_the_figure_says_which_model_and_has_units():

@@ -1,0 +1,188 @@
+"""Gain from context: the same tokens at every length, paired by document, the base's best length by validation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from evaluating import drawn, evaluate, names_of
+from pydantic import ValidationError
+from tiny_models import byte_tokenizer, tiny_llama
+
+from longreach.evaluation.base import Background
+from longreach.evaluation.documents import Document
+from longreach.evaluation.figures import Style
+from longreach.evaluation.gain import Gain, best_length, difference, window_ends
+from longreach.evaluation.likelihood import token_nll
+
+LENGTHS = (40, 64, 128)
+
+
+def document(name, tokens, split="test", seed=0):
+    return Document(name, "d", np.random.default_rng(seed).integers(0, 256, tokens), split)
+
+
+def run(texts, model=None, tokenizer=None, **choices):
+    choices = {"lengths": LENGTHS, "score_tokens": 16} | choices
+    return evaluate(Gain, model or tiny_llama(), tokenizer or byte_tokenizer(), texts, **choices)
+
+
+def naive(model, ids, scored):
+    """Mean NLL of the last tokens by the whole logits, one token at a time."""
+    with torch.no_grad():
+        logp = model(torch.tensor(ids)[None]).logits[0].double().log_softmax(-1)
+    return np.mean([-float(logp[t - 1, ids[t]]) for t in range(len(ids) - scored, len(ids))])
+
+
+def pick(scores, **where):
+    (row,) = scores.rows_with(**where)
+    return row
+
+
+def made_up(nll, split="test", documents=("a", "b", "c")):
+    """Rows of documents whose NLL at a length is nll[length], and 0.1 more from document to document."""
+    rows = []
+    for n, name in enumerate(documents):
+        for length, value in nll.items():
+            place = {"document": name, "domain": "d", "split": split, "length": length, "tokens": 16}
+            rows.append({"kind": "window", "end": 200, "nll": value + 0.1 * n} | place)
+            rows.append({"kind": "document", "nll": value + 0.1 * n} | place)
+    for length, value in nll.items():
+        pooled = {"kind": "pooled", "split": split, "length": length, "documents": len(documents)}
+        rows.append(pooled | {"nll": value + 0.1 * (len(documents) - 1) / 2})
+    return rows
+
+
+def test_every_length_scores_the_same_last_tokens_with_the_nearest_ones_before_them():
+    """fp32 bodies differ by summation order: 1e-5."""
+    model, text = tiny_llama(), document("a", 300)
+    scores = run([text], model)
+    for length in LENGTHS:
+        row = pick(scores, kind="window", length=length)
+        assert (row["end"], row["tokens"]) == (300, 16)
+        assert row["nll"] == pytest.approx(naive(model, text.ids_T[300 - length :], 16), rel=1e-5)
+        assert scores.summary[f"gain_nll_{length}"] == pytest.approx(row["nll"])
+    gained = pick(scores, kind="window", length=40)["nll"] - pick(scores, kind="window", length=128)["nll"]
+    assert scores.summary["own_gain_128"] == pytest.approx(gained)
+    assert "own_gain_40" not in scores.summary
+
+
+def test_only_the_scored_tokens_reach_the_head():
+    model, text = tiny_llama(), document("a", 128)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-2]))
+    assert len(token_nll(model, text.ids_T, "a", last=16)) == 16
+    assert seen == [16]
+    whole = token_nll(model, text.ids_T, "a")
+    assert token_nll(model, text.ids_T, "a", last=16) == pytest.approx(whole[-16:])
+
+
+def test_the_models_own_first_token_stands_before_each_context():
+    model, text = tiny_llama(), document("a", 200)
+    scores = run([text], model, byte_tokenizer(first="<sink>"))
+    row = pick(scores, kind="window", length=64)
+    assert row["nll"] == pytest.approx(naive(model, [257, *text.ids_T[-64:]], 16), rel=1e-5)
+
+
+def test_windows_are_spread_evenly_over_the_places_that_every_length_reaches():
+    assert window_ends(1000, 400, 1, 16) == [1000]
+    assert window_ends(1000, 400, 3, 16) == [400, 700, 1000]
+    assert window_ends(430, 400, 3, 16) == [400, 430], "three windows would score some tokens twice"
+    assert window_ends(400, 400, 3, 16) == [400]
+
+
+def test_a_documents_windows_are_averaged_so_that_each_document_counts_once():
+    texts = [document("a", 500), document("b", 130, seed=1)]
+    scores = run(texts, windows=4)
+    assert (pick(scores, kind="document", document="a", length=64)["windows"]) == 4
+    assert (pick(scores, kind="document", document="b", length=64)["windows"]) == 1
+    windows = [row["nll"] for row in scores.rows_with(kind="window", document="a", length=64)]
+    each = [np.mean(windows), pick(scores, kind="window", document="b", length=64)["nll"]]
+    pooled = pick(scores, kind="pooled", length=64, split="test")
+    assert pooled["nll"] == pytest.approx(np.mean(each))
+    assert pooled["documents"] == 2
+    assert (pooled["nll_low"], pooled["nll_high"]) == pytest.approx((min(each), max(each)))
+
+
+def test_short_documents_are_left_out_by_name_and_none_left_is_an_error_with_both_numbers():
+    scores = run([document("a", 300), document("brief", 100)])
+    assert pick(scores, kind="left_out")["tokens"] == 100
+    assert {row["document"] for row in scores.rows_with(kind="document")} == {"a"}
+    (text, *_) = Gain.section({"m": scores.named("m")}, Style.of(["m"]), Background()).blocks
+    assert "left out: brief (100 tokens)" in text
+    with pytest.raises(ValueError, match=r"length 128 is longer than every chosen test document.*brief, has 100"):
+        run([document("brief", 100)])
+
+
+def test_validation_documents_choose_lengths_and_count_in_no_score():
+    texts = [document("a", 300), document("v", 300, "validation", seed=1)]
+    scores = run(texts)
+    assert pick(scores, kind="pooled", split="test", length=64)["documents"] == 1
+    assert pick(scores, kind="pooled", split="validation", length=64)["documents"] == 1
+    assert scores.summary["gain_nll_64"] == pick(scores, kind="document", document="a", length=64)["nll"]
+    assert best_length(scores.rows, 64).split == "validation"
+    none = run(texts, choose_on=())
+    assert not none.rows_with(split="validation")
+    assert best_length(none.rows, 64).split == "test"
+    assert not run(texts[:1]).rows_with(split="validation"), "a corpus without any is no mistake"
+    with pytest.raises(ValueError, match=r"no held-out document matches.*othello.*there are: v"):
+        run(texts, choose_on=("othello",))
+    with pytest.raises(ValueError, match=r"every chosen validation document.*v, has 90.*set choose_on to \[\]"):
+        run([texts[0], document("v", 90, "validation")])
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"lengths": (16, 64)}, "lengths: 16 has no room for score_tokens 16.*at least 17"),
+        ({"lengths": (64, 64)}, "is one length, and a gain needs two"),
+    ],
+)
+def test_choices_that_leave_nothing_to_compare_are_refused_before_a_model_is_loaded(choices, message):
+    with pytest.raises(ValidationError, match=message):
+        Gain.Choices(**{"score_tokens": 16} | choices)
+
+
+def test_lengths_that_change_the_rotary_frequencies_are_read_from_a_clean_start():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 32}
+    text = document("a", 160)
+    scores = run([text], tiny_llama(**changes), lengths=(64, 128), windows=2)
+    alone = naive(tiny_llama(**changes), text.ids_T[-64:], 16)
+    after_a_long_one = pick(scores, kind="window", length=64, end=160)
+    assert after_a_long_one["nll"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_difference_is_paired_by_document_and_needs_the_same_tokens():
+    base, arm = made_up({64: 2.0, 128: 2.5}), made_up({64: 1.9, 128: 1.75})
+    found = difference(arm, 128, base, 64)
+    assert (found.nats, found.documents) == (pytest.approx(0.25), 3)
+    assert (found.low, found.high) == (pytest.approx(0.25), pytest.approx(0.25)), "documents differ, their gains do not"
+    alone = difference(made_up({128: 1.0}, documents="a"), 128, made_up({64: 2.0}, documents="a"), 64)
+    assert math.isnan(alone.low)
+    with pytest.raises(ValueError, match="not the same tokens"):
+        difference(arm, 128, made_up({64: 2.0}, documents=("a", "b")), 64)
+    with pytest.raises(ValueError, match="not the same tokens"):
+        difference(arm, 256, base, 64)
+
+
+def test_the_base_is_taken_at_the_best_of_its_own_lengths_by_its_validation_documents():
+    test = made_up({64: 2.0, 128: 1.0, 256: 0.5})
+    assert best_length(test, 128)[:2] == (128, "test")
+    both = test + made_up({64: 1.0, 128: 2.0, 256: 0.5}, "validation", ("v",))
+    assert best_length(both, 128) == (64, "validation", 1)
+    assert best_length(both, None).length == 256
+    with pytest.raises(ValueError, match=r"no length of \[64, 128, 256\] is within the 32 tokens"):
+        best_length(both, 32)
+
+
+def test_the_page_of_one_model_draws_its_own_gain_and_says_when_documents_are_few():
+    scores = run([document("a", 300), document("b", 300, seed=1)]).named("base")
+    chart = drawn(scores)["own-gain.png"]
+    assert set(names_of(chart)) == {"a", "b", "mean over documents"}
+    text, nll, own, by_document, _ = Gain.section({"base": scores}, Style.of(["base"]), Background()).blocks
+    assert "2 test documents." in text
+    assert "Over so few as 2 they are too narrow." in text
+    assert list(nll.columns) == ["model", "40", "64", "128"]
+    assert own.columns == ["model", "64", "128"]
+    assert len(by_document.rows) == 6
