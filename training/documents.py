@@ -1,4 +1,4 @@
-"""Documents in: packages' books, local text/JSONL/Parquet, Hugging Face datasets; as a stream.
+"""Documents in: packages' books, local text/JSONL/Parquet, Hugging Face datasets, generated ones; as a stream.
 
 A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch
 here: `longreach plan` hashes the sources in milliseconds.
@@ -24,7 +24,8 @@ import fsspec
 import xxhash
 
 from longreach.infra.files import add_file, draft_of
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training import generated
+from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, SourceRecipe
 
 BLOCK_BYTES = 1 << 20
 
@@ -69,6 +70,9 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
         if source.dataset is not None:
             yield from _read_dataset(source, Path(base_dir))
             continue
+        if source.generated is not None:
+            yield from _generate(source.generated, source.domain)
+            continue
         for name, path in _files(source, Path(base_dir)):
             yield from READERS[path.suffix](name, path, source)
 
@@ -100,6 +104,9 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
     for source in corpus.sources:
         if source.dataset is not None:
             return None
+        if source.generated is not None:
+            names += generated.names(source.generated)
+            continue
         for name, path in _files(source, Path(base_dir)):
             if READERS[path.suffix] is not _read_text:
                 return None
@@ -110,8 +117,8 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
 def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
     """Return 32 hexadecimal digits that name the content of all sources: xxh3 of the files that
     would be read, in order, with their names but not their folders; for a hub dataset its name,
-    configuration, split and commit. ValueError as read_documents, or if that commit cannot be
-    resolved.
+    configuration, split and commit; for generated documents the choices that they are made from.
+    ValueError as read_documents, or if that commit cannot be resolved.
     """
     digest = xxhash.xxh3_128()
     for source in corpus.sources:
@@ -121,6 +128,9 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
             files = [(path.relative_to(folder).as_posix(), path) for path in paths]
         elif source.dataset is not None:
             digest.update(f"hub:{source.dataset}:{source.config}:{source.split}@{_hub_commit(source)}\0".encode())
+            continue
+        elif source.generated is not None:
+            digest.update(f"generated:{source.generated.model_dump_json()}\0".encode())
             continue
         else:
             files = [(path.name, path) for _, path in _files(source, Path(base_dir))]
@@ -300,6 +310,12 @@ def _read_dataset(source: SourceRecipe, base_dir: Path) -> Iterator[Document | B
     stream = datasets.load_dataset(where, source.config, split=source.split, revision=revision, streaming=True)
     for line, record in enumerate(stream, start=1):
         yield _from_record(record, source, source.dataset, line)
+
+
+def _generate(recipe: GeneratedRecipe, domain: str | None) -> Iterator[Document]:
+    """Yield the documents that a rule makes."""
+    for n, (name, text) in enumerate(zip(generated.names(recipe), generated.texts(recipe), strict=True), start=1):
+        yield Document(name, domain or recipe.rule, recipe.rule, n, text)
 
 
 READERS: dict[str, Callable[[str, Path, SourceRecipe], Iterator[Document | BadLine]]] = {

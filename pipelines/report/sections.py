@@ -490,6 +490,9 @@ def _licences(found: Findings) -> dict[str, str]:
     for artifact in found.artifacts.values():
         corpus = artifact.manifest["identity"]["recipe"].get("corpus", {})
         for source in corpus.get("sources", ()):
+            if source.get("generated"):
+                licences[source["generated"]["rule"]] = "generated: nobody's text"
+                continue
             name = source["package"] or source["files"] or source["dataset"]
             licences[name] = LICENCES.get(name, "not recorded")
     return licences
