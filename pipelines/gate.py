@@ -63,7 +63,7 @@ class PromoteRecipe(Choices):
     def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         """Yield what the other sections lack: what a rule is about has to be measured."""
         sections = {name: section for section, name in recipe.models()}
-        arms = [name for name, section in sections.items() if section != ("baselines",)]
+        arms = [name for name, section in sections.items() if section not in (("baselines",), ("variants",))]
         if self.model not in arms:
             hint = nearest(self.model, arms, "the recipe has")
             yield ("promote", "model"), f"no arm {self.model!r}{hint}"

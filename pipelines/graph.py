@@ -4,6 +4,7 @@
              │        └──────────────┬────────────────┼─ evaluate[model,eval] ── report
              └─ pack[sink] ── pretrain[arm] ──────────┘      (a vocabulary of its own: tokenizer ── pack[sink])
 
+    an arm's model ── stretch[variant] ── evaluate[variant,eval]
     an arm's model and its evaluations ── release[arm]
     release, its evaluations, the base's and the champion's ── promote
 
@@ -28,7 +29,7 @@ from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
 from longreach.pipelines.stage import Stage
-from longreach.pipelines.stages import ARM, MergeRecipe, PackStageRecipe, TokenizerRecipe
+from longreach.pipelines.stages import ARM, MergeRecipe, PackStageRecipe, StretchRecipe, TokenizerRecipe
 from longreach.training.convert import source_digest as model_digest
 from longreach.training.documents import source_digest as corpus_digest
 from longreach.training.recipe import (
@@ -43,12 +44,12 @@ from longreach.training.recipe import (
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model that is evaluated: an arm's or a baseline."""
+    """A model that is evaluated: an arm's, a variant of one, or a baseline."""
 
     stage: Stage  # the stage that makes the model folder
     rope: RopeRecipe | None  # a stretch applied while loading; None: as the folder says
     corpus: Stage  # the held-out documents in the model's own tokens
-    start: Stage | None = None  # the stage whose model the arm was trained from; None: it is a baseline
+    start: Stage | None = None  # the stage whose model the arm was trained from; None: it is no arm
 
 
 @dataclass
@@ -200,6 +201,21 @@ def _add_pretrained_arms(pipeline: Pipeline) -> None:
         pipeline.models[name] = EvaluatedModel(model, None, corpus, start)
 
 
+def add_variants(pipeline: Pipeline) -> None:
+    """Add trained arms under another stretch than their own, which no training follows."""
+    section = pipeline.recipe.finetune
+    finetuned = section.seeded_arms() if section else {}
+    for name, variant in pipeline.recipe.seeded_variants().items():
+        arm = pipeline.models[variant.of]
+        plain = arm.stage  # pretraining stretches nothing
+        if variant.of in finetuned:
+            plain = pipeline.base
+        inputs = {"model": arm.stage, "base": plain}
+        model = Stage("stretch", f"stretch[{name}]", StretchRecipe(rope=variant.rope), inputs)
+        pipeline.stages.append(model)
+        pipeline.models[name] = EvaluatedModel(model, None, arm.corpus)
+
+
 def add_evaluations(pipeline: Pipeline) -> None:
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
         # which other models are evaluated does not change a model's scores
@@ -241,6 +257,7 @@ BUILDERS: list[Callable[[Pipeline], None]] = [
     add_base,
     add_finetuned,
     add_pretrained,
+    add_variants,
     add_evaluations,
     add_releases,
     add_report,

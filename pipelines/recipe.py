@@ -21,7 +21,14 @@ from longreach.evaluation.base import EvalChoices
 from longreach.infra.choices import Choices, Location, PathOrUrl, dotted, nearest
 from longreach.infra.resources import Resources
 from longreach.pipelines.gate import PromoteRecipe
-from longreach.training.recipe import BaseRecipe, CorpusRecipe, FinetuneRecipe, PretrainRecipe, RopeRecipe
+from longreach.training.recipe import (
+    BaseRecipe,
+    CorpusRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    RopeRecipe,
+    VariantRecipe,
+)
 
 SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")  # names that become names of folders and files
 
@@ -97,6 +104,8 @@ class Recipe(Choices):
     """Context extension; left out, nothing is fine-tuned."""
     pretrain: PretrainRecipe | None = None
     """Pretraining that compares attention sinks; left out, nothing is pretrained."""
+    variants: dict[str, VariantRecipe] = Field(default_factory=dict)
+    """Trained arms under another stretch than their own, by name: evaluated beside the arms."""
     evaluate: EvaluateRecipe = EvaluateRecipe()
     """Which evaluations measure which models."""
     promote: PromoteRecipe | None = None
@@ -117,7 +126,19 @@ class Recipe(Choices):
             names["finetune", "arms"] = self.finetune.seeded_arms()
         if self.pretrain:
             names["pretrain", "arms"] = self.pretrain.arms
+        names["variants",] = self.seeded_variants()
         return [(section, name) for section, models in names.items() for name in models]
+
+    def seeded_variants(self) -> dict[str, VariantRecipe]:
+        """Return every variant by its model's name: of an arm with several seeds there is one for each."""
+        trainings = self.finetune.seeded_arms() if self.finetune else {}
+        variants = {}
+        for name, variant in self.variants.items():
+            models = [model for model, training in trainings.items() if training.of == variant.of]
+            for model in models or [variant.of]:
+                seed = model.removeprefix(variant.of)  # `.s1` of `lora.s1`, nothing of `lora`
+                variants[f"{name}{seed}"] = variant.model_copy(update={"of": model})
+        return variants
 
     def local_paths(self) -> dict[str, str]:
         """Return what may name a file or folder of this machine, by dotted field."""
@@ -141,7 +162,7 @@ class Recipe(Choices):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = [*self._name_problems(), *self._base_problems(), *self._parallel_problems()]
-        problems += self._evaluation_problems()
+        problems += [*self._variant_problems(), *self._evaluation_problems()]
         if self.promote:
             problems += self.promote.problems(self)
         if problems:
@@ -188,6 +209,25 @@ class Recipe(Choices):
             for place, rope in self.finetune.ropes().items():
                 if rope.type == "dynamic":
                     yield ("finetune", *place, "type"), message
+
+    def _variant_problems(self) -> Iterator[tuple[Location, str]]:
+        finetuned = self.finetune.seeded_arms() if self.finetune else {}
+        arms = [*finetuned, *(self.pretrain.arms if self.pretrain else ())]
+        for name, variant in self.variants.items():
+            place = ("variants", name)
+            taken = [f"{name}.s{one.seed}" for one in finetuned.values() if one.of == variant.of]
+            if twice := {*taken} & {*self.variants}:
+                yield place, f"its seeds make a model {min(twice)}, and so is another variant called: rename it"
+            if variant.of in self.baselines:
+                yield (*place, "of"), f"{variant.of} is a baseline: give the stretch to a baseline of its own"
+            elif variant.of not in arms:
+                yield (*place, "of"), f"no arm {variant.of!r}{nearest(variant.of, arms, 'the recipe has')}"
+            elif variant.of in finetuned and self.finetune:
+                own = self.finetune.rope_of(finetuned[variant.of].arm)
+                if own == variant.rope:
+                    message = f"{own.about()} is what {variant.of} was trained with: factor {own.factor:g} counts from"
+                    message += f" the base's length in both; twice the arm's length is factor {2 * own.factor:g}"
+                    yield (*place, "rope"), message
 
     def _evaluation_problems(self) -> Iterator[tuple[Location, str]]:
         known = [name for _, name in self.models()]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longreach.infra.choices import Choices
+from longreach.infra.files import link_or_copy
 from longreach.infra.resources import Resources
 from longreach.pipelines.artifacts import AdapterCheckpoint, ModelCheckpoint, PackedCorpus, TokenizerFolder
 from longreach.pipelines.evaluate import evaluate
@@ -29,6 +30,7 @@ from longreach.training.recipe import (
     FinetuneStageRecipe,
     PackRecipe,
     PretrainStageRecipe,
+    RopeRecipe,
     TrainJob,
 )
 from longreach.training.summary import PackSummary, TrainingSummary
@@ -211,6 +213,29 @@ def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path) -> di
     return merged
 
 
+# ---- stretch: a trained model under another stretch than it was trained with
+
+
+class StretchRecipe(Choices):
+    """The stretch of a variant."""
+
+    rope: RopeRecipe
+    """The whole stretch, counted from the base's positions."""
+
+
+@stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
+def stretch(model: ModelCheckpoint, base: ModelCheckpoint, *, recipe: StretchRecipe, out: Path) -> dict[str, Any]:
+    """Write the model again with another stretch in its config.json; on a local disk its weights are links."""
+    from longreach.training.model import restretched
+
+    config = restretched(model.path, base.path, recipe.rope)
+    for file in model.path.iterdir():
+        link_or_copy(str(file), str(out / file.name))
+    (out / "config.json").unlink()  # a link to the arm's own, which must not be written to
+    config.save_pretrained(out)
+    return {"context_length": config.max_position_embeddings, "rope": config.rope_parameters}
+
+
 STAGES: dict[str, StageKind] = {
     "convert": convert,
     "tokenizer": tokenizer,
@@ -218,6 +243,7 @@ STAGES: dict[str, StageKind] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "merge": merge,
+    "stretch": stretch,
     "evaluate": evaluate,
     "release": release,
     "promote": promote,

@@ -104,6 +104,32 @@ def test_seeds_that_name_a_model_twice_are_refused(small: Path) -> None:
     assert "finetune.arms.full.seeds.0: should be greater than or equal to 0" in said
 
 
+@pytest.mark.parametrize(
+    ("variant", "line"),
+    [
+        ("of: ful, rope: {type: linear, factor: 4}", "of: no arm 'ful'; did you mean full?"),
+        ("of: stretched, rope: {type: linear, factor: 4}", "of: stretched is a baseline: give the stretch to a "
+         "baseline of its own"),
+        ("of: full, rope: {type: linear, factor: 2}", "rope: RoPE linear × 2 is what full was trained with: factor 2 "
+         "counts from the base's length in both; twice the arm's length is factor 4"),
+    ],
+)  # fmt: skip
+def test_a_variant_that_would_be_none_is_refused(small: Path, variant: str, line: str) -> None:
+    (said,) = mistakes(small, f"variants={{far: {{{variant}}}}}")
+    assert said == f"--set: variants.far.{line}"
+
+
+def test_a_variant_is_there_for_each_seed_of_its_arm(small: Path) -> None:
+    far = "variants={far: {of: full, rope: {type: linear, factor: 4}}, one: {of: full.s3, rope: {}}}"
+    recipe = load(small, ["finetune.arms.full.seeds=[0, 3]", far]).recipe
+    assert {name: variant.of for name, variant in recipe.seeded_variants().items()} == {
+        "far": "full", "far.s3": "full.s3", "one": "full.s3",
+    }  # fmt: skip
+    assert ("variants",) in {section for section, name in recipe.models() if name == "far.s3"}
+    (said,) = mistakes(small, "finetune.arms.full.seeds=[0, 3]", far.replace("one:", "far.s3:"))
+    assert "variants.far: its seeds make a model far.s3, and so is another variant called: rename it" in said
+
+
 def test_arms_that_go_on_from_a_champion_have_its_stretch(small: Path) -> None:
     gate = "promote={model: full, name: m, start_from: champion, passkey: null}"
     (said,) = mistakes(small, gate, "finetune.arms.long.1.rope={type: theta, theta: 5e4, factor: 2}")

@@ -53,6 +53,7 @@ PPL = {  # by model, then length
     "full": (81.7, 28.3, 29.4),
     "lora": (99.9, 33.3, 35.1),
     "longlora": (88.8, 30.4, 31.2),
+    "lora-long": (99.0, 33.0, 20.0),
     "no-sink": (911.0, 905.5, 1204.1),
     "sink-token": (912.0, 907.5, 1210.9),
 }
@@ -280,6 +281,7 @@ def streaming_rows(model: str, choices: Streaming.Choices) -> tuple[list[dict], 
 WRITERS = {
     "convert": write_base, "pack": write_corpus, "finetune": write_arm, "merge": write_merged, "pretrain": write_arm,
     "evaluate": write_scores, "tokenizer": write_tokenizer, "release": write_merged, "promote": write_merged,
+    "stretch": write_merged,
 }  # fmt: skip
 
 
@@ -667,6 +669,24 @@ def test_models_that_differ_by_their_seed_only_are_known_as_one_arm(inputs, tmp_
     models = gather(artifacts).models
     assert {name: model.of for name, model in models.items()} == {"full": "full", "lora": "lora", "lora.s5": "lora"}
     assert [model.about for model in models.values()] == ["all weights", "LoRA r=8, seed 0", "LoRA r=8, seed 5"]
+
+
+def test_a_variant_is_a_trained_model_whose_stretch_cost_nothing_more(tmp_path, no_pictures):
+    variants = {"lora-long": {"of": "lora", "rope": {"type": "yarn", "factor": 4}}}
+    some = {"perplexity": RECIPE["evaluate"]["perplexity"]}
+    recipe, artifacts = make_inputs(tmp_path, RECIPE | {"variants": variants, "pretrain": None, "evaluate": some})
+    out, result = write((recipe, artifacts), tmp_path / "out")
+    found = gather(artifacts)
+    assert found.models["lora-long"].variant_of is found.models["lora"]
+    names = [row[0] for row in page_of(out).rows]
+    assert "lora-long\nlora stretched after its training, RoPE yarn × 4" in names
+    assert (
+        "lora-long is the best trained arm with perplexity 20.0: better than anything untrained" in result["headline"]
+    )
+    assert "lora-long" not in result["headline"].partition("trained at")[2], "it was not trained, so it has no speed"
+    assert "cost/wall_s/lora-long" not in result["metrics"]
+    page = (out / "report.html").read_text()
+    assert "On the frontier: theta (31.9), longlora (31.2), lora-long (20.0)." in page, "it costs what its arm did"
 
 
 def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(inputs, tmp_path, no_pictures):

@@ -77,6 +77,16 @@ def test_an_arm_with_seeds_is_several_models_that_differ_by_their_seed_alone():
     assert differences(old["finetune[full]"].identity, new["finetune[full]"].identity) == ["recipe.seed: 0 -> 7"]
 
 
+def test_a_variant_is_made_from_its_arms_model_and_the_bases_positions():
+    rope = "{type: linear, factor: 4}"
+    variants = f"variants={{far: {{of: lora, rope: {rope}}}, raw: {{of: no-sink, rope: {rope}}}}}"
+    made = stages(variants, "evaluate={perplexity: {lengths: [2048], models: [far]}}")
+    assert made["stretch[far]"].inputs == {"model": made["merge[lora]"], "base": made["convert"]}
+    assert made["stretch[raw]"].inputs == {"model": made["pretrain[no-sink]"], "base": made["pretrain[no-sink]"]}
+    assert made["evaluate[far,perplexity]"].inputs["model"] is made["stretch[far]"]
+    assert "release[far]" not in made
+
+
 def test_the_row_length_changes_everything_after_packing_but_not_the_base():
     again = changed("finetune.pack.seq_len=2048", "finetune.global_batch_tokens=4096")
     assert "convert" not in again

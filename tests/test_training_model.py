@@ -4,6 +4,8 @@ import pytest
 import torch
 from toy_models import TINY, VOCAB, tiny_folder, tiny_tokenizer
 
+from longreach.pipelines.artifacts import ModelCheckpoint
+from longreach.pipelines.stages import StretchRecipe, stretch
 from longreach.training.model import describe, fit_embeddings, fresh_llama, load_model
 from longreach.training.recipe import RopeRecipe
 
@@ -36,6 +38,25 @@ def test_a_stretch_travels_in_the_saved_config(tmp_path):
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, stretched(ids).logits)
+
+
+@pytest.mark.parametrize("trained", [{"type": "linear", "factor": 2}, {"type": "theta", "theta": 3e5, "factor": 2}])
+@pytest.mark.parametrize("later", [{"type": "linear", "factor": 4}, {"type": "yarn", "factor": 4}, {}])
+def test_a_variant_has_its_arms_weights_and_the_whole_stretch_counted_from_the_base(tmp_path, trained, later):
+    base, arm, out = tiny_folder(tmp_path / "base"), tmp_path / "arm", tmp_path / "out"
+    model, tokenizer = load_model(base, rope=RopeRecipe(**trained))
+    model.save_pretrained(arm)
+    tokenizer.save_pretrained(arm)
+    before = (arm / "config.json").read_bytes()
+    out.mkdir()
+    facts = stretch(ModelCheckpoint(arm, {}), ModelCheckpoint(base, {}), recipe=StretchRecipe(rope=later), out=out)
+    variant, expected = load_model(out)[0], load_model(base, rope=RopeRecipe(**later))[0]
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(variant(ids).logits, expected(ids).logits)
+    assert facts["context_length"] == expected.config.max_position_embeddings
+    assert (arm / "config.json").read_bytes() == before, "the arm's own files stay as they are"
+    assert (out / "model.safetensors").samefile(arm / "model.safetensors")
 
 
 def test_weights_come_in_the_asked_type(tmp_path):

@@ -18,6 +18,7 @@ from transformers import (
     GraniteSWAForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -46,6 +47,19 @@ def load_model(
         folder, config=config, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
     )
     return model, tokenizer
+
+
+def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTrainedConfig:
+    """Return a model's config with another stretch than it was trained with, counted from its base's positions.
+
+    ValueError if the base cannot be stretched so.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    plain = AutoConfig.from_pretrained(base, local_files_only=True)
+    asked = stretched_config(plain, rope.type, rope.factor, rope.theta)
+    config.rope_parameters = asked.rope_parameters
+    config.max_position_embeddings = asked.max_position_embeddings
+    return config
 
 
 def describe(folder: Path | str) -> dict[str, Any]:

@@ -46,6 +46,15 @@ class RopeRecipe(Choices):
         return "RoPE as it is" if self.type == "none" else f"RoPE {self.type} × {self.factor:g}"
 
 
+class VariantRecipe(Choices):
+    """A trained arm under another stretch, which takes the place of the one that it was trained with."""
+
+    of: str
+    """An arm, all of whose seeds get this variant, or the model of one seed (`ARM.sSEED`)."""
+    rope: RopeRecipe
+    """The whole stretch: `factor` counts from the base's length, never from the arm's."""
+
+
 class BaseRecipe(Choices):
     """The model that everything starts from."""
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,17 +31,18 @@ NOT_RUN = "not run, since "  # the reason of a stage that failed only because on
 
 @dataclass
 class Model:
-    """A baseline, a fine-tuned arm or a pretrained one, with all that its artifacts say."""
+    """A baseline, an arm that was fine-tuned or pretrained, or a variant of one, with all that its artifacts say."""
 
     name: str
     kind: str
-    """baseline, finetune or pretrain; `failed finetune` or `failed pretrain` where training did not end."""
+    """baseline, finetune, pretrain or variant; `failed finetune` or `failed pretrain` where training did not end."""
     about: str
     of: str = ""
     """The arm that it is a seed of: models that have it in common differ by their seed only. The name
     of the first of them, which is its own where the arm was trained once; empty for a baseline."""
+    variant_of: Model | None = None  # the arm that was stretched once more, after its training
     summary: TrainingSummary | None = None
-    """What its training says of itself; None for a baseline and where training did not end."""
+    """What its training says of itself; None for a baseline, a variant and where training did not end."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
     scores: dict[str, EvalScores] = field(default_factory=dict)  # scores without their cases, by evaluation
@@ -101,7 +102,12 @@ class Findings:
     @property
     def compared(self) -> dict[str, Model]:
         """The models that come from the base, whose numbers compare."""
-        return self.of("baseline", "finetune", "failed finetune")
+        return {
+            name: model
+            for name, model in self.models.items()
+            if model.kind in ("baseline", "finetune", "failed finetune")
+            or (model.variant_of and model.variant_of.kind == "finetune")
+        }
 
     @property
     def trained(self) -> dict[str, Model]:
@@ -162,7 +168,7 @@ def gather(
         elif artifact.stage == "pack":
             findings.packs[label] = _pack_summary(artifact)
         elif artifact.stage in ("finetune", "pretrain"):
-            name = label.partition("[")[2].removesuffix("]")
+            name = _model_of(label)
             arms[name] = _arm(name, artifact)
             first = firsts.setdefault(_but_for_its_seed(artifact), arms[name])
             arms[name].of = first.name
@@ -173,17 +179,18 @@ def gather(
     for arm in arms.values():
         if [other.of for other in arms.values()].count(arm.of) > 1:
             arm.about += f", seed {arm.training.seed}"
+    variants = {variant.name: variant for variant in _variants(artifacts, arms)}
     for artifact in artifacts.values():
         if artifact.stage == "evaluate":
             choices = artifact.manifest["identity"]["recipe"]
             name = choices["model"]
-            model = arms.get(name) or findings.models.get(name)
+            model = arms.get(name) or variants.get(name) or findings.models.get(name)
             if model is None:
                 model = findings.models[name] = Model(name, "baseline", about_rope(choices["rope"]))
             content = read(artifact, "scores.json", "eval", "rows", "summary", "protocol", "recipe")
             fields = {one.name for one in dataclasses.fields(EvalScores)}
             model.scores[choices["eval"]] = EvalScores(**{key: content[key] for key in fields & content.keys()})
-    findings.models |= arms  # after the baselines
+    findings.models |= arms | variants  # after the baselines
     for label, reason in findings.failed.items():
         _note_failure(findings, label, reason)
     return findings
@@ -197,7 +204,28 @@ def _arm(name: str, artifact: Artifact) -> Model:
             f"{artifact.manifest['label']}: its summary is not as this version writes it: {error}"
         ) from error
     steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return Model(name, artifact.stage, about_arm(summary), "", summary, [json.loads(line) for line in steps])
+    return Model(name, artifact.stage, about_arm(summary), summary=summary, steps=[json.loads(line) for line in steps])
+
+
+def _variants(artifacts: Mapping[str, Artifact], arms: dict[str, Model]) -> Iterator[Model]:
+    """Yield the arms' variants: an arm's model, stretched in another way after its training."""
+    made = {artifact.fingerprint: label for label, artifact in artifacts.items()}
+    firsts: dict[tuple[str, RopeRecipe], str] = {}  # the first variant of those of one arm's seeds
+    for label, artifact in artifacts.items():
+        if artifact.stage != "stretch":
+            continue
+        identity = artifact.manifest["identity"]
+        rope = RopeRecipe.model_validate(identity["recipe"]["rope"])
+        name, arm = _model_of(label), arms.get(_model_of(made.get(identity["inputs"]["model"], "")))
+        about, of = f"stretched after its training, {rope.about()}", name
+        if arm:
+            about, of = f"{arm.name} {about}", firsts.setdefault((arm.of, rope), name)
+        yield Model(name, "variant", about, of, variant_of=arm)
+
+
+def _model_of(label: str) -> str:
+    """Return the model's name in a stage's label: `lora` in `merge[lora]`."""
+    return label.partition("[")[2].removesuffix("]")
 
 
 def _but_for_its_seed(artifact: Artifact) -> str:

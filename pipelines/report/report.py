@@ -130,7 +130,7 @@ def _gain(found: Findings) -> list[str]:
     length, ppl = found.greatest()
     if not ppl:
         return []
-    arms = [name for name in ppl if name in found.of("finetune")]
+    arms = [name for name in ppl if name in found.of("finetune", "variant")]
     untrained = [name for name in ppl if name not in arms]
     listed = ", ".join(f"{name} {perplexity_text(ppl[name])}" for name in untrained)
     text = f"At {length:,} tokens"

@@ -200,8 +200,10 @@ def _frontier_figure(found: Findings) -> list[Figure]:
     length, ppl = found.greatest()
     price = found.prices.price_per_hour
     costs = {}
-    for name, model in found.trained.items():
-        costs[name] = model.rank_hours * price if price else model.training.wall_s
+    for name, model in found.compared.items():
+        paid = model.variant_of or model  # a stretch after training costs nothing more
+        if paid.summary:
+            costs[name] = paid.rank_hours * price if price else paid.summary.wall_s
     points = {name: (costs.get(name, 0.0), value) for name, value in ppl.items() if finite(value)}
     if not costs.keys() & points.keys():
         return []
