@@ -8,29 +8,46 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+from longreach.infra.forkserver import fork_server
+
 
 @contextlib.contextmanager
-def connected(address: str | None, *, cpus: int | None = None) -> Iterator[ModuleType]:
+def connected(
+    address: str | None, *, cpus: int | None = None, workers_import: Sequence[str] = ()
+) -> Iterator[ModuleType]:
     """Connect to Ray, give the block its module, and in the end shut down every process that was
     started for it. `address`: a cluster's address; None starts one here, whatever a stale
     `current-cluster` file says. `cpus`: CPUs that a cluster of our own offers; all of the machine's
-    if None. Raises ValueError: no cluster answers at `address`."""
+    if None. `workers_import`: modules that a cluster of our own imports once for all its workers
+    (infra/forkserver.py). Raises ValueError: no cluster answers at `address`."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default makes each report cost 2 s
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # else one more process at each start
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asks for no GPU sees none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None and "ray" not in sys.modules:  # Ray does so itself since 2.59; it is read when Ray is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address is None:  # those that Ray starts before it needs them lack our settings, and would never be used
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # else it prints that tokens are on
-    import ray
-
-    if ray.is_initialized():  # a caller (a test session) owns the cluster
-        yield ray
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # a caller (a test session) owns the cluster
+        yield sys.modules["ray"]
         return
+    with contextlib.ExitStack() as stack:
+        runtime_env = {}
+        if address is None and workers_import:
+            runtime_env["py_executable"] = stack.enter_context(fork_server(workers_import))
+        import ray
+
+        _init(ray, address, cpus, runtime_env)
+        stack.callback(ray.shutdown)
+        yield ray
+
+
+def _init(ray: ModuleType, address: str | None, cpus: int | None, runtime_env: dict[str, Any]) -> None:
     # The dashboard stays on although it costs seconds: else Ray Train cannot ask the state API for a
     # dead driver's placement group, which then keeps its CPUs for ever.
     try:
@@ -38,17 +55,13 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Modul
         if colon and port.isdigit() and "://" not in host:  # Ray itself would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(
-            address or "local", num_cpus=None if address else cpus, job_config=_job_config(),
+            address or "local", num_cpus=None if address else cpus, job_config=_job_config(), runtime_env=runtime_env,
             log_to_driver=False, logging_level=logging.WARNING, configure_logging=True,
         )  # fmt: skip
     except OSError as error:  # Ray's ConnectionError too
         if address is None:
             raise
         raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): is it up?") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def _job_config() -> Any:

@@ -46,6 +46,15 @@ from longreach.pipelines.worker import Done, Task, execute, file_name, known_ver
 
 IN_FLIGHT = 1000
 """Stages that Ray has at a time; each takes 30 KiB of this process."""
+WORKERS_IMPORT = (
+    "longreach.pipelines.worker",
+    "longreach.training.loop",
+    "deepspeed",
+    "datasets",
+    "altair",
+    "ray.train.torch",
+)
+"""What is imported once for all workers: the slowest of what they use. The others import the rest themselves."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads; the others' are read by the workers that need them."""
 
@@ -254,12 +263,15 @@ def _description(run: _Run, report: Report) -> str:
 def _run_on_ray(run: _Run) -> None:
     """Connect to Ray, run what is missing, and report on what was done even if something failed."""
     from longreach.infra.cluster import connected
+    from longreach.infra.launch import train_settings
 
-    with connected(run.address) as ray:
+    on_gpus = run.loaded.recipe.resources.gpus_per_worker > 0  # not tried there: CUDA and forks are a matter of care
+    with connected(run.address, workers_import=() if on_gpus else WORKERS_IMPORT) as ray:
         run.stopping.listen()  # Ray has set a handler of its own
         environment = {TRACKING: os.environ[TRACKING]}
         # Ray Train's helpers look for the cluster, and find two where another one runs on this machine.
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        environment |= train_settings()
         collector: Any = None  # the actor lives as long as this reference
         if run.address:  # other nodes do not see this disk
             collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)

@@ -12,10 +12,11 @@ import pytest
 def cluster():
     """One Ray cluster of two CPUs for all tests that run tasks in it; its workers import the helpers in tests/."""
     from longreach.infra.cluster import connected
+    from longreach.pipelines.run import WORKERS_IMPORT
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        with connected(None, cpus=2) as ray:
+        with connected(None, cpus=2, workers_import=WORKERS_IMPORT) as ray:
             yield ray
 
 

@@ -1,0 +1,166 @@
+"""Start Ray's workers in a tenth of a second: as forks of one process that has imported what they use.
+
+torch, transformers, peft, deepspeed and Ray Train take five CPU seconds to import, and a small run has
+a dozen workers. So the driver starts a server that imports them once, while Ray itself starts. Ray
+starts its workers by this file (`py_executable` of a runtime environment), which asks the server for a
+fork and ends; the fork becomes the worker. Where no server answers, this file becomes the worker in
+the ordinary way.
+
+A fork is a process like any other: if it crashes or is killed, the server and the other workers live
+on. The server ends with the process that started it, the workers end with Ray.
+
+    with fork_server(["torch", "ray.train.torch"]) as executable:
+        ray.init(runtime_env={"py_executable": executable})
+
+As Ray's worker command this file runs once for each worker, so it imports nothing that takes time.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+STREAMS = 3  # standard input, output and error
+OOM_SCORE = Path("/proc/self/oom_score_adj")
+"""Whom Linux kills first when memory is short: Ray gives its workers 1,000, so that drivers live on."""
+WAITING = 64  # workers that may ask while the server still imports
+
+
+@contextlib.contextmanager
+def fork_server(modules: Sequence[str]) -> Iterator[str]:
+    """Start a server that imports `modules`, and give the block Ray's `py_executable`."""
+    import shlex
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="longreach-") as folder:
+        address = os.path.join(folder, "fork")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(address)
+            listening.listen(WAITING)
+            server = subprocess.Popen(
+                [sys.executable, "-P", "-m", "longreach.infra.forkserver", "serve", str(listening.fileno()), *modules],
+                # One thread, as Ray tells its workers. CUDA does not survive a fork: nothing may look for a GPU here.
+                env={"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+                pass_fds=[listening.fileno()],
+                stdin=subprocess.PIPE,  # closed when this process ends in whatever way: then the server ends
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is meant for the driver
+            )
+        try:
+            yield shlex.join([sys.executable, "-S", "-E", "-P", os.path.abspath(__file__), "ask", address])
+        finally:
+            server.kill()
+            server.communicate()
+
+
+def serve(listening: socket.socket, modules: Sequence[str]) -> None:
+    """Import the modules and fork for everybody who asks, until standard input is closed.
+
+    Ray reads its settings (RAY_...) from the environment when it is imported, and among them is the
+    job's number: so Ray's modules wait for the first who asks, and those with other settings get no fork.
+    """
+    import importlib
+    import select
+
+    for module in modules:
+        if module.partition(".")[0] != "ray":
+            importlib.import_module(module)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks: the system removes them
+    settings: dict[str, str] = {}
+    while True:
+        ready, _, _ = select.select([listening, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(ConnectionError):
+            request, streams = _receive(connection)
+            asked = {name: value for name, value in request["environment"].items() if name.startswith("RAY_")}
+            if not settings:
+                settings = asked
+                os.environ.update(asked)
+                for module in modules:
+                    importlib.import_module(module)
+            if asked == settings:
+                if not os.fork():
+                    listening.close()
+                    _become(request, streams)
+                connection.sendall(b"forked")
+            for stream in streams:
+                os.close(stream)
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Read a request, which `ask` wrote, and the three streams that came with it."""
+    size, streams, _, _ = socket.recv_fds(connection, 8, STREAMS)
+    with connection.makefile("rb") as file:
+        text = file.read(int.from_bytes(size, "big"))
+    if len(streams) < STREAMS or not text.endswith(b"}"):
+        raise ConnectionError("the process that asked has ended within its request")
+    return json.loads(text), streams
+
+
+def _become(request: dict[str, Any], streams: list[int]) -> None:
+    """Turn this fork into the process that was asked for, and end it as that process ends."""
+    import runpy
+
+    import numpy as np
+
+    code = 1
+    try:
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+            os.close(stream)
+        os.setpgid(0, 0)  # as Ray's workers: what is sent to the driver's group is not sent to them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked_signals"])
+        if request["oom_score"]:
+            OOM_SCORE.write_text(request["oom_score"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        np.random.seed()  # else all forks draw the same numbers; Python's own generator sees to it itself
+        sys.argv = request["arguments"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else bool(ended.code)
+    except BaseException:  # noqa: BLE001  whatever it is, it ends this process and not the server
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ask(address: str, arguments: list[str]) -> None:
+    """Have the server start Python with these arguments and this process' environment; else become it."""
+    request = {
+        "arguments": arguments,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "blocked_signals": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+        "oom_score": OOM_SCORE.read_text() if OOM_SCORE.exists() else "",
+    }
+    text = json.dumps(request).encode()
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        socket.send_fds(connection, [len(text).to_bytes(8, "big")], range(STREAMS))
+        connection.sendall(text)
+        if connection.recv(8):
+            return
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
+    else:
+        ask(sys.argv[2], sys.argv[3:])

@@ -1,0 +1,104 @@
+"""Processes that are forked from a server which has imported for them, and start like any other."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from longreach.infra.forkserver import fork_server
+
+TELL = """
+import os, signal, sys
+imported = "wave" in sys.modules
+print(sys.argv[1], os.environ["SAID"], os.getcwd(), imported, os.getpid() == os.getpgid(0))
+print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])) == [signal.SIGUSR1], end=" ")
+print(open("/proc/self/oom_score_adj").read().strip(), flush=True)
+print("to stderr", file=sys.stderr)
+if sys.argv[1] == "crash":
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "tell.py"
+    path.write_text(TELL)
+    return path
+
+
+def like_a_worker() -> None:
+    """In a child, before it starts: what Ray sets for its workers."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGUSR1])
+    Path("/proc/self/oom_score_adj").write_text("123")
+
+
+def start(executable: str, script: Path, word: str, **environment: str) -> list[str]:
+    """Start the script as Ray starts a worker, and return the lines that it wrote."""
+    done = subprocess.run(
+        [*shlex.split(executable), str(script), word],
+        cwd=script.parent,
+        env={**os.environ, "SAID": "said", "RAY_JOB_ID": "1", **environment},
+        preexec_fn=like_a_worker,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == "to stderr\n"
+    return done.stdout.splitlines()
+
+
+def test_a_fork_has_what_the_server_imported_and_all_else_from_who_asked_for_it(script):
+    with fork_server(["wave"]) as executable:
+        assert start(executable, script, "first") == [f"first said {script.parent} True True", "True 123"]
+        assert start(executable, script, "other", SAID="b")[0] == f"other b {script.parent} True True"
+
+
+def test_a_fork_that_crashes_leaves_the_server_alone(script):
+    with fork_server(["wave"]) as executable:
+        for word in ("crash", "next"):
+            assert " True " in start(executable, script, word)[0]
+
+
+def test_who_has_other_settings_of_ray_starts_without_the_server_as_ray_reads_them_at_import(script):
+    with fork_server(["wave"]) as executable:
+        assert start(executable, script, "first")[0] == f"first said {script.parent} True True"
+        other = start(executable, script, "other", RAY_JOB_ID="2")
+    assert other[0].startswith(f"other said {script.parent} False")
+
+
+def test_without_a_server_a_worker_starts_in_the_ordinary_way(script):
+    with fork_server(["no_such_module"]) as executable:
+        assert start(executable, script, "one")[0].startswith(f"one said {script.parent} False")
+    assert start(executable, script, "two")[0].startswith(f"two said {script.parent} False")
+
+
+def test_the_server_ends_with_the_process_that_started_it():
+    code = "import time; from longreach.infra.forkserver import fork_server\n"
+    code += "with fork_server(['wave']):\n    print('up', flush=True); time.sleep(60)"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == b"up\n"
+    (server,) = psutil.Process(owner.pid).children()
+    owner.kill()
+    owner.communicate()
+    server.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_rays_workers_are_forks_and_a_killed_one_takes_no_other_along(cluster):
+    @cluster.remote(max_retries=0)
+    def parent_of_worker(kill: bool = False) -> int:
+        if kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getppid()
+
+    servers = [child.pid for child in psutil.Process().children() if "serve" in child.cmdline()]
+    assert cluster.get(parent_of_worker.remote()) in servers
+    with pytest.raises(cluster.exceptions.WorkerCrashedError):
+        cluster.get(parent_of_worker.remote(kill=True))
+    assert cluster.get(parent_of_worker.remote()) in servers
