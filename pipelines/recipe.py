@@ -22,6 +22,7 @@ from longreach.infra.choices import Choices, Location, PathOrUrl, dotted, neares
 from longreach.infra.resources import Resources
 from longreach.pipelines.gate import PromoteRecipe
 from longreach.training.recipe import (
+    PACKAGE,
     BaseRecipe,
     CorpusRecipe,
     FinetuneRecipe,
@@ -148,6 +149,9 @@ class Recipe(Choices):
                 paths[f"corpus.sources.{index}.files"] = source.files
             if source.dataset and Path(source.dataset).exists():
                 paths[f"corpus.sources.{index}.dataset"] = source.dataset
+            for n, entry in enumerate(source.repositories):
+                if not entry.startswith(PACKAGE):
+                    paths[f"corpus.sources.{index}.repositories.{n}"] = entry
         if Path(self.base.source).is_dir():
             paths["base.source"] = self.base.source
         for name, section in self.evaluate.chosen().items():

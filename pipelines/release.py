@@ -22,6 +22,7 @@ from longreach.pipelines.gate import MEASURED_BY
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.report.findings import about_arm
 from longreach.training.convert import kept_files
+from longreach.training.recipe import SourceRecipe
 from longreach.training.summary import TrainingSummary
 
 if TYPE_CHECKING:
@@ -115,10 +116,9 @@ class Card:
         self.licence = "unknown"
         if not self.scratch:
             self.licence = str(self.origin.get("licence") or "unknown")
-        self.sources = []
+        self.sources: list[str] = []
         for source in corpus.manifest["identity"]["recipe"]["corpus"]["sources"]:
-            place = source.get("package") or source.get("files") or source.get("dataset")
-            self.sources.append(str(place))
+            self.sources += SourceRecipe.model_validate(source).places()
 
         self.own: dict[str, EvalScores] = {}
         """The model's scores by evaluation."""

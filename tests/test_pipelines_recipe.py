@@ -333,6 +333,14 @@ def test_a_whole_number_is_the_same_value_as_the_float(small: Path) -> None:
     )
 
 
+def test_folders_of_repositories_are_local_paths_and_installed_packages_are_not(small: Path) -> None:
+    source = "corpus.sources.1={repositories: ['package:rich', 'checkouts/*']}"
+    local = load(small, [source]).recipe.local_paths()
+    assert {field: path for field, path in local.items() if "sources.1" in field} == {
+        "corpus.sources.1.repositories.1": "checkouts/*"
+    }
+
+
 def test_overrides_reach_list_items_new_arms_dotted_names_and_absent_sections(small: Path) -> None:
     recipe = load(
         small,

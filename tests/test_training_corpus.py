@@ -279,6 +279,18 @@ def test_more_malformed_entries_than_the_limit_fail_naming_the_first(tmp_path):
         pack(tmp_path, tmp_path / "out", files="*.jsonl", corpus={"max_bad_fraction": 0.02})
 
 
+def test_the_files_of_a_repository_are_entries_among_which_malformed_ones_count(tmp_path):
+    (tmp_path / "repo").mkdir()
+    for n in range(199):
+        (tmp_path / "repo" / f"f{n:03d}.py").write_text(f"x{n} = {n}")
+    (tmp_path / "repo" / "latin.py").write_bytes("é".encode("latin-1"))
+    sources = CorpusRecipe(sources=(SourceRecipe(repositories=(str(tmp_path / "repo"),)),))
+    (tmp_path / "out").mkdir()
+    packed = pack_corpus(sources, PackRecipe(seq_len=64), toy_tokenizer(), tmp_path / "out")
+    assert packed.bad.fraction == 1 / 200  # of documents it would be one half
+    assert packed.documents["train"] == 1
+
+
 def test_the_list_of_malformed_entries_is_bounded_their_count_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "MAX_LISTED", 5)
     write_lines(tmp_path, good=1, bad=20)

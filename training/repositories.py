@@ -1,0 +1,178 @@
+"""A repository as a document: its files in the order of their paths, each headed by its path.
+
+Repositories repeat names, signatures and idioms over thousands of tokens, so that a model gains from
+a long context there, where speeches and plays hardly do.
+
+    from longreach.training.repositories import find_repositories
+    find_repositories(SourceRecipe(repositories=("package:jinja2",)), Path("."))
+
+No torch here: `longreach plan` lists and hashes the files.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from longreach.training.recipe import PACKAGE, SourceRecipe
+
+FIELD = "corpus source repositories"  # how messages call it
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One repository: its name, which split patterns match, and the files that are read."""
+
+    name: str  # `peft.tuners.lora` for a package, a folder's own name for a folder
+    folder: Path
+    files: tuple[tuple[str, Path], ...]
+    """(path as the file's header shows it, where the file is), in the order of reading."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive files of a repository, as one text."""
+
+    name: str  # the repository's; with `#1`, `#2`, ... if it has several pieces
+    text: str
+    files: int  # number of files in the text
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that is no UTF-8 text."""
+
+    path: Path
+    line: int
+    reason: str
+
+
+def find_repositories(source: SourceRecipe, base_dir: Path) -> list[Repository]:
+    """Return a source's repositories in the recipe's order, those of a glob by name.
+
+    Raises:
+        ValueError: a package is not installed or no folder is found, patterns find no file, or a
+            folder is named twice.
+    """
+    found: dict[Path, Repository] = {}
+    for entry in source.repositories:
+        for name, folder in _folders(entry, base_dir):
+            if folder in found:
+                raise ValueError(f"{FIELD}: {entry!r} is {folder}, which is named twice: remove one")
+            files = _files(folder, source.patterns)
+            if not files:
+                patterns = ", ".join(source.patterns)
+                raise ValueError(f"{FIELD}: in {entry!r} {patterns} finds no file (looked in {folder})")
+            head = name.replace(".", "/") if entry.startswith(PACKAGE) else name
+            shown = tuple((f"{head}/{file}", folder / file) for file in files)
+            found[folder] = Repository(name, folder, shown)
+    return list(found.values())
+
+
+def read_pieces(repository: Repository, max_chars: int) -> Iterator[Piece | Unreadable]:
+    """Yield a repository's text, cut before the file that would take a piece over `max_chars`.
+
+    A longer file stays whole. Blank files are left out. One piece is in memory at a time.
+    """
+    parts: list[str] = []
+    chars = cuts = 0
+    for shown, path in repository.files:
+        text = _read(path)
+        if isinstance(text, Unreadable):
+            yield text
+            continue
+        if not text.strip():
+            continue
+        part = f"# path: {shown}\n{text.rstrip()}\n"
+        if parts and chars + len(part) > max_chars:
+            cuts += 1
+            yield Piece(f"{repository.name}#{cuts}", "\n".join(parts), len(parts))
+            parts, chars = [], 0
+        parts.append(part)
+        chars += len(part) + 1
+    if parts:
+        name = f"{repository.name}#{cuts + 1}" if cuts else repository.name
+        yield Piece(name, "\n".join(parts), len(parts))
+
+
+def _folders(entry: str, base_dir: Path) -> list[tuple[str, Path]]:
+    """Return (name, folder) of what one entry of `repositories` names."""
+    if entry.startswith(PACKAGE):
+        name = entry.removeprefix(PACKAGE)
+        return [(name, _package(name))]
+    matches = [base_dir / match for match in glob.glob(entry, root_dir=base_dir, recursive=True)]
+    folders = sorted(match.resolve() for match in matches if match.is_dir())
+    if not folders:
+        raise ValueError(f"{FIELD}: {entry!r} finds no folder (looked for {base_dir / entry})")
+    return [(folder.name, folder) for folder in folders]
+
+
+def _package(name: str) -> Path:
+    """Return the folder of an installed package or of a part of it, without importing anything."""
+    top, *inner = name.split(".")
+    spec = importlib.util.find_spec(top)  # of a dotted name it would import the parents
+    if spec is None:
+        raise ValueError(
+            f"{FIELD}: {PACKAGE}{name} is not installed here: install it, or name it as `import` does "
+            f"({PACKAGE}sklearn for scikit-learn)"
+        )
+    places = [Path(place, *inner) for place in spec.submodule_search_locations or ()]
+    folders = [place.resolve() for place in places if place.is_dir()]
+    if len(folders) != 1:
+        raise ValueError(f"{FIELD}: {PACKAGE}{name} is {len(folders)} folders, not 1: name another part of it")
+    return folders[0]
+
+
+def _files(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """Return the files that patterns choose, relative to the folder, in the order of their paths.
+
+    Never read: what is hidden, __pycache__, virtual environments, and folders that are links.
+    """
+    wanted, unwanted = [], []
+    for pattern in patterns:
+        if pattern.startswith("!"):
+            unwanted.append(pattern[1:].split("/"))
+        else:
+            wanted.append(pattern.split("/"))
+    chosen = []
+    for place, inner, files in os.walk(folder):
+        if "pyvenv.cfg" in files:
+            inner.clear()
+            continue
+        inner[:] = [one for one in inner if not one.startswith(".") and one != "__pycache__"]
+        for file in files:
+            path = Path(place, file)
+            parts = path.relative_to(folder).parts
+            if file.startswith(".") or not path.is_file():
+                continue
+            left_out = any(_matches(parts, one) for one in unwanted)
+            if not left_out and any(_matches(parts, one) for one in wanted):
+                chosen.append(parts)
+    return ["/".join(parts) for parts in sorted(chosen)]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a pattern, both in parts: `**` is any number of folders, `*` stays in one."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _read(path: Path) -> str | Unreadable:
+    """Return a file's text with Unix' line ends, or why it is none."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Unreadable(path, 1 + raw[: error.start].count(b"\n"), f"invalid UTF-8: {error.reason}")
+    if "\0" in text:
+        line = 1 + text[: text.index("\0")].count("\n")
+        return Unreadable(path, line, "binary: a byte 0")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
