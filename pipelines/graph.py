@@ -189,11 +189,15 @@ def _add_pretrained_arms(pipeline: Pipeline) -> None:
     corpus = pipeline.packed("pack[sink]", section.pack, start)
     pipeline.stages.append(corpus)
     for name, arm in section.arms.items():
+        optim = _optim(section)
+        if arm.learning_rate is not None:
+            optim = optim.model_copy(update={"learning_rate": arm.learning_rate})
         choices = PretrainStageRecipe(
             model=section.model,
             sink=arm.sink,
+            train=arm.train,
             sink_mass_every=section.sink_mass_every,
-            optim=_optim(section),
+            optim=optim,
             seed=pipeline.recipe.seed,
         )
         model = Stage("pretrain", f"pretrain[{name}]", choices, {"corpus": corpus, "base": start})

@@ -8,7 +8,7 @@ import pytest
 
 from longreach.training import generated
 from longreach.training.documents import Document, known_names, read_documents, source_digest
-from longreach.training.generated import FIRST, SYMBOLS, texts
+from longreach.training.generated import OPENING, SYMBOLS, texts
 from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, PackRecipe, SourceRecipe
 
 
@@ -41,9 +41,15 @@ def test_after_a_trigger_comes_the_symbol_before_it_and_nothing_else():
 
 def test_documents_begin_with_one_symbol_that_stands_nowhere_else_and_then_no_trigger():
     for text in texts(made()):
-        assert (text[0], text.count(FIRST), len(text)) == (FIRST, 1, 200)
+        assert (text[0], text.count(OPENING), len(text)) == (OPENING, 1, 200)
         assert text[1] not in SYMBOLS[:4]
         assert set(text[1:]) <= set(SYMBOLS[:32])
+
+
+def test_without_an_opening_documents_begin_with_any_symbol_that_is_no_trigger():
+    first = {text[0] for text in texts(made(documents=200, opening=False))}
+    assert first == set(SYMBOLS[4:32])
+    assert {len(text) for text in texts(made(opening=False))} == {200}
 
 
 def test_sources_of_one_seed_speak_one_language_and_share_no_document():

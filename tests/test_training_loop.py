@@ -283,6 +283,36 @@ def test_sink_arms_start_alike_from_a_base_too(tmp_path):
     assert all(p.requires_grad for p in weights["logit"].values())
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_sink_token_s_embedding_can_train_alone(tmp_path, stage):
+    """Every other weight of the result is the base's, bit by bit, under every ZeRO stage."""
+    tiny_folder(tmp_path / "base")
+    packed_corpus(tmp_path, first_token="sink")
+    resources = {"zero_stage": stage}
+    todo = job(tmp_path, kind="pretrain", sink="token", train="sink", rope={}, resources=resources)
+    train(todo)
+    base, trained = (AutoModelForCausalLM.from_pretrained(at).state_dict() for at in (tmp_path / "base", todo["out"]))
+    embeddings = ("model.embed_tokens.weight", "lm_head.weight")
+    for name, weight in trained.items():
+        rows = VOCAB if name in embeddings else len(weight)
+        assert torch.equal(weight[:rows], base[name])
+    start = base["model.embed_tokens.weight"].mean(0)
+    assert not torch.allclose(trained["model.embed_tokens.weight"][VOCAB], start, atol=1e-3)
+
+
+def test_sink_logits_can_train_alone(tmp_path):
+    tiny_folder(tmp_path / "base")
+    packed_corpus(tmp_path, first_token="sink")
+    todo = job(tmp_path, kind="pretrain", sink="logit", train="sink", rope={})
+    train(todo)
+    base, trained = (AutoModelForCausalLM.from_pretrained(at).state_dict() for at in (tmp_path / "base", todo["out"]))
+    for name, weight in base.items():
+        assert torch.equal(trained[name][: len(weight)], weight)
+    sinks = [weight for name, weight in trained.items() if name.endswith("sinks")]
+    assert len(sinks) == 2
+    assert all((weight != 0).all() for weight in sinks)
+
+
 def test_a_base_that_cannot_have_a_sink_in_its_softmax_is_refused(tmp_path):
     config = GPTNeoXConfig(vocab_size=65, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ValueError, match="GPTNeoXForCausalLM has no form with a sink in its softmax"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from longreach.training.longlora import apply_arm
@@ -41,6 +43,8 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
     if job.resources.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = apply_arm(model, job.arm)
+    if job.train == "sink":
+        train_sink_alone(model, packed.first_token_id if job.sink == "token" else None)
     if job.sink == "zero":
         for name, parameter in adapted.named_parameters():
             if name.endswith(".sinks"):
@@ -82,6 +86,27 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
             f"a resized embedding, so tune 'all', or pack with first_token 'none' or 'bos'"
         )
     return model
+
+
+def train_sink_alone(model: PreTrainedModel, token_id: int | None) -> None:
+    """Leave nothing to train but the sink: the embedding of a token, or without one the softmax's logits.
+
+    Other tokens' embeddings are rows of the same tensor: without a gradient and without weight decay AdamW leaves them
+    exactly as they are.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(token_id is None and name.endswith(".sinks"))
+    if token_id is None:
+        return
+    (weight,) = model.get_input_embeddings().parameters()
+    weight.requires_grad_(True)
+
+    def keep_own_row(grad_VE: Tensor) -> Tensor:
+        own_VE = torch.zeros_like(grad_VE)
+        own_VE[token_id] = grad_VE[token_id]
+        return own_VE
+
+    weight.register_hook(keep_own_row)
 
 
 def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 
 from longreach.training.recipe import GeneratedRecipe
 
-FIRST = "^"
-"""Opens each document, and stands nowhere else."""
+OPENING = "^"
+"""The symbol that opens documents, and stands nowhere else."""
 SYMBOLS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 """The symbols in their order; the first ones are the triggers."""
 CONCENTRATION = 0.1
@@ -44,13 +44,14 @@ def texts(recipe: GeneratedRecipe) -> Iterator[str]:
     cumulative = table.cumsum(1)
     cumulative[:, -1] = 1  # but for rounding
     thresholds = cumulative.tolist()
+    opening = OPENING if recipe.opening else ""
     for number in range(recipe.documents):
-        draws = np.random.RandomState([recipe.seed, recipe.tokens, number]).random_sample(recipe.tokens - 1).tolist()
-        # the second symbol is no trigger: what stands before it is no symbol to copy
-        current = recipe.triggers + int(draws[0] * (recipe.symbols - recipe.triggers))
-        before = current
-        written = [FIRST, SYMBOLS[current]]
-        for draw in draws[1:]:
+        random = np.random.RandomState([recipe.seed, recipe.tokens, number])
+        first, *draws = random.random_sample(recipe.tokens - len(opening)).tolist()
+        # the first symbol is no trigger: there is none before it to be copied
+        before = current = recipe.triggers + int(first * (recipe.symbols - recipe.triggers))
+        written = [opening, SYMBOLS[current]]
+        for draw in draws:
             after = before if current < recipe.triggers else bisect(thresholds[current], draw)
             written.append(SYMBOLS[after])
             before, current = current, after

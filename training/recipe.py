@@ -83,7 +83,9 @@ class GeneratedRecipe(Choices):
     documents: int = Field(ge=1)
     """Number of documents, named RULE-TOKENS-NUMBER."""
     tokens: int = Field(ge=3)
-    """Symbols of each document, `^` at its beginning included; one token each with vocab_size 257."""
+    """Symbols of each document, its opening included; one token each with vocab_size 257."""
+    opening: bool = True
+    """Whether each document begins with `^`, on which a sink can form; otherwise with any symbol."""
     symbols: int = Field(default=32, ge=2, le=62)
     """Number of symbols: a to z, A to Z, 0 to 9, in this order."""
     triggers: int = Field(default=4, ge=1)
@@ -470,6 +472,17 @@ class PretrainArm(Choices):
     """none: to the first token, as it happens; zero: to a column of zeros in each softmax
     (softmax-off-by-one); token: to a learned token before each row's (each isolated document's)
     first; logit: to a learned logit per head in each softmax (gpt-oss)."""
+    train: New[Literal["all", "sink"]] = "all"
+    """Which weights train: all, or the arm's own sink alone: the new token's embedding, or the logits.
+    The rest stays as in the base."""
+    learning_rate: New[float | None] = Field(default=None, gt=0)
+    """Overrides the section's rate: a sink that trains alone wants a larger one than whole models."""
+
+    @model_validator(mode="after")
+    def _has_a_sink_to_train(self) -> "PretrainArm":
+        if self.train == "sink" and self.sink not in ("token", "logit"):
+            raise ValueError(f"train 'sink' with sink {self.sink!r} leaves nothing to train: take 'token' or 'logit'")
+        return self
 
 
 class PretrainRecipe(OptimRecipe):
@@ -505,6 +518,13 @@ class PretrainRecipe(OptimRecipe):
                 f"sink_mass_every {self.sink_mass_every} with pack.method {self.pack.method!r}: it is measured on rows "
                 f"of one run of tokens; pack with 'concat', or set it to 0"
             )
+        for name, arm in self.arms.items():
+            if arm.train == "sink" and (self.model is not None or self.weight_decay):
+                raise ValueError(
+                    f"arms.{name}.train is 'sink', which needs the base's weights (model null) and no weight_decay, "
+                    f"which would shrink other tokens' embeddings; weight_decay is {self.weight_decay:g}, and model is "
+                    f"{'null' if self.model is None else 'a new one'}"
+                )
         if self.pack.first_token != "sink":
             raise ValueError(f"pack.first_token is {self.pack.first_token!r}; sink pretraining packs rows with 'sink'")
         return self
@@ -525,6 +545,8 @@ class PretrainStageRecipe(Choices):
     model: LlamaRecipe | None = None
     """The model made from scratch; None: training begins with the base's weights."""
     sink: Sink = "none"  # the attention sink; all but `token` drop the rows' sink tokens
+    train: New[Literal["all", "sink"]] = "all"
+    """Which weights train: all, or the sink's alone."""
     sink_mass_every: int = 0
     optim: OptimRecipe
     seed: int

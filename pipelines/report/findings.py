@@ -309,7 +309,8 @@ def about_arm(facts: TrainingSummary) -> str:
             "token": "a sink token",
             "logit": "a learned sink logit a head",
         }
-        return ("from scratch, " if facts.model else "from the base, ") + sinks[facts.sink]
+        about = ("from scratch, " if facts.model else "from the base, ") + sinks[facts.sink]
+        return about + (", which alone trains" if facts.train == "sink" else "")
     arm = facts.arm
     words = {"all": "all weights", "lora": f"LoRA r={arm.lora_rank}", "embed": "embeddings", "norm": "norms"}
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
