@@ -8,6 +8,9 @@ Two writers are real: after `kill -9` of a stage its training ranks go on writin
 attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished
 file to that name, on object stores by a conditional put (If-None-Match). The loser is removed.
 
+Nothing is lost in a power cut: files are synced first, then their folders, then the manifest, then its folder; only
+after that is anything removed that the artifact replaces.
+
 `root` is any fsspec URL. On a remote root an attempt works in the local folder `scratch`, its files are
 uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by hash.
 
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from longreach.infra.files import digest_of, draft_of, file_digest
+from longreach.infra.files import digest_of, draft_of, file_digest, sync, sync_tree
 
 MANIFEST = "artifact.json"
 HASHING_THREADS = 4
@@ -190,6 +193,9 @@ class Store:
         attempt = Attempt(stage, fingerprint, name, attempts / name)
         attempt.out.mkdir(parents=True)
         attempt.work.mkdir()
+        for folder in (attempt.folder, *list(attempt.folder.parents)[:5]):  # up to the one that holds the root
+            if os.access(folder, os.R_OK):  # else it was there before us, and its names are on the disk
+                sync(folder)
         return attempt
 
     def earlier_attempts(self, stage: str, fingerprint: str) -> list[Path]:
@@ -250,17 +256,17 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             # Unlike a rename, a link fails if the target exists.
-            with draft_of(target, publish=os.link) as draft, draft.open("wb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
+            with draft_of(target, publish=os.link) as draft:
+                draft.write_bytes(body)
+            sync(target.parent)
         except OSError as error:
             if error.filename:
                 raise
             raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk's error names no file
 
     def _upload(self, attempt: Attempt) -> None:
-        """Bring an attempt's files into the store, in which a local one already writes."""
+        """Bring an attempt's files into the store: onto the disk, where that is the store itself."""
+        sync_tree(attempt.out)
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
         """Delete an attempt's files. A process that still writes there is supposed to fail."""

@@ -1,17 +1,20 @@
 """Files that are written whole or not at all, and digests that name content.
 
 A reader never sees half a file: it is written under a temporary name in the same folder and then renamed, which every
-file system does in one step.
+file system does in one step. Its content is synced before that, since after a power cut a disk may know the new name
+and not yet the content. The name itself is on the disk once its folder is synced (`sync_tree`, `sync`).
 
     write_whole(Path("state.json"), "{}")
     with draft_of(Path("corpus.txt")) as draft: download(url, draft)
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,9 +40,32 @@ def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -
     draft = target.with_name(f"{target.name[:50]}.{uuid.uuid4().hex[:8]}.draft")
     try:
         yield draft
+        sync(draft)
         publish(draft, target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return once a file's content, or a folder's list of names, is on the disk and outlives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise  # the disk is full or broken
+        warnings.warn(f"the file system of {path} cannot sync: a power cut may lose the last writes", stacklevel=2)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Return once all below a folder is on the disk: every file first, then every folder from the bottom up."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if (path := Path(place, name)).is_file():  # no pipe, which would block, and no link to nowhere
+                sync(path)
+        sync(Path(place))
 
 
 def write_whole(target: Path, text: str) -> None:

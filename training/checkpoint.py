@@ -2,7 +2,8 @@
 
 A checkpoint is DeepSpeed's own folder (weights that train, optimizer state, one file a rank) plus
 `checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run. It is written
-as a draft and then renamed, so a kill leaves a whole one or a draft that nobody reads. The newest
+as a draft, synced and then renamed, so a kill leaves a whole one or a draft that nobody reads; older
+ones are removed once it is on the disk, so a power cut leaves the newest finished one. The newest
 whole one wins; a damaged one is passed over, with a note. Frozen weights are not saved: the same
 base is loaded first, which the identity vouches for. Only folders of our own root are read:
 DeepSpeed's files are pickles. On every disk one rank hashes, renames and deletes, whether nodes
@@ -25,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from longreach.infra.errors import DiskFull
-from longreach.infra.files import file_digest
+from longreach.infra.files import file_digest, sync, sync_tree
 from longreach.infra.share import Share
 
 MANIFEST = "checkpoint.json"
@@ -120,8 +121,10 @@ class Checkpoints:
         if self.is_disk_leader:
             about = {"step": step, "identity": self.identity, **layout(engine), "files": files}
             (draft / MANIFEST).write_text(json.dumps(about, indent=1))
+            sync_tree(draft)
             shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, passed over on resume
             os.replace(draft, path)
+            sync(self.folder)
             if self.share:
                 self.share.push(path, last=MANIFEST)
         dist.barrier()
@@ -238,6 +241,7 @@ def elect_disk_leader(folder: Path) -> bool:
     if is_disk_leader:
         for draft in folder.glob(".draft-*"):
             shutil.rmtree(draft)
+        sync(folder.parent)  # so that the folder itself outlives a power cut
     dist.barrier()
     return is_disk_leader
 

@@ -128,6 +128,10 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "faults/test_faults_versions.py::test_a_node_of_another_ray_does_not_join",
         "faults/test_faults_versions.py::test_a_stage_on_a_node_of_another_longreach_is_refused_with_both_versions",
     ),
+    23: (
+        "faults/test_faults_power.py::test_a_power_cut_at_any_moment_of_publication_leaves_the_artifact_or_the_checkpoint",
+        "faults/test_faults_power.py::test_a_power_cut_at_any_moment_of_a_checkpoint_leaves_the_newest_finished_one",
+    ),
 }
 """Number in docs/reliability.md -> node ids below tests/."""
 

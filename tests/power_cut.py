@@ -1,0 +1,100 @@
+"""A disk that forgets what was not synced: what a power cut at any moment would leave of a folder.
+
+The calls that change names (and fsync) are watched in this process. Before and after each, the folder is rebuilt as
+a disk might hold it then. File systems may write names early or late, so three disks are tried:
+
+    late        nothing is on the disk but what was synced
+    early       every name is on the disk at once; content only when synced, as ext4 does it
+    removing    names that go are gone at once; new ones come when their folder is synced
+
+    with PowerCuts(root, tmp_path / "disk", check): publish()       # check(folder) raises if something was lost
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+DISKS = ("late", "early", "removing")
+WATCHED = ("fsync", "replace", "rename", "link", "unlink", "remove", "rmdir", "mkdir")
+
+
+class PowerCuts:
+    """Rebuilds `root` at every moment, for each of `DISKS`, and calls `check` with the rebuilt folder."""
+
+    def __init__(self, root: Path, disk: Path, check: Callable[[Path], None]) -> None:
+        self.root, self.disk, self.check = root, disk, check
+        self.moments = 0
+        self.content: dict[int, bytes] = {}
+        """Inode -> bytes that were synced."""
+        self.names: dict[int, dict[str, int]] = {}
+        """Inode of a folder -> its synced names, with their inodes."""
+        self.held: list[int] = []  # open handles, so that no inode's number is used twice
+
+    def __enter__(self) -> "PowerCuts":
+        for folder, _, files in os.walk(self.root):  # what was there before is on the disk
+            for path in (Path(folder), *(Path(folder, name) for name in files)):
+                self._synced(path)
+        self.real = {name: getattr(os, name) for name in WATCHED}
+        for name in WATCHED:
+            setattr(os, name, self._watched(name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+        for handle in self.held:
+            os.close(handle)
+
+    def _restore(self) -> None:
+        for name, function in self.real.items():
+            setattr(os, name, function)
+
+    def _watched(self, name: str) -> Callable:
+        def call(*args, **kwargs):
+            self._cut()
+            result = self.real[name](*args, **kwargs)
+            if name == "fsync":
+                path = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
+                if path.is_relative_to(self.root):
+                    self._synced(path)
+            self._cut()
+            return result
+
+        return call
+
+    def _synced(self, path: Path) -> None:
+        self.held.append(os.open(path, os.O_RDONLY))
+        if path.is_dir():
+            self.names[path.stat().st_ino] = _listing(path)
+        else:
+            self.content[path.stat().st_ino] = path.read_bytes()
+
+    def _cut(self) -> None:
+        self._restore()  # what is done here is no event
+        for disk in DISKS:
+            shutil.rmtree(self.disk, ignore_errors=True)
+            now = {path.stat().st_ino: path for path in (self.root, *self.root.rglob("*"))}
+            self._rebuild(self.root.stat().st_ino, self.disk, disk, now)
+            try:
+                self.check(self.disk)
+            except Exception as error:
+                raise AssertionError(f"a power cut at moment {self.moments}, names {disk}: {error}") from error
+        self.moments += 1
+        for name in WATCHED:
+            setattr(os, name, self._watched(name))
+
+    def _rebuild(self, inode: int, target: Path, disk: str, now: dict[int, Path]) -> None:
+        current = _listing(now[inode]) if inode in now else {}
+        synced = self.names.get(inode, {})
+        names = {"late": synced, "early": current, "removing": dict(synced.items() & current.items())}[disk]
+        target.mkdir()
+        for name, child in names.items():
+            is_folder = now[child].is_dir() if child in now else child in self.names
+            if is_folder:
+                self._rebuild(child, target / name, disk, now)
+            else:
+                (target / name).write_bytes(self.content.get(child, b""))
+
+
+def _listing(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in folder.iterdir()}
