@@ -13,8 +13,8 @@ what needs torch or transformers is imported inside methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -83,6 +83,12 @@ class Background:
     """Tokens that the models' common base was trained to."""
     related: frozenset[str] | None = None
     """Models of one base, whose losses on a token compare; None: all of them."""
+    base: str | None = None
+    """The untrained base as it is."""
+    stretches: tuple[str, ...] = ()
+    """The untrained base under other positions."""
+    arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Trained arms, each with its models, which differ by their seed only."""
 
     def of_one_base(self, models: dict[str, EvalScores]) -> dict[str, EvalScores]:
         """Return the models whose losses compare."""

@@ -91,6 +91,7 @@ def lines(
     log: bool = False,
     ticks: Sequence[float] = (),
     marks: Mapping[str, float] | None = None,
+    y_range: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw the first MOST_SERIES curves through their points.
 
@@ -100,6 +101,7 @@ def lines(
         log: whether y is logarithmic where it spans more than a factor of two.
         ticks: the x that were measured, drawn as marked points on a logarithmic axis; none: x is linear.
         marks: vertical lines by name.
+        y_range: where the y axis, not logarithmic, begins and ends; what lies outside is not drawn. None: all is.
     """
     import altair as alt
 
@@ -112,7 +114,7 @@ def lines(
     look = _encodings(names, marked, style, columns)
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=_x(axes[0], ticks),
-        y=_y(axes[1], rows, log),
+        y=_y(axes[1], rows, log, y_range),
         tooltip=[
             alt.Tooltip("name", type="nominal"),
             alt.Tooltip("x", type="quantitative", title=axes[0]),
@@ -120,16 +122,19 @@ def lines(
         ],
     )
     layers: list[Any] = [_mark(name, x) for name, x in (marks or {}).items()]
+    clip = y_range is not None
     if joined:
-        connected = base.transform_filter(alt.FieldOneOfPredicate("name", joined)).mark_line(strokeWidth=2)
+        connected = base.transform_filter(alt.FieldOneOfPredicate("name", joined)).mark_line(strokeWidth=2, clip=clip)
         layers.append(connected.encode(stroke=look["stroke"], strokeDash=look["strokeDash"]))
     if marked:
-        points = base.transform_filter(alt.FieldOneOfPredicate("name", marked)).mark_point(size=45, opacity=1)
+        points = base.transform_filter(alt.FieldOneOfPredicate("name", marked)).mark_point(
+            size=45, opacity=1, clip=True
+        )
         layers.append(points.encode(stroke=look["stroke"], fill=look["fill"], shape=look["shape"]))
     # Markers that are not seen: the mouse finds the numbers of a curve at them.
-    layers.append(base.mark_point(size=80, opacity=0))
+    layers.append(base.mark_point(size=80, opacity=0, clip=clip))
     if any("low" in row for row in rows):
-        intervals = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.2)
+        intervals = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.2, clip=clip)
         layers.append(intervals.encode(y=alt.Y("low", type="quantitative"), y2="high", stroke=look["stroke"]))
     height = HEIGHT + 20 * max(0, math.ceil(len(names) / columns) - 2)
     return Figure(file, title, caption, _finished(alt.layer(*layers).properties(height=height), title))
@@ -301,10 +306,13 @@ def _x(title: str, ticks: Sequence[float]) -> alt.X:
     return alt.X("x", type="quantitative", title=title, scale=scale, axis=axis)
 
 
-def _y(title: str, rows: list[dict[str, Any]], log: bool) -> alt.Y:
+def _y(title: str, rows: list[dict[str, Any]], log: bool, y_range: tuple[float, float] | None = None) -> alt.Y:
     """Return the y axis; a logarithmic one has its ticks at 1, 2, 5 and, where it spans little, between them."""
     import altair as alt
 
+    if y_range:
+        fixed = alt.Scale(domain=list(y_range), nice=False)
+        return alt.Y("y", type="quantitative", title=title, scale=fixed, axis=alt.Axis(tickCount=6))
     heights = [row["y"] for row in rows] or [1.0]
     low, high = min(heights), max(heights)
     if not log or not 0 < 2 * low < high:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
-from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean
+from longreach.evaluation.scores import EvalScores, Row, bootstrap_crossed, bootstrap_mean
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -159,12 +160,21 @@ class Gain(Evaluation):
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
-        """Return the NLL by length, each model's own gain, and both by document."""
+        """Return what each arm gains over the base at its best and over untrained stretches, and over itself."""
         from longreach.evaluation.blocks import Section
 
         first = next(iter(models.values()))
         text = f"{cls.__doc__} Protocol: {first.protocol}. {about_documents(first)}"
-        blocks: list[Block] = [text, nll_table(models), own_gain_table(models), *document_tables(models)]
+        blocks: list[Block] = [text]
+        compared = background.of_one_base(models)
+        try:
+            best = best_of_base(compared, background)
+        except ValueError as error:  # no length that the base was trained to
+            best = None
+            blocks.append(f"Nothing is compared with the base: {error}.")
+        if best:
+            blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
+        blocks += [own_gain_table(models), nll_table(models), *document_tables(models)]
         figures = cls.figures(models, style, background)
         if figures:
             blocks.append(figures)
@@ -172,8 +182,9 @@ class Gain(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return one model's own gain, a curve for each document; nothing for several models."""
-        if len(models) > 1:
+        """Return one model's own gain, a curve for each document; nothing in a report, which begins with its figure
+        (`gain_figure`)."""
+        if background.related is not None or len(models) > 1:
             return []
         (scores,) = models.values()
         return [_one_model_figure(scores, background)]
@@ -251,24 +262,43 @@ class Difference(NamedTuple):
 
     nats: float
     low: float
-    """Of the 95% interval over documents; NaN with one document."""
+    """Of the 95% interval over documents (and seeds); NaN with one document and one seed."""
     high: float
     documents: int
+    seeds: int
 
 
-def difference(ours: list[Row], length: int, theirs: list[Row], their_length: int, seed: int = 0) -> Difference:
+def difference(
+    ours: Sequence[list[Row]], length: int, theirs: Sequence[list[Row]], their_length: int, seed: int = 0
+) -> Difference:
     """Return how much better we predict at `length` than they do at `their_length`: the same test tokens, paired.
+
+    Args:
+        ours: the rows of a model or, of an arm with several seeds, of each of its models.
+        theirs: as many, each held against its own of ours, or another number, whose mean is held against all of ours.
+        seed: of the interval's resampling.
 
     Raises:
         ValueError: the two did not score the same tokens.
     """
-    our_places, their_places = _places(ours, length), _places(theirs, their_length)
-    if our_places != their_places or not our_places:
-        raise ValueError(f"at {length} and {their_length} tokens of context not the same tokens were scored")
-    our_nll, their_nll = document_nll(ours, length), document_nll(theirs, their_length)
-    better_D = np.array([their_nll[document] - our_nll[document] for document in our_nll])
-    low, high = bootstrap_mean(better_D, seed) or (math.nan, math.nan)
-    return Difference(float(better_D.mean()), low, high, len(better_D))
+    groups = [list(theirs)] * len(ours)
+    if len(ours) == len(theirs):
+        groups = [[their_rows] for their_rows in theirs]
+    better_SD = []
+    for our_rows, their_group in zip(ours, groups, strict=True):
+        our_places = _places(our_rows, length)
+        if not our_places or any(_places(rows, their_length) != our_places for rows in their_group):
+            raise ValueError(f"not the same tokens were scored with {length} and with {their_length} tokens of context")
+        our_nll = document_nll(our_rows, length)
+        their_nll = [document_nll(rows, their_length) for rows in their_group]
+        better = []
+        for document in sorted(our_nll):
+            better.append(float(np.mean([nll[document] for nll in their_nll])) - our_nll[document])
+        better_SD.append(better)
+    value_SD = np.array(better_SD)
+    low, high = bootstrap_crossed(value_SD, seed) or (math.nan, math.nan)
+    seeds, documents = value_SD.shape
+    return Difference(float(value_SD.mean()), low, high, documents, seeds)
 
 
 def document_nll(rows: list[Row], length: int) -> dict[str, float]:
@@ -316,6 +346,83 @@ def best_length(rows: list[Row], most: int | None) -> BestLength:
     return BestLength(best["length"], split, best["documents"])
 
 
+def best_of_base(models: Mapping[str, EvalScores], background: Background) -> BestLength | None:
+    """Return the base's best length up to the one that it was trained to; None if the base was not measured.
+
+    Raises:
+        ValueError: it was measured at longer lengths only.
+    """
+    if background.base is None or background.base not in models:
+        return None
+    return best_length(models[background.base].rows, background.trained_length)
+
+
+def over_base(
+    models: Mapping[str, EvalScores], background: Background, best: BestLength
+) -> dict[str, dict[int, Difference]]:
+    """Return how much better each arm, each stretch and the base predict than the base at its best length, by length.
+
+    An arm with several seeds is one entry. What did not score the base's tokens is left out.
+    """
+    assert background.base is not None, "its best length is known"
+    base = models[background.base].rows
+    found = {}
+    for name, rows in _subjects(models, background).items():
+        by_length = _differences(rows, [base], best.length)
+        if by_length:
+            found[name] = by_length
+    return found
+
+
+def over_stretches(
+    models: Mapping[str, EvalScores], background: Background
+) -> dict[str, dict[str, dict[int, Difference]]]:
+    """Return how much better each arm predicts than each untrained stretch at the same length: arm, stretch, length."""
+    subjects = _subjects(models, background)
+    found: dict[str, dict[str, dict[int, Difference]]] = {}
+    for arm in background.arms:
+        for stretch in background.stretches:
+            if arm in subjects and stretch in subjects:
+                by_length = _differences(subjects[arm], subjects[stretch])
+                if by_length:
+                    found.setdefault(arm, {})[stretch] = by_length
+    return found
+
+
+def over_itself(
+    models: Mapping[str, EvalScores], background: Background, arm: str, length: int
+) -> tuple[Difference, int]:
+    """Return how much better an arm predicts with `length` tokens than with its own shortest context, and that."""
+    rows = _subjects(models, background)[arm]
+    shortest = min(row["length"] for row in rows[0] if row["kind"] == "pooled")
+    return difference(rows, length, rows, shortest), shortest
+
+
+def _subjects(models: Mapping[str, EvalScores], background: Background) -> dict[str, list[list[Row]]]:
+    """Return the rows of the base, the stretches and the arms, an arm's by seed; without those not measured."""
+    groups = {name: (name,) for name in (background.base, *background.stretches) if name}
+    subjects = {}
+    for name, members in (groups | dict(background.arms)).items():
+        measured = [models[member].rows for member in members if member in models]
+        if measured:
+            subjects[name] = measured
+    return subjects
+
+
+def _differences(
+    ours: list[list[Row]], theirs: list[list[Row]], their_length: int | None = None
+) -> dict[int, Difference]:
+    """Return differences by length, against one of their lengths or (None) against the same one."""
+    lengths = sorted({row["length"] for row in ours[0] if row["kind"] == "pooled" and row["split"] == "test"})
+    found = {}
+    for length in lengths:
+        try:
+            found[length] = difference(ours, length, theirs, their_length or length)
+        except ValueError:  # they read other documents, or were not measured at this length
+            continue
+    return found
+
+
 def about_documents(scores: EvalScores) -> str:
     """Say how many documents there are, which were left out, and how sure intervals are."""
     counts = dict.fromkeys(SPLITS, 0)
@@ -337,6 +444,55 @@ def about_documents(scores: EvalScores) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def about_best(best: BestLength) -> str:
+    """Say which of the base's lengths is the yardstick, and how it was chosen."""
+    how = f"chosen on {_counted(best.documents, 'validation document')}"
+    if best.split == "test":
+        how = "chosen on the test documents themselves, which favours it"
+    return f"the base at the best of its own lengths ({best.length:,} tokens, {how})"
+
+
+def _base_table(models: dict[str, EvalScores], background: Background, best: BestLength) -> Table:
+    """Return what each arm and each stretch gains over the base at its best length."""
+    caption = f"Nats per token better than {about_best(best)}; below 0: worse"
+    return _difference_table(caption, over_base(models, background, best))
+
+
+def _stretch_table(models: dict[str, EvalScores], background: Background) -> list[Table]:
+    """Return what each arm gains over each untrained stretch; nothing where there is none."""
+    lines = {}
+    for arm, stretches in over_stretches(models, background).items():
+        for stretch, by_length in stretches.items():
+            lines[f"{arm} over {stretch}"] = by_length
+    if not lines:
+        return []
+    return [_difference_table("Nats per token better than untrained stretches at the same length", lines)]
+
+
+def _difference_table(caption: str, lines: Mapping[str, Mapping[int, Difference]]) -> Table:
+    from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import DASH
+
+    lengths = sorted({length for by_length in lines.values() for length in by_length})
+    rows = []
+    for name, by_length in lines.items():
+        seeds = max(one.seeds for one in by_length.values())
+        if seeds > 1:
+            name += f"\n{seeds} seeds"
+        rows.append([name, *(difference_cell(by_length.get(length)) or DASH for length in lengths)])
+    return Table(caption, ["", *(f"{length:,}" for length in lengths)], rows)
+
+
+def difference_cell(found: Difference | None) -> str:
+    """Return a difference and, small, its interval; nothing without one."""
+    if found is None:
+        return ""
+    text = f"{found.nats:+.3f}"
+    if math.isfinite(found.low) and found.low != found.high:
+        text += f"\n{found.low:+.3f} to {found.high:+.3f}"
+    return text
 
 
 def nll_table(models: dict[str, EvalScores]) -> Table:
@@ -390,6 +546,76 @@ def document_tables(models: dict[str, EvalScores]) -> list[Table]:
     for (document, length), texts in sorted(cells.items()):
         lines.append([f"{document}\nat {length:,} tokens", *(texts.get(name, DASH) for name in models)])
     return [Table("By document (nats per token)", ["document", *models], lines)]
+
+
+def gain_figure(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+    """Draw each arm, stretch and the base against the base at its best length, by context length.
+
+    Nothing where the base was not measured within the length that it was trained to.
+    """
+    from longreach.evaluation.figures import GREY, Look, lines
+
+    compared = background.of_one_base(models)
+    try:
+        best = best_of_base(compared, background)
+    except ValueError:  # no length that the base was trained to
+        best = None
+    if best is None:
+        return []
+    found = over_base(compared, background, best)
+    lengths = sorted({length for by_length in found.values() for length in by_length})
+    low, high = _picture(found, background)
+    zero = f"the base at its best ({best.length:,})"
+    curves: dict[str, list[tuple[float, ...]]] = {zero: [(length, 0.0) for length in lengths]}
+    below = []
+    step = min(0.04, 0.24 / len(found))  # octaves; 12,288 and 16,384 are 0.4 apart
+    for number, (name, by_length) in enumerate(found.items()):
+        curves[name] = []
+        beside = 2 ** (step * (number - (len(found) - 1) / 2))  # else bars of one length hide each other
+        for length, one in by_length.items():
+            if one.nats < low:
+                below.append(f"{name} at {length:,} ({one.nats:+.2f})")
+            point: tuple[float, ...] = (length * beside, one.nats)
+            if one.high > one.low:
+                point += (one.low, one.high)
+            curves[name].append(point)
+    documents = max(one.documents for by_length in found.values() for one in by_length.values())
+    caption = f"Above 0: better than {about_best(best)}, on the same tokens."
+    if documents > 1:
+        caption += f" Bars, side by side at each length: 95% intervals over {documents} test documents, paired."
+    if 1 < documents < FEW:
+        caption += " Over so few they are too narrow."
+    if below:
+        caption += f" Below the picture: {', '.join(below)}."
+    return [
+        lines(
+            "gain.png",
+            "Gain from context",
+            caption,
+            ("context length (tokens)", "nats per token better than the base's best"),
+            curves,
+            style.with_looks({zero: Look(GREY, line="dashed")}),
+            ticks=lengths,
+            marks=background.marks(),
+            y_range=(low, high),
+        )
+    ]
+
+
+def _picture(found: Mapping[str, Mapping[int, Difference]], background: Background) -> tuple[float, float]:
+    """Return the y axis' ends: around the arms (without any: around all), since a base that breaks past its trained
+    length is several nats away and would press everything else into one line."""
+    arms = [name for name in found if name in background.arms]
+    inner, outer = [0.0], [0.0]
+    for name, by_length in found.items():
+        for one in by_length.values():
+            ends = [end for end in (one.nats, one.low, one.high) if math.isfinite(end)]
+            outer += ends
+            if name in arms or not arms:
+                inner += ends
+    span = max(max(inner) - min(inner), 0.02)
+    low, high = max(min(outer), min(inner) - 0.6 * span), min(max(outer), max(inner) + 0.6 * span)
+    return low - 0.08 * span, high + 0.15 * span  # the mark's name stands at the upper end
 
 
 def _one_model_figure(scores: EvalScores, background: Background) -> Figure:

@@ -110,6 +110,23 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tup
     return float(low), float(high)
 
 
+def bootstrap_crossed(value_SD: np.ndarray, seed: int, resamples: int = 4_000) -> tuple[float, float] | None:
+    """Return a 95% interval of the mean over S seeds and D documents, all of which are crossed; None for one value.
+
+    Seeds and documents are resampled independently (the pigeonhole bootstrap, Owen 2007), so both may be chance. With
+    one seed it is `bootstrap_mean`.
+    """
+    seeds, documents = value_SD.shape
+    if value_SD.size < 2:
+        return None
+    draw = np.random.default_rng(seed)
+    document_RD = draw.integers(0, documents, (resamples, documents))
+    seed_RS = draw.integers(0, seeds, (resamples, seeds))
+    means = value_SD[seed_RS[:, :, None], document_RD[:, None, :]].mean((1, 2))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
     """Return the mean over cases in which something had to be found, with Wilson's interval of the share found."""
     correct = sum(case["correct"] for case in cases)

@@ -155,15 +155,15 @@ def test_lengths_that_change_the_rotary_frequencies_are_read_from_a_clean_start(
 
 def test_the_difference_is_paired_by_document_and_needs_the_same_tokens():
     base, arm = made_up({64: 2.0, 128: 2.5}), made_up({64: 1.9, 128: 1.75})
-    found = difference(arm, 128, base, 64)
+    found = difference([arm], 128, [base], 64)
     assert (found.nats, found.documents) == (pytest.approx(0.25), 3)
     assert (found.low, found.high) == (pytest.approx(0.25), pytest.approx(0.25)), "documents differ, their gains do not"
-    alone = difference(made_up({128: 1.0}, documents="a"), 128, made_up({64: 2.0}, documents="a"), 64)
+    alone = difference([made_up({128: 1.0}, documents="a")], 128, [made_up({64: 2.0}, documents="a")], 64)
     assert math.isnan(alone.low)
     with pytest.raises(ValueError, match="not the same tokens"):
-        difference(arm, 128, made_up({64: 2.0}, documents=("a", "b")), 64)
+        difference([arm], 128, [made_up({64: 2.0}, documents=("a", "b"))], 64)
     with pytest.raises(ValueError, match="not the same tokens"):
-        difference(arm, 256, base, 64)
+        difference([arm], 256, [base], 64)
 
 
 def test_the_base_is_taken_at_the_best_of_its_own_lengths_by_its_validation_documents():
@@ -180,7 +180,7 @@ def test_the_page_of_one_model_draws_its_own_gain_and_says_when_documents_are_fe
     scores = run([document("a", 300), document("b", 300, seed=1)]).named("base")
     chart = drawn(scores)["own-gain.png"]
     assert set(names_of(chart)) == {"a", "b", "mean over documents"}
-    text, nll, own, by_document, _ = Gain.section({"base": scores}, Style.of(["base"]), Background()).blocks
+    text, own, nll, by_document, _ = Gain.section({"base": scores}, Style.of(["base"]), Background()).blocks
     assert "2 test documents." in text
     assert "Over so few as 2 they are too narrow." in text
     assert list(nll.columns) == ["model", "40", "64", "128"]

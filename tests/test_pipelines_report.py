@@ -18,6 +18,8 @@ from toy_models import tiny_tokenizer, training_summary
 
 from longreach.evaluation.blocks import Best, Figure, Section, Table
 from longreach.evaluation.figures import Style, lines
+from longreach.evaluation.gain import document_rows as document_means
+from longreach.evaluation.gain import pooled_rows as means_by_length
 from longreach.evaluation.harness import Harness
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
 from longreach.evaluation.perplexity import coarser, document_rows, pooled_rows, position_rows
@@ -219,7 +221,8 @@ def write_merged(stage, out: Path) -> dict:
 
 
 def write_scores(stage, out: Path) -> dict:
-    rows = {"perplexity": perplexity_rows, "passkey": passkey_rows, "streaming": streaming_rows}[stage.recipe.eval]
+    writers = {"perplexity": perplexity_rows, "passkey": passkey_rows, "streaming": streaming_rows, "gain": gain_rows}
+    rows = writers[stage.recipe.eval]
     made, summary = rows(stage.recipe.model, stage.recipe.choices)
     choices = stage.recipe.choices.model_dump(mode="json")
     scores = EvalScores(
@@ -239,6 +242,36 @@ def perplexity_rows(model: str, choices) -> tuple[list[dict], dict]:
         rows += position_rows(document, nll_T, LAST)
     pooled = pooled_rows(rows, 0)
     return pooled + rows, {f"ppl_{r['length']}": r["ppl"] for r in pooled if r["protocol"] == "last_stride"}
+
+
+GAIN_NLL = {  # by model, then length 256, 512 (which the base was trained to), 768, 1024
+    "base": (1.75, 1.80, 4.10, 7.20),
+    "stretched": (2.10, 2.05, 2.00, 2.00),
+    "theta": (1.80, 1.80, 1.78, 1.79),
+    "full": (1.72, 1.70, 1.66, 1.68),
+    "lora": (1.76, 1.75, 1.74, 1.76),
+    "lora.s5": (1.76, 1.75, 1.76, 1.76),
+    "longlora": (1.73, 1.71, 1.65, 1.72),
+}
+GAIN_RECIPE = RECIPE | {
+    "pretrain": None,
+    "evaluate": {"gain": {"lengths": (256, 512, 768, 1024), "score_tokens": 64}},
+}
+
+
+def gain_rows(model: str, choices, documents: int = 6) -> tuple[list[dict], dict]:
+    """Windows of six test documents, and of two for validation, whose best lengths are the same but 0.1 higher."""
+    noise = np.random.default_rng(sum(map(ord, model)))
+    rows: list[dict] = []
+    for split, count, more in (("test", documents, 0.0), ("validation", 2, 0.1)):
+        for n in range(count):
+            for length, nll in zip(choices.lengths, GAIN_NLL[model], strict=True):
+                place = {"document": f"{split}{n}", "domain": "d", "split": split, "end": 2000, "length": length}
+                value = nll + more + 0.2 * n + 0.004 * noise.normal()
+                rows.append({"kind": "window", "tokens": choices.score_tokens, "nll": value} | place)
+    of_documents = document_means(rows)
+    pooled = means_by_length(of_documents, 0)
+    return pooled + of_documents + rows, {f"gain_nll_{r['length']}": r["nll"] for r in pooled if r["split"] == "test"}
 
 
 def passkey_rows(model: str, choices) -> tuple[list[dict], dict]:
@@ -403,6 +436,68 @@ def test_the_headline_admits_that_training_was_not_worth_it(tmp_path, monkeypatc
     headline = write(make_inputs(tmp_path, recipe), tmp_path / "out")[1]["headline"]
     assert "29.4: worse than theta without any training (theta 24.0" in headline
     assert "on 0 of 2 documents" in headline
+
+
+@pytest.fixture(scope="module")
+def gained(tmp_path_factory) -> tuple[Path, dict]:
+    """The report of a recipe that measures gain, and nothing else; an arm has two seeds."""
+    arms = {**RECIPE["finetune"]["arms"], "lora": {"tune": "lora", "seeds": [0, 5]}}
+    recipe = GAIN_RECIPE | {"finetune": RECIPE["finetune"] | {"arms": arms}}
+    return write(make_inputs(tmp_path_factory.mktemp("gain"), recipe), tmp_path_factory.mktemp("out"))
+
+
+def test_where_gain_was_measured_the_headline_is_what_the_best_arm_gains_over_the_base_at_its_best(gained):
+    headline = gained[1]["headline"]
+    assert headline.startswith("At 768 tokens, 1.5 times what the base was trained to, longlora predicts held-out ")
+    found = re.search(r"documents ([\d.]+) nats per token better \(95% interval ([\d.]+) to ([\d.]+), 6 doc", headline)
+    gain, low, high = map(float, found.groups())
+    assert gain == pytest.approx(0.10, abs=0.02), "against 256 tokens: 1.75 - 1.65"
+    assert low < gain < high < 0.15
+    assert "than the base at the best of its own lengths (256 tokens, chosen on 2 validation documents)" in headline
+    stretch = re.search(
+        r"and ([\d.]+) nats per token better \(.*?\) than theta without any training, the best of 2", headline
+    )
+    assert float(stretch[1]) == pytest.approx(0.13, abs=0.02)
+    assert "it is the best of 3 arms, at its best length" in headline
+    assert re.search(r"against the same base: full 0\.\d+ better \(.*\); lora no better or worse \(", headline)
+    assert re.search(r"At 1,024 tokens longlora is 0\.0[23]\d better", headline)
+    assert re.search(r"With 768 tokens before it instead of 256, longlora is 0\.0[789]\d better", headline)
+    assert re.search(r"times full fine-tuning's peak memory; on the same tokens it is .* than full", headline)
+    metrics = gained[1]["metrics"]
+    assert metrics["compare/gain_over_base_768/longlora"] == pytest.approx(gain, abs=6e-4)
+    assert metrics["compare/base_best_length"] == 256
+
+
+def test_gain_is_the_first_figure_and_stands_in_the_main_table_and_in_its_section(gained):
+    page = (gained[0] / "report.md").read_text()
+    pictures = re.findall(r"\]\((\S+\.png)\)", page)
+    assert pictures[0] == "gain.png"
+    assert pictures.count("gain.png") == 1
+    assert "Below the picture: base at 768 (-2.3" in page
+    seen = page_of(gained[0])
+    assert "nats per token better than the base at its best (256)" in [cell for row in seen.rows for cell in row]
+    assert float(seen.row("longlora")[1].split("\n")[0]) == pytest.approx(0.1, abs=0.01)
+    assert any(row[0] == "lora\n2 seeds" for row in seen.rows)
+    assert any(row[0] == "longlora over theta" for row in seen.rows)
+    assert "nats per token better" in gained[1]["table"]
+
+
+def test_a_gain_whose_interval_holds_zero_is_none_and_a_loss_is_a_loss(tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setitem(GAIN_NLL, "longlora", (1.75, 1.75, 1.75, 1.75))
+    monkeypatch.setitem(GAIN_NLL, "full", (1.9, 1.9, 1.9, 1.9))
+    recipe = GAIN_RECIPE | {"finetune": RECIPE["finetune"] | {"arms": {"longlora": {"tune": "lora+embed+norm"}}}}
+    headline = write(make_inputs(tmp_path / "a", recipe), tmp_path / "out")[1]["headline"]
+    assert "held-out documents no better or worse than the base at the best of its own lengths" in headline
+    recipe = GAIN_RECIPE | {"finetune": RECIPE["finetune"] | {"arms": {"full": {"tune": "all"}}}}
+    headline = write(make_inputs(tmp_path / "b", recipe), tmp_path / "out")[1]["headline"]
+    assert re.search(r"full predicts held-out documents 0\.1[45]\d nats per token worse \(95% interval 0\.1", headline)
+    assert re.search(r"and 0\.1[012]\d nats per token worse \(.*\) than theta without any training", headline)
+
+
+def test_without_arms_an_untrained_stretch_is_held_against_the_base(tmp_path, no_pictures):
+    recipe = GAIN_RECIPE | {"finetune": None}
+    headline = write(make_inputs(tmp_path, recipe), tmp_path / "out")[1]["headline"]
+    assert "theta, which is not trained, predicts held-out documents 0.03" in headline
 
 
 def test_the_page_opens_offline_without_a_script(written):

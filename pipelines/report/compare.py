@@ -13,11 +13,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from longreach.evaluation.base import Background
 from longreach.evaluation.blocks import Section, Table
+from longreach.evaluation.gain import Gain
 from longreach.evaluation.perplexity import difference_tables
 from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import MANIFEST, Artifact, Store
@@ -25,13 +27,17 @@ from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
 from longreach.pipelines.recipe import PriceRecipe
+from longreach.pipelines.report.claim import claim_of
 from longreach.pipelines.report.findings import PERPLEXITY, Findings, Model, gather
 from longreach.pipelines.report.page import Page
 from longreach.pipelines.report.sections import losses, results
 from longreach.pipelines.stage import differences
 from longreach.training.summary import PackSummary
 
-FILES = {"compare.html", "compare.md", "perplexity.png", "frontier.png", "cost.png", "loss.png", "pretrain-loss.png"}
+FILES = {
+    "compare.html", "compare.md", "gain.png", "perplexity.png", "frontier.png", "cost.png", "loss.png",
+    "pretrain-loss.png",
+}  # fmt: skip
 """What a comparison may write: all else in its folder is somebody's."""
 PREFIX = re.compile(r"[0-9a-f]{6,32}")
 
@@ -135,6 +141,8 @@ class Merged(Findings):
 
     length: int = 0  # the text length at which most models scored the same tokens
     alike: frozenset[str] = frozenset()  # models that scored the same tokens at this length
+    sources: dict[str, str] = field(default_factory=dict)  # of each model's base
+    trained_lengths: dict[str, int] = field(default_factory=dict)  # of each model's base, where it is known
 
     @property
     def compared(self) -> dict[str, Model]:
@@ -146,6 +154,14 @@ class Merged(Findings):
         row = self.ppl().get(self.length, {})
         return self.length, {name: row[name]["ppl"] for name in self.models if name in self.alike}
 
+    def background(self) -> Background:
+        """Return the first run's base as what all arms of that base are held against, in whichever run."""
+        found = super().background()
+        base = found.base or ""
+        related = [name for name in self.models if self.sources[name] == self.sources.get(base)]
+        trained_length = self.trained_lengths.get(base) if self.scores_of(Gain.name) else None
+        return replace(found, trained_length=trained_length, related=frozenset(related))
+
     def yardstick(self, tune: str) -> Model | None:
         """Return no model, since a ratio of speeds says nothing across machines and row lengths."""
         return None
@@ -155,6 +171,7 @@ def merge(runs: dict[str, Findings]) -> Merged:
     """Return the models of all runs; a model whose artifacts are those of an earlier run is left out."""
     models: dict[str, Model] = {}
     bases: dict[str, str] = {}
+    trained_lengths: dict[str, int] = {}
     seen: set[frozenset[str]] = set()
     for run, findings in runs.items():
         for name, model in findings.models.items():
@@ -163,13 +180,23 @@ def merge(runs: dict[str, Findings]) -> Merged:
                 continue
             seen.add(fingerprints)
             full_name = f"{run}: {name}"
-            models[full_name] = replace(model, name=full_name)
+            models[full_name] = replace(model, name=full_name, of=model.of and f"{run}: {model.of}")
             bases[full_name] = findings.base.get("source", name)
+            if findings.base:
+                trained_lengths[full_name] = findings.base["context_length"]
     length, alike = _largest_group(models, bases)
     prices = [findings.prices for findings in runs.values()]
     if any(other != prices[0] for other in prices):
         prices = [PriceRecipe()]
-    merged = Merged({}, models=models, prices=prices[0], length=length, alike=alike)
+    merged = Merged(
+        {},
+        models=models,
+        prices=prices[0],
+        length=length,
+        alike=alike,
+        sources=bases,
+        trained_lengths=trained_lengths,
+    )
     _, ppl = merged.greatest()
 
     def rank(name: str) -> tuple[bool, float]:
@@ -202,12 +229,14 @@ def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int
 
 
 def headline(found: Merged) -> str:
-    """Say which model is the best, and how many cannot be compared with it."""
+    """Say what is gained from context, which model has the best perplexity, and how many do not compare with it."""
     length, ppl = found.greatest()
-    text = "No perplexity was measured."
+    claim = claim_of(found)
+    sentences = claim.sentences() if claim else []
     if ppl:
         best = ", ".join(f"{name} {perplexity_text(ppl[name])}" for name in list(ppl)[:3])
-        text = f"Lowest perplexity at {length:,} tokens: {best}."
+        sentences.append(f"Lowest perplexity at {length:,} tokens: {best}.")
+    text = " ".join(sentences) or "No perplexity was measured."
     others = sum(PERPLEXITY in model.scores for model in found.models.values()) - len(ppl)
     if others:
         text += f" {others} models read other texts or have another base, and do not compare."

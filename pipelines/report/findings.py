@@ -46,6 +46,10 @@ class Model:
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
     scores: dict[str, EvalScores] = field(default_factory=dict)  # scores without their cases, by evaluation
+    weights: str = ""
+    """The fingerprint of the folder that a baseline is loaded from; empty for a trained model."""
+    stretched: bool = False
+    """Whether a baseline is loaded with other positions than it was trained with."""
 
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
         """Return the rows of an evaluation's scores whose columns have these values; none if it was not evaluated."""
@@ -122,7 +126,28 @@ class Findings:
         return {name: model.scores[evaluation] for name, model in self.models.items() if evaluation in model.scores}
 
     def background(self) -> Background:
-        return Background(self.base.get("context_length"), frozenset(self.compared))
+        base = self.plain_base()
+        stretches = []
+        for name, model in self.of("baseline").items():
+            if base and model.stretched and model.weights == base.weights:
+                stretches.append(name)
+        arms: dict[str, list[str]] = {}
+        for name, model in self.of("finetune").items():
+            arms.setdefault(model.of, []).append(name)
+        return Background(
+            self.base.get("context_length"),
+            frozenset(self.compared),
+            base=base.name if base else None,
+            stretches=tuple(stretches),
+            arms={members[0]: tuple(members) for members in arms.values()},
+        )
+
+    def plain_base(self) -> Model | None:
+        """Return the baseline that is the base as it is, if there is one."""
+        for name, model in self.of("baseline").items():
+            if not model.stretched and name != "champion":  # which only the gate's champion is called
+                return model
+        return None
 
     def greatest(self) -> tuple[int, dict[str, float]]:
         """Return the greatest length measured, and the compared models' perplexities there, best first, NaN last."""
@@ -187,6 +212,8 @@ def gather(
             model = arms.get(name) or variants.get(name) or findings.models.get(name)
             if model is None:
                 model = findings.models[name] = Model(name, "baseline", about_rope(choices["rope"]))
+                model.weights = artifact.manifest["identity"]["inputs"]["model"]
+                model.stretched = choices["rope"] is not None
             content = read(artifact, "scores.json", "eval", "rows", "summary", "protocol", "recipe")
             fields = {one.name for one in dataclasses.fields(EvalScores)}
             model.scores[choices["eval"]] = EvalScores(**{key: content[key] for key in fields & content.keys()})

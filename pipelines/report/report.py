@@ -23,6 +23,7 @@ from longreach.infra.choices import Choices
 from longreach.pipelines.artifacts import Report
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.recipe import PriceRecipe
+from longreach.pipelines.report.claim import Claim, claim_of
 from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Findings, brief, gather
 from longreach.pipelines.report.page import Page, markdown_table
 
@@ -76,19 +77,22 @@ def short_table(found: Findings) -> str:
     from longreach.pipelines.report.sections import main_columns
 
     columns = main_columns(found)
+    gains = [column for column in columns if column.group.startswith("nats")][-1:]
     perplexity = [column for column in columns if column.group.startswith("perplexity")][-1:]
     costs = [column for column in columns if column.head in ("wall clock", "peak GiB")]
     speedup = [column for column in columns if column.group.startswith("speed-up")][:1]
     heads = ["model"]
+    heads += [f"{column.group}, with {column.head} tokens" for column in gains]
     heads += [f"perplexity at {_first_line(column.head)}" for column in perplexity]
     heads += [column.head for column in costs]
     heads += [f"speed-up vs {_first_line(column.head)}" for column in speedup]
+    shown = [*gains, *perplexity, *costs, *speedup]
     rows = []
     for name, model in found.compared.items():
         shown_name = name
         if model.kind.startswith("failed"):
             shown_name += f" ({model.about})"
-        rows.append([shown_name, *(_first_line(column.cells[name]) for column in [*perplexity, *costs, *speedup])])
+        rows.append([shown_name, *(_first_line(column.cells[name]) for column in shown)])
     if not rows:
         return ""
     text, n_rows = markdown_table(Table("", heads, rows)), len(rows)
@@ -105,7 +109,9 @@ def _first_line(text: str) -> str:
 
 def headline(found: Findings) -> str:
     """Say what was gained at the greatest length, and at what cost: a sentence for each that there is."""
-    gains = [*_gain(found), *_price(found)]
+    claim = claim_of(found)
+    gains = claim.sentences() if claim else _gain(found)
+    gains += _price(found, claim)
     if not gains:
         gains = [f"{len(found.artifacts)} stages are done; no perplexity of the base or of an arm was measured."]
     return " ".join([*_failures(found), *gains])
@@ -156,11 +162,12 @@ def _document_losses(found: Findings, name: str, length: int) -> dict[str, float
     return {row["document"]: row["nll"] for row in rows}
 
 
-def _price(found: Findings) -> list[str]:
+def _price(found: Findings, claim: Claim | None) -> list[str]:
     """Say what the best arm but full fine-tuning cost, compared with full fine-tuning and with LoRA."""
     _, ppl = found.greatest()
     full, lora = found.yardstick("all"), found.yardstick("lora")
-    arms = [found.models[name] for name in ppl if name in found.of("finetune")]
+    ranked = claim.ranked() if claim else list(ppl)
+    arms = [found.models[name] for name in ranked if name in found.of("finetune")]
     others = [arm for arm in arms if arm is not full]
     if not full or not others:
         return []
@@ -169,7 +176,9 @@ def _price(found: Findings) -> list[str]:
     if lora and lora is not arm:
         text += f" and {arm.ratio(lora, 'tokens_per_s'):.2f} times that of LoRA"
     text += f" ({found.where()}), with {arm.ratio(full, 'peak_gib'):.2f} times full fine-tuning's peak memory"
-    if finite(ppl[arm.name]) and finite(ppl.get(full.name)):
+    if claim and full.name in ranked:
+        text += f"; on the same tokens it is {claim.against(arm.name, full.name)} than full fine-tuning"
+    elif finite(ppl.get(arm.name)) and finite(ppl.get(full.name)):
         change = ppl[arm.name] / ppl[full.name] - 1
         text += f" and {abs(change):.1%} {'higher' if change > 0 else 'lower'} perplexity"
     return [f"{text}."]
@@ -193,7 +202,21 @@ def metrics(found: Findings) -> dict[str, float]:
             if yardstick and model.kind == "finetune":
                 values[f"compare/speedup_vs_{against}/{tag}"] = model.ratio(yardstick, "tokens_per_s")
                 values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(yardstick, "peak_gib")
+    values |= _gain_metrics(found)
     return {key: float(value) for key, value in values.items() if finite(value)}
+
+
+def _gain_metrics(found: Findings) -> dict[str, float]:
+    """Return what arms and stretches gain over the base at its best, by name and length, and the base's best length."""
+    claim = claim_of(found)
+    if claim is None:
+        return {}
+    values: dict[str, float] = {"compare/base_best_length": claim.best.length}
+    for name, by_length in claim.over_base.items():
+        if name != claim.background.base:
+            for length, gained in by_length.items():
+                values[f"compare/gain_over_base_{length}/{_metric_part(name)}"] = gained.nats
+    return values
 
 
 def _metric_part(name: str) -> str:

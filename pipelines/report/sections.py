@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 from longreach.evaluation import EVALS
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
 from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines
+from longreach.evaluation.gain import Gain, difference_cell, gain_figure, over_base
 from longreach.evaluation.sections import DASH, finite, perplexity_cell, perplexity_curve, perplexity_text
 from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
+from longreach.pipelines.report.claim import claim_of
 from longreach.pipelines.report.findings import PERPLEXITY, POINTS, Findings, Model, frontier
 from longreach.training.recipe import SourceRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
@@ -59,13 +62,17 @@ def results(
     for group, neighbours in groupby(columns, key=lambda column: column.group):
         groups.append((group, len(list(neighbours))))
     table = Table(caption, ["model", *(column.head for column in columns)], rows, groups, _legend(found))
-    return Section(title, [table, [*_perplexity_figure(found), *_frontier_figure(found), *_cost_figure(found)]])
+    gain = gain_figure(found.scores_of(Gain.name), style_of(found), found.background())
+    figures = [*gain, *_perplexity_figure(found), *_frontier_figure(found), *_cost_figure(found)]
+    return Section(title, [table, figures])
 
 
 def _legend(found: Findings) -> str:
     text = LEGEND
     if any("ppl_low" in row for rows in found.ppl().values() for row in rows.values()):
         text += " Small, under perplexities: 95% intervals over the documents."
+    if claim_of(found):
+        text += " Small, under gains: the same, paired by document; + is better."
     rates = ", ".join(rate.words for rate in _rates(found))
     if rates:
         text += f" Cost: wall clock × ranks × what the recipe says of a rank ({rates}); not measured."
@@ -113,6 +120,7 @@ def main_columns(found: Findings) -> list[MainColumn]:
                 texts[name] = Best(text) if is_best else text
         columns.append(MainColumn(group, head, texts))
 
+    _add_gains(found, add)
     _, ranked = found.greatest()
     for length, rows in found.ppl().items():
         head = f"{length:,}"
@@ -129,6 +137,23 @@ def main_columns(found: Findings) -> list[MainColumn]:
         for column in evaluation.columns({model: scores[model] for model in scores if model in found.compared}):
             add(column.group, column.head, column.cells)
     return columns
+
+
+def _add_gains(found: Findings, add: Callable[..., None]) -> None:
+    """Add the main table's columns of what each model gains over the base at its best, at lengths beyond that."""
+    claim = claim_of(found)
+    if claim is None:
+        return
+    each = {name: (name,) for members in claim.background.arms.values() for name in members}
+    gains = over_base(claim.models, replace(claim.background, arms=each), claim.best)
+    lengths = sorted({length for by_length in gains.values() for length in by_length if length > claim.best.length})
+    for length in lengths:
+        cells = {}
+        for name, by_length in gains.items():
+            if length in by_length:
+                cells[name] = (by_length[length].nats, difference_cell(by_length[length]))
+        group = f"nats per token better than the base at its best ({claim.best.length:,})"
+        add(group, f"{length:,}", cells, max)
 
 
 def _add_costs(found: Findings, add: Callable[..., None]) -> None:
