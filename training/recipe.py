@@ -139,6 +139,13 @@ class SourceRecipe(Choices):
     """Column or JSON key that holds the text."""
     name_field: str | None = None
     """Column or JSON key that names a document; without it, documents are named `file:line`."""
+    weight: New[float] = Field(default=1.0, gt=0)
+    """How often its training documents stand in the rows: 2: twice; 0.25: a quarter of their tokens,
+    whole documents drawn by corpus.seed; 1.5: all of them, and half of them again."""
+    min_tokens: New[int] = Field(default=0, ge=0)
+    """Training documents with fewer tokens are left out; held-out ones stay as they are."""
+    max_tokens: New[int | None] = Field(default=None, ge=1)
+    """Training documents with more tokens are left out; null: none is."""
     domain: str | None = None
     """A label for per-domain results; defaults to the package, file stem, dataset or repository."""
 
@@ -153,6 +160,11 @@ class SourceRecipe(Choices):
                 raise ValueError(f"repositories: {entry!r} is no folder: copy it here, or use files with a URL")
         if not any(not pattern.startswith("!") for pattern in self.patterns):
             raise ValueError(f"patterns {list(self.patterns)} choose no file: begin with e.g. '**/*.py'")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}: no document has so many and so "
+                f"few, change one of them"
+            )
         return self
 
     def places(self) -> list[str]:
@@ -172,6 +184,8 @@ class CorpusRecipe(Choices):
     """Document names (shell patterns) held out for evaluation; wins over validation."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """The stage fails when more than this share of documents is malformed; bad ones are skipped and listed."""
+    seed: New[int] = Field(default=0, ge=0)
+    """Which documents a source's `weight` draws, where it is no whole number."""
 
 
 class PackRecipe(Choices):

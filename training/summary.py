@@ -132,6 +132,23 @@ class LengthBin(Facts):
         return self.train + self.validation + self.test
 
 
+class SourceShare(Facts):
+    """What one source gave to the rows, in training documents and tokens of their text."""
+
+    source: str  # where its documents come from, as the recipe names it
+    weight: float
+    documents: int
+    tokens: int
+    left_out: int  # of these documents, those shorter than min_tokens or longer than max_tokens
+    packed_documents: int  # documents in the rows, repeats counted
+    packed_tokens: int
+
+    @property
+    def repeats(self) -> float:
+        """Return how often a token that is not left out stands in the rows, on average."""
+        return self.packed_tokens / self.tokens if self.tokens else 0.0
+
+
 class PackSummary(Summary, PackRecipe):
     """How documents became rows: packed.json in a PackedCorpus folder."""
 
@@ -153,4 +170,6 @@ class PackSummary(Summary, PackRecipe):
     truncated_tokens: int
     """Tokens that were lost: 0, since what does not fit a row goes on in another."""
     length_histogram: tuple[LengthBin, ...]
+    sources: tuple[SourceShare, ...] = ()
+    """The mixture, in the recipe's order; empty in what an older version packed."""
     bad: BadEntries

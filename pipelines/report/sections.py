@@ -468,10 +468,31 @@ def packing(found: Findings) -> Section | None:
         bad |= {(f"{entry.file}:{entry.line}", entry.reason) for entry in pack.bad.listed}
     legend = "Efficiency: places in rows that hold a token. Documents longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
+    blocks += _mixtures(found.packs)
     if bad:
         blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], sorted(bad)[:20], prose=True))
     blocks.append([_lengths_figure(next(iter(found.packs.values())))])
     return Section("Packing", blocks)
+
+
+def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
+    """Return what each source gave to the rows; nothing where all of it stands there once."""
+    rows = []
+    for label, pack in packs.items():
+        total = sum(share.packed_tokens for share in pack.sources)
+        for share in pack.sources:
+            if total and any(one.weight != 1 or one.left_out for one in pack.sources):
+                counts = [share.documents, share.left_out, share.packed_documents, share.packed_tokens]
+                texts = [f"{count:,}" for count in counts]
+                part = f"{share.packed_tokens / total:.1%}"
+                rows.append([label, share.source, f"{share.weight:g}", *texts, part, f"{share.repeats:.2f} ×"])
+    if not rows:
+        return []
+    columns = ["corpus", "source", "weight", "training\ndocuments", "left\nout", "documents\nin rows"]
+    columns += ["tokens\nin rows", "share", "repeats"]
+    legend = "Left out: shorter than min_tokens or longer than max_tokens. Repeats: how often a token that is not left "
+    legend += "out stands in the rows; more than about 4 teaches little new (arXiv:2305.16264)."
+    return [Table("Mixture", columns, rows, legend=legend)]
 
 
 def _lengths_figure(pack: PackSummary) -> Figure:
