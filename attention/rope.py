@@ -17,7 +17,9 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +32,11 @@ FAR = 2**13
 
 
 def stretched_config(
-    config: PretrainedConfig, type: str, factor: float = 1.0, theta: float | None = None
+    config: PretrainedConfig,
+    type: str,
+    factor: float = 1.0,
+    theta: float | None = None,
+    yarn: Mapping[str, float] = MappingProxyType({}),
 ) -> PretrainedConfig:
     """A copy of a config whose context is `factor` times as long; build the model from it.
 
@@ -44,6 +50,8 @@ def stretched_config(
         type: one of TYPES.
         factor: new context length over the trained one, at least 1.
         theta: the new base frequency, for type "theta" only.
+        yarn: more of transformers' `rope_parameters`, for type "yarn" only; `factor` counts from its
+            original_max_position_embeddings, where that is given.
     """
     rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
     if type not in TYPES:
@@ -65,11 +73,17 @@ def stretched_config(
     else:
         config.rope_parameters = {**rope, "rope_type": type, "factor": factor}
     if type in ("yarn", "llama3"):
-        config.rope_parameters["original_max_position_embeddings"] = trained
+        config.rope_parameters |= {"original_max_position_embeddings": trained, **yarn}
     if type == "llama3":
         config.rope_parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if type != "dynamic":
-        config.max_position_embeddings = math.ceil(trained * factor)
+        original = yarn.get("original_max_position_embeddings", trained)
+        config.max_position_embeddings = math.ceil(original * factor)
+        if config.max_position_embeddings < trained:
+            raise ValueError(
+                f"rope original_length {original} with factor {factor:g} gives {config.max_position_embeddings} "
+                f"positions, less than the model's {trained}: raise factor to {trained / original:g} or more"
+            )
     return config
 
 

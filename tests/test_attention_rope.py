@@ -48,9 +48,9 @@ def dynamic(factor, length=2 * TRAINED):
     return grown ** (-2 * PAIR_R / HEAD), 1.0
 
 
-def yarn(factor):
+def yarn(factor, fast=32, slow=1, trained=TRAINED):
     """arXiv:2309.00071: pairs turning over 32 times in the trained context stay, under once are stretched."""
-    low, high = (HEAD * math.log(TRAINED / (turns * 2 * math.pi)) / (2 * math.log(THETA)) for turns in (32, 1))
+    low, high = (HEAD * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(THETA)) for turns in (fast, slow))
     low, high = max(math.floor(low), 0), min(math.ceil(high), HEAD - 1)
     ramp_R = ((PAIR_R - low) / (high - low)).clamp(0, 1)
     return PLAIN_R / factor * ramp_R + PLAIN_R * (1 - ramp_R), 0.1 * math.log(factor) + 1
@@ -71,6 +71,20 @@ def test_a_stretched_model_rotates_by_the_papers_formula(formula, factor):
     angle_TR = torch.tensor(positions).double()[:, None] * inv_freq_R
     for ours, expected in zip(table(config, positions), (angle_TR.cos(), angle_TR.sin()), strict=True):
         torch.testing.assert_close(ours.double(), expected * scale, atol=2e-5, rtol=0)  # float32 angles up to 127
+
+
+def test_yarns_own_choices_are_those_of_the_formula():
+    own = {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.5, "original_max_position_embeddings": 32}
+    config = stretched_config(small(), "yarn", 4.0, yarn=own)
+    inv_freq_R, _ = yarn(4.0, fast=4.0, slow=0.5, trained=32)
+    angle_TR = torch.arange(128).double()[:, None] * inv_freq_R
+    for ours, expected in zip(table(config, list(range(128))), (angle_TR.cos(), angle_TR.sin()), strict=True):
+        torch.testing.assert_close(ours.double(), expected * 1.5, atol=2e-5, rtol=0)  # float32 angles up to 127
+    assert config.max_position_embeddings == 128, "the factor counts from the original length"
+    with pytest.raises(
+        ValueError, match="original_length 16 with factor 2 gives 32 positions, less than the model's 64"
+    ):
+        stretched_config(small(), "yarn", 2.0, yarn={"original_max_position_embeddings": 16})
 
 
 def test_theta_changes_the_base_frequency_and_nothing_else():

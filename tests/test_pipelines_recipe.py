@@ -136,6 +136,38 @@ def test_a_variant_that_would_be_none_is_refused(small: Path, variant: str, line
     assert said == f"--set: variants.far.{line}"
 
 
+@pytest.mark.parametrize(
+    ("rope", "line"),
+    [
+        (
+            "{type: linear, factor: 2, beta_fast: 16}",
+            "rope type 'linear' with beta_fast 16: it is for type 'yarn' only",
+        ),
+        ("{type: yarn, factor: 2, beta_slow: 40}", "rope beta_slow 40 is not below beta_fast 32 (1 and 32 unless set)"),
+    ],
+)
+def test_yarns_choices_are_for_yarn(small: Path, rope: str, line: str) -> None:
+    (said,) = mistakes(small, f"finetune.rope={rope}")
+    assert said.endswith(line)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("arms.full.use_dora=true", "use_dora True with tune 'all', which has no LoRA: leave it out, or tune 'lora'"),
+        ("arms.full.init_lora_weights=pissa", "init_lora_weights pissa with tune 'all', which has no LoRA: leave it "
+         "out, or tune 'lora'"),
+        ("min_lr_ratio=0.1", "min_lr_ratio 0.1 with schedule 'constant', which does not fall"),
+        ("decay_fraction=0.1", "decay_fraction 0.1 with schedule 'constant': it is wsd's"),
+        ("schedule=wsd", "warmup_steps 20 and the 1 steps over which wsd falls are more than steps 4: lower "
+         "warmup_steps or decay_fraction"),
+    ],
+)  # fmt: skip
+def test_choices_that_would_do_nothing_are_refused(small: Path, override: str, line: str) -> None:
+    (said,) = mistakes(small, f"finetune.{override}")
+    assert said.endswith(line)
+
+
 def test_a_variant_is_there_for_each_seed_of_its_arm(small: Path) -> None:
     far = "variants={far: {of: full, rope: {type: linear, factor: 4}}, one: {of: full.s3, rope: {}}}"
     recipe = load(small, ["finetune.arms.full.seeds=[0, 3]", far]).recipe

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder, train
 from transformers import AutoModelForCausalLM
 
+from longreach.training import export
 from longreach.training.checkpoint import newest_valid, problem
 from longreach.training.export import check_trained, merge_adapter, tensor_digests
 from longreach.training.longlora import apply_arm
@@ -184,12 +185,13 @@ def test_an_adapter_loads_in_plain_peft_with_the_trained_logits(tmp_path, monkey
         assert torch.equal(plain(IDS).logits, seen["logits"])
 
 
-def test_adapter_files_have_the_names_that_peft_itself_would_write(tmp_path):
-    todo = job(tmp_path, arm={"tune": "lora+embed+norm"})
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_files_have_the_names_that_peft_itself_would_write(tmp_path, dora):
+    todo = job(tmp_path, arm={"tune": "lora+embed+norm", "use_dora": dora})
     train(todo)
     names = ["embed_tokens", "input_layernorm", "norm", "post_attention_layernorm"]
     config = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], modules_to_save=names)
-    config.ensure_weight_tying = True
+    config.ensure_weight_tying, config.use_dora = True, dora
     get_peft_model(fresh_llama(TINY, VOCAB, seed=0), config).save_pretrained(tmp_path / "peft")
     theirs = {k: v.shape for k, v in load_file(tmp_path / "peft/adapter_model.safetensors").items()}
     assert {k: v.shape for k, v in weights(todo).items()} == theirs
@@ -212,6 +214,76 @@ def test_merged_logits_equal_adapter_logits_and_the_stretch_travels(tmp_path, tu
     assert plain.config.rope_parameters["factor"] == 2.0
     assert plain.config.max_position_embeddings == 128
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
+
+
+KNOBS = [
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"init_lora_weights": "pissa"},
+    {"lora_plus_ratio": 16.0},
+    {"use_dora": True, "use_rslora": True, "init_lora_weights": "pissa", "lora_plus_ratio": 4.0},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_what_leaves_training_is_what_was_trained_whatever_the_kind_of_lora(tmp_path, monkeypatch, knobs):
+    trained = []
+
+    def remember(model, out, real=export.save_adapter):
+        with torch.no_grad():
+            trained.append(model.eval()(IDS, use_cache=False).logits)
+        real(model, out)
+
+    monkeypatch.setattr(export, "save_adapter", remember)
+    arm = {"tune": "lora+norm", "lora_rank": 4, "lora_alpha": 8} | knobs
+    todo = job(tmp_path, arm=arm, optim={"learning_rate": 1e-2}, resources={"zero_stage": 0})
+    train(todo)
+    merged = merge_adapter(tmp_path / "base", Path(todo["out"]), tmp_path / "merged", rope=STRETCH)
+    assert merged["merge_error"] < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    untrained, _ = load_model(tmp_path / "base", rope=STRETCH)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, trained[0], rtol=1e-4, atol=1e-5)  # float32
+        assert (untrained(IDS).logits - trained[0]).abs().max() > 1e-2, "there was something to lose"
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_every_kind_of_lora_learns_the_same_on_sharded_weights(tmp_path, knobs):
+    arm = {"tune": "lora", "lora_rank": 4, "lora_alpha": 8} | knobs
+    whole = job(tmp_path, name="whole", arm=arm, resources={"zero_stage": 0})
+    sharded = job(tmp_path, name="sharded", arm=arm, resources={"zero_stage": 3})
+    train(whole)
+    train(sharded)
+    assert losses(sharded) == pytest.approx(losses(whole), abs=2e-5)  # of about 4, in float32
+    ours, theirs = weights(sharded), weights(whole)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)  # AdamW divides by small numbers
+
+
+@pytest.mark.parametrize("rs", [False, True])
+def test_a_pissa_adapter_leaves_as_plain_lora_for_the_untouched_base(tmp_path, rs):
+    arm = {"tune": "lora", "lora_rank": 4, "lora_alpha": 8, "init_lora_weights": "pissa", "use_rslora": rs}
+    todo = job(tmp_path, arm=arm, resources={"zero_stage": 0})
+    train(todo)
+    merge_adapter(tmp_path / "base", Path(todo["out"]), tmp_path / "merged", rope=STRETCH)
+    adapter, config = weights(todo), read_json(Path(todo["out"]) / "adapter_config.json")
+    assert (config["r"], config["init_lora_weights"]) == (8, True)
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    layer = "model.layers.0.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{layer}.lora_{x}.weight"] for x in "AB")
+    scale = config["lora_alpha"] / (8**0.5 if rs else 8)
+    torch.testing.assert_close(base[f"{layer}.weight"] + scale * b @ a, merged[f"{layer}.weight"])
+    assert (base[f"{layer}.weight"] - merged[f"{layer}.weight"]).abs().max() < 0.1, "nothing was left taken out"
+
+
+def test_resuming_takes_the_same_out_of_the_base_again(tmp_path, crash):
+    arm = {"tune": "lora"} | KNOBS[-1]
+    whole, stopped = (job(tmp_path, name=name, arm=arm) for name in ("whole", "stopped"))
+    train(whole)
+    crash(stopped, 5)
+    assert train(stopped).resumed_from_step == 4
+    assert_identical(whole, stopped)
 
 
 def test_a_merge_that_loses_the_adapter_is_refused(tmp_path, monkeypatch):

@@ -49,6 +49,23 @@ def test_an_arm_starts_from_the_bases_logits(tune):
         assert torch.equal(apply_arm(base, arm(tune))(IDS).logits, before)
 
 
+def test_each_kind_of_lora_is_what_peft_computes_with():
+    def layer(**choices):
+        return apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm("lora", **choices)).base_model.model.model.layers[0]
+
+    plain, rs, dora, pissa = (
+        one.self_attn.q_proj
+        for one in (layer(), layer(use_rslora=True), layer(use_dora=True), layer(init_lora_weights="pissa"))
+    )
+    assert (plain.scaling["default"], rs.scaling["default"]) == (8 / 4, 8 / 4**0.5)
+    assert dora.lora_magnitude_vector["default"].weight.shape == (32,)
+    assert not plain.lora_B["default"].weight.any()
+    out = pissa.scaling["default"] * pissa.lora_B["default"].weight @ pissa.lora_A["default"].weight
+    torch.testing.assert_close(pissa.base_layer.weight + out, plain.base_layer.weight)
+    largest = torch.linalg.svdvals(plain.base_layer.weight)
+    torch.testing.assert_close(torch.linalg.svdvals(out)[:4], largest[:4])
+
+
 def test_only_trainable_parameters_get_a_gradient():
     model = apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm("lora+norm"))
     model(IDS, labels=IDS).loss.backward()

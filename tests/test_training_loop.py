@@ -347,6 +347,42 @@ def test_schedules_warm_up_without_a_step_at_zero_and_end_as_they_say():
         assert rates[-1] == pytest.approx(last)
 
 
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ({"schedule": "wsd", "decay_fraction": 0.4}, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ({"schedule": "wsd", "decay_fraction": 0.2, "min_lr_ratio": 0.2}, [0.5, *[1] * 8, 0.6]),
+        ({"schedule": "linear", "min_lr_ratio": 0.2}, [0.5, 1, *(1 - n / 10 for n in range(8))]),
+    ],
+    ids=str,
+)
+def test_a_rate_falls_where_and_as_far_as_it_shall(choices, expected):
+    optim = OptimRecipe(steps=10, global_batch_tokens=1, warmup_steps=2, **choices)
+    assert [learning_rate(optim, 1.0, step) for step in range(10)] == pytest.approx(expected)
+
+
+def test_a_cosine_with_a_least_rate_ends_above_it():
+    optim = OptimRecipe(steps=1000, global_batch_tokens=1, warmup_steps=0, schedule="cosine", min_lr_ratio=0.1)
+    assert learning_rate(optim, 2.0, 999) == pytest.approx(0.2, abs=1e-4)
+    assert learning_rate(optim, 2.0, 500) == pytest.approx(1.1)
+
+
+def test_lora_plus_trains_b_at_a_multiple_of_the_rate_of_a(tmp_path, monkeypatch):
+    seen = []
+
+    def start_engine(*args, rate_scales, real=loop.zero.start_engine, **more):
+        engine = real(*args, rate_scales=rate_scales, **more)
+        seen.extend(engine.optimizer.param_groups)
+        return engine
+
+    monkeypatch.setattr(loop.zero, "start_engine", start_engine)
+    train(job(tmp_path, arm={"tune": "lora", "lora_plus_ratio": 16}, resources={"zero_stage": 0}))
+    (a, b) = sorted(seen, key=lambda group: group["rate_scale"])
+    assert (a["rate_scale"], b["rate_scale"]) == (1.0, 16.0)
+    assert b["lr"] == pytest.approx(16 * a["lr"])
+    assert {p.shape[1] for p in b["params"]} == {8}, "B maps from the rank"
+
+
 def test_totals_over_ranks_are_exact():
     class Engine:
         device = torch.device("cpu")

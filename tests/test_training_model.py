@@ -29,6 +29,14 @@ def test_a_linear_stretch_gives_each_position_half_its_angle(tmp_path):
     assert stretched.config.max_position_embeddings == 2 * plain.config.max_position_embeddings
 
 
+def test_yarns_choices_reach_the_config_and_the_bases_fingerprints_stay_without_them(tmp_path):
+    rope = RopeRecipe(type="yarn", factor=2, beta_fast=16, attention_factor=1.2, original_length=64)
+    config = load_model(tiny_folder(tmp_path), rope=rope)[0].config
+    assert {"beta_fast": 16, "attention_factor": 1.2}.items() <= config.rope_parameters.items()
+    assert rope.about() == "RoPE yarn × 2, beta_fast 16, attention_factor 1.2, original_max_position_embeddings 64"
+    assert RopeRecipe(type="yarn", factor=2).identity() == {"type": "yarn", "factor": 2.0, "theta": None}
+
+
 def test_a_stretch_travels_in_the_saved_config(tmp_path):
     tiny_folder(tmp_path / "base")
     stretched, tokenizer = load_model(tmp_path / "base", rope=RopeRecipe(type="theta", theta=3e5, factor=2.0))

@@ -6,6 +6,9 @@ merged model is loaded again by plain transformers and its logits are compared w
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +83,14 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     """Save the trainable tensors as peft names them; embeddings and norms are modules_to_save."""
     tensors = {}
     for name, p in trainable(model).items():
-        tensors[name.replace(".default.", ".")] = p.detach().cpu().contiguous()
+        peft_name = name.replace(".default.", ".")
+        if "lora_magnitude_vector" in name:  # DoRA's, which peft stores without its last name
+            peft_name = peft_name.removesuffix(".weight")
+        tensors[peft_name] = p.detach().cpu().contiguous()
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
+    if config.init_lora_weights == "pissa":
+        config = _of_the_whole_base(config, tensors, vars(model)["taken_out"])
     if config.ensure_weight_tying:  # peft wants a tied embedding's trained values under both of its names
         embed, head = (model.get_input_embeddings(), model.get_output_embeddings())
         names = {module: name for name, module in model.named_modules()}
@@ -90,6 +98,28 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(out))
+
+
+def _of_the_whole_base(
+    config: LoraConfig, tensors: dict[str, torch.Tensor], taken_out: Mapping[str, torch.Tensor]
+) -> LoraConfig:
+    """Turn a PiSSA adapter in place into a LoRA of twice the rank on the untouched base; return its config.
+
+    PiSSA trains B A on W - B0 A0, which nobody has: B A - B0 A0 = [B, -B0] [A; A0] is the same on W (peft calls it
+    `subtract_mutated_init`).
+    """
+    for name, start in taken_out.items():
+        key, start = name.replace(".default.", "."), start.cpu()
+        if "lora_A" in name:
+            tensors[key] = torch.cat([tensors[key], start.to(tensors[key])], dim=0)
+        else:
+            tensors[key] = torch.cat([tensors[key], -start.to(tensors[key])], dim=1)
+    grown = copy.copy(config)
+    grown.r = 2 * config.r
+    by = math.sqrt(2) if config.use_rslora else 2
+    grown.lora_alpha = config.lora_alpha * by  # type: ignore[assignment]  # so that the scale stays
+    grown.init_lora_weights = True
+    return grown
 
 
 def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: RopeRecipe | None) -> dict[str, Any]:

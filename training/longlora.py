@@ -25,7 +25,8 @@ from longreach.training.summary import TrainableParameters
 def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:
     """Set `requires_grad` for the arm; unless it tunes everything, put LoRA layers into `model`.
 
-    LoRA starts at zero, so logits do not move. ValueError where the architecture lacks a target module.
+    LoRA starts at zero, or with what it took out of the base, so logits do not move. ValueError where the
+    architecture lacks a target module.
     """
     if arm.tune == "all":
         return model.requires_grad_(True)
@@ -36,13 +37,29 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
         lora_alpha=arm.lora_alpha,
         lora_dropout=0.0,  # LongLoRA's; with none, resuming needs no random state
         target_modules=list(arm.target_modules),
+        use_dora=arm.use_dora,
+        use_rslora=arm.use_rslora,
+        init_lora_weights="pissa" if arm.init_lora_weights == "pissa" else True,
     )
     adapted = get_peft_model(model, lora)
+    if arm.init_lora_weights == "pissa":
+        start = {name: p.detach().clone() for name, p in adapted.named_parameters() if is_lora_ab(name)}
+        vars(adapted)["taken_out"] = start  # of the base: an adapter for the base itself has to give it back
     for name, module in extra_modules(model, arm.tune).items():
         lora.modules_to_save = sorted({*(lora.modules_to_save or ()), name.rpartition(".")[2]})
         module.requires_grad_(True)
     lora.ensure_weight_tying = "embed" in arm.tune and model.config.tie_word_embeddings
     return adapted
+
+
+def is_lora_ab(name: str) -> bool:
+    """Return whether a parameter is one of LoRA's two matrices."""
+    return "lora_A" in name or "lora_B" in name
+
+
+def lora_b(model: nn.Module) -> list[nn.Parameter]:
+    """Return LoRA's matrices B, whose learning rate LoRA+ raises over that of A."""
+    return [p for name, p in model.named_parameters() if "lora_B" in name]
 
 
 def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:

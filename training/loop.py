@@ -32,7 +32,7 @@ from longreach.training import cost, export, throughput, zero
 from longreach.training.build import build
 from longreach.training.checkpoint import Checkpoints
 from longreach.training.corpus import PackedRows
-from longreach.training.longlora import trainable_parameters
+from longreach.training.longlora import lora_b, trainable_parameters
 from longreach.training.loss import TokenLoss, causal_lm, count_targets
 from longreach.training.recipe import OptimRecipe, TrainJob
 from longreach.training.row_order import RowOrder
@@ -121,7 +121,8 @@ class Training:
             job.resources,
             global_batch_rows=self.global_batch_rows,
             learning_rate=self.peak_rate,
-            rate_scales=dict.fromkeys(embeddings, embedding_rate / self.peak_rate),
+            rate_scales=dict.fromkeys(embeddings, embedding_rate / self.peak_rate)
+            | dict.fromkeys(lora_b(self.model), job.arm.lora_plus_ratio or 1.0),
         )
         self.engine.train()
         # again, since the engine may have moved the model to a device and type that another kernel serves
@@ -420,14 +421,18 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 
 def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
-    """Return the rate of a step (from 0): warming up, then constant or falling to zero."""
+    """Return the rate of a step (from 0): warming up, then constant or falling to its least."""
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
-    passed = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
-    if optim.schedule == "linear":
-        return peak * (1 - passed)
+    begin = optim.warmup_steps
+    if optim.schedule == "wsd":
+        begin = optim.steps - optim.decay_steps
+    passed = max(0, step - begin) / max(1, optim.steps - begin)
+    falling = optim.min_lr_ratio, 1 - optim.min_lr_ratio
+    if optim.schedule in ("linear", "wsd"):
+        return peak * (falling[0] + falling[1] * (1 - passed))
     if optim.schedule == "cosine":
-        return peak * ((1 + math.cos(math.pi * passed)) / 2)
+        return peak * (falling[0] + falling[1] * ((1 + math.cos(math.pi * passed)) / 2))
     return peak
 
 

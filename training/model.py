@@ -36,7 +36,7 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if rope is not None and rope.type != "none":
-        config = stretched_config(config, rope.type, rope.factor, rope.theta)
+        config = stretched_config(config, rope.type, rope.factor, rope.theta, rope.yarn())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -56,7 +56,7 @@ def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTr
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     plain = AutoConfig.from_pretrained(base, local_files_only=True)
-    asked = stretched_config(plain, rope.type, rope.factor, rope.theta)
+    asked = stretched_config(plain, rope.type, rope.factor, rope.theta, rope.yarn())
     config.rope_parameters = asked.rope_parameters
     config.max_position_embeddings = asked.max_position_embeddings
     return config

@@ -32,6 +32,25 @@ class RopeRecipe(Choices):
     """New context length over the trained one (linear, dynamic, yarn, llama3; for theta it only widens the limit)."""
     theta: float | None = Field(default=None, gt=0)
     """The new base frequency; required by `theta`, refused by the others."""
+    beta_fast: New[float | None] = Field(default=None, gt=0)
+    """yarn: dimensions that turn more often than this over the trained length stay as they are; 32
+    without it."""
+    beta_slow: New[float | None] = Field(default=None, gt=0)
+    """yarn: those that turn less often than this are interpolated in full; 1 without it."""
+    attention_factor: New[float | None] = Field(default=None, gt=0)
+    """yarn: what queries and keys are scaled by; 0.1 ln(factor) + 1 without it, as in the paper (2309.00071)."""
+    original_length: New[int | None] = Field(default=None, ge=2)
+    """yarn: the trained length in tokens that factor and betas count from; the base's limit without it."""
+
+    def yarn(self) -> dict[str, float]:
+        """Return what is chosen for yarn alone, under transformers' names."""
+        chosen = {
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "attention_factor": self.attention_factor,
+            "original_max_position_embeddings": self.original_length,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RopeRecipe":
@@ -39,13 +58,24 @@ class RopeRecipe(Choices):
             raise ValueError(f"rope type {self.type!r} with theta {self.theta}: set theta exactly when type is 'theta'")
         if self.type == "none" and self.factor != 1.0:
             raise ValueError(f"rope type 'none' with factor {self.factor:g}: choose a type, or leave factor at 1")
+        for name in ("beta_fast", "beta_slow", "attention_factor", "original_length"):
+            value = getattr(self, name)
+            if value is not None and self.type != "yarn":
+                raise ValueError(f"rope type {self.type!r} with {name} {value:g}: it is for type 'yarn' only")
+        fast, slow = self.beta_fast or 32.0, self.beta_slow or 1.0
+        if slow >= fast:
+            raise ValueError(f"rope beta_slow {slow:g} is not below beta_fast {fast:g} (1 and 32 unless set)")
         return self
 
     def about(self) -> str:
         """Return the stretch in few words, e.g. `RoPE yarn × 2`."""
         if self.type == "theta":
             return f"RoPE theta {self.theta:,.0f}"
-        return "RoPE as it is" if self.type == "none" else f"RoPE {self.type} × {self.factor:g}"
+        if self.type == "none":
+            return "RoPE as it is"
+        parts = [f"RoPE {self.type} × {self.factor:g}"]
+        parts += [f"{name} {value:g}" for name, value in self.yarn().items()]
+        return ", ".join(parts)
 
 
 class VariantRecipe(Choices):
@@ -218,6 +248,15 @@ class ArmRecipe(Choices):
     """Overrides the section's rate: full fine-tuning and LoRA do not have the same best one."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
     """The embeddings' own peak rate: whole weights want a smaller one than adapters (RESULTS.md)."""
+    use_dora: New[bool] = False
+    """DoRA (2402.09353): a learned length for each row of an adapted matrix, beside LoRA's direction."""
+    use_rslora: New[bool] = False
+    """rsLoRA (2312.03732): LoRA's update is scaled by alpha / sqrt(rank), for high ranks."""
+    init_lora_weights: New[Literal["zero", "pissa"]] = "zero"
+    """How LoRA begins. zero: B is zero; pissa: with the largest singular vectors of each matrix, which
+    are taken out of it (2404.02948). Both begin with the base's logits."""
+    lora_plus_ratio: New[float | None] = Field(default=None, gt=0)
+    """LoRA+ (2402.12354): B's learning rate over A's; 16 in the paper, with a lower rate for A."""
     rope: New[RopeRecipe | None] = None
     """The stretch that this arm starts from; without it, the section's."""
     seeds: New[Seeds] = ()
@@ -230,6 +269,10 @@ class ArmRecipe(Choices):
                 f"embedding_learning_rate {self.embedding_learning_rate:g} with tune {self.tune!r}, which "
                 f"trains no embeddings: leave it out, or tune 'lora+embed' or 'lora+embed+norm'"
             )
+        for name in ("use_dora", "use_rslora", "init_lora_weights", "lora_plus_ratio"):
+            value = getattr(self, name)
+            if self.tune == "all" and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {value} with tune 'all', which has no LoRA: leave it out, or tune 'lora'")
         return self
 
 
@@ -334,8 +377,13 @@ class OptimRecipe(Choices):
     """Peak rate of AdamW."""
     warmup_steps: int = Field(default=20, ge=0)
     """Steps over which the rate rises linearly to its peak."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up; linear and cosine end at zero."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """After the warm-up; linear and cosine fall from there on, wsd (warm-up, stable, decay) falls linearly
+    over the last steps only. All end at min_lr_ratio."""
+    min_lr_ratio: New[float] = Field(default=0.0, ge=0, lt=1)
+    """The rate after the last step over the peak rate."""
+    decay_fraction: New[float | None] = Field(default=None, gt=0, le=1)
+    """Share of the steps, at the end, over which `wsd` falls; 0.1 without it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
@@ -353,8 +401,22 @@ class OptimRecipe(Choices):
     result: Literal["last", "best"] = "last"
     """Which weights leave training: the last step's, or those with the lowest validation loss."""
 
+    @property
+    def decay_steps(self) -> int:
+        """Return over how many of the last steps `wsd` falls."""
+        return max(1, round((self.decay_fraction or 0.1) * self.steps))
+
     @model_validator(mode="after")
     def _validates(self) -> "OptimRecipe":
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError(f"min_lr_ratio {self.min_lr_ratio:g} with schedule 'constant', which does not fall")
+        if self.schedule != "wsd" and self.decay_fraction:
+            raise ValueError(f"decay_fraction {self.decay_fraction:g} with schedule {self.schedule!r}: it is wsd's")
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and the {self.decay_steps} steps over which wsd falls are more than "
+                f"steps {self.steps}: lower warmup_steps or decay_fraction"
+            )
         if self.result == "best" and not self.validate_every_steps:
             raise ValueError("result 'best' with validate_every_steps 0: nothing says which is best; set it, or 'last'")
         return self
