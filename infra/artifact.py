@@ -209,13 +209,13 @@ class Store:
         files. Raises AlreadyPublished: another attempt was first; this one has been removed."""
         try:
             files = _inventory(attempt)
+            self._upload(attempt)
         except FileNotFoundError:  # a winner removed this attempt meanwhile, or the stage wrote nothing
             self._refuse_if_published(attempt)
             raise
         named = {"stage": attempt.stage, "fingerprint": attempt.fingerprint, "attempt": attempt.id}
         manifest = {**record, **named, "files": files}
         body = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, ensure_ascii=False).encode()
-        self._upload(attempt)
         try:
             self.create(f"{self._folder(attempt.stage, attempt.fingerprint)}/{MANIFEST}", body)
         except FileExistsError:

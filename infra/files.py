@@ -24,6 +24,10 @@ import xxhash
 BLOCK_BYTES = 1 << 22
 
 
+OWN_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "overlay")
+"""File systems that one machine alone has mounted; of any other kind it is not known."""
+
+
 class Digest(Protocol):
     """A running hash: one of xxhash's or hashlib's."""
 
@@ -66,6 +70,17 @@ def sync_tree(folder: Path) -> None:
             if (path := Path(place, name)).is_file():  # no pipe, which would block, and no link to nowhere
                 sync(path)
         sync(Path(place))
+
+
+def on_own_disk(path: Path) -> bool:
+    """Whether a path is on a disk that no other machine sees, as far as the kind of its file system tells."""
+    place, kind = "", ""
+    with contextlib.suppress(FileNotFoundError):  # Linux has it; elsewhere nothing is known
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mounted = line.split()[4].encode().decode("unicode_escape")  # a space is written \040
+            if len(mounted) >= len(place) and path.resolve().is_relative_to(mounted):
+                place, kind = mounted, line.partition(" - ")[2].split()[0]
+    return kind in OWN_DISKS
 
 
 def write_whole(target: Path, text: str) -> None:

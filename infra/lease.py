@@ -5,6 +5,7 @@ lease = Lease(Store(".longreach"), "weekly", "ann@host, process 7").acquire(wait
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra.artifact import Store
-from longreach.infra.files import canonical
+from longreach.infra.files import canonical, on_own_disk
 
 
 class LeaseHeld(Exception):
@@ -52,9 +53,14 @@ class Lease:
     """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever compared.
 
     A lease is a numbered generation, created exclusively. A waiter takes the next number once the holder released
-    its own, once the counter has stood still for `patience_beats` beats of the waiter's own time, or at once where
-    both run on one machine and the holder's process is gone. A holder that was only slow sees the higher number and
-    knows that it has lost (`lost` is set).
+    its own, once the counter has stood still for `patience_beats` beats of the waiter's own time, or sooner where
+    both run on one machine and the holder's process is gone: at once if the store is a disk of that machine, else after
+    `clone_beats`, since a clone of a virtual machine has the same marks and other processes.
+    A holder that was only slow sees the higher number and knows that it has lost (`lost` is set).
+
+    Numbers never go back. A waiter may stop between its look and its creation of n, while n comes, goes and is swept
+    away. So it looks once more afterwards: whoever swept n away had a higher number before, and that one, or one
+    that is higher still, is there to be seen.
     """
 
     store: Store
@@ -62,6 +68,7 @@ class Lease:
     holder: str
     beat_s: float = 2.0
     patience_beats: int = 4
+    clone_beats: int = 2
     lost: threading.Event = field(default_factory=threading.Event)
     _generation: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -81,6 +88,9 @@ class Lease:
                 except FileExistsError:
                     continue  # another run was faster: look again
                 self._generation = newest + 1
+                if self._newest() > self._generation:  # it had been taken, given up and swept away meanwhile
+                    self._remove(self._path(self._generation, "json"))
+                    continue
                 self._beat(0)
                 self._sweep()
                 threading.Thread(target=self._heartbeat, daemon=True, name=f"lease {self.name}").start()
@@ -107,10 +117,13 @@ class Lease:
             about = self._about(generation)
         except FileNotFoundError:  # swept away by the next holder
             return True
+        patience_beats = self.patience_beats
         if is_gone(about.get("process")):
-            return False
+            if self.store.local and on_own_disk(Path(self.store.base)):
+                return False
+            patience_beats = min(self.clone_beats, patience_beats)
         counter, beats_without_change = self._counter(generation), 0
-        while beats_without_change < self.patience_beats:
+        while beats_without_change < patience_beats:
             time.sleep(self.beat_s)
             if self._exists(generation, "released"):
                 return False
@@ -161,7 +174,11 @@ class Lease:
                 print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
 
     def _sweep(self) -> None:
-        """Delete the files of the generations before this one."""
+        """Delete the files of older generations, but of the last: who lists the folder now must not miss both."""
         for path in self.store.fs.glob(f"{self._folder}/*"):
-            if int(Path(path).name.split(".")[0]) < self._generation:
-                self.store.fs.rm(path)
+            if int(Path(path).name.split(".")[0]) < self._generation - 1:
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # a later holder sweeps too
+            self.store.fs.rm(path)

@@ -83,6 +83,24 @@ def test_of_many_publishers_at_once_exactly_one_wins(store: Store):
     assert len(refused) == 5
 
 
+def test_an_attempt_that_a_winner_removes_while_it_is_synced_is_refused(tmp_path: Path, monkeypatch):
+    store = Store(str(tmp_path))
+    loser, winner = store.new_attempt("race", "f9"), store.new_attempt("race", "f9")
+    write(loser)
+    write(winner)
+    real = Store._upload
+
+    def upload(self: Store, attempt) -> None:
+        if attempt is loser:
+            store.publish(winner, RECORD)
+            raise FileNotFoundError(loser.out / "rows/data.arrow")  # as opening it to sync it does now
+        real(self, attempt)
+
+    monkeypatch.setattr(Store, "_upload", upload)
+    with pytest.raises(AlreadyPublished):
+        store.publish(loser, RECORD)
+
+
 def test_a_new_attempt_sees_the_checkpoints_of_earlier_ones_newest_first(store: Store):
     first, second = store.new_attempt("train", "f5"), store.new_attempt("train", "f5")
     third = store.new_attempt("train", "f5")

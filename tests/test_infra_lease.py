@@ -70,6 +70,32 @@ def test_a_generation_that_the_next_holder_swept_away_is_looked_at_again(tmp_pat
     second.release()
 
 
+def test_a_holder_on_a_clone_of_this_machine_is_not_taken_for_dead(tmp_path: Path, monkeypatch):
+    """Its marks are ours, its process is none of ours, and its counter moves."""
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark = process_mark(gone.pid)
+    gone.communicate(b"\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("longreach.infra.lease.process_mark", lambda pid: mark)
+        clone = Lease(Store(str(tmp_path)), "w", "clone:1", beat_s=0.1).acquire(wait=False)
+    monkeypatch.setattr("longreach.infra.lease.on_own_disk", lambda path: False)  # clones share a network's disk
+    with pytest.raises(LeaseHeld, match="clone:1"):
+        Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=0.5).acquire(wait=False)
+    clone._stop.set()
+    Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=0.5).acquire(wait=False).release()
+
+
+def test_two_holders_that_sweep_at_once_do_not_stop_each_other(tmp_path: Path, monkeypatch):
+    store = Store(str(tmp_path))
+    for _ in range(3):
+        Lease(store, "w", "first:1", beat_s=0.1).acquire(wait=False).release()
+    late = Lease(store, "w", "late:2", beat_s=0.1, _generation=9)
+    files = store.fs.glob(f"{late._folder}/*")
+    monkeypatch.setattr(store.fs, "glob", lambda pattern: [*files, *files])
+    late._sweep()
+    assert list((tmp_path / "leases/w").iterdir()) == []
+
+
 def test_only_a_process_of_this_machine_is_known_to_be_gone():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     mark = process_mark(child.pid)
