@@ -4,15 +4,19 @@ with connected(None) as ray: ...
 """
 
 import contextlib
+import functools
+import inspect
 import logging
 import os
 import socket
 import sys
+import unittest.mock
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from longreach.infra.forkserver import fork_server
+from longreach.infra import forkserver
+from longreach.infra.forkserver import ADDRESS, fork_server
 
 
 @contextlib.contextmanager
@@ -37,17 +41,19 @@ def connected(
         yield sys.modules["ray"]
         return
     with contextlib.ExitStack() as stack:
-        runtime_env = {}
         if address is None and workers_import:
-            runtime_env["py_executable"] = stack.enter_context(fork_server(workers_import))
+            os.environ[ADDRESS] = stack.enter_context(fork_server(workers_import))
+            stack.callback(os.environ.pop, ADDRESS)
         import ray
 
-        _init(ray, address, cpus, runtime_env)
+        if address is None:
+            stack.enter_context(_fewer_processes(forks=bool(workers_import)))
+        _init(ray, address, cpus)
         stack.callback(ray.shutdown)
         yield ray
 
 
-def _init(ray: ModuleType, address: str | None, cpus: int | None, runtime_env: dict[str, Any]) -> None:
+def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
     # The dashboard stays on although it costs seconds: else Ray Train cannot ask the state API for a
     # dead driver's placement group, which then keeps its CPUs for ever.
     try:
@@ -55,13 +61,31 @@ def _init(ray: ModuleType, address: str | None, cpus: int | None, runtime_env: d
         if colon and port.isdigit() and "://" not in host:  # Ray itself would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(
-            address or "local", num_cpus=None if address else cpus, job_config=_job_config(), runtime_env=runtime_env,
+            address or "local", num_cpus=None if address else cpus, job_config=_job_config(),
             log_to_driver=False, logging_level=logging.WARNING, configure_logging=True,
         )  # fmt: skip
     except OSError as error:  # Ray's ConnectionError too
         if address is None:
             raise
         raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): is it up?") from error
+
+
+@contextlib.contextmanager
+def _fewer_processes(*, forks: bool) -> Iterator[None]:
+    """Let Ray start without what nobody uses here: the monitor that would add nodes, and the one that prints logs.
+
+    With `forks`, workers are set up by infra/forkserver.py. Ray (2.55 to 2.60) offers none of it to callers of
+    `ray.init`; a later Ray that has no such parameters starts in its own way.
+    """
+    from ray._private import parameter
+
+    wanted: dict[str, Any] = {"include_log_monitor": False, "no_monitor": True}
+    if forks:
+        wanted["setup_worker_path"] = forkserver.__file__
+    known = inspect.signature(parameter.RayParams).parameters
+    params = functools.partial(parameter.RayParams, **{name: wanted[name] for name in wanted if name in known})
+    with unittest.mock.patch.object(parameter, "RayParams", params):
+        yield
 
 
 def _job_config() -> Any:

@@ -89,6 +89,21 @@ def write_whole(target: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def kept_text(name: str, make: Callable[[], str]) -> str:
+    """Return what `make` made when it was called under this name before, on this machine by this user; else call it.
+
+    It is kept in the user's cache folder (XDG_CACHE_HOME, ~/.cache), and made anew where there is none to write to.
+    """
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "longreach" / name
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8")
+    text = make()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    return text
+
+
 def link_or_copy(source: str, target: str) -> None:
     """Give a published file, which nobody writes again, one more name; copy it where the disk has no hard links."""
     Path(target).unlink(missing_ok=True)

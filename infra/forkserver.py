@@ -2,17 +2,17 @@
 
 torch, transformers, peft, deepspeed and Ray Train take five CPU seconds to import, and a small run has
 a dozen workers. So the driver starts a server that imports them once, while Ray itself starts. Ray
-starts its workers by this file (`py_executable` of a runtime environment), which asks the server for a
-fork and ends; the fork becomes the worker. Where no server answers, this file becomes the worker in
-the ordinary way.
+sets up its workers by this file instead of its own `setup_worker.py` (infra/cluster.py): it asks the
+server for a fork and ends, and the fork becomes the worker. Where no server answers, and where a runtime
+environment wants more than variables, Ray's own file goes on.
 
 A fork is a process like any other: if it crashes or is killed, the server and the other workers live
 on. The server ends with the process that started it, the workers end with Ray.
 
-    with fork_server(["torch", "ray.train.torch"]) as executable:
-        ray.init(runtime_env={"py_executable": executable})
+    with fork_server(["torch", "ray.train.torch"]) as address:
+        os.environ[ADDRESS] = address
 
-As Ray's worker command this file runs once for each worker, so it imports nothing that takes time.
+This file runs once for each worker, so it imports nothing that takes time: Ray's own takes 0.4 s.
 """
 
 import contextlib
@@ -26,6 +26,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+ADDRESS = "LONGREACH_FORK_SERVER"
+"""The environment variable that tells workers the server's address: Ray passes no argument of ours to them."""
+CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
+"""Arguments that Ray means for its `setup_worker.py`."""
+READ_IN_USE = ("RAY_ADDRESS", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
+"""Settings of Ray that stages and Ray Train give to their processes, and that Ray reads each time."""
 STREAMS = 3  # standard input, output and error
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 """Whom Linux kills first when memory is short: Ray gives its workers 1,000, so that drivers live on."""
@@ -34,8 +40,7 @@ WAITING = 64  # workers that may ask while the server still imports
 
 @contextlib.contextmanager
 def fork_server(modules: Sequence[str]) -> Iterator[str]:
-    """Start a server that imports `modules`, and give the block Ray's `py_executable`."""
-    import shlex
+    """Start a server that imports `modules`, and give the block its address."""
     import subprocess
     import tempfile
 
@@ -45,7 +50,7 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
             listening.bind(address)
             listening.listen(WAITING)
             server = subprocess.Popen(
-                [sys.executable, "-P", "-m", "longreach.infra.forkserver", "serve", str(listening.fileno()), *modules],
+                [sys.executable, "-P", os.path.abspath(__file__), "serve", str(listening.fileno()), *modules],
                 # One thread, as Ray tells its workers. CUDA does not survive a fork: nothing may look for a GPU here.
                 env={"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
                 pass_fds=[listening.fileno()],
@@ -55,7 +60,7 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
                 process_group=0,  # Ctrl-C is meant for the driver
             )
         try:
-            yield shlex.join([sys.executable, "-S", "-E", "-P", os.path.abspath(__file__), "ask", address])
+            yield address
         finally:
             server.kill()
             server.communicate()
@@ -82,7 +87,7 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
         connection, _ = listening.accept()
         with connection, contextlib.suppress(ConnectionError):
             request, streams = _receive(connection)
-            asked = {name: value for name, value in request["environment"].items() if name.startswith("RAY_")}
+            asked = _settings_of_ray(request["environment"])
             if not settings:
                 settings = asked
                 os.environ.update(asked)
@@ -95,6 +100,15 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
                 connection.sendall(b"forked")
             for stream in streams:
                 os.close(stream)
+
+
+def _settings_of_ray(environment: dict[str, str]) -> dict[str, str]:
+    """Return what Ray may read when it is imported; Ray Train and drivers read theirs when they are used."""
+    settings = {}
+    for name, value in environment.items():
+        if name.startswith("RAY_") and name not in READ_IN_USE and not name.startswith("RAY_TRAIN_"):
+            settings[name] = value
+    return settings
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -140,11 +154,37 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         os._exit(code)
 
 
-def ask(address: str, arguments: list[str]) -> None:
-    """Have the server start Python with these arguments and this process' environment; else become it."""
+def set_up_worker(arguments: list[str]) -> None:
+    """Do what Ray's `setup_worker.py` does with these arguments, by a fork if that is possible."""
+    context: dict[str, Any] = {}
+    kept = []
+    for argument in arguments:
+        if argument.startswith(CONTEXT):
+            context = json.loads(argument.removeprefix(CONTEXT))
+        elif not argument.startswith(LANGUAGE):
+            kept.append(argument)
+    variables = context.pop("env_vars", {})
+    plain = context.pop("py_executable", sys.executable) == sys.executable and not any(context.values())
+    if plain and kept[0].endswith(".py") and f"{LANGUAGE}PYTHON" in arguments:
+        environment = dict(os.environ)
+        for name, value in variables.items():
+            environment[name] = os.path.expandvars(value)
+        if ask(os.environ[ADDRESS], kept, environment):
+            return
+    from importlib.util import find_spec
+
+    ray = find_spec("ray")
+    assert ray
+    assert ray.origin
+    rays_own = os.path.join(os.path.dirname(ray.origin), "_private", "workers", "setup_worker.py")
+    os.execv(sys.executable, [sys.executable, rays_own, *arguments])
+
+
+def ask(address: str, arguments: list[str], environment: dict[str, str]) -> bool:
+    """Have the server start Python with these arguments; False if it does not."""
     request = {
         "arguments": arguments,
-        "environment": dict(os.environ),
+        "environment": environment,
         "folder": os.getcwd(),
         "blocked_signals": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
         "oom_score": OOM_SCORE.read_text() if OOM_SCORE.exists() else "",
@@ -154,13 +194,13 @@ def ask(address: str, arguments: list[str]) -> None:
         connection.connect(address)
         socket.send_fds(connection, [len(text).to_bytes(8, "big")], range(STREAMS))
         connection.sendall(text)
-        if connection.recv(8):
-            return
-    os.execv(sys.executable, [sys.executable, *arguments])
+        return bool(connection.recv(8))
+    return False
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
     else:
-        ask(sys.argv[2], sys.argv[3:])
+        del sys.path[0]  # this folder, whose modules are not to be taken for others of their names
+        set_up_worker(sys.argv[1:])

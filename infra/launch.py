@@ -64,16 +64,6 @@ def run_ranks(
     return results.collect()
 
 
-def train_settings() -> dict[str, str]:
-    """Return the environment that Ray Train gives to its processes: a stage that has the same shares its workers.
-
-    Ray keeps a pool of workers for each environment; Train's are taken from the stages' pool then, and may be forks
-    of the same server, since Ray's settings are the same.
-    """
-    settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-    return settings | {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
-
-
 def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage: str) -> TorchTrainer:
     """Return Ray Train's description of the run: what each rank does, what it may use, and where records are kept."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -263,7 +263,6 @@ def _description(run: _Run, report: Report) -> str:
 def _run_on_ray(run: _Run) -> None:
     """Connect to Ray, run what is missing, and report on what was done even if something failed."""
     from longreach.infra.cluster import connected
-    from longreach.infra.launch import train_settings
 
     on_gpus = run.loaded.recipe.resources.gpus_per_worker > 0  # not tried there: CUDA and forks are a matter of care
     with connected(run.address, workers_import=() if on_gpus else WORKERS_IMPORT) as ray:
@@ -271,7 +270,6 @@ def _run_on_ray(run: _Run) -> None:
         environment = {TRACKING: os.environ[TRACKING]}
         # Ray Train's helpers look for the cluster, and find two where another one runs on this machine.
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        environment |= train_settings()
         collector: Any = None  # the actor lives as long as this reference
         if run.address:  # other nodes do not see this disk
             collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)

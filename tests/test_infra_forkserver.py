@@ -1,7 +1,7 @@
 """Processes that are forked from a server which has imported for them, and start like any other."""
 
+import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from longreach.infra.forkserver import fork_server
+from longreach.infra import forkserver
+from longreach.infra.forkserver import ADDRESS, CONTEXT, fork_server
 
 TELL = """
 import os, signal, sys
@@ -37,12 +38,13 @@ def like_a_worker() -> None:
     Path("/proc/self/oom_score_adj").write_text("123")
 
 
-def start(executable: str, script: Path, word: str, **environment: str) -> list[str]:
+def start(address: str, script: Path, word: str, python: str = sys.executable, **environment: str) -> list[str]:
     """Start the script as Ray starts a worker, and return the lines that it wrote."""
+    context = {"env_vars": {"SAID": "said", **environment}, "py_executable": python, "java_jars": []}
     done = subprocess.run(
-        [*shlex.split(executable), str(script), word],
+        [sys.executable, forkserver.__file__, str(script), word, CONTEXT + json.dumps(context), "--language=PYTHON"],
         cwd=script.parent,
-        env={**os.environ, "SAID": "said", "RAY_JOB_ID": "1", **environment},
+        env={**os.environ, ADDRESS: address, "RAY_JOB_ID": "1"},
         preexec_fn=like_a_worker,
         capture_output=True,
         text=True,
@@ -54,28 +56,39 @@ def start(executable: str, script: Path, word: str, **environment: str) -> list[
 
 
 def test_a_fork_has_what_the_server_imported_and_all_else_from_who_asked_for_it(script):
-    with fork_server(["wave"]) as executable:
-        assert start(executable, script, "first") == [f"first said {script.parent} True True", "True 123"]
-        assert start(executable, script, "other", SAID="b")[0] == f"other b {script.parent} True True"
+    with fork_server(["wave"]) as address:
+        assert start(address, script, "first") == [f"first said {script.parent} True True", "True 123"]
+        assert start(address, script, "other", SAID="b")[0] == f"other b {script.parent} True True"
 
 
 def test_a_fork_that_crashes_leaves_the_server_alone(script):
-    with fork_server(["wave"]) as executable:
+    with fork_server(["wave"]) as address:
         for word in ("crash", "next"):
-            assert " True " in start(executable, script, word)[0]
+            assert " True " in start(address, script, word)[0]
+
+
+def test_a_runtime_environment_that_wants_more_than_variables_is_left_to_ray(script):
+    with fork_server(["wave"]) as address:
+        assert start(address, script, "first", python=f"{sys.executable} -B")[0].startswith(
+            f"first said {script.parent} False"
+        )
 
 
 def test_who_has_other_settings_of_ray_starts_without_the_server_as_ray_reads_them_at_import(script):
-    with fork_server(["wave"]) as executable:
-        assert start(executable, script, "first")[0] == f"first said {script.parent} True True"
-        other = start(executable, script, "other", RAY_JOB_ID="2")
+    with fork_server(["wave"]) as address:
+        assert start(address, script, "first")[0] == f"first said {script.parent} True True"
+        assert (
+            start(address, script, "train", RAY_TRAIN_X="1", RAY_ADDRESS="a")[0]
+            == f"train said {script.parent} True True"
+        )
+        other = start(address, script, "other", RAY_JOB_ID="2")
     assert other[0].startswith(f"other said {script.parent} False")
 
 
 def test_without_a_server_a_worker_starts_in_the_ordinary_way(script):
-    with fork_server(["no_such_module"]) as executable:
-        assert start(executable, script, "one")[0].startswith(f"one said {script.parent} False")
-    assert start(executable, script, "two")[0].startswith(f"two said {script.parent} False")
+    with fork_server(["no_such_module"]) as address:
+        assert start(address, script, "one")[0].startswith(f"one said {script.parent} False")
+    assert start(address, script, "two")[0].startswith(f"two said {script.parent} False")
 
 
 def test_the_server_ends_with_the_process_that_started_it():

@@ -17,10 +17,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
+from longreach.infra.files import digest_of, kept_text
 
 if TYPE_CHECKING:  # `longreach plan` reads this file, and writes no page
     from jinja2 import Environment
@@ -104,10 +106,14 @@ def _templates() -> Environment:
 
 @cache
 def _script() -> str:
-    """Return the script of interactive pages: DRAW with the libraries that it needs. Bundling takes 3 seconds."""
+    """Return the script of interactive pages: DRAW with the libraries that it needs.
+
+    Bundling takes 1.3 CPU seconds, and every evaluation's process does it; so it is kept for the next one.
+    """
     import vl_convert
 
-    return vl_convert.javascript_bundle(DRAW)
+    name = f"draw-{version('vl-convert-python')}-{digest_of(DRAW)}.js"
+    return kept_text(name, lambda: vl_convert.javascript_bundle(DRAW))
 
 
 def _markdown(block: Block) -> str:
