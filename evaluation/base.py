@@ -88,7 +88,7 @@ class Background:
     stretches: tuple[str, ...] = ()
     """The untrained base under other positions."""
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Trained arms, each with its models, which differ by their seed only."""
+    """Trained arms and their variants, each with its models, which differ by their seed only."""
 
     def of_one_base(self, models: dict[str, EvalScores]) -> dict[str, EvalScores]:
         """Return the models whose losses compare."""

@@ -23,7 +23,7 @@ from pydantic import Field
 from longreach.evaluation import EVALS
 from longreach.infra import registry
 from longreach.infra.artifact import Artifact
-from longreach.infra.choices import Choices, Location, nearest
+from longreach.infra.choices import Choices, Location, New, nearest
 from longreach.pipelines.artifacts import Decision, Release
 from longreach.pipelines.kind import StageRun, stage
 
@@ -45,20 +45,25 @@ class PromoteRecipe(Choices):
     start_from: Literal["base", "champion"] = "base"
     """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
     target_length: int | None = Field(default=None, ge=2)
-    """Tokens at which it is compared with the champion; without it, the greatest of
-    evaluate.perplexity.lengths."""
+    """Tokens at which it is compared with the champion, and its gain with the base; without it, the
+    greatest of evaluate.perplexity.lengths, or of evaluate.gain.lengths where that is not measured."""
     perplexity_ratio: float | None = Field(default=1.01, gt=0)
     """Greatest allowed ratio of its perplexity to the champion's, up to target_length."""
     base_ratio: float | None = Field(default=1.02, gt=0)
     """Greatest allowed ratio of its perplexity to the base's, at every measured length that the
     base was trained to."""
+    gain_over_base: New[float | Literal["auto"] | None] = "auto"
+    """Least nats per token by which it has to predict the same held-out tokens better, with
+    target_length tokens of context, than the base at the best of its own lengths; below 0: how much
+    worse it may be. auto: 0 where evaluate.gain measures both, else no rule."""
     passkey: float | None = Field(default=None, ge=0, le=1)
     """Least share of keys that it has to find, at every measured length up to target_length."""
     effective_length: int | None = Field(default=None, ge=1)
     """Least number of tokens up to which it has to find the share `passkey` (without it, 0.9) of
     the keys."""
     certainty: Literal["interval", "estimate"] = "interval"
-    """interval: a ratio's whole 95% interval has to keep its rule; estimate: the ratio alone."""
+    """interval: a ratio's or a gain's whole 95% interval has to keep its rule; estimate: the number
+    alone."""
 
     def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         """Yield what the other sections lack: what a rule is about has to be measured."""
@@ -79,6 +84,9 @@ class PromoteRecipe(Choices):
         if self.base_ratio is not None and not finetuned:
             message = f"{self.model} was not made from the base: set promote.base_ratio to null"
             yield ("promote", "base_ratio"), message
+        if self.asks_for_gain(recipe) and not finetuned:
+            message = f"{self.model} was not made from the base: set promote.gain_over_base to null"
+            yield ("promote", "gain_over_base"), message
         if recipe.base.source.startswith(f"models:/{self.name}@"):
             advice = "name the first base, and promote.start_from champion"
             yield ("base", "source"), f"each promotion would change it: {advice}"
@@ -96,10 +104,20 @@ class PromoteRecipe(Choices):
                 message += f" {champions.about()}: give it the same, or start from base"
                 yield ("finetune", "arms", name), message
 
+    def asks_for_gain(self, recipe: Recipe) -> bool:
+        """Whether gain_over_base is a rule of this recipe."""
+        if self.gain_over_base != "auto":
+            return self.gain_over_base is not None
+        section = recipe.evaluate.chosen().get(MEASURED_BY["gain_over_base"])
+        if section is None:
+            return False
+        models = section.models or [name for _, name in recipe.models()]
+        return self.model in models and recipe.plain_baseline() in models
+
     def _unmeasured(self, recipe: Recipe, models: list[str]) -> Iterator[tuple[Location, str]]:
         """Yield the rules for which the recipe does not measure what they compare."""
-        rules = [rule for rule in MEASURED_BY if getattr(self, rule) is not None]
-        if not rules:
+        rules = [rule for rule in MEASURED_BY if getattr(self, rule) not in (None, "auto")]
+        if not rules and not self.asks_for_gain(recipe):
             advice = f"set one of {', '.join(MEASURED_BY)}"
             yield ("promote",), f"has no rule, and would let everything pass: {advice}"
         for rule in rules:
@@ -107,7 +125,7 @@ class PromoteRecipe(Choices):
             section = recipe.evaluate.chosen().get(evaluation)
             measured = [] if section is None else [*(section.models or models)]
             compared = self.model
-            if rule == "base_ratio":
+            if rule in ("base_ratio", "gain_over_base"):
                 compared = recipe.plain_baseline() or ""
                 if not compared:
                     advice = "add `base: {}` to baselines"
@@ -129,6 +147,11 @@ class PromoteRecipe(Choices):
             message = f"{self.effective_length} is more than the greatest of"
             message += f" evaluate.{keys}.lengths {list(key_lengths)}"
             yield ("promote", "effective_length"), message
+        gains = MEASURED_BY["gain_over_base"]
+        gain_lengths = lengths_of(recipe, gains)
+        if self.asks_for_gain(recipe) and gain_lengths and target and target not in gain_lengths:
+            message = f"at target_length {target} needs it among evaluate.{gains}.lengths {list(gain_lengths)}"
+            yield ("promote", "gain_over_base"), f"{message}: add it, change target_length, or set the rule to null"
         if self.target_length and lengths and self.target_length not in lengths:
             message = f"{self.target_length} is none of evaluate.{ratios}.lengths {lengths}"
             yield ("promote", "target_length"), message
@@ -177,7 +200,10 @@ def add_gate(pipeline: Pipeline) -> None:
     baseline = pipeline.scores_of(pipeline.recipe.plain_baseline() or "")
     if ratios in baseline:
         inputs[f"base_{ratios}"] = baseline[ratios]
-    if gate.base_ratio:
+    gains = MEASURED_BY["gain_over_base"]
+    if gate.asks_for_gain(pipeline.recipe):
+        inputs[f"base_{gains}"] = baseline[gains]
+    if gate.base_ratio or f"base_{gains}" in inputs:
         inputs["base"] = pipeline.base
     if champion and gate.perplexity_ratio is not None:
         corpus = pipeline.models[gate.model].corpus
@@ -277,6 +303,9 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
         for length in trained:
             place = f"base_ratio at {length:,} tokens, to the base"
             findings.append(_ratio(place, ours, base, length, rules.base_ratio, rules))
+    gains = MEASURED_BY["gain_over_base"]
+    if (base := rows.get(f"base_{gains}")) is not None:
+        findings.append(_gain(rows[f"challenger_{gains}"], base, target, base_context, rules))
     return findings + _retrieval(rules, target, rows.get(f"challenger_{keys}", []))
 
 
@@ -311,6 +340,29 @@ def _ratio(place: str, ours: Rows, theirs: Rows, length: int, most: float, rules
     else:
         measured, deciding = f"{_times(nll)}, 95% interval {_times(low)} to {_times(high)}", high
     return Finding(place, measured, f"at most {most:g}", deciding <= math.log(most))
+
+
+def _gain(ours: Rows, base: Rows, target: int, base_context: int, rules: PromoteRecipe) -> Finding:
+    """Hold the challenger's gain at the target length (0: its greatest one) against the base at its best length."""
+    from longreach.evaluation.gain import best_length, difference
+
+    length = target or max(row["length"] for row in ours if row["kind"] == "pooled")
+    try:
+        best = best_length(base, base_context)
+    except ValueError as error:
+        raise ValueError(f"promote.gain_over_base: {error}: add one, or set the rule to null") from None
+    found = difference([ours], length, [base], best.length)
+    measured, deciding = f"{found.nats:+.3f} nats per token", found.nats
+    if rules.certainty == "interval":
+        deciding = found.low  # NaN keeps no rule
+        measured += f", 95% interval {found.low:+.3f} to {found.high:+.3f} over {found.documents} documents"
+        if math.isnan(found.low):
+            measured = f"{found.nats:+.3f} nats per token without an interval (one document: hold out more)"
+    least = 0.0
+    if isinstance(rules.gain_over_base, float):
+        least = rules.gain_over_base
+    place = f"gain_over_base at {length:,} tokens, to the base at its best ({best.length:,})"
+    return Finding(place, measured, f"at least {least:+g}", deciding >= least)
 
 
 def _times(nll: float) -> str:

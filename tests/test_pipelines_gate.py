@@ -19,6 +19,7 @@ from longreach.infra.artifact import Artifact, Store
 from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines.gate import PromoteRecipe, PromoteStageRecipe, decide, promote
 from longreach.pipelines.kind import StageRun
+from longreach.pipelines.reader import load
 from longreach.pipelines.release import ReleaseRecipe, release
 from longreach.training.recipe import ArmRecipe
 
@@ -83,6 +84,71 @@ def test_keys_that_are_lost_at_any_length_refuse_it_and_so_does_a_short_effectiv
     assert kept(decide(asked, LENGTHS, 64, challenger_passkey=passkey_rows(20, 18))) == [True, True, True]
     assert kept(decide(asked, LENGTHS, 64, challenger_passkey=passkey_rows(20, 17))) == [True, False, False]
     assert kept(decide(asked, LENGTHS, 64, challenger_passkey=passkey_rows(17, 20))) == [False, True, False]
+
+
+def gain_rows(nll: dict[int, float], spread: float = 0.0, documents: int = 6) -> list[dict]:
+    """Rows of test documents by length, the first two better by `spread` than the mean and the last two worse."""
+    rows: list[dict] = []
+    for length, value in nll.items():
+        for n in range(documents):
+            place = {"document": str(n), "split": "test", "length": length, "tokens": 16}
+            own = value + 0.3 * n + spread * (n // 2 - 1) * (length == max(nll))
+            rows += [{"kind": "window", "end": 128, "nll": own} | place, {"kind": "document", "nll": own} | place]
+        rows.append({"kind": "pooled", "split": "test", "length": length, "documents": documents, "nll": value})
+    return rows
+
+
+GAIN_ALONE = {"base_ratio": None, "perplexity_ratio": None}
+
+
+@pytest.mark.parametrize(
+    ("nll", "choices", "passes"),
+    [
+        (1.60, {}, True),  # the base at its best, with 64 tokens, has 1.65
+        (1.70, {}, False),
+        (1.70, {"gain_over_base": -0.1}, True),
+        (1.60, {"gain_over_base": 0.06}, False),
+    ],
+)
+def test_a_gain_is_held_against_the_base_at_the_best_of_its_own_lengths(nll, choices, passes):
+    asked = rules(**GAIN_ALONE, **choices)
+    base, arm = gain_rows({32: 1.7, 64: 1.65, 128: 9.0}), gain_rows({32: 1.7, 64: 1.7, 128: nll})
+    (finding,) = decide(asked, (), 64, challenger_gain=arm, base_gain=base)
+    assert finding.kept == passes
+    assert finding.rule == "gain_over_base at 128 tokens, to the base at its best (64)"
+    assert finding.measured.startswith(f"{1.65 - nll:+.3f} nats per token, 95% interval")
+    assert finding.asked == f"at least {choices.get('gain_over_base', 0):+g}"
+
+
+def test_a_gain_that_only_some_documents_have_is_refused_unless_the_estimate_is_enough():
+    base, arm = gain_rows({64: 1.65}), gain_rows({64: 1.65, 128: 1.6}, spread=0.3)
+    for certainty, passes in (("interval", False), ("estimate", True)):
+        asked = rules(**GAIN_ALONE, certainty=certainty)
+        (finding,) = decide(asked, (), 64, challenger_gain=arm, base_gain=base)
+        assert finding.kept == passes
+    one = {"challenger_gain": gain_rows({128: 1.0}, documents=1), "base_gain": gain_rows({64: 2.0}, documents=1)}
+    (finding,) = decide(rules(**GAIN_ALONE), (), 64, **one)
+    assert not finding.kept
+    assert "without an interval" in finding.measured
+    with pytest.raises(ValueError, match=r"promote.gain_over_base: no length of \[64\] is within the 32 tokens"):
+        decide(rules(**GAIN_ALONE), (), 32, challenger_gain=arm, base_gain=base)
+
+
+def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhere():
+    overrides = ["promote.perplexity_ratio=null", "promote.base_ratio=null", "promote.passkey=null"]
+    measured = "evaluate.gain={lengths: [2048, 12288]}"
+    assert not load("retrain").recipe.promote.asks_for_gain(load("retrain").recipe)
+    alone = load("retrain", [*overrides, measured]).recipe
+    assert alone.promote.asks_for_gain(alone)
+    for more, message in (
+        ([], "has no rule"),
+        (["promote.gain_over_base=0.01"], "needs evaluate.gain of base"),
+        (["evaluate.gain={lengths: [2048, 8192]}"], r"at target_length 12288 .* evaluate.gain.lengths \[2048, 8192\]"),
+        ([measured, "promote.gain_over_base=null"], "has no rule"),
+        ([measured, "promote.gain_over_base=0", "baselines={}"], "needs the untrained base to compare with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load("retrain", [*overrides, *more])
 
 
 def test_a_base_that_was_trained_to_less_than_anything_measured_cannot_be_compared_with():

@@ -87,6 +87,14 @@ def test_a_variant_is_made_from_its_arms_model_and_the_bases_positions():
     assert "release[far]" not in made
 
 
+def test_the_gate_reads_gains_where_they_are_measured_and_is_what_it_was_elsewhere():
+    gate = "promote={model: longlora, name: m, target_length: 12288}"
+    old, new = stages(gate)["promote"], stages(gate, "evaluate.gain={lengths: [2048, 12288]}")["promote"]
+    assert "gain_over_base" not in old.identity["recipe"]["rules"]
+    assert new.inputs.keys() - old.inputs.keys() == {"base_gain", "challenger_gain"}
+    assert new.inputs["base_gain"].label == "evaluate[base,gain]"
+
+
 def test_the_row_length_changes_everything_after_packing_but_not_the_base():
     again = changed("finetune.pack.seq_len=2048", "finetune.global_batch_tokens=4096")
     assert "convert" not in again

@@ -83,10 +83,10 @@ class Claim:
         return [f"It is the best of {len(self.candidates)} {kind} on these very documents."]
 
     def _others(self) -> list[str]:
-        """Say how the other candidates compare with the base at the same length."""
+        """Say how all other arms, and variants of arms, compare with the base at the same length."""
         parts = []
-        for name in self.candidates:
-            if name != self.name and self.length in self.over_base[name]:
+        for name in dict.fromkeys([*self.candidates, *self.background.arms]):
+            if name != self.name and self.length in self.over_base.get(name, {}):
                 parts.append(f"{name} {brief_verdict(self.over_base[name][self.length])}")
         return [f"At this length against the same base: {'; '.join(parts)}."] if parts else []
 
@@ -130,7 +130,7 @@ def claim_of(found: Findings) -> Claim | None:
     if best is None:
         return None
     compared = over_base(models, background, best)
-    candidates = tuple(name for name in compared if name in background.arms)
+    candidates = tuple(name for name in compared if name in found.of("finetune"))
     if not candidates:
         candidates = tuple(name for name in compared if name in background.stretches)
     if not candidates:

@@ -132,8 +132,9 @@ class Findings:
             if base and model.stretched and model.weights == base.weights:
                 stretches.append(name)
         arms: dict[str, list[str]] = {}
-        for name, model in self.of("finetune").items():
-            arms.setdefault(model.of, []).append(name)
+        for name, model in self.compared.items():
+            if model.kind in ("finetune", "variant"):
+                arms.setdefault(model.of, []).append(name)
         return Background(
             self.base.get("context_length"),
             frozenset(self.compared),
