@@ -72,7 +72,7 @@ def _legend(found: Findings) -> str:
     if any("ppl_low" in row for rows in found.ppl().values() for row in rows.values()):
         text += " Small, under perplexities: 95% intervals over the documents."
     if claim_of(found):
-        text += " Small, under gains: the same, paired by document; + is better."
+        text += " Small, under gains: 95% intervals over the documents, paired; + is better."
     rates = ", ".join(rate.words for rate in _rates(found))
     if rates:
         text += f" Cost: wall clock × ranks × what the recipe says of a rank ({rates}); not measured."
