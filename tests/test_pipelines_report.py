@@ -31,7 +31,7 @@ from longreach.infra.versions import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.recipe import PriceRecipe, Recipe
-from longreach.pipelines.report.findings import POINTS, Findings, Model, brief, frontier, gather, thinned
+from longreach.pipelines.report.findings import POINTS, Findings, Model, about_arm, brief, frontier, gather, thinned
 from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import report
 from longreach.pipelines.report.sections import evaluations
@@ -40,7 +40,7 @@ from longreach.pipelines.stages import STAGES
 from longreach.training import throughput
 from longreach.training.corpus import pack_corpus
 from longreach.training.cost import Machine, Prediction
-from longreach.training.recipe import TrainJob
+from longreach.training.recipe import ArmRecipe, TrainJob
 from longreach.training.summary import TrainableParameters
 
 RUDE = '<script>alert("&")</script>|`x`'
@@ -755,6 +755,15 @@ def test_arms_that_start_from_different_stretches_say_which(written, tmp_path, n
     names = [row[0] for row in page_of(out).rows]
     assert "lora\nLoRA r=8, from RoPE theta 300,000" in names
     assert "full\nall weights, from RoPE linear × 2" in names
+
+
+def test_an_arm_is_told_with_its_kind_of_lora():
+    kinds = {"use_dora": True, "use_rslora": True, "init_lora_weights": "pissa", "lora_plus_ratio": 16}
+    arms = [ArmRecipe(tune="lora+norm"), ArmRecipe(tune="lora+norm", **kinds)]
+    assert [about_arm(training_summary(arm=arm)) for arm in arms] == [
+        "LoRA r=8 + norms",
+        "LoRA r=8, DoRA, rsLoRA, PiSSA, B at 16 × A's rate + norms",
+    ]
 
 
 def test_models_that_differ_by_their_seed_only_are_known_as_one_arm(inputs, tmp_path):

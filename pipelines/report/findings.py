@@ -20,7 +20,7 @@ from longreach.evaluation.sections import finite
 from longreach.infra.artifact import Artifact
 from longreach.infra.files import digest_of
 from longreach.pipelines.recipe import PriceRecipe
-from longreach.training.recipe import RopeRecipe
+from longreach.training.recipe import ArmRecipe, RopeRecipe
 from longreach.training.summary import PackSummary, TrainingSummary
 
 POINTS = 500  # steps of a training that are read for its curves
@@ -329,6 +329,20 @@ def about_rope(rope: dict[str, Any] | None) -> str:
     return f"not trained, {RopeRecipe.model_validate(rope).about()}"
 
 
+def _about_lora(arm: ArmRecipe) -> str:
+    """Return LoRA's rank, and how it differs from plain LoRA."""
+    parts = [f"LoRA r={arm.lora_rank}"]
+    if arm.use_dora:
+        parts.append("DoRA")
+    if arm.use_rslora:
+        parts.append("rsLoRA")
+    if arm.init_lora_weights == "pissa":
+        parts.append("PiSSA")
+    if arm.lora_plus_ratio:
+        parts.append(f"B at {arm.lora_plus_ratio:g} × A's rate")
+    return ", ".join(parts)
+
+
 def about_arm(facts: TrainingSummary) -> str:
     if facts.kind == "pretrain":
         sinks = {
@@ -340,6 +354,6 @@ def about_arm(facts: TrainingSummary) -> str:
         about = ("from scratch, " if facts.model else "from the base, ") + sinks[facts.sink]
         return about + (", which alone trains" if facts.train == "sink" else "")
     arm = facts.arm
-    words = {"all": "all weights", "lora": f"LoRA r={arm.lora_rank}", "embed": "embeddings", "norm": "norms"}
+    words = {"all": "all weights", "lora": _about_lora(arm), "embed": "embeddings", "norm": "norms"}
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
     return ", ".join(filter(None, [trained, arm.attention.about()]))
