@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run tools test floor cluster drill check audit ui docs clean
+.PHONY: help setup run tools test floor cluster drill lint check audit ui docs clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,8 +38,10 @@ tools:  ## install what tests need beside Python (Debian, root)
 	else echo "not installed: $$missing; tests that need them are skipped"; fi
 
 # Two at a time, file by file: half of a test's time is waiting for processes to start. Each has one thread, as two cores allow.
-test: tools check  ## lint, types and all CPU tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: tools lint  ## lint, types and all CPU tests
+	$(PYTEST)
 
 # torch apart and first, as above; everything that the file does not name is the newest.
 floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in an environment of their own
@@ -56,7 +58,10 @@ cluster: $(STAMP)  ## a head and two workers on this machine that share no folde
 drill: $(STAMP)  ## inject every fault of docs/reliability.md, and train across several nodes
 	$(BIN)/python tests/faults/drills.py tests/test_cluster.py
 
-check: $(STAMP)  ## ruff (lint + format) and mypy
+check: lint  ## lint, types and the tests that take moments: what to run between two thoughts
+	$(PYTEST) -m 'not slow and not long and not drill'
+
+lint: $(STAMP)  ## ruff (lint + format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -51,6 +51,7 @@ def run(mirror, **choices):
     return evaluate(Harness, tiny_llama(), byte_tokenizer(), **{"data": str(mirror), "max_length": 512} | choices)
 
 
+@pytest.mark.long  # the harness reads all of its tasks
 def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
     scores = run(mirror, tasks=("longbench_qasper",), limit=2)
     rows = {row["metric"]: row for row in scores.rows}
@@ -63,6 +64,7 @@ def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
     assert list(drawn(scores.named("m"))) == ["harness-m.png"]
 
 
+@pytest.mark.long  # the harness reads all of its tasks
 def test_a_folders_own_tasks_are_known_by_name(mirror):
     (row,) = (row for row in run(mirror, tasks=("own_perplexity",)).rows if row["metric"] == "word_perplexity")
     assert row["value"] > 1
@@ -99,6 +101,7 @@ def test_long_prompts_keep_their_beginning_and_end(mirror):
     assert byte_tokenizer().decode(before).startswith("aaa")
 
 
+@pytest.mark.long  # the harness reads all of its tasks
 def test_unknown_tasks_and_data_that_is_not_there_are_named(mirror, tmp_path):
     with pytest.raises(ValueError, match="'longbench_qaspr': lm-eval has no such task; near: longbench_qasper"):
         run(mirror, tasks=("longbench_qaspr",))
