@@ -6,8 +6,10 @@ lease = Lease(Store(".longreach"), "weekly", "ann@host, process 7").acquire(wait
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
+import platform
 import sys
 import threading
 import time
@@ -18,6 +20,15 @@ from typing import Any
 
 from longreach.infra.artifact import Store
 from longreach.infra.files import canonical, on_own_disk
+
+
+def holder_name() -> str:
+    """Return who this process is to others: user, machine and process."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # containers give numbers that no list of users knows
+        user = f"user {os.getuid()}"
+    return f"{user}@{platform.node()}, process {os.getpid()}"
 
 
 class LeaseHeld(Exception):
@@ -69,13 +80,14 @@ class Lease:
     beat_s: float = 2.0
     patience_beats: int = 4
     clone_beats: int = 2
+    place: str = ""  # its folder below the store's root; leases/NAME if empty
     lost: threading.Event = field(default_factory=threading.Event)
     _generation: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @cached_property
     def _folder(self) -> str:
-        return f"{self.store.base}/leases/{self.name}"
+        return f"{self.store.base}/{self.place or 'leases/' + self.name}"
 
     def acquire(self, *, wait: bool) -> Lease:
         """Return self once the lease is held. Raises LeaseHeld: a live run has it, and not `wait`."""

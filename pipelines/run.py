@@ -11,9 +11,8 @@ are signals.py; how often what is tried again is stated in infra/launch.py.
 from __future__ import annotations
 
 import contextlib
-import getpass
+import math
 import os
-import platform
 import queue
 import time
 import uuid
@@ -27,7 +26,7 @@ from typing import Any
 
 from longreach.infra import relay
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
-from longreach.infra.lease import Lease
+from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
 from longreach.infra.registry import check_login, sqlite_path
@@ -55,6 +54,8 @@ WORKERS_IMPORT = (
     "ray.train.torch",
 )
 """What is imported once for all workers: the slowest of what they use. The others import the rest themselves."""
+LOOK_AGAIN_S = 5.0
+"""How long a stage that another run is making is left alone until it is tried again."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads; the others' are read by the workers that need them."""
 
@@ -194,7 +195,7 @@ def _withdraw(store: Store, stages: list[Stage], force: tuple[str, ...], artifac
 
 @contextmanager
 def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Lease]:
-    lease = Lease(store, name, f"{getpass.getuser()}@{platform.node()}, process {os.getpid()}")
+    lease = Lease(store, name, holder_name())
     if other := lease.current_holder():
         display.note(f"{name} is being run by {other}, or was when it died: looking for a sign of life")
     lease.acquire(wait=wait)
@@ -294,6 +295,9 @@ class _Driver:
         """Label -> event file of the stages that Ray has. Paths: open files would be too many."""
         self.ended: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
         """Stages that Ray is done with, and their futures."""
+        self.elsewhere: dict[str, tuple[float, str, Path]] = {}
+        """Label of a stage that another run is making -> when to look again, who that is, the stage's event file."""
+        self.runs: dict[str, str] = {}  # label -> the stage's own MLflow run
         self.causes: dict[str, str] = {}
         """Label of a stage that was not run -> label of the failed stage before it."""
         self.stop_noted = False
@@ -316,11 +320,12 @@ class _Driver:
                 if not self._submit(self.missing[label]):
                     order.done(label)
                     ready += order.get_ready()
-            if self.running:
+            self._look_again()
+            if self.running or self.elsewhere:
                 with contextlib.suppress(queue.Empty):
                     stage, future = self.ended.get(timeout=1.0)
-                    self._collect(stage, future)
-                    order.done(stage.label)
+                    if self._collect(stage, future):
+                        order.done(stage.label)
             self._check_lease()
             self._stop_if_asked()
 
@@ -343,23 +348,39 @@ class _Driver:
                 self._post_failure(stage, spool, f"not run, since {cause} failed")
                 return False
         self.run.display.stage(stage.label, "waiting")
+        self.runs[stage.label] = stage_run
+        self._place(stage, spool.path)
+        return True
+
+    def _place(self, stage: Stage, spool: Path) -> None:
+        """Let Ray run a stage, or look whether another run still makes it."""
         resources = self.run.loaded.recipe.resources
         placed = self.remote.options(
             num_cpus=stage.kind.cpus(resources), num_gpus=stage.kind.gpus(resources), name=stage.label
         )
-        future = placed.remote(self.run.task(stage, stage_run)).future()
+        future = placed.remote(self.run.task(stage, self.runs[stage.label])).future()
         future.add_done_callback(lambda future: self.ended.put((stage, future)))
-        self.running[stage.label] = spool.path
-        return True
+        self.running[stage.label] = spool
 
-    def _collect(self, stage: Stage, future: Any) -> None:
+    def _look_again(self) -> None:
+        """Try stages again that another run was making: its result is taken, or its place if it died."""
+        for label, (when, other, spool) in list(self.elsewhere.items()):
+            if time.monotonic() > when and self.run.stopping.until_s is None:
+                self.elsewhere[label] = (math.inf, other, spool)  # not again until this look has ended
+                self._place(self.missing[label], spool)
+
+    def _collect(self, stage: Stage, future: Any) -> bool:
+        """Take what became of a stage; False if another run is making it."""
         run, label = self.run, stage.label
         spool = Spool(self.running.pop(label))
         try:
             done: Done = future.result()
         except self.ray.exceptions.RayError as error:
             self._post_failure(stage, spool, _reason(error))
-            return
+            return True
+        if done.made_by:
+            self._wait_for(done.made_by, label, spool.path)
+            return False
         if done.held or label in READ_BY_THE_DRIVER:
             run.artifacts[label] = run.store.fetch(stage.name, stage.fingerprint)
         if done.held:
@@ -367,6 +388,13 @@ class _Driver:
         run.outcome.ran.append(label)
         run.display.stage(label, "done", f"{done.seconds:.0f} s")
         spool.end("FINISHED")
+        return True
+
+    def _wait_for(self, other: str, label: str, spool: Path) -> None:
+        """Look again later, and say so once for each run that is waited for."""
+        if label not in self.elsewhere or self.elsewhere[label][1] != other:
+            self.run.display.note(f"{label} is being made by {other}: waiting for its result")
+        self.elsewhere[label] = (time.monotonic() + LOOK_AGAIN_S, other, spool)
 
     def _post_failure(self, stage: Stage, spool: Spool, reason: str) -> None:
         self.run.outcome.failed[stage.label] = reason
@@ -404,7 +432,8 @@ def _report_on_the_rest(run: _Run) -> None:
     others = {label: why for label, why in failed.items() if label != "report"}
     stage = report_on(run.loaded.recipe, done, others)
     try:
-        execute(run.task(stage, run.id))
+        while execute(run.task(stage, run.id)).made_by:  # another run reports on the very same
+            time.sleep(LOOK_AGAIN_S)
     except (ValueError, OSError, CorruptArtifact) as error:
         failed["report"] = f"of what was done: {error}"
         return

@@ -17,6 +17,7 @@ from typing import Any
 from longreach.infra import relay
 from longreach.infra.artifact import AlreadyPublished, Artifact, Attempt, Store
 from longreach.infra.files import flatten
+from longreach.infra.lease import Lease, LeaseHeld, holder_name
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share, node_scratch
 from longreach.infra.tracking import Spool
@@ -51,6 +52,7 @@ class Done:
     out: str = ""  # the folder in which its files were written
     held: list[dict[str, Any]] = field(default_factory=list)
     """Events that name files of another node; the driver sends them once it has the files."""
+    made_by: str = ""  # another run that is making the artifact now: nothing was done here, ask again later
 
 
 known_versions = functools.cache(versions)
@@ -63,7 +65,7 @@ def file_name(label: str) -> str:
 
 
 def execute(task: Task) -> Done:
-    """Run a stage in an attempt of its own and publish what it made.
+    """Run a stage in an attempt of its own and publish what it made; only look where another run is making it.
 
     ValueError: this node has another version of longreach, or the stage refuses its choices.
     CorruptArtifact: an input is damaged.
@@ -74,6 +76,22 @@ def execute(task: Task) -> Done:
     stage, store = task.stage, Store(task.root, node_scratch(task.scratch))
     if done := store.find(stage.name, stage.fingerprint):  # by another run, or before a retry
         return Done(done.manifest["seconds"])
+    place = f"{stage.name}/{stage.fingerprint}/lease"
+    try:
+        lease = Lease(store, stage.label, holder_name(), place=place).acquire(wait=False)
+    except LeaseHeld as other:
+        return Done(0.0, made_by=other.holder)
+    try:
+        if done := store.find(stage.name, stage.fingerprint):  # published while this one looked for a sign of life
+            return Done(done.manifest["seconds"])
+        return _make(task, store)
+    finally:
+        lease.release()
+
+
+def _make(task: Task, store: Store) -> Done:
+    """Run a stage that nobody else is making, and publish what it made."""
+    stage = task.stage
     artifacts = {name: store.fetch(ref.name, ref.fingerprint) for name, ref in stage.inputs.items()}
     attempt = store.new_attempt(stage.name, stage.fingerprint)
     spool, run_id = _open_spool(task, attempt)

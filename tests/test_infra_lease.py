@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longreach.infra.artifact import Store
-from longreach.infra.lease import Lease, LeaseHeld, is_gone, process_mark
+from longreach.infra.lease import Lease, LeaseHeld, holder_name, is_gone, process_mark
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -83,6 +83,15 @@ def test_a_holder_on_a_clone_of_this_machine_is_not_taken_for_dead(tmp_path: Pat
         Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=0.5).acquire(wait=False)
     clone._stop.set()
     Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=0.5).acquire(wait=False).release()
+
+
+def test_a_user_that_no_list_knows_can_hold_a_lease(monkeypatch):
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert holder_name().startswith("user 54321@")
 
 
 def test_two_holders_that_sweep_at_once_do_not_stop_each_other(tmp_path: Path, monkeypatch):

@@ -1,0 +1,116 @@
+"""Two runs that need the same artifact at once: one makes it, the other waits for it, and takes over if it dies."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from toy_stages import ToyRecipe, calls, toy
+
+from longreach.infra.artifact import Store
+from longreach.infra.lease import Lease
+from longreach.infra.resources import Resources
+from longreach.infra.tracking import Spool
+from longreach.pipelines import run, worker
+from longreach.pipelines.stage import Stage
+from longreach.pipelines.stages import STAGES
+from longreach.pipelines.worker import Task, execute
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setitem(STAGES, "toy", toy)
+    monkeypatch.setattr(run, "LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr(
+        worker, "Lease", lambda store, name, holder, place: Lease(store, name, holder, beat_s=0.1, place=place)
+    )
+
+
+def task(folder: Path, stage: Stage, run_id: str = "1" * 32) -> Task:
+    return Task(
+        stage=stage,
+        resources=Resources(),
+        root=str(folder / "root"),
+        scratch=str(folder / "scratch"),
+        spool_folder=str(folder / run_id),
+        run=run_id,
+        experiment="e",
+        command="c",
+        version=str(worker.known_versions()["longreach"]),
+    )
+
+
+def one_stage(folder: Path, **choices) -> Stage:
+    (folder / "log").mkdir(exist_ok=True)
+    return Stage("toy", "toy[a]", ToyRecipe(text="made once", log=str(folder / "log"), **choices))
+
+
+def test_a_stage_that_another_run_makes_is_left_to_it_and_its_result_taken(tmp_path: Path):
+    stage = one_stage(tmp_path, seconds=2.0)
+    maker = threading.Thread(target=execute, args=(task(tmp_path, stage),))
+    maker.start()
+    while not calls(tmp_path / "log", "toy*"):
+        time.sleep(0.02)
+    other = execute(task(tmp_path, stage, "2" * 32))
+    assert "process" in other.made_by, "it says whose it is"
+    attempts = tmp_path / "root/toy" / stage.fingerprint / "attempts"
+    assert len(list(attempts.iterdir())) == 1, "nobody was told to stop"
+    maker.join()
+    assert execute(task(tmp_path, stage, "2" * 32)).made_by == ""
+    assert calls(tmp_path / "log", "toy*") == 1
+
+
+def test_a_stage_whose_maker_died_is_taken_over(tmp_path: Path):
+    stage = one_stage(tmp_path)
+    place = f"toy/{stage.fingerprint}/lease"
+    died = Lease(Store(str(tmp_path / "root")), "toy[a]", "died:1", beat_s=0.1, place=place).acquire(wait=False)
+    died._stop.set()
+    assert execute(task(tmp_path, stage)).made_by == ""
+    assert calls(tmp_path / "log", "toy*") == 1
+
+
+def test_a_stage_that_fails_leaves_its_lease_free(tmp_path: Path):
+    stage = one_stage(tmp_path, fail="not today")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not today"):
+            execute(task(tmp_path, stage))
+
+
+def test_a_driver_waits_for_the_other_run_says_so_once_and_counts_the_stage_as_done(tmp_path: Path):
+    stage, notes = one_stage(tmp_path), []
+    place = f"toy/{stage.fingerprint}/lease"
+    store = Store(str(tmp_path / "root"))
+    other = Lease(store, "toy[a]", "ann@host, process 7", beat_s=0.05, place=place).acquire(wait=False)
+    outcome = run.RunOutcome()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        threading.Timer(1.0, other.release).start()
+
+    this = SimpleNamespace(
+        stages=[stage],
+        artifacts={},
+        outcome=outcome,
+        store=store,
+        display=SimpleNamespace(stage=lambda *args: None, note=note),
+        loaded=SimpleNamespace(recipe=SimpleNamespace(resources=Resources())),
+        lease=SimpleNamespace(lost=threading.Event()),
+        stopping=SimpleNamespace(until_s=None),
+        task=lambda stage, run_id: task(tmp_path, stage, run_id),
+        stage_spool=lambda stage, run_id: Spool.open(
+            tmp_path / "s.jsonl", run=run_id, parent=None, experiment="e", name="n", kind="stage"
+        ),
+    )
+    with ThreadPoolExecutor() as pool:
+        remote = SimpleNamespace(
+            options=lambda **_: SimpleNamespace(
+                remote=lambda sent: SimpleNamespace(future=lambda: pool.submit(execute, sent))
+            )
+        )
+        ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError))
+        run._Driver(ray, this, remote).follow()
+    assert notes == ["toy[a] is being made by ann@host, process 7: waiting for its result"]
+    assert (outcome.ran, outcome.failed) == (["toy[a]"], {})
+    assert calls(tmp_path / "log", "toy*") == 1
