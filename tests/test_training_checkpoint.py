@@ -9,8 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import run_spawned
 from safetensors.torch import load_file
+from torch.nn.functional import dropout
 from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder, train
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from longreach.training import export
 from longreach.training.checkpoint import newest_valid, problem
@@ -69,6 +71,16 @@ def test_resume_is_bitwise_identical(tmp_path, crash, tune, another_attempt):
     crash(stopped, 5)
     if another_attempt:
         stopped = job(tmp_path, name="again", arm=arm, earlier=(stopped["work"],))
+    assert train(stopped).resumed_from_step == 4
+    assert_identical(whole, stopped)
+
+
+def test_dropout_goes_on_bit_by_bit_as_if_training_had_not_been_stopped(tmp_path, crash, monkeypatch):
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x, real=LlamaMLP.forward: dropout(real(self, x), 0.3))
+    whole, stopped = job(tmp_path, name="whole"), job(tmp_path, name="stopped")
+    train(whole)
+    crash(stopped, 5)
+    torch.rand(7)  # another process has drawn other numbers before
     assert train(stopped).resumed_from_step == 4
     assert_identical(whole, stopped)
 

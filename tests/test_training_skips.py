@@ -33,7 +33,9 @@ def same(one, other):
 
 
 def distrusting(monkeypatch, *steps):
-    monkeypatch.setattr(Skips, "distrusts", lambda self, step, loss: "we say so" if step in steps else "")
+    monkeypatch.setattr(
+        Skips, "distrusts", lambda self, step, loss: self.bad.get(step, "we say so") if step in steps else ""
+    )
 
 
 RESOURCES = [
@@ -77,6 +79,7 @@ def test_after_too_many_in_a_row_training_goes_back_once_and_leaves_the_bad_step
     assert [row["step"] for row in rows(todo)] == list(range(1, 11))
     told = [event["value"] for event in read_events(spool)[0] if event.get("key") == "longreach.note"]
     assert told[0].startswith("step 6 skipped: we say so, in rows [")
+    assert len({text for text in told if text.startswith("step 6 ")}) == 1, "said the same when it is met again"
     points = [event["step"] for event in read_events(spool)[0] if event["event"] == "metrics"]
     assert points == list(range(1, 11)), "one point a step, though some were trained twice"
 
@@ -108,6 +111,14 @@ def test_a_spike_is_a_loss_far_above_the_usual_one_once_there_is_a_usual_one():
     assert skips.distrusts(5, 12.1) == "its loss 12.1 is over 3 times 4, the usual one"
     assert not skips.distrusts(5, 11.9)
     assert skips.distrusts(5, math.nan) == "its loss is nan"
+
+
+def test_a_model_that_knows_its_rows_by_heart_may_have_a_loss_three_times_the_usual_one():
+    skips = Skips(OptimRecipe(steps=1, global_batch_tokens=1))
+    for step in range(10):
+        skips.trained(step, 0.05)
+    assert not skips.distrusts(10, 0.9), "a row that it knows less well"
+    assert skips.distrusts(10, 1.1) == "its loss 1.1 is over 3 times 0.05, the usual one"
 
 
 def test_asked_to_stop_it_writes_a_checkpoint_and_the_next_run_goes_on_from_that_very_step(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Checkpoints from which training resumes bitwise.
 
 A checkpoint is DeepSpeed's own folder (weights that train, optimizer state, one file a rank) plus
-`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run. It is written
+`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run; and each rank's
+random states, so that dropout goes on as if nothing had happened. It is written
 as a draft, synced and then renamed, so a kill leaves a whole one or a draft that nobody reads; older
 ones are removed once it is on the disk, so a power cut leaves the newest finished one. The newest
 whole one wins; a damaged one is passed over, with a note. Frozen weights are not saved: the same
@@ -9,7 +10,7 @@ base is loaded first, which the identity vouches for. Only folders of our own ro
 DeepSpeed's files are pickles. On every disk one rank hashes, renames and deletes, whether nodes
 share it or not: its disk leader.
 
-    {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt}
+    {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt, random-*.pt}
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from longreach.infra.errors import DiskFull
@@ -113,6 +115,7 @@ class Checkpoints:
         path = self.path_of(step)
         draft = self.folder / f".draft-{path.name}"
         self._write(engine, draft, step)
+        torch.save(_random_states(engine), draft / random_file())
         dist.barrier()
         if dist.get_rank() == 0:
             for file in attach:
@@ -180,7 +183,8 @@ class Checkpoints:
     def load(self, engine: Any, path: Path) -> int:
         """Load weights and optimizer state on every rank and return the number of steps done.
 
-        A checkpoint of another number of ranks goes through DeepSpeed's universal format. Then the
+        Random states are restored too. A checkpoint of another number of ranks goes through DeepSpeed's
+        universal format and leaves random states alone. Then the
         next step is not bitwise the same: sums over ranks are added in another order. ValueError if
         it was written with another ZeRO stage.
         """
@@ -200,6 +204,9 @@ class Checkpoints:
             dist.barrier()
             path = scratch / path.name
         step = _load(engine, path, universal)
+        states = path / random_file()
+        if written == now and states.exists():  # earlier versions wrote none
+            _restore_random_states(engine, torch.load(states, weights_only=True))
         dist.barrier()
         if universal and self.is_disk_leader:
             shutil.rmtree(scratch)
@@ -221,6 +228,25 @@ def _load(engine: Any, path: Path, universal: bool) -> int:
     for tensors in engine.optimizer.state.values():
         tensors["step"] = tensors["step"].clone()
     return state["step"]
+
+
+def random_file() -> str:
+    """Return the name of this rank's file of random states in a checkpoint."""
+    return f"random-{dist.get_rank():06d}.pt"
+
+
+def _random_states(engine: Any) -> dict[str, torch.Tensor]:
+    """Return the states of the generators that forward passes draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(engine.device)
+    return states
+
+
+def _restore_random_states(engine: Any, states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if engine.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], engine.device)
 
 
 def elect_disk_leader(folder: Path) -> bool:

@@ -299,7 +299,7 @@ class Training:
         note = f"step {step + 1} skipped: {why}, in rows {row['rows']}"
         if self.log:
             self.log.note(note)
-        if not self.skips.skipped(step, note):
+        if not self.skips.skipped(step, why):
             return False
         if self.skips.went_back or not self.progress.saved:
             when = "again after" if self.progress.saved else "no checkpoint for"
