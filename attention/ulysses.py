@@ -139,8 +139,8 @@ def attend_in_parts(
 
 
 def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]:
-    """A rank's tokens of whole rows [B, T]; labels come with the next part's first, which the last
-    token predicts. ValueError if the ranks do not divide T."""
+    """A rank's tokens of whole rows [B, T]; labels, and their weights if there are any, come with
+    the next part's first, which the last token predicts. ValueError if the ranks do not divide T."""
     if ranks.size == 1:
         return batch
     tokens = batch["input_ids"].shape[1]
@@ -149,8 +149,12 @@ def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]
     length = tokens // ranks.size
     begin = ranks.rank * length
     ahead = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)
-    return {
+    part = {
         "input_ids": batch["input_ids"][:, begin : begin + length],
         "position_ids": batch["position_ids"][:, begin : begin + length],
         "labels": ahead[:, begin : begin + length + 1],
     }
+    if "weights" in batch:
+        weights = torch.nn.functional.pad(batch["weights"], (0, 1))
+        part["weights"] = weights[:, begin : begin + length + 1]
+    return part

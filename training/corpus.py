@@ -36,10 +36,11 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from longreach.training.documents import BadLine, Document, check_patterns, read_documents, source_digest, split_of
+from longreach.training.exposure import context_counts
 from longreach.training.packing import METHODS, Rows, copies
 from longreach.training.recipe import CorpusRecipe, PackRecipe
 from longreach.training.sink import with_sink_token
-from longreach.training.summary import PackSummary, SourceShare
+from longreach.training.summary import ContextBin, PackSummary, SourceShare
 from longreach.training.tokenise import BATCH_CHARS, Encoder, encode_all
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -100,10 +101,20 @@ def pack_corpus(
         efficiency=row_tokens / max(1, rows.count * pack.seq_len),
         documents={split: index.splits.count(split) for split in SPLITS},
         source_digest=digest,
+        contexts=_context_bins(context_counts(rows.run_lengths(), pack.seq_len)),
         **report,
     )
     summary.write(out)
     return summary
+
+
+def _context_bins(counts_C: np.ndarray) -> tuple[ContextBin, ...]:
+    """Return targets by octaves of their effective context."""
+    bins = []
+    for n in range((len(counts_C) - 1).bit_length() + 1):
+        low, high = (1 << n) // 2 + 1, 1 << n
+        bins.append(ContextBin(up_to=high, targets=int(counts_C[low : high + 1].sum())))
+    return tuple(bins)
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
@@ -388,6 +399,17 @@ class PackedRows:
         block_B = np.searchsorted(self._ends, row_ids, side="right")
         rows = [self._columns[column][b][row - self._ends[b]] for b, row in zip(block_B, row_ids, strict=True)]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def context_counts(self) -> np.ndarray:
+        """Return the number of targets by how many tokens of their own run they see, [T] int64."""
+        seq_len, lengths = self.summary.seq_len, [np.empty(0, np.int64)]
+        for at in range(0, len(self), 256):
+            rows = np.arange(at, min(at + 256, len(self)))
+            opens_RT = (self._read("position_ids", rows) == 0).numpy()
+            real_R = self._read("length", rows).numpy()
+            for opens_T, real in zip(opens_RT, real_R, strict=True):
+                lengths.append(np.diff(np.flatnonzero(opens_T[:real]), append=real))
+        return context_counts(np.concatenate(lengths), seq_len)
 
     def mean_document(self, rows: int = 256) -> float:
         """Return the mean length of the document that a token stands in: 2 x mean position + 1."""

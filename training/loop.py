@@ -32,8 +32,9 @@ from longreach.training import cost, export, throughput, zero
 from longreach.training.build import build
 from longreach.training.checkpoint import Checkpoints
 from longreach.training.corpus import PackedRows
+from longreach.training.exposure import effective_contexts, exact_weights
 from longreach.training.longlora import lora_b, trainable_parameters
-from longreach.training.loss import TokenLoss, causal_lm, count_targets
+from longreach.training.loss import TokenLoss, causal_lm, count_targets, weight_of_targets
 from longreach.training.recipe import OptimRecipe, TrainJob
 from longreach.training.row_order import RowOrder
 from longreach.training.skips import Skips
@@ -104,6 +105,9 @@ class Training:
 
         self.rows = PackedRows(job.corpus)
         self.packed = self.rows.summary
+        self.weights_C: Tensor | None = None  # of targets in the loss, by effective context; None: all are 1
+        if job.arm.objective == "exact":
+            self.weights_C = torch.from_numpy(exact_weights(self.rows.context_counts()))
         self.held_out = self._held_out_rows()
         self.model, self.tokenizer = build(job, self.packed)
         self._attend_by(self._pattern_at(0))
@@ -181,11 +185,11 @@ class Training:
             raise Superseded(f"step {step + 1}: a newer attempt took over ({self.job.superseded_file})")
         self._attend_by(self._pattern_at(step))
         batches = self._read_batches(step)
-        targets, tokens = self._agree(batches)
+        targets, weight, tokens = self._agree(batches)
         clock.lap("data")
 
         rate = learning_rate(self.optim, self.peak_rate, step)
-        loss, norm, distrust = self._forward_backward(step, batches, targets, rate, clock)
+        loss, norm, distrust = self._forward_backward(step, batches, weight, rate, clock)
         trained = math.isfinite(norm)
         row = {
             "step": step + 1,
@@ -220,39 +224,42 @@ class Training:
         batches = []
         for row_ids in self.order.for_rank(step, self.data_rank, self.data_ranks, self.job.resources.micro_batch_rows):
             batch = self.rows.batch(row_ids, drop_first=self.job.drops_first)
+            if self.weights_C is not None:
+                batch["weights"] = self.weights_C[effective_contexts(batch["position_ids"])]
             batches.append(part_of(batch, self.sequence))
         return batches
 
-    def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """Return (targets, tokens) of the step over all ranks; save and stop if asked to.
+    def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float, float]:
+        """Return (targets, their weight, tokens) of the step over all ranks; save and stop if asked to.
 
-        The loss is one mean over the targets of the global batch, however they are spread over
-        ranks and micro-batches; so the ranks have to know their number before the first forward
-        pass.
+        The loss is one weighted mean over the targets of the global batch, however they are spread
+        over ranks and micro-batches; so the ranks have to know their weight before the first
+        forward pass.
         """
+        own_weight = sum(weight_of_targets(batch) for batch in batches)
         own_targets = sum(count_targets(batch["labels"]) for batch in batches)
         own_tokens = sum(batch["input_ids"].numel() for batch in batches)
         stop_asked = False
         if self.job.stop_file is not None:
             asked_by_driver = self.log is not None and self.log.stop_asked
             stop_asked = asked_by_driver or Path(self.job.stop_file).exists()
-        targets, tokens, stop = all_sum(self.engine, [own_targets, own_tokens, stop_asked])
+        targets, weight, tokens, stop = all_sum(self.engine, [own_targets, own_weight, own_tokens, stop_asked])
         if stop:
             step = self.progress.step
             if step > self.progress.saved and not self.skips.in_a_row:
                 self.save()
             raise Stopped(f"stopped after step {step} of {self.optim.steps}: the same command goes on from there")
-        return targets, tokens
+        return targets, weight, tokens
 
     def _forward_backward(
-        self, step: int, batches: list[dict[str, Tensor]], targets: float, rate: float, clock: throughput.Clock
+        self, step: int, batches: list[dict[str, Tensor]], weight: float, rate: float, clock: throughput.Clock
     ) -> tuple[float, float, str]:
         """Accumulate gradients over the micro-batches and update the weights.
 
         Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not
         trusted or ""). A norm that is not finite says that the weights stayed as they were.
         """
-        scale = self.world / max(targets, 1)  # DeepSpeed averages over ranks: this undoes it
+        scale = self.world / max(weight, 1)  # DeepSpeed averages over ranks: this undoes it
         loss_sum, norm, distrust = 0.0, math.nan, ""
         for micro_step, own_batch in enumerate(batches, start=1):
             batch = {name: tensor.to(self.engine.device) for name, tensor in own_batch.items()}

@@ -36,7 +36,15 @@ from longreach.training.corpus import IGNORED
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, target_N: Tensor, scale: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_NE: Tensor,
+        weight_VE: Tensor,
+        target_N: Tensor,
+        weight_N: Tensor | None,
+        scale: float,
+        chunk: int,
+    ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden_NE = torch.empty_like(hidden_NE) if wants_hidden else None
         # float32 even for bfloat16 weights: a sum over thousands of tokens
@@ -46,6 +54,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         for at in range(0, hidden_NE.shape[0], chunk):
             hidden_CE, target_C = hidden_NE[at : at + chunk], target_N[at : at + chunk]
             weight_C1 = (target_C != IGNORED).to(wide)[:, None] * scale
+            if weight_N is not None:
+                weight_C1 *= weight_N[at : at + chunk].to(wide)[:, None]
             index_C1 = target_C.clamp(min=0)[:, None]
             logits_CV = (hidden_CE @ weight_VE.t()).to(wide)
             # softmax in place and with one exp: torch.logsumexp would need a second [C, V] buffer and another exp
@@ -71,27 +81,49 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # In place: a second backward through one loss would need the buffers that this one gives
         # away, and torch's version counter refuses it.
-        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None
+        return *(None if d is None else d.mul_(grad) for d in ctx.saved_tensors), None, None, None, None
 
 
 def fused_linear_cross_entropy(
-    hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor, *, scale: float = 1.0, chunk_tokens: int = 512
+    hidden_BTE: Tensor,
+    weight_VE: Tensor,
+    labels_BT: Tensor,
+    *,
+    scale: float = 1.0,
+    chunk_tokens: int = 512,
+    weights_BT: Tensor | None = None,
 ) -> Tensor:
     """Return scale * sum over targets of -log softmax(hidden @ weight.T)[label], at least float32.
+
+    weights_BT: a factor for each label's term of the sum; None: all are 1.
 
     labels_BT are int64 and *not* shifted: position t is scored against label t+1, and -100 is no
     target; [B, T+1] where a row goes on elsewhere. Frozen weights cost nothing. Memory:
     chunk_tokens x V.
     """
     target_BT = torch.full(hidden_BTE.shape[:2], IGNORED, device=labels_BT.device)
-    target_BT[:, : labels_BT.shape[1] - 1] = labels_BT[:, 1:]  # shifting the labels spares a copy of the hidden states
+    ahead = labels_BT.shape[1] - 1
+    target_BT[:, :ahead] = labels_BT[:, 1:]  # shifting the labels spares a copy of the hidden states
+    weight_N = None
+    if weights_BT is not None:
+        weight_BT = torch.zeros(target_BT.shape, device=labels_BT.device)
+        weight_BT[:, :ahead] = weights_BT[:, 1:]
+        weight_N = weight_BT.reshape(-1)
     hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
-    return _FusedLinearCrossEntropy.apply(hidden_NE, weight_VE, target_BT.reshape(-1), scale, chunk_tokens)
+    return _FusedLinearCrossEntropy.apply(hidden_NE, weight_VE, target_BT.reshape(-1), weight_N, scale, chunk_tokens)
 
 
 def count_targets(labels_BT: Tensor) -> int:
     """Return how many tokens of unshifted labels are scored."""
     return int((labels_BT[:, 1:] != IGNORED).sum())
+
+
+def weight_of_targets(batch: dict[str, Tensor]) -> float:
+    """Return the sum of a batch's loss weights over its targets: their number, where it has none."""
+    labels_BT, weights_BT = batch["labels"], batch.get("weights")
+    if weights_BT is None:
+        return count_targets(labels_BT)
+    return float(weights_BT[:, 1:][labels_BT[:, 1:] != IGNORED].double().sum())
 
 
 class TokenLoss(nn.Module):
@@ -114,12 +146,16 @@ class TokenLoss(nn.Module):
                 f"the fused loss knows only hidden @ weight.T: use a Llama-like model"
             )
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, scale: float) -> Tensor:
-        """Return scale * summed token loss of [B, T] rows; labels are unshifted."""
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, scale: float, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return scale * summed token loss of [B, T] rows; labels and their weights are unshifted."""
         lm: Any = causal_lm(self.model)
         hidden_BTE = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         weight_VE = lm.get_output_embeddings().weight
-        return fused_linear_cross_entropy(hidden_BTE, weight_VE, labels, scale=scale, chunk_tokens=self.chunk_tokens)
+        return fused_linear_cross_entropy(
+            hidden_BTE, weight_VE, labels, scale=scale, chunk_tokens=self.chunk_tokens, weights_BT=weights
+        )
 
 
 def causal_lm(model: Any) -> PreTrainedModel:

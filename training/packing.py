@@ -141,6 +141,12 @@ class Rows:
         row_S, _, length_S = self.segments
         return np.bincount(row_S, length_S + self._lead(row_S), self.count).astype(np.int32)
 
+    def run_lengths(self) -> np.ndarray:
+        """Return the tokens of each run that sees nothing before it: of documents, or of rows."""
+        if self.isolated:
+            return self.segments.length + self._lead(self.segments.row)
+        return self.lengths()
+
     def _lead(self, row_S: np.ndarray) -> np.ndarray:
         """Return the tokens before each segment, 0 or 1; row_S begins with a row's first one."""
         if self.first_token is None or self.isolated:

@@ -261,6 +261,9 @@ class ArmRecipe(Choices):
     """The stretch that this arm starts from; without it, the section's."""
     seeds: New[Seeds] = ()
     """The arm is trained once with each; without any, with the section's."""
+    objective: New[Literal["plain", "exact"]] = "plain"
+    """plain: each target weighs the same in the loss; exact: those that see much of their own
+    document weigh more (EXACT, 2605.10544), and the losses that are logged are so weighted."""
 
     @model_validator(mode="after")
     def _trains_embeddings(self) -> "ArmRecipe":
@@ -493,6 +496,11 @@ class FinetuneRecipe(OptimRecipe):
                     f"another type"
                 )
         for name, arm in {**self.arms, **matrix}.items():
+            if arm.objective == "exact" and self.pack.method != "best_fit":
+                raise ValueError(
+                    f"arms.{name}.objective 'exact' with pack.method {self.pack.method!r}, where every target sees "
+                    f"the whole row before it: pack with 'best_fit', or take objective 'plain'"
+                )
             try:
                 arm.attention.check_row(self.pack.seq_len)
             except ValueError as error:

@@ -132,6 +132,13 @@ class LengthBin(Facts):
         return self.train + self.validation + self.test
 
 
+class ContextBin(Facts):
+    """Number of targets that see more than half of `up_to` tokens before them, up to `up_to`."""
+
+    up_to: int
+    targets: int
+
+
 class SourceShare(Facts):
     """What one source gave to the rows, in training documents and tokens of their text."""
 
@@ -170,6 +177,9 @@ class PackSummary(Summary, PackRecipe):
     truncated_tokens: int
     """Tokens that were lost: 0, since what does not fit a row goes on in another."""
     length_histogram: tuple[LengthBin, ...]
+    contexts: tuple[ContextBin, ...] = ()
+    """Targets by how many tokens of their own document (of their row, if joined) they see; empty
+    in what an older version packed."""
     sources: tuple[SourceShare, ...] = ()
     """The mixture, in the recipe's order; empty in what an older version packed."""
     bad: BadEntries

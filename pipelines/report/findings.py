@@ -356,4 +356,5 @@ def about_arm(facts: TrainingSummary) -> str:
     arm = facts.arm
     words = {"all": "all weights", "lora": _about_lora(arm), "embed": "embeddings", "norm": "norms"}
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
-    return ", ".join(filter(None, [trained, arm.attention.about()]))
+    objective = "loss by effective context (EXACT)" if arm.objective == "exact" else None
+    return ", ".join(filter(None, [trained, arm.attention.about(), objective]))

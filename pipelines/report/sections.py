@@ -471,7 +471,8 @@ def packing(found: Findings) -> Section | None:
     blocks += _mixtures(found.packs)
     if bad:
         blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], sorted(bad)[:20], prose=True))
-    blocks.append([_lengths_figure(next(iter(found.packs.values())))])
+    first = next(iter(found.packs.values()))
+    blocks.append([_lengths_figure(first), *_contexts_figure(first)])
     return Section("Packing", blocks)
 
 
@@ -507,6 +508,26 @@ def _lengths_figure(pack: PackSummary) -> Figure:
     style = Style(dict.fromkeys(counts, Look("#0072B2")))
     panels = {"documents, by number of tokens": counts}
     return bars("lengths.png", "How long the documents are", caption, panels, style)
+
+
+def _contexts_figure(pack: PackSummary) -> list[Figure]:
+    """Return how much of its own document each target sees; nothing of rows that an older version packed."""
+    filled = [one for one in pack.contexts if one.targets]
+    if not filled:
+        return []
+    total = sum(one.targets for one in filled)
+    shares = {}
+    for one in filled:
+        shares[f"{one.up_to // 2 + 1:,} to {one.up_to:,}"] = 100 * one.targets / total
+    caption = (
+        f"Tokens of its own document that stand before a target in its row: what it can learn to use. Rows of "
+        f"{pack.seq_len:,} tokens do not make it long, long documents do; `objective: exact` gives those weight."
+    )
+    if pack.method == "concat":
+        caption = "Rows are joined documents, so a target sees all of its row before it, other documents, too."
+    style = Style(dict.fromkeys(shares, Look("#0072B2")))
+    panels = {"targets (%), by tokens seen before them": shares}
+    return [bars("contexts.png", "How much context each target sees", caption, panels, style)]
 
 
 def how(found: Findings, command: str) -> Section:
