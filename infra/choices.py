@@ -8,6 +8,7 @@ out of the fingerprint, so that those results are found again.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
@@ -58,10 +59,9 @@ def refuse_password(url: str, advice: str) -> str:
 
 
 def _without_password(place: str) -> str:
-    """Return a recipe's path or URL; ValueError if it holds a password."""
-    return refuse_password(
-        place, "holds a password, which manifests and reports would show: put it into the environment"
-    )
+    """Return a recipe's path or URL, `~` as the home folder that it stands for; ValueError if it holds a password."""
+    advice = "holds a password, which manifests and reports would show: put it into the environment"
+    return os.path.expanduser(refuse_password(place, advice))
 
 
 PathOrUrl = Annotated[str, AfterValidator(_without_password)]

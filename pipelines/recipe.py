@@ -62,7 +62,7 @@ class StoreRecipe(Choices):
 
     root: PathOrUrl = ".longreach"
     """Store of artifacts: a folder or any fsspec URL (s3://bucket/prefix)."""
-    workdir: str = ".longreach"
+    workdir: PathOrUrl = ".longreach"
     """This machine's own folder: scratch files, spooled metrics and the embedded MLflow store."""
 
 
