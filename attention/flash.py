@@ -1,13 +1,14 @@
 """Variable-length flash attention (arXiv:2307.08691): for S²-Attn one call for each half of the heads (CUDA, 16 bits).
 
 A varlen call takes all segments of a batch at once: the tokens of all rows in one line, and
-`cu_seqlens`, the edges between segments (of groups and of documents), so that rows of any documents are
-two calls however many groups they have. Two libraries have it: torch itself (kernel "sdpa" on CUDA) and
-the package flash-attn (kernel "flash"). Both read grouped-query heads as they are.
+`cu_seqlens`, the edges between segments (of groups and of documents), so that rows of any documents
+are two calls however many groups they have. Two libraries have it: torch itself (kernel "sdpa" on
+CUDA) and the package flash-attn (kernel "flash"). Both read grouped-query heads as they are.
 
-What both ask for (torch 2.8 to 2.14, flash-attn 2.7 to 2.8): compute capability 8.0, 16 bits, head sizes
-up to 256 that 8 divides, features side by side, `cu_seqlens` in int32 on the device. Causal is the
-window (-1, 0), aligned at the bottom right: so the rectangles here that are causal are squares.
+What both ask for (torch 2.8 to 2.14, flash-attn 2.7 to 2.8): compute capability 8.0, 16 bits, head
+sizes up to 256 that 8 divides, features side by side, `cu_seqlens` in int32 on the device. Causal
+is the window (-1, 0), aligned at the bottom right: so the rectangles here that are causal are
+squares.
 
     attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flash")
 
@@ -29,8 +30,9 @@ from longreach.attention.segments import Call, Documents, head_spans, row_rectan
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """Where segments begin and end, int32 [segments + 1] for queries and for keys, and what each query sees in its own:
-    all keys, or if causal those before it, of them the last `window` (0: all)."""
+    """Where segments begin and end, int32 [segments + 1] for queries and for keys, and what each
+    query sees in its own: all keys, or if causal those before it, of them the last `window` (0:
+    all)."""
 
     q: Tensor
     k: Tensor
@@ -176,8 +178,9 @@ class FlashAttnVarlen:
 def dense(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Return the output [B, H, T, D] and the log-sum-exp [B, H, T] of one rectangle a row, by torch's own kernel.
 
-    causal: the i-th query sees the first i keys, and those after the last key see all of them. The library aligns
-    causal queries with the last keys, so queries beyond the square are a rectangle of their own.
+    causal: the i-th query sees the first i keys, and those after the last key see all of them. The
+    library aligns causal queries with the last keys, so queries beyond the square are a rectangle
+    of their own.
     """
     T, N = q_BHTD.shape[2], k_BKND.shape[2]
     if causal and N < T:

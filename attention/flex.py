@@ -1,16 +1,18 @@
 """FlexAttention (arXiv:2412.05496): any predicate as a compiled block mask. The way for patterns without rectangles.
 
-A block mask says which 128 x 128 blocks of the scores a head needs at all; inside a needed block the predicate decides,
-unless all of it is visible. It is made once for the documents of a batch and shared by the layers and the backward
-pass; the predicate is evaluated for a run of queries at a time, so that no [T, T] of every head ever exists (34 GB at
-32,768 tokens and 32 heads, which torch's own `create_block_mask` asks for unless it is compiled anew for each batch).
+A block mask says which 128 x 128 blocks of the scores a head needs at all; inside a needed block
+the predicate decides, unless all of it is visible. It is made once for the documents of a batch and
+shared by the layers and the backward pass; the predicate is evaluated for a run of queries at a
+time, so that no [T, T] of every head ever exists (34 GB at 32,768 tokens and 32 heads, which
+torch's own `create_block_mask` asks for unless it is compiled anew for each batch).
 
-On CUDA forward and backward; on CPU torch has no backward for it (it raises NotImplementedError), so there it runs only
-where no gradient is wanted, after 10 to 15 s of compiling.
+On CUDA forward and backward; on CPU torch has no backward for it (it raises NotImplementedError),
+so there it runs only where no gradient is wanted, after 10 to 15 s of compiling.
 
     attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flex")
 
-Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, N blocks of keys, C queries of a run.
+Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, N blocks of keys, C queries
+of a run.
 """
 
 from functools import cache, lru_cache

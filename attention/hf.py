@@ -4,9 +4,10 @@
     print(active_pattern(model))                                          # shifted_sparse(...) by kernel sdpa
     set_pattern(model, PATTERNS["causal"]())                              # evaluate dense
 
-A pattern and a kernel are registered under a name of their own, which becomes the model's attention implementation; it
-holds through PEFT and under gradient checkpointing. Packed rows come as position_ids that restart, padding as a 2-D
-mask; both end up as document edges. Use `use_cache=False`: a cache makes queries and keys differ in length.
+A pattern and a kernel are registered under a name of their own, which becomes the model's attention
+implementation; it holds through PEFT and under gradient checkpointing. Packed rows come as
+position_ids that restart, padding as a 2-D mask; both end up as document edges. Use
+`use_cache=False`: a cache makes queries and keys differ in length.
 """
 
 from collections.abc import Callable, Iterator
@@ -84,8 +85,8 @@ def active_pattern(model: nn.Module) -> ActivePattern | None:
 
 @contextmanager
 def attending_by(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> Iterator[None]:
-    """Inside it `attend` is the model's attention, called as the AttentionInterface calls, without a mask. ValueError
-    for a model that computes its attention itself."""
+    """Inside it `attend` is the model's attention, called as the AttentionInterface calls, without
+    a mask. ValueError for a model that computes its attention itself."""
     before = model.config._attn_implementation
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

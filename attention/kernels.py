@@ -45,7 +45,8 @@ def attend(
     """Return attention [B, H, T, D] of every query over the keys that `pattern` lets it see.
 
     `kernel` is a name in KERNELS, or "auto" (see `choose`); all else is as in AttentionCall. Raises
-    ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern here.
+    ValueError: shapes that do not fit; a kernel that is unknown or cannot compute this pattern
+    here.
     """
     call = AttentionCall(pattern, position_ids_BT, sink_logit_H, scale, layer)
     return attend_call(q_BHTD, k_BKTD, v_BKTD, call, kernel)

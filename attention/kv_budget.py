@@ -2,9 +2,10 @@
 
     bytes = batch · Σ over layers (kept tokens · KV heads · head dim) · 2 (keys and values) · bytes per value
 
-Grouped-query attention divides that by heads / KV heads: Llama-2-70B has 64 heads and 8 KV heads, so papers that count
-64 (2.5 MiB a token) are eight times above what the model needs; `as_multi_head` gives their number. A sink cache
-(arXiv:2309.17453) keeps a fixed number of tokens however long the text is.
+Grouped-query attention divides that by heads / KV heads: Llama-2-70B has 64 heads and 8 KV heads,
+so papers that count 64 (2.5 MiB a token) are eight times above what the model needs;
+`as_multi_head` gives their number. A sink cache (arXiv:2309.17453) keeps a fixed number of tokens
+however long the text is.
 
     longreach kv-cache MODEL --batch 16 --length 4096 --dtype bf16
 """
@@ -62,7 +63,8 @@ class KVBudget:
     ) -> int:
         """Bytes of attention.sink_cache.SinkCache, allocated before the first token: `length` is only checked.
 
-        The cached tokens and the current one, and the sinks' keys a second time as they were before they were turned.
+        The cached tokens and the current one, and the sinks' keys a second time as they were before
+        they were turned.
         """
         keys, values = window_tokens + 1 + 2 * sink_tokens, window_tokens + 1 + sink_tokens
         return len(self.windows) * (keys + values) * self._values(batch, length, dtype)

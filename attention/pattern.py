@@ -2,10 +2,10 @@
 
     mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position (tensors that broadcast)
 
-Predicates combine with `and_` and `or_`; the reference and FlexAttention come from them alone. Flash
-attention knows only causal squares and full rectangles: a pattern that can be cut into those says how
-in `rectangles`, and a test holds both forms together. A position_id that is not its left neighbour's
-plus one starts a new document (padding is a run of its own).
+Predicates combine with `and_` and `or_`; the reference and FlexAttention come from them alone.
+Flash attention knows only causal squares and full rectangles: a pattern that can be cut into those
+says how in `rectangles`, and a test holds both forms together. A position_id that is not its left
+neighbour's plus one starts a new document (padding is a run of its own).
 
 Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D head dim.
 """
@@ -73,8 +73,8 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Tokens q (begin, end) of a row see tokens k: all of them, or, if causal (then both are as long), the i-th query
-    the first i keys, and of those no more than the last `window`."""
+    """Tokens q (begin, end) of a row see tokens k: all of them, or, if causal (then both are as
+    long), the i-th query the first i keys, and of those no more than the last `window`."""
 
     q: tuple[int, int]
     k: tuple[int, int]
@@ -85,7 +85,8 @@ class Rectangle:
 class Pattern(BaseModel, ABC):
     """One attention variant: its choices, which a recipe's `attention` section gives, and what follows from them.
 
-    A subclass names itself by `pattern: Literal["its name"]`, and each of its fields has a docstring.
+    A subclass names itself by `pattern: Literal["its name"]`, and each of its fields has a
+    docstring.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -108,8 +109,8 @@ class Pattern(BaseModel, ABC):
     def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle] | None:
         """Return the predicate inside the document begin..end of a row, or None if it is not made of rectangles.
 
-        Every visible pair is in one rectangle, and each token in one causal rectangle of its own (q and k the same
-        tokens).
+        Every visible pair is in one rectangle, and each token in one causal rectangle of its own (q
+        and k the same tokens).
         """
         return None
 

@@ -1,11 +1,13 @@
 """Stretching rotary positions past the trained context, through transformers' own `rope_parameters`; turning keys on.
 
-A model trained on positions 0..L-1 has never seen the rotation of position L. Position interpolation (arXiv:2306.15595)
-divides positions by the factor, so that new ones fall between old ones; NTK-aware, YaRN (arXiv:2309.00071) and
-Llama-3 scaling treat slow and fast frequencies apart; `theta` only raises the base frequency, without any training.
+A model trained on positions 0..L-1 has never seen the rotation of position L. Position
+interpolation (arXiv:2306.15595) divides positions by the factor, so that new ones fall between old
+ones; NTK-aware, YaRN (arXiv:2309.00071) and Llama-3 scaling treat slow and fast frequencies apart;
+`theta` only raises the base frequency, without any training.
 
-`Rotary` moves keys or queries that a model has rotated already to another position: RoPE (arXiv:2104.09864) is
-relative, so turning a key on by n positions is one more rotation, whatever scaling the frequencies carry.
+`Rotary` moves keys or queries that a model has rotated already to another position: RoPE
+(arXiv:2104.09864) is relative, so turning a key on by n positions is one more rotation, whatever
+scaling the frequencies carry.
 
     stretched_config(AutoConfig.from_pretrained(folder), "linear", 2.0)
 

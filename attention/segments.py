@@ -1,12 +1,14 @@
 """Flash attention on views: a pattern's rectangles, each one call of the library's op, and nothing copied between them.
 
-A call reads views of q, k, v (a range of heads, a range of tokens), and its result is merged by log-sum-exp where a
-query has keys in several rectangles (sinks, windows). The backward of flash attention needs only the output and the
-log-sum-exp over all keys of a query: handed the merged ones, each call's backward gives exactly its own share of the
-gradient of the whole, sink logits included. The autograd function writes these into slices of one buffer, because the
-backward of a slice would fill a whole tensor with zeros for every call.
+A call reads views of q, k, v (a range of heads, a range of tokens), and its result is merged by
+log-sum-exp where a query has keys in several rectangles (sinks, windows). The backward of flash
+attention needs only the output and the log-sum-exp over all keys of a query: handed the merged
+ones, each call's backward gives exactly its own share of the gradient of the whole, sink logits
+included. The autograd function writes these into slices of one buffer, because the backward of a
+slice would fill a whole tensor with zeros for every call.
 
-A rectangle is one of three kinds of piece. Queries go down, keys to the right, and `x` is a visible pair:
+A rectangle is one of three kinds of piece. Queries go down, keys to the right, and `x` is a visible
+pair:
 
     causal   x . . .     full   x x x x     later   . . . .     of a window of 5 tokens, in blocks of 4: the query
              x x . .            x x x x             . x x x     sees its own block causally, and of the block before

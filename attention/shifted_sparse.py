@@ -6,16 +6,17 @@ have their group edges moved by G/2, so that information crosses from group to g
     heads 1..H/2     |-------G-------|-------G-------|-------G-------|
     heads H/2+1..H   |--G/2--|-------G-------|-------G-------|--G/2--|
 
-The paper's code rolls the sequence by G/2, which puts the row's last half-group and its first into one causal group:
-early positions see the end. Here nothing is rolled; first and last half-groups stay apart (the paper's flash path does
-the same), and group edges are united with document edges.
+The paper's code rolls the sequence by G/2, which puts the row's last half-group and its first into
+one causal group: early positions see the end. Here nothing is rolled; first and last half-groups
+stay apart (the paper's flash path does the same), and group edges are united with document edges.
 
-Heads are halved at the granularity of KV heads, so that no key is copied. With an odd number of KV heads (SmolLM2: 3)
-the halves are unequal: ceil(K/2) heads stay, the rest is shifted, and in odd layers the roles change, so that over two
-layers every head has been both. With one KV head, even layers have plain groups and odd layers shifted ones.
+Heads are halved at the granularity of KV heads, so that no key is copied. With an odd number of KV
+heads (SmolLM2: 3) the halves are unequal: ceil(K/2) heads stay, the rest is shifted, and in odd
+layers the roles change, so that over two layers every head has been both. With one KV head, even
+layers have plain groups and odd layers shifted ones.
 
-`sink_tokens` lets every later group also see the first n tokens of its document: S² alone starves attention sinks,
-since no group after the first sees token 0.
+`sink_tokens` lets every later group also see the first n tokens of its document: S² alone starves
+attention sinks, since no group after the first sees token 0.
 
     python -c "from longreach.attention import PATTERNS; print(PATTERNS['shifted_sparse'](group_tokens=512))"
 """

@@ -1,30 +1,36 @@
 """A KV cache of fixed size for endless texts (StreamingLLM, arXiv:2309.17453), for `model.generate` of transformers 5.
 
-It keeps the text's first `sink_tokens` tokens and the `window_tokens` most recent ones; the current token comes on top,
-so a query sees sink_tokens + window_tokens + 1 keys. With positions="cache" they stand at 0, 1, 2, ... as they lie in
-the cache, whatever transformers passes as position_ids; with positions="text" they keep their places in the text.
+It keeps the text's first `sink_tokens` tokens and the `window_tokens` most recent ones; the current
+token comes on top, so a query sees sink_tokens + window_tokens + 1 keys. With positions="cache"
+they stand at 0, 1, 2, ... as they lie in the cache, whatever transformers passes as position_ids;
+with positions="text" they keep their places in the text.
 
     cache = SinkCache(model.config, sink_tokens=4, window_tokens=1020)
     model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache, max_new_tokens=10_000)
 
 How a step costs the same at any text length:
-  - Keys and values lie in one ring buffer, allocated once; a new token takes the place of the oldest recent one. The
+  - Keys and values lie in one ring buffer, allocated once; a new token takes the place of the
+  oldest recent one. The
     order of keys does not matter to a single query. With 1 sink and a window of 2, S + W + 1 = 4 slots hold
 
         token read      0           1           2           3           4           5
         slots        [0 . . .]   [0 1 . .]   [0 1 2 .]   [0 1 2 3]   [0 4 2 3]   [0 4 5 3]
 
-    so token 4 sees the sink 0, its window 2 and 3, and itself: it took the slot of token 1, the oldest.
-  - RoPE is relative: recent keys are at their true distance as they are. Only the sinks, kept aside un-turned, are
-    turned on, by the number of tokens that were evicted.
-  - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position FAR on, the rounding of each
-    angle, which is known, is taken back from query and key, so the millionth token decodes like the thousandth. (Known
-    where positions count a row's tokens from 0 without padding, as `generate` does.)
+    so token 4 sees the sink 0, its window 2 and 3, and itself: it took the slot of token 1, the
+    oldest.
+  - RoPE is relative: recent keys are at their true distance as they are. Only the sinks, kept aside
+    un-turned, are turned on, by the number of tokens that were evicted.
+  - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position FAR on,
+    the rounding of each angle, which is known, is taken back from query and key, so the millionth
+    token decodes like the thousandth. (Known where positions count a row's tokens from 0 without
+    padding, as `generate` does.)
 
-A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives what one pass a token
-would: attention/streamed.py. That needs to see the query, which a cache does not get: so `update` hands the keys on as
-a tensor type of their own, and `scaled_dot_product_attention`, by torch's __torch_function__ protocol, asks the cache.
-Hence the model must use "sdpa" attention, transformers' default; anything else that touches such keys is an error.
+A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives
+what one pass a token would: attention/streamed.py. That needs to see the query, which a cache does
+not get: so `update` hands the keys on as a tensor type of their own, and
+`scaled_dot_product_attention`, by torch's __torch_function__ protocol, asks the cache. Hence the
+model must use "sdpa" attention, transformers' default; anything else that touches such keys is an
+error.
 
 Legend: B batch, T new tokens, H query heads, K key/value heads, D head dim, S sinks, W window.
 """
@@ -48,10 +54,10 @@ from longreach.attention.streamed import streamed_attention
 class SinkCache(Cache):
     """Sinks and recent keys, in every layer, for a model's config; `positions` is explained above.
 
-    `sink_tokens` 0 is plain window attention. Left-padded batches are welcome if the first forward pass
-    gets the mask: each row's sinks are its own first tokens. Raises ValueError: sizes that make no
-    sense; a model whose keys cannot be moved (see Rotary.of), or with a window of its own no longer than
-    this one.
+    `sink_tokens` 0 is plain window attention. Left-padded batches are welcome if the first forward
+    pass gets the mask: each row's sinks are its own first tokens. Raises ValueError: sizes that
+    make no sense; a model whose keys cannot be moved (see Rotary.of), or with a window of its own
+    no longer than this one.
     """
 
     def __init__(
@@ -145,7 +151,8 @@ class SinkLayer(CacheLayerMixin):
         slots = self.S + self.W + 1
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         with torch.inference_mode(False):  # else a cache begun in inference mode could not go on outside of it
-            # zeros: a row that padding made shorter reads slots it never filled, and a masked NaN is still a NaN
+            # zeros: a row that padding made shorter reads slots it never filled, and a masked NaN
+            # is still a NaN
             self.keys, self.values, self.sink_keys = (
                 torch.zeros(*of.shape[:2], tokens, of.shape[3], dtype=of.dtype, device=of.device)
                 for of, tokens in ((key_states, slots), (value_states, slots), (key_states, self.S))

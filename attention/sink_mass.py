@@ -1,20 +1,23 @@
 """How much attention rests on a sink: on a text's first tokens, and on a sink logit in the softmax where there is one.
 
-In trained models most of the attention of most heads rests on the first token from the third layer on (StreamingLLM,
-arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at position t. Mass is exp(score - log-sum-exp),
-for BLOCK queries at a time: no layer's attention exists whole, unless its map is asked for.
+In trained models most of the attention of most heads rests on the first token from the third layer
+on (StreamingLLM, arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at position
+t. Mass is exp(score - log-sum-exp), for BLOCK queries at a time: no layer's attention exists whole,
+unless its map is asked for.
 
-A mean hides a few heads that rest on it altogether, so heads are counted, too: Sink^eps_k ("When Attention Sink
-Emerges", arXiv:2410.10781, section 3.1) is the share of heads, over layers and texts, whose mean attention to token k
-is above eps, in texts of 64 tokens.
+A mean hides a few heads that rest on it altogether, so heads are counted, too: Sink^eps_k ("When
+Attention Sink Emerges", arXiv:2410.10781, section 3.1) is the share of heads, over layers and
+texts, whose mean attention to token k is above eps, in texts of 64 tokens.
 
-What goes with a sink in trained models is measured beside it: the sink token's values are small, so that attention
-there does nothing, and its residual stream is far longer than others' ("Massive Activations", arXiv:2402.17762).
+What goes with a sink in trained models is measured beside it: the sink token's values are small, so
+that attention there does nothing, and its residual stream is far longer than others' ("Massive
+Activations", arXiv:2402.17762).
 
     mass = attention_mass(model, ids_BT)
     print(sink_mass(mass), sink_heads(mass))         # {"first_token": a number a layer, ...}, {"first_token_0.3": ...}
 
-Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, L layers, N first tokens, Q queries of a block.
+Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, L layers, N first tokens, Q
+queries of a block.
 """
 
 from collections.abc import Collection, Iterator
@@ -39,7 +42,8 @@ EPSILONS = (0.3, 0.2)
 class AttentionMass:
     """Where attention rests, by layer and head, and what is special about the token on which it does.
 
-    Means over texts, and over the queries of the second half of each text where nothing else is said.
+    Means over texts, and over the queries of the second half of each text where nothing else is
+    said.
     """
 
     first_LHN: Tensor
@@ -163,8 +167,8 @@ def _residual_norms(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def sink_mass(mass: AttentionMass) -> dict[str, list[float]]:
-    """{"first_token": on position 0, "softmax_sink": on the sink logit (0 without one)}: means over heads, a number a
-    layer."""
+    """{"first_token": on position 0, "softmax_sink": on the sink logit (0 without one)}: means over
+    heads, a number a layer."""
     return {"first_token": mass.first_LHN[..., 0].mean(-1).tolist(), "softmax_sink": mass.softmax_LH.mean(-1).tolist()}
 
 

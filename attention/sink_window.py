@@ -1,7 +1,7 @@
 """Sinks and a recent window (StreamingLLM, arXiv:2309.17453): what a streaming cache lets a query see.
 
-A model pours attention on its first tokens whatever they mean; a window that drops them collapses, one that keeps a
-few of them does not. `sink_tokens=0` is plain window attention.
+A model pours attention on its first tokens whatever they mean; a window that drops them collapses,
+one that keeps a few of them does not. `sink_tokens=0` is plain window attention.
 """
 
 from __future__ import annotations

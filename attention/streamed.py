@@ -1,18 +1,21 @@
 """Streaming attention (arXiv:2309.17453) for many queries at once: what a sink cache gives token by token.
 
-Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With positions counted in the
-cache, recent keys stand at their true distance, since RoPE is relative; only the sinks come nearer: they stand as if
-the query were at min(t, S + W). So it is turned back by t - (S + W) for their sake, and the rest is a band:
+Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With
+positions counted in the cache, recent keys stand at their true distance, since RoPE is relative;
+only the sinks come nearer: they stand as if the query were at min(t, S + W). So it is turned back
+by t - (S + W) for their sake, and the rest is a band:
 
     t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys before the block
 
-Blocks of W queries need no mask and no band matrix: two causal flash attentions (the second with queries and keys
-flipped), a rectangle where a block is short, a small sink term, merged by their log-sum-exps. Memory is O(W) beside q,
-k, v. Equal to decoding to 1e-12 in float64 (tests/test_attention_streamed.py); measured in benchmarks/streaming.py.
+Blocks of W queries need no mask and no band matrix: two causal flash attentions (the second with
+queries and keys flipped), a rectangle where a block is short, a small sink term, merged by their
+log-sum-exps. Memory is O(W) beside q, k, v. Equal to decoding to 1e-12 in float64
+(tests/test_attention_streamed.py); measured in benchmarks/streaming.py.
 
     out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020, rotary=rotary)
 
-Legend: B batch, T queries, H query heads, K key/value heads, D head dim, S sinks, W window, N recent keys.
+Legend: B batch, T queries, H query heads, K key/value heads, D head dim, S sinks, W window, N
+recent keys.
 """
 
 import torch
@@ -37,8 +40,9 @@ def streamed_attention(
         recent: keys and values [B, K, N, D] of tokens past the sinks, the last query's own at the end: as many before
             the first query's own as there are, up to window_tokens.
         sinks: keys and values of the text's first tokens, min(sink_tokens, first+T) of them.
-        rotary: what turns queries back, for positions counted in the cache; None: positions are counted in the text.
-        sink_logit_H: a logit per head in each softmax (attention/sink_softmax.py), beside the sink tokens.
+        rotary: what turns queries back, for positions counted in the cache; None: positions are
+        counted in the text. sink_logit_H: a logit per head in each softmax
+        (attention/sink_softmax.py), beside the sink tokens.
     """
     out_BHTD = torch.empty_like(q_BHTD)
     among = max(0, min(sink_tokens - first, q_BHTD.shape[2]))  # queries that are sinks themselves

@@ -1,14 +1,16 @@
-"""Sequence parallelism: a row's tokens spread over ranks, and attention still over the whole row (DeepSpeed-Ulysses,
-arXiv:2309.14509; ALST, arXiv:2506.13996).
+"""Sequence parallelism: a row's tokens spread over ranks, and attention still over the whole row
+(DeepSpeed-Ulysses, arXiv:2309.14509; ALST, arXiv:2506.13996).
 
-Outside of attention a rank has T / N tokens and all heads. Inside, one exchange gives it all T tokens and H / N heads,
-any kernel computes any pattern, and another exchange gives the tokens back. Which heads S²-Attn shifts depends on their
-numbers in the model, not in the rank, so a rank computes `SomeHeads` of the pattern.
+Outside of attention a rank has T / N tokens and all heads. Inside, one exchange gives it all T
+tokens and H / N heads, any kernel computes any pattern, and another exchange gives the tokens back.
+Which heads S²-Attn shifts depends on their numbers in the model, not in the rank, so a rank
+computes `SomeHeads` of the pattern.
 
     ranks = sequence_ranks(2)                     # on every rank: groups of two neighbours
     set_pattern(model, pattern, sequence=ranks)
 
-Legend: B batch, T tokens of the row, P tokens of a rank's part, H heads of the model, G heads of a rank, N ranks.
+Legend: B batch, T tokens of the row, P tokens of a rank's part, H heads of the model, G heads of a
+rank, N ranks.
 """
 
 from collections.abc import Hashable
@@ -82,8 +84,8 @@ class SomeHeads(Pattern):
 class _Exchange(torch.autograd.Function):
     """Send the n-th slice [B, G, P, D] to rank n, and return the slices that came from each rank [N, B, G, P, D].
 
-    Its gradient goes back the same way. torch.distributed.nn.functional has the same, but torch deprecates it and
-    names a private module instead.
+    Its gradient goes back the same way. torch.distributed.nn.functional has the same, but torch
+    deprecates it and names a private module instead.
     """
 
     @staticmethod
@@ -122,8 +124,9 @@ def check_heads(heads: int, kv_heads: int, size: int) -> None:
 def attend_in_parts(
     q_BHPD: Tensor, k_BKPD: Tensor, v_BKPD: Tensor, call: AttentionCall, kernel: str, ranks: SequenceRanks
 ) -> Tensor:
-    """Return attention [B, H, P, D] of this rank's tokens over the whole row. Every rank of the group
-    calls it at the same time, with the call of its own tokens. ValueError as `check_heads`."""
+    """Return attention [B, H, P, D] of this rank's tokens over the whole row. Every rank of the
+    group calls it at the same time, with the call of its own tokens. ValueError as
+    `check_heads`."""
     H, K = q_BHPD.shape[1], k_BKPD.shape[1]
     check_heads(H, K, ranks.size)
     assert call.position_ids_BT is not None, "documents of a row are known by their positions"
@@ -140,7 +143,8 @@ def attend_in_parts(
 
 def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]:
     """A rank's tokens of whole rows [B, T]; labels, and their weights if there are any, come with
-    the next part's first, which the last token predicts. ValueError if the ranks do not divide T."""
+    the next part's first, which the last token predicts. ValueError if the ranks do not divide
+    T."""
     if ranks.size == 1:
         return batch
     tokens = batch["input_ids"].shape[1]

@@ -1,13 +1,15 @@
 """Does a model see what it must not? Perturb tokens, ask the gradient: nothing earlier, no other document may move.
 
-A leak of the future makes the training loss fall and the evaluation loss rise, and no loss curve says why. Most copies
-of S²-Attn have one: a roll by half a group puts the row's end and its start into one causal group. So this asks the
-model itself, whatever computes its attention, in two ways that share nothing but the row:
+A leak of the future makes the training loss fall and the evaluation loss rise, and no loss curve
+says why. Most copies of S²-Attn have one: a roll by half a group puts the row's end and its start
+into one causal group. So this asks the model itself, whatever computes its attention, in two ways
+that share nothing but the row:
 
   output    the tokens from a cut to the end of their document are replaced; no hidden state anywhere else may move
   gradient  the last hidden states from a document's start to a cut; no embedding anywhere else may have a gradient
 
-Each is done at many cuts, in a row that is one document and in one of three packed documents (position_ids restart).
+Each is done at many cuts, in a row that is one document and in one of three packed documents
+(position_ids restart).
 
     longreach verify-attention MODEL
     for leak in verify_attention(model, tokens=64): print(leak)

@@ -1,7 +1,8 @@
 """evaluation: a loaded model in, numbers out. EVALS holds every evaluation by name.
 
-An evaluation is a file with one subclass of `Evaluation` (base.py), and one line here. Its section in recipes,
-`longreach evaluate`, its place in the report and what the gate may ask of it follow from the class.
+An evaluation is a file with one subclass of `Evaluation` (base.py), and one line here. Its section
+in recipes, `longreach evaluate`, its place in the report and what the gate may ask of it follow
+from the class.
 
     python -c "from longreach.evaluation import EVALS; print(*EVALS)"
 """

@@ -1,12 +1,13 @@
 """The class of all evaluations: one loaded model in, scores out.
 
-An evaluation is one file with one subclass, which holds its choices (a recipe's section), its cells, how one of them
-is measured, the scores made of all results, and the section of a report that draws them. A line in
-`longreach.evaluation.EVALS` registers it. A cell is the smallest part that is measured alone (one prompt length, one
-document): cells and results are plain JSON, so they can be spread over tasks and kept on disk when a run stops.
+An evaluation is one file with one subclass, which holds its choices (a recipe's section), its
+cells, how one of them is measured, the scores made of all results, and the section of a report that
+draws them. A line in `longreach.evaluation.EVALS` registers it. A cell is the smallest part that is
+measured alone (one prompt length, one document): cells and results are plain JSON, so they can be
+spread over tasks and kept on disk when a run stops.
 
-No torch is imported here or in the files of the evaluations, because `longreach plan` and `--help` read them:
-what needs torch or transformers is imported inside methods.
+No torch is imported here or in the files of the evaluations, because `longreach plan` and `--help`
+read them: what needs torch or transformers is imported inside methods.
 
     python -c "from longreach.evaluation import EVALS; print(EVALS['passkey'].Choices())"
 """

@@ -1,7 +1,8 @@
 """What a page is made of: sections of paragraphs, tables, figures and lines of code. Nothing here draws or writes.
 
-An evaluation describes its numbers in these blocks once; `longreach evaluate` and the report turn them into HTML and
-Markdown (pipelines/report/page.py), where every text is escaped, so plain text goes in here.
+An evaluation describes its numbers in these blocks once; `longreach evaluate` and the report turn
+them into HTML and Markdown (pipelines/report/page.py), where every text is escaped, so plain text
+goes in here.
 
     Section("Results", ["A paragraph.", Table("Costs", ["model", "seconds"], [["full", Best("8.0")]])])
 """

@@ -1,7 +1,8 @@
 """An evaluation's cells, measured one by one, each result kept on disk as soon as it is known.
 
-A folder of cells is private to one evaluation of one model with one recipe. An interrupted grid goes on where it
-stopped, and several tasks can share the work, because a cell's result depends on nothing but the cell.
+A folder of cells is private to one evaluation of one model with one recipe. An interrupted grid
+goes on where it stopped, and several tasks can share the work, because a cell's result depends on
+nothing but the cell.
 
     dict(measured(Passkey(model, tokenizer, Passkey.Choices()), {0: {"length": 1024, "trial": 0}}))
 """

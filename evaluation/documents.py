@@ -69,7 +69,8 @@ def check_names(names: list[str]) -> None:
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id that the tokenizer puts before every text (BOS, or a trained sink token); None if it puts none.
 
-    A corpus that was packed for another model's tokenizer lacks it, and a model that always saw it is lost without it.
+    A corpus that was packed for another model's tokenizer lacks it, and a model that always saw it
+    is lost without it.
     """
     whole = tokenizer("a").input_ids  # of an empty text, an appended EOS would come first
     bare = tokenizer("a", add_special_tokens=False).input_ids

@@ -1,8 +1,9 @@
 """The figures of all evaluations and of the report: lines, bars and grids, drawn by Vega-Lite.
 
-A figure is 486 points wide with 13-point text: on a phone's 360 pixels that is still 10 pixels high. Colours are Okabe
-and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell apart. A model keeps its colour, its marker and
-its dash in all figures, since they share one Style. Hovering over a mark in an interactive page shows its numbers.
+A figure is 486 points wide with 13-point text: on a phone's 360 pixels that is still 10 pixels
+high. Colours are Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell
+apart. A model keeps its colour, its marker and its dash in all figures, since they share one Style.
+Hovering over a mark in an interactive page shows its numbers.
 
     style = Style.of(["base", "full", "lora"], dashed=["base"])
     bars("cost.png", "Cost", "Less is better.", {"time (s)": {"full": 8.0, "lora": 6.0}}, style)
@@ -279,7 +280,8 @@ def _encodings(names: list[str], marked: list[str], style: Style, columns: int) 
     colours = scale([style[name].colour for name in names])
     shapes = scale([style[name].marker if name in marked else "stroke" for name in names])
     dashed = [name for name in names if style[name].line == "dashed"]
-    # A condition has no legend: where there are markers, their outlines in it would be dashed as well.
+    # A condition has no legend: where there are markers, their outlines in it would be dashed as
+    # well.
     dashes: Any = alt.condition(alt.FieldOneOfPredicate("name", dashed), alt.value([5, 4]), alt.value([1, 0]))
     kind: dict[str, Any] = {"type": "nominal", "sort": None}
     if not marked:

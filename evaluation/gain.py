@@ -1,12 +1,14 @@
 """Gain from context: how much better the same tokens are predicted as more of the text before them is seen.
 
-A window is a place in a document where the text is cut off. Its last `score_tokens` tokens are scored at every length
-L, each time with the L - score_tokens tokens right before them, so lengths compare: the scored tokens never change. The
-unit is the document: windows of one document are averaged, and intervals resample documents.
+A window is a place in a document where the text is cut off. Its last `score_tokens` tokens are
+scored at every length L, each time with the L - score_tokens tokens right before them, so lengths
+compare: the scored tokens never change. The unit is the document: windows of one document are
+averaged, and intervals resample documents.
 
-What an extended model has to beat is what a user has without it: the untrained base at the best of its own lengths.
-Which length that is, is chosen on the corpus' validation documents, and the claim is made on its test documents. On
-some texts a base predicts worse at 8,192 tokens than at 2,048, so its longest length would be too easy to beat.
+What an extended model has to beat is what a user has without it: the untrained base at the best of
+its own lengths. Which length that is, is chosen on the corpus' validation documents, and the claim
+is made on its test documents. On some texts a base predicts worse at 8,192 tokens than at 2,048, so
+its longest length would be too easy to beat.
 
     longreach evaluate MODEL --eval gain --set lengths=[2048,8192] --set windows=2
 
@@ -53,8 +55,8 @@ class Gain(Evaluation):
         """Gain from context: the same tokens of held-out documents, predicted with more and more text before them."""
 
         lengths: tuple[int, ...] = Field(default=(2048, 4096, 8192), min_length=2)
-        """Context lengths in tokens, the scored ones included; the shortest is what a model's own gain is counted
-        from."""
+        """Context lengths in tokens, the scored ones included; the shortest is what a model's own
+        gain is counted from."""
         score_tokens: int = Field(default=1024, ge=1)
         """How many tokens at the end of each context are scored, the same ones at every length."""
         windows: int = Field(default=1, ge=1)
@@ -62,8 +64,9 @@ class Gain(Evaluation):
         documents: DocumentNames = ("*",)
         """Names (shell patterns) of test documents; those shorter than the longest length are left out."""
         choose_on: DocumentNames = ("*",)
-        """Names (shell patterns) of validation documents, on which the base's best length is chosen. An empty list, or
-        a corpus without any, chooses it on the test documents, which favours the base."""
+        """Names (shell patterns) of validation documents, on which the base's best length is
+        chosen. An empty list, or a corpus without any, chooses it on the test documents, which
+        favours the base."""
 
         @model_validator(mode="after")
         def _room_for_context(self) -> Gain.Choices:
@@ -126,8 +129,8 @@ class Gain(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `pooled` (by length, over a split's documents), `document`, `window` and `left_out`;
-        NLL in nats per token, `own_gain` against the shortest length."""
+        """Return rows of kind `pooled` (by length, over a split's documents), `document`, `window`
+        and `left_out`; NLL in nats per token, `own_gain` against the shortest length."""
         rows: list[Row] = []
         tokens, seconds = 0, 0.0
         for cell, result in results:
@@ -183,8 +186,8 @@ class Gain(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return one model's own gain, a curve for each document; nothing in a report, which begins with its figure
-        (`gain_figure`)."""
+        """Return one model's own gain, a curve for each document; nothing in a report, which begins
+        with its figure (`gain_figure`)."""
         if background.related is not None or len(models) > 1:
             return []
         (scores,) = models.values()
@@ -205,8 +208,9 @@ def _check_reach(documents: list[Document], longest: int, split: str) -> None:
 
 
 def window_ends(tokens: int, longest: int, windows: int, score_tokens: int) -> list[int]:
-    """Return where a document's windows end: the last at its end, the others spread evenly down to the first place
-    that the longest length reaches; fewer than `windows` where scored tokens would overlap."""
+    """Return where a document's windows end: the last at its end, the others spread evenly down to
+    the first place that the longest length reaches; fewer than `windows` where scored tokens would
+    overlap."""
     room = tokens - longest
     count = min(windows, 1 + room // score_tokens)
     if count == 1:
@@ -330,8 +334,8 @@ class BestLength(NamedTuple):
 
 
 def best_length(rows: list[Row], most: int | None) -> BestLength:
-    """Return a model's best length of at most `most` tokens (None: any), chosen on validation documents if there are
-    any.
+    """Return a model's best length of at most `most` tokens (None: any), chosen on validation
+    documents if there are any.
 
     Raises:
         ValueError: every length is above `most`.
@@ -604,8 +608,8 @@ def gain_figure(models: dict[str, EvalScores], style: Style, background: Backgro
 
 
 def _picture(found: Mapping[str, Mapping[int, Difference]], background: Background) -> tuple[float, float]:
-    """Return the y axis' ends: around the arms (without any: around all), since a base that breaks past its trained
-    length is several nats away and would press everything else into one line."""
+    """Return the y axis' ends: around the arms (without any: around all), since a base that breaks
+    past its trained length is several nats away and would press everything else into one line."""
     arms = [name for name in found if name in background.arms]
     inner, outer = [0.0], [0.0]
     for name, by_length in found.items():

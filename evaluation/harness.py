@@ -1,10 +1,12 @@
 """Tasks of EleutherAI's lm-evaluation-harness (LongBench, LongBench v2, RULER, ...) on our model object.
 
-Tasks, prompts and metrics are the harness's (extra `eval`); ours is the glue, and one choice: where a prompt is longer
-than max_length its middle is cut out, as LongBench's own script does, while the harness would cut off its beginning.
+Tasks, prompts and metrics are the harness's (extra `eval`); ours is the glue, and one choice: where
+a prompt is longer than max_length its middle is cut out, as LongBench's own script does, while the
+harness would cut off its beginning.
 
-Datasets come from the hub, or from a folder (`data`): task files in it are known by name, and a dataset that lies in it
-under its hub name (DATA/Xnhyacinth/LongBench) or that a task file names relative to it is read from there.
+Datasets come from the hub, or from a folder (`data`): task files in it are known by name, and a
+dataset that lies in it under its hub name (DATA/Xnhyacinth/LongBench) or that a task file names
+relative to it is read from there.
 
     longreach evaluate MODEL --eval harness --set tasks=[longbench_qasper] --set limit=20
 """

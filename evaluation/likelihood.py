@@ -1,9 +1,10 @@
 """Negative log-likelihood of every token of a text in one causal pass; the logits never exist whole.
 
-A causal model's prediction at position t sees positions 0..t whatever follows, so one pass over T tokens scores each of
-them in its full context. The head is what hurts: T x vocabulary logits in float32 are 1.6 GiB at 8,192 x 49,152. So the
-body runs once and the head runs over CHUNK positions at a time (96 MiB). Measured on SmolLM2, 8,192 tokens, CPU: one
-pass is faster than prefilling a KV cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
+A causal model's prediction at position t sees positions 0..t whatever follows, so one pass over T
+tokens scores each of them in its full context. The head is what hurts: T x vocabulary logits in
+float32 are 1.6 GiB at 8,192 x 49,152. So the body runs once and the head runs over CHUNK positions
+at a time (96 MiB). Measured on SmolLM2, 8,192 tokens, CPU: one pass is faster than prefilling a KV
+cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
 
 Legend: T tokens, C tokens of one chunk, V vocabulary, E width.
 """
@@ -68,8 +69,8 @@ def hidden_nll(
 def check_head(model: PreTrainedModel, ids_T: np.ndarray) -> None:
     """ValueError unless the model's logits are its output embedding of its body's output (tried on eight tokens).
 
-    Some architectures scale or cap logits after the head (Gemma 2, Granite, Cohere): scoring them in chunks without
-    that would give wrong numbers, so it is refused.
+    Some architectures scale or cap logits after the head (Gemma 2, Granite, Cohere): scoring them
+    in chunks without that would give wrong numbers, so it is refused.
     """
     x_1T = torch.from_numpy(np.ascontiguousarray(ids_T[:8], dtype=np.int64))[None].to(model.device)
     whole = model(input_ids=x_1T, use_cache=False).logits.float()
@@ -101,8 +102,8 @@ def check_attention(model: PreTrainedModel) -> None:
 
 @torch.inference_mode()
 def forget_length(model: PreTrainedModel) -> None:
-    """Lets frequencies that depend on the input's length depend on no earlier input: transformers keeps those of the
-    longest one until a short one comes. Nothing for other models."""
+    """Lets frequencies that depend on the input's length depend on no earlier input: transformers
+    keeps those of the longest one until a short one comes. Nothing for other models."""
     if is_dynamic(model):
         model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 

@@ -4,10 +4,11 @@
   qa    documents of which one holds the answer; before it, two baselines: closed book (no document) and oracle (only
         the right one)
 
-Prompts are the paper's. Without its data files (kv_data, qa_data), pairs are drawn, and documents tell of invented
-people and places: nobody can know the answers by heart, and closed book shows it. Each question is asked with the
-answer at every place; the U-shaped curve of many models is the figure. Scored teacher-forced (evaluation/reader.py),
-and with `new_tokens` by whether the generated text's first line holds an answer (the paper's `best_subspan_em`).
+Prompts are the paper's. Without its data files (kv_data, qa_data), pairs are drawn, and documents
+tell of invented people and places: nobody can know the answers by heart, and closed book shows it.
+Each question is asked with the answer at every place; the U-shaped curve of many models is the
+figure. Scored teacher-forced (evaluation/reader.py), and with `new_tokens` by whether the generated
+text's first line holds an answer (the paper's `best_subspan_em`).
 
     longreach evaluate MODEL --eval lost_in_the_middle --set pairs=[20] --set documents=[10]
 """
@@ -77,8 +78,8 @@ class LostInTheMiddle(Evaluation):
         trials: int = Field(default=4, ge=1)
         """Questions for each size; each is asked at every place."""
         new_tokens: int = Field(default=0, ge=0)
-        """Also generate n tokens (at least as many as the answer has) and look for the answer in them; 0: nothing is
-        generated, scoring is teacher-forced alone."""
+        """Also generate n tokens (at least as many as the answer has) and look for the answer in
+        them; 0: nothing is generated, scoring is teacher-forced alone."""
         kv_data: DataFile = None
         """The paper's own kv-retrieval-N_keys.jsonl.gz (one size); without it, pairs are drawn."""
         qa_data: DataFile = None
@@ -211,8 +212,8 @@ def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
 
 
 def best_subspan_em(prediction: str, answers: list[str]) -> float:
-    """Return 1.0 if one of the answers is in the prediction, both without case, punctuation, articles and spare
-    spaces; else 0.0."""
+    """Return 1.0 if one of the answers is in the prediction, both without case, punctuation,
+    articles and spare spaces; else 0.0."""
     text = _normalised(prediction)
     return float(any(_normalised(answer) in text for answer in answers))
 

@@ -1,15 +1,16 @@
 """Needle in a haystack: a fact about an invented town, put into real text, asked for at the end (gkamradt's test).
 
-The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the wanted length. The
-needle goes in where a sentence ends, at a depth from 0 (first) to 1 (the very end). Towns and numbers are drawn anew
-for each haystack: nothing can be known by heart, and the answer is right or wrong, with no judge. Two ways of scoring:
+The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the
+wanted length. The needle goes in where a sentence ends, at a depth from 0 (first) to 1 (the very
+end). Towns and numbers are drawn anew for each haystack: nothing can be known by heart, and the
+answer is right or wrong, with no judge. Two ways of scoring:
 
   teacher-forced   is every token of the answer the argmax (evaluation/reader.py); the finest on small models
   generation       greedy text of `new_tokens` tokens, or as many as the answer has; is the needle's number in it?
 
-Several needles (`needles`) start at the depth and stand evenly spread behind it, and all are asked for; `distractors`
-are facts about other towns, drawn into the text away from the tested depths. A model with a chat template is asked in
-it, unless the recipe forbids it.
+Several needles (`needles`) start at the depth and stand evenly spread behind it, and all are asked
+for; `distractors` are facts about other towns, drawn into the text away from the tested depths. A
+model with a chat template is asked in it, unless the recipe forbids it.
 
     longreach evaluate MODEL --eval needle --set lengths=[1024,4096] --set depths=[0,0.5,1]
 """
@@ -264,8 +265,8 @@ class Prompt:
     ) -> Prompt:
         """Draw the question of one place in the grid.
 
-        Towns and numbers depend on seed, length and trial, not on the depth: so all depths have one haystack, and a
-        grid can grow without changing.
+        Towns and numbers depend on seed, length and trial, not on the depth: so all depths have one
+        haystack, and a grid can grow without changing.
         """
         chance = np.random.default_rng([choices.seed, length, trial])
         count = choices.needles + choices.distractors
@@ -372,8 +373,8 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def sentence_end(haystack: list[int], depth: float, ends: set[int]) -> int:
-    """Return where to insert: after the last sentence end at or before the share `depth` of the text, else before all
-    of it; a text without any sentence end is cut at the depth itself."""
+    """Return where to insert: after the last sentence end at or before the share `depth` of the
+    text, else before all of it; a text without any sentence end is cut at the depth itself."""
     at = round(depth * len(haystack))
     if ends.isdisjoint(haystack):
         return at

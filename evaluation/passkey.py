@@ -1,8 +1,8 @@
 """Passkey retrieval: a random number hidden in filler sentences, asked for at the end (2305.16300; LongLoRA, 4.2).
 
-Scored teacher-forced (evaluation/reader.py), which is equal to greedy decoding. As in LongLoRA's script, what the model
-would write after the key does not count. The prompt is plain text that ends with "The pass key is"; no chat template is
-used, whether or not the model has one.
+Scored teacher-forced (evaluation/reader.py), which is equal to greedy decoding. As in LongLoRA's
+script, what the model would write after the key does not count. The prompt is plain text that ends
+with "The pass key is"; no chat template is used, whether or not the model has one.
 
     longreach evaluate MODEL --eval passkey --set lengths=[1024,2048] --set trials=10
 """
@@ -70,7 +70,8 @@ class Passkey(Evaluation):
     def measure(self, cell: Cell) -> Result:
         """Return {"cases": one for each depth}.
 
-        A case's key depends on the seed, its length, depth and trial alone, so a grid can grow without changing.
+        A case's key depends on the seed, its length, depth and trial alone, so a grid can grow
+        without changing.
         """
         from longreach.evaluation.reader import Reader
 
@@ -85,8 +86,8 @@ class Passkey(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `length` and `cell` (length x depth): accuracy with Wilson's interval, NLL in nats per
-        token of the key."""
+        """Return rows of kind `length` and `cell` (length x depth): accuracy with Wilson's
+        interval, NLL in nats per token of the key."""
         cases = [case for _, result in results for case in result["cases"]]
         totals = []
         cells = []

@@ -1,17 +1,20 @@
 """Perplexity by context length on held-out documents, under LongLoRA's two readings of it (arXiv:2309.12307).
 
-One causal pass over a document's first L tokens scores every token in its full context, so the pass at the greatest
-length that fits a document serves all shorter lengths too. Two protocols, named in every row:
+One causal pass over a document's first L tokens scores every token in its full context, so the pass
+at the greatest length that fits a document serves all shorter lengths too. Two protocols, named in
+every row:
 
   last_stride    mean over the last `last_tokens` tokens of the context: each has (nearly) the whole length behind it
   whole_window   mean over all tokens of the context: easy to compare with published numbers, but burdened by the first
                  tokens, which have little context
 
-In this form different lengths score different tokens of the same text. So compare models at one length, where they
-score exactly the same tokens; one model's numbers at two lengths differ by the text as well. A length counts the text's
-tokens; a model's own first token (BOS or sink) stands before them and is not scored, nor is the text's first token.
+In this form different lengths score different tokens of the same text. So compare models at one
+length, where they score exactly the same tokens; one model's numbers at two lengths differ by the
+text as well. A length counts the text's tokens; a model's own first token (BOS or sink) stands
+before them and is not scored, nor is the text's first token.
 
-Pooled rows average over documents, which are the independent units: the interval resamples documents, not tokens.
+Pooled rows average over documents, which are the independent units: the interval resamples
+documents, not tokens.
 
     longreach evaluate MODEL --eval perplexity --set lengths=[2048,8192]
 
@@ -104,8 +107,8 @@ class Perplexity(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `pooled` (by length and protocol, over all documents and by domain), `document` and
-        `position`; NLL in nats per token."""
+        """Return rows of kind `pooled` (by length and protocol, over all documents and by domain),
+        `document` and `position`; NLL in nats per token."""
         rows: list[Row] = []
         for cell, result in results:
             nll_T = np.array(result["nll"])
@@ -177,7 +180,8 @@ def check_lengths(lengths: list[int], last_tokens: int, documents: list[Document
 def passes(model: PreTrainedModel, lengths: list[int]) -> list[int]:
     """Return the lengths at which a document is read to serve all `lengths`.
 
-    The greatest serves all, except where rotary frequencies change with the length: then each has its own pass.
+    The greatest serves all, except where rotary frequencies change with the length: then each has
+    its own pass.
     """
     from longreach.evaluation.likelihood import is_dynamic
 

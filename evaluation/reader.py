@@ -1,12 +1,14 @@
 """Prompts read one after another; what the next one begins with is not computed again.
 
-The cells of a grid differ in where a needle stands: what comes before it is the same text. So the keys and values of
-the prompt before are kept up to the first token in which the two differ, and only the rest is read. Of five depths
-spread evenly that leaves 70% of the work, of many 50%; results are those of a fresh pass but for rounding.
+The cells of a grid differ in where a needle stands: what comes before it is the same text. So the
+keys and values of the prompt before are kept up to the first token in which the two differ, and
+only the rest is read. Of five depths spread evenly that leaves 70% of the work, of many 50%;
+results are those of a fresh pass but for rounding.
 
-An answer is scored in the same pass, teacher-forced: prompt and answer go in together, the head runs on the answer's
-positions alone. Greedy decoding emits the answer's tokens if and only if each is the argmax given those before it, so
-by induction the two agree on `correct`. NLL is finer than right or wrong.
+An answer is scored in the same pass, teacher-forced: prompt and answer go in together, the head
+runs on the answer's positions alone. Greedy decoding emits the answer's tokens if and only if each
+is the argmax given those before it, so by induction the two agree on `correct`. NLL is finer than
+right or wrong.
 
 Legend: A tokens of the answer, V vocabulary.
 """
@@ -68,7 +70,8 @@ def generated(
 ) -> Iterator[int]:
     """Yield the tokens that follow `ids`, the one that ends the text included; the last one is not yet in the cache.
 
-    Nothing but `choose` decides, whatever penalties or beams the model's own generation_config asks for.
+    Nothing but `choose` decides, whatever penalties or beams the model's own generation_config asks
+    for.
 
     Args:
         cache: holds what was read before `ids`.
@@ -121,7 +124,8 @@ class Reader:
         self.cache = DynamicCache(config=model.config)
         self.cached: list[int] = []
         """Token ids whose keys and values are in the cache."""
-        # keys that were dropped from a window, or turned for another length, cannot be taken up again
+        # keys that were dropped from a window, or turned for another length, cannot be taken up
+        # again
         croppable = all(type(layer) is DynamicLayer for layer in self.cache.layers)
         self.reuse = reuse and croppable and not is_dynamic(model)
 

@@ -1,7 +1,8 @@
 """EvalScores: what an evaluation measured, as tidy rows: one measurement a row, every row saying what it measures.
 
-`write` makes a folder that needs no code of ours to be read: scores.json (everything but the cases), scores.parquet
-(the rows, typed) and cases.jsonl (what the model was asked and what it answered, one case a line).
+`write` makes a folder that needs no code of ours to be read: scores.json (everything but the
+cases), scores.parquet (the rows, typed) and cases.jsonl (what the model was asked and what it
+answered, one case a line).
 
     python -c "from longreach.evaluation.scores import EvalScores; print(EvalScores.read('scores').summary)"
 """
@@ -113,8 +114,8 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tup
 def bootstrap_crossed(value_SD: np.ndarray, seed: int, resamples: int = 4_000) -> tuple[float, float] | None:
     """Return a 95% interval of the mean over S seeds and D documents, all of which are crossed; None for one value.
 
-    Seeds and documents are resampled independently (the pigeonhole bootstrap, Owen 2007), so both may be chance. With
-    one seed it is `bootstrap_mean`.
+    Seeds and documents are resampled independently (the pigeonhole bootstrap, Owen 2007), so both
+    may be chance. With one seed it is `bootstrap_mean`.
     """
     seeds, documents = value_SD.shape
     if value_SD.size < 2:
@@ -151,8 +152,8 @@ PASSKEY_BAR = 0.9
 
 
 def effective_length(totals: list[Row], bar: float) -> int:
-    """Return the greatest length up to which the accuracy reaches the bar at every length; 0 if at none (RULER,
-    arXiv:2404.06654).
+    """Return the greatest length up to which the accuracy reaches the bar at every length; 0 if at
+    none (RULER, arXiv:2404.06654).
 
     totals: rows of an evaluation in which something has to be found, one for each length.
     """
@@ -167,9 +168,9 @@ def effective_length(totals: list[Row], bar: float) -> int:
 def paired(ours: list[Row], theirs: list[Row], length: int, resamples: int = 4_000) -> dict[str, float]:
     """Return how two models' perplexity rows differ on the same tokens: {"nll": ours - theirs, "low", "high", "bins"}.
 
-    The difference is taken in bins of last_tokens positions of each document, up to `length`; the 95% interval
-    resamples bins, which are nearly independent where single tokens are not. ValueError unless both models read the
-    same documents.
+    The difference is taken in bins of last_tokens positions of each document, up to `length`; the
+    95% interval resamples bins, which are nearly independent where single tokens are not.
+    ValueError unless both models read the same documents.
     """
     our_bins = _nll_by_bin(ours, length)
     their_bins = _nll_by_bin(theirs, length)

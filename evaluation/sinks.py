@@ -1,13 +1,15 @@
 """Where attention rests: the mass on first tokens, by layer and head (StreamingLLM, arXiv:2309.17453, figure 2).
 
-Texts are pieces of held-out documents, each read from its own first token on (BOS or a sink token, if the model has
-one). Mass is averaged over texts and the queries of their second half; a head that spread its attention evenly would
-put 1 / (t + 1) on each token at position t, whose mean is the column `uniform`.
+Texts are pieces of held-out documents, each read from its own first token on (BOS or a sink token,
+if the model has one). Mass is averaged over texts and the queries of their second half; a head that
+spread its attention evenly would put 1 / (t + 1) on each token at position t, whose mean is the
+column `uniform`.
 
-A mean hides a few heads that rest there altogether. So heads are counted, too: Sink^eps_k (arXiv:2410.10781) is the
-share of heads, over layers and texts, whose mean attention to token k is above eps, in the first 64 tokens. Beside it
-stands what goes with a sink in trained models: the first token's values are small, and its residual stream is long
-("Massive Activations", arXiv:2402.17762).
+A mean hides a few heads that rest there altogether. So heads are counted, too: Sink^eps_k
+(arXiv:2410.10781) is the share of heads, over layers and texts, whose mean attention to token k is
+above eps, in the first 64 tokens. Beside it stands what goes with a sink in trained models: the
+first token's values are small, and its residual stream is long ("Massive Activations",
+arXiv:2402.17762).
 
     longreach evaluate MODEL --eval sinks --set lengths=[16,256]
 
@@ -94,8 +96,9 @@ class Sinks(Evaluation):
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"first": [L, H, N], "softmax": [L, H], "heads": by epsilon [L, N], "softmax_heads": by epsilon [L],
-        "values" and "residual": [L, 2], first token and others, "maps": layer -> [T, T], at the shortest length only}.
+        """Return {"first": [L, H, N], "softmax": [L, H], "heads": by epsilon [L, N],
+        "softmax_heads": by epsilon [L], "values" and "residual": [L, 2], first token and others,
+        "maps": layer -> [T, T], at the shortest length only}.
         """
         import torch
 
@@ -131,8 +134,8 @@ class Sinks(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `layer` (means over heads), `head` (length, layer, head) and `map` (layer, query,
-        key)."""
+        """Return rows of kind `layer` (means over heads), `head` (length, layer, head) and `map`
+        (layer, query, key)."""
         heads: list[Row] = []
         layers: list[Row] = []
         maps: list[Row] = []
@@ -163,8 +166,8 @@ class Sinks(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return the mass on the first token and its norms by layer, all models together; then by head, and maps, of
-        each model."""
+        """Return the mass on the first token and its norms by layer, all models together; then by
+        head, and maps, of each model."""
         figures = [_layers_figure(length, models, style) for length in _lengths(models)]
         figures += _norm_figures(models, style)
         for name, scores in models.items():

@@ -1,11 +1,11 @@
 """A text read with a cache of fixed size: the loss of every token, the time of decoding one, and an endless stream.
 
-Streaming keeps the first `sinks` tokens and the last `window` ones. Instead of decoding token by token, the whole text
-is computed in one pass that gives the same (attention/streamed.py); only latencies and the endurance run use the real
-cache (attention/sink_cache.py).
+Streaming keeps the first `sinks` tokens and the last `window` ones. Instead of decoding token by
+token, the whole text is computed in one pass that gives the same (attention/streamed.py); only
+latencies and the endurance run use the real cache (attention/sink_cache.py).
 
-Legend: T tokens, N scored tokens, B windows in a batch, W window tokens, V vocabulary, E width, H heads, K KV heads,
-D head dim.
+Legend: T tokens, N scored tokens, B windows in a batch, W window tokens, V vocabulary, E width, H
+heads, K KV heads, D head dim.
 """
 
 from __future__ import annotations

@@ -3,23 +3,26 @@
   dense      every token sees all before it: what an unbounded cache would give
   window     the cache keeps the last `cache_tokens` tokens: collapses once the first tokens have left it, because they
              carry the attention that a softmax has to put somewhere (attention sinks)
-  recompute  before each token, a fresh pass over the last `cache_tokens` tokens: no collapse, at a price that is
-             quadratic in the cache
+  recompute  before each token, a fresh pass over the last `cache_tokens` tokens: no collapse, at a
+             price that is quadratic in the cache
   n sinks    the first n tokens stay for ever, beside the most recent ones, in the same cache
 
-Each way predicts from `cache_tokens` cached tokens and the current one. All but `recompute` are computed for the whole
-text in one pass (evaluation/small_cache.py) that gives what decoding token by token would. `recompute` needs a pass for
-each scored token, so it scores every n-th one and its mean is estimated by difference: the mean of another way over all
-tokens, plus the mean difference to it over the sample. Neighbouring tokens differ in NLL far more than two ways do on
-one token, so the difference is known to a few per cent where the sample's own mean would be off by tens.
+Each way predicts from `cache_tokens` cached tokens and the current one. All but `recompute` are
+computed for the whole text in one pass (evaluation/small_cache.py) that gives what decoding token
+by token would. `recompute` needs a pass for each scored token, so it scores every n-th one and its
+mean is estimated by difference: the mean of another way over all tokens, plus the mean difference
+to it over the sample. Neighbouring tokens differ in NLL far more than two ways do on one token, so
+the difference is known to a few per cent where the sample's own mean would be off by tens.
 
-Perplexity counts from the token where the ways begin to differ: after the first `cache_tokens` tokens of the text.
-Streaming keeps a model fluent for ever; it does not let it see further back than its cache.
+Perplexity counts from the token where the ways begin to differ: after the first `cache_tokens`
+tokens of the text. Streaming keeps a model fluent for ever; it does not let it see further back
+than its cache.
 
-Positions are counted in the cache (the paper's way) or in the text; RoPE is relative, so that only sinks can tell. Is
-it the first tokens' place or their meaning? `newlines` replaces them by line breaks (the paper's table 2). Latencies
-and cache sizes are measured on the real decode path; `endurance_tokens` streams all documents through one cache. So
-there are three kinds of cells, a class for each: `Ways`, `Latencies` and `Endurance`.
+Positions are counted in the cache (the paper's way) or in the text; RoPE is relative, so that only
+sinks can tell. Is it the first tokens' place or their meaning? `newlines` replaces them by line
+breaks (the paper's table 2). Latencies and cache sizes are measured on the real decode path;
+`endurance_tokens` streams all documents through one cache. So there are three kinds of cells, a
+class for each: `Ways`, `Latencies` and `Endurance`.
 
     longreach evaluate MODEL --eval streaming --set document=2026-Trump-1 --set cache_tokens=256
 
@@ -133,8 +136,8 @@ class Streaming(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: Results) -> EvalScores:
-        """Return rows of kind `way` (perplexity after the first cache_tokens tokens), `stream` (binned along the
-        text), `latency` and `endurance`; NLL in nats per token."""
+        """Return rows of kind `way` (perplexity after the first cache_tokens tokens), `stream`
+        (binned along the text), `latency` and `endurance`; NLL in nats per token."""
         rows: list[Row] = []
         summary: dict[str, float] = {}
         for kind in KINDS:
@@ -425,7 +428,8 @@ def line_break(tokenizer: PreTrainedTokenizerBase) -> int:
 def tabulate(choices: Streaming.Choices, ways: list[tuple[Cell, np.ndarray]]) -> list[Row]:
     """Return a row for each way, then the rows along the stream.
 
-    ways: each cell with its NLL; entry t is text token t + 1's, for `recompute` that of the sampled tokens.
+    ways: each cell with its NLL; entry t is text token t + 1's, for `recompute` that of the sampled
+    tokens.
     """
     sampled_N = sampled(choices)
     beside = _beside(ways)
@@ -485,11 +489,11 @@ def name_of(way: str, sinks: int) -> str:
 
 
 def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, start: int, end: int) -> Row:
-    """Return the mean NLL of tokens start..end-1: that of beside_T over all of them, plus the mean difference to it
-    over scored_N.
+    """Return the mean NLL of tokens start..end-1: that of beside_T over all of them, plus the mean
+    difference to it over scored_N.
 
-    With beside_T zero and every token scored this is the plain mean. Only sampled means have an interval; it resamples
-    differences.
+    With beside_T zero and every token scored this is the plain mean. Only sampled means have an
+    interval; it resamples differences.
     """
     inside = (start <= scored_N) & (scored_N < end)
     if not inside.any():

@@ -8,11 +8,12 @@ Two writers are real: after `kill -9` of a stage its training ranks go on writin
 attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished
 file to that name, on object stores by a conditional put (If-None-Match). The loser is removed.
 
-Nothing is lost in a power cut: files are synced first, then their folders, then the manifest, then its folder; only
-after that is anything removed that the artifact replaces.
+Nothing is lost in a power cut: files are synced first, then their folders, then the manifest, then
+its folder; only after that is anything removed that the artifact replaces.
 
-`root` is any fsspec URL. On a remote root an attempt works in the local folder `scratch`, its files are
-uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by hash.
+`root` is any fsspec URL. On a remote root an attempt works in the local folder `scratch`, its files
+are uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by
+hash.
 
     store = Store(".longreach"); attempt = store.new_attempt("pack", fingerprint); ...; store.publish(attempt, {...})
 """
@@ -97,8 +98,8 @@ class Attempt:
 
 
 class Store:
-    """Artifacts below a folder that every writer sees. As with pathlib, `Store(url)` makes the class that fits: a
-    RemoteStore where the URL is not a folder."""
+    """Artifacts below a folder that every writer sees. As with pathlib, `Store(url)` makes the
+    class that fits: a RemoteStore where the URL is not a folder."""
 
     local = True
 

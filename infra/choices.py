@@ -1,8 +1,9 @@
 """The base of every recipe section and of Resources: frozen, strict about names, with one JSON form.
 
-A section's JSON goes into the fingerprint of its stage (pipelines/stage.py), so values whose JSON is not unique (NaN,
-infinity) are refused. A choice that is new since results were published is marked `New`: left at its default it stays
-out of the fingerprint, so that those results are found again.
+A section's JSON goes into the fingerprint of its stage (pipelines/stage.py), so values whose JSON
+is not unique (NaN, infinity) are refused. A choice that is new since results were published is
+marked `New`: left at its default it stays out of the fingerprint, so that those results are found
+again.
 
     weight: New[float] = 1.0
 """

@@ -54,8 +54,8 @@ def connected(
 
 
 def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
-    # The dashboard stays on although it costs seconds: else Ray Train cannot ask the state API for a
-    # dead driver's placement group, which then keeps its CPUs for ever.
+    # The dashboard stays on although it costs seconds: else Ray Train cannot ask the state API for
+    # a dead driver's placement group, which then keeps its CPUs for ever.
     try:
         host, colon, port = (address or "").rpartition(":")
         if colon and port.isdigit() and "://" not in host:  # Ray itself would try for minutes
@@ -74,8 +74,8 @@ def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
 def _fewer_processes(*, forks: bool) -> Iterator[None]:
     """Let Ray start without what nobody uses here: the monitor that would add nodes, and the one that prints logs.
 
-    With `forks`, workers are set up by infra/forkserver.py. Ray (2.55 to 2.60) offers none of it to callers of
-    `ray.init`; a later Ray that has no such parameters starts in its own way.
+    With `forks`, workers are set up by infra/forkserver.py. Ray (2.55 to 2.60) offers none of it to
+    callers of `ray.init`; a later Ray that has no such parameters starts in its own way.
     """
     from ray._private import parameter
 
@@ -91,10 +91,11 @@ def _fewer_processes(*, forks: bool) -> Iterator[None]:
 def _job_config() -> Any:
     """Return a job's settings that keep the driver's current folder out of its workers' module path.
 
-    Ray puts it first there unless the job has a `working_dir`, and a user's `datasets.py` would then
-    replace the library. We have no `working_dir` either, since Ray would upload that folder; so Ray is
-    told that there is one. That has one effect more: the folder of the driver's script stays out of the
-    path as well. Ray (2.60) asks nowhere else; its uploads and agents read the runtime_env itself.
+    Ray puts it first there unless the job has a `working_dir`, and a user's `datasets.py` would
+    then replace the library. We have no `working_dir` either, since Ray would upload that folder;
+    so Ray is told that there is one. That has one effect more: the folder of the driver's script
+    stays out of the path as well. Ray (2.60) asks nowhere else; its uploads and agents read the
+    runtime_env itself.
     """
     from ray.job_config import JobConfig
 

@@ -1,7 +1,8 @@
 """Errors of a rank that end its run at once, because another try would meet them again.
 
-Training and checkpoints raise them; the launcher (infra/launch.py, FINAL_ERRORS) carries them to the stage that waits
-for the ranks. What the store and the lease raise stands beside them, in infra/artifact.py and infra/lease.py.
+Training and checkpoints raise them; the launcher (infra/launch.py, FINAL_ERRORS) carries them to
+the stage that waits for the ranks. What the store and the lease raise stands beside them, in
+infra/artifact.py and infra/lease.py.
 """
 
 

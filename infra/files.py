@@ -1,8 +1,9 @@
 """Files that are written whole or not at all, and digests that name content.
 
-A reader never sees half a file: it is written under a temporary name in the same folder and then renamed, which every
-file system does in one step. Its content is synced before that, since after a power cut a disk may know the new name
-and not yet the content. The name itself is on the disk once its folder is synced (`sync_tree`, `sync`).
+A reader never sees half a file: it is written under a temporary name in the same folder and then
+renamed, which every file system does in one step. Its content is synced before that, since after a
+power cut a disk may know the new name and not yet the content. The name itself is on the disk once
+its folder is synced (`sync_tree`, `sync`).
 
     write_whole(Path("state.json"), "{}")
     with draft_of(Path("corpus.txt")) as draft: download(url, draft)
@@ -40,7 +41,8 @@ def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -
     """Give the block a temporary path beside `target`, and publish it under that name once the
     block has ended well. `publish`: takes the draft and the target. `os.replace` overwrites;
     `os.link` raises FileExistsError instead."""
-    # At most 50 of the name's characters: it may already be as long as the disk allows. Leases read its beginning.
+    # At most 50 of the name's characters: it may already be as long as the disk allows. Leases read
+    # its beginning.
     draft = target.with_name(f"{target.name[:50]}.{uuid.uuid4().hex[:8]}.draft")
     try:
         yield draft
@@ -92,7 +94,8 @@ def write_whole(target: Path, text: str) -> None:
 def kept_text(name: str, make: Callable[[], str]) -> str:
     """Return what `make` made when it was called under this name before, on this machine by this user; else call it.
 
-    It is kept in the user's cache folder (XDG_CACHE_HOME, ~/.cache), and made anew where there is none to write to.
+    It is kept in the user's cache folder (XDG_CACHE_HOME, ~/.cache), and made anew where there is
+    none to write to.
     """
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "longreach" / name
     with contextlib.suppress(OSError):

@@ -1,13 +1,13 @@
 """Start Ray's workers in a tenth of a second: as forks of one process that has imported what they use.
 
-torch, transformers, peft, deepspeed and Ray Train take five CPU seconds to import, and a small run has
-a dozen workers. So the driver starts a server that imports them once, while Ray itself starts. Ray
-sets up its workers by this file instead of its own `setup_worker.py` (infra/cluster.py): it asks the
-server for a fork and ends, and the fork becomes the worker. Where no server answers, and where a runtime
-environment wants more than variables, Ray's own file goes on.
+torch, transformers, peft, deepspeed and Ray Train take five CPU seconds to import, and a small run
+has a dozen workers. So the driver starts a server that imports them once, while Ray itself starts.
+Ray sets up its workers by this file instead of its own `setup_worker.py` (infra/cluster.py): it
+asks the server for a fork and ends, and the fork becomes the worker. Where no server answers, and
+where a runtime environment wants more than variables, Ray's own file goes on.
 
-A fork is a process like any other: if it crashes or is killed, the server and the other workers live
-on. The server ends with the process that started it, the workers end with Ray.
+A fork is a process like any other: if it crashes or is killed, the server and the other workers
+live on. The server ends with the process that started it, the workers end with Ray.
 
     with fork_server(["torch", "ray.train.torch"]) as address:
         os.environ[ADDRESS] = address
@@ -51,7 +51,8 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
             listening.listen(WAITING)
             server = subprocess.Popen(
                 [sys.executable, "-P", os.path.abspath(__file__), "serve", str(listening.fileno()), *modules],
-                # One thread, as Ray tells its workers. CUDA does not survive a fork: nothing may look for a GPU here.
+                # One thread, as Ray tells its workers. CUDA does not survive a fork: nothing may
+                # look for a GPU here.
                 env={"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
                 pass_fds=[listening.fileno()],
                 stdin=subprocess.PIPE,  # closed when this process ends in whatever way: then the server ends
@@ -70,7 +71,8 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
     """Import the modules and fork for everybody who asks, until standard input is closed.
 
     Ray reads its settings (RAY_...) from the environment when it is imported, and among them is the
-    job's number: so Ray's modules wait for the first who asks, and those with other settings get no fork.
+    job's number: so Ray's modules wait for the first who asks, and those with other settings get no
+    fork.
     """
     import importlib
     import select

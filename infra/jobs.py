@@ -1,9 +1,9 @@
 """Send a run to a Ray cluster through Ray's Jobs API, and look after it: follow, list, stop.
 
 What is sent is a folder made for it: the sources of the rooms named in ROOMS and the recipe's file,
-about 1 MB; no checkout, artifact or file with a password. The cluster runs
-`python -m longreach.pipelines run` there, which may be submitted again at any time: what is published
-is reused, what is half done resumed, and a second run of a live recipe exits 75.
+about 1 MB; no checkout, artifact or file with a password. The cluster runs `python -m
+longreach.pipelines run` there, which may be submitted again at any time: what is published is
+reused, what is half done resumed, and a second run of a live recipe exits 75.
 
 No environment variable of this machine is sent, since the dashboard shows a job's environment: the
 store's and MLflow's credentials belong to the cluster's pods (envFrom a Secret).

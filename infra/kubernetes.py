@@ -1,9 +1,10 @@
-"""Manifests for Ray on Kubernetes, as plain dicts from a recipe's numbers. KubeRay 1.6 or later; 1.7 for a RayCronJob,
-which had no zones before.
+"""Manifests for Ray on Kubernetes, as plain dicts from a recipe's numbers. KubeRay 1.6 or later;
+1.7 for a RayCronJob, which had no zones before.
 
 A scheduled run is a RayJob: its cluster comes up for it and goes away after it. The driver is
-`longreach run` on the head, with the recipe mounted from a ConfigMap; it may be started twice or killed
-at any time. The operator's own rules are in no schema; `check` states those that a recipe can break.
+`longreach run` on the head, with the recipe mounted from a ConfigMap; it may be started twice or
+killed at any time. The operator's own rules are in no schema; `check` states those that a recipe
+can break.
 
     print(dump([ray_cluster("lab", Resources(workers=4), Place(memory="16Gi"))]))
 """
@@ -67,8 +68,9 @@ def ray_cluster(name: str, resources: Resources, place: Place) -> Manifest:
 def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place) -> Manifest:
     """Return a cluster for one command, which is deleted ten minutes after that ends.
 
-    The operator submits over HTTP: a submitter pod would add a shell that reads `&&` and `;` of the entrypoint itself.
-    There are no retries: each would be a new cluster, and the next fire time resumes from the newest checkpoint anyway.
+    The operator submits over HTTP: a submitter pod would add a shell that reads `&&` and `;` of the
+    entrypoint itself. There are no retries: each would be a new cluster, and the next fire time
+    resumes from the newest checkpoint anyway.
     """
     spec = {
         "entrypoint": shlex.join(entrypoint),
@@ -83,7 +85,8 @@ def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place
 def ray_cron_job(name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True) -> Manifest:
     """Return KubeRay's own timer: alpha, behind the gate RayCronJob. It has no concurrency policy
     and makes up for every missed fire time at once, so the lease and the driver's max_start_delay
-    keep runs apart and in time. Raises ValueError: a queue, since it gives its RayJobs no labels."""
+    keep runs apart and in time. Raises ValueError: a queue, since it gives its RayJobs no
+    labels."""
     if place.queue:
         raise ValueError(
             f"queue {place.queue!r}: a RayCronJob gives its RayJobs no labels: use --to cronjob, or name the "
@@ -99,10 +102,10 @@ def cron_job(
 ) -> list[Manifest]:  # fmt: skip
     """Return Kubernetes' own timer (1.27 or later, for its zones), whose pod creates a RayJob and ends.
 
-    A pod that ran `longreach run` itself would be one node, and hold it; one that submits to a standing
-    cluster pays for that all week. The pod's service account may create RayJobs and nothing else. `Forbid`
-    covers the seconds of that pod; a lease keeps runs apart. `create` with a generated name, since `apply`
-    would do nothing to last week's RayJob.
+    A pod that ran `longreach run` itself would be one node, and hold it; one that submits to a
+    standing cluster pays for that all week. The pod's service account may create RayJobs and
+    nothing else. `Forbid` covers the seconds of that pod; a lease keeps runs apart. `create` with a
+    generated name, since `apply` would do nothing to last week's RayJob.
     """
     template = {**job, "metadata": {**job["metadata"], "generateName": f"{name}-"}}
     del template["metadata"]["name"]
@@ -207,7 +210,8 @@ def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = N
     return {
         "rayVersion": place.ray_version,
         "authOptions": {"mode": "token"},
-        # Without CPUs for Ray the head runs drivers and nothing else, so that no rank's memory can take them along.
+        # Without CPUs for Ray the head runs drivers and nothing else, so that no rank's memory can
+        # take them along.
         "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": head},
         "workerGroupSpecs": [group],
     }
@@ -240,8 +244,9 @@ def _pod(container: str, place: Place, resources: Manifest) -> Manifest:
 def check(manifest: Manifest) -> list[str]:
     """Return what KubeRay refuses although its schema allows it: a line each, with field, value and fix.
 
-    Of its rules (ray-operator/controllers/ray/utils/validation.go, 1.7) our manifests can break these two: all else
-    that it looks at is written here as it wants it, and `Schedule.parse` has read the cron line and the zone.
+    Of its rules (ray-operator/controllers/ray/utils/validation.go, 1.7) our manifests can break
+    these two: all else that it looks at is written here as it wants it, and `Schedule.parse` has
+    read the cron line and the zone.
     """
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     problems = []

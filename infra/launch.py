@@ -1,12 +1,13 @@
 """Run a function as N ranks through Ray Train: one process a rank, process group up, dead ranks restarted.
 
-The function is named, not passed ("longreach.training.loop:train"): only the ranks import it, and torch with it.
+The function is named, not passed ("longreach.training.loop:train"): only the ranks import it, and
+torch with it.
 
 How an error comes back: Ray Train restarts all ranks after any exception of one. So an error that a
 restart would only repeat (FINAL_ERRORS) is not raised by its rank: `_rank` writes it down as
 `error.json` and returns, the other ranks wake up from their collectives and return too, and
-`run_ranks`, on the side of the stage, raises it again. Any other death of a rank restarts all of them,
-and the function resumes from its own checkpoints; infra/resources.py counts the restarts.
+`run_ranks`, on the side of the stage, raises it again. Any other death of a rank restarts all of
+them, and the function resumes from its own checkpoints; infra/resources.py counts the restarts.
 
     run_ranks("longreach.training.loop:train", job, resources=Resources(workers=2), name="lora", storage="/tmp/ranks")
 """
@@ -121,9 +122,10 @@ def _interrupt_handler_restored() -> Iterator[None]:
 class AbandonedGroups:
     """Finds and removes placement groups of this Ray job in which no actor lives; else their CPUs stay reserved.
 
-    Ray Train (2.60) leaks two kinds: that of a rank that dies while it is being started, and that of a
-    controller whose stage task was killed, which may start its ranks once more. Ranks enter a new group
-    only moments after it was made, so LOOKS looks in a row, a second apart, must find it empty.
+    Ray Train (2.60) leaks two kinds: that of a rank that dies while it is being started, and that
+    of a controller whose stage task was killed, which may start its ranks once more. Ranks enter a
+    new group only moments after it was made, so LOOKS looks in a row, a second apart, must find it
+    empty.
     """
 
     LOOKS = 3

@@ -1,6 +1,7 @@
 """A module that is imported when something of it is first used.
 
-`longreach plan` reads files that compute with numpy elsewhere; importing it would double the time of an answer.
+`longreach plan` reads files that compute with numpy elsewhere; importing it would double the time
+of an answer.
 
     if TYPE_CHECKING:
         import numpy as np

@@ -40,8 +40,9 @@ class LeaseHeld(Exception):
 
 
 def process_mark(pid: int) -> list[str] | None:
-    """Return what no other process will ever have: the machine's boot, the process's namespace, its number there, and
-    its start in the kernel's ticks. None if it has ended, or where there is no /proc (Linux has it)."""
+    """Return what no other process will ever have: the machine's boot, the process's namespace, its
+    number there, and its start in the kernel's ticks. None if it has ended, or where there is no
+    /proc (Linux has it)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
@@ -63,15 +64,16 @@ def is_gone(mark: list[str] | None) -> bool:
 class Lease:
     """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever compared.
 
-    A lease is a numbered generation, created exclusively. A waiter takes the next number once the holder released
-    its own, once the counter has stood still for `patience_beats` beats of the waiter's own time, or sooner where
-    both run on one machine and the holder's process is gone: at once if the store is a disk of that machine, else after
-    `clone_beats`, since a clone of a virtual machine has the same marks and other processes.
-    A holder that was only slow sees the higher number and knows that it has lost (`lost` is set).
+    A lease is a numbered generation, created exclusively. A waiter takes the next number once the
+    holder released its own, once the counter has stood still for `patience_beats` beats of the
+    waiter's own time, or sooner where both run on one machine and the holder's process is gone: at
+    once if the store is a disk of that machine, else after `clone_beats`, since a clone of a
+    virtual machine has the same marks and other processes. A holder that was only slow sees the
+    higher number and knows that it has lost (`lost` is set).
 
-    Numbers never go back. A waiter may stop between its look and its creation of n, while n comes, goes and is swept
-    away. So it looks once more afterwards: whoever swept n away had a higher number before, and that one, or one
-    that is higher still, is there to be seen.
+    Numbers never go back. A waiter may stop between its look and its creation of n, while n comes,
+    goes and is swept away. So it looks once more afterwards: whoever swept n away had a higher
+    number before, and that one, or one that is higher still, is there to be seen.
     """
 
     store: Store
@@ -181,7 +183,8 @@ class Lease:
                     self.lost.set()
                     return
                 self._beat(counter)
-            # Whatever the store raises while it is away: if that lasts, another run takes the lease over.
+            # Whatever the store raises while it is away: if that lasts, another run takes the lease
+            # over.
             except Exception as error:  # noqa: BLE001
                 print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
 

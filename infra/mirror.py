@@ -1,10 +1,10 @@
 """The mirror: uploads spooled events (infra/tracking.py) to MLflow from a process of its own, outages or not.
 
 Why nothing is missing and nothing doubled, whoever is killed: how far a file is uploaded is written
-beside it (`<file>.offset`) only after the server accepted; a replay repeats the same key, value, step
-and timestamp, which MLflow stores once; and a run is found again by its tag `longreach.run`. Where it
-is not found (another server, `mlflow gc`, a new database) the file is uploaded from its start.
-Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from a URI.
+beside it (`<file>.offset`) only after the server accepted; a replay repeats the same key, value,
+step and timestamp, which MLflow stores once; and a run is found again by its tag `longreach.run`.
+Where it is not found (another server, `mlflow gc`, a new database) the file is uploaded from its
+start. Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from a URI.
 
     python -m longreach.infra.mirror .longreach/spool --uri sqlite:///$PWD/.longreach/mlflow.db --once
 """
@@ -45,8 +45,8 @@ TRASH = "trash"
 """Stands for the id of a run that a user deleted: its events are not wanted any more."""
 
 ENVIRONMENT = {
-    # Our own loop repeats what fails, after a look at what arrived: a repeated "create run" would make
-    # two. MLflow's defaults are 120 s and 7 repetitions.
+    # Our own loop repeats what fails, after a look at what arrived: a repeated "create run" would
+    # make two. MLflow's defaults are 120 s and 7 repetitions.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -449,8 +449,9 @@ def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
     spool_dir = Path(spool_dir).absolute()
     spool_dir.mkdir(parents=True, exist_ok=True)
     with (spool_dir / "mirror.log").open("ab") as output:
-        # A group of its own: Ctrl-C does not reach it. Not a session: Linux balances sessions against each
-        # other (autogroups), so in one of its own its low priority would count for nothing.
+        # A group of its own: Ctrl-C does not reach it. Not a session: Linux balances sessions
+        # against each other (autogroups), so in one of its own its low priority would count for
+        # nothing.
         process = MirrorProcess(
             _command(spool_dir, uri), env=_environment(), process_group=0,
             stdin=subprocess.PIPE, stdout=output, stderr=output,

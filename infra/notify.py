@@ -1,7 +1,8 @@
 """Tell people how a run ended: one JSON POST to a webhook (Slack, Teams and ntfy read its `text`; programs the rest).
 
-The address is often a secret, so it is taken from the command line or LONGREACH_NOTIFY_URL, and of it only the host is
-ever shown; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook that fails changes no exit code.
+The address is often a secret, so it is taken from the command line or LONGREACH_NOTIFY_URL, and of
+it only the host is ever shown; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook
+that fails changes no exit code.
 
     LONGREACH_NOTIFY_URL=https://hooks.example.org/T0/B0/secret longreach run retrain
 """

@@ -1,8 +1,9 @@
 """MLflow's registry: models as it lists and ranks them, versions by name, and the alias `champion` that the gate moves.
 
-Everything here may be repeated: a model is found again by its tag `longreach.model`, a version by its
-fingerprint. Others may move an alias at any time, so a move names the version that it expects behind the
-alias, and is refused if another one took its place. MLFLOW_TRACKING_URI names the server.
+Everything here may be repeated: a model is found again by its tag `longreach.model`, a version by
+its fingerprint. Others may move an alias at any time, so a move names the version that it expects
+behind the alias, and is refused if another one took its place. MLFLOW_TRACKING_URI names the
+server.
 
     python -c "from longreach.infra.registry import champion; print(champion('quickstart-longlora'))"
 """
@@ -188,7 +189,8 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
     if same := [v for v in versions if v.source == source]:
         return max(same, key=lambda v: int(v.version))
     made = client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
-    # A server writes this itself; without one, the list of models would not say which are registered.
+    # A server writes this itself; without one, the list of models would not say which are
+    # registered.
     named = {"mlflow.modelVersions": json.dumps([{"name": name, "version": str(made.version)}])}
     client.set_logged_model_tags(model.model_id, named)
     return made

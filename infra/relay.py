@@ -1,11 +1,12 @@
 """Forwards events from workers on other nodes to the driver's spool files, through a Ray actor on the driver's node.
 
-The mirror, the progress display and the stop file live on the driver's disk. So a stage (or rank 0 of its
-training) on another node sends its lines to that actor, in order and without waiting; the answer says
-whether training shall stop. Events that name files or models are held back until the driver has
-fetched the published artifact (`RemoteSpool.held`).
+The mirror, the progress display and the stop file live on the driver's disk. So a stage (or rank 0
+of its training) on another node sends its lines to that actor, in order and without waiting; the
+answer says whether training shall stop. Events that name files or models are held back until the
+driver has fetched the published artifact (`RemoteSpool.held`).
 
-    LONGREACH_DRIVER=<node id>:<actor> names the actor; without it, or on that node, spools are plain files.
+    LONGREACH_DRIVER=<node id>:<actor> names the actor; without it, or on that node, spools are
+    plain files.
 """
 
 import os

@@ -1,5 +1,6 @@
-"""Resources: where and how fast a stage runs. Nothing here may change a result beyond rounding, so nothing here is
-part of a fingerprint: the same recipe on another machine finds the artifacts that it already has.
+"""Resources: where and how fast a stage runs. Nothing here may change a result beyond rounding, so
+nothing here is part of a fingerprint: the same recipe on another machine finds the artifacts that
+it already has.
 """
 
 from typing import Literal
@@ -11,11 +12,12 @@ from longreach.infra.choices import Choices
 STAGE_RETRIES = 2
 """How often Ray runs a stage again whose worker process died.
 
-It is the last of three budgets, which multiply. (1) Ray Train restarts all ranks after one died, up to `max_failures`
-times in one `fit()`. (2) `run_ranks` calls `fit()` again, up to `max_failures` times, where Ray Train gave up because a
-rank died while it was being started. (3) Ray runs the whole stage again, as a new attempt, STAGE_RETRIES times. So the
-ranks of a stage are started at most (max_failures + 1) ** 2 * (STAGE_RETRIES + 1) times: 27 by default. Each start
-resumes from the newest checkpoint, and an error that it would only meet again ends them all (infra/launch.py).
+It is the last of three budgets, which multiply. (1) Ray Train restarts all ranks after one died, up
+to `max_failures` times in one `fit()`. (2) `run_ranks` calls `fit()` again, up to `max_failures`
+times, where Ray Train gave up because a rank died while it was being started. (3) Ray runs the
+whole stage again, as a new attempt, STAGE_RETRIES times. So the ranks of a stage are started at
+most (max_failures + 1) ** 2 * (STAGE_RETRIES + 1) times: 27 by default. Each start resumes from the
+newest checkpoint, and an error that it would only meet again ends them all (infra/launch.py).
 """
 
 
@@ -33,16 +35,16 @@ class Resources(Choices):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is sharded over the ranks."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's state lives: with the rank's device, in host memory, or on a disk (zero_stage 3, and
-    DeepSpeed's async_io, which needs libaio's headers and a compiler)."""
+    """Where the optimizer's state lives: with the rank's device, in host memory, or on a disk
+    (zero_stage 3, and DeepSpeed's async_io, which needs libaio's headers and a compiler)."""
     offload_parameters: bool = False
-    """The weights live in host memory too (with offload nvme: on the disk), and come to the device layer by layer
-    (zero_stage 3)."""
+    """The weights live in host memory too (with offload nvme: on the disk), and come to the device
+    layer by layer (zero_stage 3)."""
     nvme_path: str | None = None
     """Folder on a fast local disk, the same on every node; required by offload nvme."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Neighbouring ranks that share each row, for rows too long for one (DeepSpeed-Ulysses): it divides workers,
-    pack.seq_len and the model's attention heads."""
+    """Neighbouring ranks that share each row, for rows too long for one (DeepSpeed-Ulysses): it
+    divides workers, pack.seq_len and the model's attention heads."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of training. On CPUs without AMX, float32 is the faster one."""
     activation_checkpointing: bool = False

@@ -1,10 +1,10 @@
 """One cron line, everywhere: validated once, its next fire times, and the files that a scheduler takes.
 
-Debian's cron fires a fixed time of the hour that a zone skips right after it, systemd and Kubernetes
-leave it out; in the doubled hour Kubernetes fires twice, the others once. `next` does as the target
-does. What fires twice is harmless: a run that finds another one alive exits 75 (infra/lease.py), one
-that finds everything published ends in seconds. max_start_delay keeps a scheduler that catches up
-(systemd after a reboot, KubeRay after an outage) from starting too late.
+Debian's cron fires a fixed time of the hour that a zone skips right after it, systemd and
+Kubernetes leave it out; in the doubled hour Kubernetes fires twice, the others once. `next` does as
+the target does. What fires twice is harmless: a run that finds another one alive exits 75
+(infra/lease.py), one that finds everything published ends in seconds. max_start_delay keeps a
+scheduler that catches up (systemd after a reboot, KubeRay after an outage) from starting too late.
 
     print(*Schedule.parse("30 2 * * *", "Europe/Berlin").next(5, "systemd"), sep="\n")
 """
@@ -57,7 +57,8 @@ class Schedule:
     def fire_times(self, after: datetime, target: str) -> Iterator[datetime]:
         """Yield the fire times later than `after` (which has a zone) as `target` has them, in the schedule's zone.
 
-        Where a zone skips midnight itself (Cairo, Beirut, Santiago), Go's cron loses or moves that day; this does not.
+        Where a zone skips midnight itself (Cairo, Beirut, Santiago), Go's cron loses or moves that
+        day; this does not.
         """
         zone = ZoneInfo(self.tz)
         start = after.astimezone(zone)

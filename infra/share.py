@@ -1,9 +1,10 @@
 """One attempt on several nodes without a shared disk: what they must see of each other goes through the store.
 
-Ranks find their inputs in their own node's cache, write checkpoints on their own disk, and every node
-uploads its part; the manifest comes last, and without one a checkpoint in the store does not count.
-After a node is lost, others pull the newest one. All paths are those of the node that runs the stage;
-`here` translates them for a node with another LONGREACH_WORKDIR. A local root is a shared disk already.
+Ranks find their inputs in their own node's cache, write checkpoints on their own disk, and every
+node uploads its part; the manifest comes last, and without one a checkpoint in the store does not
+count. After a node is lost, others pull the newest one. All paths are those of the node that runs
+the stage; `here` translates them for a node with another LONGREACH_WORKDIR. A local root is a
+shared disk already.
 
     share = Share("s3://bucket/x", "/work/scratch", "finetune", fingerprint, attempt.id)
 """

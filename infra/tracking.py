@@ -1,10 +1,12 @@
 """Tracking: what a run says about itself while it runs, as lines in a local file. MLflow reads them later.
 
-Why a spool: a synchronous MLflow call blocks training for 245 s when the server is away, and MLflow's
-asynchronous mode drops what it cannot send. Appending a line costs microseconds and survives `kill -9`
-of everybody; infra/mirror.py uploads from another process and replays what an outage held back.
+Why a spool: a synchronous MLflow call blocks training for 245 s when the server is away, and
+MLflow's asynchronous mode drops what it cannot send. Appending a line costs microseconds and
+survives `kill -9` of everybody; infra/mirror.py uploads from another process and replays what an
+outage held back.
 
-One JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, one event a line, each with its `time_ms`:
+One JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, one event a line, each with
+its `time_ms`:
 
     {"event":"start","run":"<uuid hex>","parent":"<uuid hex>"|null,"experiment":..,"name":..,
      "kind":"pipeline|stage|attempt","tags":{..},"params":{..}}                         the first line, once
@@ -40,8 +42,9 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 class Spool:
     """Appends one run's events to its file; any number of processes may append to the same file at once.
 
-    An event is one write() to a descriptor opened with O_APPEND: lines of different writers never mix, and a killed
-    writer leaves at most one torn line, which readers skip. Pickled, a spool is its path: the copy appends as well.
+    An event is one write() to a descriptor opened with O_APPEND: lines of different writers never
+    mix, and a killed writer leaves at most one torn line, which readers skip. Pickled, a spool is
+    its path: the copy appends as well.
     """
 
     def __init__(self, path: Path | str, _start: dict[str, Any] | None = None) -> None:

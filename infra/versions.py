@@ -53,7 +53,8 @@ def git_commit() -> str:
 def system_metrics() -> dict[str, float]:
     """Return the machine's and this process's load, to log beside a step's metrics; MLflow groups `system/` by itself.
 
-    `system/cpu_percent` (all cores) is the mean since the previous call in this process, 0.0 at the first call.
+    `system/cpu_percent` (all cores) is the mean since the previous call in this process, 0.0 at the
+    first call.
     """
     import psutil
 

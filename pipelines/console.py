@@ -86,7 +86,8 @@ def run_recipe(
 ) -> None:
     """Run a recipe that the user called `name` and tell on stderr how it went; stdout gets the report's path.
 
-    Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the URL `notify`.
+    Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the
+    URL `notify`.
     """
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url

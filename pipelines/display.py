@@ -1,6 +1,7 @@
 """Progress of a run: bars with stage, step, tokens/s and time left on a terminal, else plain lines.
 
-The driver passes on changes of a stage's state and the events that stages spool; no file is read here.
+The driver passes on changes of a stage's state and the events that stages spool; no file is read
+here.
 
     with Display() as display:
         display.stage("pack", "running")

@@ -1,9 +1,10 @@
 """Stage `evaluate`: one evaluation of one model -> EvalScores (scores.json, scores.parquet, cases.jsonl) and figures.
 
-Each cell's result is kept in the attempt's folder as soon as it is known, so that an interrupted grid goes on where
-it stopped. With `eval_workers` n above 1 the cells are spread over n Ray tasks, each with the model in its own
-memory; a cell's result is the same wherever it is measured. Attention is always full and causal here, whatever pattern
-the model was trained with (LongLoRA, section 3.2).
+Each cell's result is kept in the attempt's folder as soon as it is known, so that an interrupted
+grid goes on where it stopped. With `eval_workers` n above 1 the cells are spread over n Ray tasks,
+each with the model in its own memory; a cell's result is the same wherever it is measured.
+Attention is always full and causal here, whatever pattern the model was trained with (LongLoRA,
+section 3.2).
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents; returns their summary.
 
-    ValueError: the corpus has another tokenizer, the evaluation refuses its choices, or a prompt's keys and values
-    do not fit into memory. FloatingPointError: the model's logits are not finite.
+    ValueError: the corpus has another tokenizer, the evaluation refuses its choices, or a prompt's
+    keys and values do not fit into memory. FloatingPointError: the model's logits are not finite.
     """
     from longreach.evaluation.cells import CellFolder, measured
     from longreach.evaluation.figures import Style, stacked_png

@@ -46,7 +46,8 @@ class PromoteRecipe(Choices):
     """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
     target_length: int | None = Field(default=None, ge=2)
     """Tokens at which it is compared with the champion, and its gain with the base; without it, the
-    greatest of evaluate.perplexity.lengths, or of evaluate.gain.lengths where that is not measured."""
+    greatest of evaluate.perplexity.lengths, or of evaluate.gain.lengths where that is not
+    measured."""
     perplexity_ratio: float | None = Field(default=1.01, gt=0)
     """Greatest allowed ratio of its perplexity to the champion's, up to target_length."""
     base_ratio: float | None = Field(default=1.02, gt=0)

@@ -8,7 +8,8 @@
     an arm's model and its evaluations ── release[arm]
     release, its evaluations, the base's and the champion's ── promote
 
-Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the texts.
+Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the
+texts.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def add_finetuned(pipeline: Pipeline) -> None:
         seed = pipeline.recipe.seed
         if training.seed is not None:
             seed = training.seed
-        # stretch and seed stand in one place, so that it makes no difference where the recipe has them
+        # stretch and seed stand in one place, so that it makes no difference where the recipe has
+        # them
         arm = training.arm.model_copy(update={"rope": None, "seeds": ()})
         choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=seed)
         inputs = {"corpus": pipeline.corpus, "base": start}
@@ -279,8 +281,8 @@ def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None
 def _from_champion(pipeline: Pipeline) -> Stage:
     """What fine-tuning starts from: the champion, which is stretched already, or the base.
 
-    A champion that was trained on these very documents is not trained on them again: then the start is
-    what it started from, and the fingerprints are those of its own run.
+    A champion that was trained on these very documents is not trained on them again: then the start
+    is what it started from, and the fingerprints are those of its own run.
     """
     champion = pipeline.champion
     source = f"models:/{champion.name}/{champion.version}"

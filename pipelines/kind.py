@@ -4,9 +4,9 @@
     def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path): ...
 
 The parameters before the star are the stage's inputs. Each is given as the type that it names; a
-parameter of the type `Mapping[str, T]` takes all inputs that have no parameter of their own, by name.
-After the star it names what else it uses: its `recipe`, the `resources`, `out` for its files and the `run`.
-It returns a summary: plain data for the manifest.
+parameter of the type `Mapping[str, T]` takes all inputs that have no parameter of their own, by
+name. After the star it names what else it uses: its `recipe`, the `resources`, `out` for its files
+and the `run`. It returns a summary: plain data for the manifest.
 """
 
 from __future__ import annotations

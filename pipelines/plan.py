@@ -82,8 +82,8 @@ def plan(loaded: Loaded) -> list[PlanRow]:
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
     """Return the artifacts of the stages that are done, by label; those `known` are not looked at again.
 
-    On a local root every byte is read; of a remote one names and sizes are compared, since workers verify what
-    they use. `repair` puts damaged artifacts aside, so that their stages run again.
+    On a local root every byte is read; of a remote one names and sizes are compared, since workers
+    verify what they use. `repair` puts damaged artifacts aside, so that their stages run again.
     """
     artifacts = dict(known)
     for stage in stages:

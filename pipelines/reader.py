@@ -2,8 +2,8 @@
 
 Every value keeps where it came from (a line of the file, `--set`, a default), so that all mistakes
 are reported at once, each with its place, the nearest valid field and both numbers, before anything
-expensive starts. The file is YAML 1.2's core schema without tags and merge keys: `2e-5` is a number;
-`no`, `010` and `2026-01-01` are text.
+expensive starts. The file is YAML 1.2's core schema without tags and merge keys: `2e-5` is a
+number; `no`, `010` and `2026-01-01` are text.
 
     from longreach.pipelines.reader import load
     load("quickstart", ["finetune.steps=2"]).recipe.finetune.steps

@@ -1,8 +1,8 @@
 """Stage `release`: an arm's model as it leaves the pipeline, with a card about its abilities and limits.
 
-The folder is at once a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and
-an MLflow model of the flavour `transformers`, with a signature. On a local store its weights are
-links to the merged model's. The card's text is model_card.md.tmpl.
+The folder is at once a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`)
+and an MLflow model of the flavour `transformers`, with a signature. On a local store its weights
+are links to the merged model's. The card's text is model_card.md.tmpl.
 
     longreach run quickstart && ls .longreach/release/*/attempts/*/out
 """

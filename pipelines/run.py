@@ -1,9 +1,10 @@
 """Run a recipe: reuse what is published and whole, run the rest as Ray tasks once their inputs are published.
 
-When nothing is left to do no Ray is started. One run of a recipe at a time: a lease, kept by a heartbeat
-counter (infra/lease.py). MLflow only watches: stages write events to local files, and a process of its own
-uploads them (infra/mirror.py). What is done already is found by plan.py, a stage's work is worker.py, signals
-are signals.py; how often what is tried again is stated in infra/launch.py.
+When nothing is left to do no Ray is started. One run of a recipe at a time: a lease, kept by a
+heartbeat counter (infra/lease.py). MLflow only watches: stages write events to local files, and a
+process of its own uploads them (infra/mirror.py). What is done already is found by plan.py, a
+stage's work is worker.py, signals are signals.py; how often what is tried again is stated in
+infra/launch.py.
 
     run(load("quickstart"), display=Display())
 """
@@ -269,7 +270,8 @@ def _run_on_ray(run: _Run) -> None:
     with connected(run.address, workers_import=() if on_gpus else WORKERS_IMPORT) as ray:
         run.stopping.listen()  # Ray has set a handler of its own
         environment = {TRACKING: os.environ[TRACKING]}
-        # Ray Train's helpers look for the cluster, and find two where another one runs on this machine.
+        # Ray Train's helpers look for the cluster, and find two where another one runs on this
+        # machine.
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         collector: Any = None  # the actor lives as long as this reference
         if run.address:  # other nodes do not see this disk
@@ -305,7 +307,8 @@ class _Driver:
     def follow(self) -> None:
         """Return when every stage has ended.
 
-        RuntimeError: another run took the lease over. SystemExit, KeyboardInterrupt: somebody asked to stop.
+        RuntimeError: another run took the lease over. SystemExit, KeyboardInterrupt: somebody asked
+        to stop.
         """
         for stage in self.run.stages:
             if stage.label in self.run.artifacts:

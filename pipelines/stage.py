@@ -2,8 +2,9 @@
 
     fingerprint = hash(stage name, stage revision, recipe section, input fingerprints, data digests)
 
-Literals are identity, context is not: resources, paths of the store, hosts and commits never enter. Code
-is not hashed either; a stage whose meaning changes raises its `revision` (pipelines/stages.py).
+Literals are identity, context is not: resources, paths of the store, hosts and commits never enter.
+Code is not hashed either; a stage whose meaning changes raises its `revision`
+(pipelines/stages.py).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The chain, stage by stage: what each may choose, what it reads and makes, and how it calls training/.
 
-evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in what
-order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a file, one line in
-STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported inside the functions, so
-that `longreach plan` stays quick.
+evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in
+what order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a file,
+one line in STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported
+inside the functions, so that `longreach plan` stays quick.
 
     longreach run quickstart
 """
@@ -93,7 +93,8 @@ class PackStageRecipe(Choices):
 def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: StageRun) -> dict[str, Any]:
     """Pack with Ray tasks if there is a cluster, else with threads of this process: the rows are the same.
 
-    Relative globs start at the working directory. The summary leaves out the list of malformed entries.
+    Relative globs start at the working directory. The summary leaves out the list of malformed
+    entries.
     """
     import ray
     from transformers import AutoTokenizer
@@ -122,7 +123,8 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
     return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
 
 
-# ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train; the story is training/loop.py
+# ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train; the story is
+# training/loop.py
 
 
 @stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
@@ -139,7 +141,8 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a Llama from scratch, or the base again, with an attention sink (2309.17453, section 3.3).
 
-    Arms without a sink token read the same rows without it, and leave with a tokenizer that adds none.
+    Arms without a sink token read the same rows without it, and leave with a tokenizer that adds
+    none.
     """
     return _train("pretrain", corpus, base, recipe, resources, run)
 
@@ -195,7 +198,8 @@ def _train(
     return summary.to_json()
 
 
-# ---- merge: base + adapter as one model that plain transformers loads, the stretch in its config.json
+# ---- merge: base + adapter as one model that plain transformers loads, the stretch in its
+# config.json
 
 
 class MergeRecipe(Choices):

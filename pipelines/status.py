@@ -56,7 +56,8 @@ def status(store: Store, only: Collection[str] | None = None) -> Status:
 def newest_report(store: Store, only: Collection[str] | None = None) -> dict[str, Any] | None:
     """Return the manifest of the newest report, if there is one.
 
-    With `only`, a recipe's fingerprints, it is the report of these stages, or of those that did not fail.
+    With `only`, a recipe's fingerprints, it is the report of these stages, or of those that did not
+    fail.
     """
     reports = [manifest for manifest in store.manifests("report") if only is None or _is_of(manifest, {*only})]
     return max(reports, key=lambda manifest: manifest["published_at"], default=None)

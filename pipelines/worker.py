@@ -1,6 +1,7 @@
 """One stage on a Ray worker: read verified inputs, write into an attempt of its own, publish.
 
-Ray calls `execute` again if its worker died: the new attempt may start from the old one's checkpoints.
+Ray calls `execute` again if its worker died: the new attempt may start from the old one's
+checkpoints.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from longreach.training.summary import PackSummary
 def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the arm's model, and the tokenizer that it leaves with.
 
-    ValueError: rows of another tokenizer or beyond the stretched context, an adapter on resized embeddings.
+    ValueError: rows of another tokenizer or beyond the stretched context, an adapter on resized
+    embeddings.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         Path(job.corpus) / "tokenizer", local_files_only=True
@@ -91,8 +92,8 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
 def train_sink_alone(model: PreTrainedModel, token_id: int | None) -> None:
     """Leave nothing to train but the sink: the embedding of a token, or without one the softmax's logits.
 
-    Other tokens' embeddings are rows of the same tensor: without a gradient and without weight decay AdamW leaves them
-    exactly as they are.
+    Other tokens' embeddings are rows of the same tensor: without a gradient and without weight
+    decay AdamW leaves them exactly as they are.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(token_id is None and name.endswith(".sinks"))

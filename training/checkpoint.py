@@ -1,16 +1,17 @@
 """Checkpoints from which training resumes bitwise.
 
 A checkpoint is DeepSpeed's own folder (weights that train, optimizer state, one file a rank) plus
-`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run; and each rank's
-random states, so that dropout goes on as if nothing had happened. It is written
-as a draft, synced and then renamed, so a kill leaves a whole one or a draft that nobody reads; older
-ones are removed once it is on the disk, so a power cut leaves the newest finished one. The newest
-whole one wins; a damaged one is passed over, with a note. Frozen weights are not saved: the same
-base is loaded first, which the identity vouches for. Only folders of our own root are read:
-DeepSpeed's files are pickles. On every disk one rank hashes, renames and deletes, whether nodes
-share it or not: its disk leader.
+`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run; and each
+rank's random states, so that dropout goes on as if nothing had happened. It is written as a draft,
+synced and then renamed, so a kill leaves a whole one or a draft that nobody reads; older ones are
+removed once it is on the disk, so a power cut leaves the newest finished one. The newest whole one
+wins; a damaged one is passed over, with a note. Frozen weights are not saved: the same base is
+loaded first, which the identity vouches for. Only folders of our own root are read: DeepSpeed's
+files are pickles. On every disk one rank hashes, renames and deletes, whether nodes share it or
+not: its disk leader.
 
-    {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt, random-*.pt}
+    {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt,
+    random-*.pt}
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class Checkpoints:
         return path
 
     def _write(self, engine: Any, draft: Path, step: int) -> None:
-        # the version tells DeepSpeed that the checkpoint may be converted to another number of ranks
+        # the version tells DeepSpeed that the checkpoint may be converted to another number of
+        # ranks
         state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         try:
             engine.save_checkpoint(
@@ -183,10 +185,10 @@ class Checkpoints:
     def load(self, engine: Any, path: Path) -> int:
         """Load weights and optimizer state on every rank and return the number of steps done.
 
-        Random states are restored too. A checkpoint of another number of ranks goes through DeepSpeed's
-        universal format and leaves random states alone. Then the
-        next step is not bitwise the same: sums over ranks are added in another order. ValueError if
-        it was written with another ZeRO stage.
+        Random states are restored too. A checkpoint of another number of ranks goes through
+        DeepSpeed's universal format and leaves random states alone. Then the next step is not
+        bitwise the same: sums over ranks are added in another order. ValueError if it was written
+        with another ZeRO stage.
         """
         now = layout(engine)
         about = json.loads((path / MANIFEST).read_text())

@@ -113,7 +113,8 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
     """Write `source` as a Hugging Face folder into `out`; return what origin.json says.
 
     `at`: the folder of a source that has no place of its own, such as an arm of the same recipe.
-    ValueError: unknown source, weights that are not safetensors, missing shards, a hub out of reach.
+    ValueError: unknown source, weights that are not safetensors, missing shards, a hub out of
+    reach.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,8 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # The weights are plain tensors by now, but the model calls itself quantised and would not be saved.
+    # The weights are plain tensors by now, but the model calls itself quantised and would not be
+    # saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(out)

@@ -6,9 +6,11 @@ what this machine was measured to do (`calibrate`), each kind of work at its own
 Llama-like. What is assumed and not measured comes first. No torch at import: `longreach plan` reads
 this.
 
-    predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources, machine=machine).step_s
+    predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources,
+    machine=machine).step_s
 
-Legend: T tokens, H heads, D head dim, E hidden size, I intermediate size, N and M a matrix's inputs and outputs.
+Legend: T tokens, H heads, D head dim, E hidden size, I intermediate size, N and M a matrix's inputs
+and outputs.
 """
 
 from __future__ import annotations
@@ -226,9 +228,11 @@ class _Step:
         """Return a token's FLOPs by kind of work: a multiplication and an addition are two."""
         shape, trained = self.shape, self.trained
         forward = 2 * (shape.layer_parameters + trained["lora"])
-        # a weight is used backward for the gradient of its input, and once more for its own if it is trained
+        # a weight is used backward for the gradient of its input, and once more for its own if it
+        # is trained
         backward = forward + 2 * (trained["layers"] + trained["lora"])
-        # the logits, the gradient of the hidden states, and that of the head's weight if it is trained
+        # the logits, the gradient of the hidden states, and that of the head's weight if it is
+        # trained
         loss_products = 3 if trained["embed"] else 2
         # q·k and probabilities·v, for each key that the pattern lets a query see
         attention = 4 * self.arm.attention.mean_keys(document) * shape.q_width * shape.layers
@@ -281,7 +285,8 @@ class _Step:
             return trained  # gradients are added up once
         if self.resources.zero_stage == 1:
             return trained + trained / 2  # and new weights are gathered once
-        # from stage 2 on ranks keep no gradients of others' parameters, so these are added up after each pass
+        # from stage 2 on ranks keep no gradients of others' parameters, so these are added up after
+        # each pass
         if self.resources.zero_stage == 2:
             return self.passes * trained + trained / 2
         # in stage 3 all weights are gathered for each forward and each backward pass

@@ -1,14 +1,16 @@
 """Documents that a rule makes from a seed: texts whose right prediction is known, for controls of what is measured.
 
-Bigram-Backcopy (Guo et al., "Active-Dormant Attention Heads", arXiv:2410.13835, section 2) is the smallest task on
-which attention sinks form. Each document begins with the same symbol. Then the next symbol is drawn by a bigram table,
-unless the current one is a trigger: after a trigger comes the symbol before it, copied. A head that copies has work at
-triggers only, and has to put its attention somewhere everywhere else.
+Bigram-Backcopy (Guo et al., "Active-Dormant Attention Heads", arXiv:2410.13835, section 2) is the
+smallest task on which attention sinks form. Each document begins with the same symbol. Then the
+next symbol is drawn by a bigram table, unless the current one is a trigger: after a trigger comes
+the symbol before it, copied. A head that copies has work at triggers only, and has to put its
+attention somewhere everywhere else.
 
     python -c "from longreach.training.generated import texts; from longreach.training.recipe import GeneratedRecipe
     print(next(texts(GeneratedRecipe(documents=1, tokens=40))))"
 
-A symbol is one printable ASCII character: one token of any byte-level vocabulary without merges (vocab_size 257).
+A symbol is one printable ASCII character: one token of any byte-level vocabulary without merges
+(vocab_size 257).
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ def names(recipe: GeneratedRecipe) -> list[str]:
 def texts(recipe: GeneratedRecipe) -> Iterator[str]:
     """Yield the documents, each of `tokens` symbols.
 
-    The table depends on the seed and the numbers of symbols and triggers alone, so sources that differ in documents and
-    tokens speak the same language. RandomState's numbers are frozen (NumPy's NEP 19): other versions draw the same.
+    The table depends on the seed and the numbers of symbols and triggers alone, so sources that
+    differ in documents and tokens speak the same language. RandomState's numbers are frozen
+    (NumPy's NEP 19): other versions draw the same.
     """
     table = np.random.RandomState([recipe.seed]).dirichlet([CONCENTRATION] * recipe.symbols, size=recipe.symbols)
     cumulative = table.cumsum(1)

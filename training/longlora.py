@@ -25,8 +25,8 @@ from longreach.training.summary import TrainableParameters
 def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:
     """Set `requires_grad` for the arm; unless it tunes everything, put LoRA layers into `model`.
 
-    LoRA starts at zero, or with what it took out of the base, so logits do not move. ValueError where the
-    architecture lacks a target module.
+    LoRA starts at zero, or with what it took out of the base, so logits do not move. ValueError
+    where the architecture lacks a target module.
     """
     if arm.tune == "all":
         return model.requires_grad_(True)

@@ -129,7 +129,8 @@ class Training:
             | dict.fromkeys(lora_b(self.model), job.arm.lora_plus_ratio or 1.0),
         )
         self.engine.train()
-        # again, since the engine may have moved the model to a device and type that another kernel serves
+        # again, since the engine may have moved the model to a device and type that another kernel
+        # serves
         self.kernel = set_pattern(self.model, self._pattern_at(0), sequence=self.sequence).kernel
         self.order = RowOrder(len(self.rows), job.seed, self.global_batch_rows)
 
@@ -418,7 +419,8 @@ class Training:
         """Return the token ids on which it is measured where attention rests."""
         first_rows = range(min(PROBE_ROWS, len(self.rows)))
         ids_BT = self.rows.batch(first_rows, drop_first=self.job.drops_first)["input_ids"]
-        # one token less than a row: arms without a sink token have dropped it, and are compared with the rest
+        # one token less than a row: arms without a sink token have dropped it, and are compared
+        # with the rest
         return ids_BT[:, : self.packed.seq_len - 1].to(self.engine.device)
 
 

@@ -58,7 +58,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 weight_C1 *= weight_N[at : at + chunk].to(wide)[:, None]
             index_C1 = target_C.clamp(min=0)[:, None]
             logits_CV = (hidden_CE @ weight_VE.t()).to(wide)
-            # softmax in place and with one exp: torch.logsumexp would need a second [C, V] buffer and another exp
+            # softmax in place and with one exp: torch.logsumexp would need a second [C, V] buffer
+            # and another exp
             logits_CV.sub_(logits_CV.amax(-1, keepdim=True))
             wanted_C1 = logits_CV.gather(1, index_C1)
             sum_C1 = logits_CV.exp_().sum(-1, keepdim=True)

@@ -133,7 +133,8 @@ def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Give every token of the tokenizer an embedding row, and return how many rows were added.
 
-    A new row (the sink token's) starts at the mean of the old ones: unremarkable, and the same in every run.
+    A new row (the sink token's) starts at the mean of the old ones: unremarkable, and the same in
+    every run.
     """
     rows = model.config.vocab_size
     added = max(0, len(tokenizer) - rows)

@@ -108,8 +108,8 @@ class GeneratedRecipe(Choices):
     """Documents that a rule makes from a seed, for controls of what is measured."""
 
     rule: Literal["bigram_backcopy"] = "bigram_backcopy"
-    """bigram_backcopy: symbols follow each other by a random table of pairs; after a trigger comes the
-    symbol before it, copied (2410.13835)."""
+    """bigram_backcopy: symbols follow each other by a random table of pairs; after a trigger comes
+    the symbol before it, copied (2410.13835)."""
     documents: int = Field(ge=1)
     """Number of documents, named RULE-TOKENS-NUMBER."""
     tokens: int = Field(ge=3)
@@ -170,8 +170,8 @@ class SourceRecipe(Choices):
     name_field: str | None = None
     """Column or JSON key that names a document; without it, documents are named `file:line`."""
     weight: New[float] = Field(default=1.0, gt=0)
-    """How often its training documents stand in the rows: 2: twice; 0.25: a quarter of their tokens,
-    whole documents drawn by corpus.seed; 1.5: all of them, and half of them again."""
+    """How often its training documents stand in the rows: 2: twice; 0.25: a quarter of their
+    tokens, whole documents drawn by corpus.seed; 1.5: all of them, and half of them again."""
     min_tokens: New[int] = Field(default=0, ge=0)
     """Training documents with fewer tokens are left out; held-out ones stay as they are."""
     max_tokens: New[int | None] = Field(default=None, ge=1)
@@ -253,8 +253,8 @@ class ArmRecipe(Choices):
     use_rslora: New[bool] = False
     """rsLoRA (2312.03732): LoRA's update is scaled by alpha / sqrt(rank), for high ranks."""
     init_lora_weights: New[Literal["zero", "pissa"]] = "zero"
-    """How LoRA begins. zero: B is zero; pissa: with the largest singular vectors of each matrix, which
-    are taken out of it (2404.02948). Both begin with the base's logits."""
+    """How LoRA begins. zero: B is zero; pissa: with the largest singular vectors of each matrix,
+    which are taken out of it (2404.02948). Both begin with the base's logits."""
     lora_plus_ratio: New[float | None] = Field(default=None, gt=0)
     """LoRA+ (2402.12354): B's learning rate over A's; 16 in the paper, with a lower rate for A."""
     rope: New[RopeRecipe | None] = None
@@ -381,8 +381,8 @@ class OptimRecipe(Choices):
     warmup_steps: int = Field(default=20, ge=0)
     """Steps over which the rate rises linearly to its peak."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """After the warm-up; linear and cosine fall from there on, wsd (warm-up, stable, decay) falls linearly
-    over the last steps only. All end at min_lr_ratio."""
+    """After the warm-up; linear and cosine fall from there on, wsd (warm-up, stable, decay) falls
+    linearly over the last steps only. All end at min_lr_ratio."""
     min_lr_ratio: New[float] = Field(default=0.0, ge=0, lt=1)
     """The rate after the last step over the peak rate."""
     decay_fraction: New[float | None] = Field(default=None, gt=0, le=1)
@@ -557,8 +557,8 @@ class PretrainArm(Choices):
     (softmax-off-by-one); token: to a learned token before each row's (each isolated document's)
     first; logit: to a learned logit per head in each softmax (gpt-oss)."""
     train: New[Literal["all", "sink"]] = "all"
-    """Which weights train: all, or the arm's own sink alone: the new token's embedding, or the logits.
-    The rest stays as in the base."""
+    """Which weights train: all, or the arm's own sink alone: the new token's embedding, or the
+    logits. The rest stays as in the base."""
     learning_rate: New[float | None] = Field(default=None, gt=0)
     """Overrides the section's rate: a sink that trains alone wants a larger one than whole models."""
 
@@ -579,8 +579,8 @@ class PretrainRecipe(OptimRecipe):
     pack: PackRecipe
     """Rows, with the sink token first; arms without it drop it, so all read the same text."""
     sink_mass_every: int = Field(default=0, ge=0)
-    """Measure every n steps how much attention rests on first tokens and sinks, and in which share of
-    heads it is more than 0.3 and 0.2 (Sink^eps of 2410.10781); 0: never."""
+    """Measure every n steps how much attention rests on first tokens and sinks, and in which share
+    of heads it is more than 0.3 and 0.2 (Sink^eps of 2410.10781); 0: never."""
     arms: dict[str, PretrainArm] = Field(min_length=1)
     """The sinks to compare, by the arm's name."""
 

@@ -1,7 +1,7 @@
 """A repository as a document: its files in the order of their paths, each headed by its path.
 
-Repositories repeat names, signatures and idioms over thousands of tokens, so that a model gains from
-a long context there, where speeches and plays hardly do.
+Repositories repeat names, signatures and idioms over thousands of tokens, so that a model gains
+from a long context there, where speeches and plays hardly do.
 
     from longreach.training.repositories import find_repositories
     find_repositories(SourceRecipe(repositories=("package:jinja2",)), Path("."))

@@ -144,7 +144,8 @@ def setting(
     cost = predict(shape, arm, rows=rows, seq_len=row, resources=resources, machine=machine)
     host_gib = 0.0
     if resources.offload_parameters:
-        # Weights in bfloat16 (2 bytes) and the optimizer's numbers; a node holds the part of its GPUs.
+        # Weights in bfloat16 (2 bytes) and the optimizer's numbers; a node holds the part of its
+        # GPUs.
         offloaded = 2 * shape.parameters + OFFLOADED_BYTES * sum(shape.trained(arm).values())
         host_gib = offloaded * min(gpus, GPUS_PER_NODE) / gpus / GIB
     return Setting(way, ranks, cost.peak_gib / gpus, host_gib, cost)

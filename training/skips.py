@@ -16,8 +16,8 @@ from longreach.training.recipe import OptimRecipe
 
 RECENT, ENOUGH = 20, 5  # how many losses the median is over, and how few say nothing yet
 LEAST_JUMP = 1.0
-"""Nats by which a loss that jumps is over the usual one. A model that knows its rows by heart has losses around 0.05,
-and a good step is three times that now and then: 60 of 2,000 were skipped."""
+"""Nats by which a loss that jumps is over the usual one. A model that knows its rows by heart has
+losses around 0.05, and a good step is three times that now and then: 60 of 2,000 were skipped."""
 
 
 class Skips:

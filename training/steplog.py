@@ -85,7 +85,8 @@ class StepLog:
         losses = {}
         for name in ("loss", "validation_loss"):
             if row.get(name) is not None:
-                # not `train/...`: MLflow shows a model's metrics in its run too, and the curve would get a point twice
+                # not `train/...`: MLflow shows a model's metrics in its run too, and the curve
+                # would get a point twice
                 losses[f"checkpoint/{name}"] = row[name]
         name = f"{self.label} step {step}"
         self.spool.model(name, f"{identity}-{step}", losses, step=step, tags={"checkpoint": path, "step": step})

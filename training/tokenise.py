@@ -46,10 +46,12 @@ def exact_cut(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     ends at the cut, and those before it end as they did, although the regex now meets the end of
     the text there.
 
-    - GPT-2: no alternative holds a non-space followed by white space, and runs of white space, the only ones
-      that look ahead, stay with what follows. Splitting off digits first (SmolLM2) goes by character class.
-    - Llama 3, Qwen 2: the same before a space. After a line end: no alternative goes on to a non-space, and
-      `\\s*[\\r\\n]+`, tried before the one that looks ahead, takes the whole run of white space.
+    - GPT-2: no alternative holds a non-space followed by white space, and runs of white space, the
+      only ones that look ahead, stay with what follows. Splitting off digits first (SmolLM2) goes
+      by character class.
+    - Llama 3, Qwen 2: the same before a space. After a line end: no alternative goes on to a
+      non-space, and `\\s*[\\r\\n]+`, tried before the one that looks ahead, takes the whole run of
+      white space.
 
     Llama 2's tokenizer sees a text as one word with marked spaces: such texts are encoded whole.
     """
@@ -131,7 +133,8 @@ class Encoder:
         assert same, f"cutting between {before!r} and {after!r} changes tokens"
 
     def _ids(self, text: str) -> list[int]:
-        # the batch call, even of one: only it can leave out the offsets, which cost as much as the ids
+        # the batch call, even of one: only it can leave out the offsets, which cost as much as the
+        # ids
         return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 

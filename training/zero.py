@@ -143,7 +143,8 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
 def step(engine: Any, learning_rate: float) -> float:
     """End a micro-batch; after the last update the weights and return the norm before clipping.
 
-    NaN after the others. Where the norm is not finite, weights and optimizer stay as they were on every rank.
+    NaN after the others. Where the norm is not finite, weights and optimizer stay as they were on
+    every rank.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_scale"]
@@ -153,7 +154,8 @@ def step(engine: Any, learning_rate: float) -> float:
     if engine.zero_optimization_stage() or engine.bfloat16_enabled():
         engine.step()
         return float(engine.get_global_grad_norm())
-    # Plain float32 without ZeRO is the one case where DeepSpeed keeps no norm, and steps whatever it is.
+    # Plain float32 without ZeRO is the one case where DeepSpeed keeps no norm, and steps whatever
+    # it is.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     if not norm.isfinite():
         # A skipped step goes through engine.step as well, which counts micro-batches and clears

@@ -1,8 +1,9 @@
 """What a report says first where the evaluation `gain` was run: what training gained over all that needs none.
 
-The yardstick is the untrained base at the best of its own lengths, and beside it the best untrained stretch at the
-arm's length. Which arm and which length are spoken of is decided on the validation documents, like the base's length;
-the numbers are those of the test documents. An interval that holds zero is no gain, and is said to be none.
+The yardstick is the untrained base at the best of its own lengths, and beside it the best untrained
+stretch at the arm's length. Which arm and which length are spoken of is decided on the validation
+documents, like the base's length; the numbers are those of the test documents. An interval that
+holds zero is no gain, and is said to be none.
 
     claim_of(gather(artifacts)).sentences()
 """
@@ -119,8 +120,8 @@ class Claim:
 
 
 def claim_of(found: Findings) -> Claim | None:
-    """Return what is claimed; None where `gain` did not measure the base within its trained length and an arm or a
-    stretch on the same tokens."""
+    """Return what is claimed; None where `gain` did not measure the base within its trained length
+    and an arm or a stretch on the same tokens."""
     background = found.background()
     models = background.of_one_base(found.scores_of(GAIN))
     try:

@@ -1,8 +1,9 @@
 """Several runs on one page: what differs between their choices, what every model reached, and what it cost.
 
-A run is read from its published report and the artifacts that this names. Perplexities compare where the same tokens of
-the same texts were scored by models of one base, so the frontier holds the largest such group. What several runs share
-(a base, an arm that was not changed) stands once, under the first of them.
+A run is read from its published report and the artifacts that this names. Perplexities compare
+where the same tokens of the same texts were scored by models of one base, so the frontier holds the
+largest such group. What several runs share (a base, an arm that was not changed) stands once, under
+the first of them.
 
     longreach compare quickstart 3f9a1c longer.yaml --out compare
 """
@@ -49,7 +50,8 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         names: recipes, fingerprints of reports (six digits are enough) or reports' folders.
         root: the store, where a name does not say it.
 
-    ValueError: fewer than two runs, a run without a report or with damaged artifacts, or `out` holds other files.
+    ValueError: fewer than two runs, a run without a report or with damaged artifacts, or `out`
+    holds other files.
     """
     if out.exists() and (foreign := sorted({path.name for path in out.iterdir()} - FILES)):
         raise ValueError(f"{out} holds {foreign[0]}, which no comparison wrote: choose another --out")

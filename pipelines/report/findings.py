@@ -38,8 +38,9 @@ class Model:
     """baseline, finetune, pretrain or variant; `failed finetune` or `failed pretrain` where training did not end."""
     about: str
     of: str = ""
-    """The arm that it is a seed of: models that have it in common differ by their seed only. The name
-    of the first of them, which is its own where the arm was trained once; empty for a baseline."""
+    """The arm that it is a seed of: models that have it in common differ by their seed only. The
+    name of the first of them, which is its own where the arm was trained once; empty for a
+    baseline."""
     variant_of: Model | None = None  # the arm that was stretched once more, after its training
     summary: TrainingSummary | None = None
     """What its training says of itself; None for a baseline, a variant and where training did not end."""
@@ -282,7 +283,8 @@ def brief(reason: str) -> str:
 def thinned(lines: list[str]) -> list[str]:
     """Return about POINTS of a long run's steps, evenly spread and with the last one.
 
-    Steps with a validation loss or a sink mass are few: of each of these about POINTS are returned as well.
+    Steps with a validation loss or a sink mass are few: of each of these about POINTS are returned
+    as well.
     """
     kept: set[int] = set()
     for mark in ("", '"validation_loss"', '"sink_mass"'):

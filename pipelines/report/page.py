@@ -1,9 +1,10 @@
 """Write a page of sections twice: as one HTML file that opens offline, and as Markdown.
 
-This is the only place that writes pages. Names of models and documents come from outside, so Jinja escapes every text
-and every chart that goes into page.html.jinja, and a content security policy forbids the page to fetch anything and to
-run any script but ours. A report has no script at all: its figures are PNGs in the page, and files beside the Markdown.
-The page of one evaluation may have interactive charts, which vega-embed draws from their data.
+This is the only place that writes pages. Names of models and documents come from outside, so Jinja
+escapes every text and every chart that goes into page.html.jinja, and a content security policy
+forbids the page to fetch anything and to run any script but ours. A report has no script at all:
+its figures are PNGs in the page, and files beside the Markdown. The page of one evaluation may have
+interactive charts, which vega-embed draws from their data.
 
     page = Page("Title", "What it is about", "What was found", [Section("Results", ["A paragraph."])])
     page.write(Path("out"), "report")
@@ -108,7 +109,8 @@ def _templates() -> Environment:
 def _script() -> str:
     """Return the script of interactive pages: DRAW with the libraries that it needs.
 
-    Bundling takes 1.3 CPU seconds, and every evaluation's process does it; so it is kept for the next one.
+    Bundling takes 1.3 CPU seconds, and every evaluation's process does it; so it is kept for the
+    next one.
     """
     import vl_convert
 

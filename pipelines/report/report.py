@@ -1,8 +1,9 @@
 """The report: was it worth it? Perplexity by length, wall clock, memory and trained parameters of each arm, on a page.
 
-Every number is read from the artifacts' files and manifests, never from MLflow. A section appears when its inputs are
-there; a file that is there and malformed is an error. Speed-ups are ratios of tokens/s (the median step, the first left
-out) and stand beside the row length and model width that they were measured at, since S²-Attn gains with row length.
+Every number is read from the artifacts' files and manifests, never from MLflow. A section appears
+when its inputs are there; a file that is there and malformed is an error. Speed-ups are ratios of
+tokens/s (the median step, the first left out) and stand beside the row length and model width that
+they were measured at, since S²-Attn gains with row length.
 
     longreach run quickstart && longreach report quickstart --open
 """
@@ -45,7 +46,8 @@ class ReportRecipe(Choices):
 def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
     """Write report.html, report.md and figures; returns {"headline", "metrics", "table": Markdown, in short}.
 
-    The artifacts come by their stages' labels. ValueError: one of them has a file that is not what it should be.
+    The artifacts come by their stages' labels. ValueError: one of them has a file that is not what
+    it should be.
     """
     found = gather(artifacts, recipe.prices, recipe.failed)
     sections = _sections(found, run.command)
