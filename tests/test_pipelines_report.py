@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.report.findings import POINTS, Findings, Model, about_arm, brief, frontier, gather, thinned
 from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import report
-from longreach.pipelines.report.sections import evaluations
+from longreach.pipelines.report.sections import evaluations, main_columns
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
 from longreach.training import throughput
@@ -791,6 +792,16 @@ def test_a_variant_is_a_trained_model_whose_stretch_cost_nothing_more(tmp_path, 
     assert "cost/wall_s/lora-long" not in result["metrics"]
     page = (out / "report.html").read_text()
     assert "On the frontier: theta (31.9), longlora (31.2), lora-long (20.0)." in page, "it costs what its arm did"
+
+
+def test_a_utilisation_over_100_percent_is_no_figure_but_a_disturbed_measurement(inputs):
+    found = gather(inputs[1])
+    summary = found.models["longlora"].training
+    busy = replace(summary.predicted, flops=summary.predicted.flops * 1.3 / MFU)
+    found.models["longlora"].summary = summary.model_copy(update={"predicted": busy})
+    (speeds,) = [column for column in main_columns(found) if column.head.startswith("tokens/s")]
+    assert speeds.cells["longlora"].endswith("\ndisturbed")
+    assert speeds.cells["full"].endswith("\n37%")
 
 
 def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(inputs, tmp_path, no_pictures):

@@ -35,7 +35,8 @@ LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
     "optimizer steps, without start-up, checkpoints and saving. Tokens/s: of the median step, the first left out; "
     "speed-ups are its ratios. MFU: the FLOPs that a step needs, recomputation left out, over what these ranks do in "
-    "plain matrix products. Peak GiB: memory, summed over ranks. Passkey: keys found of keys hidden."
+    "plain matrix products; disturbed: over 100%, since other work ran beside one of the two. Peak GiB: memory, "
+    "summed over ranks. Passkey: keys found of keys hidden."
 )
 
 
@@ -170,7 +171,7 @@ def _add_costs(found: Findings, add: Callable[..., None]) -> None:
         model = found.models[name]
         speed = f"{arm.tokens_per_s:,.0f}"
         if finite(model.mfu):
-            speed += f"\n{model.mfu:.0%}"
+            speed += f"\n{model.mfu:.0%}" if model.mfu <= 1 else "\ndisturbed"
         speeds[name] = (arm.tokens_per_s, speed)
         bill = "\n".join(f"{model.rank_hours * rate.amount:.3g} {rate.unit}" for rate in rates)
         bills[name] = (model.rank_hours, bill)
