@@ -174,15 +174,21 @@ class Evaluation:
             background: what is known beside the scores.
         """
         from longreach.evaluation.blocks import Section
-        from longreach.evaluation.sections import summary_table
 
-        first = next(iter(models.values()))
-        text = f"{cls.__doc__} Protocol: {first.protocol}. {first.note}"
-        blocks: list[Block] = [text.strip(), summary_table("Summary", models)]
+        blocks = cls.words_and_tables(models, background)
         figures = cls.figures(models, style, background)
         if figures:
             blocks.append(figures)
         return Section(cls.title, blocks)
+
+    @classmethod
+    def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
+        """Return what stands above the section's figures: the question, the protocol and the summaries."""
+        from longreach.evaluation.sections import summary_table
+
+        first = next(iter(models.values()))
+        text = f"{cls.__doc__} Protocol: {first.protocol}. {first.note}"
+        return [text.strip(), summary_table("Summary", models)]
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:

@@ -32,7 +32,7 @@ from longreach.infra.lazy import lazy_module
 if TYPE_CHECKING:
     import numpy as np
 
-    from longreach.evaluation.blocks import Block, Figure, Section, Table
+    from longreach.evaluation.blocks import Block, Figure, Table
     from longreach.evaluation.figures import Style
 else:
     np = lazy_module("numpy")
@@ -163,10 +163,8 @@ class Gain(Evaluation):
         )
 
     @classmethod
-    def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
+    def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
         """Return what each arm gains over the base at its best and over untrained stretches, and over itself."""
-        from longreach.evaluation.blocks import Section
-
         first = next(iter(models.values()))
         text = f"{cls.__doc__} Protocol: {first.protocol}. {about_documents(first)}"
         blocks: list[Block] = [text]
@@ -178,11 +176,7 @@ class Gain(Evaluation):
             blocks.append(f"Nothing is compared with the base: {error}.")
         if best:
             blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
-        blocks += [own_gain_table(models), nll_table(models), *document_tables(models)]
-        figures = cls.figures(models, style, background)
-        if figures:
-            blocks.append(figures)
-        return Section(cls.title, blocks)
+        return [*blocks, own_gain_table(models), nll_table(models), *document_tables(models)]
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:

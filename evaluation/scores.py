@@ -104,18 +104,14 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tup
 
     Percentile intervals of a handful of values are too narrow: print how many values there are.
     """
-    if len(values) < 2:
-        return None
-    drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(-1), [0.025, 0.975])
-    return float(low), float(high)
+    return bootstrap_crossed(values[None], seed, resamples)
 
 
 def bootstrap_crossed(value_SD: np.ndarray, seed: int, resamples: int = 4_000) -> tuple[float, float] | None:
     """Return a 95% interval of the mean over S seeds and D documents, all of which are crossed; None for one value.
 
     Seeds and documents are resampled independently (the pigeonhole bootstrap, Owen 2007), so both
-    may be chance. With one seed it is `bootstrap_mean`.
+    may be chance. With one seed it is the plain bootstrap over documents.
     """
     seeds, documents = value_SD.shape
     if value_SD.size < 2:

@@ -105,16 +105,13 @@ def evaluate(
     from longreach.evaluation.figures import Style, stacked_png
     from longreach.pipelines.report.page import Page
 
-    job = Job(model, corpus, recipe, resources, run.share)
+    job = here = Job(model, corpus, recipe, resources, run.share)
     spread = resources.eval_workers > 1
     if spread:  # the tasks have the GPUs, and this process sees none: it only lists the cells
-        here = resources.model_copy(update={"gpus_per_worker": 0})
-        if not resources.gpus_per_worker:  # else each task checks its own GPU
-            check_memory(model.path, recipe, resources)
-        evaluation = replace(job, resources=here).load()
-    else:
+        here = replace(job, resources=resources.model_copy(update={"gpus_per_worker": 0}))
+    if here.resources == resources:  # else each task checks its own GPU
         check_memory(model.path, recipe, resources)
-        evaluation = job.load()
+    evaluation = here.load()
     cells = evaluation.cells()
     folder = CellFolder(
         run.attempt.work / "cells",

@@ -1,8 +1,7 @@
 """What the stages that train will cost, for `longreach plan`: memory is counted; time follows from
 the speed that such ranks were measured to have when they last trained (training/cost.py).
 
-    foresee(store, build(recipe), recipe.resources)["finetune[lora]"]  # "about 6.9 GiB on 2 ranks,
-    ..."
+    foresee(store, build(recipe), recipe.resources)["finetune[lora]"]  # "about 6.9 GiB on ..."
 """
 
 from __future__ import annotations

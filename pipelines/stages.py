@@ -123,8 +123,7 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
     return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
 
 
-# ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train; the story is
-# training/loop.py
+# ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train (training/loop.py)
 
 
 @stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
@@ -198,8 +197,7 @@ def _train(
     return summary.to_json()
 
 
-# ---- merge: base + adapter as one model that plain transformers loads, the stretch in its
-# config.json
+# ---- merge: base + adapter as one model that plain transformers loads, with its stretch
 
 
 class MergeRecipe(Choices):

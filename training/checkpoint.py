@@ -10,8 +10,8 @@ loaded first, which the identity vouches for. Only folders of our own root are r
 files are pickles. On every disk one rank hashes, renames and deletes, whether nodes share it or
 not: its disk leader.
 
-    {attempt}/work/checkpoints/step-00000050/{checkpoint.json, *_model_states.pt, *_optim_states.pt,
-    random-*.pt}
+    {attempt}/work/checkpoints/step-00000050/
+        checkpoint.json  *_model_states.pt  *_optim_states.pt  random-*.pt
 """
 
 from __future__ import annotations

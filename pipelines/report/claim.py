@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 
 from longreach.evaluation.base import Background
@@ -119,6 +120,7 @@ class Claim:
         return brief_verdict(difference(rows[0], self.length, rows[1], self.length))
 
 
+@lru_cache(maxsize=1)  # a page asks six times, and each answer resamples every pair of models
 def claim_of(found: Findings) -> Claim | None:
     """Return what is claimed; None where `gain` did not measure the base within its trained length
     and an arm or a stretch on the same tokens."""

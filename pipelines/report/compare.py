@@ -137,7 +137,7 @@ def read(store: Store, manifest: dict[str, Any]) -> Findings:
     return gather(artifacts, PriceRecipe(**recipe.get("prices", {})), recipe.get("failed"))
 
 
-@dataclass
+@dataclass(eq=False)
 class Merged(Findings):
     """The models of several runs, named `run: model`; those that compare come first, the best of them first."""
 

@@ -81,7 +81,7 @@ class Model:
         return predicted.flops / self.training.step_s_median / (machine.matmul * self.training.ranks)
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity: what is concluded from it is remembered (claim.py)
 class Findings:
     """All that the report's inputs say."""
 

@@ -53,8 +53,9 @@ def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path
     sections = _sections(found, run.command)
     about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; " if found.base else ""
     about += f"report {run.attempt.fingerprint[:8]}"
-    Page(f"longreach: {recipe.name}", about, headline(found), sections).write(out, "report")
-    return {"headline": headline(found), "metrics": metrics(found), "table": short_table(found)}
+    words = headline(found)
+    Page(f"longreach: {recipe.name}", about, words, sections).write(out, "report")
+    return {"headline": words, "metrics": metrics(found), "table": short_table(found)}
 
 
 def _sections(found: Findings, command: str) -> list[Section]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
@@ -336,13 +336,9 @@ def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
     """Return how much attention rests on the first token (and in the softmax's sink) as training goes on."""
     rows = []
     curves = {}
-    for name, model in arms.items():
-        measured = [row for row in model.steps if "sink_mass" in row]
-        for kind, place in SINKS.items():
-            if measured and any(measured[-1]["sink_mass"][kind]):
-                by_layer = [f"{mass:.3f}" for mass in measured[-1]["sink_mass"][kind]]
-                rows.append([f"{name}\n{place}", *by_layer])
-                curves[_sink_curve(name, kind)] = [(row["step"], fmean(row["sink_mass"][kind])) for row in measured]
+    for label, curve, kind, measured in _sinks_measured(arms, "sink_mass"):
+        rows.append([label, *(f"{mass:.3f}" for mass in measured[-1]["sink_mass"][kind])])
+        curves[curve] = [(row["step"], fmean(row["sink_mass"][kind])) for row in measured]
     if not rows:
         return []
     layers = max(map(len, rows)) - 1
@@ -361,15 +357,11 @@ def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
     """Return the share of heads that rest on the first token (and in the softmax's sink) as training goes on."""
     rows = []
     curves = {}
-    for name, model in arms.items():
-        measured = [row for row in model.steps if "sink_heads" in row]
-        for kind, place in SINKS.items():
-            # arms without a sink in their softmax have no mass there, and no row
-            if measured and any(measured[-1]["sink_mass"][kind]):
-                strong, weak = f"{kind}_0.3", f"{kind}_0.2"
-                last = measured[-1]["sink_heads"]
-                rows.append([f"{name}\n{place}", f"{last[strong]:.2f}", f"{last[weak]:.2f}"])
-                curves[_sink_curve(name, kind)] = [(row["step"], row["sink_heads"][strong]) for row in measured]
+    for label, curve, kind, measured in _sinks_measured(arms, "sink_heads"):
+        strong, weak = f"{kind}_0.3", f"{kind}_0.2"
+        last = measured[-1]["sink_heads"]
+        rows.append([label, f"{last[strong]:.2f}", f"{last[weak]:.2f}"])
+        curves[curve] = [(row["step"], row["sink_heads"][strong]) for row in measured]
     if not rows:
         return []
     caption = (
@@ -384,9 +376,17 @@ def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
     ]
 
 
-def _sink_curve(arm: str, kind: str) -> str:
-    """Return the name of a curve of what an arm's heads do."""
-    return arm if kind == "first_token" else f"{arm} (softmax)"
+def _sinks_measured(arms: Mapping[str, Model], measure: str) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
+    """Yield (row's label, curve's name, key of SINKS, the steps with a measure) wherever attention rests at the end.
+
+    Arms without a sink in their softmax have no mass there, and are not yielded for it.
+    """
+    for name, model in arms.items():
+        measured = [row for row in model.steps if measure in row]
+        for kind, place in SINKS.items():
+            if measured and any(measured[-1]["sink_mass"][kind]):
+                curve = name if kind == "first_token" else f"{name} (softmax)"
+                yield f"{name}\n{place}", curve, kind, measured
 
 
 def losses(
