@@ -74,12 +74,10 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
     job's number: so Ray's modules wait for the first who asks, and those with other settings get no
     fork.
     """
-    import importlib
     import select
 
-    for module in modules:
-        if module.partition(".")[0] != "ray":
-            importlib.import_module(module)
+    rays = [module for module in modules if module.partition(".")[0] == "ray"]
+    _import([module for module in modules if module not in rays])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks: the system removes them
     settings: dict[str, str] = {}
     while True:
@@ -93,8 +91,8 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
             if not settings:
                 settings = asked
                 os.environ.update(asked)
-                for module in modules:
-                    importlib.import_module(module)
+                with _no_random_ids() if rays else contextlib.nullcontext():
+                    _import(rays)
             if asked == settings:
                 if not os.fork():
                     listening.close()
@@ -102,6 +100,53 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
                 connection.sendall(b"forked")
             for stream in streams:
                 os.close(stream)
+
+
+def _import(modules: Sequence[str]) -> None:
+    import importlib
+
+    for module in modules:
+        importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def _no_random_ids() -> Iterator[None]:
+    """Let the block import modules of Ray without a draw from Ray's generator of random ids.
+
+    Forks of a process that has drawn go on with the same numbers. Then two of Ray Train's
+    controllers ask for placement groups under one id, share them, and the first to end takes the
+    other's ranks along. Ray draws for each actor class that a module defines. Raises RuntimeError:
+    a module drew all the same; then the server ends, and workers start in Ray's own way.
+    """
+    import ray.actor
+
+    own = ray.actor.ActorClassID
+
+    class FromTheSystem:
+        from_random = staticmethod(lambda: own(os.urandom(own.size())))
+
+    ray.actor.ActorClassID = FromTheSystem
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = own
+    if _drawn_by_a_fork() == _drawn_by_a_fork():
+        raise RuntimeError("a module drew from Ray's generator when it was imported: forks would draw the same ids")
+
+
+def _drawn_by_a_fork() -> bytes:
+    """Return an id as a fork of this process draws it."""
+    reading, writing = os.pipe()
+    if not os.fork():
+        try:
+            from ray import UniqueID
+
+            os.write(writing, UniqueID.from_random().binary())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        return file.read()
 
 
 def _settings_of_ray(environment: dict[str, str]) -> dict[str, str]:

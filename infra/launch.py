@@ -120,22 +120,28 @@ def _interrupt_handler_restored() -> Iterator[None]:
 
 
 class AbandonedGroups:
-    """Finds and removes placement groups of this Ray job in which no actor lives; else their CPUs stay reserved.
+    """Finds and removes placement groups of this Ray job that no controller of Ray Train owns any more.
 
-    Ray Train (2.60) leaks two kinds: that of a rank that dies while it is being started, and that
-    of a controller whose stage task was killed, which may start its ranks once more. Ranks enter a
-    new group only moments after it was made, so LOOKS looks in a row, a second apart, must find it
-    empty.
+    Ray Train (2.60) leaks two kinds, and their CPUs stay reserved: the group of a rank that dies
+    while it is being started, and that of a controller whose stage task was killed, which may start
+    its ranks once more. Ray does not say who made a group, so it is counted: a live controller has
+    one group at most. Of groups that are more than the controllers, those without an actor for the
+    longest time are the abandoned ones. A group that is merely empty is not: on a busy machine its
+    ranks may come many seconds later. LOOKS looks in a row must agree, since groups and actors are
+    not listed at one moment.
     """
 
     LOOKS = 3
+    CONTROLLER = "TrainController"
 
     def __init__(self) -> None:
         self.looks_empty: dict[str, int] = {}
         """Placement group -> how many looks in a row have found it empty."""
+        self.looks_too_many = 0
+        """How many looks in a row have found more groups than controllers."""
 
     def look(self) -> bool:
-        """Count the empty groups and remove those that were empty LOOKS times; return whether any group exists."""
+        """Count empty groups and remove the abandoned ones; return whether any group holds resources."""
         import ray
         from ray.util import remove_placement_group
         from ray.util.placement_group import PlacementGroup
@@ -143,16 +149,29 @@ class AbandonedGroups:
 
         context = ray.get_runtime_context()
         query: dict[str, Any] = {"address": context.gcs_address, "detail": True, "limit": 10_000}
-        groups = list_placement_groups(**query, filters=[("state", "=", "CREATED")])
-        ours = {group.placement_group_id for group in groups if group.creator_job_id == context.get_job_id()}
-        inhabited = {actor.placement_group_id for actor in list_actors(**query) if actor.state != "DEAD"}
-        self.looks_empty = {group: self.looks_empty.get(group, 0) + 1 for group in ours - inhabited}
-        for group, looks in list(self.looks_empty.items()):
-            if looks >= self.LOOKS:
+        job = context.get_job_id()
+        actors = [actor for actor in list_actors(**query) if actor.state != "DEAD"]
+        controllers = sum(actor.class_name == self.CONTROLLER and actor.job_id == job for actor in actors)
+        groups = [g for g in list_placement_groups(**query) if g.creator_job_id == job and g.state != "REMOVED"]
+        placed = {group.placement_group_id for group in groups if group.state == "CREATED"}
+        print(
+            "LOOK",
+            [(a.class_name, a.state, a.actor_id[:6], a.placement_group_id) for a in actors],
+            [(g.placement_group_id[:6], g.state) for g in groups],
+            flush=True,
+        )
+        empty = placed - {actor.placement_group_id for actor in actors}
+        too_many = len(groups) - controllers
+        self.looks_empty = {group: self.looks_empty.get(group, 0) + 1 for group in empty}
+        self.looks_too_many = self.looks_too_many + 1 if too_many > 0 else 0
+        if self.looks_too_many < self.LOOKS:
+            return bool(placed)
+        for group in sorted(empty, key=lambda group: -self.looks_empty[group])[:too_many]:
+            if self.looks_empty[group] >= self.LOOKS:
                 print(f"placement group {group} was left behind and is removed", flush=True)
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
                 del self.looks_empty[group]
-        return bool(ours)
+        return bool(placed)
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -115,3 +117,26 @@ def test_rays_workers_are_forks_and_a_killed_one_takes_no_other_along(cluster):
     with pytest.raises(cluster.exceptions.WorkerCrashedError):
         cluster.get(parent_of_worker.remote(kill=True))
     assert cluster.get(parent_of_worker.remote()) in servers
+
+
+@pytest.mark.slow
+def test_no_two_of_rays_workers_draw_the_same_ids(cluster):
+    """Two trainings once shared a placement group: forks went on with the random numbers of their server."""
+
+    class Worker:
+        def draw(self) -> tuple[str, ...]:
+            group = cluster.util.placement_group([{"CPU": 0.001}])
+            cluster.util.remove_placement_group(group)
+            return group.id.hex(), cluster.UniqueID.from_random().hex(), str(np.random.rand()), str(random.random())
+
+    workers = [cluster.remote(num_cpus=0)(Worker).remote() for _ in range(3)]
+    for drawn in zip(*cluster.get([worker.draw.remote() for worker in workers]), strict=True):
+        assert len(set(drawn)) == 3
+
+
+def test_ids_drawn_while_ray_is_imported_are_noticed():
+    code = "import ray; from longreach.infra.forkserver import _no_random_ids\nwith _no_random_ids():\n    "
+    define = [sys.executable, "-c", code + "ray.remote(type('A', (), {}))"]
+    assert subprocess.run(define, capture_output=True, check=False).returncode == 0
+    draw = subprocess.run([sys.executable, "-c", code + "ray.UniqueID.from_random()"], capture_output=True, check=False)
+    assert b"RuntimeError: a module drew" in draw.stderr

@@ -6,12 +6,22 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from longreach.infra.launch import check_room, run_ranks
+from longreach.infra.launch import AbandonedGroups, check_room, run_ranks
 from longreach.infra.resources import Resources
+
+
+class TrainController:
+    """Bears the name of Ray Train's controllers, and makes a group as they do."""
+
+    def reserve(self):
+        group = ray.util.placement_group([{"CPU": 1}])
+        ray.get(group.ready())
+        return group
 
 
 @pytest.mark.slow
@@ -75,6 +85,37 @@ def test_a_rank_that_dies_while_it_is_started_is_started_again_and_its_cpus_are_
     while cluster.available_resources().get("CPU", 0) < 2:
         assert time.monotonic() < until, "the first group still holds its CPUs"
         time.sleep(0.1)
+
+
+def test_a_group_whose_controller_lives_keeps_its_room_however_late_its_ranks_come(cluster):
+    """On a busy machine ranks came more than three seconds after their group, which was then taken from them."""
+
+    def states() -> list[str]:
+        return [cluster.util.placement_group_table(group)["state"] for group in (orphan, waits)]
+
+    actor = cluster.remote(num_cpus=0)(TrainController)
+    dies, lives = actor.remote(), actor.remote()
+    orphan, waits = cluster.get(dies.reserve.remote()), cluster.get(lives.reserve.remote())
+    groups = AbandonedGroups()
+    for _ in range(2 * groups.LOOKS):
+        assert groups.look()
+    assert states() == ["CREATED", "CREATED"]
+    cluster.kill(dies)
+    until = time.monotonic() + 20
+    while states()[0] != "REMOVED":
+        assert time.monotonic() < until, "the dead controller's group still holds its CPU"
+        groups.look()
+        time.sleep(0.1)
+    for _ in range(2 * groups.LOOKS):
+        groups.look()
+    assert states() == ["REMOVED", "CREATED"]
+    cluster.util.remove_placement_group(waits)
+
+
+def test_ray_trains_controllers_are_known_by_the_name_of_their_class():
+    from ray.train.v2.api.data_parallel_trainer import TrainController
+
+    assert TrainController.__name__ == AbandonedGroups.CONTROLLER
 
 
 @pytest.mark.parametrize(

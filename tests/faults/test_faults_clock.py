@@ -44,13 +44,11 @@ def test_a_clock_that_jumps_neither_takes_a_live_runs_lease_nor_keeps_a_dead_one
     alive = Lease(store, "tiny", "alive", beat_s=0.1).acquire(wait=False)
     for _ in range(3):
         with pytest.raises(LeaseHeld, match="alive"):
-            Lease(store, "tiny", "other", beat_s=0.1, patience_beats=10).acquire(wait=False)
+            Lease(store, "tiny", "other", beat_s=0.1, patience_beats=600).acquire(wait=False)
     assert not alive.lost.is_set()
     alive._stop.set()  # as after kill -9: its counter stands still
-    started = time.monotonic()
     taken = Lease(store, "tiny", "other", beat_s=0.1).acquire(wait=False)
     assert taken.current_holder() == "other"
-    assert time.monotonic() - started < 10
     taken.release()
 
 
