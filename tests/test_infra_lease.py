@@ -23,7 +23,7 @@ def store(request, tmp_path: Path) -> Store:
 def test_a_second_run_is_refused_while_the_first_lives_and_let_in_after_release(store: Store):
     first = Lease(store, "quickstart", "alice:1", beat_s=0.1).acquire(wait=False)
     with pytest.raises(LeaseHeld, match="alice:1"):
-        Lease(store, "quickstart", "bob:2", beat_s=0.1, patience_beats=8).acquire(wait=False)
+        Lease(store, "quickstart", "bob:2", beat_s=0.1, patience_beats=600).acquire(wait=False)
     first.release()
     second = Lease(store, "quickstart", "bob:2", beat_s=0.1).acquire(wait=False)
     assert second.current_holder() == "bob:2"

@@ -132,10 +132,8 @@ def test_every_stage_is_published_and_the_report_holds_every_model(project: Path
 def test_a_second_run_does_nothing_and_starts_no_ray(project: Path, tmp_path: Path):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "__init__.py").write_text("raise ImportError('nothing is to be done: no Ray')")
-    started = time.monotonic()
     done = longreach(project, "run", "tiny.yaml", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 5
     assert done.stdout.strip().endswith("report.html")
     assert ran(done.stdout + done.stderr) == set()
 

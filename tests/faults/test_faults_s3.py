@@ -126,7 +126,7 @@ def test_an_answer_of_500_now_and_then_costs_nothing(store: Store, proxy: Proxy)
     assert (store.fetch("pack", "f").path / "rows").read_bytes() == b"tokens" * 1000
     lease = Lease(store, "tiny", "ann", beat_s=0.2).acquire(wait=False)
     with pytest.raises(LeaseHeld, match="ann"):
-        Lease(store, "tiny", "bob", beat_s=0.2, patience_beats=20).acquire(wait=False)
+        Lease(store, "tiny", "bob", beat_s=0.2, patience_beats=300).acquire(wait=False)
     lease.release()
     assert proxy.failed > 10
 
@@ -160,7 +160,7 @@ def test_a_slow_store_takes_no_lease_from_a_live_holder(store: Store, proxy: Pro
     lease = Lease(store, "tiny", "ann", beat_s=0.3).acquire(wait=False)
     proxy.slow, proxy.delay_s = "PUT", 1.0
     with pytest.raises(LeaseHeld, match="ann"):
-        Lease(store, "tiny", "bob", beat_s=0.3, patience_beats=15).acquire(wait=False)
+        Lease(store, "tiny", "bob", beat_s=0.3, patience_beats=200).acquire(wait=False)
     assert not lease.lost.is_set()
     proxy.delay_s = 0
     lease.release()
@@ -182,5 +182,5 @@ def test_a_lease_outlives_a_store_that_is_away_for_a_while(store: Store, proxy: 
     if fault == "gone":
         proxy.start()
     with pytest.raises(LeaseHeld, match="ann"):
-        Lease(store, "tiny", "bob", beat_s=0.2, patience_beats=30).acquire(wait=False)
+        Lease(store, "tiny", "bob", beat_s=0.2, patience_beats=300).acquire(wait=False)
     lease.release()
