@@ -66,6 +66,10 @@ class EvalChoices(Choices):
         """Return the fields that choose held-out documents by name; their defaults choose any document."""
         return _fields_marked(cls, _DOCUMENTS)
 
+    def of_model(self, is_base: bool) -> EvalChoices:
+        """Return what of these choices concerns one model: they alone make its scores' fingerprint."""
+        return self
+
     def longest_input(self) -> int:
         """Return how many tokens the model reads at once at most; 0 where that is not known beforehand."""
         return max(getattr(self, "lengths", ()), default=0)

@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
 from longreach.evaluation.scores import EvalScores, Row, bootstrap_crossed, bootstrap_mean
+from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ class Gain(Evaluation):
         lengths: tuple[int, ...] = Field(default=(2048, 4096, 8192), min_length=2)
         """Context lengths in tokens, the scored ones included; the shortest is what a model's own
         gain is counted from."""
+        base_lengths: New[tuple[int, ...]] = ()
+        """Lengths at which the untrained base is measured instead: its own ones, of which the others
+        have to beat the best. Without it, the same as all others."""
         score_tokens: int = Field(default=1024, ge=1)
         """How many tokens at the end of each context are scored, the same ones at every length."""
         windows: int = Field(default=1, ge=1)
@@ -70,14 +74,24 @@ class Gain(Evaluation):
 
         @model_validator(mode="after")
         def _room_for_context(self) -> Gain.Choices:
-            if min(self.lengths) <= self.score_tokens:
+            for name, lengths in (("lengths", self.lengths), ("base_lengths", self.base_lengths or self.lengths)):
+                if min(lengths) <= self.score_tokens:
+                    raise ValueError(
+                        f"{name}: {min(lengths)} has no room for score_tokens {self.score_tokens} and a token "
+                        f"before them: use a length of at least {self.score_tokens + 1}, or fewer score_tokens"
+                    )
+                if len(set(lengths)) < 2:
+                    raise ValueError(f"{name}: {list(lengths)} is one length, and a gain needs two or more")
+            if self.base_lengths and max(self.base_lengths) > max(self.lengths):
                 raise ValueError(
-                    f"lengths: {min(self.lengths)} has no room for score_tokens {self.score_tokens} and a token "
-                    f"before them: use a length of at least {self.score_tokens + 1}, or fewer score_tokens"
+                    f"base_lengths: {max(self.base_lengths)} is longer than the greatest of lengths, "
+                    f"{max(self.lengths)}, at which all models are compared: leave it out, or add it to lengths"
                 )
-            if len(set(self.lengths)) < 2:
-                raise ValueError(f"lengths: {list(self.lengths)} is one length, and a gain needs two or more")
             return self
+
+        def of_model(self, is_base: bool) -> Gain.Choices:
+            """Return what is chosen for one model: the base's own lengths concern no other."""
+            return self if is_base else self.model_copy(update={"base_lengths": ()})
 
     choices: Choices
 
@@ -89,7 +103,7 @@ class Gain(Evaluation):
         """
         from longreach.evaluation.likelihood import check_head
 
-        lengths = sorted(set(self.choices.lengths))
+        longest = max(self.choices.lengths)
         test = [document for document in self.documents if document.split != "validation"]
         chosen = {"test": matching(test, self.choices.documents)}
         validation = [document for document in self.documents if document.split == "validation"]
@@ -99,19 +113,20 @@ class Gain(Evaluation):
         cells: list[Cell] = []
         for split, documents in chosen.items():
             check_names([document.name for document in documents])
-            _check_reach(documents, lengths[-1], split)
+            _check_reach(documents, longest, split)
             for document in documents:
-                cells += self._cells_of(document, split, lengths)
+                cells += self._cells_of(document, split)
         check_head(self.model, chosen["test"][0].ids_T)
         return cells
 
-    def _cells_of(self, document: Document, split: str, lengths: list[int]) -> list[Cell]:
-        """Return a document's cells, the same windows for each length."""
-        tokens = len(document.ids_T)
+    def _cells_of(self, document: Document, split: str) -> list[Cell]:
+        """Return a document's cells, the same windows for each length (and for each model)."""
+        tokens, longest = len(document.ids_T), max(self.choices.lengths)
         place = {"document": document.name, "domain": document.domain, "split": split}
-        if tokens < lengths[-1]:
+        if tokens < longest:
             return [place | {"left_out": tokens}]
-        ends = window_ends(tokens, lengths[-1], self.choices.windows, self.choices.score_tokens)
+        ends = window_ends(tokens, longest, self.choices.windows, self.choices.score_tokens)
+        lengths = sorted(set(self.choices.base_lengths or self.choices.lengths))
         return [place | {"end": end, "length": length} for end in ends for length in lengths]
 
     def measure(self, cell: Cell) -> Result:
@@ -144,7 +159,7 @@ class Gain(Evaluation):
             seconds += result["seconds"]
         documents = document_rows(rows)
         pooled = pooled_rows(documents, choices.seed)
-        shortest = min(choices.lengths)
+        shortest = min(choices.base_lengths or choices.lengths)
         summary = {}
         for row in pooled:
             if row["split"] == "test":
@@ -501,9 +516,14 @@ def nll_table(models: dict[str, EvalScores]) -> Table:
 
 def own_gain_table(models: dict[str, EvalScores]) -> Table:
     """Return what each model gains over its own shortest length, paired by document."""
-    shortest = min(min(scores.recipe["lengths"]) for scores in models.values())
-    caption = f"Own gain: nats per token better than the same model at {shortest:,} tokens (below 0: worse)"
+    shortest = sorted({_shortest(scores) for scores in models.values()})
+    its = f"{shortest[0]:,} tokens" if len(shortest) == 1 else "its shortest length"
+    caption = f"Own gain: nats per token better than the same model at {its} (below 0: worse)"
     return _length_table(caption, models, "own_gain")
+
+
+def _shortest(scores: EvalScores) -> int:
+    return min(row["length"] for row in scores.rows_with(kind="pooled", split="test"))
 
 
 def _length_table(caption: str, models: dict[str, EvalScores], measure: str) -> Table:
@@ -512,7 +532,7 @@ def _length_table(caption: str, models: dict[str, EvalScores], measure: str) -> 
     rows = {}
     for name, scores in models.items():
         for row in scores.rows_with(kind="pooled", split="test"):
-            if measure == "nll" or row["length"] > min(scores.recipe["lengths"]):
+            if measure == "nll" or row["length"] > _shortest(scores):
                 rows[name, row["length"]] = row
     lengths = sorted({length for _, length in rows})
     lines = [[name, *(_cell(rows.get((name, length)), measure) for length in lengths)] for name in models]

@@ -118,6 +118,8 @@ def _no_random_ids() -> Iterator[None]:
     other's ranks along. Ray draws for each actor class that a module defines. Raises RuntimeError:
     a module drew all the same; then the server ends, and workers start in Ray's own way.
     """
+    import unittest.mock
+
     import ray.actor
 
     own = ray.actor.ActorClassID
@@ -125,11 +127,8 @@ def _no_random_ids() -> Iterator[None]:
     class FromTheSystem:
         from_random = staticmethod(lambda: own(os.urandom(own.size())))
 
-    ray.actor.ActorClassID = FromTheSystem
-    try:
+    with unittest.mock.patch.object(ray.actor, "ActorClassID", FromTheSystem):
         yield
-    finally:
-        ray.actor.ActorClassID = own
     if _drawn_by_a_fork() == _drawn_by_a_fork():
         raise RuntimeError("a module drew from Ray's generator when it was imported: forks would draw the same ids")
 

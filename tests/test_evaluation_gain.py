@@ -136,11 +136,30 @@ def test_validation_documents_choose_lengths_and_count_in_no_score():
     [
         ({"lengths": (16, 64)}, "lengths: 16 has no room for score_tokens 16.*at least 17"),
         ({"lengths": (64, 64)}, "is one length, and a gain needs two"),
+        ({"base_lengths": (16, 64)}, "base_lengths: 16 has no room for score_tokens 16"),
+        (
+            {"lengths": (32, 64), "base_lengths": (32, 128)},
+            "base_lengths: 128 is longer than the greatest of lengths, 64",
+        ),
     ],
 )
 def test_choices_that_leave_nothing_to_compare_are_refused_before_a_model_is_loaded(choices, message):
     with pytest.raises(ValidationError, match=message):
         Gain.Choices(**{"score_tokens": 16} | choices)
+
+
+def test_the_base_may_have_lengths_of_its_own_and_is_scored_on_the_same_tokens():
+    texts = [document("a", 300), document("short", 100, seed=1)]
+    choices = Gain.Choices(lengths=(40, 128), base_lengths=(40, 64), score_tokens=16, windows=2)
+    arm = run(texts, **choices.of_model(is_base=False).model_dump())
+    base = run(texts, **choices.of_model(is_base=True).model_dump())
+    assert [row["length"] for row in base.rows_with(kind="pooled")] == [40, 64]
+    assert [row["length"] for row in arm.rows_with(kind="pooled")] == [40, 128]
+    assert pick(base, kind="left_out")["document"] == "short", "else it would be scored on another text than the arm"
+    assert difference([arm.rows], 128, [base.rows], 64).nats == pytest.approx(
+        base.summary["gain_nll_64"] - arm.summary["gain_nll_128"]
+    )
+    assert "base_lengths" not in choices.of_model(is_base=False).identity(), "no other model's scores depend on it"
 
 
 def test_lengths_that_change_the_rotary_frequencies_are_read_from_a_clean_start():
