@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -166,6 +167,11 @@ class Spool:
 
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
         return Spool, (self.path,)
+
+
+def metric_part(name: str) -> str:
+    """Return a name without the characters that MLflow's metric names do not allow, such as plus and brackets."""
+    return re.sub(r"[^a-z0-9._-]+", " ", name).strip()
 
 
 def encode(event: str, fields: Mapping[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from longreach.infra.artifact import Artifact
-from longreach.training.summary import PackSummary
+from longreach.training.summary import CostsSummary, PackSummary
 
 if TYPE_CHECKING:
     from longreach.evaluation.scores import EvalScores
@@ -41,6 +41,14 @@ class PackedCorpus(Artifact):
     def source_digest(self) -> str:
         return self.manifest["identity"]["digests"]["documents"]
 
+    def check_rows(self) -> None:
+        """Raise ValueError if there is no row to train on."""
+        if not self.packed.rows:
+            held_out = ", ".join(f"{split} {n}" for split, n in self.packed.documents.items() if n)
+            raise ValueError(
+                f"corpus.validation and corpus.test hold out all documents ({held_out}): nothing to train on"
+            )
+
 
 class Scores(Artifact):
     """One evaluation of one model: scores.json, scores.parquet, cases.jsonl and figures."""
@@ -50,6 +58,15 @@ class Scores(Artifact):
         from longreach.evaluation.scores import EvalScores
 
         return EvalScores.read(self.path)
+
+
+class Costs(Artifact):
+    """What steps of each arm cost by row length: costs.json."""
+
+    @property
+    def measured(self) -> CostsSummary:
+        """Each measurement, and what follows from all of them."""
+        return CostsSummary.model_validate(self.summary)
 
 
 class Release(Artifact):

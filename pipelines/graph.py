@@ -6,6 +6,7 @@
 
     an arm's model ── stretch[variant] ── evaluate[variant,eval]
     an arm's model and its evaluations ── release[arm]
+    pack, convert ── costs ── report
     release, its evaluations, the base's and the champion's ── promote
 
 Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the
@@ -24,6 +25,7 @@ import xxhash
 
 from longreach.infra import registry
 from longreach.infra.files import add_file
+from longreach.pipelines.costs import CostsStageRecipe
 from longreach.pipelines.evaluate import EvaluateStageRecipe
 from longreach.pipelines.gate import add_gate
 from longreach.pipelines.recipe import Recipe
@@ -254,6 +256,14 @@ def add_releases(pipeline: Pipeline) -> None:
         pipeline.stages.append(Stage("release", f"release[{name}]", choices, inputs))
 
 
+def add_costs(pipeline: Pipeline) -> None:
+    """Add the measurement of costs. Nothing before it may run at the same time, since that would be measured too."""
+    if pipeline.recipe.costs:
+        inputs = {"corpus": pipeline.corpus, "base": pipeline.base}
+        choices = CostsStageRecipe.of(pipeline.recipe)
+        pipeline.stages.append(Stage("costs", "costs", choices, inputs, after=tuple(pipeline.stages)))
+
+
 def add_report(pipeline: Pipeline) -> None:
     """Add the report on all stages so far; a release only repeats what it reads."""
     reported = [stage for stage in pipeline.stages if stage.name != "release"]
@@ -267,6 +277,7 @@ BUILDERS: list[Callable[[Pipeline], None]] = [
     add_variants,
     add_evaluations,
     add_releases,
+    add_costs,
     add_report,
     add_gate,
 ]

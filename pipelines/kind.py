@@ -42,6 +42,13 @@ class StageRun:
     share: Share | None = None
     """How other nodes see this attempt; None: they share its disk, or there are none."""
 
+    @property
+    def storage(self) -> str:
+        """A folder or URL that all ranks of this attempt see, for Ray Train's own records."""
+        if self.share:
+            return f"{self.share.root}/{self.share.folder}/work/ray"
+        return str(self.attempt.work / "ray")
+
 
 @dataclass(frozen=True)
 class StageKind:

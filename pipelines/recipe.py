@@ -20,6 +20,7 @@ from longreach.evaluation import EVALS
 from longreach.evaluation.base import EvalChoices
 from longreach.infra.choices import Choices, Location, PathOrUrl, dotted, nearest
 from longreach.infra.resources import Resources
+from longreach.pipelines.costs import CostsRecipe
 from longreach.pipelines.gate import PromoteRecipe
 from longreach.training.recipe import (
     PACKAGE,
@@ -109,6 +110,8 @@ class Recipe(Choices):
     """Trained arms under another stretch than their own, by name: evaluated beside the arms."""
     evaluate: EvaluateRecipe = EvaluateRecipe()
     """Which evaluations measure which models."""
+    costs: CostsRecipe | None = None
+    """What a step costs by row length; left out, it is not measured."""
     promote: PromoteRecipe | None = None
     """The gate to production; left out, nothing is promoted."""
     report: PriceRecipe = PriceRecipe()
@@ -167,8 +170,9 @@ class Recipe(Choices):
     def _sections_agree(self) -> Recipe:
         problems = [*self._name_problems(), *self._base_problems(), *self._parallel_problems()]
         problems += [*self._variant_problems(), *self._evaluation_problems()]
-        if self.promote:
-            problems += self.promote.problems(self)
+        for section in (self.costs, self.promote):
+            if section:
+                problems += section.problems(self)
         if problems:
             raise SectionsDisagree(problems)
         return self

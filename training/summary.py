@@ -1,4 +1,4 @@
-"""What a training and a packed corpus say of themselves: typed facts, a JSON file in each folder.
+"""What trainings, packed corpora and measured costs say of themselves: typed facts, a JSON file in each folder.
 
 Everyone who wants to know what a training cost, or how many rows a corpus has, reads these classes;
 nobody else knows the files' names or keys. No torch here: `longreach plan` reads them in
@@ -8,8 +8,10 @@ milliseconds.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from statistics import median
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -183,3 +185,90 @@ class PackSummary(Summary, PackRecipe):
     sources: tuple[SourceShare, ...] = ()
     """The mixture, in the recipe's order; empty in what an older version packed."""
     bad: BadEntries
+
+
+class CostCell(Facts):
+    """What some steps of one arm cost at one row length, in one round of the turns."""
+
+    length: int  # tokens of a row
+    round: int  # from 0
+    arm: str
+    tokens: int = 0  # of one step, over all ranks
+    seconds: tuple[float, ...] = ()
+    """Of each timed step."""
+    peak_gib: float = 0.0  # as in TrainingSummary
+    predicted_s: float | None = None
+    """What the planner expected of a step, from what these ranks were measured to do; None where it cannot count."""
+    predicted_gib: float | None = None
+    kernel: str = ""
+    left_out: str = ""  # why nothing was measured; empty if it was
+
+    @property
+    def step_s(self) -> float:
+        return median(self.seconds)
+
+
+class Spread(NamedTuple):
+    """The median of some measurements, and the smallest and the greatest of them."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+
+class CostsSummary(Summary):
+    """What every arm costs by row length: costs.json of the stage `costs`."""
+
+    file: ClassVar[str] = "costs.json"
+
+    yardstick: str  # the arm that the others are compared with
+    steps: int  # timed steps of a measurement; one more goes before them
+    rounds: int
+    ranks: int
+    cells: tuple[CostCell, ...]
+    """In the order in which they were measured."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(dict.fromkeys(cell.length for cell in self.cells))
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(cell.arm for cell in self.cells))
+
+    def of(self, length: int, arm: str) -> list[CostCell]:
+        """Return an arm's measurements at a length by round; none if it was left out."""
+        return [cell for cell in self.cells if (cell.length, cell.arm) == (length, arm) and not cell.left_out]
+
+    def seconds_per_1k(self, length: int, arm: str) -> Spread | None:
+        """Return the seconds that 1,000 tokens take, over the steps of all rounds; None if it was left out."""
+        seconds = [1000 * s / cell.tokens for cell in self.of(length, arm) for s in cell.seconds]
+        return Spread.of(seconds) if seconds else None
+
+    def peak_gib(self, length: int, arm: str) -> Spread | None:
+        """Return the peak memory over the rounds; None if it was left out."""
+        peaks = [cell.peak_gib for cell in self.of(length, arm)]
+        return Spread.of(peaks) if peaks else None
+
+    def predicted(self, length: int, arm: str) -> tuple[float, float] | None:
+        """Return what was predicted, in seconds per 1,000 tokens and GiB; None if nothing was."""
+        found = [
+            (1000 * cell.predicted_s / cell.tokens, cell.predicted_gib)
+            for cell in self.of(length, arm)
+            if cell.predicted_s is not None and cell.predicted_gib is not None
+        ]
+        return (median(s for s, _ in found), median(gib for _, gib in found)) if found else None
+
+    def times_as_fast(self, length: int, arm: str, other: str) -> Spread | None:
+        """Return how many times as fast as another arm it is, over the rounds; None if one of them was left out.
+
+        Only steps of one round are compared, which ran minutes apart: what disturbs the machine for
+        longer cancels.
+        """
+        theirs = {cell.round: cell.step_s for cell in self.of(length, other)}
+        ratios = [theirs[cell.round] / cell.step_s for cell in self.of(length, arm) if cell.round in theirs]
+        return Spread.of(ratios) if ratios else None

@@ -19,9 +19,10 @@ from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import finite
 from longreach.infra.artifact import Artifact
 from longreach.infra.files import digest_of
+from longreach.pipelines.artifacts import Costs
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.recipe import ArmRecipe, RopeRecipe
-from longreach.training.summary import PackSummary, TrainingSummary
+from longreach.training.summary import CostsSummary, PackSummary, Spread, TrainingSummary
 
 POINTS = 500  # steps of a training that are read for its curves
 PERPLEXITY = "perplexity"
@@ -92,6 +93,8 @@ class Findings:
     models: dict[str, Model] = field(default_factory=dict)
     prices: PriceRecipe = field(default_factory=PriceRecipe)
     failed: dict[str, str] = field(default_factory=dict)  # stages that could not be done: label -> why
+    costs: CostsSummary | None = None
+    """What arms cost by row length; None where that was not measured."""
 
     def of(self, *kinds: str) -> dict[str, Model]:
         return {name: model for name, model in self.models.items() if model.kind in kinds}
@@ -103,6 +106,18 @@ class Findings:
             if arm.tune == tune and arm.attention.pattern == "causal":
                 return model
         return None
+
+    def speedup(self, model: Model, other: Model) -> Spread:
+        """Return how many times as fast as another arm it trains.
+
+        From what was measured in turns, if it was at this length of rows; else the ratio of the two
+        trainings, which is one number.
+        """
+        if self.costs and "pack" in self.packs:
+            measured = self.costs.times_as_fast(self.packs["pack"].seq_len, model.of, other.of)
+            if measured:
+                return measured
+        return Spread.of([model.ratio(other, "tokens_per_s")])
 
     @property
     def compared(self) -> dict[str, Model]:
@@ -194,6 +209,8 @@ def gather(
             findings.base = artifact.summary["origin"] | artifact.summary
         elif artifact.stage == "pack":
             findings.packs[label] = _pack_summary(artifact)
+        elif artifact.stage == "costs":
+            findings.costs = Costs(artifact.path, artifact.manifest).measured
         elif artifact.stage in ("finetune", "pretrain"):
             name = _model_of(label)
             arms[name] = _arm(name, artifact)

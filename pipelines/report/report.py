@@ -10,7 +10,6 @@ they were measured at, since S²-Attn gains with row length.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,12 @@ from longreach.evaluation.blocks import Section, Table
 from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices
+from longreach.infra.tracking import metric_part
 from longreach.pipelines.artifacts import Report
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.pipelines.report.claim import Claim, claim_of
+from longreach.pipelines.report.costs import cost_by_length, costs_in_words
 from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Findings, brief, gather
 from longreach.pipelines.report.page import Page, markdown_table
 
@@ -67,6 +68,7 @@ def _sections(found: Findings, command: str) -> list[Section]:
         sections.results(found),
         *sections.evaluations(found),
         sections.documents(found),
+        cost_by_length(found, sections.style_of(found)),
         sections.training(found),
         sections.pretraining(found),
         sections.packing(found),
@@ -115,6 +117,8 @@ def headline(found: Findings) -> str:
     claim = claim_of(found)
     gains = claim.sentences() if claim else _gain(found)
     gains += _price(found, claim)
+    if found.costs:
+        gains += filter(None, [costs_in_words(found.costs)])
     if not gains:
         gains = [f"{len(found.artifacts)} stages are done; no perplexity of the base or of an arm was measured."]
     return " ".join([*_failures(found), *gains])
@@ -175,9 +179,9 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
     if not full or not others:
         return []
     arm = others[0]
-    text = f"{arm.name} trained at {arm.ratio(full, 'tokens_per_s'):.2f} times the speed of full fine-tuning"
+    text = f"{arm.name} trained at {found.speedup(arm, full).median:.2f} times the speed of full fine-tuning"
     if lora and lora is not arm:
-        text += f" and {arm.ratio(lora, 'tokens_per_s'):.2f} times that of LoRA"
+        text += f" and {found.speedup(arm, lora).median:.2f} times that of LoRA"
     text += f" ({found.where()}), with {arm.ratio(full, 'peak_gib'):.2f} times full fine-tuning's peak memory"
     if claim and full.name in ranked:
         text += f"; on the same tokens it is {claim.against(arm.name, full.name)} than full fine-tuning"
@@ -191,9 +195,9 @@ def metrics(found: Findings) -> dict[str, float]:
     """Return the page's numbers for MLflow, by name, without those that no manifest can hold: NaN and infinity."""
     values: dict[str, float] = {}
     for label, pack in found.packs.items():
-        values[f"pack/efficiency/{_metric_part(label)}"] = pack.efficiency
+        values[f"pack/efficiency/{metric_part(label)}"] = pack.efficiency
     for name, model in found.models.items():
-        tag = _metric_part(name)
+        tag = metric_part(name)
         for scores in model.scores.values():
             values |= {f"eval/{key}/{tag}": value for key, value in scores.summary.items()}
         if model.summary:
@@ -203,7 +207,7 @@ def metrics(found: Findings) -> dict[str, float]:
         for against, tune in (("full", "all"), ("lora", "lora")):
             yardstick = found.yardstick(tune)
             if yardstick and model.kind == "finetune":
-                values[f"compare/speedup_vs_{against}/{tag}"] = model.ratio(yardstick, "tokens_per_s")
+                values[f"compare/speedup_vs_{against}/{tag}"] = found.speedup(model, yardstick).median
                 values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(yardstick, "peak_gib")
     values |= _gain_metrics(found)
     return {key: float(value) for key, value in values.items() if finite(value)}
@@ -218,10 +222,5 @@ def _gain_metrics(found: Findings) -> dict[str, float]:
     for name, by_length in claim.over_base.items():
         if name != claim.background.base:
             for length, gained in by_length.items():
-                values[f"compare/gain_over_base_{length}/{_metric_part(name)}"] = gained.nats
+                values[f"compare/gain_over_base_{length}/{metric_part(name)}"] = gained.nats
     return values
-
-
-def _metric_part(name: str) -> str:
-    """Return a name without the characters that MLflow's metric names do not allow, such as plus and brackets."""
-    return re.sub(r"[^a-z0-9._-]+", " ", name).strip()

@@ -72,6 +72,8 @@ def _legend(found: Findings) -> str:
     text = LEGEND
     if any("ppl_low" in row for rows in found.ppl().values() for row in rows.values()):
         text += " Small, under perplexities: 95% intervals over the documents."
+    if found.costs:
+        text += " Small, under speed-ups: smallest and greatest round of those that were measured in turns."
     if claim_of(found):
         text += " Small, under gains: 95% intervals over the documents, paired; + is better."
     rates = ", ".join(rate.words for rate in _rates(found))
@@ -187,8 +189,11 @@ def _add_costs(found: Findings, add: Callable[..., None]) -> None:
         if yardstick:
             ratios = {}
             for name, model in found.trained.items():
-                ratio = model.ratio(yardstick, "tokens_per_s")
-                ratios[name] = (ratio, f"{ratio:.2f} ×")
+                ratio = found.speedup(model, yardstick)
+                text = f"{ratio.median:.2f} ×"
+                if ratio.low < ratio.high:
+                    text += f"\n{ratio.low:.2f} to {ratio.high:.2f}"
+                ratios[name] = (ratio.median, text)
             add(f"speed-up against ({found.where()})", f"{yardstick.name}\n{head}", ratios)
 
 
@@ -542,7 +547,7 @@ def how(found: Findings, command: str) -> Section:
         stages.append([label, took, manifest["fingerprint"][:8], attempt, manifest["host"], manifest["commit"]])
         facts["versions", ", ".join(_flat(manifest["versions"]))] = None
     for manifest in manifests.values():
-        if manifest["stage"] in ("finetune", "pretrain"):
+        if manifest["stage"] in ("finetune", "pretrain", "costs"):
             facts["resources", ", ".join(_flat(manifest["resources"]))] = None
     for source, licence in _licences(found).items():
         facts[f"licence of {source}", licence] = None

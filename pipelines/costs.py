@@ -1,0 +1,293 @@
+"""Stage `costs`: what a step of each arm costs by row length, in time and memory (LongLoRA, figure 1 and table 1).
+
+Every measurement is a training of a few steps in ranks of its own, of which nothing is kept
+(training/trial.py): peak memory is a process's. At each length the arms are measured in turns, so
+that two of one round can be compared whatever else the machine does in that hour. A measurement is
+written down as soon as it is there, and an interrupted stage goes on with the next.
+
+    longreach run quickstart --set 'costs.lengths=[1024,4096]' --set costs.rounds=2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from longreach.infra import relay
+from longreach.infra.choices import Choices, Location, nearest
+from longreach.infra.errors import OutOfMemory, Stopped
+from longreach.infra.resources import Resources
+from longreach.infra.tracking import metric_part
+from longreach.pipelines.artifacts import Costs, ModelCheckpoint, PackedCorpus
+from longreach.pipelines.kind import StageRun, stage, stop_file
+from longreach.training.attention_recipe import AttentionRecipe
+from longreach.training.convert import trained_length
+from longreach.training.cost import Shape, predict
+from longreach.training.recipe import ArmRecipe, OptimRecipe, RopeRecipe, TrainJob
+from longreach.training.summary import CostCell, CostsSummary
+
+if TYPE_CHECKING:
+    from longreach.pipelines.recipe import Recipe
+
+
+SHORTEST = 8  # tokens of a row, as in `pack`
+
+
+class CostsChoices(Choices):
+    """What is measured, whichever the arms."""
+
+    lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096, 8192, 16384), min_length=1)
+    """Row lengths in tokens. Each row is one run of them, as a long document gives; groups of
+    S²-Attn grow with the row, windows stay as they are."""
+    steps: int = Field(default=2, ge=1)
+    """Timed optimizer steps of a measurement; one more, which warms up, goes before them."""
+    rounds: int = Field(default=2, ge=2)
+    """How often each arm is measured at each length, in turns with the others (A B A B): ratios are
+    taken within a round, and their spread is shown."""
+
+
+class CostsRecipe(CostsChoices):
+    """Cost by row length: each arm of finetune trains a few steps at each length, and only time and memory are kept."""
+
+    arms: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Arms of finetune to measure; without it, all of them. They are compared with the one that
+    tunes all, or with the first."""
+    global_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a step, finetune's without it; a length takes as many whole rows as come closest
+    and divide over the ranks, at least one for each."""
+
+    def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
+        """Yield what does not fit to the arms, the base or the ranks."""
+        finetune = recipe.finetune
+        if finetune is None:
+            yield ("costs",), "there is no section finetune, whose arms it measures: add one, or leave costs out"
+            return
+        if len(set(self.lengths)) < len(self.lengths):
+            yield ("costs", "lengths"), f"{list(self.lengths)} names a length twice"
+        arms = finetune.every_arm()
+        for name in self.arms or ():
+            if name not in arms:
+                yield ("costs", "arms"), f"no arm {name!r}{nearest(name, arms, 'finetune has')}"
+        trained = _trained_length(recipe)
+        for length in self.lengths:
+            if length < SHORTEST:
+                yield ("costs", "lengths"), f"{length} is less than the {SHORTEST} tokens of the shortest row"
+                continue
+            ranks = recipe.resources.sequence_parallel
+            if length % ranks:
+                message = f"{length} is not divided by resources.sequence_parallel {ranks}: change one of them"
+                yield ("costs", "lengths"), message
+            for name in [name for name in self.arms or arms if name in arms]:
+                try:
+                    at_length(arms[name], finetune.pack.seq_len, length)
+                    if trained:
+                        check_reach(length, trained, finetune.rope_of(arms[name]))
+                except ValueError as error:
+                    yield ("costs", "lengths"), f"{name}: {error}"
+
+
+class CostedArm(Choices):
+    """An arm as its cost depends on it."""
+
+    arm: ArmRecipe
+    rope: RopeRecipe
+    """The stretch that it starts from."""
+
+
+class CostsStageRecipe(CostsChoices):
+    """What the stage measures."""
+
+    global_batch_tokens: int
+    row_tokens: int
+    """Length of the rows for which the arms' groups were chosen."""
+    arms: dict[str, CostedArm]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> CostsStageRecipe:
+        """Return what a recipe's sections `costs` and `finetune` ask for."""
+        section, finetune = recipe.costs, recipe.finetune
+        assert section, "there is no stage without the section"
+        assert finetune, "a valid recipe has the arms that are measured"
+        arms = finetune.every_arm()
+        costed = {}
+        for name in section.arms or arms:
+            # what changes no cost is left out, so that it causes no new measurement
+            plain = {"rope": None, "seeds": (), "learning_rate": None, "embedding_learning_rate": None}
+            arm = arms[name].model_copy(update=plain)
+            costed[name] = CostedArm(arm=arm, rope=finetune.rope_of(arms[name]))
+        return cls(
+            lengths=tuple(sorted(section.lengths)),
+            steps=section.steps,
+            rounds=section.rounds,
+            global_batch_tokens=section.global_batch_tokens or finetune.global_batch_tokens,
+            row_tokens=finetune.pack.seq_len,
+            arms=costed,
+        )
+
+    def yardstick(self) -> str:
+        """Return the arm that the others are compared with."""
+        full = [name for name, one in self.arms.items() if one.arm.tune == "all"]
+        causal = [name for name in full if self.arms[name].arm.attention.pattern == "causal"]
+        return [*causal, *full, *self.arms][0]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Return what is measured, in order: at each length all arms, and then all arms again."""
+        cells = []
+        for length in self.lengths:
+            for turn in range(self.rounds):
+                cells += [{"length": length, "round": turn, "arm": arm} for arm in self.arms]
+        return cells
+
+
+def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
+    """Return an arm for rows of another length: its groups have the same share of a row, and it does not anneal.
+
+    ValueError if there are no such groups.
+    """
+    choices = arm.attention.model_dump() | {"anneal_to": None, "anneal_fraction": 0.0}
+    if "group_tokens" in choices:
+        group, rest = divmod(choices["group_tokens"] * length, row_tokens)
+        if rest or group % 2:
+            fits = 2 * row_tokens // math.gcd(choices["group_tokens"], 2 * row_tokens)
+            raise ValueError(
+                f"group_tokens {choices['group_tokens']} of rows of {row_tokens} are "
+                f"{choices['group_tokens'] * length / row_tokens:g} of rows of {length}, which is no even number: "
+                f"use a multiple of {fits}"
+            )
+        choices["group_tokens"] = group
+    attention = AttentionRecipe.of(**choices)
+    attention.check_row(length)
+    return arm.model_copy(update={"attention": attention})
+
+
+def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:
+    """Raise ValueError if rows are longer than the stretched base has positions."""
+    reach = math.ceil((rope.original_length or trained) * rope.factor)
+    if length > reach:
+        raise ValueError(
+            f"{length} exceeds the {reach} positions of a base trained to {trained} under {rope.about()}: "
+            f"lower it, or raise rope.factor to {length / trained:g}"
+        )
+
+
+def _trained_length(recipe: Recipe) -> int | None:
+    """Return the base's own length in tokens; None if that is not known before it is converted."""
+    arm = recipe.base.pretrained_arm
+    if arm is None:
+        return trained_length(recipe.base.source)
+    fresh = recipe.pretrain.model if recipe.pretrain else None
+    return fresh.context_length if fresh else None
+
+
+@stage(makes=Costs, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
+def costs(
+    corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: CostsStageRecipe, resources: Resources, out: Path,
+    run: StageRun,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure every arm at every length, in turns; what does not fit into memory is left out, with the reason.
+
+    ValueError: a length that the base does not reach, or a corpus without rows. Stopped: it was
+    asked to.
+    """
+    from longreach.evaluation.cells import CellFolder
+
+    corpus.check_rows()
+    for length in recipe.lengths:
+        for one in recipe.arms.values():
+            check_reach(length, base.summary["context_length"], one.rope)
+    cells = recipe.cells()
+    folder = CellFolder(
+        run.attempt.work / "cells",
+        (earlier / "work" / "cells" for earlier in run.earlier),
+        setting=f"{platform.node()}: {resources.model_dump_json()}",
+    )
+    results = folder.known(cells)
+    too_large: dict[str, str] = {}  # arm -> why it was left out at a shorter length, or in a round before
+    for number, cell in enumerate(cells):
+        if cell["arm"] in too_large:
+            results[number] = {"left_out": too_large[cell["arm"]]}
+        elif number not in results:
+            results[number] = _measured(corpus, base, recipe, resources, run, cell)
+            if reason := results[number].get("left_out"):  # not kept: another time there may be more memory
+                too_large[cell["arm"]] = reason
+            else:
+                folder.keep(number, cell, results[number])
+        run.spool.progress(number + 1, len(cells), unit="trial")
+    summary = CostsSummary(
+        yardstick=recipe.yardstick(),
+        steps=recipe.steps,
+        rounds=recipe.rounds,
+        ranks=resources.workers,
+        cells=tuple(CostCell(**cell, **results[number]) for number, cell in enumerate(cells)),
+    )
+    summary.write(out)
+    for length in summary.lengths:  # MLflow draws them as curves over the row length
+        run.spool.metrics(_metrics(summary, length), step=length)
+    return summary.to_json()
+
+
+def _measured(
+    corpus: PackedCorpus, base: ModelCheckpoint, recipe: CostsStageRecipe, resources: Resources, run: StageRun,
+    cell: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what one arm's steps at one length cost, in ranks of their own; or why they are `left_out`."""
+    from longreach.infra.launch import run_ranks
+
+    stop = stop_file(run.spool.path.parent)
+    if stop.exists() or relay.stop_asked(run.spool):
+        raise Stopped("stopped between two measurements: the same command goes on with the next")
+    length, one = cell["length"], recipe.arms[cell["arm"]]
+    rows_at_once = resources.workers // resources.sequence_parallel * resources.micro_batch_rows
+    rows = max(1, round(recipe.global_batch_tokens / length / rows_at_once)) * rows_at_once
+    job = TrainJob(
+        rope=one.rope,
+        arm=at_length(one.arm, recipe.row_tokens, length),
+        optim=OptimRecipe(steps=1 + recipe.steps, global_batch_tokens=rows * length, warmup_steps=0),
+        seed=0,
+        kind="finetune",
+        corpus=str(corpus.path),
+        base=str(base.path),
+        resources=resources,
+        out="",
+        work="",
+        superseded_file=str(run.attempt.superseded_file),
+        stop_file=str(stop),
+    )
+    needs_gib = None
+    shape = Shape(**{field.name: base.summary[field.name] for field in dataclasses.fields(Shape)})
+    if shape.counts(base.summary["parameters"]):
+        predicted = predict(shape, job.arm, rows=rows, seq_len=length, resources=resources)
+        needs_gib = predicted.peak_gib / resources.workers
+    trial = {"job": job.model_dump(mode="json"), "length": length, "needs_gib": needs_gib}
+    try:
+        return run_ranks(
+            "longreach.training.trial:measure",
+            trial,
+            resources=resources,
+            name="trial",
+            storage=run.storage,
+            share=run.share,
+        )
+    except OutOfMemory as error:
+        return {"left_out": str(error)}
+
+
+def _metrics(summary: CostsSummary, length: int) -> dict[str, float]:
+    """Return what was measured at a length, under the names that MLflow shows."""
+    metrics = {}
+    for arm in summary.arms:
+        found = {
+            "s_per_1k_tokens": summary.seconds_per_1k(length, arm),
+            "peak_gib": summary.peak_gib(length, arm),
+            "times_as_fast": summary.times_as_fast(length, arm, summary.yardstick),
+        }
+        for name, spread in found.items():
+            if spread:
+                metrics[f"costs/{name}/{metric_part(arm)}"] = spread.median
+    return metrics
