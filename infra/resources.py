@@ -80,3 +80,19 @@ class Resources(Choices):
         if (self.offload == "nvme") != (self.nvme_path is not None):
             raise ValueError(f"offload {self.offload} with nvme_path {self.nvme_path}: set both, or neither")
         return self
+
+    def accumulation(self, global_batch_rows: int, ranks: int) -> int:
+        """Return in how many parts each of `ranks` ranks reads its share of a step's rows, adding up gradients.
+
+        Raises:
+            ValueError: the rows do not divide.
+        """
+        ranks //= self.sequence_parallel
+        rows_at_once = self.micro_batch_rows * ranks
+        if global_batch_rows % rows_at_once:
+            raise ValueError(
+                f"a global batch of {global_batch_rows} rows does not divide into {ranks} ranks x micro_batch_rows "
+                f"{self.micro_batch_rows}: change workers or micro_batch_rows so that their product divides it, "
+                "or global_batch_tokens"
+            )
+        return global_batch_rows // rows_at_once

@@ -211,6 +211,12 @@ class Recipe(Choices):
                 message = f"{training.pack.seq_len} is not divided by"
                 message += f" resources.sequence_parallel {ranks}: change one of them"
                 yield (section, "pack", "seq_len"), message
+            if training:
+                rows = training.global_batch_tokens // training.pack.seq_len
+                try:
+                    self.resources.accumulation(rows, self.resources.workers)
+                except ValueError as error:
+                    yield (section, "global_batch_tokens"), str(error)
         if ranks > 1 and self.finetune:
             message = "'dynamic' depends on how much of a row a rank sees: not with"
             message += f" resources.sequence_parallel {ranks}"

@@ -27,15 +27,8 @@ from longreach.training.recipe import OptimRecipe
 def deepspeed_config(
     recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, world: int
 ) -> dict[str, Any]:
-    """Return DeepSpeed's config. ValueError where the batch does not divide."""
-    world //= resources.sequence_parallel
-    rows_at_once = resources.micro_batch_rows * world
-    if global_batch_rows % rows_at_once:
-        raise ValueError(
-            f"a global batch of {global_batch_rows} rows does not divide into {world} ranks x micro_batch_rows "
-            f"{resources.micro_batch_rows}: change workers or micro_batch_rows so that their product divides it, "
-            f"or global_batch_tokens"
-        )
+    """Return DeepSpeed's config. Raises ValueError: the batch does not divide."""
+    accumulation = resources.accumulation(global_batch_rows, world)
     zero: dict[str, Any] = {"stage": resources.zero_stage}
     disk = {"nvme_path": resources.nvme_path} if resources.offload == "nvme" else {}
     if resources.offload_parameters:
@@ -44,7 +37,7 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": resources.offload, **disk}
     return {
         "train_micro_batch_size_per_gpu": resources.micro_batch_rows,
-        "gradient_accumulation_steps": global_batch_rows // rows_at_once,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.clip_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW, not the compiled one
