@@ -224,12 +224,23 @@ class Store:
                 raise
         shutil.rmtree(attempt.work, ignore_errors=True)
         for loser in self.earlier_attempts(attempt.stage, attempt.fingerprint):
-            if loser.name != attempt.id:
+            # This process may have been paused, and another run have published anew (`--force`) meanwhile.
+            if loser.name != attempt.id and self._published(attempt):
                 loser.with_name(loser.name + ".superseded").touch()
                 self._remove(attempt.stage, attempt.fingerprint, loser.name)
-        artifact = self.find(attempt.stage, attempt.fingerprint)
-        assert artifact is not None, "just published"
+        artifact = self._published(attempt)
+        if artifact is None:
+            self._refuse_if_published(attempt)
+            raise FileNotFoundError(
+                f"{attempt.stage}/{attempt.fingerprint}: another run took it back (run --force) as soon as it was "
+                "published: run again"
+            )
         return artifact
+
+    def _published(self, attempt: Attempt) -> Artifact | None:
+        """Return the artifact that an attempt has become, as long as it is that of the fingerprint."""
+        artifact = self.find(attempt.stage, attempt.fingerprint)
+        return artifact if artifact and artifact.attempt == attempt.id else None
 
     def _refuse_if_published(self, attempt: Attempt) -> bool:
         """Return whether this attempt is published: the store's answer may have been lost. Raises
@@ -240,11 +251,23 @@ class Store:
             raise AlreadyPublished(winner)
         return winner is not None
 
-    def quarantine(self, stage: str, fingerprint: str) -> str:
-        """Rename a damaged artifact's manifest, so that its stage runs again; return the manifest's new name."""
+    def quarantine(self, stage: str, fingerprint: str) -> str | None:
+        """Rename a damaged artifact's manifest, so that its stage runs again, and return the
+        manifest's new name; None where another run has repaired the artifact meanwhile."""
         manifest = f"{self._folder(stage, fingerprint)}/{MANIFEST}"
+        looked_at = self.fs.cat_file(manifest)
+        with contextlib.suppress(CorruptArtifact):
+            artifact = self.find(stage, fingerprint)
+            if artifact and not self.problems(artifact, hashes=self.local):
+                return None
         aside = f"{manifest}.damaged-{uuid.uuid4().hex[:8]}"
         self.fs.mv(manifest, aside)
+        moved = self.fs.cat_file(aside)
+        if moved != looked_at:  # repaired between the look and the renaming: it belongs back
+            with contextlib.suppress(FileExistsError):
+                self.create(manifest, moved)
+            self.fs.rm(aside)
+            return None
         return aside
 
     def withdraw(self, stage: str, fingerprint: str) -> None:
@@ -336,7 +359,7 @@ class RemoteStore(Store):
         self.fs.invalidate_cache()
         for path in self.fs.ls(f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts", detail=False):
             name = path.rsplit("/", 1)[1]
-            if name:  # some stores list the folder itself
+            if name and self._published(attempt):  # some stores list the folder itself
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.rm(f"{path}/work" if name == attempt.id else path, recursive=True)
         return artifact

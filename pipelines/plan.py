@@ -96,7 +96,8 @@ def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, rep
         manifest = f"{store.base}/{stage.name}/{stage.fingerprint}/artifact.json"
         if repair and store.fs.exists(manifest):
             aside = store.quarantine(stage.name, stage.fingerprint)
-            print(f"{stage.label}: {row.why}: it is put aside as {aside}", file=sys.stderr)
+            if aside:
+                print(f"{stage.label}: {row.why}: it is put aside as {aside}", file=sys.stderr)
     return artifacts
 
 

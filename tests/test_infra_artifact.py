@@ -176,6 +176,57 @@ def test_a_flipped_bit_in_the_manifest_is_noticed(store: Store):
     assert store.find("pack", "f7") is None
 
 
+def test_an_artifact_that_another_run_has_repaired_meanwhile_is_not_put_aside(store: Store, monkeypatch):
+    """A run looks at a damaged artifact; before it acts, another one has put it aside and published anew."""
+
+    def publish() -> str:
+        attempt = store.new_attempt("pack", "f10")
+        write(attempt)
+        return store.publish(attempt, RECORD).attempt
+
+    publish()
+    path = f"{store.base}/pack/f10/artifact.json"
+    store.fs.pipe_file(path, b"damaged")
+    assert store.quarantine("pack", "f10")
+    repaired = publish()
+    assert store.quarantine("pack", "f10") is None
+    store.fs.pipe_file(path, b"damaged again")
+    find = Store.find
+
+    def find_and_be_slow(self, stage, fingerprint):
+        monkeypatch.setattr(Store, "find", find)
+        store.withdraw(stage, fingerprint)
+        nonlocal repaired
+        repaired = publish()
+        raise CorruptArtifact("what was looked at")
+
+    monkeypatch.setattr(Store, "find", find_and_be_slow)
+    assert store.quarantine("pack", "f10") is None
+    assert store.fetch("pack", "f10").attempt == repaired
+    assert not [name for name in store.fs.ls(f"{store.base}/pack/f10", detail=False) if name.endswith(".damaged")]
+
+
+def test_a_publisher_that_pauses_takes_nothing_from_what_was_published_anew_meanwhile(store: Store, monkeypatch):
+    paused, forced = store.new_attempt("pack", "f11"), store.new_attempt("pack", "f11")
+    write(paused, "by the paused one")
+    write(forced, "by the forced one")
+    create = type(store).create
+
+    def create_and_pause(self, path, body):
+        create(self, path, body)
+        monkeypatch.setattr(type(store), "create", create)
+        store.withdraw("pack", "f11")  # run --force
+        if not forced.out.exists():
+            write(forced, "by the forced one")
+        store.publish(forced, RECORD)
+
+    monkeypatch.setattr(type(store), "create", create_and_pause)
+    with pytest.raises(AlreadyPublished) as refused:
+        store.publish(paused, RECORD)
+    assert refused.value.artifact.attempt == forced.id
+    assert (store.fetch("pack", "f11").path / "rows/data.arrow").read_text() == "by the forced one"
+
+
 def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path):
     store = Store(str(tmp_path))
     attempt = store.new_attempt("pack", "f8")
