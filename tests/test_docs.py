@@ -214,9 +214,9 @@ def snippets() -> list[tuple[str, str]]:
 
 
 @functools.cache
-def quickstart() -> dict[str, Any]:
+def whole() -> dict[str, Any]:
     """What sections stand in, with every evaluation on every model."""
-    recipe = load("quickstart").recipe.model_dump(mode="json", exclude_unset=True)
+    recipe = load(Path(__file__).with_name("whole.yaml")).recipe.model_dump(mode="json", exclude_unset=True)
     for choices in recipe["evaluate"].values():
         choices.pop("models", None)
     return recipe
@@ -226,7 +226,7 @@ def quickstart() -> dict[str, Any]:
 def test_recipes_in_the_docs_are_valid(snippet: tuple[str, str], tmp_path: Path) -> None:
     text = snippet[1]
     has = yaml.safe_load(text)
-    around = {} if "name" in has else {key: value for key, value in quickstart().items() if key not in has}
+    around = {} if "name" in has else {key: value for key, value in whole().items() if key not in has}
     file = tmp_path / "recipe.yaml"
     file.write_text(text + "\n" + (yaml.safe_dump(around) if around else ""), encoding="utf-8")
     try:

@@ -73,7 +73,7 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None
     assert said.endswith(
         "finetune.pack.seq_len: 1023 is not divided by resources.sequence_parallel 2: change one of them"
     )
-    (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.rope.type=dynamic")
+    (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.rope={type: dynamic, factor: 2}")
     assert said.endswith("not with resources.sequence_parallel 2")
 
 
@@ -91,7 +91,7 @@ def test_a_base_that_the_recipe_pretrains_needs_such_an_arm_and_weights_of_its_o
 def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remembering_frequencies() -> None:
     (said,) = mistakes("sink-lab", "pretrain.pack.method=best_fit")
     assert "sink_mass_every 50 with pack.method 'best_fit'" in said
-    (said,) = mistakes("quickstart", "finetune.rope.type=dynamic", "finetune.validate_every_steps=2")
+    (said,) = mistakes("quickstart", "finetune.rope={type: dynamic, factor: 2}", "finetune.validate_every_steps=2")
     assert "validate_every_steps 2 with rope type 'dynamic'" in said
 
 

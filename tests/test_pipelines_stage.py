@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pydantic import ConfigDict
@@ -15,11 +16,12 @@ from longreach.pipelines.stage import Stage, differences
 from longreach.pipelines.stages import STAGES
 from longreach.training.recipe import BaseRecipe, FinetuneStageRecipe, OptimRecipe
 
+WHOLE = Path(__file__).with_name("whole.yaml")
 SMALL = ["baselines={base: {type: none}}", "evaluate={}"]
 
 
 def stages(*overrides: str) -> dict[str, Stage]:
-    return {stage.label: stage for stage in build(load("quickstart", list(overrides)).recipe)}
+    return {stage.label: stage for stage in build(load(WHOLE, list(overrides)).recipe)}
 
 
 def changed(*overrides: str) -> set[str]:
@@ -110,14 +112,14 @@ def test_evaluating_one_more_model_leaves_the_other_evaluations_as_they_are():
 
 def test_every_stage_comes_after_its_inputs_and_labels_are_unique():
     seen: list[str] = []
-    for stage in build(load("quickstart", []).recipe):
+    for stage in build(load(WHOLE, []).recipe):
         assert {source.label for source in (*stage.inputs.values(), *stage.after)} <= set(seen)
         seen.append(stage.label)
     assert len(seen) == len(set(seen))
 
 
 def test_arms_whose_wall_clock_is_compared_are_chained():
-    arms = [stage for stage in build(load("quickstart", []).recipe) if stage.name == "finetune"]
+    arms = [stage for stage in build(load(WHOLE, []).recipe) if stage.name == "finetune"]
     assert [a.label for stage in arms[1:] for a in stage.after] == [stage.label for stage in arms[:-1]]
 
 
