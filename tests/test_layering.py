@@ -28,6 +28,7 @@ SLOW = {
     "pandas",
     "matplotlib",
     "pyarrow",
+    "datasketch",
 }
 QUICK = [
     "attention/__init__.py", "attention/pattern.py", "attention/causal.py", "attention/shifted_sparse.py",

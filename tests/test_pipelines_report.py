@@ -66,7 +66,11 @@ PEAK_GIB = {"full": 8.0, "lora": 5.0, "longlora": 6.0, "no-sink": 1.5, "sink-tok
 RECIPE = {
     "name": "tiny",
     "base": {"source": "base"},
-    "corpus": {"sources": [{"files": "texts.jsonl", "name_field": "name"}], "test": ["2026-Trump-1", "<script>*"]},
+    "corpus": {
+        "sources": [{"files": "texts.jsonl", "name_field": "name"}],
+        "test": ["2026-Trump-1", "<script>*"],
+        "max_overlap": 1.0,
+    },
     "baselines": {
         "base": {},
         "stretched": {"type": "linear", "factor": 2},
@@ -592,6 +596,14 @@ def test_packing_is_reported_as_it_was(inputs, written):
     assert row[4:7] == ["20", "0", "2"]
     assert row[-1] == "1"
     assert page_of(written[0]).row("texts.jsonl:23") == ["text is empty"]
+
+
+def test_the_largest_overlaps_of_training_and_held_out_documents_are_listed(inputs, written):
+    overlaps = inputs[1]["pack"].summary["overlaps"]
+    assert [one["document"] for one in overlaps] == ["2026-Trump-1", RUDE]  # all texts go through the same 60 words
+    page = page_of(written[0])
+    share = f"{overlaps[0]['share']:.1%}"
+    assert ["2026-Trump-1", "test", share, "train19", share] in page.rows
 
 
 def test_how_it_was_run_names_stages_choices_and_licences(written):

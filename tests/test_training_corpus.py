@@ -32,6 +32,7 @@ def write_texts(folder, count=30):
 
 def pack(folder, out, *, tokenizer=None, workers=0, corpus=None, files="*.txt", progress=None, **choices):
     corpus = {"test": ("t01", "t2*"), "validation": ("t03",)} if corpus is None else corpus
+    corpus = {"max_overlap": 1.0} | corpus  # the documents repeat one line
     recipe = CorpusRecipe(sources=(SourceRecipe(files=str(folder / files)),), **corpus)
     out.mkdir()
     said = {"progress": progress} if progress else {}

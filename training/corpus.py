@@ -5,8 +5,9 @@
     tokenizer/    the tokenizer that made the ids
     packed.json   what it is and how it was made (PackSummary)
 
-One pass reads, splits and tokenises the documents into a scratch file of int32 tokens; which token
-goes where is then arithmetic on document lengths (training/packing.py); a second pass copies tokens
+One pass reads, splits and tokenises the documents into a scratch file of int32 tokens, and another
+of hashed words, in which repeats are looked for (training/overlap.py). Which token goes where is
+then arithmetic on document lengths (training/packing.py); a second pass copies tokens
 into shards. Memory holds a few megabytes at a time, whatever the size of the corpus or of one
 document.
 
@@ -38,16 +39,18 @@ from transformers import PreTrainedTokenizerBase
 
 from longreach.training.documents import BadLine, Document, check_patterns, read_documents, source_digest, split_of
 from longreach.training.exposure import context_counts
+from longreach.training.overlap import find_overlaps
 from longreach.training.packing import METHODS, Rows, copies
 from longreach.training.recipe import CorpusRecipe, PackRecipe
 from longreach.training.sink import with_sink_token
-from longreach.training.summary import ContextBin, PackSummary, SourceShare
+from longreach.training.summary import ContextBin, Overlap, PackSummary, SourceShare
 from longreach.training.tokenise import BATCH_CHARS, Encoder, encode_all
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 SHARD_BYTES = 256 << 20  # rows in one Arrow file
 WRITE_BYTES = 8 << 20  # rows that are filled and written at a time: one Arrow record batch
 MAX_LISTED = 1000  # malformed entries that packed.json names; all are counted
+MAX_OVERLAPS = 20  # held-out documents whose overlaps packed.json names, the largest first
 SPLITS = ("train", "validation", "test")
 IDS = pa.list_(pa.int32())
 ROW = pa.schema([("input_ids", IDS), ("position_ids", IDS), ("length", pa.int32())])
@@ -70,7 +73,8 @@ def pack_corpus(
 
     Raises:
         ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a document;
-            nothing to train on; a tokenizer without the special tokens that are asked for.
+            nothing to train on; a tokenizer without the special tokens that are asked for; training
+            documents that repeat more than corpus.max_overlap of a held-out one.
     """
     tokenizer, first_token = _first_token(tokenizer, pack.first_token)
     eos = tokenizer.eos_token_id
@@ -79,11 +83,12 @@ def pack_corpus(
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     lead = int(first_token is not None)
     digest, index = source_digest(corpus, base_dir), CorpusIndex(corpus)
-    with tempfile.TemporaryFile(dir=out) as scratch:
+    with tempfile.TemporaryFile(dir=out) as scratch, tempfile.TemporaryFile(dir=out) as words:
         items = read_documents(corpus, base_dir)
-        _tokenise(items, index, Encoder.of(tokenizer), eos, scratch, workers, progress)
+        _tokenise(items, index, Encoder.of(tokenizer), eos, scratch, words, workers, progress)
         index.check()
         report = index.report(pack.seq_len - lead)  # before the rows are written: it may refuse
+        report["overlaps"] = _overlaps(index, words, workers)
         segments = METHODS[pack.method](*index.packed(), pack.seq_len, lead)
         rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
         _write_rows(out / "rows", rows, scratch)
@@ -162,10 +167,17 @@ class CorpusIndex:
         """Places in corpus.sources."""
         self.lengths: list[int] = []
         """Tokens of the text alone."""
+        self.words: list[int] = []
+        """Words of the text (training/tokenise.py)."""
         self.bad: list[BadLine] = []
         self.bad_count = 0
         self.entries = 0
         """Entries of the sources: documents, files of repositories, and malformed ones."""
+
+    @property
+    def compared(self) -> bool:
+        """Whether overlaps of training and held-out documents are looked for."""
+        return self.corpus.max_overlap is not None and bool(self.corpus.validation or self.corpus.test)
 
     def add(self, item: Document | BadLine) -> None:
         """Add the next document, whose tokens are counted later, or malformed entry."""
@@ -182,6 +194,7 @@ class CorpusIndex:
         self.splits.append(split_of(item.key, self.corpus))
         self.sources.append(item.source)
         self.lengths.append(0)
+        self.words.append(0)
 
     def check(self) -> None:
         """Raise ValueError for too many malformed entries, no document, or an idle pattern."""
@@ -292,22 +305,27 @@ def _tokenise(
     encoder: Encoder,
     eos: int,
     scratch: IO[bytes],
+    words: IO[bytes],
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Write EOS, document, EOS, document, ... EOS to the scratch file, as int32."""
+    """Write EOS, document, EOS, document, ... EOS to the scratch file, as int32, and to `words` word_hashes."""
     owners: deque[np.ndarray] = deque()  # of the texts of each batch under way: indices of documents
     last = -1
-    for ids, lengths in encode_all(_batches(items, index, encoder, owners), encoder, workers):
+    for ids, lengths, hashes, counts in encode_all(_batches(items, index, encoder, owners), encoder, workers):
         owner = owners.popleft()
-        for document, tokens in zip(owner.tolist(), lengths.tolist(), strict=True):
+        for document, tokens, count in zip(owner.tolist(), lengths.tolist(), counts.tolist(), strict=True):
             index.lengths[document] += tokens
+            index.words[document] += count
+        if index.compared:
+            words.write(hashes.data)
         begins = np.diff(owner, prepend=last) > 0
         scratch.write(np.insert(ids, (np.cumsum(lengths) - lengths)[begins], eos).data)
         last = int(owner[-1])
         progress(last)
     scratch.write(np.array([eos], np.int32).data)
     scratch.flush()
+    words.flush()
     progress(last + 1)
 
 
@@ -331,6 +349,46 @@ def _batches(
     if texts:
         owners.append(np.array(owner))
         yield texts
+
+
+def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overlap, ...] | None:
+    """Return the largest overlaps; ValueError if one is over corpus.max_overlap, None if nobody looks for them."""
+    if not index.compared:
+        return None
+    counts = np.array(index.words, np.int64)
+    ends = np.cumsum(counts)
+
+    def words_of(document: int) -> np.ndarray:
+        if not counts[document]:
+            return np.empty(0, np.uint32)
+        first = 4 * int(ends[document] - counts[document])  # a view of this document alone
+        return np.memmap(words, np.uint32, "r", offset=first, shape=(int(counts[document]),))
+
+    held_out = [n for n, split in enumerate(index.splits) if split != "train"]
+    found = find_overlaps(words_of, held_out, np.flatnonzero(index.copies).tolist(), workers)
+    overlaps = [
+        Overlap(
+            document=index.names[one.document],
+            split=index.splits[one.document],
+            share=one.share,
+            nearest=index.names[one.nearest],
+            nearest_share=one.nearest_share,
+        )
+        for one in found
+    ]
+    limit = index.corpus.max_overlap
+    assert limit is not None
+    over = sum(one.share > limit for one in overlaps)
+    if over:
+        worst = overlaps[0]
+        more = f" {over} held-out documents are over it." if over > 1 else ""
+        raise ValueError(
+            f"corpus.max_overlap {limit:.1%}: {worst.share:.1%} of the {worst.split} document {worst.document!r} stand "
+            f"in training documents, too, {worst.nearest_share:.1%} in {worst.nearest!r} alone.{more} Add "
+            f"{index.keys[found[0].nearest]!r} to corpus.{worst.split}, or take it out of the sources; or raise "
+            f"max_overlap (1: overlaps are only reported)"
+        )
+    return tuple(overlaps[:MAX_OVERLAPS])
 
 
 def _mapped(scratch: IO[bytes]) -> np.ndarray:

@@ -214,6 +214,9 @@ class CorpusRecipe(Choices):
     """Document names (shell patterns) held out for evaluation; wins over validation."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """The stage fails when more than this share of documents is malformed; bad ones are skipped and listed."""
+    max_overlap: New[float | None] = Field(default=0.1, ge=0, le=1)
+    """The stage fails when training documents nearly repeat more than this share of a held-out one.
+    1: overlaps are reported only; null: nobody looks for them, which costs 0.3 CPU seconds per MB."""
     seed: New[int] = Field(default=0, ge=0)
     """Which documents a source's `weight` draws, where it is no whole number."""
 

@@ -158,6 +158,16 @@ class SourceShare(Facts):
         return self.packed_tokens / self.tokens if self.tokens else 0.0
 
 
+class Overlap(Facts):
+    """A held-out document that training documents nearly repeat in part."""
+
+    document: str
+    split: str
+    share: float  # of its runs of 5 words, those in passages that training documents nearly repeat
+    nearest: str  # the training document that repeats most of it
+    nearest_share: float
+
+
 class PackSummary(Summary, PackRecipe):
     """How documents became rows: packed.json in a PackedCorpus folder."""
 
@@ -184,6 +194,8 @@ class PackSummary(Summary, PackRecipe):
     in what an older version packed."""
     sources: tuple[SourceShare, ...] = ()
     """The mixture, in the recipe's order; empty in what an older version packed."""
+    overlaps: tuple[Overlap, ...] | None = None
+    """Held-out documents of which training documents repeat most, the first of them; None: not looked for."""
     bad: BadEntries
 
 

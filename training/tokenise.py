@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,9 @@ LLAMA3_SPLITS = tuple(
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in ("{1,3}", "")  # Llama 3, Qwen 2
 )
+
+NO_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # in Japanese and Chinese each sign counts as a word
+WORD = re.compile(f"[{NO_SPACES}]|[^\\W{NO_SPACES}]+")
 
 
 def exact_cut(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
@@ -86,6 +90,9 @@ class Tokens(NamedTuple):
 
     ids: np.ndarray  # [tokens] int32: vocabularies over 65,535 exist
     lengths: np.ndarray  # [texts] int64; they sum to the number of ids
+    words: np.ndarray
+    """word_hashes of each text, joined: no cut is within a word."""
+    word_counts: np.ndarray  # [texts] int64; they sum to the number of words
 
 
 class Encoder:
@@ -121,11 +128,14 @@ class Encoder:
     def encode(self, texts: list[str]) -> Tokens:
         """Return the texts' own tokens; nothing is put in front or behind."""
         ids, lengths = [np.empty(0, np.int32)], np.zeros(len(texts), np.int64)
+        words, word_counts = [np.empty(0, np.uint32)], np.zeros(len(texts), np.int64)
         for n, text in enumerate(texts):
             for piece in self.parts([text], PIECE_CHARS):
                 ids.append(np.array(self._ids(piece), np.int32))
                 lengths[n] += len(ids[-1])
-        return Tokens(np.concatenate(ids), lengths)
+                words.append(word_hashes(piece))
+                word_counts[n] += len(words[-1])
+        return Tokens(np.concatenate(ids), lengths, np.concatenate(words), word_counts)
 
     def _assert_exact(self, text: str, at: int) -> None:
         before, after = text[max(0, at - CHECKED_CHARS) : at], text[at : at + CHECKED_CHARS]
@@ -138,6 +148,12 @@ class Encoder:
         return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
+def word_hashes(text: str) -> np.ndarray:
+    """Return a number for each word of a text, whatever its case, [words] uint32: a tenth of encode's time."""
+    words = " ".join(WORD.findall(text.lower())).encode().split()
+    return np.fromiter(map(zlib.crc32, words), np.uint32, len(words))
+
+
 def encode_all(batches: Iterable[list[str]], encoder: Encoder, workers: int = 0) -> Iterator[Tokens]:
     """Yield encoder.encode of each batch, in order; only a few batches are in memory at a time.
 
@@ -148,14 +164,14 @@ def encode_all(batches: Iterable[list[str]], encoder: Encoder, workers: int = 0)
         import ray
 
         task, spec = ray.remote(num_cpus=1)(_encode_remotely), ray.put(encoder.json)
-        yield from _in_order(lambda texts: task.remote(spec, texts), ray.get, batches, 2 * workers)
+        yield from in_order(lambda texts: task.remote(spec, texts), ray.get, batches, 2 * workers)
         return
     threads = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
-        yield from _in_order(lambda texts: pool.submit(encoder.encode, texts), Future.result, batches, 2 * threads)
+        yield from in_order(lambda texts: pool.submit(encoder.encode, texts), Future.result, batches, 2 * threads)
 
 
-def _in_order(submit: Callable, result: Callable, items: Iterable, ahead: int) -> Iterator:
+def in_order(submit: Callable, result: Callable, items: Iterable, ahead: int) -> Iterator:
     """Yield result(submit(item)) of each item, in order, with up to `ahead` of them under way."""
     pending: deque = deque()
     for item in items:

