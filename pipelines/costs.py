@@ -136,6 +136,11 @@ class CostsStageRecipe(CostsChoices):
         causal = [name for name in full if self.arms[name].arm.attention.pattern == "causal"]
         return [*causal, *full, *self.arms][0]
 
+    def rows_of_step(self, length: int, resources: Resources) -> int:
+        """Return the rows of a step: the number nearest to global_batch_tokens that divides over the ranks."""
+        at_once = resources.workers // resources.sequence_parallel * resources.micro_batch_rows
+        return max(1, round(self.global_batch_tokens / length / at_once)) * at_once
+
     def cells(self) -> list[dict[str, Any]]:
         """Return what is measured, in order: at each length all arms, and then all arms again."""
         cells = []
@@ -243,8 +248,7 @@ def _measured(
     if stop.exists() or relay.stop_asked(run.spool):
         raise Stopped("stopped between two measurements: the same command goes on with the next")
     length, one = cell["length"], recipe.arms[cell["arm"]]
-    rows_at_once = resources.workers // resources.sequence_parallel * resources.micro_batch_rows
-    rows = max(1, round(recipe.global_batch_tokens / length / rows_at_once)) * rows_at_once
+    rows = recipe.rows_of_step(length, resources)
     job = TrainJob(
         rope=one.rope,
         arm=at_length(one.arm, recipe.row_tokens, length),

@@ -6,12 +6,14 @@ the speed that such ranks were measured to have when they last trained (training
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import ValidationError
 
 from longreach.infra.artifact import CorruptArtifact, Store
 from longreach.infra.resources import Resources
+from longreach.pipelines.costs import CostsStageRecipe, at_length
 from longreach.pipelines.display import duration
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
@@ -30,10 +32,13 @@ def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str
     machine = _measured(store, resources)
     sentences = {}
     for stage in stages:
-        if not isinstance(stage.recipe, FinetuneStageRecipe | PretrainStageRecipe):
+        if not isinstance(stage.recipe, FinetuneStageRecipe | PretrainStageRecipe | CostsStageRecipe):
             continue
         shape = _shape(store, stage)
         if shape is None:
+            continue
+        if isinstance(stage.recipe, CostsStageRecipe):
+            sentences[stage.label] = _of_costs(stage.recipe, shape, resources, machine)
             continue
         arm = ArmRecipe()  # pretraining trains all weights under full attention
         if isinstance(stage.recipe, FinetuneStageRecipe):
@@ -47,9 +52,29 @@ def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str
     return sentences
 
 
+def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, machine: Machine | None) -> str:
+    """Return what measuring the cost of all arms by row length will itself cost."""
+    cells, steps = recipe.cells(), 1 + recipe.steps
+    seconds, most_gib = 0.0, 0.0
+    for cell in cells:
+        length = cell["length"]
+        arm = at_length(recipe.arms[cell["arm"]].arm, recipe.row_tokens, length)
+        rows = recipe.rows_of_step(length, resources)
+        cost = predict(shape, arm, rows=rows, seq_len=length, resources=resources, machine=machine)
+        seconds += steps * (cost.step_s or math.nan)
+        most_gib = max(most_gib, cost.peak_gib)
+    work = f"{len(cells)} times {steps} steps, at most about {most_gib:.1f} GiB on {_on_ranks(resources.workers)}"
+    if math.isnan(seconds):
+        return f"{work}; how long, is known once an arm has trained on such ranks"
+    return f"{work}: {duration(seconds)} of training, and as many starts of ranks"
+
+
+def _on_ranks(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
 def _in_words(cost: Prediction, steps: int, ranks: int) -> str:
-    on_ranks = "1 rank" if ranks == 1 else f"{ranks} ranks"
-    memory = f"about {cost.peak_gib:.1f} GiB on {on_ranks}"
+    memory = f"about {cost.peak_gib:.1f} GiB on {_on_ranks(ranks)}"
     work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
     if cost.step_s is None:
         return f"{memory}, {work}; how long, is known once an arm has trained on such ranks"

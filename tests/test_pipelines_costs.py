@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_pipelines_recipe import mistakes
-from toy_models import job, tiny_folder
+from toy_models import job, tiny_folder, training_summary
 
 from longreach.evaluation.figures import Style
 from longreach.infra import launch
@@ -21,6 +21,7 @@ from longreach.infra.launch import run_local
 from longreach.infra.resources import Resources
 from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines.costs import CostsStageRecipe, at_length, costs
+from longreach.pipelines.foresee import foresee
 from longreach.pipelines.graph import build
 from longreach.pipelines.kind import stop_file
 from longreach.pipelines.reader import load
@@ -28,6 +29,7 @@ from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.report.costs import cost_by_length, costs_in_words
 from longreach.pipelines.report.findings import Findings, Model
 from longreach.training import trial
+from longreach.training.checkpoint import Checkpoints
 from longreach.training.corpus import PackedRows, write_whole_rows
 from longreach.training.model import describe
 from longreach.training.recipe import ArmRecipe
@@ -257,7 +259,10 @@ def trial_of(tmp_path: Path, **choices) -> dict:
     return {"job": todo, "length": 64, "needs_gib": 0.1} | choices
 
 
-def test_a_trial_measures_its_timed_steps_at_its_own_row_length_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_trial_measures_its_timed_steps_at_its_own_row_length_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoints, "save", None)  # due after two steps, were it a training
     measured = run_local("longreach.training.trial:measure", trial_of(tmp_path))
     cell = CostCell(length=64, round=0, arm="full", **measured)
     assert cell.tokens == 128
@@ -310,14 +315,37 @@ def test_the_report_draws_time_and_memory_by_length_and_says_the_ratio_at_the_gr
     section = cost_by_length(Findings({}, costs=measured), Style.of(["base", "full", "longlora"]))
     text, times, ratios, memory, figures = section.blocks
     assert text.startswith(costs_in_words(measured))
-    assert times.rows[0][0] == "full"
-    assert ratios.rows[1] == ["longlora", "1.05 ×\n1 to 1.1", "2.1 ×\n2 to 2.2"]
-    assert ratios.rows[0] == ["full", "1 ×", "1 ×"]
-    assert memory.rows[1] == ["longlora", "4", "4"]
+    assert times.rows[0][0] == "full\nattention by flash"
+    assert "Disturbed" not in text
+    assert ratios.rows[1][1:] == ["1.05 ×\n1 to 1.1", "2.1 ×\n2 to 2.2"]
+    assert ratios.rows[0][1:] == ["1 ×", "1 ×"]
+    assert memory.rows[1][1:] == ["4", "4"]
     values = figures[0].vega_lite["datasets"] if "datasets" in figures[0].vega_lite else figures[0].vega_lite
     assert "longlora, predicted" in json.dumps(values)
     assert [figure.file for figure in figures] == ["costs-time.png", "costs-memory.png"]
     assert cost_by_length(Findings({}), Style.of([])) is None
+
+
+def test_steps_that_other_work_has_slowed_are_said_to_be_disturbed() -> None:
+    quiet = summary_of({1024: 1.0, 2048: 1.0})
+    slow = quiet.cells[0].model_copy(update={"seconds": (8.0, 12.5)})
+    measured = quiet.model_copy(update={"cells": (slow, *quiet.cells[1:])})
+    text = cost_by_length(Findings({}, costs=measured), Style.of([])).blocks[0]
+    assert "took more than 1.5 times as long as the fastest: full at 1,024; --force costs measures again" in text
+
+
+def test_the_plan_says_what_measuring_will_cost(path: Path) -> None:
+    converted = Artifact(path.parent / "base", {"summary": describe(path.parent / "base")})
+    recipe = load(path).recipe
+    machine = {"matmul": 1e9, "attention": 1e9, "attention_backward": 1e9, "bytes": 1e9, "process_gib": 0.5}
+    trained = {"published_at": "now", "resources": recipe.resources.model_dump(mode="json"),
+               "summary": training_summary(machine=machine).to_json()}  # fmt: skip
+    for manifests, says in (([], "; how long, is known once an arm has"), ([trained], "s of training, and as many")):
+        store = SimpleNamespace(find=lambda *_: converted, manifests=lambda name, found=manifests: found)
+        sentence = foresee(store, build(recipe), recipe.resources)["costs"]
+        assert sentence.startswith("12 times 3 steps, at most about 1."), sentence
+        assert "GiB on 2 ranks" in sentence
+        assert says in sentence
 
 
 def test_speeds_elsewhere_in_the_report_are_those_measured_in_turns_if_rows_are_as_long() -> None:
@@ -336,7 +364,7 @@ def test_speeds_elsewhere_in_the_report_are_those_measured_in_turns_if_rows_are_
 @pytest.mark.slow
 def test_the_whole_chain_measures_two_arms_at_two_lengths_and_the_report_draws_them(path: Path) -> None:
     command = [sys.executable, "-m", "longreach.pipelines", "run", str(path), "--set", "costs.steps=1"]
-    command += ["--set", "costs.arms=[full, longlora]", "--set", "resources.workers=1"]
+    command += ["--set", "costs.arms=[full, longlora]"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     store = Store(str(path.parent / ".longreach"))

@@ -10,8 +10,9 @@ from longreach.evaluation.sections import DASH
 from longreach.pipelines.report.findings import Findings
 from longreach.training.summary import CostsSummary, Spread
 
-LEFT_OUT = "left out"
 PREDICTED = "predicted"
+DISTURBED = 1.5
+"""An arm's slowest step at a length over its fastest, above which other work is taken to have run beside them."""
 
 
 def cost_by_length(found: Findings, style: Style) -> Section | None:
@@ -56,6 +57,17 @@ def _texts(measured: CostsSummary) -> list[str]:
     if len({*batches.values()}) > 1:
         sizes = ", ".join(f"{tokens:,} at {length:,}" for length, tokens in batches.items())
         texts.append(f"Whole rows for every rank make steps of different sizes: {sizes} tokens.")
+    disturbed = []
+    for length in measured.lengths:
+        for arm in measured.arms:
+            time = measured.seconds_per_1k(length, arm)
+            if time and time.high > DISTURBED * time.low:
+                disturbed.append(f"{arm} at {length:,}")
+    if disturbed:
+        texts.append(
+            f"Disturbed, since the slowest step took more than {DISTURBED:g} times as long as the fastest: "
+            f"{', '.join(disturbed)}; --force costs measures again."
+        )
     return [text for text in texts if text]
 
 
@@ -83,7 +95,11 @@ def _tables(measured: CostsSummary) -> list[Block]:
 
 
 def _table(measured: CostsSummary, caption: str, cell: Callable[[int, str], str], legend: str) -> Table:
-    rows = [[arm, *(cell(length, arm) for length in measured.lengths)] for arm in measured.arms]
+    rows = []
+    for arm in measured.arms:
+        kernels = {one.kernel for length in measured.lengths for one in measured.of(length, arm)}
+        name = f"{arm}\nattention by {' and '.join(sorted(kernels))}" if kernels else arm
+        rows.append([name, *(cell(length, arm) for length in measured.lengths)])
     groups = [("", 1), ("row length (tokens)", len(measured.lengths))]
     return Table(caption, ["arm", *(f"{length:,}" for length in measured.lengths)], rows, groups, legend)
 
