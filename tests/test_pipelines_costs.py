@@ -17,7 +17,7 @@ from longreach.evaluation.figures import Style
 from longreach.infra import launch
 from longreach.infra.artifact import Artifact, Store
 from longreach.infra.errors import OutOfMemory, Stopped
-from longreach.infra.launch import run_local
+from longreach.infra.launch import be_the_only_rank, run_local
 from longreach.infra.resources import Resources
 from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines.costs import CostsStageRecipe, at_length, costs
@@ -275,9 +275,18 @@ def test_a_trial_measures_its_timed_steps_at_its_own_row_length_and_leaves_nothi
 
 def test_a_trial_that_would_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "TrialTraining", None)
+    monkeypatch.setattr(trial, "LOOKS", 2)
     measured = run_local("longreach.training.trial:measure", trial_of(tmp_path, needs_gib=1e6))
     assert measured["left_out"].startswith("rows of 64 tokens need about 1000000.0 GiB on each rank")
     assert measured["left_out"].endswith("GiB are free for it")
+
+
+def test_a_trial_waits_for_memory_that_the_ranks_before_it_still_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_the_only_rank(gpu=False)
+    free = [1.0, 3.0]
+    monkeypatch.setattr(trial, "_free_gib", lambda gpu: free.pop(0))
+    assert trial._wait_for_gib(2.0, gpu=False) == 3.0
+    assert free == []
 
 
 def test_rows_of_another_length_are_one_run_each_and_a_small_corpus_is_repeated(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from longreach.training.recipe import TrainJob
 
 KEPT_FREE = 0.05
 """Share of a machine's memory that stays free: Ray kills a process where less is left."""
+
+LOOKS = 10
+"""How often it is looked whether memory is free, a second apart: ranks of the trial before may still be ending."""
 
 
 class Trial(BaseModel):
@@ -54,12 +58,11 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
     measurements.
     """
     asked = Trial.model_validate(trial)
-    gpu = asked.job.resources.gpus_per_worker > 0
-    free_gib = torch.tensor(_free_gib(gpu), dtype=torch.float64, device="cuda" if gpu else "cpu")
-    dist.all_reduce(free_gib, dist.ReduceOp.MIN)
-    if asked.needs_gib is not None and asked.needs_gib > free_gib.item():
-        reason = f"rows of {asked.length:,} tokens need about {asked.needs_gib:.1f} GiB on each rank"
-        return {"left_out": f"{reason}, {free_gib.item():.1f} GiB are free for it"}
+    if asked.needs_gib is not None:
+        free_gib = _wait_for_gib(asked.needs_gib, gpu=asked.job.resources.gpus_per_worker > 0)
+        if free_gib < asked.needs_gib:
+            reason = f"rows of {asked.length:,} tokens need about {asked.needs_gib:.1f} GiB on each rank"
+            return {"left_out": f"{reason}, {free_gib:.1f} GiB are free for it"}
     with tempfile.TemporaryDirectory(prefix="longreach-trial-") as folder:
         rows = asked.job.optim.global_batch_tokens // asked.length * asked.job.optim.steps
         write_whole_rows(Path(folder, "corpus"), asked.job.corpus, seq_len=asked.length, rows=rows)
@@ -81,6 +84,17 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
         "predicted_gib": predicted.peak_gib if predicted else None,
         "kernel": training.kernel,
     }
+
+
+def _wait_for_gib(needs_gib: float, *, gpu: bool) -> float:
+    """Return the memory that is free for each rank, once it is enough or does not become so; every rank calls it."""
+    for looks_left in reversed(range(LOOKS)):
+        free_gib = torch.tensor(_free_gib(gpu), dtype=torch.float64, device="cuda" if gpu else "cpu")
+        dist.all_reduce(free_gib, dist.ReduceOp.MIN)
+        if free_gib.item() >= needs_gib or not looks_left:
+            break
+        time.sleep(1)
+    return free_gib.item()
 
 
 def _free_gib(gpu: bool) -> float:
