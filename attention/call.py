@@ -19,7 +19,8 @@ class AttentionCall:
     pattern: Pattern
     """Which keys each query sees."""
     position_ids_BT: Tensor | None = None
-    """Positions that restart at each packed document (padding is a run of its own); None: a row is one document."""
+    """Positions that restart at each packed document (padding is a run of its own); None: a row is one document.
+    Queries and keys may be rotated by others."""
     sink_logit_H: Tensor | None = None
     """A logit per head that takes part in the softmax and carries no value (attention/sink_softmax.py)."""
     scale: float | None = None

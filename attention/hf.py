@@ -6,7 +6,9 @@
 
 A pattern and a kernel are registered under a name of their own, which becomes the model's attention
 implementation; it holds through PEFT and under gradient checkpointing. Packed rows come as
-position_ids that restart, padding as a 2-D mask; both end up as document edges. Use
+position_ids that restart, padding as a 2-D mask; both end up as document edges. Positions that skip
+inside of a document need a keyword beside them, model(..., position_ids=skipping, documents=plain):
+plain ones, which restart at each document, for attention alone. Use
 `use_cache=False`: a cache makes queries and keys differ in length.
 """
 
@@ -149,7 +151,11 @@ def _forward_of(active: ActivePattern) -> Any:
                 raise ValueError(f"{type(module).__name__} asks for {name}={kwargs[name]}: {active.pattern} has none")
         if position_ids is None:
             raise ValueError(f"{type(module).__name__} gets no position_ids: packed documents would see each other")
-        documents_BT = position_ids if attention_mask is None else split_padding(position_ids, attention_mask)
+        documents_BT = kwargs.get("documents")  # where positions skip, for a jump would be taken as a new document
+        if documents_BT is None:
+            documents_BT = position_ids
+        if attention_mask is not None:
+            documents_BT = split_padding(documents_BT, attention_mask)
         layer = getattr(module, "layer_idx", None) or 0
         call = AttentionCall(active.pattern, documents_BT, kwargs.get("s_aux"), scaling, layer)
         if active.sequence.size > 1:

@@ -158,6 +158,8 @@ def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]
         "position_ids": batch["position_ids"][:, begin : begin + length],
         "labels": ahead[:, begin : begin + length + 1],
     }
+    if "documents" in batch:
+        part["documents"] = batch["documents"][:, begin : begin + length]
     if "weights" in batch:
         weights = torch.nn.functional.pad(batch["weights"], (0, 1))
         part["weights"] = weights[:, begin : begin + length + 1]

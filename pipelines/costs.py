@@ -151,7 +151,7 @@ class CostsStageRecipe(CostsChoices):
 
 
 def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
-    """Return an arm for rows of another length: its groups have the same share of a row, and it does not anneal.
+    """Return an arm for rows of another length: its groups have the same share of a row; it neither anneals nor skips.
 
     ValueError if there are no such groups.
     """
@@ -168,7 +168,7 @@ def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
         choices["group_tokens"] = group
     attention = AttentionRecipe.of(**choices)
     attention.check_row(length)
-    return arm.model_copy(update={"attention": attention})
+    return arm.model_copy(update={"attention": attention, "positions": None})  # skipping costs nothing
 
 
 def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:

@@ -59,6 +59,11 @@ def ids(*shape):
     return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(0))
 
 
+def causal_mask(tokens):
+    """Of transformers' own kind, so that no document is looked for."""
+    return torch.full((tokens, tokens), float("-inf")).triu(1)[None, None]
+
+
 def logits(model, input_ids, **kwargs):
     with torch.no_grad():
         return model(input_ids, use_cache=False, **kwargs).logits
@@ -118,6 +123,23 @@ def test_packed_documents_give_what_they_give_alone(architecture):
     packed = logits(model, row, position_ids=positions((11, 18)))
     alone = [logits(model, row[:, :11]), logits(model, row[:, 11:])]
     assert torch.allclose(packed, torch.cat(alone, 1), atol=TOLERANCE)
+
+
+@architectures
+def test_documents_with_positions_that_skip_give_what_they_give_alone(architecture):
+    """A jump is no new document where the keyword says so, in every architecture that takes patterns."""
+    model = tiny(architecture)
+    set_pattern(model, PATTERNS["causal"]())
+    row, plain = ids(1, T), positions((11, 18))
+    skipping = plain + torch.where((plain >= 5) & (torch.arange(T) < 20), 40, 0)  # a jump of 40 in the first document
+    skipping[:, 20:] += 70  # and one of 70 in the second
+    packed = logits(model, row, position_ids=skipping, documents=plain)
+    alone = []
+    for part in (slice(0, 11), slice(11, T)):
+        alone.append(logits(tiny(architecture), row[:, part], position_ids=skipping[:, part],
+                            attention_mask=causal_mask(part.stop - part.start)))  # fmt: skip
+    assert torch.allclose(packed, torch.cat(alone, 1), atol=TOLERANCE)
+    assert not torch.allclose(packed, logits(model, row, position_ids=skipping), atol=1e-2)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

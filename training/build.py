@@ -40,6 +40,12 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
             f"rows of {packed.seq_len} tokens exceed the model's {reach:,.0f} positions: "
             f"raise rope.factor, or lower pack.seq_len"
         )
+    skipping = job.arm.positions
+    if skipping is not None and skipping.context_length > reach:
+        raise ValueError(
+            f"arm.positions.context_length {skipping.context_length} exceeds the model's {reach:,.0f} positions: "
+            f"raise rope.factor, or lower it"
+        )
     model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
     if job.resources.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

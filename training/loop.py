@@ -35,6 +35,7 @@ from longreach.training.corpus import PackedRows
 from longreach.training.exposure import effective_contexts, exact_weights
 from longreach.training.longlora import lora_b, trainable_parameters
 from longreach.training.loss import TokenLoss, causal_lm, count_targets, weight_of_targets
+from longreach.training.positions import skip_positions
 from longreach.training.recipe import OptimRecipe, TrainJob
 from longreach.training.row_order import RowOrder
 from longreach.training.skips import Skips
@@ -227,6 +228,8 @@ class Training:
             batch = self.rows.batch(row_ids, drop_first=self.job.drops_first)
             if self.weights_C is not None:
                 batch["weights"] = self.weights_C[effective_contexts(batch["position_ids"])]
+            if self.job.arm.positions is not None:
+                batch = skip_positions(batch, row_ids, self.job.arm.positions, seed=self.job.seed, step=step)
             batches.append(part_of(batch, self.sequence))
         return batches
 

@@ -148,11 +148,22 @@ class TokenLoss(nn.Module):
             )
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, scale: float, weights: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        scale: float,
+        weights: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        """Return scale * summed token loss of [B, T] rows; labels and their weights are unshifted."""
+        """Return scale * summed token loss of [B, T] rows; labels and their weights are unshifted.
+
+        documents: positions that restart at each document, where position_ids skip (attention/hf.py).
+        """
         lm: Any = causal_lm(self.model)
-        hidden_BTE = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        apart = {} if documents is None else {"documents": documents}
+        outputs = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
+        hidden_BTE = outputs.last_hidden_state
         weight_VE = lm.get_output_embeddings().weight
         return fused_linear_cross_entropy(
             hidden_BTE, weight_VE, labels, scale=scale, chunk_tokens=self.chunk_tokens, weights_BT=weights

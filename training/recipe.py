@@ -234,6 +234,32 @@ class PackRecipe(Choices):
     """What is put first in each row (best_fit: in each document), and counts towards seq_len."""
 
 
+class PositionsRecipe(Choices):
+    """Positions in training that skip ahead, so that short rows train those of a long context."""
+
+    type: Literal["pose"] = "pose"
+    """pose (2309.10400): each document of a row is cut into chunks, with a random jump before each
+    but the first; a document's first token keeps position 0."""
+    chunks: int = Field(default=2, ge=2)
+    """Number of chunks of each document; the paper takes 2."""
+    context_length: int = Field(ge=16)
+    """Positions go up to this, less one; a document sees no other, whatever its positions are."""
+
+    def about(self) -> str:
+        """Return the choices in few words."""
+        return f"positions skip to {self.context_length:,} (PoSE, {self.chunks} chunks)"
+
+    def check_row(self, seq_len: int) -> None:
+        """Raise ValueError, which opens with the field's name, if rows of that length have nothing to skip."""
+        if self.context_length <= seq_len:
+            raise ValueError(
+                f"context_length {self.context_length} is not above pack.seq_len {seq_len}: such rows reach all "
+                f"positions without skipping, so raise it, lower pack.seq_len, or leave positions out"
+            )
+        if self.chunks > seq_len:
+            raise ValueError(f"chunks {self.chunks} is above pack.seq_len {seq_len}: a chunk has at least one token")
+
+
 class ArmRecipe(Choices):
     """One training method of the comparison; arms differ in what is written here and in nothing else."""
 
@@ -267,6 +293,8 @@ class ArmRecipe(Choices):
     objective: New[Literal["plain", "exact"]] = "plain"
     """plain: each target weighs the same in the loss; exact: those that see much of their own
     document weigh more (EXACT, 2605.10544), and the losses that are logged are so weighted."""
+    positions: New[PositionsRecipe | None] = None
+    """Positions that skip (PoSE) in training; without it, they count each document's tokens."""
 
     @model_validator(mode="after")
     def _trains_embeddings(self) -> "ArmRecipe":
@@ -508,9 +536,22 @@ class FinetuneRecipe(OptimRecipe):
                 arm.attention.check_row(self.pack.seq_len)
             except ValueError as error:
                 raise ValueError(f"arms.{name}.attention.{error}") from None
+            if arm.positions is not None:
+                self._check_positions(name, arm, arm.positions)
         for problem in self._seed_problems():
             raise ValueError(problem)
         return self
+
+    def _check_positions(self, name: str, arm: ArmRecipe, positions: PositionsRecipe) -> None:
+        try:
+            positions.check_row(self.pack.seq_len)
+        except ValueError as error:
+            raise ValueError(f"arms.{name}.positions.{error}") from None
+        if self.rope_of(arm).type == "dynamic":
+            raise ValueError(
+                f"arms.{name}.positions with rope type 'dynamic', whose frequencies follow the greatest position of "
+                f"each batch: ranks and resumed runs would train differently, so take another type"
+            )
 
     def _seed_problems(self) -> Iterator[str]:
         arms = self.every_arm()

@@ -376,4 +376,5 @@ def about_arm(facts: TrainingSummary) -> str:
     words = {"all": "all weights", "lora": _about_lora(arm), "embed": "embeddings", "norm": "norms"}
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
     objective = "loss by effective context (EXACT)" if arm.objective == "exact" else None
-    return ", ".join(filter(None, [trained, arm.attention.about(), objective]))
+    positions = arm.positions.about() if arm.positions else None
+    return ", ".join(filter(None, [trained, arm.attention.about(), positions, objective]))
