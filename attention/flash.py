@@ -51,7 +51,7 @@ class Varlen(Protocol):
     """A library; tensors are [tokens, heads, D], the log-sum-exp is [heads, tokens]."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp."""
+        """Return the output and the log-sum-exp of each query."""
 
     def backward(self, saved: tuple[Tensor, ...], edges: Edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k, v from (dout, q, k, v, out, lse)."""

@@ -92,7 +92,7 @@ class Pattern(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     pattern: str
-    """The pattern's name."""
+    """Name of the pattern in PATTERNS and in recipes."""
 
     @abstractmethod
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:

@@ -56,7 +56,7 @@ class SomeHeads(Pattern):
     pattern: Literal["some_heads"] = "some_heads"
     """Some heads of another pattern."""
     whole: Pattern
-    """The model's pattern."""
+    """The model's pattern, of which these are some heads."""
     query: int
     """Query heads of the model."""
     kv: int

@@ -39,7 +39,7 @@ class Leak:
     packed: bool
     """Whether the row held several documents."""
     found_by: str
-    """"output" or "gradient"."""
+    """What gave it away: "output" or "gradient"."""
     layer: int | None
     """The first layer after which hidden states move; None by gradient, which crosses all layers."""
     token: int

@@ -127,7 +127,7 @@ class Evaluation:
     gate: ClassVar[tuple[str, ...]] = ()
     """Rules of the recipe's section `promote` that are decided by these scores, by field name."""
     Choices: ClassVar[type[EvalChoices]]
-    """The recipe's section."""
+    """The type of its section in a recipe."""
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ class Figure:
     title: str
     caption: str
     chart: Any
-    """An altair chart."""
+    """An altair chart, not drawn yet."""
 
     @cached_property
     def png(self) -> bytes:

@@ -523,6 +523,7 @@ def own_gain_table(models: dict[str, EvalScores]) -> Table:
 
 
 def _shortest(scores: EvalScores) -> int:
+    """Return the least length at which a model was measured on test documents."""
     return min(row["length"] for row in scores.rows_with(kind="pooled", split="test"))
 
 

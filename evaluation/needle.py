@@ -245,7 +245,7 @@ class Prompt:
     """Facts about other towns."""
     distractor_depths: list[float]
     numbers: list[str]
-    """The needles' numbers."""
+    """The numbers that the needles state, in order."""
     answer: list[int]
     """What the model should continue with."""
     length: int

@@ -103,6 +103,7 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
 
 
 def _import(modules: Sequence[str]) -> None:
+    """Import modules by their names, one after the other."""
     import importlib
 
     for module in modules:

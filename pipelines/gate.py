@@ -166,7 +166,7 @@ class PromoteStageRecipe(Choices):
     """One decision of the gate."""
 
     rules: PromoteRecipe
-    """The recipe's section."""
+    """The recipe's section `promote`."""
     champion: str | None
     """Version that the challenger is measured against; None: there is none yet."""
     lengths: tuple[int, ...]

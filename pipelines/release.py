@@ -36,9 +36,9 @@ class ReleaseRecipe(Choices):
     """An arm's model as it leaves the pipeline."""
 
     name: str
-    """The recipe's name."""
+    """Name of the recipe, for the card."""
     arm: str
-    """The arm's name."""
+    """Name of the arm whose model it is."""
     register_as: str = ""
     """MLflow's registered model; empty where the gate registers it."""
 

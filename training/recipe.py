@@ -404,7 +404,7 @@ class OptimRecipe(Choices):
     """Optimizer and schedule, shared by all arms."""
 
     steps: int = Field(ge=1)
-    """Optimizer steps."""
+    """How many optimizer steps each arm trains."""
     global_batch_tokens: int = Field(ge=1)
     """Tokens of one optimizer step over all ranks; a multiple of seq_len."""
     learning_rate: float = Field(default=2e-5, gt=0)
@@ -571,7 +571,7 @@ class LlamaRecipe(Choices):
     hidden: int = Field(default=128, ge=8)
     """Width of the residual stream."""
     layers: int = Field(default=4, ge=1)
-    """Number of layers."""
+    """Number of transformer layers."""
     heads: int = Field(default=4, ge=1)
     """Attention heads; they divide `hidden`."""
     kv_heads: int = Field(default=4, ge=1)

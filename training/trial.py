@@ -34,7 +34,7 @@ LOOKS = 10
 
 
 class Trial(BaseModel):
-    """What is measured."""
+    """What is measured, and how often."""
 
     job: TrainJob
     """Its corpus gives the tokens; its out and work are not used."""

@@ -36,7 +36,7 @@ class ReportRecipe(Choices):
     """What the report is called; all else comes from its inputs."""
 
     name: str
-    """The recipe's name."""
+    """Name of the recipe, for the heading."""
     prices: PriceRecipe = PriceRecipe()
     """What a rank costs."""
     failed: dict[str, str] = Field(default_factory=dict)
