@@ -494,7 +494,9 @@ def test_where_gain_was_measured_the_headline_is_what_the_best_arm_gains_over_th
     )
     assert float(stretch[1]) == pytest.approx(0.13, abs=0.02)
     assert "it is the best of 3 arms, at its best length" in headline
-    assert re.search(r"against the same base: full 0\.\d+ better \(.*\); lora no better or worse \(", headline)
+    assert re.search(
+        r"against the same base: full 0\.\d+ better \(.*\); lora not measurably better or worse \(", headline
+    )
     assert re.search(r"At 1,024 tokens longlora is 0\.0[23]\d better", headline)
     assert re.search(r"With 768 tokens before it instead of 256, longlora is 0\.0[789]\d better", headline)
     assert re.search(r"times full fine-tuning's peak memory; on the same tokens it is .* than full", headline)
@@ -522,7 +524,7 @@ def test_a_gain_whose_interval_holds_zero_is_none_and_a_loss_is_a_loss(tmp_path,
     monkeypatch.setitem(GAIN_NLL, "full", (1.9, 1.9, 1.9, 1.9))
     recipe = GAIN_RECIPE | {"finetune": RECIPE["finetune"] | {"arms": {"longlora": {"tune": "lora+embed+norm"}}}}
     headline = write(make_inputs(tmp_path / "a", recipe), tmp_path / "out")[1]["headline"]
-    assert "held-out documents no better or worse than the base at the best of its own lengths" in headline
+    assert "held-out documents not measurably better or worse than the base at the best of its own lengths" in headline
     recipe = GAIN_RECIPE | {"finetune": RECIPE["finetune"] | {"arms": {"full": {"tune": "all"}}}}
     headline = write(make_inputs(tmp_path / "b", recipe), tmp_path / "out")[1]["headline"]
     assert re.search(r"full predicts held-out documents 0\.1[45]\d nats per token worse \(95% interval 0\.1", headline)

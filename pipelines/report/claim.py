@@ -167,7 +167,7 @@ def verdict(found: Difference, what: str, *, counts: bool = False) -> str:
     """Say whether something predicts better than something else, by how much, and how sure that is."""
     sure = _interval(found, counts)
     if _is_unsure(found):
-        return f"no better or worse than {what} ({found.nats:+.3f} nats per token, {sure})"
+        return f"not measurably better or worse than {what} ({found.nats:+.3f} nats per token, {sure})"
     return f"{abs(found.nats):.3f} nats per token {'better' if found.nats > 0 else 'worse'} ({sure}) than {what}"
 
 
@@ -175,7 +175,7 @@ def brief_verdict(found: Difference) -> str:
     """Say the same in a few words, without what it is compared with."""
     sure = _interval(found).removeprefix("95% interval ")
     if _is_unsure(found):
-        return f"no better or worse ({found.nats:+.3f}, {sure})"
+        return f"not measurably better or worse ({found.nats:+.3f}, {sure})"
     return f"{abs(found.nats):.3f} {'better' if found.nats > 0 else 'worse'} ({sure})"
 
 
