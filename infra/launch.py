@@ -120,58 +120,62 @@ def _interrupt_handler_restored() -> Iterator[None]:
 
 
 class AbandonedGroups:
-    """Finds and removes placement groups of this Ray job that no controller of Ray Train owns any more.
+    """Finds and removes placement groups of this Ray job whose controller is gone, or has made another.
 
     Ray Train (2.60) leaks two kinds, and their CPUs stay reserved: the group of a rank that dies
     while it is being started, and that of a controller whose stage task was killed, which may start
-    its ranks once more. Ray does not say who made a group, so it is counted: a live controller has
-    one group at most. Of groups that are more than the controllers, those without an actor for the
-    longest time are the abandoned ones. A group that is merely empty is not: on a busy machine its
-    ranks may come many seconds later. LOOKS looks in a row must agree, since groups and actors are
-    not listed at one moment.
+    its ranks once more. A group that is merely empty is not abandoned: on a busy machine its ranks
+    come many seconds after it. Actors are listed a moment before groups, so LOOKS looks in a row
+    must find it empty.
     """
 
     LOOKS = 3
-    CONTROLLER = "TrainController"
 
     def __init__(self) -> None:
-        self.looks_empty: dict[str, int] = {}
-        """Placement group -> how many looks in a row have found it empty."""
-        self.looks_too_many = 0
-        """How many looks in a row have found more groups than controllers."""
+        self.looks_empty: dict[bytes, int] = {}
+        """Placement group -> how many looks in a row have found it without an actor."""
 
     def look(self) -> bool:
         """Count empty groups and remove the abandoned ones; return whether any group holds resources."""
         import ray
         from ray.util import remove_placement_group
         from ray.util.placement_group import PlacementGroup
-        from ray.util.state import list_actors, list_placement_groups
+        from ray.util.state import list_actors
 
         context = ray.get_runtime_context()
-        query: dict[str, Any] = {"address": context.gcs_address, "detail": True, "limit": 10_000}
-        job = context.get_job_id()
-        actors = [actor for actor in list_actors(**query) if actor.state != "DEAD"]
-        controllers = sum(actor.class_name == self.CONTROLLER and actor.job_id == job for actor in actors)
-        groups = [g for g in list_placement_groups(**query) if g.creator_job_id == job and g.state != "REMOVED"]
-        placed = {group.placement_group_id for group in groups if group.state == "CREATED"}
-        print(
-            "LOOK",
-            [(a.class_name, a.state, a.actor_id[:6], a.placement_group_id) for a in actors],
-            [(g.placement_group_id[:6], g.state) for g in groups],
-            flush=True,
-        )
-        empty = placed - {actor.placement_group_id for actor in actors}
-        too_many = len(groups) - controllers
-        self.looks_empty = {group: self.looks_empty.get(group, 0) + 1 for group in empty}
-        self.looks_too_many = self.looks_too_many + 1 if too_many > 0 else 0
-        if self.looks_too_many < self.LOOKS:
-            return bool(placed)
-        for group in sorted(empty, key=lambda group: -self.looks_empty[group])[:too_many]:
-            if self.looks_empty[group] >= self.LOOKS:
-                print(f"placement group {group} was left behind and is removed", flush=True)
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
-                del self.looks_empty[group]
+        actors = list_actors(address=context.gcs_address, detail=True, limit=10_000)
+        inhabited = {actor.placement_group_id for actor in actors if actor.state != "DEAD"}
+        groups = _placement_groups(context.get_job_id())
+        newest: dict[bytes, int] = {}
+        for group in groups:
+            asked = group.stats.creation_request_received_ns
+            newest[group.creator_actor_id] = max(asked, newest.get(group.creator_actor_id, 0))
+        placed = [group for group in groups if group.state == group.CREATED]
+        looks_empty = {}
+        for group in placed:
+            name = group.placement_group_id
+            if name.hex() in inhabited:
+                continue
+            looks_empty[name] = self.looks_empty.get(name, 0) + 1
+            has_newer = group.stats.creation_request_received_ns < newest[group.creator_actor_id]
+            if looks_empty[name] >= self.LOOKS and (group.creator_actor_dead or has_newer):
+                print(f"placement group {name.hex()} was left behind and is removed", flush=True)
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(name)))
+        self.looks_empty = looks_empty
         return bool(placed)
+
+
+def _placement_groups(job: str) -> list[Any]:
+    """Return a Ray job's placement groups that are not removed, as Ray's own records: only these say who made them."""
+    import ray
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # made by protoc
+
+    groups = []
+    for record in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(record)
+        if group.creator_job_id.hex() == job and group.state != group.REMOVED:
+            groups.append(group)
+    return groups
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:
