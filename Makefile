@@ -23,8 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/longreach
 	touch $(STAMP)
 
+# All pins at once and without pip's search, which takes ten minutes where most of them are installed. flash-attn is for GPUs.
 $(DEV): $(STAMP)
-	PYTHONWARNINGS=ignore $(PIP) -c constraints.txt -e '.[dev]'
+	grep -v '^flash-attn==' constraints.txt > $(VENV)/dev.txt
+	$(PIP) --no-deps -r $(VENV)/dev.txt
 	touch $(DEV)
 
 setup: $(STAMP)  ## create .venv with the pinned versions of what a run needs
