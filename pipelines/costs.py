@@ -27,7 +27,6 @@ from longreach.infra.tracking import metric_part
 from longreach.pipelines.artifacts import Costs, ModelCheckpoint, PackedCorpus
 from longreach.pipelines.kind import StageRun, stage, stop_file
 from longreach.training.attention_recipe import AttentionRecipe
-from longreach.training.convert import trained_length
 from longreach.training.cost import Shape, predict
 from longreach.training.recipe import ArmRecipe, OptimRecipe, RopeRecipe, TrainJob
 from longreach.training.summary import CostCell, CostsSummary
@@ -183,6 +182,8 @@ def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:
 
 def _trained_length(recipe: Recipe) -> int | None:
     """Return the base's own length in tokens; None if that is not known before it is converted."""
+    from longreach.training.convert import trained_length  # reads files with fsspec: not for `config show`
+
     arm = recipe.base.pretrained_arm
     if arm is None:
         return trained_length(recipe.base.source)

@@ -311,7 +311,11 @@ def test_an_anneal_needs_its_share_and_a_pattern_to_leave(small: Path) -> None:
             "small.yaml:6: baselines.stretched.type: should be 'none', 'linear', 'dynamic', 'yarn', 'llama3' or "
             "'theta', got text 'liner'",
         ),
-        ("  steps: 4\n", "", "small.yaml:7: finetune.steps: missing, and it has no default (Optimizer steps)"),
+        (
+            "  steps: 4\n",
+            "",
+            "small.yaml:7: finetune.steps: missing, and it has no default (How many optimizer steps each arm trains)",
+        ),
     ],
 )
 def test_a_wrong_value_is_shown_with_what_was_expected(small: Path, old: str, new: str, line: str) -> None:
