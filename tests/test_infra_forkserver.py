@@ -125,9 +125,8 @@ def test_no_two_of_rays_workers_draw_the_same_ids(cluster):
 
     class Worker:
         def draw(self) -> tuple[str, ...]:
-            group = cluster.util.placement_group([{"CPU": 0.001}])
-            cluster.util.remove_placement_group(group)
-            return group.id.hex(), cluster.UniqueID.from_random().hex(), str(np.random.rand()), str(random.random())
+            group = cluster.PlacementGroupID.of(cluster.JobID.from_int(1))
+            return group.hex(), cluster.UniqueID.from_random().hex(), str(np.random.rand()), str(random.random())
 
     workers = [cluster.remote(num_cpus=0)(Worker).remote() for _ in range(3)]
     for drawn in zip(*cluster.get([worker.draw.remote() for worker in workers]), strict=True):

@@ -20,14 +20,14 @@ class Controller:
 
     def reserve(self):
         group = ray.util.placement_group([{"CPU": 0.4}])
-        ray.get(group.ready())
+        ray.get(group.ready(), timeout=120)
         return group
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_a_group_that_a_killed_task_left_behind_is_in_nobodys_way(cluster, tmp_path):
     left = cluster.util.placement_group([{"CPU": 1}] * 2)
-    cluster.get(left.ready())
+    cluster.get(left.ready(), timeout=120)
     assert cluster.available_resources().get("CPU", 0) == 0
     job = {"kill_marker": str(tmp_path / "killed")}
     interrupt = signal.getsignal(signal.SIGINT)
