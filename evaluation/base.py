@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -66,9 +66,10 @@ class EvalChoices(Choices):
         """Return the fields that choose held-out documents by name; their defaults choose any document."""
         return _fields_marked(cls, _DOCUMENTS)
 
-    def of_model(self, is_base: bool) -> EvalChoices:
-        """Return what of these choices concerns one model: they alone make its scores' fingerprint."""
-        return self
+    def of_model(self, is_base: bool) -> Self:
+        """Return what of these choices concerns one model, which alone makes its scores'
+        fingerprint: which other models are evaluated does not change them."""
+        return self.model_copy(update={"models": None})
 
     def longest_input(self) -> int:
         """Return how many tokens the model reads at once at most; 0 where that is not known beforehand."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -89,9 +89,19 @@ class Gain(Evaluation):
                 )
             return self
 
-        def of_model(self, is_base: bool) -> Gain.Choices:
+        def of_model(self, is_base: bool) -> Self:
             """Return what is chosen for one model: the base's own lengths concern no other."""
-            return self if is_base else self.model_copy(update={"base_lengths": ()})
+            own = super().of_model(is_base)
+            return own if is_base else own.model_copy(update={"base_lengths": ()})
+
+        @property
+        def measured_lengths(self) -> list[int]:
+            """The lengths at which this model is measured, the shortest first."""
+            return sorted(set(self.base_lengths or self.lengths))
+
+        def longest_input(self) -> int:
+            """Return how many tokens this model reads at once at most."""
+            return self.measured_lengths[-1]
 
     choices: Choices
 
@@ -126,7 +136,7 @@ class Gain(Evaluation):
         if tokens < longest:
             return [place | {"left_out": tokens}]
         ends = window_ends(tokens, longest, self.choices.windows, self.choices.score_tokens)
-        lengths = sorted(set(self.choices.base_lengths or self.choices.lengths))
+        lengths = self.choices.measured_lengths
         return [place | {"end": end, "length": length} for end in ends for length in lengths]
 
     def measure(self, cell: Cell) -> Result:
@@ -159,7 +169,7 @@ class Gain(Evaluation):
             seconds += result["seconds"]
         documents = document_rows(rows)
         pooled = pooled_rows(documents, choices.seed)
-        shortest = min(choices.base_lengths or choices.lengths)
+        shortest = choices.measured_lengths[0]
         summary = {}
         for row in pooled:
             if row["split"] == "test":
@@ -532,8 +542,9 @@ def _length_table(caption: str, models: dict[str, EvalScores], measure: str) -> 
 
     rows = {}
     for name, scores in models.items():
+        shortest = _shortest(scores)
         for row in scores.rows_with(kind="pooled", split="test"):
-            if measure == "nll" or row["length"] > _shortest(scores):
+            if measure == "nll" or row["length"] > shortest:
                 rows[name, row["length"]] = row
     lengths = sorted({length for _, length in rows})
     lines = [[name, *(_cell(rows.get((name, length)), measure) for length in lengths)] for name in models]

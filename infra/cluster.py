@@ -28,9 +28,7 @@ def connected(
     `current-cluster` file says. `cpus`: CPUs that a cluster of our own offers; all of the machine's
     if None. `workers_import`: modules that a cluster of our own imports once for all its workers
     (infra/forkserver.py). Raises ValueError: no cluster answers at `address`."""
-    os.environ.setdefault(
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
-    )  # by default the end of a training is seen 2 s late
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # else a training's end is seen 2 s late
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # else one more process at each start
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asks for no GPU sees none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -87,12 +87,22 @@ class Resources(Choices):
         Raises:
             ValueError: the rows do not divide.
         """
-        ranks //= self.sequence_parallel
-        rows_at_once = self.micro_batch_rows * ranks
-        if global_batch_rows % rows_at_once:
+        at_once = self.rows_at_once(ranks)
+        if global_batch_rows % at_once:
             raise ValueError(
-                f"a global batch of {global_batch_rows} rows does not divide into {ranks} ranks x micro_batch_rows "
-                f"{self.micro_batch_rows}: change workers or micro_batch_rows so that their product divides it, "
-                "or global_batch_tokens"
+                f"a global batch of {global_batch_rows} rows does not divide into {ranks // self.sequence_parallel} "
+                f"ranks x micro_batch_rows {self.micro_batch_rows}: change workers or micro_batch_rows so that their "
+                "product divides it, or global_batch_tokens"
             )
-        return global_batch_rows // rows_at_once
+        return global_batch_rows // at_once
+
+    def rows_at_once(self, ranks: int) -> int:
+        """Return how many rows `ranks` ranks read in one pass; those that share a row read it together."""
+        return ranks // self.sequence_parallel * self.micro_batch_rows
+
+    def check_row(self, tokens: int) -> None:
+        """Raise ValueError if ranks that share a row cannot have equal parts of it."""
+        if tokens % self.sequence_parallel:
+            raise ValueError(
+                f"{tokens} is not divided by resources.sequence_parallel {self.sequence_parallel}: change one of them"
+            )

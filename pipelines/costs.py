@@ -78,10 +78,10 @@ class CostsRecipe(CostsChoices):
             if length < SHORTEST:
                 yield ("costs", "lengths"), f"{length} is less than the {SHORTEST} tokens of the shortest row"
                 continue
-            ranks = recipe.resources.sequence_parallel
-            if length % ranks:
-                message = f"{length} is not divided by resources.sequence_parallel {ranks}: change one of them"
-                yield ("costs", "lengths"), message
+            try:
+                recipe.resources.check_row(length)
+            except ValueError as error:
+                yield ("costs", "lengths"), str(error)
             for name in [name for name in self.arms or arms if name in arms]:
                 try:
                     at_length(arms[name], finetune.pack.seq_len, length)
@@ -137,7 +137,7 @@ class CostsStageRecipe(CostsChoices):
 
     def rows_of_step(self, length: int, resources: Resources) -> int:
         """Return the rows of a step: the number nearest to global_batch_tokens that divides over the ranks."""
-        at_once = resources.workers // resources.sequence_parallel * resources.micro_batch_rows
+        at_once = resources.rows_at_once(resources.workers)
         return max(1, round(self.global_batch_tokens / length / at_once)) * at_once
 
     def cells(self) -> list[dict[str, Any]]:

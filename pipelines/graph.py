@@ -226,12 +226,10 @@ def add_variants(pipeline: Pipeline) -> None:
 
 def add_evaluations(pipeline: Pipeline) -> None:
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
-        # which other models are evaluated does not change a model's scores
-        section_for_all = section.model_copy(update={"models": None})
         digests = {field: _digest(Path(path)) for field, path in section.data_files().items()}
         for name in section.models or pipeline.models:
             model = pipeline.models[name]
-            choices = section_for_all.of_model(is_base=name == pipeline.recipe.plain_baseline())
+            choices = section.of_model(is_base=name == pipeline.recipe.plain_baseline())
             recipe = EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices)
             inputs = {"model": model.stage, "corpus": model.corpus}
             label = f"evaluate[{name},{eval_name}]"

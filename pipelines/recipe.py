@@ -207,16 +207,17 @@ class Recipe(Choices):
     def _parallel_problems(self) -> Iterator[tuple[Location, str]]:
         ranks = self.resources.sequence_parallel
         for section, training in (("finetune", self.finetune), ("pretrain", self.pretrain)):
-            if training and training.pack.seq_len % ranks:
-                message = f"{training.pack.seq_len} is not divided by"
-                message += f" resources.sequence_parallel {ranks}: change one of them"
-                yield (section, "pack", "seq_len"), message
-            if training:
-                rows = training.global_batch_tokens // training.pack.seq_len
-                try:
-                    self.resources.accumulation(rows, self.resources.workers)
-                except ValueError as error:
-                    yield (section, "global_batch_tokens"), str(error)
+            if not training:
+                continue
+            seq_len = training.pack.seq_len
+            try:
+                self.resources.check_row(seq_len)
+            except ValueError as error:
+                yield (section, "pack", "seq_len"), str(error)
+            try:
+                self.resources.accumulation(training.global_batch_tokens // seq_len, self.resources.workers)
+            except ValueError as error:
+                yield (section, "global_batch_tokens"), str(error)
         if ranks > 1 and self.finetune:
             message = "'dynamic' depends on how much of a row a rank sees: not with"
             message += f" resources.sequence_parallel {ranks}"

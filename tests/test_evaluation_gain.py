@@ -159,6 +159,8 @@ def test_the_base_may_have_lengths_of_its_own_and_is_scored_on_the_same_tokens()
     assert difference([arm.rows], 128, [base.rows], 64).nats == pytest.approx(
         base.summary["gain_nll_64"] - arm.summary["gain_nll_128"]
     )
+    assert choices.of_model(is_base=True).longest_input() == 64, "memory is checked for what is read"
+    assert choices.of_model(is_base=False).longest_input() == 128
     assert "base_lengths" not in choices.of_model(is_base=False).identity(), "no other model's scores depend on it"
 
 
