@@ -111,6 +111,12 @@ class Rotary:
                 f"rope type {rope['rope_type']!r} changes frequencies with the length of the input: keys that were "
                 f"rotated before cannot be moved exactly; use 'linear', 'yarn' or 'llama3'"
             )
+        thetas = {rope["rope_theta"], *(getattr(config, "layer_rope_theta", None) or ())}
+        if len(thetas) > 1 or not all(getattr(config, "no_rope_layers", None) or ()):
+            raise ValueError(
+                f"{config.model_type} rotates keys otherwise in some of its layers, or not at all: they cannot be "
+                f"moved alike; count positions in the text"
+            )
         family = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
         names = [name for name in vars(family) if name.endswith("RotaryEmbedding") and "Vision" not in name]
         if len(names) != 1 or not hasattr(family, "apply_rotary_pos_emb"):

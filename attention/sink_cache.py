@@ -28,27 +28,38 @@ How a step costs the same at any text length:
 A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives
 what one pass a token would: attention/streamed.py. That needs to see the query, which a cache does
 not get: so `update` hands the keys on as a tensor type of their own, and
-`scaled_dot_product_attention`, by torch's __torch_function__ protocol, asks the cache. Hence the
-model must use "sdpa" attention, transformers' default; anything else that touches such keys is an
-error.
+`scaled_dot_product_attention`, by torch's __torch_function__ protocol, asks the cache. So "sdpa"
+attention, transformers' default, just works. A model with a sink in its softmax (zero and logit
+sinks, gpt-oss) has no "sdpa": it takes the attention "sink_cache", which importing this file
+registers and which works for every model that takes attention from outside. Anything else that
+touches such keys is an error.
+
+    model.set_attn_implementation("sink_cache")      # or: with reading_sink_cache(model): ...
 
 Legend: B batch, T new tokens, H query heads, K key/value heads, D head dim, S sinks, W window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import Cache, PretrainedConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import sdpa_mask
 
 from longreach.attention.rope import FAR, Rotary, turned
-from longreach.attention.streamed import streamed_attention
+from longreach.attention.sink_softmax import with_sink
+from longreach.attention.streamed import plain, streamed_attention
+
+ATTENTION = "sink_cache"
+"""The attention implementation by which a model reads a SinkCache and nothing else."""
 
 
 class SinkCache(Cache):
@@ -72,7 +83,7 @@ class SinkCache(Cache):
             raise ValueError(f"sink_tokens {sink_tokens} and window_tokens {window_tokens}: at least 0 and at least 1")
         if positions not in ("cache", "text"):
             raise ValueError(f"positions {positions!r}: they are counted in the 'cache' or in the 'text'")
-        own = getattr(config, "sliding_window", None)
+        own = own_window(config)
         if own is not None and own <= sink_tokens + window_tokens:
             raise ValueError(
                 f"the model's own window of {own} tokens is shorter than {sink_tokens} sinks + {window_tokens} recent "
@@ -80,6 +91,55 @@ class SinkCache(Cache):
             )
         turns = Turns(Rotary.of(config) if positions == "cache" else None)
         super().__init__(layers=[SinkLayer(sink_tokens, window_tokens, turns) for _ in range(config.num_hidden_layers)])
+
+
+def own_window(config: PretrainedConfig) -> int | None:
+    """Return the window that some layers have of their own; None if every layer sees all tokens.
+
+    ValueError: layers that keep something else than keys and values of single tokens.
+    """
+    kinds = {*(getattr(config, "layer_types", None) or ["sliding_attention"])}
+    if strange := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{config.model_type} has layers {sorted(strange)}, whose state a SinkCache cannot keep")
+    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+
+
+def attend_to_sink_cache(
+    module: nn.Module, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend as transformers' AttentionInterface asks, by the SinkCache from which the keys come."""
+    if not isinstance(k_BKTD, NewKeys):
+        raise TypeError(
+            f"attention {ATTENTION!r} reads a SinkCache only: pass one as past_key_values, or give the model its own "
+            f"attention back by set_attn_implementation"
+        )
+    for name in ("softcap", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for {name}={kwargs[name]}, which a SinkCache leaves out")
+    return k_BKTD.layer.attend(q_BHTD, attention_mask, scaling, kwargs.get("s_aux")).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attend_to_sink_cache)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of which the cache reads where padding lies
+
+
+def read_sink_cache(model: PreTrainedModel) -> None:
+    """Let a model attend by a SinkCache from now on; ValueError for one that takes no attention from outside."""
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:  # transformers only warns
+        raise ValueError(f"{type(model).__name__} computes its attention itself, so it cannot read a SinkCache")
+
+
+@contextmanager
+def reading_sink_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model attend by a SinkCache inside of the block, and as before after it; errors as `read_sink_cache`."""
+    before = model.config._attn_implementation
+    read_sink_cache(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 class Turns:
@@ -128,8 +188,8 @@ class NewKeys(Tensor):
         if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device
             return super().__torch_function__(func, types, args, kwargs)
         raise TypeError(
-            f"the keys of a SinkCache went into {getattr(func, '__name__', func)}: the cache works with transformers' "
-            f"'sdpa' attention only; call model.set_attn_implementation('sdpa') first"
+            f"the keys of a SinkCache went into {getattr(func, '__name__', func)}, which cannot read them: call "
+            f"model.set_attn_implementation('sdpa') first, or {ATTENTION!r} for a model with a sink in its softmax"
         )
 
 
@@ -174,8 +234,13 @@ class SinkLayer(CacheLayerMixin):
         keys.layer = self
         return keys, value_states
 
-    def attend(self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        """Return the attention of the new tokens' queries, and keep their keys and values."""
+    def attend(
+        self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
+    ) -> Tensor:
+        """Return the attention of the new tokens' queries, and keep their keys and values.
+
+        sink_logit_H: a logit a head that takes part in each softmax (attention/sink_softmax.py), beside the tokens.
+        """
         assert self.new is not None, "update comes before attend"
         (k_BKTD, v_BKTD), T = self.new, q_BHTD.shape[2]
         self.new = None
@@ -189,7 +254,7 @@ class SinkLayer(CacheLayerMixin):
                 both = turned(torch.cat([q, k_BKTD], 1), right, self.turns.rotary.interleaved)
                 q, k_BKTD = both.split([q.shape[1], k_BKTD.shape[1]], 1)
             step = self._decode if T == 1 and min(first_B) >= 0 else self._prefill
-            out_BHTD = step(q, k_BKTD, v_BKTD, first_B, scale)
+            out_BHTD = step(q, k_BKTD, v_BKTD, first_B, scale, sink_logit_H)
         return _Inference.apply(q_BHTD, out_BHTD) if q_BHTD.requires_grad else out_BHTD
 
     def _note_padding(self, mask: Tensor | None, batch: int, tokens: int) -> None:
@@ -214,7 +279,10 @@ class SinkLayer(CacheLayerMixin):
         if first:
             self.padding_B = tuple(padding_B)
 
-    def _decode(self, q_BH1D: Tensor, k_BK1D: Tensor, v_BK1D: Tensor, first_B: tuple[int, ...], scale: float) -> Tensor:
+    def _decode(
+        self, q_BH1D: Tensor, k_BK1D: Tensor, v_BK1D: Tensor, first_B: tuple[int, ...], scale: float,
+        sink_logit_H: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Put each row's one token into its slot, and attend over all slots in use."""
         for rows, at in _together(first_B):
             self.keys[rows, :, self._slot(at)] = k_BK1D[rows, :, 0]
@@ -230,15 +298,18 @@ class SinkLayer(CacheLayerMixin):
         if min(used_B) < used:  # rows that padding made shorter
             in_use_BN = torch.arange(used, device=self.device) < torch.tensor(used_B, device=self.device)[:, None]
             mask = in_use_BN[:, None, None]
-        grouped_BKRD = q_BH1D.reshape(len(first_B), self.keys.shape[1], -1, q_BH1D.shape[3])  # no KV head is repeated
-        out = F.scaled_dot_product_attention(
-            grouped_BKRD, self.keys[:, :, :used], self.values[:, :, :used], attn_mask=mask, scale=scale
-        )
+        keys, values = self.keys[:, :, :used], self.values[:, :, :used]
+        if sink_logit_H is not None:  # which needs the log-sum-exp that torch's function keeps to itself
+            out, lse_BH1 = plain(q_BH1D, keys, values, scale, None if mask is None else ~mask[:, :, None])
+            return with_sink(out, lse_BH1, sink_logit_H)
+        grouped_BKRD = q_BH1D.reshape(len(first_B), keys.shape[1], -1, q_BH1D.shape[3])  # no KV head is repeated
+        out = F.scaled_dot_product_attention(grouped_BKRD, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(q_BH1D.shape)
 
     def _prefill(
-        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, first_B: tuple[int, ...], scale: float
-    ) -> Tensor:
+        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, first_B: tuple[int, ...], scale: float,
+        sink_logit_H: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Attend with many tokens at once, rows of equal length together; padding attends to nothing."""
         out_BHTD = torch.zeros_like(q_BHTD)
         for rows, first in _together(first_B):
@@ -255,6 +326,7 @@ class SinkLayer(CacheLayerMixin):
             out_BHTD[rows, :, skip:] = streamed_attention(
                 q, (recent[0], recent[1]), (self.sink_keys[rows][:, :, :known], self.values[rows][:, :, :known]),
                 first=first, sink_tokens=self.S, window_tokens=self.W, rotary=self.turns.rotary, scale=scale,
+                sink_logit_H=sink_logit_H,
             )  # fmt: skip
         return out_BHTD
 

@@ -86,7 +86,7 @@ def _sink_part(
     if rotary is not None and int(at_T[-1]) > cached:
         q_BHTD = rotary.turn(q_BHTD, (cached - at_T).clamp(max=0))
     future_TS = torch.arange(k_BKSD.shape[2]) > at_T[:, None]
-    return _plain(q_BHTD, k_BKSD, v_BKSD, scale, future_TS.to(q_BHTD.device) if bool(future_TS.any()) else None)
+    return plain(q_BHTD, k_BKSD, v_BKSD, scale, future_TS.to(q_BHTD.device) if bool(future_TS.any()) else None)
 
 
 def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> Part:
@@ -96,7 +96,7 @@ def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, cau
     if q_BHTD.device.type != "cpu":
         T, N = q_BHTD.shape[2], k_BKND.shape[2]
         future_TN = torch.ones(T, N, dtype=torch.bool, device=q_BHTD.device).triu(1) if causal else None
-        return _plain(q_BHTD, k_BKND, v_BKND, scale, future_TN)
+        return plain(q_BHTD, k_BKND, v_BKND, scale, future_TN)
     repeat = q_BHTD.shape[1] // k_BKND.shape[1]
     parts = [
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -110,8 +110,8 @@ def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, cau
     return out, lse
 
 
-def _plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_TN: Tensor | None) -> Part:
-    """One part by the formula, scores and all."""
+def plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_TN: Tensor | None) -> Part:
+    """One part by the formula, scores and all; what is unseen may differ by row, as [B, 1, 1, T, N]."""
     B, H, T, D = q_BHTD.shape
     K = k_BKND.shape[1]
     scores = (q_BHTD.reshape(B, K, -1, D) @ k_BKND.mT).unflatten(2, (H // K, T)) * scale

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from longreach.attention.hf import attending_by
 from longreach.attention.rope import Rotary
-from longreach.attention.sink_cache import SinkCache
+from longreach.attention.sink_cache import SinkCache, reading_sink_cache
 from longreach.attention.streamed import streamed_attention
 from longreach.evaluation.likelihood import hidden_nll, is_dynamic, token_nll
 
@@ -115,22 +116,24 @@ def decoding_latency(
     """
     x_1T = torch.from_numpy(ids_T)[None].to(model.device)
     first = x_1T.shape[1] - tokens - 1  # one more than is timed: the first step warms up
-    if way == "dense":
-        cache: Cache = DynamicCache(config=model.config)
-    else:
+    cache: Cache = DynamicCache(config=model.config)
+    attention = nullcontext()
+    if way in ("window", "sinks"):
         cache = SinkCache(model.config, sinks, cache_tokens - sinks)
-    if way != "recompute":
-        model(x_1T[:, :first], past_key_values=cache, logits_to_keep=1)
+        attention = reading_sink_cache(model)
     seconds = []
-    for at in range(first, x_1T.shape[1]):
-        began = time.perf_counter()
-        if way == "recompute":
-            model(x_1T[:, at - cache_tokens : at + 1], use_cache=False, logits_to_keep=1)
-        else:
-            model(x_1T[:, at : at + 1], past_key_values=cache, logits_to_keep=1)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+    with attention:
+        if way != "recompute":
+            model(x_1T[:, :first], past_key_values=cache, logits_to_keep=1)
+        for at in range(first, x_1T.shape[1]):
+            began = time.perf_counter()
+            if way == "recompute":
+                model(x_1T[:, at - cache_tokens : at + 1], use_cache=False, logits_to_keep=1)
+            else:
+                model(x_1T[:, at : at + 1], past_key_values=cache, logits_to_keep=1)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
     return {"ms": median(seconds[1:]) * 1e3, "cache_mib": _kept_bytes(cache) / 2**20}
 
 
@@ -156,7 +159,7 @@ def endurance(
     edges = np.linspace(0, len(ids_T) - 1, min(parts, len(ids_T) - 1) + 1).astype(int).tolist()
     for start, end in pairwise(edges):
         nll = []
-        with torch.inference_mode():
+        with torch.inference_mode(), reading_sink_cache(model):
             for at in range(start, end, READ_AT_ONCE):
                 to = min(at + READ_AT_ONCE, end)
                 x_T = torch.from_numpy(ids_T[at : to + 1]).to(model.device)

@@ -196,11 +196,6 @@ class Streaming(Evaluation):
         decodes = bool(choices.latency_tokens or choices.endurance_tokens)
         if decodes or {"window", "sinks"} & {*choices.ways}:
             check_rope(model, choices.tokens + 1, choices.cache_tokens)
-        if decodes and model.config._attn_implementation != "sdpa":
-            raise ValueError(
-                f"latency_tokens and endurance_tokens need attention 'sdpa' for their cache, {type(model).__name__} "
-                f"has {model.config._attn_implementation!r}: set both to 0"
-            )
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longreach.attention.kv_budget import KVBudget, readable
-from longreach.attention.sink_cache import SinkCache
+from longreach.attention.sink_cache import SinkCache, read_sink_cache
 from longreach.evaluation.documents import MARK, chat_around, text_ids
 from longreach.evaluation.reader import generated, greedy
 from longreach.training.convert import convert
@@ -42,8 +42,7 @@ def chat(
             folder = Path(scratch)
         model, tokenizer = load_model(folder)
     model.eval()
-    if model.config._attn_implementation != "sdpa":
-        raise ValueError(f"{type(model).__name__} has no 'sdpa' attention, which a cache of fixed size needs")
+    read_sink_cache(model)
     cache = SinkCache(model.config, sinks, window)
     budget = KVBudget.of(model.config)
     size = readable(budget.sink_cache_bytes(1, 1, "fp32", sink_tokens=sinks, window_tokens=window))

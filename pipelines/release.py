@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from longreach.evaluation.scores import EvalScores
 
 TEMPLATE = Path(__file__).with_name("model_card.md.tmpl")
+SOFTMAX_SINKS = ("granite_swa", "gpt_oss")
+"""Architectures of transformers, by model_type, with a learned logit for each head in each softmax."""
 TOKENIZER = Path("components", "tokenizer")  # where MLflow's flavour looks for the tokenizer
 
 
@@ -137,6 +139,32 @@ class Card:
         self.longest_asked = max((row["length"] for row in keys), default=0)
         documents = self._rows(MEASURED_BY["perplexity_ratio"], "document")
         self.documents = sorted({row["document"] for row in documents})
+        self._note_sink(model.path)
+
+    def _note_sink(self, folder: Path) -> None:
+        """Note the model's attention sink, and what a cache of fixed size has to keep for it."""
+        from transformers import AutoTokenizer
+
+        from longreach.evaluation.streaming import name_of
+        from longreach.training.sink import SINK_TOKEN, sink_token_id
+
+        self.sink_token = SINK_TOKEN
+        self.sink_id = sink_token_id(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        self.sink: str = self.training.sink
+        """none, zero, token or logit: also where training began with a model that had it."""
+        if self.sink == "none" and self.sink_id is not None:
+            self.sink = "token"
+        elif self.sink == "none" and self.config["model_type"] in SOFTMAX_SINKS:
+            self.sink = "logit"
+        self.keep = 1 if self.sink == "token" else 4
+        """First tokens that a cache keeps for ever; 4 where none was made for it (StreamingLLM)."""
+        self.window = min(1024, self.claimed) - self.keep - 1
+        """Recent tokens that a cache keeps in the card's example."""
+        self.kept: list[dict[str, Any]] = []
+        """Rows of perplexity with the first 0, 1, 2, ... tokens kept, if that was measured."""
+        for row in self._rows("streaming", "way"):
+            if row["way"] in ("window", name_of("sinks", row["sink_tokens"])):
+                self.kept.append(row)
 
     def _rows(self, evaluation: str, kind: str) -> list[dict[str, Any]]:
         if evaluation not in self.own:

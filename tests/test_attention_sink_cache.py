@@ -1,5 +1,6 @@
 """SinkCache in transformers models: against keys that are kept un-rotated and rotated anew at every step."""
 
+import copy
 import importlib
 
 import pytest
@@ -12,18 +13,24 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteSWAConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
+    SmolLM3Config,
 )
 
 from longreach.attention import PATTERNS
 from longreach.attention.hf import set_pattern
 from longreach.attention.kv_budget import KVBudget
-from longreach.attention.sink_cache import SinkCache
+from longreach.attention.sink_cache import SinkCache, read_sink_cache, reading_sink_cache
 
 SMALL = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,6 +44,11 @@ FAMILIES = [
     GemmaConfig(**GROUPED | {"num_key_value_heads": 1}),
     GPTNeoXConfig(**SMALL),  # a quarter of each head is rotated
     CohereConfig(**GROUPED),  # pairs are neighbours
+]
+FULL = GROUPED | {"layer_types": ["full_attention"] * 2}
+WITH_SINK_LOGITS = [
+    GraniteSWAConfig(**FULL, sliding_window=8, attention_multiplier=8**-0.5),  # no layer has that window
+    GptOssConfig(**FULL, num_local_experts=1, num_experts_per_tok=1),  # its YaRN scales queries and keys
 ]
 ROPES = [
     {"rope_type": "linear", "factor": 4.0},
@@ -94,15 +106,19 @@ def recomputed(model, ids, sinks, window):
         q = q / rotary.attention_scaling
         q, _ = family.apply_rotary_pos_emb(q, q, *rotary(q, places[:, -1:]))
         keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
-        return ((q @ keys.mT * scaling).softmax(-1) @ values).transpose(1, 2), None
+        scores = q @ keys.mT * scaling
+        if (sink_logit := kwargs.get("s_aux")) is not None:
+            scores = torch.cat([scores, sink_logit.view(1, -1, 1, 1).expand(len(q), -1, 1, 1)], -1)
+        return (scores.softmax(-1)[..., : len(cached)] @ values).transpose(1, 2), None
 
+    before = model.config._attn_implementation
     AttentionInterface.register("recomputed", attend)
     AttentionMaskInterface.register("recomputed", lambda *args, **kwargs: None)
     model.set_attn_implementation("recomputed")
     zero = torch.zeros(len(ids), 1, dtype=torch.long)
     with torch.no_grad():
         steps = [model(x, position_ids=zero, use_cache=False).logits for x in ids.split(1, 1)]
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(before)
     return torch.cat(steps, 1)
 
 
@@ -126,6 +142,56 @@ def test_every_family_of_models_equals_rotating_all_keys_anew(config):
     ids = text()
     expected = recomputed(model, ids, 3, 9)
     torch.testing.assert_close(decoded(model, SinkCache(config, 3, 9), ids), expected, atol=2e-4, rtol=0)
+
+
+def with_sink_logits(config):
+    """A model whose softmax has a logit of its own a head, none of them alike."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), experts_implementation="eager").double().eval()
+    with torch.no_grad():
+        for n, layer in enumerate(model.model.layers):
+            layer.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, -2.0, 3.0]) + n)
+    return model
+
+
+@pytest.mark.parametrize("config", WITH_SINK_LOGITS, ids=lambda c: c.model_type)
+@pytest.mark.parametrize(("sinks", "window"), [(3, 9), (0, 7)])
+def test_a_sink_in_the_softmax_takes_part_in_every_step_and_in_chunks(config, sinks, window):
+    """Steps as above, for the same reason; chunks in float64 to the order of sums."""
+    model, ids = with_sink_logits(config), text()
+    expected = recomputed(model, ids, sinks, window)
+    with reading_sink_cache(model):
+        steps = decoded(model, SinkCache(config, sinks, window), ids)
+        chunks = decoded(model, SinkCache(config, sinks, window), ids, [2, 11, 1, 1, 35])
+    torch.testing.assert_close(steps, expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(chunks, steps, atol=1e-12, rtol=0)
+    assert model.config._attn_implementation == "eager"
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-1e9)  # what leaving the sink out would give
+    assert (recomputed(model, ids, sinks, window) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("config", WITH_SINK_LOGITS, ids=lambda c: c.model_type)
+def test_models_with_a_sink_in_the_softmax_generate_with_it_padded_rows_too(config):
+    """Until it is full, as with transformers' own cache and attention; then each padded row as alone."""
+    model, ids = with_sink_logits(config), text()
+    expected = greedy(model, ids, DynamicCache(config=config))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    read_sink_cache(model)
+    assert torch.equal(greedy(model, ids, SinkCache(config, 4, 100)), expected)
+    together = greedy(model, ids, SinkCache(config, 4, 25), attention_mask=mask)
+    assert torch.equal(together[1:, 5:], greedy(model, ids[1:, 5:], SinkCache(config, 4, 25)))
+    assert torch.equal(together[:1], greedy(model, ids[:1], SinkCache(config, 4, 25)))
+
+
+def test_a_model_that_reads_a_sink_cache_reads_no_other():
+    model = with_sink_logits(WITH_SINK_LOGITS[0])
+    read_sink_cache(model)
+    with pytest.raises(TypeError, match="reads a SinkCache only: pass one as past_key_values"):
+        model(text())
+    with pytest.raises(ValueError, match="FalconForCausalLM computes its attention itself"):
+        read_sink_cache(FalconForCausalLM(FalconConfig(vocab_size=9, hidden_size=8, num_attention_heads=2)))
 
 
 @pytest.mark.parametrize("positions", ["cache", "text"])
@@ -285,6 +351,10 @@ def test_a_gradient_through_the_cache_is_an_error():
         (tiny_llama().config, {"positions": "world"}, "'world'"),
         (MistralConfig(sliding_window=1024), {}, "own window of 1024 .* at most 1019"),
         (GPT2Config(), {}, "gpt2"),
+        (GptOssConfig(), {}, "own window of 128 .* at most 123"),
+        (GraniteSWAConfig(**FULL, layer_rope_theta=[1e4, 0]), {}, "otherwise in some of its layers, or not at all"),
+        (SmolLM3Config(**GROUPED, no_rope_layers=[1, 0]), {}, "count positions in the text"),
+        (Qwen3NextConfig(), {}, "layers .'linear_attention'., whose state a SinkCache cannot keep"),
         (tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}).config, {}, "dynamic"),
     ],
 )

@@ -1,9 +1,12 @@
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
+from transformers import FalconConfig, FalconForCausalLM
 
 from longreach.attention.sink_cache import SinkCache
 from longreach.pipelines.chat import chat, reply, turn
+from longreach.training.model import with_softmax_sinks
+from longreach.training.sink import with_sink_token
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}{% for m in messages %}"
@@ -54,6 +57,38 @@ def test_replies_are_the_models_own_greedy_ones_while_all_fits(folder):
         torch.tensor([ids]), attention_mask=torch.ones(1, 20), max_new_tokens=12, do_sample=False, pad_token_id=0
     )[0, 20:]
     assert said == expected.tolist()
+
+
+@pytest.mark.parametrize("logit", [0.0, 2.0], ids=["zero", "logit"])
+def test_a_model_with_a_sink_in_its_softmax_chats_too(tmp_path, capsys, logit):
+    """Its answer is what transformers' own cache and attention give while all fits."""
+    model = with_softmax_sinks(tiny_llama())
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(logit)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    talk(str(tmp_path), ["hello"], window=100)
+    ids = byte_tokenizer()("hello\n", return_tensors="pt").input_ids
+    expected = model.eval().generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    text = byte_tokenizer().decode(expected, skip_special_tokens=True).rstrip("\ufffd")  # no whole character
+    assert text in capsys.readouterr().out
+
+
+def test_a_model_that_takes_no_attention_from_outside_is_refused_before_it_answers(tmp_path, capsys):
+    config = FalconConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="FalconForCausalLM computes its attention itself, so it cannot"):
+        talk(str(tmp_path), ["hello"])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_sink_token_stands_once_before_a_chat():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    with_token, sink = with_sink_token(tokenizer)
+    for first in (True, False):
+        assert turn(with_token, "Hi", first=first) == [sink] * first + turn(tokenizer, "Hi", first=first)
 
 
 def test_a_system_prompt_is_read_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 
@@ -234,8 +235,15 @@ class Releases:
             {"origin": origin, "context_length": 64},
         )
 
-    def make(self, seed: int, scores: Artifact | None = None) -> tuple[Artifact, StageRun]:
+    def make(
+        self, seed: int, scores: Artifact | None = None, trained: Path | None = None, **more: Artifact
+    ) -> tuple[Artifact, StageRun]:
+        """Release a random model, or a trained one's folder; `more` are further scores, by their input's name."""
+
         def model(out: Path) -> None:
+            if trained:
+                shutil.copytree(trained, out, dirs_exist_ok=True)
+                return
             tiny_llama(seed).save_pretrained(out)
             byte_tokenizer().save_pretrained(out)
             attention = {"pattern": "shifted_sparse", "group_tokens": 8}
@@ -252,7 +260,7 @@ class Releases:
             packed,
         )
         run = self.run("release")
-        own = {"own_perplexity": scores, "base_perplexity": scores} if scores else {}
+        own = {"own_perplexity": scores, "base_perplexity": scores} if scores else more
         recipe = ReleaseRecipe(name="weekly", arm="arm", register_as="")
         inputs = release.arguments({"model": source, "corpus": corpus, "base": self.base(), **own})
         summary = release(**inputs, recipe=recipe, out=run.attempt.out, run=run)

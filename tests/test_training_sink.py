@@ -51,6 +51,20 @@ def test_the_sink_is_one_new_token_and_the_others_keep_their_ids(kind):
         assert getattr(tokenizer, name) == getattr(plain, name)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_sink_stands_before_every_chat_too(several, tmp_path):
+    plain = toy_tokenizer()
+    plain.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    if several:
+        plain.chat_template = {"default": plain.chat_template, "tool_use": plain.chat_template}
+    with_sink_token(plain)[0].save_pretrained(tmp_path)
+    again, chat = AutoTokenizer.from_pretrained(tmp_path), [{"role": "user", "content": TEXT}]
+    expected = [len(plain), *plain.apply_chat_template(chat)["input_ids"]]
+    assert again.apply_chat_template(chat)["input_ids"] == expected
+    if several:
+        assert again.apply_chat_template(chat, chat_template="tool_use")["input_ids"] == expected
+
+
 def test_the_sink_leaves_a_text_that_is_decoded():
     tokenizer, _ = with_sink_token(toy_tokenizer())
     ids = tokenizer(TEXT).input_ids

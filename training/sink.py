@@ -1,8 +1,8 @@
 """The sink token, learned as the place where attention goes when it has nowhere to go.
 
 A model pretrained with such a token first in every sample needs only that one kept in its cache
-(arXiv:2309.17453, section 3.3). The tokenizer itself puts it there, so plain transformers feeds the
-model what it was trained on.
+(arXiv:2309.17453, section 3.3). The tokenizer itself puts it there, before plain text and in its
+chat template, so plain transformers feeds the model what it was trained on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedToken
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: it has no template to put {SINK_TOKEN} in")
-    if _is_first(tokenizer):
-        return tokenizer, tokenizer.get_vocab()[SINK_TOKEN]
+    known = sink_token_id(tokenizer)
+    if known is not None:
+        return tokenizer, known
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": [SINK_TOKEN]}, replace_extra_special_tokens=False)
     sink_id = tokenizer.get_vocab()[SINK_TOKEN]
@@ -37,20 +38,27 @@ def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedToken
     rule = _sink_before(spec["post_processor"], sink_id)
     empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [], "post_processor": rule}
     tokenizer.backend_tokenizer.post_processor = tokenizers.Tokenizer.from_str(json.dumps(spec | empty)).post_processor
+    templates: Any = tokenizer.chat_template  # a chat is tokenised without special tokens but the template's own
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: SINK_TOKEN + template for name, template in templates.items()}
+    elif templates:
+        tokenizer.chat_template = SINK_TOKEN + templates
     for flag in ("add_bos_token", "add_eos_token"):  # saved, they would rebuild the rule from BOS and EOS on loading
         tokenizer.init_kwargs.pop(flag, None)
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        if not _is_first(AutoTokenizer.from_pretrained(folder, local_files_only=True)):
+        if sink_token_id(AutoTokenizer.from_pretrained(folder, local_files_only=True)) is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} drops {SINK_TOKEN} on loading: it rebuilds its post-processor"
             )
     return tokenizer, sink_id
 
 
-def _is_first(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.get_vocab().get(SINK_TOKEN) in tokenizer("").input_ids[:1]
+def sink_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of `<|sink|>` where the tokenizer puts it before every text; None where it does not."""
+    known = tokenizer.get_vocab().get(SINK_TOKEN)
+    return known if known in tokenizer("").input_ids[:1] else None
 
 
 def _sink_before(rule: dict[str, Any] | None, sink_id: int) -> dict[str, Any]:
