@@ -40,9 +40,10 @@ def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str
         if isinstance(stage.recipe, CostsStageRecipe):
             sentences[stage.label] = _of_costs(stage.recipe, shape, resources, machine)
             continue
-        arm = ArmRecipe()  # pretraining trains all weights under full attention
         if isinstance(stage.recipe, FinetuneStageRecipe):
             arm = stage.recipe.arm
+        else:
+            arm = ArmRecipe(attention=stage.recipe.attention)  # pretraining trains all weights
         corpus, optim = stage.inputs["corpus"].recipe, stage.recipe.optim
         assert isinstance(corpus, PackStageRecipe)
         seq_len = corpus.pack.seq_len

@@ -200,6 +200,7 @@ def _add_pretrained_arms(pipeline: Pipeline) -> None:
             model=section.model,
             sink=arm.sink,
             train=arm.train,
+            attention=arm.attention,
             sink_mass_every=section.sink_mass_every,
             optim=optim,
             seed=pipeline.recipe.seed,

@@ -26,11 +26,14 @@ def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple
     if Path(target, "config.json").is_file():
         yield target, load_model(target)[0], TOKENS
         return
-    finetune = load(target, overrides).recipe.finetune
-    if finetune is None:
-        return
-    for name, arm in finetune.every_arm().items():
-        pattern = arm.attention.own_pattern()
+    recipe = load(target, overrides).recipe
+    patterns = {}
+    for name, arm in (recipe.finetune.every_arm() if recipe.finetune else {}).items():
+        patterns[name] = arm.attention.own_pattern()
+    for name, pretrained in (recipe.pretrain.arms if recipe.pretrain else {}).items():
+        if pretrained.attention.pattern != "causal":
+            patterns[name] = pretrained.attention.own_pattern()
+    for name, pattern in patterns.items():
         tokens = max(TOKENS, 3 * pattern.block_tokens)
         # the halves of 3 KV heads are unequal and change roles in each layer: two layers show both
         tiny = LlamaRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)

@@ -95,6 +95,18 @@ def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remember
     assert "validate_every_steps 2 with rope type 'dynamic'" in said
 
 
+def test_a_pretraining_arm_may_train_with_a_streaming_cache_s_window_but_not_out_of_its_sink_s_sight() -> None:
+    window = "{token: {sink: token, attention: {pattern: sink_window, window_tokens: 64, sink_tokens: %d}}}"
+    streaming = load("sink-lab", [f"pretrain.arms={window % 1}"])
+    (stage,) = [stage for stage in build(streaming.recipe) if stage.name == "pretrain"]
+    assert str(stage.recipe.attention.own_pattern()) == "sink_window(window_tokens=64, sink_tokens=1)"
+    (said,) = mistakes("sink-lab", f"pretrain.arms={window % 0}")
+    assert "sink 'token' with attention.sink_tokens 0: after 64 tokens no query would see" in said
+    grouped = "{none: {attention: {pattern: grouped, group_tokens: 100}}}"
+    (said,) = mistakes("sink-lab", f"pretrain.arms={grouped}")
+    assert "arms.none.attention.group_tokens 100" in said
+
+
 def test_a_sink_trains_alone_only_where_there_is_one_beside_a_base_s_weights_that_do_not_decay() -> None:
     alone = "pretrain.arms={one: {sink: token, train: sink}}"
     (said,) = mistakes("sink-lab", alone)

@@ -14,7 +14,8 @@ from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.pipelines.stage import Stage, differences
 from longreach.pipelines.stages import STAGES
-from longreach.training.recipe import BaseRecipe, FinetuneStageRecipe, OptimRecipe
+from longreach.training.attention_recipe import AttentionRecipe
+from longreach.training.recipe import BaseRecipe, FinetuneStageRecipe, OptimRecipe, PretrainStageRecipe
 
 WHOLE = Path(__file__).with_name("whole.yaml")
 SMALL = ["baselines={base: {type: none}}", "evaluate={}"]
@@ -46,6 +47,13 @@ def test_a_learning_rate_changes_its_arm_and_what_depends_on_it_and_nothing_else
 def test_choices_that_are_new_leave_the_fingerprints_of_recipes_without_them():
     old = FinetuneStageRecipe(optim=OptimRecipe(steps=1, global_batch_tokens=8), seed=0)
     assert digest_of(old.identity()) == "73a92803a5ffad145a9cc84a31c73f7e", "published results would not be found again"
+    optim = OptimRecipe(steps=1, global_batch_tokens=8)
+    digests = []
+    for attention in ({}, {"pattern": "sink_window", "window_tokens": 8}):
+        recipe = PretrainStageRecipe(sink="token", optim=optim, seed=0, attention=AttentionRecipe.of(**attention))
+        digests.append(digest_of(recipe.identity()))
+    assert digests[0] == "d21f558c25e51cc126881065ef3e57e1", "published results would not be found again"
+    assert digests[1] != digests[0]
 
 
 def test_a_new_choice_enters_identity_as_soon_as_it_is_made():

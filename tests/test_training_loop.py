@@ -92,6 +92,33 @@ def test_the_first_loss_is_that_of_plain_transformers_with_the_mask_of_the_patte
     assert abs(right - wrong) > 0.01
 
 
+@pytest.mark.parametrize(("sink", "kept"), [("token", 1), ("none", 0)])
+def test_a_pretraining_arm_trains_with_the_window_and_the_sinks_of_a_streaming_cache(tmp_path, sink, kept):
+    """Its first loss is that of plain transformers with a mask of what such a cache keeps."""
+    tiny_folder(tmp_path / "base")
+    packed_corpus(tmp_path, first_token="sink", method="concat")
+    attention = {"pattern": "sink_window", "window_tokens": 4, "sink_tokens": kept}
+    choices = {"kind": "pretrain", "sink": sink, "rope": {}, "model": LlamaRecipe(context_length=64)}
+    todo = job(tmp_path, attention=attention, optim={"steps": 1}, **choices)
+    summary = train(todo)
+    assert summary.pattern == f"sink_window(window_tokens=4, sink_tokens={kept})"
+    batch = PackedRows(todo["corpus"]).batch(steps(todo)[0]["rows"], drop_first=sink == "none")
+    plain, _ = build(TrainJob.model_validate(todo), PackedRows(todo["corpus"]).summary)
+    plain.set_attn_implementation("eager")
+    t = torch.arange(batch["input_ids"].shape[1])
+    distance = t[:, None] - t
+
+    def loss_of(seen):
+        mask = torch.where(seen, 0.0, float("-inf")).expand(len(batch["input_ids"]), 1, len(t), len(t))
+        with torch.no_grad():
+            logits = plain(batch["input_ids"], attention_mask=mask, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+
+    right, wrong = (loss_of((distance >= 0) & ((distance < window) | (t < kept))) for window in (4, 100))
+    assert steps(todo)[0]["loss"] == pytest.approx(right, rel=1e-6)  # rounding of float32
+    assert abs(right - wrong) > 1e-5
+
+
 RESOURCES = [{"micro_batch_rows": 4}, {"zero_stage": 0}, {"zero_stage": 3}, {"activation_checkpointing": True}]
 
 

@@ -422,14 +422,14 @@ def measure_and_predict(
         [Path(job.work), *map(Path, job.earlier)],
         shape=shape,
         tokens=resources.micro_batch_rows * seq_len // resources.sequence_parallel,
-        span=job.arm.attention.span(int(document)),
+        span=job.trained_arm.attention.span(int(document)),
         process_gib=process_gib,
         device=device,
         dtype=next(model.parameters()).dtype,
     )
     rows = job.optim.global_batch_tokens // seq_len
     predicted = predict(
-        shape, job.arm, rows=rows, seq_len=seq_len, resources=resources, machine=machine, document=document
+        shape, job.trained_arm, rows=rows, seq_len=seq_len, resources=resources, machine=machine, document=document
     )
     return machine, predicted
 

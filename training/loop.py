@@ -400,7 +400,7 @@ class Training:
 
     def _pattern_at(self, step: int) -> Pattern:
         """Return the pattern of a step: the arm's, and at the end the one that it anneals to."""
-        return self.job.arm.attention.pattern_at(step, self.optim.steps)
+        return self.job.trained_arm.attention.pattern_at(step, self.optim.steps)
 
     def _attend_by(self, pattern: Pattern) -> None:
         """Let the model compute `pattern`. RuntimeError if another one is on afterwards."""

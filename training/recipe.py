@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from longreach.attention import PATTERNS
+from longreach.attention.sink_window import SinkWindow
 from longreach.infra.choices import Choices, New, PathOrUrl, dotted
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
@@ -605,6 +606,18 @@ class PretrainArm(Choices):
     logits. The rest stays as in the base."""
     learning_rate: New[float | None] = Field(default=None, gt=0)
     """Overrides the section's rate: a sink that trains alone wants a larger one than whole models."""
+    attention: New[AttentionRecipe] = AttentionRecipe.of()
+    """The pattern during training; `sink_window` trains with the keys that a streaming cache keeps."""
+
+    @model_validator(mode="after")
+    def _sees_its_sink(self) -> "PretrainArm":
+        pattern = self.attention.own_pattern()
+        if self.sink == "token" and isinstance(pattern, SinkWindow) and not pattern.sink_tokens:
+            raise ValueError(
+                f"sink 'token' with attention.sink_tokens 0: after {pattern.window_tokens} tokens no query would see "
+                f"the sink token; set attention.sink_tokens to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_a_sink_to_train(self) -> "PretrainArm":
@@ -647,6 +660,10 @@ class PretrainRecipe(OptimRecipe):
                 f"of one run of tokens; pack with 'concat', or set it to 0"
             )
         for name, arm in self.arms.items():
+            try:
+                arm.attention.check_row(self.pack.seq_len)
+            except ValueError as error:
+                raise ValueError(f"arms.{name}.attention.{error}") from None
             if arm.train == "sink" and (self.model is not None or self.weight_decay):
                 raise ValueError(
                     f"arms.{name}.train is 'sink', which needs the base's weights (model null) and no weight_decay, "
@@ -675,6 +692,8 @@ class PretrainStageRecipe(Choices):
     sink: Sink = "none"  # the attention sink; all but `token` drop the rows' sink tokens
     train: New[Literal["all", "sink"]] = "all"
     """Which weights train: all, or the sink's alone."""
+    attention: New[AttentionRecipe] = AttentionRecipe.of()
+    """The pattern during training."""
     sink_mass_every: int = 0
     optim: OptimRecipe
     seed: int
@@ -705,6 +724,11 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
     stop_file: str | None = None  # once it exists training writes a checkpoint and stops
     spool: str | None = None  # the attempt's event file
     share: Share | None = None  # how nodes without a shared disk see each other's files
+
+    @property
+    def trained_arm(self) -> ArmRecipe:
+        """Return what trains, and under which pattern; a pretraining arm has all weights, and its own pattern."""
+        return ArmRecipe(attention=self.attention) if self.kind == "pretrain" else self.arm
 
     @property
     def drops_first(self) -> bool:

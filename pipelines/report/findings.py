@@ -371,7 +371,8 @@ def about_arm(facts: TrainingSummary) -> str:
             "logit": "a learned sink logit a head",
         }
         about = ("from scratch, " if facts.model else "from the base, ") + sinks[facts.sink]
-        return about + (", which alone trains" if facts.train == "sink" else "")
+        alone = "which alone trains" if facts.train == "sink" else None
+        return ", ".join(filter(None, [about, alone, facts.attention.about()]))
     arm = facts.arm
     words = {"all": "all weights", "lora": _about_lora(arm), "embed": "embeddings", "norm": "norms"}
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
