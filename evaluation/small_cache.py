@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -117,7 +117,7 @@ def decoding_latency(
     x_1T = torch.from_numpy(ids_T)[None].to(model.device)
     first = x_1T.shape[1] - tokens - 1  # one more than is timed: the first step warms up
     cache: Cache = DynamicCache(config=model.config)
-    attention = nullcontext()
+    attention: AbstractContextManager[None] = nullcontext()
     if way in ("window", "sinks"):
         cache = SinkCache(model.config, sinks, cache_tokens - sinks)
         attention = reading_sink_cache(model)
