@@ -274,6 +274,10 @@ class Store:
         """Unpublish an artifact (`run --force`): the stage runs again and publishes anew."""
         self.fs.rm(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
 
+    def clear(self, stage: str, fingerprint: str) -> None:
+        """Delete all attempts of a fingerprint that is not published any more."""
+        shutil.rmtree(self._attempts(stage, fingerprint), ignore_errors=True)
+
     def create(self, path: str, body: bytes) -> None:
         """Create a file whole. Raises FileExistsError: another writer was first."""
         target = Path(path)
@@ -363,6 +367,12 @@ class RemoteStore(Store):
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.rm(f"{path}/work" if name == attempt.id else path, recursive=True)
         return artifact
+
+    def clear(self, stage: str, fingerprint: str) -> None:
+        super().clear(stage, fingerprint)
+        shutil.rmtree(self.scratch / "cache" / stage / fingerprint, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # nothing was uploaded
+            self.fs.rm(f"{self._folder(stage, fingerprint)}/attempts", recursive=True)
 
     def create(self, path: str, body: bytes) -> None:
         self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *

@@ -196,6 +196,30 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
     return made
 
 
+def aliased_fingerprints() -> set[str]:
+    """Return the fingerprints of the releases that any alias of any model names; ValueError: MLflow cannot be asked."""
+    database = sqlite_path(os.environ["MLFLOW_TRACKING_URI"])
+    if database and not database.exists():  # to ask would create it
+        return set()
+    from mlflow.exceptions import MlflowException
+
+    client, fingerprints = connect(), set()
+    token: str | None = None
+    try:
+        while token != "":
+            models = client.search_registered_models(page_token=token)
+            for model in models:
+                for version in set(model.aliases.values()):
+                    fingerprints.add(client.get_model_version(model.name, version).tags.get(FINGERPRINT, ""))
+            token = models.token or ""
+    except MlflowException as error:
+        raise ValueError(
+            f"MLflow at {client.tracking_uri} cannot be asked which models have aliases ({error.message}): start it, "
+            "or name the one that knows them in MLFLOW_TRACKING_URI"
+        ) from error
+    return fingerprints
+
+
 def move(client: Any, name: str, version: str, expected: str | None) -> None:
     """Make a version champion; the one that was becomes `previous`. `expected`: the version that is
     champion, None if there is none. Raises AliasMoved: it is another one; nothing was changed."""

@@ -23,6 +23,7 @@ from longreach.pipelines import cluster_cli
 from longreach.pipelines.console import (
     BAD_INPUT,
     FAILED,
+    LEASE_HELD,
     Notify,
     OptionalRecipe,
     Overrides,
@@ -40,6 +41,7 @@ from longreach.pipelines.console import (
 
 if TYPE_CHECKING:
     from longreach.infra.artifact import Store
+    from longreach.pipelines.gc import Candidate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -219,6 +221,52 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
         print_table(["published", "fingerprint", "MB", "when"], rows)
     if not (now.holders or now.unfinished or now.published):
         print("nothing yet")
+
+
+@app.command()
+def gc(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE...]", help="Keep what these recipes would reuse.")
+    ] = None,
+    days: Annotated[float, typer.Option(min=0, help="Keep what was published or written within so many days.")] = 7.0,
+    reports: Annotated[
+        int, typer.Option(min=0, help="Keep the newest reports of each recipe, with all that they show.")
+    ] = 3,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it; without this it is only listed.")] = False,
+    root: Root = ".longreach",
+    workdir: Workdir = Path(".longreach"),
+) -> None:
+    """List what no recipe, report or alias needs any more, with its size; remove it with --delete."""
+    from longreach.infra.artifact import Store
+    from longreach.infra.lease import LeaseHeld
+    from longreach.infra.registry import aliased_fingerprints
+    from longreach.pipelines import gc as collector
+
+    if recipes:
+        root, workdir = _shared_store(recipes)
+    os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipes[0] if recipes else None, None, workdir)
+    store = Store(root).checked()
+    kept = aliased_fingerprints()
+    for recipe in recipes or []:
+        _, fingerprints = _store_and_fingerprints(recipe, None, root)
+        kept |= fingerprints or set()
+    keep = collector.Keep(days, reports, kept)
+    if not delete:
+        candidates = collector.find(store, keep)
+        _show_candidates(candidates)
+        if candidates:
+            print("nothing was removed; with --delete it is")
+        return
+    removed = []
+    try:
+        with collector.no_runs(store):
+            for candidate in collector.find(store, keep):
+                if collector.remove(store, candidate):
+                    removed.append(candidate)
+    except LeaseHeld as held:
+        print(f"{held}: nothing was removed; try again when it has ended", file=sys.stderr)
+        raise typer.Exit(LEASE_HELD) from None
+    _show_candidates(removed)
 
 
 @app.command()
@@ -471,6 +519,30 @@ def _store_and_fingerprints(
     from longreach.pipelines.plan import open_store, plan
 
     return open_store(loaded), {row.fingerprint for row in plan(loaded)}
+
+
+def _show_candidates(candidates: list[Candidate]) -> None:
+    rows = []
+    for one in candidates:
+        what = one.label if one.published else f"{one.label}, never finished"
+        rows.append([what, one.fingerprint[:8], f"{one.bytes / 1e6:,.1f}", ago(one.last_write)])
+    if rows:
+        print_table(["not needed", "fingerprint", "MB", "last write"], rows)
+    megabytes = sum(one.bytes for one in candidates) / 1e6
+    print(f"{len(candidates)} artifacts and attempts, {megabytes:,.1f} MB")
+
+
+def _shared_store(recipes: list[str]) -> tuple[str, Path]:
+    """Return the store and the folder for this machine that recipes have in common; ValueError: they differ."""
+    places = {}
+    for name in recipes:
+        store = load(name).recipe.store
+        places[store.root, store.workdir] = name
+    if len(places) > 1:
+        (first, _), (second, _) = list(places)[:2]
+        raise ValueError(f"{recipes[0]} has its store in {first}, another recipe in {second}: name one store's recipes")
+    ((root, workdir),) = places
+    return root, Path(workdir)
 
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:

@@ -43,6 +43,18 @@ def smollm2(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A folder with an empty embedded store: MLflow takes seconds to make one, a copy takes none."""
+    from mlflow import MlflowClient
+
+    from longreach.infra.registry import default_uri
+
+    folder = tmp_path_factory.mktemp("empty")
+    MlflowClient(default_uri(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
 @pytest.fixture(scope="module")
 def s3_root():
     """An S3 server on loopback (moto), which the environment names."""

@@ -81,16 +81,6 @@ class Gate:
                 one.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A folder with an empty embedded store: MLflow takes seconds to make one, a copy takes none."""
-    from mlflow import MlflowClient
-
-    folder = tmp_path_factory.mktemp("empty")
-    MlflowClient(default_uri(folder)).search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def store(empty_store, tmp_path):
     """The URI of an embedded store of this test's own."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 from mlflow_servers import PASSWORD, Server, free_port
 
+from longreach.infra import registry
 from longreach.infra.mirror import sync
 from longreach.infra.registry import check_login
 from longreach.infra.tracking import Spool
@@ -66,3 +69,17 @@ def test_a_server_that_is_away_is_said_and_stops_nothing(monkeypatch):
     uri = f"http://127.0.0.1:{free_port()}"
     assert check_login(uri) == f"{uri} does not answer (ConnectionError)"
     assert check_login("sqlite:///x.db") == ""
+
+
+def test_releases_behind_any_alias_are_found_and_asking_creates_no_store(empty_store, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
+    assert registry.aliased_fingerprints() == set()
+    assert not (tmp_path / "mlflow.db").exists()
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    client = registry.connect()
+    client.create_registered_model("books")
+    for number in (1, 2, 3):
+        client.create_model_version("books", f"file:///m{number}", tags={registry.FINGERPRINT: f"release-{number}"})
+    client.set_registered_model_alias("books", "champion", "3")
+    client.set_registered_model_alias("books", "mine", "1")
+    assert registry.aliased_fingerprints() == {"release-1", "release-3"}

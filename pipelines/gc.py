@@ -1,0 +1,168 @@
+"""What a store could do without, and its removal: `longreach gc`.
+
+Kept is what somebody may still want, and all that it was made from:
+
+- whatever was published, or written to, within the last days;
+- the newest reports of each recipe;
+- what the recipes that are named would reuse;
+- releases behind an alias of a registered model, such as the champion's, and those of models that are
+  kept anyway.
+
+All else goes: published artifacts, and attempts that nobody finished. Models that MLflow holds stay
+there, also where they are hard links to a release's files.
+
+    for candidate in find(Store(".longreach"), Keep(days=7, reports=3)): print(candidate.label)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from longreach.infra.artifact import MANIFEST, Store
+from longreach.infra.lease import Lease, LeaseHeld, holder_name
+from longreach.pipelines.status import status
+
+Key = tuple[str, str]
+"""A stage's name and a fingerprint: what an artifact is found by."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is kept, beside all that it was made from."""
+
+    days: float = 7.0
+    """Everything published, or written to, within so many days."""
+    reports: int = 3
+    """The newest reports of each recipe: how many."""
+    fingerprints: Set[str] = field(default_factory=set)
+    """Stages of recipes, and releases behind aliases."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that nothing needs."""
+
+    stage: str
+    fingerprint: str
+    label: str
+    bytes: int
+    last_write: datetime
+    published: bool  # False: an attempt that was never finished
+
+
+def find(store: Store, keep: Keep) -> list[Candidate]:
+    """Return what nothing needs, the largest first."""
+    now = status(store)
+    recent = datetime.now(UTC) - timedelta(days=keep.days)
+    manifests = {(one["stage"], one["fingerprint"]): one for one in now.published}
+    needed = _needed(manifests, keep, recent)
+    candidates = []
+    for key, manifest in manifests.items():
+        if key not in needed:
+            size = sum(file["size"] for file in manifest["files"])
+            candidates.append(Candidate(*key, manifest["label"], size, _published_at(manifest), published=True))
+    last_writes: dict[Key, datetime] = {}
+    for attempt in now.unfinished:  # the newest of a stage comes last
+        last_writes[attempt.stage, attempt.fingerprint] = attempt.last_write
+    for (stage, fingerprint), last_write in last_writes.items():
+        if fingerprint not in keep.fingerprints and last_write < recent:
+            size = _size(store, stage, fingerprint)
+            candidates.append(Candidate(stage, fingerprint, stage, size, last_write, published=False))
+    return sorted(candidates, key=lambda candidate: -candidate.bytes)
+
+
+def _needed(manifests: dict[Key, dict[str, Any]], keep: Keep, recent: datetime) -> set[Key]:
+    """Return what is kept for its own sake, and all that it was made from."""
+    wanted = []
+    reports: dict[str, list[Key]] = {}
+    for key, manifest in sorted(manifests.items(), key=lambda item: _published_at(item[1]), reverse=True):
+        if manifest["fingerprint"] in keep.fingerprints or _published_at(manifest) >= recent:
+            wanted.append(key)
+        if manifest["stage"] == "report":
+            reports.setdefault(manifest["identity"]["recipe"]["name"], []).append(key)
+    for of_recipe in reports.values():
+        wanted += of_recipe[: keep.reports]
+    needed = set()
+    while wanted:
+        key = wanted.pop()
+        if key not in needed and key in manifests:
+            needed.add(key)
+            wanted += _inputs(manifests[key])
+    for key, manifest in manifests.items():
+        if manifest["stage"] == "release" and needed.issuperset(_inputs(manifest)):
+            needed.add(key)
+    return needed
+
+
+def _inputs(manifest: dict[str, Any]) -> list[Key]:
+    """Return what an artifact was made from."""
+    return [(made_from["stage"], made_from["fingerprint"]) for made_from in manifest["inputs"].values()]
+
+
+def _published_at(manifest: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(manifest["published_at"])
+
+
+def _size(store: Store, stage: str, fingerprint: str) -> int:
+    """Return the bytes of a stage's attempts, as far as they are on this machine or in the store."""
+    size = 0
+    for place in _places(store, stage, fingerprint):
+        for path in place.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # somebody still writes there, or removes it
+                if path.is_file():
+                    size += path.stat().st_size
+    if not store.local:
+        size += int(store.fs.du(f"{store.base}/{stage}/{fingerprint}"))
+    return size
+
+
+def _places(store: Store, stage: str, fingerprint: str) -> list[Path]:
+    """Return this machine's folders of a stage's attempts, and of a remote store's fetched files."""
+    if store.local:
+        return [Path(store.base, stage, fingerprint, "attempts")]
+    return [store.scratch / stage / fingerprint, store.scratch / "cache" / stage / fingerprint]
+
+
+@contextlib.contextmanager
+def no_runs(store: Store) -> Iterator[None]:
+    """Hold the leases of all recipes that ever ran here, so that their next runs wait.
+
+    Raises LeaseHeld: one of them is running.
+    """
+    held = []
+    try:
+        for folder in sorted(store.fs.glob(f"{store.base}/leases/*")):
+            lease = Lease(store, Path(folder).name, f"{holder_name()}, longreach gc")
+            held.append(lease.acquire(wait=False))
+        yield
+    finally:
+        for lease in held:
+            lease.release()
+
+
+def remove(store: Store, candidate: Candidate) -> bool:
+    """Remove a stage's artifact and attempts; False, and nothing is removed, if it is being made.
+
+    The manifest goes first, so that nobody finds an artifact that lacks files. The stage's lease stays
+    (a few bytes), since its numbers must never go back.
+    """
+    stage, fingerprint = candidate.stage, candidate.fingerprint
+    place = f"{stage}/{fingerprint}/lease"
+    try:
+        lease = Lease(store, candidate.label, f"{holder_name()}, longreach gc", place=place).acquire(wait=False)
+    except LeaseHeld:
+        return False
+    try:
+        if not candidate.published and store.find(stage, fingerprint):  # finished meanwhile
+            return False
+        for path in store.fs.glob(f"{store.base}/{stage}/{fingerprint}/{MANIFEST}*"):
+            store.fs.rm(path)
+        store.clear(stage, fingerprint)
+    finally:
+        lease.release()
+    return True
