@@ -6,7 +6,7 @@
 
 Two writers are real: after `kill -9` of a stage its training ranks go on writing for a while. Each
 attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished
-file to that name, on object stores by a conditional put (If-None-Match). The loser is removed.
+file to that name (infra/files.py), on object stores by a conditional put (If-None-Match). The loser is removed.
 
 Nothing is lost in a power cut: files are synced first, then their folders, then the manifest, then
 its folder; only after that is anything removed that the artifact replaces.
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from longreach.infra.files import digest_of, draft_of, file_digest, sync, sync_tree
+from longreach.infra.files import digest_of, draft_of, file_digest, publish_new, sync, sync_tree
 
 MANIFEST = "artifact.json"
 HASHING_THREADS = 4
@@ -283,8 +283,7 @@ class Store:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Unlike a rename, a link fails if the target exists.
-            with draft_of(target, publish=os.link) as draft:
+            with draft_of(target, publish=publish_new) as draft:
                 draft.write_bytes(body)
             sync(target.parent)
         except OSError as error:

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 import unittest.mock
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -41,6 +42,8 @@ def connected(
         yield sys.modules["ray"]
         return
     with contextlib.ExitStack() as stack:
+        if address is None:
+            stack.enter_context(_short_temporary_folder())
         if address is None and workers_import:
             os.environ[ADDRESS] = stack.enter_context(fork_server(workers_import))
             stack.callback(os.environ.pop, ADDRESS)
@@ -51,6 +54,40 @@ def connected(
         _init(ray, address, cpus)
         stack.callback(ray.shutdown)
         yield ray
+
+
+SOCKET_PATH_BYTES = 107
+"""The longest path of a Unix socket that Linux takes."""
+RAYS_LONGEST_SOCKET = "/ray/session_2026-11-28_23-25-36_123456_1234567/sockets/plasma_store"
+"""What Ray adds to its folder for temporary files."""
+
+
+@contextlib.contextmanager
+def _short_temporary_folder() -> Iterator[None]:
+    """Let Ray keep its sockets in a folder of our own in /tmp where TMPDIR is too long for them.
+
+    Batch systems give such ones. ValueError: the user's RAY_TMPDIR is too long, or /tmp cannot be
+    written.
+    """
+    chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    room = SOCKET_PATH_BYTES - len(RAYS_LONGEST_SOCKET)
+    length = len(os.fsencode(chosen))
+    if length <= room:
+        yield
+        return
+    advice = f"the temporary folder {chosen} has {length} characters, of which Ray's sockets leave {room}"
+    if "RAY_TMPDIR" in os.environ:
+        raise ValueError(f"{advice}: set RAY_TMPDIR to a shorter one")
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="longreach-", dir="/tmp", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ValueError(f"{advice}, nor can /tmp be used ({error.strerror}): set RAY_TMPDIR") from error
+    with folder:
+        os.environ["RAY_TMPDIR"] = folder.name
+        try:
+            yield
+        finally:
+            del os.environ["RAY_TMPDIR"]
 
 
 def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:

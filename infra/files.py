@@ -10,6 +10,7 @@ its folder is synced (`sync_tree`, `sync`).
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -40,7 +41,7 @@ class Digest(Protocol):
 def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
     """Give the block a temporary path beside `target`, and publish it under that name once the
     block has ended well. `publish`: takes the draft and the target. `os.replace` overwrites;
-    `os.link` raises FileExistsError instead."""
+    `publish_new` raises FileExistsError instead."""
     # At most 50 of the name's characters: it may already be as long as the disk allows. Leases read
     # its beginning.
     draft = target.with_name(f"{target.name[:50]}.{uuid.uuid4().hex[:8]}.draft")
@@ -50,6 +51,44 @@ def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -
         publish(draft, target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links answer: exFAT, FAT, some network mounts."""
+RENAME_NOREPLACE = 1
+
+
+def publish_new(draft: Path, target: Path) -> None:
+    """Give a finished draft its name in one step, unless somebody has that name: FileExistsError.
+
+    By a hard link, or where there are none by Linux's rename that replaces nothing. Raises OSError:
+    the file system has neither.
+    """
+    try:
+        os.link(draft, target)
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        _rename_new(draft, target)
+
+
+def _rename_new(draft: Path, target: Path) -> None:
+    """Rename a file; FileExistsError if the new name is taken. Python's own os.rename would replace it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_current_folder = -100  # AT_FDCWD; both paths are absolute or relative to the current folder
+    if hasattr(libc, "renameat2"):
+        names = os.fsencode(draft), os.fsencode(target)
+        if libc.renameat2(at_current_folder, names[0], at_current_folder, names[1], RENAME_NOREPLACE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(number, os.strerror(number), str(target))
+    raise OSError(
+        errno.ENOTSUP,
+        "this file system has neither hard links nor a rename that replaces nothing, so two runs could both publish: "
+        "put the store (store.root, --root) on another disk, or into an object store (s3://...)",
+        str(target),
+    )
 
 
 def sync(path: Path) -> None:

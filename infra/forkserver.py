@@ -44,7 +44,8 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
     import subprocess
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="longreach-") as folder:
+    # RAY_TMPDIR: a short one where TMPDIR is too long for the path of a socket (infra/cluster.py)
+    with tempfile.TemporaryDirectory(prefix="longreach-", dir=os.environ.get("RAY_TMPDIR")) as folder:
         address = os.path.join(folder, "fork")
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(address)

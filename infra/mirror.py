@@ -155,8 +155,7 @@ class Mirror:
         """Make an mlflow.MlflowClient when there is something to send: the import costs 2 s, a new database more."""
         from mlflow import MlflowClient
 
-        if database := registry.sqlite_path(self.uri):
-            database.parent.mkdir(parents=True, exist_ok=True)
+        registry.prepare_embedded(self.uri)
         return MlflowClient(tracking_uri=self.uri)
 
     def upload(self, deadline_s: float, *, everything: bool = False) -> str:
@@ -502,7 +501,7 @@ def _environment() -> dict[str, str]:
 
 def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
     """Return the command that shows the embedded store in a browser of this machine: MLflow asks for no password."""
-    artifacts = Path(workdir).absolute() / "mlartifacts"
+    artifacts = Path(workdir).absolute() / registry.ARTIFACTS
     return [
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes
         "PYTHONSAFEPATH=1",  # the server's own processes too: a user's `evaluation.py` is none of MLflow's modules

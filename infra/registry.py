@@ -8,11 +8,14 @@ server.
     python -c "from longreach.infra.registry import champion; print(champion('quickstart-longlora'))"
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
+import sqlite3
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from longreach.infra.choices import refuse_password
 from longreach.infra.files import link_or_copy
 
 RUN_TAG = "longreach.run"
+ARTIFACTS = "mlartifacts"
+"""The folder of an embedded store's files, beside its database."""
 CHAMPION, PREVIOUS = "champion", "previous"
 MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
 BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longreach.rolled_back"
@@ -44,9 +49,54 @@ def connect() -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it prints a line for each table that it creates
     client = MlflowClient()
-    if database := sqlite_path(client.tracking_uri):
-        database.parent.mkdir(parents=True, exist_ok=True)
+    prepare_embedded(client.tracking_uri)
     return client
+
+
+LOCATIONS = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("storage_location", "source"),
+}
+"""Columns of MLflow's database that hold absolute places of files, by table."""
+
+
+def prepare_embedded(uri: str) -> None:
+    """Make the folder of an embedded store, and mend its places if it was moved or copied; a server needs neither.
+
+    MLflow writes down where files are from the root of the disk on. After `mv` a champion would not be
+    found, and new files would go to the folder's old place.
+    """
+    database = sqlite_path(uri)
+    if database is None:
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    if not database.exists():
+        return
+    now = (database.parent / ARTIFACTS).as_uri()
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables.issuperset(LOCATIONS):  # of an older MLflow, or not made yet
+            return
+        homes = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        for (home,) in homes:
+            ours = home.startswith("file:///") and home.endswith(f"/{ARTIFACTS}")  # else of the user's own choice
+            if ours and home != now:
+                _move_places(connection, home, now)
+                print(f"{database.parent} was moved: {home} is {now} in MLflow's records now", file=sys.stderr)
+
+
+def _move_places(connection: sqlite3.Connection, before: str, now: str) -> None:
+    """Replace the beginning `before` of all places of files in MLflow's database."""
+    size = len(before)
+    for table, columns in LOCATIONS.items():
+        for column in columns:
+            ours = f"{column} = ? OR substr({column}, 1, ?) = ?"
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {ours}",
+                (now, size + 1, before, size + 1, before + "/"),
+            )
 
 
 def default_uri(workdir: Path | str) -> str:
@@ -80,7 +130,7 @@ def experiment_id(client: Any, name: str) -> str:
             raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
         return experiment.experiment_id
     database = sqlite_path(client.tracking_uri)
-    artifacts = (database.parent / "mlartifacts").as_uri() if database else None
+    artifacts = (database.parent / ARTIFACTS).as_uri() if database else None
     kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page shows prompts and traces
     return client.create_experiment(name, artifacts, tags=kind)
 

@@ -327,11 +327,13 @@ def ui(
 ) -> None:
     """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a server elsewhere."""
     from longreach.infra.mirror import default_uri, ui_command
+    from longreach.infra.registry import prepare_embedded
 
     uri, workdir = _tracking(recipe, overrides, workdir)
     if uri != default_uri(workdir):
         print(uri)
         return
+    prepare_embedded(uri)
     command = ui_command(workdir, port=port)
     # MLflow opens as a place for prompts and traces; this address opens it as one for training.
     print(f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning", flush=True)

@@ -1,11 +1,16 @@
 """Files written whole or not at all, and digests that name content."""
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from longreach.infra.files import digest_of, draft_of, flatten, kept_text, write_whole
+from longreach.infra import files
+from longreach.infra.artifact import Store
+from longreach.infra.files import digest_of, draft_of, flatten, kept_text, publish_new, write_whole
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path):
@@ -16,12 +21,46 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"state.json": "old"}
 
 
-def test_a_file_that_exists_is_not_replaced_by_one_that_is_published_exclusively(tmp_path: Path):
+def no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")  # as exFAT answers
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_exists_is_not_replaced_by_one_that_is_published_exclusively(tmp_path: Path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     target = tmp_path / "artifact.json"
-    write_whole(target, "first")
-    with pytest.raises(FileExistsError), draft_of(target, publish=os.link) as draft:
+    with draft_of(target, publish=publish_new) as draft:
+        draft.write_text("first")
+    with pytest.raises(FileExistsError), draft_of(target, publish=publish_new) as draft:
         draft.write_text("second")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"artifact.json": "first"}
+
+
+def test_of_many_writers_one_wins_where_there_are_no_links(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    target = tmp_path / "artifact.json"
+
+    def write(number: int) -> bool:
+        try:
+            with draft_of(target, publish=publish_new) as draft:
+                draft.write_text(str(number))
+        except FileExistsError:
+            return False
+        return target.read_text() == str(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(write, range(64))) == 1
+
+
+def test_a_file_system_on_which_nothing_is_exclusive_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    refuses = SimpleNamespace(renameat2=lambda *_: -1)
+    monkeypatch.setattr(files, "ctypes", SimpleNamespace(CDLL=lambda *_, **__: refuses, get_errno=lambda: errno.EINVAL))
+    with pytest.raises(OSError, match="on another disk, or into an object store") as refused:
+        Store(str(tmp_path)).create(str(tmp_path / "artifact.json"), b"{}")
+    assert refused.value.filename == str(tmp_path / "artifact.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kept_text_is_made_once_and_each_time_where_nothing_can_be_kept(tmp_path: Path, monkeypatch):

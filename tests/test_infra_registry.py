@@ -9,6 +9,7 @@ import sys
 import uuid
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow_servers import PASSWORD, Server, free_port
 
@@ -83,3 +84,31 @@ def test_releases_behind_any_alias_are_found_and_asking_creates_no_store(empty_s
     client.set_registered_model_alias("books", "champion", "3")
     client.set_registered_model_alias("books", "mine", "1")
     assert registry.aliased_fingerprints() == {"release-1", "release-3"}
+
+
+def test_an_embedded_store_that_is_moved_takes_its_models_along(empty_store, tmp_path: Path, monkeypatch, capsys):
+    before, after = tmp_path / "before", tmp_path / "a.ter_"  # as a pattern, its name would fit others
+    before.mkdir()
+    shutil.copy(empty_store, before / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(before))
+    client = registry.connect()
+    experiment = registry.experiment_id(client, "books")
+    elsewhere = client.create_experiment("elsewhere", (tmp_path / "own-choice").as_uri())
+    release = tmp_path / "release"
+    release.mkdir()
+    (release / "weights").write_text("w")
+    run = client.create_run(experiment).info.run_id
+    model = registry.log_model(client, experiment, run, "longlora", {registry.MODEL: "m"}, release)
+    version = registry.register(client, "books", model, run, {registry.FINGERPRINT: "f"})
+    client.set_registered_model_alias("books", registry.CHAMPION, version.version)
+    before.rename(after)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(after))
+    client = registry.connect()
+    assert "was moved" in capsys.readouterr().err
+    assert Path(mlflow.artifacts.download_artifacts("models:/books@champion")).is_relative_to(after)
+    assert client.get_run(run).info.artifact_uri.startswith(after.as_uri())
+    client.log_text(run, "new", "note.txt")
+    assert not before.exists(), "nothing is written to the old place"
+    assert client.get_experiment(elsewhere).artifact_location == (tmp_path / "own-choice").as_uri()
+    registry.connect()
+    assert "was moved" not in capsys.readouterr().err, "said once"

@@ -1,0 +1,56 @@
+"""A cluster of our own where the folder for temporary files is too long for the paths of sockets."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from longreach.infra import cluster as our_cluster
+from longreach.infra.forkserver import fork_server
+
+
+@pytest.fixture
+def long_folder(tmp_path: Path, monkeypatch) -> Path:
+    """As TMPDIR, as batch systems give it: of 120 characters and more."""
+    folder = tmp_path / ("job-" + "0123456789" * 12)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is asked for once in a process
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    return folder
+
+
+def test_sockets_go_into_a_short_folder_of_our_own_that_is_removed(long_folder: Path):
+    with our_cluster._short_temporary_folder():
+        folder = Path(os.environ["RAY_TMPDIR"])
+        assert len(f"{folder}{our_cluster.RAYS_LONGEST_SOCKET}") <= our_cluster.SOCKET_PATH_BYTES
+        assert folder.stat().st_mode & 0o777 == 0o700, "nobody else can look into it"
+        with fork_server([]) as address:
+            assert Path(address).is_relative_to(folder)
+    assert not folder.exists()
+    assert "RAY_TMPDIR" not in os.environ
+
+
+def test_a_short_folder_is_used_as_it_is(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with our_cluster._short_temporary_folder():
+        assert "RAY_TMPDIR" not in os.environ
+
+
+def test_a_folder_that_the_user_chose_for_ray_is_refused_with_both_numbers(long_folder: Path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(long_folder))
+    length = len(str(long_folder))
+    with (
+        pytest.raises(ValueError, match=rf"has {length} characters, .* leave 39: set RAY_TMPDIR to a shorter one"),
+        our_cluster._short_temporary_folder(),
+    ):
+        pytest.fail("it was refused")
+
+
+@pytest.mark.slow
+def test_ray_adds_no_more_to_its_folder_than_is_left_for_it(cluster):
+    node = cluster._private.worker._global_node
+    for socket in (node.plasma_store_socket_name, node.raylet_socket_name):
+        assert len(socket.removeprefix(node._temp_dir.removesuffix("/ray"))) <= len(our_cluster.RAYS_LONGEST_SOCKET)
