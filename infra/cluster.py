@@ -82,12 +82,16 @@ def _short_temporary_folder() -> Iterator[None]:
         folder = tempfile.TemporaryDirectory(prefix="longreach-", dir="/tmp", ignore_cleanup_errors=True)
     except OSError as error:
         raise ValueError(f"{advice}, nor can /tmp be used ({error.strerror}): set RAY_TMPDIR") from error
+    # TMPDIR too: Ray's dashboard starts processes through Python's own fork server, which has a socket there.
+    before = os.environ.get("TMPDIR")
     with folder:
-        os.environ["RAY_TMPDIR"] = folder.name
+        os.environ["RAY_TMPDIR"] = os.environ["TMPDIR"] = folder.name
         try:
             yield
         finally:
-            del os.environ["RAY_TMPDIR"]
+            del os.environ["RAY_TMPDIR"], os.environ["TMPDIR"]
+            if before is not None:
+                os.environ["TMPDIR"] = before
 
 
 def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
