@@ -41,6 +41,7 @@ Legend: B batch, T new tokens, H query heads, K key/value heads, D head dim, S s
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -176,7 +177,7 @@ class Turns:
 class NewKeys(Tensor):
     """The keys of new tokens on their way from the cache to attention; only `layer.attend` can use them."""
 
-    layer: SinkLayer
+    layer: AttendingLayer
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -193,33 +194,17 @@ class NewKeys(Tensor):
         )
 
 
-class SinkLayer(CacheLayerMixin):
-    """One layer's keys and values. Slots 0..S-1 hold the sinks, S..S+W recent tokens in turn."""
+class AttendingLayer(CacheLayerMixin):
+    """One layer of a cache that computes the attention itself, as it alone knows which keys a query sees."""
 
-    keys: Tensor  # type: ignore[assignment]  # [B, K, S+W+1, D]
-    values: Tensor  # type: ignore[assignment]
-    sink_keys: Tensor  # [B, K, S, D], as they came: never turned on
-
-    def __init__(self, sink_tokens: int, window_tokens: int, turns: Turns) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.S, self.W, self.turns = sink_tokens, window_tokens, turns
         self.seen = 0
-        self.padding_B: tuple[int, ...] = ()
+        """Tokens read so far, with evicted ones and padding: transformers counts positions from it."""
         self.new: tuple[Tensor, Tensor] | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots = self.S + self.W + 1
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        with torch.inference_mode(False):  # else a cache begun in inference mode could not go on outside of it
-            # zeros: a row that padding made shorter reads slots it never filled, and a masked NaN
-            # is still a NaN
-            self.keys, self.values, self.sink_keys = (
-                torch.zeros(*of.shape[:2], tokens, of.shape[3], dtype=of.dtype, device=of.device)
-                for of, tokens in ((key_states, slots), (value_states, slots), (key_states, self.S))
-            )
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens' keys and values [B, K, T, D]; the result is for scaled_dot_product_attention alone."""
+        """Take the new tokens' keys and values [B, K, T, D]; the result is for `attend` alone."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.keys.shape[0]:
@@ -234,16 +219,59 @@ class SinkLayer(CacheLayerMixin):
         keys.layer = self
         return keys, value_states
 
+    def take_new(self) -> tuple[Tensor, Tensor]:
+        """Return the new tokens' keys and values, which `update` left for `attend`."""
+        assert self.new is not None, "update comes before attend"
+        new, self.new = self.new, None
+        return new
+
+    @abstractmethod
     def attend(
         self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
     ) -> Tensor:
-        """Return the attention of the new tokens' queries, and keep their keys and values.
+        """Return the attention of the new tokens' queries, and keep of their keys and values what is to be kept.
 
         sink_logit_H: a logit a head that takes part in each softmax (attention/sink_softmax.py), beside the tokens.
         """
-        assert self.new is not None, "update comes before attend"
-        (k_BKTD, v_BKTD), T = self.new, q_BHTD.shape[2]
-        self.new = None
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return sizes for a mask that tells the padding among the new tokens; this cache hides the rest itself."""
+        return query_length, self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a cache of fixed size cannot take tokens back: what they evicted is gone")
+
+
+class SinkLayer(AttendingLayer):
+    """One layer's keys and values. Slots 0..S-1 hold the sinks, S..S+W recent tokens in turn."""
+
+    keys: Tensor  # type: ignore[assignment]  # [B, K, S+W+1, D]
+    values: Tensor  # type: ignore[assignment]
+    sink_keys: Tensor  # [B, K, S, D], as they came: never turned on
+
+    def __init__(self, sink_tokens: int, window_tokens: int, turns: Turns) -> None:
+        super().__init__()
+        self.S, self.W, self.turns = sink_tokens, window_tokens, turns
+        self.padding_B: tuple[int, ...] = ()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        slots = self.S + self.W + 1
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        with torch.inference_mode(False):  # else a cache begun in inference mode could not go on outside of it
+            # zeros: a row that padding made shorter reads slots it never filled, and a masked NaN
+            # is still a NaN
+            self.keys, self.values, self.sink_keys = (
+                torch.zeros(*of.shape[:2], tokens, of.shape[3], dtype=of.dtype, device=of.device)
+                for of, tokens in ((key_states, slots), (value_states, slots), (key_states, self.S))
+            )
+
+    def attend(
+        self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
+    ) -> Tensor:
+        (k_BKTD, v_BKTD), T = self.take_new(), q_BHTD.shape[2]
         self._note_padding(mask, len(q_BHTD), T)
         first_B = tuple(self.seen - T - padding for padding in self.padding_B)
         scale = q_BHTD.shape[3] ** -0.5 if scale is None else scale
@@ -255,7 +283,7 @@ class SinkLayer(CacheLayerMixin):
                 q, k_BKTD = both.split([q.shape[1], k_BKTD.shape[1]], 1)
             step = self._decode if T == 1 and min(first_B) >= 0 else self._prefill
             out_BHTD = step(q, k_BKTD, v_BKTD, first_B, scale, sink_logit_H)
-        return _Inference.apply(q_BHTD, out_BHTD) if q_BHTD.requires_grad else out_BHTD
+        return inference_only(q_BHTD, out_BHTD)
 
     def _note_padding(self, mask: Tensor | None, batch: int, tokens: int) -> None:
         """Count the padding tokens that lead each row in the first mask: a token that does not see itself is one."""
@@ -264,8 +292,7 @@ class SinkLayer(CacheLayerMixin):
             self.padding_B = (0,) * batch
         if mask is None:
             return
-        real_BT = mask.diagonal(dim1=-2, dim2=-1)[:, 0].expand(batch, tokens)
-        real_BT = real_BT if real_BT.dtype == torch.bool else real_BT == 0
+        real_BT = sees_itself(mask, batch, tokens)
         padding_B = (~real_BT).sum(1).tolist()
         if not first and any(padding_B):
             raise ValueError(
@@ -345,14 +372,6 @@ class SinkLayer(CacheLayerMixin):
             return at
         return self.S + (at - self.S) % (self.W + 1)
 
-    def get_seq_length(self) -> int:
-        """Return the tokens read so far, with evicted ones and padding: transformers counts positions from it."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return sizes for a mask that tells the padding among the new tokens; this cache hides the rest itself."""
-        return query_length, self.seen
-
     def get_max_length(self) -> int:
         return self.S + self.W
 
@@ -374,8 +393,16 @@ class SinkLayer(CacheLayerMixin):
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a SinkCache cannot take tokens back: what they evicted is gone (no assisted generation)")
+
+def sees_itself(mask: Tensor, batch: int, tokens: int) -> Tensor:
+    """Return which of the new tokens see themselves [B, T]: all but padding. The mask is [B, 1, T, N]."""
+    real_BT = mask.diagonal(dim1=-2, dim2=-1)[:, 0].expand(batch, tokens)
+    return real_BT if real_BT.dtype == torch.bool else real_BT == 0
+
+
+def inference_only(q_BHTD: Tensor, out_BHTD: Tensor) -> Tensor:
+    """Return attention's output; where its query has a gradient, asking for it is an error."""
+    return _Inference.apply(q_BHTD, out_BHTD) if q_BHTD.requires_grad else out_BHTD
 
 
 class _Inference(torch.autograd.Function):
@@ -387,7 +414,7 @@ class _Inference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("a SinkCache is for inference: train with use_cache=False")
+        raise RuntimeError("a cache of fixed size is for inference: train with use_cache=False")
 
 
 def _together(first_B: tuple[int, ...]) -> list[tuple[slice, int]]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -24,12 +24,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from longreach.attention.evicting_cache import POLICIES, EvictingCache, Policy
 from longreach.attention.hf import attending_by
 from longreach.attention.rope import Rotary
 from longreach.attention.sink_cache import SinkCache, reading_sink_cache
 from longreach.attention.streamed import streamed_attention
-from longreach.evaluation.likelihood import hidden_nll, is_dynamic, token_nll
+from longreach.evaluation.likelihood import check_ids, hidden_nll, is_dynamic, token_nll
 
+Place = Literal["cache", "text"]
+"""Where positions of keys are counted."""
 BATCH_TOKENS = 4096
 """Tokens of the windows that `recomputed_nll` runs at once."""
 READ_AT_ONCE = 512
@@ -48,6 +51,24 @@ def streamed_nll(
     check_rope(model, len(ids_T), sinks + window)
     with attending_by(model, "streamed", StreamedAttention(model, sinks, window, positions)):
         return token_nll(model, ids_T, name)
+
+
+@torch.inference_mode()
+def evicted_nll(
+    model: PreTrainedModel, ids_T: np.ndarray, policy: Policy, cache_tokens: int, positions: Place, name: str
+) -> np.ndarray:
+    """Return the NLL [T-1] of decoding token by token with an EvictingCache of that policy; errors as `token_nll`.
+
+    Layer after layer reads the whole text, one token after the other: what decoding gives, without
+    a pass through the model for each token.
+    """
+    check_rope(model, len(ids_T), cache_tokens)
+    cache = EvictingCache(model.config, policy, cache_tokens, positions)
+    x_T = torch.from_numpy(ids_T).to(model.device)
+    check_ids(model, x_T, name)
+    with reading_sink_cache(model):
+        out = model.base_model(x_T[None, :-1], past_key_values=cache, use_cache=True)
+    return hidden_nll(model, out.last_hidden_state[0], x_T[1:], name).cpu().numpy()
 
 
 def check_rope(model: PreTrainedModel, tokens: int, cache_tokens: int) -> None:
@@ -106,9 +127,11 @@ def recomputed_nll(model: PreTrainedModel, ids_T: np.ndarray, ends_N: np.ndarray
 
 @torch.inference_mode()
 def decoding_latency(
-    model: PreTrainedModel, ids_T: np.ndarray, tokens: int, way: str, sinks: int, cache_tokens: int
+    model: PreTrainedModel, ids_T: np.ndarray, tokens: int, way: Any, sinks: int, cache_tokens: int, positions: Place
 ) -> dict[str, float]:
     """Measure the decoding of a text's last `tokens` tokens, one by one, in one way through it.
+
+    positions: where a cache of fixed size counts the positions of its keys.
 
     Returns:
         {"ms": median milliseconds a token, "cache_mib": keys and values that are kept meanwhile}; the way `dense`
@@ -119,7 +142,10 @@ def decoding_latency(
     cache: Cache = DynamicCache(config=model.config)
     attention: AbstractContextManager[None] = nullcontext()
     if way in ("window", "sinks"):
-        cache = SinkCache(model.config, sinks, cache_tokens - sinks)
+        cache = SinkCache(model.config, sinks, cache_tokens - sinks, positions)
+        attention = reading_sink_cache(model)
+    elif way in POLICIES:
+        cache = EvictingCache(model.config, way, cache_tokens, positions)
         attention = reading_sink_cache(model)
     seconds = []
     with attention:
@@ -138,10 +164,10 @@ def decoding_latency(
 
 
 def _kept_bytes(cache: Cache) -> int:
-    """Return the bytes of a cache's keys and values."""
+    """Return the bytes of a cache's keys and values, and of what it notes beside them."""
     total = 0
     for layer in cache.layers:
-        for name in ("keys", "values", "sink_keys"):
+        for name in ("keys", "values", "sink_keys", "scores"):
             kept = getattr(layer, name, None)
             if isinstance(kept, torch.Tensor):
                 total += kept.nbytes

@@ -9,7 +9,9 @@
 
 Each way predicts from `cache_tokens` cached tokens and the current one. All but `recompute` are
 computed for the whole text in one pass (evaluation/small_cache.py) that gives what decoding token
-by token would. `recompute` needs a pass for each scored token, so it scores every n-th one and its
+by token would. So are the field's caches that choose by attention what to forget (`rivals`: TOVA
+and H2O, attention/evicting_cache.py), each with as many tokens. `recompute` needs a pass for each
+scored token, so it scores every n-th one and its
 mean is estimated by difference: the mean of another way over all tokens, plus the mean difference
 to it over the sample. Neighbouring tokens differ in NLL far more than two ways do on one token, so
 the difference is known to a few per cent where the sample's own mean would be off by tens.
@@ -40,6 +42,7 @@ from pydantic import Field, model_validator
 from longreach.evaluation.base import Background, Cell, DocumentName, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, matching, with_first
 from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean
+from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -78,6 +81,9 @@ class Streaming(Evaluation):
             default=("dense", "window", "recompute", "sinks"), min_length=1
         )
         """Which of the four ways are measured."""
+        rivals: New[tuple[Literal["tova", "h2o"], ...]] = ()
+        """Caches of the same size that choose by attention what to forget, each a way of its own: tova
+        (2401.06104), h2o (heavy hitters, 2306.14048); nothing is trained."""
         recompute_every: int = Field(default=16, ge=1)
         """The `recompute` way scores every n-th token, as each needs a pass over its own window; 1 scores all."""
         positions: tuple[Literal["cache", "text"], ...] = Field(default=("cache",), min_length=1)
@@ -96,6 +102,8 @@ class Streaming(Evaluation):
                     f"latency_tokens {self.latency_tokens} and cache_tokens {self.cache_tokens} before them do not fit "
                     f"into tokens {self.tokens}: lower latency_tokens or score more tokens"
                 )
+            if len({*self.rivals}) < len(self.rivals):
+                raise ValueError(f"rivals {list(self.rivals)}: each once")
             if min(self.sink_tokens) < 1 or len({*self.sink_tokens}) < len(self.sink_tokens):
                 raise ValueError(f"sink_tokens {list(self.sink_tokens)}: each number once, from 1 (none: way 'window')")
             most = max(self.sink_tokens)
@@ -194,7 +202,7 @@ class Streaming(Evaluation):
         check_head(model, self.document.ids_T)
         check_attention(model)
         decodes = bool(choices.latency_tokens or choices.endurance_tokens)
-        if decodes or {"window", "sinks"} & {*choices.ways}:
+        if decodes or choices.rivals or {"window", "sinks"} & {*choices.ways}:
             check_rope(model, choices.tokens + 1, choices.cache_tokens)
 
     @classmethod
@@ -263,15 +271,21 @@ class Ways:
                     add(way, sinks, positions)
                 if choices.newlines:
                     add(way, sinks, choices.positions[0], newlines=True)
+        for rival in choices.rivals:
+            for positions in choices.positions:
+                add(rival, positions=positions)
         return cells
 
     @staticmethod
     def measure(streaming: Streaming, cell: Cell) -> Result:
         """Return {"nll": nats of text tokens 1.., of the sampled ones for `recompute`}."""
-        from longreach.evaluation.small_cache import recomputed_nll, streamed_nll
+        from longreach.evaluation.small_cache import evicted_nll, recomputed_nll, streamed_nll
 
         choices, model, name = streaming.choices, streaming.model, cell["document"]
         ids_T = streaming.text_ids()
+        if cell["way"] in choices.rivals:
+            nll_T = evicted_nll(model, ids_T, cell["way"], choices.cache_tokens, cell["positions"], name)
+            return {"nll": nll_T[-choices.tokens :].tolist()}
         if cell["way"] == "recompute":
             ends_N = sampled(choices) + len(ids_T) - 1 - choices.tokens
             return {"nll": recomputed_nll(model, ids_T, ends_N, choices.cache_tokens + 1, name).tolist()}
@@ -316,6 +330,9 @@ class Latencies:
         for way in choices.ways if choices.latency_tokens else ():
             sinks = choices.sink_tokens[0] if way == "sinks" else 0
             cells.append({"kind": "latency", "document": streaming.document.name, "way": way, "sinks": sinks})
+        for rival in choices.rivals if choices.latency_tokens else ():
+            place = {"document": streaming.document.name, "positions": choices.positions[0]}
+            cells.append({"kind": "latency", "way": rival, "sinks": 0} | place)
         return cells
 
     @staticmethod
@@ -326,10 +343,12 @@ class Latencies:
         choices = streaming.choices
         ids_T = streaming.text_ids()
         way, sinks, cache_tokens = cell["way"], cell["sinks"], choices.cache_tokens
-        costs = decoding_latency(streaming.model, ids_T, choices.latency_tokens, way, sinks, cache_tokens)
+        positions = cell.get("positions", "text" if way == "dense" else "cache")
+        costs = decoding_latency(streaming.model, ids_T, choices.latency_tokens, way, sinks, cache_tokens, positions)
         row = {
             "kind": "latency",
             "way": name_of(way, sinks),
+            "positions": positions,
             "cache_tokens": cache_tokens,
             "text_tokens": len(ids_T),
         }
@@ -477,7 +496,9 @@ def way_of(cell: Cell) -> str:
 
 
 def name_of(way: str, sinks: int) -> str:
-    """Return what a way is called in rows and figures: `dense`, `window`, `recompute`, `4 sinks`."""
+    """Return what a way is called in rows and figures: `dense`, `window`, `recompute`, `4 sinks`, `TOVA`."""
+    if way in ("tova", "h2o"):
+        return way.upper()
     if way != "sinks":
         return way
     return "1 sink" if sinks == 1 else f"{sinks} sinks"
@@ -518,15 +539,13 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
         protocol = next(iter(rows.values()))["protocol"]
         lines.append([f"{way}\n{protocol}", *(perplexity_cell(rows.get(name)) for name in models)])
     cache = next(iter(models.values())).recipe["cache_tokens"]
-    return [
-        Table(
-            f"Perplexity once the cache of {cache:,} tokens is full",
-            ["way", *models],
-            lines,
-            legend="Small: the tokens that are scored. n sinks: the first n tokens stay in the cache, beside the most "
-            "recent.",
+    legend = "Small: the tokens that are scored. n sinks: the first n tokens stay in the cache, beside the most recent."
+    if {"TOVA", "H2O"} & {row["way"] for rows in ways.values() for row in rows.values()}:
+        legend += (
+            " TOVA forgets what the current token attends to least, H2O what all have attended to least, but for the "
+            "most recent half."
         )
-    ]
+    return [Table(f"Perplexity once the cache of {cache:,} tokens is full", ["way", *models], lines, legend=legend)]
 
 
 def _latency_table(models: dict[str, EvalScores]) -> list[Table]:

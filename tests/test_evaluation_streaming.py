@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from longreach.attention.evicting_cache import EvictingCache
+from longreach.attention.sink_cache import reading_sink_cache
 from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
@@ -164,6 +166,38 @@ def test_several_numbers_of_sinks_are_ways_of_their_own():
     for sinks, way in ((1, "1 sink"), (3, "3 sinks")):
         assert curve(scores, way) == curve(run(model, text, ways=("sinks",), sink_tokens=(sinks,)), way)
     assert set(names_of(drawn(scores.named("m"))["streaming-m.png"])) == {*ways}
+
+
+def test_rivals_are_ways_of_their_own_in_an_equal_cache():
+    """Their perplexity is that of decoding token by token, their cache as large as a window's but for the scores."""
+    model, text = tiny_llama(), document(80)
+    choices = {"ways": ("window",), "tokens": 60, "rivals": ("tova", "h2o"), "positions": ("cache", "text")}
+    scores = run(model, text, **choices, latency_tokens=3)
+    ways = {row["way"]: row for row in scores.rows if row["kind"] == "way"}
+    assert list(ways) == ["window", "TOVA", "TOVA, text positions", "H2O", "H2O, text positions"]
+    assert {row["cache_tokens"] for row in ways.values()} == {24}
+    assert ways["H2O, text positions"]["positions"] == "text"
+    cache, nll = EvictingCache(model.config, "h2o", 24), []
+    with torch.inference_mode(), reading_sink_cache(model):
+        for token, following in pairwise(text.ids_T[:61]):
+            logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].double()
+            nll.append(-float(logits.log_softmax(-1)[following]))
+    assert math.log(ways["H2O"]["ppl"]) == pytest.approx(np.mean(nll[24:]), rel=1e-5)
+    assert scores.summary["streaming_ppl_H2O"] != scores.summary["streaming_ppl_TOVA"]
+    costs = {row["way"]: row for row in scores.rows if row["kind"] == "latency"}
+    assert {way: row["positions"] for way, row in costs.items()} == {"window": "cache", "TOVA": "cache", "H2O": "cache"}
+    token = 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two KV heads of 8, float32
+    assert costs["H2O"]["cache_mib"] == pytest.approx((24 * token + 2 * 2 * 24 * 4) / 2**20)
+    assert {"TOVA", "H2O"} < {*names_of(drawn(scores.named("m"))["streaming-m.png"])}
+    section = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background())
+    assert "H2O what all have attended to least" in section.blocks[1].legend
+    with pytest.raises(ValueError, match="each once"):
+        run(model, text, rivals=("h2o", "h2o"))
+
+
+def test_a_choice_of_rivals_is_part_of_identity_only_once_it_is_made():
+    assert "rivals" not in Streaming.Choices().identity()
+    assert Streaming.Choices(rivals=("tova",)).identity()["rivals"] == ["tova"]
 
 
 def test_positions_and_meaning_of_the_sinks_are_ways_of_their_own():
