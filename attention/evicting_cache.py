@@ -85,8 +85,8 @@ class EvictingCache(Cache):
 class EvictingLayer(AttendingLayer):
     """One layer's kept keys and values in the order of the text, and the attention that each has been given."""
 
-    keys: Tensor  # type: ignore[assignment]  # [B, K, N, D], turned back to position 0 where `rotary` turns them on
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor  # [B, K, N, D], turned back to position 0 where `rotary` turns them on
+    values: Tensor
     scores: Tensor  # [B, K, N], at least float32
 
     def __init__(self, policy: Policy, cache_tokens: int, rotary: Rotary | None) -> None:

@@ -197,6 +197,9 @@ class NewKeys(Tensor):
 class AttendingLayer(CacheLayerMixin):
     """One layer of a cache that computes the attention itself, as it alone knows which keys a query sees."""
 
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
+
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
@@ -248,8 +251,8 @@ class AttendingLayer(CacheLayerMixin):
 class SinkLayer(AttendingLayer):
     """One layer's keys and values. Slots 0..S-1 hold the sinks, S..S+W recent tokens in turn."""
 
-    keys: Tensor  # type: ignore[assignment]  # [B, K, S+W+1, D]
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor  # [B, K, S+W+1, D]
+    values: Tensor
     sink_keys: Tensor  # [B, K, S, D], as they came: never turned on
 
     def __init__(self, sink_tokens: int, window_tokens: int, turns: Turns) -> None:

@@ -39,7 +39,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longreach.evaluation.base import Background, Cell, DocumentName, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import (
+    Background,
+    Cell,
+    DocumentName,
+    DocumentNames,
+    EvalChoices,
+    Evaluation,
+    Result,
+)
 from longreach.evaluation.documents import Document, first_token_id, matching, with_first
 from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean
 from longreach.infra.choices import New
@@ -54,6 +62,10 @@ if TYPE_CHECKING:
 else:
     np = lazy_module("numpy")
 
+STRETCH = 256
+"""Tokens of a stretch of text, over which ways are compared: long enough that neighbours are nearly independent."""
+ABOUT = ("way", "positions", "cache_tokens", "sink_tokens", "protocol")
+"""Columns that say what a row of a way is about."""
 BINS = 24
 """Points of the curves along the text and along the endurance run."""
 
@@ -71,8 +83,10 @@ class Streaming(Evaluation):
 
         document: DocumentName = "*"
         """Held-out document (name, or a shell pattern whose first match is taken)."""
+        more_documents: New[DocumentNames] = ()
+        """Further ones that go through the same ways, chosen alike; latencies and the endurance run leave them out."""
         tokens: int = Field(default=1024, ge=2)
-        """Tokens of it that are scored."""
+        """Tokens of each that are scored."""
         cache_tokens: int = Field(default=256, ge=2)
         """Keys that each way keeps, sinks included (dense keeps all)."""
         sink_tokens: tuple[int, ...] = Field(default=(4,), min_length=1)
@@ -155,7 +169,7 @@ class Streaming(Evaluation):
                 rows += kind_rows
                 summary |= kind.summary(kind_rows)
         protocol = (
-            f"tokens {choices.cache_tokens + 1}..{choices.tokens} of {results[0][0]['document']}; "
+            f"tokens {choices.cache_tokens + 1}..{choices.tokens} of {', '.join(_texts_of(results))}; "
             f"{choices.cache_tokens} cached tokens and the current one; positions counted in the "
             f"{' or the '.join(choices.positions)}"
         )
@@ -167,26 +181,37 @@ class Streaming(Evaluation):
             recipe=choices.model_dump(mode="json"),
             rows=rows,
             summary=summary,
-            note="One text. A low perplexity here means stable generation, not a longer memory.",
+            note=("" if choices.more_documents else "One text. ")
+            + "A low perplexity here means stable generation, not a longer memory.",
         )
 
     @property
     def document(self) -> Document:
-        """The text that the ways go through."""
+        """The text that the ways go through, the first one if there are several."""
         return matching(self.documents, (self.choices.document,))[0]
 
-    def text_ids(self) -> np.ndarray:
-        """Return the scored tokens and the one before them, after the model's own first token if it has one."""
-        return with_first(self.document.ids_T[: self.choices.tokens + 1], first_token_id(self.tokenizer))
+    @property
+    def texts(self) -> list[Document]:
+        """All texts that the ways go through."""
+        further = [matching(self.documents, (pattern,))[0] for pattern in self.choices.more_documents]
+        return [self.document, *further]
+
+    def text_ids(self, name: str) -> np.ndarray:
+        """Return a text's scored tokens and the one before them, after the model's own first token if it has one."""
+        (text,) = (text for text in self.texts if text.name == name)
+        return with_first(text.ids_T[: self.choices.tokens + 1], first_token_id(self.tokenizer))
 
     def _check_texts(self) -> None:
         """Raise ValueError where the documents are too short."""
-        choices, document = self.choices, self.document
-        if len(document.ids_T) <= choices.tokens:
-            raise ValueError(
-                f"{document.name} has {len(document.ids_T)} tokens; scoring {choices.tokens} takes one more than that: "
-                f"lower tokens or choose a longer document"
-            )
+        choices, names = self.choices, [document.name for document in self.texts]
+        if len({*names}) < len(names):
+            raise ValueError(f"document and more_documents choose {', '.join(names)}: each text once")
+        for document in self.texts:
+            if len(document.ids_T) <= choices.tokens:
+                raise ValueError(
+                    f"{document.name} has {len(document.ids_T)} tokens; scoring {choices.tokens} takes one more than "
+                    f"that: lower tokens or choose a longer document"
+                )
         total = sum(len(document.ids_T) for document in self.documents)
         if choices.endurance_tokens >= total:
             raise ValueError(
@@ -246,15 +271,19 @@ class Ways:
 
     @staticmethod
     def cells(streaming: Streaming) -> list[Cell]:
-        """Return a cell for each way; sinks have one for each number of them, place of positions, and line breaks."""
-        choices = streaming.choices
-        cells = []
+        """Return a cell for each text and way; sinks have one for each number of them, place of positions, and line
+        breaks."""
+        return [cell for text in streaming.texts for cell in Ways._of_text(streaming.choices, text.name)]
+
+    @staticmethod
+    def _of_text(choices: Streaming.Choices, name: str) -> list[Cell]:
+        cells: list[Cell] = []
 
         def add(way: str, sinks: int = 0, positions: str = "cache", newlines: bool = False) -> None:
             cells.append(
                 {
                     "kind": "way",
-                    "document": streaming.document.name,
+                    "document": name,
                     "way": way,
                     "sinks": sinks,
                     "positions": positions,
@@ -282,7 +311,7 @@ class Ways:
         from longreach.evaluation.small_cache import evicted_nll, recomputed_nll, streamed_nll
 
         choices, model, name = streaming.choices, streaming.model, cell["document"]
-        ids_T = streaming.text_ids()
+        ids_T = streaming.text_ids(name)
         if cell["way"] in choices.rivals:
             nll_T = evicted_nll(model, ids_T, cell["way"], choices.cache_tokens, cell["positions"], name)
             return {"nll": nll_T[-choices.tokens :].tolist()}
@@ -303,7 +332,7 @@ class Ways:
 
     @staticmethod
     def rows(choices: Streaming.Choices, results: Results) -> list[Row]:
-        """Return a row for each way, and rows along the stream."""
+        """Return a row for each way, rows along the stream, and with several texts one for each way and text."""
         return tabulate(choices, [(cell, np.array(result["nll"])) for cell, result in results])
 
     @staticmethod
@@ -331,8 +360,8 @@ class Latencies:
             sinks = choices.sink_tokens[0] if way == "sinks" else 0
             cells.append({"kind": "latency", "document": streaming.document.name, "way": way, "sinks": sinks})
         for rival in choices.rivals if choices.latency_tokens else ():
-            place = {"document": streaming.document.name, "positions": choices.positions[0]}
-            cells.append({"kind": "latency", "way": rival, "sinks": 0} | place)
+            cell: Cell = {"kind": "latency", "document": streaming.document.name, "way": rival, "sinks": 0}
+            cells.append(cell | {"positions": choices.positions[0]})
         return cells
 
     @staticmethod
@@ -341,7 +370,7 @@ class Latencies:
         from longreach.evaluation.small_cache import decoding_latency
 
         choices = streaming.choices
-        ids_T = streaming.text_ids()
+        ids_T = streaming.text_ids(cell["document"])
         way, sinks, cache_tokens = cell["way"], cell["sinks"], choices.cache_tokens
         positions = cell.get("positions", "text" if way == "dense" else "cache")
         costs = decoding_latency(streaming.model, ids_T, choices.latency_tokens, way, sinks, cache_tokens, positions)
@@ -439,12 +468,70 @@ def line_break(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(ids[0])
 
 
-def tabulate(choices: Streaming.Choices, ways: list[tuple[Cell, np.ndarray]]) -> list[Row]:
-    """Return a row for each way, then the rows along the stream.
+Measured = list[tuple[Cell, "np.ndarray"]]
+"""Cells of ways with their NLL: entry t is text token t + 1's, for `recompute` that of the sampled tokens."""
 
-    ways: each cell with its NLL; entry t is text token t + 1's, for `recompute` that of the sampled
-    tokens.
+
+def _texts_of(results: Results) -> list[str]:
+    """Return the names of the texts that cells are about, in their order."""
+    return list(dict.fromkeys(cell["document"] for cell, _ in results))
+
+
+def tabulate(choices: Streaming.Choices, ways: Measured) -> list[Row]:
+    """Return a row for each way over all texts, the rows along the first text, and of several texts a row each."""
+    texts: dict[str, Measured] = {}
+    for cell, nll_N in ways:
+        texts.setdefault(cell["document"], []).append((cell, nll_N))
+    totals: dict[str, list[Row]] = {}
+    streams, by_text = [], []
+    for name, of_text in texts.items():
+        rows, along = tabulate_text(choices, of_text)
+        streams.append(along)
+        for row in rows:
+            totals.setdefault(row["way"], []).append(row)
+            by_text.append({**row, "kind": "text", "document": name})
+    ratios = ratios_over_stretches(choices, texts)
+    pooled = []
+    for way, rows in totals.items():
+        row = rows[0]
+        if len(rows) > 1:
+            about = {name: row[name] for name in ("kind", *ABOUT, "start", "end")}
+            nll = float(np.mean([one["nll"] for one in rows]))
+            row = about | {"scored": sum(one["scored"] for one in rows), "nll": nll, "ppl": math.exp(nll)}
+        pooled.append(row | ratios.get(way, {}))
+    return pooled + streams[0] + (by_text if len(texts) > 1 else [])
+
+
+def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]) -> dict[str, Row]:
+    """Return for each way its perplexity over that with the most sinks, and an interval over stretches of the texts.
+
+    Both ways read the same stretches, once the cache is full, so that how hard a stretch is cancels
+    out. Nothing for `recompute`, which scores other tokens, nor where no sinks were measured.
     """
+    most = {"way": "sinks", "sinks": max(choices.sink_tokens), "positions": choices.positions[0], "newlines": False}
+    yardstick = way_of(most)
+    differences: dict[str, list[np.ndarray]] = {}
+    for of_text in texts.values():
+        named = {way_of(cell): nll_T[choices.cache_tokens :] for cell, nll_T in of_text if cell["way"] != "recompute"}
+        for way, nll_N in named.items():
+            if yardstick in named and way != yardstick:
+                differences.setdefault(way, []).append(nll_N - named[yardstick])
+    ratios = {}
+    for way, of_texts in differences.items():
+        stretches = []
+        for difference_N in of_texts:
+            pieces = np.array_split(difference_N, max(1, round(len(difference_N) / STRETCH)))
+            stretches += [float(piece.mean()) for piece in pieces]
+        interval = bootstrap_mean(np.array(stretches), seed=0)
+        if interval:
+            low, high = np.exp(interval).tolist()
+            ratio = math.exp(np.concatenate(of_texts).mean())
+            ratios[way] = {"beside": yardstick, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+    return ratios
+
+
+def tabulate_text(choices: Streaming.Choices, ways: Measured) -> tuple[list[Row], list[Row]]:
+    """Return a row for each way through one text, and the rows along it."""
     sampled_N = sampled(choices)
     beside = _beside(ways)
     edges = np.linspace(0, choices.tokens, min(BINS, choices.tokens) + 1).astype(int).tolist()
@@ -473,10 +560,10 @@ def tabulate(choices: Streaming.Choices, ways: list[tuple[Cell, np.ndarray]]) ->
                 part = mean_over(nll_N, scored_N, beside_T, start, end)
                 if part["scored"]:
                     along.append({"kind": "stream"} | about | part)
-    return totals + along
+    return totals, along
 
 
-def _beside(ways: list[tuple[Cell, np.ndarray]]) -> tuple[Cell, np.ndarray] | None:
+def _beside(ways: Measured) -> tuple[Cell, np.ndarray] | None:
     """Return the way beside which a sample of `recompute` is judged: it scores all tokens and is the most alike."""
     for wanted in ("sinks", "dense", "window"):
         for cell, nll_T in ways:
@@ -526,18 +613,21 @@ def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, sta
 
 
 def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
-    """Return the perplexity of each way, a column for each model."""
+    """Return the perplexity of each way, a column for each model; of several texts once more by text."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import perplexity_cell
 
     ways: dict[str, dict[str, Row]] = {}
+    texts: dict[str, dict[str, Row]] = {}
     for name, scores in models.items():
         for row in scores.rows_with(kind="way"):
             ways.setdefault(row["way"], {})[name] = row
+        for row in scores.rows_with(kind="text"):
+            texts.setdefault(f"{row['way']}\n{row['document']}", {})[name] = row
     lines = []
     for way, rows in ways.items():
         protocol = next(iter(rows.values()))["protocol"]
-        lines.append([f"{way}\n{protocol}", *(perplexity_cell(rows.get(name)) for name in models)])
+        lines.append([f"{way}\n{protocol}", *(_way_cell(rows.get(name)) for name in models)])
     cache = next(iter(models.values())).recipe["cache_tokens"]
     legend = "Small: the tokens that are scored. n sinks: the first n tokens stay in the cache, beside the most recent."
     if {"TOVA", "H2O"} & {row["way"] for rows in ways.values() for row in rows.values()}:
@@ -545,7 +635,27 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
             " TOVA forgets what the current token attends to least, H2O what all have attended to least, but for the "
             "most recent half."
         )
-    return [Table(f"Perplexity once the cache of {cache:,} tokens is full", ["way", *models], lines, legend=legend)]
+    beside = {row["beside"] for rows in ways.values() for row in rows.values() if "beside" in row}
+    if beside:
+        legend += (
+            f" ×: over that with {' or '.join(sorted(beside))} on the same tokens, and its 95% interval over stretches "
+            f"of {STRETCH} tokens."
+        )
+    tables = [Table(f"Perplexity once the cache of {cache:,} tokens is full", ["way", *models], lines, legend=legend)]
+    if texts:
+        lines = [[way, *(perplexity_cell(rows.get(name)) for name in models)] for way, rows in texts.items()]
+        tables.append(Table("The same by text", ["way", *models], lines))
+    return tables
+
+
+def _way_cell(row: Row | None) -> str:
+    """Return a way's perplexity and, small, what it is beside the most sinks."""
+    from longreach.evaluation.sections import perplexity_cell
+
+    text = perplexity_cell(row)
+    if row is None or "ratio" not in row:
+        return text
+    return f"{text}\n{row['ratio']:.4g} × ({row['ratio_low']:.4g} to {row['ratio_high']:.4g})"
 
 
 def _latency_table(models: dict[str, EvalScores]) -> list[Table]:

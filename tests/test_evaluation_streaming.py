@@ -195,9 +195,39 @@ def test_rivals_are_ways_of_their_own_in_an_equal_cache():
         run(model, text, rivals=("h2o", "h2o"))
 
 
-def test_a_choice_of_rivals_is_part_of_identity_only_once_it_is_made():
-    assert "rivals" not in Streaming.Choices().identity()
+def test_a_choice_of_rivals_or_further_texts_is_part_of_identity_only_once_it_is_made():
+    assert not {"rivals", "more_documents"} & Streaming.Choices().identity().keys()
     assert Streaming.Choices(rivals=("tova",)).identity()["rivals"] == ["tova"]
+
+
+def test_ways_are_compared_on_the_same_stretches_of_several_texts(monkeypatch):
+    """Pooled over texts of equal length; the ratio to the most sinks has an interval over stretches."""
+    monkeypatch.setattr("longreach.evaluation.streaming.STRETCH", 20)
+    model, choices = tiny_llama(), {"ways": ("dense", "window", "sinks", "recompute"), "sink_tokens": (1, 3)}
+    texts = [document(), Document("b", "d", document(seed=1).ids_T), Document("c", "d", document(seed=2).ids_T)]
+    usual = {"document": "a", "tokens": 150, "cache_tokens": 24, "recompute_every": 4} | choices
+    scores = evaluate(Streaming, model, byte_tokenizer(), texts, more_documents=("[bx]", "c"), **usual)
+    alone = [evaluate(Streaming, model, byte_tokenizer(), texts, **usual | {"document": name}) for name in "abc"]
+    ways = {row["way"]: row for row in scores.rows if row["kind"] == "way"}
+    for way, row in ways.items():
+        of_texts = [row for one in alone for row in one.rows if (row["kind"], row["way"]) == ("way", way)]
+        assert row["nll"] == pytest.approx(np.mean([one["nll"] for one in of_texts]))
+        assert row["scored"] == sum(one["scored"] for one in of_texts)
+        by_text = [row["nll"] for row in scores.rows if (row["kind"], row["way"]) == ("text", way)]
+        assert by_text == [one["nll"] for one in of_texts]
+        if way in ("dense", "window", "1 sink"):
+            assert row["beside"] == "3 sinks"
+            assert row["ratio"] == pytest.approx(row["ppl"] / ways["3 sinks"]["ppl"])
+            assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
+        else:
+            assert "ratio" not in row
+    assert curve(scores, "window") == curve(alone[0], "window")
+    assert "of a, b, c;" in scores.protocol
+    table, by_text = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background()).blocks[1:3]
+    assert f"{ways['window']['ratio']:.4g} × (" in table.rows[1][1]
+    assert [row[0] for row in by_text.rows[:2]] == ["dense\na", "window\na"]
+    with pytest.raises(ValueError, match="choose a, a: each text once"):
+        run(more_documents=("*",))
 
 
 def test_positions_and_meaning_of_the_sinks_are_ways_of_their_own():
