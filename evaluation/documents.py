@@ -50,7 +50,7 @@ def held_out(folder: Path | str) -> list[Document]:
 def matching(documents: Iterable[Document], patterns: tuple[str, ...]) -> list[Document]:
     """Return the documents whose name matches one of the shell patterns; ValueError if none does."""
     documents = list(documents)
-    matches = [d for d in documents if any(fnmatchcase(d.name, pattern) for pattern in patterns)]
+    matches = [d for d in documents if any(d.name == one or fnmatchcase(d.name, one) for one in patterns)]
     if not matches:
         names = ", ".join(d.name for d in documents) or "none"
         raise ValueError(f"no held-out document matches {list(patterns)}; there are: {names}")

@@ -295,10 +295,10 @@ MEASURE = """
 import sys
 from pathlib import Path
 from toy_tokenizers import toy_tokenizer
-from longreach.training import corpus, documents
+from longreach.training import corpus, readers
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
-corpus.BATCH_CHARS, corpus.WRITE_BYTES, documents.BLOCK_BYTES = 1 << 15, 1 << 17, 1 << 15
+corpus.BATCH_CHARS, corpus.WRITE_BYTES, readers.BLOCK_BYTES = 1 << 15, 1 << 17, 1 << 15
 tokenizer, folder = toy_tokenizer(), Path(sys.argv[1])
 def kib(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])

@@ -25,22 +25,26 @@ def nasty_text(seed: int, atoms: int = 4000) -> str:
     return "".join(random.Random(seed).choices(ATOMS, k=atoms))
 
 
-def ids_of(core: Tokenizer, text: str) -> list[int]:
+def ids_of(core: Tokenizer, text: str, parse: bool = False) -> list[int]:
+    core.encode_special_tokens = not parse
     return core.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("parse", [False, True])
 @pytest.mark.parametrize("chars", [1, 5, 300])
 @pytest.mark.parametrize("family", PRE_TOKENIZERS)
-def test_tokens_of_the_parts_are_the_tokens_of_the_text(family, chars):
+def test_tokens_of_the_parts_are_the_tokens_of_the_text(family, chars, parse):
     core = toy_core(family)
-    encoder = Encoder(core.to_str())
+    encoder = Encoder(core.to_str(), parse)
     for seed in range(3):
         text = nasty_text(seed) + "".join(LINES)
         blocks = [text[at : at + 37] for at in range(0, len(text), 37)]
         parts = list(encoder.parts(blocks, chars))
         assert "".join(parts) == text
         assert len(parts) > len(text) / (chars + 60)
-        assert [i for part in parts for i in ids_of(core, part)] == ids_of(core, text)
+        ids = ids_of(core, text, parse)
+        assert [i for part in parts for i in ids_of(core, part, parse)] == ids
+        assert (core.token_to_id("<eos>") in ids) == parse
 
 
 @pytest.mark.parametrize("family", PRE_TOKENIZERS)
@@ -95,6 +99,19 @@ def test_truncation_and_padding_of_a_tokenizer_do_not_touch_documents():
     assert Encoder(core.to_str()).encode([LINES[0]]).ids.tolist() == plain
 
 
+def test_a_text_without_a_place_to_cut_is_refused_before_it_fills_memory():
+    broken, unbroken = ["word " * 1000] * 100, ["x" * 1000] * 100
+    encoder = Encoder(toy_core().to_str())
+    assert "".join(encoder.parts(broken, 100, most=5000)) == "".join(broken)
+    with pytest.raises(
+        ValueError, match=r"more than max_piece_chars 5,000 characters would .* at once, since this tok"
+    ):
+        list(encoder.parts(unbroken, 100, most=5000))
+    whole = Encoder(whole_text_tokenizers()["llama2"].to_str())
+    with pytest.raises(ValueError, match="allows no cut"):
+        list(whole.parts(broken, 100, most=5000))
+
+
 def test_a_tokenizer_that_is_not_fast_is_refused():
     class Slow:
         is_fast = False
@@ -109,9 +126,9 @@ def test_batches_come_back_in_order_and_few_are_read_ahead():
     def batches():
         for n in range(200):
             taken.append(n)
-            yield [f"text {n} " * (200 if n % 7 == 0 else 1)]
+            yield encoder, [f"text {n} " * (200 if n % 7 == 0 else 1)]
 
-    for n, tokens in enumerate(encode_all(batches(), encoder)):
+    for n, tokens in enumerate(encode_all(batches())):
         assert isinstance(tokens, Tokens)
         assert encoder.tokenizer.decode(tokens.ids.tolist()).startswith(f"text {n} ")
         assert len(taken) - n < 200 / 2 or n > 100

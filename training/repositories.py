@@ -150,19 +150,19 @@ def _files(folder: Path, patterns: Sequence[str]) -> list[str]:
             parts = path.relative_to(folder).parts
             if file.startswith(".") or not path.is_file():
                 continue
-            left_out = any(_matches(parts, one) for one in unwanted)
-            if not left_out and any(_matches(parts, one) for one in wanted):
+            left_out = any(path_fits(parts, one) for one in unwanted)
+            if not left_out and any(path_fits(parts, one) for one in wanted):
                 chosen.append(parts)
     return ["/".join(parts) for parts in sorted(chosen)]
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+def path_fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Whether a path fits a pattern, both in parts: `**` is any number of folders, `*` stays in one."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return path_fits(parts, pattern[1:]) or (bool(parts) and path_fits(parts[1:], pattern))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and path_fits(parts[1:], pattern[1:])
 
 
 def _read(path: Path) -> str | Unreadable:

@@ -158,6 +158,18 @@ class SourceShare(Facts):
         return self.packed_tokens / self.tokens if self.tokens else 0.0
 
 
+class ChatShare(Facts):
+    """What became of chats; `cut` and `left_out` are of training chats, which have to fit a row."""
+
+    count: int = 0
+    tokens: int = 0  # tokens that were kept
+    predicted: int = 0
+    """Of these, tokens that the assistant says: the others are given, and no targets."""
+    cut: int = 0  # chats longer than a row, which lost their last turns
+    cut_tokens: int = 0
+    left_out: int = 0  # of those that were cut, chats whose first answer ends beyond a row
+
+
 class Overlap(Facts):
     """A held-out document that training documents nearly repeat in part."""
 
@@ -187,11 +199,13 @@ class PackSummary(Summary, PackRecipe):
     document_tokens: dict[str, int]  # tokens of the documents' text by split
     longer_than_a_row: int  # training documents that had to be split over rows
     truncated_tokens: int
-    """Tokens that were lost: 0, since what does not fit a row goes on in another."""
+    """Tokens that were lost: of chats, whose last turns did not fit; of texts none, which go on in another row."""
     length_histogram: tuple[LengthBin, ...]
     contexts: tuple[ContextBin, ...] = ()
     """Targets by how many tokens of their own document (of their row, if joined) they see; empty
     in what an older version packed."""
+    chats: ChatShare | None = None
+    """The conversations among the documents; None: there are none."""
     sources: tuple[SourceShare, ...] = ()
     """The mixture, in the recipe's order; empty in what an older version packed."""
     overlaps: tuple[Overlap, ...] | None = None

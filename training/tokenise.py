@@ -86,34 +86,43 @@ def _cut_of_pre_tokenizer(spec: dict[str, Any]) -> re.Pattern[str] | None:
 
 
 class Tokens(NamedTuple):
-    """The tokens of consecutive texts, joined."""
+    """The tokens of consecutive texts, joined, or of one chat."""
 
     ids: np.ndarray  # [tokens] int32: vocabularies over 65,535 exist
     lengths: np.ndarray  # [texts] int64; they sum to the number of ids
     words: np.ndarray
     """word_hashes of each text, joined: no cut is within a word."""
     word_counts: np.ndarray  # [texts] int64; they sum to the number of words
+    given: np.ndarray | None = None
+    """Of a chat: which tokens are not predicted, [tokens] bool."""
 
 
 class Encoder:
-    """A tokenizer and where its texts may be cut."""
+    """A tokenizer and where its texts may be cut.
 
-    def __init__(self, tokenizer_json: str) -> None:
-        self.json = tokenizer_json
+    Text that spells a special token is text, unless `parse` makes it the token itself.
+    """
+
+    def __init__(self, tokenizer_json: str, parse: bool = False) -> None:
+        self.json, self.parse = tokenizer_json, parse
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = not parse
         self.cut = exact_cut(self.tokenizer)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, parse: bool = False) -> Encoder:
         """Return that of a transformers tokenizer; ValueError if it is not a fast one."""
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: save it as tokenizer.json first")
-        return cls(tokenizer.backend_tokenizer.to_str())
+        return cls(tokenizer.backend_tokenizer.to_str(), parse)
 
-    def parts(self, blocks: Iterable[str], chars: int = PART_CHARS) -> Iterator[str]:
-        """Yield a text, given in blocks, in parts of at least `chars` that end at an allowed cut."""
+    def parts(self, blocks: Iterable[str], chars: int = PART_CHARS, most: int | None = None) -> Iterator[str]:
+        """Yield a text, given in blocks, in parts of at least `chars` that end at an allowed cut.
+
+        ValueError: more than `most` characters hold none.
+        """
         rest = ""
         for block in blocks:
             start, seen, rest = 0, max(0, len(rest) - 1), rest + block
@@ -122,6 +131,11 @@ class Encoder:
                 yield rest[start : match.start()]
                 start = match.start()
             rest = rest[start:]
+            if most is not None and len(rest) > most + chars:
+                raise ValueError(
+                    f"more than max_piece_chars {most:,} characters would have to be tokenised at once, since this "
+                    f"tokenizer allows no cut in them: break the text, leave it out, or raise the limit"
+                )
         if rest:
             yield rest
 
@@ -154,8 +168,12 @@ def word_hashes(text: str) -> np.ndarray:
     return np.fromiter(map(zlib.crc32, words), np.uint32, len(words))
 
 
-def encode_all(batches: Iterable[list[str]], encoder: Encoder, workers: int = 0) -> Iterator[Tokens]:
-    """Yield encoder.encode of each batch, in order; only a few batches are in memory at a time.
+Batch = tuple[Encoder, list[str]] | Tokens
+"""Texts, and what they are encoded by; or tokens that are there already, which keep their place."""
+
+
+def encode_all(batches: Iterable[Batch], workers: int = 0) -> Iterator[Tokens]:
+    """Yield the tokens of each batch, in order; only a few batches are in memory at a time.
 
     workers: Ray tasks of one CPU at the same time, on whatever machines the cluster has; 0: threads
     of this process (the tokenizer releases the GIL).
@@ -163,12 +181,27 @@ def encode_all(batches: Iterable[list[str]], encoder: Encoder, workers: int = 0)
     if workers:
         import ray
 
-        task, spec = ray.remote(num_cpus=1)(_encode_remotely), ray.put(encoder.json)
-        yield from in_order(lambda texts: task.remote(spec, texts), ray.get, batches, 2 * workers)
+        task, specs = ray.remote(num_cpus=1)(_encode_remotely), {}
+
+        def submit(batch: Batch) -> Any:
+            if isinstance(batch, Tokens):
+                return batch
+            encoder, texts = batch
+            if encoder.json not in specs:
+                specs[encoder.json] = ray.put(encoder.json)
+            return task.remote(specs[encoder.json], encoder.parse, texts)
+
+        yield from in_order(
+            submit, lambda sent: sent if isinstance(sent, Tokens) else ray.get(sent), batches, 2 * workers
+        )
         return
     threads = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
-        yield from in_order(lambda texts: pool.submit(encoder.encode, texts), Future.result, batches, 2 * threads)
+
+        def encode(batch: Batch) -> Future[Tokens]:
+            return pool.submit(lambda: batch if isinstance(batch, Tokens) else batch[0].encode(batch[1]))
+
+        yield from in_order(encode, Future.result, batches, 2 * threads)
 
 
 def in_order(submit: Callable, result: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -182,11 +215,11 @@ def in_order(submit: Callable, result: Callable, items: Iterable, ahead: int) ->
         yield result(pending.popleft())
 
 
-def _encode_remotely(tokenizer_json: str, texts: list[str]) -> Tokens:
-    return _encoder(tokenizer_json).encode(texts)
+def _encode_remotely(tokenizer_json: str, parse: bool, texts: list[str]) -> Tokens:
+    return _encoder(tokenizer_json, parse).encode(texts)
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(tokenizer_json: str) -> Encoder:
+def _encoder(tokenizer_json: str, parse: bool) -> Encoder:
     # once a process: parsing a tokenizer takes as long as encoding 200 KB
-    return Encoder(tokenizer_json)
+    return Encoder(tokenizer_json, parse)

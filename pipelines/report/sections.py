@@ -473,8 +473,9 @@ def packing(found: Findings) -> Section | None:
         counts = [pack.documents[split] for split in SPLITS] + [pack.longer_than_a_row, pack.bad.count]
         rows.append([label, *size, *(f"{count:,}" for count in counts)])
         bad |= {(f"{entry.file}:{entry.line}", entry.reason) for entry in pack.bad.listed}
-    legend = "Efficiency: places in rows that hold a token. Documents longer than a row are split; no token is lost."
+    legend = "Efficiency: places in rows that hold a token. Texts longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
+    blocks += _chats(found.packs)
     blocks += _mixtures(found.packs)
     blocks += _overlaps(found.packs)
     if bad:
@@ -482,6 +483,23 @@ def packing(found: Findings) -> Section | None:
     first = next(iter(found.packs.values()))
     blocks.append([_lengths_figure(first), *_contexts_figure(first)])
     return Section("Packing", blocks)
+
+
+def _chats(packs: Mapping[str, PackSummary]) -> list[Block]:
+    """Return what became of chats; nothing where there are none."""
+    rows = []
+    for label, pack in packs.items():
+        if (facts := pack.chats) is not None:
+            counts = [facts.count, facts.tokens, facts.predicted, facts.cut - facts.left_out, facts.left_out]
+            rows.append([label, *(f"{count:,}" for count in [*counts, facts.cut_tokens])])
+    if not rows:
+        return []
+    columns = ["corpus", "chats", "tokens", "predicted", "cut", "left\nout", "tokens\ncut"]
+    legend = (
+        "Predicted: what the assistant says. Chats longer than a row are cut after the last answer that fits; those "
+    )
+    legend += "whose first answer does not fit are left out."
+    return [Table("Chats", columns, rows, legend=legend)]
 
 
 def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:

@@ -1,0 +1,375 @@
+"""Chats: their forms, the tokens that the template writes, and which of them are predicted, against TRL's masks."""
+
+import itertools
+import json
+
+import datasets
+import numpy as np
+import pytest
+from tiny_models import tiny_llama
+from toy_models import pack_summary
+from toy_tokenizers import LINES, toy_core
+from transformers import PreTrainedTokenizerFast
+
+from longreach.training.chats import Chats, Conversation, conversation_of, form_of
+from longreach.training.corpus import IGNORED, PackedRows, pack_corpus
+from longreach.training.documents import BadLine, read_documents
+from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+
+PLAIN = """{%- for message in messages %}
+{{- '<mark>' + message['role'] + '\n' + message['content'] + '<eos>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<mark>assistant\n' }}{% endif %}"""
+MARKED = """{%- for message in messages %}
+{{- '<mark>' + message['role'] + '\n' }}
+{%- if message['role'] == 'assistant' %}{% generation %}{{- message['content'] + '<eos>' }}{% endgeneration %}
+{%- else %}{{- message['content'] + '<eos>' }}{% endif %}
+{{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<mark>assistant\n' }}{% endif %}"""
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What was it?"},
+    {"role": "assistant", "content": "The best of times."},
+    {"role": "user", "content": "And then, naïve café?"},
+    {"role": "assistant", "content": "The age of wisdom, 1859."},
+]
+
+
+def tokenizer_with(template):
+    special = {"eos_token": "<eos>", "bos_token": "<bos>", "additional_special_tokens": ["<mark>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=toy_core(), **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(*roles, text="some words"):
+    return Conversation(tuple({"role": role, "content": f"{text} {n}"} for n, role in enumerate(roles)))
+
+
+def predicted_text(tokenizer, encoded):
+    """The runs of tokens that are predicted, as texts."""
+    edges = np.flatnonzero(np.diff(np.r_[1, encoded.given.astype(int), 1]))
+    return [tokenizer.decode(encoded.ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def entries(folder, **source):
+    return list(read_documents(CorpusRecipe(sources=(SourceRecipe(**source),)), folder))
+
+
+# Forms
+
+
+FORMS = {
+    "messages": {"messages": CHAT},
+    "sharegpt": {
+        "conversations": [
+            {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]}
+            for m in CHAT
+        ]
+    },
+    "prompt_completion": {"prompt": CHAT[:4], "completion": CHAT[4:]},
+    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chats_are_known_by_their_columns(tmp_path, form, kind):
+    rows = datasets.Dataset.from_list([FORMS[form] | {"id": "x", "more": 1}])
+    if kind == "parquet":
+        rows.to_parquet(tmp_path / "x.parquet")
+    else:
+        rows.to_json(tmp_path / "x.jsonl")
+    (document,) = entries(tmp_path, files="x.*", name_field="id")
+    assert document.name == "x"
+    messages = [dict(message) for message in document.text.messages]
+    if form == "alpaca":
+        assert messages == [{"role": "user", "content": "Add.\n\n1 and 2"}, {"role": "assistant", "content": "3"}]
+    else:
+        assert messages == CHAT
+    assert document.text.given == (4 if form == "prompt_completion" else 0)
+
+
+def test_a_pair_of_texts_is_a_question_and_its_answer():
+    pair = conversation_of({"prompt": "Q", "completion": "A"}, "prompt_completion")
+    assert pair.messages == ({"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"})
+    alone = conversation_of({"instruction": "Q", "input": None, "output": "A"}, "alpaca")
+    assert alone.messages == pair.messages
+
+
+def test_contents_in_parts_are_joined_and_tools_are_kept():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts, "name": None}, {"role": "assistant", "content": "c"}]
+    found = conversation_of({"messages": messages, "tools": '[{"name": "f"}]'}, "messages")
+    assert found.messages[0] == {"role": "user", "content": "ab"}
+    assert found.tools == [{"name": "f"}]
+
+
+def test_a_form_that_fits_twice_is_refused_until_it_is_named(tmp_path):
+    write(tmp_path / "x.jsonl", FORMS["alpaca"] | {"text": "whole"})
+    with pytest.raises(
+        ValueError, match=r"x\.jsonl: the columns .* fit the formats text and alpaca: say by the source's"
+    ):
+        entries(tmp_path, files="x.jsonl")
+    assert entries(tmp_path, files="x.jsonl", format="text")[0].text == "whole"
+    assert isinstance(entries(tmp_path, files="x.jsonl", format="alpaca")[0].text, Conversation)
+    with pytest.raises(ValueError, match="messages and prompt_completion"):
+        form_of(["messages", "prompt", "completion"], SourceRecipe(files="x"), "x")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": CHAT[:2]}, "a chat without an answer of the assistant"),
+        ({"messages": []}, "a chat without an answer"),
+        ({"messages": "hi"}, "messages is str, not a list"),
+        ({"messages": [{"content": "x"}]}, "message 1 of messages has no role"),
+        ({"messages": [{"role": "assistant", "content": 5}]}, "message 1 of messages has a content of int"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "contents that are no text"),
+        ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "surrogates not allowed"),
+        ({"other": 1}, "no field 'messages' (there are other)"),
+    ],
+)
+def test_a_record_without_a_chat_is_malformed_and_the_others_are_read(tmp_path, record, reason):
+    write(tmp_path / "x.jsonl", {"messages": CHAT}, record, {"messages": CHAT})
+    found = entries(tmp_path, files="x.jsonl")
+    (bad,) = [item for item in found if isinstance(item, BadLine)]
+    assert (len(found), bad.line) == (3, 2)
+    assert reason in bad.reason
+
+
+# Tokens and what is predicted
+
+
+@pytest.mark.parametrize(("template", "end"), [(PLAIN, "<eos>\n"), (MARKED, "<eos>")])
+def test_only_what_the_assistant_says_is_predicted(template, end):
+    tokenizer = tokenizer_with(template)
+    encoded = Chats(tokenizer).encode(Conversation(tuple(CHAT)))
+    assert predicted_text(tokenizer, encoded) == [f"The best of times.{end}", f"The age of wisdom, 1859.{end}"]
+    assert encoded.ids.tolist() == tokenizer.apply_chat_template(CHAT)["input_ids"]
+
+
+def test_tokens_counted_by_hand():
+    """<mark> u s e r \\n a b <eos> \\n <mark> assistant \\n c <eos> \\n, with one token a byte but for special ones."""
+    tokenizer = tokenizer_with(PLAIN)
+    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer.model)(
+        vocab={token: n for token, n in tokenizer.get_vocab().items() if len(token) == 1}, merges=[]
+    )
+    pair = Conversation(({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}))
+    encoded = Chats(tokenizer).encode(pair)
+    asked = 1 + len("user\n") + len("ab") + 1 + len("\n") + 1 + len("assistant\n")
+    assert len(encoded.ids) == asked + len("c") + 1 + len("\n")
+    assert np.flatnonzero(~encoded.given).tolist() == [asked, asked + 1, asked + 2]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_what_was_given_as_the_prompt_is_not_predicted_even_where_the_assistant_said_it(template):
+    tokenizer = tokenizer_with(template)
+    encoded = Chats(tokenizer).encode(Conversation(tuple(CHAT), given=4))
+    assert [text.strip() for text in predicted_text(tokenizer, encoded)] == ["The age of wisdom, 1859.<eos>"]
+
+
+def trl_masks(tokenizer, rows, **choices):
+    """The rows as TRL's SFTTrainer prepares them."""
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(output_dir="/tmp/trl", report_to=[], use_cpu=True, max_length=None, bf16=False, **choices)
+    trainer = SFTTrainer(tiny_llama(vocab_size=len(tokenizer)), config, train_dataset=datasets.Dataset.from_list(rows),
+                         processing_class=tokenizer)  # fmt: skip
+    return list(trainer.train_dataset)
+
+
+def random_chats(count):
+    rng = np.random.default_rng(0)
+    words = [*LINES[0].split(), "naïve", "café", "—", "12", "ships\n\n", "they'll", "come;", "你好"]
+    said = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(8 * count)]
+    for n in range(count):
+        roles = ["user", "assistant"] * int(rng.integers(1, 5))
+        yield [{"role": role, "content": said[8 * n + place]} for place, role in enumerate(roles)]
+
+
+@pytest.mark.long
+def test_two_hundred_chats_have_the_masks_of_trl():
+    tokenizer = tokenizer_with(MARKED)
+    chats = list(random_chats(200))
+    theirs = trl_masks(tokenizer, [{"messages": chat} for chat in chats], assistant_only_loss=True)
+    ours = Chats(tokenizer)
+    for chat, row in zip(chats, theirs, strict=True):
+        encoded = ours.encode(Conversation(tuple(chat)))
+        assert encoded.ids.tolist() == row["input_ids"]
+        assert (~encoded.given).astype(int).tolist() == [int(label != IGNORED) for label in row["labels"]]
+
+
+@pytest.mark.long
+def test_answers_by_difference_have_the_masks_of_trls_completions():
+    tokenizer = tokenizer_with(PLAIN)
+    rows = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in random_chats(50)]
+    theirs = trl_masks(tokenizer, rows)
+    for row, their in zip(rows, theirs, strict=True):
+        encoded = Chats(tokenizer).encode(conversation_of(row, "prompt_completion"))
+        assert encoded.ids.tolist() == their["input_ids"]
+        assert (~encoded.given).astype(int).tolist() == [int(label != IGNORED) for label in their["labels"]]
+
+
+# Templates that do not serve
+
+
+def test_a_template_that_writes_the_beginning_otherwise_is_refused():
+    last_only = PLAIN.replace("message['content']", "(message['content'] if loop.last else 'before')", 1)
+    with pytest.raises(ValueError, match=r"does not show where the answer in message 2 stands.*\{% generation %\}"):
+        Chats(tokenizer_with(last_only)).encode(conversation("user", "assistant", "user", "assistant"))
+
+
+def test_an_answer_that_shares_a_token_with_its_prompt_is_refused():
+    glued = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = tokenizer_with(glued)
+    pair = Conversation(({"role": "user", "content": "the worst of tim"}, {"role": "assistant", "content": "es"}))
+    with pytest.raises(ValueError, match="does not show where the answer in message 2 stands"):
+        Chats(tokenizer).encode(pair)
+
+
+def test_a_template_that_raises_says_why_and_what_to_do():
+    template = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
+    with pytest.raises(ValueError, match=r"template refuses the chat \(TemplateError: a system message first\): mend"):
+        Chats(tokenizer_with(template)).encode(conversation("user", "assistant"))
+    with pytest.raises(ValueError, match=r"refuses the chat \(UndefinedError"):
+        Chats(tokenizer_with("{{ messages[0].nothing.at_all }}")).encode(conversation("user", "assistant"))
+
+
+def test_a_message_that_spells_a_special_token_is_refused_unless_it_is_to_be_one():
+    chats, injected = Chats(tokenizer_with(PLAIN)), conversation("user", "assistant", text="x <eos> y")
+    with pytest.raises(ValueError, match="message 1 spells the special token '<eos>'"):
+        chats.encode(injected)
+    assert chats.encode(injected, parse=True).ids.tolist().count(0) == 4
+
+
+# Packed
+
+
+def pack(folder, *sources, tokenizer=None, out="out", split=None, **choices):
+    (folder / out).mkdir()
+    corpus = CorpusRecipe(sources=tuple(SourceRecipe(**one) for one in sources), max_overlap=None, **split or {})
+    pack = PackRecipe(**{"seq_len": 64} | choices)
+    return pack_corpus(corpus, pack, tokenizer or tokenizer_with(PLAIN), folder / out, base_dir=folder)
+
+
+def runs_of(folder):
+    """(tokens, those that are targets) of each run of the rows."""
+    rows = PackedRows(folder)
+    batch = rows.batch(range(len(rows)))
+    runs = []
+    for ids, positions, labels in zip(
+        *(batch[name].numpy() for name in ("input_ids", "position_ids", "labels")), strict=True
+    ):
+        edges = [*np.flatnonzero(positions == 0), len(ids)]
+        for a, b in itertools.pairwise(edges):
+            assert set(labels[a:b][labels[a:b] != IGNORED]) <= set(ids[a:b])
+            runs.append((ids[a:b].tolist(), (labels[a:b] != IGNORED).tolist()))
+    return runs
+
+
+def test_chats_and_texts_are_packed_isolated_each_with_its_own_targets(tmp_path):
+    chats = [chat for chat in random_chats(40) if len(chat) == 2 and len(str(chat)) < 200]
+    write(tmp_path / "chats.jsonl", *({"messages": chat} for chat in chats))
+    (tmp_path / "a.txt").write_text("It was the age of wisdom")
+    tokenizer = tokenizer_with(PLAIN)
+    summary = pack(tmp_path, {"files": "a.txt", "weight": 3}, {"files": "chats.jsonl"}, {"files": "a.txt"}, seq_len=256)
+    runs, encode = runs_of(tmp_path / "out"), Chats(tokenizer)
+    text = [*tokenizer("It was the age of wisdom").input_ids, 0]
+    assert runs.count((text, [False] + [True] * (len(text) - 1))) == 4
+    for chat in chats:
+        encoded = encode.encode(Conversation(tuple(chat)))
+        assert runs.count((encoded.ids.tolist(), (~encoded.given).tolist())) == 1
+    assert summary.chats.count == len(chats)
+    assert summary.chats.predicted + 4 * (len(text) - 1) == sum(sum(targets) for _, targets in runs)
+    assert sum(one.targets for one in summary.contexts) == sum(sum(targets) for _, targets in runs)
+    counts = PackedRows(tmp_path / "out").context_counts()
+    assert counts.sum() == sum(sum(targets) for _, targets in runs)
+    assert (summary.chats.cut, summary.truncated_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("first_token", ["none", "bos", "sink"])
+def test_a_chat_longer_than_a_row_is_cut_after_an_answer_and_counted(tmp_path, first_token):
+    chat = list(conversation("user", "assistant", "user", "assistant", "user", "assistant").messages)
+    lone = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "late"}]
+    write(tmp_path / "x.jsonl", {"messages": chat}, {"messages": chat[:2]}, {"messages": lone})
+    tokenizer = tokenizer_with("{{- bos_token }}" + PLAIN)
+    whole, two, one, late = (
+        len(tokenizer.apply_chat_template(part)["input_ids"]) for part in (chat, chat[:4], chat[:2], lone)
+    )
+    lead = 0 if first_token == "none" else 1
+    own = 1 if first_token == "bos" else 0  # the template's own BOS, which the lead replaces
+    summary = pack(
+        tmp_path, {"files": "x.jsonl"}, tokenizer=tokenizer, seq_len=two - own + lead, first_token=first_token
+    )
+    rows = PackedRows(tmp_path / "out").batch([0])
+    assert rows["input_ids"].shape[1] == two - own + lead
+    found = summary.chats
+    assert (found.count, found.cut, found.left_out) == (3, 2, 1)
+    assert found.cut_tokens == summary.truncated_tokens == whole - two + late - own
+    assert found.tokens == two + one - 2 * own
+    assert summary.sources[0].left_out == 1
+
+
+def test_held_out_chats_stay_whole_and_know_what_was_given(tmp_path):
+    chat = list(conversation("user", "assistant", "user", "assistant").messages)
+    write(tmp_path / "x.jsonl", {"messages": chat, "id": "held"}, {"messages": chat[:2], "id": "kept"})
+    tokenizer = tokenizer_with(MARKED)
+    pack(tmp_path, {"files": "x.jsonl", "name_field": "id"}, tokenizer=tokenizer, split={"test": ("held",)}, seq_len=40)
+    (row,) = datasets.load_from_disk(tmp_path / "out/documents")
+    encoded = Chats(tokenizer).encode(Conversation(tuple(chat)))
+    assert (row["input_ids"], row["given"]) == (encoded.ids.tolist(), encoded.given.astype(int).tolist())
+
+
+def test_rows_without_their_sink_keep_the_targets_of_their_chats(tmp_path):
+    write(tmp_path / "x.jsonl", *({"messages": chat[:2]} for chat in random_chats(9)))
+    for first in ("sink", "none"):
+        pack(tmp_path, {"files": "x.jsonl"}, out=first, first_token=first, seq_len=512)
+    sink, none = PackedRows(tmp_path / "sink"), PackedRows(tmp_path / "none")
+    dropped, plain = sink.batch(range(len(sink)), drop_first=True), none.batch(range(len(none)))
+    assert (dropped["labels"] != IGNORED).sum() == (plain["labels"] != IGNORED).sum()
+    targets = dropped["labels"][dropped["labels"] != IGNORED]
+    assert sorted(targets.tolist()) == sorted(plain["labels"][plain["labels"] != IGNORED].tolist())
+
+
+@pytest.mark.parametrize(
+    ("template", "choices", "message"),
+    [
+        (None, {}, r"sources hold chats, and the base has no chat template .* instruct model, or put a chat_template"),
+        ("{{ raise_exception('no') }}", {}, r"x\.jsonl:1: the model's chat template refuses the chat"),
+        (PLAIN, {"method": "concat"}, r"hold chats, which pack.method 'concat' would join .* pack with 'best_fit'"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_before_the_first_text_is_tokenised(tmp_path, template, choices, message):
+    write(tmp_path / "x.jsonl", {"messages": CHAT})
+    (tmp_path / "a.txt").write_text("text")
+    seen = []
+    (tmp_path / "out").mkdir()
+    corpus = CorpusRecipe(sources=(SourceRecipe(files="a.txt"), SourceRecipe(files="x.jsonl")))
+    with pytest.raises(ValueError, match=message):
+        pack_corpus(corpus, PackRecipe(**{"seq_len": 64} | choices), tokenizer_with(template), tmp_path / "out",
+                    base_dir=tmp_path, progress=seen.append)  # fmt: skip
+    assert not seen
+
+
+def test_a_chat_that_the_template_refuses_is_counted_and_the_others_are_packed(tmp_path):
+    template = PLAIN + "{% if 'secret' in messages[0]['content'] %}{{ raise_exception('no secrets') }}{% endif %}"
+    secret = [{"role": "user", "content": "secret"}, {"role": "assistant", "content": "x"}]
+    write(tmp_path / "x.jsonl", *[{"messages": CHAT}] * 9, {"messages": secret})
+    source = {"files": "x.jsonl"}
+    with pytest.raises(
+        ValueError, match=r"1 of 10 documents are malformed.*x\.jsonl:10: the model's chat template refuses"
+    ):
+        pack(tmp_path, source, tokenizer=tokenizer_with(template), out="a", seq_len=256)
+    summary = pack(tmp_path, source, tokenizer=tokenizer_with(template), out="b", seq_len=256,
+                   split={"max_bad_fraction": 0.1})  # fmt: skip
+    assert (summary.chats.count, summary.bad.count) == (9, 1)
+
+
+def test_summaries_of_older_corpora_have_no_chats():
+    assert pack_summary().chats is None

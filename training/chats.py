@@ -1,0 +1,265 @@
+"""Chats and instructions: which columns hold them, and their tokens as the model's own chat template writes them.
+
+Four forms are known by their columns (FORMS), or named by a source's `format`:
+
+    messages            messages: [{"role": "user", "content": "..."}, ...], and tools if there are any (OpenAI)
+    sharegpt            conversations: [{"from": "human", "value": "..."}, {"from": "gpt", ...}, ...]
+    prompt_completion   prompt and completion, each a text or a list of messages
+    alpaca              instruction and output; input, if there is any, stands below the instruction
+
+A chat is one document, and only what the assistant says is predicted in training. Where that
+stands, the template's {% generation %} marks say. A template without them is rendered up to each
+answer, with the prompt for it, and up to its end: the answer is the difference. Both have to be
+what the whole chat begins with, which is verified for each answer of each chat.
+
+    chats = Chats(tokenizer)
+    chats.encode(Conversation(({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})))
+
+Reading needs no torch: `longreach plan` imports this.
+
+    pytest tests/test_training_chats.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from longreach.training.readers import Malformed
+from longreach.training.recipe import SourceRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TEXT = "text"
+"""The form of a record that is a document, not a chat."""
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Roles by what ShareGPT's `from` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages with roles, as chat templates take them."""
+
+    messages: tuple[Message, ...]
+    tools: Any = None  # functions that the assistant may call, as JSON schemas
+    given: int = 0
+    """Messages at the beginning that were given: what the assistant says in them is not predicted."""
+
+    def texts(self) -> Iterator[str]:
+        """Yield what the messages say."""
+        for message in self.messages:
+            yield f"{message.get('content', '')}\n"
+
+
+def form_of(columns: Collection[str], source: SourceRecipe, where: str) -> str:
+    """Return the form of records with such columns: one of FORMS, or TEXT.
+
+    Raises:
+        ValueError: they fit two forms, and the source does not say which is meant.
+    """
+    if source.format != "auto":
+        return source.format
+    fits = [name for name, form in FORMS.items() if all(column in columns for column in form.needed)]
+    if not fits:
+        return TEXT
+    if source.text_field in columns:
+        fits.insert(0, TEXT)
+    if len(fits) > 1:
+        raise ValueError(
+            f"{where}: the columns {', '.join(columns)} fit the formats {' and '.join(fits)}: say by the source's "
+            f"`format` which is meant"
+        )
+    return fits[0]
+
+
+def conversation_of(record: Mapping[str, Any], form: str) -> Conversation | Malformed:
+    """Return the chat in a record that has the columns of a form, or why there is none."""
+    try:
+        conversation = FORMS[form].read(record)
+        "".join(conversation.texts()).encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
+    except ValueError as error:
+        return Malformed(str(error))
+    answers = [m for m in conversation.messages[conversation.given :] if m["role"] == "assistant"]
+    if not answers:
+        return Malformed("a chat without an answer of the assistant: nothing to learn from")
+    return conversation
+
+
+def _messages(record: Mapping[str, Any]) -> Conversation:
+    tools = record.get("tools") or None
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    return Conversation(_listed(record["messages"], "messages"), tools)
+
+
+def _sharegpt(record: Mapping[str, Any]) -> Conversation:
+    messages = []
+    if isinstance(record.get("system"), str) and record["system"]:
+        messages.append({"role": "system", "content": record["system"]})
+    turns = record["conversations"]
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise ValueError(f"conversations is {type(turns).__name__}, not a list")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {number} has no `from` of {', '.join(ROLES)} and no `value` that is a text")
+        messages.append({"role": ROLES[turn["from"]], "content": turn["value"]})
+    return Conversation(tuple(messages))
+
+
+def _prompt_completion(record: Mapping[str, Any]) -> Conversation:
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    given = _listed(prompt, "prompt")
+    return Conversation((*given, *_listed(completion, "completion")), given=len(given))
+
+
+def _alpaca(record: Mapping[str, Any]) -> Conversation:
+    parts = [record["instruction"], record.get("input") or "", record["output"]]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("instruction, input or output is not a text")
+    asked = "\n\n".join(filter(None, parts[:2]))
+    return Conversation(({"role": "user", "content": asked}, {"role": "assistant", "content": parts[2]}))
+
+
+def _listed(messages: Any, column: str) -> tuple[Message, ...]:
+    """Return messages as templates take them: a content that is a list of texts is joined, null fields are left out."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f"{column} is {type(messages).__name__}, not a list")
+    listed = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {number} of {column} has no role")
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+                raise ValueError(f"message {number} of {column} has contents that are no text")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) and not message.get("tool_calls"):
+            raise ValueError(f"message {number} of {column} has a content of {type(content).__name__}, not a text")
+        kept = {key: value for key, value in message.items() if value is not None}
+        listed.append(kept | {"content": content or ""})
+    return tuple(listed)
+
+
+class Form(NamedTuple):
+    """How records hold chats."""
+
+    needed: tuple[str, ...]  # columns
+    also: tuple[str, ...]  # columns that are read where there are any
+    read: Callable[[Mapping[str, Any]], Conversation]
+    """Returns the chat in a record; ValueError says why there is none."""
+
+
+FORMS = {
+    "messages": Form(("messages",), ("tools",), _messages),
+    "sharegpt": Form(("conversations",), ("system",), _sharegpt),
+    "prompt_completion": Form(("prompt", "completion"), (), _prompt_completion),
+    "alpaca": Form(("instruction", "output"), ("input",), _alpaca),
+}
+"""The forms that chats have, as a source's `format` names them."""
+
+
+class Encoded(NamedTuple):
+    """The tokens of a chat."""
+
+    ids: np.ndarray  # [tokens] int32
+    given: np.ndarray  # [tokens] bool: those that are not predicted
+    cut: int  # tokens of turns at the end that are left out, since they do not fit
+
+
+class Chats:
+    """What turns chats into tokens: a tokenizer with its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, first: int | None = None) -> None:
+        """Begin with the template. `first`: a token that is put before every document, so a template's own is dropped.
+
+        ValueError for a tokenizer without a chat template.
+        """
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "corpus.sources hold chats, and the base has no chat template to write them by: start from an "
+                "instruct model, or put a chat_template.jinja into the base's folder"
+            )
+        self.tokenizer, self.first = tokenizer, first
+        self.marked = bool(MARKS.search(str(tokenizer.get_chat_template())))
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def encode(self, conversation: Conversation, most: int | None = None, parse: bool = False) -> Encoded:
+        """Return a chat's tokens, at most so many: of a longer one the first turns, up to an answer.
+
+        parse: messages may spell special tokens, which would end turns and begin others.
+
+        Raises:
+            ValueError: a message spells one; the template refuses the chat, or does not show where answers stand.
+        """
+        for number, message in enumerate(conversation.messages, start=1):
+            found = self.special.search(json.dumps(message, ensure_ascii=False))
+            if found and not parse:
+                raise ValueError(
+                    f"message {number} spells the special token {found[0]!r}: leave it out, or take it for the token "
+                    f"by `special_tokens: parse`"
+                )
+        ids, predicted = (self._by_marks if self.marked else self._by_prefixes)(conversation)
+        if self.first in ids[:1]:
+            ids, predicted = ids[1:], predicted[1:]
+        if most is None or len(ids) <= most:
+            return Encoded(ids, ~predicted, 0)
+        ends = 1 + np.flatnonzero(predicted & ~np.append(predicted[1:], False))
+        fits = ends[ends <= most]
+        kept = int(fits[-1]) if len(fits) else 0
+        return Encoded(ids[:kept], ~predicted[:kept], len(ids) - kept)
+
+    def _render(self, conversation: Conversation, **choices: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(list(conversation.messages), tools=conversation.tools, **choices)
+        except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors of its expressions
+            raise ValueError(
+                f"the model's chat template refuses the chat ({type(error).__name__}: {error}): mend the chat, leave "
+                f"it out, or change the base's chat_template.jinja"
+            ) from error
+
+    def _by_marks(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens, and which of them the template marks as generated."""
+        out = self._render(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        predicted = np.array(out["assistant_masks"], bool)
+        if conversation.given:
+            before = Conversation(conversation.messages[: conversation.given], conversation.tools)
+            given = self._render(before, add_generation_prompt=True, return_dict=True)["input_ids"]
+            predicted[: len(given)] = False
+        return np.array(out["input_ids"], np.int32), predicted
+
+    def _by_prefixes(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens, and which of them come after a prompt for an answer and before the answer's end."""
+        whole = self._render(conversation, tokenize=False)
+        out = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        start_N, end_N = np.array(out["offset_mapping"]).reshape(-1, 2).T
+        predicted = np.zeros(len(start_N), bool)
+        for number, message in enumerate(conversation.messages):
+            if message["role"] != "assistant" or number < conversation.given:
+                continue
+            asked = Conversation(conversation.messages[:number], conversation.tools)
+            answered = Conversation(conversation.messages[: number + 1], conversation.tools)
+            before = self._render(asked, tokenize=False, add_generation_prompt=True)
+            after = self._render(answered, tokenize=False)
+            begin, end = len(before), len(after)
+            torn = (start_N < begin) & (begin < end_N)
+            if not (whole.startswith(after) and after.startswith(before)) or torn.any():
+                raise ValueError(
+                    f"the model's chat template does not show where the answer in message {number + 1} stands: what it "
+                    f"writes for the messages so far is no beginning of what it writes for all. Mark answers in the "
+                    f"base's chat_template.jinja by {{% generation %}} and {{% endgeneration %}}"
+                )
+            predicted |= (begin <= start_N) & (start_N < end)
+        return np.array(out["input_ids"], np.int32), predicted
