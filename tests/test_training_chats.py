@@ -6,15 +6,19 @@ import json
 import datasets
 import numpy as np
 import pytest
+import torch
+from ranks import run_spawned
+from test_training_loop import s2_mask, steps
 from tiny_models import tiny_llama
-from toy_models import pack_summary
+from toy_models import job, pack_summary, tiny_folder, tiny_tokenizer, train
 from toy_tokenizers import LINES, toy_core
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longreach.training.chats import Chats, Conversation, conversation_of, form_of
 from longreach.training.corpus import IGNORED, PackedRows, pack_corpus
 from longreach.training.documents import BadLine, read_documents
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.validation import validation_rows
 
 PLAIN = """{%- for message in messages %}
 {{- '<mark>' + message['role'] + '\n' + message['content'] + '<eos>\n' }}
@@ -373,3 +377,76 @@ def test_a_chat_that_the_template_refuses_is_counted_and_the_others_are_packed(t
 
 def test_summaries_of_older_corpora_have_no_chats():
     assert pack_summary().chats is None
+
+
+# Trained
+
+
+WORDS = """{%- for message in messages %}
+{{- ('w2 ' if message['role'] == 'user' else 'w3 ') + message['content'] + ' w4 ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'w3 ' }}{% endif %}"""
+
+
+def chat_corpus(folder):
+    """A tiny base, and chats of words in its tokens, the last two for validation; one is longer than a row of 32."""
+    tiny_folder(folder / "base")
+    chats = []
+    for n in range(12):
+        roles = ["user", "assistant"] * (1 + n % 3)
+        said = [
+            " ".join(f"w{5 + (7 * n + 3 * place + i) % 59}" for i in range(2 + n % 4)) for place in range(len(roles))
+        ]
+        chats.append([{"role": role, "content": text} for role, text in zip(roles, said, strict=True)])
+    chats.append([{"role": role, "content": "w9 w8 " * 10} for role in ["user", "assistant"] * 2])
+    write(folder / "x.jsonl", *({"messages": chat, "id": f"c{n:02d}"} for n, chat in enumerate(chats)))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WORDS
+    source = {"files": "x.jsonl", "name_field": "id"}
+    pack(folder, source, tokenizer=tokenizer, out="corpus", seq_len=32, split={"validation": ("c10", "c12")})
+    return chats
+
+
+@pytest.mark.parametrize("attention", [{}, {"pattern": "shifted_sparse", "group_tokens": 8}], ids=["causal", "s2"])
+def test_the_first_loss_is_that_of_answers_alone_in_plain_transformers(tmp_path, attention):
+    chats = chat_corpus(tmp_path)
+    todo = job(tmp_path, arm={"attention": attention}, optim={"steps": 1, "validate_every_steps": 1})
+    train(todo)
+    (step,) = steps(todo)
+    batch = PackedRows(todo["corpus"]).batch(step["rows"])
+    predicted = batch["labels"][:, 1:]
+    assert step["targets"] == (predicted != IGNORED).sum() < batch["labels"].numel() / 2
+    stretch = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    plain = LlamaForCausalLM.from_pretrained(todo["base"], attn_implementation="eager", rope_parameters=stretch)
+    mask = s2_mask(batch["position_ids"], 8 if attention else 1000, heads=4, shifted_from=2)
+    with torch.no_grad():
+        logits = plain(batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), predicted.flatten()).item()
+    assert step["loss"] == pytest.approx(loss, rel=1e-6)  # rounding of float32
+
+    trained = LlamaForCausalLM.from_pretrained(todo["out"])
+    whole = " ".join(f"w{2 + place % 2} {message['content']} w4" for place, message in enumerate(chats[10]))
+    ids = torch.tensor([tiny_tokenizer()(whole).input_ids])
+    rows = validation_rows(tmp_path / "corpus", 8, drop_first=False)
+    assert [int((row["labels"] != IGNORED).sum()) for row in rows][
+        1
+    ] == 32 - 23  # 22 tokens are asked, and w3 opens the answer
+    assert rows[0]["input_ids"][0, : ids.shape[1]].tolist() == ids[0].tolist()
+    with torch.no_grad():
+        losses = [trained(**row).loss.item() for row in rows]
+    weights = [int((row["labels"] != IGNORED).sum()) for row in rows]
+    assert step["validation_loss"] == pytest.approx(np.average(losses, weights=weights), abs=1e-5)
+
+
+@pytest.mark.long
+def test_ranks_that_share_rows_learn_the_same_answers(tmp_path):
+    chat_corpus(tmp_path)
+    some = {"arm": {"attention": {"pattern": "shifted_sparse", "group_tokens": 8}}, "optim": {"steps": 2}}
+    alone = job(tmp_path, name="alone", **some)
+    train(alone)
+    parted = job(tmp_path, name="parted", resources={"workers": 2, "sequence_parallel": 2, "zero_stage": 2}, **some)
+    run_spawned("longreach.training.loop:train", parted, world=2, folder=tmp_path / "ranks")
+    for one, two in zip(steps(alone), steps(parted), strict=True):
+        assert (one["rows"], one["targets"], one["tokens"]) == (two["rows"], two["targets"], two["tokens"])
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-5)

@@ -23,7 +23,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from longreach.training.recipe import SourceRecipe
 
@@ -201,7 +201,7 @@ def read_records(
         yield line + 1, Malformed(f"the rest cannot be read: {error}")
 
 
-def _lines(file: BinaryIO, source: SourceRecipe) -> Iterator[tuple[int, str]]:
+def _lines(file: io.BufferedReader, source: SourceRecipe) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file with their ends; one that is too long or undecodable is Malformed."""
     encoding = encoding_of(file, source)
     # bytes that are no text come out as half surrogate pairs, so that one line does not cost the others
@@ -224,7 +224,7 @@ def _lines(file: BinaryIO, source: SourceRecipe) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _jsonl(file: BinaryIO, path: Path, source: SourceRecipe) -> Iterator[Record]:
+def _jsonl(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator[Record]:
     """Yield one value a line; blank lines are nothing."""
     for number, line in _lines(file, source):
         if isinstance(line, Malformed):
@@ -256,7 +256,7 @@ def _json(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator
         yield from enumerate(value if isinstance(value, list) else [value], start=1)
 
 
-def _csv(file: BinaryIO, path: Path, source: SourceRecipe) -> Iterator[Record]:
+def _csv(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator[Record]:
     """Yield one row after another, by the names in the first; each is numbered by its last line."""
     csv.field_size_limit(source.max_piece_chars)
     problems: list[Record] = []

@@ -1,7 +1,8 @@
 """Loss on held-out text while training goes on, so that the best weights can be kept.
 
-Rows are cut from the corpus' validation documents, a piece of each in turn; attention is full and
-causal whatever the arm trains with (LongLoRA, section 3.2), so arms compare.
+Rows are cut from the corpus' validation documents, a piece of each in turn; of a chat the first row
+is taken, and only its answers are predicted. Attention is full and causal whatever the arm trains
+with (LongLoRA, section 3.2), so arms compare.
 """
 
 from __future__ import annotations
@@ -32,24 +33,33 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
         if not drop_first:
             lead = np.array([packed.first_token_id])
     held_out = datasets.load_from_disk(str(corpus / "documents")).with_format("numpy")
-    texts = [row["input_ids"] for row in held_out if row["split"] == "validation"]
-    pieces: list[tuple[int, np.ndarray]] = []  # with their number in their document, by which they take turns
-    for text in texts:
-        whole = text[: len(text) // length * length].reshape(-1, length)
-        pieces += enumerate(whole)
+    documents = [row for row in held_out if row["split"] == "validation"]
+    pieces: list[tuple[int, np.ndarray, np.ndarray]] = []  # with their number in their document: they take turns
+    for document in documents:
+        ids, given = document["input_ids"], np.zeros(len(document["input_ids"]), bool)
+        if "given" in document:
+            given = document["given"] == 1
+        if given.any():  # a chat
+            if not given[:length].all():
+                pieces.append((0, ids[:length], given[:length]))
+            continue
+        whole = ids[: len(ids) // length * length].reshape(-1, length)
+        pieces += [(number, piece, np.zeros(length, bool)) for number, piece in enumerate(whole)]
     if not pieces:
         raise ValueError(
-            f"validate_every_steps: none of the {len(texts)} validation documents has {length} tokens, which a row "
-            f"takes: name longer ones in corpus.validation, or set it to 0"
+            f"validate_every_steps: none of the {len(documents)} validation documents has {length} tokens, which a row "
+            f"takes, or is a chat with an answer in so many: name others in corpus.validation, or set it to 0"
         )
     column_T = torch.arange(packed.seq_len)
-    end = len(lead) + length
     rows = []
-    for _, piece in sorted(pieces, key=itemgetter(0))[:count]:
+    for _, piece, given in sorted(pieces, key=itemgetter(0))[:count]:
+        end = len(lead) + len(piece)
         ids_T = torch.full_like(column_T, packed.pad_token_id)
         ids_T[:end] = torch.from_numpy(np.concatenate([lead, piece]))
         labels_T = ids_T.masked_fill((column_T <= len(lead)) | (column_T >= end), IGNORED)
-        row = {"input_ids": ids_T, "position_ids": column_T % end, "labels": labels_T}  # padding: a run of its own
+        labels_T[len(lead) : end][torch.from_numpy(given)] = IGNORED
+        positions_T = torch.where(column_T < end, column_T, column_T - end)  # padding: a run of its own
+        row = {"input_ids": ids_T, "position_ids": positions_T, "labels": labels_T}
         rows.append({name: x_T[None] for name, x_T in row.items()})
     return rows
 
