@@ -54,9 +54,10 @@ class Conversation:
     """Messages at the beginning that were given: what the assistant says in them is not predicted."""
 
     def texts(self) -> Iterator[str]:
-        """Yield what the messages say."""
+        """Yield what user, assistant and tools say; a system message is the same in many chats, and no repetition."""
         for message in self.messages:
-            yield f"{message.get('content', '')}\n"
+            if message["role"] != "system":
+                yield f"{message['content']}\n"
 
 
 def form_of(columns: Collection[str], source: SourceRecipe, where: str) -> str:
@@ -84,7 +85,8 @@ def conversation_of(record: Mapping[str, Any], form: str) -> Conversation | Malf
     """Return the chat in a record that has the columns of a form, or why there is none."""
     try:
         conversation = FORMS[form].read(record)
-        "".join(conversation.texts()).encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
+        for message in conversation.messages:
+            message["content"].encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
     except ValueError as error:
         return Malformed(str(error))
     answers = [m for m in conversation.messages[conversation.given :] if m["role"] == "assistant"]

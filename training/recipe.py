@@ -182,7 +182,7 @@ class SourceRecipe(Choices):
     special_tokens: New[Literal["text", "parse"]] = "text"
     """What a text means that spells a special token, such as <|endoftext|>. text: its letters, as
     any other text; parse: the token itself."""
-    max_piece_chars: New[int] = Field(default=1 << 24, ge=1024)
+    max_piece_chars: New[int] = Field(default=1 << 23, ge=1024)
     """Characters that may have to be in memory in one piece. A longer line, row or .json file is
     malformed; a longer stretch of text in which the tokenizer can be fed no part alone (one
     without a blank; for tokenizers like Llama 2's the whole document) is refused."""
