@@ -90,7 +90,7 @@ def pack_corpus(
     digest, index = source_digest(corpus, base_dir), CorpusIndex(corpus)
     with contextlib.ExitStack() as stack:
         scratch = Scratch(*(stack.enter_context(tempfile.TemporaryFile(dir=out)) for _ in range(3)))
-        encoders = Encoders(tokenizer, corpus, pack)
+        encoders = Encoders(tokenizer, corpus, pack, first_token)
         encoders.try_first_chats(base_dir)
         _tokenise(read_documents(corpus, base_dir), index, encoders, scratch, workers, progress)
         index.check()
@@ -336,8 +336,10 @@ class Scratch(NamedTuple):
 class Encoders:
     """What turns texts and chats into tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, corpus: CorpusRecipe, pack: PackRecipe) -> None:
-        self.tokenizer, self.corpus, self.pack = tokenizer, corpus, pack
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, corpus: CorpusRecipe, pack: PackRecipe, first_token: int | None
+    ) -> None:
+        self.tokenizer, self.corpus, self.pack, self.first_token = tokenizer, corpus, pack, first_token
         kinds = {source.special_tokens for source in corpus.sources}
         self.texts = {kind: Encoder.of(tokenizer, parse=kind == "parse") for kind in kinds}
 
@@ -349,7 +351,7 @@ class Encoders:
                 f"corpus.sources hold chats, which pack.method {self.pack.method!r} would join with what stands before "
                 f"them: pack with 'best_fit'"
             )
-        return Chats(self.tokenizer, first=self.tokenizer.bos_token_id if self.pack.first_token == "bos" else None)
+        return Chats(self.tokenizer, self.first_token)
 
     def chat(self, document: Document) -> tuple[Tokens, int]:
         """Return a chat's tokens, those of a training chat cut to a row, and how many were cut.
@@ -360,7 +362,7 @@ class Encoders:
         assert isinstance(document.text, Conversation)
         most = None
         if split_of(document.key, self.corpus) == "train":
-            most = self.pack.seq_len - (self.pack.first_token != "none")
+            most = self.pack.seq_len - (self.first_token is not None)
         parse = self.corpus.sources[document.source].special_tokens == "parse"
         ids, given, cut = self.chats.encode(document.text, most, parse)
         words = word_hashes("".join(document.blocks()))

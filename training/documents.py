@@ -399,11 +399,11 @@ def _read_rows(file: TextFile, source: SourceRecipe) -> Iterator[Document | BadL
     """Yield one line, item or row of a file as one document."""
 
     def wanted(columns: Sequence[str]) -> list[str]:
-        needed, also = (source.text_field,), ()
         form = form_of(columns, source, escaped(str(file.path)))
+        also: tuple[str, ...] = ()
         if form != TEXT:
-            needed, also = FORMS[form].needed, FORMS[form].also
-        names = list(dict.fromkeys(filter(None, (*needed, source.name_field))))
+            also = FORMS[form].also
+        names = _needed(form, source)
         for name in names:
             if (times := columns.count(name)) != 1:
                 has = f"{times} columns {name!r}" if times else f"no column {name!r}"
@@ -478,14 +478,21 @@ def _from_records(
         yield Document(name, source.domain or escaped(domain), escaped(place), line, text)
 
 
+def _needed(form: str, source: SourceRecipe) -> list[str]:
+    """Return the columns or keys that records of a form have to have, each once."""
+    needed = [source.text_field]
+    if form != TEXT:
+        needed = [*FORMS[form].needed]
+    return list(dict.fromkeys([*needed, source.name_field or needed[0]]))
+
+
 def _text_of(record: Any, form: str, source: SourceRecipe) -> str | Conversation:
     """Return the text or chat in a record, or why it has none (Malformed)."""
     if isinstance(record, Malformed):
         return record
     if not isinstance(record, Mapping):
         return Malformed(f"{type(record).__name__}, not an object")
-    needed = (source.text_field,) if form == TEXT else FORMS[form].needed
-    for field in filter(None, (*needed, source.name_field)):
+    for field in _needed(form, source):
         if field not in record:
             return Malformed(f"no field {field!r} (there are {', '.join(map(str, record)) or 'none'})")
     if form != TEXT:
