@@ -180,7 +180,7 @@ class SourceRecipe(Choices):
     `conversations`, `prompt` and `completion`, or Alpaca's `instruction` and `output`, and else
     texts. Chats are written by the base's chat template, and of them only answers are learned."""
     special_tokens: New[Literal["text", "parse"]] = "text"
-    """What a text means that spells a special token, such as <|endoftext|>. text: its letters, as
+    """What a text means that spells a special token, such as `</s>`. text: its letters, as
     any other text; parse: the token itself."""
     max_piece_chars: New[int] = Field(default=1 << 23, ge=1024)
     """Characters that may have to be in memory in one piece. A longer line, row or .json file is
