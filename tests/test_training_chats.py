@@ -10,6 +10,7 @@ import torch
 from ranks import run_spawned
 from test_training_loop import s2_mask, steps
 from tiny_models import tiny_llama
+from tokenizers import AddedToken
 from toy_models import job, pack_summary, tiny_folder, tiny_tokenizer, train
 from toy_tokenizers import LINES, toy_core
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -225,7 +226,7 @@ def test_answers_by_difference_have_the_masks_of_trls_completions():
 
 def test_a_template_that_writes_the_beginning_otherwise_is_refused():
     last_only = PLAIN.replace("message['content']", "(message['content'] if loop.last else 'before')", 1)
-    with pytest.raises(ValueError, match=r"does not show where the answer in message 2 stands.*\{% generation %\}"):
+    with pytest.raises(ValueError, match=r"does not show where answers stand \(messages are .*\{% generation %\}"):
         Chats(tokenizer_with(last_only)).encode(conversation("user", "assistant", "user", "assistant"))
 
 
@@ -233,7 +234,7 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_refused():
     glued = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer = tokenizer_with(glued)
     pair = Conversation(({"role": "user", "content": "the worst of tim"}, {"role": "assistant", "content": "es"}))
-    with pytest.raises(ValueError, match="does not show where the answer in message 2 stands"):
+    with pytest.raises(ValueError, match=r"where answers stand \(an answer shares a token"):
         Chats(tokenizer).encode(pair)
 
 
@@ -245,11 +246,36 @@ def test_a_template_that_raises_says_why_and_what_to_do():
         Chats(tokenizer_with("{{ messages[0].nothing.at_all }}")).encode(conversation("user", "assistant"))
 
 
-def test_a_message_that_spells_a_special_token_is_refused_unless_it_is_to_be_one():
-    chats, injected = Chats(tokenizer_with(PLAIN)), conversation("user", "assistant", text="x <eos> y")
-    with pytest.raises(ValueError, match="message 1 spells the special token '<eos>'"):
-        chats.encode(injected)
-    assert chats.encode(injected, parse=True).ids.tolist().count(0) == 4
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_a_message_that_spells_a_special_token_is_text_unless_it_is_to_be_one(template):
+    tokenizer = tokenizer_with(template)
+    chats, injected = Chats(tokenizer), conversation("user", "assistant", text="naïve <eos>\n<mark>user\n é")
+    encoded = chats.encode(injected)
+    assert encoded.ids.tolist().count(0) == 2, "the ends of the two turns"
+    whole = tokenizer.apply_chat_template(list(injected.messages), tokenize=False)
+    assert tokenizer.decode(encoded.ids) == whole
+    (answer,) = predicted_text(tokenizer, encoded)
+    assert answer.startswith("naïve <eos>\n<mark>user\n é 1<eos>")
+    parsed = chats.encode(injected, parse=True)
+    assert parsed.ids.tolist() == tokenizer.apply_chat_template(list(injected.messages))["input_ids"]
+    assert parsed.ids.tolist().count(0) == 4
+
+
+def test_tokens_encoded_piece_by_piece_are_those_of_the_whole():
+    """A spelled special token makes all text around it be encoded in pieces; the rest must not change by that."""
+    tokenizer = tokenizer_with(PLAIN)
+    chats, plain = Chats(tokenizer), Conversation(tuple(CHAT))
+    apart = Conversation((*CHAT, {"role": "user", "content": "<eos>"}))
+    whole, pieces = chats.encode(plain), chats.encode(apart)
+    assert pieces.ids[: len(whole.ids)].tolist() == whole.ids.tolist()
+    assert pieces.given[: len(whole.ids)].tolist() == whole.given.tolist()
+
+
+def test_where_special_tokens_swallow_blanks_a_spelled_one_is_refused():
+    tokenizer = tokenizer_with(PLAIN)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<wide>", rstrip=True, special=True)]})
+    with pytest.raises(ValueError, match="spells a special token, and this tokenizer's swallow blanks"):
+        Chats(tokenizer).encode(conversation("user", "assistant", text="<wide>"))
 
 
 # Packed

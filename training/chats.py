@@ -37,7 +37,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
+Span = tuple[int, int]
+"""Where something begins and ends in a text, in characters."""
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+APART = "\ufdd0"
+"""A character that stands in no text: Unicode keeps it for the use within a program."""
+NOT_SHOWN = (
+    "the model's chat template does not show where answers stand ({}): mark them in the base's chat_template.jinja by "
+    "{{% generation %}} and {{% endgeneration %}}"
+)
 TEXT = "text"
 """The form of a record that is a document, not a chat."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -195,25 +203,29 @@ class Chats:
             )
         self.tokenizer, self.first = tokenizer, first
         self.marked = bool(MARKS.search(str(tokenizer.get_chat_template())))
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        names = sorted((token.content for token in special), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self.swallows = any(token.lstrip or token.rstrip for token in special)
 
     def encode(self, conversation: Conversation, most: int | None = None, parse: bool = False) -> Encoded:
         """Return a chat's tokens, at most so many: of a longer one the first turns, up to an answer.
 
-        parse: messages may spell special tokens, which would end turns and begin others.
+        parse: what a message says may be special tokens, which end turns and begin others; otherwise it is text.
 
         Raises:
-            ValueError: a message spells one; the template refuses the chat, or does not show where answers stand.
+            ValueError: the template refuses the chat, or does not show where answers stand.
         """
-        for number, message in enumerate(conversation.messages, start=1):
-            found = self.special.search(json.dumps(message, ensure_ascii=False))
-            if found and not parse:
-                raise ValueError(
-                    f"message {number} spells the special token {found[0]!r}: leave it out, or take it for the token "
-                    f"by `special_tokens: parse`"
-                )
-        ids, predicted = (self._by_marks if self.marked else self._by_prefixes)(conversation)
+        if not parse:
+            messages = tuple({key: self._apart(value) for key, value in one.items()} for one in conversation.messages)
+            conversation = Conversation(messages, self._apart(conversation.tools), conversation.given)
+        text, answers = (self._by_marks if self.marked else self._by_prefixes)(conversation)
+        ids, start_N, end_N = self._tokens(text)
+        predicted = np.zeros(len(ids), bool)
+        for begin, end in answers:
+            if not self.marked and ((start_N < begin) & (begin < end_N)).any():
+                raise ValueError(NOT_SHOWN.format("an answer shares a token with the prompt for it"))
+            predicted |= (begin < end_N) & (start_N < end)
         if self.first in ids[:1]:
             ids, predicted = ids[1:], predicted[1:]
         if most is None or len(ids) <= most:
@@ -223,45 +235,83 @@ class Chats:
         kept = int(fits[-1]) if len(fits) else 0
         return Encoded(ids[:kept], ~predicted[:kept], len(ids) - kept)
 
-    def _render(self, conversation: Conversation, **choices: Any) -> Any:
+    def _apart(self, value: Any) -> Any:
+        """Return what a message says with APART in all special tokens that it spells, so that they are none."""
+        if isinstance(value, str):
+            return self.special.sub(lambda found: found[0][0] + APART + found[0][1:], value)
+        if isinstance(value, Mapping):
+            return {key: self._apart(one) for key, one in value.items()}
+        if isinstance(value, Sequence):
+            return [self._apart(one) for one in value]
+        return value
+
+    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the tokens of what a template wrote, and where in it each begins and ends, [N] each."""
+        if APART not in text:
+            return self._encode(text, as_text=False)
+        if self.swallows:
+            raise ValueError(
+                "a message spells a special token, and this tokenizer's swallow blanks beside them: leave it out, or "
+                "take it for the token by `special_tokens: parse`"
+            )
+        parts, at = [], 0
+        for piece in re.split(f"({self.special.pattern})", text):  # the special tokens that the template wrote
+            ids, start_N, end_N = self._encode(piece.replace(APART, ""), as_text=not self.special.fullmatch(piece))
+            kept = np.array([at + place for place, char in enumerate(piece) if char != APART], np.int64)
+            parts.append((ids, kept[start_N], 1 + kept[end_N - 1]))
+            at += len(piece)
+        ids, start_N, end_N = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return ids, start_N, end_N
+
+    def _encode(self, text: str, as_text: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens, and where each begins and ends. as_text: special tokens are none."""
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=as_text)
+        start_N, end_N = np.array(out["offset_mapping"], np.int64).reshape(-1, 2).T
+        return np.array(out["input_ids"], np.int32), start_N, end_N
+
+    def _render(self, conversation: Conversation, *, asks: bool = False, marks: bool = False) -> tuple[str, list[Span]]:
+        """Return what the template writes, and where it marks what is generated.
+
+        asks: with the prompt for an answer at the end.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            return self.tokenizer.apply_chat_template(list(conversation.messages), tools=conversation.tools, **choices)
+            texts, spans = render_jinja_template(
+                conversations=[list(conversation.messages)],
+                tools=conversation.tools,
+                chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=asks,
+                **self.tokenizer.special_tokens_map,
+            )
         except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors of its expressions
             raise ValueError(
                 f"the model's chat template refuses the chat ({type(error).__name__}: {error}): mend the chat, leave "
                 f"it out, or change the base's chat_template.jinja"
             ) from error
+        return texts[0], spans[0] if marks else []
 
-    def _by_marks(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens, and which of them the template marks as generated."""
-        out = self._render(conversation, return_dict=True, return_assistant_tokens_mask=True)
-        predicted = np.array(out["assistant_masks"], bool)
+    def _by_marks(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Return what the template writes, and where in it answers stand: what it marks."""
+        text, spans = self._render(conversation, marks=True)
+        first = 0
         if conversation.given:
             before = Conversation(conversation.messages[: conversation.given], conversation.tools)
-            given = self._render(before, add_generation_prompt=True, return_dict=True)["input_ids"]
-            predicted[: len(given)] = False
-        return np.array(out["input_ids"], np.int32), predicted
+            first = len(self._render(before, asks=True)[0])
+        return text, [(max(begin, first), end) for begin, end in spans if end > first]
 
-    def _by_prefixes(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens, and which of them come after a prompt for an answer and before the answer's end."""
-        whole = self._render(conversation, tokenize=False)
-        out = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        start_N, end_N = np.array(out["offset_mapping"]).reshape(-1, 2).T
-        predicted = np.zeros(len(start_N), bool)
+    def _by_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Return what the template writes, and where in it answers stand: after the prompt for one, up to its end."""
+        whole, _ = self._render(conversation)
+        spans = []
         for number, message in enumerate(conversation.messages):
             if message["role"] != "assistant" or number < conversation.given:
                 continue
             asked = Conversation(conversation.messages[:number], conversation.tools)
             answered = Conversation(conversation.messages[: number + 1], conversation.tools)
-            before = self._render(asked, tokenize=False, add_generation_prompt=True)
-            after = self._render(answered, tokenize=False)
-            begin, end = len(before), len(after)
-            torn = (start_N < begin) & (begin < end_N)
-            if not (whole.startswith(after) and after.startswith(before)) or torn.any():
-                raise ValueError(
-                    f"the model's chat template does not show where the answer in message {number + 1} stands: what it "
-                    f"writes for the messages so far is no beginning of what it writes for all. Mark answers in the "
-                    f"base's chat_template.jinja by {{% generation %}} and {{% endgeneration %}}"
-                )
-            predicted |= (begin <= start_N) & (start_N < end)
-        return np.array(out["input_ids"], np.int32), predicted
+            before, after = self._render(asked, asks=True)[0], self._render(answered)[0]
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise ValueError(NOT_SHOWN.format("messages are written otherwise once others follow"))
+            spans.append((len(before), len(after)))
+        return whole, spans
