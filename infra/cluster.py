@@ -56,6 +56,7 @@ def connected(
         yield ray
 
 
+START_TRIES = 3
 SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket that Linux takes."""
 RAYS_LONGEST_SOCKET = "/ray/session_2026-11-28_23-25-36_123456_1234567/sockets/plasma_store"
@@ -101,14 +102,27 @@ def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
         host, colon, port = (address or "").rpartition(":")
         if colon and port.isdigit() and "://" not in host:  # Ray itself would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(
-            address or "local", num_cpus=None if address else cpus, job_config=_job_config(),
-            log_to_driver=False, logging_level=logging.WARNING, configure_logging=True,
-        )  # fmt: skip
+        _start_or_join(ray, address, cpus)
     except OSError as error:  # Ray's ConnectionError too
         if address is None:
             raise
         raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): is it up?") from error
+
+
+def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> None:
+    """Call `ray.init`, and again if a cluster of our own was too slow: Ray itself gives up after 30 s, come what may."""
+    for tries_left in reversed(range(START_TRIES)):
+        try:
+            ray.init(
+                address or "local", num_cpus=None if address else cpus, job_config=_job_config(),
+                log_to_driver=False, logging_level=logging.WARNING, configure_logging=True,
+            )  # fmt: skip
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            if "timed out during startup" not in str(error) or not tries_left:
+                raise
+            print("Ray did not start within 30 s, the machine is busy: trying again", file=sys.stderr)
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -51,6 +51,34 @@ def test_a_folder_that_the_user_chose_for_ray_is_refused_with_both_numbers(long_
         pytest.fail("it was refused")
 
 
+class SlowRay:
+    """A Ray that does not start in time, a number of times."""
+
+    def __init__(self, timeouts: int, message: str = "The current node timed out during startup.") -> None:
+        self.timeouts, self.message, self.calls = timeouts, message, []
+
+    def init(self, *_: object, **__: object) -> None:
+        self.calls.append("init")
+        if self.calls.count("init") <= self.timeouts:
+            raise Exception(self.message)
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+def test_a_start_that_a_busy_machine_made_too_slow_is_tried_again(capsys):
+    ray = SlowRay(timeouts=2)
+    our_cluster._start_or_join(ray, None, 2)
+    assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"]
+    assert "trying again" in capsys.readouterr().err
+    with pytest.raises(Exception, match="timed out during startup"):
+        our_cluster._start_or_join(SlowRay(timeouts=3), None, 2)
+    broken = SlowRay(timeouts=1, message="no room on the disk")
+    with pytest.raises(Exception, match="no room"):
+        our_cluster._start_or_join(broken, None, 2)
+    assert broken.calls == ["init"]
+
+
 @pytest.mark.slow
 def test_ray_adds_no_more_to_its_folder_than_is_left_for_it(cluster):
     node = cluster._private.worker._global_node
