@@ -110,7 +110,7 @@ def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
 
 
 def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> None:
-    """Call `ray.init`, and again if a cluster of our own was too slow: Ray itself gives up after 30 s, come what may."""
+    """Call `ray.init`, and again if a cluster of our own was too slow: Ray gives up after 30 s, come what may."""
     for tries_left in reversed(range(START_TRIES)):
         try:
             ray.init(
