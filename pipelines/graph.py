@@ -33,7 +33,9 @@ from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import ARM, MergeRecipe, PackStageRecipe, StretchRecipe, TokenizerRecipe
+from longreach.training.chats import check_packable
 from longreach.training.convert import source_digest as model_digest
+from longreach.training.documents import first_chats
 from longreach.training.documents import source_digest as corpus_digest
 from longreach.training.recipe import (
     BaseRecipe,
@@ -99,8 +101,18 @@ class Pipeline:
         return self.packed("pack", rows, self.base)
 
     def packed(self, label: str, rows: PackRecipe, base: Stage) -> Stage:
+        for _ in first_chats(self.recipe.corpus, Path.cwd()):
+            check_packable(rows.method, self._may_have_template(base))
         choices = PackStageRecipe(corpus=self.recipe.corpus, pack=rows)
         return Stage("pack", label, choices, {"base": base}, self.texts)
+
+    def _may_have_template(self, base: Stage) -> bool:
+        """Return False where it is known before anything runs that the tokenizer has no chat template."""
+        if base.name == "tokenizer":
+            return False
+        folder = Path(self.recipe.base.source).expanduser()
+        files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+        return not folder.is_dir() or any(file.is_file() and "{%" in file.read_text("utf-8") for file in files)
 
     def converted(self, label: str, base: BaseRecipe) -> Stage:
         """The stage that converts a source; an alias stands for the version that it names now."""

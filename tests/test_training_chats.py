@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,6 +16,8 @@ from toy_models import job, pack_summary, tiny_folder, tiny_tokenizer, train
 from toy_tokenizers import LINES, toy_core
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from longreach.pipelines.graph import build
+from longreach.pipelines.reader import load
 from longreach.training.chats import Chats, Conversation, conversation_of, form_of
 from longreach.training.corpus import IGNORED, PackedRows, pack_corpus
 from longreach.training.documents import BadLine, read_documents
@@ -385,6 +388,24 @@ def test_what_cannot_be_packed_is_refused_before_the_first_text_is_tokenised(tmp
         pack_corpus(corpus, PackRecipe(**{"seq_len": 64} | choices), tokenizer_with(template), tmp_path / "out",
                     base_dir=tmp_path, progress=seen.append)  # fmt: skip
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("record", "choices", "message"),
+    [
+        ({"messages": CHAT}, ["finetune.pack.method=concat"], "pack.method 'concat' would join"),
+        ({"messages": CHAT}, ["base.source=BASE"], "the base has no chat template"),
+        ({"messages": CHAT, "text": "x"}, [], "fit the formats text and messages"),
+    ],
+)
+def test_what_is_known_of_chats_is_refused_by_plan_and_run_before_anything_starts(tmp_path, record, choices, message):
+    write(tmp_path / "x.jsonl", record)
+    tiny_folder(tmp_path / "base")
+    overrides = [f"corpus={{sources: [{{files: '{tmp_path}/x.jsonl'}}]}}", "evaluate={}", "pretrain=null"]
+    overrides += [choice.replace("BASE", str(tmp_path / "base")) for choice in choices]
+    recipe = load(Path(__file__).with_name("whole.yaml"), overrides).recipe
+    with pytest.raises(ValueError, match=message):
+        build(recipe)
 
 
 def test_a_chat_that_the_template_refuses_is_counted_and_the_others_are_packed(tmp_path):

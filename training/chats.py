@@ -188,19 +188,28 @@ class Encoded(NamedTuple):
     cut: int  # tokens of turns at the end that are left out, since they do not fit
 
 
+def check_packable(method: str, has_template: bool) -> None:
+    """Raise ValueError where chats cannot be packed by that method, or the base has no template to write them by."""
+    if method != "best_fit":
+        raise ValueError(
+            f"corpus.sources hold chats, which pack.method {method!r} would join with what stands before them: pack "
+            f"with 'best_fit'"
+        )
+    if not has_template:
+        raise ValueError(
+            "corpus.sources hold chats, and the base has no chat template to write them by: start from an instruct "
+            "model, or put a chat_template.jinja into the base's folder"
+        )
+
+
 class Chats:
     """What turns chats into tokens: a tokenizer with its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, first: int | None = None) -> None:
-        """Begin with the template. `first`: a token that is put before every document, so a template's own is dropped.
+        """Begin with a tokenizer that has a template.
 
-        ValueError for a tokenizer without a chat template.
+        first: a token that is put before every document, so that a template's own is dropped.
         """
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "corpus.sources hold chats, and the base has no chat template to write them by: start from an "
-                "instruct model, or put a chat_template.jinja into the base's folder"
-            )
         self.tokenizer, self.first = tokenizer, first
         self.marked = bool(MARKS.search(str(tokenizer.get_chat_template())))
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -276,21 +285,23 @@ class Chats:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        special: dict[str, Any] = self.tokenizer.special_tokens_map
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[list(conversation.messages)],
                 tools=conversation.tools,
                 chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=asks,
-                **self.tokenizer.special_tokens_map,
+                **special,
             )
         except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors of its expressions
             raise ValueError(
                 f"the model's chat template refuses the chat ({type(error).__name__}: {error}): mend the chat, leave "
                 f"it out, or change the base's chat_template.jinja"
             ) from error
-        return texts[0], spans[0] if marks else []
+        (text,), spans = rendered  # annotated as str, but it returns texts and, for each, what is marked
+        return text, spans[0] if marks else []
 
     def _by_marks(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Return what the template writes, and where in it answers stand: what it marks."""

@@ -39,8 +39,16 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from longreach.training.chats import Chats, Conversation
-from longreach.training.documents import BadLine, Document, check_patterns, read_documents, source_digest, split_of
+from longreach.training.chats import Chats, Conversation, check_packable
+from longreach.training.documents import (
+    BadLine,
+    Document,
+    check_patterns,
+    first_chats,
+    read_documents,
+    source_digest,
+    split_of,
+)
 from longreach.training.exposure import context_counts
 from longreach.training.overlap import find_overlaps
 from longreach.training.packing import METHODS, Rows, copies
@@ -346,11 +354,7 @@ class Encoders:
     @functools.cached_property
     def chats(self) -> Chats:
         """What encodes chats; ValueError where they cannot be packed."""
-        if self.pack.method != "best_fit":
-            raise ValueError(
-                f"corpus.sources hold chats, which pack.method {self.pack.method!r} would join with what stands before "
-                f"them: pack with 'best_fit'"
-            )
+        check_packable(self.pack.method, bool(self.tokenizer.chat_template))
         return Chats(self.tokenizer, self.first_token)
 
     def chat(self, document: Document) -> tuple[Tokens, int]:
@@ -370,16 +374,11 @@ class Encoders:
 
     def try_first_chats(self, base_dir: Path | str) -> None:
         """Raise ValueError where the first record of a source is a chat that cannot be encoded."""
-        for source in self.corpus.sources:
-            if source.files or source.dataset:
-                alone = self.corpus.model_copy(update={"sources": (source,)})
-                documents = (item for item in read_documents(alone, base_dir) if isinstance(item, Document))
-                first = next(documents, None)
-                if first and isinstance(first.text, Conversation):
-                    try:
-                        self.chat(first)
-                    except ValueError as error:
-                        raise ValueError(f"{first.file}:{first.line}: {error}") from error
+        for document in first_chats(self.corpus, base_dir, datasets=True):
+            try:
+                self.chat(document)
+            except ValueError as error:
+                raise ValueError(f"{document.file}:{document.line}: {error}") from error
 
 
 def _tokenise(

@@ -107,6 +107,26 @@ def _read_source(source: SourceRecipe, base_dir: Path, files: list[TextFile]) ->
             yield from _read_rows(file, source)
 
 
+def first_chats(corpus: CorpusRecipe, base_dir: Path | str = ".", datasets: bool = False) -> Iterator[Document]:
+    """Yield the first good record of each source, if it is a chat.
+
+    datasets: look into datasets, too, which takes their library, or the hub.
+
+    Raises:
+        ValueError: as read_documents, of what is looked at.
+    """
+    files = _files(corpus, Path(base_dir))
+    for number, source in enumerate(corpus.sources):
+        records = [file for file in files[number] if file.kind not in TEXTS]
+        if not records and not (datasets and _dataset(source, Path(base_dir)) is not None):
+            continue
+        for item in _read_source(source, Path(base_dir), records):
+            if isinstance(item, Document):
+                if isinstance(item.text, Conversation):
+                    yield replace(item, source=number)
+                break
+
+
 def split_of(name: str, corpus: CorpusRecipe) -> str:
     """Return `train`, `validation` or `test`; a name that both patterns match is in `test`."""
     for split, patterns in (("test", corpus.test), ("validation", corpus.validation)):
