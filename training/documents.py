@@ -24,10 +24,10 @@ import fsspec
 import xxhash
 
 from longreach.infra.files import add_file, draft_of
-from longreach.training import generated
+from longreach.training import generated, questions
 from longreach.training.chats import FORMS, TEXT, Conversation, conversation_of, form_of
 from longreach.training.readers import Malformed, Record, kind_of, problem_of_text, read_records, text_blocks
-from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, SourceRecipe
+from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, QuestionsRecipe, SourceRecipe
 from longreach.training.repositories import Unreadable, find_repositories, path_fits, read_pieces
 
 TEXTS = (".txt", ".md")
@@ -98,6 +98,8 @@ def _read_source(source: SourceRecipe, base_dir: Path, files: list[TextFile]) ->
         yield from _read_dataset(source, base_dir)
     elif source.generated is not None:
         yield from _generate(source.generated, source.domain)
+    elif source.questions is not None:
+        yield from _ask(source.questions, source.domain)
     elif source.repositories:
         yield from _read_repositories(source, base_dir)
     for file in files:
@@ -118,7 +120,8 @@ def first_chats(corpus: CorpusRecipe, base_dir: Path | str = ".", datasets: bool
     files = _files(corpus, Path(base_dir))
     for number, source in enumerate(corpus.sources):
         records = [file for file in files[number] if file.kind not in TEXTS]
-        if not records and not (datasets and _dataset(source, Path(base_dir)) is not None):
+        is_dataset = _dataset(source, Path(base_dir)) is not None
+        if not (records or source.questions or (datasets and is_dataset)):
             continue
         for item in _read_source(source, Path(base_dir), records):
             if isinstance(item, Document):
@@ -157,7 +160,7 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
     """Return all documents' names, or None where only the content of some file tells them."""
     names = []
     for source, files in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
-        if source.repositories or _dataset(source, Path(base_dir)) is not None:
+        if source.repositories or source.questions or _dataset(source, Path(base_dir)) is not None:
             return None
         if source.generated is not None:
             names += generated.names(source.generated)
@@ -194,6 +197,9 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
         elif source.generated is not None:
             digest.update(f"generated:{source.generated.model_dump_json()}\0".encode())
             continue
+        elif source.questions is not None:
+            digest.update(f"questions:{source.questions.model_dump_json()}\0".encode())
+            files = [(path.name, path) for _, path in PACKAGES[source.questions.about]()]
         elif source.repositories:
             files = []
             for repository in find_repositories(source, Path(base_dir)):
@@ -459,6 +465,14 @@ def _generate(recipe: GeneratedRecipe, domain: str | None) -> Iterator[Document]
     """Yield the documents that a rule makes."""
     for n, (name, text) in enumerate(zip(generated.names(recipe), generated.texts(recipe), strict=True), start=1):
         yield Document(name, domain or recipe.rule, recipe.rule, n, text)
+
+
+def _ask(recipe: QuestionsRecipe, domain: str | None) -> Iterator[Document]:
+    """Yield chats about a package's texts."""
+    asked = questions.conversations(recipe, PACKAGES[recipe.about]())
+    for n, (text, conversation) in enumerate(asked, start=1):
+        name = f"questions:{text}:{n}"
+        yield Document(name, domain or "questions", recipe.about, n, conversation, repository=text)
 
 
 def _read_repositories(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:

