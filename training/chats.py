@@ -1,4 +1,4 @@
-"""Chats and instructions: which columns hold them, and their tokens as the model's own chat template writes them.
+"""Chats and instructions: which columns hold them, and their tokens by the model's own chat template.
 
 Four forms are known by their columns (FORMS), or named by a source's `format`:
 
@@ -59,10 +59,10 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: Any = None  # functions that the assistant may call, as JSON schemas
     given: int = 0
-    """Messages at the beginning that were given: what the assistant says in them is not predicted."""
+    """Messages at the beginning that were given: what the assistant says there is not predicted."""
 
     def texts(self) -> Iterator[str]:
-        """Yield what user, assistant and tools say; a system message is the same in many chats, and no repetition."""
+        """Yield what is said; a system message is the same in many chats, and no repetition."""
         for message in self.messages:
             if message["role"] != "system":
                 yield f"{message['content']}\n"
@@ -94,7 +94,7 @@ def conversation_of(record: Mapping[str, Any], form: str) -> Conversation | Malf
     try:
         conversation = FORMS[form].read(record)
         for message in conversation.messages:
-            message["content"].encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
+            message["content"].encode("utf-8")  # JSON can spell half a surrogate pair: no text
     except ValueError as error:
         return Malformed(str(error))
     answers = [m for m in conversation.messages[conversation.given :] if m["role"] == "assistant"]
@@ -143,7 +143,7 @@ def _alpaca(record: Mapping[str, Any]) -> Conversation:
 
 
 def _listed(messages: Any, column: str) -> tuple[Message, ...]:
-    """Return messages as templates take them: a content that is a list of texts is joined, null fields are left out."""
+    """Return messages as templates take them: contents are joined, null fields are left out."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ValueError(f"{column} is {type(messages).__name__}, not a list")
     listed = []
@@ -189,7 +189,7 @@ class Encoded(NamedTuple):
 
 
 def check_packable(method: str, has_template: bool) -> None:
-    """Raise ValueError where chats cannot be packed by that method, or the base has no template to write them by."""
+    """Raise ValueError where that method cannot pack chats, or the base has no template for them."""
     if method != "best_fit":
         raise ValueError(
             f"corpus.sources hold chats, which pack.method {method!r} would join with what stands before them: pack "
@@ -245,7 +245,7 @@ class Chats:
         return Encoded(ids[:kept], ~predicted[:kept], len(ids) - kept)
 
     def _apart(self, value: Any) -> Any:
-        """Return what a message says with APART in all special tokens that it spells, so that they are none."""
+        """Return what a message says, with APART in the special tokens that it spells: they are none."""
         if isinstance(value, str):
             return self.special.sub(lambda found: found[0][0] + APART + found[0][1:], value)
         if isinstance(value, Mapping):
@@ -255,7 +255,7 @@ class Chats:
         return value
 
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the tokens of what a template wrote, and where in it each begins and ends, [N] each."""
+        """Return the tokens of what a template wrote, and where each begins and ends, [N] each."""
         if APART not in text:
             return self._encode(text, as_text=False)
         if self.swallows:
@@ -264,7 +264,7 @@ class Chats:
                 "take it for the token by `special_tokens: parse`"
             )
         parts, at = [], 0
-        for piece in re.split(f"({self.special.pattern})", text):  # the special tokens that the template wrote
+        for piece in re.split(f"({self.special.pattern})", text):  # those that the template wrote
             ids, start_N, end_N = self._encode(piece.replace(APART, ""), as_text=not self.special.fullmatch(piece))
             kept = np.array([at + place for place, char in enumerate(piece) if char != APART], np.int64)
             parts.append((ids, kept[start_N], 1 + kept[end_N - 1]))
@@ -295,12 +295,12 @@ class Chats:
                 add_generation_prompt=asks,
                 **special,
             )
-        except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors of its expressions
+        except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors
             raise ValueError(
                 f"the model's chat template refuses the chat ({type(error).__name__}: {error}): mend the chat, leave "
                 f"it out, or change the base's chat_template.jinja"
             ) from error
-        (text,), spans = rendered  # annotated as str, but it returns texts and, for each, what is marked
+        (text,), spans = rendered  # annotated as str, but it is texts and what each has marked
         return text, spans[0] if marks else []
 
     def _by_marks(self, conversation: Conversation) -> tuple[str, list[Span]]:
@@ -313,7 +313,7 @@ class Chats:
         return text, [(max(begin, first), end) for begin, end in spans if end > first]
 
     def _by_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Return what the template writes, and where in it answers stand: after the prompt for one, up to its end."""
+        """Return what the template writes, and where answers stand: from the prompt to their end."""
         whole, _ = self._render(conversation)
         spans = []
         for number, message in enumerate(conversation.messages):

@@ -1,4 +1,4 @@
-"""Questions on long documents, made from texts by a seed: instructions of which the right answer is known.
+"""Questions on long documents, made by a seed: instructions of which the right answer is known.
 
 Each chat shows an excerpt and asks, some times in turn, which sentence follows another that it
 quotes. The answer stands word for word in the excerpt, anywhere, so what is learned is to look far
@@ -22,11 +22,11 @@ from longreach.training.recipe import QuestionsRecipe
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 QUOTED_CHARS = (40, 300)
-"""Fewest and most characters of a sentence that is asked for or answered: neither a heading nor half a page."""
+"""Fewest and most characters of a sentence in question or answer: no heading, not half a page."""
 
 
 def conversations(recipe: QuestionsRecipe, files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, Conversation]]:
-    """Yield (name of the document, chat about it), documents in turn; those without two good sentences are left out.
+    """Yield (name of the document, chat about it), documents in turn; some have nothing to ask.
 
     RandomState's numbers are frozen (NumPy's NEP 19): other versions draw the same.
     """
@@ -47,7 +47,7 @@ def conversations(recipe: QuestionsRecipe, files: Sequence[tuple[str, Path]]) ->
 
 
 def _excerpt(sentences: Sequence[str], chars: int, random: np.random.RandomState) -> list[str]:
-    """Return sentences in a row, of about so many characters, from a random place on; all of a shorter text."""
+    """Return sentences in a row, about so many characters, from a random place; or a short text."""
     ends = np.cumsum([len(sentence) + 1 for sentence in sentences])
     last = int(np.searchsorted(ends, max(0, ends[-1] - chars)))  # what begins later is shorter
     first = random.randint(last + 1)

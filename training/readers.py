@@ -1,4 +1,4 @@
-"""Files of texts as people have them, read an entry at a time: text, JSON, CSV, Parquet, plain or compressed.
+"""Files of texts as people have them, an entry at a time: text, JSON, CSV, Parquet; also compressed.
 
 A file is never in memory as a whole, but for .json, and what it may grow to is bounded
 (SourceRecipe.max_piece_chars, max_growth). What is wrong with an entry, or with all of a file, is
@@ -39,7 +39,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-"""Encodings by the byte order mark with which a file begins; these codecs leave it out of the text."""
+"""Encodings by the byte order mark at a file's beginning, which these codecs leave out."""
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What is raised by a file that cannot be read, or is not what its name says."""
 
@@ -58,14 +58,14 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.op
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """Return a file's name without its endings, and the kind of file: ("notes", ".txt") of `notes.TXT.gz`."""
+    """Return a file's name without endings, and its kind: ("notes", ".txt") of `notes.TXT.gz`."""
     if path.suffix.lower() in COMPRESSED:
         path = path.with_suffix("")
     return path.stem, path.suffix.lower()
 
 
 class _Growing(io.RawIOBase):
-    """The content of a compressed file; reading raises ValueError where it grows past max_growth."""
+    """The content of a compressed file; reading raises ValueError once it is past max_growth."""
 
     def __init__(self, path: Path, source: SourceRecipe) -> None:
         self.path, self.source = path, source
@@ -112,7 +112,7 @@ def open_bytes(path: Path, source: SourceRecipe) -> io.BufferedReader:
 
 
 def encoding_of(file: io.BufferedReader, source: SourceRecipe) -> str:
-    """Return the encoding that a file's byte order mark names, else the source's; nothing of it is read."""
+    """Return the encoding that a file's byte order mark names, else the source's; read nothing."""
     start = file.peek(4)[:4]
     for mark, encoding in MARKS.items():
         if start.startswith(mark):
@@ -170,7 +170,7 @@ def _no_content(file: io.BufferedReader) -> Malformed | None:
 
 
 Record = tuple[int, Any]
-"""A line or row number, from 1, and what stands there: a JSON value, a row as a dictionary, or Malformed."""
+"""A line or row number, from 1, and what stands there: a JSON value, a row, or Malformed."""
 
 
 def read_records(
@@ -202,9 +202,9 @@ def read_records(
 
 
 def _lines(file: io.BufferedReader, source: SourceRecipe) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their ends; one that is too long or undecodable is Malformed."""
+    """Yield the lines of a file with their ends; one too long or undecodable is Malformed."""
     encoding = encoding_of(file, source)
-    # bytes that are no text come out as half surrogate pairs, so that one line does not cost the others
+    # bytes that are no text become half surrogate pairs: one line does not cost the others
     text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="\n")
     most, number = source.max_piece_chars, 0
     while line := text.readline(most + 1):
@@ -241,7 +241,7 @@ def _parsed(text: str) -> Any:
 
 
 def _json(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator[Record]:
-    """Yield the items of a list, the one object of a file, or one value a line, whichever it holds."""
+    """Yield the items of a list, the one object, or one value a line, whichever a file holds."""
     encoding, most = encoding_of(file, source), source.max_piece_chars
     whole = io.TextIOWrapper(file, encoding, newline="").read(most + 1).strip()
     first, more, _ = whole.partition("\n")
@@ -308,7 +308,7 @@ def _parquet(path: Path, source: SourceRecipe, columns: Callable[[Sequence[str]]
                     batch = batch.set_column(at, text, batch[text].cast(pa.large_binary()))
                 for row in batch.to_pylist():
                     line += 1
-                    size += sum(len(row[text] or b"") for text in texts)
+                    size += sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
                     if size > limit:  # a text that a dictionary holds once may stand in every row
                         raise ValueError(_grows(path, size, source))
                     yield line, _decoded(row, texts, source)
@@ -332,7 +332,7 @@ def _decoded(row: dict[str, Any], texts: Sequence[str], source: SourceRecipe) ->
 
 
 def _check_growth(metadata: Any, wanted: Sequence[str], path: Path, source: SourceRecipe) -> None:
-    """Raise ValueError for a file whose wanted columns grow past max_growth, before any of it is read."""
+    """Raise ValueError where the wanted columns grow past max_growth, before any is read."""
     size = 0
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
