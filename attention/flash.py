@@ -117,16 +117,16 @@ def _calls(
 
 def united_edges(pattern: Pattern, variant: Hashable, documents: Documents, T: int, device: torch.device) -> Edges:
     """Group edges, document edges and row edges as one `cu_seqlens`."""
-    own = [
-        (row * T + r.q[1], r.q[1] - r.q[0], r.window)
-        for row, starts in enumerate(documents)
-        for r in row_rectangles(pattern, variant, starts, T)
-        if r.q == r.k
-    ]
-    ends, lengths, windows = zip(*own, strict=True)
-    assert len(set(windows)) == 1, "a call has one window"
-    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-    return Edges(cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True, window=windows[0] or 0)
+    edges, lengths, windows = [0], [], set()
+    for row, starts in enumerate(documents):
+        for r in row_rectangles(pattern, variant, starts, T):
+            if r.q == r.k:  # a segment that sees itself; the others are calls of their own
+                edges.append(row * T + r.q[1])
+                lengths.append(r.q[1] - r.q[0])
+                windows.add(r.window)
+    (window,) = windows  # a call has one
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
+    return Edges(cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True, window=window or 0)
 
 
 _forward = torch.ops.aten._flash_attention_forward

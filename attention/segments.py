@@ -144,15 +144,17 @@ class Piece(Call):
 def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list[Piece]:
     """The pattern as calls on a CPU, each of so many heads as keep all threads busy: what a call returns is a copy, and
     that of one head is small (93 MiB instead of 106 for one layer's forward and backward at T = 8,192)."""
-    return [
-        replace(part, row=row, heads=(first, min(first + at_once, last)), repeat=heads.query // heads.kv, member=member)
-        for row, starts in enumerate(documents)
-        for (begin, last), variant in head_spans(pattern, heads)
-        for part in _row_pieces(pattern, variant, starts, T)
-        for at_once in [-(-torch.get_num_threads() // part.segments)]
-        for first in range(begin, last, at_once)
-        for member in range(heads.query // heads.kv)
-    ]
+    repeat = heads.query // heads.kv
+    calls = []
+    for row, starts in enumerate(documents):
+        for (begin, last), variant in head_spans(pattern, heads):
+            for part in _row_pieces(pattern, variant, starts, T):
+                at_once = -(-torch.get_num_threads() // part.segments)  # a thread for each head and segment
+                for first in range(begin, last, at_once):
+                    span = (first, min(first + at_once, last))
+                    for member in range(repeat):
+                        calls.append(replace(part, row=row, heads=span, repeat=repeat, member=member))
+    return calls
 
 
 def head_spans(pattern: Pattern, heads: Heads) -> Iterator[tuple[tuple[int, int], Hashable]]:

@@ -226,11 +226,11 @@ def pooled_rows(rows: list[Row], seed: int) -> list[Row]:
     pooled = []
     for length, protocol in sorted({(row["length"], row["protocol"]) for row in documents}):
         for domain in shown:
-            of_domain = [
-                row
-                for row in documents
-                if (row["length"], row["protocol"]) == (length, protocol) and domain in (ALL, row["domain"])
-            ]
+            of_domain = []
+            for row in documents:
+                at_length = (row["length"], row["protocol"]) == (length, protocol)
+                if at_length and domain in (ALL, row["domain"]):
+                    of_domain.append(row)
             if of_domain:
                 place = {"protocol": protocol, "length": length, "domain": domain}
                 pooled.append(_pooled(place, of_domain, seed))

@@ -292,7 +292,7 @@ def streaming_rows(model: str, choices: Streaming.Choices) -> tuple[list[dict], 
     ways = []
     for way in choices.ways:
         for n in choices.sink_tokens if way == "sinks" else (0,):
-            cell = {"way": way, "sinks": n, "positions": "cache", "newlines": False}
+            cell = {"document": "held-out", "way": way, "sinks": n, "positions": "cache", "newlines": False}
             nll_T = draw.normal(3.2, 0.3, choices.tokens)
             nll_T[choices.cache_tokens :] += 3 * (way == "window")
             ways.append((cell, nll_T[sampled(choices)] if way == "recompute" else nll_T))

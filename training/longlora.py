@@ -65,11 +65,13 @@ def lora_b(model: nn.Module) -> list[nn.Parameter]:
 def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
     """Return the embeddings (with a tied lm_head) and norms that train beside LoRA, by name."""
     lm, extras = causal_lm(model), tune.split("+")[1:]
-    return {
-        name: module
-        for name, module in lm.named_modules()
-        if ("embed" in extras and module is lm.get_input_embeddings()) or ("norm" in extras and is_norm(module))
-    }
+    modules = {}
+    for name, module in lm.named_modules():
+        embeds = "embed" in extras and module is lm.get_input_embeddings()
+        norms = "norm" in extras and is_norm(module)
+        if embeds or norms:
+            modules[name] = module
+    return modules
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -93,12 +95,17 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """Count the trainable parameters by kind. ZeRO-3's partitioned parameters are counted whole."""
     lm = causal_lm(model)
-    embed = {id(p) for p in lm.get_input_embeddings().parameters()}
-    norm = {id(p) for m in lm.modules() if is_norm(m) for p in m.parameters()}
+    kinds = {}  # by identity: a tied lm_head is the embedding under another name
+    for module in lm.modules():
+        if is_norm(module):
+            kinds |= dict.fromkeys(map(id, module.parameters()), "norm")
+    kinds |= dict.fromkeys(map(id, lm.get_input_embeddings().parameters()), "embed")
     counts = dict.fromkeys(("total", "lora", "embed", "norm", "other"), 0)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = "lora" if "lora_" in name else "embed" if id(p) in embed else "norm" if id(p) in norm else "other"
+            kind = kinds.get(id(p), "other")
+            if "lora_" in name:
+                kind = "lora"
             size = getattr(p, "ds_numel", p.numel())
             counts[kind] += size
             counts["total"] += size

@@ -282,12 +282,12 @@ class CostsSummary(Summary):
 
     def predicted(self, length: int, arm: str) -> tuple[float, float] | None:
         """Return what was predicted, in seconds per 1,000 tokens and GiB; None if nothing was."""
-        found = [
-            (1000 * cell.predicted_s / cell.tokens, cell.predicted_gib)
-            for cell in self.of(length, arm)
-            if cell.predicted_s is not None and cell.predicted_gib is not None
-        ]
-        return (median(s for s, _ in found), median(gib for _, gib in found)) if found else None
+        seconds, gib = [], []
+        for cell in self.of(length, arm):
+            if cell.predicted_s is not None and cell.predicted_gib is not None:
+                seconds.append(1000 * cell.predicted_s / cell.tokens)
+                gib.append(cell.predicted_gib)
+        return (median(seconds), median(gib)) if seconds else None
 
     def times_as_fast(self, length: int, arm: str, other: str) -> Spread | None:
         """Return how many times as fast as another arm it is, over the rounds; None if one of them was left out.

@@ -126,11 +126,8 @@ def read(store: Store, manifest: dict[str, Any]) -> Findings:
     for label, fingerprint in manifest["identity"]["inputs"].items():
         if (artifact := store.find(label.partition("[")[0], fingerprint)) is None:
             raise ValueError(f"{recipe['name']}: {label} ({fingerprint[:8]}) is not in {store.root} any more")
-        files = [
-            file
-            for file in artifact.manifest["files"]
-            if file["path"] in ("scores.json", "metrics.jsonl", PackSummary.file)
-        ]
+        read_here = ("scores.json", "metrics.jsonl", PackSummary.file)
+        files = [file for file in artifact.manifest["files"] if file["path"] in read_here]
         if problems := store.problems(Artifact(artifact.path, artifact.manifest | {"files": files})):
             raise ValueError(f"{recipe['name']}: {label} is damaged: {'; '.join(problems)}")
         artifacts[label] = artifact

@@ -122,12 +122,12 @@ class Findings:
     @property
     def compared(self) -> dict[str, Model]:
         """The models that come from the base, whose numbers compare."""
-        return {
-            name: model
-            for name, model in self.models.items()
-            if model.kind in ("baseline", "finetune", "failed finetune")
-            or (model.variant_of and model.variant_of.kind == "finetune")
-        }
+        compared = {}
+        for name, model in self.models.items():
+            of_trained = model.variant_of is not None and model.variant_of.kind == "finetune"
+            if of_trained or model.kind in ("baseline", "finetune", "failed finetune"):
+                compared[name] = model
+        return compared
 
     @property
     def trained(self) -> dict[str, Model]:
