@@ -50,7 +50,7 @@ class Gain(Evaluation):
 
     name = "gain"
     title = "Gain from context"
-    gate = ("gain_over_base",)
+    gate = ("gain_over_base", "gain_over_stretches")
 
     class Choices(EvalChoices):
         """Gain from context: the same tokens of held-out documents, predicted with more and more text before them."""

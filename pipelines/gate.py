@@ -28,6 +28,7 @@ from longreach.pipelines.artifacts import Decision, Release
 from longreach.pipelines.kind import StageRun, stage
 
 if TYPE_CHECKING:
+    from longreach.evaluation.gain import Difference
     from longreach.pipelines.graph import Pipeline
     from longreach.pipelines.recipe import Recipe
     from longreach.pipelines.stage import Stage
@@ -57,6 +58,9 @@ class PromoteRecipe(Choices):
     """Least nats per token by which it has to predict the same held-out tokens better, with
     target_length tokens of context, than the base at the best of its own lengths; below 0: how much
     worse it may be. auto: 0 where evaluate.gain measures both, else no rule."""
+    gain_over_stretches: New[float | Literal["auto"] | None] = "auto"
+    """The same against each stretch of the base without training, at target_length too: what an
+    extension that costs nothing reaches. auto: 0 where evaluate.gain measures both, else no rule."""
     passkey: float | None = Field(default=None, ge=0, le=1)
     """Least share of keys that it has to find, at every measured length up to target_length."""
     effective_length: int | None = Field(default=None, ge=1)
@@ -91,7 +95,7 @@ class PromoteRecipe(Choices):
         if recipe.base.source.startswith(f"models:/{self.name}@"):
             advice = "name the first base, and promote.start_from champion"
             yield ("base", "source"), f"each promotion would change it: {advice}"
-        yield from self._unmeasured(recipe, [*sections])
+        yield from self._unmeasured(recipe)
         yield from self._lengths_that_do_not_fit(recipe)
 
     def _other_stretches(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
@@ -109,23 +113,38 @@ class PromoteRecipe(Choices):
         """Whether gain_over_base is a rule of this recipe."""
         if self.gain_over_base != "auto":
             return self.gain_over_base is not None
-        section = recipe.evaluate.chosen().get(MEASURED_BY["gain_over_base"])
-        if section is None:
-            return False
-        models = section.models or [name for _, name in recipe.models()]
+        models = self._measured(recipe, "gain_over_base")
         return self.model in models and recipe.plain_baseline() in models
 
-    def _unmeasured(self, recipe: Recipe, models: list[str]) -> Iterator[tuple[Location, str]]:
+    def stretches(self, recipe: Recipe) -> list[str]:
+        """Return the untrained stretches that gain_over_stretches compares with; none where it is no rule."""
+        models = self._measured(recipe, "gain_over_stretches")
+        if self.gain_over_stretches is None or self.model not in models:
+            return []
+        stretched = [name for name, rope in recipe.baselines.items() if rope.type != "none"]
+        return [name for name in stretched if name in models]
+
+    def _measured(self, recipe: Recipe, rule: str) -> list[str]:
+        """Return the models of which a recipe measures what a rule is about."""
+        section = recipe.evaluate.chosen().get(MEASURED_BY[rule])
+        if section is None:
+            return []
+        return [*(section.models or [name for _, name in recipe.models()])]
+
+    def _unmeasured(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         """Yield the rules for which the recipe does not measure what they compare."""
         rules = [rule for rule in MEASURED_BY if getattr(self, rule) not in (None, "auto")]
-        if not rules and not self.asks_for_gain(recipe):
+        if not rules and not self.asks_for_gain(recipe) and not self.stretches(recipe):
             advice = f"set one of {', '.join(MEASURED_BY)}"
             yield ("promote",), f"has no rule, and would let everything pass: {advice}"
         for rule in rules:
             evaluation = MEASURED_BY[rule]
-            section = recipe.evaluate.chosen().get(evaluation)
-            measured = [] if section is None else [*(section.models or models)]
+            measured = self._measured(recipe, rule)
             compared = self.model
+            if rule == "gain_over_stretches" and not self.stretches(recipe):
+                advice = "add a stretch to baselines and to its models, or set the rule to null"
+                yield ("promote", rule), f"needs evaluate.{evaluation} of {self.model} and of a stretch: {advice}"
+                continue
             if rule in ("base_ratio", "gain_over_base"):
                 compared = recipe.plain_baseline() or ""
                 if not compared:
@@ -150,9 +169,12 @@ class PromoteRecipe(Choices):
             yield ("promote", "effective_length"), message
         gains = MEASURED_BY["gain_over_base"]
         gain_lengths = lengths_of(recipe, gains)
-        if self.asks_for_gain(recipe) and gain_lengths and target and target not in gain_lengths:
-            message = f"at target_length {target} needs it among evaluate.{gains}.lengths {list(gain_lengths)}"
-            yield ("promote", "gain_over_base"), f"{message}: add it, change target_length, or set the rule to null"
+        asked = {"gain_over_base": self.asks_for_gain(recipe), "gain_over_stretches": bool(self.stretches(recipe))}
+        for rule in (rule for rule, is_asked in asked.items() if is_asked):
+            if gain_lengths and target and target not in gain_lengths:
+                message = f"at target_length {target} needs it among evaluate.{gains}.lengths {list(gain_lengths)}"
+                yield ("promote", rule), f"{message}: add it, change target_length, or set the rule to null"
+                break  # one cause, one line
         if self.target_length and lengths and self.target_length not in lengths:
             message = f"{self.target_length} is none of evaluate.{ratios}.lengths {lengths}"
             yield ("promote", "target_length"), message
@@ -160,6 +182,8 @@ class PromoteRecipe(Choices):
 
 MEASURED_BY = {rule: name for name, evaluation in EVALS.items() for rule in evaluation.gate}
 """The rules, and the evaluation that each of them is about."""
+STRETCH = "stretch:"
+"""What the role of an untrained stretch begins with, among the gate's inputs."""
 
 
 class PromoteStageRecipe(Choices):
@@ -204,6 +228,8 @@ def add_gate(pipeline: Pipeline) -> None:
     gains = MEASURED_BY["gain_over_base"]
     if gate.asks_for_gain(pipeline.recipe):
         inputs[f"base_{gains}"] = baseline[gains]
+    for name in gate.stretches(pipeline.recipe):
+        inputs[f"{STRETCH}{name}_{gains}"] = pipeline.scores_of(name)[gains]
     if gate.base_ratio or f"base_{gains}" in inputs:
         inputs["base"] = pipeline.base
     if champion and gate.perplexity_ratio is not None:
@@ -249,7 +275,8 @@ def promote(
     """Decide, write gate.json and gate.md, and move the alias if all rules are kept.
 
     Args:
-        inputs: scores named ROLE_EVALUATION, and `base`, the model that base_ratio is about.
+        inputs: scores named ROLE_EVALUATION, and `base`, the model that base_ratio is about. An
+            untrained stretch's role is STRETCH and its name.
 
     Raises:
         ValueError: the rules do not fit what was measured, or the registry cannot be asked.
@@ -307,6 +334,10 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
     gains = MEASURED_BY["gain_over_base"]
     if (base := rows.get(f"base_{gains}")) is not None:
         findings.append(_gain(rows[f"challenger_{gains}"], base, target, base_context, rules))
+    for role, stretch in rows.items():
+        if role.startswith(STRETCH):
+            name = role.removeprefix(STRETCH).removesuffix(f"_{gains}")
+            findings.append(_gain_over_stretch(rows[f"challenger_{gains}"], stretch, name, target, rules))
     return findings + _retrieval(rules, target, rows.get(f"challenger_{keys}", []))
 
 
@@ -347,12 +378,30 @@ def _gain(ours: Rows, base: Rows, target: int, base_context: int, rules: Promote
     """Hold the challenger's gain at the target length (0: its greatest one) against the base at its best length."""
     from longreach.evaluation.gain import best_length, difference
 
-    length = target or max(row["length"] for row in ours if row["kind"] == "pooled")
+    length = target or _greatest_length(ours)
     try:
         best = best_length(base, base_context)
     except ValueError as error:
         raise ValueError(f"promote.gain_over_base: {error}: add one, or set the rule to null") from None
-    found = difference([ours], length, [base], best.length)
+    place = f"gain_over_base at {length:,} tokens, to the base at its best ({best.length:,})"
+    return _finding(place, difference([ours], length, [base], best.length), rules.gain_over_base, rules)
+
+
+def _gain_over_stretch(ours: Rows, stretch: Rows, name: str, target: int, rules: PromoteRecipe) -> Finding:
+    """Hold the challenger against a stretch that was not trained, both at the target length."""
+    from longreach.evaluation.gain import difference
+
+    length = target or _greatest_length(ours)
+    place = f"gain_over_stretches at {length:,} tokens, to {name}"
+    return _finding(place, difference([ours], length, [stretch], length), rules.gain_over_stretches, rules)
+
+
+def _greatest_length(rows: Rows) -> int:
+    return max(row["length"] for row in rows if row["kind"] == "pooled")
+
+
+def _finding(place: str, found: Difference, asked: float | str | None, rules: PromoteRecipe) -> Finding:
+    """Return whether a difference, in nats per token, is at least what is asked for (auto: 0)."""
     measured, deciding = f"{found.nats:+.3f} nats per token", found.nats
     if rules.certainty == "interval":
         deciding = found.low  # NaN keeps no rule
@@ -360,9 +409,8 @@ def _gain(ours: Rows, base: Rows, target: int, base_context: int, rules: Promote
         if math.isnan(found.low):
             measured = f"{found.nats:+.3f} nats per token without an interval (one document: hold out more)"
     least = 0.0
-    if isinstance(rules.gain_over_base, float):
-        least = rules.gain_over_base
-    place = f"gain_over_base at {length:,} tokens, to the base at its best ({best.length:,})"
+    if isinstance(asked, float):
+        least = asked
     return Finding(place, measured, f"at least {least:+g}", deciding >= least)
 
 

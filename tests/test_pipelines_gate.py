@@ -135,6 +135,17 @@ def test_a_gain_that_only_some_documents_have_is_refused_unless_the_estimate_is_
         decide(rules(**GAIN_ALONE), (), 32, challenger_gain=arm, base_gain=base)
 
 
+def test_a_gain_is_held_against_every_untrained_stretch_at_the_same_length():
+    arm = gain_rows({64: 1.65, 128: 1.60})
+    stretches = {"stretch:theta_gain": gain_rows({64: 1.5, 128: 1.62}), "stretch:yarn_gain": gain_rows({128: 1.58})}
+    theta, yarn = decide(rules(**GAIN_ALONE), (), 64, challenger_gain=arm, **stretches)
+    assert (theta.rule, theta.kept) == ("gain_over_stretches at 128 tokens, to theta", True)
+    assert (yarn.rule, yarn.kept) == ("gain_over_stretches at 128 tokens, to yarn", False)
+    assert yarn.measured.startswith("-0.020 nats per token, 95% interval")
+    _, yarn = decide(rules(**GAIN_ALONE, gain_over_stretches=-0.03), (), 64, challenger_gain=arm, **stretches)
+    assert (yarn.asked, yarn.kept) == ("at least -0.03", True)
+
+
 def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhere():
     overrides = ["promote.perplexity_ratio=null", "promote.base_ratio=null", "promote.passkey=null"]
     measured = "evaluate.gain={lengths: [2048, 12288]}"
@@ -147,6 +158,7 @@ def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhe
         (["evaluate.gain={lengths: [2048, 8192]}"], r"at target_length 12288 .* evaluate.gain.lengths \[2048, 8192\]"),
         ([measured, "promote.gain_over_base=null"], "has no rule"),
         ([measured, "promote.gain_over_base=0", "baselines={}"], "needs the untrained base to compare with"),
+        (["promote.gain_over_stretches=0"], "needs evaluate.gain of longlora and of a stretch: add a stretch"),
     ):
         with pytest.raises(ValueError, match=message):
             load("retrain", [*overrides, *more])

@@ -98,11 +98,15 @@ def test_a_variant_is_made_from_its_arms_model_and_the_bases_positions():
 
 
 def test_the_gate_reads_gains_where_they_are_measured_and_is_what_it_was_elsewhere():
-    gate = "promote={model: longlora, name: m, target_length: 12288}"
-    old, new = stages(gate)["promote"], stages(gate, "evaluate.gain={lengths: [2048, 12288]}")["promote"]
-    assert "gain_over_base" not in old.identity["recipe"]["rules"]
-    assert new.inputs.keys() - old.inputs.keys() == {"base_gain", "challenger_gain"}
+    gate, gain = "promote={model: longlora, name: m, target_length: 12288}", "evaluate.gain={lengths: [2048, 12288]}"
+    old, new = stages(gate)["promote"], stages(gate, gain)["promote"]
+    assert not {"gain_over_base", "gain_over_stretches"} & old.identity["recipe"]["rules"].keys()
+    stretches = {f"stretch:{name}_gain" for name in ("theta", "stretched")}
+    assert new.inputs.keys() - old.inputs.keys() == {"base_gain", "challenger_gain"} | stretches
     assert new.inputs["base_gain"].label == "evaluate[base,gain]"
+    assert new.inputs["stretch:theta_gain"].label == "evaluate[theta,gain]"
+    without = stages(gate, gain, "promote.gain_over_stretches=null")["promote"]
+    assert not stretches & without.inputs.keys()
 
 
 def test_the_row_length_changes_everything_after_packing_but_not_the_base():
