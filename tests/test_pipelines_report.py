@@ -649,6 +649,16 @@ def test_models_with_a_vocabulary_of_their_own_need_no_base(tmp_path, no_picture
     assert "Attention-sink pretraining" in page_of(tmp_path / "out").headings
 
 
+def test_pretraining_that_goes_on_from_a_base_is_not_said_to_be_too_short_for_a_sink(tmp_path, no_pictures):
+    said = []
+    for model in (RECIPE["pretrain"]["model"], None):
+        recipe = RECIPE | {"pretrain": RECIPE["pretrain"] | {"model": model}, "finetune": None, "evaluate": {}}
+        out, _ = write(make_inputs(tmp_path, recipe), tmp_path / f"out{len(said)}")
+        said.append((out / "report.md").read_text())
+    for text in ("So short a run cannot show", "go on from the base's weights"):
+        assert [text in one for one in said] == [text.startswith("So"), text.startswith("go")]
+
+
 def test_every_stage_has_a_writer_here_and_so_a_place_in_the_report():
     assert WRITERS.keys() >= STAGES.keys() - {"report"}
 

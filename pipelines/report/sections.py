@@ -320,7 +320,12 @@ def training(found: Findings) -> Section | None:
 def pretraining(found: Findings) -> Section | None:
     """Return the sink arms' losses, and where attention rests."""
     arms = found.of("pretrain")
-    if max((m.training.steps for m in arms.values()), default=0) < FEW_STEPS:
+    if arms and all(m.training.model is None for m in arms.values()):
+        caption = (
+            "The arms go on from the base's weights, whose heads may rest on the first token already. What to see: "
+            "where attention rests now, and whether a sink costs anything in loss on the same text."
+        )
+    elif max((m.training.steps for m in arms.values()), default=0) < FEW_STEPS:
         caption = (
             "So short a run cannot show attention sinks emerging (StreamingLLM trained 160 million parameters for "
             "143,000 steps). What to see: the arms learn, and a sink costs nothing so far if the curves lie together."
