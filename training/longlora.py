@@ -95,7 +95,7 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """Count the trainable parameters by kind. ZeRO-3's partitioned parameters are counted whole."""
     lm = causal_lm(model)
-    kinds = {}  # by identity: a tied lm_head is the embedding under another name
+    kinds: dict[int, str] = {}  # by identity: a tied lm_head is the embedding under another name
     for module in lm.modules():
         if is_norm(module):
             kinds |= dict.fromkeys(map(id, module.parameters()), "norm")
