@@ -1,4 +1,5 @@
-"""What one layer asks of a kernel, besides queries, keys and values: one object instead of five arguments everywhere.
+"""What one layer asks of a kernel, besides queries, keys and values: one object instead of five
+arguments everywhere.
 
     attend_call(q_BHTD, k_BKTD, v_BKTD, AttentionCall(pattern, position_ids_BT, layer=3))
 
@@ -19,10 +20,11 @@ class AttentionCall:
     pattern: Pattern
     """Which keys each query sees."""
     position_ids_BT: Tensor | None = None
-    """Positions that restart at each packed document (padding is a run of its own); None: a row is one document.
-    Queries and keys may be rotated by others."""
+    """Positions that restart at each packed document (padding is a run of its own); None: a row is
+    one document. Queries and keys may be rotated by others."""
     sink_logit_H: Tensor | None = None
-    """A logit per head that takes part in the softmax and carries no value (attention/sink_softmax.py)."""
+    """A logit per head that takes part in the softmax and carries no value
+    (attention/sink_softmax.py)."""
     scale: float | None = None
     """Factor of the scores; None: 1/sqrt(D)."""
     layer: int = 0

@@ -1,4 +1,5 @@
-"""Full causal attention inside each document: the baseline, and what every model is evaluated with."""
+"""Full causal attention inside each document: the baseline, and what every model is evaluated
+with."""
 
 from __future__ import annotations
 

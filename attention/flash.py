@@ -1,4 +1,5 @@
-"""Variable-length flash attention (arXiv:2307.08691): for S²-Attn one call for each half of the heads (CUDA, 16 bits).
+"""Variable-length flash attention (arXiv:2307.08691): for S²-Attn one call for each half of the
+heads (CUDA, 16 bits).
 
 A varlen call takes all segments of a batch at once: the tokens of all rows in one line, and
 `cu_seqlens`, the edges between segments (of groups and of documents), so that rows of any documents
@@ -12,7 +13,8 @@ squares.
 
     attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flash")
 
-Legend: B batch, T tokens, H query heads, K key/value heads, D head dim; a library's own layout is [B·T, heads, D].
+Legend: B batch, T tokens, H query heads, K key/value heads, D head dim; a library's own layout is
+[B·T, heads, D].
 """
 
 from collections.abc import Hashable
@@ -91,7 +93,8 @@ class VarlenCall(Call):
 def varlen_calls(
     pattern: Pattern, heads: Heads, documents: Documents, T: int, library: Varlen, device: torch.device
 ) -> list[VarlenCall]:
-    """The pattern as varlen calls: one for each range of heads, then one for each rectangle outside the segments."""
+    """The pattern as varlen calls: one for each range of heads, then one for each rectangle outside
+    the segments."""
     return [
         VarlenCall(library, edges, span, heads.query // heads.kv, q, k)
         for span, variant in head_spans(pattern, heads)
@@ -176,7 +179,8 @@ class FlashAttnVarlen:
 
 
 def dense(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return the output [B, H, T, D] and the log-sum-exp [B, H, T] of one rectangle a row, by torch's own kernel.
+    """Return the output [B, H, T, D] and the log-sum-exp [B, H, T] of one rectangle a row, by
+    torch's own kernel.
 
     causal: the i-th query sees the first i keys, and those after the last key see all of them. The
     library aligns causal queries with the last keys, so queries beyond the square are a rectangle
@@ -194,7 +198,8 @@ def dense(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causa
 
 
 def refusal(dtype: torch.dtype, head_dim: int) -> str:
-    """Return why flash attention on CUDA cannot compute in this type and head size; empty if it can."""
+    """Return why flash attention on CUDA cannot compute in this type and head size; empty if it
+    can."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention on CUDA computes in bfloat16 and float16, not in {dtype}"
     if head_dim % 8 or head_dim > 256:
@@ -209,5 +214,6 @@ def _too_old() -> str:
 
 
 def has_flash_attn() -> bool:
-    """Whether flash-attn 2 is installed: its compiled part, since its name is shared by flash-attn 4, which differs."""
+    """Whether flash-attn 2 is installed: its compiled part, since its name is shared by flash-attn
+    4, which differs."""
     return find_spec("flash_attn_2_cuda") is not None

@@ -1,4 +1,5 @@
-"""FlexAttention (arXiv:2412.05496): any predicate as a compiled block mask. The way for patterns without rectangles.
+"""FlexAttention (arXiv:2412.05496): any predicate as a compiled block mask. The way for patterns
+without rectangles.
 
 A block mask says which 128 x 128 blocks of the scores a head needs at all; inside a needed block
 the predicate decides, unless all of it is visible. It is made once for the documents of a batch and
@@ -54,7 +55,8 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) 
 
 
 def first_alike(pattern: Pattern, heads: Heads) -> Heads:
-    """Return the heads of the first layer that sees what this one does, so that layers share a block mask."""
+    """Return the heads of the first layer that sees what this one does, so that layers share a
+    block mask."""
     if pattern.rectangles(None, 0, 1) is None:
         return heads  # nothing says what its predicate makes of the layer
     variants = pattern.variants(heads)
@@ -67,7 +69,8 @@ def first_alike(pattern: Pattern, heads: Heads) -> Heads:
 def block_mask(
     pattern: Pattern, heads: Heads, documents: Documents, T: int, device: torch.device, block_tokens: int = BLOCK_TOKENS
 ) -> BlockMask:
-    """Return the predicate as blocks [B, H, N, N], equal to what torch's `create_block_mask` makes of it."""
+    """Return the predicate as blocks [B, H, N, N], equal to what torch's `create_block_mask` makes
+    of it."""
     start_BT = _starts(documents, T).to(device)
     mod = pattern.mask_mod(heads, start_BT)
     blocks = -(-T // block_tokens)
@@ -99,7 +102,8 @@ def _starts(documents: Documents, T: int) -> Tensor:
 
 
 def _ordered(needed_BHNN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each block of queries how many blocks of keys are needed, and their numbers, those first."""
+    """Return for each block of queries how many blocks of keys are needed, and their numbers, those
+    first."""
     numbers_BHNN = needed_BHNN.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     return needed_BHNN.sum(-1, dtype=torch.int32), numbers_BHNN.to(torch.int32)
 

@@ -49,7 +49,8 @@ _registered: dict[str, ActivePattern] = {}
 def set_pattern(
     model: nn.Module, pattern: Pattern, kernel: str = "auto", sequence: SequenceRanks = ALONE
 ) -> ActivePattern:
-    """Let every attention layer of a transformers model (or a PEFT model around one) compute `pattern`.
+    """Let every attention layer of a transformers model (or a PEFT model around one) compute
+    `pattern`.
 
     sequence: the ranks that share each row; each then calls the model on its part of the tokens.
     Raises ValueError: the kernel cannot compute the pattern; the architecture does not use the
@@ -102,7 +103,8 @@ def attending_by(model: PreTrainedModel, name: str, attend: Callable[..., Any]) 
 
 
 def _registered_name(active: ActivePattern) -> str:
-    """Numbered, without the kernel's name: transformers looks for "sdpa", "flash" and "flex" inside such names."""
+    """Numbered, without the kernel's name: transformers looks for "sdpa", "flash" and "flex" inside
+    such names."""
     for name, known in _registered.items():
         if known == active:
             return name
@@ -135,7 +137,8 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Asked for a mask, once a forward: patterns make their own and need to know of padding, if there is any."""
+    """Asked for a mask, once a forward: patterns make their own and need to know of padding, if
+    there is any."""
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
@@ -168,7 +171,8 @@ def _forward_of(active: ActivePattern) -> Any:
 
 
 def split_padding(position_ids_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
-    """Positions that also restart where padding begins and ends, so that no token sees padding [B, T]."""
+    """Positions that also restart where padding begins and ends, so that no token sees padding [B,
+    T]."""
     if mask_BT.dim() != 2:
         raise ValueError(
             f"a padding mask is [batch, tokens]; got {tuple(mask_BT.shape)}: leave 4-D masks to the pattern"

@@ -1,4 +1,5 @@
-"""The ways to compute a pattern; each gives the reference's numbers (tests/test_attention_kernels.py).
+"""The ways to compute a pattern; each gives the reference's numbers
+(tests/test_attention_kernels.py).
 
 `sdpa`       torch's flash attention on views, nothing copied: segments.py on CPU, flash.py on CUDA (16 bits)
 `flash`      the same through the package flash-attn
@@ -92,7 +93,8 @@ def check_shapes(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> None:
 def by_segments(
     q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall, library: Varlen | None = None
 ) -> Tensor:
-    """Return a pattern's rectangles by flash attention: a library's varlen calls, or without one the CPU's pieces."""
+    """Return a pattern's rectangles by flash attention: a library's varlen calls, or without one
+    the CPU's pieces."""
     B, _, T, _ = q_BHTD.shape
     heads, documents = call.heads(q_BHTD, k_BKTD), documents_of(call.position_ids_BT, B, T)
     q_BHTD, k_BKTD, v_BKTD = (features_last(x) for x in (q_BHTD, k_BKTD, v_BKTD))

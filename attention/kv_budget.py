@@ -1,4 +1,5 @@
-"""How many bytes of keys and values a model keeps while it reads: the calculator behind `longreach kv-cache`.
+"""How many bytes of keys and values a model keeps while it reads: the calculator behind `longreach
+kv-cache`.
 
     bytes = batch · Σ over layers (kept tokens · KV heads · head dim) · 2 (keys and values) · bytes per value
 
@@ -61,7 +62,8 @@ class KVBudget:
     def sink_cache_bytes(
         self, batch: int, length: int, dtype: str = "bf16", *, sink_tokens: int = 4, window_tokens: int = 1020
     ) -> int:
-        """Bytes of attention.sink_cache.SinkCache, allocated before the first token: `length` is only checked.
+        """Bytes of attention.sink_cache.SinkCache, allocated before the first token: `length` is
+        only checked.
 
         The cached tokens and the current one, and the sinks' keys a second time as they were before
         they were turned.

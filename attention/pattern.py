@@ -1,4 +1,5 @@
-"""What a pattern is: a predicate that says which keys a query may see, and the same as rectangles for fast kernels.
+"""What a pattern is: a predicate that says which keys a query may see, and the same as rectangles
+for fast kernels.
 
     mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position (tensors that broadcast)
 
@@ -83,7 +84,8 @@ class Rectangle:
 
 
 class Pattern(BaseModel, ABC):
-    """One attention variant: its choices, which a recipe's `attention` section gives, and what follows from them.
+    """One attention variant: its choices, which a recipe's `attention` section gives, and what
+    follows from them.
 
     A subclass names itself by `pattern: Literal["its name"]`, and each of its fields has a
     docstring.
@@ -100,14 +102,16 @@ class Pattern(BaseModel, ABC):
 
     @abstractmethod
     def mean_keys(self, document_tokens: float) -> float:
-        """Return how many keys a query sees on average in a document of that length: training's cost grows with it."""
+        """Return how many keys a query sees on average in a document of that length: training's
+        cost grows with it."""
 
     def variants(self, heads: Heads) -> list[Hashable]:
         """Return for each KV head what tells its rectangles from another's (S²-Attn: its shift)."""
         return [None] * heads.kv
 
     def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle] | None:
-        """Return the predicate inside the document begin..end of a row, or None if it is not made of rectangles.
+        """Return the predicate inside the document begin..end of a row, or None if it is not made
+        of rectangles.
 
         Every visible pair is in one rectangle, and each token in one causal rectangle of its own (q
         and k the same tokens).
@@ -115,15 +119,18 @@ class Pattern(BaseModel, ABC):
         return None
 
     def check_row(self, seq_len: int) -> None:
-        """Raise ValueError, which opens with the field's name, if rows of that length do not suit the pattern."""
+        """Raise ValueError, which opens with the field's name, if rows of that length do not suit
+        the pattern."""
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of the blocks that it cuts a document into (a group, a window); 0 if it takes a document whole."""
+        """Tokens of the blocks that it cuts a document into (a group, a window); 0 if it takes a
+        document whole."""
         return 0
 
     def span(self, document_tokens: int) -> int:
-        """Return the side of the largest causal square that a kernel computes in a document of that length."""
+        """Return the side of the largest causal square that a kernel computes in a document of that
+        length."""
         return min(document_tokens, self.block_tokens or document_tokens)
 
     def about(self) -> str:

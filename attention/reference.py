@@ -1,4 +1,5 @@
-"""The oracle: dense attention for any pattern, in any floating type, as slow and as plain as the formula.
+"""The oracle: dense attention for any pattern, in any floating type, as slow and as plain as the
+formula.
 
     out = softmax(q kᵀ · scale + mask) v      with one more, value-less column per head where a sink logit is given
 

@@ -1,4 +1,5 @@
-"""Stretching rotary positions past the trained context, through transformers' own `rope_parameters`; turning keys on.
+"""Stretching rotary positions past the trained context, through transformers' own
+`rope_parameters`; turning keys on.
 
 A model trained on positions 0..L-1 has never seen the rotation of position L. Position
 interpolation (arXiv:2306.15595) divides positions by the factor, so that new ones fall between old
@@ -30,7 +31,8 @@ from transformers import PretrainedConfig
 
 TYPES = ("none", "linear", "dynamic", "yarn", "llama3", "theta")
 FAR = 2**13
-"""From this position on, rounding of float32 angles is put right (it is 5e-4 radians here, 4e-3 at 100,000)."""
+"""From this position on, rounding of float32 angles is put right (it is 5e-4 radians here, 4e-3 at
+100,000)."""
 
 
 def stretched_config(
@@ -52,7 +54,8 @@ def stretched_config(
         type: one of TYPES.
         factor: new context length over the trained one, at least 1.
         theta: the new base frequency, for type "theta" only.
-        yarn: more of transformers' `rope_parameters`, for type "yarn" only; `factor` counts from its
+        yarn: more of transformers' `rope_parameters`, for type "yarn" only; `factor` counts from
+            its
             original_max_position_embeddings, where that is given.
     """
     rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
@@ -96,7 +99,8 @@ class Rotary:
     inv_freq_R: Tensor
     """Radians a position, float32, as transformers has them."""
     interleaved: bool
-    """Whether pairs are neighbours (2i, 2i+1), as in Cohere and GLM, or halves (i, i+R), as in Llama."""
+    """Whether pairs are neighbours (2i, 2i+1), as in Cohere and GLM, or halves (i, i+R), as in
+    Llama."""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Rotary:
@@ -138,11 +142,13 @@ class Rotary:
         return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
     def angles(self, by_T: Tensor) -> Tensor:
-        """Return the radians [T, R] of a turn by so many positions, in float64, on the positions' device."""
+        """Return the radians [T, R] of a turn by so many positions, in float64, on the positions'
+        device."""
         return by_T.double()[:, None] * self.inv_freq_R.to(by_T.device).double()
 
     def rounding(self, at_T: Tensor) -> Tensor:
-        """Radians [T, R] that transformers' float32 angle of a position falls short of the true one; 0 before FAR."""
+        """Radians [T, R] that transformers' float32 angle of a position falls short of the true
+        one; 0 before FAR."""
         off_TR = self.angles(at_T) - (at_T.float()[:, None] * self.inv_freq_R.to(at_T.device)).double()
         return off_TR * (at_T >= FAR)[:, None]
 
@@ -163,7 +169,8 @@ class Rotary:
 
 
 def turned(x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
-    """x [..., T, D] with its first 2R values rotated, pair by pair; cosine and sine are [..., T, R]."""
+    """x [..., T, D] with its first 2R values rotated, pair by pair; cosine and sine are [..., T,
+    R]."""
     cos, sin = cos_sin
     pairs = cos.shape[-1]
     if interleaved:

@@ -1,4 +1,5 @@
-"""Flash attention on views: a pattern's rectangles, each one call of the library's op, and nothing copied between them.
+"""Flash attention on views: a pattern's rectangles, each one call of the library's op, and nothing
+copied between them.
 
 A call reads views of q, k, v (a range of heads, a range of tokens), and its result is merged by
 log-sum-exp where a query has keys in several rectangles (sinks, windows). The backward of flash
@@ -39,7 +40,8 @@ Documents = tuple[tuple[int, ...], ...]
 """For each batch row, where its documents begin."""
 
 _known_documents = WeakIdKeyDictionary()
-"""position_ids -> (its version, its documents): all layers get the same tensor, and reading it waits for a GPU."""
+"""position_ids -> (its version, its documents): all layers get the same tensor, and reading it
+waits for a GPU."""
 
 
 def documents_of(position_ids_BT: Tensor | None, B: int, T: int) -> Documents:
@@ -62,11 +64,13 @@ class Call(ABC):
     @property
     @abstractmethod
     def writes_queries(self) -> bool:
-        """Whether it is the first call to reach its queries: it writes their output, later calls merge into it."""
+        """Whether it is the first call to reach its queries: it writes their output, later calls
+        merge into it."""
 
     @property
     def writes_keys(self) -> bool:
-        """Whether it is the first call to reach its keys: it writes their gradients, later calls add to them."""
+        """Whether it is the first call to reach its keys: it writes their gradients, later calls
+        add to them."""
         return self.writes_queries
 
     @abstractmethod
@@ -142,8 +146,9 @@ class Piece(Call):
 
 
 def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list[Piece]:
-    """The pattern as calls on a CPU, each of so many heads as keep all threads busy: what a call returns is a copy, and
-    that of one head is small (93 MiB instead of 106 for one layer's forward and backward at T = 8,192)."""
+    """The pattern as calls on a CPU, each of so many heads as keep all threads busy: what a call
+    returns is a copy, and that of one head is small (93 MiB instead of 106 for one layer's forward
+    and backward at T = 8,192)."""
     repeat = heads.query // heads.kv
     calls = []
     for row, starts in enumerate(documents):
@@ -196,7 +201,8 @@ def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T:
 
 
 def _blocks(r: Rectangle) -> Iterator[Piece]:
-    """A window of W tokens is blocks of W - 1: a query sees its own block causally, of the one before what is later."""
+    """A window of W tokens is blocks of W - 1: a query sees its own block causally, of the one
+    before what is later."""
     (begin, end), (k_begin, k_end) = r.q, r.k
     if r.window is None or r.window >= end - begin:
         yield Piece("causal" if r.causal else "full", begin, k_begin, end - begin, k_end - k_begin)
@@ -212,7 +218,8 @@ def _blocks(r: Rectangle) -> Iterator[Piece]:
 
 
 class Segments(torch.autograd.Function):
-    """Attention by a list of calls; apply(q, k, v, sink_logit_H or None, calls, scale) -> out [B, H, T, D]."""
+    """Attention by a list of calls; apply(q, k, v, sink_logit_H or None, calls, scale) -> out [B,
+    H, T, D]."""
 
     @staticmethod
     def forward(
@@ -256,11 +263,13 @@ def _put(place: Tensor, part: Tensor, first: bool) -> None:
 
 
 def features_last(x_BHTD: Tensor) -> Tensor:
-    """A head's features side by side, by a copy if need be: the library's op reads them so, whatever the strides."""
+    """A head's features side by side, by a copy if need be: the library's op reads them so,
+    whatever the strides."""
     return x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
 
 
 def _token_major(x_BHTD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, shaped like x, laid out [B, T, H, D]: what follows attention wants it so and gets a view."""
+    """Uninitialised, shaped like x, laid out [B, T, H, D]: what follows attention wants it so and
+    gets a view."""
     B, H, T, D = x_BHTD.shape
     return x_BHTD.new_empty(B, T, H, D, dtype=dtype or x_BHTD.dtype).transpose(1, 2)

@@ -1,7 +1,9 @@
-"""S²-Attn, shifted sparse attention (LongLoRA, arXiv:2309.12307, section 3.2), leak-free by construction.
+"""S²-Attn, shifted sparse attention (LongLoRA, arXiv:2309.12307, section 3.2), leak-free by
+construction.
 
-The row is cut into groups of G tokens and attention stays inside a group: cost falls from T² to T·G. Half of the heads
-have their group edges moved by G/2, so that information crosses from group to group between the halves.
+The row is cut into groups of G tokens and attention stays inside a group: cost falls from T² to
+T·G. Half of the heads have their group edges moved by G/2, so that information crosses from group
+to group between the halves.
 
     heads 1..H/2     |-------G-------|-------G-------|-------G-------|
     heads H/2+1..H   |--G/2--|-------G-------|-------G-------|--G/2--|
@@ -103,7 +105,8 @@ class Grouped(Pattern):
         return self._group_keys(document_tokens) + self.sink_tokens * (1 - G / document_tokens)
 
     def _group_keys(self, document_tokens: float) -> float:
-        """Return the mean number of keys in a query's own group, in a document longer than a group."""
+        """Return the mean number of keys in a query's own group, in a document longer than a
+        group."""
         return (self.group_tokens + 1) / 2
 
     @property

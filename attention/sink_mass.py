@@ -1,4 +1,5 @@
-"""How much attention rests on a sink: on a text's first tokens, and on a sink logit in the softmax where there is one.
+"""How much attention rests on a sink: on a text's first tokens, and on a sink logit in the softmax
+where there is one.
 
 In trained models most of the attention of most heads rests on the first token from the third layer
 on (StreamingLLM, arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at position
@@ -33,14 +34,16 @@ from longreach.attention.hf import attending_by
 
 BLOCK = 128
 SINK_TOKENS = 64
-"""T of Sink^eps_k: tokens of a text, from its first on, over which a head's attention to token k is averaged."""
+"""T of Sink^eps_k: tokens of a text, from its first on, over which a head's attention to token k is
+averaged."""
 EPSILONS = (0.3, 0.2)
 """Mean attention above which a head rests on a token: the paper's choice, and a weaker one."""
 
 
 @dataclass(frozen=True)
 class AttentionMass:
-    """Where attention rests, by layer and head, and what is special about the token on which it does.
+    """Where attention rests, by layer and head, and what is special about the token on which it
+    does.
 
     Means over texts, and over the queries of the second half of each text where nothing else is
     said.
@@ -51,18 +54,21 @@ class AttentionMass:
     softmax_LH: Tensor
     """On the sink logit; 0 without one."""
     early_BLHN: Tensor
-    """Of each text: on each of the first N tokens, over the queries of the first SINK_TOKENS that see it."""
+    """Of each text: on each of the first N tokens, over the queries of the first SINK_TOKENS that
+    see it."""
     early_softmax_BLH: Tensor
     """Of each text: on the sink logit, over the first SINK_TOKENS queries; 0 without one."""
     values_L2: Tensor
     """Norm of a head's value: the first token's, and the mean of all others."""
     residual_L2: Tensor
-    """Norm of what a layer leaves in the residual stream: of the first token, and the mean of all others."""
+    """Norm of what a layer leaves in the residual stream: of the first token, and the mean of all
+    others."""
     maps: dict[int, Tensor]
     """By layer: [T, T], query x key, means over texts and heads."""
 
     def heads_L(self, epsilon: float, token: int = 0) -> Tensor:
-        """Return the share of a layer's heads, over texts, whose mean attention to `token` is above epsilon."""
+        """Return the share of a layer's heads, over texts, whose mean attention to `token` is above
+        epsilon."""
         return (self.early_BLHN[..., token] > epsilon).float().mean((0, 2))
 
     def softmax_heads_L(self, epsilon: float) -> Tensor:
@@ -84,7 +90,8 @@ class _Layer(NamedTuple):
 def attention_mass(
     model: PreTrainedModel, ids_BT: Tensor, *, first_tokens: int = 1, map_layers: Collection[int] = ()
 ) -> AttentionMass:
-    """Where attention rests, by layer and head. ids_BT: whole texts from their first token on, as the model is fed."""
+    """Where attention rests, by layer and head. ids_BT: whole texts from their first token on, as
+    the model is fed."""
     seen: dict[int, _Layer] = {}
     maps: dict[int, Tensor] = {}
     B, T = ids_BT.shape
@@ -147,7 +154,8 @@ def _first_and_others(norms_T: Tensor) -> Tensor:
 
 @contextmanager
 def _residual_norms(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Inside it each forward pass appends, for each layer in turn, [2]: the norm of the residual stream after it."""
+    """Inside it each forward pass appends, for each layer in turn, [2]: the norm of the residual
+    stream after it."""
     norms: list[Tensor] = []
 
     def note(layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -173,7 +181,8 @@ def sink_mass(mass: AttentionMass) -> dict[str, list[float]]:
 
 
 def sink_heads(mass: AttentionMass) -> dict[str, float]:
-    """{"first_token_0.3": Sink^0.3_1, "softmax_sink_0.3": the same of the sink logit, ...}, for each epsilon."""
+    """{"first_token_0.3": Sink^0.3_1, "softmax_sink_0.3": the same of the sink logit, ...}, for
+    each epsilon."""
     shares = {}
     for epsilon in EPSILONS:
         shares[f"first_token_{epsilon}"] = float(mass.heads_L(epsilon).mean())

@@ -1,4 +1,5 @@
-"""Sinks and a recent window (StreamingLLM, arXiv:2309.17453): what a streaming cache lets a query see.
+"""Sinks and a recent window (StreamingLLM, arXiv:2309.17453): what a streaming cache lets a query
+see.
 
 A model pours attention on its first tokens whatever they mean; a window that drops them collapses,
 one that keeps a few of them does not. `sink_tokens=0` is plain window attention.
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class SinkWindow(Pattern):
-    """The first `sink_tokens` of a document and the last `window_tokens`, the query's own included."""
+    """The first `sink_tokens` of a document and the last `window_tokens`, the query's own
+    included."""
 
     pattern: Literal["sink_window"] = "sink_window"
     """A window of the last tokens, and a document's first tokens."""

@@ -1,4 +1,5 @@
-"""Streaming attention (arXiv:2309.17453) for many queries at once: what a sink cache gives token by token.
+"""Streaming attention (arXiv:2309.17453) for many queries at once: what a sink cache gives token by
+token.
 
 Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With
 positions counted in the cache, recent keys stand at their true distance, since RoPE is relative;
@@ -27,17 +28,20 @@ from longreach.attention.rope import Rotary
 from longreach.attention.sink_softmax import with_sink
 
 Part = tuple[Tensor, Tensor]
-"""Attention over some of the keys, and the log-sum-exp of its scores: out [B, H, T, D], lse [B, H, T]."""
+"""Attention over some of the keys, and the log-sum-exp of its scores: out [B, H, T, D], lse [B, H,
+T]."""
 
 
 def streamed_attention(
     q_BHTD: Tensor, recent: tuple[Tensor, Tensor], sinks: tuple[Tensor, Tensor], *, first: int = 0, sink_tokens: int,
     window_tokens: int, rotary: Rotary | None, scale: float, sink_logit_H: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention [B, H, T, D] of tokens first .. first+T-1 of a text; queries and keys are rotated at text positions.
+    """Attention [B, H, T, D] of tokens first .. first+T-1 of a text; queries and keys are rotated
+    at text positions.
 
     Args:
-        recent: keys and values [B, K, N, D] of tokens past the sinks, the last query's own at the end: as many before
+        recent: keys and values [B, K, N, D] of tokens past the sinks, the last query's own at the
+            end: as many before
             the first query's own as there are, up to window_tokens.
         sinks: keys and values of the text's first tokens, min(sink_tokens, first+T) of them.
         rotary: what turns queries back, for positions counted in the cache; None: positions are
@@ -61,7 +65,8 @@ def streamed_attention(
 
 
 def _band_parts(q_BHTD: Tensor, recent: tuple[Tensor, Tensor], own: int, window: int, scale: float) -> list[Part]:
-    """A block of at most W queries, the first one's own key at `own`, over all recent keys in the band."""
+    """A block of at most W queries, the first one's own key at `own`, over all recent keys in the
+    band."""
     k_BKND, v_BKND = recent
     T = q_BHTD.shape[2]
     parts = [_attend(q_BHTD, k_BKND[:, :, own : own + T], v_BKND[:, :, own : own + T], scale, causal=True)]
@@ -80,7 +85,8 @@ def _band_parts(q_BHTD: Tensor, recent: tuple[Tensor, Tensor], own: int, window:
 def _sink_part(
     q_BHTD: Tensor, sinks: tuple[Tensor, Tensor], first: int, cached: int, rotary: Rotary | None, scale: float
 ) -> Part:
-    """All queries over the sinks that are not after them, as if no query stood beyond position `cached`."""
+    """All queries over the sinks that are not after them, as if no query stood beyond position
+    `cached`."""
     k_BKSD, v_BKSD = sinks
     at_T = torch.arange(first, first + q_BHTD.shape[2])
     if rotary is not None and int(at_T[-1]) > cached:
@@ -90,7 +96,8 @@ def _sink_part(
 
 
 def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> Part:
-    """One part. Flash attention; on CPU a KV head's query heads in turn, so that no key is repeated."""
+    """One part. Flash attention; on CPU a KV head's query heads in turn, so that no key is
+    repeated."""
     if q_BHTD.device.type == "cuda" and not refusal(q_BHTD.dtype, q_BHTD.shape[3]):
         return flash.dense(q_BHTD, k_BKND, v_BKND, scale, causal=causal)
     if q_BHTD.device.type != "cpu":
@@ -111,7 +118,8 @@ def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, cau
 
 
 def plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_TN: Tensor | None) -> Part:
-    """One part by the formula, scores and all; what is unseen may differ by row, as [B, 1, 1, T, N]."""
+    """One part by the formula, scores and all; what is unseen may differ by row, as [B, 1, 1, T,
+    N]."""
     B, H, T, D = q_BHTD.shape
     K = k_BKND.shape[1]
     scores = (q_BHTD.reshape(B, K, -1, D) @ k_BKND.mT).unflatten(2, (H // K, T)) * scale
@@ -124,7 +132,8 @@ def plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_T
 
 
 def merged(parts: list[Part], sink_logit_H: Tensor | None = None) -> Tensor:
-    """Attention over all keys and, if there is one, a sink logit, from attention over disjoint parts of the keys."""
+    """Attention over all keys and, if there is one, a sink logit, from attention over disjoint
+    parts of the keys."""
     if len(parts) == 1:
         out, total = parts[0]
     else:

@@ -40,7 +40,8 @@ ALONE = SequenceRanks(None)
 
 
 def sequence_ranks(size: int) -> SequenceRanks:
-    """Splits the world into groups of `size` neighbours; every rank calls it. ValueError if they come out uneven."""
+    """Splits the world into groups of `size` neighbours; every rank calls it. ValueError if they
+    come out uneven."""
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
         raise ValueError(f"sequence_parallel {size} does not divide {world} ranks: change workers to a multiple of it")
@@ -82,7 +83,8 @@ class SomeHeads(Pattern):
 
 
 class _Exchange(torch.autograd.Function):
-    """Send the n-th slice [B, G, P, D] to rank n, and return the slices that came from each rank [N, B, G, P, D].
+    """Send the n-th slice [B, G, P, D] to rank n, and return the slices that came from each rank
+    [N, B, G, P, D].
 
     Its gradient goes back the same way. torch.distributed.nn.functional has the same, but torch
     deprecates it and names a private module instead.
@@ -101,7 +103,8 @@ class _Exchange(torch.autograd.Function):
 
 
 def to_heads(x_BHPD: Tensor, ranks: SequenceRanks) -> Tensor:
-    """Exchange a part's tokens of all heads for all tokens of a part's heads [B, G, T, D]; differentiable."""
+    """Exchange a part's tokens of all heads for all tokens of a part's heads [B, G, T, D];
+    differentiable."""
     x_NBGPD = x_BHPD.unflatten(1, (ranks.size, -1)).movedim(1, 0).contiguous()
     return _Exchange.apply(x_NBGPD, ranks).movedim(0, 2).flatten(2, 3)
 

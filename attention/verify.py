@@ -1,4 +1,5 @@
-"""Does a model see what it must not? Perturb tokens, ask the gradient: nothing earlier, no other document may move.
+"""Does a model see what it must not? Perturb tokens, ask the gradient: nothing earlier, no other
+document may move.
 
 A leak of the future makes the training loss fall and the evaluation loss rise, and no loss curve
 says why. Most copies of S²-Attn have one: a roll by half a group puts the row's end and its start
@@ -41,10 +42,12 @@ class Leak:
     found_by: str
     """What gave it away: "output" or "gradient"."""
     layer: int | None
-    """The first layer after which hidden states move; None by gradient, which crosses all layers."""
+    """The first layer after which hidden states move; None by gradient, which crosses all
+    layers."""
     token: int
     sees: tuple[int, int]
-    """First and last of the tokens that were replaced, or the one with the greatest gradient, twice."""
+    """First and last of the tokens that were replaced, or the one with the greatest gradient,
+    twice."""
     change: float
     """Greatest change of a hidden state over the greatest hidden state; of a gradient likewise."""
     tokens: int
@@ -77,7 +80,8 @@ class Row:
         return max(e for e in self.edges if e <= token), min(e for e in self.edges if e > token)
 
     def cuts(self, count: int) -> list[int]:
-        """Tokens at which to cut: document starts, the last token, and about `count` evenly spread ones."""
+        """Tokens at which to cut: document starts, the last token, and about `count` evenly spread
+        ones."""
         T = self.edges[-1]
         return sorted({*self.edges[:-1], T - 1, *torch.linspace(1, T - 1, min(count, T - 1)).long().tolist()})
 
@@ -87,8 +91,10 @@ def verify_attention(model: nn.Module, *, tokens: int = 64, packed: bool = True,
     Raises ValueError: fewer than 8 tokens; hidden states that are not finite.
 
     Args:
-        model: a causal transformers model (or PEFT around one), with any attention; its weights and mode stay.
-        tokens: of the row. A pattern with groups or windows needs several of them, and a multiple of its group if it
+        model: a causal transformers model (or PEFT around one), with any attention; its weights and
+            mode stay.
+        tokens: of the row. A pattern with groups or windows needs several of them, and a multiple
+            of its group if it
             takes nothing else.
         packed: also try documents packed into one row, told apart by position_ids that restart.
         cuts: where to perturb; every pair of tokens with a cut between is tried by output.
@@ -128,7 +134,8 @@ def _by_output(body: PreTrainedModel, row: Row, count: int) -> list[Leak]:
 
 
 def _moved(hidden: tuple[Tensor, ...], row: Row, replaced: list[tuple[int, int]]) -> Iterator[Leak]:
-    """For each perturbed row, its leaks in the first layer that has one. hidden: [1+C, T, E] after each layer."""
+    """For each perturbed row, its leaks in the first layer that has one. hidden: [1+C, T, E] after
+    each layer."""
     moved_LCT = torch.stack([(h[1:] - h[:1]).abs().amax(-1) / h.abs().max() for h in hidden[1:]]).float().cpu()
     tolerance = 16 * torch.finfo(hidden[0].dtype).eps  # sums over other rows' blocks may round differently
     for n, (cut, end) in enumerate(replaced):
@@ -181,7 +188,8 @@ def _by_gradient(body: PreTrainedModel, row: Row) -> list[Leak]:
 
 
 def _hidden_states(body: PreTrainedModel, row: Row, **inputs: Tensor) -> tuple[Tensor, ...]:
-    """Embeddings and the hidden states after each layer [B, T, E]; ValueError unless all are finite."""
+    """Embeddings and the hidden states after each layer [B, T, E]; ValueError unless all are
+    finite."""
     batch = next(iter(inputs.values())).shape[0]
     positions_BT = row.position_ids_T.to(body.device).expand(batch, -1)
     hidden = body(**inputs, position_ids=positions_BT, use_cache=False, output_hidden_states=True).hidden_states

@@ -63,7 +63,8 @@ class EvalChoices(Choices):
 
     @classmethod
     def document_fields(cls) -> list[str]:
-        """Return the fields that choose held-out documents by name; their defaults choose any document."""
+        """Return the fields that choose held-out documents by name; their defaults choose any
+        document."""
         return _fields_marked(cls, _DOCUMENTS)
 
     def of_model(self, is_base: bool) -> Self:
@@ -72,7 +73,8 @@ class EvalChoices(Choices):
         return self.model_copy(update={"models": None})
 
     def longest_input(self) -> int:
-        """Return how many tokens the model reads at once at most; 0 where that is not known beforehand."""
+        """Return how many tokens the model reads at once at most; 0 where that is not known
+        beforehand."""
         return max(getattr(self, "lengths", ()), default=0)
 
 
@@ -137,7 +139,8 @@ class Evaluation:
         choices: Any,
         documents: Iterable[Document] = (),
     ) -> None:
-        """Hold a loaded model, its tokenizer, the evaluation's choices and the held-out documents."""
+        """Hold a loaded model, its tokenizer, the evaluation's choices and the held-out
+        documents."""
         self.model = model
         self.tokenizer = tokenizer
         self.choices = choices
@@ -152,7 +155,8 @@ class Evaluation:
         raise NotImplementedError
 
     def measure(self, cell: Cell) -> Result:
-        """Measure one cell; the result is the same wherever and in whichever order cells are measured.
+        """Measure one cell; the result is the same wherever and in whichever order cells are
+        measured.
 
         Raises:
             FloatingPointError: the model's logits are not finite.
@@ -188,7 +192,8 @@ class Evaluation:
 
     @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
-        """Return what stands above the section's figures: the question, the protocol and the summaries."""
+        """Return what stands above the section's figures: the question, the protocol and the
+        summaries."""
         from longreach.evaluation.sections import summary_table
 
         first = next(iter(models.values()))
@@ -197,5 +202,6 @@ class Evaluation:
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return the figures of the section; usually all that differs from evaluation to evaluation."""
+        """Return the figures of the section; usually all that differs from evaluation to
+        evaluation."""
         return []

@@ -1,4 +1,5 @@
-"""What a page is made of: sections of paragraphs, tables, figures and lines of code. Nothing here draws or writes.
+"""What a page is made of: sections of paragraphs, tables, figures and lines of code. Nothing here
+draws or writes.
 
 An evaluation describes its numbers in these blocks once; `longreach evaluate` and the report turn
 them into HTML and Markdown (pipelines/report/page.py), where every text is escaped, so plain text
@@ -28,7 +29,8 @@ class Code(str):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, of which the first names the row; what follows a line end in a cell is set small."""
+    """Rows of cells, of which the first names the row; what follows a line end in a cell is set
+    small."""
 
     caption: str
     columns: Sequence[str]
@@ -53,7 +55,8 @@ class Figure:
 
     @cached_property
     def png(self) -> bytes:
-        """The chart as a picture of two pixels for each of its points, which stays sharp on today's screens."""
+        """The chart as a picture of two pixels for each of its points, which stays sharp on today's
+        screens."""
         picture = io.BytesIO()
         self.chart.save(picture, format="png", scale_factor=2)
         return _compressed(picture.getvalue())
@@ -77,7 +80,8 @@ class Section:
 
 
 def _compressed(png: bytes) -> bytes:
-    """Return the same picture in about a third of the bytes: vl-convert compresses quickly instead of well."""
+    """Return the same picture in about a third of the bytes: vl-convert compresses quickly instead
+    of well."""
     start, position, pixels, others = png[:8], 8, b"", []
     while position < len(png):
         length, kind = struct.unpack(">I4s", png[position : position + 8])

@@ -35,7 +35,8 @@ class CellFolder:
         Args:
             folder: where this attempt's results go.
             earlier: folders of earlier attempts, whose results are taken up.
-            setting: what else a result depends on (number type, device); results of another setting are ignored.
+            setting: what else a result depends on (number type, device); results of another setting
+                are ignored.
         """
         self.folder = folder
         self.folders = [folder, *earlier]

@@ -1,6 +1,7 @@
 """Held-out documents as token ids, and the token that a model expects before any text.
 
-python -c "from longreach.evaluation.documents import held_out; print([d.name for d in held_out('corpus/documents')])"
+python -c "from longreach.evaluation.documents import held_out; print([d.name for d in
+held_out('corpus/documents')])"
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ else:
     np = lazy_module("numpy")
 
 MARK = "\u2063text\u2063"
-"""Stands in a chat message for a text, to see what a chat template puts around it; invisible separators frame it."""
+"""Stands in a chat message for a text, to see what a chat template puts around it; invisible
+separators frame it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Document:
 
 
 def held_out(folder: Path | str) -> list[Document]:
-    """Read the documents of a PackedCorpus' `documents/` folder (columns name, domain, split, input_ids), in order."""
+    """Read the documents of a PackedCorpus' `documents/` folder (columns name, domain, split,
+    input_ids), in order."""
     import datasets
 
     rows = datasets.load_from_disk(str(folder)).with_format("numpy")
@@ -48,7 +51,8 @@ def held_out(folder: Path | str) -> list[Document]:
 
 
 def matching(documents: Iterable[Document], patterns: tuple[str, ...]) -> list[Document]:
-    """Return the documents whose name matches one of the shell patterns; ValueError if none does."""
+    """Return the documents whose name matches one of the shell patterns; ValueError if none
+    does."""
     documents = list(documents)
     matches = [d for d in documents if any(d.name == one or fnmatchcase(d.name, one) for one in patterns)]
     if not matches:
@@ -67,7 +71,8 @@ def check_names(names: list[str]) -> None:
 
 
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id that the tokenizer puts before every text (BOS, or a trained sink token); None if it puts none.
+    """Return the id that the tokenizer puts before every text (BOS, or a trained sink token); None
+    if it puts none.
 
     A corpus that was packed for another model's tokenizer lacks it, and a model that always saw it
     is lost without it.
@@ -78,7 +83,8 @@ def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = True) -> list[int]:
-    """Return the ids of a text that will be continued: no EOS at its end, even if the tokenizer appends one.
+    """Return the ids of a text that will be continued: no EOS at its end, even if the tokenizer
+    appends one.
 
     first: put the tokenizer's first token, if it has one, before the text.
     """
@@ -89,17 +95,20 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = Tru
 
 
 def with_first(ids_T: np.ndarray, first: int | None) -> np.ndarray:
-    """Return ids_T after the model's own first token, unless there is none or the ids begin with it already."""
+    """Return ids_T after the model's own first token, unless there is none or the ids begin with it
+    already."""
     if first is None or (len(ids_T) and ids_T[0] == first):
         return ids_T
     return np.concatenate([np.array([first], ids_T.dtype), ids_T])
 
 
 def chat_around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, refusal: str) -> tuple[str, str]:
-    """Return what the model's chat template puts before and after MARK, which stands in one of the messages.
+    """Return what the model's chat template puts before and after MARK, which stands in one of the
+    messages.
 
     Raises:
-        ValueError: the template changes the messages, so that MARK is not in what it makes; `refusal` is the message.
+        ValueError: the template changes the messages, so that MARK is not in what it makes;
+        `refusal` is the message.
     """
     whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     before, mark, after = whole.partition(MARK)

@@ -38,7 +38,8 @@ CHARACTER = 7.2
 LABEL = 200
 """Greatest width of a name beside an axis, in points."""
 MOST_SERIES = 12
-"""Curves, or bars of a panel, that can still be told apart; a caption says how many more there are."""
+"""Curves, or bars of a panel, that can still be told apart; a caption says how many more there
+are."""
 MOST_ROWS = 64
 """Rows of a grid that can still be told apart."""
 
@@ -98,11 +99,14 @@ def lines(
 
     Args:
         axes: names of x and y, with units.
-        curves: by name, points (x, y) or (x, y, low, high) with an error bar; there is no point where y is not finite.
+        curves: by name, points (x, y) or (x, y, low, high) with an error bar; there is no point
+            where y is not finite.
         log: whether y is logarithmic where it spans more than a factor of two.
-        ticks: the x that were measured, drawn as marked points on a logarithmic axis; none: x is linear.
+        ticks: the x that were measured, drawn as marked points on a logarithmic axis; none: x is
+            linear.
         marks: vertical lines by name.
-        y_range: where the y axis, not logarithmic, begins and ends; what lies outside is not drawn. None: all is.
+        y_range: where the y axis, not logarithmic, begins and ends; what lies outside is not drawn.
+            None: all is.
     """
     import altair as alt
 
@@ -184,7 +188,8 @@ def grid(
     top: float,
     rows_title: str = "",
 ) -> Figure:
-    """Draw cells of (value, text), dark towards `top`, white where the value is NaN; texts only where they fit.
+    """Draw cells of (value, text), dark towards `top`, white where the value is NaN; texts only
+    where they fit.
 
     Args:
         axes: names of the x axis and of the value.
@@ -268,7 +273,8 @@ def _point_rows(name: str, points: Sequence[Sequence[float]]) -> list[dict[str, 
 
 
 def _encodings(names: list[str], marked: list[str], style: Style, columns: int) -> dict[str, Any]:
-    """Return the channels by which curves differ; they share a legend below the figure, `columns` names in a line."""
+    """Return the channels by which curves differ; they share a legend below the figure, `columns`
+    names in a line."""
     import altair as alt
 
     def scale(values: list[Any]) -> alt.Scale:
@@ -309,7 +315,8 @@ def _x(title: str, ticks: Sequence[float]) -> alt.X:
 
 
 def _y(title: str, rows: list[dict[str, Any]], log: bool, y_range: tuple[float, float] | None = None) -> alt.Y:
-    """Return the y axis; a logarithmic one has its ticks at 1, 2, 5 and, where it spans little, between them."""
+    """Return the y axis; a logarithmic one has its ticks at 1, 2, 5 and, where it spans little,
+    between them."""
     import altair as alt
 
     if y_range:

@@ -1,4 +1,5 @@
-"""Gain from context: how much better the same tokens are predicted as more of the text before them is seen.
+"""Gain from context: how much better the same tokens are predicted as more of the text before them
+is seen.
 
 A window is a place in a document where the text is cut off. Its last `score_tokens` tokens are
 scored at every length L, each time with the L - score_tokens tokens right before them, so lengths
@@ -46,27 +47,31 @@ FEW = 5
 
 
 class Gain(Evaluation):
-    """How much better are the same tokens predicted, the more of the text before them the model sees?"""
+    """How much better are the same tokens predicted, the more of the text before them the model
+    sees?"""
 
     name = "gain"
     title = "Gain from context"
     gate = ("gain_over_base", "gain_over_stretches")
 
     class Choices(EvalChoices):
-        """Gain from context: the same tokens of held-out documents, predicted with more and more text before them."""
+        """Gain from context: the same tokens of held-out documents, predicted with more and more
+        text before them."""
 
         lengths: tuple[int, ...] = Field(default=(2048, 4096, 8192), min_length=2)
         """Context lengths in tokens, the scored ones included; the shortest is what a model's own
         gain is counted from."""
         base_lengths: New[tuple[int, ...]] = ()
-        """Lengths at which the untrained base is measured instead: its own ones, of which the others
-        have to beat the best. Without it, the same as all others."""
+        """Lengths at which the untrained base is measured instead: its own ones, of which the
+        others have to beat the best. Without it, the same as all others."""
         score_tokens: int = Field(default=1024, ge=1)
         """How many tokens at the end of each context are scored, the same ones at every length."""
         windows: int = Field(default=1, ge=1)
-        """Places of each document at which tokens are scored: one is the document's end, more are spread evenly."""
+        """Places of each document at which tokens are scored: one is the document's end, more are
+        spread evenly."""
         documents: DocumentNames = ("*",)
-        """Names (shell patterns) of test documents; those shorter than the longest length are left out."""
+        """Names (shell patterns) of test documents; those shorter than the longest length are left
+        out."""
         choose_on: DocumentNames = ("*",)
         """Names (shell patterns) of validation documents, on which the base's best length is
         chosen. An empty list, or a corpus without any, chooses it on the test documents, which
@@ -106,10 +111,12 @@ class Gain(Evaluation):
     choices: Choices
 
     def cells(self) -> list[Cell]:
-        """Return a cell for each pass (document, window, length), and one for each document that is left out.
+        """Return a cell for each pass (document, window, length), and one for each document that is
+        left out.
 
         Raises:
-            ValueError: no test document, or no validation document, is as long as the longest length.
+            ValueError: no test document, or no validation document, is as long as the longest
+            length.
         """
         from longreach.evaluation.likelihood import check_head
 
@@ -140,7 +147,8 @@ class Gain(Evaluation):
         return [place | {"end": end, "length": length} for end in ends for length in lengths]
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"nll": nats of each scored token, "seconds": of the pass}; nothing of a document left out."""
+        """Return {"nll": nats of each scored token, "seconds": of the pass}; nothing of a document
+        left out."""
         from longreach.evaluation.likelihood import token_nll
 
         if "left_out" in cell:
@@ -189,7 +197,8 @@ class Gain(Evaluation):
 
     @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
-        """Return what each arm gains over the base at its best and over untrained stretches, and over itself."""
+        """Return what each arm gains over the base at its best and over untrained stretches, and
+        over itself."""
         first = next(iter(models.values()))
         text = f"{cls.__doc__} Protocol: {first.protocol}. {about_documents(first)}"
         blocks: list[Block] = [text]
@@ -238,7 +247,8 @@ def window_ends(tokens: int, longest: int, windows: int, score_tokens: int) -> l
 
 
 def document_rows(windows: list[Row]) -> list[Row]:
-    """Return a row for each document and length: the mean over its windows, and the gain over the shortest length."""
+    """Return a row for each document and length: the mean over its windows, and the gain over the
+    shortest length."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in windows:
         if row["kind"] == "window":
@@ -265,7 +275,8 @@ def document_rows(windows: list[Row]) -> list[Row]:
 
 
 def pooled_rows(documents: list[Row], seed: int) -> list[Row]:
-    """Return the mean over each split's documents by length, with intervals if there are two documents or more."""
+    """Return the mean over each split's documents by length, with intervals if there are two
+    documents or more."""
     rows = []
     for split, length in sorted({(row["split"], row["length"]) for row in documents}):
         of_length = [row for row in documents if (row["split"], row["length"]) == (split, length)]
@@ -295,11 +306,13 @@ class Difference(NamedTuple):
 def difference(
     ours: Sequence[list[Row]], length: int, theirs: Sequence[list[Row]], their_length: int, seed: int = 0
 ) -> Difference:
-    """Return how much better we predict at `length` than they do at `their_length`: the same test tokens, paired.
+    """Return how much better we predict at `length` than they do at `their_length`: the same test
+    tokens, paired.
 
     Args:
         ours: the rows of a model or, of an arm with several seeds, of each of its models.
-        theirs: as many, each held against its own of ours, or another number, whose mean is held against all of ours.
+        theirs: as many, each held against its own of ours, or another number, whose mean is held
+            against all of ours.
         seed: of the interval's resampling.
 
     Raises:
@@ -371,7 +384,8 @@ def best_length(rows: list[Row], most: int | None) -> BestLength:
 
 
 def best_of_base(models: Mapping[str, EvalScores], background: Background) -> BestLength | None:
-    """Return the base's best length up to the one that it was trained to; None if the base was not measured.
+    """Return the base's best length up to the one that it was trained to; None if the base was not
+    measured.
 
     Raises:
         ValueError: it was measured at longer lengths only.
@@ -384,7 +398,8 @@ def best_of_base(models: Mapping[str, EvalScores], background: Background) -> Be
 def over_base(
     models: Mapping[str, EvalScores], background: Background, best: BestLength
 ) -> dict[str, dict[int, Difference]]:
-    """Return how much better each arm, each stretch and the base predict than the base at its best length, by length.
+    """Return how much better each arm, each stretch and the base predict than the base at its best
+    length, by length.
 
     An arm with several seeds is one entry. What did not score the base's tokens is left out.
     """
@@ -401,7 +416,8 @@ def over_base(
 def over_stretches(
     models: Mapping[str, EvalScores], background: Background
 ) -> dict[str, dict[str, dict[int, Difference]]]:
-    """Return how much better each arm predicts than each untrained stretch at the same length: arm, stretch, length."""
+    """Return how much better each arm predicts than each untrained stretch at the same length: arm,
+    stretch, length."""
     subjects = _subjects(models, background)
     found: dict[str, dict[str, dict[int, Difference]]] = {}
     for arm in background.arms:
@@ -416,14 +432,16 @@ def over_stretches(
 def over_itself(
     models: Mapping[str, EvalScores], background: Background, arm: str, length: int
 ) -> tuple[Difference, int]:
-    """Return how much better an arm predicts with `length` tokens than with its own shortest context, and that."""
+    """Return how much better an arm predicts with `length` tokens than with its own shortest
+    context, and that."""
     rows = _subjects(models, background)[arm]
     shortest = min(row["length"] for row in rows[0] if row["kind"] == "pooled")
     return difference(rows, length, rows, shortest), shortest
 
 
 def _subjects(models: Mapping[str, EvalScores], background: Background) -> dict[str, list[list[Row]]]:
-    """Return the rows of the base, the stretches and the arms, an arm's by seed; without those not measured."""
+    """Return the rows of the base, the stretches and the arms, an arm's by seed; without those not
+    measured."""
     groups = {name: (name,) for name in (background.base, *background.stretches) if name}
     subjects = {}
     for name, members in (groups | dict(background.arms)).items():
@@ -650,7 +668,8 @@ def _picture(found: Mapping[str, Mapping[int, Difference]], background: Backgrou
 
 
 def _one_model_figure(scores: EvalScores, background: Background) -> Figure:
-    """Draw one model's own gain by length, a curve for each test document and one for their mean."""
+    """Draw one model's own gain by length, a curve for each test document and one for their
+    mean."""
     from longreach.evaluation.figures import lines
     from longreach.evaluation.sections import document_style
 

@@ -1,4 +1,5 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (LongBench, LongBench v2, RULER, ...) on our model object.
+"""Tasks of EleutherAI's lm-evaluation-harness (LongBench, LongBench v2, RULER, ...) on our model
+object.
 
 Tasks, prompts and metrics are the harness's (extra `eval`); ours is the glue, and one choice: where
 a prompt is longer than max_length its middle is cut out, as LongBench's own script does, while the
@@ -39,14 +40,16 @@ class Harness(Evaluation):
     title = "Tasks of lm-evaluation-harness"
 
     class Choices(EvalChoices):
-        """Tasks of EleutherAI's lm-evaluation-harness: LongBench, LongBench v2, RULER and all others (extra `eval`)."""
+        """Tasks of EleutherAI's lm-evaluation-harness: LongBench, LongBench v2, RULER and all
+        others (extra `eval`)."""
 
         tasks: tuple[str, ...] = Field(min_length=1)
         """The harness's names of tasks or groups, e.g. longbench_qasper."""
         limit: int | None = Field(default=None, ge=1)
         """Documents of each task; without it, all."""
         max_length: int | None = Field(default=None, ge=16)
-        """Tokens that a prompt may have, the middle of longer ones is cut out; without it, the model's own context."""
+        """Tokens that a prompt may have, the middle of longer ones is cut out; without it, the
+        model's own context."""
         data: DataFile = None
         """A folder with tasks of its own (YAML files, local data), read beside the harness's."""
         task_arguments: dict[str, str | int | tuple[int, ...]] = Field(default_factory=dict)
@@ -71,7 +74,8 @@ class Harness(Evaluation):
         return [{"task": task} for task in self.choices.tasks]
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"rows": one for each metric, "cases"}; ValueError where the task's data cannot be reached."""
+        """Return {"rows": one for each metric, "cases"}; ValueError where the task's data cannot be
+        reached."""
         from datasets.exceptions import DatasetNotFoundError
         from lm_eval import simple_evaluate
 
@@ -137,7 +141,8 @@ class Harness(Evaluation):
 
 
 def _metric_rows(answer: dict[str, Any]) -> list[Row]:
-    """Return a row for each metric of each task in the harness's answer, which names them "metric,filter"."""
+    """Return a row for each metric of each task in the harness's answer, which names them
+    "metric,filter"."""
     rows = []
     for task, values in answer["results"].items():
         documents = answer["n-samples"].get(task, {}).get("effective")
@@ -158,7 +163,8 @@ def _metric_rows(answer: dict[str, Any]) -> list[Row]:
 
 
 def _task_manager(folder: str | None) -> Any:
-    """Return the harness's tasks together with those of a folder; ValueError where it is not installed."""
+    """Return the harness's tasks together with those of a folder; ValueError where it is not
+    installed."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -167,7 +173,8 @@ def _task_manager(folder: str | None) -> Any:
 
 
 def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Any:
-    """Return the harness's model around ours, which cuts the middle out of prompts that are too long."""
+    """Return the harness's model around ours, which cuts the middle out of prompts that are too
+    long."""
     wrapper = _middle_cutting_model()
     return wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length)
 
@@ -194,7 +201,8 @@ def _middle_cutting_model() -> Any:
 
 
 def middle_cut(ids: Any, room: int | None) -> Any:
-    """Return the first and last room / 2 of a list of ids, or of the columns of a tensor [B, T]; all if they fit."""
+    """Return the first and last room / 2 of a list of ids, or of the columns of a tensor [B, T];
+    all if they fit."""
     is_list = isinstance(ids, list)
     length = len(ids) if is_list else ids.shape[1]
     if room is None or length <= room:

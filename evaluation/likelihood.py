@@ -1,4 +1,5 @@
-"""Negative log-likelihood of every token of a text in one causal pass; the logits never exist whole.
+"""Negative log-likelihood of every token of a text in one causal pass; the logits never exist
+whole.
 
 A causal model's prediction at position t sees positions 0..t whatever follows, so one pass over T
 tokens scores each of them in its full context. The head is what hurts: T x vocabulary logits in
@@ -48,7 +49,8 @@ def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str, last: int | 
 def hidden_nll(
     model: PreTrainedModel, hidden_TE: torch.Tensor, target_T: torch.Tensor, name: str, before: int = 0
 ) -> torch.Tensor:
-    """NLL float64 [T] of target_T under the head's predictions from the body's output; errors as `token_nll`.
+    """NLL float64 [T] of target_T under the head's predictions from the body's output; errors as
+    `token_nll`.
 
     before: how many of the text's predictions are left out before these, for errors.
     """
@@ -67,7 +69,8 @@ def hidden_nll(
 
 @torch.inference_mode()
 def check_head(model: PreTrainedModel, ids_T: np.ndarray) -> None:
-    """ValueError unless the model's logits are its output embedding of its body's output (tried on eight tokens).
+    """ValueError unless the model's logits are its output embedding of its body's output (tried on
+    eight tokens).
 
     Some architectures scale or cap logits after the head (Gemma 2, Granite, Cohere): scoring them
     in chunks without that would give wrong numbers, so it is refused.
@@ -93,7 +96,8 @@ def check_ids(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> None:
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """ValueError where a layer's attention is more than causal softmax attention, which could not be replaced."""
+    """ValueError where a layer's attention is more than causal softmax attention, which could not
+    be replaced."""
     if own := own_attention(model):
         raise ValueError(f"{type(model).__name__}: {own}: what another attention would give is not what the model does")
     with attending_by(model, "tried", lambda *args, **kwargs: None):
@@ -109,6 +113,7 @@ def forget_length(model: PreTrainedModel) -> None:
 
 
 def is_dynamic(model: PreTrainedModel) -> bool:
-    """Whether the model's rotary frequencies depend on how long the input is, so that no pass can serve two lengths."""
+    """Whether the model's rotary frequencies depend on how long the input is, so that no pass can
+    serve two lengths."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     return rope.get("rope_type") in ("dynamic", "longrope")

@@ -1,4 +1,5 @@
-"""Lost in the middle (Liu et al., arXiv:2307.03172): does it matter where in a long prompt the answer stands?
+"""Lost in the middle (Liu et al., arXiv:2307.03172): does it matter where in a long prompt the
+answer stands?
 
   kv    a JSON object of random UUIDs, one of whose values is asked for: pure retrieval
   qa    documents of which one holds the answer; before it, two baselines: closed book (no document) and oracle (only
@@ -67,7 +68,8 @@ class LostInTheMiddle(Evaluation):
     title = "Lost in the middle"
 
     class Choices(EvalChoices):
-        """Something to be found among many of its kind, by where it stands (Lost in the Middle, 2307.03172)."""
+        """Something to be found among many of its kind, by where it stands (Lost in the Middle,
+        2307.03172)."""
 
         pairs: tuple[int, ...] = ()
         """Key-value retrieval among n JSON pairs (the paper: 75, 140, 300); none: not measured."""
@@ -83,7 +85,8 @@ class LostInTheMiddle(Evaluation):
         kv_data: DataFile = None
         """The paper's own kv-retrieval-N_keys.jsonl.gz (one size); without it, pairs are drawn."""
         qa_data: DataFile = None
-        """The paper's own nq-open file (gzipped JSON lines); without it, facts about invented people are drawn."""
+        """The paper's own nq-open file (gzipped JSON lines); without it, facts about invented
+        people are drawn."""
 
         @model_validator(mode="after")
         def _asks_something(self) -> LostInTheMiddle.Choices:
@@ -152,7 +155,8 @@ class LostInTheMiddle(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `cell` (task, size and place; `depth` is the place as a share), `baseline`, `size`."""
+        """Return rows of kind `cell` (task, size and place; `depth` is the place as a share),
+        `baseline`, `size`."""
         cases = [case for _, result in results for case in result["cases"]]
         rows: list[Row] = []
         summary: dict[str, float] = {}
@@ -182,7 +186,8 @@ class LostInTheMiddle(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return a figure for each task and size: the answer's NLL by where it stands, a curve for each model."""
+        """Return a figure for each task and size: the answer's NLL by where it stands, a curve for
+        each model."""
         from longreach.evaluation.figures import lines
 
         curves: dict[tuple[str, int], dict[str, list[tuple[float, float]]]] = {}
@@ -200,7 +205,8 @@ class LostInTheMiddle(Evaluation):
 
 
 def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
-    """Return the mean of cases; where text was generated, also the share of it that holds an answer."""
+    """Return the mean of cases; where text was generated, also the share of it that holds an
+    answer."""
     row = retrieval_row(kind, cases, size, depth)
     row["size"] = row.pop("length")
     if "subspan" in cases[0]:
@@ -321,7 +327,8 @@ def _pairs(choices: LostInTheMiddle.Choices, cell: Cell) -> tuple[list[Pair], Pa
 
 @dataclass(frozen=True)
 class _DocumentQuestion:
-    """A question, its answers, the document that holds them, and others; a document is a title and a text."""
+    """A question, its answers, the document that holds them, and others; a document is a title and
+    a text."""
 
     question: str
     answers: list[str]
@@ -357,7 +364,8 @@ def _file_question(path: str, cell: Cell) -> _DocumentQuestion:
 
 
 def _invented_question(seed: int, cell: Cell) -> _DocumentQuestion:
-    """Draw documents about buildings and their designers, all invented; the first one's designer is asked for."""
+    """Draw documents about buildings and their designers, all invented; the first one's designer is
+    asked for."""
     size: int = cell["size"]
     chance = np.random.default_rng([seed, size, cell["trial"], 1])
     things = chance.choice(len(PLACES) * len(WORKS), size, replace=False).tolist()

@@ -1,4 +1,5 @@
-"""Needle in a haystack: a fact about an invented town, put into real text, asked for at the end (gkamradt's test).
+"""Needle in a haystack: a fact about an invented town, put into real text, asked for at the end
+(gkamradt's test).
 
 The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the
 wanted length. The needle goes in where a sentence ends, at a depth from 0 (first) to 1 (the very
@@ -81,9 +82,11 @@ class Needle(Evaluation):
         documents: DocumentNames = ("*",)
         """Names (shell patterns) of held-out documents that the haystack is made of."""
         new_tokens: int = Field(default=0, ge=0)
-        """Also generate n tokens and look for the numbers in them; 0: teacher-forced scoring alone."""
+        """Also generate n tokens and look for the numbers in them; 0: teacher-forced scoring
+        alone."""
         chat_template: Literal["auto", "always", "never"] = "auto"
-        """Ask as a chat: auto, if the model has a template for it; always, or refuse a model without; never."""
+        """Ask as a chat: auto, if the model has a template for it; always, or refuse a model
+        without; never."""
 
         def every_depth(self) -> list[float]:
             """Return the depths, ascending."""
@@ -100,7 +103,8 @@ class Needle(Evaluation):
         """Return a cell for each length and trial, with all depths, as their prompts begin alike.
 
         Raises:
-            ValueError: a length that the text does not fill or that cannot hold the question, or a chat template is
+            ValueError: a length that the text does not fill or that cannot hold the question, or a
+            chat template is
                 required but missing.
         """
         choices = self.choices
@@ -127,7 +131,8 @@ class Needle(Evaluation):
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"cases": one for each depth, "read_tokens", "prompt_tokens", "claimed": the model's context}."""
+        """Return {"cases": one for each depth, "read_tokens", "prompt_tokens", "claimed": the
+        model's context}."""
         from longreach.evaluation.reader import Reader
 
         text = self._haystack()
@@ -173,7 +178,8 @@ class Needle(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `length` and `cell` (length x depth); the summary has the effective length."""
+        """Return rows of kind `length` and `cell` (length x depth); the summary has the effective
+        length."""
         cases = [case for _, result in results for case in result["cases"]]
         totals = []
         cells = []
@@ -224,7 +230,8 @@ def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
 
 
 def claimed_length(model: PreTrainedModel) -> int | None:
-    """Return the context that the model's config claims, in tokens; None where it names no limit."""
+    """Return the context that the model's config claims, in tokens; None where it names no
+    limit."""
     from longreach.evaluation.likelihood import is_dynamic
 
     claimed = getattr(model.config, "max_position_embeddings", None)
@@ -235,7 +242,8 @@ def claimed_length(model: PreTrainedModel) -> int | None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question without its haystack; what stands before and after it, and the facts that go into it, as ids."""
+    """One question without its haystack; what stands before and after it, and the facts that go
+    into it, as ids."""
 
     before: list[int]
     after: list[int]
@@ -342,7 +350,8 @@ def listed(words: list[str]) -> str:
 
 
 def away_from(depths: list[float], chance: np.random.Generator) -> float:
-    """Draw a depth in the middle half of a gap between tested depths; wide gaps are drawn more often."""
+    """Draw a depth in the middle half of a gap between tested depths; wide gaps are drawn more
+    often."""
     edges = sorted({0.0, *depths, 1.0})
     gaps = list(itertools.pairwise(edges))
     left, right = gaps[int(chance.choice(len(gaps), p=[end - start for start, end in gaps]))]
@@ -352,7 +361,8 @@ def away_from(depths: list[float], chance: np.random.Generator) -> float:
 def question_around(
     tokenizer: PreTrainedTokenizerBase, question: str, opening: str, chat_template: str
 ) -> tuple[str, str]:
-    """Return what stands before and after the haystack: as a chat if the model has a template for one."""
+    """Return what stands before and after the haystack: as a chat if the model has a template for
+    one."""
     if chat_template == "never" or not tokenizer.chat_template:
         return TASK, f"{question}\n{opening}"
     messages = [{"role": "user", "content": f"{TASK}{MARK}{question}"}]

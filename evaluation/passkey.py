@@ -1,4 +1,5 @@
-"""Passkey retrieval: a random number hidden in filler sentences, asked for at the end (2305.16300; LongLoRA, 4.2).
+"""Passkey retrieval: a random number hidden in filler sentences, asked for at the end (2305.16300;
+LongLoRA, 4.2).
 
 Scored teacher-forced (evaluation/reader.py), which is equal to greedy decoding. As in LongLoRA's
 script, what the model would write after the key does not count. The prompt is plain text that ends
@@ -162,7 +163,8 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, ke
 
 
 def ask(reader: Reader, prompt: str, answer: str, where: str) -> Row:
-    """Return one case: is `answer` what greedy decoding would continue `prompt` with? ValueError as `spelled`."""
+    """Return one case: is `answer` what greedy decoding would continue `prompt` with? ValueError as
+    `spelled`."""
     from longreach.evaluation.reader import spelled
 
     prompt_ids, answer_ids = spelled(reader.tokenizer, prompt, answer, where)

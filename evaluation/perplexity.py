@@ -1,4 +1,5 @@
-"""Perplexity by context length on held-out documents, under LongLoRA's two readings of it (arXiv:2309.12307).
+"""Perplexity by context length on held-out documents, under LongLoRA's two readings of it
+(arXiv:2309.12307).
 
 One causal pass over a document's first L tokens scores every token in its full context, so the pass
 at the greatest length that fits a document serves all shorter lengths too. Two protocols, named in
@@ -61,14 +62,16 @@ class Perplexity(Evaluation):
         lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Context lengths in tokens, below and above the trained one."""
         documents: DocumentNames = ("*",)
-        """Names (shell patterns) of held-out documents; those shorter than a length do not count at that length."""
+        """Names (shell patterns) of held-out documents; those shorter than a length do not count at
+        that length."""
         last_tokens: int = Field(default=256, ge=1)
         """The `last_stride` protocol scores this many tokens at the end of each context."""
 
     choices: Choices
 
     def cells(self) -> list[Cell]:
-        """Return a cell for each pass: the document, how far it is read, and the lengths that this pass serves.
+        """Return a cell for each pass: the document, how far it is read, and the lengths that this
+        pass serves.
 
         Raises:
             ValueError: a length that no document reaches or into which last_tokens does not fit.
@@ -137,7 +140,8 @@ class Perplexity(Evaluation):
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
-        """Return both protocols with intervals, differences on the same tokens, and the loss along each text."""
+        """Return both protocols with intervals, differences on the same tokens, and the loss along
+        each text."""
         from longreach.evaluation.blocks import Section
 
         first = next(iter(models.values()))
@@ -155,7 +159,8 @@ class Perplexity(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return one model's figures, with a curve for each document; in a report, a figure for each document."""
+        """Return one model's figures, with a curve for each document; in a report, a figure for
+        each document."""
         if background.related is None and len(models) == 1:
             (scores,) = models.values()
             return _one_model_figures(scores, background)
@@ -205,7 +210,8 @@ def document_rows(place: dict[str, str], nll_T: np.ndarray, last_tokens: int) ->
 
 
 def position_rows(place: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> list[Row]:
-    """Return the NLL along the text, in bins of bin_tokens positions; entry t of nll_T is text token t + 1's."""
+    """Return the NLL along the text, in bins of bin_tokens positions; entry t of nll_T is text
+    token t + 1's."""
     tokens = len(nll_T) + 1
     rows = []
     for start in range(0, tokens, bin_tokens):
@@ -219,7 +225,8 @@ def position_rows(place: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> 
 
 
 def pooled_rows(rows: list[Row], seed: int) -> list[Row]:
-    """Return means over documents and, where there are several domains, over each domain's; exp of the mean NLL."""
+    """Return means over documents and, where there are several domains, over each domain's; exp of
+    the mean NLL."""
     documents = [row for row in rows if row["kind"] == "document"]
     domains = sorted({row["domain"] for row in rows})
     shown = [ALL, *domains] if len(domains) > 1 else [ALL]
@@ -258,7 +265,8 @@ def _pooled(place: Row, documents: list[Row], seed: int) -> Row:
 
 
 def _protocol_table(models: dict[str, EvalScores]) -> tuple[Table, set[int]]:
-    """Return perplexity by protocol and length, and the numbers of documents that it is a mean over."""
+    """Return perplexity by protocol and length, and the numbers of documents that it is a mean
+    over."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import perplexity_cell
 
@@ -280,7 +288,8 @@ def _protocol_table(models: dict[str, EvalScores]) -> tuple[Table, set[int]]:
 
 
 def difference_tables(models: dict[str, EvalScores], resamples: int = 4_000) -> list[Table]:
-    """Return a table of each model against the first one on the same tokens; none for fewer than two models.
+    """Return a table of each model against the first one on the same tokens; none for fewer than
+    two models.
 
     There is no number where two models did not read the same tokens.
     """
@@ -361,7 +370,8 @@ def _one_model_figures(scores: EvalScores, background: Background) -> list[Figur
 
 
 def _along_figures(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-    """Draw a figure for each document: all models score the same tokens, so the place where one breaks is seen."""
+    """Draw a figure for each document: all models score the same tokens, so the place where one
+    breaks is seen."""
     from longreach.evaluation.figures import lines
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -379,7 +389,8 @@ def _along_figures(models: dict[str, EvalScores], style: Style, background: Back
 
 
 def coarser(rows: list[Row], points: int = 16) -> list[tuple[float, float]]:
-    """Return a curve of (last token, perplexity) through about `points` means over consecutive rows."""
+    """Return a curve of (last token, perplexity) through about `points` means over consecutive
+    rows."""
     step = math.ceil(len(rows) / points)
     curve = []
     for start in range(0, len(rows), step):

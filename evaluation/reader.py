@@ -38,7 +38,8 @@ def spelled(
         special: put the tokenizer's first token before the prompt.
 
     Raises:
-        ValueError: the tokenizer joins the prompt's end and the answer's beginning, so that no continuation of the
+        ValueError: the tokenizer joins the prompt's end and the answer's beginning, so that no
+        continuation of the
             prompt's tokens spells the answer.
     """
     before = text_ids(tokenizer, prompt, first=special)
@@ -68,7 +69,8 @@ def generated(
     new_tokens: int,
     choose: Callable[[torch.Tensor], int],
 ) -> Iterator[int]:
-    """Yield the tokens that follow `ids`, the one that ends the text included; the last one is not yet in the cache.
+    """Yield the tokens that follow `ids`, the one that ends the text included; the last one is not
+    yet in the cache.
 
     Nothing but `choose` decides, whatever penalties or beams the model's own generation_config asks
     for.
@@ -105,7 +107,8 @@ class Answer:
     correct: bool
     """Whether all of them are the argmax."""
     got: str
-    """Greedy text: the generated one or, where nothing was generated, the argmax at each of the answer's positions."""
+    """Greedy text: the generated one or, where nothing was generated, the argmax at each of the
+    answer's positions."""
     read_tokens: int
     """How many tokens had to be read for it."""
 
@@ -115,10 +118,12 @@ class Answer:
 
 
 class Reader:
-    """Reads prompts in turn, one model. Make one for the prompts that share a beginning: its cache stays in memory."""
+    """Reads prompts in turn, one model. Make one for the prompts that share a beginning: its cache
+    stays in memory."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, reuse: bool = True) -> None:
-        """Start with an empty cache; reuse: take up what two prompts have in common, where the model allows it."""
+        """Start with an empty cache; reuse: take up what two prompts have in common, where the
+        model allows it."""
         self.model = model
         self.tokenizer = tokenizer
         self.cache = DynamicCache(config=model.config)
@@ -130,7 +135,8 @@ class Reader:
         self.reuse = reuse and croppable and not is_dynamic(model)
 
     def answer(self, prompt: list[int], expected: list[int], where: str, *, new_tokens: int = 0) -> Answer:
-        """Return how likely `expected` is after `prompt`, and what the model generates in new_tokens tokens (0: none).
+        """Return how likely `expected` is after `prompt`, and what the model generates in
+        new_tokens tokens (0: none).
 
         Raises:
             FloatingPointError: the logits are not finite.
@@ -161,7 +167,8 @@ class Reader:
         )
 
     def _keep(self, tokens: int) -> int:
-        """Forget all but the first n tokens, or all of them where that cannot be; return how many are left."""
+        """Forget all but the first n tokens, or all of them where that cannot be; return how many
+        are left."""
         if tokens and self.reuse:
             spare = len(self.cached) - tokens
             if spare:

@@ -1,4 +1,5 @@
-"""EvalScores: what an evaluation measured, as tidy rows: one measurement a row, every row saying what it measures.
+"""EvalScores: what an evaluation measured, as tidy rows: one measurement a row, every row saying
+what it measures.
 
 `write` makes a folder that needs no code of ours to be read: scores.json (everything but the
 cases), scores.parquet (the rows, typed) and cases.jsonl (what the model was asked and what it
@@ -33,7 +34,8 @@ class EvalScores:
     eval: str
     """The evaluation's name in EVALS."""
     protocol: str
-    """What was computed, in a sentence; where there are several protocols, rows name theirs in a column."""
+    """What was computed, in a sentence; where there are several protocols, rows name theirs in a
+    column."""
     recipe: dict[str, Any]
     """The evaluation's choices, as JSON."""
     rows: list[Row]
@@ -56,7 +58,8 @@ class EvalScores:
         return [row for row in self.rows if columns.items() <= row.items()]
 
     def write(self, out: Path) -> None:
-        """Write scores.json, scores.parquet and cases.jsonl into `out`; ValueError where a number is not finite."""
+        """Write scores.json, scores.parquet and cases.jsonl into `out`; ValueError where a number
+        is not finite."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -90,7 +93,8 @@ class EvalScores:
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a proportion (1927): it stays in [0, 1] and has a width at 0 and at 1 too."""
+    """Return Wilson's 95% interval of a proportion (1927): it stays in [0, 1] and has a width at 0
+    and at 1 too."""
     z = 1.96
     share = successes / trials
     shrink = 1 + z * z / trials
@@ -100,7 +104,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tuple[float, float] | None:
-    """Return a percentile bootstrap 95% interval of the mean of independent values; None for fewer than two.
+    """Return a percentile bootstrap 95% interval of the mean of independent values; None for fewer
+    than two.
 
     Percentile intervals of a handful of values are too narrow: print how many values there are.
     """
@@ -108,7 +113,8 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tup
 
 
 def bootstrap_crossed(value_SD: np.ndarray, seed: int, resamples: int = 4_000) -> tuple[float, float] | None:
-    """Return a 95% interval of the mean over S seeds and D documents, all of which are crossed; None for one value.
+    """Return a 95% interval of the mean over S seeds and D documents, all of which are crossed;
+    None for one value.
 
     Seeds and documents are resampled independently (the pigeonhole bootstrap, Owen 2007), so both
     may be chance. With one seed it is the plain bootstrap over documents.
@@ -125,7 +131,8 @@ def bootstrap_crossed(value_SD: np.ndarray, seed: int, resamples: int = 4_000) -
 
 
 def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
-    """Return the mean over cases in which something had to be found, with Wilson's interval of the share found."""
+    """Return the mean over cases in which something had to be found, with Wilson's interval of the
+    share found."""
     correct = sum(case["correct"] for case in cases)
     low, high = wilson(correct, len(cases))
     return {
@@ -144,7 +151,8 @@ def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None)
 
 
 PASSKEY_BAR = 0.9
-"""Share of pass keys that must be found for a length to count as used, where a recipe does not set another one."""
+"""Share of pass keys that must be found for a length to count as used, where a recipe does not set
+another one."""
 
 
 def effective_length(totals: list[Row], bar: float) -> int:
@@ -162,7 +170,8 @@ def effective_length(totals: list[Row], bar: float) -> int:
 
 
 def paired(ours: list[Row], theirs: list[Row], length: int, resamples: int = 4_000) -> dict[str, float]:
-    """Return how two models' perplexity rows differ on the same tokens: {"nll": ours - theirs, "low", "high", "bins"}.
+    """Return how two models' perplexity rows differ on the same tokens: {"nll": ours - theirs,
+    "low", "high", "bins"}.
 
     The difference is taken in bins of last_tokens positions of each document, up to `length`; the
     95% interval resamples bins, which are nearly independent where single tokens are not.

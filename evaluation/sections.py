@@ -1,6 +1,8 @@
-"""What the sections of several evaluations have in common: cells of tables, curves and grids of retrievals.
+"""What the sections of several evaluations have in common: cells of tables, curves and grids of
+retrievals.
 
-python -c "from longreach.evaluation.sections import perplexity_text; print(perplexity_text(12.345))"
+python -c "from longreach.evaluation.sections import perplexity_text;
+print(perplexity_text(12.345))"
 """
 
 from __future__ import annotations
@@ -68,10 +70,12 @@ def summary_table(title: str, models: Mapping[str, EvalScores]) -> Table:
 
 
 def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScores]) -> list[Figure]:
-    """Return a grid of model x length and, for each model with several depths, one of depth x length.
+    """Return a grid of model x length and, for each model with several depths, one of depth x
+    length.
 
     Args:
-        evaluation: name of an evaluation with rows of the kinds `length` and `cell`; the files are named after it.
+        evaluation: name of an evaluation with rows of the kinds `length` and `cell`; the files are
+            named after it.
     """
     lengths = sorted({row["length"] for scores in models.values() for row in scores.rows_with(kind="length")})
     cells = {name: scores.rows_with(kind="cell") for name, scores in models.items()}

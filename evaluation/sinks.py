@@ -1,4 +1,5 @@
-"""Where attention rests: the mass on first tokens, by layer and head (StreamingLLM, arXiv:2309.17453, figure 2).
+"""Where attention rests: the mass on first tokens, by layer and head (StreamingLLM,
+arXiv:2309.17453, figure 2).
 
 Texts are pieces of held-out documents, each read from its own first token on (BOS or a sink token,
 if the model has one). Mass is averaged over texts and the queries of their second half; a head that
@@ -52,12 +53,14 @@ class Sinks(Evaluation):
     title = "Attention sinks"
 
     class Choices(EvalChoices):
-        """How much attention rests on the first tokens, by layer and head (StreamingLLM, figure 2)."""
+        """How much attention rests on the first tokens, by layer and head (StreamingLLM, figure
+        2)."""
 
         lengths: tuple[int, ...] = (16, 256)
         """Tokens of the texts."""
         texts: int = Field(default=256, ge=1)
-        """Texts of the shortest length; longer ones are fewer, so that all lengths have the same number of tokens."""
+        """Texts of the shortest length; longer ones are fewer, so that all lengths have the same
+        number of tokens."""
         first_tokens: int = Field(default=4, ge=1)
         """Number of first tokens whose share of attention is measured."""
         map_layers: tuple[int, ...] = (0, 1, 2, -1)
@@ -179,7 +182,8 @@ class Sinks(Evaluation):
 
 
 def pieces(choices: Sinks.Choices, documents: list[Document], length: int) -> list[np.ndarray]:
-    """Return texts of `length` tokens, taken from all documents in turn, as many as `texts` allows at this length."""
+    """Return texts of `length` tokens, taken from all documents in turn, as many as `texts` allows
+    at this length."""
     wanted = max(1, choices.texts * min(choices.lengths) // length)
     taken: list[np.ndarray] = []
     start = 0
@@ -200,7 +204,8 @@ def _weighted(parts: list[torch.Tensor], weights: list[float]) -> Any:
 
 
 def head_rows(place: Row, first_HN: np.ndarray, softmax_H: list[float]) -> list[Row]:
-    """Return a row for each head of a layer: the mass on each first token, and on the sink in the softmax."""
+    """Return a row for each head of a layer: the mass on each first token, and on the sink in the
+    softmax."""
     length = place["length"]
     queries = np.arange(length // 2, length)
     uniform = float((1 / (queries + 1)).mean())
@@ -222,7 +227,8 @@ def layer_row(place: Row, heads: list[Row]) -> Row:
 
 
 def norm_columns(result: Result, layer: int) -> Row:
-    """Return the norms of the first token's value and residual stream in a layer, and the means of all others."""
+    """Return the norms of the first token's value and residual stream in a layer, and the means of
+    all others."""
     row: Row = {}
     for name in ("values", "residual"):
         row[f"{name}_first"], row[f"{name}_others"] = result[name][layer]
@@ -230,7 +236,8 @@ def norm_columns(result: Result, layer: int) -> Row:
 
 
 def head_columns(result: Result, layer: int) -> Row:
-    """Return the shares of a layer's heads that rest on the first token, and on the sink in the softmax."""
+    """Return the shares of a layer's heads that rest on the first token, and on the sink in the
+    softmax."""
     row: Row = {}
     for epsilon, heads_LN in result["heads"].items():
         row[f"heads_{epsilon}"] = heads_LN[layer][0]
@@ -239,7 +246,8 @@ def head_columns(result: Result, layer: int) -> Row:
 
 
 def head_shares(result: Result) -> dict[str, float]:
-    """Return Sink^eps_k over all layers: `sink_0.3_1` for token 1, the first; `sink_0.3_softmax` for the sink logit."""
+    """Return Sink^eps_k over all layers: `sink_0.3_1` for token 1, the first; `sink_0.3_softmax`
+    for the sink logit."""
     shares = {}
     for epsilon, heads_LN in result["heads"].items():
         for n, share in enumerate(np.mean(heads_LN, axis=0), start=1):
@@ -280,7 +288,8 @@ def _layers_figure(length: int, models: dict[str, EvalScores], style: Style) -> 
 
 
 def _norm_figures(models: dict[str, EvalScores], style: Style) -> list[Figure]:
-    """Draw the first token's norms over all others' by layer, a curve for each model, at its greatest length."""
+    """Draw the first token's norms over all others' by layer, a curve for each model, at its
+    greatest length."""
     from longreach.evaluation.figures import lines
 
     figures = []

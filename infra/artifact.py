@@ -6,7 +6,8 @@
 
 Two writers are real: after `kill -9` of a stage its training ranks go on writing for a while. Each
 attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished
-file to that name (infra/files.py), on object stores by a conditional put (If-None-Match). The loser is removed.
+file to that name (infra/files.py), on object stores by a conditional put (If-None-Match). The loser
+is removed.
 
 Nothing is lost in a power cut: files are synced first, then their folders, then the manifest, then
 its folder; only after that is anything removed that the artifact replaces.
@@ -134,7 +135,8 @@ class Store:
     # ---- reading
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the published artifact, or None. Raises CorruptArtifact: its manifest is damaged."""
+        """Return the published artifact, or None. Raises CorruptArtifact: its manifest is
+        damaged."""
         try:
             manifest = self._read_manifest(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
         except FileNotFoundError:
@@ -164,7 +166,8 @@ class Store:
         return list(damaged_files(artifact, artifact.manifest["files"], hashes).values())
 
     def fetch(self, stage: str, fingerprint: str) -> Artifact:
-        """Return the artifact, files local and verified. Raises CorruptArtifact: it is missing or damaged."""
+        """Return the artifact, files local and verified. Raises CorruptArtifact: it is missing or
+        damaged."""
         artifact = self.find(stage, fingerprint)
         if artifact is None:
             raise CorruptArtifact(f"{stage}/{fingerprint} is not published")
@@ -183,7 +186,8 @@ class Store:
     # ---- writing
 
     def new_attempt(self, stage: str, fingerprint: str) -> Attempt:
-        """Create a folder for one writer, and tell the writers of all earlier unpublished attempts to stop."""
+        """Create a folder for one writer, and tell the writers of all earlier unpublished attempts
+        to stop."""
         attempts = self._attempts(stage, fingerprint)
         attempts.mkdir(parents=True, exist_ok=True)
         earlier = self.earlier_attempts(stage, fingerprint)
@@ -200,7 +204,8 @@ class Store:
         return attempt
 
     def earlier_attempts(self, stage: str, fingerprint: str) -> list[Path]:
-        """Return the folders of unpublished attempts, newest first: a new one may read their checkpoints."""
+        """Return the folders of unpublished attempts, newest first: a new one may read their
+        checkpoints."""
         folders = [path for path in self._attempts(stage, fingerprint).glob("[0-9]*-*") if path.is_dir()]
         return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
@@ -238,7 +243,8 @@ class Store:
         return artifact
 
     def _published(self, attempt: Attempt) -> Artifact | None:
-        """Return the artifact that an attempt has become, as long as it is that of the fingerprint."""
+        """Return the artifact that an attempt has become, as long as it is that of the
+        fingerprint."""
         artifact = self.find(attempt.stage, attempt.fingerprint)
         return artifact if artifact and artifact.attempt == attempt.id else None
 
@@ -292,7 +298,8 @@ class Store:
             raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk's error names no file
 
     def _upload(self, attempt: Attempt) -> None:
-        """Bring an attempt's files into the store: onto the disk, where that is the store itself."""
+        """Bring an attempt's files into the store: onto the disk, where that is the store
+        itself."""
         sync_tree(attempt.out)
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
@@ -301,7 +308,8 @@ class Store:
 
 
 class RemoteStore(Store):
-    """Artifacts below a URL: attempts are written in `scratch`, uploaded to be published, and read from a cache."""
+    """Artifacts below a URL: attempts are written in `scratch`, uploaded to be published, and read
+    from a cache."""
 
     local = False
 
@@ -320,7 +328,8 @@ class RemoteStore(Store):
         return self
 
     def _listed(self, path: str) -> bool:
-        """Whether a path exists. A bucket that we may not list counts: our part of it may still be ours."""
+        """Whether a path exists. A bucket that we may not list counts: our part of it may still be
+        ours."""
         try:
             self.fs.ls(path)
         except FileNotFoundError:
@@ -341,7 +350,8 @@ class RemoteStore(Store):
         return f"{self._folder(stage, fingerprint)}/attempts/{attempt_id}"
 
     def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:
-        """Return what differs from the manifest; with `hashes` after files were downloaded that the cache lacks."""
+        """Return what differs from the manifest; with `hashes` after files were downloaded that the
+        cache lacks."""
         out = self._attempt(artifact.stage, artifact.fingerprint, artifact.attempt) + "/out"
         files = artifact.manifest["files"]
         if not hashes:
@@ -357,7 +367,8 @@ class RemoteStore(Store):
         return list(damaged_files(artifact, [entry for entry in files if entry["path"] in missing]).values())
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
-        """Publish, and delete what attempts of any node left in the store: checkpoints, and the files of the losers."""
+        """Publish, and delete what attempts of any node left in the store: checkpoints, and the
+        files of the losers."""
         artifact = super().publish(attempt, record)
         self.fs.invalidate_cache()
         for path in self.fs.ls(f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts", detail=False):
@@ -387,7 +398,8 @@ class RemoteStore(Store):
 
 
 def damaged_files(artifact: Artifact, files: list[dict[str, Any]], hashes: bool = True) -> dict[str, str]:
-    """Return the names of a manifest's files that are not as published on this disk, with what is wrong with each."""
+    """Return the names of a manifest's files that are not as published on this disk, with what is
+    wrong with each."""
 
     def check(entry: dict[str, Any]) -> str | None:
         path = artifact.path / entry["path"]
@@ -408,7 +420,8 @@ def damaged_files(artifact: Artifact, files: list[dict[str, Any]], hashes: bool 
 
 
 def _inventory(attempt: Attempt) -> list[dict[str, Any]]:
-    """Return name, size and hash of all files of an attempt, after making each as readable as their folder."""
+    """Return name, size and hash of all files of an attempt, after making each as readable as their
+    folder."""
     paths = sorted(path for path in attempt.out.rglob("*") if path.is_file())
     if not paths:
         raise FileNotFoundError(f"{attempt.stage}: the stage wrote no file into {attempt.out}")

@@ -1,4 +1,5 @@
-"""The base of every recipe section and of Resources: frozen, strict about names, with one JSON form.
+"""The base of every recipe section and of Resources: frozen, strict about names, with one JSON
+form.
 
 A section's JSON goes into the fingerprint of its stage (pipelines/stage.py), so values whose JSON
 is not unique (NaN, infinity) are refused. A choice that is new since results were published is
@@ -30,12 +31,14 @@ New = Annotated[T, _NEW]
 
 
 class Choices(BaseModel):
-    """A frozen group of named choices; unknown names are errors, a docstring under a field is its description."""
+    """A frozen group of named choices; unknown names are errors, a docstring under a field is its
+    description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def identity(self, include: set[str] | None = None) -> dict[str, Any]:
-        """Return the JSON that a fingerprint is made of: all choices but `New` ones at their default."""
+        """Return the JSON that a fingerprint is made of: all choices but `New` ones at their
+        default."""
         return self.model_dump(mode="json", include=include, context=_NEW)
 
     @model_serializer(mode="wrap")
@@ -60,7 +63,8 @@ def refuse_password(url: str, advice: str) -> str:
 
 
 def _without_password(place: str) -> str:
-    """Return a recipe's path or URL, `~` as the home folder that it stands for; ValueError if it holds a password."""
+    """Return a recipe's path or URL, `~` as the home folder that it stands for; ValueError if it
+    holds a password."""
     advice = "holds a password, which manifests and reports would show: put it into the environment"
     return os.path.expanduser(refuse_password(place, advice))
 

@@ -110,7 +110,8 @@ def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
 
 
 def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> None:
-    """Call `ray.init`, and again if a cluster of our own was too slow: Ray gives up after 30 s, come what may."""
+    """Call `ray.init`, and again if a cluster of our own was too slow: Ray gives up after 30 s,
+    come what may."""
     for tries_left in reversed(range(START_TRIES)):
         try:
             ray.init(
@@ -127,7 +128,8 @@ def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> No
 
 @contextlib.contextmanager
 def _fewer_processes(*, forks: bool) -> Iterator[None]:
-    """Let Ray start without what nobody uses here: the monitor that would add nodes, and the one that prints logs.
+    """Let Ray start without what nobody uses here: the monitor that would add nodes, and the one
+    that prints logs.
 
     With `forks`, workers are set up by infra/forkserver.py. Ray (2.55 to 2.60) offers none of it to
     callers of `ray.init`; a later Ray that has no such parameters starts in its own way.
@@ -144,7 +146,8 @@ def _fewer_processes(*, forks: bool) -> Iterator[None]:
 
 
 def _job_config() -> Any:
-    """Return a job's settings that keep the driver's current folder out of its workers' module path.
+    """Return a job's settings that keep the driver's current folder out of its workers' module
+    path.
 
     Ray puts it first there unless the job has a `working_dir`, and a user's `datasets.py` would
     then replace the library. We have no `working_dir` either, since Ray would upload that folder;

@@ -22,7 +22,8 @@ from pathlib import Path
 from longreach.infra.versions import GIB, git_commit, installed, usable_cores
 
 OPEN_PORTS = (5000, 8080, *range(8265, 8275))
-"""Where MLflow and Ray's dashboard listen by default; where 8265 is taken, Ray takes the next one."""
+"""Where MLflow and Ray's dashboard listen by default; where 8265 is taken, Ray takes the next
+one."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Check:
 
 
 def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
-    """Return the answers to: can runs work here, with artifacts and metrics under `root` (a folder or fsspec URL)?"""
+    """Return the answers to: can runs work here, with artifacts and metrics under `root` (a folder
+    or fsspec URL)?"""
     cores, commit = usable_cores(), git_commit()
     recorded = "install git and work in a checkout: artifacts then record the commit that made them"
     return [
@@ -111,7 +113,8 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
-    """Ray's object store lies in /dev/shm; Docker gives 64 MiB, and Ray then falls back to a slow disk."""
+    """Ray's object store lies in /dev/shm; Docker gives 64 MiB, and Ray then falls back to a slow
+    disk."""
     if not Path("/dev/shm").exists():
         return Check("/dev/shm", True, "not used on this system")
     size = shutil.disk_usage("/dev/shm").total
@@ -144,7 +147,8 @@ def _port(port: int) -> Check:
 
 
 def _ray_cluster_file() -> Check:
-    """Look at the file by which other programs' `ray.init()` joins a cluster, even a dead one. Ours never reads it."""
+    """Look at the file by which other programs' `ray.init()` joins a cluster, even a dead one. Ours
+    never reads it."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     file = Path(folder, "ray", "ray_current_cluster")
     if not file.exists():
@@ -163,13 +167,15 @@ def _ray_cluster_file() -> Check:
 
 
 def _tracking_port() -> set[int]:
-    """Return the port that MLFLOW_TRACKING_URI names, on whichever machine: only this one's sockets are looked at."""
+    """Return the port that MLFLOW_TRACKING_URI names, on whichever machine: only this one's sockets
+    are looked at."""
     match = re.match(r"https?://[^/]*:(\d+)", os.environ.get("MLFLOW_TRACKING_URI", ""))
     return {int(match[1])} if match else set()
 
 
 def _open_to_others(ports: set[int]) -> Check:
-    """Look for a Ray dashboard or MLflow that other machines reach without a login: it runs anybody's code."""
+    """Look for a Ray dashboard or MLflow that other machines reach without a login: it runs
+    anybody's code."""
     import psutil
 
     try:
@@ -192,7 +198,8 @@ def _open_to_others(ports: set[int]) -> Check:
 
 
 def _without_login(ip: str, port: int) -> str:
-    """Name what answers there without a token or password: "Ray's dashboard", "MLflow", or "" for neither."""
+    """Name what answers there without a token or password: "Ray's dashboard", "MLflow", or "" for
+    neither."""
     import requests
 
     address = ipaddress.ip_address(ip)

@@ -73,7 +73,8 @@ def publish_new(draft: Path, target: Path) -> None:
 
 
 def _rename_new(draft: Path, target: Path) -> None:
-    """Rename a file; FileExistsError if the new name is taken. Python's own os.rename would replace it."""
+    """Rename a file; FileExistsError if the new name is taken. Python's own os.rename would replace
+    it."""
     libc = ctypes.CDLL(None, use_errno=True)
     at_current_folder = -100  # AT_FDCWD; both paths are absolute or relative to the current folder
     if hasattr(libc, "renameat2"):
@@ -92,7 +93,8 @@ def _rename_new(draft: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return once a file's content, or a folder's list of names, is on the disk and outlives a power cut."""
+    """Return once a file's content, or a folder's list of names, is on the disk and outlives a
+    power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -105,7 +107,8 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Return once all below a folder is on the disk: every file first, then every folder from the bottom up."""
+    """Return once all below a folder is on the disk: every file first, then every folder from the
+    bottom up."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             if (path := Path(place, name)).is_file():  # no pipe, which would block, and no link to nowhere
@@ -114,7 +117,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def on_own_disk(path: Path) -> bool:
-    """Whether a path is on a disk that no other machine sees, as far as the kind of its file system tells."""
+    """Whether a path is on a disk that no other machine sees, as far as the kind of its file system
+    tells."""
     place, kind = "", ""
     with contextlib.suppress(FileNotFoundError):  # Linux has it; elsewhere nothing is known
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -125,13 +129,15 @@ def on_own_disk(path: Path) -> bool:
 
 
 def write_whole(target: Path, text: str) -> None:
-    """Write a text file (UTF-8) so that nobody ever reads a part of it; a file of that name is replaced."""
+    """Write a text file (UTF-8) so that nobody ever reads a part of it; a file of that name is
+    replaced."""
     with draft_of(target) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def kept_text(name: str, make: Callable[[], str]) -> str:
-    """Return what `make` made when it was called under this name before, on this machine by this user; else call it.
+    """Return what `make` made when it was called under this name before, on this machine by this
+    user; else call it.
 
     It is kept in the user's cache folder (XDG_CACHE_HOME, ~/.cache), and made anew where there is
     none to write to.
@@ -147,7 +153,8 @@ def kept_text(name: str, make: Callable[[], str]) -> str:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Give a published file, which nobody writes again, one more name; copy it where the disk has no hard links."""
+    """Give a published file, which nobody writes again, one more name; copy it where the disk has
+    no hard links."""
     Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -171,7 +178,8 @@ def file_digest(path: Path) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Return a value's one JSON text. Raises ValueError: its JSON is not unique (NaN, sets, objects)."""
+    """Return a value's one JSON text. Raises ValueError: its JSON is not unique (NaN, sets,
+    objects)."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -184,7 +192,8 @@ def digest_of(value: Any) -> str:
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as one level of dotted names: `{"optim": {"steps": 8}}` -> `{"optim.steps": 8}`."""
+    """Return nested sections as one level of dotted names: `{"optim": {"steps": 8}}` ->
+    `{"optim.steps": 8}`."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,5 @@
-"""Start Ray's workers in a tenth of a second: as forks of one process that has imported what they use.
+"""Start Ray's workers in a tenth of a second: as forks of one process that has imported what they
+use.
 
 torch, transformers, peft, deepspeed and Ray Train take five CPU seconds to import, and a small run
 has a dozen workers. So the driver starts a server that imports them once, while Ray itself starts.
@@ -27,14 +28,17 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS = "LONGREACH_FORK_SERVER"
-"""The environment variable that tells workers the server's address: Ray passes no argument of ours to them."""
+"""The environment variable that tells workers the server's address: Ray passes no argument of ours
+to them."""
 CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
 """Arguments that Ray means for its `setup_worker.py`."""
 READ_IN_USE = ("RAY_ADDRESS", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
-"""Settings of Ray that stages and Ray Train give to their processes, and that Ray reads each time."""
+"""Settings of Ray that stages and Ray Train give to their processes, and that Ray reads each
+time."""
 STREAMS = 3  # standard input, output and error
 OOM_SCORE = Path("/proc/self/oom_score_adj")
-"""Whom Linux kills first when memory is short: Ray gives its workers 1,000, so that drivers live on."""
+"""Whom Linux kills first when memory is short: Ray gives its workers 1,000, so that drivers live
+on."""
 WAITING = 64  # workers that may ask while the server still imports
 
 
@@ -151,7 +155,8 @@ def _drawn_by_a_fork() -> bytes:
 
 
 def _settings_of_ray(environment: dict[str, str]) -> dict[str, str]:
-    """Return what Ray may read when it is imported; Ray Train and drivers read theirs when they are used."""
+    """Return what Ray may read when it is imported; Ray Train and drivers read theirs when they are
+    used."""
     settings = {}
     for name, value in environment.items():
         if name.startswith("RAY_") and name not in READ_IN_USE and not name.startswith("RAY_TRAIN_"):

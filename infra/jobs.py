@@ -39,7 +39,8 @@ RECIPE = "recipe.yaml"
 WORKDIR = "/tmp/longreach"
 """store.workdir on a cluster: the job's own folder is deleted with the job."""
 PATIENCE_S = 60
-"""Seconds that a stopped driver has before it is killed; Ray's own 3 are too few to write checkpoints."""
+"""Seconds that a stopped driver has before it is killed; Ray's own 3 are too few to write
+checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Submission:
 
     @property
     def entrypoint(self) -> str:
-        """The command for Ray's shell; with `exec`, signals and the exit code are the driver's, not the shell's."""
+        """The command for Ray's shell; with `exec`, signals and the exit code are the driver's, not
+        the shell's."""
         return "exec " + shlex.join(self.run(RECIPE, "python", "-m", "longreach.pipelines"))
 
     def files(self) -> dict[str, bytes]:
@@ -106,7 +108,8 @@ def whereabouts(
 
     Args:
         local: fields that may name a file or folder: `store.root`, `corpus.sources.0.files`, ...
-        shared_disk: the cluster sees this machine's disk under the same paths; a loopback address says so, too.
+        shared_disk: the cluster sees this machine's disk under the same paths; a loopback address
+            says so, too.
         workdir: what a relative store.workdir becomes on another machine.
         option: the command's option that means `shared_disk`, for messages.
     """
@@ -132,7 +135,8 @@ def whereabouts(
 
 
 def manifest(submission: Submission, resources: Resources, place: kubernetes.Place) -> str:
-    """Return a RayJob and its recipe for `kubectl`. Raises ValueError: the operator would refuse it."""
+    """Return a RayJob and its recipe for `kubectl`. Raises ValueError: the operator would refuse
+    it."""
     name = kubernetes.dns_name(submission.name)
     job = kubernetes.ray_job(name, submission.run(kubernetes.RECIPE_FILE, "longreach"), resources, place)
     if problems := kubernetes.check(job):
@@ -141,7 +145,8 @@ def manifest(submission: Submission, resources: Resources, place: kubernetes.Pla
 
 
 def pinned() -> tuple[str, ...]:
-    """Return all packages that longreach needs, theirs too, with versions pinned as here, without `+cpu`."""
+    """Return all packages that longreach needs, theirs too, with versions pinned as here, without
+    `+cpu`."""
     from packaging.requirements import Requirement
 
     versions: dict[str, str] = {}
@@ -165,7 +170,8 @@ def pinned() -> tuple[str, ...]:
 
 
 def check_address(address: str) -> str:
-    """Return a dashboard's address: http://head:8265 for `head`. Raises ValueError: another kind."""
+    """Return a dashboard's address: http://head:8265 for `head`. Raises ValueError: another
+    kind."""
     if "://" not in address:
         address = f"http://{address}" if ":" in address else f"http://{address}:8265"
     address = address.rstrip("/")
@@ -185,7 +191,8 @@ def _is_loopback(address: str) -> bool:
 
 
 def token() -> tuple[str | None, str]:
-    """Return (the token, its source) as Ray looks for it. Raises ValueError: an unreadable RAY_AUTH_TOKEN_PATH."""
+    """Return (the token, its source) as Ray looks for it. Raises ValueError: an unreadable
+    RAY_AUTH_TOKEN_PATH."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return None, "RAY_AUTH_MODE=disabled"
     if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -203,7 +210,8 @@ def token() -> tuple[str | None, str]:
 
 @contextlib.contextmanager
 def job_client(address: str) -> Iterator[Any]:
-    """Give the block a JobSubmissionClient. Raises ValueError: no answer, or what we send is refused."""
+    """Give the block a JobSubmissionClient. Raises ValueError: no answer, or what we send is
+    refused."""
     address = check_address(address)
     given, source = token()
     if given and address.startswith("http://") and not _is_loopback(address):
@@ -258,7 +266,8 @@ def submit(client: Any, submission: Submission) -> str:
 
 
 def follow(client: Any, job: str) -> int:
-    """Print a job's whole log until it ends; return its exit code. Raises ValueError: the connection broke."""
+    """Print a job's whole log until it ends; return its exit code. Raises ValueError: the
+    connection broke."""
 
     async def lines() -> None:
         async for text in client.tail_job_logs(job):

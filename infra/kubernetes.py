@@ -26,7 +26,8 @@ RECIPE_FILE = "/etc/longreach/recipe.yaml"
 WORKDIR = "/var/longreach"
 QUEUE = "kueue.x-k8s.io/queue-name"
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36, "CronJob": 41}
-"""Characters of a name. KubeRay makes longer names of its three; a CronJob's RayJobs get six more characters."""
+"""Characters of a name. KubeRay makes longer names of its three; a CronJob's RayJobs get six more
+characters."""
 TOKENS_SINCE = (2, 52)
 """The first Ray that asks its clients for a token."""
 
@@ -46,7 +47,8 @@ class Place:
     secret: str = "longreach-store"
     """A Secret whose keys become environment variables: the store's and MLflow's credentials."""
     claim: str | None = None
-    """A ReadWriteMany volume claim for the run's folder; without one each pod has a folder of its own."""
+    """A ReadWriteMany volume claim for the run's folder; without one each pod has a folder of its
+    own."""
     queue: str | None = None
     """The LocalQueue of Kueue that jobs wait in."""
     gpu_nodes: dict[str, str] = field(default_factory=dict)
@@ -100,7 +102,8 @@ def cron_job(
     name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True,
     max_start_delay: timedelta | None = None,
 ) -> list[Manifest]:  # fmt: skip
-    """Return Kubernetes' own timer (1.27 or later, for its zones), whose pod creates a RayJob and ends.
+    """Return Kubernetes' own timer (1.27 or later, for its zones), whose pod creates a RayJob and
+    ends.
 
     A pod that ran `longreach run` itself would be one node, and hold it; one that submits to a
     standing cluster pays for that all week. The pod's service account may create RayJobs and
@@ -154,7 +157,8 @@ def dump(manifests: list[Manifest]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts as they are, and shared parts each time: no reader should have to look up `*id001`."""
+    """Writes texts as they are, and shared parts each time: no reader should have to look up
+    `*id001`."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -167,7 +171,8 @@ _Dumper.add_representer(
 
 
 def dns_name(name: str) -> str:
-    """Return a recipe's name in the letters that Kubernetes allows: `sink+160m.v2` -> `sink-160m-v2`."""
+    """Return a recipe's name in the letters that Kubernetes allows: `sink+160m.v2` ->
+    `sink-160m-v2`."""
     return re.sub("[^a-z0-9-]+", "-", name.lower()).strip("-")
 
 
@@ -185,7 +190,8 @@ def _manifest(api: str, kind: str, name: str, place: Place, queue: str | None = 
 
 
 def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
-    """Return requests equal to limits: Ray counts CPUs by them, and such a pod is the last to be evicted."""
+    """Return requests equal to limits: Ray counts CPUs by them, and such a pod is the last to be
+    evicted."""
     amounts = {"cpu": cpu, "memory": memory} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
     return {"requests": amounts, "limits": amounts}
 
@@ -242,7 +248,8 @@ def _pod(container: str, place: Place, resources: Manifest) -> Manifest:
 
 
 def check(manifest: Manifest) -> list[str]:
-    """Return what KubeRay refuses although its schema allows it: a line each, with field, value and fix.
+    """Return what KubeRay refuses although its schema allows it: a line each, with field, value and
+    fix.
 
     Of its rules (ray-operator/controllers/ray/utils/validation.go, 1.7) our manifests can break
     these two: all else that it looks at is written here as it wants it, and `Schedule.parse` has

@@ -1,4 +1,5 @@
-"""Run a function as N ranks through Ray Train: one process a rank, process group up, dead ranks restarted.
+"""Run a function as N ranks through Ray Train: one process a rank, process group up, dead ranks
+restarted.
 
 The function is named, not passed ("longreach.training.loop:train"): only the ranks import it, and
 torch with it.
@@ -48,7 +49,8 @@ def run_ranks(
     function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: str | Path,
     share: Share | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Call `function(job)` ("module:name") on every rank and return rank 0's result, a JSON-able dict.
+    """Call `function(job)` ("module:name") on every rank and return rank 0's result, a JSON-able
+    dict.
 
     Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps
     its own records there. With a share, each rank gets the job with its own node's paths, and finds
@@ -66,7 +68,8 @@ def run_ranks(
 
 
 def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage: str) -> TorchTrainer:
-    """Return Ray Train's description of the run: what each rank does, what it may use, and where records are kept."""
+    """Return Ray Train's description of the run: what each rank does, what it may use, and where
+    records are kept."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -110,7 +113,8 @@ def _fit(trainer: TorchTrainer, max_failures: int) -> None:
 
 @contextlib.contextmanager
 def _interrupt_handler_restored() -> Iterator[None]:
-    """Undo Ray Train's handler of Ctrl-C: it stays behind, swallows later ones and keeps the controller alive."""
+    """Undo Ray Train's handler of Ctrl-C: it stays behind, swallows later ones and keeps the
+    controller alive."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -120,7 +124,8 @@ def _interrupt_handler_restored() -> Iterator[None]:
 
 
 class AbandonedGroups:
-    """Finds and removes placement groups of this Ray job whose controller is gone, or has made another.
+    """Finds and removes placement groups of this Ray job whose controller is gone, or has made
+    another.
 
     Ray Train (2.60) leaks two kinds, and their CPUs stay reserved: the group of a rank that dies
     while it is being started, and that of a controller whose stage task was killed, which may start
@@ -136,7 +141,8 @@ class AbandonedGroups:
         """Placement group -> how many looks in a row have found it without an actor."""
 
     def look(self) -> bool:
-        """Count empty groups and remove the abandoned ones; return whether any group holds resources."""
+        """Count empty groups and remove the abandoned ones; return whether any group holds
+        resources."""
         import ray
         from ray.util import remove_placement_group
         from ray.util.placement_group import PlacementGroup
@@ -166,7 +172,8 @@ class AbandonedGroups:
 
 
 def _placement_groups(job: str) -> list[Any]:
-    """Return a Ray job's placement groups that are not removed, as Ray's own records: only these say who made them."""
+    """Return a Ray job's placement groups that are not removed, as Ray's own records: only these
+    say who made them."""
     import ray
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # made by protoc
 
@@ -197,7 +204,8 @@ def _function(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _rank(work: dict[str, Any]) -> None:
-    """Do one rank's work, in the process that Ray Train started for it; a final error is written down, not raised."""
+    """Do one rank's work, in the process that Ray Train started for it; a final error is written
+    down, not raised."""
     import torch
     import torch.distributed as dist
 
@@ -236,7 +244,8 @@ class RankResults:
         return cls(storage, f"{place}/{run_name}/result")
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON file whole or not at all, on any file system; infra/files.py does so on this machine's."""
+        """Write a JSON file whole or not at all, on any file system; infra/files.py does so on this
+        machine's."""
         fs = fsspec.core.url_to_fs(self.storage)[0]
         draft = f"{self.folder}/{name}.{uuid.uuid4().hex[:8]}"
         fs.pipe_file(draft, json.dumps(value).encode())
@@ -267,7 +276,8 @@ def run_local(function: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def be_the_only_rank(*, gpu: bool) -> None:
-    """Start a process group of this process alone; DeepSpeed keeps hold of the first one, so it stays for its life."""
+    """Start a process group of this process alone; DeepSpeed keeps hold of the first one, so it
+    stays for its life."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -1,6 +1,7 @@
 """Leases: at most one live run of a name, on any store, without comparing clocks.
 
-lease = Lease(Store(".longreach"), "weekly", "ann@host, process 7").acquire(wait=False); ...; lease.release()
+lease = Lease(Store(".longreach"), "weekly", "ann@host, process 7").acquire(wait=False); ...;
+lease.release()
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def process_mark(pid: int) -> list[str] | None:
 
 
 def is_gone(mark: list[str] | None) -> bool:
-    """Whether a process is known to have ended; of other machines' and containers' nothing is known."""
+    """Whether a process is known to have ended; of other machines' and containers' nothing is
+    known."""
     ours = process_mark(os.getpid())
     if mark is None or ours is None or mark[:2] != ours[:2]:
         return False
@@ -62,7 +64,8 @@ def is_gone(mark: list[str] | None) -> bool:
 
 @dataclass
 class Lease:
-    """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever compared.
+    """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever
+    compared.
 
     A lease is a numbered generation, created exclusively. A waiter takes the next number once the
     holder released its own, once the counter has stood still for `patience_beats` beats of the
@@ -92,7 +95,8 @@ class Lease:
         return f"{self.store.base}/{self.place or 'leases/' + self.name}"
 
     def acquire(self, *, wait: bool) -> Lease:
-        """Return self once the lease is held. Raises LeaseHeld: a live run has it, and not `wait`."""
+        """Return self once the lease is held. Raises LeaseHeld: a live run has it, and not
+        `wait`."""
         while True:
             newest = self._newest()
             if newest == 0 or self._exists(newest, "released") or not self._alive(newest, wait):
@@ -117,7 +121,8 @@ class Lease:
             self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
 
     def current_holder(self) -> str | None:
-        """Return the holder's name, None after a release. A holder that died on another machine is still reported."""
+        """Return the holder's name, None after a release. A holder that died on another machine is
+        still reported."""
         newest = self._newest()
         if newest == 0 or self._exists(newest, "released"):
             return None
@@ -189,7 +194,8 @@ class Lease:
                 print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
 
     def _sweep(self) -> None:
-        """Delete the files of older generations, but of the last: who lists the folder now must not miss both."""
+        """Delete the files of older generations, but of the last: who lists the folder now must not
+        miss both."""
         for path in self.store.fs.glob(f"{self._folder}/*"):
             if int(Path(path).name.split(".")[0]) < self._generation - 1:
                 self._remove(path)

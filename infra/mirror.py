@@ -1,4 +1,5 @@
-"""The mirror: uploads spooled events (infra/tracking.py) to MLflow from a process of its own, outages or not.
+"""The mirror: uploads spooled events (infra/tracking.py) to MLflow from a process of its own,
+outages or not.
 
 Why nothing is missing and nothing doubled, whoever is killed: how far a file is uploaded is written
 beside it (`<file>.offset`) only after the server accepted; a replay repeats the same key, value,
@@ -66,7 +67,8 @@ class SyncReport:
     pending: int
     """Points that the server does not have yet."""
     skipped: int
-    """NaN and infinite points, and what the server refuses for good (such as an impossible name)."""
+    """NaN and infinite points, and what the server refuses for good (such as an impossible
+    name)."""
     problem: str = ""
     """Why points are pending."""
 
@@ -84,7 +86,8 @@ class Position:
 
     @classmethod
     def of(cls, path: Path) -> Position:
-        """Read how far a file is uploaded; if that is lost or unreadable, the file is uploaded from its start."""
+        """Read how far a file is uploaded; if that is lost or unreadable, the file is uploaded from
+        its start."""
         try:
             return cls(**json.loads(_position_path(path).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -99,7 +102,8 @@ def _position_path(path: Path) -> Path:
 
 
 def pending_points(spool_dir: Path | str) -> int:
-    """Count the finite metric points in a folder's spool files that are not uploaded yet. Asks no server."""
+    """Count the finite metric points in a folder's spool files that are not uploaded yet. Asks no
+    server."""
     points = 0
     for path in Path(spool_dir).rglob("*.jsonl"):
         for event, _ in iter_events(path, Position.of(path).offset):
@@ -114,7 +118,8 @@ def _finite(values: dict[str, Any]) -> dict[str, float]:
 
 
 class Pause(Exception):
-    """Nothing more can be uploaded now: the server is away, or time is up. The spool keeps what is left."""
+    """Nothing more can be uploaded now: the server is away, or time is up. The spool keeps what is
+    left."""
 
 
 @dataclass
@@ -141,7 +146,8 @@ class _Batch:
 
 
 class Mirror:
-    """Uploads the spool files under a folder. In each folder one mirror works at a time, whatever process it is in."""
+    """Uploads the spool files under a folder. In each folder one mirror works at a time, whatever
+    process it is in."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder, self.uri = folder, uri
@@ -152,7 +158,8 @@ class Mirror:
 
     @cached_property
     def client(self) -> Any:
-        """Make an mlflow.MlflowClient when there is something to send: the import costs 2 s, a new database more."""
+        """Make an mlflow.MlflowClient when there is something to send: the import costs 2 s, a new
+        database more."""
         from mlflow import MlflowClient
 
         registry.prepare_embedded(self.uri)
@@ -216,7 +223,8 @@ class Mirror:
         return position
 
     def _find(self, start: dict[str, Any], known: str = "") -> str:
-        """Return the MLflow run with a run's tag: of several the known one, TRASH if a user deleted it, or ""."""
+        """Return the MLflow run with a run's tag: of several the known one, TRASH if a user deleted
+        it, or ""."""
         from mlflow.entities import ViewType
 
         query = f"tags.`{registry.RUN_TAG}` = '{start['run']}'"
@@ -255,7 +263,8 @@ class Mirror:
         return self._experiments[name]
 
     def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
-        """Put an event into the batch; send files and datasets at once, since repeating that changes nothing."""
+        """Put an event into the batch; send files and datasets at once, since repeating that
+        changes nothing."""
         from mlflow.entities import Metric
 
         match event["event"]:
@@ -300,7 +309,8 @@ class Mirror:
         tail.offset = position.offset
 
     def _log(self, tail: _Tail, kind: str, items: list[Any]) -> int:
-        """Send metrics, params or tags; return how many MLflow refused for good (a warning names each)."""
+        """Send metrics, params or tags; return how many MLflow refused for good (a warning names
+        each)."""
         from mlflow.exceptions import MlflowException
 
         limit = METRICS_PER_BATCH if kind == "metrics" else PARAMS_OR_TAGS_PER_BATCH
@@ -363,7 +373,8 @@ class Mirror:
 
 
 def log_table(client: Any, run_id: str, content: Any, name: str) -> None:
-    """Log rows as MlflowClient.log_table does, which however would append them once more at every replay."""
+    """Log rows as MlflowClient.log_table does, which however would append them once more at every
+    replay."""
     rows = content["rows"] if isinstance(content, dict) else content
     columns = list(dict.fromkeys(key for row in rows for key in row))
     data = []
@@ -402,7 +413,8 @@ def _only_us(folder: Path) -> Iterator[None]:
 
 
 def _follow(mirror: Mirror) -> None:
-    """Upload what comes until standard input closes (its other end is the parent's), then what is left."""
+    """Upload what comes until standard input closes (its other end is the parent's), then what is
+    left."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's stop reaches its children too; the parent's end ends this
     pause_s, trouble = POLL_S, ""
     while not _input_closed(pause_s):
@@ -440,7 +452,8 @@ class MirrorProcess(subprocess.Popen[bytes]):
 
 
 def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
-    """Start uploading a folder's spool files in the background, at the lowest priority; see `<spool_dir>/mirror.log`.
+    """Start uploading a folder's spool files in the background, at the lowest priority; see
+    `<spool_dir>/mirror.log`.
 
     The mirror ends by itself, after uploading what is there, when this process ends, however it
     ends. Raises ValueError: the URI holds a password.
@@ -495,12 +508,14 @@ def _command(spool_dir: Path, uri: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment without the registry's timeouts, since the mirror has its own."""
+    """Return this process's environment without the registry's timeouts, since the mirror has its
+    own."""
     return {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
 
 
 def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
-    """Return the command that shows the embedded store in a browser of this machine: MLflow asks for no password."""
+    """Return the command that shows the embedded store in a browser of this machine: MLflow asks
+    for no password."""
     artifacts = Path(workdir).absolute() / registry.ARTIFACTS
     return [
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes
@@ -512,7 +527,7 @@ def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m longreach.infra.mirror", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m longreach.infra.mirror", description=__doc__.partition("\n\n")[0])
     parser.add_argument("spool_dir", type=Path, help="a run's folder of spool files, or a folder of such folders")
     parser.add_argument("--uri", required=True, help="where MLflow is: http://..., or sqlite:////absolute/path")
     parser.add_argument("--once", action="store_true", help="upload what is there, print a report as JSON, and end")

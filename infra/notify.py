@@ -1,4 +1,5 @@
-"""Tell people how a run ended: one JSON POST to a webhook (Slack, Teams and ntfy read its `text`; programs the rest).
+"""Tell people how a run ended: one JSON POST to a webhook (Slack, Teams and ntfy read its `text`;
+programs the rest).
 
 The address is often a secret, so it is taken from the command line or LONGREACH_NOTIFY_URL, and of
 it only the host is ever shown; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook
@@ -24,7 +25,8 @@ def check_url(url: str) -> None:
 
 
 def notify(url: str, ending: Ending, recipe: str, facts: Mapping[str, Any], timeout_s: float = 10.0) -> str:
-    """POST {"text", "recipe", "status", ...facts}; return "", or why it did not arrive, without the address."""
+    """POST {"text", "recipe", "status", ...facts}; return "", or why it did not arrive, without the
+    address."""
     import requests
 
     mark = {"success": "done", "failure": "FAILED", "refused": "refused by the gate", "stopped": "stopped"}[ending]

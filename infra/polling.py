@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def polling(look: Callable[[], object], *, every_s: float, name: str, for_s: float = math.inf) -> Iterator[None]:
-    """Call `look` every `every_s` seconds, for at most `for_s` in all; on leaving, wait for a call to end."""
+    """Call `look` every `every_s` seconds, for at most `for_s` in all; on leaving, wait for a call
+    to end."""
     over = threading.Event()
     until = time.monotonic() + for_s
 

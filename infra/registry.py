@@ -1,4 +1,5 @@
-"""MLflow's registry: models as it lists and ranks them, versions by name, and the alias `champion` that the gate moves.
+"""MLflow's registry: models as it lists and ranks them, versions by name, and the alias `champion`
+that the gate moves.
 
 Everything here may be repeated: a model is found again by its tag `longreach.model`, a version by
 its fingerprint. Others may move an alias at any time, so a move names the version that it expects
@@ -33,7 +34,8 @@ BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longrea
 """Tags of a version: its model, its release, what that was made from (a model's source, a digest of
 texts), and whether people took it back."""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""MLflow's settings for this process, unless the user's own say otherwise; the mirror has its own."""
+"""MLflow's settings for this process, unless the user's own say otherwise; the mirror has its
+own."""
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
@@ -42,7 +44,8 @@ class AliasMoved(RuntimeError):
 
 
 def connect() -> Any:
-    """Return an MlflowClient that gives up after a minute or two; MLflow's own default is many minutes."""
+    """Return an MlflowClient that gives up after a minute or two; MLflow's own default is many
+    minutes."""
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -63,10 +66,11 @@ LOCATIONS = {
 
 
 def prepare_embedded(uri: str) -> None:
-    """Make the folder of an embedded store, and mend its places if it was moved or copied; a server needs neither.
+    """Make the folder of an embedded store, and mend its places if it was moved or copied; a server
+    needs neither.
 
-    MLflow writes down where files are from the root of the disk on. After `mv` a champion would not be
-    found, and new files would go to the folder's old place.
+    MLflow writes down where files are from the root of the disk on. After `mv` a champion would not
+    be found, and new files would go to the folder's old place.
     """
     database = sqlite_path(uri)
     if database is None:
@@ -100,12 +104,14 @@ def _move_places(connection: sqlite3.Connection, before: str, now: str) -> None:
 
 
 def default_uri(workdir: Path | str) -> str:
-    """Return the URI of the embedded store: `{workdir}/mlflow.db`, with `mlartifacts` beside it; no server."""
+    """Return the URI of the embedded store: `{workdir}/mlflow.db`, with `mlartifacts` beside it; no
+    server."""
     return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
 
 
 def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
-    """Return the URI of MLflow: the recipe's, the environment's or the embedded one. ValueError: a password."""
+    """Return the URI of MLflow: the recipe's, the environment's or the embedded one. ValueError: a
+    password."""
     return check_tracking_uri(chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir))
 
 
@@ -142,7 +148,8 @@ def run_of(client: Any, experiment_id: str, run: str) -> str | None:
 
 
 def check_login(uri: str, timeout_s: float = 5.0) -> str:
-    """Return why a tracking server cannot be asked, "" if it can. Raises ValueError: it refuses the login."""
+    """Return why a tracking server cannot be asked, "" if it can. Raises ValueError: it refuses the
+    login."""
     if not uri.startswith(("http://", "https://")):
         return ""
     import requests
@@ -166,7 +173,8 @@ def check_login(uri: str, timeout_s: float = 5.0) -> str:
 
 
 def version_of(name: str) -> Any:
-    """Return the version `name@alias` or `name/3`; ValueError if there is none, or MLflow cannot be asked."""
+    """Return the version `name@alias` or `name/3`; ValueError if there is none, or MLflow cannot be
+    asked."""
     from mlflow.exceptions import MlflowException
 
     model, _, alias = name.partition("@")
@@ -180,12 +188,14 @@ def version_of(name: str) -> Any:
 
 
 def champion(name: str) -> Any | None:
-    """Return the champion's version, None if there is none; ValueError if the registry cannot be asked."""
+    """Return the champion's version, None if there is none; ValueError if the registry cannot be
+    asked."""
     return aliased(connect(), name, CHAMPION)
 
 
 def aliased(client: Any, name: str, alias: str) -> Any | None:
-    """Return the version behind an alias, None if there is none; ValueError if the registry cannot be asked."""
+    """Return the version behind an alias, None if there is none; ValueError if the registry cannot
+    be asked."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -202,7 +212,8 @@ def aliased(client: Any, name: str, alias: str) -> Any | None:
 def log_model(
     client: Any, experiment_id: str, run_id: str | None, name: str, tags: Mapping[str, str], folder: Path | None = None
 ) -> Any:
-    """Return the LoggedModel with this MODEL tag; if it is missing it is made, with the files of `folder`."""
+    """Return the LoggedModel with this MODEL tag; if it is missing it is made, with the files of
+    `folder`."""
     models = client.search_logged_models([experiment_id], f"tags.`{MODEL}` = '{tags[MODEL]}'")
     if models:
         model = models[0]
@@ -217,7 +228,8 @@ def log_model(
 
 
 def _upload(client: Any, model: Any, folder: Path) -> None:
-    """Upload a model's files; where MLflow's artifacts are local files, link the published ones: no second copy."""
+    """Upload a model's files; where MLflow's artifacts are local files, link the published ones: no
+    second copy."""
     place = urlsplit(model.artifact_location)
     if place.scheme not in ("", "file"):
         client.log_model_artifacts(model.model_id, str(folder))
@@ -247,7 +259,8 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
 
 
 def aliased_fingerprints() -> set[str]:
-    """Return the fingerprints of the releases that any alias of any model names; ValueError: MLflow cannot be asked."""
+    """Return the fingerprints of the releases that any alias of any model names; ValueError: MLflow
+    cannot be asked."""
     database = sqlite_path(os.environ["MLFLOW_TRACKING_URI"])
     if database and not database.exists():  # to ask would create it
         return set()
@@ -295,7 +308,8 @@ def rolled_back(name: str, fingerprint: str) -> str | None:
 
 
 def rollback(name: str) -> tuple[str, str]:
-    """Swap champion and `previous`; return both versions, the former first. Raises ValueError: one is missing."""
+    """Swap champion and `previous`; return both versions, the former first. Raises ValueError: one
+    is missing."""
     client = connect()
     now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
     if not now or not before or now.version == before.version:

@@ -1,4 +1,5 @@
-"""Forwards events from workers on other nodes to the driver's spool files, through a Ray actor on the driver's node.
+"""Forwards events from workers on other nodes to the driver's spool files, through a Ray actor on
+the driver's node.
 
 The mirror, the progress display and the stop file live on the driver's disk. So a stage (or rank 0
 of its training) on another node sends its lines to that actor, in order and without waiting; the
@@ -28,7 +29,8 @@ class Collector:
         self.files: dict[str, Spool] = {}
 
     def take(self, name: str, start: dict[str, Any] | None, line: bytes) -> bool:
-        """Append a line to the file `name`, or make the file; return whether training was asked to stop."""
+        """Append a line to the file `name`, or make the file; return whether training was asked to
+        stop."""
         if name not in self.files:
             path = self.folder / name
             self.files[name] = Spool.open(path, **start) if start else Spool(path)
@@ -48,7 +50,8 @@ def start_collector(ray: Any, folder: Path) -> tuple[Any, str]:
 
 
 def spool(path: Path | str, **start: Any) -> Spool:
-    """Return the spool at a path of the driver's node; with `start` (what Spool.open takes) it is made if missing."""
+    """Return the spool at a path of the driver's node; with `start` (what Spool.open takes) it is
+    made if missing."""
     node, _, name = os.environ.get(DRIVER, "").partition(":")
     if node:
         import ray
@@ -59,12 +62,14 @@ def spool(path: Path | str, **start: Any) -> Spool:
 
 
 def stop_asked(spool: Spool) -> bool:
-    """Whether the driver answered from another node that training shall stop; on its own node the stop file says so."""
+    """Whether the driver answered from another node that training shall stop; on its own node the
+    stop file says so."""
     return isinstance(spool, RemoteSpool) and spool.stop_asked
 
 
 def release(held: list[dict[str, Any]], spool: Spool, attempt: str, published: Path) -> None:
-    """Write events that were held back, with the published files' paths instead of those in the attempt's folder."""
+    """Write events that were held back, with the published files' paths instead of those in the
+    attempt's folder."""
     for event in held:
         path = event["path"]
         if path.startswith(attempt):

@@ -31,7 +31,8 @@ class Resources(Choices):
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     """1: NCCL and CUDA, one GPU a rank; 0: gloo and CPU."""
     micro_batch_rows: int = Field(default=1, ge=1)
-    """Rows in one forward pass of one rank; the rest of the global batch is gradient accumulation."""
+    """Rows in one forward pass of one rank; the rest of the global batch is gradient
+    accumulation."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is sharded over the ranks."""
     offload: Literal["none", "cpu", "nvme"] = "none"
@@ -48,11 +49,13 @@ class Resources(Choices):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of training. On CPUs without AMX, float32 is the faster one."""
     activation_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    """Recompute each layer's activations in the backward pass: less memory, about a third more
+    time."""
     eval_cpus: int = Field(default=1, ge=1)
     """CPU cores (torch threads) of one evaluation task; tasks run side by side while cores last."""
     eval_workers: int = Field(default=1, ge=1)
-    """Ray tasks among which the cells of one evaluation are spread, each with the model in its memory and eval_cpus."""
+    """Ray tasks among which the cells of one evaluation are spread, each with the model in its
+    memory and eval_cpus."""
     # The first two of the three retry budgets that STAGE_RETRIES explains.
     max_failures: int = Field(default=2, ge=0)
     """How often Ray Train restarts a stage's ranks after one of them died."""
@@ -61,7 +64,8 @@ class Resources(Choices):
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints of an attempt that are kept while it runs."""
     keep_best: int = Field(default=1, ge=1)
-    """Checkpoints with the lowest validation loss that are kept beside them, where the section's result is best."""
+    """Checkpoints with the lowest validation loss that are kept beside them, where the section's
+    result is best."""
 
     @model_validator(mode="after")
     def _sequence(self) -> "Resources":
@@ -82,7 +86,8 @@ class Resources(Choices):
         return self
 
     def accumulation(self, global_batch_rows: int, ranks: int) -> int:
-        """Return in how many parts each of `ranks` ranks reads its share of a step's rows, adding up gradients.
+        """Return in how many parts each of `ranks` ranks reads its share of a step's rows, adding
+        up gradients.
 
         Raises:
             ValueError: the rows do not divide.
@@ -97,7 +102,8 @@ class Resources(Choices):
         return global_batch_rows // at_once
 
     def rows_at_once(self, ranks: int) -> int:
-        """Return how many rows `ranks` ranks read in one pass; those that share a row read it together."""
+        """Return how many rows `ranks` ranks read in one pass; those that share a row read it
+        together."""
         return ranks // self.sequence_parallel * self.micro_batch_rows
 
     def check_row(self, tokens: int) -> None:

@@ -1,4 +1,5 @@
-"""One cron line, everywhere: validated once, its next fire times, and the files that a scheduler takes.
+"""One cron line, everywhere: validated once, its next fire times, and the files that a scheduler
+takes.
 
 Debian's cron fires a fixed time of the hour that a zone skips right after it, systemd and
 Kubernetes leave it out; in the doubled hour Kubernetes fires twice, the others once. `next` does as
@@ -42,7 +43,8 @@ class Schedule:
 
     @classmethod
     def parse(cls, cron: str, tz: str, max_start_delay: str | None = None) -> Schedule:
-        """Return the schedule. Raises ValueError: targets understand the line differently; what to write."""
+        """Return the schedule. Raises ValueError: targets understand the line differently; what to
+        write."""
         _check_zone(tz)
         schedule = cls(_normal(cron), tz, _duration(max_start_delay) if max_start_delay else None)
         ticks = [tick.astimezone(UTC) for tick in schedule.next(50, "systemd")]
@@ -55,7 +57,8 @@ class Schedule:
         return schedule
 
     def fire_times(self, after: datetime, target: str) -> Iterator[datetime]:
-        """Yield the fire times later than `after` (which has a zone) as `target` has them, in the schedule's zone.
+        """Yield the fire times later than `after` (which has a zone) as `target` has them, in the
+        schedule's zone.
 
         Where a zone skips midnight itself (Cairo, Beirut, Santiago), Go's cron loses or moves that
         day; this does not.
@@ -77,11 +80,13 @@ class Schedule:
         return list(islice(self.fire_times(after or datetime.now(UTC), target), count))
 
     def late_by(self, now: datetime) -> timedelta:
-        """Return how long ago the last fire time was; in a doubled hour the nearer of the two counts."""
+        """Return how long ago the last fire time was; in a doubled hour the nearer of the two
+        counts."""
         return now - next(CronSim(f"0 {self.cron}", now.astimezone(ZoneInfo(self.tz)), reverse=True))
 
     def command(self, recipe: str, overrides: tuple[str, ...], program: str, address: str | None = None) -> list[str]:
-        """Return what a target starts: it never waits for another run, and with max_start_delay checks the clock."""
+        """Return what a target starts: it never waits for another run, and with max_start_delay
+        checks the clock."""
         sets = [part for text in overrides for part in ("--set", text)]
         where = ["--address", address] if address else []
         if self.max_start_delay is None:
@@ -110,7 +115,8 @@ class Job:
 
 
 def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *, enable: bool) -> dict[str, str]:
-    """Return the target's files by name. Raises ValueError: what it cannot do, and what to change."""
+    """Return the target's files by name. Raises ValueError: what it cannot do, and what to
+    change."""
     if target == "systemd":
         return systemd(schedule, job)
     if target == "crontab":
@@ -171,7 +177,8 @@ WantedBy=timers.target
 
 
 def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
-    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the system."""
+    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the
+    system."""
     unit = "longreach-" + job.name.replace("+", "-")  # `+` has no place in a unit's name
     arguments = schedule.command(job.recipe, job.overrides, str(job.program))
     if unfit := re.search("[\"'\\\\]", str(job.program)) or re.search("\n", "".join([*arguments, str(job.folder)])):
@@ -185,7 +192,8 @@ def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
 
 
 def on_calendar(schedule: Schedule) -> list[str]:
-    """Return systemd's calendar expressions: two where cron means "this day of the month or that day of the week"."""
+    """Return systemd's calendar expressions: two where cron means "this day of the month or that
+    day of the week"."""
     sim = CronSim(schedule.cron, datetime(2000, 1, 1))
     names = ["Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"]
     every = [set(range(low, high + 1)) for low, high in FIELDS.values()]
@@ -227,7 +235,8 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
 
 
 def _is_zone_of_machine(tz: str, localtime: Path) -> bool:
-    """Whether a zone has the machine's offset on each day of the next two years; names do not tell, zones have many."""
+    """Whether a zone has the machine's offset on each day of the next two years; names do not tell,
+    zones have many."""
     if not localtime.exists():
         return tz in ("UTC", "Etc/UTC")
     with localtime.open("rb") as file:

@@ -1,4 +1,5 @@
-"""One attempt on several nodes without a shared disk: what they must see of each other goes through the store.
+"""One attempt on several nodes without a shared disk: what they must see of each other goes through
+the store.
 
 Ranks find their inputs in their own node's cache, write checkpoints on their own disk, and every
 node uploads its part; the manifest comes last, and without one a checkpoint in the store does not
@@ -22,7 +23,8 @@ WORKDIR = "LONGREACH_WORKDIR"
 
 
 def node_scratch(scratch: str | Path) -> Path:
-    """Return this node's folder for attempts and fetched artifacts: below LONGREACH_WORKDIR, else the driver's path."""
+    """Return this node's folder for attempts and fetched artifacts: below LONGREACH_WORKDIR, else
+    the driver's path."""
     if workdir := os.environ.get(WORKDIR):
         return Path(workdir).absolute() / "scratch"
     return Path(scratch).absolute()
@@ -30,7 +32,8 @@ def node_scratch(scratch: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Share:
-    """One attempt, as every node that works on it knows it; through the store they share its files."""
+    """One attempt, as every node that works on it knows it; through the store they share its
+    files."""
 
     root: str
     scratch: str
@@ -52,7 +55,8 @@ class Share:
         return Store(self.root, node_scratch(self.scratch))
 
     def here(self, value: Any) -> Any:
-        """Return a job (nested plain data) with every path below the stage's scratch folder moved to this node's."""
+        """Return a job (nested plain data) with every path below the stage's scratch folder moved
+        to this node's."""
         if isinstance(value, dict):
             return {key: self.here(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -62,7 +66,8 @@ class Share:
         return value
 
     def bring(self) -> None:
-        """Fetch the inputs into this node's cache. Its processes take turns: the first downloads, the others verify."""
+        """Fetch the inputs into this node's cache. Its processes take turns: the first downloads,
+        the others verify."""
         store = self.store
         store.scratch.mkdir(parents=True, exist_ok=True)
         with (store.scratch / ".bring").open("w") as lock:
@@ -71,7 +76,8 @@ class Share:
                 store.fetch(stage, fingerprint)
 
     def push(self, folder: Path, *, last: str = "") -> None:
-        """Upload a folder of this attempt, without the file named `last`, which `seal` uploads in the end."""
+        """Upload a folder of this attempt, without the file named `last`, which `seal` uploads in
+        the end."""
         fs, place = self._place(folder)
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != last):
             fs.put_file(str(path), f"{place}/{path.relative_to(folder).as_posix()}")
@@ -88,7 +94,8 @@ class Share:
             fs.rm(place, recursive=True)
 
     def sealed(self, below: str, seal: str) -> list[tuple[str, str]]:
-        """Return (name, place in the store) of all attempts' folders that hold the file `seal`, last name first."""
+        """Return (name, place in the store) of all attempts' folders that hold the file `seal`,
+        last name first."""
         fs, base = self.store.fs, self.store.base
         fs.invalidate_cache()  # other nodes write there
         folders = []
@@ -98,7 +105,8 @@ class Share:
         return sorted(folders, reverse=True)
 
     def pull(self, folder: Path, place: str = "") -> None:
-        """Download a pushed folder of this attempt, or (`place`) a sealed folder of any attempt, into `folder`."""
+        """Download a pushed folder of this attempt, or (`place`) a sealed folder of any attempt,
+        into `folder`."""
         fs, own = self._place(folder)
         place = place or own
         fs.invalidate_cache()

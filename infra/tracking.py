@@ -1,4 +1,5 @@
-"""Tracking: what a run says about itself while it runs, as lines in a local file. MLflow reads them later.
+"""Tracking: what a run says about itself while it runs, as lines in a local file. MLflow reads them
+later.
 
 Why a spool: a synchronous MLflow call blocks training for 245 s when the server is away, and
 MLflow's asynchronous mode drops what it cannot send. Appending a line costs microseconds and
@@ -41,7 +42,8 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Spool:
-    """Appends one run's events to its file; any number of processes may append to the same file at once.
+    """Appends one run's events to its file; any number of processes may append to the same file at
+    once.
 
     An event is one write() to a descriptor opened with O_APPEND: lines of different writers never
     mix, and a killed writer leaves at most one torn line, which readers skip. Pickled, a spool is
@@ -76,8 +78,8 @@ class Spool:
 
         Args:
             run: uuid hex, made by the caller: MLflow's own id is not known yet, and may never be.
-            parent: the `run` of the run that this one is nested in; its file lies in the same folder.
-            tags, params: shown by MLflow; values are written as str.
+            parent: the `run` of the run that this one is nested in; its file lies in the same
+                folder. tags, params: shown by MLflow; values are written as str.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,8 @@ class Spool:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def metrics(self, values: Mapping[str, SupportsFloat], step: int = 0) -> None:
-        """Add points to curves; names with `/` group charts: `train/loss`. NaN and infinities stay in the file."""
+        """Add points to curves; names with `/` group charts: `train/loss`. NaN and infinities stay
+        in the file."""
         self._write("metrics", values=_numbers(values), step=int(step))
 
     def progress(self, done: int, total: int, unit: str = "step", **extra: SupportsFloat) -> None:
@@ -120,15 +123,18 @@ class Spool:
         self._write("param", key=key, value=str(value))
 
     def artifact(self, path: Path | str, artifact_path: str = "") -> None:
-        """Show a file or folder, in the folder `artifact_path` of MLflow; it must stay until it is uploaded."""
+        """Show a file or folder, in the folder `artifact_path` of MLflow; it must stay until it is
+        uploaded."""
         self._write("artifact", path=os.path.abspath(path), artifact_path=artifact_path)
 
     def table(self, path: Path | str, artifact_path: str = "") -> None:
-        """Show a JSON file as a table: a list of row dicts, or an object whose `rows` is one (scores.json)."""
+        """Show a JSON file as a table: a list of row dicts, or an object whose `rows` is one
+        (scores.json)."""
         self._write("table", path=os.path.abspath(path), artifact_path=artifact_path)
 
     def dataset(self, name: str, digest: str, source: str) -> None:
-        """Name an input: `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36 characters)."""
+        """Name an input: `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36
+        characters)."""
         self._write("dataset", name=name, digest=digest, source=str(source))
 
     def model(
@@ -170,7 +176,8 @@ class Spool:
 
 
 def metric_part(name: str) -> str:
-    """Return a name without the characters that MLflow's metric names do not allow, such as plus and brackets."""
+    """Return a name without the characters that MLflow's metric names do not allow, such as plus
+    and brackets."""
     return re.sub(r"[^a-z0-9._-]+", " ", name).strip()
 
 
@@ -180,7 +187,8 @@ def encode(event: str, fields: Mapping[str, Any]) -> bytes:
 
 
 def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the events in the whole lines from byte `offset` on, and the offset behind them, without torn lines."""
+    """Return the events in the whole lines from byte `offset` on, and the offset behind them,
+    without torn lines."""
     events = []
     for event, end in iter_events(path, offset):
         offset = end
@@ -190,7 +198,8 @@ def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]]
 
 
 def iter_events(path: Path | str, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """Yield (event, offset behind its line) for each whole line from byte `offset` on; the event is None if torn."""
+    """Yield (event, offset behind its line) for each whole line from byte `offset` on; the event is
+    None if torn."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:

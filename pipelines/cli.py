@@ -179,7 +179,8 @@ def scale(
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Compare with what LongLoRA's authors reported.")] = False,
 ) -> None:
-    """Say on paper what a model costs on many GPUs: memory by ZeRO stage, seconds a step, where it stops scaling."""
+    """Say on paper what a model costs on many GPUs: memory by ZeRO stage, seconds a step, where it
+    stops scaling."""
     from longreach.training import scale as on_paper
 
     reached = utilisation or on_paper.UTILISATION
@@ -236,7 +237,8 @@ def gc(
     root: Root = ".longreach",
     workdir: Workdir = Path(".longreach"),
 ) -> None:
-    """List what no recipe, report or alias needs any more, with its size; remove it with --delete."""
+    """List what no recipe, report or alias needs any more, with its size; remove it with
+    --delete."""
     from longreach.infra.artifact import Store
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.registry import aliased_fingerprints
@@ -312,7 +314,8 @@ def compare(
         str | None, typer.Option(help="Artifact store, where neither a recipe nor a folder names one.")
     ] = None,
 ) -> None:
-    """Put several runs on one page: what differs between them, what they reached and cost; print its path."""
+    """Put several runs on one page: what differs between them, what they reached and cost; print
+    its path."""
     from longreach.pipelines.report.compare import compare
 
     print(compare(runs, out, root))
@@ -325,7 +328,8 @@ def ui(
     workdir: Workdir = Path(".longreach"),
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
 ) -> None:
-    """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a server elsewhere."""
+    """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a
+    server elsewhere."""
     from longreach.infra.mirror import default_uri, ui_command
     from longreach.infra.registry import prepare_embedded
 
@@ -361,7 +365,8 @@ def sync(
 
 @app.command()
 def doctor(root: Root = ".longreach") -> None:
-    """Say what this machine can run, and how to mend what is missing; exit 1 if a run cannot work."""
+    """Say what this machine can run, and how to mend what is missing; exit 1 if a run cannot
+    work."""
     from longreach.infra.doctor import doctor
 
     rows = []
@@ -405,7 +410,8 @@ def kv_cache(
     sinks: Annotated[int, typer.Option(help="First tokens that a sink cache keeps.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens that a sink cache keeps.")] = 1020,
 ) -> None:
-    """Say how much memory keys and values take: as the model is, with a head each, and in a sink cache."""
+    """Say how much memory keys and values take: as the model is, with a head each, and in a sink
+    cache."""
     from transformers import AutoConfig
 
     from longreach.attention.kv_budget import KVBudget, readable
@@ -434,7 +440,8 @@ def verify_attention(
     attention: Annotated[str | None, typer.Option(help="transformers' name of an implementation, e.g. eager.")] = None,
     packed: Annotated[bool, typer.Option(help="Also several documents in a row, by position_ids.")] = True,
 ) -> None:
-    """Perturb tokens and documents: nothing before them or in another document may move; exit 1 if something does."""
+    """Perturb tokens and documents: nothing before them or in another document may move; exit 1 if
+    something does."""
     from longreach.attention.verify import verify_attention
     from longreach.pipelines.verify import models_to_verify
 
@@ -535,7 +542,8 @@ def _show_candidates(candidates: list[Candidate]) -> None:
 
 
 def _shared_store(recipes: list[str]) -> tuple[str, Path]:
-    """Return the store and the folder for this machine that recipes have in common; ValueError: they differ."""
+    """Return the store and the folder for this machine that recipes have in common; ValueError:
+    they differ."""
     places = {}
     for name in recipes:
         store = load(name).recipe.store
@@ -548,7 +556,8 @@ def _shared_store(recipes: list[str]) -> tuple[str, Path]:
 
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:
-    """Return MLflow's address and this machine's folder: the recipe's, or without it `workdir`'s."""
+    """Return MLflow's address and this machine's folder: the recipe's, or without it
+    `workdir`'s."""
     from longreach.infra.registry import tracking_uri
 
     if recipe is None:

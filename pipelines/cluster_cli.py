@@ -152,7 +152,8 @@ def submit(
     ] = None,
     pods: PodOptions = PodOptions(),
 ) -> None:
-    """Send a run to a Ray cluster; prints the job's id. What it will do and cost is shown before."""
+    """Send a run to a Ray cluster; prints the job's id. What it will do and cost is shown
+    before."""
     from longreach.infra import jobs
     from longreach.infra.kubernetes import WORKDIR
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from longreach.pipelines.run import RunOutcome
 
 FAILED, BAD_INPUT, REFUSED, LEASE_HELD = 1, 2, 3, 75
-"""Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the lease."""
+"""Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the
+lease."""
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one that comes along.")
@@ -84,7 +85,8 @@ def run_recipe(
     quiet: bool = False,
     notify: str | None = None,
 ) -> None:
-    """Run a recipe that the user called `name` and tell on stderr how it went; stdout gets the report's path.
+    """Run a recipe that the user called `name` and tell on stderr how it went; stdout gets the
+    report's path.
 
     Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the
     URL `notify`.

@@ -1,4 +1,5 @@
-"""Stage `costs`: what a step of each arm costs by row length, in time and memory (LongLoRA, figure 1 and table 1).
+"""Stage `costs`: what a step of each arm costs by row length, in time and memory (LongLoRA, figure
+1 and table 1).
 
 Every measurement is a training of a few steps in ranks of its own, of which nothing is kept
 (training/trial.py): peak memory is a process's. At each length the arms are measured in turns, so
@@ -52,7 +53,8 @@ class CostsChoices(Choices):
 
 
 class CostsRecipe(CostsChoices):
-    """Cost by row length: each arm of finetune trains a few steps at each length, and only time and memory are kept."""
+    """Cost by row length: each arm of finetune trains a few steps at each length, and only time and
+    memory are kept."""
 
     arms: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Arms of finetune to measure; without it, all of them. They are compared with the one that
@@ -136,7 +138,8 @@ class CostsStageRecipe(CostsChoices):
         return [*causal, *full, *self.arms][0]
 
     def rows_of_step(self, length: int, resources: Resources) -> int:
-        """Return the rows of a step: the number nearest to global_batch_tokens that divides over the ranks."""
+        """Return the rows of a step: the number nearest to global_batch_tokens that divides over
+        the ranks."""
         at_once = resources.rows_at_once(resources.workers)
         return max(1, round(self.global_batch_tokens / length / at_once)) * at_once
 
@@ -150,7 +153,8 @@ class CostsStageRecipe(CostsChoices):
 
 
 def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
-    """Return an arm for rows of another length: its groups have the same share of a row; it neither anneals nor skips.
+    """Return an arm for rows of another length: its groups have the same share of a row; it neither
+    anneals nor skips.
 
     ValueError if there are no such groups.
     """
@@ -196,7 +200,8 @@ def costs(
     corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: CostsStageRecipe, resources: Resources, out: Path,
     run: StageRun,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure every arm at every length, in turns; what does not fit into memory is left out, with the reason.
+    """Measure every arm at every length, in turns; what does not fit into memory is left out, with
+    the reason.
 
     ValueError: a length that the base does not reach, or a corpus without rows. Stopped: it was
     asked to.
@@ -242,7 +247,8 @@ def _measured(
     corpus: PackedCorpus, base: ModelCheckpoint, recipe: CostsStageRecipe, resources: Resources, run: StageRun,
     cell: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what one arm's steps at one length cost, in ranks of their own; or why they are `left_out`."""
+    """Return what one arm's steps at one length cost, in ranks of their own; or why they are
+    `left_out`."""
     from longreach.infra.launch import run_ranks
 
     stop = stop_file(run.spool.path.parent)

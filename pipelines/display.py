@@ -111,7 +111,8 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """Show a stage's new state: waiting, running, retrying; or the last: done, reused, failed."""
+        """Show a stage's new state: waiting, running, retrying; or the last: done, reused,
+        failed."""
         with self._lock:
             self._change(name, state, detail)
 
@@ -121,7 +122,8 @@ class Display:
             self.console.print(Text(text), soft_wrap=True)
 
     def event(self, name: str, event: dict[str, Any]) -> None:
-        """Show an event that a stage spooled; those of stages that have ended come late: ignored."""
+        """Show an event that a stage spooled; those of stages that have ended come late:
+        ignored."""
         with self._lock:
             stage = self._stages.get(name)
             if stage is None:

@@ -1,4 +1,5 @@
-"""Stage `evaluate`: one evaluation of one model -> EvalScores (scores.json, scores.parquet, cases.jsonl) and figures.
+"""Stage `evaluate`: one evaluation of one model -> EvalScores (scores.json, scores.parquet,
+cases.jsonl) and figures.
 
 Each cell's result is kept in the attempt's folder as soon as it is known, so that an interrupted
 grid goes on where it stopped. With `eval_workers` n above 1 the cells are spread over n Ray tasks,
@@ -44,17 +45,20 @@ class EvaluateStageRecipe(Choices):
 
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated, and with what: all that a task needs to measure cells, wherever it runs."""
+    """What is evaluated, and with what: all that a task needs to measure cells, wherever it
+    runs."""
 
     model: ModelCheckpoint
     corpus: PackedCorpus
     recipe: EvaluateStageRecipe
     resources: Resources
     share: Share | None = None
-    """How a task on another node gets at the model and the corpus; None where all nodes see one disk."""
+    """How a task on another node gets at the model and the corpus; None where all nodes see one
+    disk."""
 
     def load(self) -> Evaluation:
-        """Return the evaluation with the model, its tokenizer and the held-out documents in memory."""
+        """Return the evaluation with the model, its tokenizer and the held-out documents in
+        memory."""
         import torch
         from transformers import AutoTokenizer
 
@@ -96,7 +100,8 @@ def evaluate(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents; returns their summary.
+    """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents; returns their
+    summary.
 
     ValueError: the corpus has another tokenizer, the evaluation refuses its choices, or a prompt's
     keys and values do not fit into memory. FloatingPointError: the model's logits are not finite.
@@ -149,7 +154,8 @@ def evaluate(
 
 
 def _spread(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Result]]:
-    """Yield (number, result) as Ray tasks measure the cells, which are dealt in turn, so that all get long ones."""
+    """Yield (number, result) as Ray tasks measure the cells, which are dealt in turn, so that all
+    get long ones."""
     import ray
 
     resources = job.resources
@@ -187,7 +193,8 @@ def _measure_part(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Resul
 
 
 def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources) -> None:
-    """ValueError if the weights and the keys and values of the longest prompt do not fit into what is free."""
+    """ValueError if the weights and the keys and values of the longest prompt do not fit into what
+    is free."""
     import psutil
     import torch
     from transformers import AutoConfig

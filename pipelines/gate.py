@@ -37,12 +37,14 @@ Rows = list[dict[str, Any]]
 
 
 class PromoteRecipe(Choices):
-    """The gate: which arm may become champion of a registered model, and the rules it has to keep."""
+    """The gate: which arm may become champion of a registered model, and the rules it has to
+    keep."""
 
     model: str
     """Name of the arm that is the challenger."""
     name: str = Field(pattern=r"^[^/:@']+$")
-    """Name of the registered model: its alias `champion` moves, the former one becomes `previous`."""
+    """Name of the registered model: its alias `champion` moves, the former one becomes
+    `previous`."""
     start_from: Literal["base", "champion"] = "base"
     """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
     target_length: int | None = Field(default=None, ge=2)
@@ -60,7 +62,8 @@ class PromoteRecipe(Choices):
     worse it may be. auto: 0 where evaluate.gain measures both, else no rule."""
     gain_over_stretches: New[float | Literal["auto"] | None] = "auto"
     """The same against each stretch of the base without training, at target_length too: what an
-    extension that costs nothing reaches. auto: 0 where evaluate.gain measures both, else no rule."""
+    extension that costs nothing reaches. auto: 0 where evaluate.gain measures both, else no
+    rule."""
     passkey: float | None = Field(default=None, ge=0, le=1)
     """Least share of keys that it has to find, at every measured length up to target_length."""
     effective_length: int | None = Field(default=None, ge=1)
@@ -99,7 +102,8 @@ class PromoteRecipe(Choices):
         yield from self._lengths_that_do_not_fit(recipe)
 
     def _other_stretches(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield the arms that could not go on from the champion, since it has another stretch than theirs."""
+        """Yield the arms that could not go on from the champion, since it has another stretch than
+        theirs."""
         assert recipe.finetune is not None
         champions = recipe.finetune.rope_of(recipe.finetune.seeded_arms()[self.model].arm)
         for name, arm in recipe.finetune.every_arm().items():
@@ -117,7 +121,8 @@ class PromoteRecipe(Choices):
         return self.model in models and recipe.plain_baseline() in models
 
     def stretches(self, recipe: Recipe) -> list[str]:
-        """Return the untrained stretches that gain_over_stretches compares with; none where it is no rule."""
+        """Return the untrained stretches that gain_over_stretches compares with; none where it is
+        no rule."""
         models = self._measured(recipe, "gain_over_stretches")
         if self.gain_over_stretches is None or self.model not in models:
             return []
@@ -303,7 +308,8 @@ def promote(
 
 
 def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **rows: Rows) -> list[Finding]:
-    """Apply each rule; ValueError if perplexity was measured at no length that the base was trained to.
+    """Apply each rule; ValueError if perplexity was measured at no length that the base was trained
+    to.
 
     Args:
         lengths: context lengths in tokens at which perplexity was measured.
@@ -375,7 +381,8 @@ def _ratio(place: str, ours: Rows, theirs: Rows, length: int, most: float, rules
 
 
 def _gain(ours: Rows, base: Rows, target: int, base_context: int, rules: PromoteRecipe) -> Finding:
-    """Hold the challenger's gain at the target length (0: its greatest one) against the base at its best length."""
+    """Hold the challenger's gain at the target length (0: its greatest one) against the base at its
+    best length."""
     from longreach.evaluation.gain import best_length, difference
 
     length = target or _greatest_length(ours)

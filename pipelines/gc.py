@@ -5,7 +5,8 @@ Kept is what somebody may still want, and all that it was made from:
 - whatever was published, or written to, within the last days;
 - the newest reports of each recipe;
 - what the recipes that are named would reuse;
-- releases behind an alias of a registered model, such as the champion's, and those of models that are
+- releases behind an alias of a registered model, such as the champion's, and those of models that
+  are
   kept anyway.
 
 All else goes: published artifacts, and attempts that nobody finished. Models that MLflow holds stay
@@ -109,7 +110,8 @@ def _published_at(manifest: dict[str, Any]) -> datetime:
 
 
 def _size(store: Store, stage: str, fingerprint: str) -> int:
-    """Return the bytes of a stage's attempts, as far as they are on this machine or in the store."""
+    """Return the bytes of a stage's attempts, as far as they are on this machine or in the
+    store."""
     size = 0
     for place in _places(store, stage, fingerprint):
         for path in place.rglob("*"):
@@ -122,7 +124,8 @@ def _size(store: Store, stage: str, fingerprint: str) -> int:
 
 
 def _places(store: Store, stage: str, fingerprint: str) -> list[Path]:
-    """Return this machine's folders of a stage's attempts, and of a remote store's fetched files."""
+    """Return this machine's folders of a stage's attempts, and of a remote store's fetched
+    files."""
     if store.local:
         return [Path(store.base, stage, fingerprint, "attempts")]
     return [store.scratch / stage / fingerprint, store.scratch / "cache" / stage / fingerprint]
@@ -148,8 +151,8 @@ def no_runs(store: Store) -> Iterator[None]:
 def remove(store: Store, candidate: Candidate) -> bool:
     """Remove a stage's artifact and attempts; False, and nothing is removed, if it is being made.
 
-    The manifest goes first, so that nobody finds an artifact that lacks files. The stage's lease stays
-    (a few bytes), since its numbers must never go back.
+    The manifest goes first, so that nobody finds an artifact that lacks files. The stage's lease
+    stays (a few bytes), since its numbers must never go back.
     """
     stage, fingerprint = candidate.stage, candidate.fingerprint
     place = f"{stage}/{fingerprint}/lease"

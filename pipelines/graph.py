@@ -107,7 +107,8 @@ class Pipeline:
         return Stage("pack", label, choices, {"base": base}, self.texts)
 
     def _may_have_template(self, base: Stage) -> bool:
-        """Return False where it is known before anything runs that the tokenizer has no chat template."""
+        """Return False where it is known before anything runs that the tokenizer has no chat
+        template."""
         if base.name == "tokenizer":
             return False
         folder = Path(self.recipe.base.source).expanduser()
@@ -131,7 +132,8 @@ class Pipeline:
 
 
 def build(recipe: Recipe) -> list[Stage]:
-    """Return a recipe's stages, inputs first; ValueError if documents or the base cannot be found."""
+    """Return a recipe's stages, inputs first; ValueError if documents or the base cannot be
+    found."""
     pipeline = Pipeline(recipe)
     for add in BUILDERS:
         add(pipeline)
@@ -139,7 +141,8 @@ def build(recipe: Recipe) -> list[Stage]:
 
 
 def add_base(pipeline: Pipeline) -> None:
-    """Add the base, its corpus, and the baselines: the base as it is, or stretched but not trained."""
+    """Add the base, its corpus, and the baselines: the base as it is, or stretched but not
+    trained."""
     recipe = pipeline.recipe
     if recipe.base.pretrained_arm:  # then the base is made here, before all that starts from it
         _add_pretrained_arms(pipeline)
@@ -268,7 +271,8 @@ def add_releases(pipeline: Pipeline) -> None:
 
 
 def add_costs(pipeline: Pipeline) -> None:
-    """Add the measurement of costs. Nothing before it may run at the same time, since that would be measured too."""
+    """Add the measurement of costs. Nothing before it may run at the same time, since that would be
+    measured too."""
     if pipeline.recipe.costs:
         inputs = {"corpus": pipeline.corpus, "base": pipeline.base}
         choices = CostsStageRecipe.of(pipeline.recipe)
@@ -317,7 +321,8 @@ def _from_champion(pipeline: Pipeline) -> Stage:
 
 
 def _digest(path: Path) -> str:
-    """Digest of a file, or of all files below a folder; that there is none is reported by the evaluation."""
+    """Digest of a file, or of all files below a folder; that there is none is reported by the
+    evaluation."""
     files = [path]
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -1,4 +1,5 @@
-"""What all stages of one name share: a function, the type of what it makes, a revision, CPUs and GPUs.
+"""What all stages of one name share: a function, the type of what it makes, a revision, CPUs and
+GPUs.
 
     @stage(makes=ModelCheckpoint, revision=1, cpus=lambda r: 1)
     def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path): ...
@@ -35,7 +36,8 @@ class StageRun:
     spool: Spool  # metrics and progress of this attempt
     attempt: Attempt  # `attempt.work` is private and survives until publication: checkpoints go there
     earlier: list[Path]
-    """Folders of earlier unpublished attempts, newest first: to read checkpoints from, never to write."""
+    """Folders of earlier unpublished attempts, newest first: to read checkpoints from, never to
+    write."""
     command: str = ""
     experiment: str = "longreach"
     id: str = ""  # the attempt's own run, as its spool names it
@@ -57,7 +59,8 @@ class StageKind:
     function: Callable[..., dict[str, Any]]  # writes the artifact's files and returns its summary
     makes: type[Artifact] | UnionType  # the artifact's type; a union where the choices decide which
     revision: int
-    """Raised when the same choices would now give another result, since code is not fingerprinted."""
+    """Raised when the same choices would now give another result, since code is not
+    fingerprinted."""
     cpus: Callable[[Resources], float]
     """Ray CPUs of the stage's task; 0 if it only drives ranks or tasks, which bring their own."""
     gpus: Callable[[Resources], float] = lambda resources: 0
@@ -91,7 +94,8 @@ class StageKind:
         return any(issubclass(one, wanted) for one in made)
 
     def arguments(self, artifacts: Mapping[str, Artifact], **context: Any) -> dict[str, Any]:
-        """The function's inputs, each as the type that its parameter names, and what it uses of the context."""
+        """The function's inputs, each as the type that its parameter names, and what it uses of the
+        context."""
         named = inspect.signature(self.function).parameters
         arguments = {name: value for name, value in context.items() if name in named}
         rest = {}

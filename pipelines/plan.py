@@ -53,7 +53,8 @@ def open_store(loaded: Loaded) -> Store:
 
 @contextmanager
 def use_tracking(loaded: Loaded) -> Iterator[str]:
-    """Set MLflow's address: the recipe's, else the environment's, else that of the embedded store."""
+    """Set MLflow's address: the recipe's, else the environment's, else that of the embedded
+    store."""
     uri = tracking_uri(loaded.recipe.tracking.uri, loaded.recipe.store.workdir)
     before = os.environ.get(TRACKING)
     os.environ[TRACKING] = uri
@@ -66,7 +67,8 @@ def use_tracking(loaded: Loaded) -> Iterator[str]:
 
 
 def plan(loaded: Loaded) -> list[PlanRow]:
-    """Return what `run` would do; of files only presence and size are looked at, which `run` reads whole."""
+    """Return what `run` would do; of files only presence and size are looked at, which `run` reads
+    whole."""
     store = open_store(loaded)
     with use_tracking(loaded):
         stages = build(loaded.recipe)
@@ -80,7 +82,8 @@ def plan(loaded: Loaded) -> list[PlanRow]:
 
 
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
-    """Return the artifacts of the stages that are done, by label; those `known` are not looked at again.
+    """Return the artifacts of the stages that are done, by label; those `known` are not looked at
+    again.
 
     On a local root every byte is read; of a remote one names and sizes are compared, since workers
     verify what they use. `repair` puts damaged artifacts aside, so that their stages run again.
@@ -113,7 +116,8 @@ def _newest(store: Store, name: str) -> Manifests:
 def _examine(
     store: Store, stage: Stage, newest: Callable[[str], Manifests], *, hashes: bool
 ) -> tuple[PlanRow, Artifact | None]:
-    """A stage's row, and its artifact if it is done; `newest` finds a name's newest manifests by label."""
+    """A stage's row, and its artifact if it is done; `newest` finds a name's newest manifests by
+    label."""
 
     def row(state: State, why: str, seconds: float | None) -> PlanRow:
         return PlanRow(stage.label, state, why, stage.fingerprint, seconds)
@@ -136,6 +140,7 @@ def _examine(
 
 
 def _in_words(stage: Stage, change: str) -> str:
-    """Name the stage instead of fingerprints: `inputs.corpus: 12ab -> 34cd`: `its input pack changes`."""
+    """Name the stage instead of fingerprints: `inputs.corpus: 12ab -> 34cd`: `its input pack
+    changes`."""
     name = change.split(":")[0].removeprefix("inputs.")
     return f"its input {stage.inputs[name].label} changes" if name in stage.inputs else change

@@ -93,7 +93,8 @@ def standalone(
     """Make the recipe that evaluates one model with a suite's evaluations and held-out documents.
 
     Args:
-        evals: names of evaluations, with the suite's choices where it has them; all of its if empty.
+        evals: names of evaluations, with the suite's choices where it has them; all of its if
+            empty.
         documents: glob of text files to measure on instead of the suite's documents.
         overrides: as in `load`; with one evaluation, its own fields may stand alone: `seed=1`.
 
@@ -199,7 +200,8 @@ class _Reader:
         self.data: dict[str, Any] = data
 
     def override(self, text: str) -> None:
-        """Put one `a.b.c=value` into the data; RecipeError without `=` or where there is no such item."""
+        """Put one `a.b.c=value` into the data; RecipeError without `=` or where there is no such
+        item."""
         path, equals, value = text.partition("=")
         if not equals or not path:
             message = "write it as field=value, e.g. finetune.steps=4"

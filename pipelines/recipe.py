@@ -1,4 +1,5 @@
-"""The recipe's schema: each choice of a pipeline with its meaning and default, and how sections agree.
+"""The recipe's schema: each choice of a pipeline with its meaning and default, and how sections
+agree.
 
 pipelines/reader.py reads recipes from files. `longreach config schema` prints these classes for
 editors, and docs/hooks.py makes the reference from them: the text below a field is what users read.
@@ -36,7 +37,8 @@ SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")  # names that become names of f
 
 
 class _Evaluations(Choices):
-    """What is measured: each evaluation that has a section runs on the models that the section names."""
+    """What is measured: each evaluation that has a section runs on the models that the section
+    names."""
 
     def chosen(self) -> dict[str, EvalChoices]:
         """Return the evaluations that have a section, by name."""
@@ -68,7 +70,8 @@ class StoreRecipe(Choices):
 
 
 class PriceRecipe(Choices):
-    """What a training rank costs: with it the report shows money and energy, from wall-clock time."""
+    """What a training rank costs: with it the report shows money and energy, from wall-clock
+    time."""
 
     price_per_hour: float | None = Field(default=None, gt=0)
     """Price of one rank for an hour, in `currency`."""
@@ -134,7 +137,8 @@ class Recipe(Choices):
         return [(section, name) for section, models in names.items() for name in models]
 
     def seeded_variants(self) -> dict[str, VariantRecipe]:
-        """Return every variant by its model's name: of an arm with several seeds there is one for each."""
+        """Return every variant by its model's name: of an arm with several seeds there is one for
+        each."""
         trainings = self.finetune.seeded_arms() if self.finetune else {}
         variants = {}
         for name, variant in self.variants.items():

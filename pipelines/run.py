@@ -1,4 +1,5 @@
-"""Run a recipe: reuse what is published and whole, run the rest as Ray tasks once their inputs are published.
+"""Run a recipe: reuse what is published and whole, run the rest as Ray tasks once their inputs are
+published.
 
 When nothing is left to do no Ray is started. One run of a recipe at a time: a lease, kept by a
 heartbeat counter (infra/lease.py). MLflow only watches: stages write events to local files, and a
@@ -54,7 +55,8 @@ WORKERS_IMPORT = (
     "altair",
     "ray.train.torch",
 )
-"""What is imported once for all workers: the slowest of what they use. The others import the rest themselves."""
+"""What is imported once for all workers: the slowest of what they use. The others import the rest
+themselves."""
 LOOK_AGAIN_S = 5.0
 """How long a stage that another run is making is left alone until it is tried again."""
 READ_BY_THE_DRIVER = ("report", "promote")
@@ -231,7 +233,8 @@ def _decision(artifacts: dict[str, Artifact]) -> Decision | None:
 
 
 def _run_missing(run: _Run) -> None:
-    """Run what is not published, while MLflow's mirror follows; the report goes to MLflow as well."""
+    """Run what is not published, while MLflow's mirror follows; the report goes to MLflow as
+    well."""
     recipe = run.loaded.recipe
     pipeline = run.spool("=pipeline.jsonl", run.id, None, recipe.name, "pipeline", {"commit": git_commit()})
     mirror = start_mirror(run.spool_folder, os.environ[TRACKING]) if recipe.tracking.enabled else None
@@ -298,7 +301,8 @@ class _Driver:
         self.ended: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
         """Stages that Ray is done with, and their futures."""
         self.elsewhere: dict[str, tuple[float, str, Path]] = {}
-        """Label of a stage that another run is making -> when to look again, who that is, the stage's event file."""
+        """Label of a stage that another run is making -> when to look again, who that is, the
+        stage's event file."""
         self.runs: dict[str, str] = {}  # label -> the stage's own MLflow run
         self.causes: dict[str, str] = {}
         """Label of a stage that was not run -> label of the failed stage before it."""
@@ -366,7 +370,8 @@ class _Driver:
         self.running[stage.label] = spool
 
     def _look_again(self) -> None:
-        """Try stages again that another run was making: its result is taken, or its place if it died."""
+        """Try stages again that another run was making: its result is taken, or its place if it
+        died."""
         for label, (when, other, spool) in list(self.elsewhere.items()):
             if time.monotonic() > when and self.run.stopping.until_s is None:
                 self.elsewhere[label] = (math.inf, other, spool)  # not again until this look has ended
@@ -428,7 +433,8 @@ class _Driver:
 
 
 def _report_on_the_rest(run: _Run) -> None:
-    """Report on what was done, and on what failed: an arm that ran out of memory is a result too."""
+    """Report on what was done, and on what failed: an arm that ran out of memory is a result
+    too."""
     failed = run.outcome.failed
     (whole,) = (stage for stage in run.stages if stage.name == "report")
     done = [stage for stage in whole.inputs.values() if stage.label not in failed]

@@ -28,7 +28,8 @@ class Stopping:
     until_s: float | None = None  # when the time to save is over, by time.monotonic(); None: nobody asked
 
     def listen(self) -> None:
-        """Handle the signals from now on; not Ctrl-C if it is ignored, as in a script's background."""
+        """Handle the signals from now on; not Ctrl-C if it is ignored, as in a script's
+        background."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:

@@ -28,7 +28,8 @@ class Stage:
     label: str  # its name for people, e.g. `finetune[lora]`: unique in a pipeline, and no part of identity.
     recipe: Choices  # the section of the recipe that changes its result
     inputs: Mapping[str, Stage] = field(default_factory=dict)
-    """The stages whose artifacts it reads, by the function's parameters or by keys of its one Mapping."""
+    """The stages whose artifacts it reads, by the function's parameters or by keys of its one
+    Mapping."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Content digests of data that comes from outside of the store."""
     after: tuple[Stage, ...] = ()
@@ -45,7 +46,8 @@ class Stage:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the fingerprint is made of, in plain data: the manifest keeps it, `plan` compares it."""
+        """What the fingerprint is made of, in plain data: the manifest keeps it, `plan` compares
+        it."""
         return {
             "stage": self.name,
             "revision": self.kind.revision,
@@ -56,7 +58,8 @@ class Stage:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The identity's hash in 32 hexadecimal digits; ValueError if JSON cannot hold a choice in exactly one way."""
+        """The identity's hash in 32 hexadecimal digits; ValueError if JSON cannot hold a choice in
+        exactly one way."""
         return digest_of(self.identity)
 
     def __getstate__(self) -> dict[str, Any]:

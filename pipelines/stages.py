@@ -1,8 +1,9 @@
-"""The chain, stage by stage: what each may choose, what it reads and makes, and how it calls training/.
+"""The chain, stage by stage: what each may choose, what it reads and makes, and how it calls
+training/.
 
-evaluate, release, costs, promote and report have files of their own. Which stages a recipe needs, and in
-what order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a file,
-one line in STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported
+evaluate, release, costs, promote and report have files of their own. Which stages a recipe needs,
+and in what order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a
+file, one line in STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported
 inside the functions, so that `longreach plan` stays quick.
 
     longreach run quickstart
@@ -92,7 +93,8 @@ class PackStageRecipe(Choices):
 
 @stage(makes=PackedCorpus, revision=3, cpus=lambda resources: 1)
 def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: StageRun) -> dict[str, Any]:
-    """Pack with Ray tasks if there is a cluster, else with threads of this process: the rows are the same.
+    """Pack with Ray tasks if there is a cluster, else with threads of this process: the rows are
+    the same.
 
     Relative globs start at the working directory. The summary leaves out the list of malformed
     entries.
@@ -131,7 +133,8 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
 def finetune(
     corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: FinetuneStageRecipe, resources: Resources, run: StageRun
 ) -> dict[str, Any]:
-    """Train one arm from the stretched base: an adapter, or a whole model if everything is tuned."""
+    """Train one arm from the stretched base: an adapter, or a whole model if everything is
+    tuned."""
     return _train("finetune", corpus, base, recipe, resources, run)
 
 
@@ -139,7 +142,8 @@ def finetune(
 def pretrain(
     corpus: PackedCorpus, base: TokenizerFolder, *, recipe: PretrainStageRecipe, resources: Resources, run: StageRun
 ) -> dict[str, Any]:
-    """Train a Llama from scratch, or the base again, with an attention sink (2309.17453, section 3.3).
+    """Train a Llama from scratch, or the base again, with an attention sink (2309.17453, section
+    3.3).
 
     Arms without a sink token read the same rows without it, and leave with a tokenizer that adds
     none.
@@ -222,7 +226,8 @@ class StretchRecipe(Choices):
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
 def stretch(model: ModelCheckpoint, base: ModelCheckpoint, *, recipe: StretchRecipe, out: Path) -> dict[str, Any]:
-    """Write the model again with another stretch in its config.json; on a local disk its weights are links."""
+    """Write the model again with another stretch in its config.json; on a local disk its weights
+    are links."""
     from longreach.training.model import restretched
 
     config = restretched(model.path, base.path, recipe.rope)

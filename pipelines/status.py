@@ -64,7 +64,8 @@ def newest_report(store: Store, only: Collection[str] | None = None) -> dict[str
 
 
 def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
-    """Whether a manifest is the report of these stages, or of those among them that did not fail."""
+    """Whether a manifest is the report of these stages, or of those among them that did not
+    fail."""
     if report["fingerprint"] in fingerprints:
         return True
     identity = report["identity"]

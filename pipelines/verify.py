@@ -1,4 +1,5 @@
-"""The models that `longreach verify-attention` tries: a folder's, or a tiny one for each arm of a recipe.
+"""The models that `longreach verify-attention` tries: a folder's, or a tiny one for each arm of a
+recipe.
 
 longreach verify-attention quickstart
 """

@@ -66,7 +66,8 @@ def file_name(label: str) -> str:
 
 
 def execute(task: Task) -> Done:
-    """Run a stage in an attempt of its own and publish what it made; only look where another run is making it.
+    """Run a stage in an attempt of its own and publish what it made; only look where another run is
+    making it.
 
     ValueError: this node has another version of longreach, or the stage refuses its choices.
     CorruptArtifact: an input is damaged.

@@ -27,7 +27,8 @@ from longreach.attention.pattern import Pattern
 
 
 class AttentionRecipe(Pattern):
-    """Which keys a query may see while training; evaluation is always full causal attention (LongLoRA, section 3.2).
+    """Which keys a query may see while training; evaluation is always full causal attention
+    (LongLoRA, section 3.2).
 
     A recipe's section is an instance of a subclass: of `section("grouped")`, say, which is the
     pattern with the fields below.

@@ -1,4 +1,5 @@
-"""The model that an arm starts from: base or fresh weights, stretched, fitted to the rows, with LoRA.
+"""The model that an arm starts from: base or fresh weights, stretched, fitted to the rows, with
+LoRA.
 
 All arms of a comparison start from the same weights; what an arm changes is done last. The loop
 sets the attention pattern, since it may change while training.
@@ -62,7 +63,8 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
 def _to_pretrain(
     job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a new model, or the base, with its sink; and a tokenizer that adds a sink token or none.
+    """Return a new model, or the base, with its sink; and a tokenizer that adds a sink token or
+    none.
 
     Every sink arm gets the sink token's embedding row, so that all start from the same weights.
     """
@@ -96,7 +98,8 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
 
 
 def train_sink_alone(model: PreTrainedModel, token_id: int | None) -> None:
-    """Leave nothing to train but the sink: the embedding of a token, or without one the softmax's logits.
+    """Leave nothing to train but the sink: the embedding of a token, or without one the softmax's
+    logits.
 
     Other tokens' embeddings are rows of the same tensor: without a gradient and without weight
     decay AdamW leaves them exactly as they are.

@@ -1,4 +1,5 @@
-"""Chats and instructions: which columns hold them, and their tokens by the model's own chat template.
+"""Chats and instructions: which columns hold them, and their tokens by the model's own chat
+template.
 
 Four forms are known by their columns (FORMS), or named by a source's `format`:
 
@@ -189,7 +190,8 @@ class Encoded(NamedTuple):
 
 
 def check_packable(method: str, has_template: bool) -> None:
-    """Raise ValueError where that method cannot pack chats, or the base has no template for them."""
+    """Raise ValueError where that method cannot pack chats, or the base has no template for
+    them."""
     if method != "best_fit":
         raise ValueError(
             f"corpus.sources hold chats, which pack.method {method!r} would join with what stands before them: pack "
@@ -218,9 +220,11 @@ class Chats:
         self.swallows = any(token.lstrip or token.rstrip for token in special)
 
     def encode(self, conversation: Conversation, most: int | None = None, parse: bool = False) -> Encoded:
-        """Return a chat's tokens, at most so many: of a longer one the first turns, up to an answer.
+        """Return a chat's tokens, at most so many: of a longer one the first turns, up to an
+        answer.
 
-        parse: what a message says may be special tokens, which end turns and begin others; otherwise it is text.
+        parse: what a message says may be special tokens, which end turns and begin others;
+        otherwise it is text.
 
         Raises:
             ValueError: the template refuses the chat, or does not show where answers stand.
@@ -245,7 +249,8 @@ class Chats:
         return Encoded(ids[:kept], ~predicted[:kept], len(ids) - kept)
 
     def _apart(self, value: Any) -> Any:
-        """Return what a message says, with APART in the special tokens that it spells: they are none."""
+        """Return what a message says, with APART in the special tokens that it spells: they are
+        none."""
         if isinstance(value, str):
             return self.special.sub(lambda found: found[0][0] + APART + found[0][1:], value)
         if isinstance(value, Mapping):
@@ -313,7 +318,8 @@ class Chats:
         return text, [(max(begin, first), end) for begin, end in spans if end > first]
 
     def _by_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Return what the template writes, and where answers stand: from the prompt to their end."""
+        """Return what the template writes, and where answers stand: from the prompt to their
+        end."""
         whole, _ = self._render(conversation)
         spans = []
         for number, message in enumerate(conversation.messages):

@@ -46,7 +46,8 @@ class Checkpoints:
         Args:
             identity: of the run; checkpoints of another one are passed over.
             earlier: folders of earlier attempts, which are only read.
-            share: where nodes that do not see this disk exchange checkpoints; then `earlier` is not read.
+            share: where nodes that do not see this disk exchange checkpoints; then `earlier` is not
+                read.
         """
         self.folder = folder
         self.identity = identity

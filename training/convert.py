@@ -86,7 +86,8 @@ def source_digest(source: str, revision: str | None = None) -> str:
 
 
 def trained_length(source: str) -> int | None:
-    """Return how many positions the model behind `source` has; None if only converting it tells, as of a hub's."""
+    """Return how many positions the model behind `source` has; None if only converting it tells, as
+    of a hub's."""
     kind, _, name = source.partition(":")
     if kind == "package" and name in PACKAGES:
         return PACKAGES[name].context_length

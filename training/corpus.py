@@ -85,7 +85,8 @@ def pack_corpus(
     progress is called with the number of documents done so far.
 
     Raises:
-        ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a document;
+        ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a
+        document;
             nothing to train on; a tokenizer without the special tokens that are asked for; training
             documents that repeat more than corpus.max_overlap of a held-out one.
     """
@@ -130,7 +131,8 @@ def pack_corpus(
 
 
 def write_whole_rows(out: Path, corpus: Path | str, *, seq_len: int, rows: int) -> None:
-    """Write a PackedCorpus of other rows of the same tokens: each is one run, whatever documents it is made of.
+    """Write a PackedCorpus of other rows of the same tokens: each is one run, whatever documents it
+    is made of.
 
     Padding counts as tokens, and a small corpus is repeated: for measuring what rows cost, not for
     training.
@@ -158,7 +160,8 @@ def _context_bins(counts_C: np.ndarray) -> tuple[ContextBin, ...]:
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Return the tokenizer, with a sink token if wanted, and the id that opens a row or document."""
+    """Return the tokenizer, with a sink token if wanted, and the id that opens a row or
+    document."""
     if kind == "sink":
         return with_sink_token(tokenizer)
     if kind == "none":
@@ -245,7 +248,8 @@ class CorpusIndex:
         check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
 
     def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return starts in the scratch file and lengths with EOS, [D] each, of a split (None: all)."""
+        """Return starts in the scratch file and lengths with EOS, [D] each, of a split (None:
+        all)."""
         lengths = np.array(self.lengths, np.int64)
         starts = 1 + np.cumsum(lengths + 1) - (lengths + 1)
         chosen = np.array([split in (None, s) for s in self.splits])
@@ -281,7 +285,8 @@ class CorpusIndex:
         return starts_D[chosen], lengths_D[chosen]
 
     def _shares(self) -> list[SourceShare]:
-        """Return what each source gave; ValueError if one that has training documents gave nothing."""
+        """Return what each source gave; ValueError if one that has training documents gave
+        nothing."""
         shares = []
         for number, source in enumerate(self.corpus.sources):
             kept, left_out = self._training(number)
@@ -389,7 +394,8 @@ def _tokenise(
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Write the documents' tokens and words to the scratch files, and what they are to the index."""
+    """Write the documents' tokens and words to the scratch files, and what they are to the
+    index."""
     owners: deque[np.ndarray] = deque()  # of the texts of each batch under way: indices of documents
     last, written = -1, 0
     eos: int = encoders.tokenizer.eos_token_id
@@ -447,7 +453,8 @@ def _pieces(items: Iterable[Document | BadLine], index: CorpusIndex, encoders: E
 
 
 def _batches(pieces: Iterable[Piece], owners: deque[np.ndarray]) -> Iterator[Batch]:
-    """Yield batches of texts, about BATCH_CHARS each; append the document of each text to `owners`."""
+    """Yield batches of texts, about BATCH_CHARS each; append the document of each text to
+    `owners`."""
     texts: list[str] = []
     owner: list[int] = []
     chars, encoder = 0, None
@@ -470,7 +477,8 @@ def _batches(pieces: Iterable[Piece], owners: deque[np.ndarray]) -> Iterator[Bat
 
 
 def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overlap, ...] | None:
-    """Return the largest overlaps; ValueError if one is over corpus.max_overlap, None if nobody looks for them."""
+    """Return the largest overlaps; ValueError if one is over corpus.max_overlap, None if nobody
+    looks for them."""
     if not index.compared:
         return None
     counts = np.array(index.words, np.int64)
@@ -510,12 +518,14 @@ def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overl
 
 
 def _mapped(file: IO[bytes], dtype: type = np.int32) -> np.ndarray:
-    """Map all tokens anew for each batch: while a mapping lives, what is read counts as our memory."""
+    """Map all tokens anew for each batch: while a mapping lives, what is read counts as our
+    memory."""
     return np.memmap(file, dtype, "r")
 
 
 def _write_rows(folder: Path, rows: Rows, scratch: Scratch, chats: bool) -> np.ndarray:
-    """Write the rows; return the number of targets by how many tokens of their own run they see, [C] int64."""
+    """Write the rows; return the number of targets by how many tokens of their own run they see,
+    [C] int64."""
     row_bytes = 8 * rows.seq_len
     in_shard, in_batch = max(1, SHARD_BYTES // row_bytes), max(1, WRITE_BYTES // row_bytes)
     schema, contexts_C = ROW, np.zeros(rows.seq_len, np.int64)

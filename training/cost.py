@@ -40,9 +40,11 @@ ATTENTION_BACKWARD = 2.5
 """FLOPs of the attention kernel backward over forward: FlashAttention computes 2 products (scores,
 values) forward and 5 backward (the scores again, and gradients of q, k, v and the scores)."""
 BACKWARD_TRAFFIC = 2
-"""Bytes that elementwise operations move backward over those forward: they read the saved input and the gradient."""
+"""Bytes that elementwise operations move backward over those forward: they read the saved input and
+the gradient."""
 PASSES = 3
-"""Floats that an elementwise operation moves for each that it returns: about two are read and one is written."""
+"""Floats that an elementwise operation moves for each that it returns: about two are read and one
+is written."""
 LOSS_PASSES = 12
 """Memory passes over the logits in training/loss.py: the matmul writes 1, the maximum reads 1,
 subtracting and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets
@@ -60,9 +62,11 @@ PREFETCH_NUMBERS = 5e7
 LIVE_NUMBERS = 1e9
 """Weights that ZeRO-3 keeps whole on each GPU at most (DeepSpeed's stage3_max_live_parameters)."""
 PROCESS_GIB = 0.65
-"""Memory of a rank with torch, DeepSpeed and Ray before it has a model, where none was measured (RESULTS.md)."""
+"""Memory of a rank with torch, DeepSpeed and Ray before it has a model, where none was measured
+(RESULTS.md)."""
 KNOWN_WITHIN = 0.02
-"""A model whose number of parameters differs more from the counted one is no Llama, and not predicted."""
+"""A model whose number of parameters differs more from the counted one is no Llama, and not
+predicted."""
 
 
 @dataclass(frozen=True)
@@ -155,18 +159,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank does in a second while all work, as `calibrate` measured it or a data sheet says."""
+    """What a rank does in a second while all work, as `calibrate` measured it or a data sheet
+    says."""
 
     matmul: float  # FLOP/s of the model's own matrices
     attention: float  # FLOP/s of the attention kernel in the forward pass
     attention_backward: float
     bytes: float
-    """Bytes/s that elementwise operations read and write, counted by PASSES and BACKWARD_TRAFFIC."""
+    """Bytes/s that elementwise operations read and write, counted by PASSES and
+    BACKWARD_TRAFFIC."""
     process_gib: float  # memory of a rank before it has a model
     exchange: float | None = None
     """Bytes/s of a tensor that all ranks add up (all-reduce); None for a rank alone."""
     host: float | None = None
-    """Bytes/s between a GPU and its host's memory, for what is offloaded; None where that was not measured."""
+    """Bytes/s between a GPU and its host's memory, for what is offloaded; None where that was not
+    measured."""
     latency: float = 0.0
     """Seconds of an all-reduce of next to nothing; 0 where the measured `exchange` includes it."""
 
@@ -196,7 +203,8 @@ def predict(
     """Predict a step of `rows` rows on all ranks together.
 
     Args:
-        document: mean length in tokens of the (isolated) document that a token stands in; None: a whole row.
+        document: mean length in tokens of the (isolated) document that a token stands in; None: a
+            whole row.
     """
     step = _Step(shape, arm, resources, rows, seq_len)
     flops_per_token = step.flops_per_token(document or seq_len)
@@ -277,7 +285,8 @@ class _Step:
         return seconds
 
     def _all_reduced(self, weights: int, trained: int) -> float:
-        """Return the volume of the collectives: an all-gather or a reduce-scatter counts 1/2 all-reduce.
+        """Return the volume of the collectives: an all-gather or a reduce-scatter counts 1/2
+        all-reduce.
 
         weights and trained: numbers (or collectives) of the whole model, and of what is trained.
         """
@@ -293,7 +302,8 @@ class _Step:
         return self.passes * trained + 2 * self.passes * weights / 2
 
     def _all_to_all_per_token(self) -> float:
-        """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce units.
+        """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce
+        units.
 
         Ranks that share a row exchange q, k, v and the attention's result of each layer, in the
         forward pass, its repetition and the backward pass (attention/ulysses.py).
@@ -393,7 +403,8 @@ def what_would_fit(resources: Resources, seq_len: int, error: str) -> str:
 
 
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens above which rates change little, by device: with fewer, a GPU waits for its kernels to be launched."""
+"""Tokens above which rates change little, by device: with fewer, a GPU waits for its kernels to be
+launched."""
 CALIBRATION_LAYERS = 4
 """Layers kept alive during the bandwidth test, so that their data exceeds every cache."""
 CALIBRATION_EXCHANGE_BYTES = 32 * 2**20
@@ -410,7 +421,8 @@ def measure_and_predict(
     document: float,
     process_gib: float,
 ) -> tuple[Machine | None, Prediction | None]:
-    """Return what a rank does in a second, measured, and what a step should cost; every rank calls it.
+    """Return what a rank does in a second, measured, and what a step should cost; every rank calls
+    it.
 
     Both are None for an architecture that this counting does not know: one whose `parameters`,
     without LoRA's, are others. document: mean length of the document that a token stands in.
@@ -465,7 +477,8 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
 def calibrate(
     shape: Shape, *, tokens: int, span: int, process_gib: float, device: torch.device, dtype: torch.dtype
 ) -> Machine:
-    """Measure what this rank does in a second, each kind of work by itself, while all ranks do the same.
+    """Measure what this rank does in a second, each kind of work by itself, while all ranks do the
+    same.
 
     tokens are those of one forward pass, span those of the document or group within which attention
     works. Of both no more than CALIBRATION_TOKENS are tried, which a rank that trains has room for.

@@ -84,7 +84,8 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
     """Yield all sources in their order, files by sorted path; relative globs start at base_dir.
 
     Raises:
-        ValueError: a package is not installed, a glob finds nothing, a file type or column is unknown.
+        ValueError: a package is not installed, a glob finds nothing, a file type or column is
+        unknown.
     """
     files = _files(corpus, Path(base_dir))
     for number, source in enumerate(corpus.sources):
@@ -261,7 +262,8 @@ class TextFile:
 
 
 def escaped(name: str) -> str:
-    """Return a name as UTF-8 can write it: a byte that is none becomes `\\xe9`, on every machine the same."""
+    """Return a name as UTF-8 can write it: a byte that is none becomes `\\xe9`, on every machine
+    the same."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -385,7 +387,8 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
 
 
 def _dataset(source: SourceRecipe, base_dir: Path) -> Path | str | None:
-    """Return the folder of a local dataset, the hub id of another, or None where the source is something else."""
+    """Return the folder of a local dataset, the hub id of another, or None where the source is
+    something else."""
     if source.dataset is not None:
         folder = base_dir / source.dataset
         return folder if folder.is_dir() else source.dataset

@@ -103,10 +103,11 @@ def save_adapter(model: PeftModel, out: Path) -> None:
 def _of_the_whole_base(
     config: LoraConfig, tensors: dict[str, torch.Tensor], taken_out: Mapping[str, torch.Tensor]
 ) -> LoraConfig:
-    """Turn a PiSSA adapter in place into a LoRA of twice the rank on the untouched base; return its config.
+    """Turn a PiSSA adapter in place into a LoRA of twice the rank on the untouched base; return its
+    config.
 
-    PiSSA trains B A on W - B0 A0, which nobody has: B A - B0 A0 = [B, -B0] [A; A0] is the same on W (peft calls it
-    `subtract_mutated_init`).
+    PiSSA trains B A on W - B0 A0, which nobody has: B A - B0 A0 = [B, -B0] [A; A0] is the same on W
+    (peft calls it `subtract_mutated_init`).
     """
     for name, start in taken_out.items():
         key, start = name.replace(".default.", "."), start.cpu()

@@ -25,7 +25,8 @@ EXTRA = 0.5
 BINS_PER_OCTAVE = 4
 TAIL_OF_ROW = 1 / 4
 MOST = 9.0
-"""Largest extra weight: a bin of three targets in a corpus must not make up half of a step's loss."""
+"""Largest extra weight: a bin of three targets in a corpus must not make up half of a step's
+loss."""
 
 
 def context_counts(lengths: np.ndarray, seq_len: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Documents that a rule makes from a seed: texts whose right prediction is known, for controls of what is measured.
+"""Documents that a rule makes from a seed: texts whose right prediction is known, for controls of
+what is measured.
 
 Bigram-Backcopy (Guo et al., "Active-Dormant Attention Heads", arXiv:2410.13835, section 2) is the
 smallest task on which attention sinks form. Each document begins with the same symbol. Then the
@@ -28,11 +29,13 @@ OPENING = "^"
 SYMBOLS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 """The symbols in their order; the first ones are the triggers."""
 CONCENTRATION = 0.1
-"""Of the Dirichlet distribution that draws each row of the bigram table: about three likely successors of 32."""
+"""Of the Dirichlet distribution that draws each row of the bigram table: about three likely
+successors of 32."""
 
 
 def names(recipe: GeneratedRecipe) -> list[str]:
-    """Return the names of the documents, in order: the rule, the number of tokens, the document's own number."""
+    """Return the names of the documents, in order: the rule, the number of tokens, the document's
+    own number."""
     return [f"{recipe.rule}-{recipe.tokens}-{n}" for n in range(recipe.documents)]
 
 

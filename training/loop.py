@@ -55,11 +55,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     Every rank calls it, with the process group up.
 
     Raises:
-        ValueError: choices that contradict each other, the corpus or the base.
-        FloatingPointError: too many steps in a row had to be skipped; names them and their rows.
-        Superseded, Stopped: a newer attempt took over; it was asked to stop, and wrote a checkpoint.
-        OutOfMemory: says what would fit.
-        RuntimeError: the pattern is not on, or the result is not what was trained.
+        ValueError: choices that contradict each other, the corpus or the base. FloatingPointError:
+        too many steps in a row had to be skipped; names them and their rows. Superseded, Stopped: a
+        newer attempt took over; it was asked to stop, and wrote a checkpoint. OutOfMemory: says
+        what would fit. RuntimeError: the pattern is not on, or the result is not what was trained.
     """
     choices = TrainJob.model_validate(job)
     try:
@@ -234,7 +233,8 @@ class Training:
         return batches
 
     def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float, float]:
-        """Return (targets, their weight, tokens) of the step over all ranks; save and stop if asked to.
+        """Return (targets, their weight, tokens) of the step over all ranks; save and stop if asked
+        to.
 
         The loss is one weighted mean over the targets of the global batch, however they are spread
         over ranks and micro-batches; so the ranks have to know their weight before the first

@@ -120,7 +120,8 @@ def count_targets(labels_BT: Tensor) -> int:
 
 
 def weight_of_targets(batch: dict[str, Tensor]) -> float:
-    """Return the sum of a batch's loss weights over its targets: their number, where it has none."""
+    """Return the sum of a batch's loss weights over its targets: their number, where it has
+    none."""
     labels_BT, weights_BT = batch["labels"], batch.get("weights")
     if weights_BT is None:
         return count_targets(labels_BT)
@@ -158,7 +159,8 @@ class TokenLoss(nn.Module):
     ) -> Tensor:
         """Return scale * summed token loss of [B, T] rows; labels and their weights are unshifted.
 
-        documents: positions that restart at each document, where position_ids skip (attention/hf.py).
+        documents: positions that restart at each document, where position_ids skip
+        (attention/hf.py).
         """
         lm: Any = causal_lm(self.model)
         apart = {} if documents is None else {"documents": documents}

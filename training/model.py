@@ -50,7 +50,8 @@ def load_model(
 
 
 def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTrainedConfig:
-    """Return a model's config with another stretch than it was trained with, counted from its base's positions.
+    """Return a model's config with another stretch than it was trained with, counted from its
+    base's positions.
 
     ValueError if the base cannot be stretched so.
     """

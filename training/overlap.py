@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from datasketch import MinHash
 
 N = 5
-"""Words of a run, as in RefinedWeb (arXiv:2306.01116): with 8, one changed word would hide eight runs."""
+"""Words of a run, as in RefinedWeb (arXiv:2306.01116): with 8, one changed word would hide eight
+runs."""
 PASSAGE = 100  # runs of a passage and of a window: shorter ones find shorter quotations, and cost more
 STEP = PASSAGE // 2  # from a window to the next: of a copied passage at least 3 in 4 runs stand in one window
 MIN_WORDS = 50  # shorter held-out documents are not compared: a greeting is no contamination
 PERMUTATIONS, BANDS = 40, 20
-"""A passage and a window that have the part j of all their runs in common (a copy: 0.6 or more) are found with
-the chance 1 - (1 - j^2)^20: j 0.6: 0.9999; 0.33: 0.90; 0.1: 0.18."""
+"""A passage and a window that have the part j of all their runs in common (a copy: 0.6 or more) are
+found with the chance 1 - (1 - j^2)^20: j 0.6: 0.9999; 0.33: 0.90; 0.1: 0.18."""
 BATCH_WORDS = 5000 * STEP  # words of one task, 1.5 MB of text; whole steps, so that cutting moves no window
 
 Repeated = dict[int, np.ndarray]
@@ -60,7 +61,8 @@ class Overlap(NamedTuple):
 def find_overlaps(
     words: Callable[[int], np.ndarray], held_out: Iterable[int], training: Iterable[int], workers: int = 0
 ) -> list[Overlap]:
-    """Return the held-out documents that training documents repeat in part, the largest share first.
+    """Return the held-out documents that training documents repeat in part, the largest share
+    first.
 
     words: returns word_hashes of a document by its number; may be a view of a file.
     workers: Ray tasks of one CPU at the same time; 0: this process alone. The result is the same.
@@ -165,7 +167,8 @@ Batch = list[tuple[int, np.ndarray]]
 
 
 def _batches(words: Callable[[int], np.ndarray], documents: Iterable[int]) -> Iterator[Batch]:
-    """Yield documents in order, cut so that the last window of a part and the next part's first overlap."""
+    """Yield documents in order, cut so that the last window of a part and the next part's first
+    overlap."""
     batch: Batch = []
     size = 0
     for document in documents:

@@ -32,7 +32,8 @@ from longreach.training.recipe import PositionsRecipe
 def skip_positions(
     batch: dict[str, Tensor], row_ids: Sequence[int] | np.ndarray, recipe: PositionsRecipe, *, seed: int, step: int
 ) -> dict[str, Tensor]:
-    """Return a batch of whole rows with position_ids that skip, and the plain ones as `documents`."""
+    """Return a batch of whole rows with position_ids that skip, and the plain ones as
+    `documents`."""
     plain_BT = batch["position_ids"]
     added = np.zeros(plain_BT.shape, np.int64)
     for added_T, plain_T, row in zip(added, plain_BT.numpy(), row_ids, strict=True):
@@ -44,7 +45,8 @@ def skip_positions(
 
 
 def _jumps(length: int, recipe: PositionsRecipe, rng: np.random.Generator) -> np.ndarray:
-    """Return what is added to the positions of a run: 0 in its first chunk, then never less than before."""
+    """Return what is added to the positions of a run: 0 in its first chunk, then never less than
+    before."""
     chunks = min(recipe.chunks, length)
     cuts = 1 + np.sort(rng.choice(length - 1, chunks - 1, replace=False))
     added = np.zeros(length, np.int64)

@@ -1,4 +1,5 @@
-"""Files of texts as people have them, an entry at a time: text, JSON, CSV, Parquet; also compressed.
+"""Files of texts as people have them, an entry at a time: text, JSON, CSV, Parquet; also
+compressed.
 
 A file is never in memory as a whole, but for .json, and what it may grow to is bounded
 (SourceRecipe.max_piece_chars, max_growth). What is wrong with an entry, or with all of a file, is

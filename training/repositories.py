@@ -157,7 +157,8 @@ def _files(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def path_fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path fits a pattern, both in parts: `**` is any number of folders, `*` stays in one."""
+    """Whether a path fits a pattern, both in parts: `**` is any number of folders, `*` stays in
+    one."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

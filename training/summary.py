@@ -1,4 +1,5 @@
-"""What trainings, packed corpora and measured costs say of themselves: typed facts, a JSON file in each folder.
+"""What trainings, packed corpora and measured costs say of themselves: typed facts, a JSON file in
+each folder.
 
 Everyone who wants to know what a training cost, or how many rows a corpus has, reads these classes;
 nobody else knows the files' names or keys. No torch here: `longreach plan` reads them in
@@ -199,7 +200,8 @@ class PackSummary(Summary, PackRecipe):
     document_tokens: dict[str, int]  # tokens of the documents' text by split
     longer_than_a_row: int  # training documents that had to be split over rows
     truncated_tokens: int
-    """Tokens that were lost: of chats, whose last turns did not fit; of texts none, which go on in another row."""
+    """Tokens that were lost: of chats, whose last turns did not fit; of texts none, which go on in
+    another row."""
     length_histogram: tuple[LengthBin, ...]
     contexts: tuple[ContextBin, ...] = ()
     """Targets by how many tokens of their own document (of their row, if joined) they see; empty
@@ -209,7 +211,8 @@ class PackSummary(Summary, PackRecipe):
     sources: tuple[SourceShare, ...] = ()
     """The mixture, in the recipe's order; empty in what an older version packed."""
     overlaps: tuple[Overlap, ...] | None = None
-    """Held-out documents of which training documents repeat most, the first of them; None: not looked for."""
+    """Held-out documents of which training documents repeat most, the first of them; None: not
+    looked for."""
     bad: BadEntries
 
 
@@ -224,7 +227,8 @@ class CostCell(Facts):
     """Of each timed step."""
     peak_gib: float = 0.0  # as in TrainingSummary
     predicted_s: float | None = None
-    """What the planner expected of a step, from what these ranks were measured to do; None where it cannot count."""
+    """What the planner expected of a step, from what these ranks were measured to do; None where it
+    cannot count."""
     predicted_gib: float | None = None
     kernel: str = ""
     left_out: str = ""  # why nothing was measured; empty if it was
@@ -271,7 +275,8 @@ class CostsSummary(Summary):
         return [cell for cell in self.cells if (cell.length, cell.arm) == (length, arm) and not cell.left_out]
 
     def seconds_per_1k(self, length: int, arm: str) -> Spread | None:
-        """Return the seconds that 1,000 tokens take, over the steps of all rounds; None if it was left out."""
+        """Return the seconds that 1,000 tokens take, over the steps of all rounds; None if it was
+        left out."""
         seconds = [1000 * s / cell.tokens for cell in self.of(length, arm) for s in cell.seconds]
         return Spread.of(seconds) if seconds else None
 
@@ -290,7 +295,8 @@ class CostsSummary(Summary):
         return (median(seconds), median(gib)) if seconds else None
 
     def times_as_fast(self, length: int, arm: str, other: str) -> Spread | None:
-        """Return how many times as fast as another arm it is, over the rounds; None if one of them was left out.
+        """Return how many times as fast as another arm it is, over the rounds; None if one of them
+        was left out.
 
         Only steps of one round are compared, which ran minutes apart: what disturbs the machine for
         longer cancels.

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARS = 1024
-"""One call of the tokenizer: on books 512 costs the same, 4,096 a quarter more, 65,536 twice as much."""
+"""One call of the tokenizer: on books 512 costs the same, 4,096 a quarter more, 65,536 twice as
+much."""
 PART_CHARS = 1 << 16  # what goes to a worker as one text, or a little more: up to the next cut
 BATCH_CHARS = 1 << 20  # text of one task
 CHECKED_CHARS = 16  # characters on each side of a cut that the assertion encodes
@@ -163,7 +164,8 @@ class Encoder:
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """Return a number for each word of a text, whatever its case, [words] uint32: a tenth of encode's time."""
+    """Return a number for each word of a text, whatever its case, [words] uint32: a tenth of
+    encode's time."""
     words = " ".join(WORD.findall(text.lower())).encode().split()
     return np.fromiter(map(zlib.crc32, words), np.uint32, len(words))
 

@@ -1,4 +1,5 @@
-"""A few steps of one arm at one row length, of which only the cost is kept: the ranks' part of the stage `costs`.
+"""A few steps of one arm at one row length, of which only the cost is kept: the ranks' part of the
+stage `costs`.
 
 The rows are the corpus' tokens, cut to the length that is asked for, each row one run of them: what
 a long document gives. It is the loop of training with nothing saved, so what is measured is what
@@ -30,7 +31,8 @@ KEPT_FREE = 0.05
 """Share of a machine's memory that stays free: Ray kills a process where less is left."""
 
 LOOKS = 10
-"""How often it is looked whether memory is free, a second apart: ranks of the trial before may still be ending."""
+"""How often it is looked whether memory is free, a second apart: ranks of the trial before may
+still be ending."""
 
 
 class Trial(BaseModel):
@@ -52,7 +54,8 @@ class TrialTraining(Training):
 
 
 def measure(trial: dict[str, Any]) -> dict[str, Any]:
-    """Train as a Trial says; rank 0 returns a CostCell's measurements, or why it is `left_out`; the others {}.
+    """Train as a Trial says; rank 0 returns a CostCell's measurements, or why it is `left_out`; the
+    others {}.
 
     Every rank calls it, with the process group up. The first step, which warms up, is not in the
     measurements.
@@ -87,7 +90,8 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait_for_gib(needs_gib: float, *, gpu: bool) -> float:
-    """Return the memory that is free for each rank, once it is enough or does not become so; every rank calls it."""
+    """Return the memory that is free for each rank, once it is enough or does not become so; every
+    rank calls it."""
     for looks_left in reversed(range(LOOKS)):
         free_gib = torch.tensor(_free_gib(gpu), dtype=torch.float64, device="cuda" if gpu else "cpu")
         dist.all_reduce(free_gib, dist.ReduceOp.MIN)
@@ -98,7 +102,8 @@ def _wait_for_gib(needs_gib: float, *, gpu: bool) -> float:
 
 
 def _free_gib(gpu: bool) -> float:
-    """Return the memory that this rank may take: of its GPU, else its part of what is free on its machine."""
+    """Return the memory that this rank may take: of its GPU, else its part of what is free on its
+    machine."""
     if gpu:
         return torch.cuda.mem_get_info()[0] / GIB
     memory = psutil.virtual_memory()

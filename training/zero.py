@@ -1,4 +1,5 @@
-"""Recipe + resources -> a DeepSpeed engine. All of DeepSpeed's config keys and private corners are here.
+"""Recipe + resources -> a DeepSpeed engine. All of DeepSpeed's config keys and private corners are
+here.
 
 AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes
 first. The loss is already divided by the targets of the whole global batch (training/loss.py), so

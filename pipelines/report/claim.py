@@ -1,4 +1,5 @@
-"""What a report says first where the evaluation `gain` was run: what training gained over all that needs none.
+"""What a report says first where the evaluation `gain` was run: what training gained over all that
+needs none.
 
 The yardstick is the untrained base at the best of its own lengths, and beside it the best untrained
 stretch at the arm's length. Which arm and which length are spoken of is decided on the validation
@@ -50,7 +51,8 @@ class Claim:
     """What the arm was chosen from, itself included."""
 
     def sentences(self) -> list[str]:
-        """Say what the arm gains over the base, over stretches and over itself, and what the other arms do."""
+        """Say what the arm gains over the base, over stretches and over itself, and what the other
+        arms do."""
         background = self.background
         text = f"At {self.length:,} tokens"
         if background.trained_length:
@@ -63,7 +65,8 @@ class Claim:
         return [f"{text}.", *self._how_chosen(), *self._others(), *self._at_the_greatest_length(), *self._own()]
 
     def _over_the_best_stretch(self) -> list[str]:
-        """Say how the arm compares with the untrained stretch that is hardest to beat at its length."""
+        """Say how the arm compares with the untrained stretch that is hardest to beat at its
+        length."""
         stretches = over_stretches(self.models, self.background).get(self.name, {})
         there = {
             stretch: by_length[self.length] for stretch, by_length in stretches.items() if self.length in by_length
@@ -85,7 +88,8 @@ class Claim:
         return [f"It is the best of {len(self.candidates)} {kind} on these very documents."]
 
     def _others(self) -> list[str]:
-        """Say how all other arms, and variants of arms, compare with the base at the same length."""
+        """Say how all other arms, and variants of arms, compare with the base at the same
+        length."""
         parts = []
         for name in dict.fromkeys([*self.candidates, *self.background.arms]):
             if name != self.name and self.length in self.over_base.get(name, {}):
@@ -93,21 +97,24 @@ class Claim:
         return [f"At this length against the same base: {'; '.join(parts)}."] if parts else []
 
     def _at_the_greatest_length(self) -> list[str]:
-        """Say how the arm does at the greatest length measured, unless that is the one spoken of."""
+        """Say how the arm does at the greatest length measured, unless that is the one spoken
+        of."""
         greatest = max(self.over_base[self.name])
         if greatest == self.length:
             return []
         return [f"At {greatest:,} tokens {self.name} is {brief_verdict(self.over_base[self.name][greatest])}."]
 
     def _own(self) -> list[str]:
-        """Say what the arm gains over its own shortest context, which training on such texts alone would not give."""
+        """Say what the arm gains over its own shortest context, which training on such texts alone
+        would not give."""
         if self.name not in self.background.arms:
             return []
         own, shortest = over_itself(self.models, self.background, self.name, self.length)
         return [f"With {self.length:,} tokens before it instead of {shortest:,}, {self.name} is {brief_verdict(own)}."]
 
     def ranked(self) -> list[str]:
-        """Return the candidates that were measured at the length, best first after the one that is spoken of."""
+        """Return the candidates that were measured at the length, best first after the one that is
+        spoken of."""
         measured = [name for name in self.candidates if self.length in self.over_base[name]]
         return sorted(measured, key=lambda name: (name != self.name, -self.over_base[name][self.length].nats))
 
@@ -155,7 +162,8 @@ def claim_of(found: Findings) -> Claim | None:
 
 
 def _mean_nll(models: dict[str, EvalScores], background: Background, name: str, length: int, split: str) -> float:
-    """Return an arm's or a stretch's mean NLL on a split, over its seeds; infinite where it was not measured there."""
+    """Return an arm's or a stretch's mean NLL on a split, over its seeds; infinite where it was not
+    measured there."""
     values = []
     for member in background.arms.get(name, (name,)):
         if member in models:
@@ -164,7 +172,8 @@ def _mean_nll(models: dict[str, EvalScores], background: Background, name: str, 
 
 
 def verdict(found: Difference, what: str, *, counts: bool = False) -> str:
-    """Say whether something predicts better than something else, by how much, and how sure that is."""
+    """Say whether something predicts better than something else, by how much, and how sure that
+    is."""
     sure = _interval(found, counts)
     if _is_unsure(found):
         return f"not measurably better or worse than {what} ({found.nats:+.3f} nats per token, {sure})"
@@ -185,7 +194,8 @@ def _is_unsure(found: Difference) -> bool:
 
 
 def _interval(found: Difference, counts: bool = False) -> str:
-    """Return the interval in words, turned around where something is worse, and what it is an interval over."""
+    """Return the interval in words, turned around where something is worse, and what it is an
+    interval over."""
     if not math.isfinite(found.low):
         return "one document, no interval"
     low, high = f"{found.low:+.3f}", f"{found.high:+.3f}"

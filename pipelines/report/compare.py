@@ -1,4 +1,5 @@
-"""Several runs on one page: what differs between their choices, what every model reached, and what it cost.
+"""Several runs on one page: what differs between their choices, what every model reached, and what
+it cost.
 
 A run is read from its published report and the artifacts that this names. Perplexities compare
 where the same tokens of the same texts were scored by models of one base, so the frontier holds the
@@ -87,7 +88,8 @@ LOSSES = (("finetune", "Training", "loss.png"), ("pretrain", "Attention-sink pre
 
 
 def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
-    """(store, manifest of the report) of a recipe, a fingerprint's first digits or a folder; ValueError without one."""
+    """(store, manifest of the report) of a recipe, a fingerprint's first digits or a folder;
+    ValueError without one."""
     path = Path(name).absolute()
     for folder in (path, *path.parents) if path.exists() else ():
         if folder.parent.name == "report" and (folder / MANIFEST).is_file():
@@ -109,7 +111,8 @@ def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
 
 
 def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
-    """The report's manifest whose fingerprint begins so; None without one, ValueError for several."""
+    """The report's manifest whose fingerprint begins so; None without one, ValueError for
+    several."""
     found = [m for m in store.manifests("report") if m["fingerprint"].startswith(prefix)]
     if len(found) > 1:
         raise ValueError(f"{prefix} begins {len(found)} fingerprints in {store.root}: give more digits")
@@ -117,7 +120,8 @@ def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
 
 
 def read(store: Store, manifest: dict[str, Any]) -> Findings:
-    """What a report was made of; of each artifact only the files that are read here are fetched and verified."""
+    """What a report was made of; of each artifact only the files that are read here are fetched and
+    verified."""
     recipe, artifacts = manifest["identity"]["recipe"], {}
     if "labels" in recipe:  # until November 2026 inputs were numbered, and their labels a choice
         raise ValueError(
@@ -136,7 +140,8 @@ def read(store: Store, manifest: dict[str, Any]) -> Findings:
 
 @dataclass(eq=False)
 class Merged(Findings):
-    """The models of several runs, named `run: model`; those that compare come first, the best of them first."""
+    """The models of several runs, named `run: model`; those that compare come first, the best of
+    them first."""
 
     length: int = 0  # the text length at which most models scored the same tokens
     alike: frozenset[str] = frozenset()  # models that scored the same tokens at this length
@@ -149,12 +154,14 @@ class Merged(Findings):
         return self.models
 
     def greatest(self) -> tuple[int, dict[str, float]]:
-        """Return the length, and the perplexities there of the models that scored the same tokens."""
+        """Return the length, and the perplexities there of the models that scored the same
+        tokens."""
         row = self.ppl().get(self.length, {})
         return self.length, {name: row[name]["ppl"] for name in self.models if name in self.alike}
 
     def background(self) -> Background:
-        """Return the first run's base as what all arms of that base are held against, in whichever run."""
+        """Return the first run's base as what all arms of that base are held against, in whichever
+        run."""
         found = super().background()
         base = found.base or ""
         related = [name for name in self.models if self.sources[name] == self.sources.get(base)]
@@ -167,7 +174,8 @@ class Merged(Findings):
 
 
 def merge(runs: dict[str, Findings]) -> Merged:
-    """Return the models of all runs; a model whose artifacts are those of an earlier run is left out."""
+    """Return the models of all runs; a model whose artifacts are those of an earlier run is left
+    out."""
     models: dict[str, Model] = {}
     bases: dict[str, str] = {}
     trained_lengths: dict[str, int] = {}
@@ -212,7 +220,8 @@ def _fingerprints(findings: Findings, name: str) -> frozenset[str]:
 
 
 def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int, frozenset[str]]:
-    """Return the (greatest) length at which most models of one base scored the same tokens, and these models."""
+    """Return the (greatest) length at which most models of one base scored the same tokens, and
+    these models."""
     length, alike = 0, frozenset[str]()
     groups: dict[tuple[int, frozenset[Any]], list[str]] = {}
     for name, model in models.items():
@@ -228,7 +237,8 @@ def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int
 
 
 def headline(found: Merged) -> str:
-    """Say what is gained from context, which model has the best perplexity, and how many do not compare with it."""
+    """Say what is gained from context, which model has the best perplexity, and how many do not
+    compare with it."""
     length, ppl = found.greatest()
     claim = claim_of(found)
     sentences = claim.sentences() if claim else []
@@ -243,7 +253,8 @@ def headline(found: Merged) -> str:
 
 
 def changes(runs: dict[str, Findings]) -> Table:
-    """Return the choices, resources and hosts in which runs differ from the first; shared ones stand once."""
+    """Return the choices, resources and hosts in which runs differ from the first; shared ones
+    stand once."""
     (first, ours), *others = runs.items()
     rows = []
     for run, theirs in others:
@@ -265,7 +276,8 @@ def shortened(names: Sequence[str], most: int) -> str:
 
 
 def _choices(artifact: Artifact) -> dict[str, Any]:
-    """Return what a result or its cost depends on, without other stages' fingerprints, which would repeat it."""
+    """Return what a result or its cost depends on, without other stages' fingerprints, which would
+    repeat it."""
     manifest = artifact.manifest
     choices = {key: manifest["identity"][key] for key in ("revision", "recipe", "digests")}
     return choices | {key: manifest.get(key) for key in ("resources", "host")}

@@ -1,4 +1,5 @@
-"""The report's section on cost by row length: LongLoRA's headline figure, from what the stage `costs` measured."""
+"""The report's section on cost by row length: LongLoRA's headline figure, from what the stage
+`costs` measured."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from longreach.training.summary import CostsSummary, Spread
 
 PREDICTED = "predicted"
 DISTURBED = 1.5
-"""An arm's slowest step at a length over its fastest, above which other work is taken to have run beside them."""
+"""An arm's slowest step at a length over its fastest, above which other work is taken to have run
+beside them."""
 
 
 def cost_by_length(found: Findings, style: Style) -> Section | None:
@@ -30,7 +32,8 @@ def cost_by_length(found: Findings, style: Style) -> Section | None:
 
 
 def costs_in_words(measured: CostsSummary) -> str:
-    """Say how the arms compare with the yardstick at the greatest length at which both were measured."""
+    """Say how the arms compare with the yardstick at the greatest length at which both were
+    measured."""
     other = measured.yardstick
     for length in reversed(measured.lengths):
         ratios = {arm: measured.times_as_fast(length, arm, other) for arm in measured.arms if arm != other}
@@ -114,7 +117,8 @@ def _cell(spread: Spread | None, digits: int, unit: str = "") -> str:
 
 
 def _left_out(measured: CostsSummary) -> list[Block]:
-    """Return what was not measured, and why; an arm that does not fit at a length does not fit at a greater one."""
+    """Return what was not measured, and why; an arm that does not fit at a length does not fit at a
+    greater one."""
     first = {}
     for cell in reversed(measured.cells):
         if cell.left_out:

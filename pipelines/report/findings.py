@@ -1,4 +1,5 @@
-"""What the report's inputs say: artifacts are read once, into models with their training, steps and scores.
+"""What the report's inputs say: artifacts are read once, into models with their training, steps and
+scores.
 
 gather({"convert": artifact, "evaluate[base,perplexity]": another}).ppl()[8192]["base"]["ppl"]
 """
@@ -32,11 +33,13 @@ NOT_RUN = "not run, since "  # the reason of a stage that failed only because on
 
 @dataclass
 class Model:
-    """A baseline, an arm that was fine-tuned or pretrained, or a variant of one, with all that its artifacts say."""
+    """A baseline, an arm that was fine-tuned or pretrained, or a variant of one, with all that its
+    artifacts say."""
 
     name: str
     kind: str
-    """baseline, finetune, pretrain or variant; `failed finetune` or `failed pretrain` where training did not end."""
+    """baseline, finetune, pretrain or variant; `failed finetune` or `failed pretrain` where
+    training did not end."""
     about: str
     of: str = ""
     """The arm that it is a seed of: models that have it in common differ by their seed only. The
@@ -44,7 +47,8 @@ class Model:
     baseline."""
     variant_of: Model | None = None  # the arm that was stretched once more, after its training
     summary: TrainingSummary | None = None
-    """What its training says of itself; None for a baseline, a variant and where training did not end."""
+    """What its training says of itself; None for a baseline, a variant and where training did not
+    end."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
     scores: dict[str, EvalScores] = field(default_factory=dict)  # scores without their cases, by evaluation
@@ -54,7 +58,8 @@ class Model:
     """Whether a baseline is loaded with other positions than it was trained with."""
 
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
-        """Return the rows of an evaluation's scores whose columns have these values; none if it was not evaluated."""
+        """Return the rows of an evaluation's scores whose columns have these values; none if it was
+        not evaluated."""
         if evaluation not in self.scores:
             return []
         return self.scores[evaluation].rows_with(**where)
@@ -75,7 +80,8 @@ class Model:
 
     @property
     def mfu(self) -> float:
-        """A step's FLOPs over what the ranks do meanwhile in plain matrix products; NaN where they were not counted."""
+        """A step's FLOPs over what the ranks do meanwhile in plain matrix products; NaN where they
+        were not counted."""
         predicted, machine = self.training.predicted, self.training.machine
         if predicted is None or machine is None:
             return math.nan
@@ -100,7 +106,8 @@ class Findings:
         return {name: model for name, model in self.models.items() if model.kind in kinds}
 
     def yardstick(self, tune: str) -> Model | None:
-        """Return the first arm that trains `tune` under full attention: the others are measured against it."""
+        """Return the first arm that trains `tune` under full attention: the others are measured
+        against it."""
         for model in self.of("finetune").values():
             arm = model.training.arm
             if arm.tune == tune and arm.attention.pattern == "causal":
@@ -167,7 +174,8 @@ class Findings:
         return None
 
     def greatest(self) -> tuple[int, dict[str, float]]:
-        """Return the greatest length measured, and the compared models' perplexities there, best first, NaN last."""
+        """Return the greatest length measured, and the compared models' perplexities there, best
+        first, NaN last."""
         by_length = self.ppl()
         length = max(by_length, default=0)
         ppl = {name: row["ppl"] for name, row in by_length.get(length, {}).items() if name in self.compared}
@@ -200,7 +208,8 @@ def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[i
 def gather(
     artifacts: Mapping[str, Artifact], prices: PriceRecipe | None = None, failed: Mapping[str, str] | None = None
 ) -> Findings:
-    """Read what the artifacts hold, by label; any may be missing, and ValueError names a malformed file."""
+    """Read what the artifacts hold, by label; any may be missing, and ValueError names a malformed
+    file."""
     findings = Findings(dict(artifacts), prices=prices or PriceRecipe(), failed=dict(failed or {}))
     arms: dict[str, Model] = {}
     firsts: dict[str, Model] = {}  # the first model of those that differ by their seed only
@@ -281,7 +290,8 @@ def _but_for_its_seed(artifact: Artifact) -> str:
 
 
 def _note_failure(findings: Findings, label: str, reason: str) -> None:
-    """Add an arm whose training failed, or say of a model that something else failed by its own fault."""
+    """Add an arm whose training failed, or say of a model that something else failed by its own
+    fault."""
     stage, _, rest = label.removesuffix("]").partition("[")
     name, _, evaluation = rest.partition(",")
     if stage in ("finetune", "pretrain"):
@@ -291,7 +301,8 @@ def _note_failure(findings: Findings, label: str, reason: str) -> None:
 
 
 def brief(reason: str) -> str:
-    """Return why a stage failed, for a table's cell: lack of memory by that name, else the first line, shortened."""
+    """Return why a stage failed, for a table's cell: lack of memory by that name, else the first
+    line, shortened."""
     if re.search(r"out ?of ?memory|low on memory|oom.?kill", reason, re.IGNORECASE):
         return "out of memory"
     return textwrap.shorten(next(iter(reason.splitlines()), "no reason given"), 100, placeholder=" …")
@@ -312,7 +323,8 @@ def thinned(lines: list[str]) -> list[str]:
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names of Pareto's frontier by x: no other point (x, y) is as good in both and better in one."""
+    """Return the names of Pareto's frontier by x: no other point (x, y) is as good in both and
+    better in one."""
     names: list[str] = []
     least = math.inf
     for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
@@ -323,7 +335,8 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
-    """Return a JSON object that has the keys `needed`; ValueError says what the file holds instead."""
+    """Return a JSON object that has the keys `needed`; ValueError says what the file holds
+    instead."""
     path = artifact.path / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

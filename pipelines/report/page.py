@@ -35,7 +35,8 @@ const charts = JSON.parse(document.getElementById("charts").textContent);
 const options = {ast: true, actions: {export: true, source: false, compiled: false, editor: false}};
 charts.forEach((chart, n) => vegaEmbed("#chart" + n, chart, options));
 """
-"""Draws chart n in the element `chartN`. `ast`: Vega interprets its expressions, so that no text is run as code."""
+"""Draws chart n in the element `chartN`. `ast`: Vega interprets its expressions, so that no text is
+run as code."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Page:
             (folder / figure.file).write_bytes(figure.png)
 
     def html(self, *, interactive: bool = False) -> str:
-        """Return the page as HTML; its figures are pictures or, if `interactive`, charts that show their numbers."""
+        """Return the page as HTML; its figures are pictures or, if `interactive`, charts that show
+        their numbers."""
         from markupsafe import Markup
 
         policy, script = POLICY, ""

