@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, CohereConfi
 from longreach.attention import PATTERNS, flash
 from longreach.attention.rope import FAR, Rotary
 from longreach.attention.sink_cache import SinkCache
-from longreach.attention.streamed import _attend, _plain, streamed_attention
+from longreach.attention.streamed import _attend, plain, streamed_attention
 from longreach.evaluation.small_cache import StreamedAttention
 
 D = 16
@@ -94,8 +94,8 @@ def test_the_formula_that_stands_in_for_flash_attention_elsewhere_gives_its_numb
     q, k, v = tensors(20, 3)
     for causal in (True, False):
         future = torch.ones(20, 20, dtype=torch.bool).triu(1) if causal else None
-        for plain, quick in zip(_plain(q, k, v, 0.3, future), _attend(q, k, v, 0.3, causal=causal), strict=True):
-            torch.testing.assert_close(plain, quick, atol=1e-12, rtol=0)
+        for exact, quick in zip(plain(q, k, v, 0.3, future), _attend(q, k, v, 0.3, causal=causal), strict=True):
+            torch.testing.assert_close(exact, quick, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(("T", "N"), [(20, 20), (20, 13), (20, 1)])
@@ -106,7 +106,7 @@ def test_causal_queries_beyond_the_last_key_see_all_keys_by_the_gpu_library_too(
         assert (cu_q, cu_k, longest_q, longest_k) == (None, None, q.shape[1], k.shape[1])
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
-        out, lse = _plain(q, k, v, scale, future if causal else None)
+        out, lse = plain(q, k, v, scale, future if causal else None)
         return out.transpose(1, 2), lse, None, None, None
 
     monkeypatch.setattr(flash, "_forward", by_formula)
@@ -114,7 +114,7 @@ def test_causal_queries_beyond_the_last_key_see_all_keys_by_the_gpu_library_too(
     q, k, v = q[:, :, :T], k[:, :, :N], v[:, :, :N]
     for causal in (True, False):
         future = torch.ones(T, N, dtype=torch.bool).triu(1) if causal else None
-        expected = _plain(q, k, v, 0.3, future)
+        expected = plain(q, k, v, 0.3, future)
         for a, b in zip(flash.dense(q, k, v, 0.3, causal=causal), expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
