@@ -243,7 +243,8 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # The weights are plain tensors by now, but the model calls itself quantised and would not be
     # saved.
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # some versions of transformers remove it themselves
+        del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
