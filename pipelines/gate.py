@@ -92,9 +92,10 @@ class PromoteRecipe(Choices):
         if self.base_ratio is not None and not finetuned:
             message = f"{self.model} was not made from the base: set promote.base_ratio to null"
             yield ("promote", "base_ratio"), message
-        if self.asks_for_gain(recipe) and not finetuned:
-            message = f"{self.model} was not made from the base: set promote.gain_over_base to null"
-            yield ("promote", "gain_over_base"), message
+        if not finetuned:
+            for rule in self._gain_rules(recipe):
+                message = f"{self.model} was not made from the base: set promote.{rule} to null"
+                yield ("promote", rule), message
         if recipe.base.source.startswith(f"models:/{self.name}@"):
             advice = "name the first base, and promote.start_from champion"
             yield ("base", "source"), f"each promotion would change it: {advice}"
@@ -129,6 +130,15 @@ class PromoteRecipe(Choices):
         stretched = [name for name, rope in recipe.baselines.items() if rope.type != "none"]
         return [name for name in stretched if name in models]
 
+    def _gain_rules(self, recipe: Recipe) -> list[str]:
+        """Return those of the two rules about gains that are rules of this recipe."""
+        rules = []
+        if self.asks_for_gain(recipe):
+            rules.append("gain_over_base")
+        if self.stretches(recipe):
+            rules.append("gain_over_stretches")
+        return rules
+
     def _measured(self, recipe: Recipe, rule: str) -> list[str]:
         """Return the models of which a recipe measures what a rule is about."""
         section = recipe.evaluate.chosen().get(MEASURED_BY[rule])
@@ -139,7 +149,7 @@ class PromoteRecipe(Choices):
     def _unmeasured(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         """Yield the rules for which the recipe does not measure what they compare."""
         rules = [rule for rule in MEASURED_BY if getattr(self, rule) not in (None, "auto")]
-        if not rules and not self.asks_for_gain(recipe) and not self.stretches(recipe):
+        if not rules and not self._gain_rules(recipe):
             advice = f"set one of {', '.join(MEASURED_BY)}"
             yield ("promote",), f"has no rule, and would let everything pass: {advice}"
         for rule in rules:
@@ -174,12 +184,10 @@ class PromoteRecipe(Choices):
             yield ("promote", "effective_length"), message
         gains = MEASURED_BY["gain_over_base"]
         gain_lengths = lengths_of(recipe, gains)
-        asked = {"gain_over_base": self.asks_for_gain(recipe), "gain_over_stretches": bool(self.stretches(recipe))}
-        for rule in (rule for rule, is_asked in asked.items() if is_asked):
-            if gain_lengths and target and target not in gain_lengths:
-                message = f"at target_length {target} needs it among evaluate.{gains}.lengths {list(gain_lengths)}"
-                yield ("promote", rule), f"{message}: add it, change target_length, or set the rule to null"
-                break  # one cause, one line
+        gain_rules = self._gain_rules(recipe)
+        if gain_rules and gain_lengths and target and target not in gain_lengths:
+            message = f"at target_length {target} needs it among evaluate.{gains}.lengths {list(gain_lengths)}"
+            yield ("promote", gain_rules[0]), f"{message}: add it, change target_length, or set the rule to null"
         if self.target_length and lengths and self.target_length not in lengths:
             message = f"{self.target_length} is none of evaluate.{ratios}.lengths {lengths}"
             yield ("promote", "target_length"), message

@@ -164,6 +164,25 @@ def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhe
             load("retrain", [*overrides, *more])
 
 
+def test_an_arm_from_scratch_is_held_against_no_stretch_of_the_base():
+    from_scratch = "{model: {hidden: 32, layers: 1, heads: 2, kv_heads: 2, context_length: 512}, pack: {seq_len: 512, "
+    from_scratch += "method: concat, first_token: sink}, steps: 1, global_batch_tokens: 512, learning_rate: 1e-3, "
+    from_scratch += "warmup_steps: 0, arms: {scratch: {sink: none}}}"
+    overrides = ["promote.base_ratio=null", "promote.gain_over_base=null", "promote.model=scratch"]
+    with pytest.raises(
+        ValueError, match=r"scratch was not made from the base: set promote\.gain_over_stretches to null"
+    ):
+        load(
+            "retrain",
+            [
+                f"pretrain={from_scratch}",
+                "evaluate.gain={lengths: [2048, 12288]}",
+                *overrides,
+                "baselines={base: {}, theta: {type: theta, theta: 300000, factor: 2}}",
+            ],
+        )
+
+
 def test_a_base_that_was_trained_to_less_than_anything_measured_cannot_be_compared_with():
     with pytest.raises(
         ValueError, match=r"no length of evaluate.perplexity.lengths \[64, 128\] is within the 32 tokens"
