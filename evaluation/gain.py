@@ -201,6 +201,9 @@ class Gain(Evaluation):
         over itself."""
         first = next(iter(models.values()))
         text = f"{cls.__doc__} Protocol: {first.protocol}. {about_documents(first)}"
+        by_arm = _by_arm(models, background)
+        if max(map(len, by_arm.values())) > 1:
+            text += " An arm with several seeds is their mean, and its intervals are over documents and seeds."
         blocks: list[Block] = [text]
         compared = background.of_one_base(models)
         try:
@@ -210,7 +213,7 @@ class Gain(Evaluation):
             blocks.append(f"Nothing is compared with the base: {error}.")
         if best:
             blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
-        return [*blocks, own_gain_table(models), nll_table(models), *document_tables(models)]
+        return [*blocks, own_gain_table(by_arm), nll_table(by_arm), document_table(by_arm)]
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
@@ -537,17 +540,37 @@ def difference_cell(found: Difference | None) -> str:
     return text
 
 
-def nll_table(models: dict[str, EvalScores]) -> Table:
+def _by_arm(models: Mapping[str, EvalScores], background: Background) -> dict[str, list[EvalScores]]:
+    """Return the models in their order, an arm's several seeds as one entry; seeds that did not
+    score the same tokens stay apart."""
+    arm_of: dict[str, str] = {}
+    for arm, members in background.arms.items():
+        measured = [member for member in members if member in models]
+        if len({_scored(models[member]) for member in measured}) == 1:
+            arm_of |= dict.fromkeys(measured, arm)
+    groups: dict[str, list[EvalScores]] = {}
+    for name, scores in models.items():
+        groups.setdefault(arm_of.get(name, name), []).append(scores)
+    return groups
+
+
+def _scored(scores: EvalScores) -> frozenset[tuple[str, int, int]]:
+    """Return which tokens of test documents were scored, and at which lengths."""
+    windows = scores.rows_with(kind="window", split="test")
+    return frozenset((row["document"], row["end"], row["length"]) for row in windows)
+
+
+def nll_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
     """Return each model's NLL by length, with intervals."""
-    return _length_table("NLL of the test documents (nats per token; lower is better) by context length", models, "nll")
+    return _length_table("NLL of the test documents (nats per token; lower is better) by context length", by_arm, "nll")
 
 
-def own_gain_table(models: dict[str, EvalScores]) -> Table:
-    """Return what each model gains over its own shortest length, paired by document."""
-    shortest = sorted({_shortest(scores) for scores in models.values()})
+def own_gain_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
+    """Return what each model gains over its own shortest length, paired by document and seed."""
+    shortest = sorted({_shortest(seeds[0]) for seeds in by_arm.values()})
     its = f"{shortest[0]:,} tokens" if len(shortest) == 1 else "its shortest length"
     caption = f"Own gain: nats per token better than the same model at {its} (below 0: worse)"
-    return _length_table(caption, models, "own_gain")
+    return _length_table(caption, by_arm, "own_gain")
 
 
 def _shortest(scores: EvalScores) -> int:
@@ -555,18 +578,40 @@ def _shortest(scores: EvalScores) -> int:
     return min(row["length"] for row in scores.rows_with(kind="pooled", split="test"))
 
 
-def _length_table(caption: str, models: dict[str, EvalScores], measure: str) -> Table:
+def _length_table(caption: str, by_arm: Mapping[str, Sequence[EvalScores]], measure: str) -> Table:
     from longreach.evaluation.blocks import Table
 
-    rows = {}
-    for name, scores in models.items():
-        shortest = _shortest(scores)
-        for row in scores.rows_with(kind="pooled", split="test"):
-            if measure == "nll" or row["length"] > shortest:
-                rows[name, row["length"]] = row
-    lengths = sorted({length for _, length in rows})
-    lines = [[name, *(_cell(rows.get((name, length)), measure) for length in lengths)] for name in models]
+    means: dict[tuple[str, int], Row] = {}
+    for name, seeds in by_arm.items():
+        for row in seeds[0].rows_with(kind="pooled", split="test"):
+            length = row["length"]
+            if measure == "nll" or length > _shortest(seeds[0]):
+                means[name, length] = row if len(seeds) == 1 else mean_over_seeds(seeds, length, measure)
+    lengths = sorted({length for _, length in means})
+    lines = []
+    for name, seeds in by_arm.items():
+        lines.append([_counting(name, seeds), *(_cell(means.get((name, length)), measure) for length in lengths)])
     return Table(caption, ["model", *(f"{length:,}" for length in lengths)], lines)
+
+
+def mean_over_seeds(seeds: Sequence[EvalScores], length: int, measure: str, seed: int = 0) -> Row:
+    """Return a measure's mean over an arm's seeds and all test documents, with the interval over
+    both."""
+    value_SD = []
+    for scores in seeds:
+        rows = scores.rows_with(kind="document", split="test", length=length)
+        value_SD.append([row[measure] for row in sorted(rows, key=lambda row: row["document"])])
+    values = np.array(value_SD)
+    row: Row = {measure: float(values.mean())}
+    interval = bootstrap_crossed(values, seed)
+    if interval:
+        row[f"{measure}_low"], row[f"{measure}_high"] = interval
+    return row
+
+
+def _counting(name: str, seeds: Sequence[EvalScores]) -> str:
+    """Return a model's name and, small, the number of its seeds if there are several."""
+    return name if len(seeds) == 1 else f"{name}\n{len(seeds)} seeds"
 
 
 def _cell(row: Row | None, measure: str) -> str:
@@ -582,19 +627,23 @@ def _cell(row: Row | None, measure: str) -> str:
     return text
 
 
-def document_tables(models: dict[str, EvalScores]) -> list[Table]:
+def document_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
     """Return the NLL of every test document, a line for each length, a column for each model."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import DASH
 
     cells: dict[tuple[str, int], dict[str, str]] = {}
-    for name, scores in models.items():
-        for row in scores.rows_with(kind="document", split="test"):
-            cells.setdefault((row["document"], row["length"]), {})[name] = f"{row['nll']:.3f}"
+    for name, seeds in by_arm.items():
+        nll: dict[tuple[str, int], list[float]] = {}
+        for scores in seeds:
+            for row in scores.rows_with(kind="document", split="test"):
+                nll.setdefault((row["document"], row["length"]), []).append(row["nll"])
+        for place, values in nll.items():
+            cells.setdefault(place, {})[name] = f"{np.mean(values):.3f}"
     lines = []
     for (document, length), texts in sorted(cells.items()):
-        lines.append([f"{document}\nat {length:,} tokens", *(texts.get(name, DASH) for name in models)])
-    return [Table("By document (nats per token)", ["document", *models], lines)]
+        lines.append([f"{document}\nat {length:,} tokens", *(texts.get(name, DASH) for name in by_arm)])
+    return Table("By document (nats per token)", ["document", *by_arm], lines)
 
 
 def gain_figure(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
@@ -631,7 +680,10 @@ def gain_figure(models: dict[str, EvalScores], style: Style, background: Backgro
     documents = max(one.documents for by_length in found.values() for one in by_length.values())
     caption = f"Above 0: better than {about_best(best)}, on the same tokens."
     if documents > 1:
-        caption += f" Bars, side by side at each length: 95% intervals over {documents} test documents, paired."
+        over = f"{documents} test documents"
+        if max(one.seeds for by_length in found.values() for one in by_length.values()) > 1:
+            over += " and an arm's seeds"
+        caption += f" Bars, side by side at each length: 95% intervals over {over}, paired."
     if 1 < documents < FEW:
         caption += " Over so few they are too narrow."
     if below:

@@ -12,8 +12,9 @@ from tiny_models import byte_tokenizer, tiny_llama
 from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
-from longreach.evaluation.gain import Gain, best_length, difference, window_ends
+from longreach.evaluation.gain import Gain, best_length, difference, mean_over_seeds, window_ends
 from longreach.evaluation.likelihood import token_nll
+from longreach.evaluation.scores import EvalScores
 
 LENGTHS = (40, 64, 128)
 
@@ -207,3 +208,46 @@ def test_the_page_of_one_model_draws_its_own_gain_and_says_when_documents_are_fe
     assert list(nll.columns) == ["model", "40", "64", "128"]
     assert own.columns == ["model", "64", "128"]
     assert len(by_document.rows) == 6
+
+
+def seeded(nll_by_document, length=128, short=64):
+    """Scores of one seed: each document's NLL at the length, and 2.0 at the shorter one."""
+    rows = []
+    for name, nll in nll_by_document.items():
+        for at, value in ((short, 2.0), (length, nll)):
+            place = {"document": name, "domain": "d", "split": "test", "length": at, "tokens": 16}
+            rows.append({"kind": "window", "end": 200, "nll": value} | place)
+            rows.append({"kind": "document", "nll": value, "own_gain": 2.0 - value} | place)
+    for at in (short, length):
+        values = [row["nll"] for row in rows if row["kind"] == "document" and row["length"] == at]
+        mean = {"nll": float(np.mean(values)), "own_gain": 2.0 - float(np.mean(values)), "documents": len(values)}
+        rows.append({"kind": "pooled", "document": "*", "split": "test", "length": at} | mean)
+    return EvalScores("gain", "p", {}, rows, {})
+
+
+def test_tables_average_an_arms_seeds_and_their_intervals_run_over_documents_and_seeds():
+    """By hand: seeds 1.0, 1.2 and 1.4, 1.6 over documents a and b; their mean is 1.3."""
+    first, second = seeded({"a": 1.0, "b": 1.2}), seeded({"a": 1.4, "b": 1.6})
+    mean = mean_over_seeds([first, second], 128, "nll")
+    assert mean["nll"] == pytest.approx(1.3)
+    # Drawn with replacement, both draws of two fall on the lowest (or the highest) of seeds and of documents in one
+    # of 16 draws: 6% on each side, more than the 2.5% that an interval leaves out.
+    assert (mean["nll_low"], mean["nll_high"]) == (pytest.approx(1.0), pytest.approx(1.6))
+    assert mean_over_seeds([first, second], 128, "own_gain")["own_gain"] == pytest.approx(0.7)
+
+    models = {"base": seeded({"a": 1.5, "b": 1.7}), "lora": first, "lora.s1": second}
+    background = Background(arms={"lora": ("lora", "lora.s1")})
+    text, own, nll, by_document = Gain.section(models, Style.of(list(models)), background).blocks
+    assert "its intervals are over documents and seeds" in text
+    assert [line[0] for line in nll.rows] == ["base", "lora\n2 seeds"]
+    assert nll.rows[1][2] == "1.300\n1.000 to 1.600"
+    assert own.rows[1][1] == "+0.700\n+0.400 to +1.000"
+    assert by_document.columns == ["document", "base", "lora"]
+    assert by_document.rows[1] == ["a\nat 128 tokens", "1.500", "1.200"]
+
+
+def test_seeds_that_did_not_score_the_same_tokens_stay_apart():
+    models = {"lora": seeded({"a": 1.0, "b": 1.2}), "lora.s1": seeded({"a": 1.4})}
+    background = Background(arms={"lora": ("lora", "lora.s1")})
+    _, _, nll, _ = Gain.section(models, Style.of(list(models)), background).blocks
+    assert [line[0] for line in nll.rows] == ["lora", "lora.s1"]
