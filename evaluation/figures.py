@@ -325,7 +325,8 @@ def _y(title: str, rows: list[dict[str, Any]], log: bool, y_range: tuple[float, 
     heights = [row["y"] for row in rows] or [1.0]
     low, high = min(heights), max(heights)
     if not log or not 0 < 2 * low < high:
-        scale = alt.Scale(zero=False, padding=8)
+        from_zero = 0 <= low < 0.1 * high  # room below it would show shares below 0
+        scale = alt.Scale(zero=from_zero, padding=0 if from_zero else 8)
         return alt.Y("y", type="quantitative", title=title, scale=scale, axis=alt.Axis(tickCount=6))
     steps: tuple[float, ...] = (1.0,)
     if high < 300 * low:
