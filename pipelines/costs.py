@@ -154,7 +154,7 @@ class CostsStageRecipe(CostsChoices):
 
 def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
     """Return an arm for rows of another length: its groups have the same share of a row; it neither
-    anneals nor skips.
+    anneals nor skips, and reads whole rows.
 
     ValueError if there are no such groups.
     """
@@ -171,7 +171,7 @@ def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
         choices["group_tokens"] = group
     attention = AttentionRecipe.of(**choices)
     attention.check_row(length)
-    return arm.model_copy(update={"attention": attention, "positions": None})  # skipping costs nothing
+    return arm.model_copy(update={"attention": attention, "positions": None, "curriculum": ()})
 
 
 def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:

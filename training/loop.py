@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +33,7 @@ from longreach.training import cost, export, throughput, zero
 from longreach.training.build import build
 from longreach.training.checkpoint import Checkpoints
 from longreach.training.corpus import PackedRows
+from longreach.training.curriculum import in_pieces, stage_of
 from longreach.training.exposure import effective_contexts, exact_weights
 from longreach.training.longlora import lora_b, trainable_parameters
 from longreach.training.loss import TokenLoss, causal_lm, count_targets, weight_of_targets
@@ -223,8 +225,13 @@ class Training:
     def _read_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Return this rank's micro-batches of a step; all ranks' together are always the same."""
         batches = []
+        pieces = stage_of(self.job.arm.curriculum, step)
+        place = self.order.first_place(step, self.data_rank, self.data_ranks)
         for row_ids in self.order.for_rank(step, self.data_rank, self.data_ranks, self.job.resources.micro_batch_rows):
             batch = self.rows.batch(row_ids, drop_first=self.job.drops_first)
+            if pieces is not None:
+                batch = in_pieces(batch, np.arange(place, place + len(row_ids)), pieces)
+                place += len(row_ids)
             if self.weights_C is not None:
                 batch["weights"] = self.weights_C[effective_contexts(batch["position_ids"])]
             if self.job.arm.positions is not None:

@@ -323,6 +323,22 @@ class PositionsRecipe(Choices):
             raise ValueError(f"chunks {self.chunks} is above pack.seq_len {seq_len}: a chunk has at least one token")
 
 
+class LengthStage(Choices):
+    """A part of a curriculum: steps in which rows are read in pieces, each a row of its own."""
+
+    steps: int = Field(ge=1)
+    """How many steps it lasts; the next part follows, and after the last rows are whole."""
+    row_tokens: int = Field(ge=2)
+    """Tokens of a piece; nothing is seen across its borders. It divides pack.seq_len."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of each step's rows that are read in pieces, the others whole."""
+
+    def about(self) -> str:
+        """Return the choices in few words."""
+        rows = "rows" if self.share == 1 else f"{self.share:.0%} of rows"
+        return f"{rows} in pieces of {self.row_tokens:,} for {self.steps} steps"
+
+
 class ArmRecipe(Choices):
     """One training method of the comparison; arms differ in what is written here and in nothing
     else."""
@@ -362,6 +378,9 @@ class ArmRecipe(Choices):
     document weigh more (EXACT, 2605.10544), and the losses that are logged are so weighted."""
     positions: New[PositionsRecipe | None] = None
     """Positions that skip (PoSE) in training; without it, they count each document's tokens."""
+    curriculum: New[tuple[LengthStage, ...]] = ()
+    """Shorter rows in the first steps, or short and long ones beside each other: parts that follow
+    one another. Every step has global_batch_tokens all the same."""
 
     @model_validator(mode="after")
     def _trains_embeddings(self) -> "ArmRecipe":
@@ -614,6 +633,7 @@ class FinetuneRecipe(OptimRecipe):
                 raise ValueError(f"arms.{name}.attention.{error}") from None
             if arm.positions is not None:
                 self._check_positions(name, arm, arm.positions)
+            self._check_curriculum(name, arm)
         for problem in self._seed_problems():
             raise ValueError(problem)
         return self
@@ -627,6 +647,25 @@ class FinetuneRecipe(OptimRecipe):
             raise ValueError(
                 f"arms.{name}.positions with rope type 'dynamic', whose frequencies follow the greatest position of "
                 f"each batch: ranks and resumed runs would train differently, so take another type"
+            )
+
+    def _check_curriculum(self, name: str, arm: ArmRecipe) -> None:
+        place, seq_len = f"arms.{name}.curriculum", self.pack.seq_len
+        steps = sum(stage.steps for stage in arm.curriculum)
+        if steps > self.steps:
+            raise ValueError(
+                f"{place} has {steps} steps, and training has steps {self.steps}: shorten it, or raise steps"
+            )
+        for number, stage in enumerate(arm.curriculum):
+            if stage.row_tokens >= seq_len or seq_len % stage.row_tokens:
+                raise ValueError(
+                    f"{place}.{number}.row_tokens {stage.row_tokens} does not cut rows of pack.seq_len {seq_len} into "
+                    f"equal pieces: use a divisor such as {seq_len // 2}"
+                )
+        if arm.curriculum and self.pack.first_token != "none":
+            raise ValueError(
+                f"{place} with pack.first_token {self.pack.first_token!r}, without which all pieces of a row but its "
+                f"first would begin: pack with 'none', or leave the curriculum out"
             )
 
     def _seed_problems(self) -> Iterator[str]:

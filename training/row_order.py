@@ -32,6 +32,10 @@ class RowOrder:
             [_permutation(self.rows, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
         )
 
+    def first_place(self, step: int, rank: int, world: int) -> int:
+        """Return the place of a rank's first row of a step in the endless line."""
+        return step * self.global_batch_rows + rank * self.global_batch_rows // world
+
     def for_rank(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[np.ndarray]:
         """Return a rank's micro-batches: those of all ranks, in order of rank, are rows_of_step.
 

@@ -391,4 +391,5 @@ def about_arm(facts: TrainingSummary) -> str:
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
     objective = "loss by effective context (EXACT)" if arm.objective == "exact" else None
     positions = arm.positions.about() if arm.positions else None
-    return ", ".join(filter(None, [trained, arm.attention.about(), positions, objective]))
+    curriculum = [stage.about() for stage in arm.curriculum]
+    return ", ".join(filter(None, [trained, arm.attention.about(), positions, *curriculum, objective]))
