@@ -147,9 +147,10 @@ class Gain(Evaluation):
         return [place | {"end": end, "length": length} for end in ends for length in lengths]
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"nll": nats of each scored token, "seconds": of the pass}; nothing of a document
-        left out."""
+        """Return {"nll": nats of each scored token, "repeats": of those that repeat a run, by
+        distance, "seconds": of the pass}; nothing of a document left out."""
         from longreach.evaluation.likelihood import token_nll
+        from longreach.evaluation.repeats import nats_by_distance, repeat_distances
 
         if "left_out" in cell:
             return {}
@@ -158,12 +159,19 @@ class Gain(Evaluation):
         context_T = document.ids_T[cell["end"] - cell["length"] : cell["end"]]
         ids_T = with_first(context_T, first_token_id(self.tokenizer))
         nll_T = token_nll(self.model, ids_T, document.name, last=self.choices.score_tokens)
-        return {"nll": nll_T.tolist(), "seconds": time.perf_counter() - began}
+        seconds = time.perf_counter() - began
+        whole_T = document.ids_T[cell["end"] - max(self.choices.lengths) : cell["end"]]  # the same for all models
+        distances_T = repeat_distances(whole_T.tolist(), self.choices.score_tokens)
+        repeats = nats_by_distance(nll_T, distances_T)
+        return {"nll": nll_T.tolist(), "repeats": repeats, "seconds": seconds}
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `pooled` (by length, over a split's documents), `document`, `window`
-        and `left_out`; NLL in nats per token, `own_gain` against the shortest length."""
+        """Return rows of kind `pooled` (by length, over a split's documents), `document`, `window`,
+        `repeat` (a window's tokens that repeat a run, by distance) and `left_out`; NLL in nats per
+        token, `own_gain` against the shortest length."""
+        from longreach.evaluation.repeats import repeat_rows
+
         rows: list[Row] = []
         tokens, seconds = 0, 0.0
         for cell, result in results:
@@ -173,6 +181,7 @@ class Gain(Evaluation):
                 continue
             scored = {"tokens": len(result["nll"]), "nll": float(np.mean(result["nll"]))}
             rows.append({"kind": "window"} | cell | scored)
+            rows += repeat_rows(cell, result.get("repeats", {}))  # cells of earlier versions have none
             tokens += cell["length"]
             seconds += result["seconds"]
         documents = document_rows(rows)
@@ -199,6 +208,8 @@ class Gain(Evaluation):
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
         """Return what each arm gains over the base at its best and over untrained stretches, and
         over itself."""
+        from longreach.evaluation.repeats import repeat_table
+
         first = next(iter(models.values()))
         text = f"{cls.__doc__} Protocol: {first.protocol}. {about_documents(first)}"
         by_arm = _by_arm(models, background)
@@ -213,7 +224,9 @@ class Gain(Evaluation):
             blocks.append(f"Nothing is compared with the base: {error}.")
         if best:
             blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
-        return [*blocks, own_gain_table(by_arm), nll_table(by_arm), document_table(by_arm)]
+        yardstick = (background.base, best.length) if best else (None, None)
+        repeats = repeat_table(_by_arm(compared, background), *yardstick)
+        return [*blocks, own_gain_table(by_arm), *repeats, nll_table(by_arm), document_table(by_arm)]
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:

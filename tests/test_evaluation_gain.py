@@ -14,6 +14,7 @@ from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
 from longreach.evaluation.gain import Gain, best_length, difference, mean_over_seeds, window_ends
 from longreach.evaluation.likelihood import token_nll
+from longreach.evaluation.repeats import nats_by_distance, repeat_distances, repeat_rows, repeat_table, repeated
 from longreach.evaluation.scores import EvalScores
 
 LENGTHS = (40, 64, 128)
@@ -251,3 +252,47 @@ def test_seeds_that_did_not_score_the_same_tokens_stay_apart():
     background = Background(arms={"lora": ("lora", "lora.s1")})
     _, _, nll, _ = Gain.section(models, Style.of(list(models)), background).blocks
     assert [line[0] for line in nll.rows] == ["lora", "lora.s1"]
+
+
+def test_a_token_is_repeated_from_where_its_run_of_four_last_stood():
+    run_of_four = [1, 2, 3, 4]
+    ids = [*run_of_four, 9, *run_of_four, 8, 8, *run_of_four, 5]
+    assert repeat_distances(ids, last=len(ids)).tolist() == [0] * 8 + [5] + [0] * 5 + [6] + [0]
+    assert repeat_distances(ids, last=2).tolist() == [6, 0]
+    assert repeat_distances([1, 1, 1, 1, 1, 1], last=6).tolist() == [0, 0, 0, 0, 1, 1]  # runs may overlap
+
+
+def test_nats_are_summed_by_bands_of_distances():
+    nll, distances = np.array([1.0, 2.0, 4.0, 8.0, 16.0]), np.array([1, 1024, 0, 1025, 2049])
+    bands = nats_by_distance(nll, distances)
+    assert bands == {"1024": [2, 3.0], "2048": [1, 8.0], "4096": [1, 16.0]}
+    rows = repeat_rows({"document": "a"}, bands)
+    assert [(row["up_to"], row["tokens"], row["nll"]) for row in rows] == [
+        (1024, 2, 1.5),
+        (2048, 1, 8.0),
+        (4096, 1, 16.0),
+    ]
+
+
+def test_repeats_are_compared_token_by_token_and_resampled_by_document():
+    ours = [{"document": "a", "tokens": 3, "nll": 1.0}, {"document": "b", "tokens": 1, "nll": 2.0}]
+    theirs = [{"document": "b", "tokens": 1, "nll": 2.0}, {"document": "a", "tokens": 3, "nll": 2.0}]
+    found = repeated(ours, theirs)
+    assert (found.tokens, found.nll, found.better) == (4, 1.25, 0.75)
+    assert (found.low, found.high) == (0.0, 1.0)  # two documents: both b, both a
+    assert repeated(ours, theirs[:1]) is None
+    assert repeated(ours, [theirs[0], {"document": "a", "tokens": 2, "nll": 2.0}]) is None
+
+
+def test_the_same_tokens_are_repeated_at_every_length_and_the_page_says_how_well_each_model_does():
+    passage = np.random.default_rng(3).integers(0, 256, 40)
+    filler = np.random.default_rng(4).integers(0, 256, 1100)
+    text = Document("a", "d", np.concatenate([passage, filler, passage]), "test")
+    scores = run([text], tiny_llama(max_position_embeddings=2048), lengths=(64, 1180), score_tokens=40)
+    repeats = scores.rows_with(kind="repeat")
+    assert {(row["length"], row["up_to"], row["tokens"]) for row in repeats} == {(64, 2048, 37), (1180, 2048, 37)}
+    assert repeat_table({"m": [scores]}, None, None)[0].columns[1] == "1,025 to 2,048\n37 tokens"
+    (window,) = scores.rows_with(kind="window", length=64)
+    assert repeats[0]["nll"] != window["nll"]
+    few = run([Document("a", "d", text.ids_T[:1180][-1160:], "test")], lengths=(64, 128), score_tokens=40)
+    assert repeat_table({"m": [few]}, None, None) == []

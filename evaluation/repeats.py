@@ -1,0 +1,165 @@
+"""Where a text repeats itself, and how far back: whether far context is used, judged by the text
+alone.
+
+Most tokens follow from what stands right before them, so a mean over all of them hides what a far
+context does (LongPPL, arXiv:2410.23771, picks tokens by a model's own scores). Here no model
+chooses: a token counts as repeated from a distance d if the RUN tokens that end in it stood in the
+text before, the last time d tokens earlier. A model that sees less than d + RUN tokens cannot have
+copied it.
+
+    >>> repeat_distances([7, 1, 2, 3, 4, 9, 1, 2, 3, 4], last=5)
+    array([0, 0, 0, 0, 5])
+
+Legend: T tokens, D documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from longreach.evaluation.scores import EvalScores, Row
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from longreach.evaluation.blocks import Table
+else:
+    np = lazy_module("numpy")
+
+RUN = 4
+"""Tokens of a repeated run, its last one included, which is the one that is scored."""
+NEAREST = 1024
+"""Upper end of the first band of distances; each further band ends at twice the last one's."""
+FEWEST = 30
+"""Tokens below which a band is not shown: its mean would be one or two runs."""
+
+
+def repeat_distances(ids_T: Sequence[int], last: int) -> np.ndarray:
+    """Return how many tokens before each of the last `last` tokens the RUN tokens that end in it
+    last ended; 0 where they did not stand before."""
+    ends: dict[tuple[int, ...], int] = {}
+    distances = np.zeros(len(ids_T), dtype=np.int64)
+    for end in range(RUN, len(ids_T) + 1):
+        run = tuple(ids_T[end - RUN : end])
+        if run in ends:
+            distances[end - 1] = end - ends[run]
+        ends[run] = end
+    return distances[len(ids_T) - last :]
+
+
+def nats_by_distance(nll_T: np.ndarray, distances_T: np.ndarray) -> dict[str, list[float]]:
+    """Return [number of repeated tokens, sum of their NLL in nats] by the upper end of a band of
+    distances; bands without a token are left out."""
+    bands: dict[str, list[float]] = {}
+    for nll, distance in zip(nll_T.tolist(), distances_T.tolist(), strict=True):
+        if distance:
+            end = NEAREST
+            while distance > end:
+                end *= 2
+            band = bands.setdefault(str(end), [0, 0.0])
+            band[0] += 1
+            band[1] += nll
+    return bands
+
+
+def repeat_rows(place: Row, bands: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Return a row of kind `repeat` for each band of one window: tokens, and their NLL."""
+    rows = []
+    for up_to, (tokens, nats) in sorted(bands.items(), key=lambda item: int(item[0])):
+        rows.append({"kind": "repeat"} | place | {"up_to": int(up_to), "tokens": int(tokens), "nll": nats / tokens})
+    return rows
+
+
+class Repeated(NamedTuple):
+    """The NLL of tokens repeated from a band of distances, and how much better than a yardstick."""
+
+    tokens: int
+    nll: float
+    better: float
+    """Nats per token; 0 for the yardstick itself."""
+    low: float
+    """Of the 95% interval of `better` over documents."""
+    high: float
+
+
+def repeated(ours: Sequence[Row], theirs: Sequence[Row], seed: int = 0, resamples: int = 4_000) -> Repeated | None:
+    """Return what two models make of the same repeated tokens of one band; None where they did not
+    score the same ones. The mean is over tokens, and the interval resamples documents."""
+    our_nats, their_nats = _by_document(ours), _by_document(theirs)
+    tokens_D = np.array([tokens for tokens, _ in our_nats.values()])
+    if [tokens for tokens, _ in their_nats.values()] != tokens_D.tolist() or our_nats.keys() != their_nats.keys():
+        return None
+    nats_D = np.array([nats for _, nats in our_nats.values()])
+    better_D = np.array([nats for _, nats in their_nats.values()]) - nats_D
+    documents = len(tokens_D)
+    low = high = math.nan
+    if documents > 1:
+        drawn_RD = np.random.default_rng(seed).integers(0, documents, (resamples, documents))
+        means = better_D[drawn_RD].sum(1) / tokens_D[drawn_RD].sum(1)
+        low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
+    total = int(tokens_D.sum())
+    return Repeated(total, float(nats_D.sum() / total), float(better_D.sum() / total), low, high)
+
+
+def _by_document(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
+    """Return tokens and nats of each document, over its windows, in the order of names."""
+    totals: dict[str, tuple[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["document"]):
+        tokens, nats = totals.get(row["document"], (0, 0.0))
+        totals[row["document"]] = (tokens + row["tokens"], nats + row["tokens"] * row["nll"])
+    return totals
+
+
+def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, best: int | None) -> list[Table]:
+    """Return the NLL of repeated tokens, a line for each model and length, a column for each band.
+
+    Nothing where no band has FEWEST tokens, as in scores of earlier versions. An arm with several
+    seeds shows its first one. `base` at `best` tokens is what others are compared with, if known.
+    """
+    from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import DASH
+
+    found: dict[tuple[str, int], dict[int, list[Row]]] = {}
+    for name, seeds in by_arm.items():
+        for row in seeds[0].rows_with(kind="repeat", split="test"):
+            found.setdefault((name, row["length"]), {}).setdefault(row["up_to"], []).append(row)
+    tokens: dict[int, int] = {}
+    for bands in found.values():
+        for up_to, rows in bands.items():
+            tokens[up_to] = max(tokens.get(up_to, 0), sum(row["tokens"] for row in rows))
+    shown = sorted(up_to for up_to, count in tokens.items() if count >= FEWEST)
+    if not shown:
+        return []
+    lines = []
+    for (name, length), bands in found.items():
+        cells = [f"{name}\nat {length:,} tokens"]
+        for up_to in shown:
+            rows = bands.get(up_to, [])
+            yardstick = rows if base is None or best is None else found.get((base, best), {}).get(up_to, [])
+            one = repeated(rows, yardstick) if rows else None
+            cells.append(_cell(one) if one else DASH)
+        lines.append(cells)
+    heads = ["model"]
+    for up_to in shown:
+        heads.append(f"{_since(up_to)}\n{tokens[up_to]:,} tokens")
+    caption = f"Tokens that repeat a run of {RUN}, by how far back it last stood (NLL in nats per token)"
+    legend = (
+        "A model that reads fewer tokens than that cannot copy them: where far context helps, it must be seen here."
+    )
+    if best is not None:
+        legend += f" Small: better than {base} at {best:,} tokens, with the 95% interval over documents."
+    return [Table(caption, heads, lines, legend=legend)]
+
+
+def _since(up_to: int) -> str:
+    return f"up to {up_to:,}" if up_to == NEAREST else f"{up_to // 2 + 1:,} to {up_to:,}"
+
+
+def _cell(one: Repeated) -> str:
+    text = f"{one.nll:.3f}"
+    if one.low < one.high:
+        text += f"\n{one.better:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
+    return text
