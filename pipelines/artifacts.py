@@ -1,6 +1,7 @@
 """What flows between stages, by type: an artifact of the store whose summary and files have names.
 
 Documents -pack-> PackedCorpus -pretrain-> ModelCheckpoint
+PackedCorpus + ModelCheckpoint -gains-> RowGains, which objective long_ce needs
 PackedCorpus + ModelCheckpoint -finetune-> AdapterCheckpoint -merge-> ModelCheckpoint
 ModelCheckpoint -evaluate-> Scores; all of them -report-> Report
 ModelCheckpoint -release-> Release -promote-> Decision
@@ -48,6 +49,11 @@ class PackedCorpus(Artifact):
             raise ValueError(
                 f"corpus.validation and corpus.test hold out all documents ({held_out}): nothing to train on"
             )
+
+
+class RowGains(Artifact):
+    """What a long context tells about each token of the rows that a training reads
+    (training/long_ce.py)."""
 
 
 class Scores(Artifact):

@@ -119,7 +119,10 @@ class CostsStageRecipe(CostsChoices):
         costed = {}
         for name in section.arms or arms:
             # what changes no cost is left out, so that it causes no new measurement
-            plain = {"rope": None, "seeds": (), "learning_rate": None, "embedding_learning_rate": None}
+            plain: dict[str, Any] = {"rope": None, "seeds": (), "curriculum": ()}
+            plain |= {"learning_rate": None, "embedding_learning_rate": None}
+            if arms[name].objective == "long_ce":  # scored before training, and no cost of a step
+                plain |= {"objective": "plain", "short_tokens": None}
             arm = arms[name].model_copy(update=plain)
             costed[name] = CostedArm(arm=arm, rope=finetune.rope_of(arms[name]))
         return cls(

@@ -6,6 +6,7 @@
 
     an arm's model ── stretch[variant] ── evaluate[variant,eval]
     an arm's model and its evaluations ── release[arm]
+    pack, convert ── gains[arm] ── finetune[arm]      (objective long_ce)
     pack, convert ── costs ── report
     release, its evaluations, the base's and the champion's ── promote
 
@@ -32,7 +33,15 @@ from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
 from longreach.pipelines.stage import Stage
-from longreach.pipelines.stages import ARM, MergeRecipe, PackStageRecipe, StretchRecipe, TokenizerRecipe
+from longreach.pipelines.stages import (
+    ARM,
+    GAINS,
+    GainsRecipe,
+    MergeRecipe,
+    PackStageRecipe,
+    StretchRecipe,
+    TokenizerRecipe,
+)
 from longreach.training.chats import check_packable
 from longreach.training.convert import source_digest as model_digest
 from longreach.training.documents import first_chats
@@ -178,6 +187,8 @@ def add_finetuned(pipeline: Pipeline) -> None:
         arm = training.arm.model_copy(update={"rope": None, "seeds": ()})
         choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=seed)
         inputs = {"corpus": pipeline.corpus, "base": start}
+        if arm.objective == "long_ce":
+            inputs[GAINS] = _gains(pipeline, name, start, choices, section.short_tokens_of(arm), previous)
         model = Stage("finetune", f"finetune[{name}]", choices, inputs, after=previous)
         previous = (model,)
         pipeline.stages.append(model)
@@ -186,6 +197,33 @@ def add_finetuned(pipeline: Pipeline) -> None:
             model = Stage("merge", f"merge[{name}]", MergeRecipe(), inputs)
             pipeline.stages.append(model)
         pipeline.models[name] = EvaluatedModel(model, None, pipeline.corpus, start)
+
+
+def _gains(
+    pipeline: Pipeline,
+    name: str,
+    start: Stage,
+    choices: FinetuneStageRecipe,
+    short_tokens: int,
+    previous: tuple[Stage, ...],
+) -> Stage:
+    """Return the stage that scores an arm's rows, which arms of one start and seed have in common;
+    add it if it is new."""
+    recipe = GainsRecipe(
+        rope=choices.rope,
+        short_tokens=short_tokens,
+        global_batch_tokens=choices.optim.global_batch_tokens,
+        steps=choices.optim.steps,
+        seed=choices.seed,
+    )
+    inputs = {"corpus": pipeline.corpus, "base": start}
+    # after the arm before it, whose time is measured
+    scored = Stage("gains", f"gains[{name}]", recipe, inputs, after=previous)
+    for stage in pipeline.stages:
+        if stage.name == scored.name and stage.fingerprint == scored.fingerprint:
+            return stage
+    pipeline.stages.append(scored)
+    return scored
 
 
 def add_pretrained(pipeline: Pipeline) -> None:

@@ -19,7 +19,13 @@ from typing import Any, Literal
 from longreach.infra.choices import Choices
 from longreach.infra.files import link_or_copy
 from longreach.infra.resources import Resources
-from longreach.pipelines.artifacts import AdapterCheckpoint, ModelCheckpoint, PackedCorpus, TokenizerFolder
+from longreach.pipelines.artifacts import (
+    AdapterCheckpoint,
+    ModelCheckpoint,
+    PackedCorpus,
+    RowGains,
+    TokenizerFolder,
+)
 from longreach.pipelines.costs import costs
 from longreach.pipelines.evaluate import evaluate
 from longreach.pipelines.gate import promote
@@ -39,6 +45,8 @@ from longreach.training.summary import PackSummary, TrainingSummary
 
 ARM = "arm"
 """The input of `convert` that is an arm of the same recipe's pretraining."""
+GAINS = "gains"
+"""The input of `finetune` that an arm with objective long_ce has."""
 PROGRESS_EVERY_S = 0.5  # packing reports its progress at most this often
 
 
@@ -126,16 +134,74 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
     return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
 
 
+# ---- gains: how much a long context tells about each token, before an arm is trained on it
+
+
+class GainsRecipe(Choices):
+    """Which rows are scored, and against how short a context."""
+
+    rope: RopeRecipe
+    """The stretch under which the model scores, the arm's."""
+    short_tokens: int
+    """The short context in tokens: at least half of it, and less than all."""
+    global_batch_tokens: int
+    """With `steps` and `seed`: which rows the training reads."""
+    steps: int
+    seed: int
+
+
+@stage(
+    makes=RowGains,
+    revision=1,
+    cpus=lambda resources: resources.eval_cpus,
+    gpus=lambda resources: resources.gpus_per_worker,
+)
+def gains(
+    corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: GainsRecipe, resources: Resources, out: Path, run: StageRun
+) -> dict[str, Any]:
+    """Score the rows that a training reads, three forward passes each; an interrupted one begins
+    again."""
+    import torch
+
+    from longreach.training.corpus import PackedRows
+    from longreach.training.long_ce import rows_of_training, score_rows
+    from longreach.training.model import load_model
+
+    corpus.check_rows()
+    torch.set_num_threads(resources.eval_cpus)
+    model, _ = load_model(base.path, rope=recipe.rope, dtype=resources.dtype)
+    if resources.gpus_per_worker:
+        torch.nn.Module.to(model, "cuda")  # transformers' own .cuda is decorated beyond what types can follow
+    rows = PackedRows(corpus.path)
+    batch_rows = recipe.global_batch_tokens // rows.summary.seq_len
+    row_ids = rows_of_training(len(rows), recipe.seed, batch_rows, recipe.steps)
+
+    def progress(done: int, total: int) -> None:
+        run.spool.progress(done, total, unit="row")
+
+    mean_weight = score_rows(model, rows, row_ids, recipe.short_tokens, out, progress)
+    return {"rows": len(row_ids), "mean_weight": mean_weight}
+
+
 # ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train (training/loop.py)
 
 
 @stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
 def finetune(
-    corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: FinetuneStageRecipe, resources: Resources, run: StageRun
+    corpus: PackedCorpus,
+    base: ModelCheckpoint,
+    weighing: Mapping[str, RowGains],
+    *,
+    recipe: FinetuneStageRecipe,
+    resources: Resources,
+    run: StageRun,
 ) -> dict[str, Any]:
-    """Train one arm from the stretched base: an adapter, or a whole model if everything is
-    tuned."""
-    return _train("finetune", corpus, base, recipe, resources, run)
+    """Train one arm from the stretched base: an adapter, or a whole model if everything is tuned.
+
+    `weighing` holds the gains of an arm with objective long_ce, and is empty for all others.
+    """
+    gains_folder = str(weighing[GAINS].path) if GAINS in weighing else None
+    return _train("finetune", corpus, base, recipe, resources, run, gains_folder)
 
 
 @stage(makes=ModelCheckpoint, revision=2, cpus=lambda resources: 0, saves_when_stopped=True)
@@ -158,6 +224,7 @@ def _train(
     recipe: FinetuneStageRecipe | PretrainStageRecipe,
     resources: Resources,
     run: StageRun,
+    gains_folder: str | None = None,
 ) -> dict[str, Any]:
     """Train on the ranks that the resources ask for, and return the training's summary."""
     from longreach.infra.launch import run_ranks
@@ -179,6 +246,7 @@ def _train(
         stop_file=str(stop_file(run.spool.path.parent)),
         spool=str(run.spool.path),
         share=run.share,
+        gains=gains_folder,
     )
     trained = run_ranks(
         "longreach.training.loop:train",
@@ -243,6 +311,7 @@ STAGES: dict[str, StageKind] = {
     "tokenizer": tokenizer,
     "pack": pack,
     "pretrain": pretrain,
+    "gains": gains,
     "finetune": finetune,
     "merge": merge,
     "stretch": stretch,

@@ -333,7 +333,7 @@ def write_costs(stage, out: Path) -> dict:
 WRITERS = {
     "convert": write_base, "pack": write_corpus, "finetune": write_arm, "merge": write_merged, "pretrain": write_arm,
     "evaluate": write_scores, "tokenizer": write_tokenizer, "release": write_merged, "promote": write_merged,
-    "stretch": write_merged, "costs": write_costs,
+    "stretch": write_merged, "costs": write_costs, "gains": write_merged,
 }  # fmt: skip
 
 

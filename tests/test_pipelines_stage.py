@@ -56,6 +56,20 @@ def test_choices_that_are_new_leave_the_fingerprints_of_recipes_without_them():
     assert digests[1] != digests[0]
 
 
+def test_arms_with_long_ce_share_the_gains_of_their_start_and_seed_and_no_other_arm_has_any():
+    arms = (
+        "finetune.arms={plain: {tune: lora}, a: {tune: lora, objective: long_ce}, b: {tune: all, objective: long_ce}, "
+        "c: {tune: lora, objective: long_ce, seeds: [0, 7]}}"
+    )
+    made = stages(arms, "evaluate={}")
+    assert [label for label in made if label.startswith("gains")] == ["gains[a]", "gains[c.s7]"]
+    scored = made["gains[a]"]
+    assert [made[f"finetune[{name}]"].inputs["gains"] for name in "abc"] == [scored] * 3
+    assert made["finetune[c.s7]"].inputs["gains"] is made["gains[c.s7]"]
+    assert "gains" not in made["finetune[plain]"].inputs
+    assert scored.after == (made["finetune[plain]"],), "the time of an arm is measured, so nothing runs beside it"
+
+
 def test_a_new_choice_enters_identity_as_soon_as_it_is_made():
     class Inner(Choices):
         old: int = 1

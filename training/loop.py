@@ -35,6 +35,7 @@ from longreach.training.checkpoint import Checkpoints
 from longreach.training.corpus import PackedRows
 from longreach.training.curriculum import in_pieces, stage_of
 from longreach.training.exposure import effective_contexts, exact_weights
+from longreach.training.long_ce import TokenGains
 from longreach.training.longlora import lora_b, trainable_parameters
 from longreach.training.loss import TokenLoss, causal_lm, count_targets, weight_of_targets
 from longreach.training.positions import skip_positions
@@ -110,6 +111,10 @@ class Training:
         self.weights_C: Tensor | None = None  # of targets in the loss, by effective context; None: all are 1
         if job.arm.objective == "exact":
             self.weights_C = torch.from_numpy(exact_weights(self.rows.context_counts()))
+        self.gains: TokenGains | None = None  # of which long_ce's weights are made
+        if job.arm.objective == "long_ce":
+            assert job.gains, "the stage that trains has them as an input"
+            self.gains = TokenGains(job.gains)
         self.held_out = self._held_out_rows()
         self.model, self.tokenizer = build(job, self.packed)
         self._attend_by(self._pattern_at(0))
@@ -234,6 +239,8 @@ class Training:
                 place += len(row_ids)
             if self.weights_C is not None:
                 batch["weights"] = self.weights_C[effective_contexts(batch["position_ids"])]
+            if self.gains is not None:
+                batch["weights"] = self.gains.weights(row_ids)
             if self.job.arm.positions is not None:
                 batch = skip_positions(batch, row_ids, self.job.arm.positions, seed=self.job.seed, step=step)
             batches.append(part_of(batch, self.sequence))

@@ -373,9 +373,14 @@ class ArmRecipe(Choices):
     """The stretch that this arm starts from; without it, the section's."""
     seeds: New[Seeds] = ()
     """The arm is trained once with each; without any, with the section's."""
-    objective: New[Literal["plain", "exact"]] = "plain"
+    objective: New[Literal["plain", "exact", "long_ce"]] = "plain"
     """plain: each target weighs the same in the loss; exact: those that see much of their own
-    document weigh more (EXACT, 2605.10544), and the losses that are logged are so weighted."""
+    document weigh more (EXACT, 2605.10544); long_ce: those that the model which training starts
+    from predicts better with a long context than with a short one (LongCE, 2410.23771; scored once
+    before training). The losses that are logged are so weighted."""
+    short_tokens: New[int | None] = Field(default=None, ge=4, multiple_of=2)
+    """long_ce: the short context is at least half of so many tokens, and less than all; without it,
+    an eighth of a row."""
     positions: New[PositionsRecipe | None] = None
     """Positions that skip (PoSE) in training; without it, they count each document's tokens."""
     curriculum: New[tuple[LengthStage, ...]] = ()
@@ -388,6 +393,11 @@ class ArmRecipe(Choices):
             raise ValueError(
                 f"embedding_learning_rate {self.embedding_learning_rate:g} with tune {self.tune!r}, which "
                 f"trains no embeddings: leave it out, or tune 'lora+embed' or 'lora+embed+norm'"
+            )
+        if self.short_tokens is not None and self.objective != "long_ce":
+            raise ValueError(
+                f"short_tokens {self.short_tokens} with objective {self.objective!r}, which compares no contexts: "
+                f"leave it out, or take objective 'long_ce'"
             )
         for name in ("use_dora", "use_rslora", "init_lora_weights", "lora_plus_ratio"):
             value = getattr(self, name)
@@ -634,6 +644,8 @@ class FinetuneRecipe(OptimRecipe):
             if arm.positions is not None:
                 self._check_positions(name, arm, arm.positions)
             self._check_curriculum(name, arm)
+            if arm.objective == "long_ce":
+                self._check_long_ce(name, arm)
         for problem in self._seed_problems():
             raise ValueError(problem)
         return self
@@ -667,6 +679,29 @@ class FinetuneRecipe(OptimRecipe):
                 f"{place} with pack.first_token {self.pack.first_token!r}, without which all pieces of a row but its "
                 f"first would begin: pack with 'none', or leave the curriculum out"
             )
+
+    def _check_long_ce(self, name: str, arm: ArmRecipe) -> None:
+        short = self.short_tokens_of(arm)
+        if not 4 <= short < self.pack.seq_len:
+            raise ValueError(
+                f"arms.{name}.short_tokens {short} is not from 4 to below pack.seq_len {self.pack.seq_len}: a short "
+                f"context has at least two tokens, and the long one is the row"
+            )
+        if arm.curriculum:
+            raise ValueError(
+                f"arms.{name}.objective 'long_ce' with a curriculum: what is gained by a whole row's context weighs "
+                f"nothing in pieces of {arm.curriculum[0].row_tokens}, so leave one of them out"
+            )
+        if self.pack.first_token != "none":
+            raise ValueError(
+                f"arms.{name}.objective 'long_ce' with pack.first_token {self.pack.first_token!r}, which a short "
+                f"context would lack: pack with 'none', or take another objective"
+            )
+
+    def short_tokens_of(self, arm: ArmRecipe) -> int:
+        """Return long_ce's short context: an eighth of a row, as the paper's 4,096 of 32,768,
+        unless the arm says otherwise."""
+        return arm.short_tokens or self.pack.seq_len // 8 // 2 * 2
 
     def _seed_problems(self) -> Iterator[str]:
         arms = self.every_arm()
@@ -839,6 +874,7 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
     superseded_file: str  # once it exists a newer attempt took over, and this one stops
     stop_file: str | None = None  # once it exists training writes a checkpoint and stops
     spool: str | None = None  # the attempt's event file
+    gains: str | None = None  # folder of the rows' gains (training/long_ce.py), for objective long_ce
     share: Share | None = None  # how nodes without a shared disk see each other's files
 
     @property

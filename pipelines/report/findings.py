@@ -389,7 +389,8 @@ def about_arm(facts: TrainingSummary) -> str:
     arm = facts.arm
     words = {"all": "all weights", "lora": _about_lora(arm), "embed": "embeddings", "norm": "norms"}
     trained = " + ".join(words[part] for part in arm.tune.split("+"))
-    objective = "loss by effective context (EXACT)" if arm.objective == "exact" else None
+    losses = {"exact": "loss by effective context (EXACT)", "long_ce": "loss by gain from context (LongCE)"}
+    objective = losses.get(arm.objective)
     positions = arm.positions.about() if arm.positions else None
     curriculum = [stage.about() for stage in arm.curriculum]
     return ", ".join(filter(None, [trained, arm.attention.about(), positions, *curriculum, objective]))
