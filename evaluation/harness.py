@@ -18,13 +18,18 @@ import contextlib
 import difflib
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, Evaluation, Result
+from longreach.evaluation.blocks import Block, Table
+from longreach.evaluation.lm_eval_files import metric_rows, summary_of
+from longreach.evaluation.longbench import VERSION_2, paper_tables, version_2_rows
 from longreach.evaluation.scores import EvalScores, Row
+from longreach.evaluation.sections import DASH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,10 +85,11 @@ class Harness(Evaluation):
         from lm_eval import simple_evaluate
 
         choices = self.choices
+        model = _harness_model(self.model, self.tokenizer, choices.max_length)
         try:
             with contextlib.chdir(choices.data or "."):
                 answer = simple_evaluate(
-                    _harness_model(self.model, self.tokenizer, choices.max_length),
+                    model,
                     tasks=[cell["task"]],
                     limit=choices.limit,
                     task_manager=_task_manager(choices.data and "."),
@@ -99,37 +105,76 @@ class Harness(Evaluation):
                 f"harness task {cell['task']}: its data cannot be reached ({reason}): go online, or "
                 f"put it into a folder and name that in harness.data"
             ) from error
-        cases = []
+        rows, cases = metric_rows(answer), []
         for task, samples in answer["samples"].items():
-            for sample in samples:
-                prompt, expected = str(sample["arguments"]), str(sample["target"])
-                cases.append({"task": task, "prompt": prompt, "expected": expected, "got": str(sample["resps"])})
-        return {"rows": _metric_rows(answer), "cases": cases}
+            of_task = [_case(task, sample, model.cut_tokens) for sample in samples]
+            cut = {sample["doc_id"] for sample, case in zip(samples, of_task, strict=True) if case["cut_tokens"]}
+            facts = {"truncated": len(cut), "max_length": model.max_length, "decoding": _decoding(samples)}
+            for row in rows:
+                if row["task"] == task:
+                    row |= facts
+            cases += of_task
+        return {"rows": rows, "cases": cases}
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `task`: one for each metric of each task."""
+        """Return rows of kind `task`, one for each metric of each task, and of kind `longbench2`
+        (LongBench v2's columns)."""
         rows = [row for _, result in results for row in result["rows"]]
+        cases = [case for _, result in results for case in result["cases"]]
+        protocol = "lm-evaluation-harness's own prompts and metrics"
+        limits = sorted({row["max_length"] for row in rows if row.get("max_length")})
+        if limits:
+            protocol += f"; prompts of up to {' or '.join(f'{limit:,}' for limit in limits)} tokens"
+        protocol += "; the middle of longer prompts is cut out"
+        decodings = sorted({row["decoding"] for row in rows if row.get("decoding")})
+        if decodings:
+            protocol += f"; answers: {', '.join(decodings)}"
         return EvalScores(
             eval=cls.name,
-            protocol="lm-evaluation-harness's own prompts and metrics; the middle of longer prompts is cut out",
+            protocol=protocol,
             recipe=choices.model_dump(mode="json"),
-            rows=rows,
-            summary={f"{row['task']}_{row['metric']}": row["value"] for row in rows},
+            rows=rows + version_2_rows(cases),
+            summary=summary_of(rows),
             note="With a limit these are the first documents of a task: no published number.",
-            cases=[case for _, result in results for case in result["cases"]],
+            cases=cases,
         )
+
+    @classmethod
+    def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
+        """Return what was asked, every metric with its interval, and ten prompts with their
+        answers where the cases are at hand."""
+        first = next(iter(models.values()))
+        text = f"{cls.__doc__} Protocol: {first.protocol}. {first.note}"
+        return [text, *cls.task_tables(models), *_sample_table(models)]
+
+    @classmethod
+    def task_tables(cls, models: Mapping[str, EvalScores]) -> list[Block]:
+        """Return LongBench's tables as its papers print them, and one of every task and metric, a
+        column for each model."""
+        found: dict[str, dict[str, Row]] = {}
+        for name, scores in models.items():
+            for row in scores.rows_with(kind="task"):
+                found.setdefault(f"{row['task']}_{row['metric']}", {})[name] = row
+        lines = []
+        for metric, rows in found.items():
+            lines.append([metric, *(_metric_cell(rows.get(name)) for name in models)])
+        legend = (
+            "Small: 95% intervals, n documents asked, and in how many of them the prompt was too long, so that its "
+            "middle was cut out."
+        )
+        return [*paper_tables(models), Table("Every task and metric", ["task", *models], lines, legend=legend)]
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
         """Return a grid of metric x task for each model."""
         from longreach.evaluation.figures import grid
 
-        values = [row["value"] for scores in models.values() for row in scores.rows]
+        values = [row["value"] for scores in models.values() for row in scores.rows_with(kind="task")]
         top = max([1.0, *values])
         figures = []
         for name, scores in models.items():
-            cells = {(row["task"], row["metric"]): row["value"] for row in scores.rows}
+            cells = {(row["task"], row["metric"]): row["value"] for row in scores.rows_with(kind="task")}
             metrics = list(dict.fromkeys(metric for _, metric in cells))
             lines = {}
             for task in dict.fromkeys(task for task, _ in cells):
@@ -140,26 +185,85 @@ class Harness(Evaluation):
         return figures
 
 
-def _metric_rows(answer: dict[str, Any]) -> list[Row]:
-    """Return a row for each metric of each task in the harness's answer, which names them
-    "metric,filter"."""
-    rows = []
-    for task, values in answer["results"].items():
-        documents = answer["n-samples"].get(task, {}).get("effective")
-        for name, value in values.items():
-            metric, _, answer_filter = name.partition(",")
-            if metric.isdecimal() and value == -1:
-                continue  # how RULER marks a length that was not asked for
-            if not isinstance(value, int | float) or not answer_filter or metric.endswith("_stderr"):
-                continue  # an alias, or the error of another entry
-            error = values.get(f"{metric}_stderr,{answer_filter}")
-            if answer_filter != "none":
-                metric = f"{metric}_{answer_filter}"  # a task may read answers in several ways
-            row: Row = {"kind": "task", "task": task, "metric": metric, "value": float(value)}
-            if isinstance(error, float):
-                row |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
-            rows.append(row | {"documents": documents})
-    return rows
+def _case(task: str, sample: dict[str, Any], cut_tokens: Mapping[str, int]) -> Row:
+    """Return a question as the cases keep it: its prompt, what was expected and what came.
+
+    cut_tokens: tokens that were cut out of the middle of prompts, by prompt.
+    """
+    requests = sample["arguments"]
+    case: Row = {
+        "task": task,
+        "prompt": str(requests[0][0]),
+        "expected": str(sample["target"]),
+        "got": _answer(sample),
+        "cut_tokens": max(cut_tokens.get(request[0], 0) for request in requests),
+    }
+    score = sample.get(next(iter(sample["metrics"]), ""))
+    if isinstance(score, int | float):
+        case["score"] = float(score)
+    if task.startswith(VERSION_2):
+        case |= {field: str(sample["doc"].get(field, "")) for field in ("difficulty", "length")}
+    return case
+
+
+def _answer(sample: dict[str, Any]) -> str:
+    """Return what the model answered: its text, or the likeliest of several choices."""
+    requests, responses = sample["arguments"], sample["resps"]
+    if isinstance(responses[0][0], str):
+        return responses[0][0]
+    if len(requests) > 1:
+        likelihoods = [response[0][0] for response in responses]
+        return str(requests[likelihoods.index(max(likelihoods))][1]).strip()
+    return str(responses)
+
+
+def _decoding(samples: list[dict[str, Any]]) -> str:
+    """Return how a task's answers came about: greedy or sampled text, or the likelihood of given
+    ones."""
+    settings = [request[-1] for sample in samples for request in sample["arguments"]]
+    if not any(isinstance(setting, dict) for setting in settings):
+        return "likelihood"
+    sampled = any(setting.get("do_sample") for setting in settings if isinstance(setting, dict))
+    return "sampled" if sampled else "greedy"
+
+
+def _metric_cell(row: Row | None) -> str:
+    """Return a metric's value and, small, its interval, its documents and how many were cut."""
+    if row is None:
+        return DASH
+    text = f"{row['value']:.4g}"
+    if row.get("low") is not None:
+        text += f"\n{row['low']:.4g} to {row['high']:.4g}"
+    if row.get("documents"):
+        text += f"\nn {row['documents']}"
+    if row.get("truncated") is not None:
+        text += f", {row['truncated']} cut"
+    return text
+
+
+SAMPLES = 10
+"""Questions that a page shows with their answers."""
+ENDS = 300
+"""Characters that a page shows of each end of a prompt."""
+
+
+def _sample_table(models: Mapping[str, EvalScores]) -> list[Table]:
+    """Return ten questions of one model, spread evenly over its tasks; none where a page compares
+    models, whose cases are not read."""
+    (scores, *others) = models.values()
+    if others or not scores.cases:
+        return []
+    cases = scores.cases
+    chosen = [cases[n * len(cases) // SAMPLES] for n in range(SAMPLES)] if len(cases) > SAMPLES else cases
+    lines = []
+    for case in chosen:
+        prompt = case["prompt"]
+        if len(prompt) > 2 * ENDS:
+            prompt = f"{prompt[:ENDS]} […] {prompt[-ENDS:]}"
+        lines.append([case["task"], prompt, case["expected"], case["got"]])
+    caption = f"{len(lines)} of {len(cases)} questions and their answers"
+    legend = "The whole prompts are in cases.jsonl, with how many tokens were cut out of each."
+    return [Table(caption, ["task", "prompt", "expected", "answer"], lines, legend=legend, prose=True)]
 
 
 def _task_manager(folder: str | None) -> Any:
@@ -187,15 +291,28 @@ def _middle_cutting_model() -> Any:
     class MiddleCut(HFLM):
         """HFLM that keeps a long prompt's beginning and end."""
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.cut_tokens: dict[str, int] = {}
+            """Tokens that were cut out of each prompt that was too long."""
+            super().__init__(*args, **kwargs)
+
         def tok_batch_encode(
             self, strings: Any, *args: Any, left_truncate_len: int | None = None, **kwargs: Any
         ) -> Any:
             ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+            for prompt, tokens in zip(strings, mask.sum(1).tolist(), strict=True):
+                self._note(prompt, tokens, left_truncate_len)
             return middle_cut(ids, left_truncate_len), middle_cut(mask, left_truncate_len)
 
         def _encode_pair(self, context: str, continuation: str) -> Any:
             before, after = super()._encode_pair(context, continuation)
-            return middle_cut(before, self.max_length - len(after)), after
+            room = self.max_length - len(after)
+            self._note(context, len(before), room)
+            return middle_cut(before, room), after
+
+        def _note(self, prompt: str, tokens: int, room: int | None) -> None:
+            if room is not None and tokens > room:
+                self.cut_tokens[prompt] = tokens - room
 
     return MiddleCut
 

@@ -26,6 +26,7 @@ from longreach.pipelines.console import (
     LEASE_HELD,
     Notify,
     OptionalRecipe,
+    OutputPath,
     Overrides,
     Quiet,
     RayAddress,
@@ -33,6 +34,7 @@ from longreach.pipelines.console import (
     Root,
     Workdir,
     ago,
+    export_scores,
     load,
     print_table,
     run_recipe,
@@ -130,6 +132,7 @@ def evaluate(
     documents: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Text files to measure on, instead of the suite's documents.")
     ] = None,
+    output_path: OutputPath = None,
     address: RayAddress = None,
     quiet: Quiet = False,
 ) -> None:
@@ -137,7 +140,8 @@ def evaluate(
     from longreach.pipelines.reader import standalone
 
     loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
-    run_recipe(loaded, suite, address=address, quiet=quiet)
+    page = run_recipe(loaded, suite, address=address, quiet=quiet)
+    export_scores(page, output_path)
 
 
 @app.command()
@@ -278,6 +282,7 @@ def report(
     ] = None,
     overrides: Overrides = None,
     root: Root = ".longreach",
+    output_path: OutputPath = None,
     browse: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> None:
     """Print the path of the newest report (of the recipe as it stands)."""
@@ -299,6 +304,7 @@ def report(
         raise typer.Exit(FAILED)
     page = store.fetch("report", manifest["fingerprint"]).path / "report.html"
     print(page)
+    export_scores(page, output_path)
     if browse:
         typer.launch(str(page))
 
@@ -307,7 +313,10 @@ def report(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Recipes, reports' folders, or 6 digits of their fingerprints."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Recipes, reports' folders, 6 digits of their fingerprints, or result files of lm-eval.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("compare"),
     root: Annotated[

@@ -43,6 +43,15 @@ Notify = Annotated[
 ]
 Workdir = Annotated[Path, typer.Option(help="This machine's folder of spools and the embedded MLflow store.")]
 RayAddress = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, one is started here.")]
+OutputPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--output-path",
+        "--output_path",
+        metavar="DIR",
+        help="Also write every model's scores as lm-eval does: DIR/MODEL/results_DATE.json.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and failures only.")]
 
 
@@ -68,6 +77,17 @@ def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def export_scores(page: Path | None, folder: Path | None) -> None:
+    """Write a report's scores as result files of lm-eval where a folder is given, and name the
+    files on stderr."""
+    if page is None or folder is None:
+        return
+    from longreach.pipelines.report.compare import export
+
+    for file in export(page, folder):
+        print(f"scores as lm-eval writes them: {file}", file=sys.stderr)
+
+
 def load(recipe: str, overrides: list[str] | None = None) -> Loaded:
     """Read a recipe as pipelines/reader.py does, which is imported only here."""
     from longreach.pipelines import reader
@@ -84,9 +104,9 @@ def run_recipe(
     wait: bool = True,
     quiet: bool = False,
     notify: str | None = None,
-) -> None:
+) -> Path | None:
     """Run a recipe that the user called `name` and tell on stderr how it went; stdout gets the
-    report's path.
+    report's path, which is returned, too.
 
     Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the
     URL `notify`.
@@ -117,6 +137,7 @@ def run_recipe(
         raise typer.Exit(FAILED)
     if outcome.refusals:
         raise typer.Exit(REFUSED)
+    return outcome.report_path
 
 
 def _show_outcome(outcome: RunOutcome, name: str, *, quiet: bool) -> None:

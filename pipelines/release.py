@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longreach.evaluation.lm_eval_files import HARNESS
 from longreach.infra.choices import Choices
 from longreach.infra.files import link_or_copy
 from longreach.infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
@@ -26,6 +27,8 @@ from longreach.training.recipe import SourceRecipe
 from longreach.training.summary import TrainingSummary
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from longreach.evaluation.scores import EvalScores
 
 TEMPLATE = Path(__file__).with_name("model_card.md.tmpl")
@@ -197,7 +200,35 @@ class Card:
             pipeline_tag="text-generation",
             tags=tags,
         )
+        if results := self.results():
+            data.model_name, data.eval_results = f"{self.recipe.name}: {self.recipe.arm}", results
         return data.to_yaml()
+
+    def results(self) -> list[EvalResult]:
+        """Return all scores as the Hub reads them in a card's `model-index`, but for speeds, which
+        are the machine's."""
+        from huggingface_hub import EvalResult
+
+        from longreach.evaluation import EVALS
+        from longreach.evaluation.longbench import DATASETS
+
+        results = []
+
+        def add(dataset: str, title: str, metric: str, value: float) -> None:
+            rounded = float(f"{value:.6g}")
+            results.append(EvalResult("text-generation", dataset, title, metric, rounded, metric_name=metric))
+
+        for evaluation, scores in self.own.items():
+            if evaluation == HARNESS:
+                for row in scores.rows_with(kind="task"):
+                    task = row["task"]
+                    title = f"LongBench {DATASETS[task].name}" if task in DATASETS else task
+                    add(task, title, row["metric"], row["value"])
+                continue
+            for measure, value in scores.summary.items():
+                if not measure.endswith("tokens_per_s") and not measure.startswith(("decode_ms", "endurance_growth")):
+                    add(f"longreach/{evaluation}", EVALS[evaluation].title, measure, value)
+        return results
 
     def text(self) -> str:
         from jinja2 import Environment, StrictUndefined

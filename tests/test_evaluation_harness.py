@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,12 @@ import torch
 from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
+from longreach.evaluation.base import Background
+from longreach.evaluation.blocks import Table
 from longreach.evaluation.harness import Harness, _harness_model, middle_cut
 from longreach.evaluation.likelihood import token_nll
+from longreach.evaluation.longbench import paper_tables
+from longreach.evaluation.scores import EvalScores
 
 CARD = """---
 configs:
@@ -38,6 +43,15 @@ def mirror(tmp_path, monkeypatch):
         for n in range(3)
     ]
     (folder / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder = tmp_path / "recursal" / "longbench-v2"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(CARD.replace("qasper", "government_multi").replace("test", "train"))
+    lines = []
+    for n, (difficulty, length) in enumerate([("easy", "short"), ("hard", "short"), ("hard", "long")]):
+        lines.append({"context": "the cat sat " * (80 if length == "long" else 5), "question": f"who {n}?",
+                      "choices": ["the cat", "the dog", "a", "b"], "answer": "ABCD"[n], "_id": str(n),
+                      "difficulty": difficulty, "length": length})  # fmt: skip
+    (folder / "government_multi.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": f"ab{n}" * 9}) for n in range(2)))
     (tmp_path / "own.yaml").write_text(
         "task: own_perplexity\ndataset_path: json\ndataset_kwargs: {data_files: {test: own.jsonl}}\ntest_split: test\n"
@@ -60,8 +74,64 @@ def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
     assert 0 <= rows["qa_f1_score"]["value"] <= 1
     assert len(scores.cases) == 2
     assert "who 0?" in scores.cases[0]["prompt"]
+    assert scores.cases[0]["expected"] == "['the cat']"
     assert "longbench_qasper_qa_f1_score" in scores.summary
+    assert rows["score"]["decoding"] == "greedy"
+    assert rows["score"]["max_length"] == 512
+    assert rows["score"]["truncated"] == 2, "prompts of about 1,200 bytes, of which 384 fit beside the answer"
+    assert scores.cases[0]["cut_tokens"] == len(scores.cases[0]["prompt"]) - 384
+    assert "prompts of up to 512 tokens" in scores.protocol
+    assert run(mirror, tasks=("longbench_qasper",), limit=1, max_length=4096).rows[0]["truncated"] == 0
     assert list(drawn(scores.named("m"))) == ["harness-m.png"]
+
+
+@pytest.mark.long  # the harness reads all of its tasks
+def test_longbench_2_has_the_papers_columns_and_counts_what_was_cut(mirror):
+    scores = run(mirror, tasks=("longbench2_govt_multi",)).named("m")
+    (row,) = scores.rows_with(kind="task")
+    assert (row["metric"], row["documents"], row["truncated"], row["decoding"]) == ("acc", 3, 1, "likelihood")
+    columns = {row["column"]: (row["documents"], row["correct"]) for row in scores.rows_with(kind="longbench2")}
+    asked = {column: n for column, (n, _) in columns.items()}
+    assert asked == {"Overall": 3, "Easy": 1, "Hard": 2, "Short": 2, "Long": 1}
+    assert columns["Overall"][1] == round(3 * row["value"])
+    right = [case["got"] == case["expected"] for case in scores.cases]
+    assert sum(right) == columns["Overall"][1]
+    tables = [block for block in Harness.words_and_tables({"m": scores}, Background()) if isinstance(block, Table)]
+    assert [list(table.columns) for table in tables] == [
+        ["model", "Overall", "Easy", "Hard", "Short", "Long"],
+        ["task", "m"],
+        ["task", "prompt", "expected", "answer"],
+    ]
+    assert tables[1].rows[0][1].endswith("\nn 3, 1 cut")
+
+
+def harness_scores(**values):
+    """Scores of LongBench tasks by the harness' names, with made up values."""
+    rows = [{"kind": "task", "task": f"longbench_{task}", "metric": "score", "value": value, "low": 0.0,
+             "high": 1.0, "documents": 5, "truncated": 2} for task, value in values.items()]  # fmt: skip
+    return EvalScores("harness", "made up", {}, rows, {})
+
+
+def test_longbench_stands_in_the_papers_columns_by_kind_of_task_in_per_cent():
+    models = {"a": harness_scores(trec=0.5, hotpotqa=0.25, qasper=0.75), "b": harness_scores(qasper=0.1)}
+    (table,) = paper_tables(models)
+    assert list(table.columns) == ["model", "Qasper", "HotpotQA", "TREC", "Avg"]
+    kinds = [("", 1), ("Single-Document QA", 1), ("Multi-Document QA", 1), ("Few-shot Learning", 1), ("", 1)]
+    assert list(table.groups) == kinds
+    assert [cell.split("\n")[0] for cell in table.rows[0]] == ["a", "75.0", "25.0", "50.0", "50.0"]
+    assert [cell.split("\n")[0] for cell in table.rows[1]] == ["b", "10.0", "–", "–", "–"]
+    assert table.rows[0][1] == "75.0\n0.0 to 100.0\nn 5"
+
+
+def test_a_page_shows_ten_questions_of_all_tasks_with_both_ends_of_their_prompts():
+    cases = [{"task": f"t{n // 15}", "prompt": "a" * 400 + "b" * 400, "expected": "x", "got": f"y{n}"}
+             for n in range(30)]  # fmt: skip
+    scores = replace(harness_scores(trec=0.5), cases=cases)
+    *_, table = Harness.words_and_tables({"m": scores}, Background())
+    assert [row[0] for row in table.rows] == ["t0"] * 5 + ["t1"] * 5
+    assert table.rows[0][1:] == ["a" * 300 + " […] " + "b" * 300, "x", "y0"]
+    *_, last = Harness.words_and_tables({"m": scores, "n": scores}, Background())
+    assert "answer" not in last.columns, "a page that compares models has no cases"
 
 
 @pytest.mark.long  # the harness reads all of its tasks

@@ -115,6 +115,41 @@ def test_perplexities_of_other_texts_are_shown_but_not_ranked(runs, tmp_path):
     assert "On the frontier: tiny: base (527), tiny: lora (35.1), tiny: full (29.4), longer: lora (27.0)" in text
 
 
+def lm_eval_file(folder: Path, name: str, **changes) -> Path:
+    """A result file as lm-eval writes it, in an output path's folder of one model."""
+    content = {
+        "results": {"longbench_qasper": {"score,none": 0.25, "score_stderr,none": 0.05}},
+        "versions": {"longbench_qasper": 5.0},
+        "n-samples": {"longbench_qasper": {"original": 200, "effective": 20}},
+        "lm_eval_version": "0.4.13",
+        "model_name": f"owner/{name}",
+    }
+    (folder / name).mkdir(parents=True)
+    path = folder / name / "results_2026-11-25T12-00-00.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_files_of_lm_eval_stand_beside_runs_and_alone(runs, tmp_path, capsys):
+    folder, first, _ = runs
+    lm_eval_file(tmp_path / "theirs", "small")
+    page = compare([first, str(tmp_path / "theirs")], tmp_path / "out", str(folder / "store"))
+    seen = Page(page.read_text())
+    assert seen.row("lm-eval: owner/small") == ["25.0\n15.2 to 34.8\nn 20", "25.0"]  # LongBench, in per cent
+    assert seen.row("longbench_qasper_score") == ["0.25\n0.152 to 0.348\nn 20"]
+    assert "Lowest perplexity at 768 tokens: tiny: full 29.4" in page.read_text(), "runs compare as before"
+    lm_eval_file(tmp_path / "theirs", "large")
+    alone = Page(compare([str(tmp_path / "theirs")], tmp_path / "out", None).read_text())
+    assert len(alone.row("longbench_qasper_score")) == 2
+    lm_eval_file(tmp_path / "theirs", "other", versions={"longbench_qasper": 4.0})
+    with pytest.raises(SystemExit) as left:
+        main(["compare", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "longbench_qasper has version 5.0 in lm-eval: owner/large and 4.0 in lm-eval: owner/other" in said
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_folder_that_holds_something_else_is_left_alone(runs, tmp_path):
     folder, *both = runs
@@ -149,6 +184,11 @@ def test_the_command_prints_the_page_and_report_takes_a_fingerprint(runs, tmp_pa
     assert said("compare", first, second, "--out", str(tmp_path / "out")) == str(tmp_path / "out" / "compare.html")
     assert f"/report/{first}/" in said("report", first[:6])
     assert f"/report/{second}/" in said("report", second[:8])
+    said("report", first[:6], "--output-path", str(tmp_path / "lm-eval"))
+    files = sorted((tmp_path / "lm-eval").glob("*/results_*.json"))
+    assert [file.parent.name for file in files] == ["base", "full", "lora"]
+    results = json.loads(files[1].read_text())["results"]
+    assert results["longreach_perplexity"]["ppl_768,none"] == pytest.approx(29.4)
 
 
 def test_report_finds_the_one_on_what_could_be_done(tmp_path, capsys, monkeypatch):

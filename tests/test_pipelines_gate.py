@@ -372,6 +372,9 @@ def test_a_release_is_read_by_transformers_and_by_mlflow_and_its_card_says_what_
     assert loaded.metadata.signature.inputs.input_types() == [mlflow.types.DataType.string]
     card = ModelCard.load(model.path / "README.md")
     assert (card.data.license, card.data.base_model) == ("apache-2.0", "owner/base")
+    (result,) = card.data.eval_results
+    told = (result.dataset_type, result.dataset_name, result.metric_type, result.metric_value)
+    assert told == ("longreach/perplexity", "Perplexity", "ppl_128", 8.0)
     text = card.text
     for said in (
         "4,096 tokens",

@@ -7,6 +7,11 @@ largest such group. What several runs share (a base, an arm that was not changed
 the first of them.
 
     longreach compare quickstart 3f9a1c longer.yaml --out compare
+
+Result files of lm-evaluation-harness stand beside them (evaluation/lm_eval_files.py), as models of
+which only the harness' tasks are known:
+
+    longreach compare quickstart lm-eval-output/ results_2026-11-25T12-00-00.json
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from typing import Any
 from longreach.evaluation.base import Background
 from longreach.evaluation.blocks import Section, Table
 from longreach.evaluation.gain import Gain
+from longreach.evaluation.harness import Harness
+from longreach.evaluation.lm_eval_files import check_versions, read_results, result_files, write_results
 from longreach.evaluation.perplexity import difference_tables
 from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import MANIFEST, Artifact, Store
@@ -48,16 +55,23 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
     """Write compare.html, compare.md and their figures into `out`; returns the page's path.
 
     Args:
-        names: recipes, fingerprints of reports (six digits are enough) or reports' folders.
+        names: recipes, fingerprints of reports (six digits are enough), reports' folders, or result
+            files of lm-eval and the folders that it wrote them into.
         root: the store, where a name does not say it.
 
-    ValueError: fewer than two runs, a run without a report or with damaged artifacts, or `out`
-    holds other files.
+    ValueError: fewer than two runs or files, a run without a report or with damaged artifacts, a
+    file or a task of another version of lm-eval, or `out` holds other files.
     """
     if out.exists() and (foreign := sorted({path.name for path in out.iterdir()} - FILES)):
         raise ValueError(f"{out} holds {foreign[0]}, which no comparison wrote: choose another --out")
-    reports = {manifest["fingerprint"]: (store, manifest) for store, manifest in (find(name, root) for name in names)}
-    if len(reports) < 2:
+    reports, files = {}, dict[Path, None]()
+    for name in names:
+        if found_files := result_files(name):
+            files |= dict.fromkeys(found_files)
+            continue
+        store, manifest = find(name, root)
+        reports[manifest["fingerprint"]] = store, manifest
+    if len(reports) + len(files) < 2:
         raise ValueError(f"{', '.join(names)}: one report; a comparison needs two or more")
     recipes = Counter(manifest["identity"]["recipe"]["name"] for _, manifest in reports.values())
     runs, told = {}, []
@@ -67,10 +81,17 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         runs[name] = read(store, manifest)
         told.append([name, *(str(manifest.get(key, "")) for key in ("fingerprint", "commit", "host", "command"))])
     found = merge(runs)
+    heading = "What every model reached, and what it cost"
+    main = results(found, heading, "All models; on the same texts first, best first")
+    for file in files:  # which have no number in the main table
+        _add_file(found, file)
+        told.append([f"{LM_EVAL}: {file.name}", "", "", "", str(file)])
+    check_versions(found.scores_of(Harness.name))
     sections = [
-        results(found, "What every model reached, and what it cost", "All models; on the same texts first, best first"),
+        main,
         Section("Differences on the same tokens", difference_tables(found.scores_of(PERPLEXITY), resamples=1000)),
-        Section("What differs", [changes(runs)]),
+        _tasks(found),
+        Section("What differs", [changes(runs)] if len(runs) > 1 else []),
         *(losses(found, kind, title, file, SAYS) for kind, title, file in LOSSES),
         Section("Runs", [Table("Reports", ["run", "fingerprint", "commit", "host", "command"], told, prose=True)]),
     ]
@@ -78,9 +99,47 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     kept = [section for section in sections if section and section.blocks]
-    about = f"{len(runs)} runs, {len(found.models)} models"
-    Page(f"longreach: {shortened(list(runs), 5)}", about, headline(found), kept).write(out, "compare")
+    about = f"{len(runs)} runs, {len(files)} files of lm-eval, {len(found.models)} models"
+    if not files:
+        about = f"{len(runs)} runs, {len(found.models)} models"
+    title = shortened([*runs, *(file.name for file in files)], 5)
+    Page(f"longreach: {title}", about, headline(found), kept).write(out, "compare")
     return out / "compare.html"
+
+
+LM_EVAL = "lm-eval"
+"""Begins the names of models whose numbers come from a file of lm-eval."""
+
+
+def _add_file(found: Merged, file: Path) -> None:
+    """Add the model of one of lm-eval's result files to those of the runs."""
+    scores = read_results(file)
+    name = f"{LM_EVAL}: {scores.model}"
+    if name in found.models:
+        name += f" ({file.name})"
+    found.models[name] = Model(name, "baseline", scores.protocol, scores={Harness.name: scores})
+    found.sources[name] = name
+
+
+def _tasks(found: Merged) -> Section | None:
+    """Return what every model reached in tasks of lm-eval; None where none was asked."""
+    scores = found.scores_of(Harness.name)
+    return Section(Harness.title, Harness.task_tables(scores)) if scores else None
+
+
+def export(page: Path, folder: Path) -> list[Path]:
+    """Write the scores of every model in a report as result files of lm-eval; returns the files.
+
+    page: the report's page.
+    """
+    store, manifest = find(str(page), None)
+    findings = read(store, manifest)
+    files = []
+    for name, model in findings.models.items():
+        if model.scores:
+            source = str(findings.base.get("source", "")) if model.kind == "baseline" else ""
+            files.append(write_results(model.scores.values(), name, folder, source))
+    return files
 
 
 SAYS = "Arms of one run read the same rows in the same order; other runs may read others. Lower is better."
@@ -192,7 +251,7 @@ def merge(runs: dict[str, Findings]) -> Merged:
             if findings.base:
                 trained_lengths[full_name] = findings.base["context_length"]
     length, alike = _largest_group(models, bases)
-    prices = [findings.prices for findings in runs.values()]
+    prices = [findings.prices for findings in runs.values()] or [PriceRecipe()]
     if any(other != prices[0] for other in prices):
         prices = [PriceRecipe()]
     merged = Merged(
