@@ -89,6 +89,9 @@ class Streaming(Evaluation):
         """Tokens of each that are scored."""
         cache_tokens: int = Field(default=256, ge=2)
         """Keys that each way keeps, sinks included (dense keeps all)."""
+        more_cache_tokens: New[tuple[int, ...]] = ()
+        """Further sizes of the cache; all ways but dense are measured in each, on the tokens after the greatest, so
+        that sizes compare. The endurance run keeps to cache_tokens."""
         sink_tokens: tuple[int, ...] = Field(default=(4,), min_length=1)
         """Number of first tokens that the sink cache keeps; each number is a way of its own."""
         ways: tuple[Literal["dense", "window", "recompute", "sinks"], ...] = Field(
@@ -111,9 +114,13 @@ class Streaming(Evaluation):
 
         @model_validator(mode="after")
         def _fits(self) -> Streaming.Choices:
-            if self.latency_tokens and self.latency_tokens + self.cache_tokens + 1 >= self.tokens:
+            sizes = self.cache_sizes()
+            if len({*sizes}) < len(sizes):
+                raise ValueError(f"cache_tokens and more_cache_tokens {list(sizes)}: each size once")
+            smallest, largest = min(sizes), max(sizes)
+            if self.latency_tokens and self.latency_tokens + largest + 1 >= self.tokens:
                 raise ValueError(
-                    f"latency_tokens {self.latency_tokens} and cache_tokens {self.cache_tokens} before them do not fit "
+                    f"latency_tokens {self.latency_tokens} and cache_tokens {largest} before them do not fit "
                     f"into tokens {self.tokens}: lower latency_tokens or score more tokens"
                 )
             if len({*self.rivals}) < len(self.rivals):
@@ -121,17 +128,21 @@ class Streaming(Evaluation):
             if min(self.sink_tokens) < 1 or len({*self.sink_tokens}) < len(self.sink_tokens):
                 raise ValueError(f"sink_tokens {list(self.sink_tokens)}: each number once, from 1 (none: way 'window')")
             most = max(self.sink_tokens)
-            if most >= self.cache_tokens:
+            if most >= smallest:
                 raise ValueError(
-                    f"sink_tokens {most} leave no room for recent tokens in cache_tokens {self.cache_tokens}: "
+                    f"sink_tokens {most} leave no room for recent tokens in cache_tokens {smallest}: "
                     f"use fewer sinks or a larger cache"
                 )
-            if self.cache_tokens >= self.tokens:
+            if largest >= self.tokens:
                 raise ValueError(
-                    f"tokens {self.tokens} do not outgrow cache_tokens {self.cache_tokens}, so all ways would be the "
+                    f"tokens {self.tokens} do not outgrow cache_tokens {largest}, so all ways would be the "
                     f"same: score more tokens or use a smaller cache"
                 )
             return self
+
+        def cache_sizes(self) -> tuple[int, ...]:
+            """Return all sizes of the cache, that of `cache_tokens` first."""
+            return (self.cache_tokens, *self.more_cache_tokens)
 
         def longest_input(self) -> int:
             """Return how many tokens the model reads at once at most."""
@@ -168,9 +179,10 @@ class Streaming(Evaluation):
                 kind_rows = kind.rows(choices, of_kind)
                 rows += kind_rows
                 summary |= kind.summary(kind_rows)
+        sizes = " or ".join(str(size) for size in choices.cache_sizes())
         protocol = (
-            f"tokens {choices.cache_tokens + 1}..{choices.tokens} of {', '.join(_texts_of(results))}; "
-            f"{choices.cache_tokens} cached tokens and the current one; positions counted in the "
+            f"tokens {max(choices.cache_sizes()) + 1}..{choices.tokens} of {', '.join(_texts_of(results))}; "
+            f"{sizes} cached tokens and the current one; positions counted in the "
             f"{' or the '.join(choices.positions)}"
         )
         if "recompute" in choices.ways:
@@ -228,7 +240,7 @@ class Streaming(Evaluation):
         check_attention(model)
         decodes = bool(choices.latency_tokens or choices.endurance_tokens)
         if decodes or choices.rivals or {"window", "sinks"} & {*choices.ways}:
-            check_rope(model, choices.tokens + 1, choices.cache_tokens)
+            check_rope(model, choices.tokens + 1, min(choices.cache_sizes()))
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
@@ -273,7 +285,14 @@ class Ways:
     def cells(streaming: Streaming) -> list[Cell]:
         """Return a cell for each text and way; sinks have one for each number of them, place of positions, and line
         breaks."""
-        return [cell for text in streaming.texts for cell in Ways._of_text(streaming.choices, text.name)]
+        choices = streaming.choices
+        cells = []
+        for text in streaming.texts:
+            of_text = Ways._of_text(choices, text.name)
+            cells += of_text
+            for size in choices.more_cache_tokens:
+                cells += [cell | {"cache_tokens": size} for cell in of_text if cell["way"] != "dense"]
+        return cells
 
     @staticmethod
     def _of_text(choices: Streaming.Choices, name: str) -> list[Cell]:
@@ -311,20 +330,20 @@ class Ways:
         from longreach.evaluation.small_cache import evicted_nll, recomputed_nll, streamed_nll
 
         choices, model, name = streaming.choices, streaming.model, cell["document"]
-        ids_T = streaming.text_ids(name)
+        ids_T, size = streaming.text_ids(name), size_of(choices, cell)
         if cell["way"] in choices.rivals:
-            nll_T = evicted_nll(model, ids_T, cell["way"], choices.cache_tokens, cell["positions"], name)
+            nll_T = evicted_nll(model, ids_T, cell["way"], size, cell["positions"], name)
             return {"nll": nll_T[-choices.tokens :].tolist()}
         if cell["way"] == "recompute":
             ends_N = sampled(choices) + len(ids_T) - 1 - choices.tokens
-            return {"nll": recomputed_nll(model, ids_T, ends_N, choices.cache_tokens + 1, name).tolist()}
+            return {"nll": recomputed_nll(model, ids_T, ends_N, size + 1, name).tolist()}
         sinks = cell["sinks"]
         if cell["newlines"]:
             # the model's own first token is no text, so it stays
             own = int(ids_T[0] == first_token_id(streaming.tokenizer))
             breaks = np.full(sinks - own, line_break(streaming.tokenizer))
             ids_T = np.concatenate([ids_T[:own], breaks, ids_T[sinks:]])
-        window = choices.cache_tokens - sinks
+        window = size - sinks
         if cell["way"] == "dense":
             window = len(ids_T)
         nll_T = streamed_nll(model, ids_T, sinks, window, cell["positions"], name)
@@ -362,6 +381,9 @@ class Latencies:
         for rival in choices.rivals if choices.latency_tokens else ():
             cell: Cell = {"kind": "latency", "document": streaming.document.name, "way": rival, "sinks": 0}
             cells.append(cell | {"positions": choices.positions[0]})
+        smaller = [cell for cell in cells if cell["way"] != "dense"]
+        for size in choices.more_cache_tokens:
+            cells += [cell | {"cache_tokens": size} for cell in smaller]
         return cells
 
     @staticmethod
@@ -371,12 +393,12 @@ class Latencies:
 
         choices = streaming.choices
         ids_T = streaming.text_ids(cell["document"])
-        way, sinks, cache_tokens = cell["way"], cell["sinks"], choices.cache_tokens
+        way, sinks, cache_tokens = cell["way"], cell["sinks"], size_of(choices, cell)
         positions = cell.get("positions", "text" if way == "dense" else "cache")
         costs = decoding_latency(streaming.model, ids_T, choices.latency_tokens, way, sinks, cache_tokens, positions)
         row = {
             "kind": "latency",
-            "way": name_of(way, sinks),
+            "way": name_of(way, sinks) + _about_size(cell),
             "positions": positions,
             "cache_tokens": cache_tokens,
             "text_tokens": len(ids_T),
@@ -391,7 +413,7 @@ class Latencies:
     @staticmethod
     def summary(rows: list[Row]) -> dict[str, float]:
         """Return the milliseconds of each way."""
-        return {f"decode_ms_{row['way'].replace(' ', '_')}": row["ms"] for row in rows}
+        return {f"decode_ms_{row['way'].replace(',', '').replace(' ', '_')}": row["ms"] for row in rows}
 
 
 class Endurance:
@@ -456,7 +478,17 @@ KINDS = (Ways, Latencies, Endurance)
 
 def sampled(choices: Streaming.Choices) -> np.ndarray:
     """Return the text positions [N] whose next token `recompute` scores."""
-    return np.arange(choices.cache_tokens, choices.tokens, choices.recompute_every)
+    return np.arange(max(choices.cache_sizes()), choices.tokens, choices.recompute_every)
+
+
+def size_of(choices: Streaming.Choices, cell: Cell) -> int:
+    """Return the cache's size in a cell; only those of the further sizes say it."""
+    return int(cell.get("cache_tokens", choices.cache_tokens))
+
+
+def _about_size(cell: Cell) -> str:
+    """Return the end of a way's name in one of the further sizes of the cache."""
+    return f", cache {cell['cache_tokens']}" if "cache_tokens" in cell else ""
 
 
 def line_break(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -506,14 +538,19 @@ def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]
     """Return for each way its perplexity over that with the most sinks, and an interval over stretches of the texts.
 
     Both ways read the same stretches, once the cache is full, so that how hard a stretch is cancels
-    out. Nothing for `recompute`, which scores other tokens, nor where no sinks were measured.
+    out. Each size of the cache has its own yardstick. Nothing for `recompute`, which scores other
+    tokens, nor where no sinks were measured.
     """
     most = {"way": "sinks", "sinks": max(choices.sink_tokens), "positions": choices.positions[0], "newlines": False}
-    yardstick = way_of(most)
+    first = max(choices.cache_sizes())
+    yardsticks: dict[str, str] = {}
     differences: dict[str, list[np.ndarray]] = {}
     for of_text in texts.values():
-        named = {way_of(cell): nll_T[choices.cache_tokens :] for cell, nll_T in of_text if cell["way"] != "recompute"}
+        named = {way_of(cell): nll_T[first:] for cell, nll_T in of_text if cell["way"] != "recompute"}
+        for cell, _ in of_text:
+            yardsticks[way_of(cell)] = way_of(most) + _about_size(cell)
         for way, nll_N in named.items():
+            yardstick = yardsticks[way]
             if yardstick in named and way != yardstick:
                 differences.setdefault(way, []).append(nll_N - named[yardstick])
     ratios = {}
@@ -526,21 +563,22 @@ def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]
         if interval:
             low, high = np.exp(interval).tolist()
             ratio = math.exp(np.concatenate(of_texts).mean())
-            ratios[way] = {"beside": yardstick, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+            ratios[way] = {"beside": yardsticks[way], "ratio": ratio, "ratio_low": low, "ratio_high": high}
     return ratios
 
 
 def tabulate_text(choices: Streaming.Choices, ways: Measured) -> tuple[list[Row], list[Row]]:
     """Return a row for each way through one text, and the rows along it."""
-    sampled_N = sampled(choices)
-    beside = _beside(ways)
+    sampled_N, first = sampled(choices), max(choices.cache_sizes())
     edges = np.linspace(0, choices.tokens, min(BINS, choices.tokens) + 1).astype(int).tolist()
     totals, along = [], []
     for cell, nll_N in ways:
+        size = size_of(choices, cell)
+        beside = _beside([way for way in ways if size_of(choices, way[0]) == size])
         about: Row = {
             "way": way_of(cell),
             "positions": cell["positions"],
-            "cache_tokens": choices.cache_tokens,
+            "cache_tokens": size,
             "sink_tokens": cell["sinks"],
             "protocol": "every token",
         }
@@ -553,7 +591,7 @@ def tabulate_text(choices: Streaming.Choices, ways: Measured) -> tuple[list[Row]
                 if beside:
                     about["protocol"] += f", beside {way_of(beside[0])}"
                     beside_T = beside[1]
-        total = mean_over(nll_N, scored_N, beside_T, choices.cache_tokens, choices.tokens)
+        total = mean_over(nll_N, scored_N, beside_T, first, choices.tokens)
         totals.append({"kind": "way"} | about | total)
         for start, end in pairwise(edges):
             if start >= scored_N[0]:
@@ -579,7 +617,7 @@ def way_of(cell: Cell) -> str:
         name += ", text positions"
     if cell["newlines"]:
         name += ", newlines"
-    return name
+    return name + _about_size(cell)
 
 
 def name_of(way: str, sinks: int) -> str:
@@ -628,7 +666,9 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
     for way, rows in ways.items():
         protocol = next(iter(rows.values()))["protocol"]
         lines.append([f"{way}\n{protocol}", *(_way_cell(rows.get(name)) for name in models)])
-    cache = next(iter(models.values())).recipe["cache_tokens"]
+    recipe = next(iter(models.values())).recipe
+    sizes = [recipe["cache_tokens"], *recipe.get("more_cache_tokens", ())]
+    cache = " or ".join(f"{size:,}" for size in sorted(sizes))
     legend = "Small: the tokens that are scored. n sinks: the first n tokens stay in the cache, beside the most recent."
     if {"TOVA", "H2O"} & {row["way"] for rows in ways.values() for row in rows.values()}:
         legend += (
@@ -641,11 +681,30 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
             f" ×: over that with {' or '.join(sorted(beside))} on the same tokens, and its 95% interval over stretches "
             f"of {STRETCH} tokens."
         )
-    tables = [Table(f"Perplexity once the cache of {cache:,} tokens is full", ["way", *models], lines, legend=legend)]
+    tables = [Table(f"Perplexity once the cache of {cache} tokens is full", ["way", *models], lines, legend=legend)]
+    if len(sizes) > 1:
+        tables += [_sizes_table(name, scores, sorted(sizes)) for name, scores in models.items()]
     if texts:
         lines = [[way, *(perplexity_cell(rows.get(name)) for name in models)] for way, rows in texts.items()]
         tables.append(Table("The same by text", ["way", *models], lines))
     return tables
+
+
+def _sizes_table(name: str, scores: EvalScores, sizes: list[int]) -> Table:
+    """Return one model's perplexity by way and size of the cache, as StreamingLLM's tables 2 and 6."""
+    from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import perplexity_cell
+
+    ways: dict[str, dict[int, Row]] = {}
+    for row in scores.rows_with(kind="way"):
+        way = row["way"].removesuffix(f", cache {row['cache_tokens']}")
+        ways.setdefault(way, {})[row["cache_tokens"]] = row
+    lines = [
+        [way, *(perplexity_cell(rows.get(size)) for size in sizes)] for way, rows in ways.items() if way != "dense"
+    ]
+    columns = ["way", *(f"{size:,}" for size in sizes)]
+    legend = "All sizes are scored on the same tokens, those after the greatest cache."
+    return Table(f"{name}: perplexity by size of the cache", columns, lines, legend=legend)
 
 
 def _way_cell(row: Row | None) -> str:

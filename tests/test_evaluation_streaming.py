@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from longreach.attention.evicting_cache import EvictingCache
 from longreach.attention.sink_cache import reading_sink_cache
 from longreach.evaluation.base import Background
+from longreach.evaluation.blocks import Table
 from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
 from longreach.evaluation.small_cache import streamed_nll
@@ -168,6 +169,28 @@ def test_several_numbers_of_sinks_are_ways_of_their_own():
     assert set(names_of(drawn(scores.named("m"))["streaming-m.png"])) == {*ways}
 
 
+def test_further_sizes_of_the_cache_are_ways_of_their_own_on_the_same_tokens():
+    """Each as if it were measured alone, but from the token on at which the greatest cache is full."""
+    both = run(more_cache_tokens=(48,), sink_tokens=(1, 3), rivals=("tova",), latency_tokens=2).named("m")
+    alone = run(cache_tokens=48, sink_tokens=(1, 3), rivals=("tova",))
+    ways = {row["way"]: row for row in both.rows_with(kind="way")}
+    for row in alone.rows_with(kind="way"):
+        suffix = "" if row["way"] == "dense" else ", cache 48"
+        found = ways.pop(row["way"] + suffix)
+        assert (found["nll"], found["start"], found["scored"]) == (row["nll"], 48, row["scored"])
+        if row["way"] == "tova":
+            assert found["beside"] == "3 sinks, cache 48"
+            assert found["ratio"] == row["ratio"]
+    assert [(way, row["cache_tokens"], row["start"]) for way, row in ways.items()] == [
+        (way, 24, 48) for way in ("window", "recompute", "1 sink", "3 sinks", "TOVA")
+    ]
+    assert {"streaming_ppl_3_sinks_cache_48", "decode_ms_recompute_cache_48"} <= both.summary.keys()
+    (table,) = (block for block in Streaming.section({"m": both}, Style.of(["m"]), Background()).blocks
+                if isinstance(block, Table) and block.columns == ["way", "24", "48"])  # fmt: skip
+    assert [row[0] for row in table.rows] == ["window", "recompute", "1 sink", "3 sinks", "TOVA"]
+    assert "–" not in {cell for row in table.rows for cell in row}
+
+
 def test_rivals_are_ways_of_their_own_in_an_equal_cache():
     """Their perplexity is that of decoding token by token, their cache as large as a window's but for the scores."""
     model, text = tiny_llama(), document(80)
@@ -196,7 +219,7 @@ def test_rivals_are_ways_of_their_own_in_an_equal_cache():
 
 
 def test_a_choice_of_rivals_or_further_texts_is_part_of_identity_only_once_it_is_made():
-    assert not {"rivals", "more_documents"} & Streaming.Choices().identity().keys()
+    assert not {"rivals", "more_documents", "more_cache_tokens"} & Streaming.Choices().identity().keys()
     assert Streaming.Choices(rivals=("tova",)).identity()["rivals"] == ["tova"]
 
 
@@ -295,6 +318,9 @@ def test_the_model_attends_as_before_afterwards():
         ({"sink_tokens": (4, 4)}, r"sink_tokens \[4, 4\]: each number once"),
         ({"sink_tokens": (0,)}, r"sink_tokens \[0\]: each number once, from 1"),
         ({"sink_tokens": (4, 24)}, "sink_tokens 24 .*cache_tokens 24"),
+        ({"more_cache_tokens": (150,)}, "tokens 150 .*cache_tokens 150"),
+        ({"more_cache_tokens": (3,)}, "sink_tokens 3 .*cache_tokens 3"),
+        ({"more_cache_tokens": (48, 24)}, r"more_cache_tokens \[24, 48, 24\]: each size once"),
         ({"cache_tokens": 150}, "tokens 150 .*cache_tokens 150"),
     ],
 )
