@@ -15,6 +15,7 @@ from longreach.evaluation.needle import Needle
 from longreach.evaluation.passkey import Passkey
 from longreach.evaluation.perplexity import Perplexity
 from longreach.evaluation.sinks import Sinks
+from longreach.evaluation.stream_questions import StreamQuestions
 from longreach.evaluation.streaming import Streaming
 
 EVALS: dict[str, type[Evaluation]] = {
@@ -24,6 +25,7 @@ EVALS: dict[str, type[Evaluation]] = {
     Needle.name: Needle,
     LostInTheMiddle.name: LostInTheMiddle,
     Streaming.name: Streaming,
+    StreamQuestions.name: StreamQuestions,
     Sinks.name: Sinks,
     Harness.name: Harness,
 }

@@ -194,3 +194,36 @@ def endurance(
                 nll.append(hidden_nll(model, out.last_hidden_state[0], x_T[1:], where).cpu().numpy())
         resident = psutil.Process().memory_info().rss / 2**20
         yield {"start": start, "end": end, "nll": float(np.concatenate(nll).mean()), "resident_mib": resident}
+
+
+@torch.inference_mode()
+def answered_in_stream(
+    model: PreTrainedModel, cache: Cache, pieces: list[tuple[list[int], list[int]]]
+) -> Iterator[tuple[float, list[int]]]:
+    """Read a stream piece by piece through one cache; yield for each piece how its answer was predicted.
+
+    Args:
+        cache: a SinkCache, or a DynamicCache that keeps everything.
+        pieces: token ids, and those of the answer, which are a piece's last ones.
+
+    Yields:
+        (mean NLL of the answer's tokens in nats, the likeliest token at each of their places).
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+        ValueError: an id has no embedding.
+    """
+    streams = isinstance(cache, SinkCache)
+    for number, (ids, answer_ids) in enumerate(pieces):
+        answer = len(answer_ids)
+        x_T = torch.tensor(ids, device=model.device)
+        check_ids(model, x_T, f"piece {number} of the stream")
+        with reading_sink_cache(model) if streams else nullcontext():
+            # the token before the answer predicts its first one, so that the last read has answer + 1 tokens
+            for part_T in x_T[: -answer - 1].split(READ_AT_ONCE):
+                model(part_T[None], past_key_values=cache, logits_to_keep=1)
+            logits_AV = model(x_T[None, -answer - 1 :], past_key_values=cache).logits[0, :-1].float()
+        nll_A = cross_entropy(logits_AV, x_T[-answer:], reduction="none")
+        if not torch.isfinite(nll_A).all():
+            raise FloatingPointError(f"piece {number} of the stream: the logits are not finite; check the weights")
+        yield float(nll_A.double().mean()), logits_AV.argmax(-1).tolist()

@@ -1,0 +1,216 @@
+"""Questions in an endless stream (StreamEval; StreamingLLM, arXiv:2309.17453, section 4.4).
+
+The text goes on and on: lines that each tell a register's number, and after every few of them a
+question for the number that stood some lines before. Facts and questions go through one cache that
+never grows, so the question is answered if and only if its fact is still in the cache: the place
+where accuracy falls is the memory of a stream, whatever its length. The right answer is put into
+the text after each question, so that all models and caches read the same stream.
+
+An answer is right if each of its tokens is the likeliest one given those before, as greedy decoding
+would write. `dense` keeps everything: it breaks once the stream is longer than what the model was
+trained to read.
+
+    longreach evaluate MODEL --eval stream_questions --set cache_tokens=[256,1024] --set questions=200
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
+from longreach.evaluation.scores import EvalScores, Row, retrieval_row
+from longreach.infra.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import Cache
+
+    from longreach.evaluation.blocks import Figure
+    from longreach.evaluation.figures import Style
+else:
+    np = lazy_module("numpy")
+
+ADJECTIVES = (
+    "amber", "brave", "calm", "dusty", "early", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lonely",
+    "mild", "noble", "oval", "pale", "quiet", "rusty", "silent", "tall", "upper", "vivid", "warm", "young",
+)  # fmt: skip
+NOUNS = (
+    "anchor", "bridge", "candle", "desert", "engine", "forest", "garden", "harbour", "island", "jacket", "kettle",
+    "ladder", "meadow", "needle", "orchard", "pillar", "quarry", "river", "saddle", "tower", "umbrella", "valley",
+    "window", "yard",
+)  # fmt: skip
+NUMBERS = (10_000, 100_000)
+"""The numbers' range, half open."""
+
+
+class StreamQuestions(Evaluation):
+    """In a stream through a cache that never grows, how far back may the answer to a question
+    stand?"""
+
+    name = "stream_questions"
+    title = "Questions in a stream"
+
+    class Choices(EvalChoices):
+        """StreamEval: questions in an endless stream of facts (StreamingLLM, 2309.17453, section
+        4.4)."""
+
+        questions: int = Field(default=100, ge=1)
+        """Questions in the stream; they ask for the distances in turn."""
+        every_lines: int = Field(default=10, ge=1)
+        """Lines with a fact before each question."""
+        distances: tuple[int, ...] = Field(default=(5, 10, 20, 40), min_length=1)
+        """How many lines before the question its fact stands; 1 is the last line. The paper has 20."""
+        cache_tokens: tuple[int, ...] = Field(default=(256, 1024), min_length=1)
+        """Keys that a cache keeps, sinks included; each number is a stream of its own."""
+        sink_tokens: int = Field(default=4, ge=1)
+        """First tokens that the way `sinks` keeps."""
+        ways: tuple[Literal["dense", "window", "sinks"], ...] = Field(default=("sinks",), min_length=1)
+        """dense keeps everything, window the most recent tokens, sinks the first ones as well."""
+
+        @model_validator(mode="after")
+        def _fits(self) -> StreamQuestions.Choices:
+            for name in ("distances", "cache_tokens", "ways"):
+                values = getattr(self, name)
+                if len({*values}) < len(values):
+                    raise ValueError(f"{name} {list(values)}: each once")
+            if min(self.distances) < 1 or max(self.distances) >= len(ADJECTIVES) * len(NOUNS):
+                raise ValueError(
+                    f"distances {list(self.distances)}: from 1 to {len(ADJECTIVES) * len(NOUNS) - 1} lines, after "
+                    f"which names come again"
+                )
+            if min(self.cache_tokens) <= self.sink_tokens:
+                raise ValueError(
+                    f"sink_tokens {self.sink_tokens} leave no room in cache_tokens {min(self.cache_tokens)}: use fewer "
+                    f"sinks or a larger cache"
+                )
+            return self
+
+        def longest_input(self) -> int:
+            """Return how many tokens a cache holds at most; of a dense one it is not known."""
+            return 0 if "dense" in self.ways else max(self.cache_tokens)
+
+    choices: Choices
+
+    def cells(self) -> list[Cell]:
+        """Return a cell for each way and size of the cache; ValueError where the model cannot
+        stream or has no room for a cache."""
+        from longreach.evaluation.likelihood import check_attention
+        from longreach.evaluation.small_cache import check_rope
+
+        check_attention(self.model)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        largest = max(self.choices.cache_tokens)
+        if limit and largest > limit:
+            raise ValueError(f"cache_tokens {largest} are more than the {limit} tokens that the model can read")
+        check_rope(self.model, sum(len(ids) for ids, _, _ in self._pieces()), largest)
+        cells: list[Cell] = []
+        for way in self.choices.ways:
+            sizes = (0,) if way == "dense" else self.choices.cache_tokens
+            cells += [{"way": way, "cache_tokens": size} for size in sizes]
+        return cells
+
+    def measure(self, cell: Cell) -> Result:
+        """Return {"cases": one for each question}; FloatingPointError where logits are not finite."""
+        from longreach.evaluation.small_cache import answered_in_stream
+
+        pieces = list(self._pieces())
+        stream = [(ids, answer_ids) for ids, answer_ids, _ in pieces]
+        found = answered_in_stream(self.model, self._cache(cell), stream)
+        cases = []
+        for (_, answer_ids, about), (nll, got_ids) in zip(pieces, found, strict=True):
+            hits = [a == b for a, b in zip(got_ids, answer_ids, strict=True)]
+            answered = {"correct": all(hits), "token_accuracy": sum(hits) / len(hits), "nll": nll}
+            cases.append(cell | about | {"got": str(self.tokenizer.decode(got_ids)).strip()} | answered)
+        return {"cases": cases}
+
+    def _cache(self, cell: Cell) -> Cache:
+        from transformers import DynamicCache
+
+        from longreach.attention.sink_cache import SinkCache
+
+        if cell["way"] == "dense":
+            return DynamicCache(config=self.model.config)
+        sinks = self.choices.sink_tokens if cell["way"] == "sinks" else 0
+        return SinkCache(self.model.config, sinks, cell["cache_tokens"] - sinks)
+
+    def _pieces(self) -> Iterator[tuple[list[int], list[int], Row]]:
+        """Yield the stream in pieces of lines, a question and its answer: (ids, the answer's ids,
+        which are their last ones, what the case says of the question)."""
+        from longreach.evaluation.documents import text_ids
+        from longreach.evaluation.reader import spelled
+
+        choices, draw = self.choices, np.random.default_rng(self.choices.seed)
+        names = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
+        draw.shuffle(names)
+        facts: list[tuple[str, str, int]] = []  # name, number, and tokens of the stream before it
+        before = 0
+        for question in range(choices.questions):
+            ids: list[int] = []
+            lines = choices.every_lines if question else max(choices.every_lines, *choices.distances)
+            for _ in range(lines):
+                name, number = names[len(facts) % len(names)], str(draw.integers(*NUMBERS))
+                facts.append((name, number, before + len(ids)))
+                start = not before and not ids  # the tokenizer's own first token stands once
+                ids += text_ids(self.tokenizer, f"The number of the {name} is {number}.\n", first=start)
+            distance = choices.distances[question % len(choices.distances)]
+            name, number, place = facts[-distance]
+            prompt = f"Question: What is the number of the {name}? Answer: The number of the {name} is"
+            prompt_ids, answer_ids = spelled(
+                self.tokenizer, prompt, f" {number}", f"question {question}", special=False
+            )
+            about: Row = {"question": question, "distance": distance, "name": name, "expected": number}
+            about["tokens_back"] = before + len(ids) + len(prompt_ids) - place
+            ids += prompt_ids + answer_ids
+            yield ids, answer_ids, about
+            before += len(ids)
+
+    @classmethod
+    def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
+        """Return a row of kind `distance` for each way, cache and distance: accuracy with Wilson's
+        interval, NLL in nats per token of the answer."""
+        rows: list[Row] = []
+        cases: list[Row] = []
+        for cell, result in results:
+            cases += result["cases"]
+            for distance in sorted(choices.distances):
+                asked = [case for case in result["cases"] if case["distance"] == distance]
+                if asked:
+                    tokens_back = round(float(np.mean([case["tokens_back"] for case in asked])))
+                    row = retrieval_row("distance", asked, tokens_back, None)
+                    rows.append(row | cell | {"distance": distance})
+        summary = {}
+        for row in rows:
+            size = f"_{row['cache_tokens']}" if row["cache_tokens"] else ""
+            summary[f"stream_{row['way']}{size}_at_{row['distance']}"] = row["accuracy"]
+        return EvalScores(
+            eval=cls.name,
+            protocol=f"{choices.questions} questions in one stream, one after every {choices.every_lines} lines; an answer "
+            "is right if greedy decoding would write it; the right one is put into the stream",
+            recipe=choices.model_dump(mode="json"),
+            rows=rows,
+            summary=summary,
+            note="length: tokens from a fact to its answer. A fact that has left the cache cannot be known.",
+            cases=cases,
+        )
+
+    @classmethod
+    def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+        """Return accuracy by distance, a figure for each model with a curve for each cache."""
+        from longreach.evaluation.figures import Style, lines
+
+        figures = []
+        for name, scores in models.items():
+            curves: dict[str, list[tuple[float, ...]]] = {}
+            for row in scores.rows_with(kind="distance"):
+                cache = row["way"] if row["way"] == "dense" else f"{row['way']}, {row['cache_tokens']:,} tokens"
+                point = (row["distance"], row["accuracy"], row["accuracy_low"], row["accuracy_high"])
+                curves.setdefault(cache, []).append(point)
+            caption = "A curve should fall to 0 where the fact has left the cache, and nowhere before."
+            axes = ("lines between the fact and its question", "share of right answers")
+            file, title = f"stream_questions-{name}.png", f"{cls.title}: {name}"
+            ticks = sorted({int(point[0]) for points in curves.values() for point in points})
+            figures.append(lines(file, title, caption, axes, curves, Style.of(curves), ticks=ticks, y_range=(0, 1)))
+        return figures
