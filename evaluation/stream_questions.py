@@ -187,8 +187,8 @@ class StreamQuestions(Evaluation):
             summary[f"stream_{row['way']}{size}_at_{row['distance']}"] = row["accuracy"]
         return EvalScores(
             eval=cls.name,
-            protocol=f"{choices.questions} questions in one stream, one after every {choices.every_lines} lines; an answer "
-            "is right if greedy decoding would write it; the right one is put into the stream",
+            protocol=f"{choices.questions} questions in one stream, one after every {choices.every_lines} lines; an "
+            "answer is right if greedy decoding would write it; the right one is put into the stream",
             recipe=choices.model_dump(mode="json"),
             rows=rows,
             summary=summary,
