@@ -1,6 +1,6 @@
 """Questions in an endless stream (StreamEval; StreamingLLM, arXiv:2309.17453, section 4.4).
 
-The text goes on and on: lines that each tell a register's number, and after every few of them a
+The text goes on and on: lines that each tell a number, and after every few of them a
 question for the number that stood some lines before. Facts and questions go through one cache that
 never grows, so the question is answered if and only if its fact is still in the cache: the place
 where accuracy falls is the memory of a stream, whatever its length. The right answer is put into
