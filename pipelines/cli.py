@@ -37,6 +37,7 @@ from longreach.pipelines.console import (
     export_scores,
     load,
     print_table,
+    push_release,
     run_recipe,
     show_plan,
 )
@@ -156,6 +157,28 @@ def rollback(
     os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipe, None, workdir)
     old, new = rollback(name)
     print(f"champion of {name} is version {new} again; version {old} is the previous one now")
+
+
+@app.command()
+def push(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print which files would be pushed.")] = False,
+) -> None:
+    """Push a recipe's release to the Hugging Face Hub, as `run` does at its end; print the
+    address."""
+    from longreach.pipelines.hand_over import check_token, published_release, pushed_files
+
+    loaded = load(recipe, overrides)
+    if dry_run:
+        folder = published_release(loaded)
+        rows = []
+        for name in pushed_files(folder):
+            rows.append([name, f"{(folder / name).stat().st_size / 1e6:,.1f}"])
+        print_table([f"to {loaded.recipe.release.push}", "MB"], rows)
+        return
+    check_token(loaded.recipe)
+    push_release(loaded, recipe)
 
 
 @app.command()

@@ -114,8 +114,11 @@ def run_recipe(
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url
     from longreach.pipelines.display import Display
+    from longreach.pipelines.hand_over import check_token
     from longreach.pipelines.run import run
 
+    if loaded.recipe.release.push:
+        check_token(loaded.recipe)
     if notify := notify or os.environ.get(URL):
         check_url(notify)
     try:
@@ -137,7 +140,23 @@ def run_recipe(
         raise typer.Exit(FAILED)
     if outcome.refusals:
         raise typer.Exit(REFUSED)
+    if loaded.recipe.release.push:
+        push_release(loaded, name)
     return outcome.report_path
+
+
+def push_release(loaded: Loaded, name: str) -> None:
+    """Push the release of a recipe that the user called `name`; a hub that refuses it, or is away,
+    ends in exit code 1."""
+    from longreach.pipelines.hand_over import published_release, push
+
+    folder = published_release(loaded)
+    try:
+        print(push(loaded.recipe, folder))
+    except Exception as error:  # noqa: BLE001 (of whichever HTTP client the hub's library has)
+        reason = str(error).strip().partition("\n")[0]
+        print(f"{loaded.recipe.release.push} was not pushed: {reason}; later: longreach push {name}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
 
 
 def _show_outcome(outcome: RunOutcome, name: str, *, quiet: bool) -> None:

@@ -29,6 +29,7 @@ from longreach.infra.files import add_file
 from longreach.pipelines.costs import CostsStageRecipe
 from longreach.pipelines.evaluate import EvaluateStageRecipe
 from longreach.pipelines.gate import add_gate
+from longreach.pipelines.hand_over import check_base
 from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.release import ReleaseRecipe
 from longreach.pipelines.report.report import ReportRecipe
@@ -293,6 +294,7 @@ def add_evaluations(pipeline: Pipeline) -> None:
 def add_releases(pipeline: Pipeline) -> None:
     """Add each arm's model with a card; the untrained base's scores stand there beside its own."""
     recipe = pipeline.recipe
+    check_base(recipe)
     baseline = pipeline.scores_of(recipe.plain_baseline() or "")
     for name, model in pipeline.models.items():
         if model.start is None:
@@ -304,7 +306,8 @@ def add_releases(pipeline: Pipeline) -> None:
             inputs[f"own_{evaluation}"] = scores
         for evaluation, scores in baseline.items():
             inputs[f"base_{evaluation}"] = scores
-        choices = ReleaseRecipe(name=recipe.name, arm=name, register_as=registered)
+        types = recipe.release.gguf_types()
+        choices = ReleaseRecipe(name=recipe.name, arm=name, register_as=registered, gguf=types)
         pipeline.stages.append(Stage("release", f"release[{name}]", choices, inputs))
 
 

@@ -113,6 +113,7 @@ def standalone(
     reader.put(("name",), f"evaluate-{slug}")
     for left_out in ("finetune", "pretrain", "promote"):
         reader.put((left_out,), None)
+    reader.put(("release",), {})
     reader.put(("baselines",), {slug: {}})
     words = ["longreach", "evaluate", model, "--suite", suite]
     for name in evals:

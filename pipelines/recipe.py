@@ -23,6 +23,7 @@ from longreach.infra.choices import Choices, Location, PathOrUrl, dotted, neares
 from longreach.infra.resources import Resources
 from longreach.pipelines.costs import CostsRecipe
 from longreach.pipelines.gate import PromoteRecipe
+from longreach.pipelines.hand_over import HandOverRecipe
 from longreach.training.recipe import (
     PACKAGE,
     BaseRecipe,
@@ -117,6 +118,8 @@ class Recipe(Choices):
     """What a step costs by row length; left out, it is not measured."""
     promote: PromoteRecipe | None = None
     """The gate to production; left out, nothing is promoted."""
+    release: HandOverRecipe = HandOverRecipe()
+    """The forms in which arms' models leave, and where one is pushed to."""
     report: PriceRecipe = PriceRecipe()
     """Prices, for the report's columns of cost."""
     resources: Resources = Resources()
@@ -174,7 +177,7 @@ class Recipe(Choices):
     def _sections_agree(self) -> Recipe:
         problems = [*self._name_problems(), *self._base_problems(), *self._parallel_problems()]
         problems += [*self._variant_problems(), *self._evaluation_problems()]
-        for section in (self.costs, self.promote):
+        for section in (self.costs, self.promote, self.release):
             if section:
                 problems += section.problems(self)
         if problems:

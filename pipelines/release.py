@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longreach.evaluation.lm_eval_files import HARNESS
-from longreach.infra.choices import Choices
+from longreach.infra.choices import Choices, New
 from longreach.infra.files import link_or_copy
 from longreach.infra.registry import BASE, DOCUMENTS, FINGERPRINT, MODEL
 from longreach.pipelines.artifacts import ModelCheckpoint, PackedCorpus, Release, Scores, TokenizerFolder
@@ -25,6 +25,7 @@ from longreach.pipelines.report.findings import about_arm
 from longreach.training.convert import kept_files
 from longreach.training.recipe import SourceRecipe
 from longreach.training.summary import TrainingSummary
+from longreach.training.to_gguf import Facts, GgufType, write_gguf
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -46,6 +47,8 @@ class ReleaseRecipe(Choices):
     """Name of the arm whose model it is."""
     register_as: str = ""
     """MLflow's registered model; empty where the gate registers it."""
+    gguf: New[tuple[GgufType, ...]] = ()
+    """Types of the GGUF files beside the safetensors."""
 
 
 @stage(makes=Release, revision=1, cpus=lambda resources: 1)
@@ -60,15 +63,19 @@ def release(
     run: StageRun,
 ) -> dict[str, Any]:
     """Write the model's files, README.md and MLmodel; returns what MLflow stores: tags and metrics."""
+    written = _write_in_the_bases_type(model.path, base.path, out)
     for file in kept_files(model.path):
-        if file.name == "README.md":
+        if file.name == "README.md" or file.name in written:
             continue
         link_or_copy(str(file), str(out / file.name))
         if file.suffix != ".safetensors" and file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
             (out / TOKENIZER).mkdir(parents=True, exist_ok=True)
             link_or_copy(str(file), str(out / TOKENIZER / file.name))
     read = {name: artifact.read() for name, artifact in scores.items()}
-    card = Card(recipe, model, corpus, base, read)
+    card = Card(recipe, model, corpus, base, read, out)
+    facts = Facts(f"{recipe.name} {recipe.arm}", card.licence, card.keep)
+    for kind, file_name in card.gguf.items():
+        write_gguf(out, out / file_name, kind, facts=facts)
     (out / "README.md").write_text(card.text(), encoding="utf-8")
     _write_mlmodel(out, card)
     effective = "not measured" if card.effective is None else str(card.effective)
@@ -95,6 +102,25 @@ def release(
     return {"tags": tags, "metrics": metrics, "about": card.about}
 
 
+def _write_in_the_bases_type(model: Path, base: Path, out: Path) -> set[str]:
+    """Write config and weights again where the base's number type is another than the model's, as
+    after tuning all of a bfloat16 base in float32; return the names of files that are not to be
+    copied."""
+    types = []
+    for folder in (model, base):
+        file = folder / "config.json"  # a vocabulary of its own has none
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        types.append(config.get("dtype") or config.get("torch_dtype"))
+    own, wanted = types
+    if wanted is None or own in (None, wanted):
+        return set()
+    from longreach.training.export import save_in_type
+
+    save_in_type(model, out, wanted)
+    weights = {file.name for file in kept_files(model) if ".safetensors" in file.name}
+    return {file.name for file in out.iterdir()} | weights
+
+
 class Card:
     """What a model card tells, from artifacts alone."""
 
@@ -105,14 +131,22 @@ class Card:
         corpus: PackedCorpus,
         base: TokenizerFolder,
         scores: dict[str, EvalScores],
+        released: Path,
     ) -> None:
-        """Collect the facts; `scores` are named `own_EVALUATION` and, the base's, `base_EVALUATION`."""
+        """Collect the facts; `scores` are named `own_EVALUATION` and, the base's, `base_EVALUATION`.
+
+        released: the folder with the weights as they leave.
+        """
         from longreach.evaluation.scores import PASSKEY_BAR, effective_length
 
         self.recipe = recipe
         self.packed = corpus.packed
         self.training = TrainingSummary.read(model.path)
         self.config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+        self.dtype = json.loads((released / "config.json").read_text(encoding="utf-8")).get("dtype")
+        self.rounded = self.dtype != self.config.get("dtype")
+        """Whether training and evaluations had weights of another type than leave."""
+        self.gguf = {kind: f"{recipe.name}-{recipe.arm}-{kind}.gguf" for kind in recipe.gguf}
         self.about = about_arm(self.training)
         self.claimed: int = self.config["max_position_embeddings"]
         self.origin: dict[str, Any] = base.summary.get("origin", {})

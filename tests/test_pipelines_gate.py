@@ -257,17 +257,26 @@ class Releases:
 
         return self.publish("evaluate", write, {}, {})
 
-    def base(self) -> Artifact:
+    def base(self, dtype: str | None) -> Artifact:
+        def write(out: Path) -> None:
+            (out / "config.json").write_text(json.dumps({"dtype": dtype} if dtype else {}))
+
         origin = {"source": "hub:owner/base", "licence": "Apache-2.0"}
         return self.publish(
             "convert",
-            lambda out: (out / "x").write_text("x"),
+            write,
             {"recipe": {"source": "hub:owner/base"}},
             {"origin": origin, "context_length": 64},
         )
 
     def make(
-        self, seed: int, scores: Artifact | None = None, trained: Path | None = None, **more: Artifact
+        self,
+        seed: int,
+        scores: Artifact | None = None,
+        trained: Path | None = None,
+        gguf: tuple[str, ...] = (),
+        base_type: str | None = None,
+        **more: Artifact,
     ) -> tuple[Artifact, StageRun]:
         """Release a random model, or a trained one's folder; `more` are further scores, by their input's name."""
 
@@ -292,8 +301,8 @@ class Releases:
         )
         run = self.run("release")
         own = {"own_perplexity": scores, "base_perplexity": scores} if scores else more
-        recipe = ReleaseRecipe(name="weekly", arm="arm", register_as="")
-        inputs = release.arguments({"model": source, "corpus": corpus, "base": self.base(), **own})
+        recipe = ReleaseRecipe(name="weekly", arm="arm", register_as="", gguf=gguf)
+        inputs = release.arguments({"model": source, "corpus": corpus, "base": self.base(base_type), **own})
         summary = release(**inputs, recipe=recipe, out=run.attempt.out, run=run)
         record = {"label": "release", "identity": {}, "summary": summary, "seconds": 0.0}
         self.store.publish(run.attempt, record)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ SINKS = ("none", "zero", "token", "logit")
 TEXT = " ".join(f"w{n}" for n in range(7, 27))
 READ_BY_PLAIN_TRANSFORMERS = """
 import sys
+from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -151,3 +153,29 @@ def test_a_sink_token_of_the_base_is_still_told_of_after_fine_tuning(trained, re
         tokenizer.save_pretrained(folder)
         training_summary().write(folder)
         assert SAID[sink] in (releases.make(0, trained=folder)[0].path / "README.md").read_text()
+
+
+def test_a_model_tuned_in_float32_leaves_in_its_bases_type_at_half_the_size(trained, releases):
+    folder = trained["none"][0]
+    out = releases.make(0, trained=folder, base_type="bfloat16")[0].path
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert (out / "model.safetensors").stat().st_size < 0.6 * Path(folder, "model.safetensors").stat().st_size
+    same = AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in model.state_dict().items())
+    assert (
+        "- Weights: bfloat16, the base's type; training and evaluations had float32." in (out / "README.md").read_text()
+    )
+    assert AutoTokenizer.from_pretrained(out)(TEXT).input_ids == list(range(7, 27))
+
+
+def test_gguf_files_stand_beside_the_folder_and_the_card_says_how_to_stream(releases):
+    out = releases.make(0, gguf=("f16", "q8_0"))[0].path
+    ids = torch.arange(3, 40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    for kind, tolerance in (("f16", 1e-2), ("q8_0", 5e-2)):
+        file = f"weekly-arm-{kind}.gguf"
+        found = AutoModelForCausalLM.from_pretrained(out, gguf_file=file, dtype=torch.float32)(ids).logits
+        assert float((found - plain).abs().max() / plain.abs().max()) < tolerance
+        assert f"- `{file}`: the same model in {kind}" in (out / "README.md").read_text()
+    assert "llama-cli -m weekly-arm-f16.gguf --ctx-size 64 --context-shift --keep 4" in (out / "README.md").read_text()

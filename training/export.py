@@ -148,3 +148,24 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: R
             f"{MERGE_TOLERANCE[dtype]:.0e}), embeddings tied {tied}, before {base.config.tie_word_embeddings}"
         )
     return {"merge_error": error, "dtype": dtype, "parameters": causal_lm(again).num_parameters()}
+
+
+def save_in_type(folder: Path, out: Path, dtype: str) -> None:
+    """Save a model's config and weights in another number type, and compare logits on random
+    tokens.
+
+    RuntimeError above the type's tolerance. Both are computed in float32: the weights are rounded,
+    the arithmetic is not.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    probe = torch.randint(0, model.config.vocab_size, (1, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(probe, use_cache=False).logits
+        model.to(getattr(torch, dtype)).save_pretrained(out)
+        again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
+        error = float((again(probe, use_cache=False).logits - expected).abs().max() / expected.abs().max())
+    if not error <= MERGE_TOLERANCE[dtype]:
+        raise RuntimeError(
+            f"{folder} in {dtype}: logits differ by {error:.1e} of the largest one, allowed is "
+            f"{MERGE_TOLERANCE[dtype]:.0e}"
+        )

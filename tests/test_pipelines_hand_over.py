@@ -1,0 +1,205 @@
+"""What leaves: forms and places are checked before anything runs; a push reaches a hub, here a small server."""
+
+import base64
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from test_training_to_gguf import tiny
+from toy_models import tiny_folder
+from transformers import AutoTokenizer
+
+from longreach.pipelines import console
+from longreach.pipelines.cli import main
+from longreach.pipelines.graph import build
+from longreach.pipelines.hand_over import check_token, pushed_files
+from longreach.pipelines.reader import RecipeError, load
+from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.train_tokenizer import train_tokenizer
+
+RECIPE = """
+name: mine
+base: {{source: {base}}}
+corpus: {{sources: [{{files: {texts}}}]}}
+finetune:
+  rope: {{type: linear, factor: 2.0}}
+  pack: {{seq_len: 64}}
+  steps: 2
+  global_batch_tokens: 128
+  warmup_steps: 1
+  arms: {{lora: {{tune: lora}}, full: {{}}}}
+store: {{root: {root}, workdir: {root}}}
+release: {release}
+"""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of a Llama with byte-level BPE, and of one whose tokenizer llama.cpp does not know."""
+    folder = tmp_path_factory.mktemp("bases")
+    (folder / "a.txt").write_text("To be or not to be, that is the question. " * 20)
+    train_tokenizer(CorpusRecipe(sources=(SourceRecipe(files=str(folder / "a.txt")),)), 280, folder / "t")
+    tiny(folder / "bpe", AutoTokenizer.from_pretrained(folder / "t"))
+    tiny_folder(folder / "words")
+    return folder
+
+
+def written(tmp_path, bases, release="{}", base="bpe"):
+    text = RECIPE.format(base=bases / base, texts=bases / "a.txt", root=tmp_path / "store", release=release)
+    (tmp_path / "mine.yaml").write_text(text)
+    return str(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("release", "message"),
+    [
+        ("{formats: [gguf]}", "always has safetensors"),
+        ("{push: owner/name, push_arm: lora}", "write hub:owner/name"),
+        ("{push: 'hub:owner/name'}", r"trained are 2 \(lora, full\): name it in push_arm"),
+        ("{push: 'hub:owner/name', push_arm: lor}", "did you mean lora"),
+        ("{push_arm: lora}", "pushed nowhere"),
+    ],
+)
+def test_forms_and_places_that_cannot_be_are_refused_with_the_recipe(release, message, tmp_path, bases):
+    with pytest.raises(RecipeError, match=message):
+        load(written(tmp_path, bases, release))
+
+
+def test_a_base_that_gguf_cannot_hold_is_refused_by_the_plan(tmp_path, bases):
+    release = "{formats: [safetensors, gguf]}"
+    build(load(written(tmp_path, bases, release)).recipe)
+    with pytest.raises(ValueError, match=r"release\.formats: .*WordLevel"):
+        build(load(written(tmp_path, bases, release, base="words")).recipe)
+    config = json.loads((bases / "bpe" / "config.json").read_text())
+    other = tmp_path / "qwen"
+    other.mkdir()
+    for file in (bases / "bpe").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    changed = config | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM cannot be written as GGUF"):
+        build(load(written(tmp_path, bases, release, base=other)).recipe)
+
+
+def test_a_recipe_that_says_nothing_of_its_release_has_the_fingerprints_of_before(tmp_path, bases):
+    plain = build(load(written(tmp_path, bases)).recipe)
+    pushed = build(load(written(tmp_path, bases, "{push: 'hub:a/b', push_arm: lora}")).recipe)
+    assert [stage.fingerprint for stage in plain] == [stage.fingerprint for stage in pushed]
+    (release,) = [stage for stage in plain if stage.label == "release[lora]"]
+    assert release.identity["recipe"] == {"name": "mine", "arm": "lora", "register_as": "mine-lora"}
+    gguf = build(load(written(tmp_path, bases, "{formats: [safetensors, gguf]}")).recipe)
+    changed = [one.label for one, other in zip(plain, gguf, strict=True) if one.fingerprint != other.fingerprint]
+    assert changed == ["release[lora]", "release[full]"]
+
+
+def test_a_missing_token_ends_in_one_sentence_before_anything_runs(tmp_path, bases, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}")])
+    assert ended.value.code == 2
+    assert "there is no token of the Hugging Face Hub; set HF_TOKEN" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    check_token(load(written(tmp_path, bases)).recipe)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's API as a push of small files needs; `server.seen` is what it was told."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        seen = self.server.seen
+        assert self.headers["Authorization"] == "Bearer hf_made_up"
+        if self.path == "/api/repos/create":
+            seen["repository"] = json.loads(body)
+            return self.answer({"url": f"{self.server.url}/owner/name", "name": "owner/name", "id": "1"})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if self.path.startswith("/api/models/owner/name/preupload/main"):
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            return self.answer({"files": [{k: v for k, v in file.items() if k != "sample"} for file in files]})
+        if self.path.startswith("/api/models/owner/name/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    seen["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.answer({"commitOid": "c" * 40, "commitUrl": f"{self.server.url}/owner/name/commit/c"})
+        raise AssertionError(self.path)
+
+    def do_GET(self):
+        self.answer({"id": "owner/name", "sha": "a" * 40, "siblings": [], "private": True})
+
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.seen = {"files": {}}
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_made_up")
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token_to_send", lambda token: "hf_made_up")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def released(tmp_path, bases, monkeypatch):
+    folder = tmp_path / "release"
+    (folder / "components" / "tokenizer").mkdir(parents=True)
+    for name in ("README.md", "config.json", "model.safetensors", "MLmodel", "components/tokenizer/tokenizer.json"):
+        (folder / name).write_text(f"{name}\n")
+    monkeypatch.setattr("longreach.pipelines.hand_over.published_release", lambda loaded: folder)
+    return folder
+
+
+def test_a_push_brings_the_folder_without_mlflows_files_to_a_private_repository(tmp_path, bases, hub, released, capsys):
+    recipe = written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}")
+    console.push_release(load(recipe), recipe)
+    assert hub.seen["repository"]["name"] == "name"
+    assert hub.seen["repository"]["organization"] == "owner"
+    assert "private" in (hub.seen["repository"].get("visibility"), *hub.seen["repository"])
+    assert sorted(hub.seen["files"]) == pushed_files(released) == ["README.md", "config.json", "model.safetensors"]
+    assert hub.seen["files"]["config.json"] == b"config.json\n"
+    assert capsys.readouterr().out == f"{hub.url}/owner/name\n"
+
+
+def test_a_dry_run_prints_the_files_and_asks_nobody(tmp_path, bases, hub, released, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["push", written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}"), "--dry-run"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "to hub:owner/name" in shown
+    assert "model.safetensors" in shown
+    assert "MLmodel" not in shown
+    assert hub.seen == {"files": {}}
+
+
+def test_what_is_not_made_yet_cannot_be_pushed(tmp_path, bases, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["push", written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}"), "--dry-run"])
+    assert ended.value.code == 2
+    assert "release[lora] is not made yet" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_away_ends_in_exit_code_1_and_says_how_to_push_later(tmp_path, bases, hub, released, capsys):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(SystemExit) as ended:
+        main(["push", written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}")])
+    assert ended.value.code == 1
+    assert "hub:owner/name was not pushed: " in capsys.readouterr().err
