@@ -14,6 +14,7 @@ from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
 from longreach.evaluation.needle import Needle
 from longreach.evaluation.passkey import Passkey
 from longreach.evaluation.perplexity import Perplexity
+from longreach.evaluation.ruler import Ruler
 from longreach.evaluation.sinks import Sinks
 from longreach.evaluation.stream_questions import StreamQuestions
 from longreach.evaluation.streaming import Streaming
@@ -24,6 +25,7 @@ EVALS: dict[str, type[Evaluation]] = {
     Passkey.name: Passkey,
     Needle.name: Needle,
     LostInTheMiddle.name: LostInTheMiddle,
+    Ruler.name: Ruler,
     Streaming.name: Streaming,
     StreamQuestions.name: StreamQuestions,
     Sinks.name: Sinks,

@@ -92,7 +92,7 @@ class EvalScores:
             return cls(**content, cases=[json.loads(line) for line in lines])
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
+def wilson(successes: float, trials: int) -> tuple[float, float]:
     """Return Wilson's 95% interval of a proportion (1927): it stays in [0, 1] and has a width at 0
     and at 1 too."""
     z = 1.96

@@ -11,6 +11,7 @@ from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
 from longreach.evaluation.needle import Needle
 from longreach.evaluation.passkey import Passkey
 from longreach.evaluation.perplexity import Perplexity
+from longreach.evaluation.ruler import Ruler
 from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sinks import Sinks
 from longreach.evaluation.streaming import Streaming
@@ -51,6 +52,7 @@ CHOICES = {
     ),
     "needle": Needle.Choices(lengths=(260, 300), depth_points=2, chat_template="never", new_tokens=3),
     "lost_in_the_middle": LostInTheMiddle.Choices(pairs=(3,), documents=(3,), positions=2, trials=1),
+    "ruler": Ruler.Choices(tasks=("niah_single", "vt"), lengths=(1200,), haystack="noise", trials=1, new_tokens=3),
     "sinks": Sinks.Choices(lengths=(16, 32), texts=4, map_layers=(0, -1)),
 }  # fmt: skip
 
