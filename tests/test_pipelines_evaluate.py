@@ -52,7 +52,7 @@ CHOICES = {
     ),
     "needle": Needle.Choices(lengths=(260, 300), depth_points=2, chat_template="never", new_tokens=3),
     "lost_in_the_middle": LostInTheMiddle.Choices(pairs=(3,), documents=(3,), positions=2, trials=1),
-    "ruler": Ruler.Choices(tasks=("niah_single", "vt"), lengths=(1200,), haystack="noise", trials=1, new_tokens=3),
+    "ruler": Ruler.Choices(tasks=("niah_single", "vt"), lengths=(2000,), haystack="noise", trials=1, new_tokens=3),
     "sinks": Sinks.Choices(lengths=(16, 32), texts=4, map_layers=(0, -1)),
 }  # fmt: skip
 
