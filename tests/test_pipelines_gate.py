@@ -148,8 +148,11 @@ def test_a_gain_is_held_against_every_untrained_stretch_at_the_same_length():
 
 def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhere():
     overrides = ["promote.perplexity_ratio=null", "promote.base_ratio=null", "promote.passkey=null"]
+    overrides += ["promote.gain_over_base=auto", "promote.gain_over_stretches=auto", "evaluate.gain=null"]
+    overrides += ["baselines={base: {}}"]
     measured = "evaluate.gain={lengths: [2048, 12288]}"
-    assert not load("retrain").recipe.promote.asks_for_gain(load("retrain").recipe)
+    plain = load("retrain", overrides[3:]).recipe
+    assert not plain.promote.asks_for_gain(plain)
     alone = load("retrain", [*overrides, measured]).recipe
     assert alone.promote.asks_for_gain(alone)
     for more, message in (
@@ -164,11 +167,19 @@ def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhe
             load("retrain", [*overrides, *more])
 
 
+def test_the_recipe_for_schedules_asks_for_gains_over_the_base_and_over_its_own_start_untrained():
+    recipe = load("retrain").recipe
+    assert recipe.promote.asks_for_gain(recipe)
+    assert recipe.promote.stretches(recipe) == ["theta"]
+    assert recipe.baselines["theta"] == recipe.finetune.rope
+
+
 def test_an_arm_from_scratch_is_held_against_no_stretch_of_the_base():
     from_scratch = "{model: {hidden: 32, layers: 1, heads: 2, kv_heads: 2, context_length: 512}, pack: {seq_len: 512, "
     from_scratch += "method: concat, first_token: sink}, steps: 1, global_batch_tokens: 512, learning_rate: 1e-3, "
     from_scratch += "warmup_steps: 0, arms: {scratch: {sink: none}}}"
     overrides = ["promote.base_ratio=null", "promote.gain_over_base=null", "promote.model=scratch"]
+    overrides += ["promote.gain_over_stretches=auto"]
     with pytest.raises(
         ValueError, match=r"scratch was not made from the base: set promote\.gain_over_stretches to null"
     ):
