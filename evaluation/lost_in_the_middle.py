@@ -24,13 +24,14 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, Evaluation, Result
 from longreach.evaluation.scores import EvalScores, Row, retrieval_row, wilson
+from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -51,8 +52,13 @@ FAMILY = ("Arven", "Belmor", "Castrin", "Dovrel", "Ermont", "Falkes", "Gorlan", 
 PLACES = ("Alderby", "Brimfell", "Corvale", "Dunmorra", "Eskworth", "Farrowick", "Glenhar", "Hollowmere", "Ironby",
           "Jarrowden", "Kestrel Bay", "Lindemoor", "Marlstone", "Nethercombe", "Oxmarsh", "Pinehaven")  # fmt: skip
 WORKS = ("bridge", "lighthouse", "library", "theatre", "clock tower", "railway station", "harbour", "observatory")
-MOST_INVENTED = min(len(PLACES) * len(WORKS), len(GIVEN) * len(FAMILY))
-"""Documents about invented people that differ from each other."""
+MOST_INVENTED = {
+    "mixed": min(len(PLACES) * len(WORKS), len(GIVEN) * len(FAMILY)),
+    "hard": len(PLACES) + len(WORKS) - 1,
+    "random": (len(PLACES) - 1) * (len(WORKS) - 1) + 1,
+}
+"""Documents about invented people that differ from each other, by how those without the answer are
+chosen."""
 THINGS = {"kv": "JSON pairs", "qa": "documents"}
 """What the size of each task counts."""
 KV_COLUMNS = {"ordered_kv_records", "key", "value"}
@@ -87,6 +93,10 @@ class LostInTheMiddle(Evaluation):
         qa_data: DataFile = None
         """The paper's own nq-open file (gzipped JSON lines); without it, facts about invented
         people are drawn."""
+        distractors: New[Literal["mixed", "hard", "random"]] = "mixed"
+        """Invented documents without the answer: hard ones share the place or the kind of building
+        with the question, as what a search engine finds; random ones share neither; mixed: as
+        drawn."""
 
         @model_validator(mode="after")
         def _asks_something(self) -> LostInTheMiddle.Choices:
@@ -95,6 +105,10 @@ class LostInTheMiddle(Evaluation):
                 raise ValueError("pairs and documents are both empty: say how many to search, e.g. pairs: [75]")
             if min(sizes) < 2:
                 raise ValueError(f"pairs and documents of {min(sizes)}: two at least, or there is no middle")
+            if self.qa_data and self.distractors != "mixed":
+                raise ValueError(
+                    f"distractors {self.distractors!r} are made up, qa_data {self.qa_data} has its own: leave one out"
+                )
             return self
 
     choices: Choices
@@ -111,9 +125,11 @@ class LostInTheMiddle(Evaluation):
         if choices.qa_data:
             _check_data(choices.qa_data, QA_COLUMNS, choices.trials)
         largest = max(choices.documents, default=0)
-        if choices.qa_data is None and largest > MOST_INVENTED:
+        most = MOST_INVENTED[choices.distractors]
+        if choices.qa_data is None and largest > most:
             raise ValueError(
-                f"documents {largest}: at most {MOST_INVENTED} can be made up; give qa_data, or ask for fewer"
+                f"documents {largest}: at most {most} can be made up with {choices.distractors} distractors; give "
+                f"qa_data, or ask for fewer"
             )
         sizes = [("kv", size) for size in choices.pairs] + [("qa", size) for size in choices.documents]
         cells = []
@@ -340,7 +356,7 @@ def _document_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _Documen
     """Return a cell's question about documents, from the paper's file or about invented people."""
     if choices.qa_data:
         return _file_question(choices.qa_data, cell)
-    return _invented_question(choices.seed, cell)
+    return _invented_question(choices, cell)
 
 
 def _file_question(path: str, cell: Cell) -> _DocumentQuestion:
@@ -363,12 +379,20 @@ def _file_question(path: str, cell: Cell) -> _DocumentQuestion:
     return _DocumentQuestion(line["question"], list(line["answers"]), gold[0], others)
 
 
-def _invented_question(seed: int, cell: Cell) -> _DocumentQuestion:
+def _invented_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _DocumentQuestion:
     """Draw documents about buildings and their designers, all invented; the first one's designer is
     asked for."""
     size: int = cell["size"]
-    chance = np.random.default_rng([seed, size, cell["trial"], 1])
+    chance = np.random.default_rng([choices.seed, size, cell["trial"], 1])
     things = chance.choice(len(PLACES) * len(WORKS), size, replace=False).tolist()
+    if choices.distractors != "mixed":
+        place, work = things[0] % len(PLACES), things[0] // len(PLACES)
+        shares = []
+        for thing in chance.permutation(len(PLACES) * len(WORKS)).tolist():
+            near = thing % len(PLACES) == place or thing // len(PLACES) == work
+            if near == (choices.distractors == "hard") and thing != things[0]:
+                shares.append(thing)
+        things = [things[0], *shares[: size - 1]]
     people = chance.choice(len(GIVEN) * len(FAMILY), size, replace=False).tolist()
     years = np.sort(chance.integers(1790, 1960, (size, 2))).tolist()
     buildings = []

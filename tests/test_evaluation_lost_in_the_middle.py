@@ -1,11 +1,12 @@
 import gzip
 import json
+import re
 
 import pytest
 from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
 
-from longreach.evaluation.lost_in_the_middle import LostInTheMiddle, best_subspan_em, places
+from longreach.evaluation.lost_in_the_middle import LostInTheMiddle, best_subspan_em, places, questions
 
 
 @pytest.mark.parametrize(
@@ -111,3 +112,25 @@ def test_nothing_to_search_or_no_middle_is_refused():
         LostInTheMiddle.Choices(pairs=(1,))
     with pytest.raises(ValueError, match="documents 200: at most 128"):
         evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), documents=(200,))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("hard", 23), ("random", 106)])
+def test_hard_distractors_share_place_or_building_with_the_question_and_random_ones_neither(kind, most):
+    choices = {"positions": 2, "trials": 1, "distractors": kind}
+    for size in (4, most):
+        chosen = LostInTheMiddle.Choices(documents=(size,), **choices)
+        first = next(questions(chosen, {"task": "qa", "size": size, "trial": 0}))
+        told = [line for line in first.prompt.splitlines() if line.startswith("Document [")]
+        buildings = [re.search(r"The ([\w ]+) of ([\w ]+) was", line).groups() for line in told]
+        (work, place), *others = buildings
+        assert len({*buildings}) == size
+        assert {work == one or place == other for one, other in others} == {kind == "hard"}
+    with pytest.raises(ValueError, match=f"documents {most + 1}: at most {most} can be made up with {kind}"):
+        evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), documents=(most + 1,), **choices)
+    with pytest.raises(ValueError, match="qa_data own has its own"):
+        LostInTheMiddle.Choices(documents=(3,), qa_data="own", distractors=kind)
+
+
+def test_distractors_left_alone_are_no_part_of_identity():
+    assert "distractors" not in LostInTheMiddle.Choices(documents=(3,)).identity()
+    assert LostInTheMiddle.Choices(documents=(3,), distractors="hard").identity()["distractors"] == "hard"
