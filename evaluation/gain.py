@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
-from longreach.evaluation.scores import EvalScores, Row, bootstrap_crossed, bootstrap_mean
+from longreach.evaluation.scores import Difference, EvalScores, Row, bootstrap_crossed, bootstrap_mean
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -230,10 +230,10 @@ class Gain(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return one model's own gain, a curve for each document; nothing in a report, which begins
-        with its figure (`gain_figure`)."""
+        """Return one model's own gain, a curve for each document; of several models, in a report that
+        begins with `gain_figure`, what they make of repeats."""
         if background.related is not None or len(models) > 1:
-            return []
+            return repeat_figure(models, style, background)
         (scores,) = models.values()
         return [_one_model_figure(scores, background)]
 
@@ -306,17 +306,6 @@ def pooled_rows(documents: list[Row], seed: int) -> list[Row]:
                 pooled[f"{measure}_low"], pooled[f"{measure}_high"] = interval
         rows.append(pooled)
     return rows
-
-
-class Difference(NamedTuple):
-    """How much better one model predicts than another, in nats per token; below 0: worse."""
-
-    nats: float
-    low: float
-    """Of the 95% interval over documents (and seeds); NaN with one document and one seed."""
-    high: float
-    documents: int
-    seeds: int
 
 
 def difference(
@@ -664,8 +653,6 @@ def gain_figure(models: dict[str, EvalScores], style: Style, background: Backgro
 
     Nothing where the base was not measured within the length that it was trained to.
     """
-    from longreach.evaluation.figures import GREY, Look, lines
-
     compared = background.of_one_base(models)
     try:
         best = best_of_base(compared, background)
@@ -674,46 +661,97 @@ def gain_figure(models: dict[str, EvalScores], style: Style, background: Backgro
     if best is None:
         return []
     found = over_base(compared, background, best)
-    lengths = sorted({length for by_length in found.values() for length in by_length})
-    low, high = _picture(found, background)
-    zero = f"the base at its best ({best.length:,})"
-    curves: dict[str, list[tuple[float, ...]]] = {zero: [(length, 0.0) for length in lengths]}
-    below = []
-    step = min(0.04, 0.24 / len(found))  # octaves; 12,288 and 16,384 are 0.4 apart
-    for number, (name, by_length) in enumerate(found.items()):
-        curves[name] = []
-        beside = 2 ** (step * (number - (len(found) - 1) / 2))  # else bars of one length hide each other
-        for length, one in by_length.items():
-            if one.nats < low:
-                below.append(f"{name} at {length:,} ({one.nats:+.2f})")
-            point: tuple[float, ...] = (length * beside, one.nats)
-            if one.high > one.low:
-                point += (one.low, one.high)
-            curves[name].append(point)
-    documents = max(one.documents for by_length in found.values() for one in by_length.values())
     caption = f"Above 0: better than {about_best(best)}, on the same tokens."
-    if documents > 1:
-        over = f"{documents} test documents"
-        if max(one.seeds for by_length in found.values() for one in by_length.values()) > 1:
-            over += " and an arm's seeds"
-        caption += f" Bars, side by side at each length: 95% intervals over {over}, paired."
-    if 1 < documents < FEW:
-        caption += " Over so few they are too narrow."
-    if below:
-        caption += f" Below the picture: {', '.join(below)}."
-    return [
-        lines(
-            "gain.png",
-            "Gain from context",
-            caption,
-            ("context length (tokens)", "nats per token better than the base's best"),
+    figure = _Compared("gain.png", "Gain from context", "context length (tokens)", caption)
+    return [figure.draw(found, best, style, background)]
+
+
+def repeat_figure(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
+    """Draw how much better tokens that repeat a run are predicted at the longest length that each
+    model can read than by the base at its best, by how far back the run last stood.
+
+    Nothing without such tokens, or where the base was not measured within its trained length.
+    """
+    from longreach.evaluation.repeats import over_yardstick
+
+    compared = background.of_one_base(models)
+    try:
+        best = best_of_base(compared, background)
+    except ValueError:  # no length that the base was trained to
+        best = None
+    if best is None or background.base is None:
+        return []
+    found = over_yardstick(_by_arm(compared, background), background.base, best.length)
+    found.pop(background.base, None)  # it is the zero line
+    if not found:
+        return []
+    caption = (
+        "Only tokens that end a run which stood before, each model at the longest length that it can read. Above 0: "
+        f"better than {about_best(best)}. Where the run stands further back than the base reads, only a longer "
+        "context can copy it."
+    )
+    title = "Is far text used?"
+    figure = _Compared("repeats.png", title, "tokens back to where the run last stood, at most", caption)
+    return [figure.draw(found, best, style, background)]
+
+
+class _Compared(NamedTuple):
+    """A figure of differences to the base at its best length, which is its zero line."""
+
+    file: str
+    title: str
+    axis: str  # of the powers of two that differences stand over
+    caption: str
+
+    def draw(
+        self, found: Mapping[str, Mapping[int, Difference]], best: BestLength, style: Style, background: Background
+    ) -> Figure:
+        """Draw differences by model and place on the axis, each with its interval."""
+        from longreach.evaluation.figures import GREY, Look, lines
+
+        ticks = sorted({tick for by_tick in found.values() for tick in by_tick})
+        low, high = _picture(found, background)
+        zero = f"the base at its best ({best.length:,})"
+        curves: dict[str, list[tuple[float, ...]]] = {zero: [(tick, 0.0) for tick in ticks]}
+        below = []
+        step = min(0.04, 0.24 / len(found))  # octaves; 12,288 and 16,384 are 0.4 apart
+        for number, (name, by_tick) in enumerate(found.items()):
+            curves[name] = []
+            beside = 2 ** (step * (number - (len(found) - 1) / 2))  # else bars of one length hide each other
+            for tick, one in by_tick.items():
+                if one.nats < low:
+                    below.append(f"{name} at {tick:,} ({one.nats:+.2f})")
+                point: tuple[float, ...] = (tick * beside, one.nats)
+                if one.high > one.low:
+                    point += (one.low, one.high)
+                curves[name].append(point)
+        return lines(
+            self.file,
+            self.title,
+            " ".join(
+                [self.caption, *_about_bars(found), *([f"Below the picture: {', '.join(below)}."] if below else [])]
+            ),
+            (self.axis, "nats per token better than the base's best"),
             curves,
             style.with_looks({zero: Look(GREY, line="dashed")}),
-            ticks=lengths,
+            ticks=ticks,
             marks=background.marks(),
             y_range=(low, high),
         )
-    ]
+
+
+def _about_bars(found: Mapping[str, Mapping[int, Difference]]) -> list[str]:
+    """Say what the bars of a figure of differences are; nothing where there are none."""
+    documents = max(one.documents for by_length in found.values() for one in by_length.values())
+    if documents < 2:
+        return []
+    over = f"{documents} test documents"
+    if max(one.seeds for by_length in found.values() for one in by_length.values()) > 1:
+        over += " and an arm's seeds"
+    sentences = [f"Bars, side by side at each length: 95% intervals over {over}, paired."]
+    if documents < FEW:
+        sentences.append("Over so few they are too narrow.")
+    return sentences
 
 
 def _picture(found: Mapping[str, Mapping[int, Difference]], background: Background) -> tuple[float, float]:

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from longreach.evaluation.scores import EvalScores, Row
+from longreach.evaluation.scores import Difference, EvalScores, Row
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ RUN = 4
 """Tokens of a repeated run, its last one included, which is the one that is scored."""
 NEAREST = 1024
 """Upper end of the first band of distances; each further band ends at twice the last one's."""
+LOST = 0.5
+"""Nats above its best length at which a model is past what it can read (a base past its trained
+length is more than 1 nat worse)."""
 FEWEST = 30
 """Tokens below which a band is not shown: its mean would be one or two runs."""
 
@@ -74,15 +77,12 @@ def repeat_rows(place: Row, bands: Mapping[str, Sequence[float]]) -> list[Row]:
 
 
 class Repeated(NamedTuple):
-    """The NLL of tokens repeated from a band of distances, and how much better than a yardstick."""
+    """What a model makes of the tokens repeated from a band of distances."""
 
     tokens: int
     nll: float
-    better: float
-    """Nats per token; 0 for the yardstick itself."""
-    low: float
-    """Of the 95% interval of `better` over documents."""
-    high: float
+    better: Difference
+    """Than a yardstick, on the same tokens."""
 
 
 def repeated(ours: Sequence[Row], theirs: Sequence[Row], seed: int = 0, resamples: int = 4_000) -> Repeated | None:
@@ -94,14 +94,14 @@ def repeated(ours: Sequence[Row], theirs: Sequence[Row], seed: int = 0, resample
         return None
     nats_D = np.array([nats for _, nats in our_nats.values()])
     better_D = np.array([nats for _, nats in their_nats.values()]) - nats_D
-    documents = len(tokens_D)
+    documents, total = len(tokens_D), int(tokens_D.sum())
     low = high = math.nan
     if documents > 1:
         drawn_RD = np.random.default_rng(seed).integers(0, documents, (resamples, documents))
         means = better_D[drawn_RD].sum(1) / tokens_D[drawn_RD].sum(1)
         low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
-    total = int(tokens_D.sum())
-    return Repeated(total, float(nats_D.sum() / total), float(better_D.sum() / total), low, high)
+    better = Difference(float(better_D.sum() / total), low, high, documents, seeds=1)
+    return Repeated(total, float(nats_D.sum() / total), better)
 
 
 def _by_document(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
@@ -113,38 +113,72 @@ def _by_document(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
     return totals
 
 
-def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, best: int | None) -> list[Table]:
-    """Return the NLL of repeated tokens, a line for each model and length, a column for each band.
+Bands = dict[int, list[Row]]
+"""Rows of kind `repeat` of one model at one length, by the upper end of their band."""
 
-    Nothing where no band has FEWEST tokens, as in scores of earlier versions. An arm with several
-    seeds shows its first one. `base` at `best` tokens is what others are compared with, if known.
+
+def _bands(by_arm: Mapping[str, Sequence[EvalScores]]) -> tuple[dict[tuple[str, int], Bands], dict[int, int]]:
+    """Return the rows of each (model, length), and the tokens of each band that has FEWEST of them.
+
+    An arm with several seeds gives its first one.
     """
-    from longreach.evaluation.blocks import Table
-    from longreach.evaluation.sections import DASH
-
-    found: dict[tuple[str, int], dict[int, list[Row]]] = {}
+    found: dict[tuple[str, int], Bands] = {}
     for name, seeds in by_arm.items():
         for row in seeds[0].rows_with(kind="repeat", split="test"):
             found.setdefault((name, row["length"]), {}).setdefault(row["up_to"], []).append(row)
     tokens: dict[int, int] = {}
     for bands in found.values():
         for up_to, rows in bands.items():
-            tokens[up_to] = max(tokens.get(up_to, 0), sum(row["tokens"] for row in rows))
-    shown = sorted(up_to for up_to, count in tokens.items() if count >= FEWEST)
-    if not shown:
+            count = sum(row["tokens"] for row in rows)
+            if count >= FEWEST:
+                tokens[up_to] = max(tokens.get(up_to, 0), count)
+    return found, dict(sorted(tokens.items()))
+
+
+def over_yardstick(
+    by_arm: Mapping[str, Sequence[EvalScores]], base: str, best: int
+) -> dict[str, dict[int, Difference]]:
+    """Return how much better each model predicts repeated tokens than `base` at `best` tokens:
+    model, upper end of a band. A model stands there at the longest length at which it is not LOST.
+    """
+    found, tokens = _bands(by_arm)
+    differences: dict[str, dict[int, Difference]] = {}
+    for name, seeds in by_arm.items():
+        nll = {row["length"]: row["nll"] for row in seeds[0].rows_with(kind="pooled", split="test")}
+        sound = [length for length in nll if nll[length] < min(nll.values()) + LOST]
+        bands = found.get((name, max(sound, default=0)), {})
+        for up_to in tokens:
+            ours = bands.get(up_to, [])
+            one = repeated(ours, found.get((base, best), {}).get(up_to, []))
+            if ours and one:
+                differences.setdefault(name, {})[up_to] = one.better
+    return differences
+
+
+def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, best: int | None) -> list[Table]:
+    """Return the NLL of repeated tokens, a line for each model and length, a column for each band.
+
+    Nothing where no band has FEWEST tokens, as in scores of earlier versions. `base` at `best`
+    tokens is what others are compared with, if known.
+    """
+    from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import DASH
+
+    found, tokens = _bands(by_arm)
+    if not tokens:
         return []
     lines = []
     for (name, length), bands in found.items():
         cells = [f"{name}\nat {length:,} tokens"]
-        for up_to in shown:
+        for up_to in tokens:
             rows = bands.get(up_to, [])
-            yardstick = rows if base is None or best is None else found.get((base, best), {}).get(up_to, [])
+            yardstick = rows
+            if base is not None and best is not None:
+                yardstick = found.get((base, best), {}).get(up_to, [])
             one = repeated(rows, yardstick) if rows else None
             cells.append(_cell(one) if one else DASH)
         lines.append(cells)
-    heads = ["model"]
-    for up_to in shown:
-        heads.append(f"{_since(up_to)}\n{tokens[up_to]:,} tokens")
+    heads = ["model", *(f"{_since(up_to)}\n{count:,} tokens" for up_to, count in tokens.items())]
     caption = f"Tokens that repeat a run of {RUN}, by how far back it last stood (NLL in nats per token)"
     legend = (
         "A model that reads fewer tokens than that cannot copy them: where far context helps, it must be seen here."
@@ -160,6 +194,6 @@ def _since(up_to: int) -> str:
 
 def _cell(one: Repeated) -> str:
     text = f"{one.nll:.3f}"
-    if one.low < one.high:
-        text += f"\n{one.better:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
+    if one.better.low < one.better.high:
+        text += f"\n{one.better.nats:+.3f} ({one.better.low:+.3f} to {one.better.high:+.3f})"
     return text

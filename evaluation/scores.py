@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longreach.infra.lazy import lazy_module
 
@@ -90,6 +90,17 @@ class EvalScores:
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
         with (Path(folder) / "cases.jsonl").open(encoding="utf-8") as lines:
             return cls(**content, cases=[json.loads(line) for line in lines])
+
+
+class Difference(NamedTuple):
+    """How much better one model predicts than another, in nats per token; below 0: worse."""
+
+    nats: float
+    low: float
+    """Of the 95% interval over documents (and seeds); NaN with one document and one seed."""
+    high: float
+    documents: int
+    seeds: int
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:

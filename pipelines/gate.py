@@ -28,7 +28,7 @@ from longreach.pipelines.artifacts import Decision, Release
 from longreach.pipelines.kind import StageRun, stage
 
 if TYPE_CHECKING:
-    from longreach.evaluation.gain import Difference
+    from longreach.evaluation.scores import Difference
     from longreach.pipelines.graph import Pipeline
     from longreach.pipelines.recipe import Recipe
     from longreach.pipelines.stage import Stage

@@ -14,7 +14,14 @@ from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
 from longreach.evaluation.gain import Gain, best_length, difference, mean_over_seeds, window_ends
 from longreach.evaluation.likelihood import token_nll
-from longreach.evaluation.repeats import nats_by_distance, repeat_distances, repeat_rows, repeat_table, repeated
+from longreach.evaluation.repeats import (
+    nats_by_distance,
+    over_yardstick,
+    repeat_distances,
+    repeat_rows,
+    repeat_table,
+    repeated,
+)
 from longreach.evaluation.scores import EvalScores
 
 LENGTHS = (40, 64, 128)
@@ -278,8 +285,8 @@ def test_repeats_are_compared_token_by_token_and_resampled_by_document():
     ours = [{"document": "a", "tokens": 3, "nll": 1.0}, {"document": "b", "tokens": 1, "nll": 2.0}]
     theirs = [{"document": "b", "tokens": 1, "nll": 2.0}, {"document": "a", "tokens": 3, "nll": 2.0}]
     found = repeated(ours, theirs)
-    assert (found.tokens, found.nll, found.better) == (4, 1.25, 0.75)
-    assert (found.low, found.high) == (0.0, 1.0)  # two documents: both b, both a
+    assert (found.tokens, found.nll) == (4, 1.25)
+    assert found.better == (0.75, 0.0, 1.0, 2, 1)  # from both b to both a
     assert repeated(ours, theirs[:1]) is None
     assert repeated(ours, [theirs[0], {"document": "a", "tokens": 2, "nll": 2.0}]) is None
 
@@ -296,3 +303,24 @@ def test_the_same_tokens_are_repeated_at_every_length_and_the_page_says_how_well
     assert repeats[0]["nll"] != window["nll"]
     few = run([Document("a", "d", text.ids_T[:1180][-1160:], "test")], lengths=(64, 128), score_tokens=40)
     assert repeat_table({"m": [few]}, None, None) == []
+
+
+def scored_repeats(by_length, pooled):
+    """Scores with one band of 40 tokens in each of two documents: NLL by length, and that of all tokens."""
+    rows = []
+    for length, nll in by_length.items():
+        rows.append({"kind": "pooled", "split": "test", "length": length, "nll": pooled[length]})
+        for document in "ab":
+            place = {"document": document, "split": "test", "length": length, "up_to": 2048}
+            rows.append({"kind": "repeat", "tokens": 40, "nll": nll} | place)
+    return EvalScores("gain", "", {}, rows, {})
+
+
+def test_a_model_is_drawn_at_the_longest_length_that_it_can_read():
+    base = scored_repeats({1024: 2.0, 2048: 1.5, 4096: 9.0}, {1024: 2.0, 2048: 1.9, 4096: 4.0})
+    longer = scored_repeats({2048: 1.4, 4096: 1.0}, {2048: 1.9, 4096: 2.0})
+    lost = scored_repeats({2048: 1.3, 4096: 8.0}, {2048: 1.8, 4096: 3.5})
+    found = over_yardstick({"base": [base], "longer": [longer], "lost": [lost]}, "base", 2048)
+    assert found["longer"][2048].nats == pytest.approx(0.5)
+    assert found["lost"][2048].nats == pytest.approx(0.2)
+    assert found["base"][2048].nats == 0.0
