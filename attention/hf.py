@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from longreach.attention.call import AttentionCall
 from longreach.attention.kernels import Situation, attend_call, choose
@@ -60,8 +60,9 @@ def set_pattern(
     runs = choose(pattern, kernel, Situation(inner.device.type, inner.dtype))
     active = ActivePattern(pattern, runs, kernel, sequence)
     if sequence.size > 1:
-        heads = inner.config.num_attention_heads
-        check_heads(heads, getattr(inner.config, "num_key_value_heads", None) or heads, sequence.size)
+        text = inner.config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        check_heads(heads, getattr(text, "num_key_value_heads", None) or heads, sequence.size)
     if refusal := own_attention(inner):
         raise ValueError(f"{type(inner).__name__}: {refusal}, which {pattern} would silently leave out")
     name = _registered_name(active)
@@ -69,8 +70,11 @@ def set_pattern(
         inner.set_attn_implementation(name)
     except ValueError as error:
         raise ValueError(f"{type(inner).__name__} does not take attention from outside: {error}") from error
-    if active_pattern(model) != active:
-        raise ValueError(f"{type(inner).__name__} kept its own attention ({inner.config._attn_implementation})")
+    if active_pattern(model) != active or not any(hasattr(m, "is_causal") for m in inner.modules()):
+        raise ValueError(
+            f"{type(inner).__name__} computes its attention itself: no pattern can take its place, nor are packed "
+            f"documents kept apart; take a base of another family"
+        )
     return active
 
 
@@ -117,6 +121,15 @@ def _registered_name(active: ActivePattern) -> str:
 
 def own_attention(model: nn.Module) -> str:
     """What a layer's attention does beyond causal softmax attention; empty if nothing."""
+    config = getattr(model, "config", None)
+    if latent := getattr(config, "kv_lora_rank", None):
+        return f"it has latent attention (kv_lora_rank {latent}), whose keys and values differ in size"
+    if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
+        return "it reads more than text, by layers that are not causal"
+    for kinds in ("layer_types", "layers_block_type", "block_types"):
+        other = {*(getattr(config, kinds, None) or ())} - {"full_attention", "sliding_attention", "attention"}
+        if other:
+            return f"it has layers of {', '.join(sorted(other))}"
     for name, module in model.named_modules():
         if not hasattr(module, "is_causal") or not hasattr(module, "config"):
             continue
@@ -127,6 +140,16 @@ def own_attention(model: nn.Module) -> str:
         if cap := getattr(module, "attn_logit_softcapping", None):
             return f"{name} caps its scores at {cap} (attn_logit_softcapping=None turns it off)"
     return ""
+
+
+def logit_changes(config: PretrainedConfig) -> tuple[float, float | None]:
+    """Return what a family does to its logits after the head: their factor, and their soft cap or None."""
+    text = config.get_text_config(decoder=True)
+    factor = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere's; Falcon-H1's
+        factor *= getattr(text, name, None) or 1.0
+    factor /= getattr(text, "logits_scaling", None) or 1.0  # Granite's
+    return factor, getattr(text, "final_logit_softcapping", None)
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

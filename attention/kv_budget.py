@@ -35,6 +35,7 @@ class KVBudget:
     def of(cls, config: PretrainedConfig) -> KVBudget:
         """From a model's config. Raises ValueError: the model keeps something else than keys and
         values per head (latent attention, state spaces)."""
+        config = config.get_text_config(decoder=True)
         if getattr(config, "kv_lora_rank", None):
             raise ValueError(f"{config.model_type} caches a latent of rank {config.kv_lora_rank}, not keys and values")
         kinds = getattr(config, "layer_types", None) or ["by sliding_window"] * config.num_hidden_layers

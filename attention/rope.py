@@ -26,6 +26,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -58,20 +59,30 @@ def stretched_config(
             its
             original_max_position_embeddings, where that is given.
     """
-    rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
     if type not in TYPES:
         raise ValueError(f"rope type {type!r}: known are {', '.join(TYPES)}")
+    whole = copy.deepcopy(config)
+    config = whole.get_text_config(decoder=True)  # which is the whole, but for a model that also sees images
+    rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
+    if rope is None and type != "none":
+        raise ValueError(f"{config.model_type} has no rotary positions: it cannot be stretched")
     if rope is None or "rope_theta" not in rope:
-        raise ValueError(f"{config.model_type} has no single set of rotary parameters ({rope}): it cannot be stretched")
+        raise ValueError(
+            f"{config.model_type} has no single set of rotary parameters ({', '.join(sorted(rope or ['none']))}): "
+            f"it cannot be stretched"
+        )
     if rope.get("rope_type", "default") != "default" and type != "none":
         raise ValueError(f"the model's RoPE is {rope['rope_type']!r} already: stretch the one that it was made from")
     if (type == "theta") != (theta is not None) or factor < 1:
         raise ValueError(
             f"rope type {type!r} with theta {theta} and factor {factor}: theta goes with type 'theta' only"
         )
-    config = copy.deepcopy(config)
     if type == "none":
-        return config
+        return whole
+    if rope["rope_theta"] is None:
+        raise ValueError(f"{config.model_type} does not say its rope_theta in config.json: write it there")
+    if getattr(config, "head_dim", 0) is None:  # Mixtral's, which transformers' own YaRN then cannot multiply
+        config.head_dim = config.hidden_size // config.num_attention_heads
     trained = config.max_position_embeddings
     if type == "theta":
         config.rope_parameters = {**rope, "rope_theta": theta}
@@ -89,7 +100,12 @@ def stretched_config(
                 f"rope original_length {original} with factor {factor:g} gives {config.max_position_embeddings} "
                 f"positions, less than the model's {trained}: raise factor to {trained / original:g} or more"
             )
-    return config
+    try:  # some families refuse types of RoPE, but only when they are saved
+        config.validate()
+    except StrictDataclassError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{config.model_type} does not take rope type {type!r} ({why}): take 'theta'") from error
+    return whole
 
 
 @dataclass(frozen=True)
@@ -108,8 +124,13 @@ class Rotary:
         ValueError: no rotary positions, or ones that further rotations cannot move: frequencies
         that differ by layer or change with the length of the input."""
         rope = getattr(config, "rope_parameters", None) or {}
+        if not rope:
+            raise ValueError(f"{config.model_type} has no rotary positions: its keys cannot be moved to other places")
         if "rope_theta" not in rope:
-            raise ValueError(f"{config.model_type} has no single set of rotary parameters ({rope or None})")
+            raise ValueError(
+                f"{config.model_type} rotates keys otherwise in some of its layers ({', '.join(sorted(rope))}): they "
+                f"cannot be moved alike; count positions in the text"
+            )
         if rope.get("rope_type") in ("dynamic", "longrope"):
             raise ValueError(
                 f"rope type {rope['rope_type']!r} changes frequencies with the length of the input: keys that were "

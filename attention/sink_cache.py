@@ -99,6 +99,8 @@ def own_window(config: PretrainedConfig) -> int | None:
 
     ValueError: layers that keep something else than keys and values of single tokens.
     """
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{config.model_type} caches a latent of rank {config.kv_lora_rank}, not keys and values")
     kinds = {*(getattr(config, "layer_types", None) or ["sliding_attention"])}
     if strange := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{config.model_type} has layers {sorted(strange)}, whose state a SinkCache cannot keep")
@@ -127,6 +129,9 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of which the cache read
 
 def read_sink_cache(model: PreTrainedModel) -> None:
     """Let a model attend by a SinkCache from now on; ValueError for one that takes no attention from outside."""
+    for name, module in model.named_modules():
+        if cap := getattr(module, "attn_logit_softcapping", None):
+            raise ValueError(f"{type(model).__name__}: {name} caps its scores at {cap}, which a SinkCache leaves out")
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:  # transformers only warns
         raise ValueError(f"{type(model).__name__} computes its attention itself, so it cannot read a SinkCache")

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from longreach.attention.hf import attending_by, own_attention
+from longreach.attention.hf import attending_by, logit_changes, own_attention
 
 CHUNK = 512
 
@@ -54,10 +54,15 @@ def hidden_nll(
 
     before: how many of the text's predictions are left out before these, for errors.
     """
-    head = model.get_output_embeddings()
+    head, (factor, cap) = model.get_output_embeddings(), logit_changes(model.config)
+
+    def logits_of(hidden_CE: torch.Tensor) -> torch.Tensor:
+        logits_CV = head(hidden_CE).float() * factor
+        return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
+
     nll_T = torch.cat(
         [
-            cross_entropy(head(hidden_CE).float(), target_C, reduction="none").double()
+            cross_entropy(logits_of(hidden_CE), target_C, reduction="none").double()
             for hidden_CE, target_C in zip(hidden_TE.split(CHUNK), target_T.split(CHUNK), strict=True)
         ]
     )

@@ -234,7 +234,7 @@ def claimed_length(model: PreTrainedModel) -> int | None:
     limit."""
     from longreach.evaluation.likelihood import is_dynamic
 
-    claimed = getattr(model.config, "max_position_embeddings", None)
+    claimed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if claimed and is_dynamic(model):
         claimed = round(claimed * model.config.rope_parameters.get("factor", 1))
     return claimed

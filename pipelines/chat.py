@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,14 @@ WARNING = (
 
 
 def chat(
-    source: str, *, sinks: int, window: int, max_new_tokens: int, temperature: float, ask: Callable[[], str]
+    source: str,
+    *,
+    sinks: int,
+    window: int,
+    max_new_tokens: int,
+    temperature: float,
+    ask: Callable[[], str],
+    positions: Literal["cache", "text"] = "cache",
 ) -> None:
     """Talk on stdout until `ask` gives an empty line or raises EOFError.
 
@@ -44,13 +52,15 @@ def chat(
         model, tokenizer = load_model(folder)
     model.eval()
     read_sink_cache(model)
-    cache = SinkCache(model.config, sinks, window)
+    cache = SinkCache(model.config, sinks, window, positions)
     budget = KVBudget.of(model.config)
     size = readable(budget.sink_cache_bytes(1, 1, "fp32", sink_tokens=sinks, window_tokens=window))
     print(WARNING.format(window=window, sinks=sinks))
     unread: list[int] = []  # the answer's last token, which the model has not read yet
     while text := _typed(ask):
         ids = turn(tokenizer, text, first=cache.get_seq_length() == 0)
+        if not ids:
+            raise ValueError(f"the model's tokenizer makes no token of {text!r}: it is not the tokenizer of this model")
         if ids[:1] != unread:  # a template that begins with the same token would have it read twice
             ids = unread + ids
         answer: list[int] = []

@@ -15,7 +15,7 @@ import re
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -419,6 +419,9 @@ def chat(
     window: Annotated[int, typer.Option(help="Recent tokens that are kept.")] = 1020,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    positions: Annotated[
+        Literal["cache", "text"], typer.Option(help="Where positions are counted; in the text, a chat ends somewhere.")
+    ] = "cache",
 ) -> None:
     """Chat without end, in a cache that does not grow."""
     from longreach.pipelines.chat import chat as talk
@@ -430,6 +433,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         ask=lambda: input("> "),
+        positions=positions,
     )
 
 

@@ -201,7 +201,7 @@ def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources
 
     from longreach.attention.kv_budget import KVBudget, readable
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
     longest = recipe.choices.longest_input()
     if not longest:
         return

@@ -133,7 +133,7 @@ def test_dynamic_scaling_begins_right_after_the_trained_context():
         (small(), ("theta", 2.0), "theta None"),
         (small(), ("yarn", 2.0, 1e6), "theta goes with type 'theta' only"),
         (stretched_config(small(), "linear", 2.0), ("yarn", 2.0), "'linear' already"),
-        (GPT2Config(), ("linear", 2.0), "gpt2 has no single set"),
+        (GPT2Config(), ("linear", 2.0), "gpt2 has no rotary positions"),
         (Gemma3TextConfig(), ("linear", 2.0), "gemma3_text has no single set"),
     ],
 )

@@ -7,6 +7,7 @@ sets the attention pattern, since it may change while training.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from longreach.attention.hf import own_attention
 from longreach.training.longlora import apply_arm
 from longreach.training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
 from longreach.training.recipe import TrainJob
@@ -33,7 +35,8 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
         model, tokenizer = _to_pretrain(job, packed, tokenizer)
     else:
         model = _to_finetune(job, packed, tokenizer)
-    reach = model.config.max_position_embeddings
+    # without a limit, as in ALiBi and state spaces
+    reach = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     if job.rope.type == "dynamic":  # stretches past the trained length only when rows reach it, and the config keeps it
         reach *= job.rope.factor
     if packed.seq_len > reach:
@@ -88,6 +91,11 @@ def _to_pretrain(
 def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Return the stretched base, with an embedding for a first token that the base lacks."""
     model, base_tokenizer = load_model(job.base, rope=job.rope)
+    if refusal := own_attention(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained: {refusal}, which the attention of packed rows leaves out; "
+            f"take a base without"
+        )
     check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
     if fit_embeddings(model, tokenizer) and job.arm.tune != "all":
         raise ValueError(

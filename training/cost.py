@@ -148,7 +148,7 @@ class Shape:
             return {"layers": self.layer_parameters, "lora": 0, "norm": self.norm_parameters, "embed": embed}
         trained = {"layers": 0, "lora": 0, "norm": 0, "embed": 0}
         for name, (inputs, outputs) in self.matrices.items():
-            if name in arm.target_modules:
+            if arm.adapts(name):
                 trained["lora"] += self.layers * arm.lora_rank * (inputs + outputs)
         if "norm" in arm.tune:
             trained["norm"] = self.norm_parameters
@@ -369,9 +369,9 @@ def outputs(shape: Shape, arm: ArmRecipe) -> int:
     gated = 4 * shape.intermediate  # gate, up, silu(gate), their product
     lora = 0
     if arm.tune != "all":
-        for name in arm.target_modules:
-            if name in shape.matrices:
-                lora += 2 * shape.matrices[name][1]  # B's product, and its sum with the frozen matrix's
+        for name, (_, width) in shape.matrices.items():
+            if arm.adapts(name):
+                lora += 2 * width  # B's product, and its sum with the frozen matrix's
     return norms + residuals + attention + rotated + gated + lora
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from longreach.training.loss import causal_lm
-from longreach.training.recipe import ArmRecipe
+from longreach.training.recipe import ATTENTION_PROJECTIONS, ArmRecipe
 from longreach.training.summary import TrainableParameters
 
 
@@ -30,13 +32,12 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
     """
     if arm.tune == "all":
         return model.requires_grad_(True)
-    check_targets(model, arm.target_modules)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=arm.lora_rank,
         lora_alpha=arm.lora_alpha,
         lora_dropout=0.0,  # LongLoRA's; with none, resuming needs no random state
-        target_modules=list(arm.target_modules),
+        target_modules=targets_of(model, arm.target_modules),
         use_dora=arm.use_dora,
         use_rslora=arm.use_rslora,
         init_lora_weights="pissa" if arm.init_lora_weights == "pissa" else True,
@@ -79,17 +80,42 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm")
 
 
-def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Raise ValueError naming the nearest linear layers if `model` has none of a target's name."""
-    linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | str:
+    """Return the layers to adapt, as peft takes them.
+
+    ValueError naming the nearest linear layers if `model` has none of a target's name.
+    """
+    if isinstance(targets, str):
+        return targets
+    linear = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            linear.add(name.rpartition(".")[2])
+    if targets == ATTENTION_PROJECTIONS and not linear.issuperset(targets):
+        model_type = causal_lm(model).config.model_type
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, [])
+        own = [name for name in known if name in linear] or _of_attention(model)
+        targets = tuple(own) or targets
     for target in targets:
         if target not in linear:
             near = ", ".join(get_close_matches(target, linear, n=3, cutoff=0.4))
             hint = f"nearest: {near}" if near else "it has"
             raise ValueError(
                 f"target_modules: {type(model).__name__} has no linear layer {target!r}; {hint} "
-                f"(of {', '.join(linear)})"
+                f"(of {', '.join(sorted(linear))}); all-linear takes all but the head"
             )
+    return list(targets)
+
+
+def _of_attention(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of a model's attention, where peft has no list for its family."""
+    names = set()
+    for attention in model.modules():
+        if hasattr(attention, "is_causal"):
+            for name, module in attention.named_modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    names.add(name.rpartition(".")[2])
+    return sorted(names)
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:

@@ -117,6 +117,8 @@ class Training:
             self.gains = TokenGains(job.gains)
         self.held_out = self._held_out_rows()
         self.model, self.tokenizer = build(job, self.packed)
+        if dist.get_rank() == 0:
+            export.check_saves(self.model, self.tokenizer, Path(job.work) / "untrained")
         self._attend_by(self._pattern_at(0))
         self.start_digests = export.tensor_digests(self.model)
         self.parameters = self.model.num_parameters()

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from longreach.attention.hf import logit_changes
 from longreach.training.corpus import IGNORED
 
 
@@ -139,13 +140,11 @@ class TokenLoss(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         lm: Any = causal_lm(model)
-        config, head = lm.config, lm.get_output_embeddings()
-        after = {k: getattr(config, k, None) for k in ("final_logit_softcapping", "logits_scaling", "logit_scale")}
-        changed = {k: v for k, v in after.items() if v not in (None, 1, 1.0)}
-        if changed or head.bias is not None:
+        self.logit_factor, cap = logit_changes(lm.config)
+        if cap is not None or getattr(lm.get_output_embeddings(), "bias", None) is not None:
             raise ValueError(
-                f"{type(lm).__name__} changes its logits after the lm_head ({changed or 'a bias'}); "
-                f"the fused loss knows only hidden @ weight.T: use a Llama-like model"
+                f"{type(lm).__name__} cannot be trained: its logits have {'a bias' if cap is None else 'a soft cap'}, "
+                f"which the fused loss over hidden @ weight.T leaves out; take a model without one"
             )
 
     def forward(
@@ -166,6 +165,8 @@ class TokenLoss(nn.Module):
         apart = {} if documents is None else {"documents": documents}
         outputs = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
         hidden_BTE = outputs.last_hidden_state
+        if self.logit_factor != 1:
+            hidden_BTE = hidden_BTE * self.logit_factor
         weight_VE = lm.get_output_embeddings().weight
         return fused_linear_cross_entropy(
             hidden_BTE, weight_VE, labels, scale=scale, chunk_tokens=self.chunk_tokens, weights_BT=weights

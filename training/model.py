@@ -38,9 +38,10 @@ def load_model(
     if rope is not None and rope.type != "none":
         config = stretched_config(config, rope.type, rope.factor, rope.theta, rope.yarn())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if len(tokenizer) > config.vocab_size:
+    rows = config.get_text_config(decoder=True).vocab_size
+    if len(tokenizer) > rows:
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {config.vocab_size} rows; "
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; "
             f"they are from different models, or the embedding was not resized with the tokenizer"
         )
     model = AutoModelForCausalLM.from_pretrained(
@@ -65,22 +66,23 @@ def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTr
 
 def describe(folder: Path | str) -> dict[str, Any]:
     """Return what config.json says about a model, and its parameters, without loading a weight."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    whole = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    heads = config.num_attention_heads
+        model = AutoModelForCausalLM.from_config(whole)
+    config = whole.get_text_config(decoder=True)  # of a model that also sees images
+    heads = getattr(config, "num_attention_heads", 0)
     return {
         "architecture": type(model).__name__,
         "layers": config.num_hidden_layers,
         "heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", heads),
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1),
         "hidden": config.hidden_size,
         "intermediate": getattr(config, "intermediate_size", 0),
         "vocab": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "rope": config.rope_parameters,
-        "tied": config.tie_word_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", None),
+        "rope": getattr(config, "rope_parameters", None),
+        "tied": whole.tie_word_embeddings,
         "parameters": model.num_parameters(),
     }
 
@@ -137,7 +139,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     A new row (the sink token's) starts at the mean of the old ones: unremarkable, and the same in
     every run.
     """
-    rows = model.config.vocab_size
+    rows = model.config.get_text_config(decoder=True).vocab_size
     added = max(0, len(tokenizer) - rows)
     if added:
         model.resize_token_embeddings(rows + added, mean_resizing=False)

@@ -339,6 +339,10 @@ class LengthStage(Choices):
         return f"{rows} in pieces of {self.row_tokens:,} for {self.steps} steps"
 
 
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Layers that LoRA adapts unless a recipe says otherwise, as most families name them."""
+
+
 class ArmRecipe(Choices):
     """One training method of the comparison; arms differ in what is written here and in nothing
     else."""
@@ -352,8 +356,9 @@ class ArmRecipe(Choices):
     """Rank of LoRA's two matrices; the paper takes 8."""
     lora_alpha: int = Field(default=16, ge=1)
     """LoRA's update is scaled by alpha / rank; the paper takes 16."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Linear layers that LoRA adapts."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_PROJECTIONS
+    """Linear layers that LoRA adapts, by name. Where a family has none of the default four, they
+    are those that peft knows for it. all-linear: every linear layer but the head."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Overrides the section's rate: full fine-tuning and LoRA do not have the same best one."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
@@ -386,6 +391,10 @@ class ArmRecipe(Choices):
     curriculum: New[tuple[LengthStage, ...]] = ()
     """Shorter rows in the first steps, or short and long ones beside each other: parts that follow
     one another. Every step has global_batch_tokens all the same."""
+
+    def adapts(self, layer: str) -> bool:
+        """Return whether LoRA adapts linear layers of that name."""
+        return self.target_modules == "all-linear" or layer in self.target_modules
 
     @model_validator(mode="after")
     def _trains_embeddings(self) -> "ArmRecipe":
