@@ -134,7 +134,7 @@ def test_dynamic_scaling_begins_right_after_the_trained_context():
         (small(), ("yarn", 2.0, 1e6), "theta goes with type 'theta' only"),
         (stretched_config(small(), "linear", 2.0), ("yarn", 2.0), "'linear' already"),
         (GPT2Config(), ("linear", 2.0), "gpt2 has no rotary positions"),
-        (Gemma3TextConfig(), ("linear", 2.0), "gemma3_text has no single set"),
+        (Gemma3TextConfig(), ("linear", 2.0), "gemma3_text rotates keys otherwise"),
     ],
 )
 def test_what_cannot_be_stretched_is_refused(config, arguments, message):
@@ -187,8 +187,8 @@ def test_the_rounding_of_far_angles_is_known_exactly():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GPT2Config(), "gpt2 has no single set"),
-        (Gemma3TextConfig(), "gemma3_text has no single set"),
+        (GPT2Config(), "gpt2 has no rotary positions"),
+        (Gemma3TextConfig(), "gemma3_text rotates keys otherwise"),
         (stretched_config(small(), "dynamic", 2.0), "'dynamic' changes frequencies"),
     ],
 )
