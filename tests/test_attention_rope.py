@@ -134,7 +134,7 @@ def test_dynamic_scaling_begins_right_after_the_trained_context():
         (small(), ("yarn", 2.0, 1e6), "theta goes with type 'theta' only"),
         (stretched_config(small(), "linear", 2.0), ("yarn", 2.0), "'linear' already"),
         (GPT2Config(), ("linear", 2.0), "gpt2 has no rotary positions"),
-        (Gemma3TextConfig(), ("linear", 2.0), "gemma3_text rotates keys otherwise"),
+        (Gemma3TextConfig(), ("linear", 2.0), "gemma3_text has no single set"),
     ],
 )
 def test_what_cannot_be_stretched_is_refused(config, arguments, message):
