@@ -1,6 +1,7 @@
 """Where base models come from: a package's GGUF, a folder, the hub. Everything here is offline."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from toy_models import read_json, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longreach.training.convert import PACKAGES, convert, parse_source, source_digest
+from longreach.training.convert import PACKAGES, base_of, convert, parse_source, source_digest
 from longreach.training.model import describe
 
 
@@ -137,6 +138,21 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path):
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"adapter without adapter_model\.safetensors"):
         source_digest(str(adapter))
+
+
+def test_an_adapters_base_is_found_from_here_from_the_adapter_or_on_the_hub(tmp_path):
+    def base(named):
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+        return base_of(tmp_path / "adapter")
+
+    (tmp_path / "base").mkdir()
+    assert base(str(tmp_path / "base")) == str(tmp_path / "base")
+    assert (tmp_path / "base").samefile(base("../base"))
+    assert base("owner/name") == "hub:owner/name"
+    for gone in ("/no/such/base", "../gone", "./x"):
+        with pytest.raises(ValueError, match="no folder of this machine"):
+            base(gone)
 
 
 def test_a_registered_model_is_a_source_and_its_digest_is_its_version(tmp_path, monkeypatch):

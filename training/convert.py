@@ -196,11 +196,22 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(adapter: Path) -> str:
-    """Return the source of an adapter's base, as it says itself: a folder, else a hub id."""
+    """Return the source of an adapter's base, as it says itself: a folder, else a hub id.
+
+    A relative folder counts from here, else from the adapter. ValueError: none, or a path to nothing.
+    """
     base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter}/adapter_config.json does not say its base_model_name_or_path: write it there")
-    return base if Path(base).is_dir() else f"hub:{base}"
+    for folder in (Path(base), adapter / base):
+        if folder.is_dir():
+            return str(folder)
+    if base.count("/") != 1 or base.startswith(("/", ".", "~")):
+        raise ValueError(
+            f"{adapter}/adapter_config.json: its base {base!r} is no folder of this machine, and no hub id owner/name: "
+            f"write where the base is as base_model_name_or_path"
+        )
+    return f"hub:{base}"
 
 
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
