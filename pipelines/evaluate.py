@@ -87,7 +87,7 @@ class Job:
 
 @stage(
     makes=Scores,
-    revision=4,
+    revision=5,
     cpus=lambda resources: resources.eval_cpus if resources.eval_workers == 1 else 0,
     gpus=lambda resources: resources.gpus_per_worker if resources.eval_workers == 1 else 0,
 )
