@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from longreach.evaluation import reader
 from longreach.evaluation.documents import Document
@@ -85,7 +85,7 @@ def test_a_chat_template_frames_the_question_and_the_answer_is_begun():
         evaluate(Needle, tiny_llama(), TOKENIZER, [DOCUMENT], lengths=(600,), chat_template="always")
 
 
-CONFIG = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99, rope_parameters={}))
+CONFIG = SimpleNamespace(config=LlamaConfig(max_position_embeddings=99))
 
 
 class Parrot:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from evaluating import drawn, evaluate
 from tiny_models import byte_tokenizer, tiny_llama
+from transformers import LlamaConfig
 
 from longreach.evaluation import reader
 from longreach.evaluation.base import Background
@@ -28,7 +29,7 @@ TOKENIZER = byte_tokenizer()
 HAY = "It rained. The cat slept on. Nobody came! "
 DOCUMENT = Document("a", "d", np.array(TOKENIZER(HAY * 100).input_ids))
 SMALL = {"haystack": "noise", "trials": 1, "new_tokens": 8}
-MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=9000, rope_parameters={}))
+MODEL = SimpleNamespace(config=LlamaConfig(max_position_embeddings=9000))
 
 
 def sample(task, questions=1, seed=0, length=3000):

@@ -140,7 +140,10 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path):
         source_digest(str(adapter))
 
 
-def test_an_adapters_base_is_found_from_here_from_the_adapter_or_on_the_hub(tmp_path):
+def test_an_adapters_base_is_found_from_here_from_the_adapter_or_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "a/b/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/b/here")  # where no folder of these names stands
+
     def base(named):
         (tmp_path / "adapter").mkdir(exist_ok=True)
         (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))

@@ -107,5 +107,5 @@ def test_the_loss_module_equals_the_models_own_loss_and_gradients():
 def test_a_model_that_caps_its_logits_is_refused():
     model = fresh_llama(LlamaRecipe(hidden=32, layers=1, heads=2, kv_heads=2), vocab_size=61, seed=0)
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
+    with pytest.raises(ValueError, match="its logits have a soft cap, which the fused loss"):
         TokenLoss(model)
