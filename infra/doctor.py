@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from longreach.infra.versions import GIB, git_commit, installed, usable_cores
+from longreach.infra.versions import GIB, git_commit, installed, usable_cores, usable_memory
 
 OPEN_PORTS = (5000, 8080, *range(8265, 8275))
 """Where MLflow and Ray's dashboard listen by default; where 8265 is taken, Ray takes the next
@@ -102,12 +102,7 @@ def _device() -> Check:
 
 
 def _memory() -> Check:
-    import psutil
-
-    total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
+    total = usable_memory()
     fix = "set resources.workers=1 and a shorter seq_len: two ranks of the quickstart hold about 4 GiB each"
     return Check("memory", total >= 12 * GIB, f"{total / GIB:.0f} GiB", fix, needed=False)
 

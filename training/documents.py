@@ -110,6 +110,16 @@ def _read_source(source: SourceRecipe, base_dir: Path, files: list[TextFile]) ->
             yield from _read_rows(file, source)
 
 
+def record_files(source: SourceRecipe, base_dir: Path | str = ".") -> list[Path]:
+    """Return the files of a source that hold records, not one text each, sorted.
+
+    Raises:
+        ValueError: as read_documents.
+    """
+    (files,) = _files(CorpusRecipe(sources=(source,)), Path(base_dir))
+    return [file.path for file in files if file.kind not in TEXTS]
+
+
 def first_chats(corpus: CorpusRecipe, base_dir: Path | str = ".", datasets: bool = False) -> Iterator[Document]:
     """Yield the first good record of each source, if it is a chat.
 

@@ -1,0 +1,131 @@
+"""The text of the recipe that `longreach init` writes, with a comment at each choice."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from longreach.training.recipe import SourceRecipe
+
+if TYPE_CHECKING:
+    from longreach.pipelines.init import Base, Fit
+    from longreach.pipelines.init_documents import Documents
+
+THETA_FACTOR = 3
+"""RoPE's base frequency for twice the positions, over the trained one: the quickstart's 300,000 of
+100,000."""
+
+
+def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: list[str]) -> str:
+    """Return the recipe as a file holds it."""
+    lines = [f"# {name}: made by `longreach init` for these documents, this machine and this much time. It saw:", "#"]
+    lines += [f"#   {fact}" for fact in facts]
+    lines += [
+        "#",
+        f"#   longreach plan {name}.yaml       what would run, and why",
+        f"#   longreach run {name}.yaml        run it; again: nothing to do",
+        "#",
+        "# All of it may be edited; `longreach config schema` explains every field.",
+        "",
+        f"name: {name}",
+        "",
+        "base:",
+        f"  source: {_text(base.source)}",
+        "",
+        "corpus:",
+        "  sources:",
+        *(f"    - {_source(source)}" for source in documents.sources),
+        "  # Never trained on, and read by the evaluations:",
+        f"  test: {_list(documents.test)}",
+    ]
+    if documents.validation:
+        lines += ["  # Never trained on, for choices while one tries things out:"]
+        lines += [f"  validation: {_list(documents.validation)}"]
+    if documents.malformed:
+        share = documents.malformed / documents.entries
+        lines += [f"  max_bad_fraction: {min(1.0, share * 1.2 + 0.01):.3f}  # {documents.malformed} are malformed"]
+    lines += ["", *_models(base, documents, fit), "", *_evaluations(base, fit), "", *_resources(fit), ""]
+    return "\n".join(lines)
+
+
+def _models(base: Base, documents: Documents, fit: Fit) -> list[str]:
+    """Return the sections of baselines and training."""
+    stretch, why = "{type: none}", "chats teach what to answer: the context stays as it is"
+    if not documents.chats:
+        why = "the base's positions cannot be stretched, or are already: its own length"
+    if base.theta and not documents.chats:
+        stretch = f"{{type: theta, theta: {base.theta * THETA_FACTOR:.0f}, factor: 2}}"
+        why = f"{2 * base.trained:,} positions; costs short texts least"
+    lines = ["# What training has to beat: the base as it is, and what costs no training.", "baselines:", "  base: {}"]
+    if base.theta and not documents.chats:
+        lines += [f"  stretched: {stretch}"]
+    attention = "{pattern: causal}"
+    if fit.arm.attention.pattern != "causal":
+        groups = fit.seq_len // 4
+        attention = f"{{pattern: shifted_sparse, group_tokens: {groups}, sink_tokens: 4}}"
+    lines += [
+        "",
+        "finetune:",
+        f"  rope: {stretch}  # {why}",
+        f"  pack: {{seq_len: {fit.seq_len}, method: best_fit}}  # the longest rows that leave time for enough steps",
+        f"  steps: {fit.steps}  # {fit.step_s:.2g} s each, as foreseen",
+        f"  global_batch_tokens: {fit.batch}  # a row for each rank",
+        "  learning_rate: 5e-4  # of the adapters",
+        f"  warmup_steps: {max(1, fit.steps // 10)}",
+        "  schedule: cosine",
+    ]
+    if documents.validation and documents.chats == len(documents.chars):
+        every = max(1, fit.steps // 4)
+        lines += [f"  validate_every_steps: {every}  # the loss on held-out chats' answers"]
+    lines += [
+        "  arms:",
+        "    longlora:  # LongLoRA: adapters, embeddings and norms",
+        f"      tune: {fit.arm.tune}",
+        "      embedding_learning_rate: 2e-5",
+        f"      attention: {attention}",
+    ]
+    return lines
+
+
+def _evaluations(base: Base, fit: Fit) -> list[str]:
+    lengths = [length for length in (512, 1024) if length <= base.trained]
+    lines = ["evaluate:"]
+    if fit.eval_lengths:
+        lines += ["  perplexity:  # of the test documents", f"    lengths: {list(fit.eval_lengths)}"]
+    lines += [
+        "  passkey:  # a number hidden in filler sentences",
+        f"    lengths: {lengths}",
+        "    depths: [0.25, 0.75]",
+    ]
+    return lines
+
+
+def _resources(fit: Fit) -> list[str]:
+    """Return where it runs, which changes no result."""
+    where = fit.resources
+    lines = ["resources:", f"  workers: {where.workers}  # training ranks"]
+    lines += [f"  cpus_per_worker: {where.cpus_per_worker}"]
+    if where.gpus_per_worker:
+        lines += [f"  gpus_per_worker: {where.gpus_per_worker}"]
+    lines += [f"  dtype: {where.dtype}"]
+    if where.activation_checkpointing:
+        lines += ["  activation_checkpointing: true  # without it there is not enough memory"]
+    return [*lines, f"  eval_cpus: {where.eval_cpus}", "  checkpoint_every_steps: 10"]
+
+
+def _source(source: SourceRecipe) -> str:
+    """Return a source on one line, with what differs from the defaults."""
+    chosen = source.model_dump(mode="json", exclude_defaults=True)
+    return "{" + ", ".join(f"{key}: {_value(value)}" for key, value in chosen.items()) + "}"
+
+
+def _value(value: Any) -> str:
+    return _list(value) if isinstance(value, list) else _text(str(value))
+
+
+def _list(values: list[str]) -> str:
+    return "[" + ", ".join(_text(value) for value in values) + "]"
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)  # YAML's double-quoted form
