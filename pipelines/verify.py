@@ -1,4 +1,4 @@
-"""The models that `longreach verify-attention` tries: a folder's, or a tiny one for each arm of a
+"""The models that `longreach verify-attention` tries: a source's, or a tiny one for each arm of a
 recipe.
 
 longreach verify-attention quickstart
@@ -7,13 +7,13 @@ longreach verify-attention quickstart
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from longreach.attention.hf import set_pattern
 from longreach.pipelines.reader import load
-from longreach.training.model import fresh_llama, load_model
+from longreach.training.convert import is_source
+from longreach.training.model import fresh_llama, load_source
 from longreach.training.recipe import LlamaRecipe
 
 TOKENS = 64  # least tokens of a test row
@@ -22,10 +22,11 @@ TOKENS = 64  # least tokens of a test row
 def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple[str, PreTrainedModel, int]]:
     """Yield (name, model, tokens of a row that show its pattern).
 
-    `target` is a Hugging Face folder, or a recipe: a tiny Llama then gets the pattern of each arm.
+    `target` is a source as `evaluate` takes it, or a recipe: a tiny Llama then gets the pattern of
+    each arm.
     """
-    if Path(target, "config.json").is_file():
-        yield target, load_model(target)[0], TOKENS
+    if is_source(target):
+        yield target, load_source(target)[0], TOKENS
         return
     recipe = load(target, overrides).recipe
     patterns = {}

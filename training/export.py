@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from longreach.training.loss import causal_lm
-from longreach.training.model import load_model
+from longreach.training.model import fit_embeddings, load_model
 from longreach.training.recipe import RopeRecipe
 from longreach.training.zero import whole
 
@@ -160,15 +162,18 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: R
 
     It is loaded again by plain transformers, and its logits on random tokens are compared with the
     adapter's: merge_error is the largest difference over the largest logit. RuntimeError above the
-    tolerance of the base's type, or if tied embeddings came apart.
+    tolerance of the base's type, or if tied embeddings came apart. ValueError if the adapter lacks
+    tensors.
     """
     dtype = str(AutoConfig.from_pretrained(base_folder).dtype or torch.float32).removeprefix("torch.")
     base, tokenizer = load_model(base_folder, rope=rope)
+    tokenizer = _with_tokens_of(adapter_folder, base, tokenizer)
+    _untie_where_one_is_adapted(adapter_folder, base)
     text = base.config.get_text_config(decoder=True)
     tokens = min(128, getattr(text, "max_position_embeddings", None) or 128)
     probe = torch.randint(0, text.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model = PeftModel.from_pretrained(base, adapter_folder).eval()
+        model = _with_adapter(base, adapter_folder).eval()
         expected = model(probe, use_cache=False).logits
         merged = model.merge_and_unload()
         merged.to(getattr(torch, dtype)).save_pretrained(out)
@@ -176,12 +181,62 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: R
         again = AutoModelForCausalLM.from_pretrained(out, local_files_only=True).eval()
         error = float((again(probe, use_cache=False).logits - expected).abs().max() / expected.abs().max())
     tied = again.get_input_embeddings().weight is again.get_output_embeddings().weight
-    if error > MERGE_TOLERANCE[dtype] or tied != base.config.tie_word_embeddings:
+    if not error <= MERGE_TOLERANCE[dtype] or tied != base.config.tie_word_embeddings:
         raise RuntimeError(
             f"merging {adapter_folder}: logits differ by {error:.1e} of the largest one (allowed {dtype}: "
             f"{MERGE_TOLERANCE[dtype]:.0e}), embeddings tied {tied}, before {base.config.tie_word_embeddings}"
         )
     return {"merge_error": error, "dtype": dtype, "parameters": causal_lm(again).num_parameters()}
+
+
+def _with_adapter(base: Any, adapter: Path) -> PeftModel:
+    """Return a base with an adapter from a folder; ValueError if it is of a kind that cannot be
+    merged, or tensors are missing, of which peft only warns."""
+    kind = PeftConfig.from_pretrained(str(adapter))
+    if kind.is_prompt_learning:
+        raise ValueError(
+            f"{adapter} is peft's {kind.peft_type.value}, learned tokens before a prompt: they cannot be merged"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, adapter)
+        except UserWarning as error:
+            raise ValueError(f"{adapter} lacks tensors that its adapter_config.json asks for: {error}") from error
+
+
+def _with_tokens_of(adapter: Path, base: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the adapter's own tokenizer and chat template, else the base's; tokens that were added
+    get rows in the base's embedding.
+
+    An embedding that the adapter brings says itself how many rows it had, padding included.
+    """
+    if (adapter / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    elif (adapter / "chat_template.jinja").is_file():
+        tokenizer.chat_template = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+    table = base.get_input_embeddings()
+    (name,) = [name for name, module in base.named_modules() if module is table]
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
+        for key in saved.keys():  # noqa: SIM118 (it is no dictionary)
+            if key.endswith((f"{name}.weight", f"{name}.base_layer.weight")):
+                base.resize_token_embeddings(saved.get_slice(key).get_shape()[0], mean_resizing=False)
+            if key.endswith(f"{name}.base_layer.weight"):  # under LoRA, and the weight of a tied head
+                with torch.no_grad():
+                    base.get_input_embeddings().weight.copy_(saved.get_tensor(key))
+    fit_embeddings(base, tokenizer)
+    return tokenizer
+
+
+def _untie_where_one_is_adapted(adapter: Path, base: Any) -> None:
+    """Give the head weights of its own where LoRA adapts the embedding that it shares: merged, the
+    head would change too."""
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
+        adapted = any("lora_embedding_" in key for key in saved.keys())  # noqa: SIM118 (it is no dictionary)
+    head = base.get_output_embeddings()
+    if adapted and head.weight is base.get_input_embeddings().weight:
+        base.config.tie_word_embeddings = False
+        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def save_in_type(folder: Path, out: Path, dtype: str) -> None:

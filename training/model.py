@@ -6,6 +6,7 @@ once, when it is built, so a config changed afterwards would say one thing and t
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from transformers import (
 )
 
 from longreach.attention.rope import stretched_config
+from longreach.training.convert import convert, is_adapter
 from longreach.training.recipe import LlamaRecipe, RopeRecipe
+from longreach.training.weights import check_weights
 
 
 def load_model(
@@ -48,6 +51,21 @@ def load_model(
         folder, config=config, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
     )
     return model, tokenizer
+
+
+def load_source(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model and tokenizer of any source that `convert` takes, in float32.
+
+    A model's folder is loaded where it is; any other is converted to a folder that is removed again.
+    ValueError as `convert`.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file() and not is_adapter(folder):
+        check_weights(folder)
+        return load_model(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        convert(source, scratch)
+        return load_model(scratch)
 
 
 def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTrainedConfig:
