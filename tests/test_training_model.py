@@ -6,6 +6,7 @@ from toy_models import TINY, VOCAB, tiny_folder, tiny_tokenizer
 
 from longreach.pipelines.artifacts import ModelCheckpoint
 from longreach.pipelines.stages import StretchRecipe, stretch
+from longreach.training.export import check_saves
 from longreach.training.model import describe, fit_embeddings, fresh_llama, load_model
 from longreach.training.recipe import RopeRecipe
 
@@ -115,3 +116,20 @@ def test_new_tokens_get_the_mean_embedding_and_old_logits_do_not_move(tmp_path, 
     torch.testing.assert_close(weight[VOCAB], weight[:VOCAB].mean(0))
     assert (model.lm_head.weight is weight) == tied
     assert fit_embeddings(model, tiny_tokenizer(VOCAB + 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [(OSError(28, "No space left on device"), OSError), (KeyError("lm_head"), ValueError)]
+)
+def test_a_model_that_cannot_be_saved_is_refused_before_training_and_a_full_disk_is_not_its_fault(
+    tmp_path, monkeypatch, fault, kind
+):
+    model = fresh_llama(TINY, VOCAB, seed=0)
+
+    def fail(folder):
+        raise fault
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(kind):
+        check_saves(model, tiny_tokenizer(), tmp_path / "untrained")
+    assert not (tmp_path / "untrained").exists()

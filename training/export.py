@@ -91,6 +91,8 @@ def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
             lm.generation_config.save_pretrained(folder)
             AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer.save_pretrained(folder)
+    except OSError:  # a full disk is no fault of the model
+        raise
     except Exception as error:
         raise ValueError(f"{type(lm).__name__} could not be saved after training: {error}") from error
     finally:
