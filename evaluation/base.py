@@ -191,13 +191,18 @@ class Evaluation:
         return Section(cls.title, blocks)
 
     @classmethod
+    def question(cls) -> str:
+        """Return what the evaluation asks: its class's docstring, in one line."""
+        return " ".join((cls.__doc__ or "").split())
+
+    @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
         """Return what stands above the section's figures: the question, the protocol and the
         summaries."""
         from longreach.evaluation.sections import summary_table
 
         first = next(iter(models.values()))
-        text = f"{cls.__doc__} Protocol: {first.protocol}. {first.note}"
+        text = f"{cls.question()} Protocol: {first.protocol}. {first.note}"
         return [text.strip(), summary_table("Summary", models)]
 
     @classmethod

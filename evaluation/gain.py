@@ -211,7 +211,7 @@ class Gain(Evaluation):
         from longreach.evaluation.repeats import repeat_table
 
         first = next(iter(models.values()))
-        text = f"{cls.__doc__} Protocol: {first.protocol}. {about_documents(first)}"
+        text = f"{cls.question()} Protocol: {first.protocol}. {about_documents(first)}"
         by_arm = _by_arm(models, background)
         if max(map(len, by_arm.values())) > 1:
             text += " An arm with several seeds is their mean, and its intervals are over documents and seeds."

@@ -145,7 +145,7 @@ class Harness(Evaluation):
         """Return what was asked, every metric with its interval, and ten prompts with their
         answers where the cases are at hand."""
         first = next(iter(models.values()))
-        text = f"{cls.__doc__} Protocol: {first.protocol}. {first.note}"
+        text = f"{cls.question()} Protocol: {first.protocol}. {first.note}"
         return [text, *cls.task_tables(models), *_sample_table(models)]
 
     @classmethod

@@ -235,7 +235,7 @@ class Ruler(Evaluation):
         """Return the question and the protocol, a table for each model, and what is zero
         everywhere."""
         first = next(iter(models.values()))
-        blocks: list[Block] = [f"{cls.__doc__} Protocol: {first.protocol}. {first.note}"]
+        blocks: list[Block] = [f"{cls.question()} Protocol: {first.protocol}. {first.note}"]
         for name, scores in models.items():
             blocks.append(_table(name, scores))
             blocks += [f"{name}, {sentence}" for sentence in zeros(scores)]

@@ -15,7 +15,7 @@ import re
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -573,8 +573,13 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from longreach.pipelines.recipe import Recipe
 
+    def in_one_line(part: dict[str, Any]) -> dict[str, Any]:
+        words = part.get("description")
+        return part | {"description": " ".join(words.split())} if isinstance(words, str) else part
+
     dialect = "https://json-schema.org/draft/2020-12/schema"
-    print(json.dumps({"$schema": dialect, **Recipe.model_json_schema()}, indent=1))
+    schema = json.loads(json.dumps(Recipe.model_json_schema()), object_hook=in_one_line)
+    print(json.dumps({"$schema": dialect, **schema}, indent=1))
 
 
 def _store_and_fingerprints(

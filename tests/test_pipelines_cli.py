@@ -257,7 +257,9 @@ def test_config_show_and_schema_are_json_for_programs(capsys: pytest.CaptureFixt
     shown = json.loads(longreach(capsys, "config", "show", "quickstart", "--json")[1])
     assert shown["name"]["value"] == "quickstart"
     assert set(shown) == set(load("quickstart").origins)
-    schema = json.loads(longreach(capsys, "config", "schema")[1])
+    printed = longreach(capsys, "config", "schema")[1]
+    assert "\\n" not in printed, "a description is a sentence in one line"
+    schema = json.loads(printed)
     assert schema["properties"]["seed"]["description"].startswith("Seeds")
 
 
