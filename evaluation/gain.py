@@ -654,10 +654,7 @@ def gain_figure(models: dict[str, EvalScores], style: Style, background: Backgro
     Nothing where the base was not measured within the length that it was trained to.
     """
     compared = background.of_one_base(models)
-    try:
-        best = best_of_base(compared, background)
-    except ValueError:  # no length that the base was trained to
-        best = None
+    best = _best_if_any(compared, background)
     if best is None:
         return []
     found = over_base(compared, background, best)
@@ -675,10 +672,7 @@ def repeat_figure(models: dict[str, EvalScores], style: Style, background: Backg
     from longreach.evaluation.repeats import over_yardstick
 
     compared = background.of_one_base(models)
-    try:
-        best = best_of_base(compared, background)
-    except ValueError:  # no length that the base was trained to
-        best = None
+    best = _best_if_any(compared, background)
     if best is None or background.base is None:
         return []
     found = over_yardstick(_by_arm(compared, background), background.base, best.length)
@@ -693,6 +687,14 @@ def repeat_figure(models: dict[str, EvalScores], style: Style, background: Backg
     title = "Is far text used?"
     figure = _Compared("repeats.png", title, "tokens back to where the run last stood, at most", caption)
     return [figure.draw(found, best, style, background)]
+
+
+def _best_if_any(models: Mapping[str, EvalScores], background: Background) -> BestLength | None:
+    """Return the base's best length; None if it was not measured at any that it was trained to."""
+    try:
+        return best_of_base(models, background)
+    except ValueError:
+        return None
 
 
 class _Compared(NamedTuple):

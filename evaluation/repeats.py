@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from longreach.evaluation.scores import Difference, EvalScores, Row
+from longreach.evaluation.scores import Difference, EvalScores, Row, bootstrap_crossed
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -85,23 +85,25 @@ class Repeated(NamedTuple):
     """Than a yardstick, on the same tokens."""
 
 
-def repeated(ours: Sequence[Row], theirs: Sequence[Row], seed: int = 0, resamples: int = 4_000) -> Repeated | None:
-    """Return what two models make of the same repeated tokens of one band; None where they did not
-    score the same ones. The mean is over tokens, and the interval resamples documents."""
-    our_nats, their_nats = _by_document(ours), _by_document(theirs)
-    tokens_D = np.array([tokens for tokens, _ in our_nats.values()])
-    if [tokens for tokens, _ in their_nats.values()] != tokens_D.tolist() or our_nats.keys() != their_nats.keys():
-        return None
-    nats_D = np.array([nats for _, nats in our_nats.values()])
-    better_D = np.array([nats for _, nats in their_nats.values()]) - nats_D
-    documents, total = len(tokens_D), int(tokens_D.sum())
-    low = high = math.nan
-    if documents > 1:
-        drawn_RD = np.random.default_rng(seed).integers(0, documents, (resamples, documents))
-        means = better_D[drawn_RD].sum(1) / tokens_D[drawn_RD].sum(1)
-        low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
-    better = Difference(float(better_D.sum() / total), low, high, documents, seeds=1)
-    return Repeated(total, float(nats_D.sum() / total), better)
+def repeated(ours: Sequence[Sequence[Row]], theirs: Sequence[Row], seed: int = 0) -> Repeated | None:
+    """Return what a model, or each seed of an arm, makes of a band's tokens, and another model of the
+    same ones; None where they did not score the same.
+
+    Means are over seeds and tokens, and the interval resamples seeds and documents.
+    """
+    their_nats = _by_document(theirs)
+    tokens = {document: count for document, (count, _) in their_nats.items()}
+    better_SD, nll = [], []
+    for rows in ours:
+        our_nats = _by_document(rows)
+        if {document: count for document, (count, _) in our_nats.items()} != tokens:
+            return None
+        better_SD.append([(their_nats[one][1] - our_nats[one][1]) / tokens[one] for one in tokens])
+        nll.append(sum(nats for _, nats in our_nats.values()) / sum(tokens.values()))
+    better, tokens_D = np.array(better_SD), np.array(list(tokens.values()))
+    low, high = bootstrap_crossed(better, seed, weight_D=tokens_D) or (math.nan, math.nan)
+    mean = float(np.average(better.mean(0), weights=tokens_D))
+    return Repeated(int(tokens_D.sum()), float(np.mean(nll)), Difference(mean, low, high, len(tokens), len(ours)))
 
 
 def _by_document(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
@@ -113,23 +115,22 @@ def _by_document(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
     return totals
 
 
-Bands = dict[int, list[Row]]
-"""Rows of kind `repeat` of one model at one length, by the upper end of their band."""
+Bands = dict[int, list[list[Row]]]
+"""Rows of kind `repeat` at one length by the upper end of their band, of each seed of an arm."""
 
 
 def _bands(by_arm: Mapping[str, Sequence[EvalScores]]) -> tuple[dict[tuple[str, int], Bands], dict[int, int]]:
-    """Return the rows of each (model, length), and the tokens of each band that has FEWEST of them.
-
-    An arm with several seeds gives its first one.
-    """
+    """Return the rows of each (model, length), and the tokens of each band that has FEWEST of them."""
     found: dict[tuple[str, int], Bands] = {}
-    for name, seeds in by_arm.items():
-        for row in seeds[0].rows_with(kind="repeat", split="test"):
-            found.setdefault((name, row["length"]), {}).setdefault(row["up_to"], []).append(row)
     tokens: dict[int, int] = {}
+    for name, seeds in by_arm.items():
+        for number, scores in enumerate(seeds):
+            for row in scores.rows_with(kind="repeat", split="test"):
+                of_seeds = found.setdefault((name, row["length"]), {}).setdefault(row["up_to"], [[] for _ in seeds])
+                of_seeds[number].append(row)
     for bands in found.values():
-        for up_to, rows in bands.items():
-            count = sum(row["tokens"] for row in rows)
+        for up_to, (first, *_) in bands.items():
+            count = sum(row["tokens"] for row in first)
             if count >= FEWEST:
                 tokens[up_to] = max(tokens.get(up_to, 0), count)
     return found, dict(sorted(tokens.items()))
@@ -142,16 +143,17 @@ def over_yardstick(
     model, upper end of a band. A model stands there at the longest length at which it is not LOST.
     """
     found, tokens = _bands(by_arm)
+    yardstick = found.get((base, best), {})
     differences: dict[str, dict[int, Difference]] = {}
     for name, seeds in by_arm.items():
         nll = {row["length"]: row["nll"] for row in seeds[0].rows_with(kind="pooled", split="test")}
         sound = [length for length in nll if nll[length] < min(nll.values()) + LOST]
         bands = found.get((name, max(sound, default=0)), {})
         for up_to in tokens:
-            ours = bands.get(up_to, [])
-            one = repeated(ours, found.get((base, best), {}).get(up_to, []))
-            if ours and one:
-                differences.setdefault(name, {})[up_to] = one.better
+            if up_to in bands and up_to in yardstick:
+                one = repeated(bands[up_to], yardstick[up_to][0])
+                if one:
+                    differences.setdefault(name, {})[up_to] = one.better
     return differences
 
 
@@ -170,12 +172,9 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
     lines = []
     for (name, length), bands in found.items():
         cells = [f"{name}\nat {length:,} tokens"]
+        yardstick = bands if base is None or best is None else found.get((base, best), {})
         for up_to in tokens:
-            rows = bands.get(up_to, [])
-            yardstick = rows
-            if base is not None and best is not None:
-                yardstick = found.get((base, best), {}).get(up_to, [])
-            one = repeated(rows, yardstick) if rows else None
+            one = repeated(bands[up_to], yardstick[up_to][0]) if up_to in bands and up_to in yardstick else None
             cells.append(_cell(one) if one else DASH)
         lines.append(cells)
     heads = ["model", *(f"{_since(up_to)}\n{count:,} tokens" for up_to, count in tokens.items())]

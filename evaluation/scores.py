@@ -123,12 +123,15 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 4_000) -> tup
     return bootstrap_crossed(values[None], seed, resamples)
 
 
-def bootstrap_crossed(value_SD: np.ndarray, seed: int, resamples: int = 4_000) -> tuple[float, float] | None:
+def bootstrap_crossed(
+    value_SD: np.ndarray, seed: int, resamples: int = 4_000, weight_D: np.ndarray | None = None
+) -> tuple[float, float] | None:
     """Return a 95% interval of the mean over S seeds and D documents, all of which are crossed;
     None for one value.
 
     Seeds and documents are resampled independently (the pigeonhole bootstrap, Owen 2007), so both
-    may be chance. With one seed it is the plain bootstrap over documents.
+    may be chance. With one seed it is the plain bootstrap over documents. `weight_D`: how much each
+    document counts in the mean, such as its tokens; without it, all alike.
     """
     seeds, documents = value_SD.shape
     if value_SD.size < 2:
@@ -136,7 +139,11 @@ def bootstrap_crossed(value_SD: np.ndarray, seed: int, resamples: int = 4_000) -
     draw = np.random.default_rng(seed)
     document_RD = draw.integers(0, documents, (resamples, documents))
     seed_RS = draw.integers(0, seeds, (resamples, seeds))
-    means = value_SD[seed_RS[:, :, None], document_RD[:, None, :]].mean((1, 2))
+    drawn_RSD = value_SD[seed_RS[:, :, None], document_RD[:, None, :]]
+    if weight_D is None:
+        means = drawn_RSD.mean((1, 2))
+    else:
+        means = np.average(drawn_RSD.mean(1), axis=1, weights=weight_D[document_RD])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

@@ -284,11 +284,11 @@ def test_nats_are_summed_by_bands_of_distances():
 def test_repeats_are_compared_token_by_token_and_resampled_by_document():
     ours = [{"document": "a", "tokens": 3, "nll": 1.0}, {"document": "b", "tokens": 1, "nll": 2.0}]
     theirs = [{"document": "b", "tokens": 1, "nll": 2.0}, {"document": "a", "tokens": 3, "nll": 2.0}]
-    found = repeated(ours, theirs)
+    found = repeated([ours], theirs)
     assert (found.tokens, found.nll) == (4, 1.25)
     assert found.better == (0.75, 0.0, 1.0, 2, 1)  # from both b to both a
-    assert repeated(ours, theirs[:1]) is None
-    assert repeated(ours, [theirs[0], {"document": "a", "tokens": 2, "nll": 2.0}]) is None
+    assert repeated([ours], theirs[:1]) is None
+    assert repeated([ours], [theirs[0], {"document": "a", "tokens": 2, "nll": 2.0}]) is None
 
 
 def test_the_same_tokens_are_repeated_at_every_length_and_the_page_says_how_well_each_model_does():
@@ -303,6 +303,17 @@ def test_the_same_tokens_are_repeated_at_every_length_and_the_page_says_how_well
     assert repeats[0]["nll"] != window["nll"]
     few = run([Document("a", "d", text.ids_T[:1180][-1160:], "test")], lengths=(64, 128), score_tokens=40)
     assert repeat_table({"m": [few]}, None, None) == []
+
+
+def test_repeats_of_an_arm_are_the_mean_of_its_seeds():
+    theirs = [{"document": "a", "tokens": 3, "nll": 2.0}, {"document": "b", "tokens": 1, "nll": 2.0}]
+    first = [{"document": "a", "tokens": 3, "nll": 1.0}, {"document": "b", "tokens": 1, "nll": 2.0}]
+    second = [{"document": "a", "tokens": 3, "nll": 2.0}, {"document": "b", "tokens": 1, "nll": 0.0}]
+    found = repeated([first, second], theirs)
+    assert found.nll == pytest.approx((1.25 + 1.5) / 2)
+    assert found.better.nats == pytest.approx((0.75 + 0.5) / 2)
+    assert (found.better.documents, found.better.seeds) == (2, 2)
+    assert (found.better.low, found.better.high) == (0.0, 2.0)  # one seed alone, on one document alone
 
 
 def scored_repeats(by_length, pooled):
