@@ -618,15 +618,12 @@ def _counting(name: str, seeds: Sequence[EvalScores]) -> str:
 
 def _cell(row: Row | None, measure: str) -> str:
     """Return a mean and, small, its interval; a dash without a row."""
-    from longreach.evaluation.sections import DASH
+    from longreach.evaluation.sections import DASH, with_interval
 
     if row is None:
         return DASH
-    sign = "+" if measure == "own_gain" else ""
-    text = f"{row[measure]:{sign}.3f}"
-    if row.get(f"{measure}_low") is not None:
-        text += f"\n{row[f'{measure}_low']:{sign}.3f} to {row[f'{measure}_high']:{sign}.3f}"
-    return text
+    shown = "{:+.3f}".format if measure == "own_gain" else "{:.3f}".format
+    return with_interval(shown, row[measure], row.get(f"{measure}_low"), row.get(f"{measure}_high"))
 
 
 def document_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:

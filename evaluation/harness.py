@@ -29,7 +29,7 @@ from longreach.evaluation.blocks import Block, Table
 from longreach.evaluation.lm_eval_files import metric_rows, summary_of
 from longreach.evaluation.longbench import VERSION_2, paper_tables, version_2_rows
 from longreach.evaluation.scores import EvalScores, Row
-from longreach.evaluation.sections import DASH
+from longreach.evaluation.sections import value_cell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -229,14 +229,8 @@ def _decoding(samples: list[dict[str, Any]]) -> str:
 
 def _metric_cell(row: Row | None) -> str:
     """Return a metric's value and, small, its interval, its documents and how many were cut."""
-    if row is None:
-        return DASH
-    text = f"{row['value']:.4g}"
-    if row.get("low") is not None:
-        text += f"\n{row['low']:.4g} to {row['high']:.4g}"
-    if row.get("documents"):
-        text += f"\nn {row['documents']}"
-    if row.get("truncated") is not None:
+    text = value_cell("{:.4g}".format, row)
+    if row is not None and row.get("truncated") is not None:
         text += f", {row['truncated']} cut"
     return text
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from longreach.evaluation.blocks import Table
 from longreach.evaluation.scores import EvalScores, Row, wilson
-from longreach.evaluation.sections import DASH
+from longreach.evaluation.sections import DASH, value_cell
 
 
 class Dataset(NamedTuple):
@@ -127,11 +127,4 @@ SMALL = "Small: 95% intervals, and how many questions were asked."
 
 def percent_cell(row: Row | None) -> str:
     """Return a row's value in per cent and, small, its interval and number of documents."""
-    if row is None:
-        return DASH
-    text = f"{100 * row['value']:.1f}"
-    if row.get("low") is not None:
-        text += f"\n{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-    if row.get("documents"):
-        text += f"\nn {row['documents']}"
-    return text
+    return value_cell(lambda share: f"{100 * share:.1f}", row)

@@ -8,7 +8,7 @@ print(perplexity_text(12.345))"
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from longreach.evaluation.blocks import Figure, Table
@@ -37,10 +37,24 @@ def perplexity_cell(row: Row | None) -> str:
     """Return a row's perplexity and, small, its interval; a dash without a row."""
     if row is None:
         return DASH
-    text = perplexity_text(row["ppl"])
-    if row.get("ppl_low") is None:
-        return text
-    return f"{text}\n{perplexity_text(row['ppl_low'])} to {perplexity_text(row['ppl_high'])}"
+    return with_interval(perplexity_text, row["ppl"], row.get("ppl_low"), row.get("ppl_high"))
+
+
+def with_interval(shown: Callable[[float], str], value: float, low: float | None, high: float | None) -> str:
+    """Return a number and, small, its interval if it has one, all as `shown` writes them."""
+    if low is None or high is None:
+        return shown(value)
+    return f"{shown(value)}\n{shown(low)} to {shown(high)}"
+
+
+def value_cell(shown: Callable[[float], str], row: Row | None) -> str:
+    """Return a row's value and, small, its interval and number of documents; a dash without a row."""
+    if row is None:
+        return DASH
+    text = with_interval(shown, row["value"], row.get("low"), row.get("high"))
+    if row.get("documents"):
+        text += f"\nn {row['documents']}"
+    return text
 
 
 def perplexity_curve(rows: Iterable[Row], x: str) -> list[tuple[float, ...]]:
