@@ -171,9 +171,7 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: R
     base, tokenizer = load_model(base_folder, rope=rope)
     tokenizer = _with_tokens_of(adapter_folder, base, tokenizer)
     _untie_where_one_is_adapted(adapter_folder, base)
-    text = base.config.get_text_config(decoder=True)
-    tokens = min(128, getattr(text, "max_position_embeddings", None) or 128)
-    probe = torch.randint(0, text.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    probe = _random_tokens(base)
     with torch.no_grad():
         model = _with_adapter(base, adapter_folder).eval()
         expected = model(probe, use_cache=False).logits
@@ -189,6 +187,13 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: R
             f"{MERGE_TOLERANCE[dtype]:.0e}), embeddings tied {tied}, before {base.config.tie_word_embeddings}"
         )
     return {"merge_error": error, "dtype": dtype, "parameters": causal_lm(again).num_parameters()}
+
+
+def _random_tokens(model: Any) -> torch.Tensor:
+    """Return 128 tokens, fewer where the model has fewer positions, the same ones every time."""
+    text = model.config.get_text_config(decoder=True)
+    tokens = min(128, getattr(text, "max_position_embeddings", None) or 128)
+    return torch.randint(0, text.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def _with_adapter(base: Any, adapter: Path) -> PeftModel:
@@ -249,7 +254,7 @@ def save_in_type(folder: Path, out: Path, dtype: str) -> None:
     the arithmetic is not.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    probe = torch.randint(0, model.config.vocab_size, (1, 128), generator=torch.Generator().manual_seed(0))
+    probe = _random_tokens(model)
     with torch.no_grad():
         expected = model(probe, use_cache=False).logits
         model.to(getattr(torch, dtype)).save_pretrained(out)

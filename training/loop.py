@@ -117,7 +117,7 @@ class Training:
             self.gains = TokenGains(job.gains)
         self.held_out = self._held_out_rows()
         self.model, self.tokenizer = build(job, self.packed)
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not self._has_trained():
             export.check_saves(self.model, self.tokenizer, Path(job.work) / "untrained")
         self._attend_by(self._pattern_at(0))
         self.start_digests = export.tensor_digests(self.model)
@@ -161,6 +161,11 @@ class Training:
             share=job.share,
         )
         self.checkpoint_laps: dict[str, float] = {}  # a checkpoint's seconds, for the record of the next step
+
+    def _has_trained(self) -> bool:
+        """Whether there is a checkpoint, of this attempt or of an earlier one: then the model was
+        tried already, and a restart has no time to lose."""
+        return any(any(Path(work, "checkpoints").glob("*")) for work in (self.job.work, *self.job.earlier))
 
     def resume(self) -> None:
         """Begin at the newest valid checkpoint of this attempt or an earlier one, else at 0."""
