@@ -114,17 +114,8 @@ def _base(source: str) -> Base:
     kind, name = convert.parse_source(source)
     if kind == "models":
         raise ValueError(f"--base {source}: a registered model is seen when it is fetched: give its folder here")
-    folder = Path(name).expanduser()
-    if kind == "folder" and convert.is_adapter(folder):
-        kind, name = convert.parse_source(convert.base_of(folder))
-    from transformers import AutoConfig
-
     try:
-        if kind == "package":
-            package = convert.PACKAGES[name]
-            whole: Any = AutoConfig.from_pretrained(package.folder(), gguf_file=package.file)
-        else:
-            whole = AutoConfig.from_pretrained(name)
+        whole: Any = convert.config_of(str(Path(name).expanduser()) if kind == "folder" else source)
     except OSError as error:
         raise ValueError(f"--base {source}: its config cannot be read ({str(error).splitlines()[0]})") from error
     config = whole.get_text_config(decoder=True)
