@@ -62,7 +62,7 @@ def run_ranks(
     check_room(ray.cluster_resources(), resources)
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
     results = RankResults.create(str(storage), run_name)
-    work = {"function": function, "job": job, "results": results, "threads": resources.cpus_per_worker, "share": share}
+    work = {"function": function, "job": job, "results": results, "resources": resources, "share": share}
     _fit(_trainer(work, resources, run_name, str(storage)), resources.max_failures)
     return results.collect()
 
@@ -206,10 +206,10 @@ def _function(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 def _rank(work: dict[str, Any]) -> None:
     """Do one rank's work, in the process that Ray Train started for it; a final error is written
     down, not raised."""
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(work["threads"])  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
+    resources = work["resources"]
+    resources.prepare_torch(resources.cpus_per_worker)  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
     job, results, share = work["job"], work["results"], work["share"]
     try:
         if share:

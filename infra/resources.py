@@ -48,6 +48,10 @@ class Resources(Choices):
     divides workers, pack.seq_len and the model's attention heads."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of training. On CPUs without AMX, float32 is the faster one."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Precision of matrix products of float32 numbers, in torch's words: `high` lets a GPU take
+    TensorFloat-32; `medium` lets a CPU round both factors to bfloat16 and sum in float32, which is
+    faster where it has AMX (`amx_bf16` in /proc/cpuinfo)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more
     time."""
@@ -84,6 +88,14 @@ class Resources(Choices):
         if (self.offload == "nvme") != (self.nvme_path is not None):
             raise ValueError(f"offload {self.offload} with nvme_path {self.nvme_path}: set both, or neither")
         return self
+
+    def prepare_torch(self, threads: int) -> None:
+        """Set this process's torch threads and precision of matrix products, whatever an earlier
+        task of the same process has set."""
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(self.matmul_precision)
 
     def accumulation(self, global_batch_rows: int, ranks: int) -> int:
         """Return in how many parts each of `ranks` ranks reads its share of a step's rows, adding

@@ -65,7 +65,7 @@ class Job:
         from longreach.evaluation.documents import held_out
         from longreach.training.model import load_model
 
-        torch.set_num_threads(self.resources.eval_cpus)
+        self.resources.prepare_torch(self.resources.eval_cpus)
         model, tokenizer = load_model(self.model.path, rope=self.recipe.rope, dtype=self.resources.dtype)
         of_corpus = AutoTokenizer.from_pretrained(self.corpus.path / "tokenizer", local_files_only=True)
         check_tokenizers(of_corpus, tokenizer)
@@ -121,7 +121,7 @@ def evaluate(
     folder = CellFolder(
         run.attempt.work / "cells",
         (earlier / "work" / "cells" for earlier in run.earlier),
-        setting=f"{resources.dtype}, GPUs: {resources.gpus_per_worker}",
+        setting=_number_setting(resources),
     )
     results = folder.known(cells)
     run.spool.progress(len(results), len(cells), unit="cell")
@@ -190,6 +190,15 @@ def _measure_part(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Resul
     if job.resources.gpus_per_worker:
         check_memory(job.model.path, job.recipe, job.resources)
     yield from measured(job.load(), cells)
+
+
+def _number_setting(resources: Resources) -> str:
+    """Return what else the numbers of a cell depend on: type, device, and precision if it is not
+    the highest."""
+    setting = f"{resources.dtype}, GPUs: {resources.gpus_per_worker}"
+    if resources.matmul_precision != "highest":
+        setting += f", products: {resources.matmul_precision}"
+    return setting
 
 
 def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources) -> None:

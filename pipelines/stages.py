@@ -168,7 +168,7 @@ def gains(
     from longreach.training.model import load_model
 
     corpus.check_rows()
-    torch.set_num_threads(resources.eval_cpus)
+    resources.prepare_torch(resources.eval_cpus)
     model, _ = load_model(base.path, rope=recipe.rope, dtype=resources.dtype)
     if resources.gpus_per_worker:
         torch.nn.Module.to(model, "cuda")  # transformers' own .cuda is decorated beyond what types can follow

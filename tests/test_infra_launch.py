@@ -30,11 +30,12 @@ def test_a_killed_rank_is_restarted_and_a_group_that_a_killed_task_left_behind_i
     cluster.get(left.ready(), timeout=120)
     assert cluster.available_resources().get("CPU", 0) == 0
     job = {"kill_marker": str(tmp_path / "killed")}
+    resources = Resources(workers=2, matmul_precision="medium")
     interrupt = signal.getsignal(signal.SIGINT)
-    got = run_ranks("toy_ranks:count_ranks", job, resources=Resources(workers=2), name="count", storage=tmp_path)
+    got = run_ranks("toy_ranks:count_ranks", job, resources=resources, name="count", storage=tmp_path)
     assert (tmp_path / "killed").exists()
     assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C would reach a controller that is gone"
-    assert (got["rank"], got["world"], got["sum"], got["threads"]) == (0, 2, 3, 1)
+    assert (got["rank"], got["world"], got["sum"], got["threads"], got["precision"]) == (0, 2, 3, 1, "medium")
 
 
 @pytest.mark.slow

@@ -17,7 +17,14 @@ def count_ranks(job: dict) -> dict:
         os.kill(os.getpid(), signal.SIGKILL)
     total = torch.tensor([rank + 1])
     dist.all_reduce(total)
-    return {"rank": rank, "world": world, "sum": int(total), "threads": torch.get_num_threads(), "pid": os.getpid()}
+    return {
+        "rank": rank,
+        "world": world,
+        "sum": int(total),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "pid": os.getpid(),
+    }
 
 
 def complain_on_one_rank(job: dict) -> dict:

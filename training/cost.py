@@ -459,6 +459,7 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
 
     about: dict[str, Any] = {name: str(value) for name, value in asked.items() if name != "process_gib"}
     about |= {"host": platform.node(), "ranks": dist.get_world_size(), "threads": torch.get_num_threads()}
+    about["precision"] = torch.get_float32_matmul_precision()
     known: list[Any] = [None]
     if dist.get_rank() == 0:
         for path in [folder / "machine.json" for folder in reversed(folders)]:
