@@ -65,6 +65,7 @@ KV_COLUMNS = {"ordered_kv_records", "key", "value"}
 QA_COLUMNS = {"question", "ctxs", "answers"}
 
 Pair = tuple[str, str]
+Distractors = Literal["mixed", "hard", "random"]
 
 
 class LostInTheMiddle(Evaluation):
@@ -93,10 +94,10 @@ class LostInTheMiddle(Evaluation):
         qa_data: DataFile = None
         """The paper's own nq-open file (gzipped JSON lines); without it, facts about invented
         people are drawn."""
-        distractors: New[Literal["mixed", "hard", "random"]] = "mixed"
+        distractors: New[Distractors | tuple[Distractors, ...]] = "mixed"
         """Invented documents without the answer: hard ones share the place or the kind of building
         with the question, as what a search engine finds; random ones share neither; mixed: as
-        drawn."""
+        drawn. A list measures each kind."""
 
         @model_validator(mode="after")
         def _asks_something(self) -> LostInTheMiddle.Choices:
@@ -105,11 +106,18 @@ class LostInTheMiddle(Evaluation):
                 raise ValueError("pairs and documents are both empty: say how many to search, e.g. pairs: [75]")
             if min(sizes) < 2:
                 raise ValueError(f"pairs and documents of {min(sizes)}: two at least, or there is no middle")
-            if self.qa_data and self.distractors != "mixed":
+            kinds = self.kinds()
+            if not kinds or len({*kinds}) < len(kinds):
+                raise ValueError(f"distractors {list(kinds)}: at least one kind, and each once")
+            if self.qa_data and kinds != ("mixed",):
                 raise ValueError(
                     f"distractors {self.distractors!r} are made up, qa_data {self.qa_data} has its own: leave one out"
                 )
             return self
+
+        def kinds(self) -> tuple[Distractors, ...]:
+            """Return the kinds of distractors, of which there is one as a rule."""
+            return (self.distractors,) if isinstance(self.distractors, str) else self.distractors
 
     choices: Choices
 
@@ -125,17 +133,17 @@ class LostInTheMiddle(Evaluation):
         if choices.qa_data:
             _check_data(choices.qa_data, QA_COLUMNS, choices.trials)
         largest = max(choices.documents, default=0)
-        most = MOST_INVENTED[choices.distractors]
-        if choices.qa_data is None and largest > most:
-            raise ValueError(
-                f"documents {largest}: at most {most} can be made up with {choices.distractors} distractors; give "
-                f"qa_data, or ask for fewer"
-            )
-        sizes = [("kv", size) for size in choices.pairs] + [("qa", size) for size in choices.documents]
-        cells = []
-        for task, size in sizes:
+        for kind in choices.kinds():
+            most = MOST_INVENTED[kind]
+            if choices.qa_data is None and largest > most:
+                raise ValueError(
+                    f"documents {largest}: at most {most} can be made up with {kind} distractors; give qa_data, or ask "
+                    f"for fewer"
+                )
+        cells: list[Cell] = []
+        for group in _groups(choices):
             for trial in range(choices.trials):
-                cell = {"task": task, "size": size, "trial": trial}
+                cell = group | {"trial": trial}
                 try:
                     next(questions(choices, cell))
                 except (OSError, KeyError, TypeError) as error:
@@ -176,19 +184,20 @@ class LostInTheMiddle(Evaluation):
         cases = [case for _, result in results for case in result["cases"]]
         rows: list[Row] = []
         summary: dict[str, float] = {}
-        for task, size in dict.fromkeys((case["task"], case["size"]) for case in cases):
-            of_size = [case for case in cases if (case["task"], case["size"]) == (task, size)]
+        for group in _groups(choices):
+            of_size = [case for case in cases if group.items() <= case.items()]
+            size, asked = group["size"], _asked(group)
             for place in dict.fromkeys(case["place"] for case in of_size):
                 of_place = [case for case in of_size if case["place"] == place]
                 if isinstance(place, str):
                     row = _row("baseline", of_place, size, None)
                 else:
                     row = _row("cell", of_place, size, place / (size - 1))
-                rows.append({"task": task, "place": str(place)} | row)
+                rows.append(group | {"place": str(place)} | row)
             placed = [case for case in of_size if not isinstance(case["place"], str)]
             total = _row("size", placed, size, None)
-            rows.append({"task": task, "place": "all"} | total)
-            summary |= {f"{task}_{size}": total["accuracy"], f"{task}_nll_{size}": total["nll"]}
+            rows.append(group | {"place": "all"} | total)
+            summary |= {f"{asked}_{size}": total["accuracy"], f"{asked}_nll_{size}": total["nll"]}
         return EvalScores(
             eval=cls.name,
             protocol="`correct`: teacher-forced, every token of the answer is the argmax; `subspan`: an answer is in "
@@ -203,21 +212,47 @@ class LostInTheMiddle(Evaluation):
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
         """Return a figure for each task and size: the answer's NLL by where it stands, a curve for
-        each model."""
-        from longreach.evaluation.figures import lines
+        each model and kind of distractors."""
+        from longreach.evaluation.figures import Style, lines
 
         curves: dict[tuple[str, int], dict[str, list[tuple[float, float]]]] = {}
         for name, scores in models.items():
             for row in scores.rows_with(kind="cell"):
-                places = curves.setdefault((row["task"], row["size"]), {}).setdefault(name, [])
+                curve = name
+                if "distractors" in row:
+                    curve += f", {row['distractors']} distractors"
+                places = curves.setdefault((row["task"], row["size"]), {}).setdefault(curve, [])
                 places.append((100 * row["depth"], row["nll"]))
         caption = "A hump in the middle: answers at both ends are found more easily. Lower is better."
         axes = ("place of the answer (%, 0: first)", "answer (nats per token)")
         figures = []
         for (task, size), of_size in curves.items():
             title = f"Where the answer stands: {size} {THINGS[task]}"
-            figures.append(lines(f"lost-in-the-middle-{task}-{size}.png", title, caption, axes, of_size, style))
+            looks = style if of_size.keys() <= models.keys() else Style.of(of_size)
+            figures.append(lines(f"lost-in-the-middle-{task}-{size}.png", title, caption, axes, of_size, looks))
         return figures
+
+
+def _groups(choices: LostInTheMiddle.Choices) -> list[Cell]:
+    """Return what is measured: task and size; of documents the distractors too, where they are of
+    several kinds."""
+    groups: list[Cell] = [{"task": "kv", "size": size} for size in choices.pairs]
+    kinds = choices.kinds()
+    for size in choices.documents:
+        group: Cell = {"task": "qa", "size": size}
+        if len(kinds) == 1:
+            groups.append(group)
+            continue
+        groups += [group | {"distractors": kind} for kind in kinds]
+    return groups
+
+
+def _asked(group: Cell) -> str:
+    """Return what a group is called in the summary: `kv`, `qa`, or `qa_hard` where there are
+    several kinds."""
+    if "distractors" in group:
+        return f"{group['task']}_{group['distractors']}"
+    return str(group["task"])
 
 
 def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
@@ -385,12 +420,13 @@ def _invented_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _Documen
     size: int = cell["size"]
     chance = np.random.default_rng([choices.seed, size, cell["trial"], 1])
     things = chance.choice(len(PLACES) * len(WORKS), size, replace=False).tolist()
-    if choices.distractors != "mixed":
+    distractors = cell.get("distractors", choices.kinds()[0])
+    if distractors != "mixed":
         place, work = things[0] % len(PLACES), things[0] // len(PLACES)
         shares = []
         for thing in chance.permutation(len(PLACES) * len(WORKS)).tolist():
             near = thing % len(PLACES) == place or thing // len(PLACES) == work
-            if near == (choices.distractors == "hard") and thing != things[0]:
+            if near == (distractors == "hard") and thing != things[0]:
                 shares.append(thing)
         things = [things[0], *shares[: size - 1]]
     people = chance.choice(len(GIVEN) * len(FAMILY), size, replace=False).tolist()

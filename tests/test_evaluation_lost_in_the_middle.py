@@ -3,7 +3,7 @@ import json
 import re
 
 import pytest
-from evaluating import drawn, evaluate
+from evaluating import drawn, evaluate, names_of
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle, best_subspan_em, places, questions
@@ -129,6 +129,23 @@ def test_hard_distractors_share_place_or_building_with_the_question_and_random_o
         evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), documents=(most + 1,), **choices)
     with pytest.raises(ValueError, match="qa_data own has its own"):
         LostInTheMiddle.Choices(documents=(3,), qa_data="own", distractors=kind)
+
+
+def test_several_kinds_of_distractors_are_curves_of_one_figure():
+    choices = {"pairs": (3,), "documents": (3,), "positions": 2, "trials": 1, "distractors": ("hard", "random")}
+    scores = evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), **choices).named("m")
+    assert scores.summary.keys() == {
+        *("kv_3", "kv_nll_3", "qa_hard_3", "qa_hard_nll_3", "qa_random_3", "qa_random_nll_3")
+    }
+    prompts = {case.get("distractors"): case["prompt"] for case in scores.cases if case["place"] == 2}
+    assert prompts["hard"] != prompts["random"]
+    assert [row["distractors"] for row in scores.rows_with(kind="size", task="qa")] == ["hard", "random"]
+    assert "distractors" not in scores.rows_with(task="kv")[0]
+    (figure,) = [chart for file, chart in drawn(scores).items() if "qa" in file]
+    assert names_of(figure) == ["m, hard distractors", "m, random distractors"]
+    for wrong, message in (((), "at least one"), (("hard", "hard"), "each once")):
+        with pytest.raises(ValueError, match=message):
+            LostInTheMiddle.Choices(documents=(3,), distractors=wrong)
 
 
 def test_distractors_left_alone_are_no_part_of_identity():

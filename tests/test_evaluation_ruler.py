@@ -259,6 +259,9 @@ def test_an_answer_that_stands_in_the_haystack_is_refused():
         text("no_shared_words", documents=(people,)).evaluation.cells()
     one = Document("b", "d", np.array(TOKENIZER(HAY * 100 + ", ".join(NAMES[4:]) + ".").input_ids))
     assert text("no_shared_words", documents=(one,)).evaluation.cells(), "the four other names are drawn"
+    others = ", ".join(NAMES[4:]).replace("Wanda", "Rwanda")
+    part = Document("b", "d", np.array(TOKENIZER(HAY * 100 + others + ".").input_ids))
+    assert text("no_shared_words", documents=(part,), trials=5).evaluation.cells(), "part of a word: not drawn either"
 
 
 def test_an_answer_that_the_tokenizer_cannot_spell_is_refused(monkeypatch):
