@@ -69,7 +69,7 @@ def mirror_cost(spool: Spool, uri: str, step_ms: float, seconds: float) -> tuple
         spool.metrics(POINTS, step + 1)
         time.sleep(step_ms / 1000)
     steady_s = sum(process.cpu_times()[:2]) - once_s
-    assert stop_mirror(mirror, timeout_s=60) == 0
+    assert stop_mirror(mirror) == 0
     return once_s, 1000 * steady_s / steps
 
 

@@ -135,6 +135,20 @@ def write_whole(target: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that somebody else wrote; ValueError that names the file if it
+    holds none."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file: fetch or save it again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch or save it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object, but {type(value).__name__}: fetch or save it again")
+    return value
+
+
 def kept_text(name: str, make: Callable[[], str]) -> str:
     """Return what `make` made when it was called under this name before, on this machine by this
     user; else call it.

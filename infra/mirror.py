@@ -13,6 +13,7 @@ start. Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import logging
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,7 @@ POLL_S = 5.0
 BACKOFF_S = 20.0
 """Longest pause between two tries while the server is away."""
 DRAIN_S = 60.0
-"""How long a mirror goes on uploading after its parent is gone."""
+"""How long a mirror may upload nothing, after its parent has ended, until it is given up."""
 METRICS_PER_BATCH, PARAMS_OR_TAGS_PER_BATCH = 1000, 100  # MLflow's limits
 TRASH = "trash"
 """Stands for the id of a run that a user deleted: its events are not wanted any more."""
@@ -152,7 +152,7 @@ class Mirror:
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder, self.uri = folder, uri
         self.tails: dict[str, _Tail] = {}
-        self.points = self.skipped = 0
+        self.points = self.skipped = self.batches = 0
         self._experiments: dict[str, str] = {}
         self._warned: set[str] = set()
 
@@ -281,10 +281,12 @@ class Mirror:
                 batch.tags[event["key"]] = event["value"]
             case "artifact" | "table":
                 self._file(tail, event)
+                _position_path(tail.path).touch()  # a sign of progress for who waits (stop_mirror)
             case "dataset":
                 log_dataset(self.client, tail.run_id, event)
             case "model":
                 self._model(tail, event)
+                _position_path(tail.path).touch()
             case "end":
                 batch.end = event
 
@@ -307,6 +309,7 @@ class Mirror:
             position.ended = True
         position.save(tail.path)
         tail.offset = position.offset
+        self.batches += 1
 
     def _log(self, tail: _Tail, kind: str, items: list[Any]) -> int:
         """Send metrics, params or tags; return how many MLflow refused for good (a warning names
@@ -398,7 +401,7 @@ def log_dataset(client: Any, run_id: str, event: dict[str, Any]) -> None:
     client.log_inputs(run_id, datasets=[DatasetInput(dataset)])
 
 
-@contextmanager
+@contextlib.contextmanager
 def _only_us(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; the kernel frees it when its holder dies."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -426,7 +429,10 @@ def _follow(mirror: Mirror) -> None:
             log.warning("MLflow answers again")
         pause_s = min(2 * pause_s, BACKOFF_S) if problem and mirror.points == before else POLL_S
         trouble = problem
-    if problem := mirror.upload(time.monotonic() + DRAIN_S):
+    batches = -1
+    while (problem := mirror.upload(time.monotonic() + DRAIN_S)) and mirror.batches > batches:
+        batches = mirror.batches
+    if problem:
         log.warning("%s; events stay in the spool: longreach sync sends them", problem)
     else:
         mirror.close_runs()
@@ -472,16 +478,29 @@ def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
     return process
 
 
-def stop_mirror(process: MirrorProcess, timeout_s: float = 30.0) -> int:
-    """Let a mirror finish, or kill it after `timeout_s`; return how many points MLflow misses."""
+def stop_mirror(process: MirrorProcess, patience_s: float = DRAIN_S, at_most_s: float = math.inf) -> int:
+    """Let a mirror finish, however long that takes; return how many points MLflow misses.
+
+    It is killed once it has uploaded nothing for `patience_s`, or after `at_most_s` in all.
+    """
     assert process.stdin
     process.stdin.close()
-    try:
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    began_s = moved_s = time.monotonic()
+    before = _progress(process.spool_dir)
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(1.0, patience_s, at_most_s))
+        now_s, now = time.monotonic(), _progress(process.spool_dir)
+        if now != before:
+            before, moved_s = now, now_s
+        if now_s - moved_s > patience_s or now_s - began_s > at_most_s:
+            process.kill()
     return pending_points(process.spool_dir)
+
+
+def _progress(spool_dir: Path) -> dict[Path, int]:
+    """Return when each file's position was written last: what changes as long as a mirror uploads."""
+    return {path: path.stat().st_mtime_ns for path in spool_dir.rglob("*.offset")}
 
 
 def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport:

@@ -10,6 +10,7 @@ server.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -66,8 +67,8 @@ LOCATIONS = {
 
 
 def prepare_embedded(uri: str) -> None:
-    """Make the folder of an embedded store, and mend its places if it was moved or copied; a server
-    needs neither.
+    """Make an embedded store if there is none, and mend its places if it was moved or copied; a
+    server needs neither.
 
     MLflow writes down where files are from the root of the disk on. After `mv` a champion would not
     be found, and new files would go to the folder's old place.
@@ -77,6 +78,7 @@ def prepare_embedded(uri: str) -> None:
         return
     database.parent.mkdir(parents=True, exist_ok=True)
     if not database.exists():
+        _create(database)
         return
     now = (database.parent / ARTIFACTS).as_uri()
     with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
@@ -89,6 +91,24 @@ def prepare_embedded(uri: str) -> None:
             if ours and home != now:
                 _move_places(connection, home, now)
                 print(f"{database.parent} was moved: {home} is {now} in MLflow's records now", file=sys.stderr)
+
+
+def _create(database: Path) -> None:
+    """Make an empty MLflow database once, however many processes ask for it at the same time.
+
+    MLflow itself makes it table by table: of two that do so at once, or one that is killed, remains
+    what no later start can use. So it gets its name when it is whole.
+    """
+    from mlflow import MlflowClient
+
+    with (database.parent / f"{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if database.exists():
+            return
+        draft = database.with_name(f"{database.name}.draft")
+        draft.unlink(missing_ok=True)  # somebody's who was killed
+        MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+        draft.rename(database)
 
 
 def _move_places(connection: sqlite3.Connection, before: str, now: str) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from longreach.pipelines.plan import PlanRow
     from longreach.pipelines.reader import Loaded
+    from longreach.pipelines.recipe import Recipe
     from longreach.pipelines.run import RunOutcome
 
 FAILED, BAD_INPUT, REFUSED, LEASE_HELD = 1, 2, 3, 75
@@ -135,7 +137,7 @@ def run_recipe(
             facts = {"headline": f"{type(error).__name__}: {error}".strip(": ")}
             _post(notify, ending, loaded.recipe.name, facts)
         raise
-    _show_outcome(outcome, name, quiet=quiet)
+    _show_outcome(outcome, loaded, quiet=quiet)
     if notify and (outcome.ran or outcome.failed):  # a run in which nothing happened is no news
         _post_outcome(notify, outcome, loaded.recipe.name)
     if outcome.failed:
@@ -161,7 +163,7 @@ def push_release(loaded: Loaded, name: str) -> None:
         raise typer.Exit(FAILED) from None
 
 
-def _show_outcome(outcome: RunOutcome, name: str, *, quiet: bool) -> None:
+def _show_outcome(outcome: RunOutcome, loaded: Loaded, *, quiet: bool) -> None:
     from longreach.pipelines.display import duration
 
     for stage, reason in outcome.failed.items():
@@ -170,11 +172,20 @@ def _show_outcome(outcome: RunOutcome, name: str, *, quiet: bool) -> None:
         counts = f"{len(outcome.ran)} stages run, {len(outcome.reused)} reused, {len(outcome.failed)} failed"
         print(f"{counts}, in {duration(outcome.seconds)}", file=sys.stderr)
     if outcome.unsent_points:
-        print(f"{outcome.unsent_points} points are not in MLflow yet; later: longreach sync {name}", file=sys.stderr)
+        later = _sync_command(loaded.recipe)
+        print(f"{outcome.unsent_points} points are not in MLflow yet; later: {later}", file=sys.stderr)
     for reason in outcome.refusals:
         print(f"refused by the gate: {reason}", file=sys.stderr)
     if outcome.report_path:
         print(outcome.report_path)
+
+
+def _sync_command(recipe: Recipe) -> str:
+    """Return what sends a run's metrics, from any folder of the machine on which it ran."""
+    server = ""
+    if recipe.tracking.uri:
+        server = f"MLFLOW_TRACKING_URI={shlex.quote(recipe.tracking.uri)} "
+    return f"{server}longreach sync --workdir {shlex.quote(str(Path(recipe.store.workdir).absolute()))}"
 
 
 def _post_outcome(url: str, outcome: RunOutcome, recipe: str) -> None:

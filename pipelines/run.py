@@ -251,7 +251,7 @@ def _run_missing(run: _Run) -> None:
     finally:
         pipeline.end(status)
         if mirror:
-            run.outcome.unsent_points = stop_mirror(mirror, timeout_s=5 if status == "KILLED" else 30)
+            run.outcome.unsent_points = stop_mirror(mirror, at_most_s=5 if status == "KILLED" else math.inf)
 
 
 def _description(run: _Run, report: Report) -> str:

@@ -25,9 +25,9 @@ INTERVAL = 5
 VICTIMS = {"rank": ("TrainWorker",), "stage task": ("ray::finetune[", "ray::_execute"), "driver": ()}
 
 
-def project(folder: Path) -> Path:
+def project(folder: Path, steps: int = 200) -> Path:
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
-    recipe["finetune"] = recipe["finetune"] | {"steps": 200, "arms": {"full": {"tune": "all"}}}
+    recipe["finetune"] = recipe["finetune"] | {"steps": steps, "arms": {"full": {"tune": "all"}}}
     recipe["resources"] = {"workers": 2, "checkpoint_every_steps": INTERVAL}
     return make_project(folder, recipe)
 

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow_servers import PATIENCE_S, Server, free_port, wait_until
@@ -20,8 +21,10 @@ from mlflow_servers import PATIENCE_S, Server, free_port, wait_until
 from longreach.infra import registry
 from longreach.infra.mirror import (
     Mirror,
+    MirrorProcess,
     _command,
     _environment,
+    _follow,
     default_uri,
     pending_points,
     start_mirror,
@@ -172,7 +175,7 @@ def test_an_outage_at_the_start_in_the_middle_and_at_the_end_costs_no_time_and_n
     train(range(500, 600))
     spool.end("FINISHED")
     started = time.monotonic()
-    assert stop_mirror(mirror, timeout_s=120) == 200
+    assert stop_mirror(mirror) == 200
     assert time.monotonic() - started < 60
     gate.open()
     report = sync(spools.folder, gate.uri, timeout_s=PATIENCE_S)
@@ -338,6 +341,47 @@ def test_a_mirror_outlives_its_killed_parent_only_to_finish_and_to_say_so(spools
     run = runs_of(store, spools.experiment)["train"]
     assert points(store, run, "loss") == [(step, step) for step in range(100)]
     assert run.info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("works_s", "options", "finishes"),
+    [
+        (3, {"patience_s": 1.5}, True),  # a server of a second a request: as long as something arrives it may go on
+        (0, {"patience_s": 1.5}, False),
+        (3, {"at_most_s": 1}, False),
+    ],
+)
+def test_a_mirror_is_waited_for_as_long_as_it_uploads(tmp_path, works_s, options, finishes):
+    code = """if True:
+        import pathlib, sys, time
+        sys.stdin.read()  # until the parent wants it to end
+        for number in range(10 * int(sys.argv[2])):
+            time.sleep(0.1)
+            pathlib.Path(sys.argv[1], "train.jsonl.offset").write_text(str(number))
+        if sys.argv[2] == "0":
+            time.sleep(60)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path), str(works_s)]
+    process = MirrorProcess(command, stdin=subprocess.PIPE)
+    process.spool_dir = tmp_path
+    stop_mirror(process, **options)
+    assert (process.returncode == 0) == finishes
+
+
+def test_a_mirror_without_a_parent_goes_on_as_long_as_it_uploads(monkeypatch, caplog):
+    monkeypatch.setattr("longreach.infra.mirror._input_closed", lambda wait_s: True)
+    for problems, ends in ((["time is up", "time is up", ""], True), (["time is up", "away"], False)):
+        mirror = SimpleNamespace(points=0, batches=0, closed=False, left=list(problems))
+
+        def upload(deadline_s, mirror=mirror):
+            problem = mirror.left.pop(0)
+            mirror.batches += problem == "time is up"
+            return problem
+
+        mirror.upload, mirror.close_runs = upload, lambda mirror=mirror: setattr(mirror, "closed", True)
+        _follow(mirror)
+        assert (mirror.closed, mirror.left) == (ends, [])
+    assert "away; events stay in the spool" in caplog.text
 
 
 def test_without_a_server_sync_says_why_within_its_time(spools):

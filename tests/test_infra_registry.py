@@ -112,3 +112,15 @@ def test_an_embedded_store_that_is_moved_takes_its_models_along(empty_store, tmp
     assert client.get_experiment(elsewhere).artifact_location == (tmp_path / "own-choice").as_uri()
     registry.connect()
     assert "was moved" not in capsys.readouterr().err, "said once"
+
+
+@pytest.mark.long
+def test_several_who_start_at_once_make_one_store_even_where_another_was_killed_while_it_made_it(tmp_path):
+    (tmp_path / "mlflow.db.draft").write_text("half a database")
+    code = "import sys; from longreach.infra.registry import prepare_embedded; prepare_embedded(sys.argv[1])"
+    command = [sys.executable, "-P", "-c", code, registry.default_uri(tmp_path)]
+    starters = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [starter.communicate()[1] for starter in starters]
+    assert [starter.returncode for starter in starters] == [0, 0, 0], said
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
+    assert mlflow.MlflowClient(registry.default_uri(tmp_path)).create_experiment("works")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -119,12 +120,26 @@ def test_a_failed_stage_is_exit_1_with_its_reason(capsys: pytest.CaptureFixture[
 
 
 def test_points_that_mlflow_lacks_are_told_with_the_command_that_sends_them(
-    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner.outcome.unsent_points = 7
-    code, _, err = longreach(capsys, "run", "quickstart")
+    workdir = tmp_path / "on a node"
+    options = ("--set", f"store.workdir={workdir}", "--set", "tracking.uri=http://127.0.0.1:1")
+    code, _, err = longreach(capsys, "run", "quickstart", *options)
     assert code == 0
-    assert "7 points are not in MLflow yet; later: longreach sync quickstart" in err
+    said, _, command = err.partition("; later: ")
+    assert said.endswith("7 points are not in MLflow yet")
+    server, *words = shlex.split(command)
+    sent = {}
+
+    def sync(folder: Path, uri: str, timeout_s: float) -> SyncReport:
+        sent[folder] = uri
+        return SyncReport(1, 7, 0, 0)
+
+    monkeypatch.setattr("longreach.infra.mirror.sync", sync)
+    monkeypatch.setenv(*server.split("="))
+    assert longreach(capsys, *words[1:])[0] == 0
+    assert sent == {workdir / "spool": "http://127.0.0.1:1"}
 
 
 def test_a_held_lease_is_exit_75_and_names_the_holder(

@@ -11,6 +11,7 @@ every source file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from longreach.infra.files import add_file
+from longreach.infra.files import add_file, read_object
 from longreach.infra.registry import version_of
 from longreach.training.documents import package_folder
 
@@ -35,6 +36,7 @@ WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetens
 TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 KEPT = (*WEIGHTS, *TOKENS, "LICENSE*", "README.md")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -99,7 +101,7 @@ def trained_length(source: str) -> int | None:
     config = Path(source, "config.json")
     if not config.is_file():
         return None
-    return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
+    return read_object(config).get("max_position_embeddings")
 
 
 def parse_source(source: str) -> tuple[str, str]:
@@ -113,7 +115,7 @@ def parse_source(source: str) -> tuple[str, str]:
             raise ValueError(f"base.source {source!r}: known model packages are {', '.join(sorted(PACKAGES))}")
         return kind, name
     if kind == "hub":
-        if name.count("/") != 1:
+        if not HUB_ID.fullmatch(name):
             raise ValueError(f"base.source {source!r}: write a hub id as hub:owner/name")
         return kind, name
     if kind == "models":
@@ -143,7 +145,7 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
     ValueError: unknown source, weights that are not safetensors, quantised, damaged or not those of
     the config, a link out of the folder, a hub out of reach.
     """
-    from longreach.training.weights import check_weights
+    from longreach.training.weights import check_tokenizer, check_weights
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -170,6 +172,7 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
             folder = Path(name)
         files = kept_files(folder)
         check_weights(folder)
+        check_tokenizer(folder)
         for path in files:
             shutil.copyfile(path, out / path.name)
         origin |= _digests_and_licence(files, folder)
@@ -199,7 +202,14 @@ def config_of(source: str) -> PreTrainedConfig:
         folder = Path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no Hugging Face model: it has no config.json, nor adapter_config.json")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    read_object(folder / "config.json")
+    try:  # without an answer to trust_remote_code, transformers would ask whether to run the model's own code
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a kind's code makes of the values
+        raise ValueError(
+            f"{folder}/config.json is that of no model of transformers' own ({type(error).__name__}: {error}): mend "
+            f"it, or take another model; code that a model brings along is never run"
+        ) from error
 
 
 def kept_files(folder: Path) -> list[Path]:
@@ -236,10 +246,18 @@ def kept_files(folder: Path) -> list[Path]:
             weights = f"only pickled weights ({', '.join(pickled)}), which run code when opened"
         raise ValueError(f"{folder} has {weights}: save it again with save_pretrained, which writes safetensors")
     for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - shards)
+        missing = sorted(shards_of(index) - shards)
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of the shards in {index.name}: {', '.join(missing[:3])}")
     return files
+
+
+def shards_of(index: Path) -> set[str]:
+    """Return the files that an index of weights names; ValueError: it is damaged."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files: fetch or save it again")
+    return set(names.values())
 
 
 def _check_link(file: Path) -> None:
@@ -257,13 +275,15 @@ def _check_link(file: Path) -> None:
 
 def _check_quantised(folder: Path) -> None:
     """Raise ValueError for a model whose weights are not plain numbers: bitsandbytes, GPTQ, AWQ, FP8, MXFP4."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parts = [config, config.get("text_config") or {}]
-    for part in parts:
+    config = read_object(folder / "config.json")
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
         how = part.get("quantization_config") or part.get("compression_config")
         if how:
+            method = how.get("quant_method") if isinstance(how, dict) else str(how)
             raise ValueError(
-                f"{folder} is quantised ({how.get('quant_method') or 'by an unnamed method'}), and only plain weights "
+                f"{folder} is quantised ({method or 'by an unnamed method'}), and only plain weights "
                 f"can be trained, stretched, merged and released: take the model that it was made from, or save it "
                 f"again after transformers' model.dequantize()"
             )
@@ -277,15 +297,21 @@ def is_adapter(folder: Path) -> bool:
 def base_of(adapter: Path) -> str:
     """Return the source of an adapter's base, as it says itself: a folder, else a hub id.
 
-    A relative folder counts from here, else from the adapter. ValueError: none, or a path to nothing.
+    A relative folder counts from here, else from the adapter. ValueError: none, a path to nothing, or
+    another adapter.
     """
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(f"{adapter}/adapter_config.json does not say its base_model_name_or_path: write it there")
     for folder in (Path(base), adapter / base):
+        if is_adapter(folder):  # perhaps this very one
+            raise ValueError(
+                f"{adapter}/adapter_config.json: its base {base!r} is an adapter itself: merge that one first, and "
+                f"name the merged model"
+            )
         if folder.is_dir():
             return str(folder)
-    if base.count("/") != 1 or base.startswith(("/", ".", "~")):
+    if not HUB_ID.fullmatch(base) or base.startswith("."):
         raise ValueError(
             f"{adapter}/adapter_config.json: its base {base!r} is no folder of this machine, and no hub id owner/name: "
             f"write where the base is as base_model_name_or_path"
@@ -388,15 +414,18 @@ def _digests_and_licence(files: list[Path], folder: Path) -> dict[str, Any]:
 def _licence(folder: Path) -> str:
     """Return what the model card's header says, else the name of a licence file, else "unknown"."""
     card = folder / "README.md"
+    licence = None
     if card.is_file():
         from huggingface_hub import ModelCard
+        from yaml import YAMLError
 
-        header = ModelCard.load(card, ignore_metadata_errors=True).data
-        licence = header.get("license")
-        if licence == "other":
-            licence = header.get("license_name") or licence
-        if licence:
-            return str(licence)
+        with contextlib.suppress(YAMLError, ValueError, RecursionError):  # a header that nobody can read says nothing
+            header = ModelCard.load(card, ignore_metadata_errors=True).data
+            licence = header.get("license")
+            if licence == "other":
+                licence = header.get("license_name") or licence
+    if isinstance(licence, str) and licence:  # YAML's references can spell a list that fills all memory
+        return licence
     return next((f"see {path.name}" for path in sorted(folder.glob("LICENSE*"))), "unknown")
 
 

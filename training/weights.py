@@ -8,14 +8,16 @@ not know; its log alone says so. So a folder is held against its config before i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longreach.infra.files import read_object
+from longreach.training.convert import shards_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,8 +49,7 @@ def check_weights(folder: Path | str) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers loads; other safetensors beside them may be a second copy."""
     if (folder / INDEX).is_file():
-        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(names)]
+        return [folder / name for name in sorted(shards_of(folder / INDEX))]
     if not (folder / SINGLE).is_file():
         raise ValueError(
             f"{folder} has neither {SINGLE} nor {INDEX}, the names by which weights are found: "
@@ -76,7 +77,7 @@ def _check_layers(folder: Path, tensors: int) -> None:
 
     To build a hundred thousand layers only to find that they are missing takes minutes.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     parts = [config]
     for value in config.values():
         if isinstance(value, dict):  # text_config and the like
@@ -106,6 +107,7 @@ def _check_names_and_sizes(folder: Path) -> None:
             ignore_mismatched_sizes=True,  # else only the first is told, by an error of another kind
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # whatever a model's code makes of a config's numbers, such as 0 heads
         raise ValueError(
@@ -144,3 +146,16 @@ def check_finite(file: Path) -> None:
                 tensor = tensor.float()  # torch compares no numbers of 8 bits with infinity
             if not tensor.isfinite().all():
                 raise ValueError(f"{file}: {name} holds NaN or infinity: the model was damaged, take an earlier one")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError where a folder's tokenizer cannot be read; a folder without one passes."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    try:
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of whichever library: tokenizers raises bare ones
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}): fetch or save it again; code "
+            f"that a model brings along is never run"
+        ) from error
