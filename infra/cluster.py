@@ -3,6 +3,8 @@
 with connected(None) as ray: ...
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import inspect
@@ -13,11 +15,15 @@ import sys
 import tempfile
 import unittest.mock
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longreach.infra import forkserver
 from longreach.infra.forkserver import ADDRESS, fork_server
+
+if TYPE_CHECKING:
+    import psutil
 
 
 @contextlib.contextmanager
@@ -112,7 +118,10 @@ def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
 def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> None:
     """Call `ray.init`, and again if a cluster of our own was too slow: Ray gives up after 30 s,
     come what may."""
+    import psutil
+
     for tries_left in reversed(range(START_TRIES)):
+        earlier = psutil.Process().children()
         try:
             ray.init(
                 address or "local", num_cpus=None if address else cpus, job_config=_job_config(),
@@ -124,6 +133,28 @@ def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> No
                 raise
             print("Ray did not start within 30 s, the machine is busy: trying again", file=sys.stderr)
             ray.shutdown()
+            _kill_half_started(ray, earlier)
+
+
+def _kill_half_started(ray: ModuleType, earlier: list[psutil.Process]) -> None:
+    """Kill Ray's processes that are not among the `earlier` children of this one.
+
+    A start that failed leaves its head behind (a dozen processes with the dashboard's), which Ray
+    stops when this process ends and not before: they would take part in the load that made the
+    start fail, all through the run.
+    """
+    import psutil
+
+    program_folder = str(Path(str(ray.__file__)).parent)
+    left = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child not in earlier and any(word.startswith(program_folder) for word in child.cmdline()):
+                left += [child, *child.children(recursive=True)]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
 
 
 @contextlib.contextmanager

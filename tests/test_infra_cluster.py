@@ -1,9 +1,12 @@
 """A cluster of our own where the folder for temporary files is too long for the paths of sockets."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from longreach.infra import cluster as our_cluster
@@ -54,6 +57,8 @@ def test_a_folder_that_the_user_chose_for_ray_is_refused_with_both_numbers(long_
 class SlowRay:
     """A Ray that does not start in time, a number of times."""
 
+    __file__ = "/nowhere/ray/__init__.py"
+
     def __init__(self, timeouts: int, message: str = "The current node timed out during startup.") -> None:
         self.timeouts, self.message, self.calls = timeouts, message, []
 
@@ -77,6 +82,28 @@ def test_a_start_that_a_busy_machine_made_too_slow_is_tried_again(capsys):
     with pytest.raises(Exception, match="no room"):
         our_cluster._start_or_join(broken, None, 2)
     assert broken.calls == ["init"]
+
+
+def test_what_a_failed_start_left_running_is_killed_and_nothing_else(tmp_path):
+    (tmp_path / "dashboard.py").write_text(
+        "import subprocess, sys\nprint(subprocess.Popen(['sleep', '60']).pid, flush=True)\nsys.stdin.read()"
+    )
+    ray = SlowRay(timeouts=0)
+    ray.__file__ = str(tmp_path / "__init__.py")
+    a_head = [sys.executable, str(tmp_path / "dashboard.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(a_head, **pipes) as of_an_earlier_cluster, subprocess.Popen(["sleep", "60"]) as not_rays:
+        earlier = psutil.Process().children()
+        with subprocess.Popen(a_head, **pipes) as half_started:
+            its_child = psutil.Process(int(half_started.stdout.readline()))
+            our_cluster._kill_half_started(ray, earlier)
+            assert not psutil.pid_exists(half_started.pid)
+            assert not its_child.is_running()
+        assert of_an_earlier_cluster.poll() is None
+        assert not_rays.poll() is None
+        psutil.Process(int(of_an_earlier_cluster.stdout.readline())).kill()
+        of_an_earlier_cluster.kill()
+        not_rays.kill()
 
 
 @pytest.mark.slow
