@@ -189,11 +189,11 @@ def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:
 
 def _trained_length(recipe: Recipe) -> int | None:
     """Return the base's own length in tokens; None if that is not known before it is converted."""
-    from longreach.training.convert import trained_length  # reads files with fsspec: not for `config show`
+    from longreach.training.convert import known_config  # reads files with fsspec: not for `config show`
 
     arm = recipe.base.pretrained_arm
     if arm is None:
-        return trained_length(recipe.base.source)
+        return known_config(recipe.base.source).get("max_position_embeddings")
     fresh = recipe.pretrain.model if recipe.pretrain else None
     return fresh.context_length if fresh else None
 

