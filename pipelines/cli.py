@@ -181,7 +181,7 @@ def push(
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Say what `run` would do and why, without doing it."""
-    show_plan(load(recipe, overrides))
+    show_plan(load(recipe, overrides), here=True)
 
 
 @app.command()

@@ -181,7 +181,7 @@ def submit(
     plan: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr):  # the id alone goes to stdout
         if with_plan:
-            plan["plan"] = [asdict(row) for row in show_plan(loaded)]
+            plan["plan"] = [asdict(row) for row in show_plan(loaded, here=False)]
         print(_ranks(loaded.recipe))
     if dry_run:
         print(submission.as_json(url, **plan))

@@ -215,12 +215,13 @@ def _post(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
         print(trouble, file=sys.stderr)
 
 
-def show_plan(loaded: Loaded) -> list[PlanRow]:
-    """Print what a run would do, and what it should cost; returns the rows."""
+def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
+    """Print what a run would do, and what it should cost (`here`: on this machine); returns the
+    rows."""
     from longreach.pipelines.display import duration
     from longreach.pipelines.plan import plan
 
-    rows = plan(loaded)
+    rows = plan(loaded, trying=here)
     lines = []
     for row in rows:
         took = "" if row.seconds_last is None else duration(row.seconds_last)

@@ -1,35 +1,62 @@
 """What the stages that train will cost, for `longreach plan`: memory is counted; time follows from
-the speed that such ranks were measured to have when they last trained (training/cost.py).
+the speed of such ranks (training/cost.py): as they last trained, else as two seconds of work show.
 
     foresee(store, build(recipe), recipe.resources)["finetune[lora]"]  # "about 6.9 GiB on ..."
 """
 
 from __future__ import annotations
 
-import math
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from longreach.infra.artifact import CorruptArtifact, Store
+from longreach.infra.files import digest_of, write_whole
 from longreach.infra.resources import Resources
+from longreach.infra.versions import usable_cores
 from longreach.pipelines.costs import CostsStageRecipe, at_length
 from longreach.pipelines.display import duration
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
-from longreach.training.cost import Machine, Prediction, Shape, predict
-from longreach.training.recipe import ArmRecipe, FinetuneStageRecipe, PretrainStageRecipe
+from longreach.training.convert import known_config
+from longreach.training.cost import CONFIG_KEYS, Machine, Prediction, Shape, predict
+from longreach.training.probe import probe
+from longreach.training.recipe import ArmRecipe, BaseRecipe, FinetuneStageRecipe, PretrainStageRecipe
 from longreach.training.summary import TrainingSummary
 
 SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
 """What the cost model takes from the summary of a converted model."""
+TRIED = "from two seconds of work on this machine; longer if it has other work"
 SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype")
 """Resources in which ranks have to agree for a measured speed to hold."""
 
 
-def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str, str]:
-    """Return a sentence on cost by label; stages whose base is not converted yet are left out."""
-    machine = measured(store, resources)
+@dataclass(frozen=True)
+class Speed:
+    """How fast ranks are, and how that is known."""
+
+    machine: Machine
+    source: str  # for people
+    slower: float = 1.0
+    """How much longer a step took, when such ranks last trained, than was predicted of it."""
+
+    def step_s(self, cost: Prediction) -> float:
+        """Return the seconds of a step that `predict` has reckoned with this machine."""
+        assert cost.step_s is not None, "of another machine, or of none"
+        return cost.step_s * self.slower
+
+
+def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: bool = False) -> dict[str, str]:
+    """Return a sentence on cost by label; stages whose model's sizes are not known yet are left out.
+
+    Args:
+        trying: Where such ranks have never trained, this machine's speed is tried out, once.
+    """
+    speed = measured(store, resources)
     sentences = {}
     for stage in stages:
         if not isinstance(stage.recipe, FinetuneStageRecipe | PretrainStageRecipe | CostsStageRecipe):
@@ -37,8 +64,11 @@ def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str
         shape = _shape(store, stage)
         if shape is None:
             continue
+        if speed is None and trying:
+            speed = tried(store, shape, resources)
+            trying = False  # one model's sizes do for all
         if isinstance(stage.recipe, CostsStageRecipe):
-            sentences[stage.label] = _of_costs(stage.recipe, shape, resources, machine)
+            sentences[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
             continue
         if isinstance(stage.recipe, FinetuneStageRecipe):
             arm = stage.recipe.arm
@@ -48,12 +78,12 @@ def foresee(store: Store, stages: list[Stage], resources: Resources) -> dict[str
         assert isinstance(corpus, PackStageRecipe)
         seq_len = corpus.pack.seq_len
         rows = optim.global_batch_tokens // seq_len
-        cost = predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=machine)
-        sentences[stage.label] = _in_words(cost, optim.steps, resources.workers)
+        cost = predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=_machine(speed))
+        sentences[stage.label] = _in_words(cost, optim.steps, resources.workers, speed)
     return sentences
 
 
-def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, machine: Machine | None) -> str:
+def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, speed: Speed | None) -> str:
     """Return what measuring the cost of all arms by row length will itself cost."""
     cells, steps = recipe.cells(), 1 + recipe.steps
     seconds, most_gib = 0.0, 0.0
@@ -61,38 +91,46 @@ def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, mach
         length = cell["length"]
         arm = at_length(recipe.arms[cell["arm"]].arm, recipe.row_tokens, length)
         rows = recipe.rows_of_step(length, resources)
-        cost = predict(shape, arm, rows=rows, seq_len=length, resources=resources, machine=machine)
-        seconds += steps * (cost.step_s or math.nan)
+        cost = predict(shape, arm, rows=rows, seq_len=length, resources=resources, machine=_machine(speed))
+        if speed:
+            seconds += steps * speed.step_s(cost)
         most_gib = max(most_gib, cost.peak_gib)
     work = f"{len(cells)} times {steps} steps, at most about {most_gib:.1f} GiB on {_on_ranks(resources.workers)}"
-    if math.isnan(seconds):
+    if speed is None:
         return f"{work}; how long, is known once an arm has trained on such ranks"
-    return f"{work}: {duration(seconds)} of training, and as many starts of ranks"
+    return f"{work}: {duration(seconds)} of training, and as many starts of ranks ({speed.source})"
+
+
+def _machine(speed: Speed | None) -> Machine | None:
+    return speed.machine if speed else None
 
 
 def _on_ranks(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
-def _in_words(cost: Prediction, steps: int, ranks: int) -> str:
+def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> str:
     memory = f"about {cost.peak_gib:.1f} GiB on {_on_ranks(ranks)}"
     work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
-    if cost.step_s is None:
+    if speed is None:
         return f"{memory}, {work}; how long, is known once an arm has trained on such ranks"
-    return f"{memory}, {work} of {cost.step_s:.2g} s: {duration(cost.step_s * steps)} of training"
+    step_s = speed.step_s(cost)
+    return f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
 
 
 def _shape(store: Store, stage: Stage) -> Shape | None:
-    """The shape of the model that a stage trains; None if it is a base that is not converted yet."""
+    """The shape of the model that a stage trains; None if that is not known before it is
+    converted, or it is of a kind whose steps are not counted."""
     base = stage.inputs["base"]
     if isinstance(base.recipe, TokenizerRecipe):
         facts: dict[str, Any] = {"vocab": base.recipe.vocab_size}
     else:
-        facts = _summary(store, base)
+        facts = _summary(store, base) or _before_conversion(base)
     if not isinstance(stage.recipe, PretrainStageRecipe) or stage.recipe.model is None:
         if not facts.keys() >= {*SHAPE}:
             return None
-        return Shape(**{key: facts[key] for key in SHAPE})
+        shape = Shape(**{key: facts[key] for key in SHAPE})
+        return shape if shape.counts(facts.get("parameters", shape.parameters)) else None
     if not facts.get("vocab"):
         return None
     fresh = stage.recipe.model
@@ -116,10 +154,21 @@ def _summary(store: Store, stage: Stage) -> dict[str, Any]:
     return artifact.summary if artifact else {}
 
 
-def measured(store: Store, resources: Resources) -> Machine | None:
-    """Return what the newest arm measured that trained on ranks of the same kind, on whichever host."""
+def _before_conversion(stage: Stage) -> dict[str, Any]:
+    """Return the sizes of a base that was not converted yet, as far as they are known."""
+    if not isinstance(stage.recipe, BaseRecipe):
+        return {}
+    config = known_config(stage.recipe.source)
+    # a mixture of experts computes less than it holds, which is not counted
+    if not all(config.get(key) for key in CONFIG_KEYS) or any("expert" in key for key in config):
+        return {}
+    return asdict(Shape.of(config))
+
+
+def measured(store: Store, resources: Resources) -> Speed | None:
+    """Return how fast the newest arm was that trained on ranks of the same kind, on whichever host."""
     wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
-    machines: list[tuple[str, Machine]] = []
+    speeds: list[tuple[str, Speed]] = []
     for manifest in [*store.manifests("finetune"), *store.manifests("pretrain")]:
         if {key: manifest["resources"].get(key) for key in SAME_RANKS} != wanted:
             continue
@@ -128,5 +177,29 @@ def measured(store: Store, resources: Resources) -> Machine | None:
         except ValidationError:  # another version of longreach wrote it
             continue
         if summary.machine:
-            machines.append((manifest["published_at"], summary.machine))
-    return max(machines, key=lambda one: one[0])[1] if machines else None
+            speed = Speed(summary.machine, f"as such ranks last trained, {manifest['published_at'][:10]}")
+            if summary.predicted and summary.predicted.step_s:
+                speed = replace(speed, slower=summary.step_s_median / summary.predicted.step_s)
+            speeds.append((manifest["published_at"], speed))
+    return max(speeds, key=lambda one: one[0])[1] if speeds else None
+
+
+def tried(store: Store, shape: Shape, resources: Resources) -> Speed | None:
+    """Return how fast such ranks would be on this machine, from two seconds of work, which is kept;
+    None, with a line on stderr, if it has no room for them or the work failed."""
+    asked = {"host": platform.node(), "cores": usable_cores(), "shape": asdict(shape)}
+    asked["ranks"] = resources.model_dump(mode="json", include={*SAME_RANKS})
+    kept = store.scratch / f"speed-{digest_of(asked)}.json"
+    if kept.is_file():
+        return Speed(Machine(**json.loads(kept.read_text())), TRIED)
+    print("nothing has trained on such ranks here yet: their speed is tried, once", file=sys.stderr)
+    try:
+        machine = probe(shape, resources)
+    except RuntimeError as error:
+        print(f"{error}: no forecast of time", file=sys.stderr)
+        return None
+    if machine is None:
+        return None
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, json.dumps(asdict(machine)))
+    return Speed(machine, TRIED)

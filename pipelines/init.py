@@ -11,7 +11,6 @@ so that the run ends in time. What cannot work is refused, and nothing is writte
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from typing import Any
 from longreach.infra.artifact import Store
 from longreach.infra.resources import Resources
 from longreach.infra.versions import GIB, usable_cores, usable_memory
-from longreach.pipelines.foresee import measured
+from longreach.pipelines.foresee import Speed, measured, tried
 from longreach.pipelines.init_documents import Documents, look
 from longreach.pipelines.init_recipe import recipe_text
 from longreach.training import convert
-from longreach.training.cost import CONFIG_KEYS, Machine, Shape, predict
+from longreach.training.cost import CONFIG_KEYS, Shape, predict
 from longreach.training.recipe import ArmRecipe, AttentionRecipe
 
 START_S = 180
@@ -31,10 +30,9 @@ START_S = 180
 Ray and the ranks, merging, the report (the quickstart's on two cores)."""
 TRAINING_SHARE = 0.6  # of the other seconds; evaluations get what is left
 EFFICIENCY = 0.5
-"""What training reaches of the rate of plain matrix products: 48% to 63% in the quickstart
-(RESULTS.md)."""
+"""What evaluations are taken to reach of the rate of plain matrix products; training reaches 60% to
+70% (RESULTS.md)."""
 SYSTEM_GIB = 2.0  # of memory for Ray, the driver and the system, beside the ranks
-PROBE_S = 1.5  # seconds of matrix products that are timed
 ROWS = (8192, 4096, 2048, 1024, 512)  # tokens of a row, tried in this order
 GOOD_STEPS = 8  # the quickstart's: a shorter row is taken rather than fewer steps
 PASSES = 3  # over the documents: more steps would rather learn them by heart
@@ -87,16 +85,14 @@ def written(name: str, base_source: str, places: list[str], *, minutes: float) -
     base = _base(base_source)
     resources, memory_gib, machine_about = _machine()
     store = Path(".longreach").absolute()  # if there is none, nothing is known
-    known, rate = measured(Store(str(store), store / "scratch"), resources), _probe(resources)
-    fit = _fit(base, documents, resources, memory_gib, known, rate, minutes)
-    speed = f"{rate / 1e9:,.0f} GFLOP/s in matrix products, all ranks together"
-    if known:
-        speed += "; step time is from the store's last training"
+    speed = _speed(Store(str(store), store / "scratch"), base, resources)
+    fit = _fit(base, documents, resources, memory_gib, speed, minutes)
+    rate = f"{speed.machine.matmul * resources.workers / 1e9:,.0f} GFLOP/s in matrix products, all ranks together"
     facts = [
         f"base: {base.source}, {base.shape.layers} layers, {base.shape.parameters / 1e6:,.0f} million parameters, "
         f"trained to {base.trained:,} tokens",
         *documents.facts(),
-        f"machine: {machine_about}, {memory_gib:.1f} GiB for training, {speed}",
+        f"machine: {machine_about}, {memory_gib:.1f} GiB for training, {rate} ({speed.source})",
         f"forecast: {fit.steps} steps of {fit.batch:,} tokens, {fit.step_s:.2g} s each, about {fit.peak_gib:.1f} GiB; "
         f"the whole run about {fit.seconds / 60:.0f} of {minutes:g} minutes",
     ]
@@ -150,27 +146,12 @@ def _machine() -> tuple[Resources, float, str]:
     return resources, usable_memory() / GIB - SYSTEM_GIB, f"{cores} cores, no GPU"
 
 
-def _probe(resources: Resources) -> float:
-    """Return FLOP/s of matrix products on all devices together, timed for PROBE_S seconds."""
-    import torch
-
-    device, size, dtype = "cpu", 1024, torch.float32
-    if resources.gpus_per_worker:
-        device, size, dtype = "cuda", 8192, torch.bfloat16
-    threads = torch.get_num_threads()
-    torch.set_num_threads(resources.workers * resources.cpus_per_worker)
-    x_NN = torch.ones(size, size, device=device, dtype=dtype)
-    rates: list[float] = []
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < PROBE_S or len(rates) < 3:
-        last = time.perf_counter()
-        _ = x_NN @ x_NN
-        if device == "cuda":
-            torch.cuda.synchronize()
-        rates.append(2 * size**3 / (time.perf_counter() - last))
-    torch.set_num_threads(threads)
-    per_device = sorted(rates)[len(rates) // 2]
-    return per_device * (resources.workers if device == "cuda" else 1)
+def _speed(store: Store, base: Base, resources: Resources) -> Speed:
+    """Return how fast such ranks are on this machine; ValueError if it cannot be tried."""
+    speed = measured(store, resources) or tried(store, base.shape, resources)
+    if speed is None:
+        raise ValueError("the speed of this machine could not be tried, see above: write a recipe by hand")
+    return speed
 
 
 def _fit(
@@ -178,8 +159,7 @@ def _fit(
     documents: Documents,
     resources: Resources,
     memory_gib: float,
-    known: Machine | None,
-    rate: float,
+    speed: Speed,
     minutes: float,
 ) -> Fit:
     """Return the longest rows with enough steps, else those with the most; ValueError: none work."""
@@ -196,9 +176,8 @@ def _fit(
         for checkpointing in (False, True):
             where = resources.model_copy(update={"activation_checkpointing": checkpointing})
             batch = where.workers * seq_len
-            cost = predict(base.shape, arm, rows=where.workers, seq_len=seq_len, resources=where, machine=known)
-            recomputing = 1 + checkpointing / 3  # a third more time
-            step_s = cost.step_s or cost.flops * recomputing / (rate * EFFICIENCY)
+            cost = predict(base.shape, arm, rows=where.workers, seq_len=seq_len, resources=where, machine=speed.machine)
+            step_s = speed.step_s(cost)
             steps = min(int(training_s / step_s), max(1, PASSES * documents.training_tokens // batch))
             if cost.peak_gib > memory_gib:
                 refused = f"training on rows of {seq_len} tokens needs about {cost.peak_gib:.1f} GiB, and there are "
@@ -208,7 +187,7 @@ def _fit(
                 refused = f"--minutes {minutes:g} leave {training_s:.0f} s for training, and one step of {batch:,} "
                 refused += f"tokens takes about {step_s:.0f} s: give it at least --minutes {needed:.0f}"
             else:
-                lengths, eval_s = _evaluations(base, documents, rate, minutes)
+                lengths, eval_s = _evaluations(base, documents, resources, speed, minutes)
                 seconds = START_S + steps * step_s + eval_s
                 fits.append(Fit(seq_len, steps, batch, step_s, cost.peak_gib, arm, where, lengths, seconds))
                 break
@@ -219,8 +198,11 @@ def _fit(
     return max(fits, key=lambda fit: fit.steps)
 
 
-def _evaluations(base: Base, documents: Documents, rate: float, minutes: float) -> tuple[tuple[int, ...], float]:
+def _evaluations(
+    base: Base, documents: Documents, resources: Resources, speed: Speed, minutes: float
+) -> tuple[tuple[int, ...], float]:
     """Return the lengths of perplexity, at most four, that fit the time, and seconds of all."""
+    rate = resources.workers * speed.machine.matmul * EFFICIENCY / max(1.0, speed.slower)
     stretched = base.theta and not documents.chats
     models = 3 if stretched else 2  # the base, stretched and not, and the arm
     budget_s = (minutes * 60 - START_S) * (1 - TRAINING_SHARE)
@@ -230,7 +212,7 @@ def _evaluations(base: Base, documents: Documents, rate: float, minutes: float) 
     for length in (0, *reversed(ROWS), 12288):  # 0: pass keys alone
         tokens = models * (keys + len(documents.test) * length)
         flops = tokens * (2 * shape.parameters + 2 * length * shape.q_width * shape.layers)
-        cost_s = flops / (rate * EFFICIENCY)
+        cost_s = flops / rate
         if length and (cost_s > budget_s or length > most):
             break
         seconds = cost_s

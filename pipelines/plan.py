@@ -66,13 +66,17 @@ def use_tracking(loaded: Loaded) -> Iterator[str]:
             os.environ[TRACKING] = before
 
 
-def plan(loaded: Loaded) -> list[PlanRow]:
+def plan(loaded: Loaded, *, trying: bool = False) -> list[PlanRow]:
     """Return what `run` would do; of files only presence and size are looked at, which `run` reads
-    whole."""
+    whole.
+
+    Args:
+        trying: Where nothing has trained yet, this machine's speed is tried out for the forecast.
+    """
     store = open_store(loaded)
     with use_tracking(loaded):
         stages = build(loaded.recipe)
-    costs = foresee(store, stages, loaded.recipe.resources)
+    costs = foresee(store, stages, loaded.recipe.resources, trying=trying)
     newest = functools.cache(functools.partial(_newest, store))
     rows = []
     for stage in stages:

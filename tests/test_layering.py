@@ -49,7 +49,7 @@ QUICK = [
     "pipelines/report/report.py", "pipelines/report/compare.py", "pipelines/graph.py", "pipelines/plan.py",
     "pipelines/run.py", "pipelines/worker.py", "pipelines/signals.py", "pipelines/status.py", "pipelines/display.py",
     "pipelines/cli.py", "pipelines/cluster_cli.py", "pipelines/console.py", "pipelines/__main__.py", "infra/jobs.py",
-    "training/scale.py",
+    "training/scale.py", "training/probe.py", "pipelines/foresee.py",
 ]  # fmt: skip
 
 

@@ -4,20 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.infra.resources import Resources
 from longreach.pipelines import cli, init
+from longreach.pipelines.foresee import Speed
 from longreach.pipelines.plan import plan
 from longreach.pipelines.reader import load
 from longreach.training.cost import Machine
 from longreach.training.documents import Document, known_names, read_documents, split_of
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-real_probe = init._probe  # which `here` replaces
-SLOW_RANK = Machine(matmul=1e8, attention=1e8, attention_backward=1e8, bytes=1e8, process_gib=0.5)
+
+
+def ranks(rate: float) -> Speed:
+    """Ranks that do so many FLOP/s, whatever the work is."""
+    return Speed(Machine(matmul=rate, attention=rate, attention_backward=rate, bytes=rate, process_gib=0.5), "as told")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, on a machine with two cores, 16 GiB and a known speed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "_probe", lambda resources: 1e11)
+    monkeypatch.setattr(init, "_speed", lambda *_: ranks(5e10))
     monkeypatch.setattr(init, "_machine", lambda: (Resources(eval_cpus=2), 16.0, "2 cores"))
     return tmp_path
 
@@ -149,25 +152,10 @@ def test_more_minutes_are_more_steps_and_they_fit(bases: Path) -> None:
         base = init._base(str(bases / "plain"))
         documents = init.look(["texts"])
         # a machine on which time, not the documents, is what ends training
-        fit = init._fit(base, documents, Resources(), 16.0, None, 1e9, minutes)
+        fit = init._fit(base, documents, Resources(), 16.0, ranks(5e8), minutes)
         assert fit.seconds <= minutes * 60, name
         steps.append(fit.steps * fit.batch)
     assert steps[1] > 2 * steps[0]
-
-
-def test_what_the_store_measured_counts_for_more_than_two_seconds_of_matrix_products(bases: Path) -> None:
-    write_texts(Path("texts"))
-    base, documents = init._base(str(bases / "plain")), init.look(["texts"])
-    probed = init._fit(base, documents, Resources(), 16.0, None, 1e11, 20)
-    known = init._fit(base, documents, Resources(), 16.0, SLOW_RANK, 1e11, 20)
-    assert known.step_s / known.batch > 10 * probed.step_s / probed.batch
-
-
-def test_the_probe_takes_the_time_it_is_given_and_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "PROBE_S", 0.1)
-    threads = torch.get_num_threads()
-    assert 1e8 < real_probe(Resources(workers=1, cpus_per_worker=threads + 1)) < 1e14
-    assert torch.get_num_threads() == threads
 
 
 def test_a_recipe_says_in_comments_what_was_seen(bases: Path) -> None:
@@ -211,7 +199,7 @@ def test_too_little_memory_and_too_slow_a_machine_are_refused_with_both_numbers(
 ) -> None:
     write_texts(Path("texts"))
     arguments = ["--base", str(bases / "plain"), "--documents", "texts"]
-    monkeypatch.setattr(init, "_probe", lambda resources: 1e4)
+    monkeypatch.setattr(init, "_speed", lambda *_: ranks(1e4))
     assert "one step of 1,024 tokens takes about" in refused(capsys, *arguments)
     monkeypatch.setattr(init, "_machine", lambda: (Resources(), 0.5, "2 cores"))
     said = refused(capsys, *arguments)

