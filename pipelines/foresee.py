@@ -31,7 +31,7 @@ from longreach.training.summary import TrainingSummary
 SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
 """What the cost model takes from the summary of a converted model."""
 TRIED = "from two seconds of work on this machine; longer if it has other work"
-SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype")
+SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype", "matmul_precision")
 """Resources in which ranks have to agree for a measured speed to hold."""
 
 
@@ -160,7 +160,8 @@ def _before_conversion(stage: Stage) -> dict[str, Any]:
         return {}
     config = known_config(stage.recipe.source)
     # a mixture of experts computes less than it holds, which is not counted
-    if not all(config.get(key) for key in CONFIG_KEYS) or any("expert" in key for key in config):
+    counted = all(isinstance(config.get(key), int) and config[key] > 0 for key in CONFIG_KEYS)
+    if not counted or any("expert" in key for key in config):
         return {}
     return asdict(Shape.of(config))
 
@@ -168,9 +169,10 @@ def _before_conversion(stage: Stage) -> dict[str, Any]:
 def measured(store: Store, resources: Resources) -> Speed | None:
     """Return how fast the newest arm was that trained on ranks of the same kind, on whichever host."""
     wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
+    usual = Resources().model_dump(mode="json")  # what a manifest meant that is older than a field
     speeds: list[tuple[str, Speed]] = []
     for manifest in [*store.manifests("finetune"), *store.manifests("pretrain")]:
-        if {key: manifest["resources"].get(key) for key in SAME_RANKS} != wanted:
+        if {key: manifest["resources"].get(key, usual[key]) for key in SAME_RANKS} != wanted:
             continue
         try:
             summary = TrainingSummary.model_validate(manifest["summary"])

@@ -62,7 +62,7 @@ def measured(shape: Shape, resources: Resources) -> Machine | None:
     """Return what this process does in a second; None if there are not as many GPUs as asked for."""
     import torch
 
-    torch.set_num_threads(resources.cpus_per_worker)
+    resources.prepare_torch(resources.cpus_per_worker)
     dtype = torch.bfloat16 if resources.dtype == "bfloat16" else torch.float32
     if resources.gpus_per_worker:
         if torch.cuda.device_count() < resources.workers:
