@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Best(str):
@@ -67,8 +67,36 @@ class Figure:
         return self.chart.to_dict()
 
 
-Block = str | Table | list[Figure]
-"""A paragraph or code, a table, figures side by side."""
+class Piece(NamedTuple):
+    """A part of a text in one colour."""
+
+    text: str
+    level: int
+    """From -4, the strongest red, to 4, the strongest blue; 0: no colour."""
+    says: str
+    """What a mouse that rests on it is shown."""
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """A text whose parts are coloured by a number; Markdown has its caption alone."""
+
+    caption: str
+    pieces: Sequence[Piece]
+    legend: Sequence[Piece]
+    """A sample of each colour, and what it means."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks that a reader opens with a click or the Enter key."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+Block = str | Table | list[Figure] | Coloured | Details
+"""A paragraph or code, a table, figures side by side, a coloured text, or blocks that are folded in."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +105,17 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
+
+
+def figures_in(blocks: Sequence[Block]) -> list[Figure]:
+    """Return all figures in the order of the page, those that are folded in as well."""
+    figures: list[Figure] = []
+    for block in blocks:
+        if isinstance(block, Details):
+            figures += figures_in(block.blocks)
+        elif isinstance(block, list):
+            figures += block
+    return figures
 
 
 def _compressed(png: bytes) -> bytes:

@@ -148,7 +148,9 @@ class Gain(Evaluation):
 
     def measure(self, cell: Cell) -> Result:
         """Return {"nll": nats of each scored token, "repeats": of those that repeat a run, by
-        distance, "seconds": of the pass}; nothing of a document left out."""
+        distance, "seconds": of the pass, "texts": what the tokens say that a page shows, at the
+        longest length}; nothing of a document left out."""
+        from longreach.evaluation.gain_text import KEPT_TOKENS, token_texts
         from longreach.evaluation.likelihood import token_nll
         from longreach.evaluation.repeats import nats_by_distance, repeat_distances
 
@@ -163,13 +165,30 @@ class Gain(Evaluation):
         whole_T = document.ids_T[cell["end"] - max(self.choices.lengths) : cell["end"]]  # the same for all models
         distances_T = repeat_distances(whole_T.tolist(), self.choices.score_tokens)
         repeats = nats_by_distance(nll_T, distances_T)
-        return {"nll": nll_T.tolist(), "repeats": repeats, "seconds": seconds}
+        result = {"nll": nll_T.tolist(), "repeats": repeats, "seconds": seconds}
+        longest = cell["length"] == self.choices.measured_lengths[-1]
+        if longest and cell["end"] == len(document.ids_T) and document.name in self._kept():
+            shown = min(KEPT_TOKENS, self.choices.score_tokens)
+            result["texts"] = token_texts(self.tokenizer, context_T[-shown:].tolist())
+        return result
+
+    def _kept(self) -> list[str]:
+        """Return the names of the documents whose single tokens are kept."""
+        from longreach.evaluation.gain_text import KEPT_DOCUMENTS
+
+        test = [document for document in self.documents if document.split != "validation"]
+        reached = []
+        for document in matching(test, self.choices.documents):
+            if len(document.ids_T) >= max(self.choices.lengths):
+                reached.append(document.name)
+        return reached[:KEPT_DOCUMENTS]
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `pooled` (by length, over a split's documents), `document`, `window`,
         `repeat` (a window's tokens that repeat a run, by distance) and `left_out`; NLL in nats per
         token, `own_gain` against the shortest length."""
+        from longreach.evaluation.gain_text import kept_cases
         from longreach.evaluation.repeats import repeat_rows
 
         rows: list[Row] = []
@@ -202,12 +221,14 @@ class Gain(Evaluation):
             rows=pooled + documents + rows,
             summary=summary,
             note=f"own_gain: nats per token better than the same model's {shortest:,} tokens.",
+            cases=kept_cases(results),
         )
 
     @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
         """Return what each arm gains over the base at its best and over untrained stretches, and
         over itself."""
+        from longreach.evaluation.gain_text import coloured_blocks
         from longreach.evaluation.repeats import repeat_table
 
         first = next(iter(models.values()))
@@ -226,7 +247,8 @@ class Gain(Evaluation):
             blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
         yardstick = (background.base, best.length) if best else (None, None)
         repeats = repeat_table(_by_arm(compared, background), *yardstick)
-        return [*blocks, own_gain_table(by_arm), *repeats, nll_table(by_arm), document_table(by_arm)]
+        tables = [own_gain_table(by_arm), *repeats, nll_table(by_arm), document_table(by_arm)]
+        return [*blocks, *tables, *coloured_blocks(models)]
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:

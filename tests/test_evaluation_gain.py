@@ -210,7 +210,7 @@ def test_the_page_of_one_model_draws_its_own_gain_and_says_when_documents_are_fe
     scores = run([document("a", 300), document("b", 300, seed=1)]).named("base")
     chart = drawn(scores)["own-gain.png"]
     assert set(names_of(chart)) == {"a", "b", "mean over documents"}
-    text, own, nll, by_document, _ = Gain.section({"base": scores}, Style.of(["base"]), Background()).blocks
+    text, own, nll, by_document, *_ = Gain.section({"base": scores}, Style.of(["base"]), Background()).blocks
     assert "2 test documents." in text
     assert "Over so few as 2 they are too narrow." in text
     assert list(nll.columns) == ["model", "40", "64", "128"]
@@ -245,7 +245,7 @@ def test_tables_average_an_arms_seeds_and_their_intervals_run_over_documents_and
 
     models = {"base": seeded({"a": 1.5, "b": 1.7}), "lora": first, "lora.s1": second}
     background = Background(arms={"lora": ("lora", "lora.s1")})
-    text, own, nll, by_document = Gain.section(models, Style.of(list(models)), background).blocks
+    text, own, nll, by_document, *_ = Gain.section(models, Style.of(list(models)), background).blocks
     assert "its intervals are over documents and seeds" in text
     assert [line[0] for line in nll.rows] == ["base", "lora\n2 seeds"]
     assert nll.rows[1][2] == "1.300\n1.000 to 1.600"
@@ -257,7 +257,7 @@ def test_tables_average_an_arms_seeds_and_their_intervals_run_over_documents_and
 def test_seeds_that_did_not_score_the_same_tokens_stay_apart():
     models = {"lora": seeded({"a": 1.0, "b": 1.2}), "lora.s1": seeded({"a": 1.4})}
     background = Background(arms={"lora": ("lora", "lora.s1")})
-    _, _, nll, _ = Gain.section(models, Style.of(list(models)), background).blocks
+    _, _, nll, *_ = Gain.section(models, Style.of(list(models)), background).blocks
     assert [line[0] for line in nll.rows] == ["lora", "lora.s1"]
 
 

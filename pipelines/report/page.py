@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
+from longreach.evaluation.blocks import Best, Block, Code, Coloured, Details, Figure, Section, Table, figures_in
 from longreach.infra.files import digest_of, kept_text
 
 if TYPE_CHECKING:  # `longreach plan` reads this file, and writes no page
@@ -49,12 +49,7 @@ class Page:
     sections: Sequence[Section]
 
     def figures(self) -> list[Figure]:
-        figures: list[Figure] = []
-        for section in self.sections:
-            for block in section.blocks:
-                if isinstance(block, list):
-                    figures += block
-        return figures
+        return [figure for section in self.sections for figure in figures_in(section.blocks)]
 
     def write(self, folder: Path, name: str, *, interactive: bool = False) -> None:
         """Write NAME.html, NAME.md and the PNG files of the figures into `folder`."""
@@ -102,6 +97,8 @@ def _templates() -> Environment:
         "code": lambda block: isinstance(block, Code),
         "best": lambda cell: isinstance(cell, Best),
         "table": lambda block: isinstance(block, Table),
+        "coloured": lambda block: isinstance(block, Coloured),
+        "details": lambda block: isinstance(block, Details),
     }
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment
@@ -127,6 +124,10 @@ def _markdown(block: Block) -> str:
         return _plain(block)
     if isinstance(block, list):
         return "\n\n".join(f"![{_plain(figure.title)}]({figure.file})\n\n{_plain(figure.caption)}" for figure in block)
+    if isinstance(block, Details):
+        return "\n\n".join([f"**{_plain(block.summary)}**", *map(_markdown, block.blocks)])
+    if isinstance(block, Coloured):
+        return f"{_plain(block.caption)} The coloured text is in the HTML page."
     return f"{_plain(block.caption)}\n\n{markdown_table(block)}\n\n{_plain(block.legend)}".strip()
 
 
