@@ -12,7 +12,7 @@ from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.base import Background
 from longreach.evaluation.blocks import Table
-from longreach.evaluation.harness import Harness, _harness_model, middle_cut
+from longreach.evaluation.harness import Harness, _answer, _harness_model, _in_folder, _task_manager, middle_cut
 from longreach.evaluation.likelihood import token_nll
 from longreach.evaluation.longbench import paper_tables
 from longreach.evaluation.scores import EvalScores
@@ -21,6 +21,8 @@ CARD = """---
 configs:
 - config_name: qasper
   data_files: [{split: test, path: qasper.jsonl}]
+- config_name: lcc
+  data_files: [{split: test, path: lcc.jsonl}]
 ---
 """
 
@@ -43,6 +45,8 @@ def mirror(tmp_path, monkeypatch):
         for n in range(3)
     ]
     (folder / "qasper.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [line | {"context": f"x = {n}\ny = x\n", "answers": ["z = x + y"]} for n, line in enumerate(lines)]
+    (folder / "lcc.jsonl").write_text("\n".join(map(json.dumps, lines)))
     folder = tmp_path / "recursal" / "longbench-v2"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text(CARD.replace("qasper", "government_multi").replace("test", "train"))
@@ -59,6 +63,12 @@ def mirror(tmp_path, monkeypatch):
         "metric_list: [{metric: word_perplexity}]\n"
     )
     return tmp_path
+
+
+def expect(path, changes):
+    """Change the first question of a data set."""
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | changes), *others]))
 
 
 def run(mirror, **choices):
@@ -83,6 +93,63 @@ def test_longbench_runs_with_the_harness_own_metric_on_a_local_mirror(mirror):
     assert "prompts of up to 512 tokens" in scores.protocol
     assert run(mirror, tasks=("longbench_qasper",), limit=1, max_length=4096).rows[0]["truncated"] == 0
     assert list(drawn(scores.named("m"))) == ["harness-m.png"]
+
+
+@pytest.mark.long  # the harness reads all of its tasks
+def test_three_long_tasks_score_as_the_harness_itself_scores_them_but_for_what_is_cut(mirror):
+    """Answers that are compared by words, lines of code by edits, and the likeliest of four choices."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    tasks = ("longbench_qasper", "longbench_lcc", "longbench2_govt_multi")
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+
+    def theirs(max_length):
+        plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length)
+        with _in_folder(str(mirror)):
+            return simple_evaluate(plain, tasks=list(tasks), task_manager=_task_manager("."), bootstrap_iters=1000)
+
+    samples = theirs(4096)["samples"]  # what the model answers to a first question is made the right answer
+    for dataset in ("qasper", "lcc"):
+        answer = samples[f"longbench_{dataset}"][0]["resps"][0][0]
+        expect(mirror / "Xnhyacinth" / "LongBench" / f"{dataset}.jsonl", {"answers": [answer]})
+    likelihoods = [response[0][0] for response in samples["longbench2_govt_multi"][0]["resps"]]
+    likeliest = "ABCD"[likelihoods.index(max(likelihoods))]
+    expect(mirror / "recursal" / "longbench-v2" / "government_multi.jsonl", {"answer": likeliest})
+    for max_length in (4096, 512):
+        harness, ours = theirs(max_length), run(mirror, tasks=tasks, max_length=max_length)
+        cases = {task: [case for case in ours.cases if case["task"] == task] for task in tasks}
+        assert {len(of_task) for of_task in cases.values()} == {3}
+        for task, of_task in cases.items():
+            samples = harness["samples"][task]
+            assert [case["prompt"] for case in of_task] == [sample["arguments"][0][0] for sample in samples]
+            same = [case["got"] == _answer(sample) for case, sample in zip(of_task, samples, strict=True)]
+            # At 512 tokens the middle of a prompt is lost here, its beginning there.
+            assert all(equal or case["cut_tokens"] for equal, case in zip(same, of_task, strict=True))
+            if max_length == 4096:
+                assert all(same)
+                values = {row["metric"]: row["value"] for row in ours.rows_with(kind="task", task=task)}
+                assert {metric: harness["results"][task][f"{metric},none"] for metric in values} == values
+                score = values.get("score", values.get("acc"))
+                assert 0 < score < 1, f"{task}: {score} would also come of no answer, or of any"
+            elif task == "longbench_qasper":
+                assert not any(same), "all three prompts are cut"
+
+
+@pytest.mark.long  # the harness reads all of its tasks
+def test_rulers_own_tasks_on_noise_run_offline_at_the_length_that_is_asked_for(tmp_path, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk, "download", lambda name: False)  # as without a network; noise needs none of its data
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model.name_or_path = str(tmp_path)
+    scores = evaluate(Harness, model, tokenizer, tasks=("niah_single_1",), limit=1, max_length=2048,
+                      task_arguments={"max_seq_lengths": (1024,)})  # fmt: skip
+    (case,) = scores.cases
+    assert 700 < len(case["prompt"]) <= 1024 - 128
+    assert case["prompt"].startswith("A special magic number is hidden within the following text. ")
+    assert [(row["metric"], row["documents"], row["value"]) for row in scores.rows] == [("1024", 1, 0.0)]
 
 
 @pytest.mark.long  # the harness reads all of its tasks
