@@ -14,7 +14,7 @@ Legend: T tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ BEFORE = 40
 """Characters before a listed token."""
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Return what each token adds to the text; a character of several tokens stands with its last
     one."""
     texts, done = [], 0
