@@ -250,7 +250,7 @@ ENDS = 300
 
 def _sample_table(models: Mapping[str, EvalScores]) -> list[Table]:
     """Return ten questions of one model, spread evenly over its tasks; none where a page compares
-    models, whose cases are not read."""
+    models."""
     (scores, *others) = models.values()
     if others or not scores.cases:
         return []

@@ -12,6 +12,7 @@ import struct
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +33,17 @@ from longreach.infra.versions import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.recipe import PriceRecipe, Recipe
-from longreach.pipelines.report.findings import POINTS, Findings, Model, about_arm, brief, frontier, gather, thinned
+from longreach.pipelines.report.findings import (
+    POINTS,
+    Findings,
+    Model,
+    about_arm,
+    brief,
+    cases_of,
+    frontier,
+    gather,
+    thinned,
+)
 from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import report
 from longreach.pipelines.report.sections import evaluations, main_columns
@@ -591,6 +602,17 @@ def test_the_document_that_the_base_cannot_have_seen_stands_by_itself(written):
     assert "2026-Trump-1" in younger
     assert "alert" not in younger
     assert "2026-Trump-1" not in others.split("##")[0]
+
+
+def test_cases_are_read_with_the_ends_of_their_prompts(tmp_path):
+    artifact = SimpleNamespace(path=tmp_path, manifest={"label": "evaluate[a,gain]"})
+    assert cases_of(artifact) == []
+    lines = [{"prompt": "a" * 900 + "b" * 900, "got": "x"}, {"texts": ["t"]}]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert cases_of(artifact) == [{"prompt": "a" * 300 + " […] " + "b" * 300, "got": "x"}, {"texts": ["t"]}]
+    (tmp_path / "cases.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluate\[a,gain\]: .*cases.jsonl cannot be read"):
+        cases_of(artifact)
 
 
 def test_packing_is_reported_as_it_was(inputs, written):

@@ -26,6 +26,7 @@ from longreach.training.recipe import ArmRecipe, RopeRecipe
 from longreach.training.summary import CostsSummary, PackSummary, Spread, TrainingSummary
 
 POINTS = 500  # steps of a training that are read for its curves
+PROMPT_ENDS = 300  # characters of each end of a long prompt that are read
 PERPLEXITY = "perplexity"
 """The evaluation by which models are compared: in the main table, the headline and the frontier."""
 NOT_RUN = "not run, since "  # the reason of a stage that failed only because one before it did begins so
@@ -51,7 +52,7 @@ class Model:
     end."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
-    scores: dict[str, EvalScores] = field(default_factory=dict)  # scores without their cases, by evaluation
+    scores: dict[str, EvalScores] = field(default_factory=dict)  # by evaluation, with the ends of their cases' prompts
     weights: str = ""
     """The fingerprint of the folder that a baseline is loaded from; empty for a trained model."""
     stretched: bool = False
@@ -244,7 +245,8 @@ def gather(
                 model.stretched = choices["rope"] is not None
             content = read(artifact, "scores.json", "eval", "rows", "summary", "protocol", "recipe")
             fields = {one.name for one in dataclasses.fields(EvalScores)}
-            model.scores[choices["eval"]] = EvalScores(**{key: content[key] for key in fields & content.keys()})
+            known = {key: content[key] for key in fields & content.keys()}
+            model.scores[choices["eval"]] = EvalScores(**known, cases=cases_of(artifact))
     findings.models |= arms | variants  # after the baselines
     for label, reason in findings.failed.items():
         _note_failure(findings, label, reason)
@@ -345,6 +347,25 @@ def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
     if missing := [key for key in needed if not isinstance(value, dict) or key not in value]:
         raise ValueError(f"{artifact.manifest['label']}: {path} has no {', '.join(missing)}")
     return value
+
+
+def cases_of(artifact: Artifact) -> list[dict[str, Any]]:
+    """Return an evaluation's cases, of long prompts the ends alone: a thousand whole ones would fill
+    the memory. ValueError where a line is not JSON."""
+    path = artifact.path / "cases.jsonl"
+    if not path.is_file():
+        return []
+    cases = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                case = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{artifact.manifest['label']}: {path} cannot be read: {error}") from error
+            if len(case.get("prompt", "")) > 2 * PROMPT_ENDS:
+                case["prompt"] = f"{case['prompt'][:PROMPT_ENDS]} […] {case['prompt'][-PROMPT_ENDS:]}"
+            cases.append(case)
+    return cases
 
 
 def _pack_summary(artifact: Artifact) -> PackSummary:
