@@ -284,6 +284,11 @@ class Store:
         """Delete all attempts of a fingerprint that is not published any more."""
         shutil.rmtree(self._attempts(stage, fingerprint), ignore_errors=True)
 
+    def size(self, stage: str, fingerprint: str) -> int:
+        """Return the bytes of a fingerprint's attempts, published or not, on this machine and in the
+        store."""
+        return _size_on_disk(self._attempts(stage, fingerprint))
+
     def create(self, path: str, body: bytes) -> None:
         """Create a file whole. Raises FileExistsError: another writer was first."""
         target = Path(path)
@@ -384,6 +389,10 @@ class RemoteStore(Store):
         with contextlib.suppress(FileNotFoundError):  # nothing was uploaded
             self.fs.rm(f"{self._folder(stage, fingerprint)}/attempts", recursive=True)
 
+    def size(self, stage: str, fingerprint: str) -> int:
+        of_cache = _size_on_disk(self.scratch / "cache" / stage / fingerprint)
+        return super().size(stage, fingerprint) + of_cache + int(self.fs.du(self._folder(stage, fingerprint)))
+
     def create(self, path: str, body: bytes) -> None:
         self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
 
@@ -395,6 +404,15 @@ class RemoteStore(Store):
         super()._remove(stage, fingerprint, attempt_id)
         with contextlib.suppress(FileNotFoundError):  # nothing was uploaded yet, or another publisher was faster
             self.fs.rm(self._attempt(stage, fingerprint, attempt_id), recursive=True)
+
+
+def _size_on_disk(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # somebody still writes there, or removes it
+            if path.is_file():
+                size += path.stat().st_size
+    return size
 
 
 def damaged_files(artifact: Artifact, files: list[dict[str, Any]], hashes: bool = True) -> dict[str, str]:

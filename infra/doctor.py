@@ -5,6 +5,7 @@ torch is imported only by the check that needs it, so that the rest answers fast
     python -c "from longreach.infra.doctor import doctor; print(*doctor('.longreach'), sep='\\n')"
 """
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -14,6 +15,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -118,12 +120,35 @@ def _shared_memory() -> Check:
 
 def _root(root: str) -> list[Check]:
     if "://" in root:
-        return [Check("root", True, f"{root}: asked when a run starts")]
+        return [_remote_root(root)]
     folder = Path(root).absolute()
     there = next(f for f in (folder, *folder.parents) if f.exists())
     free = shutil.disk_usage(there).free
     room = Check("disk", free >= 10 * GIB, f"{free / GIB:.0f} GiB free", f"make room under {there}", needed=False)
     return [_writable("root", there, "choose another store.root"), room]
+
+
+def _remote_root(root: str) -> Check:
+    """Write, read and delete one object, as publication does: a second writer has to be refused."""
+    from longreach.infra.artifact import Store
+
+    fix = "correct the address, or the store's keys in the environment (for S3 AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)"
+    try:
+        store = Store(root).checked()
+        place = f"{store.base}/doctor-{uuid.uuid4().hex}"
+        store.create(place, b"longreach doctor")
+        try:
+            with contextlib.suppress(FileExistsError):
+                store.create(place, b"a second writer")
+                no = "it takes conditional puts (If-None-Match) and ignores them, so that two runs could both publish"
+                return Check("root", False, f"{root}: {no}", "choose a store that knows them")
+            if store.fs.cat_file(place) != b"longreach doctor":
+                return Check("root", False, f"{root}: what was written is not what is read", "choose another store")
+        finally:
+            store.fs.rm(place)
+    except Exception as error:  # noqa: BLE001 (every file system has its own)
+        return Check("root", False, f"{root}: {error}", fix)
+    return Check("root", True, f"{root}: an object was put, refused to a second writer, read and deleted")
 
 
 def _writable(name: str, folder: Path, fix: str) -> Check:

@@ -44,6 +44,10 @@ FINAL_ERRORS: dict[str, type[Exception]] = {
 }
 """Errors of a rank that end the run at once, by the name under which `error.json` carries them."""
 
+HUNG_S = 180
+"""Seconds without an answer after which a rank is taken for dead: stopped, or stuck in the kernel. Ray
+Train's own 600 are long, and fewer would take a busy machine's ranks for dead."""
+
 
 def run_ranks(
     function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: str | Path,
@@ -59,6 +63,7 @@ def run_ranks(
     """
     import ray
 
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HUNG_S))
     check_room(ray.cluster_resources(), resources)
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
     results = RankResults.create(str(storage), run_name)

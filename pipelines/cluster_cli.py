@@ -96,6 +96,7 @@ def schedule(
     """Show when a cron line fires, and print the files that start a recipe then."""
     from longreach.infra.jobs import whereabouts
     from longreach.infra.schedule import Job, Schedule, render
+    from longreach.pipelines.plan import check_registry
 
     loaded = load(recipe, overrides)
     times = Schedule.parse(timing.cron, timing.tz, timing.max_start_delay)
@@ -111,6 +112,7 @@ def schedule(
         paths = loaded.recipe.local_paths()
         del paths["store.root"], paths["store.workdir"]  # pods have a folder of their own
         whereabouts("the cluster", paths, shared_disk=kubernetes.claim is not None, option="--claim")
+        check_registry(loaded.recipe, "the cluster", loaded.recipe.tracking.uri)
     job = Job(
         name=loaded.recipe.name,
         recipe=str(loaded.path.absolute()),
@@ -156,6 +158,7 @@ def submit(
     before."""
     from longreach.infra import jobs
     from longreach.infra.kubernetes import WORKDIR
+    from longreach.pipelines.plan import check_registry
 
     loaded = load(recipe, overrides)
     if to not in (None, "k8s"):
@@ -174,6 +177,7 @@ def submit(
         pip=jobs.pinned() if package.install else (),
     )
     if to:
+        check_registry(loaded.recipe, "the cluster", loaded.recipe.tracking.uri)
         print(jobs.manifest(submission, loaded.recipe.resources, _place(pods)), end="")
         return
     if not (yes or dry_run or sys.stdin.isatty()):

@@ -72,7 +72,7 @@ def find(store: Store, keep: Keep) -> list[Candidate]:
         last_writes[attempt.stage, attempt.fingerprint] = attempt.last_write
     for (stage, fingerprint), last_write in last_writes.items():
         if fingerprint not in keep.fingerprints and last_write < recent:
-            size = _size(store, stage, fingerprint)
+            size = store.size(stage, fingerprint)
             candidates.append(Candidate(stage, fingerprint, stage, size, last_write, published=False))
     return sorted(candidates, key=lambda candidate: -candidate.bytes)
 
@@ -107,28 +107,6 @@ def _inputs(manifest: dict[str, Any]) -> list[Key]:
 
 def _published_at(manifest: dict[str, Any]) -> datetime:
     return datetime.fromisoformat(manifest["published_at"])
-
-
-def _size(store: Store, stage: str, fingerprint: str) -> int:
-    """Return the bytes of a stage's attempts, as far as they are on this machine or in the
-    store."""
-    size = 0
-    for place in _places(store, stage, fingerprint):
-        for path in place.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # somebody still writes there, or removes it
-                if path.is_file():
-                    size += path.stat().st_size
-    if not store.local:
-        size += int(store.fs.du(f"{store.base}/{stage}/{fingerprint}"))
-    return size
-
-
-def _places(store: Store, stage: str, fingerprint: str) -> list[Path]:
-    """Return this machine's folders of a stage's attempts, and of a remote store's fetched
-    files."""
-    if store.local:
-        return [Path(store.base, stage, fingerprint, "attempts")]
-    return [store.scratch / stage / fingerprint, store.scratch / "cache" / stage / fingerprint]
 
 
 @contextlib.contextmanager

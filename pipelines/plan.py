@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
-from longreach.infra.registry import tracking_uri
+from longreach.infra.registry import sqlite_path, tracking_uri
 from longreach.pipelines.foresee import foresee
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import Loaded
+from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.stage import Stage, differences
 
 State = Literal["done", "stale", "run"]
@@ -64,6 +65,19 @@ def use_tracking(loaded: Loaded) -> Iterator[str]:
         os.environ.pop(TRACKING)
         if before is not None:
             os.environ[TRACKING] = before
+
+
+def check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
+    """Raise ValueError where the nodes of a cluster would have a registry of their own each.
+
+    uri: MLflow's address; None where only the nodes' environment could name one.
+    """
+    uses_registry = recipe.promote or recipe.base.source.startswith("models:/")
+    if uses_registry and (uri is None or sqlite_path(uri)):
+        raise ValueError(
+            f"on {where} every node would have a registry of its own in {uri or 'its own folder'}: "
+            f"set tracking.uri to an MLflow server that all of them reach"
+        )
 
 
 def plan(loaded: Loaded, *, trying: bool = False) -> list[PlanRow]:

@@ -31,7 +31,7 @@ from longreach.infra.artifact import Artifact, CorruptArtifact, Store
 from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
-from longreach.infra.registry import check_login, sqlite_path
+from longreach.infra.registry import check_login
 from longreach.infra.resources import STAGE_RETRIES
 from longreach.infra.tracking import Spool, read_events
 from longreach.infra.versions import git_commit
@@ -39,7 +39,7 @@ from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.display import Display
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
-from longreach.pipelines.plan import TRACKING, open_store, survey, use_tracking
+from longreach.pipelines.plan import TRACKING, check_registry, open_store, survey, use_tracking
 from longreach.pipelines.reader import Loaded
 from longreach.pipelines.signals import GRACE_S, Stopping, terminable
 from longreach.pipelines.stage import Stage
@@ -171,12 +171,8 @@ def run(
 def _check_tracking(loaded: Loaded, uri: str, address: str | None, display: Display) -> None:
     """Raise ValueError if workers could not reach the registry; note if MLflow is away."""
     recipe = loaded.recipe
-    uses_registry = recipe.promote or recipe.base.source.startswith("models:/")
-    if address and sqlite_path(uri) and uses_registry:
-        raise ValueError(
-            f"on the cluster at {address} every node would have a registry of its own in {uri}: "
-            f"set tracking.uri to an MLflow server that all of them reach"
-        )
+    if address:
+        check_registry(recipe, f"the cluster at {address}", uri)
     if (recipe.tracking.enabled or recipe.promote) and (away := check_login(uri)):
         display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
 

@@ -17,7 +17,7 @@ import pytest
 import typer.main
 import yaml
 
-from longreach.pipelines.cli import app
+from longreach.pipelines.cli import app, main
 from longreach.pipelines.reader import RecipeError, load, names, standalone
 from longreach.pipelines.recipe import Recipe
 
@@ -196,6 +196,47 @@ def test_commands_are_taken_as_they_stand(case: tuple[str, tuple[str, ...]]) -> 
         )
     elif recipe and not recipe.endswith(".yaml") and not recipe.isupper():
         load(recipe, list(given.get("overrides") or ()))
+
+
+OPERATIONS = ("schedule.md", "cluster.md", "gate.md")
+ELSEWHERE = {"run", "jobs", "logs", "stop", "rollback"}
+"""Commands that need a cluster or a champion; test_infra_jobs, test_cluster and test_pipelines_gate have them."""
+
+
+def for_operators() -> list[tuple[str, tuple[str, ...]]]:
+    """What the pages about operations want to be typed and needs neither Ray nor another machine; recipes first."""
+    found = []
+    for page, words in in_the_docs(blocks=True):
+        sends = words[0] == "submit" and not {"--dry-run", "--render"} & {*words}
+        if page in OPERATIONS and words[0] not in ELSEWHERE and not sends:
+            found.append((page, words))
+    return sorted(found, key=lambda case: case[1][0] != "init")
+
+
+@pytest.mark.long
+def test_what_pages_for_operators_say_works_in_a_clean_folder(
+    tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import s3fs
+
+    for bucket in ("bucket", s3_root.removeprefix("s3://")):
+        if not s3fs.S3FileSystem().exists(bucket):
+            s3fs.S3FileSystem().mkdir(bucket)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "ours.txt").write_text("A text of our own. " * 100)
+    cases = for_operators()
+    assert {words[0] for _, words in cases} >= {"init", "plan", "schedule", "submit", "doctor", "status"}
+    for case in cases:
+        with pytest.raises(SystemExit) as ended:
+            main([os.path.expanduser(word) for word in case[1]])
+        out, err = capsys.readouterr()
+        assert ended.value.code in (0, None), f"{shown(case)}\n{out}\n{err}"
+    assert sorted(path.name for path in (tmp_path / ".config/systemd/user").iterdir()) == [
+        "longreach-retrain.service",
+        "longreach-retrain.timer",
+    ]
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------

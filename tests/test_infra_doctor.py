@@ -41,6 +41,26 @@ def test_unwritable_home_and_root_are_found(tmp_path, monkeypatch):
     assert checks(tmp_path / "not" / "made" / "yet")["root"].ok
 
 
+def test_an_object_store_is_tried_with_an_object_which_is_deleted_again(s3_root, monkeypatch):
+    import s3fs
+
+    root = f"{s3_root}/tried"
+    assert checks(root)["root"].ok
+    fs = s3fs.S3FileSystem()
+    assert fs.find("longreach/tried") == []
+    missing = checks("s3://no-such-bucket-of-ours/tried")["root"]
+    assert not missing.ok
+    assert "no-such-bucket-of-ours" in missing.detail
+    whole = s3fs.S3FileSystem._pipe_file
+
+    async def unconditional(self, path, data, mode="overwrite", **options):
+        return await whole(self, path, data, mode="overwrite", **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", unconditional)
+    assert "two runs could both publish" in checks(root)["root"].detail
+    assert fs.find("longreach/tried") == []
+
+
 def test_a_stale_ray_cluster_file_is_found_and_a_live_one_is_not_called_stale(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     assert checks()["ray"].ok

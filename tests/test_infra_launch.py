@@ -39,6 +39,19 @@ def test_a_killed_rank_is_restarted_and_a_group_that_a_killed_task_left_behind_i
 
 
 @pytest.mark.slow
+@pytest.mark.drill
+def test_a_rank_that_hangs_is_taken_for_dead_and_all_start_again(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "15")
+    hung = tmp_path / "hung"
+    job = {"kill_marker": str(hung), "signal": signal.SIGSTOP}
+    began = time.monotonic()
+    got = run_ranks("toy_ranks:count_ranks", job, resources=Resources(workers=2), name="hang", storage=tmp_path)
+    print(f"a stopped rank's run ended after {time.monotonic() - began:.0f} s")
+    assert got["sum"] == 3
+    assert not Path("/proc", hung.read_text()).exists(), "it would hold its memory, and its GPU"
+
+
+@pytest.mark.slow
 def test_a_users_error_on_one_rank_ends_the_run_at_once_as_itself(cluster, tmp_path):
     (tmp_path / "lives").mkdir()
     started = time.monotonic()

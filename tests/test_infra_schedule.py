@@ -407,7 +407,10 @@ def test_texts_of_this_machine_are_refused_for_pods_that_have_none(target, capsy
     assert longreach("schedule", "retrain", *options) == 2
     assert "corpus.sources.0.files 'documents/**/*.txt' is on this machine" in (err := capsys.readouterr().err)
     assert "say --claim" in err
-    assert longreach("schedule", "retrain", *options, "--set", "corpus.sources=[{files: 's3://bucket/texts/*'}]") == 0
+    sources = ("--set", "corpus.sources=[{files: 's3://bucket/texts/*'}]")
+    assert longreach("schedule", "retrain", *options, *sources) == 2  # else every fired run would end so
+    assert "every node would have a registry of its own in its own folder: set tracking.uri" in capsys.readouterr().err
+    assert longreach("schedule", "retrain", *options, *sources, "--set", "tracking.uri=http://mlflow:5000") == 0
 
 
 def test_a_mistake_exits_2_with_one_line(capsys):

@@ -9,12 +9,15 @@ import torch.distributed as dist
 
 
 def count_ranks(job: dict) -> dict:
-    """Sum the ranks' numbers; the last rank kills itself the first time (`kill_marker` remembers it)."""
+    """Sum the ranks' numbers; the last rank kills itself the first time, or sends itself another `signal`.
+
+    `kill_marker` remembers it, with the rank's process.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     marker = Path(job["kill_marker"])
     if rank == world - 1 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        marker.write_text(str(os.getpid()))
+        os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
     total = torch.tensor([rank + 1])
     dist.all_reduce(total)
     return {
