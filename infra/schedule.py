@@ -112,11 +112,15 @@ class Job:
     """The content of the recipe's file, for a cluster."""
     resources: Resources
     store_root: str
+    env_file: Path | None = None
+    """A file of NAME=value lines of this machine, such as keys, that a unit or a crontab reads."""
 
 
 def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *, enable: bool) -> dict[str, str]:
     """Return the target's files by name. Raises ValueError: what it cannot do, and what to
     change."""
+    if job.env_file:
+        _check_env_file(job.env_file, target)
     if target == "systemd":
         return systemd(schedule, job)
     if target == "crontab":
@@ -145,6 +149,20 @@ def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *
     return {f"{name}.yaml": kubernetes.dump(manifests)}
 
 
+def _check_env_file(file: Path, target: str) -> None:
+    """Raise ValueError for a file that the target cannot read, or that others can."""
+    if target not in ("systemd", "crontab"):
+        raise ValueError("--env-file is a file of this machine: pods take their keys from the Secret longreach-store")
+    if not file.is_file():
+        raise ValueError(f"--env-file {file}: there is no such file; write NAME=value lines into it")
+    if mode := file.stat().st_mode & 0o077:
+        raise ValueError(
+            f"--env-file {file} can be read by others (mode {mode:03o} beside its owner's): chmod 600 {file}"
+        )
+    if re.search("[\"'\\\\\n]", str(file)):
+        raise ValueError(f"--env-file {str(file)!r} has a character that a unit file cannot hold: rename it")
+
+
 SERVICE = """\
 # {unit}.service
 [Unit]
@@ -153,7 +171,7 @@ Description=longreach: {name}
 [Service]
 Type=exec
 WorkingDirectory={folder}
-ExecStart={command}
+{environment}ExecStart={command}
 # SIGTERM goes to the run alone, which lets its ranks write their checkpoints; what is left is killed after the timeout.
 KillMode=mixed
 TimeoutStopSec=120
@@ -186,7 +204,10 @@ def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
     calendars = "\n".join(f"OnCalendar={text}" for text in on_calendar(schedule))
     command = " ".join([f'"{job.program}"'.replace("%", "%%"), *map(_unit_quoted, arguments[1:])])
     folder = str(job.folder).replace("%", "%%")
-    service = SERVICE.format(unit=unit, name=job.name, folder=folder, command=command)
+    environment = ""
+    if job.env_file:
+        environment = f"EnvironmentFile={job.env_file}\n".replace("%", "%%")
+    service = SERVICE.format(unit=unit, name=job.name, folder=folder, command=command, environment=environment)
     timer = TIMER.format(unit=unit, name=job.name, cron=schedule.cron, tz=schedule.tz, calendars=calendars)
     return {f"{unit}.service": service, f"{unit}.timer": timer}
 
@@ -222,7 +243,10 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
             "CRON_TZ: use --to systemd, which knows zones, or give --tz the machine's"
         )
     arguments = Schedule(schedule.cron, schedule.tz).command(job.recipe, job.overrides, str(job.program))
-    command = f"cd {shlex.quote(str(job.folder))} && exec {shlex.join(arguments)} >>{job.name}.log 2>&1"
+    environment = ""
+    if job.env_file:
+        environment = f"set -a && . {shlex.quote(str(job.env_file))} && set +a && "  # -a: what is set is exported
+    command = f"cd {shlex.quote(str(job.folder))} && {environment}exec {shlex.join(arguments)} >>{job.name}.log 2>&1"
     if unfit := [text for text in "\\\n" if text in command]:
         raise ValueError(f"{command!r} has {unfit[0]!r}, which a crontab cannot hold: rename the file or the value")
     command = command.replace("%", "\\%")  # cron's line break

@@ -66,6 +66,9 @@ class TimingOptions:
     cron: Annotated[str, typer.Option(help="Five fields, e.g. '0 3 * * 1': Mondays at three.")]
     tz: Annotated[str, typer.Option(help="The zone whose clock that is, e.g. Europe/Berlin.")] = "UTC"
     max_start_delay: Annotated[str | None, typer.Option(help="Do not start at all if later than this, e.g. 2h.")] = None
+    env_file: Annotated[
+        Path | None, typer.Option(help="systemd, crontab: a file of NAME=value lines with keys and passwords.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def schedule(
         text=loaded.path.read_text(encoding="utf-8"),
         resources=loaded.recipe.resources,
         store_root=loaded.recipe.store.root,
+        env_file=timing.env_file.absolute() if timing.env_file else None,
     )
     files = render(times, job, to, _place(kubernetes), enable=enable)
     for time in times.next(5, to):

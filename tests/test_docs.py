@@ -224,6 +224,7 @@ def test_what_pages_for_operators_say_works_in_a_clean_folder(
             s3fs.S3FileSystem().mkdir(bucket)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "longreach.env").touch(0o600)
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "ours.txt").write_text("A text of our own. " * 100)
     cases = for_operators()

@@ -176,6 +176,17 @@ def test_a_flipped_bit_in_the_manifest_is_noticed(store: Store):
     assert store.find("pack", "f7") is None
 
 
+def test_the_manifest_of_another_artifact_is_not_taken(store: Store):
+    attempt = store.new_attempt("pack", "f12")
+    write(attempt)
+    store.publish(attempt, RECORD)
+    store.fs.pipe_file(
+        f"{store.base}/pack/f13/artifact.json", store.fs.cat_file(f"{store.base}/pack/f12/artifact.json")
+    )
+    with pytest.raises(CorruptArtifact, match="pack/f13: the manifest is that of another artifact"):
+        store.find("pack", "f13")
+
+
 def test_an_artifact_that_another_run_has_repaired_meanwhile_is_not_put_aside(store: Store, monkeypatch):
     """A run looks at a damaged artifact; before it acts, another one has put it aside and published anew."""
 

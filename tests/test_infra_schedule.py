@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -390,6 +391,26 @@ def test_the_command_prints_five_fire_times_and_the_files(capsys):
     assert len(re.findall(r"^fires Mon \d{4}-\d\d-\d\d 03:00 \+0[12]00$", err, re.MULTILINE)) == 5
     assert "OnCalendar=Mon *-*-* 03:00:00 Europe/Berlin" in out
     assert f'ExecStart="{Path(sys.executable).with_name("longreach")}" "run" "/' in out
+
+
+def test_keys_come_from_a_file_that_only_its_owner_reads(tmp_path, capsys):
+    keys, out = tmp_path / "my keys.env", tmp_path / "out.txt"
+    keys.write_text("LONGREACH_NOTIFY_URL=https://example.org/secret\n")
+    options = ("--cron", "0 3 * * 1", "--env-file", str(keys))
+    keys.chmod(0o640)
+    assert longreach("schedule", "quickstart", *options) == 2
+    assert f"chmod 600 {keys}" in capsys.readouterr().err
+    keys.chmod(0o600)
+    assert longreach("schedule", "quickstart", *options, "--to", "crontab") == 0
+    line = capsys.readouterr().out.splitlines()[-1].split(maxsplit=5)[5]
+    assert "secret" not in line
+    shell = re.sub(r"exec .*", f"exec sh -c 'echo \"$LONGREACH_NOTIFY_URL\"' > {shlex.quote(str(out))}", line)
+    subprocess.run(["/bin/sh", "-c", shell], check=True)
+    assert out.read_text() == "https://example.org/secret\n"
+    assert longreach("schedule", "quickstart", *options, "--to", "systemd") == 0
+    assert f"\nEnvironmentFile={keys}\n" in capsys.readouterr().out
+    assert longreach("schedule", "quickstart", *options, "--to", "cronjob", "--set", "store.root=s3://b/p") == 2
+    assert "Secret longreach-store" in capsys.readouterr().err
 
 
 def test_the_command_writes_the_files_into_a_folder(tmp_path, capsys):
