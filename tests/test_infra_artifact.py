@@ -180,9 +180,9 @@ def test_the_manifest_of_another_artifact_is_not_taken(store: Store):
     attempt = store.new_attempt("pack", "f12")
     write(attempt)
     store.publish(attempt, RECORD)
-    store.fs.pipe_file(
-        f"{store.base}/pack/f13/artifact.json", store.fs.cat_file(f"{store.base}/pack/f12/artifact.json")
-    )
+    manifest = store.fs.cat_file(f"{store.base}/pack/f12/artifact.json")
+    store.fs.makedirs(f"{store.base}/pack/f13", exist_ok=True)
+    store.fs.pipe_file(f"{store.base}/pack/f13/artifact.json", manifest)
     with pytest.raises(CorruptArtifact, match="pack/f13: the manifest is that of another artifact"):
         store.find("pack", "f13")
 
