@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from longreach.infra.artifact import RemoteStore
 from longreach.infra.doctor import check_requirements, doctor
 
 
@@ -51,12 +52,7 @@ def test_an_object_store_is_tried_with_an_object_which_is_deleted_again(s3_root,
     missing = checks("s3://no-such-bucket-of-ours/tried")["root"]
     assert not missing.ok
     assert "no-such-bucket-of-ours" in missing.detail
-    whole = s3fs.S3FileSystem._pipe_file
-
-    async def unconditional(self, path, data, mode="overwrite", **options):
-        return await whole(self, path, data, mode="overwrite", **options)
-
-    monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", unconditional)
+    monkeypatch.setattr(RemoteStore, "create", lambda self, path, body: self.fs.pipe_file(path, body))
     assert "two runs could both publish" in checks(root)["root"].detail
     assert fs.find("longreach/tried") == []
 
