@@ -3,8 +3,8 @@
     python benchmarks/precision.py              # a quarter of an hour on two quiet cores
     python benchmarks/precision.py --tiny       # does it run? its ratios say nothing
 
-SmolLM2-135M on plays and speeches, LongLoRA on rows of 2,048 tokens, two rows a step, a rank of one
-thread for each core. Three ways in turns: float32 as it is, float32 with `resources.matmul_precision: medium` (both factors of a matrix
+SmolLM2-135M on plays and speeches, LongLoRA on rows of 2,048 tokens, two rows a step, a rank of one thread for each
+core. Three ways in turns: float32 as it is, float32 with `resources.matmul_precision: medium` (both factors of a
 product rounded to bfloat16, sums in float32), and `resources.dtype: bfloat16`. Printed are seconds a step (medians, the
 first step left out), how far the losses of the same steps lie apart, and NLL and CPU seconds of one window of 4,096
 tokens.
