@@ -46,7 +46,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
     one."""
     texts, done = [], 0
     for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
         if text.endswith("\ufffd") and end < len(ids):  # a character whose other bytes are still to come
             texts.append("")
             continue
