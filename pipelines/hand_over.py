@@ -9,17 +9,17 @@ refused before anything runs: a model that is no GGUF, a token that is missing.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from longreach.infra.choices import Choices, Location, nearest
-from longreach.training.to_gguf import BLOCK, GgufType, problem_of
+from longreach.infra.files import read_object
+from longreach.training.to_gguf import BLOCK, SENTENCEPIECE, GgufType, problem_of
 
 if TYPE_CHECKING:
     from longreach.pipelines.reader import Loaded
@@ -109,16 +109,20 @@ def check_base(recipe: Recipe) -> None:
     makes_own = recipe.pretrain is not None and recipe.pretrain.model is not None and not recipe.finetune
     if not types or recipe.base.pretrained_arm or makes_own:
         return
-    config, tokenizer = (_json_of(recipe, name) for name in ("config.json", "tokenizer.json"))
-    if config is None or tokenizer is None:
+    config, tokenizer = (_file_of(recipe, name) for name in ("config.json", "tokenizer.json"))
+    if config is None:
+        return
+    if tokenizer is None:  # transformers makes one when the model is saved
+        if _file_of(recipe, "tokenizer.model"):
+            raise ValueError(f"release.formats: {recipe.base.source}: {SENTENCEPIECE}")
         return
     sink = recipe.pretrain is not None and any(arm.sink == "token" for arm in recipe.pretrain.arms.values())
-    if problem := problem_of(config, tokenizer, types, sink):
+    if problem := problem_of(read_object(config), read_object(tokenizer), types, sink):
         raise ValueError(f"release.formats: {recipe.base.source}: {problem}")
 
 
-def _json_of(recipe: Recipe, name: str) -> dict[str, Any] | None:
-    """Return what a JSON file of the base holds; None where it is not known before it is
+def _file_of(recipe: Recipe, name: str) -> Path | None:
+    """Return a file of the base; None if it has none, or that is not known before it is
     converted."""
     source = recipe.base.source
     file = Path(source, name)
@@ -130,9 +134,7 @@ def _json_of(recipe: Recipe, name: str) -> dict[str, Any] | None:
             file = Path(hf_hub_download(source.removeprefix(HUB), name, revision=recipe.base.revision))
         except (HfHubHTTPError, LocalEntryNotFoundError):  # `convert` says what is wrong with the hub
             return None
-    if not file.is_file():
-        return None
-    return json.loads(file.read_text(encoding="utf-8"))
+    return file if file.is_file() else None
 
 
 def check_token(recipe: Recipe) -> None:

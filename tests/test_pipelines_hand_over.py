@@ -45,8 +45,8 @@ def bases(tmp_path_factory):
     return folder
 
 
-def written(tmp_path, bases, release="{}", base="bpe"):
-    text = RECIPE.format(base=bases / base, texts=bases / "a.txt", root=tmp_path / "store", release=release)
+def written(tmp_path, bases, release="{}", base="bpe", texts=None):
+    text = RECIPE.format(base=bases / base, texts=(texts or bases) / "a.txt", root=tmp_path / "store", release=release)
     (tmp_path / "mine.yaml").write_text(text)
     return str(tmp_path / "mine.yaml")
 
@@ -71,6 +71,14 @@ def test_a_base_that_gguf_cannot_hold_is_refused_by_the_plan(tmp_path, bases):
     build(load(written(tmp_path, bases, release)).recipe)
     with pytest.raises(ValueError, match=r"release\.formats: .*WordLevel"):
         build(load(written(tmp_path, bases, release, base="words")).recipe)
+    pieces = tmp_path / "pieces"  # as Llama 2's first folders were: SentencePiece's own file and no tokenizer.json
+    pieces.mkdir()
+    for file in (bases / "bpe").iterdir():
+        if file.name != "tokenizer.json":
+            (pieces / file.name).write_bytes(file.read_bytes())
+    (pieces / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"release\.formats: .*pieces: a SentencePiece tokenizer"):
+        build(load(written(tmp_path, tmp_path, release, base="pieces", texts=bases)).recipe)
     config = json.loads((bases / "bpe" / "config.json").read_text())
     other = tmp_path / "qwen"
     other.mkdir()

@@ -110,6 +110,8 @@ def test_what_llama_cpp_would_read_wrongly_is_refused_by_name(tokenizer, tmp_pat
     assert "'dynamic'" in said(rope_parameters={"rope_type": "dynamic"})
     assert "attention_bias" in said(attention_bias=True)
     assert "WordLevel" in said(spec=spec | {"model": {"type": "WordLevel"}})
+    for model in ({"type": "Unigram"}, {"type": "BPE", "byte_fallback": True}):
+        assert "a SentencePiece tokenizer" in said(spec=spec | {"model": model, "normalizer": {"type": "Sequence"}})
     assert "Whitespace" in said(spec=spec | {"pre_tokenizer": {"type": "Whitespace"}})
     bos = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
     assert "2 tokens before each text" in said(sink=True, spec=spec | {"post_processor": bos})

@@ -37,6 +37,10 @@ SPLITS = {
 }
 """llama.cpp's names of how a text is cut before BPE, by the pattern in tokenizer.json: Llama 3's
 and Qwen 2's."""
+SENTENCEPIECE = (
+    "a SentencePiece tokenizer (Llama 2's, Mistral's, Gemma's) cannot be written as GGUF here, only byte-level BPE: "
+    "release safetensors alone, and give that folder to llama.cpp's convert_hf_to_gguf.py"
+)
 SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
 
 
@@ -94,6 +98,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         ValueError: it is no byte-level BPE, or one that is cut in a way that is not known here.
     """
     model, normaliser = tokenizer["model"], tokenizer.get("normalizer")
+    if model["type"] == "Unigram" or model.get("byte_fallback"):
+        raise ValueError(SENTENCEPIECE)
     if model["type"] != "BPE" or normaliser is not None:
         what = model["type"] if normaliser is None else f"{model['type']} after {normaliser['type']}"
         raise ValueError(f"a tokenizer of {what} cannot be written as GGUF, only byte-level BPE: release safetensors")
