@@ -41,6 +41,8 @@ def connected(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None and "ray" not in sys.modules:  # Ray does so itself since 2.59; it is read when Ray is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address is None:  # else Ray uploads the current folder, store and all, where `uv run` has started us
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if address is None:  # those that Ray starts before it needs them lack our settings, and would never be used
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # else it prints that tokens are on

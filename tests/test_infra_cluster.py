@@ -112,3 +112,20 @@ def test_ray_adds_no_more_to_its_folder_than_is_left_for_it(cluster):
     for socket in (node.plasma_store_socket_name, node.raylet_socket_name):
         added = socket[socket.index("/ray/session_") :]
         assert len(added) <= len(our_cluster.RAYS_LONGEST_SOCKET)
+
+
+def test_the_current_folder_is_not_uploaded_where_uv_run_has_started_us(tmp_path: Path):
+    code = tmp_path / "started.py"
+    code.write_text(
+        "from longreach.infra import cluster\n"
+        "def init(ray, *_):\n"
+        "    from ray._private import ray_constants\n"
+        "    from ray._private.runtime_env.uv_runtime_env_hook import _get_uv_run_cmdline\n"
+        "    print(bool(_get_uv_run_cmdline()), ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)\n"
+        "cluster._init = init\n"
+        "with cluster.connected(None):\n    pass\n"
+    )
+    (tmp_path / "run").write_text(f"{sys.executable} {code}\ntrue\n")  # or bash would become this last command
+    command = ["bash", "-c", "exec -a uv bash run"]  # its command line is `uv run`, which is what Ray looks for
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False"], done.stderr

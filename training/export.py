@@ -37,11 +37,12 @@ SMALL_BYTES = 2**31
 """Weights of at most so many bytes are written once before training, to see that they can be."""
 
 
-def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """Return xxh3 of each trainable tensor by name; under ZeRO-3 it has to be whole."""
+def tensor_digests(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Return xxh3 of each trainable tensor by name, as rounded to `dtype` if one is given; under
+    ZeRO-3 it has to be whole."""
     digests = {}
     for name, p in trainable(model).items():
-        raw = p.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+        raw = p.detach().to(dtype or p.dtype).contiguous().view(-1).view(torch.uint8).cpu().numpy()
         digests[name] = xxhash.xxh3_64(raw.data).hexdigest()
     return digests
 
@@ -108,10 +109,15 @@ def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
     end = tensor_digests(model)
     late = {name for name in end if steps == 1 and "lora_A" in name}  # A gets no gradient before B has left zero
     same = [name for name in end.keys() - late if end[name] == start[name]]
+    remedy = ""
+    if any(p.dtype != torch.float32 for p in trainable(model).values()):
+        remedy = ": bfloat16 rounds such small steps away; raise the learning rate, or train in float32"
+        if len(same) < len(end):  # in some tensors all may be; of norms it is usual (near 1 it rounds to 0.008)
+            same = []
     if empty or same or not end:
         raise RuntimeError(
             f"of {len(end)} trainable tensors {len(empty)} are empty or not finite and {len(same)} unchanged since the "
-            f"start ({', '.join((empty + same)[:3])}): the result would not be what was trained"
+            f"start ({', '.join((empty + same)[:3])}): the result would not be what was trained{remedy}"
         )
 
 

@@ -120,7 +120,8 @@ class Training:
         if dist.get_rank() == 0 and not self._has_trained():
             export.check_saves(self.model, self.tokenizer, Path(job.work) / "untrained")
         self._attend_by(self._pattern_at(0))
-        self.start_digests = export.tensor_digests(self.model)
+        # of what the engine will round the weights to, or all would seem to have moved
+        self.start_digests = export.tensor_digests(self.model, getattr(torch, job.resources.dtype))
         self.parameters = self.model.num_parameters()
         self.trainable = trainable_parameters(self.model)
 
