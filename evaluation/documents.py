@@ -102,6 +102,19 @@ def with_first(ids_T: np.ndarray, first: int | None) -> np.ndarray:
     return np.concatenate([np.array([first], ids_T.dtype), ids_T])
 
 
+def templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """Return messages as the model's chat template writes them, up to where its answer begins;
+    ValueError if it refuses them, as some do a chat without a system message."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the model's chat template refuses messages of {roles} ({type(error).__name__}: {error}): change its "
+            f"chat_template.jinja, or remove it to work with plain text"
+        ) from error
+
+
 def chat_around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, refusal: str) -> tuple[str, str]:
     """Return what the model's chat template puts before and after MARK, which stands in one of the
     messages.
@@ -110,8 +123,7 @@ def chat_around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
         ValueError: the template changes the messages, so that MARK is not in what it makes;
         `refusal` is the message.
     """
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    before, mark, after = whole.partition(MARK)
+    before, mark, after = templated(tokenizer, messages).partition(MARK)
     if not mark:
         raise ValueError(refusal)
     return before, after

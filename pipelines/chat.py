@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longreach.attention.kv_budget import KVBudget, readable
 from longreach.attention.sink_cache import SinkCache, read_sink_cache
-from longreach.evaluation.documents import MARK, chat_around, text_ids
+from longreach.evaluation.documents import MARK, chat_around, templated, text_ids
 from longreach.evaluation.reader import generated, greedy
 from longreach.training.model import load_source
 
@@ -87,12 +87,12 @@ def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[
         return text_ids(tokenizer, text + "\n", first=first)
     typed = {"role": "user", "content": text}
     if first:
-        whole = tokenizer.apply_chat_template([typed], tokenize=False, add_generation_prompt=True)
+        whole = templated(tokenizer, [typed])
     else:
         earlier = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
         refusal = "the chat template changes earlier messages: it cannot be streamed turn by turn"
         _, whole = chat_around(tokenizer, [*earlier, typed], refusal=refusal)
-    return list(tokenizer(str(whole), add_special_tokens=False).input_ids)
+    return list(tokenizer(whole, add_special_tokens=False).input_ids)
 
 
 def reply(

@@ -44,6 +44,16 @@ def test_it_warns_answers_and_its_cache_does_not_grow(folder, capsys):
     assert "so far" in lines[-1]
 
 
+def test_a_template_that_raises_ends_it_with_a_sentence(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"refuses messages of user \(TemplateError: a system message first\)"):
+        talk(folder, ["hello"])
+
+
 def test_an_empty_line_ends_it(folder, capsys):
     talk(folder, ["", "never read"])
     assert "tokens/s" not in capsys.readouterr().out

@@ -322,7 +322,7 @@ def test_a_trainable_tensor_that_did_not_move_is_an_error():
 def test_steps_that_bfloat16_rounds_away_are_an_error_and_larger_ones_are_not(tmp_path):
     bf16 = {"dtype": "bfloat16"}
     arm = {"arm": {"tune": "all"}}
-    with pytest.raises(RuntimeError, match="20 unchanged .* bfloat16 rounds such small steps away"):
+    with pytest.raises(RuntimeError, match=r"20 unchanged .* bfloat16 rounds such small steps away"):
         train(job(tmp_path, optim={"steps": 2, "learning_rate": 1e-9}, resources=bf16, **arm))
     train(job(tmp_path, name="larger", optim={"steps": 2, "learning_rate": 1e-3}, resources=bf16, **arm))
 

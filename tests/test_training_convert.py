@@ -167,6 +167,8 @@ KINDS_OF_ADAPTER = {
     "olora": LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights="olora"),
     "all-linear": LoraConfig(target_modules="all-linear"),
     "tied embedding": LoraConfig(target_modules=ATTENTION, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "embedding beside a tied head": LoraConfig(target_modules=ATTENTION, modules_to_save=["embed_tokens"]),
+    "head beside a tied embedding": LoraConfig(target_modules=ATTENTION, modules_to_save=["lm_head"]),
     "embedding": LoraConfig(target_modules=[*ATTENTION, "embed_tokens"]),
     "token indices": LoraConfig(target_modules=ATTENTION, trainable_token_indices={"embed_tokens": [3, 5]}),
     "ia3": IA3Config(target_modules=[*ATTENTION, "down_proj"], feedforward_modules=["down_proj"]),
