@@ -2,6 +2,7 @@
 
     python tests/mutations.py                    # all; ten minutes of one core
     python tests/mutations.py lease checkpoint   # some groups
+    python tests/mutations.py store --only sync   # those whose line has a text
 
 Each mutation is made in a copy of the checkout, in which the tests of its group run until the first fails. Ours are
 imported anew for each, in a fork of a process that has imported the libraries. "LIVES" is a hole in the tests.
@@ -180,7 +181,7 @@ def failed_test(folder: Path) -> str:
     return ""
 
 
-def main(groups: list[str]) -> None:
+def main(groups: list[str], only: str) -> None:
     for module in ("pytest", "torch", "transformers", "deepspeed", "peft", "mlflow", "fsspec", "s3fs", "moto.server"):
         with contextlib.suppress(ImportError):
             __import__(module)
@@ -189,9 +190,10 @@ def main(groups: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="longreach-mutations-") as scratch:
         folder = copy_of_checkout(Path(scratch))
         for group in groups:
-            for tests in dict.fromkeys(mutation[0] for mutation in MUTATIONS[group]):
+            chosen = [mutation for mutation in MUTATIONS[group] if only in mutation[2]]
+            for tests in dict.fromkeys(mutation[0] for mutation in chosen):
                 assert noticed(folder, tests) == "LIVES", "the tests fail without a mutation: " + failed_test(folder)
-            for tests, file, line, becomes in MUTATIONS[group]:
+            for tests, file, line, becomes in chosen:
                 text = (ROOT / file).read_text()
                 assert text.count(line) >= 1, f"{file} has no {line!r}"
                 (folder / file).write_text(text.replace(line, becomes, 1))
@@ -207,4 +209,6 @@ def main(groups: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=list(MUTATIONS), choices=list(MUTATIONS))
-    main(parser.parse_args().groups)
+    parser.add_argument("--only", default="", metavar="TEXT")
+    options = parser.parse_args()
+    main(options.groups, options.only)

@@ -122,6 +122,32 @@ def test_damaged_files_are_noticed_and_named(tmp_path: Path, damage: str):
         store.fetch("pack", "f6")
 
 
+def test_a_file_that_grew_is_noticed_without_reading_it(tmp_path: Path):
+    store = Store(str(tmp_path))
+    attempt = store.new_attempt("pack", "f14")
+    write(attempt)
+    artifact = store.publish(attempt, RECORD)
+    with (artifact.path / "rows/data.arrow").open("a") as file:
+        file.write("more")
+    assert store.problems(artifact, hashes=False) == ["rows/data.arrow: 10 bytes, 6 were published"]
+
+
+def test_a_download_that_is_cut_leaves_nothing_under_the_files_name(s3_root: str, tmp_path: Path, monkeypatch):
+    store = Store(f"{s3_root}/{tmp_path.name}", tmp_path / "scratch")
+    attempt = store.new_attempt("pack", "f15")
+    write(attempt)
+    artifact = store.publish(attempt, RECORD)
+
+    def half(key: str, place: str) -> None:
+        Path(place).write_text("tok")
+        raise OSError("the connection is gone")
+
+    monkeypatch.setattr(store.fs, "get_file", half)
+    with pytest.raises(OSError, match="connection"):
+        store.fetch("pack", "f15")
+    assert not [path for path in artifact.path.rglob("*") if path.is_file()]
+
+
 def test_a_remote_root_without_its_keys_or_bucket_is_one_clear_error(s3_root: str, tmp_path: Path, monkeypatch):
     assert Store(f"{s3_root}/nothing-there-yet", tmp_path).checked().fs, "nobody has published yet"
     with pytest.raises(ValueError, match=r"store 's3://missing/runs': there is no missing: correct store.root"):

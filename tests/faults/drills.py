@@ -132,6 +132,11 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "faults/test_faults_power.py::test_a_power_cut_at_any_moment_of_publication_leaves_the_artifact_or_the_checkpoint",
         "faults/test_faults_power.py::test_a_power_cut_at_any_moment_of_a_checkpoint_leaves_the_newest_finished_one",
     ),
+    24: ("test_infra_launch.py::test_a_rank_that_hangs_is_taken_for_dead_and_all_start_again",),
+    25: (
+        "test_hostile_input.py::test_a_model_that_lies_is_refused_by_name_or_taken_without_what_lies",
+        "test_hostile_input.py::test_a_text_that_lies_is_refused_by_name_or_said_to_be_malformed",
+    ),
 }
 """Number in docs/reliability.md -> node ids below tests/."""
 
