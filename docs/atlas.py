@@ -34,6 +34,8 @@ from longreach.infra.artifact import Artifact, Store
 DOCS = Path(__file__).parent
 LLAMA_70B, SMOLLM2 = KVBudget(64, 8, 128, (None,) * 80), KVBudget(9, 3, 64, (None,) * 30)
 """Heads, KV heads, head dim and layers of Llama-2-70B and SmolLM2-135M."""
+SENTENCES = {"agrees": "Agrees", "differs": "Differs", "cannot": "Not at this size"}
+"""The sentences on each figure, by their field of entries.yaml."""
 Choices = dict[str, Any]
 """What an entry or a result of entries.yaml says."""
 Results = dict[str, tuple[EvalScores, tuple[str, str]]]
@@ -268,7 +270,7 @@ DRAWINGS: dict[str, Callable[[Choices, Results], list[Figure]]] = {
 
 def page(atlas: Choices, results: Results) -> str:
     """Return docs/atlas.md."""
-    missing = sum(not _has_all(entry, results) for entry in atlas["entries"])
+    missing = sum(not _has_all(entry, results) and "older" not in entry for entry in atlas["entries"])
     counts = f"Of {len(atlas['entries'])} figures {missing} are missing."
     parts = [
         "# Atlas",
@@ -279,6 +281,8 @@ def page(atlas: Choices, results: Results) -> str:
         parts += [f"## {number}. {entry['title']}", f"*{entry['asks']}* The paper: {entry['paper']}."]
         if _has_all(entry, results):
             parts += _found(entry, results)
+        elif "older" in entry:
+            parts += _older(entry)
         else:
             parts += [f"**Missing.** {entry.get('why', 'No stored result has it.')} This makes it:"]
             parts += [f"```console\n$ {entry['make']}\n```"]
@@ -299,7 +303,7 @@ def _found(entry: Choices, results: Results) -> list[str]:
     numbers = {name: _numbers(scores) for name, (scores, _) in results.items()}
     numbers["kv"] = kv_numbers()
     parts.append(_table(entry, None, numbers))
-    for key, word in (("agrees", "Agrees"), ("differs", "Differs"), ("cannot", "Not at this size")):
+    for key, word in SENTENCES.items():
         parts.append(f"- **{word}.** {entry[key].format_map(numbers)}")
     origins: dict[str, list[str]] = {}
     for name in entry["of"] or ():
@@ -313,6 +317,20 @@ def _found(entry: Choices, results: Results) -> list[str]:
     ]
 
 
+def _older(entry: Choices) -> list[str]:
+    """Return what the page says where a run's picture and its numbers are kept, but not its scores."""
+    older = entry["older"]
+    rows = [[what, ours, paper] for (what, _, paper), ours in zip(entry["beside"], older["ours"], strict=True)]
+    picture = [f"![{entry['shows']}](images/{older['picture']})"] if "picture" in older else []
+    return [
+        *picture,
+        _table(entry | {"beside": rows}, None, {}),
+        *["\n".join(f"- **{word}.** {entry[key]}" for key, word in SENTENCES.items())],
+        f"The scores of this run are gone: what stands here is of {older['from']}. To have them anew:",
+        f"```console\n$ {entry['make']}\n```",
+    ]
+
+
 def _numbers(scores: EvalScores) -> dict[str, Any]:
     """Return the numbers that entries.yaml may name: a summary, or a table's rows."""
     numbers: dict[str, Any] = {**scores.summary}
@@ -323,7 +341,7 @@ def _numbers(scores: EvalScores) -> dict[str, Any]:
         numbers[f"mib {row['way']}"] = row["cache_mib"]
         ms.setdefault(row["cache_tokens"], {})[row["way"].split(",")[0]] = row["ms"]
     if len(ms) > 1:
-        ratios = [f"{ways['recompute'] / ways['4 sinks']:.1f}" for _, ways in sorted(ms.items())]
+        ratios = [f"{size}: {ways['recompute'] / ways['4 sinks']:.1f}" for size, ways in sorted(ms.items())]
         numbers["speedup"] = ", ".join(ratios)
     return numbers
 

@@ -49,11 +49,13 @@ def test_a_figure_without_its_results_is_missing_and_has_the_command_that_makes_
     made = atlas.page(entries, atlas.read_results(entries["results"], tmp_path))
     stored = [name for name, want in entries["results"].items() if "table" not in want]
     for entry, section in zip(entries["entries"], made.split("\n## ")[1:], strict=True):
-        missing = "of" not in entry or any(name in stored for name in entry["of"])
-        assert ("**Missing.**" in section) == missing, entry["name"]
-        assert ("images/" in section) <= (not missing), entry["name"]
-        if missing:
+        has_none = "of" not in entry or any(name in stored for name in entry["of"])
+        older = has_none and "older" in entry
+        assert ("**Missing.**" in section) == (has_none and not older), entry["name"]
+        assert ("The scores of this run are gone" in section) == older, entry["name"]
+        if has_none:
             assert f"$ {entry['make']}" in section
+            assert "images/atlas-" not in section
 
 
 def scores(tokens: int) -> EvalScores:

@@ -104,10 +104,12 @@ def test_three_long_tasks_score_as_the_harness_itself_scores_them_but_for_what_i
     tasks = ("longbench_qasper", "longbench_lcc", "longbench2_govt_multi")
     model, tokenizer = tiny_llama(), byte_tokenizer()
 
+    manager = _task_manager(str(mirror), json.dumps({"pretrained": model.name_or_path}))  # as ours: read once
+
     def theirs(max_length):
         plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length)
         with _in_folder(str(mirror)):
-            return simple_evaluate(plain, tasks=list(tasks), task_manager=_task_manager("."), bootstrap_iters=1000)
+            return simple_evaluate(plain, tasks=list(tasks), task_manager=manager, bootstrap_iters=1000)
 
     samples = theirs(4096)["samples"]  # what the model answers to a first question is made the right answer
     for dataset in ("qasper", "lcc"):
