@@ -449,6 +449,14 @@ def _report_on_the_rest(run: _Run) -> None:
 
 def _reason(error: Exception) -> str:
     """The stage's own exception in a line, without Ray's frames."""
+    from ray.exceptions import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):  # its own message is a page of tables
+        return (
+            "the machine's memory was full, so Ray ended it; to try it again would only repeat that: end what else "
+            "fills the memory, or take fewer resources.workers, shorter rows or resources.activation_checkpointing "
+            "(longreach plan says what each training needs)"
+        )
     cause = getattr(error, "cause", None) or error
     return str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
 

@@ -129,3 +129,35 @@ def test_the_current_folder_is_not_uploaded_where_uv_run_has_started_us(tmp_path
     command = ["bash", "-c", "exec -a uv bash run"]  # its command line is `uv run`, which is what Ray looks for
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.drill
+def test_a_stage_that_fills_the_memory_is_ended_and_not_tried_for_ever():
+    """Memory counts as full from 1% on; without our choice Ray tries such a task again without end."""
+    code = """if True:
+        import time
+        from longreach.infra.cluster import connected
+        from longreach.pipelines.run import _reason
+        with connected(None, cpus=1) as ray:
+            def fill():
+                kept = bytearray(300 << 20)
+                time.sleep(60)
+                return len(kept)
+            try:
+                ray.get(ray.remote(max_retries=2)(fill).remote(), timeout=120)
+            except ray.exceptions.RayError as error:
+                print(_reason(error))
+    """
+    full = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=os.environ | full,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stdout.strip().splitlines()[-1].startswith("the machine's memory was full, so Ray ended it"), (
+        done.stderr
+    )

@@ -119,6 +119,25 @@ def test_only_a_process_of_this_machine_is_known_to_be_gone():
     assert is_gone([*own[:3], "1"]), "its number went to another process"
 
 
+def test_a_process_that_has_ended_is_gone_though_its_parent_has_not_looked_yet():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark = process_mark(child.pid)
+    assert child.stdin
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays, as a zombie
+    assert is_gone(mark)
+    child.wait()
+
+
+def test_the_generation_before_stays_and_older_ones_go(store: Store):
+    """Who lists the folder while one takes over from the other must not miss both; and folders do not grow."""
+    for _ in range(4):
+        Lease(store, "nightly", "alice:1", beat_s=60).acquire(wait=False).release()
+    store.fs.invalidate_cache()
+    names = {Path(path).name.split(".")[0] for path in store.fs.glob(f"{store.base}/leases/nightly/*")}
+    assert names == {"00000003", "00000004"}
+
+
 def test_of_two_runs_started_together_one_waits_for_the_other(tmp_path: Path):
     store, inside, overlaps = Store(str(tmp_path)), [], []
 

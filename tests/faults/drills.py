@@ -137,6 +137,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "test_hostile_input.py::test_a_model_that_lies_is_refused_by_name_or_taken_without_what_lies",
         "test_hostile_input.py::test_a_text_that_lies_is_refused_by_name_or_said_to_be_malformed",
     ),
+    26: ("test_infra_cluster.py::test_a_stage_that_fills_the_memory_is_ended_and_not_tried_for_ever",),
 }
 """Number in docs/reliability.md -> node ids below tests/."""
 
