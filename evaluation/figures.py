@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import altair as alt
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
+"""Okabe and Ito's, which the colour-blind can tell apart."""
+MORE_COLOURS = ("#882255", "#999933")
+"""Of Paul Tol's, for figures with more names."""
 BLUES = (
     "#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b",
 )  # fmt: skip
@@ -61,8 +64,9 @@ class Style:
 
     @classmethod
     def of(cls, names: Iterable[str], dashed: Iterable[str] = ()) -> Style:
-        """Give each name a look; after seven names the colours come again, with other markers."""
+        """Give each name a look; after nine names the colours come again, with other markers."""
         colours = [COLOURS[n] for n in (0, 2, 1, 4, 5, 6, 3)]  # yellow is too pale for lines
+        colours += MORE_COLOURS
         markers = (
             "circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left",
         )  # fmt: skip

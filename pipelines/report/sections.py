@@ -344,7 +344,8 @@ def pretraining(found: Findings) -> Section | None:
             "What to see: whether a sink costs anything in loss. The arms read the same text in the same order, but "
             "the one with a sink token also has to predict each row's first token, from nothing."
         )
-    where = [*_sink_masses(arms), *_sink_heads(arms)]
+    style = _sink_style(arms, style_of(found))
+    where = [*_sink_masses(arms, style), *_sink_heads(arms, style)]
     return losses(found, "pretrain", "Attention-sink pretraining", "pretrain-loss.png", caption, where)
 
 
@@ -352,7 +353,15 @@ SINKS = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
 """Where attention may rest, and how a table calls it."""
 
 
-def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
+def _sink_style(arms: Mapping[str, Model], style: Style) -> Style:
+    """Return the style in which an arm's sink in the softmax has its arm's colour, and is dashed."""
+    looks = {}
+    for name in arms:
+        looks[f"{name} (softmax)"] = style[name]._replace(line="dashed")
+    return style.with_looks(looks)
+
+
+def _sink_masses(arms: Mapping[str, Model], style: Style) -> list[Block]:
     """Return how much attention rests on the first token (and in the softmax's sink) as training
     goes on."""
     rows = []
@@ -370,11 +379,11 @@ def _sink_masses(arms: Mapping[str, Model]) -> list[Block]:
     axes = ("optimizer step", "share of attention")
     return [
         Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], rows),
-        [lines("sink-mass.png", "Where attention rests", caption, axes, curves, Style.of(curves))],
+        [lines("sink-mass.png", "Where attention rests", caption, axes, curves, style)],
     ]
 
 
-def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
+def _sink_heads(arms: Mapping[str, Model], style: Style) -> list[Block]:
     """Return the share of heads that rest on the first token (and in the softmax's sink) as
     training goes on."""
     rows = []
@@ -394,7 +403,7 @@ def _sink_heads(arms: Mapping[str, Model]) -> list[Block]:
     title = "Share of heads with a sink at the end of training, by the mean attention that makes a head one"
     return [
         Table(title, ["arm", "above 0.3", "above 0.2"], rows),
-        [lines("sink-heads.png", "How many heads have a sink", caption, axes, curves, Style.of(curves))],
+        [lines("sink-heads.png", "How many heads have a sink", caption, axes, curves, style)],
     ]
 
 
