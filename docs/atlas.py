@@ -270,8 +270,10 @@ DRAWINGS: dict[str, Callable[[Choices, Results], list[Figure]]] = {
 
 def page(atlas: Choices, results: Results) -> str:
     """Return docs/atlas.md."""
-    missing = sum(not _has_all(entry, results) and "older" not in entry for entry in atlas["entries"])
-    counts = f"Of {len(atlas['entries'])} figures {missing} are missing."
+    drawn = sum(_has_all(entry, results) for entry in atlas["entries"])
+    older = sum(not _has_all(entry, results) and "older" in entry for entry in atlas["entries"])
+    missing = len(atlas["entries"]) - drawn - older
+    counts = f"{drawn} are drawn from stored results, {older} shown from runs whose scores are gone, {missing} missing."
     parts = [
         "# Atlas",
         "<!-- made by docs/atlas.py from docs/atlas/entries.yaml -->",
