@@ -145,6 +145,15 @@ def test_names_that_yaml_or_a_pattern_would_read_otherwise_are_held_out_all_the_
     assert [split_of(name, corpus) for name in names].count("test") == 1
 
 
+def test_the_home_folder_is_meant_by_its_sign(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd() / "home"))
+    Path("home").mkdir()
+    write_texts(Path("home/texts"))
+    for place in ("~/texts", "~/texts/*.txt"):
+        assert len(init.look([place]).chars) == 4
+    assert not Path("~").exists()
+
+
 def test_more_minutes_are_more_steps_and_they_fit(bases: Path) -> None:
     write_texts(Path("texts"), count=5, chars=2_000_000)
     steps = []
