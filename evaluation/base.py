@@ -129,6 +129,8 @@ class Evaluation:
     """The heading of its section."""
     gate: ClassVar[tuple[str, ...]] = ()
     """Rules of the recipe's section `promote` that are decided by these scores, by field name."""
+    folds_answers: ClassVar[bool] = True
+    """Whether a sample of the answers, if cases have any, is folded in at the end of its section."""
     Choices: ClassVar[type[EvalChoices]]
     """The type of its section in a recipe."""
 
@@ -175,7 +177,8 @@ class Evaluation:
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
-        """Return the section of a page on one model's scores or on those of many, compared.
+        """Return the section of a page on one model's scores or on those of many, compared; what was
+        answered is folded in at its end.
 
         Args:
             models: the scores of this evaluation by the model's name, at least one.
@@ -183,11 +186,14 @@ class Evaluation:
             background: what is known beside the scores.
         """
         from longreach.evaluation.blocks import Section
+        from longreach.evaluation.sections import raw_answers
 
         blocks = cls.words_and_tables(models, background)
         figures = cls.figures(models, style, background)
         if figures:
             blocks.append(figures)
+        if cls.folds_answers:
+            blocks += raw_answers(models)
         return Section(cls.title, blocks)
 
     @classmethod

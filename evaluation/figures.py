@@ -252,6 +252,64 @@ def grid(
     return Figure(file, title, caption, _finished(alt.layer(*layers).properties(height=height), title))
 
 
+def concatenated(file: str, title: str, caption: str, rows: Sequence[tuple[str, Sequence[Any]]]) -> Figure:
+    """Draw small charts side by side, a row below the other, each row under its name."""
+    import altair as alt
+
+    parts = []
+    for name, panels in rows:
+        heading = alt.TitleParams(name, anchor="start", fontSize=FONT, fontWeight="normal", offset=4)
+        parts.append(alt.hconcat(*panels, spacing=24).properties(title=heading))
+    return Figure(file, title, caption, _finished(alt.vconcat(*parts, spacing=14), title))
+
+
+def small_grids(
+    file: str,
+    title: str,
+    caption: str,
+    axes: tuple[str, str, str],
+    columns: Sequence[str],
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, str]]]],
+    top: float,
+) -> Figure:
+    """Draw a small grid for each name, two in a line: cells of (value, text), dark towards `top`.
+
+    Args:
+        axes: names of the x axis, the y axis and the value.
+        panels: by name, rows by their own name, with a cell for each of `columns`; the first
+            MOST_SERIES are drawn.
+    """
+    import altair as alt
+
+    panels, caption = _first(panels, caption, MOST_SERIES)
+    cells: list[dict[str, Any]] = []
+    for name, rows in panels.items():
+        for row, values in rows.items():
+            for column, (value, text) in zip(columns, values, strict=True):
+                shown = value if math.isfinite(value) else None
+                says = text.replace("\n", "; ")
+                cells.append({"name": name, "row": row, "column": column, "value": shown, "says": says})
+    scale = alt.Scale(domain=[top * n / 8 for n in range(9)], range=list(BLUES), clamp=True)
+    order = list(dict.fromkeys(cell["row"] for cell in cells))
+    small: dict[str, Any] = {"domain": False, "ticks": False, "labelFontSize": FONT - 2, "titleFontSize": FONT - 2}
+    chart = (
+        alt.Chart(alt.Data(values=cells))
+        .mark_rect()
+        .encode(
+            x=alt.X("column", type="ordinal", title=axes[0], sort=list(columns), axis=alt.Axis(labelAngle=0, **small)),
+            y=alt.Y("row", type="ordinal", title=axes[1], sort=order, axis=alt.Axis(**small)),
+            color=alt.Color(
+                "value", type="quantitative", title=axes[2], scale=scale,
+                legend=alt.Legend(orient="bottom", gradientThickness=12, gradientLength=160),
+            ),
+            tooltip=[alt.Tooltip("name", type="nominal"), alt.Tooltip("says", type="nominal", title="cell")],
+        )
+        .properties(width=165, height=20 * max(len(order), 3))
+        .facet(facet=alt.Facet("name", type="nominal", title=None, sort=list(panels)), columns=2)
+    )  # fmt: skip
+    return Figure(file, title, caption, _finished(chart, title))
+
+
 def _first(series: Mapping[str, Any], caption: str, most: int) -> tuple[Mapping[str, Any], str]:
     """Return the first `most` of some series, and the caption, which then counts the others."""
     others = len(series) - most
@@ -360,7 +418,7 @@ def _finished(chart: Any, title: str) -> Any:
     """Give a chart its title, its width and the look that all figures have."""
     import altair as alt
 
-    if not isinstance(chart, alt.VConcatChart):
+    if not isinstance(chart, alt.VConcatChart | alt.FacetChart):
         chart = chart.properties(width=WIDTH, autosize=alt.AutoSizeParams(type="fit", contains="padding"))
     heading = alt.TitleParams(textwrap.wrap(title, 60), anchor="start", frame="bounds", fontSize=14, offset=12)
     return _configured(chart.properties(title=heading))

@@ -45,6 +45,7 @@ class Harness(Evaluation):
 
     name = "harness"
     title = "Tasks of lm-evaluation-harness"
+    folds_answers = False  # its page has a table of them, with prompts
 
     class Choices(EvalChoices):
         """Tasks of EleutherAI's lm-evaluation-harness: LongBench, LongBench v2, RULER and all

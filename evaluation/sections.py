@@ -11,10 +11,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from longreach.evaluation.blocks import Figure, Table
-from longreach.evaluation.figures import Style, grid
+from longreach.evaluation.blocks import Block, Details, Figure, Table
+from longreach.evaluation.figures import Style, grid, small_grids
 from longreach.evaluation.scores import EvalScores, Row
 
+SAMPLES = 12
+"""Answers of a model that a page shows, spread evenly over all of them."""
+MOST_SHOWN = 300
+"""Characters of an answer that a page shows."""
+ASKED = ("task", "distractors", "way", "cache_tokens", "length", "size", "depth", "place", "distance")
+"""What a case may say of where its answer stood."""
 DASH = "–"
 """Stands in a table's cell where a value does not apply."""
 
@@ -84,8 +90,8 @@ def summary_table(title: str, models: Mapping[str, EvalScores]) -> Table:
 
 
 def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScores]) -> list[Figure]:
-    """Return a grid of model x length and, for each model with several depths, one of depth x
-    length.
+    """Return a grid of model x length (of several models) and one of depth x length: of several
+    models small ones side by side, which share their colours.
 
     Args:
         evaluation: name of an evaluation with rows of the kinds `length` and `cell`; the files are
@@ -106,14 +112,48 @@ def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScor
         totals[name] = {row["length"]: row for row in scores.rows_with(kind="length")}
     caption = "In a cell: found of asked, and nats per token of the answer."
     figures = [draw(f"{evaluation}.png", title, caption, totals)]
+    panels = {}
     for name, rows in cells.items():
         by_depth: dict[str, dict[int, Row]] = {}
         for row in sorted(rows, key=lambda row: row["depth"]):
             by_depth.setdefault(f"{100 * row['depth']:.4g}%", {})[row["length"]] = row  # depths have four decimals
         if len(by_depth) > 1:
-            caption = "By depth: 0% is the prompt's beginning."
-            figures.append(draw(f"{evaluation}-{name}.png", f"{title} {name}", caption, by_depth))
+            panels[name] = by_depth
+    caption = "By depth: 0% is the prompt's beginning."
+    if len(panels) == 1:
+        ((name, by_depth),) = panels.items()
+        figures.append(draw(f"{evaluation}-{name}.png", f"{title} {name}", caption, by_depth))
+    elif panels:
+        grids = {}
+        for name, by_depth in panels.items():
+            grids[name] = {
+                depth: [_retrieval_cell(rows.get(length)) for length in lengths] for depth, rows in by_depth.items()
+            }
+        file, caption = f"{evaluation}-depths.png", f"{caption} Light: the model is sure; dark: it guesses."
+        figures.append(
+            small_grids(file, f"{title} By depth", caption, (axes[0], "depth", axes[1]), columns, grids, top)
+        )
     return figures
+
+
+def raw_answers(models: Mapping[str, EvalScores]) -> list[Block]:
+    """Return a sample of what each model was asked and what it answered, folded in; nothing without
+    cases."""
+    tables: list[Block] = []
+    for name, scores in models.items():
+        cases = [case for case in scores.cases if "got" in case]
+        if not cases:
+            continue
+        chosen = [cases[n * len(cases) // SAMPLES] for n in range(SAMPLES)] if len(cases) > SAMPLES else cases
+        lines = []
+        for case in chosen:
+            asked = [f"{key} {case[key]}" for key in ASKED if case.get(key) is not None]
+            right = f"{case['score']:.2f}" if "score" in case else ("no", "yes")[bool(case.get("correct"))]
+            lines.append([", ".join(asked), str(case.get("expected", DASH)), case["got"][:MOST_SHOWN], right])
+        caption = f"{name}: {len(lines)} of {len(cases)} answers"
+        legend = "All answers, with their prompts, are in cases.jsonl."
+        tables.append(Table(caption, ["asked", "expected", "answer", "right"], lines, legend=legend, prose=True))
+    return [Details("Raw answers", tables)] if tables else []
 
 
 def _retrieval_cell(row: Row | None) -> tuple[float, str]:

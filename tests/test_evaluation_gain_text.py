@@ -98,6 +98,6 @@ def test_the_page_of_one_model_folds_its_texts_in():
     blocks = Gain.section({"m": scores}, Style.of(["m"]), Background()).blocks
     (details,) = [block for block in blocks if isinstance(block, Details)]
     html = Page("t", "a", "", [Section("s", blocks)]).html(interactive=True)
-    assert html.count("<details>") == 1
+    assert html.count('<details class="fold">') == 1
     assert html.index("<summary>m: the text") < html.index("ab" * 4)
     assert isinstance(details.blocks[0], Coloured)

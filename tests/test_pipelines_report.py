@@ -984,4 +984,4 @@ def test_models_are_compared_by_depth_by_place_and_by_layer(written):
     assert [picture.file for picture in pictures] == files
     assert "Even attention would give the first token 0.083" in pictures[1].caption
     assert all(len(picture.caption) > 20 for picture in pictures)
-    assert (written[0] / "passkey-longlora.png").is_file()
+    assert (written[0] / "passkey-depths.png").is_file()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from longreach.evaluation import EVALS
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
+from longreach.evaluation.context_use import use_figure
 from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines
 from longreach.evaluation.gain import Gain, difference_cell, gain_figure, over_base
 from longreach.evaluation.sections import DASH, finite, perplexity_cell, perplexity_curve, perplexity_text
@@ -67,7 +68,8 @@ def results(
         groups.append((group, len(list(neighbours))))
     table = Table(caption, ["model", *(column.head for column in columns)], rows, groups, _legend(found))
     gain = gain_figure(found.scores_of(Gain.name), style_of(found), found.background())
-    figures = [*gain, *_perplexity_figure(found), *_frontier_figure(found), *_cost_figure(found)]
+    use = use_figure({name: model.scores for name, model in found.compared.items()})
+    figures = [*gain, *use, *_perplexity_figure(found), *_frontier_figure(found), *_cost_figure(found)]
     return Section(title, [table, figures])
 
 

@@ -1,0 +1,141 @@
+"""How far does a model still use what it reads? Everything that was measured by length, a row for
+each model.
+
+Left: what is found, as a share, by each evaluation in which something has to be found; a ring marks
+a kind's effective length, the longest up to which it keeps RULER_BAR of its score at its shortest
+length (RULER, arXiv:2404.06654). Right: what context gains on the same tokens (evaluation/gain.py).
+All rows have the same axes, so that models compare down a column.
+
+    use_figure({"base": {"passkey": passkey_scores, "gain": gain_scores}})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longreach.evaluation.blocks import Figure
+from longreach.evaluation.figures import FONT, GREY, WIDTH, Style, concatenated
+from longreach.evaluation.needle import RULER_BAR
+from longreach.evaluation.scores import EvalScores, effective_length
+
+FOUND = {"passkey": "accuracy", "needle": "accuracy", "ruler": "score"}
+"""Evaluations with rows of kind `length`, and the column that is a share from 0 to 1."""
+OWN_TASK = "no_shared_words"
+"""RULER's tasks are drawn as their mean, this one by itself: it cannot be found by words."""
+MOST_MODELS = 8
+"""Rows of the figure; a caption says how many more models there are."""
+
+Curve = list[tuple[int, float]]
+
+
+def found_by_length(scores: Mapping[str, EvalScores]) -> dict[str, Curve]:
+    """Return the share that is found by kind, as (length, share)."""
+    curves: dict[str, Curve] = {}
+    for evaluation, column in FOUND.items():
+        if evaluation not in scores:
+            continue
+        shares: dict[str, dict[int, list[float]]] = {}
+        for row in scores[evaluation].rows_with(kind="length"):
+            kind = evaluation
+            if evaluation == "ruler":
+                kind = OWN_TASK if row["task"] == OWN_TASK else "RULER's tasks, mean"
+            shares.setdefault(kind, {}).setdefault(row["length"], []).append(row[column])
+        for kind, by_length in shares.items():
+            curves[kind] = [(length, sum(of) / len(of)) for length, of in sorted(by_length.items())]
+    return curves
+
+
+def gained_by_length(scores: Mapping[str, EvalScores]) -> Curve:
+    """Return nats per token gained over the model's shortest context, as (length, nats)."""
+    if "gain" not in scores:
+        return []
+    rows = scores["gain"].rows_with(kind="pooled", split="test")
+    return sorted((row["length"], row["own_gain"]) for row in rows if "own_gain" in row)
+
+
+def reached(curve: Curve) -> int:
+    """Return the effective length of a kind: 0 where nothing is found at its shortest length."""
+    bar = RULER_BAR * curve[0][1]
+    if not bar:
+        return 0
+    return effective_length([{"length": length, "accuracy": share} for length, share in curve], bar)
+
+
+def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
+    """Draw a row for each model: shares that are found and the gain from context, by length.
+
+    Args:
+        models: scores by the model's name and the evaluation's.
+
+    Nothing where no model was measured in two lengths.
+    """
+    found = {name: found_by_length(scores) for name, scores in models.items()}
+    gained = {name: gained_by_length(scores) for name, scores in models.items()}
+    names = [name for name in models if gained[name] or found[name]]
+    lengths: set[int] = set()
+    for name in names:
+        for curve in [*found[name].values(), gained[name]]:
+            lengths |= {length for length, _ in curve}
+    if len(lengths) < 2:
+        return []
+    kinds = list(dict.fromkeys(kind for name in names for kind in found[name]))
+    style, nats = Style.of(kinds), [point[1] for name in names for point in gained[name]]
+    rows = []
+    for name in names[:MOST_MODELS]:
+        panels = []
+        if kinds:
+            panels.append(_panel(found[name], "share found", (0, 1), sorted(lengths), kinds, style))
+        if nats:
+            room = 0.1 * max(max(nats) - min(nats), 0.01)
+            ends = (min(nats) - room, max(nats) + room)
+            curves = {"gain": gained[name]} if gained[name] else {}
+            panels.append(_panel(curves, "nats gained", ends, sorted(lengths), [], style))
+        rows.append((name, panels))
+    caption = (
+        f"A row for each model. Ring: effective length, the longest up to which {RULER_BAR:g} of the score at the "
+        "shortest length is kept. Gain: the same tokens, predicted better than in the model's shortest context; "
+        "below 0: worse. The answers themselves are under each evaluation."
+    )
+    if len(names) > MOST_MODELS:
+        caption += f" {len(names) - MOST_MODELS} more are left out."
+    return [concatenated("context-use.png", "How far does it still use what it reads?", caption, rows)]
+
+
+def _panel(
+    curves: Mapping[str, Curve],
+    title: str,
+    ends: tuple[float, float],
+    lengths: list[int],
+    kinds: list[str],
+    style: Style,
+) -> Any:
+    """Return one small chart; the colours of `kinds`, if there are any, have a legend."""
+    import altair as alt
+
+    points = []
+    for kind, curve in curves.items():
+        ring = reached(curve) if kinds else 0
+        points += [{"kind": kind, "x": x, "y": y, "ring": x == ring} for x, y in curve]
+    colour: Any = alt.value(GREY)
+    if kinds:
+        colours = alt.Scale(domain=kinds, range=[style[kind].colour for kind in kinds])
+        legend = alt.Legend(title=None, orient="bottom", columns=2, labelLimit=WIDTH)
+        colour = alt.Color("kind", type="nominal", sort=None, scale=colours, legend=legend)
+    x_axis = alt.Axis(values=lengths, format=",", labelOverlap=True, labelFontSize=FONT - 2, titleFontSize=FONT - 2)
+    x_scale = alt.Scale(type="log", base=2, domain=[lengths[0], lengths[-1]], nice=False, padding=10)
+    y_axis = alt.Axis(tickCount=4, labelFontSize=FONT - 2, titleFontSize=FONT - 2)
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("x", type="quantitative", title="tokens of context", scale=x_scale, axis=x_axis),
+        y=alt.Y("y", type="quantitative", title=title, scale=alt.Scale(domain=list(ends), nice=False), axis=y_axis),
+        color=colour,
+        tooltip=[
+            alt.Tooltip("kind", type="nominal"),
+            alt.Tooltip("x", type="quantitative", title="tokens", format=","),
+            alt.Tooltip("y", type="quantitative", title=title, format=".3f"),
+        ],
+    )
+    ring = base.transform_filter("datum.ring").mark_point(size=170, strokeWidth=1.8, filled=False)
+    return alt.layer(base.mark_line(strokeWidth=2), base.mark_point(size=36, filled=True, opacity=1), ring).properties(
+        width=165, height=120
+    )
