@@ -1,5 +1,6 @@
 """What `plan` says that training will cost, before anything has trained on this machine and after."""
 
+import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from longreach.pipelines.foresee import TRIED, foresee, measured, tried
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training import cost
+from longreach.training import probe as trial
 from longreach.training.convert import PACKAGES, config_of
 from longreach.training.cost import Machine, Prediction, Shape
 from longreach.training.probe import probe
@@ -86,6 +88,19 @@ def test_the_trial_works_on_as_many_ranks_as_there_will_be() -> None:
     assert machine is not None
     for rate in ("matmul", "attention", "attention_backward", "bytes"):
         assert 1e6 < asdict(machine)[rate] < 1e14
+
+
+def test_a_rank_of_two_threads_is_taken_to_be_twice_as_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = tmp_path / "python"
+    said.write_text(f"#!/bin/sh\necho x >> {tmp_path}/started\necho '{json.dumps(asdict(FAST))}'\n")
+    said.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(said))
+    monkeypatch.setattr(trial, "usable_cores", lambda: 4)
+    assert probe(SHAPE, Resources(workers=2)) == FAST
+    assert probe(SHAPE, Resources(workers=1, cpus_per_worker=2)) == replace(
+        FAST, matmul=2e11, attention=2e11, attention_backward=2e11, bytes=2e10
+    )
+    assert (tmp_path / "started").read_text().count("x") == 4, "a process for each thread"
 
 
 def test_a_thread_that_waits_for_a_core_is_not_slow() -> None:
