@@ -68,7 +68,8 @@ def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
     Args:
         models: scores by the model's name and the evaluation's.
 
-    Nothing where no model was measured in two lengths.
+    Nothing where all was measured in one length, or where the gain alone was, which has a figure of
+    its own.
     """
     found = {name: found_by_length(scores) for name, scores in models.items()}
     gained = {name: gained_by_length(scores) for name, scores in models.items()}
@@ -77,15 +78,13 @@ def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
     for name in names:
         for curve in [*found[name].values(), gained[name]]:
             lengths |= {length for length, _ in curve}
-    if len(lengths) < 2:
-        return []
     kinds = list(dict.fromkeys(kind for name in names for kind in found[name]))
+    if not kinds or len(lengths) < 2:
+        return []
     style, nats = Style.of(kinds), [point[1] for name in names for point in gained[name]]
     rows = []
     for name in names[:MOST_MODELS]:
-        panels = []
-        if kinds:
-            panels.append(_panel(found[name], "share found", (0, 1), sorted(lengths), kinds, style))
+        panels = [_panel(found[name], "share found", (0, 1), sorted(lengths), kinds, style)]
         if nats:
             room = 0.1 * max(max(nats) - min(nats), 0.01)
             ends = (min(nats) - room, max(nats) + room)

@@ -67,6 +67,7 @@ def test_each_model_is_a_row_with_one_ring_a_kind_and_all_share_their_axes():
     assert figure.png.startswith(b"\x89PNG")
     assert use_figure({str(n): both for n in range(MOST_MODELS + 2)})[0].caption.endswith("2 more are left out.")
     assert use_figure({"a": {"passkey": passkey({64: 2})}, "b": {}}) == []
+    assert use_figure({"a": {"gain": both["gain"]}}) == []
 
 
 def test_several_models_have_one_figure_by_depth_and_their_answers_folded_in():
