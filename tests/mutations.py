@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT_CPU_S, LIMIT_S = 120, 900
+LIMIT_CPU_S, LIMIT_S = 120, 400
 """A mutation that makes a test wait for ever counts as noticed; the machine may be busy."""
 STORE = (
     "tests/test_infra_artifact.py tests/test_infra_files.py tests/faults/test_faults_power.py -k 'not of_a_checkpoint'"

@@ -28,8 +28,12 @@ S2 = {"pattern": "shifted_sparse", "group_tokens": 8}
 IDS = torch.arange(2, 40)[None]
 
 
+def logged(todo):
+    return [json.loads(line) for line in (Path(todo["out"]) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(todo):
-    return [json.loads(line)["loss"] for line in (Path(todo["out"]) / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in logged(todo)]
 
 
 def weights(todo):
@@ -73,6 +77,36 @@ def test_resume_is_bitwise_identical(tmp_path, crash, tune, another_attempt):
         stopped = job(tmp_path, name="again", arm=arm, earlier=(stopped["work"],))
     assert train(stopped).resumed_from_step == 4
     assert_identical(whole, stopped)
+
+
+SETTINGS = {
+    "ZeRO 0": {"resources": {"zero_stage": 0}},
+    "ZeRO 1": {"resources": {"zero_stage": 1}},
+    "ZeRO 3": {"resources": {"zero_stage": 3}},
+    "bfloat16": {"resources": {"dtype": "bfloat16"}},
+    "bfloat16, ZeRO 3": {"resources": {"dtype": "bfloat16", "zero_stage": 3}},
+    "activation checkpointing": {"resources": {"activation_checkpointing": True}},
+    "8 rows accumulated": {"optim": {"global_batch_tokens": 256}},
+    "2 rows at a time": {"optim": {"global_batch_tokens": 256}, "resources": {"micro_batch_rows": 2}},
+    "wsd, weight decay": {"optim": {"schedule": "wsd", "decay_fraction": 0.5, "weight_decay": 0.1}},
+    "another clip": {"optim": {"clip_norm": 0.01, "beta2": 0.9}},
+}
+"""Settings in which training goes on exactly; dropout has a test of its own, below."""
+TIMES = {"seconds", "tokens_per_s", "phases", "mfu"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resume_is_bitwise_identical_in_every_setting(tmp_path, crash, setting):
+    choices = SETTINGS[setting]
+    whole, stopped = (job(tmp_path, name=name, **{k: dict(v) for k, v in choices.items()}) for name in ("whole", "cut"))
+    train(whole)
+    crash(stopped, 5)
+    assert train(stopped).resumed_from_step == 4
+    assert_identical(whole, stopped)
+    for row, again in zip(logged(whole), logged(stopped), strict=True):
+        for key in row.keys() - TIMES:
+            assert row[key] == again[key]
 
 
 def test_dropout_goes_on_bit_by_bit_as_if_training_had_not_been_stopped(tmp_path, crash, monkeypatch):
