@@ -33,7 +33,7 @@ LOST_ANSWER = "tests/faults/test_faults_s3.py -k answer_was_lost"
 LEASE = "tests/test_infra_lease.py tests/test_infra_lease_orders.py"
 MIRROR = (
     "tests/test_infra_mirror.py -k 'embedded_store_shows or refuses or deleted or made_twice or two_mirrors or "
-    "waited_for or without_a_parent or killed_parent'"
+    "waited_for or without_a_parent'"
 )
 CHECKPOINT = (
     "tests/test_training_checkpoint.py tests/faults/test_faults_power.py -k 'bit or damaged or never_finished or "

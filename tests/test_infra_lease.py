@@ -119,6 +119,36 @@ def test_only_a_process_of_this_machine_is_known_to_be_gone():
     assert is_gone([*own[:3], "1"]), "its number went to another process"
 
 
+def test_after_its_release_a_lease_writes_nothing_and_one_that_was_lost_releases_nothing(tmp_path: Path):
+    store = Store(str(tmp_path))
+    lease = Lease(store, "ended", "alice:1", beat_s=0.01).acquire(wait=False)
+    lease.release()
+    (heartbeat,) = [thread for thread in threading.enumerate() if thread.name == "lease ended"] or [None]
+    if heartbeat:
+        heartbeat.join(30)
+        assert not heartbeat.is_alive()
+    lost = Lease(store, "taken", "alice:1", beat_s=60).acquire(wait=False)
+    lost.lost.set()
+    lost.release()
+    assert not list((tmp_path / "leases/taken").glob("*.released"))
+
+
+def test_a_counter_that_moves_now_and_then_is_a_sign_of_life_each_time(tmp_path: Path, monkeypatch):
+    store = Store(str(tmp_path))
+    holder = Lease(store, "slow", "alice:1", beat_s=60).acquire(wait=False)
+    counters, seen = iter(b"aabbccddeeff"), []
+
+    def every_second_beat(self: Lease, generation: int) -> bytes:
+        seen.append(next(counters))
+        if len(seen) == 10:
+            holder.release()
+        return bytes(seen[-1:])
+
+    monkeypatch.setattr(Lease, "_counter", every_second_beat)
+    Lease(store, "slow", "bob:2", beat_s=0.001, patience_beats=4).acquire(wait=True).release()
+    assert len(seen) >= 10, "taken over while the counter still moved"
+
+
 def test_a_process_that_has_ended_is_gone_though_its_parent_has_not_looked_yet():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     mark = process_mark(child.pid)
