@@ -139,6 +139,7 @@ def test_a_checkpoint_that_was_never_finished_is_not_seen_and_goes(tmp_path, cra
     crash(todo, 3)
     folder = Path(todo["work"]) / "checkpoints"
     (folder / "step-00000002").rename(folder / ".draft-step-00000002")
+    (folder / ".draft-step-00000099").mkdir()  # no later checkpoint takes this one's place
     assert train(todo).resumed_from_step == 0
     assert not list(folder.glob(".draft*"))
 
