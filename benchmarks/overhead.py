@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 import torch
+from own_training import train
 from transformers import AutoTokenizer
 
 from longreach.attention import PATTERNS
 from longreach.attention.hf import set_pattern
 from longreach.infra.cluster import connected
-from longreach.infra.launch import run_ranks
 from longreach.infra.resources import Resources
 from longreach.training.corpus import PackedRows, pack_corpus
 from longreach.training.loss import TokenLoss, count_targets
@@ -35,7 +35,6 @@ from longreach.training.recipe import (
     OptimRecipe,
     PackRecipe,
     SourceRecipe,
-    TrainJob,
 )
 from longreach.training.row_order import RowOrder
 from longreach.training.train_tokenizer import train_tokenizer
@@ -70,30 +69,16 @@ def plain(folder: Path) -> list[float]:
 
 def ours(folder: Path, zero_stage: int, name: str) -> tuple[list[float], list[float]]:
     """(seconds of each step, seconds of each checkpoint) of the product's way, through Ray Train."""
-    place = folder / name
-    job = TrainJob(
-        kind="finetune",
-        corpus=str(folder / "corpus"),
-        base=str(folder / "base"),
-        arm=ArmRecipe(tune="all"),
-        optim=OPTIM,
-        seed=0,
-        resources=Resources(workers=1, cpus_per_worker=2, zero_stage=zero_stage, checkpoint_every_steps=INTERVAL),
-        out=str(place / "out"),
-        work=str(place / "work"),
-        superseded_file=str(place / "superseded"),
+    trained = train(
+        folder / "corpus",
+        folder / "base",
+        folder / name,
+        ArmRecipe(tune="all"),
+        OPTIM,
+        Resources(workers=1, cpus_per_worker=2, zero_stage=zero_stage, checkpoint_every_steps=INTERVAL),
     )
-    run_ranks(
-        "longreach.training.loop:train",
-        job.model_dump(mode="json"),
-        resources=job.resources,
-        name="train",
-        storage=place / "ray",
-    )
-    rows = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
-    return [row["seconds"] for row in rows], [
-        row["phases"]["checkpoint"] for row in rows if "checkpoint" in row["phases"]
-    ]
+    saved = [row["phases"]["checkpoint"] for row in trained.steps if "checkpoint" in row["phases"]]
+    return [row["seconds"] for row in trained.steps], saved
 
 
 def main() -> None:

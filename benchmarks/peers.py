@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from own_training import train
 from transformers import AutoTokenizer
 
 from longreach.infra.cluster import connected
-from longreach.infra.launch import run_ranks
 from longreach.infra.resources import Resources
 from longreach.training.convert import convert
 from longreach.training.corpus import PackedRows, pack_corpus
@@ -46,9 +46,7 @@ from longreach.training.recipe import (
     OptimRecipe,
     PackRecipe,
     SourceRecipe,
-    TrainJob,
 )
-from longreach.training.summary import TrainingSummary
 from longreach.training.throughput import peak_gib
 
 CORES = len(os.sched_getaffinity(0))
@@ -63,28 +61,15 @@ def ours(folder: Path, arm: str, length: int, turn: str) -> tuple[list[float], f
     choices: dict[str, Any] = {"tune": {"lora": "lora", "longlora": "lora+embed+norm", "full": "all"}[arm]}
     if arm == "longlora":
         choices["attention"] = {"pattern": "shifted_sparse", "group_tokens": length // 4}
-    place = folder / f"ours-{arm}-{length}-{turn}"
-    job = TrainJob(
-        kind="finetune",
-        corpus=str(folder / f"rows-{length}"),
-        base=str(folder / "base"),
-        arm=ArmRecipe.model_validate(choices),
-        optim=OptimRecipe(steps=STEPS, global_batch_tokens=CORES * length, learning_rate=1e-4, warmup_steps=1),
-        seed=0,
-        resources=Resources(workers=CORES, zero_stage=2),
-        out=str(place / "out"),
-        work=str(place / "work"),
-        superseded_file=str(place / "superseded"),
+    trained = train(
+        folder / f"rows-{length}",
+        folder / "base",
+        folder / f"ours-{arm}-{length}-{turn}",
+        ArmRecipe.model_validate(choices),
+        OptimRecipe(steps=STEPS, global_batch_tokens=CORES * length, learning_rate=1e-4, warmup_steps=1),
+        Resources(workers=CORES, zero_stage=2),
     )
-    run_ranks(
-        "longreach.training.loop:train",
-        job.model_dump(mode="json"),
-        resources=job.resources,
-        name="train",
-        storage=place / "ray",
-    )
-    steps = [json.loads(line)["seconds"] for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
-    return steps[1:], TrainingSummary.read(place / "out").peak_gib
+    return [row["seconds"] for row in trained.steps[1:]], trained.summary.peak_gib
 
 
 def peer(kind: str, folder: Path, arm: str, length: int) -> tuple[list[float], float]:

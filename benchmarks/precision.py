@@ -13,22 +13,21 @@ tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from own_training import train
 from peers import CORES, prepare
 
 from longreach.evaluation.likelihood import token_nll
 from longreach.infra.cluster import connected
-from longreach.infra.launch import run_ranks
 from longreach.infra.resources import Resources
 from longreach.training.corpus import PackedRows
 from longreach.training.model import load_model
-from longreach.training.recipe import ArmRecipe, AttentionRecipe, OptimRecipe, TrainJob
+from longreach.training.recipe import ArmRecipe, AttentionRecipe, OptimRecipe
 
 WAYS = {
     "float32": Resources(workers=CORES),
@@ -40,27 +39,19 @@ ROW, WINDOW = 2048, 4096
 
 def steps(folder: Path, name: str, resources: Resources, turn: int, count: int) -> tuple[list[float], list[float]]:
     """Return seconds and losses of each step of a training."""
-    place = folder / f"{name}-{turn}"
-    job = TrainJob(
-        kind="finetune",
-        corpus=str(folder / f"rows-{ROW}"),
-        base=str(folder / "base"),
-        arm=ArmRecipe(
+    trained = train(
+        folder / f"rows-{ROW}",
+        folder / "base",
+        folder / f"{name}-{turn}",
+        ArmRecipe(
             tune="lora+embed+norm",
             embedding_learning_rate=2e-5,
             attention=AttentionRecipe.of(pattern="shifted_sparse", group_tokens=ROW // 4, sink_tokens=4),
         ),
-        optim=OptimRecipe(steps=count, global_batch_tokens=CORES * ROW, learning_rate=5e-4, warmup_steps=2),
-        seed=0,
-        resources=resources,
-        out=str(place / "out"),
-        work=str(place / "work"),
-        superseded_file=str(place / "superseded"),
+        OptimRecipe(steps=count, global_batch_tokens=CORES * ROW, learning_rate=5e-4, warmup_steps=2),
+        resources,
     )
-    job_json = job.model_dump(mode="json")
-    run_ranks("longreach.training.loop:train", job_json, resources=resources, name="train", storage=place / "ray")
-    rows = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
-    return [row["seconds"] for row in rows[1:]], [row["loss"] for row in rows]
+    return [row["seconds"] for row in trained.steps[1:]], [row["loss"] for row in trained.steps]
 
 
 def evaluated(folder: Path, resources: Resources) -> tuple[float, torch.Tensor]:
