@@ -40,6 +40,10 @@ own."""
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
+class RegistryAway(ValueError):
+    """The model registry cannot be asked now."""
+
+
 class AliasMoved(RuntimeError):
     """Another model became champion while this one was measured against the former."""
 
@@ -208,14 +212,14 @@ def version_of(name: str) -> Any:
 
 
 def champion(name: str) -> Any | None:
-    """Return the champion's version, None if there is none; ValueError if the registry cannot be
+    """Return the champion's version, None if there is none; RegistryAway if the registry cannot be
     asked."""
     return aliased(connect(), name, CHAMPION)
 
 
 def aliased(client: Any, name: str, alias: str) -> Any | None:
-    """Return the version behind an alias, None if there is none; ValueError if the registry cannot
-    be asked."""
+    """Return the version behind an alias, None if there is none; RegistryAway if the registry
+    cannot be asked."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -223,7 +227,7 @@ def aliased(client: Any, name: str, alias: str) -> Any | None:
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
-        raise ValueError(
+        raise RegistryAway(
             f"who is {alias} of {name!r} cannot be asked of MLflow at {client.tracking_uri} ({error.message}): start "
             f"it, or run without the gate (--set promote=)"
         ) from error

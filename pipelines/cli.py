@@ -2,7 +2,7 @@
 
 Everything slow is imported inside the command that needs it, so `longreach --help` answers at once
 and `plan` never loads torch or Ray. Exit codes: 0 done, 1 something failed, 2 bad input, 3 refused
-by the gate, 75 another run holds the lease, 130 Ctrl-C.
+by the gate, 75 try later (another run is at work, or the registry is away), 130 Ctrl-C.
 
     longreach run quickstart --set finetune.steps=2
 """
@@ -23,8 +23,8 @@ from longreach.pipelines import cluster_cli
 from longreach.pipelines.console import (
     BAD_INPUT,
     FAILED,
-    LEASE_HELD,
     SOURCES,
+    TRY_LATER,
     Notify,
     OptionalRecipe,
     OutputPath,
@@ -291,7 +291,7 @@ def gc(
                     removed.append(candidate)
     except LeaseHeld as held:
         print(f"{held}: nothing was removed; try again when it has ended", file=sys.stderr)
-        raise typer.Exit(LEASE_HELD) from None
+        raise typer.Exit(TRY_LATER) from None
     _show_candidates(removed)
 
 

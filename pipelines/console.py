@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from longreach.infra.registry import RegistryAway
     from longreach.pipelines.plan import PlanRow
     from longreach.pipelines.reader import Loaded
     from longreach.pipelines.recipe import Recipe
     from longreach.pipelines.run import RunOutcome
 
-FAILED, BAD_INPUT, REFUSED, LEASE_HELD = 1, 2, 3, 75
+FAILED, BAD_INPUT, REFUSED, TRY_LATER = 1, 2, 3, 75
 """Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the
 lease."""
 
@@ -117,6 +118,7 @@ def run_recipe(
     """
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url
+    from longreach.infra.registry import RegistryAway
     from longreach.pipelines.display import Display
     from longreach.pipelines.hand_over import check_token
     from longreach.pipelines.run import run
@@ -125,12 +127,23 @@ def run_recipe(
         check_token(loaded.recipe)
     if notify := notify or os.environ.get(URL):
         check_url(notify)
+    undecided: RegistryAway | None = None
     try:
         with Display(quiet=quiet) as display:
-            outcome = run(loaded, force=force, wait=wait, address=address, display=display)
+            try:
+                outcome = run(loaded, force=force, wait=wait, address=address, display=display)
+            except RegistryAway as away:  # before anything has started
+                undecided, loaded = away, _without_gate(loaded, away)
+                display.note("the model registry is away: all but the gate is done now")
+                outcome = run(loaded, force=force, wait=wait, address=address, display=display)
     except LeaseHeld as held:
         print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
-        raise typer.Exit(LEASE_HELD) from None
+        raise typer.Exit(TRY_LATER) from None
+    except RegistryAway as away:
+        if notify:
+            _post(notify, "failure", loaded.recipe.name, {"headline": str(away)})
+        print(f"{away}; nothing was started, since training goes on from the champion: try later", file=sys.stderr)
+        raise typer.Exit(TRY_LATER) from None
     except BaseException as error:
         if notify:
             ending = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failure"
@@ -144,9 +157,21 @@ def run_recipe(
         raise typer.Exit(FAILED)
     if outcome.refusals:
         raise typer.Exit(REFUSED)
+    if undecided:
+        print(f"the gate has not decided: {undecided}; the same command asks it, without training", file=sys.stderr)
+        raise typer.Exit(TRY_LATER)
     if loaded.recipe.release.push:
         push_release(loaded, name)
     return outcome.report_path
+
+
+def _without_gate(loaded: Loaded, away: RegistryAway) -> Loaded:
+    """Return the recipe without its gate; raises `away` where training starts from the champion,
+    whom nobody can name now."""
+    gate = loaded.recipe.promote
+    if gate is None or gate.start_from == "champion":
+        raise away
+    return dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"promote": None}))
 
 
 def push_release(loaded: Loaded, name: str) -> None:

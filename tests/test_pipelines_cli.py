@@ -17,6 +17,7 @@ from longreach.infra.artifact import Store
 from longreach.infra.doctor import Check
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
+from longreach.infra.registry import RegistryAway
 from longreach.pipelines.cli import main
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load, names
@@ -149,6 +150,29 @@ def test_a_held_lease_is_exit_75_and_names_the_holder(
     code, out, err = longreach(capsys, "run", "quickstart", "--no-wait")
     assert (code, out) == (75, "")
     assert err.startswith("'quickstart' is being run by ann@lab, process 7")
+
+
+def test_a_registry_that_is_away_is_exit_75_and_all_but_the_gate_is_done(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def run(loaded: Any, **_: object) -> object:
+        calls.append(loaded.recipe.promote)
+        if loaded.recipe.promote:
+            raise RegistryAway("who is champion cannot be asked of MLflow at http://mlflow:5000")
+        return runner.outcome
+
+    monkeypatch.setattr("longreach.pipelines.run.run", run)
+    code, out, err = longreach(capsys, "run", "retrain")
+    assert (code, out) == (75, "report.html\n")
+    assert err.splitlines()[-1].startswith("the gate has not decided: who is champion cannot be asked")
+    assert [bool(gate) for gate in calls] == [True, False]
+    calls.clear()
+    code, out, err = longreach(capsys, "run", "retrain", "--set", "promote.start_from=champion")
+    assert (code, out) == (75, "")
+    assert "nothing was started, since training goes on from the champion" in err
+    assert len(calls) == 1
 
 
 def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
