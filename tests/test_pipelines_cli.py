@@ -58,7 +58,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return fake.outcome
 
     monkeypatch.setattr("longreach.pipelines.run.run", run)
-    monkeypatch.setattr("longreach.pipelines.plan.plan", lambda loaded, trying: fake.rows)
+    monkeypatch.setattr("longreach.pipelines.plan.plan", lambda loaded, trying=None: fake.rows)
     monkeypatch.setattr("longreach.pipelines.plan.open_store", lambda loaded: fake.open_store(loaded))
     return fake
 
