@@ -151,7 +151,10 @@ def raw_answers(models: Mapping[str, EvalScores]) -> list[Block]:
             right = f"{case['score']:.2f}" if "score" in case else ("no", "yes")[bool(case.get("correct"))]
             lines.append([", ".join(asked), str(case.get("expected", DASH)), case["got"][:MOST_SHOWN], right])
         caption = f"{name}: {len(lines)} of {len(cases)} answers"
-        legend = "All answers, with their prompts, are in cases.jsonl."
+        legend = (
+            "Where nothing was generated, an answer is the likeliest token at each place of the expected one, given "
+            "that one's tokens before it. All answers, with their prompts, are in cases.jsonl."
+        )
         tables.append(Table(caption, ["asked", "expected", "answer", "right"], lines, legend=legend, prose=True))
     return [Details("Raw answers", tables)] if tables else []
 
