@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from toy_models import change_config, tiny_folder
 
-from longreach.training.convert import config_of, convert, source_digest, trained_length
+from longreach.training.convert import config_of, convert, known_config, source_digest
 from longreach.training.documents import BadLine, read_documents
 from longreach.training.recipe import CorpusRecipe
 
@@ -195,7 +195,7 @@ READABLE_MODELS = {
 def take_model(folder: Path, out: Path) -> str:
     """All that `plan` and `run` read of a base."""
     source_digest(str(folder))
-    trained_length(str(folder))
+    known_config(str(folder))
     config_of(str(folder))
     convert(str(folder), out)
     licence = json.loads((out / "origin.json").read_text())["licence"]

@@ -172,6 +172,7 @@ def publish(store: Store, stage, recipe: dict) -> Artifact:
         "identity": stage.identity,
         "summary": WRITERS[stage.name](stage, attempt.out),
         "seconds": 83.4,
+        "published_at": "2026-11-26T03:00:00+00:00",
         "resources": {"workers": 2, "cpus_per_worker": 1, "zero_stage": 2, "dtype": "float32"},
         "versions": versions(),
         "commit": "0123456789ab",
