@@ -68,8 +68,8 @@ def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
     Args:
         models: scores by the model's name and the evaluation's.
 
-    Nothing where all was measured in one length, or where the gain alone was, which has a figure of
-    its own.
+    Nothing where all was measured in one length, or where there is nothing to see beside the gain,
+    which has a figure of its own: no finding was asked for, or everything was found.
     """
     found = {name: found_by_length(scores) for name, scores in models.items()}
     gained = {name: gained_by_length(scores) for name, scores in models.items()}
@@ -79,7 +79,8 @@ def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
         for curve in [*found[name].values(), gained[name]]:
             lengths |= {length for length, _ in curve}
     kinds = list(dict.fromkeys(kind for name in names for kind in found[name]))
-    if not kinds or len(lengths) < 2:
+    shares = [share for name in names for curve in found[name].values() for _, share in curve]
+    if min(shares, default=1.0) == 1 or len(lengths) < 2:
         return []
     style, nats = Style.of(kinds), [point[1] for name in names for point in gained[name]]
     rows = []

@@ -68,6 +68,7 @@ def test_each_model_is_a_row_with_one_ring_a_kind_and_all_share_their_axes():
     assert use_figure({str(n): both for n in range(MOST_MODELS + 2)})[0].caption.endswith("2 more are left out.")
     assert use_figure({"a": {"passkey": passkey({64: 2})}, "b": {}}) == []
     assert use_figure({"a": {"gain": both["gain"]}}) == []
+    assert use_figure({"a": both | {"passkey": passkey({64: 2, 128: 2})}}) == []  # all was found: nothing to see
 
 
 def test_several_models_have_one_figure_by_depth_and_their_answers_folded_in():
