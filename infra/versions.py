@@ -8,7 +8,6 @@ No package is imported to learn its version, so that this answers fast.
 import functools
 import os
 import platform
-import re
 import shutil
 import subprocess
 from importlib import metadata
@@ -40,13 +39,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def multiplies_bfloat16() -> bool:
-    """Return whether the CPU has instructions for products of bfloat16 numbers (AMX, AVX-512),
-    where Linux says so."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", cpuinfo.read_text()))
 
 
 def usable_memory() -> int:

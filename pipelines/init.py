@@ -17,7 +17,7 @@ from typing import Any
 
 from longreach.infra.artifact import Store
 from longreach.infra.resources import Resources
-from longreach.infra.versions import GIB, multiplies_bfloat16, usable_cores, usable_memory
+from longreach.infra.versions import GIB, usable_cores, usable_memory
 from longreach.pipelines.foresee import Speed, measured, tried
 from longreach.pipelines.init_documents import Documents, look
 from longreach.pipelines.init_recipe import recipe_text
@@ -65,10 +65,6 @@ class Fit:
     seconds: float  # of the whole run
 
 
-WORTH_ROUNDING = 1.3
-"""How many times as fast products must be for their factors to be rounded to bfloat16."""
-
-
 def written(name: str, base_source: str, places: list[str], *, minutes: float) -> list[str]:
     """Write NAME.yaml, and return what was seen and chosen, a sentence each.
 
@@ -90,7 +86,7 @@ def written(name: str, base_source: str, places: list[str], *, minutes: float) -
     base = _base(base_source)
     resources, memory_gib, machine_about = _machine()
     store = Path(".longreach").absolute()  # if there is none, nothing is known
-    resources, speed = _precision(Store(str(store), store / "scratch"), base, resources)
+    speed = _speed(Store(str(store), store / "scratch"), base, resources)
     fit = _fit(base, documents, resources, memory_gib, speed, minutes)
     rate = f"{speed.machine.matmul * resources.workers / 1e9:,.0f} GFLOP/s in matrix products, all ranks together"
     facts = [
@@ -149,18 +145,6 @@ def _machine() -> tuple[Resources, float, str]:
     workers = min(cores, 2)
     resources = Resources(workers=workers, cpus_per_worker=cores // workers, eval_cpus=cores)
     return resources, MEMORY_SHARE * usable_memory() / GIB - SYSTEM_GIB, f"{cores} cores, no GPU"
-
-
-def _precision(store: Store, base: Base, resources: Resources) -> tuple[Resources, Speed]:
-    """Return the resources with the precision of products that is worth it here, and their speed."""
-    speed = _speed(store, base, resources)
-    if resources.gpus_per_worker or not multiplies_bfloat16():
-        return resources, speed
-    rounding = resources.model_copy(update={"matmul_precision": "medium"})
-    faster = _speed(store, base, rounding)
-    if faster.machine.matmul < WORTH_ROUNDING * speed.machine.matmul:
-        return resources, speed
-    return rounding, faster
 
 
 def _speed(store: Store, base: Base, resources: Resources) -> Speed:

@@ -108,8 +108,6 @@ def _resources(fit: Fit) -> list[str]:
     if where.gpus_per_worker:
         lines += [f"  gpus_per_worker: {where.gpus_per_worker}"]
     lines += [f"  dtype: {where.dtype}"]
-    if where.matmul_precision != "highest":
-        lines += [f"  matmul_precision: {where.matmul_precision}  # rounds factors to bfloat16: faster on this CPU"]
     if where.activation_checkpointing:
         lines += ["  activation_checkpointing: true  # without it there is not enough memory"]
     return [*lines, f"  eval_cpus: {where.eval_cpus}", "  checkpoint_every_steps: 10"]

@@ -41,7 +41,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(init, "_speed", lambda *_: ranks(5e10))
     monkeypatch.setattr(init, "_machine", lambda: (Resources(eval_cpus=2), 16.0, "2 cores"))
-    monkeypatch.setattr(init, "multiplies_bfloat16", lambda: False)
     return tmp_path
 
 
@@ -166,20 +165,6 @@ def test_more_minutes_are_more_steps_and_they_fit(bases: Path) -> None:
         assert fit.seconds <= minutes * 60, name
         steps.append(fit.steps * fit.batch)
     assert steps[1] > 2 * steps[0]
-
-
-@pytest.mark.parametrize(("rounded_rate", "precision"), [(6e10, "highest"), (2e11, "medium")])
-def test_products_are_rounded_where_the_cpu_is_much_faster_at_it(
-    bases: Path, monkeypatch: pytest.MonkeyPatch, rounded_rate: float, precision: str
-) -> None:
-    by_precision = {"highest": ranks(5e10), "medium": ranks(rounded_rate)}
-    monkeypatch.setattr(init, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(init, "_speed", lambda _store, _base, resources: by_precision[resources.matmul_precision])
-    write_texts(Path("texts"))
-    init.written("mine", str(bases / "plain"), ["texts"], minutes=20)
-    assert load("mine.yaml").recipe.resources.matmul_precision == precision
-    text = Path("mine.yaml").read_text()
-    assert ("rounds factors to bfloat16" in text) == (precision == "medium")
 
 
 def test_a_recipe_says_in_comments_what_was_seen(bases: Path) -> None:
