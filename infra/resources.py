@@ -50,8 +50,9 @@ class Resources(Choices):
     """Compute type of training. On CPUs without AMX, float32 is the faster one."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of matrix products of float32 numbers, in torch's words: `high` lets a GPU take
-    TensorFloat-32; `medium` lets a CPU round both factors to bfloat16 and sum in float32, which is
-    faster where it has AMX (`amx_bf16` in /proc/cpuinfo)."""
+    TensorFloat-32; `medium` lets a CPU round both factors to bfloat16 and sum in float32. Where it
+    has AMX (`amx_bf16` in /proc/cpuinfo), that is faster for full fine-tuning and hardly for
+    LongLoRA (RESULTS.md)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more
     time."""

