@@ -179,9 +179,13 @@ def push(
 
 
 @app.command()
-def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
+def plan(recipe: RecipeName, overrides: Overrides = None, address: RayAddress = None) -> None:
     """Say what `run` would do and why, without doing it."""
-    show_plan(load(recipe, overrides), here=True)
+    from longreach.pipelines.plan import check_rules
+
+    loaded = load(recipe, overrides)
+    check_rules(loaded.recipe, cluster=f"the cluster at {address}" if address else "")
+    show_plan(loaded, here=address is None)
 
 
 @app.command()

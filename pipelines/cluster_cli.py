@@ -99,7 +99,7 @@ def schedule(
     """Show when a cron line fires, and print the files that start a recipe then."""
     from longreach.infra.jobs import whereabouts
     from longreach.infra.schedule import Job, Schedule, render
-    from longreach.pipelines.plan import check_registry
+    from longreach.pipelines.plan import check_rules, check_scheduled
 
     loaded = load(recipe, overrides)
     times = Schedule.parse(timing.cron, timing.tz, timing.max_start_delay)
@@ -115,7 +115,9 @@ def schedule(
         paths = loaded.recipe.local_paths()
         del paths["store.root"], paths["store.workdir"]  # pods have a folder of their own
         whereabouts("the cluster", paths, shared_disk=kubernetes.claim is not None, option="--claim")
-        check_registry(loaded.recipe, "the cluster", loaded.recipe.tracking.uri)
+        check_rules(loaded.recipe, cluster="the cluster", driver_here=False)
+    else:
+        check_scheduled(loaded.recipe, driver_here=timing.env_file is None)
     job = Job(
         name=loaded.recipe.name,
         recipe=str(loaded.path.absolute()),
@@ -162,7 +164,7 @@ def submit(
     before."""
     from longreach.infra import jobs
     from longreach.infra.kubernetes import WORKDIR
-    from longreach.pipelines.plan import check_registry
+    from longreach.pipelines.plan import check_rules
 
     loaded = load(recipe, overrides)
     if to not in (None, "k8s"):
@@ -173,6 +175,7 @@ def submit(
     places = jobs.whereabouts(
         url, loaded.recipe.local_paths(), shared_disk=package.shared_disk, workdir=WORKDIR if to else jobs.WORKDIR
     )
+    check_rules(loaded.recipe, cluster="the cluster" if to else f"the cluster at {url}", driver_here=False)
     changed = [f"{field}={json.dumps(path)}" for field, path in places.items()]
     submission = jobs.Submission(
         name=loaded.recipe.name,
@@ -181,7 +184,6 @@ def submit(
         pip=jobs.pinned() if package.install else (),
     )
     if to:
-        check_registry(loaded.recipe, "the cluster", loaded.recipe.tracking.uri)
         print(jobs.manifest(submission, loaded.recipe.resources, _place(pods)), end="")
         return
     if not (yes or dry_run or sys.stdin.isatty()):

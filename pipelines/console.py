@@ -120,11 +120,8 @@ def run_recipe(
     from longreach.infra.notify import URL, check_url
     from longreach.infra.registry import RegistryAway
     from longreach.pipelines.display import Display
-    from longreach.pipelines.hand_over import check_token
     from longreach.pipelines.run import run
 
-    if loaded.recipe.release.push:
-        check_token(loaded.recipe)
     if notify := notify or os.environ.get(URL):
         check_url(notify)
     undecided: RegistryAway | None = None

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
-from longreach.infra.registry import sqlite_path, tracking_uri
+from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
 from longreach.pipelines.foresee import foresee
 from longreach.pipelines.graph import build
+from longreach.pipelines.hand_over import check_base, check_token
 from longreach.pipelines.reader import Loaded
 from longreach.pipelines.recipe import Recipe
 from longreach.pipelines.stage import Stage, differences
@@ -67,7 +68,41 @@ def use_tracking(loaded: Loaded) -> Iterator[str]:
             os.environ[TRACKING] = before
 
 
-def check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
+def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) -> None:
+    """Raise ValueError for what every run refuses before it starts, beside what `build` finds.
+
+    Whatever runs a recipe, or lets it run elsewhere or later, asks here: a rule that only `run`
+    knew would be told by a run at three in the morning.
+
+    Args:
+        cluster: The cluster in words; empty: this machine runs everything.
+        driver_here: The driver has the environment of this process. Otherwise nobody knows here
+            which tokens and which MLflow its own would name, and no `build` follows.
+    """
+    uri = recipe.tracking.uri and check_tracking_uri(recipe.tracking.uri)
+    if driver_here:
+        uri = tracking_uri(uri, recipe.store.workdir)
+    if cluster:
+        _check_registry(recipe, cluster, uri)
+    if driver_here:
+        check_token(recipe)
+    else:
+        check_base(recipe)
+
+
+def check_scheduled(recipe: Recipe, *, driver_here: bool) -> None:
+    """Raise ValueError for what a later run on this machine would refuse.
+
+    Args:
+        driver_here: False where a file has the run's keys and addresses, so that sources that need
+            them cannot be looked for here.
+    """
+    check_rules(recipe, driver_here=driver_here)
+    if driver_here:
+        build(recipe.model_copy(update={"promote": None}))  # the champion is whoever it is then
+
+
+def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
     """Raise ValueError where the nodes of a cluster would have a registry of their own each.
 
     uri: MLflow's address; None where only the nodes' environment could name one.

@@ -39,7 +39,7 @@ from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.display import Display
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
-from longreach.pipelines.plan import TRACKING, check_registry, open_store, survey, use_tracking
+from longreach.pipelines.plan import TRACKING, check_rules, open_store, survey, use_tracking
 from longreach.pipelines.reader import Loaded
 from longreach.pipelines.signals import GRACE_S, Stopping, terminable
 from longreach.pipelines.stage import Stage
@@ -149,7 +149,8 @@ def run(
     """
     began = time.monotonic()
     with use_tracking(loaded) as uri:
-        _check_tracking(loaded, uri, address, display)
+        check_rules(loaded.recipe, cluster=f"the cluster at {address}" if address else "")
+        _check_tracking(loaded, uri, display)
         store, stages = open_store(loaded), build(loaded.recipe)
         _check_forced(force, stages)
         outcome = RunOutcome()
@@ -168,11 +169,9 @@ def run(
     return outcome
 
 
-def _check_tracking(loaded: Loaded, uri: str, address: str | None, display: Display) -> None:
-    """Raise ValueError if workers could not reach the registry; note if MLflow is away."""
+def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
+    """Raise ValueError if MLflow refuses the login; note if it is away."""
     recipe = loaded.recipe
-    if address:
-        check_registry(recipe, f"the cluster at {address}", uri)
     if (recipe.tracking.enabled or recipe.promote) and (away := check_login(uri)):
         display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
 
