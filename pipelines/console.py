@@ -240,8 +240,12 @@ def _post(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
 
 def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
     """Print what a run would do, and what it should cost (`here`: on this machine); returns the
-    rows."""
+    rows.
+
+    ValueError, after the table, if a training cannot fit `here`.
+    """
     from longreach.pipelines.display import duration
+    from longreach.pipelines.foresee import check_memory
     from longreach.pipelines.plan import plan
 
     rows = plan(loaded, trying=here)
@@ -257,8 +261,11 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
     done = sum(row.state == "done" for row in rows)
     for row in rows:
         if row.foreseen and row.state != "done":
-            print(f"{row.stage}: {row.foreseen}")
-    print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run")
+            print(f"{row.stage}: {row.foreseen.sentence}")
+    print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run", flush=True)
+    if here:
+        to_train = {row.stage: row.foreseen for row in rows if row.foreseen and row.state != "done"}
+        check_memory(to_train, loaded.recipe.resources)
     return rows
 
 

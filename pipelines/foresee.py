@@ -1,7 +1,7 @@
 """What the stages that train will cost, for `longreach plan`: memory is counted; time follows from
 the speed of such ranks (training/cost.py): as they last trained, else as two seconds of work show.
 
-    foresee(store, build(recipe), recipe.resources)["finetune[lora]"]  # "about 6.9 GiB on ..."
+    foresee(store, build(recipe), recipe.resources)["finetune[lora]"].sentence  # "about 6.9 GiB on ..."
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from longreach.infra.artifact import CorruptArtifact, Store
 from longreach.infra.files import digest_of, write_whole
 from longreach.infra.resources import Resources
-from longreach.infra.versions import usable_cores
+from longreach.infra.versions import GIB, usable_cores, usable_memory
 from longreach.pipelines.costs import CostsStageRecipe, at_length
 from longreach.pipelines.display import duration
 from longreach.pipelines.stage import Stage
@@ -50,14 +51,22 @@ class Speed:
         return cost.step_s * self.slower
 
 
-def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: bool = False) -> dict[str, str]:
-    """Return a sentence on cost by label; stages whose model's sizes are not known yet are left out.
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage that trains should cost."""
+
+    sentence: str
+    peak_gib: float | None  # of all ranks together; None where what does not fit is left out
+
+
+def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: bool = False) -> dict[str, Forecast]:
+    """Return forecasts by label; stages whose model's sizes are not known yet are left out.
 
     Args:
         trying: Where such ranks have never trained, this machine's speed is tried out, once.
     """
     speed = measured(store, resources)
-    sentences = {}
+    forecasts = {}
     for stage in stages:
         if not isinstance(stage.recipe, FinetuneStageRecipe | PretrainStageRecipe | CostsStageRecipe):
             continue
@@ -68,7 +77,7 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
             speed = tried(store, shape, resources)
             trying = False  # one model's sizes do for all
         if isinstance(stage.recipe, CostsStageRecipe):
-            sentences[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
+            forecasts[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
             continue
         if isinstance(stage.recipe, FinetuneStageRecipe):
             arm = stage.recipe.arm
@@ -79,11 +88,30 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
         seq_len = corpus.pack.seq_len
         rows = optim.global_batch_tokens // seq_len
         cost = predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=_machine(speed))
-        sentences[stage.label] = _in_words(cost, optim.steps, resources.workers, speed)
-    return sentences
+        forecasts[stage.label] = _of_training(cost, optim.steps, resources.workers, speed)
+    return forecasts
 
 
-def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, speed: Speed | None) -> str:
+def check_memory(forecasts: Mapping[str, Forecast], resources: Resources) -> None:
+    """Raise ValueError, with both numbers, if a training needs more memory than this machine has.
+
+    What is measured has been up to a tenth above what is counted, never below (RESULTS.md), so what
+    is refused cannot fit. Of a GPU's memory nothing is known here.
+    """
+    if resources.gpus_per_worker:
+        return
+    here_gib = usable_memory() / GIB
+    for label, forecast in forecasts.items():
+        if forecast.peak_gib is not None and forecast.peak_gib > here_gib:
+            ranks = _on_ranks(resources.workers)
+            raise ValueError(
+                f"{label} needs about {forecast.peak_gib:.1f} GiB on {ranks}, and this machine has {here_gib:.1f} GiB: "
+                "take fewer resources.workers, a shorter pack.seq_len or resources.activation_checkpointing, leave the "
+                "arm out, or submit to a cluster that has more"
+            )
+
+
+def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, speed: Speed | None) -> Forecast:
     """Return what measuring the cost of all arms by row length will itself cost."""
     cells, steps = recipe.cells(), 1 + recipe.steps
     seconds, most_gib = 0.0, 0.0
@@ -97,8 +125,10 @@ def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, spee
         most_gib = max(most_gib, cost.peak_gib)
     work = f"{len(cells)} times {steps} steps, at most about {most_gib:.1f} GiB on {_on_ranks(resources.workers)}"
     if speed is None:
-        return f"{work}; how long, is known once an arm has trained on such ranks"
-    return f"{work}: {duration(seconds)} of training, and as many starts of ranks ({speed.source})"
+        sentence = f"{work}; how long, is known once an arm has trained on such ranks"
+    else:
+        sentence = f"{work}: {duration(seconds)} of training, and as many starts of ranks ({speed.source})"
+    return Forecast(sentence, None)
 
 
 def _machine(speed: Speed | None) -> Machine | None:
@@ -109,13 +139,15 @@ def _on_ranks(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
-def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> str:
+def _of_training(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> Forecast:
     memory = f"about {cost.peak_gib:.1f} GiB on {_on_ranks(ranks)}"
     work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
     if speed is None:
-        return f"{memory}, {work}; how long, is known once an arm has trained on such ranks"
-    step_s = speed.step_s(cost)
-    return f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
+        sentence = f"{memory}, {work}; how long, is known once an arm has trained on such ranks"
+    else:
+        step_s = speed.step_s(cost)
+        sentence = f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
+    return Forecast(sentence, cost.peak_gib)
 
 
 def _shape(store: Store, stage: Stage) -> Shape | None:

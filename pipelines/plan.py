@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
 from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
-from longreach.pipelines.foresee import foresee
+from longreach.pipelines.foresee import Forecast, foresee
 from longreach.pipelines.graph import build
 from longreach.pipelines.hand_over import check_base, check_token
 from longreach.pipelines.reader import Loaded
@@ -41,7 +41,7 @@ class PlanRow:
     why: str  # what makes it run; empty if it is done
     fingerprint: str
     seconds_last: float | None  # seconds that its newest artifact took to make
-    foreseen: str = ""  # what it should cost, in words, for stages that train
+    foreseen: Forecast | None = None  # what it should cost, of stages that train
 
 
 def open_store(loaded: Loaded) -> Store:
@@ -130,7 +130,7 @@ def plan(loaded: Loaded, *, trying: bool = False) -> list[PlanRow]:
     rows = []
     for stage in stages:
         row, _ = _examine(store, stage, newest, hashes=False)
-        rows.append(replace(row, foreseen=costs.get(row.stage, "")))
+        rows.append(replace(row, foreseen=costs.get(row.stage)))
     return rows
 
 

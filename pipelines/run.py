@@ -37,6 +37,7 @@ from longreach.infra.tracking import Spool, read_events
 from longreach.infra.versions import git_commit
 from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.display import Display
+from longreach.pipelines.foresee import check_memory, foresee
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
 from longreach.pipelines.plan import TRACKING, check_rules, open_store, survey, use_tracking
@@ -158,6 +159,9 @@ def run(
         if not force and len(artifacts) == len(stages):
             display.note("nothing new: every stage is published, with these choices and from these documents")
         if force or len(artifacts) < len(stages):
+            if address is None:
+                missing = [stage for stage in stages if stage.label not in artifacts or _forced(stage, force)]
+                check_memory(foresee(store, missing, loaded.recipe.resources), loaded.recipe.resources)
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
                 _withdraw(store, stages, force, artifacts)
                 artifacts = survey(store, stages, artifacts, repair=True)
@@ -182,11 +186,14 @@ def _check_forced(force: tuple[str, ...], stages: list[Stage]) -> None:
         raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {', '.join(sorted(names))}")
 
 
+def _forced(stage: Stage, force: tuple[str, ...]) -> bool:
+    return stage.name in force or stage.label in force
+
+
 def _withdraw(store: Store, stages: list[Stage], force: tuple[str, ...], artifacts: dict[str, Artifact]) -> None:
     """Unpublish the stages that are to run again, and forget their artifacts."""
     for stage in stages:
-        forced = stage.name in force or stage.label in force
-        if forced and store.find(stage.name, stage.fingerprint):
+        if _forced(stage, force) and store.find(stage.name, stage.fingerprint):
             store.withdraw(stage.name, stage.fingerprint)
             artifacts.pop(stage.label, None)
 

@@ -19,6 +19,7 @@ from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.infra.registry import RegistryAway
 from longreach.pipelines.cli import main
+from longreach.pipelines.foresee import Forecast
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load, names
 
@@ -243,7 +244,7 @@ def test_plan_prints_each_stage_with_its_reason_and_a_count(
     def row(stage: str, state: str, why: str, seconds: float | None) -> SimpleNamespace:
         return SimpleNamespace(
             stage=stage, state=state, why=why, fingerprint="0123456789abcdef", seconds_last=seconds,
-            foreseen="about 3 GiB on 2 ranks" if seconds else "",
+            foreseen=Forecast("about 3 GiB on 2 ranks", 3.0) if seconds else None,
         )  # fmt: skip
 
     runner.rows = [

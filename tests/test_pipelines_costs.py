@@ -351,7 +351,7 @@ def test_the_plan_says_what_measuring_will_cost(path: Path) -> None:
                "summary": training_summary(machine=machine).to_json()}  # fmt: skip
     for manifests, says in (([], "; how long, is known once an arm has"), ([trained], "s of training, and as many")):
         store = SimpleNamespace(find=lambda *_: converted, manifests=lambda name, found=manifests: found)
-        sentence = foresee(store, build(recipe), recipe.resources)["costs"]
+        sentence = foresee(store, build(recipe), recipe.resources)["costs"].sentence
         assert sentence.startswith("12 times 3 steps, at most about 1."), sentence
         assert "GiB on 2 ranks" in sentence
         assert says in sentence

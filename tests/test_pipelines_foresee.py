@@ -1,6 +1,7 @@
 """What `plan` says that training will cost, before anything has trained on this machine and after."""
 
 import json
+import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from longreach.infra.artifact import Store
 from longreach.infra.resources import Resources
 from longreach.infra.versions import usable_cores
 from longreach.pipelines import foresee as forecasts
-from longreach.pipelines.foresee import TRIED, foresee, measured, tried
+from longreach.pipelines.cli import main
+from longreach.pipelines.foresee import TRIED, Forecast, check_memory, foresee, measured, tried
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training import cost
@@ -51,10 +53,10 @@ def test_the_first_plan_tries_this_machine_once_and_says_so(
     monkeypatch.setattr(forecasts, "probe", lambda shape, resources: asked.append(shape) or FAST)
     recipe = load(a_recipe(tmp_path)).recipe
     stages = build(recipe)
-    untried = foresee(store, stages, recipe.resources)["finetune[full]"]
+    untried = foresee(store, stages, recipe.resources)["finetune[full]"].sentence
     assert untried.endswith("how long, is known once an arm has trained on such ranks")
     for _ in range(2):
-        said = foresee(store, stages, recipe.resources, trying=True)["finetune[full]"]
+        said = foresee(store, stages, recipe.resources, trying=True)["finetune[full]"].sentence
         assert said.endswith(f"s of training ({TRIED})")
     assert len(asked) == 1, "the second plan reads what the first one tried"
     assert asked[0].layers == 2, "the base's sizes are known before it is converted"
@@ -143,3 +145,28 @@ def test_a_mixture_of_experts_has_no_forecast(tmp_path: Path, store: Store, monk
     config.write_text(config.read_text().replace('"vocab_size"', '"num_local_experts": 8, "vocab_size"'))
     recipe = load(path).recipe
     assert foresee(store, build(recipe), recipe.resources) == {}
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_training_that_cannot_fit_is_refused_before_anything_starts(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = a_recipe(tmp_path)
+    monkeypatch.setattr(forecasts, "usable_memory", lambda: 2**29)
+    monkeypatch.setattr(forecasts, "probe", lambda shape, resources: FAST)
+    monkeypatch.setattr("longreach.infra.cluster.connected", lambda *a, **k: pytest.fail("Ray was started"))
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(path)])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(r"finetune\[full\] needs about 1.[03] GiB on 2 ranks, and this machine has 0.5 GiB", said), said
+    assert "take fewer resources.workers" in said
+
+
+def test_memory_is_asked_of_this_machine_and_of_what_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasts, "usable_memory", lambda: 8 * 2**30)
+    check_memory({"finetune[a]": Forecast("", 8.0), "costs": Forecast("", None)}, Resources())
+    check_memory({"finetune[a]": Forecast("", 80.0)}, Resources(gpus_per_worker=1))
+    with pytest.raises(ValueError, match=r"finetune\[b\] needs about 8.1 GiB"):
+        check_memory({"finetune[a]": Forecast("", 7.0), "finetune[b]": Forecast("", 8.1)}, Resources())

@@ -84,6 +84,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         f"{SKIPS}::test_weights_that_blow_up_stop_training_and_no_checkpoint_of_them_is_kept",
     ),
     15: (
+        "test_pipelines_foresee.py::test_a_training_that_cannot_fit_is_refused_before_anything_starts",
         f"{LOOP}::test_out_of_memory_says_what_would_fit",
         "test_infra_launch.py::test_a_users_error_on_one_rank_ends_the_run_at_once_as_itself",
     ),
