@@ -18,13 +18,15 @@ import re
 import shutil
 import sqlite3
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from longreach.infra.choices import refuse_password
 from longreach.infra.files import link_or_copy
+from longreach.infra.lease import holder_name
 
 RUN_TAG = "longreach.run"
 ARTIFACTS = "mlartifacts"
@@ -37,6 +39,12 @@ texts), and whether people took it back."""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow's settings for this process, unless the user's own say otherwise; the mirror has its
 own."""
+CLAIM = "longreach.promoting"
+"""Tag of a version whose promoter moves the aliases now, or is about to."""
+CLAIM_S = 400.0
+"""How long a claim that does not change is respected. A promoter needs three requests, each of them
+tried twice for 60 s (PATIENCE); one that was killed leaves its claim behind."""
+LOOK_AGAIN_S = 1.0
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
@@ -238,17 +246,54 @@ def log_model(
 ) -> Any:
     """Return the LoggedModel with this MODEL tag; if it is missing it is made, with the files of
     `folder`."""
-    models = client.search_logged_models([experiment_id], f"tags.`{MODEL}` = '{tags[MODEL]}'")
-    if models:
-        model = models[0]
-    else:
-        plain_name = NOT_IN_NAMES.sub("-", name).strip("-")
-        model = client.create_logged_model(experiment_id, plain_name, run_id, dict(tags))
+
+    def find() -> Any | None:
+        models = client.search_logged_models([experiment_id], f"tags.`{MODEL}` = '{tags[MODEL]}'")
+        return models[0] if models else None
+
+    plain_name = NOT_IN_NAMES.sub("-", name).strip("-")
+    model = _made_once(find, lambda: client.create_logged_model(experiment_id, plain_name, run_id, dict(tags)))
     if str(model.status) != "READY":
         if folder:
             _upload(client, model, folder)
         model = client.finalize_logged_model(model.model_id, "READY")
     return model
+
+
+def _made_once(find: Callable[[], Any | None], make: Callable[[], Any]) -> Any:
+    """Return what `find` finds, or else what `make` makes; only once, though an answer may be lost.
+
+    MLflow's client repeats a request that was not answered. The server may have carried it out, and
+    then makes a second one: so each try is a single request, and before the next one comes a look.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = find()
+    if found is not None:
+        return found
+    with _single_requests():
+        try:
+            return make()
+        except MlflowException as error:
+            if error.get_http_status_code() < 500:  # the server has answered
+                raise
+        time.sleep(LOOK_AGAIN_S)
+        found = find()
+        return make() if found is None else found
+
+
+@contextlib.contextmanager
+def _single_requests() -> Iterator[None]:
+    """Let MLflow's client repeat no request, whatever the user's own setting."""
+    repetitions = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(repetitions)
+    os.environ[repetitions] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[repetitions]
+        if before is not None:
+            os.environ[repetitions] = before
 
 
 def _upload(client: Any, model: Any, folder: Path) -> None:
@@ -271,10 +316,16 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"models:/{model.model_id}"
-    versions = client.search_model_versions(f"name = '{name}'")
-    if same := [v for v in versions if v.source == source]:
-        return max(same, key=lambda v: int(v.version))
-    made = client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
+
+    def find() -> Any | None:
+        versions = client.search_model_versions(f"name = '{name}'")
+        same = [version for version in versions if version.source == source]
+        return max(same, key=lambda version: int(version.version), default=None)
+
+    def make() -> Any:
+        return client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
+
+    made = _made_once(find, make)
     # A server writes this itself; without one, the list of models would not say which are
     # registered.
     named = {"mlflow.modelVersions": json.dumps([{"name": name, "version": str(made.version)}])}
@@ -310,17 +361,75 @@ def aliased_fingerprints() -> set[str]:
 def move(client: Any, name: str, version: str, expected: str | None) -> None:
     """Make a version champion; the one that was becomes `previous`. `expected`: the version that is
     champion, None if there is none. Raises AliasMoved: it is another one; nothing was changed."""
-    now = aliased(client, name, CHAMPION)
-    if now and str(now.version) == version:  # a repeated move
-        return
-    if (now and str(now.version)) != expected:
-        raise AliasMoved(
-            f"champion of {name} is version {now and now.version}, the challenger was measured against version "
-            f"{expected}: run again, to measure it against the new one"
-        )
-    if now:
-        client.set_registered_model_alias(name, PREVIOUS, now.version)
-    client.set_registered_model_alias(name, CHAMPION, version)
+    with _alone(client, name, version):
+        now = aliased(client, name, CHAMPION)
+        if now and str(now.version) == version:  # a repeated move
+            return
+        if (now and str(now.version)) != expected:
+            raise AliasMoved(
+                f"champion of {name} is version {now and now.version}, the challenger was measured against version "
+                f"{expected}: run again, to measure it against the new one"
+            )
+        if now:
+            client.set_registered_model_alias(name, PREVIOUS, now.version)
+        client.set_registered_model_alias(name, CHAMPION, version)
+
+
+@contextlib.contextmanager
+def _alone(client: Any, name: str, version: str) -> Iterator[None]:
+    """Let one process at a time look at a model's aliases and move them.
+
+    A registry cannot compare and set, only set. This is the one-bit algorithm of Burns and Lamport
+    (1993), which needs no more; a version's bit is its tag CLAIM, and lower versions go first. A
+    claim is written anew while its promoter waits, so one that stands still is a dead promoter's.
+    """
+    claims = _Claims(client, name, int(version))
+    try:
+        claims.claim()
+        while claims.of_others(lambda other: other < claims.own):
+            claims.withdraw()
+            while claims.of_others(lambda other: other < claims.own):
+                time.sleep(LOOK_AGAIN_S)
+            claims.claim()
+        while claims.of_others(lambda other: other > claims.own):
+            time.sleep(LOOK_AGAIN_S)
+            claims.claim()
+        yield
+    finally:
+        claims.withdraw()
+
+
+class _Claims:
+    """The claims to move the aliases of one model."""
+
+    def __init__(self, client: Any, name: str, own: int) -> None:
+        self.client, self.name, self.own = client, name, own
+        self.written = 0
+        self.seen: dict[int, tuple[str, float]] = {}
+        """Version of another promoter -> its claim, and when it was seen first."""
+
+    def claim(self) -> None:
+        self.written += 1
+        self.client.set_model_version_tag(self.name, str(self.own), CLAIM, f"{holder_name()} {self.written}")
+
+    def withdraw(self) -> None:
+        self.client.delete_model_version_tag(self.name, str(self.own), CLAIM)
+
+    def of_others(self, wanted: Callable[[int], bool]) -> list[int]:
+        """Return the wanted versions whose promoters claim and live; claims of dead ones are
+        removed."""
+        found = []
+        for version in self.client.search_model_versions(f"name = '{self.name}'"):
+            number, claim = int(version.version), version.tags.get(CLAIM)
+            if claim is None or number == self.own or not wanted(number):
+                continue
+            if number not in self.seen or self.seen[number][0] != claim:
+                self.seen[number] = (claim, time.monotonic())
+            if time.monotonic() - self.seen[number][1] > CLAIM_S:
+                self.client.delete_model_version_tag(self.name, str(number), CLAIM)
+            else:
+                found.append(number)
+        return found
 
 
 def rolled_back(name: str, fingerprint: str) -> str | None:
@@ -335,14 +444,19 @@ def rollback(name: str) -> tuple[str, str]:
     """Swap champion and `previous`; return both versions, the former first. Raises ValueError: one
     is missing."""
     client = connect()
-    now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
-    if not now or not before or now.version == before.version:
-        raise ValueError(
-            f"{name!r} has {'no champion' if not now else 'no previous champion'} in MLflow at {client.tracking_uri}: "
-            f"nothing to go back to"
-        )
-    client.set_model_version_tag(name, now.version, ROLLED_BACK, "true")
-    client.delete_model_version_tag(name, before.version, ROLLED_BACK)
-    client.set_registered_model_alias(name, CHAMPION, before.version)
-    client.set_registered_model_alias(name, PREVIOUS, now.version)
+    champion = aliased(client, name, CHAMPION)
+    if champion is None:
+        raise ValueError(f"{name!r} has no champion in MLflow at {client.tracking_uri}: nothing to go back to")
+    with _alone(client, name, str(champion.version)):
+        now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
+        if not now or now.version != champion.version:
+            raise ValueError(f"champion of {name!r} was moved at this very moment: nothing was changed, look at it")
+        if not before or now.version == before.version:
+            raise ValueError(
+                f"{name!r} has no previous champion in MLflow at {client.tracking_uri}: nothing to go back to"
+            )
+        client.set_model_version_tag(name, now.version, ROLLED_BACK, "true")
+        client.delete_model_version_tag(name, before.version, ROLLED_BACK)
+        client.set_registered_model_alias(name, CHAMPION, before.version)
+        client.set_registered_model_alias(name, PREVIOUS, now.version)
     return str(now.version), str(before.version)  # the embedded store gives numbers

@@ -187,6 +187,24 @@ def test_an_outage_at_the_start_in_the_middle_and_at_the_end_costs_no_time_and_n
     assert statistics.median(times) < 1e-3
 
 
+def test_models_and_versions_whose_creation_got_no_answer_are_made_once(gate, tmp_path, monkeypatch):
+    gate.open()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.uri)
+    client, name = registry.connect(), f"books {uuid.uuid4().hex[:8]}"
+    experiment = registry.experiment_id(client, name)
+    run = client.create_run(experiment).info.run_id
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "weights").write_text("w")
+    gate.lose = [b"POST /api/2.0/mlflow/logged-models ", b"registered-models/create", b"model-versions/create"]
+    model = registry.log_model(client, experiment, run, "longlora", {registry.MODEL: name}, tmp_path / "release")
+    version = registry.register(client, name, model, run, {registry.FINGERPRINT: "f"})
+    assert gate.lose == []
+    assert version.version == "1"
+    assert len(client.search_model_versions(f"name = '{name}'")) == 1
+    assert len(client.search_logged_models([experiment])) == 1
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] != "0", "the user's setting is as it was"
+
+
 def test_lost_answers_double_neither_runs_nor_points(spools, server, gate):
     _, spool = spools("train")
     for step in range(50):
