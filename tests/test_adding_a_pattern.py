@@ -1,4 +1,7 @@
-"""A new pattern is one file and one line in PATTERNS: recipe, plan, training and report take it as it is."""
+"""A new pattern is one file and one line in PATTERNS: recipe, plan and training take it as it is.
+
+The whole chain, to its report: tests/test_adding_runs.py.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import positions
-from product_copies import product_with
-from test_quickstart import RECIPE, longreach, make_project
+from test_quickstart import RECIPE, make_project
 from toy_models import job, train
 from toy_pattern import Dilated
 
 from longreach.attention import PATTERNS
 from longreach.attention.pattern import Heads
 from longreach.attention.reference import dense_mask, starts
-from longreach.infra.artifact import Store
 from longreach.infra.resources import Resources
 from longreach.pipelines.plan import plan
 from longreach.pipelines.reader import RecipeError, load
 from longreach.training.cost import Shape, predict
 from longreach.training.recipe import ArmRecipe
 
-LINE = '\nfrom longreach.attention.dilated import Dilated\n\nPATTERNS["dilated"] = Dilated\n'
 ARMS = {"full": {"tune": "lora"}, "dilated": {"tune": "lora", "attention": {"pattern": "dilated", "stride_tokens": 4}}}
 SMALL = RECIPE | {
     "baselines": {},
@@ -92,15 +92,3 @@ def test_it_trains_and_the_planner_counts_its_keys(tmp_path: Path):
     shape = Shape(2, 32, 96, 4, 2, 8, 64, tied=True)
     flops = {name: predict(shape, arm, rows=1, seq_len=32, resources=Resources()).flops for name, arm in arms.items()}
     assert flops["dilated"] < flops["full"]
-
-
-@pytest.mark.slow
-def test_with_its_file_and_its_line_the_whole_chain_runs_and_the_report_describes_it(project: Path, tmp_path: Path):
-    env = product_with(tmp_path / "source", "toy_pattern.py", "attention/dilated.py", LINE)
-    done = longreach(project, "run", "tiny.yaml", env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    store = Store(str(project / ".longreach"))
-    manifests = {manifest["label"]: manifest for manifest in store.manifests()}
-    assert manifests["finetune[dilated]"]["summary"]["pattern"] == "dilated(stride_tokens=4)"
-    report = store.fetch("report", manifests["report"]["fingerprint"])
-    assert "one key in 4" in (report.path / "report.html").read_text()

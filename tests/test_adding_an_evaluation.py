@@ -1,4 +1,7 @@
-"""A new evaluation is one file and one line in EVALS: recipe, plan, measuring and report take it as it is."""
+"""A new evaluation is one file and one line in EVALS: recipe, plan, measuring and figures take it as it is.
+
+The whole chain, to its report: tests/test_adding_runs.py.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,16 @@ from longreach.evaluation import EVALS
 from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
-from longreach.infra.artifact import Store
 
-LINE = """
+ADDITION = (
+    "toy_evaluation.py",
+    "evaluation/distinct_tokens.py",
+    """
 from longreach.evaluation.distinct_tokens import DistinctTokens
 
 EVALS["distinct_tokens"] = DistinctTokens
-"""
+""",
+)
 SMALL = RECIPE | {
     "baselines": {"base": {}},
     "finetune": None,
@@ -34,8 +40,7 @@ SMALL = RECIPE | {
 @pytest.fixture(scope="module")
 def env(tmp_path_factory) -> dict[str, str]:
     """The environment in which `longreach` is the product with the evaluation's file and line."""
-    source = tmp_path_factory.mktemp("source")
-    return product_with(source, "toy_evaluation.py", "evaluation/distinct_tokens.py", LINE)
+    return product_with(tmp_path_factory.mktemp("source"), ADDITION)
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +73,3 @@ def test_it_is_measured_and_drawn_for_one_model_and_for_many(monkeypatch):
     text, table, _ = section.blocks
     assert text.startswith("How many different tokens does a held-out document have? Protocol: different ids among")
     assert table.rows == [["distinct_tokens", "2", "2"]]
-
-
-@pytest.mark.slow
-def test_with_its_file_and_its_line_the_whole_chain_runs_and_the_report_draws_it(project: Path, env: dict[str, str]):
-    done = longreach(project, "run", "tiny.yaml", "--set", "resources.eval_workers=2", env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    store = Store(str(project / ".longreach"))
-    manifests = {manifest["label"]: manifest for manifest in store.manifests()}
-    summary = manifests["evaluate[base,distinct_tokens]"]["summary"]
-    assert summary["rows"] == 2
-    assert 1 < summary["distinct_tokens"] <= 8
-    report = store.fetch("report", manifests["report"]["fingerprint"])
-    page = (report.path / "report.md").read_text()
-    assert "## Distinct tokens" in page
-    assert f"| distinct\\_tokens | {summary['distinct_tokens']:.4g} |" in page
-    assert report.summary["metrics"]["eval/distinct_tokens/base"] == summary["distinct_tokens"]
