@@ -1,20 +1,30 @@
-"""Tell people how a run ended: one JSON POST to a webhook (Slack, Teams and ntfy read its `text`;
-programs the rest).
+"""Tell people how a run ended: one JSON POST to a webhook (Slack reads its `text`, programs the
+rest; docs/gate.md says how ntfy does).
 
 The address is often a secret, so it is taken from the command line or LONGREACH_NOTIFY_URL, and of
 it only the host is ever shown; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook
-that fails changes no exit code.
+that fails, or does not come to an end, changes no exit code.
 
     LONGREACH_NOTIFY_URL=https://hooks.example.org/T0/B0/secret longreach run retrain
 """
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 URL, TOKEN = "LONGREACH_NOTIFY_URL", "LONGREACH_NOTIFY_TOKEN"
-Ending = Literal["success", "failure", "refused", "stopped"]
+Ending = Literal["success", "failure", "refused", "undecided", "stopped"]
+MARKS: dict[Ending, str] = {
+    "success": "done",
+    "failure": "FAILED",
+    "refused": "refused by the gate",
+    "undecided": "done, but the gate has not decided",
+    "stopped": "stopped",
+}
+LONGEST_TEXT = 2000
+"""Characters; ntfy takes 4,096 bytes of a message, Slack more."""
 
 
 def check_url(url: str) -> None:
@@ -26,15 +36,47 @@ def check_url(url: str) -> None:
 
 def notify(url: str, ending: Ending, recipe: str, facts: Mapping[str, Any], timeout_s: float = 10.0) -> str:
     """POST {"text", "recipe", "status", ...facts}; return "", or why it did not arrive, without the
-    address."""
+    address. It returns after `timeout_s`, whatever the receiver does."""
+    body = {"text": text_of(ending, recipe, facts), "recipe": recipe, "status": ending, **facts}
+    outcome = [f"did not answer within {timeout_s:g} s"]
+
+    def post() -> None:
+        outcome[0] = _post(url, body, timeout_s)
+
+    # a thread, since a limit of requests' is one between two bytes: a receiver that trickles has none
+    thread = threading.Thread(target=post, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    trouble = outcome[0]
+    return f"the webhook at {urlsplit(url).hostname} {trouble}" if trouble else ""
+
+
+def text_of(ending: Ending, recipe: str, facts: Mapping[str, Any]) -> str:
+    """Return the sentence for people: how it ended, why, and what the report says."""
+    reasons = list(facts.get("refusals") or ())
+    for stage, why in (facts.get("failed") or {}).items():  # the first one failed, others for want of it
+        more = len(facts["failed"]) - 1
+        reasons.append(f"{stage}: {why}" + (f" (and {more} more stages)" if more else ""))
+        break
+    if facts.get("undecided"):
+        reasons.append(facts["undecided"])
+    text = f"longreach: {recipe} {MARKS[ending]}"
+    if reasons:
+        text += f": {'; '.join(reasons)}"
+    if facts.get("headline"):
+        text += f". {facts['headline']}"
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."
+
+
+def _post(url: str, body: Mapping[str, Any], timeout_s: float) -> str:
+    """Return "", or what became of the request in the end of a sentence."""
     import requests
 
-    mark = {"success": "done", "failure": "FAILED", "refused": "refused by the gate", "stopped": "stopped"}[ending]
-    body = {"text": f"longreach: {recipe} {mark}. {facts.get('headline', '')}".strip(), "recipe": recipe}
     token = os.environ.get(TOKEN)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        answer = requests.post(url, json={**body, "status": ending, **facts}, headers=headers, timeout=timeout_s)
-    except (requests.RequestException, ValueError) as error:  # ValueError: a token that no header can hold
-        return f"the webhook at {urlsplit(url).hostname} was not reached ({type(error).__name__})"
-    return "" if answer.ok else f"the webhook at {urlsplit(url).hostname} answered HTTP {answer.status_code}"
+        # stream: what a receiver has to say beyond its status is not read
+        with requests.post(url, json=body, headers=headers, timeout=timeout_s, stream=True) as answer:
+            return "" if answer.ok else f"answered HTTP {answer.status_code}"
+    except Exception as error:  # noqa: BLE001 (a webhook never changes how a run ends)
+        return f"was not reached ({type(error).__name__})"

@@ -150,7 +150,7 @@ def run_recipe(
         raise
     _show_outcome(outcome, loaded, quiet=quiet)
     if notify and (outcome.ran or outcome.failed):  # a run in which nothing happened is no news
-        _post_outcome(notify, outcome, loaded.recipe.name)
+        _post_outcome(notify, outcome, loaded.recipe.name, undecided)
     if outcome.failed:
         raise typer.Exit(FAILED)
     if outcome.refusals:
@@ -211,8 +211,8 @@ def _sync_command(recipe: Recipe) -> str:
     return f"{server}longreach sync --workdir {shlex.quote(str(Path(recipe.store.workdir).absolute()))}"
 
 
-def _post_outcome(url: str, outcome: RunOutcome, recipe: str) -> None:
-    ending = "success"
+def _post_outcome(url: str, outcome: RunOutcome, recipe: str, undecided: RegistryAway | None) -> None:
+    ending = "undecided" if undecided else "success"
     if outcome.failed:
         ending = "failure"
     elif outcome.refusals:
@@ -221,6 +221,7 @@ def _post_outcome(url: str, outcome: RunOutcome, recipe: str) -> None:
         "headline": outcome.headline,
         "failed": outcome.failed,
         "refusals": outcome.refusals,
+        "undecided": str(undecided or ""),
         "gate": outcome.gate,
         "ran": len(outcome.ran),
         "reused": len(outcome.reused),
