@@ -22,6 +22,8 @@ import os
 import posixpath
 import select
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -530,6 +532,33 @@ def _environment() -> dict[str, str]:
     """Return this process's environment without the registry's timeouts, since the mirror has its
     own."""
     return {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
+
+
+TRAINING = "?workflowType=machine_learning"
+"""What MLflow's pages need in their address: else they open as a place for prompts and traces, which
+is empty."""
+
+
+def first_page(database: Path) -> str:
+    """Return the page to begin with, as the end of an address: the models of the experiment that ran
+    last, its runs if there are none, all experiments if nothing ran."""
+    newest = "SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
+        found = connection.execute(newest).fetchone()
+        if found is None:
+            return f"#/experiments{TRAINING}"
+        models = "SELECT 1 FROM logged_models WHERE experiment_id = ? AND lifecycle_stage = 'active' LIMIT 1"
+        page = "models" if connection.execute(models, found).fetchone() else "runs"
+    return f"#/experiments/{found[0]}/{page}{TRAINING}"
+
+
+def check_port(port: int) -> None:
+    """Raise ValueError if a server cannot have a port of this machine: MLflow itself ends as if
+    all were well."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ValueError(f"port {port}: {os.strerror(error.errno or 0)}: choose another one with --port") from None
 
 
 def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:

@@ -359,21 +359,24 @@ def ui(
     recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     workdir: Workdir = Path(".longreach"),
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000,
 ) -> None:
     """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a
     server elsewhere."""
-    from longreach.infra.mirror import default_uri, ui_command
-    from longreach.infra.registry import prepare_embedded
+    from longreach.infra.mirror import TRAINING, check_port, default_uri, first_page, ui_command
+    from longreach.infra.registry import prepare_embedded, sqlite_path
 
     uri, workdir = _tracking(recipe, overrides, workdir)
     if uri != default_uri(workdir):
-        print(uri)
+        page = f"/#/experiments{TRAINING}" if uri.startswith("http") else ""
+        print(uri.rstrip("/") + page)
         return
+    check_port(port)
     prepare_embedded(uri)
+    database = sqlite_path(uri)
+    assert database is not None
     command = ui_command(workdir, port=port)
-    # MLflow opens as a place for prompts and traces; this address opens it as one for training.
-    print(f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning", flush=True)
+    print(f"http://127.0.0.1:{port}/{first_page(database)}", flush=True)
     os.execvp(command[0], command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -366,7 +367,19 @@ def test_ui_shows_the_embedded_store_to_this_machine_only_and_names_a_server_els
     assert f"sqlite:///{tmp_path}/mlflow.db" in command
     assert "--host 127.0.0.1 --port 5055" in command
     code, out, _ = longreach(capsys, "ui", "quickstart", "--set", "tracking.uri=https://mlflow.lab")
-    assert (code, out, len(started)) == (0, "https://mlflow.lab\n", 1)
+    assert (code, out, len(started)) == (0, "https://mlflow.lab/#/experiments?workflowType=machine_learning\n", 1)
+
+
+def test_ui_says_that_its_port_is_taken_and_does_not_end_well(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.execvp", lambda program, command: pytest.fail("started"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, out, err = longreach(capsys, "ui", "--workdir", str(tmp_path), "--port", str(port))
+    assert (code, out) == (2, "")
+    assert f"port {port}: Address already in use: choose another one with --port" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_sync_sends_the_spool_of_the_recipe_and_is_exit_1_while_points_are_held_back(
