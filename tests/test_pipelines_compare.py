@@ -235,3 +235,29 @@ def test_a_hundred_runs_of_ten_thousand_steps_are_compared_without_reading_every
     assert "88 more are left out. " not in text
     assert re.search(r"Of longer runs about 500 steps are drawn, evenly spread\. 88 more are left out\.", text)
     assert page.stat().st_size < 5e6
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_models_of_another_base_or_from_scratch_are_not_compared_token_by_token(runs, tmp_path):
+    """Their tokenizers may differ: places in a text have the same numbers then, and other tokens."""
+    folder, first, _ = runs
+    (folder / "another").mkdir()
+    for file in (folder / "base").iterdir():
+        (folder / "another" / file.name).write_bytes(file.read_bytes())
+    other = SMALL | {"name": "other", "base": {"source": "another"}, "pretrain": RECIPE["pretrain"]}
+
+    def write_base(stage, out: Path) -> dict:
+        facts = made.write_base(stage, out)
+        return facts | {"origin": facts["origin"] | {"source": "another"}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(made.WRITERS, "convert", write_base)
+        low = {"no-sink": (5.0, 5.0, 5.0), "sink-token": (6.0, 6.0, 6.0)}
+        second = publish_run(folder, other, full=(9.0, 8.0, 7.0), **low)
+    text = compare([first, second], tmp_path / "out", str(folder / "store")).read_text()
+    differences = text[text.rindex("Differences on the same tokens") :].split("</table>")[0]
+    assert "tiny: lora" in differences
+    assert "other: " not in differences
+    assert "Lowest perplexity at 768 tokens: tiny: full 29.4" in text
+    assert "5 models read other texts or have another base, and do not compare." in text
+    assert "<strong>5.00" not in text

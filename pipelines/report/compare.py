@@ -30,6 +30,7 @@ from longreach.evaluation.gain import Gain
 from longreach.evaluation.harness import Harness
 from longreach.evaluation.lm_eval_files import check_versions, read_results, result_files, write_results
 from longreach.evaluation.perplexity import difference_tables
+from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import MANIFEST, Artifact, Store
 from longreach.pipelines.plan import open_store
@@ -89,7 +90,7 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
     check_versions(found.scores_of(Harness.name))
     sections = [
         main,
-        Section("Differences on the same tokens", difference_tables(found.scores_of(PERPLEXITY), resamples=1000)),
+        Section("Differences on the same tokens", difference_tables(found.of_the_first_base(PERPLEXITY), 1000)),
         _tasks(found),
         Section("What differs", [changes(runs)] if len(runs) > 1 else []),
         *(losses(found, kind, title, file, SAYS) for kind, title, file in LOSSES),
@@ -218,6 +219,13 @@ class Merged(Findings):
         row = self.ppl().get(self.length, {})
         return self.length, {name: row[name]["ppl"] for name in self.models if name in self.alike}
 
+    def of_the_first_base(self, evaluation: str) -> dict[str, EvalScores]:
+        """Return the scores of the best model, and of all that have its base: those of another one
+        may have other tokens at the same places of a text."""
+        scores = self.scores_of(evaluation)
+        first = next(iter(scores), "")
+        return {name: one for name, one in scores.items() if self.sources[name] == self.sources[first]}
+
     def background(self) -> Background:
         """Return the first run's base as what all arms of that base are held against, in whichever
         run."""
@@ -247,7 +255,7 @@ def merge(runs: dict[str, Findings]) -> Merged:
             seen.add(fingerprints)
             full_name = f"{run}: {name}"
             models[full_name] = replace(model, name=full_name, of=model.of and f"{run}: {model.of}")
-            bases[full_name] = findings.base.get("source", name)
+            bases[full_name] = _base_of(findings, model)
             if findings.base:
                 trained_lengths[full_name] = findings.base["context_length"]
     length, alike = _largest_group(models, bases)
@@ -271,6 +279,16 @@ def merge(runs: dict[str, Findings]) -> Merged:
 
     merged.models = {name: models[name] for name in sorted(models, key=rank)}
     return merged
+
+
+def _base_of(findings: Findings, model: Model) -> str:
+    """Return what a model was made from: the run's base or, of one that was trained from scratch,
+    the tokenizer of its rows."""
+    trained = model.variant_of or model
+    if trained.kind == "pretrain" and trained.training.model is not None:
+        rows = findings.packs.get("pack[sink]")
+        return f"from scratch, tokenizer {rows.tokenizer_sha256 if rows else trained.name}"
+    return str(findings.base.get("source", model.name))
 
 
 def _fingerprints(findings: Findings, name: str) -> frozenset[str]:
