@@ -72,6 +72,25 @@ def test_flops_are_those_that_torch_counts(tune):
     assert predicted - attention == pytest.approx(matrices, rel=0.05)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tune", ["all", "lora", "lora+embed+norm"])
+def test_the_heads_gradient_is_counted_where_the_loss_makes_one(tune, tied):
+    """A head of its own is frozen beside LoRA, whatever trains of the embedding."""
+    model = fresh_llama(RECIPE, VOCAB, seed=0)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    head = model.lm_head.weight
+    model = apply_arm(model, ArmRecipe(tune=tune)).train()
+    model.enable_input_require_grads()
+    loss_of(model).backward()
+    plain = cost._Step(shape_of(model), ArmRecipe(tune=tune), Resources(workers=1), rows=1, seq_len=T)
+    products = plain.flops_per_token(T)["loss"] / (2 * VOCAB * RECIPE.hidden)
+    assert products == (2 if head.grad is None else 3)
+    gradient = plain.memory()["loss"] - 4 * T * (VOCAB + RECIPE.hidden)
+    assert gradient == (0 if head.grad is None else 4 * VOCAB * RECIPE.hidden)
+
+
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("tune", ARMS)
 def test_floats_saved_are_those_that_torch_saves(monkeypatch, tune, zero_stage):

@@ -155,6 +155,11 @@ class Shape:
             trained["embed"] = self.embedding_parameters
         return trained
 
+    def trains_head(self, arm: ArmRecipe) -> bool:
+        """Whether an arm trains the head's weight: beside LoRA only where it is the embedding
+        too."""
+        return arm.tune == "all" or ("embed" in arm.tune and self.tied)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -240,7 +245,7 @@ class _Step:
         backward = forward + 2 * (trained["layers"] + trained["lora"])
         # the logits, the gradient of the hidden states, and that of the head's weight if it is
         # trained
-        loss_products = 3 if trained["embed"] else 2
+        loss_products = 3 if shape.trains_head(self.arm) else 2
         # q·k and probabilities·v, for each key that the pattern lets a query see
         attention = 4 * self.arm.attention.mean_keys(document) * shape.q_width * shape.layers
         return {
@@ -352,7 +357,7 @@ class _Step:
 
         loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab  # logits
         loss += number * tokens * shape.hidden  # gradient of the hidden states
-        if self.trained["embed"]:
+        if shape.trains_head(self.arm):
             loss += 4 * shape.embedding_parameters  # the head's gradient in float32
         memory = {"weights": weights, "gathered": gathered, "gradients": gradients, "optimizer": optimizer}
         return memory | {"activations": number * kept * tokens, "loss": loss}
