@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from longreach.infra import forkserver
 from longreach.infra.forkserver import ADDRESS, fork_server
+from longreach.infra.versions import GIB, usable_memory
 
 if TYPE_CHECKING:
     import psutil
@@ -66,6 +67,9 @@ def connected(
 
 
 START_TRIES = 3
+RESERVED_SHARE = 0.9
+"""Share of this machine's memory that stages may reserve together: the rest is for Ray, MLflow and
+the driver, and what is held is up to a tenth more than what is foreseen."""
 SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket that Linux takes."""
 RAYS_LONGEST_SOCKET = "/ray/session_2026-11-28_23-25-36_123456_1234567/sockets/plasma_store"
@@ -104,6 +108,22 @@ def _short_temporary_folder() -> Iterator[None]:
                 os.environ["TMPDIR"] = before
 
 
+def reservable_bytes(gib: float, at_once: int = 1) -> int:
+    """Return the memory that Ray is asked to keep for a process that holds `gib` GiB, so that two
+    that do not fit together run one after the other.
+
+    What no node has is not asked for, since Ray would wait for it for ever: then it is as much as
+    the largest node can give to `at_once` such processes.
+    """
+    import ray
+
+    wanted = int(gib * GIB)
+    rooms = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+    if wanted and sum(room // wanted for room in rooms) < at_once:
+        wanted = max(rooms, default=0) // at_once
+    return wanted
+
+
 def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
     # The dashboard stays on although it costs seconds: else Ray Train cannot ask the state API for
     # a dead driver's placement group, which then keeps its CPUs for ever.
@@ -128,6 +148,7 @@ def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> No
         try:
             ray.init(
                 address or "local", num_cpus=None if address else cpus, job_config=_job_config(),
+                _memory=None if address else int(RESERVED_SHARE * usable_memory()),
                 log_to_driver=False, logging_level=logging.WARNING, configure_logging=True,
             )  # fmt: skip
             return

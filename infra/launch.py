@@ -31,10 +31,12 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pyarrow.fs
 
+from longreach.infra.cluster import reservable_bytes
 from longreach.infra.errors import DiskFull, OutOfMemory, Stopped, Superseded
 from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
+from longreach.infra.versions import GIB
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -44,6 +46,8 @@ FINAL_ERRORS: dict[str, type[Exception]] = {
 }
 """Errors of a rank that end the run at once, by the name under which `error.json` carries them."""
 
+WAIT_S = 15
+"""Seconds after which ranks that Ray has not placed are said to wait."""
 HUNG_S = 180
 """Seconds without an answer after which a rank is taken for dead: stopped, or stuck in the kernel. Ray
 Train's own 600 are long, and fewer would take a busy machine's ranks for dead."""
@@ -51,15 +55,16 @@ Train's own 600 are long, and fewer would take a busy machine's ranks for dead."
 
 def run_ranks(
     function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: str | Path,
-    share: Share | None = None,
+    share: Share | None = None, memory_gib: float = 0, note: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Call `function(job)` ("module:name") on every rank and return rank 0's result, a JSON-able
     dict.
 
     Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps
     its own records there. With a share, each rank gets the job with its own node's paths, and finds
-    the share's inputs fetched. Raises ValueError: the cluster is too small. Exception: the ranks'
-    own final error, or Ray Train's.
+    the share's inputs fetched. `memory_gib`: about what all ranks hold, which Ray keeps for them;
+    of a GPU's memory it knows nothing. `note` is told if they have to wait for room. Raises
+    ValueError: the cluster is too small. Exception: the ranks' own final error, or Ray Train's.
     """
     import ray
 
@@ -68,11 +73,19 @@ def run_ranks(
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
     results = RankResults.create(str(storage), run_name)
     work = {"function": function, "job": job, "results": results, "resources": resources, "share": share}
-    _fit(_trainer(work, resources, run_name, str(storage)), resources.max_failures)
+    memory = 0
+    if not resources.gpus_per_worker:
+        memory = reservable_bytes(memory_gib / resources.workers, at_once=resources.workers)
+    cpus, gib = resources.workers * resources.cpus_per_worker, resources.workers * memory / GIB
+    text = f"its ranks wait for other stages to free {cpus} CPU{'s' * (cpus > 1)} and {gib:.1f} GiB"
+    waiting = Waiting(results, note, text)
+    _fit(_trainer(work, resources, run_name, str(storage), memory), resources.max_failures, waiting)
     return results.collect()
 
 
-def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage: str) -> TorchTrainer:
+def _trainer(
+    work: dict[str, Any], resources: Resources, run_name: str, storage: str, memory_bytes: int
+) -> TorchTrainer:
     """Return Ray Train's description of the run: what each rank does, what it may use, and where
     records are kept."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -82,7 +95,7 @@ def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage:
     is_disk = "file" in fs.protocol
     filesystem = None if is_disk else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
     gpus, failures = resources.gpus_per_worker, FailureConfig(max_failures=resources.max_failures)
-    each = {"CPU": resources.cpus_per_worker, "GPU": gpus}
+    each = {"CPU": resources.cpus_per_worker, "GPU": gpus, "memory": memory_bytes}
     return TorchTrainer(
         _rank, train_loop_config=work, torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=each),
@@ -92,7 +105,7 @@ def _trainer(work: dict[str, Any], resources: Resources, run_name: str, storage:
     )  # fmt: skip
 
 
-def _fit(trainer: TorchTrainer, max_failures: int) -> None:
+def _fit(trainer: TorchTrainer, max_failures: int, waiting: Waiting) -> None:
     """Run the ranks to their end, again if Ray Train gives up because one died while it was
     started. Raises ControllerError: Ray Train failed in another way, or `max_failures` times more
     in this one."""
@@ -103,7 +116,11 @@ def _fit(trainer: TorchTrainer, max_failures: int) -> None:
     for failures_left in reversed(range(max_failures + 1)):
         try:
             # Ranks that wait for the room of an abandoned group do so in the first minute.
-            with _interrupt_handler_restored(), polling(groups.look, every_s=1.0, for_s=60.0, name="abandoned groups"):
+            with (
+                _interrupt_handler_restored(),
+                polling(groups.look, every_s=1.0, for_s=60.0, name="abandoned groups"),
+                polling(waiting.look, every_s=1.0, for_s=WAIT_S + 5, name="waiting ranks"),
+            ):
                 trainer.fit()
             return
         except ControllerError as error:
@@ -126,6 +143,26 @@ def _interrupt_handler_restored() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+class Waiting:
+    """Says, once, that ranks are not placed yet because others have the room."""
+
+    def __init__(self, results: RankResults, note: Callable[[str], None], text: str) -> None:
+        self.results, self.note, self.text = results, note, text
+        self.since_s = time.monotonic()
+        self.said = False
+
+    def look(self) -> None:
+        """Say it if WAIT_S are over, no rank has begun, and Ray has a group that is not placed."""
+        import ray
+
+        if self.said or time.monotonic() - self.since_s < WAIT_S or self.results.read("begun.json") is not None:
+            return
+        groups = _placement_groups(ray.get_runtime_context().get_job_id())
+        if any(group.state == group.PENDING for group in groups):
+            self.said = True
+            self.note(self.text)
 
 
 class AbandonedGroups:
@@ -216,6 +253,8 @@ def _rank(work: dict[str, Any]) -> None:
     resources = work["resources"]
     resources.prepare_torch(resources.cpus_per_worker)  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
     job, results, share = work["job"], work["results"], work["share"]
+    if dist.get_rank() == 0:
+        results.write("begun.json", {})
     try:
         if share:
             share.bring()

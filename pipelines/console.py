@@ -246,7 +246,7 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
     ValueError, after the table, if a training cannot fit `here`.
     """
     from longreach.pipelines.display import duration
-    from longreach.pipelines.foresee import check_memory
+    from longreach.pipelines.foresee import check_fits
     from longreach.pipelines.plan import plan
 
     rows = plan(loaded, trying=here)
@@ -266,7 +266,7 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
     print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run", flush=True)
     if here:
         to_train = {row.stage: row.foreseen for row in rows if row.foreseen and row.state != "done"}
-        check_memory(to_train, loaded.recipe.resources)
+        check_fits(to_train, loaded.recipe.resources)
     return rows
 
 

@@ -128,7 +128,7 @@ def evaluate(
     missing = {number: cell for number, cell in enumerate(cells) if number not in results}
     if spread:
         del evaluation  # its memory is for the tasks
-        arriving = _spread(job, missing)
+        arriving = _spread(job, missing, run.memory_gib)
     else:
         arriving = measured(evaluation, missing)
     for number, result in arriving:
@@ -153,17 +153,20 @@ def evaluate(
     return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
 
 
-def _spread(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Result]]:
+def _spread(job: Job, cells: dict[int, Cell], memory_gib: float) -> Iterator[tuple[int, Result]]:
     """Yield (number, result) as Ray tasks measure the cells, which are dealt in turn, so that all
-    get long ones."""
+    get long ones; `memory_gib`: about what each of them holds."""
     import ray
+
+    from longreach.infra.cluster import reservable_bytes
 
     resources = job.resources
     numbers = list(cells)
     tasks = min(resources.eval_workers, len(cells))
     measure = ray.remote(_measure_part).options(
-        num_cpus=resources.eval_cpus, num_gpus=resources.gpus_per_worker, num_returns="streaming"
-    )
+        num_cpus=resources.eval_cpus, num_gpus=resources.gpus_per_worker, memory=reservable_bytes(memory_gib),
+        num_returns="streaming",
+    )  # fmt: skip
     running: list[Any] = []
     for task in range(tasks):
         part = {number: cells[number] for number in numbers[task::tasks]}

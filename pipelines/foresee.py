@@ -21,14 +21,16 @@ from longreach.infra.resources import Resources
 from longreach.infra.versions import GIB, usable_cores, usable_memory
 from longreach.pipelines.costs import CostsStageRecipe, at_length
 from longreach.pipelines.display import duration
+from longreach.pipelines.evaluate import EvaluateStageRecipe
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
 from longreach.training.convert import known_config
-from longreach.training.cost import CONFIG_KEYS, Machine, Prediction, Shape, predict
+from longreach.training.cost import CONFIG_KEYS, PROCESS_GIB, Machine, Prediction, Shape, predict
 from longreach.training.probe import probe
 from longreach.training.recipe import ArmRecipe, BaseRecipe, FinetuneStageRecipe, PretrainStageRecipe
 from longreach.training.summary import TrainingSummary
 
+TrainingRecipe = FinetuneStageRecipe | PretrainStageRecipe
 SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
 """What the cost model takes from the summary of a converted model."""
 TRIED = "from two seconds of work on this machine; longer if it has other work"
@@ -68,7 +70,7 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
     speed = measured(store, resources)
     forecasts = {}
     for stage in stages:
-        if not isinstance(stage.recipe, FinetuneStageRecipe | PretrainStageRecipe | CostsStageRecipe):
+        if not isinstance(stage.recipe, TrainingRecipe | CostsStageRecipe):
             continue
         shape = _shape(store, stage)
         if shape is None:
@@ -79,20 +81,66 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
         if isinstance(stage.recipe, CostsStageRecipe):
             forecasts[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
             continue
-        if isinstance(stage.recipe, FinetuneStageRecipe):
-            arm = stage.recipe.arm
-        else:
-            arm = ArmRecipe(attention=stage.recipe.attention)  # pretraining trains all weights
-        corpus, optim = stage.inputs["corpus"].recipe, stage.recipe.optim
-        assert isinstance(corpus, PackStageRecipe)
-        seq_len = corpus.pack.seq_len
-        rows = optim.global_batch_tokens // seq_len
-        cost = predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=_machine(speed))
-        forecasts[stage.label] = _of_training(cost, optim.steps, resources.workers, speed)
+        cost = _cost(stage, stage.recipe, shape, resources, _machine(speed))
+        forecasts[stage.label] = _of_training(cost, stage.recipe.optim.steps, resources.workers, speed)
     return forecasts
 
 
-def check_memory(forecasts: Mapping[str, Forecast], resources: Resources) -> None:
+def _cost(
+    stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, machine: Machine | None = None
+) -> Prediction:
+    """Return what a step of a stage that trains will cost."""
+    corpus = stage.inputs["corpus"].recipe
+    assert isinstance(corpus, PackStageRecipe)
+    seq_len = corpus.pack.seq_len
+    rows = recipe.optim.global_batch_tokens // seq_len
+    return predict(shape, _arm_of(recipe), rows=rows, seq_len=seq_len, resources=resources, machine=machine)
+
+
+def _arm_of(recipe: TrainingRecipe) -> ArmRecipe:
+    """Return what trains; in pretraining that is all weights."""
+    if isinstance(recipe, FinetuneStageRecipe):
+        return recipe.arm
+    return ArmRecipe(attention=recipe.attention)
+
+
+def memory_gib(store: Store, stage: Stage, resources: Resources) -> float:
+    """Return about how much memory a stage will hold, by which Ray places it: that of all its
+    ranks, or of one evaluation's process.
+
+    Where a model's sizes are not known, or it lives on a GPU, it is what any process holds.
+    """
+    if resources.gpus_per_worker:
+        return PROCESS_GIB
+    if isinstance(stage.recipe, TrainingRecipe) and (shape := _shape(store, stage)):
+        return _cost(stage, stage.recipe, shape, resources).peak_gib
+    if isinstance(stage.recipe, EvaluateStageRecipe) and (base := _base_of(stage)):
+        facts = _facts(store, base)
+        if facts.keys() >= {*SHAPE}:
+            return PROCESS_GIB + _read_gib(Shape(**{key: facts[key] for key in SHAPE}), stage.recipe, resources)
+    return PROCESS_GIB
+
+
+def _read_gib(shape: Shape, recipe: EvaluateStageRecipe, resources: Resources) -> float:
+    """Return the memory of weights, keys and values, and a layer's activations at the longest
+    input."""
+    value_bytes = 2 if resources.dtype == "bfloat16" else 4
+    kept = 2 * shape.layers * shape.kv_width
+    passing = 2 * (shape.hidden + shape.intermediate)
+    return value_bytes * (shape.parameters + recipe.choices.longest_input() * (kept + passing)) / GIB
+
+
+def _base_of(stage: Stage) -> Stage | None:
+    """Return the stage that converts what a model was made from; None if it is made from nothing."""
+    if isinstance(stage.recipe, BaseRecipe):
+        return stage
+    for name in ("model", "base"):
+        if name in stage.inputs:
+            return _base_of(stage.inputs[name])
+    return None
+
+
+def check_fits(forecasts: Mapping[str, Forecast], resources: Resources) -> None:
     """Raise ValueError, with both numbers, if a training needs more memory than this machine has.
 
     What is measured has been up to a tenth above what is counted, never below (RESULTS.md), so what
@@ -157,7 +205,7 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
     if isinstance(base.recipe, TokenizerRecipe):
         facts: dict[str, Any] = {"vocab": base.recipe.vocab_size}
     else:
-        facts = _summary(store, base) or _before_conversion(base)
+        facts = _facts(store, base)
     if not isinstance(stage.recipe, PretrainStageRecipe) or stage.recipe.model is None:
         if not facts.keys() >= {*SHAPE}:
             return None
@@ -176,6 +224,11 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
         vocab=facts["vocab"] + 1,  # the sink token
         tied=True,
     )
+
+
+def _facts(store: Store, base: Stage) -> dict[str, Any]:
+    """Return the sizes of a base, from its conversion or, as far as they are known, before it."""
+    return _summary(store, base) or _before_conversion(base)
 
 
 def _summary(store: Store, stage: Stage) -> dict[str, Any]:

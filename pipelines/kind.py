@@ -43,6 +43,12 @@ class StageRun:
     id: str = ""  # the attempt's own run, as its spool names it
     share: Share | None = None
     """How other nodes see this attempt; None: they share its disk, or there are none."""
+    memory_gib: float = 0
+    """About what all ranks, or one evaluation's process, will hold; 0: nothing is reserved."""
+
+    def note(self, text: str) -> None:
+        """Show the run's user a line, which MLflow keeps as well."""
+        self.spool.tag("longreach.note", text)
 
     @property
     def storage(self) -> str:

@@ -37,7 +37,7 @@ from longreach.infra.tracking import Spool, read_events
 from longreach.infra.versions import git_commit
 from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.display import Display
-from longreach.pipelines.foresee import check_memory, foresee
+from longreach.pipelines.foresee import check_fits, foresee, memory_gib
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
 from longreach.pipelines.plan import TRACKING, check_rules, open_store, survey, use_tracking
@@ -133,6 +133,7 @@ class _Run:
             experiment=self.loaded.recipe.experiment,
             command=self.loaded.command,
             version=str(known_versions()["longreach"]),
+            memory_gib=memory_gib(self.store, stage, self.loaded.recipe.resources),
         )
 
 
@@ -161,7 +162,7 @@ def run(
         if force or len(artifacts) < len(stages):
             if address is None:
                 missing = [stage for stage in stages if stage.label not in artifacts or _forced(stage, force)]
-                check_memory(foresee(store, missing, loaded.recipe.resources), loaded.recipe.resources)
+                check_fits(foresee(store, missing, loaded.recipe.resources), loaded.recipe.resources)
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
                 _withdraw(store, stages, force, artifacts)
                 artifacts = survey(store, stages, artifacts, repair=True)
@@ -363,11 +364,15 @@ class _Driver:
 
     def _place(self, stage: Stage, spool: Path) -> None:
         """Let Ray run a stage, or look whether another run still makes it."""
-        resources = self.run.loaded.recipe.resources
+        from longreach.infra.cluster import reservable_bytes
+
+        resources, task = self.run.loaded.recipe.resources, self.run.task(stage, self.runs[stage.label])
+        cpus = stage.kind.cpus(resources)
+        memory = reservable_bytes(task.memory_gib) if cpus else 0  # without CPUs, what it starts brings both
         placed = self.remote.options(
-            num_cpus=stage.kind.cpus(resources), num_gpus=stage.kind.gpus(resources), name=stage.label
+            num_cpus=cpus, num_gpus=stage.kind.gpus(resources), memory=memory, name=stage.label
         )
-        future = placed.remote(self.run.task(stage, self.runs[stage.label])).future()
+        future = placed.remote(task).future()
         future.add_done_callback(lambda future: self.ended.put((stage, future)))
         self.running[stage.label] = spool
 

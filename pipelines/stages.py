@@ -255,6 +255,8 @@ def _train(
         name="train",
         storage=run.storage,
         share=run.share,
+        memory_gib=run.memory_gib,
+        note=run.note,
     )
     if run.share and not (run.attempt.out / TrainingSummary.file).exists():  # rank 0 was on another node
         run.share.pull(run.attempt.out)

@@ -42,6 +42,7 @@ class Task:
     experiment: str
     command: str
     version: str  # the driver's version of longreach, which every node has to have
+    memory_gib: float = 0  # about what the stage will hold
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def _call(
         experiment=task.experiment,
         id=run_id,
         share=share,
+        memory_gib=task.memory_gib,
     )
     context = {"recipe": stage.recipe, "resources": task.resources, "out": attempt.out, "run": run}
     summary = stage.kind(**stage.kind.arguments(artifacts, **context))

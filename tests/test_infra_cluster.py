@@ -11,6 +11,7 @@ import pytest
 
 from longreach.infra import cluster as our_cluster
 from longreach.infra.forkserver import fork_server
+from longreach.infra.versions import GIB
 
 
 @pytest.fixture
@@ -161,3 +162,21 @@ def test_a_stage_that_fills_the_memory_is_ended_and_not_tried_for_ever():
     assert done.stdout.strip().splitlines()[-1].startswith("the machine's memory was full, so Ray ended it"), (
         done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("nodes_gib", "gib", "at_once", "reserved_gib"),
+    [
+        ([14], 6, 2, 6),  # both ranks on one node
+        ([8, 8], 6, 2, 6),  # a rank on each
+        ([14], 8, 2, 7),  # more than there is: as much as there is, and nothing runs beside them
+        ([14], 20, 1, 14),
+        ([], 1, 1, 0),
+        ([14], 0, 1, 0),
+    ],
+)
+def test_memory_is_asked_for_that_some_node_has(monkeypatch, nodes_gib, gib, at_once, reserved_gib):
+    nodes = [{"Alive": True, "Resources": {"memory": size * GIB}} for size in nodes_gib]
+    dead = {"Alive": False, "Resources": {"memory": 1000 * GIB}}
+    monkeypatch.setattr("ray.nodes", lambda: [*nodes, dead])
+    assert our_cluster.reservable_bytes(gib, at_once) == reserved_gib * GIB

@@ -11,8 +11,11 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from longreach.infra import launch
+from longreach.infra.cluster import RESERVED_SHARE
 from longreach.infra.launch import AbandonedGroups, check_room, run_ranks
 from longreach.infra.resources import Resources
+from longreach.infra.versions import GIB, usable_memory
 
 
 class Controller:
@@ -36,6 +39,40 @@ def test_a_killed_rank_is_restarted_and_a_group_that_a_killed_task_left_behind_i
     assert (tmp_path / "killed").exists()
     assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C would reach a controller that is gone"
     assert (got["rank"], got["world"], got["sum"], got["threads"], got["precision"]) == (0, 2, 3, 1, "medium")
+
+
+@pytest.mark.slow
+def test_ray_keeps_the_foreseen_memory_for_ranks_and_has_less_than_the_machine(cluster, tmp_path):
+    room = cluster.cluster_resources()["memory"]
+    assert room == pytest.approx(RESERVED_SHARE * usable_memory(), rel=0.01)
+    found = run_ranks(
+        "toy_ranks:reserved", {}, resources=Resources(workers=2), name="reserved", storage=tmp_path, memory_gib=3
+    )
+    assert [bundle["memory"] for bundle in found["bundles"]] == [1.5 * GIB, 1.5 * GIB]
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_for_room_say_so_once_and_go_on_when_there_is_some(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "WAIT_S", 1)
+    taken = cluster.util.placement_group([{"CPU": 1}])
+    cluster.get(taken.ready(), timeout=120)
+    said = []
+
+    def note(text: str) -> None:
+        said.append(text)
+        cluster.util.remove_placement_group(taken)
+
+    found = run_ranks(
+        "toy_ranks:reserved",
+        {},
+        resources=Resources(workers=2),
+        name="waits",
+        storage=tmp_path,
+        memory_gib=3,
+        note=note,
+    )
+    assert len(found["bundles"]) == 2
+    assert said == ["its ranks wait for other stages to free 2 CPUs and 3.0 GiB"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from longreach.infra.resources import Resources
 from longreach.infra.versions import usable_cores
 from longreach.pipelines import foresee as forecasts
 from longreach.pipelines.cli import main
-from longreach.pipelines.foresee import TRIED, Forecast, check_memory, foresee, measured, tried
+from longreach.pipelines.foresee import TRIED, Forecast, check_fits, foresee, measured, memory_gib, tried
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training import cost
@@ -166,7 +166,23 @@ def test_a_training_that_cannot_fit_is_refused_before_anything_starts(
 
 def test_memory_is_asked_of_this_machine_and_of_what_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecasts, "usable_memory", lambda: 8 * 2**30)
-    check_memory({"finetune[a]": Forecast("", 8.0), "costs": Forecast("", None)}, Resources())
-    check_memory({"finetune[a]": Forecast("", 80.0)}, Resources(gpus_per_worker=1))
+    check_fits({"finetune[a]": Forecast("", 8.0), "costs": Forecast("", None)}, Resources())
+    check_fits({"finetune[a]": Forecast("", 80.0)}, Resources(gpus_per_worker=1))
     with pytest.raises(ValueError, match=r"finetune\[b\] needs about 8.1 GiB"):
-        check_memory({"finetune[a]": Forecast("", 7.0), "finetune[b]": Forecast("", 8.1)}, Resources())
+        check_fits({"finetune[a]": Forecast("", 7.0), "finetune[b]": Forecast("", 8.1)}, Resources())
+
+
+def test_a_stage_reserves_the_memory_of_all_its_ranks_or_of_one_evaluation(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load("quickstart").recipe
+    held = {stage.label: memory_gib(store, stage, recipe.resources) for stage in build(recipe)}
+    assert held["pack"] == held["report"] == cost.PROCESS_GIB
+    assert 11 < held["finetune[full]"] < 15, "11.9 GiB were measured"
+    assert held["pretrain[no-sink]"] < 2.5
+    # 135 M weights of 4 bytes, and 12,288 tokens of 83 KB in a layer's activations and all keys and values
+    assert held["evaluate[longlora,gain]"] == pytest.approx(1.87, abs=0.02)
+    assert held["evaluate[base,passkey]"] < held["evaluate[base,gain]"] < held["evaluate[longlora,gain]"]
+    on_gpus = recipe.resources.model_copy(update={"gpus_per_worker": 1})
+    assert {memory_gib(store, stage, on_gpus) for stage in build(recipe)} == {cost.PROCESS_GIB}

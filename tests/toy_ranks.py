@@ -37,3 +37,10 @@ def complain_on_one_rank(job: dict) -> dict:
         raise ValueError("seq_len 30 is not a multiple of 4")
     dist.all_reduce(torch.ones(1))
     return {}
+
+
+def reserved(job: dict) -> dict:
+    """Return what Ray keeps for each rank of the group."""
+    from ray.util import get_current_placement_group
+
+    return {"bundles": get_current_placement_group().bundle_specs}
