@@ -39,7 +39,7 @@ def folders(tmp_path):
         Artifact(model, {}),
         Artifact(corpus, {}),
         out,
-        SimpleNamespace(spool=spool, attempt=attempt, earlier=[], share=None),
+        SimpleNamespace(spool=spool, attempt=attempt, earlier=[], share=None, memory_gib=0),
     )
 
 
@@ -128,6 +128,7 @@ def test_an_interrupted_grid_goes_on_and_ends_with_the_same_scores(folders, monk
         attempt=SimpleNamespace(work=out.parent / "again"),
         earlier=[run.attempt.work.parent],
         share=None,
+        memory_gib=0,
     )
     evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=later)
     assert [(c["length"], c["trial"]) for c in measured[4:]] == [(400, 1), (480, 0), (480, 1)]
