@@ -148,8 +148,34 @@ def logit_changes(config: PretrainedConfig) -> tuple[float, float | None]:
     factor = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere's; Falcon-H1's
         factor *= getattr(text, name, None) or 1.0
-    factor /= getattr(text, "logits_scaling", None) or 1.0  # Granite's
-    return factor, getattr(text, "final_logit_softcapping", None)
+    scaling = getattr(text, "logits_scaling", None) or 1.0
+    if text.model_type != "hyperclovax":  # which multiplies by it, where Granite divides
+        scaling = 1 / scaling
+    return factor * scaling, getattr(text, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
+    """Raise ValueError unless the model's logits are its output embedding of its body's output,
+    changed as `logit_changes` says: tried on a few tokens, since losses are computed without the
+    model's own head."""
+    hidden = []
+    hook = model.base_model.register_forward_hook(lambda module, inputs, output: hidden.append(output[0]))
+    try:
+        whole_1TV = model(input_ids=ids_1T.to(model.device), use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    factor, cap = logit_changes(model.config)
+    ours_1TV = model.get_output_embeddings()(hidden[0]).float() * factor
+    if cap is not None:
+        ours_1TV = cap * torch.tanh(ours_1TV / cap)
+    # of the largest logit: small ones differ little whatever is left out; bfloat16 rounds to 0.004
+    off = float((whole_1TV - ours_1TV).abs().max() / whole_1TV.abs().max())
+    if off > 0.01:
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here "
+            f"(by {off:.3g} of the largest): what its tokens cost cannot be computed; take a base of another family"
+        )
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

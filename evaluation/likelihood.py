@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from longreach.attention.hf import attending_by, logit_changes, own_attention
+from longreach.attention.hf import attending_by, check_logits, logit_changes, own_attention
 
 CHUNK = 512
 
@@ -72,22 +72,9 @@ def hidden_nll(
     return nll_T
 
 
-@torch.inference_mode()
 def check_head(model: PreTrainedModel, ids_T: np.ndarray) -> None:
-    """ValueError unless the model's logits are its output embedding of its body's output (tried on
-    eight tokens).
-
-    Some architectures scale or cap logits after the head (Gemma 2, Granite, Cohere): scoring them
-    in chunks without that would give wrong numbers, so it is refused.
-    """
-    x_1T = torch.from_numpy(np.ascontiguousarray(ids_T[:8], dtype=np.int64))[None].to(model.device)
-    whole = model(input_ids=x_1T, use_cache=False).logits.float()
-    ours = model.get_output_embeddings()(model.base_model(input_ids=x_1T, use_cache=False).last_hidden_state).float()
-    if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise ValueError(
-            f"{type(model).__name__} changes its logits after the output embedding (by up to "
-            f"{(whole - ours).abs().max():.3g}): its tokens cannot be scored in chunks"
-        )
+    """ValueError unless the model's logits can be computed in chunks, tried on eight tokens."""
+    check_logits(model, torch.from_numpy(np.ascontiguousarray(ids_T[:8], dtype=np.int64))[None])
 
 
 def check_ids(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> None:

@@ -125,6 +125,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"text_config": {**LLAMA_LIKE, **HEADS_OF_8, **WINDOWED}, "vision_config": TINY_VISION},
     ),
     "granite": ("Granite", {**LLAMA_LIKE, "logits_scaling": 2.0}),
+    "hyperclovax": ("HyperCLOVAX", {**LLAMA_LIKE, "logits_scaling": 0.25}),
     "gpt-oss": ("GptOss", {**LLAMA_LIKE, **HEADS_OF_8, **WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmo2": ("Olmo2", LLAMA_LIKE),
     "olmo3": ("Olmo3", {**LLAMA_LIKE, **WINDOWED}),

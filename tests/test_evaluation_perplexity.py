@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from evaluating import drawn, evaluate, names_of
+from families import config_of
 from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import processors
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from longreach.evaluation.documents import Document, first_token_id, held_out
 from longreach.evaluation.perplexity import Perplexity
@@ -132,14 +133,25 @@ def test_a_text_of_another_vocabulary_is_an_error():
         run([text], lengths=(64,))
 
 
-def test_a_model_that_caps_its_logits_is_refused_rather_than_scored_wrongly():
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "hyperclovax"])
+def test_a_family_that_changes_its_logits_is_scored_as_it_is(family):
+    config = config_of(family)
+    config.initializer_range = 0.3  # with weights near 0 it would make no difference
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM changes its logits"):
-        run([document("a", 100)], Gemma2ForCausalLM(config).eval(), lengths=(64,))
+    model, text = AutoModelForCausalLM.from_config(config).eval(), document("a", 60)
+    row = pick(run([text], model, lengths=(50,)), kind="document", protocol="whole_window")
+    assert row["nll"] == pytest.approx(naive_nll(model, text.ids_T[:50]).mean(), rel=1e-5)
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
+    class Louder(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 1.1 * output.logits
+            return output
+
+    with pytest.raises(ValueError, match="Louder changes its logits"):
+        run([document("a", 100)], Louder(tiny_llama().config).eval(), lengths=(64,))
 
 
 def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):

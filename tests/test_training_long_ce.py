@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
+from families import config_of
 from pydantic import ValidationError
 from ranks import run_spawned
 from test_training_loop import ACROSS_RANKS, S2, steps
@@ -49,6 +51,22 @@ def test_a_gain_is_the_long_context_less_the_short_one_of_the_same_document(tmp_
             assert float(got[row, column]) == pytest.approx(expected, abs=2e-5), (row, column)
     assert unlike > 15
     assert got.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere"])
+def test_a_gain_has_the_factor_by_which_a_family_scales_its_logits(family):
+    config = config_of(family)
+    config.initializer_range = 0.3  # else all tokens are about as probable, whatever the factor
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(VOCAB, (1, 10))
+    got = gains(model, {"input_ids": ids, "position_ids": torch.arange(10)[None], "labels": ids}, short_tokens=4)
+    whole = ids[0].tolist()
+    for column in range(4, 10):
+        short = whole[column - 2 - column % 2 : column + 1]
+        expected = log_p(model, whole[: column + 1]) - log_p(model, short)
+        assert float(got[0, column]) == pytest.approx(expected, abs=2e-5)
+    assert got.abs().max() > 1e-2
 
 
 def test_weights_are_the_exponential_of_the_gain_up_to_the_cap():

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from families import config_of
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from longreach.training.loss import TokenLoss, count_targets, fused_linear_cross_entropy
 from longreach.training.model import fresh_llama
@@ -102,6 +104,24 @@ def test_the_loss_module_equals_the_models_own_loss_and_gradients():
     torch.testing.assert_close(got.double(), expected.double(), rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(got, list(model.parameters())), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "hyperclovax"])
+def test_a_family_s_own_factor_of_its_logits_is_in_the_loss(family):
+    config = config_of(family)
+    config.initializer_range = 0.3  # with weights near 0 it would make no difference
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(0, config.vocab_size, (1, 24))
+    expected = cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    got = TokenLoss(model)(ids, torch.arange(24)[None], ids, scale=1 / 23)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
+    model = fresh_llama(LlamaRecipe(hidden=32, layers=1, heads=2, kv_heads=2), vocab_size=61, seed=0)
+    model.config.logit_scale = 1.1  # Cohere's, which Llama does not read
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM changes its logits .* \(by 0\.1 of the largest\)"):
+        TokenLoss(model)
 
 
 def test_a_model_that_caps_its_logits_is_refused():

@@ -40,7 +40,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from longreach.attention.causal import Causal
-from longreach.attention.hf import set_pattern
+from longreach.attention.hf import logit_changes, set_pattern
 from longreach.training.corpus import IGNORED, PackedRows
 from longreach.training.exposure import effective_contexts
 from longreach.training.loss import TokenLoss
@@ -71,7 +71,7 @@ def score_rows(
 
     progress: called with (rows done, all rows). FloatingPointError: a probability is no number.
     """
-    TokenLoss(model)  # refuses models that change their logits after the lm_head
+    TokenLoss(model)  # refuses models that change their logits otherwise than by a factor
     model.eval()
     set_pattern(model, Causal())
     np.save(out / ROWS, np.asarray(row_ids))
@@ -114,12 +114,12 @@ def _log_p(model: PreTrainedModel, batch: dict[str, Tensor], positions_BT: Tenso
     """Return the log probability of each token under positions whose restarts isolate, [B, T]; 0 of
     the first column."""
     ids_BT = batch["input_ids"].to(model.device)
-    body, head = model.base_model, model.get_output_embeddings()
+    body, head, (factor, _) = model.base_model, model.get_output_embeddings(), logit_changes(model.config)
     output = body(input_ids=ids_BT, position_ids=positions_BT.to(model.device), use_cache=False)
     hidden_NE = output.last_hidden_state[:, :-1].flatten(0, 1)
     parts = []
     for hidden_CE, target_C in zip(hidden_NE.split(CHUNK), ids_BT[:, 1:].flatten().split(CHUNK), strict=True):
-        parts.append(-cross_entropy(head(hidden_CE).float(), target_C, reduction="none"))
+        parts.append(-cross_entropy(head(hidden_CE).float() * factor, target_C, reduction="none"))
     log_p_BT = torch.zeros(ids_BT.shape)
     log_p_BT[:, 1:] = torch.cat(parts).reshape(len(ids_BT), -1).cpu()
     return log_p_BT

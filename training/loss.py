@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longreach.attention.hf import logit_changes
+from longreach.attention.hf import check_logits, logit_changes
 from longreach.training.corpus import IGNORED
 
 
@@ -146,6 +146,7 @@ class TokenLoss(nn.Module):
                 f"{type(lm).__name__} cannot be trained: its logits have {'a bias' if cap is None else 'a soft cap'}, "
                 f"which the fused loss over hidden @ weight.T leaves out; take a model without one"
             )
+        check_logits(lm, torch.arange(8)[None])
 
     def forward(
         self,
