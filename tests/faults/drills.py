@@ -138,7 +138,11 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "test_hostile_input.py::test_a_model_that_lies_is_refused_by_name_or_taken_without_what_lies",
         "test_hostile_input.py::test_a_text_that_lies_is_refused_by_name_or_said_to_be_malformed",
     ),
-    26: ("test_infra_cluster.py::test_a_stage_that_fills_the_memory_is_ended_and_not_tried_for_ever",),
+    26: (
+        "test_infra_cluster.py::test_a_stage_that_fills_the_memory_is_ended_and_not_tried_for_ever",
+        "test_infra_launch.py::test_ray_keeps_the_foreseen_memory_for_ranks_and_has_less_than_the_machine",
+        "test_infra_cluster.py::test_memory_is_asked_for_that_some_node_has",
+    ),
 }
 """Number in docs/reliability.md -> node ids below tests/."""
 
