@@ -265,8 +265,7 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
             print(f"{row.stage}: {row.foreseen.sentence}")
     print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run", flush=True)
     if here:
-        to_train = {row.stage: row.foreseen for row in rows if row.foreseen and row.state != "done"}
-        check_fits(to_train, loaded.recipe.resources)
+        check_fits(row.foreseen for row in rows if row.foreseen and row.state != "done")
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -58,7 +58,7 @@ class Forecast:
     """What a stage that trains should cost."""
 
     sentence: str
-    peak_gib: float | None  # of all ranks together; None where what does not fit is left out
+    refusal: str = ""  # why this machine cannot run it, and what would help; empty if it can
 
 
 def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: bool = False) -> dict[str, Forecast]:
@@ -82,7 +82,9 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
             forecasts[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
             continue
         cost = _cost(stage, stage.recipe, shape, resources, _machine(speed))
-        forecasts[stage.label] = _of_training(cost, stage.recipe.optim.steps, resources.workers, speed)
+        sentence = _in_words(cost, stage.recipe.optim.steps, resources.workers, speed)
+        refusal = _refusal(stage, stage.recipe, shape, resources, cost.peak_gib)
+        forecasts[stage.label] = Forecast(sentence, refusal)
     return forecasts
 
 
@@ -140,23 +142,40 @@ def _base_of(stage: Stage) -> Stage | None:
     return None
 
 
-def check_fits(forecasts: Mapping[str, Forecast], resources: Resources) -> None:
-    """Raise ValueError, with both numbers, if a training needs more memory than this machine has.
+LESS_MEMORY: tuple[dict[str, Any], ...] = (
+    {"activation_checkpointing": True},
+    {"workers": 1},
+    {"workers": 1, "activation_checkpointing": True},
+)
+"""Changes of resources that save memory and leave the result as it is, the quickest training first."""
+
+
+def _refusal(stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, needs_gib: float) -> str:
+    """Return why a training cannot run on this machine; empty if it can.
 
     What is measured has been up to a tenth above what is counted, never below (RESULTS.md), so what
     is refused cannot fit. Of a GPU's memory nothing is known here.
     """
-    if resources.gpus_per_worker:
-        return
     here_gib = usable_memory() / GIB
-    for label, forecast in forecasts.items():
-        if forecast.peak_gib is not None and forecast.peak_gib > here_gib:
-            ranks = _on_ranks(resources.workers)
-            raise ValueError(
-                f"{label} needs about {forecast.peak_gib:.1f} GiB on {ranks}, and this machine has {here_gib:.1f} GiB: "
-                "take fewer resources.workers, a shorter pack.seq_len or resources.activation_checkpointing, leave the "
-                "arm out, or submit to a cluster that has more"
-            )
+    if resources.gpus_per_worker or needs_gib <= here_gib:
+        return ""
+    reason = f"{stage.label} needs about {needs_gib:.1f} GiB on {_on_ranks(resources.workers)}, and this machine has "
+    reason += f"{here_gib:.1f} GiB"
+    for changes in LESS_MEMORY:
+        if "workers" in changes and resources.sequence_parallel > 1:  # they share each row
+            continue
+        gib = _cost(stage, recipe, shape, resources.model_copy(update=changes)).peak_gib
+        if gib <= here_gib:
+            options = [f"--set resources.{name}={json.dumps(value)}" for name, value in changes.items()]
+            return f"{reason}: {' '.join(options)} needs about {gib:.1f} GiB"
+    return f"{reason}: take a shorter pack.seq_len, leave the arm out, or submit to a cluster that has more"
+
+
+def check_fits(forecasts: Iterable[Forecast]) -> None:
+    """Raise ValueError if a training cannot run on this machine."""
+    for forecast in forecasts:
+        if forecast.refusal:
+            raise ValueError(forecast.refusal)
 
 
 def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, speed: Speed | None) -> Forecast:
@@ -176,7 +195,7 @@ def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, spee
         sentence = f"{work}; how long, is known once an arm has trained on such ranks"
     else:
         sentence = f"{work}: {duration(seconds)} of training, and as many starts of ranks ({speed.source})"
-    return Forecast(sentence, None)
+    return Forecast(sentence)
 
 
 def _machine(speed: Speed | None) -> Machine | None:
@@ -187,15 +206,13 @@ def _on_ranks(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
-def _of_training(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> Forecast:
+def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> str:
     memory = f"about {cost.peak_gib:.1f} GiB on {_on_ranks(ranks)}"
     work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
     if speed is None:
-        sentence = f"{memory}, {work}; how long, is known once an arm has trained on such ranks"
-    else:
-        step_s = speed.step_s(cost)
-        sentence = f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
-    return Forecast(sentence, cost.peak_gib)
+        return f"{memory}, {work}; how long, is known once an arm has trained on such ranks"
+    step_s = speed.step_s(cost)
+    return f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
 
 
 def _shape(store: Store, stage: Stage) -> Shape | None:

@@ -162,7 +162,7 @@ def run(
         if force or len(artifacts) < len(stages):
             if address is None:
                 missing = [stage for stage in stages if stage.label not in artifacts or _forced(stage, force)]
-                check_fits(foresee(store, missing, loaded.recipe.resources), loaded.recipe.resources)
+                check_fits(foresee(store, missing, loaded.recipe.resources).values())
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
                 _withdraw(store, stages, force, artifacts)
                 artifacts = survey(store, stages, artifacts, repair=True)

@@ -245,7 +245,7 @@ def test_plan_prints_each_stage_with_its_reason_and_a_count(
     def row(stage: str, state: str, why: str, seconds: float | None) -> SimpleNamespace:
         return SimpleNamespace(
             stage=stage, state=state, why=why, fingerprint="0123456789abcdef", seconds_last=seconds,
-            foreseen=Forecast("about 3 GiB on 2 ranks", 3.0) if seconds else None,
+            foreseen=Forecast("about 3 GiB on 2 ranks") if seconds else None,
         )  # fmt: skip
 
     runner.rows = [

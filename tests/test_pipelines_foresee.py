@@ -16,7 +16,7 @@ from longreach.infra.resources import Resources
 from longreach.infra.versions import usable_cores
 from longreach.pipelines import foresee as forecasts
 from longreach.pipelines.cli import main
-from longreach.pipelines.foresee import TRIED, Forecast, check_fits, foresee, measured, memory_gib, tried
+from longreach.pipelines.foresee import TRIED, check_fits, foresee, measured, memory_gib, tried
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training import cost
@@ -161,15 +161,31 @@ def test_a_training_that_cannot_fit_is_refused_before_anything_starts(
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert re.search(r"finetune\[full\] needs about 1.[03] GiB on 2 ranks, and this machine has 0.5 GiB", said), said
-    assert "take fewer resources.workers" in said
+    assert "submit to a cluster that has more" in said
 
 
-def test_memory_is_asked_of_this_machine_and_of_what_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecasts, "usable_memory", lambda: 8 * 2**30)
-    check_fits({"finetune[a]": Forecast("", 8.0), "costs": Forecast("", None)}, Resources())
-    check_fits({"finetune[a]": Forecast("", 80.0)}, Resources(gpus_per_worker=1))
-    with pytest.raises(ValueError, match=r"finetune\[b\] needs about 8.1 GiB"):
-        check_fits({"finetune[a]": Forecast("", 7.0), "finetune[b]": Forecast("", 8.1)}, Resources())
+@pytest.mark.parametrize(
+    ("machine_gib", "overrides", "says"),
+    [
+        (14, [], ""),
+        (8, [], "and this machine has 8.0 GiB: --set resources.activation_checkpointing=true needs about 6.2 GiB"),
+        (5, [], "--set resources.workers=1 --set resources.activation_checkpointing=true needs about 4.1 GiB"),
+        (5, ["resources.workers=2", "resources.sequence_parallel=2"], "take a shorter pack.seq_len"),
+        (2, [], "and this machine has 2.0 GiB: take a shorter pack.seq_len, leave the arm out, or submit"),
+        (2, ["resources.gpus_per_worker=1"], ""),
+    ],
+)
+def test_what_cannot_fit_is_told_what_would(
+    store: Store, monkeypatch: pytest.MonkeyPatch, machine_gib: int, overrides: list[str], says: str
+) -> None:
+    monkeypatch.setattr(forecasts, "usable_memory", lambda: machine_gib * 2**30)
+    recipe = load("quickstart", [*overrides, "finetune.arms={full: {tune: all}}", "evaluate={}"]).recipe
+    found = foresee(store, build(recipe), recipe.resources)["finetune[full]"]
+    assert says in found.refusal
+    assert bool(says) == bool(found.refusal)
+    if says:
+        with pytest.raises(ValueError, match="needs about"):
+            check_fits([found])
 
 
 def test_a_stage_reserves_the_memory_of_all_its_ranks_or_of_one_evaluation(
