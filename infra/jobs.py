@@ -38,6 +38,8 @@ SUFFIXES = (".py", ".yaml", ".tmpl", ".jinja")
 RECIPE = "recipe.yaml"
 WORKDIR = "/tmp/longreach"
 """store.workdir on a cluster: the job's own folder is deleted with the job."""
+AGENT_PORT = 52365
+"""Where Ray's dashboard agent listens, unless `ray start` names another port."""
 PATIENCE_S = 60
 """Seconds that a stopped driver has before it is killed; Ray's own 3 are too few to write
 checkpoints."""
@@ -235,10 +237,16 @@ def job_client(address: str) -> Iterator[Any]:
     except ConnectionError as error:
         raise ValueError(f"no Ray dashboard answers at {address}: is the cluster, or the tunnel to it, up?") from error
     except RuntimeError as error:
-        refusal = re.search(r"status code (4\d\d): (.*)", str(error), re.DOTALL)
+        refusal = re.search(r"status code ([45]\d\d): (.*)", str(error), re.DOTALL)
         if refusal is None:
             raise
-        raise ValueError(f"Ray at {address}: {refusal[2].strip().splitlines()[-1]} (HTTP {refusal[1]})") from error
+        why = f"Ray at {address}: {(refusal[2].strip() or 'no reason').splitlines()[-1]} (HTTP {refusal[1]})"
+        if refusal[1].startswith("5"):  # jobs are started by the agent, which a second Ray of a machine may lack
+            why += (
+                f"; its head may lack the dashboard's agent: where another Ray runs on that machine, port {AGENT_PORT} "
+                f"is taken; start the head with ray start --dashboard-agent-listen-port and a free port"
+            )
+        raise ValueError(why) from error
 
 
 @contextlib.contextmanager

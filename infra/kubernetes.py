@@ -36,8 +36,9 @@ TOKENS_SINCE = (2, 52)
 class Place:
     """What a cluster's manifests need beside Resources."""
 
-    image: str = f"longreach:{version('longreach')}"
-    """The image of all pods: it holds longreach, and Ray in the version `ray_version`."""
+    image: str | None = None
+    """The image of all pods: it holds longreach, and Ray in the version `ray_version`. None: as
+    docs/cluster.md builds them, that of Dockerfile.cuda where ranks have GPUs."""
     namespace: str = "longreach"
     memory: str = "8Gi"
     """Memory of one worker's pod."""
@@ -60,6 +61,13 @@ class Place:
         for name in ("memory", "head_memory"):
             if not re.fullmatch("[1-9][0-9]*[MGT]i", amount := getattr(self, name)):
                 raise ValueError(f"{name} {amount!r}: write it like 8Gi or 512Mi")
+
+    def image_for(self, resources: Resources) -> str:
+        """Return the image of all pods of a cluster, head and workers alike."""
+        if self.image is not None:
+            return self.image
+        cuda = "-cuda" if resources.gpus_per_worker else ""
+        return f"longreach:{version('longreach')}{cuda}"
 
 
 def ray_cluster(name: str, resources: Resources, place: Place) -> Manifest:
@@ -199,7 +207,8 @@ def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
 def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = None) -> Manifest:
     cpus = max(resources.cpus_per_worker, resources.eval_cpus)  # an evaluation's task fits into one pod, too
     gpus = resources.gpus_per_worker
-    head = _pod("ray-head", place, _resources("1", place.head_memory))
+    image = place.image_for(resources)
+    head = _pod("ray-head", image, place, _resources("1", place.head_memory))
     container = head["spec"]["containers"][0]
     if recipe_map:
         mount = {"name": "recipe", "mountPath": RECIPE_FILE.rpartition("/")[0], "readOnly": True}
@@ -207,7 +216,7 @@ def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = N
         container["volumeMounts"].append(mount)
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
     container["ports"] = [{"name": port, "containerPort": number} for port, number in ports.items()]
-    worker = _pod("ray-worker", place, _resources(str(cpus), place.memory, gpus))
+    worker = _pod("ray-worker", image, place, _resources(str(cpus), place.memory, gpus))
     if gpus:
         worker["spec"]["nodeSelector"] = place.gpu_nodes
         worker["spec"]["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
@@ -223,11 +232,11 @@ def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = N
     }
 
 
-def _pod(container: str, place: Place, resources: Manifest) -> Manifest:
+def _pod(container: str, image: str, place: Place, resources: Manifest) -> Manifest:
     volume = {"persistentVolumeClaim": {"claimName": place.claim}} if place.claim else {"emptyDir": {}}
     program = {
         "name": container,
-        "image": place.image,
+        "image": image,
         "workingDir": WORKDIR,
         "envFrom": [{"secretRef": {"name": place.secret, "optional": True}}],
         "resources": resources,

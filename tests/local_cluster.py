@@ -49,6 +49,7 @@ class LocalCluster:
             "--block",
             "--node-ip-address=127.0.0.1",
             "--object-store-memory=200000000",
+            f"--dashboard-agent-listen-port={free_port()}",  # Ray's own, 52365, is that of any other Ray here
             *arguments,
         ]
         log = (self.folder / f"{name}.log").open("ab")
@@ -128,6 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # else they end this process alone, and its nodes stay
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     folder = Path(tempfile.mkdtemp(prefix="longreach-cluster-"))
     with s3_server(folder) as s3, local_cluster(folder, options.workers, s3) as cluster:
         for name, value in (s3 | {k: cluster.env[k] for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}).items():

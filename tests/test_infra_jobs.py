@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,32 @@ def test_nobody_answers_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> No
         jobs.job_client(f"http://127.0.0.1:{free_port()}"),
     ):
         pass
+
+
+def test_a_head_without_an_agent_is_one_line_that_names_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    def post(self: BaseHTTPRequestHandler) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(
+            b"Traceback (most recent call last):\nNo available agent to submit job, please try again later."
+        )
+
+    def get(self: BaseHTTPRequestHandler) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}).encode())
+
+    dashboard = type("Dashboard", (BaseHTTPRequestHandler,), {"do_POST": post, "do_GET": get})
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with ThreadingHTTPServer(("127.0.0.1", 0), dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with (
+            pytest.raises(ValueError, match=r"No available agent .* \(HTTP 500\).* port 52365 is taken"),
+            jobs.job_client(f"http://127.0.0.1:{server.server_port}") as client,
+        ):
+            client.submit_job(entrypoint="true")
+        server.shutdown()
 
 
 # ---- a real cluster

@@ -73,6 +73,20 @@ def test_every_manifest_passes_the_schemas_and_the_operators_rules(case):
         assert not k.check(manifest)
 
 
+def images_of(manifest):
+    spec = manifest["spec"]["rayClusterSpec"]
+    pods = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+    return {container["image"] for pod in pods for container in pod["spec"]["containers"]}
+
+
+def test_ranks_with_gpus_get_the_image_that_has_cuda():
+    built = re.findall(r"-t (longreach:\S+)", (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8"))
+    plain, cuda = (k.ray_job("lab", ["true"], NUMBERS[case][0], k.Place()) for case in ("cpu", "gpu"))
+    assert [*images_of(plain), *images_of(cuda)] == built
+    ours = k.ray_job("lab", ["true"], NUMBERS["gpu"][0], k.Place(image="ours:1.2"))
+    assert images_of(ours) == {"ours:1.2"}
+
+
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayCronJob", "CronJob", "Role"])
 def test_the_schemas_refuse_what_they_do_not_know(kind):
     (manifest,) = [one for one in rendered("cpu") if one["kind"] == kind]
