@@ -21,7 +21,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -100,27 +100,27 @@ class _Run:
     def spool_folder(self) -> Path:
         return Path(self.loaded.recipe.store.workdir).absolute() / "spool" / self.id
 
-    def spool(self, file: str, run: str, parent: str | None, name: str, kind: str, tags: dict[str, str]) -> Spool:
-        recipe = self.loaded.recipe
-        return Spool.open(
-            self.spool_folder / file,
-            run=run,
-            parent=parent,
-            experiment=recipe.experiment,
-            name=name,
-            kind=kind,
-            tags={"recipe": recipe.name, **tags},
-        )
-
-    def stage_spool(self, stage: Stage, run: str) -> Spool:
-        """Open the event file of a stage; `run` is the stage's own MLflow run."""
+    def stage_start(self, stage: Stage, run: str) -> dict[str, Any]:
+        """Return what opens the event file of a stage, beside its path; `run` is the stage's own
+        MLflow run."""
         reused = stage.label in self.artifacts
         tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(reused)}
         in_brackets = stage.label.partition("[")[2].rstrip("]").split(",")
         for key, value in zip(("arm", "eval"), in_brackets, strict=False):
             if value:
                 tags[key] = value
-        return self.spool(f"{file_name(stage.label)}.jsonl", run, self.id, stage.label, "stage", tags)
+        return {
+            "run": run,
+            "parent": self.id,
+            "experiment": self.loaded.recipe.experiment,
+            "name": stage.label,
+            "kind": "stage",
+            "tags": {"recipe": self.loaded.recipe.name, **tags},
+        }
+
+    def stage_spool(self, stage: Stage, run: str) -> Spool:
+        """Open the event file of a stage, which its worker has begun, or else make it."""
+        return Spool.open(self.spool_folder / f"{file_name(stage.label)}.jsonl", **self.stage_start(stage, run))
 
     def task(self, stage: Stage, run: str) -> Task:
         return Task(
@@ -130,6 +130,7 @@ class _Run:
             scratch=str(self.store.scratch),
             spool_folder=str(self.spool_folder),
             run=run,
+            stage_start=self.stage_start(stage, run),
             experiment=self.loaded.recipe.experiment,
             command=self.loaded.command,
             version=str(known_versions()["longreach"]),
@@ -239,7 +240,7 @@ def _run_missing(run: _Run) -> None:
     """Run what is not published, while MLflow's mirror follows; the report goes to MLflow as
     well."""
     recipe = run.loaded.recipe
-    pipeline = run.spool("=pipeline.jsonl", run.id, None, recipe.name, "pipeline", {"commit": git_commit()})
+    pipeline = _open_pipeline(run)
     mirror = start_mirror(run.spool_folder, os.environ[TRACKING]) if recipe.tracking.enabled else None
     status = "KILLED"
     try:
@@ -255,6 +256,20 @@ def _run_missing(run: _Run) -> None:
         pipeline.end(status)
         if mirror:
             run.outcome.unsent_points = stop_mirror(mirror, at_most_s=5 if status == "KILLED" else math.inf)
+
+
+def _open_pipeline(run: _Run) -> Spool:
+    """Open the event file of the whole run."""
+    recipe = run.loaded.recipe
+    return Spool.open(
+        run.spool_folder / "=pipeline.jsonl",
+        run=run.id,
+        parent=None,
+        experiment=recipe.experiment,
+        name=recipe.name,
+        kind="pipeline",
+        tags={"recipe": recipe.name, "commit": git_commit()},
+    )
 
 
 def _description(run: _Run, report: Report) -> str:
@@ -299,13 +314,11 @@ class _Driver:
     def __init__(self, ray: Any, run: _Run, remote: Any) -> None:
         self.ray, self.run, self.remote = ray, run, remote
         self.missing = {one.label: one for one in run.stages if one.label not in run.artifacts}
-        self.running: dict[str, Path] = {}
-        """Label -> event file of the stages that Ray has. Paths: open files would be too many."""
+        self.running: set[str] = set()  # labels of the stages that Ray has
         self.ended: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
         """Stages that Ray is done with, and their futures."""
-        self.elsewhere: dict[str, tuple[float, str, Path]] = {}
-        """Label of a stage that another run is making -> when to look again, who that is, the
-        stage's event file."""
+        self.elsewhere: dict[str, tuple[float, str]] = {}
+        """Label of a stage that another run is making -> when to look again, and who that is."""
         self.runs: dict[str, str] = {}  # label -> the stage's own MLflow run
         self.causes: dict[str, str] = {}
         """Label of a stage that was not run -> label of the failed stage before it."""
@@ -349,20 +362,18 @@ class _Driver:
 
     def _submit(self, stage: Stage) -> bool:
         """Give a stage to Ray. False if one that it needs has failed, so that it cannot run."""
-        stage_run = uuid.uuid4().hex
-        spool = self.run.stage_spool(stage, stage_run)
+        self.runs[stage.label] = uuid.uuid4().hex
         for source in stage.inputs.values():
             if source.label in self.run.outcome.failed:
                 cause = self.causes.get(source.label, source.label)
                 self.causes[stage.label] = cause
-                self._post_failure(stage, spool, f"not run, since {cause} failed")
+                self._post_failure(stage, f"not run, since {cause} failed")
                 return False
         self.run.display.stage(stage.label, "waiting")
-        self.runs[stage.label] = stage_run
-        self._place(stage, spool.path)
+        self._place(stage)
         return True
 
-    def _place(self, stage: Stage, spool: Path) -> None:
+    def _place(self, stage: Stage) -> None:
         """Let Ray run a stage, or look whether another run still makes it."""
         from longreach.infra.cluster import reservable_bytes
 
@@ -374,27 +385,27 @@ class _Driver:
         )
         future = placed.remote(task).future()
         future.add_done_callback(lambda future: self.ended.put((stage, future)))
-        self.running[stage.label] = spool
+        self.running.add(stage.label)
 
     def _look_again(self) -> None:
         """Try stages again that another run was making: its result is taken, or its place if it
         died."""
-        for label, (when, other, spool) in list(self.elsewhere.items()):
+        for label, (when, other) in list(self.elsewhere.items()):
             if time.monotonic() > when and self.run.stopping.until_s is None:
-                self.elsewhere[label] = (math.inf, other, spool)  # not again until this look has ended
-                self._place(self.missing[label], spool)
+                self.elsewhere[label] = (math.inf, other)  # not again until this look has ended
+                self._place(self.missing[label])
 
     def _collect(self, stage: Stage, future: Any) -> bool:
         """Take what became of a stage; False if another run is making it."""
         run, label = self.run, stage.label
-        spool = Spool(self.running.pop(label))
+        self.running.remove(label)
         try:
             done: Done = future.result()
         except self.ray.exceptions.RayError as error:
-            self._post_failure(stage, spool, _reason(error))
+            self._post_failure(stage, _reason(error))
             return True
         if done.made_by:
-            self._wait_for(done.made_by, label, spool.path)
+            self._wait_for(done.made_by, label)
             return False
         if done.held or label in READ_BY_THE_DRIVER:
             run.artifacts[label] = run.store.fetch(stage.name, stage.fingerprint)
@@ -402,19 +413,19 @@ class _Driver:
             relay.release(done.held, Spool(run.spool_folder / done.spool), done.out, run.artifacts[label].path)
         run.outcome.ran.append(label)
         run.display.stage(label, "done", f"{done.seconds:.0f} s")
-        spool.end("FINISHED")
+        run.stage_spool(stage, self.runs[label]).end("FINISHED")
         return True
 
-    def _wait_for(self, other: str, label: str, spool: Path) -> None:
+    def _wait_for(self, other: str, label: str) -> None:
         """Look again later, and say so once for each run that is waited for."""
         if label not in self.elsewhere or self.elsewhere[label][1] != other:
             self.run.display.note(f"{label} is being made by {other}: waiting for its result")
-        self.elsewhere[label] = (time.monotonic() + LOOK_AGAIN_S, other, spool)
+        self.elsewhere[label] = (time.monotonic() + LOOK_AGAIN_S, other)
 
-    def _post_failure(self, stage: Stage, spool: Spool, reason: str) -> None:
+    def _post_failure(self, stage: Stage, reason: str) -> None:
         self.run.outcome.failed[stage.label] = reason
         self.run.display.stage(stage.label, "failed", reason)
-        spool.end("FAILED")
+        self.run.stage_spool(stage, self.runs[stage.label]).end("FAILED")
 
     def _check_lease(self) -> None:
         if self.run.lease.lost.is_set():
@@ -447,8 +458,9 @@ def _report_on_the_rest(run: _Run) -> None:
     done = [stage for stage in whole.inputs.values() if stage.label not in failed]
     others = {label: why for label, why in failed.items() if label != "report"}
     stage = report_on(run.loaded.recipe, done, others)
+    task = replace(run.task(stage, run.id), stage_start={})  # its attempt stands below the whole run
     try:
-        while execute(run.task(stage, run.id)).made_by:  # another run reports on the very same
+        while execute(task).made_by:  # another run reports on the very same
             time.sleep(LOOK_AGAIN_S)
     except (ValueError, OSError, CorruptArtifact) as error:
         failed["report"] = f"of what was done: {error}"

@@ -42,6 +42,8 @@ class Task:
     experiment: str
     command: str
     version: str  # the driver's version of longreach, which every node has to have
+    stage_start: dict[str, Any] = field(default_factory=dict)
+    """What opens the event file of the stage's MLflow run; empty: it has none of its own."""
     memory_gib: float = 0  # about what the stage will hold
 
 
@@ -95,6 +97,8 @@ def execute(task: Task) -> Done:
 def _make(task: Task, store: Store) -> Done:
     """Run a stage that nobody else is making, and publish what it made."""
     stage = task.stage
+    if task.stage_start:  # here and not where it was queued, so that the run's duration is its own
+        relay.spool(Path(task.spool_folder) / f"{file_name(stage.label)}.jsonl", **task.stage_start)
     artifacts = {name: store.fetch(ref.name, ref.fingerprint) for name, ref in stage.inputs.items()}
     attempt = store.new_attempt(stage.name, stage.fingerprint)
     spool, run_id = _open_spool(task, attempt)

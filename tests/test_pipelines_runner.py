@@ -230,7 +230,9 @@ def follow(tmp_path: Path, stages: list[Stage], fails: str = "") -> tuple[Record
     loaded = load("quickstart", [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work"])
     recorded, lease, stopping = Recorded(fails), SimpleNamespace(lost=threading.Event()), signals.Stopping()
     state = run._Run(loaded, plan.open_store(loaded), stages, {}, recorded, lease, stopping, run.RunOutcome(), None)
-    run._Driver(recorded, state, recorded).follow()
+    with pytest.MonkeyPatch.context() as patch:  # no Ray here that could be asked
+        patch.setattr("longreach.infra.cluster.reservable_bytes", lambda gib, at_once=1: 0)
+        run._Driver(recorded, state, recorded).follow()
     return recorded, state.outcome
 
 

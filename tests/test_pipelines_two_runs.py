@@ -12,8 +12,10 @@ from toy_stages import ToyRecipe, calls, toy
 from longreach.infra.artifact import Store
 from longreach.infra.lease import Lease
 from longreach.infra.resources import Resources
-from longreach.infra.tracking import Spool
-from longreach.pipelines import run, worker
+from longreach.infra.tracking import Spool, read_events
+from longreach.pipelines import run, signals, worker
+from longreach.pipelines.plan import open_store
+from longreach.pipelines.reader import load
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
 from longreach.pipelines.worker import Task, execute
@@ -23,6 +25,7 @@ from longreach.pipelines.worker import Task, execute
 def quick(monkeypatch):
     monkeypatch.setitem(STAGES, "toy", toy)
     monkeypatch.setattr(run, "LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr("longreach.infra.cluster.reservable_bytes", lambda gib, at_once=1: 0)  # no Ray to ask
     monkeypatch.setattr(
         worker, "Lease", lambda store, name, holder, place: Lease(store, name, holder, beat_s=0.1, place=place)
     )
@@ -76,6 +79,43 @@ def test_a_stage_that_fails_leaves_its_lease_free(tmp_path: Path):
     for _ in range(2):
         with pytest.raises(ValueError, match="not today"):
             execute(task(tmp_path, stage))
+
+
+def times(spool: Path) -> dict[str, int]:
+    """Return when a spool's run began and ended, in milliseconds."""
+    return {event["event"]: event["time_ms"] for event in read_events(spool)[0]}
+
+
+@pytest.mark.parametrize("fail", ["", "not today"])
+def test_a_stages_run_lasts_as_long_as_its_work_and_not_as_long_as_it_was_queued(tmp_path: Path, fail: str):
+    (tmp_path / "log").mkdir()
+    places = [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work"]
+    stages = []
+    for name in ("toy[a]", "toy[b]"):
+        stages.append(Stage("toy", name, ToyRecipe(text=name, log=str(tmp_path / "log"), seconds=0.5, fail=fail)))
+    loaded, stopping = load("quickstart", places), signals.Stopping()
+    silent = SimpleNamespace(stage=lambda *_: None, note=lambda _: None)
+    lease = SimpleNamespace(lost=threading.Event())
+    this = run._Run(loaded, open_store(loaded), stages, {}, silent, lease, stopping, run.RunOutcome(), None)
+    with ThreadPoolExecutor(max_workers=1) as pool:  # one after the other, as on a machine with one CPU
+
+        def do(sent: Task) -> object:
+            try:
+                return execute(sent)
+            except ValueError as error:
+                raise RuntimeError(str(error)) from None
+
+        remote = SimpleNamespace(
+            options=lambda **_: SimpleNamespace(
+                remote=lambda sent: SimpleNamespace(future=lambda: pool.submit(do, sent))
+            )
+        )
+        run._Driver(SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError)), this, remote).follow()
+    a, b = (times(this.spool_folder / f"toy-{name}.jsonl") for name in "ab")
+    assert b["start"] >= a["start"] + 500, "it was queued meanwhile"
+    (attempt,) = this.spool_folder.glob("toy-b@*.jsonl")
+    assert 0 <= times(attempt)["start"] - b["start"] < 400, "it is all but its attempt's"
+    assert read_events(attempt)[0][0]["parent"] == read_events(this.spool_folder / "toy-b.jsonl")[0][0]["run"]
 
 
 def test_a_driver_waits_for_the_other_run_says_so_once_and_counts_the_stage_as_done(tmp_path: Path):
