@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
-from longreach.evaluation.scores import Difference, EvalScores, Row, bootstrap_crossed, bootstrap_mean
+from longreach.evaluation.scores import FEW, Difference, EvalScores, Row, bootstrap_crossed, bootstrap_mean
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -42,8 +42,6 @@ else:
 SPLITS = ("test", "validation")
 ALL = "*"
 """The document of rows that are means over all of them."""
-FEW = 5
-"""Documents below which an interval over them says little, and is said to."""
 
 
 class Gain(Evaluation):

@@ -103,7 +103,7 @@ def read_results(path: Path) -> EvalScores:
     return EvalScores(
         eval=HARNESS,
         protocol=", ".join(facts),
-        recipe={},
+        recipe={"limit": config.get("limit")},
         rows=rows,
         summary=summary_of(rows),
         note=f"Read from {path.name}.",
@@ -158,7 +158,10 @@ def write_results(scores: Iterable[EvalScores], model: str, folder: Path, source
         source: where the model comes from, for the file's `model_args`.
     """
     tasks: dict[str, list[Row]] = {}
+    limit = None
     for one in scores:
+        if one.eval == HARNESS:
+            limit = one.recipe.get("limit")
         rows = one.rows_with(kind="task") if one.eval == HARNESS else _own_rows(one)
         for row in rows:
             tasks.setdefault(row["task"], []).append(row)
@@ -171,7 +174,7 @@ def write_results(scores: Iterable[EvalScores], model: str, folder: Path, source
         "n-shot": {},
         "higher_is_better": {task: _directions(rows) for task, rows in tasks.items()},
         "n-samples": {task: _counts(rows) for task, rows in tasks.items() if rows[0].get("documents")},
-        "config": {"model": "longreach", "model_args": f"pretrained={source or model}", "limit": None},
+        "config": {"model": "longreach", "model_args": f"pretrained={source or model}", "limit": limit},
         "date": time.time(),
         "lm_eval_version": WRITTEN_AS,
         "model_source": "longreach",

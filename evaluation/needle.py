@@ -232,11 +232,10 @@ def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
 def claimed_length(model: PreTrainedModel) -> int | None:
     """Return the context that the model's config claims, in tokens; None where it names no
     limit."""
-    from longreach.evaluation.likelihood import is_dynamic
-
     claimed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if claimed and is_dynamic(model):
-        claimed = round(claimed * model.config.rope_parameters.get("factor", 1))
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if claimed and rope.get("rope_type") == "dynamic":  # all others, longrope too, write the stretched length down
+        claimed = round(claimed * rope.get("factor", 1))
     return claimed
 
 

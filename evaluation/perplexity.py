@@ -32,7 +32,7 @@ from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
-from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean, paired
+from longreach.evaluation.scores import FEW, EvalScores, Row, bootstrap_mean, paired
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -149,7 +149,9 @@ class Perplexity(Evaluation):
         text = f"Protocol: {first.protocol}. {first.note}"
         if max(documents) > 1:
             counts = " or ".join(map(str, sorted(documents)))
-            text += f" Small: 95% intervals over {counts} documents; over so few they are too narrow."
+            text += f" Small: 95% intervals over {counts} documents."
+            if any(1 < count < FEW for count in documents):
+                text += " Over so few they are too narrow."
         blocks: list[Block] = [text, table]
         compared = background.of_one_base(models)
         blocks += difference_tables(compared)

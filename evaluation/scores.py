@@ -25,6 +25,8 @@ else:
 
 Row = dict[str, Any]
 """One measurement; `kind` says which columns it has."""
+FEW = 5
+"""Documents below which an interval over them says little, and is said to."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,9 @@ def paired(ours: list[Row], theirs: list[Row], length: int, resamples: int = 4_0
     if our_bins.keys() != their_bins.keys() or not our_bins:
         raise ValueError(f"the two models were not measured on the same tokens up to {length}")
     difference = np.array([our_bins[place] - their_bins[place] for place in our_bins])
-    low, high = bootstrap_mean(difference, seed=0, resamples=resamples) or (math.nan, math.nan)
-    return {"nll": float(difference.mean()), "low": low, "high": high, "bins": len(difference)}
+    width = np.array([end - start for _, start, end in our_bins])  # a text's last bin may be of one token
+    low, high = bootstrap_crossed(difference[None], 0, resamples, weight_D=width) or (math.nan, math.nan)
+    return {"nll": float(np.average(difference, weights=width)), "low": low, "high": high, "bins": len(difference)}
 
 
 def _nll_by_bin(rows: list[Row], length: int) -> dict[tuple[str, int, int], float]:

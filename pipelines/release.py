@@ -257,6 +257,9 @@ class Card:
                 for row in scores.rows_with(kind="task"):
                     task = row["task"]
                     title = f"LongBench {DATASETS[task].name}" if task in DATASETS else task
+                    asked, there = row.get("documents"), row.get("documents_in_all")
+                    if asked and there and asked < there:
+                        title += f" (the first {asked:,} of {there:,})"
                     add(task, title, row["metric"], row["value"])
                 continue
             for measure, value in scores.summary.items():

@@ -1,11 +1,13 @@
 """Result files of lm-evaluation-harness: read, written, and refused where their numbers would mislead."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from longreach.evaluation.lm_eval_files import check_versions, read_results, result_files, write_results
 from longreach.evaluation.scores import EvalScores
+from longreach.pipelines.release import Card
 
 THEIRS = {
     "results": {
@@ -59,6 +61,7 @@ def test_what_we_write_comes_back_the_same_and_lm_eval_makes_its_table_of_it(tmp
     path = write_results([theirs, ours], "owner/model", tmp_path / "ours", source="hub:owner/model")
     assert path.parent == tmp_path / "ours" / "owner__model"
     back = read_results(path)
+    assert back.protocol.endswith("limit 20"), "or 20 documents of 200 would pass for all"
     for row, expected in zip(back.rows, theirs.rows, strict=False):
         numbers = {key: pytest.approx(value) for key, value in expected.items() if isinstance(value, float)}
         assert row == expected | numbers
@@ -99,3 +102,9 @@ def test_two_versions_of_one_task_do_not_compare(tmp_path):
         check_versions(models)
     unknown = EvalScores("harness", "", {}, [{"kind": "task", "task": "longbench_qasper", "value": 0.1}], {})
     check_versions({"new": models["new"], "unknown": unknown})
+
+
+def test_a_card_says_which_tasks_were_asked_in_part(tmp_path):
+    qasper, gsm8k = Card.results(SimpleNamespace(own={"harness": read_results(written(tmp_path))}))
+    assert qasper.dataset_name == "LongBench Qasper (the first 20 of 200)"
+    assert gsm8k.dataset_name == "gsm8k"

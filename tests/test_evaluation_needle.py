@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from longreach.evaluation import reader
 from longreach.evaluation.documents import Document
-from longreach.evaluation.needle import RULER_BAR, Needle, Prompt, sentence_end, sentence_ends
+from longreach.evaluation.needle import RULER_BAR, Needle, Prompt, claimed_length, sentence_end, sentence_ends
 from longreach.evaluation.scores import effective_length
 
 TOKENIZER = byte_tokenizer()
@@ -54,6 +54,22 @@ def test_all_needles_are_asked_for_and_distractors_are_not():
         assert f"The magic number of {town} is {number}." in prompts[0]
     ends = [prompts[0].index(f"is {number}.") / 1200 for number in expected]
     assert ends == sorted(ends)
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0}, 1024),
+        ({"rope_type": "longrope", "factor": 4.0}, 1024),
+        (None, 1024),
+    ],
+)
+def test_only_a_dynamic_stretch_reaches_further_than_its_config_says(rope, tokens):
+    """Phi-3's longrope has its 131,072 tokens in the config, and may name the factor 32 beside them."""
+    config = LlamaConfig(max_position_embeddings=1024)
+    config.rope_parameters = rope
+    assert claimed_length(SimpleNamespace(config=config)) == tokens
 
 
 def test_where_sentences_end():

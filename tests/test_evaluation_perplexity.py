@@ -9,7 +9,9 @@ from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document, first_token_id, held_out
+from longreach.evaluation.figures import Style
 from longreach.evaluation.perplexity import Perplexity
 from longreach.evaluation.scores import paired
 
@@ -180,11 +182,36 @@ def test_two_models_are_compared_on_the_same_tokens_bin_by_bin():
     found = paired(ours.rows, theirs.rows, 700)
     bins = [[row["nll"] for row in scores.rows if row["kind"] == "position"] for scores in (ours, theirs)]
     assert found["bins"] == len(bins[0])
-    assert found["nll"] == pytest.approx(np.mean(np.subtract(*bins)))
+    widths = [row["end"] - row["start"] for row in ours.rows if row["kind"] == "position"]
+    assert {*widths} == {16, 12}, "the last of each text is shorter, and counts for less"
+    assert found["nll"] == pytest.approx(np.average(np.subtract(*bins), weights=widths))
     assert found["low"] < found["nll"] < found["high"]
     assert paired(ours.rows, ours.rows, 700)["nll"] == 0
     with pytest.raises(ValueError, match="not measured on the same tokens"):
         paired(ours.rows, run(texts[:1]).rows, 700)
+
+
+def test_a_text_s_last_bin_of_one_token_does_not_count_as_much_as_a_whole_one():
+    def rows(last):
+        nll = [1.0] * 4 + [last]
+        return [
+            {"kind": "position", "document": "a", "start": 256 * n, "end": min(256 * n + 256, 1025), "nll": nll[n]}
+            for n in range(5)
+        ]
+
+    found = paired(rows(6.0), rows(1.0), 1025)
+    assert found["nll"] == pytest.approx(5 / 1025), "not 1, a fifth of 5"
+    assert found["high"] < 0.1
+
+
+def test_intervals_are_called_too_narrow_over_few_documents_alone():
+    def said(count):
+        texts = [document(str(n), 70, seed=n) for n in range(count)]
+        scores = run(texts, lengths=(64,)).named("base")
+        return Perplexity.section({"base": scores}, Style.of(["base"]), Background()).blocks[0]
+
+    assert "95% intervals over 2 documents. Over so few they are too narrow." in said(2)
+    assert said(5).endswith("95% intervals over 5 documents.")
 
 
 def test_two_documents_of_one_name_are_refused():

@@ -510,7 +510,7 @@ def test_where_gain_was_measured_the_headline_is_what_the_best_arm_gains_over_th
         r"against the same base: full 0\.\d+ better \(.*\); lora not measurably better or worse \(", headline
     )
     assert re.search(r"At 1,024 tokens longlora is 0\.0[23]\d better", headline)
-    assert re.search(r"With 768 tokens before it instead of 256, longlora is 0\.0[789]\d better", headline)
+    assert re.search(r"With 768 tokens of context instead of 256, longlora is 0\.0[789]\d better", headline)
     assert re.search(r"times full fine-tuning's peak memory; on the same tokens it is .* than full", headline)
     metrics = gained[1]["metrics"]
     assert metrics["compare/gain_over_base_768/longlora"] == pytest.approx(gain, abs=6e-4)

@@ -18,7 +18,6 @@ from statistics import fmean
 
 from longreach.evaluation.base import Background
 from longreach.evaluation.gain import (
-    FEW,
     BestLength,
     Difference,
     Gain,
@@ -29,7 +28,7 @@ from longreach.evaluation.gain import (
     over_itself,
     over_stretches,
 )
-from longreach.evaluation.scores import EvalScores
+from longreach.evaluation.scores import FEW, EvalScores
 from longreach.pipelines.report.findings import Findings
 
 GAIN = Gain.name
@@ -110,7 +109,7 @@ class Claim:
         if self.name not in self.background.arms:
             return []
         own, shortest = over_itself(self.models, self.background, self.name, self.length)
-        return [f"With {self.length:,} tokens before it instead of {shortest:,}, {self.name} is {brief_verdict(own)}."]
+        return [f"With {self.length:,} tokens of context instead of {shortest:,}, {self.name} is {brief_verdict(own)}."]
 
     def ranked(self) -> list[str]:
         """Return the candidates that were measured at the length, best first after the one that is
