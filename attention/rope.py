@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 TYPES = ("none", "linear", "dynamic", "yarn", "llama3", "theta")
@@ -106,6 +106,21 @@ def stretched_config(
         why = str(error).splitlines()[-1].strip()
         raise ValueError(f"{config.model_type} does not take rope type {type!r} ({why}): take 'theta'") from error
     return whole
+
+
+@torch.no_grad()
+def fix_frequencies(model: nn.Module, tokens: int) -> None:
+    """Let rotary frequencies that depend on how long the input is be those of `tokens` from now on.
+
+    transformers takes them from the greatest position of a batch ("longrope"), or of all batches so
+    far ("dynamic"). So packed rows would be rotated otherwise by the documents beside them, and by
+    what a rank has read since it was started.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            here: Any = module.inv_freq
+            module(here, torch.tensor([[tokens - 1]], device=here.device))
+            module.rope_type = "default"  # whose frequencies stay
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from longreach.attention.rope import TYPES, Rotary, stretched_config, turned
+from longreach.attention.rope import TYPES, Rotary, fix_frequencies, stretched_config, turned
 
 TRAINED, HEAD, THETA = 64, 16, 10_000.0
 PAIR_R = torch.arange(HEAD // 2, dtype=torch.float64)
@@ -123,6 +123,27 @@ def test_dynamic_scaling_begins_right_after_the_trained_context():
     inside, outside = table(config, [TRAINED - 1]), table(config, [TRAINED - 1, TRAINED + 8])
     assert torch.equal(inside[0], table(small(), [TRAINED - 1])[0])
     assert (outside[0][0] - inside[0][0]).abs().max() > 1e-2
+
+
+SHORT_AND_LONG = {"short_factor": [1.0] * (HEAD // 2), "long_factor": [1.0 + n for n in range(HEAD // 2)]}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_fixed_frequencies_are_those_of_one_length_whatever_is_read_and_in_which_order(kind):
+    rope = {"rope_type": kind, "rope_theta": THETA, "factor": 4.0}
+    if kind == "longrope":
+        rope |= SHORT_AND_LONG | {"original_max_position_embeddings": TRAINED}
+    config = small(rope_parameters=rope)
+    at, model = [5, TRAINED - 2], LlamaForCausalLM(config)
+    whole_row = table(config, [*at, 2 * TRAINED - 1])
+    assert (whole_row[0][:2] - table(config, at)[0]).abs().max() > 1e-2, "short inputs are rotated otherwise"
+    fix_frequencies(model, 2 * TRAINED)
+    for longest in (TRAINED - 1, 4 * TRAINED, TRAINED + 9):
+        cos, sin = model.model.rotary_emb(torch.zeros(1), torch.tensor([[*at, longest]]))
+        torch.testing.assert_close(
+            (cos[0, :2, : HEAD // 2], sin[0, :2, : HEAD // 2]), (whole_row[0][:2], whole_row[1][:2])
+        )
+    assert model.config.rope_parameters["rope_type"] == kind, "the saved model is what it was"
 
 
 @pytest.mark.parametrize(

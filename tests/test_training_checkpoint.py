@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import run_spawned
 from safetensors.torch import load_file
 from torch.nn.functional import dropout
-from toy_models import TINY, VOCAB, job, packed_corpus, read_json, tiny_folder, train
+from toy_models import TINY, VOCAB, change_config, job, packed_corpus, read_json, tiny_folder, train
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -115,6 +115,17 @@ def test_dropout_goes_on_bit_by_bit_as_if_training_had_not_been_stopped(tmp_path
     train(whole)
     crash(stopped, 5)
     torch.rand(7)  # another process has drawn other numbers before
+    assert train(stopped).resumed_from_step == 4
+    assert_identical(whole, stopped)
+
+
+def test_frequencies_that_depend_on_the_length_do_not_remember_what_was_read_before(tmp_path, crash):
+    """Dynamic NTK in packed rows of 16, twice the trained length. The step after resuming reads documents up to 11."""
+    choices = {"rope": RopeRecipe(type="dynamic", factor=2.0), "seed": 23}
+    whole, stopped = (job(tmp_path, name=name, optim={"global_batch_tokens": 32}, **choices) for name in ("a", "b"))
+    change_config(tmp_path / "base", max_position_embeddings=8)
+    train(whole)
+    crash(stopped, 5)
     assert train(stopped).resumed_from_step == 4
     assert_identical(whole, stopped)
 

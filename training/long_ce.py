@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 
 from longreach.attention.causal import Causal
 from longreach.attention.hf import logit_changes, set_pattern
+from longreach.attention.rope import fix_frequencies
 from longreach.training.corpus import IGNORED, PackedRows
 from longreach.training.exposure import effective_contexts
 from longreach.training.loss import TokenLoss
@@ -74,6 +75,7 @@ def score_rows(
     TokenLoss(model)  # refuses models that change their logits otherwise than by a factor
     model.eval()
     set_pattern(model, Causal())
+    fix_frequencies(model, rows.summary.seq_len)  # of all passes, as in training
     np.save(out / ROWS, np.asarray(row_ids))
     shape = (len(row_ids), rows.summary.seq_len)
     gains_RT = open_memmap(out / GAINS, mode="w+", dtype=np.float16, shape=shape)

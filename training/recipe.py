@@ -31,8 +31,8 @@ class RopeRecipe(Choices):
     `rope_parameters`."""
 
     type: Literal["none", "linear", "dynamic", "yarn", "llama3", "theta"] = "none"
-    """none: as trained; linear: position interpolation (2306.15595); theta: only a larger base
-    frequency."""
+    """none: as trained; linear: position interpolation (2306.15595); dynamic: by the length of the
+    input, in training always of a whole row; theta: only a larger base frequency."""
     factor: float = Field(default=1.0, ge=1.0)
     """New context length over the trained one (linear, dynamic, yarn, llama3; for theta it only
     widens the limit)."""
