@@ -171,7 +171,9 @@ class Mirror:
         """Go over all files once; return why that did not come to its end, or "". `deadline_s`: by
         time.monotonic(). `everything`: also look whether runs without news are still there."""
         self._discover()
-        for run, tail in list(self.tails.items()):
+        # whole pipelines last: they name models that their stages make
+        tails = sorted(self.tails.items(), key=lambda item: item[1].start["kind"] == "pipeline")
+        for run, tail in tails:
             if not everything and tail.path.stat().st_size <= tail.offset:
                 continue
             if time.monotonic() > deadline_s:
@@ -289,6 +291,8 @@ class Mirror:
             case "model":
                 self._model(tail, event)
                 _position_path(tail.path).touch()
+            case "output":
+                self._output(tail, event["key"])
             case "end":
                 batch.end = event
 
@@ -364,6 +368,24 @@ class Mirror:
         self._log(tail, "metrics", [Metric(name, value, *at, **ids) for name, value in finite.items()])
         if event["register"]:
             registry.register(self.client, event["register"], model, tail.run_id, event["tags"])
+
+    def _output(self, tail: _Tail, key: str) -> None:
+        """Link a model of another run to a run, once. Raises LookupError: it may still be on its
+        way."""
+        from mlflow.entities import LoggedModelOutput
+
+        experiment = self._experiment(tail.start["experiment"])
+        models = self.client.search_logged_models([experiment], f"tags.`{registry.MODEL}` = '{key}'")
+        if not models:
+            others = (other for other in self.tails.values() if other is not tail)
+            if any(other.path.stat().st_size > other.offset for other in others):
+                raise LookupError(f"its model {key} is not uploaded yet")
+            self._warn(f"{tail.start['name']}: its model {key} is not in MLflow")
+            return
+        outputs = self.client.get_run(tail.run_id).outputs
+        known = {one.model_id for one in outputs.model_outputs} if outputs else set()
+        if models[0].model_id not in known:
+            self.client.log_outputs(tail.run_id, [LoggedModelOutput(models[0].model_id, 0)])
 
     def close_runs(self) -> None:
         """End the runs that never said how they ended: they were killed."""

@@ -16,6 +16,7 @@ its `time_ms`:
     {"event":"tag"|"param","key":..,"value":..}       {"event":"dataset","name":..,"digest":..,"source":..}
     {"event":"artifact"|"table","path":"/absolute/path","artifact_path":".."}
     {"event":"model","name":..,"tags":{"longreach.model":..},"metrics":{..},"step":..,"path":..,"register":..}
+    {"event":"output","key":..}                                            the longreach.model of another run's model
     {"event":"end","status":"FINISHED|FAILED|KILLED"}
 
     from longreach.infra.tracking import read_events
@@ -157,6 +158,10 @@ class Spool:
         """
         about = {"tags": _texts({"longreach.model": key, **(tags or {})}), "metrics": _numbers(metrics), "step": step}
         self._write("model", name=name, **about, path=str(path and os.path.abspath(path)), register=register)
+
+    def output(self, key: str) -> None:
+        """Name a model of another run, by its key, as a result of this one too."""
+        self._write("output", key=key)
 
     def end(self, status: RunStatus | str) -> None:
         """Say how the run ended; events may still follow."""

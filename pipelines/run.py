@@ -34,11 +34,11 @@ from longreach.infra.choices import dotted
 from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
-from longreach.infra.registry import check_login
+from longreach.infra.registry import MODEL, check_login
 from longreach.infra.resources import STAGE_RETRIES
 from longreach.infra.tracking import Spool, read_events
 from longreach.infra.versions import git_commit
-from longreach.pipelines.artifacts import Decision, PackedCorpus, Report
+from longreach.pipelines.artifacts import Decision, PackedCorpus, Release, Report
 from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import check_fits, foresee, memory_gib
 from longreach.pipelines.graph import build, report_on
@@ -259,6 +259,10 @@ def _run_missing(run: _Run) -> None:
                 pipeline.tag("gate", decision.verdict)
             for path in sorted(run.store.fetch("report", report.fingerprint).path.iterdir()):
                 pipeline.artifact(path, "report")
+        for stage in run.stages:
+            released = run.store.find(stage.name, stage.fingerprint) if stage.kind.makes is Release else None
+            if released:
+                pipeline.output(released.summary["tags"][MODEL])
         status = "FAILED" if run.outcome.failed else "FINISHED"
     finally:
         pipeline.end(status)

@@ -187,6 +187,24 @@ def test_an_outage_at_the_start_in_the_middle_and_at_the_end_costs_no_time_and_n
     assert statistics.median(times) < 1e-3
 
 
+def test_a_model_of_a_stage_is_shown_at_the_run_of_the_whole_pipeline_once(spools, store, tmp_path, caplog):
+    run, pipeline = spools("=pipeline", "pipeline")
+    pipeline.output("release-1")
+    pipeline.output("release-of-another-server")
+    pipeline.end("FINISHED")
+    _, release = spools("release", parent=run)
+    release.model("longlora", "release-1", {"eval/gain": 0.1})
+    for _ in range(2):  # the second time from the start, as after a lost position
+        assert Mirror(spools.folder, store).upload(time.monotonic() + PATIENCE_S) == ""
+        for position in spools.folder.glob("*.offset"):
+            position.unlink()
+    client = client_of(store)
+    (model,) = client.search_logged_models([registry.experiment_id(client, spools.experiment)])
+    shown = runs_of(store, spools.experiment)["=pipeline"].outputs.model_outputs
+    assert [one.model_id for one in shown] == [model.model_id]
+    assert "its model release-of-another-server is not in MLflow" in caplog.text
+
+
 def test_models_and_versions_whose_creation_got_no_answer_are_made_once(gate, tmp_path, monkeypatch):
     gate.open()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.uri)
