@@ -118,9 +118,9 @@ def fix_frequencies(model: nn.Module, tokens: int) -> None:
     """
     for module in model.modules():
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
-            here: Any = module.inv_freq
-            module(here, torch.tensor([[tokens - 1]], device=here.device))
-            module.rope_type = "default"  # whose frequencies stay
+            rotary: Any = module
+            rotary(rotary.inv_freq, torch.tensor([[tokens - 1]], device=rotary.inv_freq.device))
+            rotary.rope_type = "default"  # whose frequencies stay
 
 
 @dataclass(frozen=True)

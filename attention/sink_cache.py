@@ -385,6 +385,7 @@ class SinkLayer(AttendingLayer):
 
     def reset(self) -> None:
         self.seen, self.padding_B, self.new = 0, (), None
+        self.is_initialized = False  # the next batch may have another number of rows
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row n what row beam_idx[n] was, as beam search asks."""

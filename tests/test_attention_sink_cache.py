@@ -255,6 +255,10 @@ def test_a_cache_goes_on_over_several_turns_and_begins_anew_after_reset():
     assert torch.equal(greedy(model, more, cache), whole)
     cache.reset()
     assert torch.equal(greedy(model, ids, cache), first)
+    with pytest.raises(ValueError, match=r"the batch has 3: reset\(\) it"):
+        decoded(model, cache, text(batch=3))
+    cache.reset()
+    assert torch.equal(greedy(model, ids.repeat(3, 1), cache), first.repeat(3, 1))
 
 
 @pytest.mark.parametrize("padding", [1, 5, 30])
