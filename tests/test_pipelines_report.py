@@ -461,6 +461,20 @@ def test_the_headline_says_what_was_gained_and_what_it_cost(written):
     assert headline in html.unescape((written[0] / "report.html").read_text())
 
 
+def test_speeds_of_arms_that_were_not_trained_alike_are_said_not_to_compare(tmp_path, no_pictures):
+    recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}
+    inputs = make_inputs(tmp_path, recipe)
+    arms = [artifact for artifact in inputs[1].values() if artifact.stage == "finetune"]
+    headline = write(inputs, tmp_path / "out")[1]["headline"]
+    assert "do not compare" not in headline
+    for arm in arms:
+        if arm.manifest["label"] == "finetune[full]":
+            arm.manifest["host"] = "lab"
+    headline = write(inputs, tmp_path / "again")[1]["headline"]
+    assert "their speeds do not compare: longlora on desk, 2 ranks of 1 CPU and 0 GPU, float32" in headline
+    assert "; full on lab, 2 ranks" in headline
+
+
 def test_where_costs_were_measured_in_turns_all_speeds_in_the_report_are_those(tmp_path, no_pictures):
     recipe = RECIPE | {"pretrain": None, "costs": {"lengths": [32, 64]}}
     recipe["evaluate"] = {"perplexity": RECIPE["evaluate"]["perplexity"]}

@@ -20,6 +20,7 @@ from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import finite
 from longreach.infra.artifact import Artifact
 from longreach.infra.files import digest_of
+from longreach.infra.resources import Resources
 from longreach.pipelines.artifacts import Costs
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.recipe import ArmRecipe, RopeRecipe
@@ -50,6 +51,8 @@ class Model:
     summary: TrainingSummary | None = None
     """What its training says of itself; None for a baseline, a variant and where training did not
     end."""
+    trained_on: str = ""
+    """The host and the ranks of its training, in words; empty for what was not trained."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl; of a long run about POINTS of its lines."""
     scores: dict[str, EvalScores] = field(default_factory=dict)  # by evaluation, with the ends of their cases' prompts
@@ -261,7 +264,20 @@ def _arm(name: str, artifact: Artifact) -> Model:
             f"{artifact.manifest['label']}: its summary is not as this version writes it: {error}"
         ) from error
     steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return Model(name, artifact.stage, about_arm(summary), summary=summary, steps=[json.loads(line) for line in steps])
+    return Model(
+        name, artifact.stage, about_arm(summary), summary=summary, trained_on=_place(artifact.manifest),
+        steps=[json.loads(line) for line in steps],
+    )  # fmt: skip
+
+
+def _place(manifest: Mapping[str, Any]) -> str:
+    """Return where a training ran, in words, as far as its speed depends on it; resources are no
+    part of a fingerprint, so arms of one report may have had others."""
+    usual = Resources().model_dump(mode="json")  # what a manifest meant that is older than a field
+    asked = usual | manifest["resources"]
+    ranks = f"{asked['workers']} ranks of {asked['cpus_per_worker']} CPU and {asked['gpus_per_worker']} GPU"
+    rest = f"{asked['dtype']}, products {asked['matmul_precision']}, ZeRO {asked['zero_stage']}"
+    return f"{manifest['host']}, {ranks}, {rest}"
 
 
 def _variants(artifacts: Mapping[str, Artifact], arms: dict[str, Model]) -> Iterator[Model]:

@@ -194,6 +194,9 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
     elif finite(ppl.get(arm.name)) and finite(ppl.get(full.name)):
         change = ppl[arm.name] / ppl[full.name] - 1
         text += f" and {abs(change):.1%} {'higher' if change > 0 else 'lower'} perplexity"
+    if arm.trained_on != full.trained_on and found.costs is None:
+        text += f". They were not trained alike, so their speeds do not compare: {arm.name} on {arm.trained_on}; "
+        text += f"{full.name} on {full.trained_on}"
     return [f"{text}."]
 
 
