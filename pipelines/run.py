@@ -276,7 +276,7 @@ def _open_pipeline(run: _Run) -> Spool:
     params = {}
     for location, value in values(recipe):
         field = dotted(location)
-        if origins[field] != DEFAULT:
+        if origins.get(field, DEFAULT) != DEFAULT:  # without its gate a recipe has a field that was not written
             text = value if isinstance(value, str) else json.dumps(value)
             params[NOT_IN_PARAMETERS.sub(" ", field)] = text
     pipeline = Spool.open(
@@ -290,7 +290,7 @@ def _open_pipeline(run: _Run) -> Spool:
         params=params,
     )
     for stage in run.stages:
-        if stage.kind.makes is PackedCorpus:
+        if stage.kind.makes is PackedCorpus and "documents" in stage.digests:
             place = f"{run.store.root}/{stage.name}/{stage.fingerprint}"
             pipeline.dataset(stage.label, stage.digests["documents"], place)
     return pipeline

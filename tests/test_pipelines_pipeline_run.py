@@ -1,6 +1,7 @@
 """The run of a whole pipeline in MLflow: what was chosen, from which documents, and what the gate said."""
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,15 @@ def test_it_has_what_the_recipe_chose_as_parameters_and_the_documents_as_dataset
     packed = [stage for stage in state.stages if stage.name == "pack"]
     assert datasets == [(stage.label, stage.digests["documents"]) for stage in packed]
     assert len(datasets) == 2
+
+
+def test_a_recipe_whose_gate_is_left_out_while_the_registry_is_away_has_its_other_choices(state):
+    loaded = load("retrain")
+    state.loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"promote": None}))
+    run._open_pipeline(state)
+    (start, *_) = read_events(state.spool_folder / "=pipeline.jsonl")[0]
+    assert start["params"]["finetune.steps"] == "6"
+    assert not [name for name in start["params"] if name.startswith("promote")]
 
 
 def test_characters_that_mlflow_refuses_in_names_are_left_out(state):
