@@ -159,14 +159,14 @@ def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
     """Raise ValueError unless the model's logits are its output embedding of its body's output,
     changed as `logit_changes` says: tried on a few tokens, since losses are computed without the
     model's own head."""
-    hidden = []
-    hook = model.base_model.register_forward_hook(lambda module, inputs, output: hidden.append(output[0]))
-    try:
-        whole_1TV = model(input_ids=ids_1T.to(model.device), use_cache=False).logits.float()
-    finally:
-        hook.remove()
+    ids_1T = ids_1T.to(model.device)
+    was_training = model.training
+    model.eval()  # else dropout would make two passes differ, and take random numbers from the training
+    whole_1TV = model(input_ids=ids_1T, use_cache=False).logits.float()
+    hidden_1TE = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+    model.train(was_training)
     factor, cap = logit_changes(model.config)
-    ours_1TV = model.get_output_embeddings()(hidden[0]).float() * factor
+    ours_1TV = model.get_output_embeddings()(hidden_1TE).float() * factor
     if cap is not None:
         ours_1TV = cap * torch.tanh(ours_1TV / cap)
     # of the largest logit: small ones differ little whatever is left out; bfloat16 rounds to 0.004

@@ -21,8 +21,10 @@ def test_a_node_asks_for_no_port_that_another_ray_has(tmp_path, monkeypatch):
 
 
 STANDS_IN = """
-import contextlib, subprocess, types
+import contextlib, signal, subprocess, types
 import local_cluster
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what goes on in the background without it
 
 @contextlib.contextmanager
 def nodes(*_):
