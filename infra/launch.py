@@ -76,11 +76,21 @@ def run_ranks(
     memory = 0
     if not resources.gpus_per_worker:
         memory = reservable_bytes(memory_gib / resources.workers, at_once=resources.workers)
-    cpus, gib = resources.workers * resources.cpus_per_worker, resources.workers * memory / GIB
-    text = f"its ranks wait for other stages to free {cpus} CPU{'s' * (cpus > 1)} and {gib:.1f} GiB"
+    text = f"its ranks wait for other stages to free {_room(resources, memory)}"
     waiting = Waiting(results, note, text)
     _fit(_trainer(work, resources, run_name, str(storage), memory), resources.max_failures, waiting)
     return results.collect()
+
+
+def _room(resources: Resources, memory_bytes: int) -> str:
+    """Return what all ranks ask Ray for, in words; `memory_bytes` is of each."""
+    ranks = resources.workers
+    room = [f"{ranks * resources.cpus_per_worker} CPU{'s' * (ranks * resources.cpus_per_worker > 1)}"]
+    if resources.gpus_per_worker:
+        room.append(f"{ranks * resources.gpus_per_worker} GPU{'s' * (ranks * resources.gpus_per_worker > 1)}")
+    if memory_bytes:
+        room.append(f"{ranks * memory_bytes / GIB:.1f} GiB")
+    return " and ".join(room)
 
 
 def _trainer(

@@ -75,6 +75,12 @@ def test_ranks_that_wait_for_room_say_so_once_and_go_on_when_there_is_some(clust
     assert said == ["its ranks wait for other stages to free 2 CPUs and 3.0 GiB"]
 
 
+def test_ranks_that_wait_name_all_that_they_ask_for_and_nothing_else():
+    assert launch._room(Resources(workers=2), 3 * GIB) == "2 CPUs and 6.0 GiB"
+    assert launch._room(Resources(workers=1), 0) == "1 CPU"
+    assert launch._room(Resources(workers=4, gpus_per_worker=1, cpus_per_worker=2), 0) == "8 CPUs and 4 GPUs"
+
+
 @pytest.mark.slow
 @pytest.mark.drill
 def test_a_rank_that_hangs_is_taken_for_dead_and_all_start_again(cluster, tmp_path, monkeypatch):
