@@ -116,10 +116,8 @@ def memory_gib(store: Store, stage: Stage, resources: Resources) -> float:
         return PROCESS_GIB
     if isinstance(stage.recipe, TrainingRecipe) and (shape := _shape(store, stage)):
         return _cost(stage, stage.recipe, shape, resources).peak_gib
-    if isinstance(stage.recipe, EvaluateStageRecipe) and (base := _base_of(stage)):
-        facts = _facts(store, base)
-        if facts.keys() >= {*SHAPE}:
-            return PROCESS_GIB + _read_gib(Shape(**{key: facts[key] for key in SHAPE}), stage.recipe, resources)
+    if isinstance(stage.recipe, EvaluateStageRecipe) and (shape := _shape_of_base(store, stage)):
+        return PROCESS_GIB + _read_gib(shape, stage.recipe, resources)
     return PROCESS_GIB
 
 
@@ -132,13 +130,14 @@ def _read_gib(shape: Shape, recipe: EvaluateStageRecipe, resources: Resources) -
     return value_bytes * (shape.parameters + recipe.choices.longest_input() * (kept + passing)) / GIB
 
 
-def _base_of(stage: Stage) -> Stage | None:
-    """Return the stage that converts what a model was made from; None if it is made from nothing."""
+def _shape_of_base(store: Store, stage: Stage) -> Shape | None:
+    """Return the shape of what a model was made from; None if it was made from nothing, or the
+    sizes are not known."""
     if isinstance(stage.recipe, BaseRecipe):
-        return stage
+        return _sizes(_facts(store, stage))
     for name in ("model", "base"):
         if name in stage.inputs:
-            return _base_of(stage.inputs[name])
+            return _shape_of_base(store, stage.inputs[name])
     return None
 
 
@@ -224,10 +223,9 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
     else:
         facts = _facts(store, base)
     if not isinstance(stage.recipe, PretrainStageRecipe) or stage.recipe.model is None:
-        if not facts.keys() >= {*SHAPE}:
-            return None
-        shape = Shape(**{key: facts[key] for key in SHAPE})
-        return shape if shape.counts(facts.get("parameters", shape.parameters)) else None
+        shape = _sizes(facts)
+        counted = shape is not None and shape.counts(facts.get("parameters", shape.parameters))
+        return shape if counted else None
     if not facts.get("vocab"):
         return None
     fresh = stage.recipe.model
@@ -246,6 +244,13 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
 def _facts(store: Store, base: Stage) -> dict[str, Any]:
     """Return the sizes of a base, from its conversion or, as far as they are known, before it."""
     return _summary(store, base) or _before_conversion(base)
+
+
+def _sizes(facts: dict[str, Any]) -> Shape | None:
+    """Return the shape of a base from its facts; None where some are not known."""
+    if not facts.keys() >= {*SHAPE}:
+        return None
+    return Shape(**{key: facts[key] for key in SHAPE})
 
 
 def _summary(store: Store, stage: Stage) -> dict[str, Any]:
