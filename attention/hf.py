@@ -160,11 +160,11 @@ def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
     changed as `logit_changes` says: tried on a few tokens, since losses are computed without the
     model's own head."""
     ids_1T = ids_1T.to(model.device)
-    was_training = model.training
-    model.eval()  # else dropout would make two passes differ, and take random numbers from the training
-    whole_1TV = model(input_ids=ids_1T, use_cache=False).logits.float()
-    hidden_1TE = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
-    model.train(was_training)
+    with torch.random.fork_rng([ids_1T.device] if ids_1T.is_cuda else []):  # the training's own numbers stay
+        torch.manual_seed(0)  # both passes drop the same, where anything is dropped
+        whole_1TV = model(input_ids=ids_1T, use_cache=False).logits.float()
+        torch.manual_seed(0)
+        hidden_1TE = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
     factor, cap = logit_changes(model.config)
     ours_1TV = model.get_output_embeddings()(hidden_1TE).float() * factor
     if cap is not None:
