@@ -183,7 +183,7 @@ class Card:
         from transformers import AutoTokenizer
 
         from longreach.evaluation.streaming import name_of
-        from longreach.training.sink import SINK_TOKEN, sink_token_id
+        from longreach.training.sink_token import SINK_TOKEN, sink_token_id
 
         self.sink_token = SINK_TOKEN
         self.sink_id = sink_token_id(AutoTokenizer.from_pretrained(folder, local_files_only=True))

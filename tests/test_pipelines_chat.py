@@ -6,7 +6,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from longreach.attention.sink_cache import SinkCache
 from longreach.pipelines.chat import chat, reply, turn
 from longreach.training.model import with_softmax_sinks
-from longreach.training.sink import with_sink_token
+from longreach.training.sink_token import with_sink_token
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}{% for m in messages %}"

@@ -53,7 +53,7 @@ from longreach.training.exposure import context_counts
 from longreach.training.overlap import find_overlaps
 from longreach.training.packing import METHODS, Rows, copies
 from longreach.training.recipe import CorpusRecipe, PackRecipe
-from longreach.training.sink import with_sink_token
+from longreach.training.sink_token import with_sink_token
 from longreach.training.summary import ChatShare, ContextBin, Overlap, PackSummary, SourceShare
 from longreach.training.tokenise import BATCH_CHARS, Batch, Encoder, Tokens, encode_all, word_hashes
 

@@ -6,7 +6,7 @@ from toy_models import tiny_tokenizer
 from toy_tokenizers import LINES, PRE_TOKENIZERS, toy_tokenizer
 from transformers import AutoTokenizer
 
-from longreach.training.sink import SINK_TOKEN, with_sink_token
+from longreach.training.sink_token import SINK_TOKEN, with_sink_token
 
 TEXT = LINES[0]
 
@@ -103,6 +103,6 @@ def test_tokenizers_without_a_place_for_a_sink_are_refused():
 
 def test_a_tokenizer_that_loses_the_sink_on_loading_is_refused(monkeypatch):
     plain = toy_tokenizer()
-    monkeypatch.setattr("longreach.training.sink.AutoTokenizer.from_pretrained", lambda *args, **kwargs: plain)
+    monkeypatch.setattr("longreach.training.sink_token.AutoTokenizer.from_pretrained", lambda *args, **kwargs: plain)
     with pytest.raises(ValueError, match=r"drops <\|sink\|> on loading"):
         with_sink_token(plain)
