@@ -116,16 +116,20 @@ class Decision(Artifact):
 
 
 class Report(Artifact):
-    """The page on a whole run: report.html, report.md and figures."""
+    """The page on a whole run: report.html, report.md, measures.json and figures."""
+
+    MEASURES = "measures.json"
+    """The page's numbers: a row for each measure, a column for each model."""
 
     @property
     def headline(self) -> str:
         return self.summary.get("headline", "")
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """The page's numbers, by the name that MLflow shows."""
-        return self.summary.get("metrics", {})
+    def curves(self) -> dict[str, dict[int, float]]:
+        """Gains by context length, by the name that MLflow shows."""
+        curves = self.summary.get("curves", {})
+        return {name: {int(length): gain for length, gain in points.items()} for name, points in curves.items()}
 
     @property
     def table(self) -> str:

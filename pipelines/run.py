@@ -253,11 +253,15 @@ def _run_missing(run: _Run) -> None:
         with _shown_events(run):
             _run_on_ray(run)
         if report := _report(run.artifacts):
-            pipeline.metrics(report.metrics)
+            page = run.store.fetch("report", report.fingerprint).path
+            for name, gain_by_length in report.curves.items():
+                for length, gain in gain_by_length.items():
+                    pipeline.metrics({name: gain}, step=length)
+            pipeline.table(page / Report.MEASURES)
             pipeline.tag("mlflow.note.content", _description(run, report))
             if decision := _decision(run.artifacts):
                 pipeline.tag("gate", decision.verdict)
-            for path in sorted(run.store.fetch("report", report.fingerprint).path.iterdir()):
+            for path in sorted(page.iterdir()):
                 pipeline.artifact(path, "report")
         for stage in run.stages:
             released = run.store.find(stage.name, stage.fingerprint) if stage.kind.makes is Release else None

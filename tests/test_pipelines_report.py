@@ -528,7 +528,13 @@ def test_where_gain_was_measured_the_headline_is_what_the_best_arm_gains_over_th
     assert re.search(r"times full fine-tuning's peak memory; on the same tokens it is .* than full", headline)
     metrics = gained[1]["metrics"]
     assert metrics["compare/gain_over_base_768/longlora"] == pytest.approx(gain, abs=6e-4)
-    assert metrics["compare/base_best_length"] == 256
+    assert metrics["compare/best_length/base"] == 256
+    curve = gained[1]["curves"]["compare/gain_over_base/longlora"]
+    assert curve[768] == metrics["compare/gain_over_base_768/longlora"]
+    assert sorted(curve) == [256, 512, 768, 1024]
+    rows = {row.pop("measure"): row for row in json.loads((gained[0] / "measures.json").read_text())}
+    assert rows["compare/gain_over_base_768"]["longlora"] == curve[768]
+    assert rows["compare/best_length"] == {"base": 256}
 
 
 def test_gain_is_the_first_figure_and_stands_in_the_main_table_and_in_its_section(gained):

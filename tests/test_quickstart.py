@@ -188,6 +188,12 @@ def test_metrics_are_in_mlflow_under_pipeline_stage_and_attempt(project: Path):
     assert sorted(point.step for point in history) == [1, 2, 3, 4]
     stage_run = next(r for r in runs.values() if r.info.run_id == attempt.data.tags["mlflow.parentRunId"])
     assert stage_run.info.run_name == "finetune[longlora]"
+    pipeline = client.get_run(stage_run.data.tags["mlflow.parentRunId"])
+    assert pipeline.data.metrics == {}, "single numbers are a table and no chart of one bar each"
+    assert {"path": "measures.json", "type": "table"} in json.loads(pipeline.data.tags["mlflow.loggedArtifacts"])
+    table = json.loads(Path(client.download_artifacts(pipeline.info.run_id, "measures.json")).read_text())
+    assert table["columns"][0] == "measure"
+    assert {"base", "full", "longlora"} <= set(table["columns"])
 
 
 # ---- faults: a stage task, a rank and the driver are killed in one run

@@ -11,6 +11,7 @@ they were measured at, since S²-Attn gains with row length.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,10 @@ class ReportRecipe(Choices):
     """Stages that could not be done: label -> why, in the order of the graph."""
 
 
-@stage(makes=Report, revision=2, cpus=lambda resources: 1)
+@stage(makes=Report, revision=3, cpus=lambda resources: 1)
 def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
-    """Write report.html, report.md and figures; returns {"headline", "metrics", "table": Markdown,
-    in short}.
+    """Write report.html, report.md, measures.json and figures; returns {"headline", "metrics",
+    "curves", "table": Markdown, in short}.
 
     The artifacts come by their stages' labels. ValueError: one of them has a file that is not what
     it should be.
@@ -58,7 +59,9 @@ def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path
     about += f"report {run.attempt.fingerprint[:8]}"
     words = headline(found)
     Page(f"longreach: {recipe.name}", about, words, sections).write(out, "report")
-    return {"headline": words, "metrics": metrics(found), "table": short_table(found)}
+    measures = metrics(found)
+    (out / Report.MEASURES).write_text(json.dumps(_by_model(measures), indent=1), encoding="utf-8")
+    return {"headline": words, "metrics": measures, "curves": _gain_curves(found), "table": short_table(found)}
 
 
 def _sections(found: Findings, command: str) -> list[Section]:
@@ -201,8 +204,8 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
 
 
 def metrics(found: Findings) -> dict[str, float]:
-    """Return the page's numbers for MLflow, by name, without those that no manifest can hold: NaN
-    and infinity."""
+    """Return the page's numbers by name, most of them MEASURE/MODEL, without those that no manifest
+    can hold: NaN and infinity."""
     values: dict[str, float] = {}
     for label, pack in found.packs.items():
         values[f"pack/efficiency/{metric_part(label)}"] = pack.efficiency
@@ -219,19 +222,32 @@ def metrics(found: Findings) -> dict[str, float]:
             if yardstick and model.kind == "finetune":
                 values[f"compare/speedup_vs_{against}/{tag}"] = found.speedup(model, yardstick).median
                 values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(yardstick, "peak_gib")
-    values |= _gain_metrics(found)
+    if claim := claim_of(found):
+        values[f"compare/best_length/{metric_part(claim.background.base)}"] = claim.best.length
+    for curve, by_length in _gain_curves(found).items():
+        measure, _, tag = curve.rpartition("/")
+        values |= {f"{measure}_{length}/{tag}": gained for length, gained in by_length.items()}
     return {key: float(value) for key, value in values.items() if finite(value)}
 
 
-def _gain_metrics(found: Findings) -> dict[str, float]:
-    """Return what arms and stretches gain over the base at its best, by name and length, and the
-    base's best length."""
+def _gain_curves(found: Findings) -> dict[str, dict[int, float]]:
+    """Return what arms and stretches gain over the base at its best, in nats per token: a curve's
+    name -> context length -> gain."""
     claim = claim_of(found)
     if claim is None:
         return {}
-    values: dict[str, float] = {"compare/base_best_length": claim.best.length}
+    curves = {}
     for name, by_length in claim.over_base.items():
         if name != claim.background.base:
-            for length, gained in by_length.items():
-                values[f"compare/gain_over_base_{length}/{metric_part(name)}"] = gained.nats
-    return values
+            gains = {length: gained.nats for length, gained in by_length.items() if finite(gained.nats)}
+            curves[f"compare/gain_over_base/{metric_part(name)}"] = gains
+    return curves
+
+
+def _by_model(measures: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a table of measures: a row each, a column for each model."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, value in measures.items():
+        measure, _, model = name.rpartition("/")
+        rows.setdefault(measure, {"measure": measure})[model] = value
+    return list(rows.values())
