@@ -52,7 +52,8 @@ class EvalChoices(Choices):
     """Choices that every evaluation has."""
 
     models: tuple[str, ...] | None = None
-    """Names of the models (baselines and arms) to evaluate; without it, all of them."""
+    """Names of the models (baselines and arms) to evaluate; an arm's name means all of its seeds.
+    Without it, all of them."""
     seed: int = Field(default=0, ge=0)
     """Seed of whatever the evaluation draws at random."""
 

@@ -142,9 +142,7 @@ class PromoteRecipe(Choices):
     def _measured(self, recipe: Recipe, rule: str) -> list[str]:
         """Return the models of which a recipe measures what a rule is about."""
         section = recipe.evaluate.chosen().get(MEASURED_BY[rule])
-        if section is None:
-            return []
-        return [*(section.models or [name for _, name in recipe.models()])]
+        return recipe.measured_by(section) if section else []
 
     def _unmeasured(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         """Yield the rules for which the recipe does not measure what they compare."""

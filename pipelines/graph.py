@@ -282,7 +282,7 @@ def add_variants(pipeline: Pipeline) -> None:
 def add_evaluations(pipeline: Pipeline) -> None:
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
         digests = {field: _digest(Path(path)) for field, path in section.data_files().items()}
-        for name in section.models or pipeline.models:
+        for name in pipeline.recipe.measured_by(section):
             model = pipeline.models[name]
             choices = section.of_model(is_base=name == pipeline.recipe.plain_baseline())
             recipe = EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices)

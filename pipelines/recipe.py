@@ -142,14 +142,28 @@ class Recipe(Choices):
     def seeded_variants(self) -> dict[str, VariantRecipe]:
         """Return every variant by its model's name: of an arm with several seeds there is one for
         each."""
-        trainings = self.finetune.seeded_arms() if self.finetune else {}
         variants = {}
         for name, variant in self.variants.items():
-            models = [model for model, training in trainings.items() if training.of == variant.of]
-            for model in models or [variant.of]:
-                seed = model.removeprefix(variant.of)  # `.s1` of `lora.s1`, nothing of `lora`
-                variants[f"{name}{seed}"] = variant.model_copy(update={"of": model})
+            for seed in self._seeds_of(variant.of):
+                variants[f"{name}{seed}"] = variant.model_copy(update={"of": f"{variant.of}{seed}"})
         return variants
+
+    def measured_by(self, section: EvalChoices) -> list[str]:
+        """Return the models that an evaluation's section means: all, or those that it names, where
+        an arm's or a variant's name stands for all its seeds."""
+        if not section.models:
+            return [name for _, name in self.models()]
+        models = []
+        for name in section.models:
+            arm = self.variants[name].of if name in self.variants else name
+            models += [f"{name}{seed}" for seed in self._seeds_of(arm)]
+        return list(dict.fromkeys(models))
+
+    def _seeds_of(self, arm: str) -> list[str]:
+        """Return what the names of an arm's models have behind the arm's: nothing for the first
+        seed, then `.s1`."""
+        trainings = self.finetune.seeded_arms() if self.finetune else {}
+        return [model.removeprefix(arm) for model, training in trainings.items() if training.of == arm] or [""]
 
     def local_paths(self) -> dict[str, str]:
         """Return what may name a file or folder of this machine, by dotted field."""

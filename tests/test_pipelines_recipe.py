@@ -199,6 +199,16 @@ def test_a_variant_is_there_for_each_seed_of_its_arm(small: Path) -> None:
     assert "variants.far: its seeds make a model far.s3, and so is another variant called: rename it" in said
 
 
+def test_an_evaluation_that_names_an_arm_or_a_variant_measures_all_of_its_seeds(small: Path) -> None:
+    far = "variants={far: {of: full, rope: {type: theta, theta: 300000, factor: 2}}}"
+    choices = ["finetune.arms.full.seeds=[0, 3]", far, "evaluate.perplexity.models=[far, base, full, full.s3]"]
+    recipe = load(small, choices).recipe
+    measured = recipe.measured_by(recipe.evaluate.chosen()["perplexity"])
+    assert measured == ["far", "far.s3", "base", "full", "full.s3"]
+    recipe = load(small, [*choices[:2], "evaluate.perplexity.models=[full.s3]"]).recipe
+    assert recipe.measured_by(recipe.evaluate.chosen()["perplexity"]) == ["full.s3"]
+
+
 def test_arms_that_go_on_from_a_champion_have_its_stretch(small: Path) -> None:
     gate = "promote={model: full, name: m, start_from: champion, passkey: null}"
     (said,) = mistakes(small, gate, "finetune.arms.long.1.rope={type: theta, theta: 5e4, factor: 2}")
