@@ -59,8 +59,12 @@ class EvalChoices(Choices):
 
     def data_files(self) -> dict[str, str]:
         """Return the files and folders that are chosen, by the name of their field."""
-        fields = _fields_marked(type(self), _DATA_FILE)
-        return {name: getattr(self, name) for name in fields if getattr(self, name)}
+        files = {}
+        for name in _fields_marked(type(self), _DATA_FILE):
+            file = getattr(self, name)
+            if file:
+                files[name] = file
+        return files
 
     @classmethod
     def document_fields(cls) -> list[str]:

@@ -54,11 +54,19 @@ def matching(documents: Iterable[Document], patterns: tuple[str, ...]) -> list[D
     """Return the documents whose name matches one of the shell patterns; ValueError if none
     does."""
     documents = list(documents)
-    matches = [d for d in documents if any(d.name == one or fnmatchcase(d.name, one) for one in patterns)]
+    matches = []
+    for document in documents:
+        if any(document.name == one or fnmatchcase(document.name, one) for one in patterns):
+            matches.append(document)
     if not matches:
-        names = ", ".join(d.name for d in documents) or "none"
+        names = ", ".join(document.name for document in documents) or "none"
         raise ValueError(f"no held-out document matches {list(patterns)}; there are: {names}")
     return matches
+
+
+def named(documents: Iterable[Document], name: str) -> Document:
+    """Return the document of a name, which is there."""
+    return next(document for document in documents if document.name == name)
 
 
 def check_names(names: list[str]) -> None:

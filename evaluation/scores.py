@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +61,11 @@ class EvalScores:
         """Return the rows whose columns have these values."""
         return [row for row in self.rows if columns.items() <= row.items()]
 
+    def distinct(self, column: str, /, **columns: Any) -> list[Any]:
+        """Return a column's different values in the rows whose other columns have these values, in the
+        order of the rows."""
+        return list(dict.fromkeys(row[column] for row in self.rows_with(**columns)))
+
     def write(self, out: Path) -> None:
         """Write scores.json, scores.parquet and cases.jsonl into `out`; ValueError where a number
         is not finite."""
@@ -73,16 +80,20 @@ class EvalScores:
         del content["cases"]
         text = json.dumps(content, indent=1, allow_nan=False)
         (out / "scores.json").write_text(text + "\n", encoding="utf-8")
-        columns = dict.fromkeys(key for row in self.rows for key in row)
-        table = pa.table({key: [row.get(key) for row in self.rows] for key in columns})
-        pq.write_table(table, out / "scores.parquet")
+        columns = {}
+        for key in dict.fromkeys(chain.from_iterable(self.rows)):
+            columns[key] = [row.get(key) for row in self.rows]
+        pq.write_table(pa.table(columns), out / "scores.parquet")
         with (out / "cases.jsonl").open("w", encoding="utf-8") as lines:
             for case in self.cases:
                 lines.write(json.dumps(case, ensure_ascii=False, allow_nan=False) + "\n")
 
     def _check_finite(self, place: str, numbers: Row) -> None:
         """Raise ValueError where one of the numbers is not finite."""
-        bad = [key for key, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
+        bad = []
+        for key, value in numbers.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                bad.append(key)
         if bad:
             raise ValueError(f"{self.eval}: {', '.join(bad)} in {place} is not finite: no score to keep")
 
@@ -91,7 +102,7 @@ class EvalScores:
         """Read what `write` wrote."""
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
         with (Path(folder) / "cases.jsonl").open(encoding="utf-8") as lines:
-            return cls(**content, cases=[json.loads(line) for line in lines])
+            return cls(**content, cases=list(map(json.loads, lines)))
 
 
 class Difference(NamedTuple):
@@ -103,6 +114,19 @@ class Difference(NamedTuple):
     high: float
     documents: int
     seeds: int
+
+
+def gathered(results: Iterable[tuple[Any, dict[str, Any]]], name: str) -> list[Row]:
+    """Return the rows (or cases) that cells' results list under a name, all in one list."""
+    rows: list[Row] = []
+    for _, result in results:
+        rows += result[name]
+    return rows
+
+
+def mean_of(rows: Iterable[Row], column: str) -> float:
+    """Return the mean of a column over rows."""
+    return float(np.mean([row[column] for row in rows]))
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
@@ -165,8 +189,8 @@ def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None)
         "accuracy": correct / len(cases),
         "accuracy_low": low,
         "accuracy_high": high,
-        "token_accuracy": float(np.mean([case["token_accuracy"] for case in cases])),
-        "nll": float(np.mean([case["nll"] for case in cases])),
+        "token_accuracy": mean_of(cases, "token_accuracy"),
+        "nll": mean_of(cases, "nll"),
     }
 
 
@@ -201,10 +225,15 @@ def paired(ours: list[Row], theirs: list[Row], length: int, resamples: int = 4_0
     their_bins = _nll_by_bin(theirs, length)
     if our_bins.keys() != their_bins.keys() or not our_bins:
         raise ValueError(f"the two models were not measured on the same tokens up to {length}")
-    difference = np.array([our_bins[place] - their_bins[place] for place in our_bins])
-    width = np.array([end - start for _, start, end in our_bins])  # a text's last bin may be of one token
+    differences = []
+    widths = []
+    for place, our_nll in our_bins.items():
+        _, start, end = place
+        differences.append(our_nll - their_bins[place])
+        widths.append(end - start)  # a text's last bin may be of one token
+    difference, width = np.array(differences), np.array(widths)
     low, high = bootstrap_crossed(difference[None], 0, resamples, weight_D=width) or (math.nan, math.nan)
-    return {"nll": float(np.average(difference, weights=width)), "low": low, "high": high, "bins": len(difference)}
+    return {"nll": float(np.average(difference, weights=width)), "low": low, "high": high, "bins": len(differences)}
 
 
 def _nll_by_bin(rows: list[Row], length: int) -> dict[tuple[str, int, int], float]:
