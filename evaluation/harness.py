@@ -30,8 +30,8 @@ from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, E
 from longreach.evaluation.blocks import Block, Table
 from longreach.evaluation.lm_eval_files import metric_rows, summary_of
 from longreach.evaluation.longbench import VERSION_2, paper_tables, version_2_rows
-from longreach.evaluation.scores import EvalScores, Row
-from longreach.evaluation.sections import value_cell
+from longreach.evaluation.scores import EvalScores, Row, gathered
+from longreach.evaluation.sections import cells_of, spread, value_cell, with_commas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,13 +110,16 @@ class Harness(Evaluation):
             ) from error
         rows, cases = metric_rows(answer), []
         for task, samples in answer["samples"].items():
-            of_task = [_case(task, sample, model.cut_tokens) for sample in samples]
-            cut = {sample["doc_id"] for sample, case in zip(samples, of_task, strict=True) if case["cut_tokens"]}
+            cut = set()
+            for sample in samples:
+                case = _case(task, sample, model.cut_tokens)
+                if case["cut_tokens"]:
+                    cut.add(sample["doc_id"])
+                cases.append(case)
             facts = {"truncated": len(cut), "max_length": model.max_length, "decoding": _decoding(samples)}
             for row in rows:
                 if row["task"] == task:
                     row |= facts
-            cases += of_task
         return {"rows": rows, "cases": cases}
 
     def _tasks(self) -> Any:
@@ -128,12 +131,12 @@ class Harness(Evaluation):
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `task`, one for each metric of each task, and of kind `longbench2`
         (LongBench v2's columns)."""
-        rows = [row for _, result in results for row in result["rows"]]
-        cases = [case for _, result in results for case in result["cases"]]
+        rows = gathered(results, "rows")
+        cases = gathered(results, "cases")
         protocol = "lm-evaluation-harness's own prompts and metrics"
         limits = sorted({row["max_length"] for row in rows if row.get("max_length")})
         if limits:
-            protocol += f"; prompts of up to {' or '.join(f'{limit:,}' for limit in limits)} tokens"
+            protocol += f"; prompts of up to {' or '.join(with_commas(limits))} tokens"
         protocol += "; the middle of longer prompts is cut out"
         decodings = sorted({row["decoding"] for row in rows if row.get("decoding")})
         if decodings:
@@ -166,7 +169,7 @@ class Harness(Evaluation):
                 found.setdefault(f"{row['task']}_{row['metric']}", {})[name] = row
         lines = []
         for metric, rows in found.items():
-            lines.append([metric, *(_metric_cell(rows.get(name)) for name in models)])
+            lines.append([metric, *cells_of(rows, models, _metric_cell)])
         legend = (
             "Small: 95% intervals, n documents asked, and in how many of them the prompt was too long, so that its "
             "middle was cut out."
@@ -178,16 +181,21 @@ class Harness(Evaluation):
         """Return a grid of metric x task for each model."""
         from longreach.evaluation.figures import grid
 
-        values = [row["value"] for scores in models.values() for row in scores.rows_with(kind="task")]
-        top = max([1.0, *values])
+        top = 1.0
+        for scores in models.values():
+            for row in scores.rows_with(kind="task"):
+                top = max(top, row["value"])
         figures = []
         for name, scores in models.items():
-            cells = {(row["task"], row["metric"]): row["value"] for row in scores.rows_with(kind="task")}
-            metrics = list(dict.fromkeys(metric for _, metric in cells))
-            lines = {}
-            for task in dict.fromkeys(task for task, _ in cells):
-                of_task = [cells.get((task, metric), math.nan) for metric in metrics]
-                lines[task] = [(value, f"{value:.3g}" if math.isfinite(value) else "") for value in of_task]
+            values = {(row["task"], row["metric"]): row["value"] for row in scores.rows_with(kind="task")}
+            metrics = scores.distinct("metric", kind="task")
+            lines: dict[str, list[tuple[float, str]]] = {}
+            for task in scores.distinct("task", kind="task"):
+                lines[task] = []
+                for metric in metrics:
+                    value = values.get((task, metric), math.nan)
+                    text = f"{value:.3g}" if math.isfinite(value) else ""
+                    lines[task].append((value, text))
             title, caption = f"{cls.title}: {name}", "Metrics as the harness defines them."
             figures.append(grid(f"harness-{name}.png", title, caption, ("metric", "value"), metrics, lines, top))
         return figures
@@ -228,11 +236,14 @@ def _answer(sample: dict[str, Any]) -> str:
 def _decoding(samples: list[dict[str, Any]]) -> str:
     """Return how a task's answers came about: greedy or sampled text, or the likelihood of given
     ones."""
-    settings = [request[-1] for sample in samples for request in sample["arguments"]]
-    if not any(isinstance(setting, dict) for setting in settings):
+    settings = []
+    for sample in samples:
+        for request in sample["arguments"]:
+            if isinstance(request[-1], dict):  # of text that is generated
+                settings.append(request[-1])
+    if not settings:
         return "likelihood"
-    sampled = any(setting.get("do_sample") for setting in settings if isinstance(setting, dict))
-    return "sampled" if sampled else "greedy"
+    return "sampled" if any(setting.get("do_sample") for setting in settings) else "greedy"
 
 
 def _metric_cell(row: Row | None) -> str:
@@ -255,15 +266,13 @@ def _sample_table(models: Mapping[str, EvalScores]) -> list[Table]:
     (scores, *others) = models.values()
     if others or not scores.cases:
         return []
-    cases = scores.cases
-    chosen = [cases[n * len(cases) // SAMPLES] for n in range(SAMPLES)] if len(cases) > SAMPLES else cases
     lines = []
-    for case in chosen:
+    for case in spread(scores.cases, SAMPLES):
         prompt = case["prompt"]
         if len(prompt) > 2 * ENDS:
             prompt = f"{prompt[:ENDS]} […] {prompt[-ENDS:]}"
         lines.append([case["task"], prompt, case["expected"], case["got"]])
-    caption = f"{len(lines)} of {len(cases)} questions and their answers"
+    caption = f"{len(lines)} of {len(scores.cases)} questions and their answers"
     legend = "The whole prompts are in cases.jsonl, with how many tokens were cut out of each."
     return [Table(caption, ["task", "prompt", "expected", "answer"], lines, legend=legend, prose=True)]
 

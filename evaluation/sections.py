@@ -8,8 +8,8 @@ print(perplexity_text(12.345))"
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from longreach.evaluation.blocks import Block, Details, Figure, Table
 from longreach.evaluation.figures import Style, grid, small_grids
@@ -24,10 +24,31 @@ ASKED = ("task", "distractors", "way", "cache_tokens", "length", "size", "depth"
 DASH = "–"
 """Stands in a table's cell where a value does not apply."""
 
+Shown = TypeVar("Shown")
+Item = TypeVar("Item")
+
 
 def finite(value: Any) -> bool:
     """Whether a value is a number, and neither infinite nor NaN."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def with_commas(numbers: Iterable[int]) -> list[str]:
+    """Return whole numbers as a table or an axis shows them: 8,192."""
+    return [f"{number:,}" for number in numbers]
+
+
+def cells_of(rows: Mapping[Any, Row], columns: Iterable[Any], shown: Callable[[Row | None], Shown]) -> list[Shown]:
+    """Return a line's cells: what `shown` makes of each column's row, or of None where a column has
+    none."""
+    return [shown(rows.get(column)) for column in columns]
+
+
+def spread(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """Return all items or, of more than `most`, so many that are spread evenly over them."""
+    if len(items) <= most:
+        return items
+    return [items[n * len(items) // most] for n in range(most)]
 
 
 def perplexity_text(value: float | None) -> str:
@@ -78,7 +99,9 @@ def perplexity_curve(rows: Iterable[Row], x: str) -> list[tuple[float, ...]]:
 
 def summary_table(title: str, models: Mapping[str, EvalScores]) -> Table:
     """Return a row for each measure of the summaries, a column for each model."""
-    measures = dict.fromkeys(measure for scores in models.values() for measure in scores.summary)
+    measures: dict[str, None] = {}
+    for scores in models.values():
+        measures |= dict.fromkeys(scores.summary)
     rows = []
     for measure in measures:
         cells = []
@@ -97,42 +120,40 @@ def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScor
         evaluation: name of an evaluation with rows of the kinds `length` and `cell`; the files are
             named after it.
     """
-    lengths = sorted({row["length"] for scores in models.values() for row in scores.rows_with(kind="length")})
-    cells = {name: scores.rows_with(kind="cell") for name, scores in models.items()}
-    top = max((row["nll"] for rows in cells.values() for row in rows), default=1.0)
-    axes = ("prompt length (tokens)", "nats per token")
-    columns = [f"{length:,}" for length in lengths]
-
-    def draw(file: str, heading: str, caption: str, lines: Mapping[str, dict[int, Row]]) -> Figure:
-        texts = {name: [_retrieval_cell(rows.get(length)) for length in lengths] for name, rows in lines.items()}
-        return grid(file, heading, f"{caption} Light: the model is sure; dark: it guesses.", axes, columns, texts, top)
-
-    totals = {}
+    totals: dict[str, dict[int, Row]] = {}
+    panels: dict[str, dict[str, dict[int, Row]]] = {}
+    lengths: set[int] = set()
+    nlls = []
     for name, scores in models.items():
         totals[name] = {row["length"]: row for row in scores.rows_with(kind="length")}
-    caption = "In a cell: found of asked, and nats per token of the answer."
-    figures = [draw(f"{evaluation}.png", title, caption, totals)]
-    panels = {}
-    for name, rows in cells.items():
+        lengths |= totals[name].keys()
         by_depth: dict[str, dict[int, Row]] = {}
-        for row in sorted(rows, key=lambda row: row["depth"]):
+        for row in sorted(scores.rows_with(kind="cell"), key=lambda row: row["depth"]):
             by_depth.setdefault(f"{100 * row['depth']:.4g}%", {})[row["length"]] = row  # depths have four decimals
+            nlls.append(row["nll"])
         if len(by_depth) > 1:
             panels[name] = by_depth
+    axes = ("prompt length (tokens)", "nats per token")
+    columns, top = sorted(lengths), max(nlls, default=1.0)
+
+    def texts(lines: Mapping[str, dict[int, Row]]) -> dict[str, list[tuple[float, str]]]:
+        return {name: cells_of(rows, columns, _retrieval_cell) for name, rows in lines.items()}
+
+    def draw(file: str, heading: str, caption: str, lines: Mapping[str, dict[int, Row]]) -> Figure:
+        caption = f"{caption} Light: the model is sure; dark: it guesses."
+        return grid(file, heading, caption, axes, with_commas(columns), texts(lines), top)
+
+    caption = "In a cell: found of asked, and nats per token of the answer."
+    figures = [draw(f"{evaluation}.png", title, caption, totals)]
     caption = "By depth: 0% is the prompt's beginning."
     if len(panels) == 1:
         ((name, by_depth),) = panels.items()
         figures.append(draw(f"{evaluation}-{name}.png", f"{title} {name}", caption, by_depth))
     elif panels:
-        grids = {}
-        for name, by_depth in panels.items():
-            grids[name] = {
-                depth: [_retrieval_cell(rows.get(length)) for length in lengths] for depth, rows in by_depth.items()
-            }
+        grids = {name: texts(by_depth) for name, by_depth in panels.items()}
         file, caption = f"{evaluation}-depths.png", f"{caption} Light: the model is sure; dark: it guesses."
-        figures.append(
-            small_grids(file, f"{title} By depth", caption, (axes[0], "depth", axes[1]), columns, grids, top)
-        )
+        heads = with_commas(columns)
+        figures.append(small_grids(file, f"{title} By depth", caption, (axes[0], "depth", axes[1]), heads, grids, top))
     return figures
 
 
@@ -144,11 +165,15 @@ def raw_answers(models: Mapping[str, EvalScores]) -> list[Block]:
         cases = [case for case in scores.cases if "got" in case]
         if not cases:
             continue
-        chosen = [cases[n * len(cases) // SAMPLES] for n in range(SAMPLES)] if len(cases) > SAMPLES else cases
         lines = []
-        for case in chosen:
-            asked = [f"{key} {case[key]}" for key in ASKED if case.get(key) is not None]
-            right = f"{case['score']:.2f}" if "score" in case else ("no", "yes")[bool(case.get("correct"))]
+        for case in spread(cases, SAMPLES):
+            asked = []
+            for key in ASKED:
+                if case.get(key) is not None:
+                    asked.append(f"{key} {case[key]}")
+            right = "yes" if case.get("correct") else "no"
+            if "score" in case:
+                right = f"{case['score']:.2f}"
             lines.append([", ".join(asked), str(case.get("expected", DASH)), case["got"][:MOST_SHOWN], right])
         caption = f"{name}: {len(lines)} of {len(cases)} answers"
         legend = (
@@ -156,7 +181,9 @@ def raw_answers(models: Mapping[str, EvalScores]) -> list[Block]:
             "that one's tokens before it. All answers, with their prompts, are in cases.jsonl."
         )
         tables.append(Table(caption, ["asked", "expected", "answer", "right"], lines, legend=legend, prose=True))
-    return [Details("Raw answers", tables)] if tables else []
+    if not tables:
+        return []
+    return [Details("Raw answers", tables)]
 
 
 def _retrieval_cell(row: Row | None) -> tuple[float, str]:
@@ -169,4 +196,4 @@ def _retrieval_cell(row: Row | None) -> tuple[float, str]:
 def document_style(names: Iterable[str], whole: str) -> Style:
     """Return the look of curves of single documents (dashed) and of the mean over all of them."""
     names = list(names)
-    return Style.of(names, dashed=[name for name in names if name != whole])
+    return Style.of(names, dashed={*names} - {whole})
