@@ -21,13 +21,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
-from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
-from longreach.evaluation.scores import FEW, Difference, EvalScores, Row, bootstrap_crossed, bootstrap_mean
+from longreach.evaluation.documents import Document, check_names, first_token_id, matching, named, with_first
+from longreach.evaluation.scores import FEW, Difference, EvalScores, Row, bootstrap_crossed, bootstrap_mean, mean_of
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -119,8 +120,7 @@ class Gain(Evaluation):
         from longreach.evaluation.likelihood import check_head
 
         longest = max(self.choices.lengths)
-        test = [document for document in self.documents if document.split != "validation"]
-        chosen = {"test": matching(test, self.choices.documents)}
+        chosen = {"test": self._test_documents()}
         validation = [document for document in self.documents if document.split == "validation"]
         patterns = self.choices.choose_on
         if patterns and (validation or patterns != ("*",)):
@@ -134,6 +134,11 @@ class Gain(Evaluation):
         check_head(self.model, chosen["test"][0].ids_T)
         return cells
 
+    def _test_documents(self) -> list[Document]:
+        """Return the chosen test documents."""
+        test = [document for document in self.documents if document.split != "validation"]
+        return matching(test, self.choices.documents)
+
     def _cells_of(self, document: Document, split: str) -> list[Cell]:
         """Return a document's cells, the same windows for each length (and for each model)."""
         tokens, longest = len(document.ids_T), max(self.choices.lengths)
@@ -141,8 +146,11 @@ class Gain(Evaluation):
         if tokens < longest:
             return [place | {"left_out": tokens}]
         ends = window_ends(tokens, longest, self.choices.windows, self.choices.score_tokens)
-        lengths = self.choices.measured_lengths
-        return [place | {"end": end, "length": length} for end in ends for length in lengths]
+        cells: list[Cell] = []
+        for end in ends:
+            for length in self.choices.measured_lengths:
+                cells.append(place | {"end": end, "length": length})
+        return cells
 
     def measure(self, cell: Cell) -> Result:
         """Return {"nll": nats of each scored token, "repeats": of those that repeat a run, by
@@ -154,7 +162,7 @@ class Gain(Evaluation):
 
         if "left_out" in cell:
             return {}
-        document = next(d for d in self.documents if d.name == cell["document"])
+        document = named(self.documents, cell["document"])
         began = time.perf_counter()
         context_T = document.ids_T[cell["end"] - cell["length"] : cell["end"]]
         ids_T = with_first(context_T, first_token_id(self.tokenizer))
@@ -174,9 +182,8 @@ class Gain(Evaluation):
         """Return the names of the documents whose single tokens are kept."""
         from longreach.evaluation.gain_text import KEPT_DOCUMENTS
 
-        test = [document for document in self.documents if document.split != "validation"]
         reached = []
-        for document in matching(test, self.choices.documents):
+        for document in self._test_documents():
             if len(document.ids_T) >= max(self.choices.lengths):
                 reached.append(document.name)
         return reached[:KEPT_DOCUMENTS]
@@ -292,7 +299,7 @@ def document_rows(windows: list[Row]) -> list[Row]:
     shortest: dict[tuple[str, str], float] = {}
     rows = []
     for (split, document, length), of_document in sorted(groups.items()):
-        nll = float(np.mean([row["nll"] for row in of_document]))
+        nll = mean_of(of_document, "nll")
         short = shortest.setdefault((split, document), nll)  # lengths come in order
         rows.append(
             {
@@ -313,9 +320,11 @@ def document_rows(windows: list[Row]) -> list[Row]:
 def pooled_rows(documents: list[Row], seed: int) -> list[Row]:
     """Return the mean over each split's documents by length, with intervals if there are two
     documents or more."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in documents:
+        groups.setdefault((row["split"], row["length"]), []).append(row)
     rows = []
-    for split, length in sorted({(row["split"], row["length"]) for row in documents}):
-        of_length = [row for row in documents if (row["split"], row["length"]) == (split, length)]
+    for (split, length), of_length in sorted(groups.items()):
         pooled: Row = {"kind": "pooled", "document": ALL, "split": split, "length": length}
         pooled |= {"documents": len(of_length), "tokens": sum(row["tokens"] for row in of_length)}
         for measure in ("nll", "own_gain"):
@@ -355,7 +364,7 @@ def difference(
         their_nll = [document_nll(rows, their_length) for rows in their_group]
         better = []
         for document in sorted(our_nll):
-            better.append(float(np.mean([nll[document] for nll in their_nll])) - our_nll[document])
+            better.append(mean_of(their_nll, document) - our_nll[document])
         better_SD.append(better)
     value_SD = np.array(better_SD)
     low, high = bootstrap_crossed(value_SD, seed) or (math.nan, math.nan)
@@ -397,12 +406,14 @@ def best_length(rows: list[Row], most: int | None) -> BestLength:
     Raises:
         ValueError: every length is above `most`.
     """
-    pooled = [row for row in rows if row["kind"] == "pooled"]
-    split = "validation" if any(row["split"] == "validation" for row in pooled) else "test"
-    of_split = [row for row in pooled if row["split"] == split]
-    reached = [row for row in of_split if most is None or row["length"] <= most]
+    pooled: dict[str, list[Row]] = {"test": []}
+    for row in rows:
+        if row["kind"] == "pooled":
+            pooled.setdefault(row["split"], []).append(row)
+    split = "validation" if "validation" in pooled else "test"
+    reached = [row for row in pooled[split] if most is None or row["length"] <= most]
     if not reached:
-        lengths = [row["length"] for row in of_split]
+        lengths = [row["length"] for row in pooled[split]]
         raise ValueError(f"no length of {lengths} is within the {most:,} tokens that the model was trained to")
     best = min(reached, key=lambda row: row["nll"])
     return BestLength(best["length"], split, best["documents"])
@@ -510,7 +521,9 @@ def about_documents(scores: EvalScores) -> str:
 
 
 def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
 
 
 def about_best(best: BestLength) -> str:
@@ -540,16 +553,19 @@ def _stretch_table(models: dict[str, EvalScores], background: Background) -> lis
 
 def _difference_table(caption: str, lines: Mapping[str, Mapping[int, Difference]]) -> Table:
     from longreach.evaluation.blocks import Table
-    from longreach.evaluation.sections import DASH
+    from longreach.evaluation.sections import DASH, with_commas
 
-    lengths = sorted({length for by_length in lines.values() for length in by_length})
+    lengths = sorted(set(chain(*lines.values())))
     rows = []
     for name, by_length in lines.items():
         seeds = max(one.seeds for one in by_length.values())
         if seeds > 1:
             name += f"\n{seeds} seeds"
-        rows.append([name, *(difference_cell(by_length.get(length)) or DASH for length in lengths)])
-    return Table(caption, ["", *(f"{length:,}" for length in lengths)], rows)
+        cells = []
+        for length in lengths:
+            cells.append(difference_cell(by_length.get(length)) or DASH)
+        rows.append([name, *cells])
+    return Table(caption, ["", *with_commas(lengths)], rows)
 
 
 def difference_cell(found: Difference | None) -> str:
@@ -589,8 +605,10 @@ def nll_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
 
 def own_gain_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
     """Return what each model gains over its own shortest length, paired by document and seed."""
-    shortest = sorted({_shortest(seeds[0]) for seeds in by_arm.values()})
-    its = f"{shortest[0]:,} tokens" if len(shortest) == 1 else "its shortest length"
+    shortest = {_shortest(seeds[0]) for seeds in by_arm.values()}
+    its = "its shortest length"
+    if len(shortest) == 1:
+        its = f"{shortest.pop():,} tokens"
     caption = f"Own gain: nats per token better than the same model at {its} (below 0: worse)"
     return _length_table(caption, by_arm, "own_gain")
 
@@ -602,18 +620,22 @@ def _shortest(scores: EvalScores) -> int:
 
 def _length_table(caption: str, by_arm: Mapping[str, Sequence[EvalScores]], measure: str) -> Table:
     from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import with_commas
 
     means: dict[tuple[str, int], Row] = {}
     for name, seeds in by_arm.items():
         for row in seeds[0].rows_with(kind="pooled", split="test"):
             length = row["length"]
             if measure == "nll" or length > _shortest(seeds[0]):
-                means[name, length] = row if len(seeds) == 1 else mean_over_seeds(seeds, length, measure)
+                if len(seeds) > 1:
+                    row = mean_over_seeds(seeds, length, measure)
+                means[name, length] = row
     lengths = sorted({length for _, length in means})
     lines = []
     for name, seeds in by_arm.items():
-        lines.append([_counting(name, seeds), *(_cell(means.get((name, length)), measure) for length in lengths)])
-    return Table(caption, ["model", *(f"{length:,}" for length in lengths)], lines)
+        cells = [_cell(means.get((name, length)), measure) for length in lengths]
+        lines.append([_counting(name, seeds), *cells])
+    return Table(caption, ["model", *with_commas(lengths)], lines)
 
 
 def mean_over_seeds(seeds: Sequence[EvalScores], length: int, measure: str, seed: int = 0) -> Row:
@@ -728,7 +750,7 @@ class _Compared(NamedTuple):
         """Draw differences by model and place on the axis, each with its interval."""
         from longreach.evaluation.figures import GREY, Look, lines
 
-        ticks = sorted({tick for by_tick in found.values() for tick in by_tick})
+        ticks = sorted(set(chain(*found.values())))
         low, high = _picture(found, background)
         zero = f"the base at its best ({best.length:,})"
         curves: dict[str, list[tuple[float, ...]]] = {zero: [(tick, 0.0) for tick in ticks]}
@@ -744,12 +766,13 @@ class _Compared(NamedTuple):
                 if one.high > one.low:
                     point += (one.low, one.high)
                 curves[name].append(point)
+        sentences = [self.caption, *_about_bars(found)]
+        if below:
+            sentences.append(f"Below the picture: {', '.join(below)}.")
         return lines(
             self.file,
             self.title,
-            " ".join(
-                [self.caption, *_about_bars(found), *([f"Below the picture: {', '.join(below)}."] if below else [])]
-            ),
+            " ".join(sentences),
             (self.axis, "nats per token better than the base's best"),
             curves,
             style.with_looks({zero: Look(GREY, line="dashed")}),
@@ -761,11 +784,15 @@ class _Compared(NamedTuple):
 
 def _about_bars(found: Mapping[str, Mapping[int, Difference]]) -> list[str]:
     """Say what the bars of a figure of differences are; nothing where there are none."""
-    documents = max(one.documents for by_length in found.values() for one in by_length.values())
+    documents = seeds = 0
+    for by_length in found.values():
+        for one in by_length.values():
+            documents = max(documents, one.documents)
+            seeds = max(seeds, one.seeds)
     if documents < 2:
         return []
     over = f"{documents} test documents"
-    if max(one.seeds for by_length in found.values() for one in by_length.values()) > 1:
+    if seeds > 1:
         over += " and an arm's seeds"
     sentences = [f"Bars, side by side at each length: 95% intervals over {over}, paired."]
     if documents < FEW:
@@ -776,11 +803,11 @@ def _about_bars(found: Mapping[str, Mapping[int, Difference]]) -> list[str]:
 def _picture(found: Mapping[str, Mapping[int, Difference]], background: Background) -> tuple[float, float]:
     """Return the y axis' ends: around the arms (without any: around all), since a base that breaks
     past its trained length is several nats away and would press everything else into one line."""
-    arms = [name for name in found if name in background.arms]
+    arms = found.keys() & background.arms.keys()
     inner, outer = [0.0], [0.0]
     for name, by_length in found.items():
         for one in by_length.values():
-            ends = [end for end in (one.nats, one.low, one.high) if math.isfinite(end)]
+            ends = list(filter(math.isfinite, (one.nats, one.low, one.high)))
             outer += ends
             if name in arms or not arms:
                 inner += ends

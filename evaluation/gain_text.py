@@ -122,7 +122,9 @@ def _blocks_of(case: Row) -> list[Block]:
         if not step and pieces and not pieces[-1].level:
             pieces[-1] = Piece(pieces[-1].text + _shown(text), 0, "")
             continue
-        says = "; ".join(f"{int(length):,}: {case['nll'][length][number]:.2f}" for length in lengths) if step else ""
+        says = ""
+        if step:
+            says = "; ".join(f"{int(length):,}: {case['nll'][length][number]:.2f}" for length in lengths)
         pieces.append(Piece(_shown(text), step, says))
     return [Coloured(caption, pieces, LEGEND), _extremes(case, lengths, gains)]
 
