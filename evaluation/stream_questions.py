@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
-from longreach.evaluation.scores import EvalScores, Row, retrieval_row
+from longreach.evaluation.scores import EvalScores, Row, mean_of, retrieval_row
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class StreamQuestions(Evaluation):
             for distance in sorted(choices.distances):
                 asked = [case for case in result["cases"] if case["distance"] == distance]
                 if asked:
-                    tokens_back = round(float(np.mean([case["tokens_back"] for case in asked])))
+                    tokens_back = round(mean_of(asked, "tokens_back"))
                     row = retrieval_row("distance", asked, tokens_back, None)
                     rows.append(row | cell | {"distance": distance})
         summary = {}
@@ -211,6 +211,6 @@ class StreamQuestions(Evaluation):
             caption = "A curve should fall to 0 where the fact has left the cache, and nowhere before."
             axes = ("lines between the fact and its question", "share of right answers")
             file, title = f"stream_questions-{name}.png", f"{cls.title}: {name}"
-            ticks = sorted({int(point[0]) for points in curves.values() for point in points})
+            ticks = sorted(scores.distinct("distance", kind="distance"))
             figures.append(lines(file, title, caption, axes, curves, Style.of(curves), ticks=ticks, y_range=(0, 1)))
         return figures

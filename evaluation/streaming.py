@@ -34,7 +34,7 @@ Legend: T tokens, N sampled tokens.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -48,8 +48,8 @@ from longreach.evaluation.base import (
     Evaluation,
     Result,
 )
-from longreach.evaluation.documents import Document, first_token_id, matching, with_first
-from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean
+from longreach.evaluation.documents import Document, first_token_id, matching, named, with_first
+from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean, gathered, mean_of
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -160,7 +160,10 @@ class Streaming(Evaluation):
         self._check_model()
         if self.choices.newlines:
             line_break(self.tokenizer)
-        return [cell for kind in KINDS for cell in kind.cells(self)]
+        cells: list[Cell] = []
+        for kind in KINDS:
+            cells += kind.cells(self)
+        return cells
 
     def measure(self, cell: Cell) -> Result:
         """Return what the cell's kind measures; FloatingPointError for logits that are not finite."""
@@ -179,7 +182,7 @@ class Streaming(Evaluation):
                 kind_rows = kind.rows(choices, of_kind)
                 rows += kind_rows
                 summary |= kind.summary(kind_rows)
-        sizes = " or ".join(str(size) for size in choices.cache_sizes())
+        sizes = " or ".join(map(str, choices.cache_sizes()))
         protocol = (
             f"tokens {max(choices.cache_sizes()) + 1}..{choices.tokens} of {', '.join(_texts_of(results))}; "
             f"{sizes} cached tokens and the current one; positions counted in the "
@@ -187,14 +190,16 @@ class Streaming(Evaluation):
         )
         if "recompute" in choices.ways:
             protocol += f"; recompute: {len(sampled(choices))} tokens"
+        note = "A low perplexity here means stable generation, not a longer memory."
+        if not choices.more_documents:
+            note = f"One text. {note}"
         return EvalScores(
             eval=cls.name,
             protocol=protocol,
             recipe=choices.model_dump(mode="json"),
             rows=rows,
             summary=summary,
-            note=("" if choices.more_documents else "One text. ")
-            + "A low perplexity here means stable generation, not a longer memory.",
+            note=note,
         )
 
     @property
@@ -210,8 +215,7 @@ class Streaming(Evaluation):
 
     def text_ids(self, name: str) -> np.ndarray:
         """Return a text's scored tokens and the one before them, after the model's own first token if it has one."""
-        (text,) = (text for text in self.texts if text.name == name)
-        return with_first(text.ids_T[: self.choices.tokens + 1], first_token_id(self.tokenizer))
+        return with_first(named(self.texts, name).ids_T[: self.choices.tokens + 1], first_token_id(self.tokenizer))
 
     def _check_texts(self) -> None:
         """Raise ValueError where the documents are too short."""
@@ -360,8 +364,7 @@ class Ways:
         summary = {}
         for row in rows:
             if row["kind"] == "way":
-                name = row["way"].replace(",", "").replace(" ", "_")
-                summary[f"streaming_ppl_{name}"] = row["ppl"]
+                summary[f"streaming_ppl_{_measure_name(row['way'])}"] = row["ppl"]
         return summary
 
 
@@ -374,13 +377,15 @@ class Latencies:
     def cells(streaming: Streaming) -> list[Cell]:
         """Return a cell for each way; sinks have the first number of them."""
         choices = streaming.choices
+        if not choices.latency_tokens:
+            return []
+        common: Cell = {"kind": "latency", "document": streaming.document.name}
         cells = []
-        for way in choices.ways if choices.latency_tokens else ():
+        for way in choices.ways:
             sinks = choices.sink_tokens[0] if way == "sinks" else 0
-            cells.append({"kind": "latency", "document": streaming.document.name, "way": way, "sinks": sinks})
-        for rival in choices.rivals if choices.latency_tokens else ():
-            cell: Cell = {"kind": "latency", "document": streaming.document.name, "way": rival, "sinks": 0}
-            cells.append(cell | {"positions": choices.positions[0]})
+            cells.append(common | {"way": way, "sinks": sinks})
+        for rival in choices.rivals:
+            cells.append(common | {"way": rival, "sinks": 0, "positions": choices.positions[0]})
         smaller = [cell for cell in cells if cell["way"] != "dense"]
         for size in choices.more_cache_tokens:
             cells += [cell | {"cache_tokens": size} for cell in smaller]
@@ -408,12 +413,12 @@ class Latencies:
     @staticmethod
     def rows(choices: Streaming.Choices, results: Results) -> list[Row]:
         """Return the row of each way."""
-        return [row for _, result in results for row in result["rows"]]
+        return gathered(results, "rows")
 
     @staticmethod
     def summary(rows: list[Row]) -> dict[str, float]:
         """Return the milliseconds of each way."""
-        return {f"decode_ms_{row['way'].replace(',', '').replace(' ', '_')}": row["ms"] for row in rows}
+        return {f"decode_ms_{_measure_name(row['way'])}": row["ms"] for row in rows}
 
 
 class Endurance:
@@ -463,13 +468,13 @@ class Endurance:
     @staticmethod
     def rows(choices: Streaming.Choices, results: Results) -> list[Row]:
         """Return the rows along the run."""
-        return [row for _, result in results for row in result["rows"]]
+        return gathered(results, "rows")
 
     @staticmethod
     def summary(rows: list[Row]) -> dict[str, float]:
         """Return the perplexity of the whole run, and by how much the process grew in its last three quarters."""
         grown = rows[-1]["resident_mib"] - rows[len(rows) // 4]["resident_mib"]
-        return {"endurance_ppl": math.exp(np.mean([row["nll"] for row in rows])), "endurance_growth_mib": grown}
+        return {"endurance_ppl": math.exp(mean_of(rows, "nll")), "endurance_growth_mib": grown}
 
 
 KINDS = (Ways, Latencies, Endurance)
@@ -484,6 +489,11 @@ def sampled(choices: Streaming.Choices) -> np.ndarray:
 def size_of(choices: Streaming.Choices, cell: Cell) -> int:
     """Return the cache's size in a cell; only those of the further sizes say it."""
     return int(cell.get("cache_tokens", choices.cache_tokens))
+
+
+def _measure_name(way: str) -> str:
+    """Return a way's name as the summary writes it: `4_sinks_text_positions`."""
+    return way.replace(",", "").replace(" ", "_")
 
 
 def _about_size(cell: Cell) -> str:
@@ -528,7 +538,7 @@ def tabulate(choices: Streaming.Choices, ways: Measured) -> list[Row]:
         row = rows[0]
         if len(rows) > 1:
             about = {name: row[name] for name in ("kind", *ABOUT, "start", "end")}
-            nll = float(np.mean([one["nll"] for one in rows]))
+            nll = mean_of(rows, "nll")
             row = about | {"scored": sum(one["scored"] for one in rows), "nll": nll, "ppl": math.exp(nll)}
         pooled.append(row | ratios.get(way, {}))
     return pooled + streams[0] + (by_text if len(texts) > 1 else [])
@@ -546,13 +556,15 @@ def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]
     yardsticks: dict[str, str] = {}
     differences: dict[str, list[np.ndarray]] = {}
     for of_text in texts.values():
-        named = {way_of(cell): nll_T[first:] for cell, nll_T in of_text if cell["way"] != "recompute"}
-        for cell, _ in of_text:
+        nll_of: dict[str, np.ndarray] = {}
+        for cell, nll_T in of_text:
             yardsticks[way_of(cell)] = way_of(most) + _about_size(cell)
-        for way, nll_N in named.items():
+            if cell["way"] != "recompute":
+                nll_of[way_of(cell)] = nll_T[first:]
+        for way, nll_N in nll_of.items():
             yardstick = yardsticks[way]
-            if yardstick in named and way != yardstick:
-                differences.setdefault(way, []).append(nll_N - named[yardstick])
+            if yardstick in nll_of and way != yardstick:
+                differences.setdefault(way, []).append(nll_N - nll_of[yardstick])
     ratios = {}
     for way, of_texts in differences.items():
         stretches = []
@@ -574,7 +586,7 @@ def tabulate_text(choices: Streaming.Choices, ways: Measured) -> tuple[list[Row]
     totals, along = [], []
     for cell, nll_N in ways:
         size = size_of(choices, cell)
-        beside = _beside([way for way in ways if size_of(choices, way[0]) == size])
+        beside = _beside(choices, ways, size)
         about: Row = {
             "way": way_of(cell),
             "positions": cell["positions"],
@@ -601,11 +613,12 @@ def tabulate_text(choices: Streaming.Choices, ways: Measured) -> tuple[list[Row]
     return totals, along
 
 
-def _beside(ways: Measured) -> tuple[Cell, np.ndarray] | None:
-    """Return the way beside which a sample of `recompute` is judged: it scores all tokens and is the most alike."""
+def _beside(choices: Streaming.Choices, ways: Measured, size: int) -> tuple[Cell, np.ndarray] | None:
+    """Return the way beside which a sample of `recompute` in a cache of this size is judged: it scores all tokens and
+    is the most alike."""
     for wanted in ("sinks", "dense", "window"):
         for cell, nll_T in ways:
-            if cell["way"] == wanted:
+            if cell["way"] == wanted and size_of(choices, cell) == size:
                 return cell, nll_T
     return None
 
@@ -642,7 +655,9 @@ def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, sta
     difference_N = nll_N[inside] - beside_T[scored_N[inside]]
     nll = float(beside_T[start:end].mean() + difference_N.mean())
     row = {"start": start, "end": end, "scored": int(inside.sum()), "nll": nll, "ppl": math.exp(nll)}
-    interval = bootstrap_mean(difference_N, seed=0) if row["scored"] < end - start else None
+    interval = None
+    if row["scored"] < end - start:
+        interval = bootstrap_mean(difference_N, seed=0)
     if interval:
         low, high = interval
         row["ppl_low"] = math.exp(nll + low - difference_N.mean())
@@ -653,29 +668,31 @@ def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, sta
 def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
     """Return the perplexity of each way, a column for each model; of several texts once more by text."""
     from longreach.evaluation.blocks import Table
-    from longreach.evaluation.sections import perplexity_cell
+    from longreach.evaluation.sections import cells_of, perplexity_cell, with_commas
 
     ways: dict[str, dict[str, Row]] = {}
     texts: dict[str, dict[str, Row]] = {}
+    beside = set()
     for name, scores in models.items():
         for row in scores.rows_with(kind="way"):
             ways.setdefault(row["way"], {})[name] = row
+            if "beside" in row:
+                beside.add(row["beside"])
         for row in scores.rows_with(kind="text"):
             texts.setdefault(f"{row['way']}\n{row['document']}", {})[name] = row
     lines = []
     for way, rows in ways.items():
         protocol = next(iter(rows.values()))["protocol"]
-        lines.append([f"{way}\n{protocol}", *(_way_cell(rows.get(name)) for name in models)])
+        lines.append([f"{way}\n{protocol}", *cells_of(rows, models, _way_cell)])
     recipe = next(iter(models.values())).recipe
     sizes = [recipe["cache_tokens"], *recipe.get("more_cache_tokens", ())]
-    cache = " or ".join(f"{size:,}" for size in sorted(sizes))
+    cache = " or ".join(with_commas(sorted(sizes)))
     legend = "Small: the tokens that are scored. n sinks: the first n tokens stay in the cache, beside the most recent."
-    if {"TOVA", "H2O"} & {row["way"] for rows in ways.values() for row in rows.values()}:
+    if "TOVA" in ways or "H2O" in ways:
         legend += (
             " TOVA forgets what the current token attends to least, H2O what all have attended to least, but for the "
             "most recent half."
         )
-    beside = {row["beside"] for rows in ways.values() for row in rows.values() if "beside" in row}
     if beside:
         legend += (
             f" ×: over that with {' or '.join(sorted(beside))} on the same tokens, and its 95% interval over stretches "
@@ -685,7 +702,7 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
     if len(sizes) > 1:
         tables += [_sizes_table(name, scores, sorted(sizes)) for name, scores in models.items()]
     if texts:
-        lines = [[way, *(perplexity_cell(rows.get(name)) for name in models)] for way, rows in texts.items()]
+        lines = [[way, *cells_of(rows, models, perplexity_cell)] for way, rows in texts.items()]
         tables.append(Table("The same by text", ["way", *models], lines))
     return tables
 
@@ -693,16 +710,15 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
 def _sizes_table(name: str, scores: EvalScores, sizes: list[int]) -> Table:
     """Return one model's perplexity by way and size of the cache, as StreamingLLM's tables 2 and 6."""
     from longreach.evaluation.blocks import Table
-    from longreach.evaluation.sections import perplexity_cell
+    from longreach.evaluation.sections import cells_of, perplexity_cell, with_commas
 
     ways: dict[str, dict[int, Row]] = {}
     for row in scores.rows_with(kind="way"):
         way = row["way"].removesuffix(f", cache {row['cache_tokens']}")
-        ways.setdefault(way, {})[row["cache_tokens"]] = row
-    lines = [
-        [way, *(perplexity_cell(rows.get(size)) for size in sizes)] for way, rows in ways.items() if way != "dense"
-    ]
-    columns = ["way", *(f"{size:,}" for size in sizes)]
+        if way != "dense":
+            ways.setdefault(way, {})[row["cache_tokens"]] = row
+    lines = [[way, *cells_of(rows, sizes, perplexity_cell)] for way, rows in ways.items()]
+    columns = ["way", *with_commas(sizes)]
     legend = "All sizes are scored on the same tokens, those after the greatest cache."
     return Table(f"{name}: perplexity by size of the cache", columns, lines, legend=legend)
 
@@ -729,10 +745,13 @@ def _latency_table(models: dict[str, EvalScores]) -> list[Table]:
     if not timed:
         return []
     lines = []
-    for way in dict.fromkeys(way for rows in timed.values() for way in rows):
+    for way in dict.fromkeys(chain(*timed.values())):
         cells = []
         for rows in timed.values():
-            cells.append(f"{rows[way]['ms']:.1f}\n{rows[way]['cache_mib']:.2f} MiB" if way in rows else DASH)
+            cell = DASH
+            if way in rows:
+                cell = f"{rows[way]['ms']:.1f}\n{rows[way]['cache_mib']:.2f} MiB"
+            cells.append(cell)
         lines.append([way, *cells])
     tokens = next(row["text_tokens"] for rows in timed.values() for row in rows.values())
     caption = f"Milliseconds to decode a token, the median at the end of {tokens:,} tokens; small: keys and values"
