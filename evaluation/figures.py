@@ -73,9 +73,8 @@ class Style:
         dashed = set(dashed)
         looks = {}
         for n, name in enumerate(names):
-            looks[name] = Look(
-                colours[n % len(colours)], markers[n % len(markers)], "dashed" if name in dashed else "solid"
-            )
+            line: Literal["solid", "dashed"] = "dashed" if name in dashed else "solid"
+            looks[name] = Look(colours[n % len(colours)], markers[n % len(markers)], line)
         return cls(looks)
 
     def with_looks(self, looks: Mapping[str, Look]) -> Style:
@@ -116,9 +115,16 @@ def lines(
 
     curves, caption = _first(curves, caption, MOST_SERIES)
     names = list(curves)
-    joined = [name for name in names if style[name].line != "none"]
-    marked = [name for name in names if ticks or len(curves[name]) == 1 or name not in joined]
-    rows = [row for name, points in curves.items() for row in _point_rows(name, points)]
+    joined: list[str] = []
+    marked: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for name, curve in curves.items():
+        has_line = style[name].line != "none"
+        if has_line:
+            joined.append(name)
+        if ticks or len(curve) == 1 or not has_line:
+            marked.append(name)
+        rows += _point_rows(name, curve)
     columns = max(1, min(4, len(names), 76 // (8 + max(map(len, names), default=0))))
     look = _encodings(names, marked, style, columns)
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -158,14 +164,16 @@ def bars(file: str, title: str, caption: str, panels: Mapping[str, Mapping[str, 
     import altair as alt
 
     shown = {quantity: _first(values, caption, MOST_SERIES) for quantity, values in panels.items()}
-    room = _label_room(name for values, _ in shown.values() for name in values)
+    names: list[str] = []
+    for values, _ in shown.values():
+        names += values
+    room = _label_room(names)
     parts = []
     for quantity, (values, _) in shown.items():
-        rows = [
-            {"name": name, "value": value, "text": f"{value:,.4g}", "colour": style[name].colour}
-            for name, value in values.items()
-        ]
-        top = max((value for value in values.values() if math.isfinite(value)), default=1.0) or 1.0
+        rows = []
+        for name, value in values.items():
+            rows.append({"name": name, "value": value, "text": f"{value:,.4g}", "colour": style[name].colour})
+        top = max(filter(math.isfinite, values.values()), default=1.0) or 1.0
         base = alt.Chart(alt.Data(values=rows)).encode(
             x=alt.X("value", type="quantitative", axis=None, scale=alt.Scale(domain=[0, 1.2 * top])),
             y=alt.Y(
@@ -202,23 +210,20 @@ def grid(
     import altair as alt
 
     rows, caption = _first(rows, caption, MOST_ROWS)
-    cells: list[dict[str, Any]] = [
-        {
-            "row": name,
-            "column": column,
-            "value": value if math.isfinite(value) else None,
-            "text": text.split("\n"),
-            "says": text.replace("\n", "; "),
-        }
-        for name, values in rows.items()
-        for column, (value, text) in zip(columns, values, strict=True)
-    ]
+    cells: list[dict[str, Any]] = []
+    most_lines, widest = 1, 0
+    for name, values in rows.items():
+        for column, (value, text) in zip(columns, values, strict=True):
+            shown = value if math.isfinite(value) else None
+            text_lines = text.split("\n")
+            says = "; ".join(text_lines)
+            cells.append({"row": name, "column": column, "value": shown, "text": text_lines, "says": says})
+            most_lines = max(most_lines, len(text_lines))
+            widest = max(widest, *map(len, text_lines))
     few = len(rows) <= 16
     height = max(170, 110 + 35 * len(rows))
     if not few:
         height = 110 + 8 * len(rows)
-    most_lines = max((len(cell["text"]) for cell in cells), default=1)
-    widest = max((len(line) for cell in cells for line in cell["text"]), default=0)
     column_width = (WIDTH - _label_room(rows) - 90) / max(1, len(columns))
     base = alt.Chart(alt.Data(values=cells)).encode(
         x=alt.X(
@@ -239,7 +244,7 @@ def grid(
     shade = alt.Color(
         "value", type="quantitative", title=axes[1],
         legend=alt.Legend(gradientThickness=12, gradientLength=min(200, height - 90)),
-        scale=alt.Scale(domain=[top * n / 8 for n in range(9)], range=list(BLUES), clamp=True),
+        scale=_blues(top),
     )  # fmt: skip
     layers: list[Any] = [base.transform_filter("isValid(datum.value)").mark_rect().encode(color=shade)]
     if few and 6 * widest < column_width:
@@ -289,7 +294,6 @@ def small_grids(
                 shown = value if math.isfinite(value) else None
                 says = text.replace("\n", "; ")
                 cells.append({"name": name, "row": row, "column": column, "value": shown, "says": says})
-    scale = alt.Scale(domain=[top * n / 8 for n in range(9)], range=list(BLUES), clamp=True)
     order = list(dict.fromkeys(cell["row"] for cell in cells))
     small: dict[str, Any] = {"domain": False, "ticks": False, "labelFontSize": FONT - 2, "titleFontSize": FONT - 2}
     chart = (
@@ -299,7 +303,7 @@ def small_grids(
             x=alt.X("column", type="ordinal", title=axes[0], sort=list(columns), axis=alt.Axis(labelAngle=0, **small)),
             y=alt.Y("row", type="ordinal", title=axes[1], sort=order, axis=alt.Axis(**small)),
             color=alt.Color(
-                "value", type="quantitative", title=axes[2], scale=scale,
+                "value", type="quantitative", title=axes[2], scale=_blues(top),
                 legend=alt.Legend(orient="bottom", gradientThickness=12, gradientLength=160),
             ),
             tooltip=[alt.Tooltip("name", type="nominal"), alt.Tooltip("says", type="nominal", title="cell")],
@@ -316,6 +320,13 @@ def _first(series: Mapping[str, Any], caption: str, most: int) -> tuple[Mapping[
     if others <= 0:
         return series, caption
     return dict(list(series.items())[:most]), f"{caption} {others} more are left out."
+
+
+def _blues(top: float) -> alt.Scale:
+    """Return the colours of cells from 0 to `top`."""
+    import altair as alt
+
+    return alt.Scale(domain=[top * n / 8 for n in range(9)], range=list(BLUES), clamp=True)
 
 
 def _label_room(names: Iterable[str]) -> float:
@@ -345,20 +356,29 @@ def _encodings(names: list[str], marked: list[str], style: Style, columns: int) 
     legend = alt.Legend(
         title=None, orient="bottom", columns=columns, labelLimit=WIDTH - 40, symbolSize=110, symbolStrokeWidth=2
     )
-    colours = scale([style[name].colour for name in names])
-    shapes = scale([style[name].marker if name in marked else "stroke" for name in names])
-    dashed = [name for name in names if style[name].line == "dashed"]
+    colours: list[str] = []
+    shapes: list[str] = []
+    patterns: list[list[int]] = []
+    dashed: list[str] = []
+    for name in names:
+        look = style[name]
+        colours.append(look.colour)
+        shapes.append(look.marker if name in marked else "stroke")
+        if look.line == "dashed":
+            dashed.append(name)
+            patterns.append([5, 4])
+        else:
+            patterns.append([1, 0])
     # A condition has no legend: where there are markers, their outlines in it would be dashed as
     # well.
     dashes: Any = alt.condition(alt.FieldOneOfPredicate("name", dashed), alt.value([5, 4]), alt.value([1, 0]))
     kind: dict[str, Any] = {"type": "nominal", "sort": None}
     if not marked:
-        patterns = scale([[5, 4] if name in dashed else [1, 0] for name in names])
-        dashes = alt.StrokeDash("name", **kind, scale=patterns, legend=legend)
+        dashes = alt.StrokeDash("name", **kind, scale=scale(patterns), legend=legend)
     return {
-        "stroke": alt.Stroke("name", **kind, scale=colours, legend=legend),
-        "fill": alt.Fill("name", **kind, scale=colours, legend=legend),
-        "shape": alt.Shape("name", **kind, scale=shapes, legend=legend),
+        "stroke": alt.Stroke("name", **kind, scale=scale(colours), legend=legend),
+        "fill": alt.Fill("name", **kind, scale=scale(colours), legend=legend),
+        "shape": alt.Shape("name", **kind, scale=scale(shapes), legend=legend),
         "strokeDash": dashes,
     }
 
@@ -396,7 +416,10 @@ def _y(title: str, rows: list[dict[str, Any]], log: bool, y_range: tuple[float, 
     if high < 10 * low:
         steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    ticks = []
+    for decade in decades:
+        for step in steps:
+            ticks.append(step * 10.0**decade)
     return alt.Y(
         "y", type="quantitative", title=f"{title}, log scale",
         scale=alt.Scale(type="log", nice=False, padding=8),

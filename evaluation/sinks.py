@@ -26,7 +26,7 @@ from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, with_first
-from longreach.evaluation.scores import EvalScores, Row
+from longreach.evaluation.scores import EvalScores, Row, mean_of
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -175,9 +175,8 @@ class Sinks(Evaluation):
         figures += _norm_figures(models, style)
         for name, scores in models.items():
             figures.append(_heads_figure(name, scores))
-            maps = scores.rows_with(kind="map")
-            for layer in dict.fromkeys(row["layer"] for row in maps):
-                figures.append(_map_figure(name, layer, [row for row in maps if row["layer"] == layer]))
+            for layer in scores.distinct("layer", kind="map"):
+                figures.append(_map_figure(name, layer, scores.rows_with(kind="map", layer=layer)))
         return figures
 
 
@@ -188,11 +187,14 @@ def pieces(choices: Sinks.Choices, documents: list[Document], length: int) -> li
     taken: list[np.ndarray] = []
     start = 0
     while len(taken) < wanted:
-        texts = [document.ids_T[start : start + length] for document in documents]
-        whole = [ids_T for ids_T in texts if len(ids_T) == length]
-        if not whole:
+        reached = False
+        for document in documents:
+            ids_T = document.ids_T[start : start + length]
+            if len(ids_T) == length:
+                taken.append(ids_T)
+                reached = True
+        if not reached:
             break
-        taken += whole
         start += length
     return taken[:wanted]
 
@@ -221,8 +223,10 @@ def head_rows(place: Row, first_HN: np.ndarray, softmax_H: list[float]) -> list[
 
 def layer_row(place: Row, heads: list[Row]) -> Row:
     """Return the means over a layer's heads."""
-    columns = [column for column in heads[0] if column not in ("kind", "head")]
-    means = {column: float(np.mean([row[column] for row in heads])) for column in columns}
+    means: Row = {}
+    for column in heads[0]:
+        if column not in ("kind", "head"):
+            means[column] = mean_of(heads, column)
     return means | {"kind": "layer", **place}
 
 
@@ -268,7 +272,10 @@ def map_rows(length: int, layer: int, map_TT: list[list[float]]) -> list[Row]:
 
 def _lengths(models: dict[str, EvalScores]) -> list[int]:
     """Return the lengths of texts at which any of the models was measured."""
-    return sorted({row["length"] for scores in models.values() for row in scores.rows_with(kind="layer")})
+    lengths: set[int] = set()
+    for scores in models.values():
+        lengths.update(scores.distinct("length", kind="layer"))
+    return sorted(lengths)
 
 
 def _layers_figure(length: int, models: dict[str, EvalScores], style: Style) -> Figure:
@@ -300,11 +307,13 @@ def _norm_figures(models: dict[str, EvalScores], style: Style) -> list[Figure]:
     for norm, caption in told.items():
         curves = {}
         for name, scores in models.items():
-            rows = [row for row in scores.rows_with(kind="layer") if f"{norm}_first" in row]
-            longest = max((row["length"] for row in rows), default=0)
-            at_longest = [row for row in rows if row["length"] == longest]
-            if at_longest:  # scores of earlier versions have none
-                curves[name] = [(row["layer"], row[f"{norm}_first"] / row[f"{norm}_others"]) for row in at_longest]
+            by_length: dict[int, list[Row]] = {}
+            for row in scores.rows_with(kind="layer"):
+                if f"{norm}_first" in row:  # scores of earlier versions have none
+                    by_length.setdefault(row["length"], []).append(row)
+            if by_length:
+                rows = by_length[max(by_length)]
+                curves[name] = [(row["layer"], row[f"{norm}_first"] / row[f"{norm}_others"]) for row in rows]
         if curves:
             title = f"Norm of the first token's {norm}, over that of other tokens"
             figures.append(lines(f"sinks-{norm}.png", title, caption, ("layer", "ratio"), curves, style, log=True))
@@ -315,20 +324,17 @@ def _heads_figure(name: str, scores: EvalScores) -> Figure:
     """Draw the mass on the first token by layer and head, at the shortest length."""
     from longreach.evaluation.figures import grid
 
-    shortest = min(row["length"] for row in scores.rows_with(kind="head"))
+    shortest = min(scores.distinct("length", kind="head"))
     heads: dict[str, list[tuple[float, str]]] = {}
-    layers = []
     for row in scores.rows_with(kind="head", length=shortest):
         mass = row["first_token"]
         heads.setdefault(f"head {row['head']}", []).append((mass, f"{mass:.2f}"))
-        if row["layer"] not in layers:
-            layers.append(row["layer"])
     return grid(
         f"sinks-{name}.png",
         f"Attention on the first token by head: {name}",
         f"Texts of {shortest:,} tokens. Dark: the head rests on the first token.",
         ("layer", "share of attention"),
-        [str(layer) for layer in layers],
+        list(map(str, scores.distinct("layer", kind="head", length=shortest))),
         heads,
         1.0,
     )
@@ -348,7 +354,7 @@ def _map_figure(name: str, layer: int, rows: list[Row]) -> Figure:
         f"Attention of layer {layer}: {name}",
         "A dark column is a token on which all later ones rest: a sink.",
         ("key", "share of attention"),
-        [str(key) for key in range(tokens)],
+        list(map(str, range(tokens))),
         queries,
         1.0,
         "query",
