@@ -71,21 +71,31 @@ def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
     Nothing where all was measured in one length, or where there is nothing to see beside the gain,
     which has a figure of its own: no finding was asked for, or everything was found.
     """
-    found = {name: found_by_length(scores) for name, scores in models.items()}
-    gained = {name: gained_by_length(scores) for name, scores in models.items()}
-    names = [name for name in models if gained[name] or found[name]]
+    found: dict[str, dict[str, Curve]] = {}
+    gained: dict[str, Curve] = {}
     lengths: set[int] = set()
-    for name in names:
-        for curve in [*found[name].values(), gained[name]]:
-            lengths |= {length for length, _ in curve}
-    kinds = list(dict.fromkeys(kind for name in names for kind in found[name]))
-    shares = [share for name in names for curve in found[name].values() for _, share in curve]
+    kinds: dict[str, None] = {}  # a set that keeps its order
+    shares: list[float] = []
+    nats: list[float] = []
+    for name, scores in models.items():
+        curves, gain = found_by_length(scores), gained_by_length(scores)
+        if not curves and not gain:
+            continue
+        found[name], gained[name] = curves, gain
+        kinds |= dict.fromkeys(curves)
+        for curve in curves.values():
+            for length, share in curve:
+                lengths.add(length)
+                shares.append(share)
+        for length, difference in gain:
+            lengths.add(length)
+            nats.append(difference)
     if min(shares, default=1.0) == 1 or len(lengths) < 2:
         return []
-    style, nats = Style.of(kinds), [point[1] for name in names for point in gained[name]]
+    names, style = list(found), Style.of(kinds)
     rows = []
     for name in names[:MOST_MODELS]:
-        panels = [_panel(found[name], "share found", (0, 1), sorted(lengths), kinds, style)]
+        panels = [_panel(found[name], "share found", (0, 1), sorted(lengths), list(kinds), style)]
         if nats:
             room = 0.1 * max(max(nats) - min(nats), 0.01)
             ends = (min(nats) - room, max(nats) + room)

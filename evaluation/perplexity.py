@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
-from longreach.evaluation.documents import Document, check_names, first_token_id, matching, with_first
+from longreach.evaluation.documents import Document, check_names, first_token_id, matching, named, with_first
 from longreach.evaluation.scores import FEW, EvalScores, Row, bootstrap_mean, paired
 from longreach.infra.lazy import lazy_module
 
@@ -102,7 +103,7 @@ class Perplexity(Evaluation):
         """Return {"nll": nats of the text's tokens 1 .. length-1, "seconds": of the pass}."""
         from longreach.evaluation.likelihood import token_nll
 
-        document = next(d for d in self.documents if d.name == cell["document"])
+        document = named(self.documents, cell["document"])
         began = time.perf_counter()
         ids_T = with_first(document.ids_T[: cell["length"]], first_token_id(self.tokenizer))
         nll_T = token_nll(self.model, ids_T, document.name)[1 - cell["length"] :]
@@ -113,6 +114,7 @@ class Perplexity(Evaluation):
         """Return rows of kind `pooled` (by length and protocol, over all documents and by domain),
         `document` and `position`; NLL in nats per token."""
         rows: list[Row] = []
+        tokens, seconds = 0, 0.0
         for cell, result in results:
             nll_T = np.array(result["nll"])
             place = {"document": cell["document"], "domain": cell["domain"]}
@@ -120,14 +122,14 @@ class Perplexity(Evaluation):
                 rows += document_rows(place, nll_T[: length - 1], choices.last_tokens)
             if cell["longest"]:
                 rows += position_rows(place, nll_T, choices.last_tokens)
+            tokens += cell["length"]
+            seconds += result["seconds"]
         pooled = pooled_rows(rows, choices.seed)
         names = {"last_stride": "ppl", "whole_window": "ppl_window"}
         summary = {}
         for row in pooled:
             if row["domain"] == ALL:
                 summary[f"{names[row['protocol']]}_{row['length']}"] = row["ppl"]
-        tokens = sum(cell["length"] for cell, _ in results)
-        seconds = sum(result["seconds"] for _, result in results)
         return EvalScores(
             eval=cls.name,
             protocol=f"one causal pass a document; last_stride: its last {choices.last_tokens} tokens; "
@@ -229,17 +231,19 @@ def position_rows(place: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> 
 def pooled_rows(rows: list[Row], seed: int) -> list[Row]:
     """Return means over documents and, where there are several domains, over each domain's; exp of
     the mean NLL."""
-    documents = [row for row in rows if row["kind"] == "document"]
-    domains = sorted({row["domain"] for row in rows})
-    shown = [ALL, *domains] if len(domains) > 1 else [ALL]
+    groups: dict[tuple[int, str], list[Row]] = {}
+    domains = set()
+    for row in rows:
+        domains.add(row["domain"])
+        if row["kind"] == "document":
+            groups.setdefault((row["length"], row["protocol"]), []).append(row)
+    shown = [ALL]
+    if len(domains) > 1:
+        shown += sorted(domains)
     pooled = []
-    for length, protocol in sorted({(row["length"], row["protocol"]) for row in documents}):
+    for (length, protocol), documents in sorted(groups.items()):
         for domain in shown:
-            of_domain = []
-            for row in documents:
-                at_length = (row["length"], row["protocol"]) == (length, protocol)
-                if at_length and domain in (ALL, row["domain"]):
-                    of_domain.append(row)
+            of_domain = [row for row in documents if domain in (ALL, row["domain"])]
             if of_domain:
                 place = {"protocol": protocol, "length": length, "domain": domain}
                 pooled.append(_pooled(place, of_domain, seed))
@@ -270,22 +274,22 @@ def _protocol_table(models: dict[str, EvalScores]) -> tuple[Table, set[int]]:
     """Return perplexity by protocol and length, and the numbers of documents that it is a mean
     over."""
     from longreach.evaluation.blocks import Table
-    from longreach.evaluation.sections import perplexity_cell
+    from longreach.evaluation.sections import cells_of, perplexity_cell, with_commas
 
     heads, groups = ["model"], [("", 1)]
     lines = [[name] for name in models]
     documents = set()
     for protocol in PROTOCOLS:
-        rows = {}
+        rows_of: dict[str, dict[int, Row]] = {name: {} for name in models}
         for name, scores in models.items():
             for row in scores.rows_with(kind="pooled", protocol=protocol, domain=ALL):
-                rows[row["length"], name] = row
+                rows_of[name][row["length"]] = row
                 documents.add(row["documents"])
-        lengths = sorted({length for length, _ in rows})
-        heads += [f"{length:,}" for length in lengths]
+        lengths = sorted(set(chain(*rows_of.values())))
+        heads += with_commas(lengths)
         groups.append((protocol, len(lengths)))
-        for line, name in zip(lines, models, strict=True):
-            line += [perplexity_cell(rows.get((length, name))) for length in lengths]
+        for line, by_length in zip(lines, rows_of.values(), strict=True):
+            line += cells_of(by_length, lengths, perplexity_cell)
     return Table("By context length", heads, lines, groups), documents
 
 
@@ -300,7 +304,7 @@ def difference_tables(models: dict[str, EvalScores], resamples: int = 4_000) -> 
     if len(models) < 2:
         return []
     (reference, theirs), *others = models.items()
-    lengths = sorted({row["length"] for row in theirs.rows_with(kind="pooled")})
+    lengths = sorted(theirs.distinct("length", kind="pooled"))
     lines = []
     for name, ours in others:
         cells = [_difference_cell(ours.rows, theirs.rows, length, resamples) for length in lengths]
@@ -378,7 +382,7 @@ def _along_figures(models: dict[str, EvalScores], style: Style, background: Back
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name, scores in models.items():
-        for document in dict.fromkeys(row["document"] for row in scores.rows_with(kind="position")):
+        for document in scores.distinct("document", kind="position"):
             rows = scores.rows_with(kind="position", document=document)
             curves.setdefault(document, {})[name] = coarser(rows)
     caption = "All models score the same tokens. A curve that leaves the others past the trained length breaks there."
