@@ -28,7 +28,7 @@ from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
-from longreach.evaluation.scores import EvalScores, Row, effective_length, retrieval_row, wilson
+from longreach.evaluation.scores import EvalScores, Row, effective_length, gathered, mean_of, retrieval_row, wilson
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -92,10 +92,13 @@ class Needle(Evaluation):
             """Return the depths, ascending."""
             if self.depths:
                 return sorted(self.depths)
-            depths = [n / (self.depth_points - 1) for n in range(self.depth_points)]
-            if self.depth_curve == "sigmoid":
-                depths = [1 / (1 + math.exp(-10 * (depth - 0.5))) for depth in depths]
-            return [round(depth, 4) for depth in depths]
+            depths = []
+            for n in range(self.depth_points):
+                depth = n / (self.depth_points - 1)
+                if self.depth_curve == "sigmoid":
+                    depth = 1 / (1 + math.exp(-10 * (depth - 0.5)))
+                depths.append(round(depth, 4))
+            return depths
 
     choices: Choices
 
@@ -172,15 +175,18 @@ class Needle(Evaluation):
         }
         case |= answered.as_row()
         if new_tokens:
-            given = [number for number in prompt.numbers if re.search(rf"(?<!\d){number}(?!\d)", answered.got)]
-            case["recall"] = len(given) / len(prompt.numbers)
+            given = 0
+            for number in prompt.numbers:
+                if re.search(rf"(?<!\d){number}(?!\d)", answered.got):
+                    given += 1
+            case["recall"] = given / len(prompt.numbers)
         return case, answered.read_tokens
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `length` and `cell` (length x depth); the summary has the effective
         length."""
-        cases = [case for _, result in results for case in result["cases"]]
+        cases = gathered(results, "cases")
         totals = []
         cells = []
         for length in choices.lengths:
@@ -197,8 +203,7 @@ class Needle(Evaluation):
         claimed = results[0][1]["claimed"]
         if claimed:
             summary["needle_claimed_length"] = float(claimed)
-        read = sum(result["read_tokens"] for _, result in results)
-        summary["needle_tokens_read"] = read / sum(result["prompt_tokens"] for _, result in results)
+        summary["needle_tokens_read"] = share_read(results)
         return EvalScores(
             eval=cls.name,
             protocol=f"{choices.needles} needles, {choices.distractors} distractors; `correct`: teacher-forced, every "
@@ -224,9 +229,19 @@ def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
     if "recall" in cases[0]:
         complete = sum(case["recall"] == 1 for case in cases)
         low, high = wilson(complete, len(cases))
-        row |= {"recall": float(np.mean([case["recall"] for case in cases])), "complete": complete}
+        row |= {"recall": mean_of(cases, "recall"), "complete": complete}
         row |= {"complete_low": low, "complete_high": high}
     return row
+
+
+def share_read(results: list[tuple[Cell, Result]]) -> float:
+    """Return the share of the prompts' tokens that were read: what a prompt begins with as the one
+    before it is not read again."""
+    read_tokens = prompt_tokens = 0
+    for _, result in results:
+        read_tokens += result["read_tokens"]
+        prompt_tokens += result["prompt_tokens"]
+    return read_tokens / prompt_tokens
 
 
 def claimed_length(model: PreTrainedModel) -> int | None:
@@ -278,7 +293,7 @@ class Prompt:
         chance = np.random.default_rng([choices.seed, length, trial])
         count = choices.needles + choices.distractors
         towns = [town_name(n) for n in chance.choice(len(STARTS) * len(ENDS), count, replace=False)]
-        numbers = [str(n) for n in chance.integers(10_000, 100_000, count)]
+        numbers = list(map(str, chance.integers(10_000, 100_000, count)))
         depths = choices.every_depth()
         distractor_depths = [away_from(depths, chance) for _ in range(choices.distractors)]
 

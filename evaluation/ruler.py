@@ -28,9 +28,9 @@ from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
-from longreach.evaluation.needle import RULER_BAR, claimed_length
+from longreach.evaluation.needle import RULER_BAR, claimed_length, share_read
 from longreach.evaluation.ruler_tasks import NOISE, TASKS, Asked, Draw, Kind, Sample, found_by_words
-from longreach.evaluation.scores import EvalScores, Row, effective_length, wilson
+from longreach.evaluation.scores import EvalScores, Row, effective_length, gathered, mean_of, wilson
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class Ruler(Evaluation):
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `length` (task x length), `depth` (task x length x depth) and
         `effective` (task)."""
-        cases = [case for _, result in results for case in result["cases"]]
+        cases = gathered(results, "cases")
         totals = []
         others = []
         summary: dict[str, float] = {}
@@ -216,8 +216,7 @@ class Ruler(Evaluation):
                 summary[f"ruler_{length}"] = means[-1]["accuracy"]
         if means:
             summary["ruler_effective_length"] = effective_length(means, RULER_BAR)
-        read = sum(result["read_tokens"] for _, result in results)
-        summary["ruler_tokens_read"] = read / sum(result["prompt_tokens"] for _, result in results)
+        summary["ruler_tokens_read"] = share_read(results)
         return EvalScores(
             eval=cls.name,
             protocol="greedy answers; `score`: share of the expected strings in them (RULER's string_match_all), for "
@@ -246,18 +245,19 @@ class Ruler(Evaluation):
         """Return a grid of task x length for each model and, with depths, a figure of the answer's
         NLL by depth for each task, at the longest length."""
         from longreach.evaluation.figures import grid, lines
+        from longreach.evaluation.sections import with_commas
 
         figures = []
         curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for name, scores in models.items():
-            lengths = sorted({row["length"] for row in scores.rows_with(kind="length")})
+            lengths = sorted(scores.distinct("length", kind="length"))
             cells: dict[str, list[tuple[float, str]]] = {}
             for row in scores.rows_with(kind="length"):
                 cells.setdefault(row["task"], []).append((1 - row["score"], f"{row['score']:.2f}"))
-            columns = [f"{length:,}" for length in lengths]
             caption = "In a cell: the share of what was asked for that was given. Light: all of it; dark: nothing."
             axes = ("prompt and answer (tokens)", "share that is missing")
-            figures.append(grid(f"ruler-{name}.png", f"{cls.title}: {name}", caption, axes, columns, cells, 1.0))
+            file, title = f"ruler-{name}.png", f"{cls.title}: {name}"
+            figures.append(grid(file, title, caption, axes, with_commas(lengths), cells, 1.0))
             for row in scores.rows_with(kind="depth", length=lengths[-1]):
                 curves.setdefault(row["task"], {}).setdefault(name, []).append((100 * row["depth"], row["nll"]))
         for task, of_task in curves.items():
@@ -408,10 +408,10 @@ def _row(kind: str, task: str, length: int, cases: list[Row]) -> Row:
     score = float(np.mean([np.mean(of_text) for of_text in by_text.values()]))
     low, high = wilson(score * len(by_text), len(by_text))
     row = {"kind": kind, "task": task, "length": length, "trials": len(by_text), "cases": len(cases), "score": score}
-    row |= {"score_low": low, "score_high": high, "nll": float(np.mean([case["nll"] for case in cases]))}
+    row |= {"score_low": low, "score_high": high, "nll": mean_of(cases, "nll")}
     if "by_words" in cases[0]:
-        row["by_words"] = float(np.mean([case["by_words"] for case in cases]))
-    return row | {"prompt_tokens": float(np.mean([case["prompt_tokens"] for case in cases]))}
+        row["by_words"] = mean_of(cases, "by_words")
+    return row | {"prompt_tokens": mean_of(cases, "prompt_tokens")}
 
 
 def effective_row(totals: list[Row], keep: float) -> Row:
@@ -434,9 +434,9 @@ def _table(name: str, scores: EvalScores) -> Table:
     """Return a row for each task: its scores by length, its effective length, what a search by
     words scores."""
     from longreach.evaluation.blocks import Table
-    from longreach.evaluation.sections import DASH
+    from longreach.evaluation.sections import DASH, with_commas
 
-    lengths = sorted({row["length"] for row in scores.rows_with(kind="length")})
+    lengths = sorted(scores.distinct("length", kind="length"))
     lines = []
     for effective in scores.rows_with(kind="effective"):
         of_task = scores.rows_with(kind="length", task=effective["task"])
@@ -448,16 +448,18 @@ def _table(name: str, scores: EvalScores) -> Table:
         by_words = of_task[-1].get("by_words")
         line.append(DASH if by_words is None else f"{by_words:.2f}")
         lines.append(line)
-    columns = ["task", *(f"{length:,}" for length in lengths), "effective length", "search by words"]
+    columns = ["task", *with_commas(lengths), "effective length", "search by words"]
     return Table(f"{name}: score by length, with 95% intervals", columns, lines)
 
 
 def zeros(scores: EvalScores) -> list[str]:
     """Return a sentence for each task that scores 0 at every length: what came, and why
     probably."""
+    by_task: dict[str, list[Row]] = {}
+    for case in scores.cases:
+        by_task.setdefault(case["task"], []).append(case)
     found = []
-    for task in dict.fromkeys(case["task"] for case in scores.cases):
-        cases = [case for case in scores.cases if case["task"] == task]
+    for task, cases in by_task.items():
         if any(case["score"] for case in cases):
             continue
         case = min(cases, key=lambda case: case["length"])

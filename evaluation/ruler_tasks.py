@@ -234,7 +234,7 @@ def needles(draw: Draw, keys: int, values: int, asked_keys: int) -> Sample:
     asked = []
     for first in range(0, min(draw.questions * asked_keys, keys), asked_keys):
         wanted = names[first : first + asked_keys]
-        answers = [str(number) for row in numbers[first : first + asked_keys].tolist() for number in row]
+        answers = list(map(str, numbers[first : first + asked_keys].ravel().tolist()))
         listed = wanted[0]
         if len(wanted) > 1:
             listed = f"{', '.join(wanted[:-1])}, and {wanted[-1]}"
@@ -275,9 +275,12 @@ def _chain(draw: Draw, letters: int) -> Sample:
 
 def common_words(draw: Draw) -> Sample:
     """Return a list in which ten words stand more often than all others."""
-    short = draw.length < 4096  # RULER's own limit and repeats
-    example = _word_list(draw, 3 if short else 10, 1 if short else 3).solved(10 if short else 30)
-    sample = _word_list(draw, 6 if short else 30, 1 if short else 3)
+    if draw.length < 4096:  # RULER's own limit and repeats
+        example = _word_list(draw, 3, 1).solved(10)
+        sample = _word_list(draw, 6, 1)
+    else:
+        example = _word_list(draw, 10, 3).solved(30)
+        sample = _word_list(draw, 30, 3)
     return replace(sample, head=example + sample.head)
 
 
