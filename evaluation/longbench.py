@@ -99,10 +99,16 @@ def _version_1(models: Mapping[str, EvalScores]) -> list[Table]:
         groups.append((kind, count + 1))
     lines = []
     for name in models:
-        rows = [found[task].get(name) for task in tasks]
-        values = [row["value"] for row in rows if row]
-        mean = f"{100 * sum(values) / len(values):.1f}" if len(values) == len(tasks) else DASH
-        lines.append([name, *(percent_cell(row) for row in rows), mean])
+        cells, values = [], []
+        for task in tasks:
+            row = found[task].get(name)
+            cells.append(percent_cell(row))
+            if row:
+                values.append(row["value"])
+        mean = DASH
+        if len(values) == len(tasks):
+            mean = f"{100 * sum(values) / len(values):.1f}"
+        lines.append([name, *cells, mean])
     columns = ["model", *(DATASETS[task].name for task in tasks), "Avg"]
     legend = f"Avg: the plain mean of these {len(tasks)} datasets; the paper's has 21, or 16 in English. {SMALL}"
     caption = "LongBench (per cent; each dataset's own metric)"
@@ -117,7 +123,10 @@ def _version_2(models: Mapping[str, EvalScores]) -> list[Table]:
     if not found:
         return []
     columns = [column for column in COLUMNS_2 if column in found]
-    lines = [[name, *(percent_cell(found[column].get(name)) for column in columns)] for name in models]
+    lines = []
+    for name in models:
+        cells = [percent_cell(found[column].get(name)) for column in columns]
+        lines.append([name, *cells])
     legend = f"Of four answers the likeliest one; guessing gives 25. {SMALL}"
     return [Table("LongBench v2 (per cent right)", ["model", *columns], lines, legend=legend)]
 

@@ -30,7 +30,7 @@ from uuid import UUID
 from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, Evaluation, Result
-from longreach.evaluation.scores import EvalScores, Row, retrieval_row, wilson
+from longreach.evaluation.scores import EvalScores, Row, gathered, mean_of, retrieval_row, wilson
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -181,20 +181,24 @@ class LostInTheMiddle(Evaluation):
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `cell` (task, size and place; `depth` is the place as a share),
         `baseline`, `size`."""
-        cases = [case for _, result in results for case in result["cases"]]
+        cases = gathered(results, "cases")
         rows: list[Row] = []
         summary: dict[str, float] = {}
         for group in _groups(choices):
-            of_size = [case for case in cases if group.items() <= case.items()]
+            by_place: dict[int | str, list[Row]] = {}
+            placed = []  # all but the baselines, whose place is a name
+            for case in cases:
+                if group.items() <= case.items():
+                    by_place.setdefault(case["place"], []).append(case)
+                    if not isinstance(case["place"], str):
+                        placed.append(case)
             size, asked = group["size"], _asked(group)
-            for place in dict.fromkeys(case["place"] for case in of_size):
-                of_place = [case for case in of_size if case["place"] == place]
+            for place, of_place in by_place.items():
                 if isinstance(place, str):
                     row = _row("baseline", of_place, size, None)
                 else:
                     row = _row("cell", of_place, size, place / (size - 1))
                 rows.append(group | {"place": str(place)} | row)
-            placed = [case for case in of_size if not isinstance(case["place"], str)]
             total = _row("size", placed, size, None)
             rows.append(group | {"place": "all"} | total)
             summary |= {f"{asked}_{size}": total["accuracy"], f"{asked}_nll_{size}": total["nll"]}
@@ -264,7 +268,7 @@ def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
         right = int(sum(case["subspan"] for case in cases))
         low, high = wilson(right, len(cases))
         row |= {"subspan": right / len(cases), "subspan_low": low, "subspan_high": high}
-    row["prompt_tokens"] = float(np.mean([case["prompt_tokens"] for case in cases]))
+    row["prompt_tokens"] = mean_of(cases, "prompt_tokens")
     return row
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, Column, EvalChoices, Evaluation, Proportion, Result
-from longreach.evaluation.scores import EvalScores, Row, retrieval_row
+from longreach.evaluation.scores import EvalScores, Row, gathered, retrieval_row
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -65,8 +65,11 @@ class Passkey(Evaluation):
         """
         for length in self.choices.lengths:
             fit_prompt(self.tokenizer, length, 0.5, KEYS[1] - 1)
-        trials = range(self.choices.trials)
-        return [{"length": length, "trial": trial} for length in self.choices.lengths for trial in trials]
+        cells: list[Cell] = []
+        for length in self.choices.lengths:
+            for trial in range(self.choices.trials):
+                cells.append({"length": length, "trial": trial})
+        return cells
 
     def measure(self, cell: Cell) -> Result:
         """Return {"cases": one for each depth}.
@@ -89,7 +92,7 @@ class Passkey(Evaluation):
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `length` and `cell` (length x depth): accuracy with Wilson's
         interval, NLL in nats per token of the key."""
-        cases = [case for _, result in results for case in result["cases"]]
+        cases = gathered(results, "cases")
         totals = []
         cells = []
         for length in choices.lengths:
@@ -141,7 +144,7 @@ def prompt_text(sentences: int, depth: float, key: int) -> str:
     cut = round(depth * sentences)
     info = f"The pass key is {key}. Remember it. {key} is the pass key."
     parts = [TASK, " ".join(filler[:cut]), info, " ".join(filler[cut:]), QUESTION]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(filter(None, parts))
 
 
 def fit_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: int) -> str:

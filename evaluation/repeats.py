@@ -174,8 +174,12 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
         cells = [f"{name}\nat {length:,} tokens"]
         yardstick = bands if base is None or best is None else found.get((base, best), {})
         for up_to in tokens:
-            one = repeated(bands[up_to], yardstick[up_to][0]) if up_to in bands and up_to in yardstick else None
-            cells.append(_cell(one) if one else DASH)
+            cell = DASH
+            if up_to in bands and up_to in yardstick:
+                one = repeated(bands[up_to], yardstick[up_to][0])
+                if one:
+                    cell = _cell(one)
+            cells.append(cell)
         lines.append(cells)
     heads = ["model", *(f"{_since(up_to)}\n{count:,} tokens" for up_to, count in tokens.items())]
     caption = f"Tokens that repeat a run of {RUN}, by how far back it last stood (NLL in nats per token)"
