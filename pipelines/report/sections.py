@@ -118,16 +118,21 @@ def main_columns(found: Findings) -> list[MainColumn]:
     """Return the main table's columns: perplexities, costs, speed-ups, and what other evaluations
     add."""
     columns = []
+    compared = found.compared
 
     def add(group: str, head: str, cells: Mapping[str, tuple[float, str]], best: Any = None) -> None:
         """Add a column of (number, text); `best` is min or max if the best number is to be set
         off."""
         numbers = [number for number, _ in cells.values() if finite(number)]
-        texts = dict.fromkeys(found.compared, DASH)
+        best_number = math.nan  # which no number equals
+        if best and len(numbers) > 1:
+            best_number = best(numbers)
+        texts = dict.fromkeys(compared, DASH)
         for name, (number, text) in cells.items():
             if name in texts:
-                is_best = best and len(numbers) > 1 and number == best(numbers)
-                texts[name] = Best(text) if is_best else text
+                texts[name] = text
+                if number == best_number:
+                    texts[name] = Best(text)
         columns.append(MainColumn(group, head, texts))
 
     _add_gains(found, add)
@@ -138,13 +143,19 @@ def main_columns(found: Findings) -> list[MainColumn]:
             head += " †"
         ppl = {}
         for name, row in rows.items():
-            if name in found.compared:
-                ppl[name] = (row["ppl"] if name in ranked else math.nan, perplexity_cell(row))
+            if name in compared:
+                number = math.nan  # does not compare
+                if name in ranked:
+                    number = row["ppl"]
+                ppl[name] = (number, perplexity_cell(row))
         add(f"perplexity ({found.last_tokens()}) by context length", head, ppl, min)
     _add_costs(found, add)
     for name, evaluation in EVALS.items():
-        scores = found.scores_of(name)
-        for column in evaluation.columns({model: scores[model] for model in scores if model in found.compared}):
+        scores = {}
+        for model, one in found.scores_of(name).items():
+            if model in compared:
+                scores[model] = one
+        for column in evaluation.columns(scores):
             add(column.group, column.head, column.cells)
     return columns
 
@@ -155,41 +166,49 @@ def _add_gains(found: Findings, add: Callable[..., None]) -> None:
     claim = claim_of(found)
     if claim is None:
         return
-    each = {name: (name,) for members in claim.background.arms.values() for name in members}
+    each = {}  # every seed is an arm of its own here
+    for members in claim.background.arms.values():
+        for name in members:
+            each[name] = (name,)
     gains = over_base(claim.models, replace(claim.background, arms=each), claim.best)
-    lengths = sorted({length for by_length in gains.values() for length in by_length if length > claim.best.length})
-    for length in lengths:
-        cells = {}
-        for name, by_length in gains.items():
-            if length in by_length:
-                cells[name] = (by_length[length].nats, difference_cell(by_length[length]))
-        group = f"nats per token better than the base at its best ({claim.best.length:,})"
-        add(group, f"{length:,}", cells, max)
+    columns: dict[int, dict[str, tuple[float, str]]] = {}
+    for name, by_length in gains.items():
+        for length, gained in by_length.items():
+            if length > claim.best.length:
+                columns.setdefault(length, {})[name] = (gained.nats, difference_cell(gained))
+    group = f"nats per token better than the base at its best ({claim.best.length:,})"
+    for length in sorted(columns):
+        add(group, f"{length:,}", columns[length], max)
 
 
 def _add_costs(found: Findings, add: Callable[..., None]) -> None:
     """Add the main table's columns of what training cost, and of speed-ups against full fine-tuning
     and LoRA."""
-    arms = {name: model.training for name, model in found.trained.items()}
-    if not arms:
+    if not found.trained:
         return
-    add("training", "wall clock", {name: (arm.wall_s, duration(arm.wall_s)) for name, arm in arms.items()}, min)
     rates = _rates(found)
+    times = {}
     speeds = {}
+    memories = {}
     bills = {}
     shares = {}
-    for name, arm in arms.items():
-        model = found.models[name]
+    for name, model in found.trained.items():
+        arm = model.training
+        times[name] = (arm.wall_s, duration(arm.wall_s))
         speed = f"{arm.tokens_per_s:,.0f}"
-        if finite(model.mfu):
-            speed += f"\n{model.mfu:.0%}" if model.mfu <= 1 else "\ndisturbed"
+        if model.mfu <= 1:
+            speed += f"\n{model.mfu:.0%}"
+        elif finite(model.mfu):
+            speed += "\ndisturbed"
         speeds[name] = (arm.tokens_per_s, speed)
+        memories[name] = (arm.peak_gib, f"{arm.peak_gib:.2f}")
         bill = "\n".join(f"{model.rank_hours * rate.amount:.3g} {rate.unit}" for rate in rates)
         bills[name] = (model.rank_hours, bill)
         trained = arm.trainable.total
         shares[name] = (math.nan, f"{trained / 1e6:,.2f} M\n{trained / arm.total_parameters:.1%}")
+    add("training", "wall clock", times, min)
     add("training", "tokens/s\nMFU", speeds, max)
-    add("training", "peak GiB", {name: (arm.peak_gib, f"{arm.peak_gib:.2f}") for name, arm in arms.items()}, min)
+    add("training", "peak GiB", memories, min)
     if rates:
         add("training", "cost", bills, min)
     add("training", "trained\nparameters", shares)
@@ -247,26 +266,40 @@ def _frontier_figure(found: Findings) -> list[Figure]:
     for name, model in found.compared.items():
         paid = model.variant_of or model  # a stretch after training costs nothing more
         if paid.summary:
-            costs[name] = paid.rank_hours * price if price else paid.summary.wall_s
-    points = {name: (costs.get(name, 0.0), value) for name, value in ppl.items() if finite(value)}
+            costs[name] = paid.summary.wall_s
+            if price:
+                costs[name] = paid.rank_hours * price
+    points = {}
+    for name, value in ppl.items():
+        if finite(value):
+            points[name] = (costs.get(name, 0.0), value)
     if not costs.keys() & points.keys():
         return []
     best = frontier(points)
-    edge = []  # a staircase: from each point to the right until the next one undercuts it
-    for n, name in enumerate(best):
+    edge: list[tuple[float, float]] = []  # a staircase: from each point to the right until the next one undercuts it
+    for name in best:
         x, y = points[name]
-        end = points[best[n + 1]][0] if n + 1 < len(best) else max(x for x, _ in points.values())
-        edge += [(x, y), (end, y)]
+        if edge:
+            edge.append((x, edge[-1][1]))
+        edge.append((x, y))
+    rightmost, _ = max(points.values())
+    edge.append((rightmost, edge[-1][1]))
     curves: dict[str, Any] = {"frontier": edge}
     frontier_first = sorted(points, key=lambda name: name not in best)
     for name in frontier_first[: MOST_SERIES - 2]:
         curves[name] = [points[name]]
     if len(points) > MOST_SERIES - 2:
         curves["others"] = [points[name] for name in points if name not in curves]
-    named = ", ".join(f"{name} ({perplexity_text(points[name][1])})" for name in best if name in curves)
-    caption = f"To the left is cheaper, below is better; untrained models cost nothing. On the frontier: {named}."
+    named = []
+    for name in best:
+        if name in curves:
+            named.append(f"{name} ({perplexity_text(ppl[name])})")
+    caption = "To the left is cheaper, below is better; untrained models cost nothing. "
+    caption += f"On the frontier: {', '.join(named)}."
     style = style_of(found).with_looks({"frontier": Look(GREY), "others": Look("#aab2ba", "circle", "none")})
-    unit = f"cost of training ({found.prices.currency})" if price else "wall clock of training (s)"
+    unit = "wall clock of training (s)"
+    if price:
+        unit = f"cost of training ({found.prices.currency})"
     axes = (unit, f"perplexity at {length:,} tokens")
     return [lines("frontier.png", "What a lower perplexity costs", caption, axes, curves, style, log=True)]
 
@@ -432,17 +465,19 @@ def losses(
     if not arms and not failed:
         return None
     columns = ["arm", "steps", "tokens", "first loss", "last loss", "peak rate", "median step (s)", "parameters"]
-    rows = [[f"{name}\n{model.about}", *_trained_cells(model.training)] for name, model in arms.items()]
+    rows = []
+    curves = {}
+    held_out = {}
+    for name, model in arms.items():
+        rows.append([f"{name}\n{model.about}", *_trained_cells(model.training)])
+        curves[name] = _curve(model, "loss")
+        points = _curve(model, "validation_loss")
+        if points:
+            held_out[f"{name}, held out"] = points
     for name, model in failed.items():
         rows.append([f"{name}\n{model.about}", *[DASH] * (len(columns) - 1)])
     blocks: list[Block] = [Table("What was trained", columns, rows), *_predictions(arms), *more]
     if arms:
-        curves = {name: _curve(model, "loss") for name, model in arms.items()}
-        held_out = {}
-        for name, model in arms.items():
-            points = _curve(model, "validation_loss")
-            if points:
-                held_out[f"{name}, held out"] = points
         if max(model.training.steps for model in arms.values()) > POINTS:
             caption += f" Of longer runs about {POINTS} steps are drawn, evenly spread."
         style = Style.of(curves | held_out, dashed=held_out)
@@ -500,8 +535,9 @@ def packing(found: Findings) -> Section | None:
     for label, pack in found.packs.items():
         size = [f"{pack.rows:,} × {pack.seq_len:,}", f"{pack.tokens:,}", f"{pack.efficiency:.2%}", pack.method]
         counts = [pack.documents[split] for split in SPLITS] + [pack.longer_than_a_row, pack.bad.count]
-        rows.append([label, *size, *(f"{count:,}" for count in counts)])
-        bad |= {(f"{entry.file}:{entry.line}", entry.reason) for entry in pack.bad.listed}
+        rows.append([label, *size, *map("{:,}".format, counts)])
+        for entry in pack.bad.listed:
+            bad.add((f"{entry.file}:{entry.line}", entry.reason))
     legend = "Efficiency: places in rows that hold a token. Texts longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
     blocks += _chats(found.packs)
@@ -520,7 +556,7 @@ def _chats(packs: Mapping[str, PackSummary]) -> list[Block]:
     for label, pack in packs.items():
         if (facts := pack.chats) is not None:
             counts = [facts.count, facts.tokens, facts.predicted, facts.cut - facts.left_out, facts.left_out]
-            rows.append([label, *(f"{count:,}" for count in [*counts, facts.cut_tokens])])
+            rows.append([label, *map("{:,}".format, counts), f"{facts.cut_tokens:,}"])
     if not rows:
         return []
     columns = ["corpus", "chats", "tokens", "predicted", "cut", "left\nout", "tokens\ncut"]
@@ -536,12 +572,14 @@ def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
     rows = []
     for label, pack in packs.items():
         total = sum(share.packed_tokens for share in pack.sources)
+        as_they_are = all(share.weight == 1 and not share.left_out for share in pack.sources)
+        if as_they_are or not total:
+            continue
         for share in pack.sources:
-            if total and any(one.weight != 1 or one.left_out for one in pack.sources):
-                counts = [share.documents, share.left_out, share.packed_documents, share.packed_tokens]
-                texts = [f"{count:,}" for count in counts]
-                part = f"{share.packed_tokens / total:.1%}"
-                rows.append([label, share.source, f"{share.weight:g}", *texts, part, f"{share.repeats:.2f} ×"])
+            counts = [share.documents, share.left_out, share.packed_documents, share.packed_tokens]
+            texts = map("{:,}".format, counts)
+            part = f"{share.packed_tokens / total:.1%}"
+            rows.append([label, share.source, f"{share.weight:g}", *texts, part, f"{share.repeats:.2f} ×"])
     if not rows:
         return []
     columns = ["corpus", "source", "weight", "training\ndocuments", "left\nout", "documents\nin rows"]
@@ -555,9 +593,12 @@ def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
     """Return the held-out documents that training documents repeat most; nothing where nobody
     looked."""
     rows = []
-    looked = [pack for pack in packs.values() if pack.overlaps is not None]
-    for pack in looked:
-        for one in (pack.overlaps or ())[:LISTED_OVERLAPS]:
+    looked = False
+    for pack in packs.values():
+        if pack.overlaps is None:
+            continue
+        looked = True
+        for one in pack.overlaps[:LISTED_OVERLAPS]:
             row = [one.document, one.split, f"{one.share:.1%}", one.nearest, f"{one.nearest_share:.1%}"]
             if row not in rows:  # another packing of the same documents
                 rows.append(row)
@@ -658,8 +699,9 @@ def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
     for kind, choices in sorted(kinds.items()):
         common: list[str] = []
         if len(choices) > 1:
-            first, *others = choices.values()
-            common = [choice for choice in first if all(choice in other for other in others)]
+            common, *others = choices.values()
+            for other in others:
+                common = [choice for choice in common if choice in other]
             rows.append([kind, ", ".join(common)])
         for label, own in choices.items():
             rows.append([label, ", ".join(choice for choice in own if choice not in common)])
@@ -670,7 +712,8 @@ def _flat(section: Mapping[str, Any]) -> list[str]:
     """Return `["optim.steps 8"]` for `{"optim": {"steps": 8}}`; what is None is left out."""
     choices = []
     for name, value in flatten(section).items():
-        if value is not None:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            choices.append(f"{name} {text}")
+        if isinstance(value, str):
+            choices.append(f"{name} {value}")
+        elif value is not None:
+            choices.append(f"{name} {json.dumps(value, ensure_ascii=False)}")
     return choices
