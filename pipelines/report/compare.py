@@ -88,11 +88,14 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         _add_file(found, file)
         told.append([f"{LM_EVAL}: {file.name}", "", "", "", str(file)])
     check_versions(found.scores_of(Harness.name))
+    differing = []
+    if len(runs) > 1:
+        differing.append(changes(runs))
     sections = [
         main,
         Section("Differences on the same tokens", difference_tables(found.of_the_first_base(PERPLEXITY), 1000)),
         _tasks(found),
-        Section("What differs", [changes(runs)] if len(runs) > 1 else []),
+        Section("What differs", differing),
         *(losses(found, kind, title, file, SAYS) for kind, title, file in LOSSES),
         Section("Runs", [Table("Reports", ["run", "fingerprint", "commit", "host", "command"], told, prose=True)]),
     ]
@@ -138,7 +141,9 @@ def export(page: Path, folder: Path) -> list[Path]:
     files = []
     for name, model in findings.models.items():
         if model.scores:
-            source = str(findings.base.get("source", "")) if model.kind == "baseline" else ""
+            source = ""
+            if model.kind == "baseline":
+                source = str(findings.base.get("source", ""))
             files.append(write_results(model.scores.values(), name, folder, source))
     return files
 
@@ -151,12 +156,13 @@ def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
     """(store, manifest of the report) of a recipe, a fingerprint's first digits or a folder;
     ValueError without one."""
     path = Path(name).absolute()
-    for folder in (path, *path.parents) if path.exists() else ():
-        if folder.parent.name == "report" and (folder / MANIFEST).is_file():
-            store = Store(str(folder.parents[1]))
-            artifact = store.find("report", folder.name)
-            assert artifact, "its manifest is there"
-            return store, artifact.manifest
+    if path.exists():
+        for folder in (path, *path.parents):
+            if folder.parent.name == "report" and (folder / MANIFEST).is_file():
+                store = Store(str(folder.parents[1]))
+                artifact = store.find("report", folder.name)
+                assert artifact, "its manifest is there"
+                return store, artifact.manifest
     if PREFIX.fullmatch(name) and name not in recipe_names():
         store = Store(root or ".longreach").checked()
         if (found := by_prefix(store, name)) is None:
@@ -176,7 +182,7 @@ def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
     found = [m for m in store.manifests("report") if m["fingerprint"].startswith(prefix)]
     if len(found) > 1:
         raise ValueError(f"{prefix} begins {len(found)} fingerprints in {store.root}: give more digits")
-    return found[0] if found else None
+    return next(iter(found), None)
 
 
 def read(store: Store, manifest: dict[str, Any]) -> Findings:
@@ -259,13 +265,14 @@ def merge(runs: dict[str, Findings]) -> Merged:
             if findings.base:
                 trained_lengths[full_name] = findings.base["context_length"]
     length, alike = _largest_group(models, bases)
-    prices = [findings.prices for findings in runs.values()] or [PriceRecipe()]
-    if any(other != prices[0] for other in prices):
-        prices = [PriceRecipe()]
+    asked = [findings.prices for findings in runs.values()]
+    prices = PriceRecipe()
+    if asked and asked.count(asked[0]) == len(asked):
+        prices = asked[0]
     merged = Merged(
         {},
         models=models,
-        prices=prices[0],
+        prices=prices,
         length=length,
         alike=alike,
         sources=bases,
@@ -274,8 +281,11 @@ def merge(runs: dict[str, Findings]) -> Merged:
     _, ppl = merged.greatest()
 
     def rank(name: str) -> tuple[bool, float]:
-        value = ppl.get(name, 0.0)
-        return name not in ppl, value if finite(value) else math.inf
+        if name not in ppl:
+            return True, 0.0
+        if not finite(ppl[name]):
+            return False, math.inf
+        return False, ppl[name]
 
     merged.models = {name: models[name] for name in sorted(models, key=rank)}
     return merged
@@ -286,8 +296,10 @@ def _base_of(findings: Findings, model: Model) -> str:
     the tokenizer of its rows."""
     trained = model.variant_of or model
     if trained.kind == "pretrain" and trained.training.model is not None:
-        rows = findings.packs.get("pack[sink]")
-        return f"from scratch, tokenizer {rows.tokenizer_sha256 if rows else trained.name}"
+        tokenizer = trained.name
+        if "pack[sink]" in findings.packs:
+            tokenizer = findings.packs["pack[sink]"].tokenizer_sha256
+        return f"from scratch, tokenizer {tokenizer}"
     return str(findings.base.get("source", model.name))
 
 
@@ -323,7 +335,7 @@ def headline(found: Merged) -> str:
         best = ", ".join(f"{name} {perplexity_text(ppl[name])}" for name in list(ppl)[:3])
         sentences.append(f"Lowest perplexity at {length:,} tokens: {best}.")
     text = " ".join(sentences) or "No perplexity was measured."
-    others = sum(PERPLEXITY in model.scores for model in found.models.values()) - len(ppl)
+    others = len(found.scores_of(PERPLEXITY)) - len(ppl)
     if others:
         text += f" {others} models read other texts or have another base, and do not compare."
     return text
@@ -338,18 +350,24 @@ def changes(runs: dict[str, Findings]) -> Table:
         labels_by_change: dict[str, list[str]] = {}
         for label in dict.fromkeys([*ours.artifacts, *theirs.artifacts]):
             old, new = ours.artifacts.get(label), theirs.artifacts.get(label)
-            differing = [f"only in {run if new else first}"]
             if old and new:
                 differing = differences(_choices(old), _choices(new))
+            elif new:
+                differing = [f"only in {run}"]
+            else:
+                differing = [f"only in {first}"]
             for change in differing:
                 labels_by_change.setdefault(change, []).append(label)
-        rows += [[run, change, shortened(labels, 4)] for change, labels in labels_by_change.items()]
+        for change, labels in labels_by_change.items():
+            rows.append([run, change, shortened(labels, 4)])
     return Table(f"Against {first}", ["run", f"{first} -> run", "stages"], rows or [["all", "nothing", ""]], prose=True)
 
 
 def shortened(names: Sequence[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
 
 
 def _choices(artifact: Artifact) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path
     """
     found = gather(artifacts, recipe.prices, recipe.failed)
     sections = _sections(found, run.command)
-    about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; " if found.base else ""
+    about = ""
+    if found.base:
+        about = f"{found.base['source']}, trained to {found.base['context_length']:,} tokens; "
     about += f"report {run.attempt.fingerprint[:8]}"
     words = headline(found)
     Page(f"longreach: {recipe.name}", about, words, sections).write(out, "report")
@@ -87,23 +89,24 @@ def short_table(found: Findings) -> str:
     fit are counted."""
     from longreach.pipelines.report.sections import main_columns
 
-    columns = main_columns(found)
-    gains = [column for column in columns if column.group.startswith("nats")][-1:]
-    perplexity = [column for column in columns if column.group.startswith("perplexity")][-1:]
-    costs = [column for column in columns if column.head in ("wall clock", "peak GiB")]
-    speedup = [column for column in columns if column.group.startswith("speed-up")][:1]
-    heads = ["model"]
-    heads += [f"{column.group}, with {column.head} tokens" for column in gains]
-    heads += [f"perplexity at {_first_line(column.head)}" for column in perplexity]
-    heads += [column.head for column in costs]
-    heads += [f"speed-up vs {_first_line(column.head)}" for column in speedup]
-    shown = [*gains, *perplexity, *costs, *speedup]
+    gains, perplexities, costs, speedups = [], [], [], []  # (heading, cells) of columns
+    for column in main_columns(found):
+        if column.group.startswith("nats"):
+            gains.append((f"{column.group}, with {column.head} tokens", column.cells))
+        elif column.group.startswith("perplexity"):
+            perplexities.append((f"perplexity at {_first_line(column.head)}", column.cells))
+        elif column.group.startswith("speed-up"):
+            speedups.append((f"speed-up vs {_first_line(column.head)}", column.cells))
+        elif column.head in ("wall clock", "peak GiB"):
+            costs.append((column.head, column.cells))
+    shown = [*gains[-1:], *perplexities[-1:], *costs, *speedups[:1]]
+    heads = ["model", *(head for head, _ in shown)]
     rows = []
     for name, model in found.compared.items():
         shown_name = name
         if model.kind.startswith("failed"):
             shown_name += f" ({model.about})"
-        rows.append([shown_name, *(_first_line(column.cells[name]) for column in shown)])
+        rows.append([shown_name, *(_first_line(cells[name]) for _, cells in shown)])
     if not rows:
         return ""
     text, n_rows = markdown_table(Table("", heads, rows)), len(rows)
@@ -136,7 +139,10 @@ def _failures(found: Findings) -> list[str]:
     them."""
     if not found.failed:
         return []
-    causes = [f"{label} ({brief(why)})" for label, why in found.failed.items() if not why.startswith(NOT_RUN)]
+    causes = []
+    for label, why in found.failed.items():
+        if not why.startswith(NOT_RUN):
+            causes.append(f"{label} ({brief(why)})")
     text = f"{len(found.failed)} of {len(found.failed) + len(found.artifacts)} stages failed: {', '.join(causes[:5])}"
     if len(causes) > 5:
         text += " …"
@@ -151,8 +157,9 @@ def _gain(found: Findings) -> list[str]:
     length, ppl = found.greatest()
     if not ppl:
         return []
-    arms = [name for name in ppl if name in found.of("finetune", "variant")]
-    untrained = [name for name in ppl if name not in arms]
+    trained = found.of("finetune", "variant")
+    arms = [name for name in ppl if name in trained]
+    untrained = [name for name in ppl if name not in trained]
     listed = ", ".join(f"{name} {perplexity_text(ppl[name])}" for name in untrained)
     text = f"At {length:,} tokens"
     if found.base:
@@ -183,11 +190,11 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
     _, ppl = found.greatest()
     full, lora = found.yardstick("all"), found.yardstick("lora")
     ranked = claim.ranked() if claim else list(ppl)
-    arms = [found.models[name] for name in ranked if name in found.of("finetune")]
-    others = [arm for arm in arms if arm is not full]
+    finetuned = found.of("finetune")
+    others = [name for name in ranked if name in finetuned and finetuned[name] is not full]
     if not full or not others:
         return []
-    arm = others[0]
+    arm = finetuned[others[0]]
     text = f"{arm.name} trained at {found.speedup(arm, full).median:.2f} times the speed of full fine-tuning"
     if lora and lora is not arm:
         text += f" and {found.speedup(arm, lora).median:.2f} times that of LoRA"
@@ -196,7 +203,10 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
         text += f"; on the same tokens it is {claim.against(arm.name, full.name)} than full fine-tuning"
     elif finite(ppl.get(arm.name)) and finite(ppl.get(full.name)):
         change = ppl[arm.name] / ppl[full.name] - 1
-        text += f" and {abs(change):.1%} {'higher' if change > 0 else 'lower'} perplexity"
+        direction = "lower"
+        if change > 0:
+            direction = "higher"
+        text += f" and {abs(change):.1%} {direction} perplexity"
     if arm.trained_on != full.trained_on and found.costs is None:
         text += f". They were not trained alike, so their speeds do not compare: {arm.name} on {arm.trained_on}; "
         text += f"{full.name} on {full.trained_on}"
@@ -212,7 +222,8 @@ def metrics(found: Findings) -> dict[str, float]:
     for name, model in found.models.items():
         tag = metric_part(name)
         for scores in model.scores.values():
-            values |= {f"eval/{key}/{tag}": value for key, value in scores.summary.items()}
+            for key, value in scores.summary.items():
+                values[f"eval/{key}/{tag}"] = value
         if model.summary:
             for cost in ("wall_s", "tokens_per_s", "peak_gib"):
                 values[f"cost/{cost}/{tag}"] = getattr(model.summary, cost)
