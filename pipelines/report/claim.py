@@ -58,8 +58,10 @@ class Claim:
             text += f", {self.length / background.trained_length:.3g} times what the base was trained to"
         base = about_best(self.best)
         found = self.over_base[self.name][self.length]
-        trained = "" if self.name in background.arms else ", which is not trained,"
-        text += f", {self.name}{trained} predicts held-out documents {verdict(found, base, counts=True)}"
+        text += f", {self.name}"
+        if self.name not in background.arms:
+            text += ", which is not trained,"
+        text += f" predicts held-out documents {verdict(found, base, counts=True)}"
         text += "".join(self._over_the_best_stretch())
         return [f"{text}.", *self._how_chosen(), *self._others(), *self._at_the_greatest_length(), *self._own()]
 
@@ -67,9 +69,10 @@ class Claim:
         """Say how the arm compares with the untrained stretch that is hardest to beat at its
         length."""
         stretches = over_stretches(self.models, self.background).get(self.name, {})
-        there = {
-            stretch: by_length[self.length] for stretch, by_length in stretches.items() if self.length in by_length
-        }
+        there = {}
+        for stretch, by_length in stretches.items():
+            if self.length in by_length:
+                there[stretch] = by_length[self.length]
         if not there:
             return []
         hardest = min(there, key=lambda stretch: there[stretch].nats)
@@ -93,7 +96,9 @@ class Claim:
         for name in dict.fromkeys([*self.candidates, *self.background.arms]):
             if name != self.name and self.length in self.over_base.get(name, {}):
                 parts.append(f"{name} {brief_verdict(self.over_base[name][self.length])}")
-        return [f"At this length against the same base: {'; '.join(parts)}."] if parts else []
+        if not parts:
+            return []
+        return [f"At this length against the same base: {'; '.join(parts)}."]
 
     def _at_the_greatest_length(self) -> list[str]:
         """Say how the arm does at the greatest length measured, unless that is the one spoken
@@ -139,12 +144,16 @@ def claim_of(found: Findings) -> Claim | None:
     if best is None:
         return None
     compared = over_base(models, background, best)
-    candidates = tuple(name for name in compared if name in found.of("finetune"))
+    finetuned = found.of("finetune")
+    candidates = tuple(name for name in compared if name in finetuned)
     if not candidates:
         candidates = tuple(name for name in compared if name in background.stretches)
     if not candidates:
         return None
-    lengths = sorted({length for name in candidates for length in compared[name]})
+    measured: set[int] = set()
+    for name in candidates:
+        measured.update(compared[name])
+    lengths = sorted(measured)
     trained = background.trained_length or 0
     beyond = [length for length in lengths if length > trained] or lengths
     if best.split == "test":  # choosing a length on the documents that are reported would be a choice of luck
@@ -176,7 +185,7 @@ def verdict(found: Difference, what: str, *, counts: bool = False) -> str:
     sure = _interval(found, counts)
     if _is_unsure(found):
         return f"not measurably better or worse than {what} ({found.nats:+.3f} nats per token, {sure})"
-    return f"{abs(found.nats):.3f} nats per token {'better' if found.nats > 0 else 'worse'} ({sure}) than {what}"
+    return f"{abs(found.nats):.3f} nats per token {_side(found)} ({sure}) than {what}"
 
 
 def brief_verdict(found: Difference) -> str:
@@ -184,7 +193,11 @@ def brief_verdict(found: Difference) -> str:
     sure = _interval(found).removeprefix("95% interval ")
     if _is_unsure(found):
         return f"not measurably better or worse ({found.nats:+.3f}, {sure})"
-    return f"{abs(found.nats):.3f} {'better' if found.nats > 0 else 'worse'} ({sure})"
+    return f"{abs(found.nats):.3f} {_side(found)} ({sure})"
+
+
+def _side(found: Difference) -> str:
+    return "better" if found.nats > 0 else "worse"
 
 
 def _is_unsure(found: Difference) -> bool:
@@ -204,7 +217,9 @@ def _interval(found: Difference, counts: bool = False) -> str:
         low, high = f"{-found.high:.3f}", f"{-found.low:.3f}"
     text = f"95% interval {low} to {high}"
     if counts:
-        text += f", {found.documents} document{'' if found.documents == 1 else 's'}"
+        text += f", {found.documents} document"
+        if found.documents != 1:
+            text += "s"
         if found.seeds > 1:
             text += f", {found.seeds} seeds"
         if found.documents < FEW:

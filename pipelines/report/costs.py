@@ -36,8 +36,11 @@ def costs_in_words(measured: CostsSummary) -> str:
     measured."""
     other = measured.yardstick
     for length in reversed(measured.lengths):
-        ratios = {arm: measured.times_as_fast(length, arm, other) for arm in measured.arms if arm != other}
-        parts = [f"{arm} {_in_words(ratio)}" for arm, ratio in ratios.items() if ratio]
+        parts = []
+        for arm in measured.arms:
+            ratio = measured.times_as_fast(length, arm, other)
+            if ratio and arm != other:
+                parts.append(f"{arm} {_in_words(ratio)}")
         if parts:
             return f"At rows of {length:,} tokens, speed as a multiple of {other}'s: {', '.join(parts)}."
     return ""
@@ -49,12 +52,15 @@ def _in_words(ratio: Spread) -> str:
 
 
 def _texts(measured: CostsSummary) -> list[str]:
+    ranks = "1 new rank"
+    if measured.ranks > 1:
+        ranks = f"{measured.ranks} new ranks"
     texts = [
         costs_in_words(measured),
-        f"At each length the arms trained in turns, {measured.rounds} rounds, each with {measured.ranks} new "
-        f"rank{'' if measured.ranks == 1 else 's'}, one step that warms up and {measured.steps} timed. A row is one "
-        "run of tokens, as a long document gives: rows of many short documents cost less attention. Groups of S²-Attn "
-        "have the same share of a row at every length; arms that anneal are measured as they begin.",
+        f"At each length the arms trained in turns, {measured.rounds} rounds, each with {ranks}, one step that warms "
+        f"up and {measured.steps} timed. A row is one run of tokens, as a long document gives: rows of many short "
+        "documents cost less attention. Groups of S²-Attn have the same share of a row at every length; arms that "
+        "anneal are measured as they begin.",
     ]
     batches = {cell.length: cell.tokens for cell in measured.cells if not cell.left_out}
     if len({*batches.values()}) > 1:
@@ -100,9 +106,14 @@ def _tables(measured: CostsSummary) -> list[Block]:
 def _table(measured: CostsSummary, caption: str, cell: Callable[[int, str], str], legend: str) -> Table:
     rows = []
     for arm in measured.arms:
-        kernels = {one.kernel for length in measured.lengths for one in measured.of(length, arm)}
-        name = f"{arm}\nattention by {' and '.join(sorted(kernels))}" if kernels else arm
-        rows.append([name, *(cell(length, arm) for length in measured.lengths)])
+        kernels = set()
+        for length in measured.lengths:
+            for one in measured.of(length, arm):
+                kernels.add(one.kernel)
+        head = arm
+        if kernels:
+            head += f"\nattention by {' and '.join(sorted(kernels))}"
+        rows.append([head, *(cell(length, arm) for length in measured.lengths)])
     groups = [("", 1), ("row length (tokens)", len(measured.lengths))]
     return Table(caption, ["arm", *(f"{length:,}" for length in measured.lengths)], rows, groups, legend)
 

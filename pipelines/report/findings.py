@@ -11,6 +11,7 @@ import json
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,7 +189,7 @@ class Findings:
     def last_tokens(self) -> str:
         """Say which tokens the `last_stride` protocol scores."""
         counts = {scores.recipe["last_tokens"] for scores in self.scores_of(PERPLEXITY).values()}
-        return f"last {' or '.join(str(count) for count in sorted(counts))} tokens"
+        return f"last {' or '.join(map(str, sorted(counts)))} tokens"
 
     def where(self) -> str:
         """Say what ratios of speed depend on, as far as it is known: row length and model width."""
@@ -233,8 +234,9 @@ def gather(
     if len({arm.training.rope for arm in finetuned}) > 1:
         for arm in finetuned:
             arm.about += f", from {arm.training.rope.about()}"
+    seeds = Counter(arm.of for arm in arms.values())
     for arm in arms.values():
-        if [other.of for other in arms.values()].count(arm.of) > 1:
+        if seeds[arm.of] > 1:
             arm.about += f", seed {arm.training.seed}"
     variants = {variant.name: variant for variant in _variants(artifacts, arms)}
     for artifact in artifacts.values():
@@ -360,7 +362,10 @@ def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{artifact.manifest['label']}: {path} cannot be read: {error}") from error
-    if missing := [key for key in needed if not isinstance(value, dict) or key not in value]:
+    missing = list(needed)
+    if isinstance(value, dict):
+        missing = [key for key in needed if key not in value]
+    if missing:
         raise ValueError(f"{artifact.manifest['label']}: {path} has no {', '.join(missing)}")
     return value
 
@@ -420,14 +425,21 @@ def about_arm(facts: TrainingSummary) -> str:
             "token": "a sink token",
             "logit": "a learned sink logit a head",
         }
-        about = ("from scratch, " if facts.model else "from the base, ") + sinks[facts.sink]
-        alone = "which alone trains" if facts.train == "sink" else None
-        return ", ".join(filter(None, [about, alone, facts.attention.about()]))
+        parts = ["from the base"]
+        if facts.model:
+            parts = ["from scratch"]
+        parts.append(sinks[facts.sink])
+        if facts.train == "sink":
+            parts.append("which alone trains")
+        parts.append(facts.attention.about())
+        return ", ".join(filter(None, parts))
     arm = facts.arm
     words = {"all": "all weights", "lora": _about_lora(arm), "embed": "embeddings", "norm": "norms"}
-    trained = " + ".join(words[part] for part in arm.tune.split("+"))
+    parts = [" + ".join(words[part] for part in arm.tune.split("+")), arm.attention.about()]
+    if arm.positions:
+        parts.append(arm.positions.about())
+    for stage in arm.curriculum:
+        parts.append(stage.about())
     losses = {"exact": "loss by effective context (EXACT)", "long_ce": "loss by gain from context (LongCE)"}
-    objective = losses.get(arm.objective)
-    positions = arm.positions.about() if arm.positions else None
-    curriculum = [stage.about() for stage in arm.curriculum]
-    return ", ".join(filter(None, [trained, arm.attention.about(), positions, *curriculum, objective]))
+    parts.append(losses.get(arm.objective, ""))
+    return ", ".join(filter(None, parts))
