@@ -111,13 +111,19 @@ def _base(source: str) -> Base:
     kind, name = convert.parse_source(source)
     if kind == "models":
         raise ValueError(f"--base {source}: a registered model is seen when it is fetched: give its folder here")
+    place = source
+    if kind == "folder":
+        place = str(Path(name).expanduser())
     try:
-        whole: Any = convert.config_of(str(Path(name).expanduser()) if kind == "folder" else source)
+        whole: Any = convert.config_of(place)
     except OSError as error:
         raise ValueError(f"--base {source}: its config cannot be read ({str(error).splitlines()[0]})") from error
     config = whole.get_text_config(decoder=True)
-    keys = (*CONFIG_KEYS, "num_key_value_heads", "head_dim", "tie_word_embeddings")
-    sizes = {key: value for key in keys if (value := getattr(config, key, None)) is not None}
+    sizes = {}
+    for key in (*CONFIG_KEYS, "num_key_value_heads", "head_dim", "tie_word_embeddings"):
+        value = getattr(config, key, None)
+        if value is not None:
+            sizes[key] = value
     if sizes.keys() >= {"hidden_size"}:  # GPT-2 and others leave it out: it is four times the width
         sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
     if missing := [key for key in CONFIG_KEYS if not sizes.get(key)]:
@@ -169,7 +175,9 @@ def _fit(
     fits: list[Fit] = []
     refused = f"a row has at least {ROWS[-1]} tokens, and {documents.limit(base.trained)}: give longer documents, or "
     refused += "write a recipe by hand"
-    for seq_len in [length for length in ROWS if length <= longest]:
+    for seq_len in ROWS:
+        if seq_len > longest:
+            continue
         attention: dict[str, Any] = {"pattern": "causal"}
         if seq_len >= S2_TOKENS and base.theta:
             attention = {"pattern": "shifted_sparse", "group_tokens": seq_len // 4, "sink_tokens": 4}

@@ -53,7 +53,7 @@ class Documents:
     @property
     def training_tokens(self) -> int:
         """Return about how many tokens there are to train on, rather too few."""
-        return sum(self._tokens(name) for name in self.training)
+        return sum(map(self._tokens, self.training))
 
     @property
     def most_row_tokens(self) -> int:
@@ -61,13 +61,15 @@ class Documents:
         together."""
         if self.chats:
             return self.training_tokens
-        return max(self._tokens(name) for name in self.training)
+        return max(map(self._tokens, self.training))
 
     @property
     def test_tokens(self) -> int:
         """Return the length of the longest test document; 0 for chats, whose perplexity says
         little."""
-        return 0 if self.chats else max(self._tokens(name) for name in self.test)
+        if self.chats:
+            return 0
+        return max(map(self._tokens, self.test))
 
     def limit(self, trained: int) -> str:
         """Return what keeps rows short, in words: the documents, or the base."""
@@ -117,7 +119,8 @@ def look(places: Sequence[str]) -> Documents:
 
 def _sources(place: str, left_out: list[str]) -> list[SourceRecipe]:
     """Return the sources that one place on the command line stands for."""
-    place = place if "://" in place else os.path.expanduser(place)
+    if "://" not in place:
+        place = os.path.expanduser(place)
     if "://" in place or Path(place).is_file():
         return [_of_files(place)]
     if Path(place).is_dir():
@@ -127,17 +130,25 @@ def _sources(place: str, left_out: list[str]) -> list[SourceRecipe]:
     found = sorted(glob.glob(place, recursive=True))
     if not found:
         raise ValueError(f"--documents {place!r} finds nothing (looked in {Path.cwd()})")
-    files = [path for path in found if Path(path).is_file()]
-    readable = [path for path in files if kind_of(Path(path))[1] in KINDS]
+    readable, others = [], []
+    endings = set()  # of names that can be read, such as .txt.gz
+    for path in found:
+        if not Path(path).is_file():
+            continue
+        stem, kind = kind_of(Path(path))
+        if kind in KINDS:
+            readable.append(path)
+            endings.add(Path(path).name.removeprefix(stem))
+        else:
+            others.append(f"{path}: not of a known kind")
     sources = []
-    if len(readable) == len(files) and files:
+    if readable and not others:
         sources.append(_of_files(place))
     elif readable and Path(place).name == "*":  # one source for each ending that can be read
-        endings = sorted({Path(path).name[len(kind_of(Path(path))[0]) :] for path in readable})
-        sources += [_of_files(f"{place}{ending}") for ending in endings]
+        sources += [_of_files(f"{place}{ending}") for ending in sorted(endings)]
     else:
-        sources += [_of_files(path) for path in readable]
-    left_out += [f"{path}: not of a known kind" for path in files if path not in readable]
+        sources += map(_of_files, readable)
+    left_out += others
     if "**" not in place:  # else what is in folders was found already
         for folder in found:
             if Path(folder).is_dir() and (_code_patterns(Path(folder)) or _kinds(Path(folder), KINDS)):
@@ -152,7 +163,10 @@ def _kinds(folder: Path, kinds: Sequence[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for _, inner, files in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        counts.update(kind for name in files if (kind := kind_of(Path(name))[1]) in kinds and name[0] != ".")
+        for name in files:
+            _, kind = kind_of(Path(name))
+            if kind in kinds and not name.startswith("."):
+                counts[kind] += 1
     return counts
 
 
@@ -200,7 +214,7 @@ def _read(documents: Documents) -> None:
             documents.malformed += 1
             documents.entries += 1
             continue
-        chars = sum(len(block) for block in document.blocks())
+        chars = sum(map(len, document.blocks()))
         documents.chars[document.key] = documents.chars.get(document.key, 0) + chars
         documents.chats += isinstance(document.text, Conversation)
         documents.entries += document.entries
@@ -236,15 +250,19 @@ def _split_repository(source: SourceRecipe) -> tuple[list[SourceRecipe], str]:
     """
     root = Path(source.repositories[0])
     kinds = [pattern.removeprefix("**/*") for pattern in source.patterns]
-    sizes = {folder: _kinds(folder, kinds).total() for folder in sorted(root.iterdir()) if folder.is_dir()}
     total = _kinds(root, kinds).total()
-    fitting = [folder for folder, files in sizes.items() if 0 < files <= total / 2 and folder.name[0] not in "._"]
-    fitting = [folder for folder in fitting if not matches(root.resolve().name, folder.name)]
-    if not fitting:
+    sizes = {}  # of the folders that may be held out
+    for folder in sorted(root.iterdir()):
+        if not folder.is_dir() or folder.name[0] in "._" or matches(root.resolve().name, folder.name):
+            continue
+        files = _kinds(folder, kinds).total()
+        if 0 < files <= total / 2:
+            sizes[folder] = files
+    if not sizes:
         raise ValueError(
             f"--documents {root}: one repository is one document, and it has no folder with at most half of its "
             f"{total} files of code to hold out: give another repository beside it"
         )
-    held = max(fitting, key=lambda folder: sizes[folder])
+    held = max(sizes, key=lambda folder: sizes[folder])
     outer = source.model_copy(update={"patterns": (*source.patterns, f"!{held.name}/**")})
     return [outer, source.model_copy(update={"repositories": (str(held),)})], held.name
