@@ -122,8 +122,13 @@ class Pipeline:
         if base.name == "tokenizer":
             return False
         folder = Path(self.recipe.base.source).expanduser()
-        files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
-        return not folder.is_dir() or any(file.is_file() and "{%" in file.read_text("utf-8") for file in files)
+        if not folder.is_dir():
+            return True
+        for name in ("chat_template.jinja", "tokenizer_config.json"):
+            file = folder / name
+            if file.is_file() and "{%" in file.read_text("utf-8"):
+                return True
+        return False
 
     def converted(self, label: str, base: BaseRecipe) -> Stage:
         """The stage that converts a source; an alias stands for the version that it names now."""
@@ -266,8 +271,7 @@ def _add_pretrained_arms(pipeline: Pipeline) -> None:
 
 def add_variants(pipeline: Pipeline) -> None:
     """Add trained arms under another stretch than their own, which no training follows."""
-    section = pipeline.recipe.finetune
-    finetuned = section.seeded_arms() if section else {}
+    finetuned = pipeline.recipe.finetuned_arms()
     for name, variant in pipeline.recipe.seeded_variants().items():
         arm = pipeline.models[variant.of]
         plain = arm.stage  # pretraining stretches nothing

@@ -75,16 +75,16 @@ class HandOverRecipe(Choices):
 
 def released_arms(recipe: Recipe) -> list[str]:
     """Return the names of the models that are trained, and so released."""
-    arms = [*recipe.finetune.seeded_arms()] if recipe.finetune else []
-    return [*arms, *(recipe.pretrain.arms if recipe.pretrain else ())]
+    return [*recipe.finetuned_arms(), *recipe.pretrained_arms()]
 
 
 def _gguf_problems(recipe: Recipe, types: tuple[GgufType, ...]) -> Iterator[tuple[Location, str]]:
     """Yield why some arm's model cannot become a GGUF file, as far as the recipe alone tells."""
-    for place, rope in (recipe.finetune.ropes() if recipe.finetune else {}).items():
-        if rope.type == "dynamic":
-            message = "'dynamic' is a stretch that GGUF cannot carry: take another, or release safetensors alone"
-            yield ("finetune", *place, "type"), message
+    if recipe.finetune:
+        for place, rope in recipe.finetune.ropes().items():
+            if rope.type == "dynamic":
+                message = "'dynamic' is a stretch that GGUF cannot carry: take another, or release safetensors alone"
+                yield ("finetune", *place, "type"), message
     if recipe.pretrain is None:
         return
     for name, arm in recipe.pretrain.arms.items():
@@ -109,14 +109,14 @@ def check_base(recipe: Recipe) -> None:
     makes_own = recipe.pretrain is not None and recipe.pretrain.model is not None and not recipe.finetune
     if not types or recipe.base.pretrained_arm or makes_own:
         return
-    config, tokenizer = (_file_of(recipe, name) for name in ("config.json", "tokenizer.json"))
+    config, tokenizer = _file_of(recipe, "config.json"), _file_of(recipe, "tokenizer.json")
     if config is None:
         return
     if tokenizer is None:  # transformers makes one when the model is saved
         if _file_of(recipe, "tokenizer.model"):
             raise ValueError(f"release.formats: {recipe.base.source}: {SENTENCEPIECE}")
         return
-    sink = recipe.pretrain is not None and any(arm.sink == "token" for arm in recipe.pretrain.arms.values())
+    sink = any(arm.sink == "token" for arm in recipe.pretrained_arms().values())
     if problem := problem_of(read_object(config), read_object(tokenizer), types, sink):
         raise ValueError(f"release.formats: {recipe.base.source}: {problem}")
 

@@ -11,7 +11,7 @@ editors, and docs/hooks.py makes the reference from them: the text below a field
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,10 @@ from longreach.training.recipe import (
     BaseRecipe,
     CorpusRecipe,
     FinetuneRecipe,
+    PretrainArm,
     PretrainRecipe,
     RopeRecipe,
+    SeededArm,
     VariantRecipe,
 )
 
@@ -43,8 +45,12 @@ class _Evaluations(Choices):
 
     def chosen(self) -> dict[str, EvalChoices]:
         """Return the evaluations that have a section, by name."""
-        sections = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: section for name, section in sections.items() if section is not None}
+        chosen = {}
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if section is not None:
+                chosen[name] = section
+        return chosen
 
 
 if TYPE_CHECKING:
@@ -131,13 +137,29 @@ class Recipe(Choices):
 
     def models(self) -> list[tuple[Location, str]]:
         """Return (section, name) of every model that can be evaluated."""
-        names: dict[Location, Any] = {("baselines",): self.baselines}
-        if self.finetune:
-            names["finetune", "arms"] = self.finetune.seeded_arms()
-        if self.pretrain:
-            names["pretrain", "arms"] = self.pretrain.arms
-        names["variants",] = self.seeded_variants()
-        return [(section, name) for section, models in names.items() for name in models]
+        named: dict[Location, Iterable[str]] = {
+            ("baselines",): self.baselines,
+            ("finetune", "arms"): self.finetuned_arms(),
+            ("pretrain", "arms"): self.pretrained_arms(),
+            ("variants",): self.seeded_variants(),
+        }
+        models = []
+        for section, names in named.items():
+            for name in names:
+                models.append((section, name))
+        return models
+
+    def finetuned_arms(self) -> dict[str, SeededArm]:
+        """Return every training of the section `finetune` by its model's name; none without it."""
+        if self.finetune is None:
+            return {}
+        return self.finetune.seeded_arms()
+
+    def pretrained_arms(self) -> dict[str, PretrainArm]:
+        """Return the arms of the section `pretrain` by name; none without it."""
+        if self.pretrain is None:
+            return {}
+        return self.pretrain.arms
 
     def seeded_variants(self) -> dict[str, VariantRecipe]:
         """Return every variant by its model's name: of an arm with several seeds there is one for
@@ -162,8 +184,11 @@ class Recipe(Choices):
     def _seeds_of(self, arm: str) -> list[str]:
         """Return what the names of an arm's models have behind the arm's: nothing for the first
         seed, then `.s1`."""
-        trainings = self.finetune.seeded_arms() if self.finetune else {}
-        return [model.removeprefix(arm) for model, training in trainings.items() if training.of == arm] or [""]
+        seeds = []
+        for model, training in self.finetuned_arms().items():
+            if training.of == arm:
+                seeds.append(model.removeprefix(arm))
+        return seeds or [""]
 
     def local_paths(self) -> dict[str, str]:
         """Return what may name a file or folder of this machine, by dotted field."""
@@ -213,10 +238,12 @@ class Recipe(Choices):
         arm = self.base.pretrained_arm
         if arm is None:
             return
-        arms = self.pretrain.arms if self.pretrain else {}
+        arms = self.pretrained_arms()
         place = ("base", "source")
         if self.pretrain is None or arm not in arms:
-            hint = nearest(arm, dict.fromkeys(arms), "pretrain has") if arms else ": there is no section pretrain"
+            hint = ": there is no section pretrain"
+            if arms:
+                hint = nearest(arm, arms, "pretrain has")
             yield place, f"no arm {arm!r}{hint}"
         elif self.pretrain.model is None or self.pretrain.vocab_size is None:
             message = "is made from the base itself: give pretrain a model and a vocab_size of its own"
@@ -247,8 +274,8 @@ class Recipe(Choices):
                     yield ("finetune", *place, "type"), message
 
     def _variant_problems(self) -> Iterator[tuple[Location, str]]:
-        finetuned = self.finetune.seeded_arms() if self.finetune else {}
-        arms = [*finetuned, *(self.pretrain.arms if self.pretrain else ())]
+        finetuned = self.finetuned_arms()
+        arms = [*finetuned, *self.pretrained_arms()]
         for name, variant in self.variants.items():
             place = ("variants", name)
             taken = [f"{name}.s{one.seed}" for one in finetuned.values() if one.of == variant.of]

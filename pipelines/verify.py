@@ -30,9 +30,10 @@ def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple
         return
     recipe = load(target, overrides).recipe
     patterns = {}
-    for name, arm in (recipe.finetune.every_arm() if recipe.finetune else {}).items():
-        patterns[name] = arm.attention.own_pattern()
-    for name, pretrained in (recipe.pretrain.arms if recipe.pretrain else {}).items():
+    if recipe.finetune:
+        for name, arm in recipe.finetune.every_arm().items():
+            patterns[name] = arm.attention.own_pattern()
+    for name, pretrained in recipe.pretrained_arms().items():
         if pretrained.attention.pattern != "causal":
             patterns[name] = pretrained.attention.own_pattern()
     for name, pattern in patterns.items():
