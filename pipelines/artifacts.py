@@ -104,7 +104,9 @@ class Decision(Artifact):
     @property
     def verdict(self) -> str:
         """Whether the challenger passed, and else why not: the tag `gate` in MLflow."""
-        return f"refused: {'; '.join(self.refusals)}" if self.refusals else "passed"
+        if not self.refusals:
+            return "passed"
+        return f"refused: {'; '.join(self.refusals)}"
 
     @property
     def in_words(self) -> str:

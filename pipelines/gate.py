@@ -127,8 +127,7 @@ class PromoteRecipe(Choices):
         models = self._measured(recipe, "gain_over_stretches")
         if self.gain_over_stretches is None or self.model not in models:
             return []
-        stretched = [name for name, rope in recipe.baselines.items() if rope.type != "none"]
-        return [name for name in stretched if name in models]
+        return [name for name, rope in recipe.baselines.items() if rope.type != "none" and name in models]
 
     def _gain_rules(self, recipe: Recipe) -> list[str]:
         """Return those of the two rules about gains that are rules of this recipe."""
@@ -142,7 +141,9 @@ class PromoteRecipe(Choices):
     def _measured(self, recipe: Recipe, rule: str) -> list[str]:
         """Return the models of which a recipe measures what a rule is about."""
         section = recipe.evaluate.chosen().get(MEASURED_BY[rule])
-        return recipe.measured_by(section) if section else []
+        if section is None:
+            return []
+        return recipe.measured_by(section)
 
     def _unmeasured(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
         """Yield the rules for which the recipe does not measure what they compare."""
@@ -293,15 +294,25 @@ def promote(
         ValueError: the rules do not fit what was measured, or the registry cannot be asked.
         AliasMoved: another model became champion in the meantime.
     """
-    rows = {name: _rows(artifact) for name, artifact in inputs.items() if name != "base"}
-    context = inputs["base"].summary["context_length"] if "base" in inputs else 0
+    rows, context = {}, 0
+    for name, artifact in inputs.items():
+        if name == "base":
+            context = artifact.summary["context_length"]
+        else:
+            rows[name] = _rows(artifact)
     findings = decide(recipe.rules, recipe.lengths, context, **rows)
     if taken_back := registry.rolled_back(recipe.rules.name, model.fingerprint):
         advice = f"none that people took back (its tag {registry.ROLLED_BACK})"
         findings.append(Finding("rollback", f"it is version {taken_back}", advice, False))
-    refusals = [f"{f.rule}: {f.measured}, asked for {f.asked}" for f in findings if not f.kept]
+    refusals = []
+    for finding in findings:
+        if not finding.kept:
+            refusals.append(f"{finding.rule}: {finding.measured}, asked for {finding.asked}")
     decision = {"passed": not refusals, "refusals": refusals, "name": recipe.rules.name, "champion": recipe.champion}
-    if not refusals:
+    if refusals:
+        verdict = f"refused: {'; '.join(refusals)}"
+    else:
+        verdict = "passed"
         decision["version"] = _move(recipe, model, run)
     record = {**decision, "findings": [asdict(finding) for finding in findings]}
     (out / "gate.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -309,7 +320,7 @@ def promote(
     tags = model.tags  # a refused model is listed too, but its files stay in the store
     run.spool.model(recipe.rules.name, tags[registry.MODEL], model.metrics, tags=tags)
     run.spool.artifact(out / "gate.md")
-    run.spool.tag("gate", "refused: " + "; ".join(refusals) if refusals else "passed")
+    run.spool.tag("gate", verdict)
     return decision
 
 
@@ -365,7 +376,8 @@ def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
                 place, asked = f"passkey at {row['length']:,} tokens", f"at least {rules.passkey:g}"
                 findings.append(Finding(place, measured, asked, row["accuracy"] >= rules.passkey))
     if rules.effective_length is not None:
-        reached = effective_length(totals, PASSKEY_BAR if rules.passkey is None else rules.passkey)
+        bar = PASSKEY_BAR if rules.passkey is None else rules.passkey
+        reached = effective_length(totals, bar)
         asked, kept = f"at least {rules.effective_length:,}", reached >= rules.effective_length
         findings.append(Finding("effective_length", f"{reached:,}", asked, kept))
     return findings

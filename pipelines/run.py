@@ -158,7 +158,8 @@ def run(
     """
     began = time.monotonic()
     with use_tracking(loaded) as uri:
-        check_rules(loaded.recipe, cluster=f"the cluster at {address}" if address else "")
+        cluster = f"the cluster at {address}" if address else ""
+        check_rules(loaded.recipe, cluster=cluster)
         _check_tracking(loaded, uri, display)
         store, stages = open_store(loaded), build(loaded.recipe)
         _check_forced(force, stages)
@@ -189,7 +190,9 @@ def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
 
 
 def _check_forced(force: tuple[str, ...], stages: list[Stage]) -> None:
-    names = {stage.name for stage in stages} | {stage.label for stage in stages}
+    names: set[str] = set()
+    for stage in stages:
+        names |= {stage.name, stage.label}
     if unknown := sorted(set(force) - names):
         raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {', '.join(sorted(names))}")
 
@@ -247,7 +250,9 @@ def _run_missing(run: _Run) -> None:
     well."""
     recipe = run.loaded.recipe
     pipeline = _open_pipeline(run)
-    mirror = start_mirror(run.spool_folder, os.environ[TRACKING]) if recipe.tracking.enabled else None
+    mirror = None
+    if recipe.tracking.enabled:
+        mirror = start_mirror(run.spool_folder, os.environ[TRACKING])
     status = "KILLED"
     try:
         with _shown_events(run):
@@ -264,14 +269,14 @@ def _run_missing(run: _Run) -> None:
             for path in sorted(page.iterdir()):
                 pipeline.artifact(path, "report")
         for stage in run.stages:
-            released = run.store.find(stage.name, stage.fingerprint) if stage.kind.makes is Release else None
-            if released:
+            if stage.kind.makes is Release and (released := run.store.find(stage.name, stage.fingerprint)):
                 pipeline.output(released.summary["tags"][MODEL])
         status = "FAILED" if run.outcome.failed else "FINISHED"
     finally:
         pipeline.end(status)
         if mirror:
-            run.outcome.unsent_points = stop_mirror(mirror, at_most_s=5 if status == "KILLED" else math.inf)
+            at_most_s = 5 if status == "KILLED" else math.inf
+            run.outcome.unsent_points = stop_mirror(mirror, at_most_s=at_most_s)
 
 
 def _open_pipeline(run: _Run) -> Spool:
@@ -308,15 +313,17 @@ def _description(run: _Run, report: Report) -> str:
     for label, reason in run.outcome.failed.items():
         parts.append(f"**Failed:** {label}: {reason}")
     parts.append(f"Report: `report/report.html` under Artifacts. Made by `{run.loaded.command}`.")
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _run_on_ray(run: _Run) -> None:
     """Connect to Ray, run what is missing, and report on what was done even if something failed."""
     from longreach.infra.cluster import connected
 
-    on_gpus = run.loaded.recipe.resources.gpus_per_worker > 0  # not tried there: CUDA and forks are a matter of care
-    with connected(run.address, workers_import=() if on_gpus else WORKERS_IMPORT) as ray:
+    workers_import: tuple[str, ...] = WORKERS_IMPORT
+    if run.loaded.recipe.resources.gpus_per_worker > 0:  # not tried there: CUDA and forks are a matter of care
+        workers_import = ()
+    with connected(run.address, workers_import=workers_import) as ray:
         run.stopping.listen()  # Ray has set a handler of its own
         environment = {TRACKING: os.environ[TRACKING]}
         # Ray Train's helpers look for the cluster, and find two where another one runs on this
@@ -383,8 +390,10 @@ class _Driver:
     def _order(self) -> TopologicalSorter[str]:
         order: TopologicalSorter[str] = TopologicalSorter()
         for stage in self.missing.values():
-            before = [other.label for other in (*stage.inputs.values(), *stage.after)]
-            order.add(stage.label, *(label for label in before if label in self.missing))
+            order.add(stage.label)
+            for other in (*stage.inputs.values(), *stage.after):
+                if other.label in self.missing:
+                    order.add(stage.label, other.label)
         order.prepare()
         return order
 
@@ -509,7 +518,9 @@ def _reason(error: Exception) -> str:
             "(longreach plan says what each training needs)"
         )
     cause = getattr(error, "cause", None) or error
-    return str(cause) if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, ValueError):
+        return str(cause)
+    return f"{type(cause).__name__}: {cause}"
 
 
 @contextmanager
