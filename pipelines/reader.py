@@ -45,14 +45,14 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.place, dotted(self.location), self.message) if part)
+        return ": ".join(filter(None, (self.place, dotted(self.location), self.message)))
 
 
 class RecipeError(ValueError):
     """All mistakes of a recipe, one line each."""
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__("\n".join(map(str, problems)))
         self.problems = problems
 
     def render(self) -> str:
@@ -122,7 +122,8 @@ def standalone(
         reader.put(("corpus",), {"sources": [{"files": documents}], "test": ["*"]})
         words += ["--documents", documents]
     reader.put(("evaluate",), {})
-    for name in evals or [name for name in EVALS if written.get(name) is not None]:
+    asked = evals or [name for name in EVALS if written.get(name) is not None]
+    for name in asked:
         section = {**(written.get(name) or {}), "models": None}
         if documents:  # those that the suite names are replaced
             for field in EVALS[name].Choices.document_fields():
@@ -272,10 +273,12 @@ class _Reader:
             loader = _Yaml12(text)
             node = loader.get_single_node()
             self.places[location] = _place(label, 0)
-            return None if node is None else self._plain(loader, node, location, label, ())
+            if node is None:
+                return None
+            return self._plain(loader, node, location, label, ())
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line if error.problem_mark else 0
-            message = ", ".join(part for part in (error.problem, error.context) if part)
+            message = ", ".join(filter(None, (error.problem, error.context)))
             problem = Problem(_place(label, line), location, f"broken YAML: {message}")
             raise RecipeError(problem) from None
         except yaml.YAMLError as error:
@@ -369,7 +372,9 @@ def _describe(value: Any) -> str:
         return f"a mapping ({', '.join(map(str, value)) or 'empty'})"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    return f"text {value!r}" if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return f"text {value!r}"
+    return json.dumps(value)
 
 
 def _nearest_field(location: Location, data: Any) -> str:
@@ -390,14 +395,22 @@ def _paths_by_name(section: type[BaseModel], prefix: str = "") -> dict[str, list
     for name, field in section.model_fields.items():
         paths.setdefault(name, []).append(prefix + name)
         inner, step = _without_none(field.annotation), ""
-        if typing.get_origin(inner) in (tuple, dict):
-            step = "0." if typing.get_origin(inner) is tuple else "NAME."
+        if typing.get_origin(inner) is tuple:
+            step = "0."
+        elif typing.get_origin(inner) is dict:
+            step = "NAME."
+        if step:
             inner = _inside(inner, step)
-        for model in AttentionRecipe.sections() if inner is AttentionRecipe else [inner]:
+        models = [inner]
+        if inner is AttentionRecipe:
+            models = AttentionRecipe.sections()
+        for model in models:
             if isinstance(model, type) and issubclass(model, BaseModel):
                 for key, deeper in _paths_by_name(model, f"{prefix}{name}.{step}").items():
                     known = paths.setdefault(key, [])
-                    known.extend(path for path in deeper if path not in known)
+                    for path in deeper:
+                        if path not in known:
+                            known.append(path)
     return paths
 
 

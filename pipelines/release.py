@@ -206,14 +206,16 @@ class Card:
     def _rows(self, evaluation: str, kind: str) -> list[dict[str, Any]]:
         if evaluation not in self.own:
             return []
-        return [row for row in self.own[evaluation].rows if row["kind"] == kind]
+        return self.own[evaluation].rows_with(kind=kind)
 
     def measures(self) -> Iterator[tuple[str, float, float | None]]:
         """Yield (measure, the model's value, the base's value or None) of all summaries."""
         for evaluation, scores in self.own.items():
-            base = self.of_base.get(evaluation)
+            of_base: dict[str, float] = {}
+            if evaluation in self.of_base:
+                of_base = self.of_base[evaluation].summary
             for measure, value in scores.summary.items():
-                yield measure, value, base.summary.get(measure) if base else None
+                yield measure, value, of_base.get(measure)
 
     def metadata(self) -> str:
         """Return the card's head in YAML, as the Hugging Face Hub reads it."""
@@ -226,10 +228,12 @@ class Card:
         if "+" in self.training.arm.tune:
             tags.append("longlora")
         source = self.origin.get("source", "")
-        on_hub = source.startswith("hub:") and not self.scratch
+        base_model = None
+        if source.startswith("hub:") and not self.scratch:
+            base_model = source.removeprefix("hub:")
         data = ModelCardData(
             **licence,
-            base_model=source.removeprefix("hub:") if on_hub else None,
+            base_model=base_model,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=tags,
@@ -256,7 +260,9 @@ class Card:
             if evaluation == HARNESS:
                 for row in scores.rows_with(kind="task"):
                     task = row["task"]
-                    title = f"LongBench {DATASETS[task].name}" if task in DATASETS else task
+                    title = task
+                    if task in DATASETS:
+                        title = f"LongBench {DATASETS[task].name}"
                     asked, there = row.get("documents"), row.get("documents_in_all")
                     if asked and there and asked < there:
                         title += f" (the first {asked:,} of {there:,})"
