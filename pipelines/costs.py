@@ -84,7 +84,9 @@ class CostsRecipe(CostsChoices):
                 recipe.resources.check_row(length)
             except ValueError as error:
                 yield ("costs", "lengths"), str(error)
-            for name in [name for name in self.arms or arms if name in arms]:
+            for name in self.arms or arms:
+                if name not in arms:
+                    continue
                 try:
                     at_length(arms[name], finetune.pack.seq_len, length)
                     if trained:
@@ -151,7 +153,8 @@ class CostsStageRecipe(CostsChoices):
         cells = []
         for length in self.lengths:
             for turn in range(self.rounds):
-                cells += [{"length": length, "round": turn, "arm": arm} for arm in self.arms]
+                for arm in self.arms:
+                    cells.append({"length": length, "round": turn, "arm": arm})
         return cells
 
 
@@ -194,8 +197,9 @@ def _trained_length(recipe: Recipe) -> int | None:
     arm = recipe.base.pretrained_arm
     if arm is None:
         return known_config(recipe.base.source).get("max_position_embeddings")
-    fresh = recipe.pretrain.model if recipe.pretrain else None
-    return fresh.context_length if fresh else None
+    if recipe.pretrain is None or recipe.pretrain.model is None:
+        return None
+    return recipe.pretrain.model.context_length
 
 
 @stage(makes=Costs, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)

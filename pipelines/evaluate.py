@@ -217,17 +217,24 @@ def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources
     longest = recipe.choices.longest_input()
     if not longest:
         return
+    dtype, loaded_bytes = "fp32", 4
+    if resources.dtype == "bfloat16":
+        dtype, loaded_bytes = "bf16", 2
     try:
-        dtype = "bf16" if resources.dtype == "bfloat16" else "fp32"
         cache = KVBudget.of(config).bytes(1, longest, dtype)
     except ValueError:  # it keeps something else than keys and values, which is smaller
         cache = 0
     hidden = 2 * longest * (config.hidden_size + getattr(config, "intermediate_size", config.hidden_size)) * 4
-    half = ("torch.bfloat16", "torch.float16")
-    grown = (2 if resources.dtype == "bfloat16" else 4) / (2 if str(config.dtype) in half else 4)
-    weights = int(grown * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
-    free = torch.cuda.mem_get_info()[0] if resources.gpus_per_worker else psutil.virtual_memory().available
-    if (need := (cache + hidden + weights) * (1 if resources.gpus_per_worker else resources.eval_workers)) > free:
+    stored_bytes = 4
+    if str(config.dtype) in ("torch.bfloat16", "torch.float16"):
+        stored_bytes = 2
+    weights = int(loaded_bytes / stored_bytes * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    if resources.gpus_per_worker:  # each task has a GPU of its own
+        free, at_once = torch.cuda.mem_get_info()[0], 1
+    else:
+        free, at_once = psutil.virtual_memory().available, resources.eval_workers
+    need = (cache + hidden + weights) * at_once
+    if need > free:
         raise ValueError(
             f"{recipe.eval} at {longest:,} tokens needs about {readable(need)} for weights, keys and values "
             f"({resources.eval_workers} at once), {readable(free)} is free: lower the length or resources.eval_workers"

@@ -224,8 +224,9 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
         facts = _facts(store, base)
     if not isinstance(stage.recipe, PretrainStageRecipe) or stage.recipe.model is None:
         shape = _sizes(facts)
-        counted = shape is not None and shape.counts(facts.get("parameters", shape.parameters))
-        return shape if counted else None
+        if shape is None or not shape.counts(facts.get("parameters", shape.parameters)):
+            return None
+        return shape
     if not facts.get("vocab"):
         return None
     fresh = stage.recipe.model
@@ -290,7 +291,10 @@ def measured(store: Store, resources: Resources) -> Speed | None:
             if summary.predicted and summary.predicted.step_s:
                 speed = replace(speed, slower=summary.step_s_median / summary.predicted.step_s)
             speeds.append((manifest["published_at"], speed))
-    return max(speeds, key=lambda one: one[0])[1] if speeds else None
+    if not speeds:
+        return None
+    _, newest = max(speeds, key=lambda one: one[0])
+    return newest
 
 
 def tried(store: Store, shape: Shape, resources: Resources) -> Speed | None:
