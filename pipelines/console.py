@@ -260,12 +260,14 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
         styles={"done": "green", "stale": "yellow", "run": "bold"},
     )
     done = sum(row.state == "done" for row in rows)
+    foreseen = []
     for row in rows:
         if row.foreseen and row.state != "done":
             print(f"{row.stage}: {row.foreseen.sentence}")
+            foreseen.append(row.foreseen)
     print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run", flush=True)
     if here:
-        check_fits(row.foreseen for row in rows if row.foreseen and row.state != "done")
+        check_fits(foreseen)
     return rows
 
 
