@@ -27,6 +27,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -77,7 +78,8 @@ def form_of(columns: Collection[str], source: SourceRecipe, where: str) -> str:
     """
     if source.format != "auto":
         return source.format
-    fits = [name for name, form in FORMS.items() if all(column in columns for column in form.needed)]
+    available = set(columns)
+    fits = [name for name, form in FORMS.items() if available.issuperset(form.needed)]
     if not fits:
         return TEXT
     if source.text_field in columns:
@@ -98,8 +100,8 @@ def conversation_of(record: Mapping[str, Any], form: str) -> Conversation | Malf
             message["content"].encode("utf-8")  # JSON can spell half a surrogate pair: no text
     except ValueError as error:
         return Malformed(str(error))
-    answers = [m for m in conversation.messages[conversation.given :] if m["role"] == "assistant"]
-    if not answers:
+    roles = map(itemgetter("role"), conversation.messages[conversation.given :])
+    if "assistant" not in roles:
         return Malformed("a chat without an answer of the assistant: nothing to learn from")
     return conversation
 
@@ -153,9 +155,12 @@ def _listed(messages: Any, column: str) -> tuple[Message, ...]:
             raise ValueError(f"message {number} of {column} has no role")
         content = message.get("content")
         if isinstance(content, Sequence) and not isinstance(content, str):
-            if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-                raise ValueError(f"message {number} of {column} has contents that are no text")
-            content = "".join(part["text"] for part in content)
+            texts = []
+            for part in content:
+                if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                    raise ValueError(f"message {number} of {column} has contents that are no text")
+                texts.append(part["text"])
+            content = "".join(texts)
         if not isinstance(content, str) and not message.get("tool_calls"):
             raise ValueError(f"message {number} of {column} has a content of {type(content).__name__}, not a text")
         kept = {key: value for key, value in message.items() if value is not None}
@@ -230,9 +235,12 @@ class Chats:
             ValueError: the template refuses the chat, or does not show where answers stand.
         """
         if not parse:
-            messages = tuple({key: self._apart(value) for key, value in one.items()} for one in conversation.messages)
+            messages = tuple(self._apart(conversation.messages))
             conversation = Conversation(messages, self._apart(conversation.tools), conversation.given)
-        text, answers = (self._by_marks if self.marked else self._by_prefixes)(conversation)
+        if self.marked:
+            text, answers = self._by_marks(conversation)
+        else:
+            text, answers = self._by_prefixes(conversation)
         ids, start_N, end_N = self._tokens(text)
         predicted = np.zeros(len(ids), bool)
         for begin, end in answers:
@@ -244,8 +252,7 @@ class Chats:
         if most is None or len(ids) <= most:
             return Encoded(ids, ~predicted, 0)
         ends = 1 + np.flatnonzero(predicted & ~np.append(predicted[1:], False))
-        fits = ends[ends <= most]
-        kept = int(fits[-1]) if len(fits) else 0
+        kept = int(ends[ends <= most].max(initial=0))
         return Encoded(ids[:kept], ~predicted[:kept], len(ids) - kept)
 
     def _apart(self, value: Any) -> Any:
