@@ -157,6 +157,7 @@ def sweep(
     """Yield every method on every number of GPUs, for steps of `rows` rows."""
     for name, arm in arms(row).items():
         points = []
+        least = math.inf  # GPU-seconds of a step: the fewest of all numbers of GPUs are 100% efficient
         for gpus in counts:
             settings = []
             shares = _ranks_per_row(shape, row, rows, gpus)
@@ -168,8 +169,8 @@ def sweep(
             ranks_shown = best.ranks if best else max(shares, default=0)
             ways = {one.way: one for one in settings if one.ranks == ranks_shown}
             points.append(Point(name, gpus, ways, best))
-        # GPU-seconds of a step: the fewest of all numbers of GPUs are 100% efficient.
-        least = min((point.best.step_s * point.gpus for point in points if point.best), default=math.nan)
+            if best:
+                least = min(least, best.step_s * gpus)
         for point in points:
             if point.best:
                 point = replace(point, efficiency=least / (point.best.step_s * point.gpus))
@@ -219,13 +220,17 @@ def tables(points: list[Point], gpu: Gpu) -> Iterator[tuple[list[str], list[list
     costs, communication = [], []
     for point in points:
         start = [point.arm, f"{point.gpus:,}", "-"]
-        memory = ["-"] * len(WAYS)
-        seconds = ["-"] * len(WAYS)
-        if point.ways:
-            start[2] = str(next(iter(point.ways.values())).ranks)
-            memory = [f"{one.gib:.1f}" if one.gib <= room else f"{one.gib:.1f} !" for one in point.ways.values()]
-            on_wire = [one.cost.seconds for one in point.ways.values()]
-            seconds = [f"{wire.get('exchange', 0) + wire.get('host', 0):.3g}" for wire in on_wire]
+        memory, seconds = [], []
+        for one in point.ways.values():
+            start[2] = str(one.ranks)  # the same for all ways
+            gib = f"{one.gib:.1f}"
+            if one.gib > room:
+                gib += " !"
+            memory.append(gib)
+            wire = one.cost.seconds
+            seconds.append(f"{wire.get('exchange', 0) + wire.get('host', 0):.3g}")
+        if not point.ways:
+            memory = seconds = ["-"] * len(WAYS)
         speed = ["none", "-", "-"]
         if point.best:
             speed = [f"ZeRO {point.best.way}", f"{point.best.step_s:.3g}", f"{point.efficiency:.0%}"]
