@@ -247,13 +247,11 @@ class CorpusIndex:
             )
         check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
 
-    def extents(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return starts in the scratch file and lengths with EOS, [D] each, of a split (None:
-        all)."""
+    def extents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return starts in the scratch file and lengths with EOS, [D] each."""
         lengths = np.array(self.lengths, np.int64)
         starts = 1 + np.cumsum(lengths + 1) - (lengths + 1)
-        chosen = np.array([split in (None, s) for s in self.splits])
-        return starts[chosen], (lengths + np.array(self.closed))[chosen]
+        return starts, lengths + np.array(self.closed)
 
     @functools.cached_property
     def copies(self) -> np.ndarray:
@@ -313,14 +311,14 @@ class CorpusIndex:
 
     def report(self, capacity: int) -> dict[str, Any]:
         """Return PackSummary's fields on the documents: splits, lengths, malformed entries."""
-        bits = range(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)
-        histogram: list[dict[str, int]] = [{"up_to": 1 << n} for n in bits]
+        ends = 1 << np.arange(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)
+        histogram: list[dict[str, int]] = [{"up_to": end} for end in ends.tolist()]
         tokens = {}
         for split in SPLITS:
             lengths = np.array([n for n, s in zip(self.lengths, self.splits, strict=True) if s == split], np.int64)
             tokens[split] = int(lengths.sum())
-            place = np.searchsorted([one["up_to"] for one in histogram], lengths)
-            for one, count in zip(histogram, np.bincount(place, minlength=len(bits)), strict=True):
+            place = np.searchsorted(ends, lengths)
+            for one, count in zip(histogram, np.bincount(place, minlength=len(ends)), strict=True):
                 one[split] = int(count)
         return {
             "document_tokens": tokens,
@@ -492,19 +490,19 @@ def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overl
 
     held_out = [n for n, split in enumerate(index.splits) if split != "train"]
     found = find_overlaps(words_of, held_out, np.flatnonzero(index.copies).tolist(), workers)
-    overlaps = [
-        Overlap(
+    limit = index.corpus.max_overlap
+    assert limit is not None
+    overlaps, over = [], 0
+    for one in found:
+        overlap = Overlap(
             document=index.names[one.document],
             split=index.splits[one.document],
             share=one.share,
             nearest=index.names[one.nearest],
             nearest_share=one.nearest_share,
         )
-        for one in found
-    ]
-    limit = index.corpus.max_overlap
-    assert limit is not None
-    over = sum(one.share > limit for one in overlaps)
+        overlaps.append(overlap)
+        over += overlap.share > limit
     if over:
         worst = overlaps[0]
         more = f" {over} held-out documents are over it." if over > 1 else ""
@@ -546,7 +544,9 @@ def _write_rows(folder: Path, rows: Rows, scratch: Scratch, chats: bool) -> np.n
 
     shards = [batches(start, min(start + in_shard, rows.count)) for start in range(0, rows.count, in_shard)]
     _write_dataset(folder, schema, shards)
-    return contexts_C if chats else context_counts(rows.run_lengths(), rows.seq_len)
+    if chats:
+        return contexts_C
+    return context_counts(rows.run_lengths(), rows.seq_len)
 
 
 def _write_documents(folder: Path, index: CorpusIndex, scratch: Scratch) -> None:
@@ -613,7 +613,9 @@ class PackedRows:
             blocks += pa.ipc.open_stream(file).read_all().to_batches()
         self._ends = np.cumsum([len(block) for block in blocks])
         names = blocks[0].schema.names if blocks else ROW.names
-        self._columns = {name: [_view(block[name]) for block in blocks] for name in names}
+        self._columns = {}
+        for name in names:
+            self._columns[name] = [_view(block[name]) for block in blocks]
         if len(self) != self.summary.rows:
             raise ValueError(f"{folder}: packed.json counts {self.summary.rows} rows, rows/ holds {len(self)}")
 
