@@ -230,7 +230,7 @@ def kept_files(folder: Path) -> list[Path]:
                 raise ValueError(f"{folder} is a peft adapter without {file.name}: save it again with save_pretrained")
             _check_link(file)
         for path in sorted(folder.iterdir()):
-            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in TOKENS):
+            if path.is_file() and _fits(path, TOKENS):
                 _check_link(path)
                 files.append(path)
         return files
@@ -239,9 +239,9 @@ def kept_files(folder: Path) -> list[Path]:
     _check_quantised(folder)
     files, pickled = [], []
     for path in sorted(folder.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in PICKLED):
+        if _fits(path, PICKLED):
             pickled.append(path.name)
-        elif path.is_file() and any(fnmatch(path.name, pattern) for pattern in KEPT):
+        elif path.is_file() and _fits(path, KEPT):
             _check_link(path)
             files.append(path)
     shards = {path.name for path in files if path.suffix == ".safetensors"}
@@ -255,6 +255,10 @@ def kept_files(folder: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of the shards in {index.name}: {', '.join(missing[:3])}")
     return files
+
+
+def _fits(file: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(file.name, pattern) for pattern in patterns)
 
 
 def shards_of(index: Path) -> set[str]:
@@ -274,7 +278,7 @@ def _check_link(file: Path) -> None:
     allowed = [folder]
     if folder.parent.name == "snapshots":
         allowed.append(folder.parent.parent / "blobs")
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not any(map(target.is_relative_to, allowed)):
         raise ValueError(f"{file} is a link to {target}, outside of the model's folder: put the file itself there")
 
 
@@ -360,7 +364,9 @@ def _fetched(kind: str, name: str, revision: str | None) -> Path:
     elsewhere."""
     if kind == "hub":
         return _from_hub(name, revision)
-    return _registered(name) if kind == "models" else Path(name)
+    if kind == "models":
+        return _registered(name)
+    return Path(name)
 
 
 def _registered(name: str) -> Path:
@@ -370,14 +376,14 @@ def _registered(name: str) -> Path:
 
     version = version_of(name)
     local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
-    folders = [path.parent for path in sorted(local.rglob("adapter_config.json"))]
-    folders += [path.parent for path in sorted(local.rglob("config.json"))]
-    if not folders:
+    configs = [*sorted(local.rglob("adapter_config.json")), *sorted(local.rglob("config.json"))]
+    if not configs:
         raise ValueError(f"models:/{name} holds no config.json, nor adapter_config.json: it is no Hugging Face model")
+    folder = configs[0].parent
     for path in local.rglob("tokenizer*"):  # kept beside the weights by some
-        if path.is_file() and not (folders[0] / path.name).exists():
-            shutil.copy(path, folders[0])
-    return folders[0]
+        if path.is_file() and not (folder / path.name).exists():
+            shutil.copy(path, folder)
+    return folder
 
 
 def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
