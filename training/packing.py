@@ -75,10 +75,13 @@ def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
                 used = list(range(rows, rows + needed))
                 rows += needed
             placed = min(len(items), len(used) * each)
-            missing = len(used) * each - placed  # in the last of them only
+            missing = len(used) * each - placed
             row_of[items[:placed]] = np.repeat(used, each)[:placed]
-            put_back(room - each * length, used[:-1] if missing else used)
-            put_back(room - (each - missing) * length, used[-1:] if missing else [])
+            if missing:  # in the last of them only
+                put_back(room - each * length, used[:-1])
+                put_back(room - (each - missing) * length, used[-1:])
+            else:
+                put_back(room - each * length, used)
             items = items[placed:]
     return row_of
 

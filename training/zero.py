@@ -88,11 +88,10 @@ def start_engine(
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient: the arm would train nothing")
-    scales = [rate_scales.get(p, 1.0) for p in trained]
-    groups = [
-        {"params": [p for p, s in zip(trained, scales, strict=True) if s == scale], "rate_scale": scale}
-        for scale in sorted(set(scales))
-    ]
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for p in trained:
+        by_scale.setdefault(rate_scales.get(p, 1.0), []).append(p)
+    groups = [{"params": by_scale[scale], "rate_scale": scale} for scale in sorted(by_scale)]
     optimizer = torch.optim.AdamW(
         groups, lr=learning_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
