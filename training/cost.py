@@ -469,7 +469,8 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
     about["precision"] = torch.get_float32_matmul_precision()
     known: list[Any] = [None]
     if dist.get_rank() == 0:
-        for path in [folder / "machine.json" for folder in reversed(folders)]:
+        for folder in reversed(folders):
+            path = folder / "machine.json"
             if path.is_file() and (kept := json.loads(path.read_text()))["about"] == about:
                 known = [kept["machine"]]
     dist.broadcast_object_list(known)
@@ -579,7 +580,7 @@ def _elementwise_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) 
             results += [norm(x_1TE), x_1TE + x_1TE, norm(x_1TE), x_1TE + x_1TE]
             results += [rotated(q_1HTD), rotated(k_1HTD)]
             results.append(silu(gate_1TI) * gate_1TI)
-        torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+        torch.autograd.backward(results, list(map(torch.ones_like, results)))
 
     # what the matrices and the attention kernel return is no elementwise result
     returned = outputs(shape, ArmRecipe(tune="all")) - 3 * shape.q_width - 2 * shape.kv_width - 2 * shape.intermediate

@@ -159,7 +159,9 @@ def _sketches(sets: Iterable[np.ndarray]) -> Iterator[MinHash]:
 
 def _add(to: Repeated, found: Repeated) -> None:
     for number, mask in found.items():
-        to[number] = to[number] | mask if number in to else mask
+        if number in to:
+            mask = to[number] | mask
+        to[number] = mask
 
 
 Batch = list[tuple[int, np.ndarray]]

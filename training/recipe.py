@@ -243,7 +243,7 @@ class SourceRecipe(Choices):
             raise ValueError(
                 f"encoding {self.encoding!r} is none that Python knows: name one, such as cp1252"
             ) from None
-        if not any(not pattern.startswith("!") for pattern in self.patterns):
+        if all(pattern.startswith("!") for pattern in self.patterns):
             raise ValueError(f"patterns {list(self.patterns)} choose no file: begin with e.g. '**/*.py'")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
@@ -604,8 +604,10 @@ class FinetuneRecipe(OptimRecipe):
         for turn in range(max(map(len, seeds.values()))):
             for name, arm in arms.items():
                 if turn < len(seeds[name]):
-                    seed = seeds[name][turn]
-                    trainings[f"{name}.s{seed}" if turn else name] = SeededArm(name, arm, seed)
+                    seed, training = seeds[name][turn], name
+                    if turn:
+                        training = f"{name}.s{seed}"
+                    trainings[training] = SeededArm(name, arm, seed)
         return trainings
 
     def rope_of(self, arm: ArmRecipe) -> RopeRecipe:

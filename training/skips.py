@@ -37,7 +37,8 @@ class Skips:
             return self.bad[step]
         if not math.isfinite(loss):
             return f"its loss is {loss}"
-        recent = [self.losses[s] for s in sorted(s for s in self.losses if s < step)[-RECENT:]]
+        earlier = sorted(s for s in self.losses if s < step)
+        recent = [self.losses[s] for s in earlier[-RECENT:]]
         if len(recent) < ENOUGH:
             return ""
         usual = median(recent)

@@ -200,10 +200,13 @@ def encode_all(batches: Iterable[Batch], workers: int = 0) -> Iterator[Tokens]:
     threads = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
 
-        def encode(batch: Batch) -> Future[Tokens]:
-            return pool.submit(lambda: batch if isinstance(batch, Tokens) else batch[0].encode(batch[1]))
+        def encode(batch: Batch) -> Tokens:
+            if isinstance(batch, Tokens):
+                return batch
+            encoder, texts = batch
+            return encoder.encode(texts)
 
-        yield from in_order(encode, Future.result, batches, 2 * threads)
+        yield from in_order(lambda batch: pool.submit(encode, batch), Future.result, batches, 2 * threads)
 
 
 def in_order(submit: Callable, result: Callable, items: Iterable, ahead: int) -> Iterator:
