@@ -68,9 +68,11 @@ class Schedule:
         times: Iterator[datetime]
         if target == "systemd":  # the wall clock: what does not exist is left out, of two the first
             walls = (wall.replace(tzinfo=zone) for wall in CronSim(self.cron, start.replace(tzinfo=None)))
-            times = (wall for wall in walls if _exists(wall))
-        else:  # with seconds cronsim goes by instants, as Go's cron does; without them it does as Debian's cron
-            times = CronSim(self.cron if target == "crontab" else f"0 {self.cron}", start)
+            times = filter(_exists, walls)
+        elif target == "crontab":  # without seconds cronsim does as Debian's cron does
+            times = CronSim(self.cron, start)
+        else:  # with seconds it goes by instants, as Go's cron does
+            times = CronSim(f"0 {self.cron}", start)
         for time in times:
             if (instant := time.astimezone(UTC)) > after:  # from the second of two hours the first one lies ahead, too
                 yield instant.astimezone(zone)
@@ -144,7 +146,10 @@ def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *
     else:
         timers = kubernetes.cron_job(*timer, suspend=not enable, max_start_delay=schedule.max_start_delay)
     manifests = [kubernetes.recipe_map(name, job.text, place), *timers]
-    if problems := [problem for manifest in [*manifests, ray_job] for problem in kubernetes.check(manifest)]:
+    problems = []
+    for manifest in [*manifests, ray_job]:
+        problems += kubernetes.check(manifest)
+    if problems:
         raise ValueError("\n".join(problems))
     return {f"{name}.yaml": kubernetes.dump(manifests)}
 
@@ -220,10 +225,13 @@ def on_calendar(schedule: Schedule) -> list[str]:
     every = [set(range(low, high + 1)) for low, high in FIELDS.values()]
 
     def listed(chosen: set[int], full: set[int]) -> str:
-        return "*" if chosen >= full else ",".join(f"{value:02}" for value in sorted(chosen))
+        if chosen >= full:
+            return "*"
+        return ",".join(f"{value:02}" for value in sorted(chosen))
 
-    weekdays = {day % 7 for day in sim.weekdays if isinstance(day, int)}
-    week = "" if len(weekdays) == 7 else ",".join(names[day] for day in sorted(weekdays)) + " "
+    week, weekdays = "", _weekdays(sim)
+    if len(weekdays) < 7:
+        week = ",".join(names[day] for day in sorted(weekdays)) + " "
     time = f"{listed(sim.hours, every[1])}:{listed(sim.minutes, every[0])}:00 {schedule.tz}"
     months, days = listed(sim.months, every[3]), listed(sim.days, every[2])
     if sim.day_and:
@@ -236,8 +244,9 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
     ValueError: the zone is not this machine's. Debian's cron ignores CRON_TZ, and hours moved by
     hand would be wrong for half of the year."""
     if not _is_zone_of_machine(schedule.tz, localtime):
-        named = str(localtime.resolve()).partition("zoneinfo/")[2] or str(localtime)
-        zone = named if localtime.exists() else "UTC"
+        zone = "UTC"
+        if localtime.exists():
+            zone = str(localtime.resolve()).partition("zoneinfo/")[2] or str(localtime)
         raise ValueError(
             f"tz {schedule.tz!r}: cron goes by this machine's clock, whose zone is {zone}, and Debian's cron ignores "
             "CRON_TZ: use --to systemd, which knows zones, or give --tz the machine's"
@@ -247,8 +256,9 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
     if job.env_file:
         environment = f"set -a && . {shlex.quote(str(job.env_file))} && set +a && "  # -a: what is set is exported
     command = f"cd {shlex.quote(str(job.folder))} && {environment}exec {shlex.join(arguments)} >>{job.name}.log 2>&1"
-    if unfit := [text for text in "\\\n" if text in command]:
-        raise ValueError(f"{command!r} has {unfit[0]!r}, which a crontab cannot hold: rename the file or the value")
+    for unfit in "\\\n":
+        if unfit in command:
+            raise ValueError(f"{command!r} has {unfit!r}, which a crontab cannot hold: rename the file or the value")
     command = command.replace("%", "\\%")  # cron's line break
     if len(command) > LONGEST_CRONTAB_LINE:
         raise ValueError(
@@ -279,14 +289,15 @@ def _normal(cron: str) -> str:
     for index, (text, (name, (low, high))) in enumerate(zip(fields, FIELDS.items(), strict=True)):
         if re.search("[LW#?]", re.sub("[A-Z]{3}", "", text)):
             raise ValueError(f"cron {cron!r}, {name} {text!r}: not every target knows L, W, # and ?: use numbers")
-        alone = " ".join(text if i == index else "*" for i in range(5))
+        alone = ["*"] * len(FIELDS)
+        alone[index] = text
         try:
-            sim = CronSim(alone, datetime(2000, 1, 1, tzinfo=UTC))
+            sim = CronSim(" ".join(alone), datetime(2000, 1, 1, tzinfo=UTC))
         except CronSimError as error:
             raise ValueError(f"cron {cron!r}, {name} {text!r}: use {low} to {high}, *, lists, ranges, /step") from error
-        chosen = {"month": sim.months, "day of the week": {day % 7 for day in sim.weekdays if isinstance(day, int)}}
+        chosen = {"month": sim.months, "day of the week": _weekdays(sim)}
         if name in chosen and text[0] != "*":  # Go's cron knows Sunday as 0 alone, Debian's no lists of names
-            text = ",".join(str(value) for value in sorted(chosen[name]))
+            text = ",".join(map(str, sorted(chosen[name])))
         fields[index] = re.sub(r"(^|,)(\d+)/", rf"\1\2-{high}/", text)  # Debian's cron takes steps of ranges alone
     day, week = fields[2], fields[4]
     for one, other in ((day, week), (week, day)):
@@ -302,18 +313,27 @@ def _normal(cron: str) -> str:
     return " ".join(fields)
 
 
+def _weekdays(sim: CronSim) -> set[int]:
+    """Return the days of the week that a line names by number; Sunday, which may be 7, is 0."""
+    return {day % 7 for day in sim.weekdays if isinstance(day, int)}
+
+
 def _check_zone(tz: str) -> None:
     zones = available_timezones() - {"localtime", "posixrules", "Factory"}  # files of a machine, not zones
     if tz in zones:
         return
-    close = difflib.get_close_matches(tz, zones, n=1)
-    raise ValueError(f"tz {tz!r}: no such zone; {f'did you mean {close[0]}?' if close else 'write Europe/Berlin'}")
+    hint = "write Europe/Berlin"
+    if close := difflib.get_close_matches(tz, zones, n=1):
+        hint = f"did you mean {close[0]}?"
+    raise ValueError(f"tz {tz!r}: no such zone; {hint}")
 
 
 def _duration(text: str) -> timedelta:
-    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text.strip())
-    days, hours, minutes = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
-    if not (duration := timedelta(days=days, hours=hours, minutes=minutes)):
+    duration = timedelta()
+    if match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text.strip()):
+        days, hours, minutes = map(int, match.groups(default="0"))
+        duration = timedelta(days=days, hours=hours, minutes=minutes)
+    if not duration:
         raise ValueError(f"max_start_delay {text!r}: write days, hours and minutes, as in 2h or 1h30m")
     return duration
 
