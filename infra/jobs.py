@@ -88,7 +88,9 @@ class Submission:
         """Return the job's environment in Ray's form; `folder` holds its files."""
         env = {"RAY_JOB_STOP_WAIT_TIME_S": str(PATIENCE_S)}
         runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": env}
-        return {**runtime_env, "pip": list(self.pip)} if self.pip else runtime_env
+        if self.pip:
+            runtime_env["pip"] = list(self.pip)
+        return runtime_env
 
     def metadata(self) -> dict[str, str]:
         return {"recipe": self.name, "longreach": installed("longreach") or "unknown"}
@@ -122,9 +124,9 @@ def whereabouts(
         if field == "store.workdir" and not sees:
             places[field] = path if Path(path).is_absolute() else workdir
         elif not sees:
-            fix = (
-                "--set store.root=s3://bucket/prefix" if field == "store.root" else "use a package, a dataset or s3://"
-            )
+            fix = "use a package, a dataset or s3://"
+            if field == "store.root":
+                fix = "--set store.root=s3://bucket/prefix"
             raise ValueError(
                 f"{field} {path!r} is on this machine, which {address} does not see: {fix}, or say {option} if "
                 "every node of the cluster has it under that path"
@@ -216,6 +218,9 @@ def job_client(address: str) -> Iterator[Any]:
     refused."""
     address = check_address(address)
     given, source = token()
+    headers, what = None, f"a request without a token ({source})"
+    if given:
+        headers, what = {"Authorization": f"Bearer {given}"}, f"the token of {source}"
     if given and address.startswith("http://") and not _is_loopback(address):
         print(f"Ray's token goes to {address} unencrypted: use https, or an SSH tunnel and 127.0.0.1", file=sys.stderr)
     from ray.exceptions import AuthenticationError
@@ -226,10 +231,9 @@ def job_client(address: str) -> Iterator[Any]:
 
     try:
         with _winning(address):
-            client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {given}"} if given else None)
+            client = JobSubmissionClient(address, headers=headers)
         yield client
     except AuthenticationError:
-        what = f"the token of {source}" if given else f"a request without a token ({source})"
         raise ValueError(
             f"Ray at {address} refuses {what}: put the cluster's token into RAY_AUTH_TOKEN, or its file's path into "
             "RAY_AUTH_TOKEN_PATH"
@@ -258,8 +262,10 @@ def _winning(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[variable]
-        os.environ.update({variable: before} if before is not None else {})
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def submit(client: Any, submission: Submission) -> str:
