@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -377,9 +378,9 @@ class Mirror:
         experiment = self._experiment(tail.start["experiment"])
         models = self.client.search_logged_models([experiment], f"tags.`{registry.MODEL}` = '{key}'")
         if not models:
-            others = (other for other in self.tails.values() if other is not tail)
-            if any(other.path.stat().st_size > other.offset for other in others):
-                raise LookupError(f"its model {key} is not uploaded yet")
+            for other in self.tails.values():
+                if other is not tail and other.path.stat().st_size > other.offset:
+                    raise LookupError(f"its model {key} is not uploaded yet")
             self._warn(f"{tail.start['name']}: its model {key} is not in MLflow")
             return
         outputs = self.client.get_run(tail.run_id).outputs
@@ -403,11 +404,16 @@ def log_table(client: Any, run_id: str, content: Any, name: str) -> None:
     """Log rows as MlflowClient.log_table does, which however would append them once more at every
     replay."""
     rows = content["rows"] if isinstance(content, dict) else content
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(chain.from_iterable(rows)))
     data = []
     for row in rows:
-        cells = [row.get(column) for column in columns]
-        data.append([str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in cells])
+        cells = []
+        for column in columns:
+            cell = row.get(column)
+            if isinstance(cell, float) and not math.isfinite(cell):
+                cell = str(cell)
+            cells.append(cell)
+        data.append(cells)
     client.log_dict(run_id, {"columns": columns, "data": data}, name)
     tables = json.loads(client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
     entry = {"path": name, "type": "table"}
@@ -451,7 +457,9 @@ def _follow(mirror: Mirror) -> None:
             log.warning("%s; events stay in the spool, trying again", problem)
         elif trouble and not problem:
             log.warning("MLflow answers again")
-        pause_s = min(2 * pause_s, BACKOFF_S) if problem and mirror.points == before else POLL_S
+        pause_s = min(2 * pause_s, BACKOFF_S)
+        if not problem or mirror.points != before:
+            pause_s = POLL_S
         trouble = problem
     batches = -1
     while (problem := mirror.upload(time.monotonic() + DRAIN_S)) and mirror.batches > batches:
