@@ -361,8 +361,13 @@ class RemoteStore(Store):
         files = artifact.manifest["files"]
         if not hashes:
             sizes = {name[len(out) + 1 :]: info["size"] for name, info in self.fs.find(out, detail=True).items()}
-            rows = [(entry["path"], sizes.get(entry["path"], "no"), entry["size"]) for entry in files]
-            return [f"{name}: {found} bytes, {size} were published" for name, found, size in rows if found != size]
+            differing = []
+            for entry in files:
+                name, size = entry["path"], entry["size"]
+                found = sizes.get(name, "no")
+                if found != size:
+                    differing.append(f"{name}: {found} bytes, {size} were published")
+            return differing
         missing = damaged_files(artifact, files)  # not yet in this node's cache, or damaged there
         for name in missing:
             path = artifact.path / name

@@ -192,7 +192,9 @@ CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop"
 
 
 def _manifest(api: str, kind: str, name: str, place: Place, queue: str | None = None, **rest: Any) -> Manifest:
-    labels = LABELS | ({QUEUE: queue} if queue else {})
+    labels = dict(LABELS)
+    if queue:
+        labels[QUEUE] = queue
     metadata = {"name": name, "namespace": place.namespace, "labels": labels}
     return {"apiVersion": api, "kind": kind, "metadata": metadata, **rest}
 
@@ -200,7 +202,9 @@ def _manifest(api: str, kind: str, name: str, place: Place, queue: str | None = 
 def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
     """Return requests equal to limits: Ray counts CPUs by them, and such a pod is the last to be
     evicted."""
-    amounts = {"cpu": cpu, "memory": memory} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
+    amounts = {"cpu": cpu, "memory": memory}
+    if gpus:
+        amounts["nvidia.com/gpu"] = str(gpus)
     return {"requests": amounts, "limits": amounts}
 
 

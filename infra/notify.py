@@ -55,8 +55,10 @@ def text_of(ending: Ending, recipe: str, facts: Mapping[str, Any]) -> str:
     """Return the sentence for people: how it ended, why, and what the report says."""
     reasons = list(facts.get("refusals") or ())
     for stage, why in (facts.get("failed") or {}).items():  # the first one failed, others for want of it
-        more = len(facts["failed"]) - 1
-        reasons.append(f"{stage}: {why}" + (f" (and {more} more stages)" if more else ""))
+        reason = f"{stage}: {why}"
+        if more := len(facts["failed"]) - 1:
+            reason += f" (and {more} more stages)"
+        reasons.append(reason)
         break
     if facts.get("undecided"):
         reasons.append(facts["undecided"])

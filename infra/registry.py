@@ -186,17 +186,18 @@ def check_login(uri: str, timeout_s: float = 5.0) -> str:
         return ""
     import requests
 
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
     asked = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token and not login else {}
+    login, headers, given = None, {}, "a request without user and password"
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+        given = f"user {user!r} with the password given"
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
     try:
         answer = requests.post(asked, json={"max_results": 1}, auth=login, headers=headers, timeout=timeout_s)
     except requests.RequestException as error:
         return f"{uri} does not answer ({type(error).__name__})"
     if answer.status_code in (401, 403):
-        given = f"user {user!r} with the password given" if user else "a request without user and password"
         raise ValueError(
             f"MLflow at {uri} refuses {given} (HTTP {answer.status_code}): set MLFLOW_TRACKING_USERNAME and "
             f"MLFLOW_TRACKING_PASSWORD, or leave tracking.enabled false and send the metrics later with longreach sync"

@@ -82,7 +82,11 @@ class Resources(Choices):
 
     @model_validator(mode="after")
     def _offload(self) -> "Resources":
-        needed = 3 if self.offload == "nvme" or self.offload_parameters else 1 if self.offload == "cpu" else 0
+        needed = 0
+        if self.offload == "nvme" or self.offload_parameters:
+            needed = 3
+        elif self.offload == "cpu":
+            needed = 1
         if self.zero_stage < needed:
             field = f"offload {self.offload}" if self.offload != "none" else "offload_parameters"
             raise ValueError(f"{field} needs zero_stage {needed}{' or more' * (needed < 3)}; it is {self.zero_stage}")
