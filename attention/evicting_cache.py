@@ -110,7 +110,8 @@ class EvictingLayer(AttendingLayer):
         B, _, T, D = q_BHTD.shape
         if mask is not None and not bool(sees_itself(mask, B, T).all()):
             raise ValueError("an EvictingCache takes no padding: read texts of equal length together")
-        scale = D**-0.5 if scale is None else scale
+        if scale is None:
+            scale = D**-0.5
         with torch.no_grad():
             q, k = q_BHTD.detach(), k_BKTD
             if self.rotary is not None:

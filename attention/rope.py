@@ -216,5 +216,6 @@ def turned(x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool = False)
     rotated = [torch.addcmul(one * cos, two, sin, value=-1), torch.addcmul(two * cos, one, sin)]
     if interleaved:
         rotated = [torch.stack(rotated, -1).flatten(-2)]
-    rest = [x[..., 2 * pairs :]] if x.shape[-1] > 2 * pairs else []  # an empty tensor would be copied all the same
-    return torch.cat(rotated + rest, -1)
+    if x.shape[-1] > 2 * pairs:  # an empty tensor would be copied all the same
+        rotated.append(x[..., 2 * pairs :])
+    return torch.cat(rotated, -1)

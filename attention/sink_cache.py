@@ -104,7 +104,9 @@ def own_window(config: PretrainedConfig) -> int | None:
     kinds = {*(getattr(config, "layer_types", None) or ["sliding_attention"])}
     if strange := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{config.model_type} has layers {sorted(strange)}, whose state a SinkCache cannot keep")
-    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+    if "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def attend_to_sink_cache(
@@ -271,10 +273,10 @@ class SinkLayer(AttendingLayer):
         with torch.inference_mode(False):  # else a cache begun in inference mode could not go on outside of it
             # zeros: a row that padding made shorter reads slots it never filled, and a masked NaN
             # is still a NaN
-            self.keys, self.values, self.sink_keys = (
-                torch.zeros(*of.shape[:2], tokens, of.shape[3], dtype=of.dtype, device=of.device)
-                for of, tokens in ((key_states, slots), (value_states, slots), (key_states, self.S))
-            )
+            B, K, _, D = key_states.shape
+            self.keys = key_states.new_zeros(B, K, slots, D)
+            self.values = value_states.new_zeros(B, K, slots, value_states.shape[3])
+            self.sink_keys = key_states.new_zeros(B, K, self.S, D)
 
     def attend(
         self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
@@ -282,7 +284,8 @@ class SinkLayer(AttendingLayer):
         (k_BKTD, v_BKTD), T = self.take_new(), q_BHTD.shape[2]
         self._note_padding(mask, len(q_BHTD), T)
         first_B = tuple(self.seen - T - padding for padding in self.padding_B)
-        scale = q_BHTD.shape[3] ** -0.5 if scale is None else scale
+        if scale is None:
+            scale = q_BHTD.shape[3] ** -0.5
         with torch.no_grad():
             q = q_BHTD.detach()
             if self.turns.rotary is not None and max(first_B) + T > FAR:
@@ -335,7 +338,10 @@ class SinkLayer(AttendingLayer):
             mask = in_use_BN[:, None, None]
         keys, values = self.keys[:, :, :used], self.values[:, :, :used]
         if sink_logit_H is not None:  # which needs the log-sum-exp that torch's function keeps to itself
-            out, lse_BH1 = plain(q_BH1D, keys, values, scale, None if mask is None else ~mask[:, :, None])
+            unseen = None
+            if mask is not None:
+                unseen = ~mask[:, :, None]
+            out, lse_BH1 = plain(q_BH1D, keys, values, scale, unseen)
             return with_sink(out, lse_BH1, sink_logit_H)
         grouped_BKRD = q_BH1D.reshape(len(first_B), keys.shape[1], -1, q_BH1D.shape[3])  # no KV head is repeated
         out = F.scaled_dot_product_attention(grouped_BKRD, keys, values, attn_mask=mask, scale=scale)
@@ -352,14 +358,14 @@ class SinkLayer(AttendingLayer):
             q, k, v = (x[rows, :, skip:] for x in (q_BHTD, k_BKTD, v_BKTD))
             sinks = max(0, min(self.S - first, q.shape[2]))
             slots = [self._slot(at) for at in range(max(self.S, first - self.W), first)]  # recent ones, oldest first
-            recent = [
-                torch.cat([old[rows][:, :, slots], new[:, :, sinks:]], 2) if slots else new[:, :, sinks:]
-                for old, new in ((self.keys, k), (self.values, v))
-            ]
+            recent_k, recent_v = k[:, :, sinks:], v[:, :, sinks:]
+            if slots:
+                recent_k = torch.cat([self.keys[rows][:, :, slots], recent_k], 2)
+                recent_v = torch.cat([self.values[rows][:, :, slots], recent_v], 2)
             self._store(rows, first, k, v, sinks)
             known = min(self.S, first + q.shape[2])
             out_BHTD[rows, :, skip:] = streamed_attention(
-                q, (recent[0], recent[1]), (self.sink_keys[rows][:, :, :known], self.values[rows][:, :, :known]),
+                q, (recent_k, recent_v), (self.sink_keys[rows][:, :, :known], self.values[rows][:, :, :known]),
                 first=first, sink_tokens=self.S, window_tokens=self.W, rotary=self.turns.rotary, scale=scale,
                 sink_logit_H=sink_logit_H,
             )  # fmt: skip
