@@ -142,7 +142,9 @@ class Piece(Call):
 
     def _mirrored(self, *xs: Tensor) -> tuple[Tensor, ...]:
         """Read backwards, "later" is causal; the tokens' dimension is the third."""
-        return tuple(x.flip(2) for x in xs) if self.kind == "later" else xs
+        if self.kind != "later":
+            return xs
+        return tuple(x.flip(2) for x in xs)
 
 
 def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list[Piece]:
@@ -259,7 +261,10 @@ class Segments(torch.autograd.Function):
 
 
 def _put(place: Tensor, part: Tensor, first: bool) -> None:
-    place.copy_(part) if first else place.add_(part)
+    if first:
+        place.copy_(part)
+    else:
+        place.add_(part)
 
 
 def features_last(x_BHTD: Tensor) -> Tensor:

@@ -93,10 +93,14 @@ class Grouped(Pattern):
         edges = [begin, *later, end]
         found = [Rectangle(group, group, causal=True) for group in pairwise(edges)]
         sinks = begin + self.sink_tokens
-        near = [(a, b) for a, b in pairwise(edges[1:]) if a < sinks]  # sinks reach into these groups themselves
-        found += [Rectangle(group, (begin, group[0])) for group in near]
-        far = near[-1][1] if near else edges[1]
-        return [*found, Rectangle((far, end), (begin, sinks))] if self.sink_tokens and far < end else found
+        far = edges[1]
+        for group in pairwise(edges[1:]):
+            if group[0] < sinks:  # sinks reach into this group itself
+                found.append(Rectangle(group, (begin, group[0])))
+                far = group[1]
+        if self.sink_tokens and far < end:
+            found.append(Rectangle((far, end), (begin, sinks)))
+        return found
 
     def mean_keys(self, document_tokens: float) -> float:
         G = self.group_tokens

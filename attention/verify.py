@@ -18,6 +18,7 @@ Each is done at many cuts, in a row that is one document and in one of three pac
 Legend: B rows, T tokens, E width, C cuts.
 """
 
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,7 +78,8 @@ class Row:
 
     def document(self, token: int) -> tuple[int, int]:
         """Where a token's document begins and ends."""
-        return max(e for e in self.edges if e <= token), min(e for e in self.edges if e > token)
+        n = bisect(self.edges, token)
+        return self.edges[n - 1], self.edges[n]
 
     def cuts(self, count: int) -> list[int]:
         """Tokens at which to cut: document starts, the last token, and about `count` evenly spread
@@ -107,7 +109,11 @@ def verify_attention(model: nn.Module, *, tokens: int = 64, packed: bool = True,
     was_training = body.training
     body.eval()
     try:
-        return [leak for row in rows for leak in [*_by_output(body, row, cuts), *_by_gradient(body, row)]]
+        leaks = []
+        for row in rows:
+            leaks += _by_output(body, row, cuts)
+            leaks += _by_gradient(body, row)
+        return leaks
     finally:
         body.train(was_training)
 
