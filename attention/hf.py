@@ -156,21 +156,36 @@ def logit_changes(config: PretrainedConfig) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
-    """Raise ValueError unless the model's logits are its output embedding of its body's output,
-    changed as `logit_changes` says: tried on a few tokens, since losses are computed without the
-    model's own head."""
+    """Raise ValueError unless no logits depend on later tokens, and all are the model's output
+    embedding of its body's output, changed as `logit_changes` says.
+
+    Tried on a few tokens, since losses are computed without the model's own head.
+    """
     ids_1T = ids_1T.to(model.device)
+
+    def passed(call: Callable[..., Any], ids_1T: Tensor) -> Any:
+        torch.manual_seed(0)  # all passes drop the same, where anything is dropped
+        return call(input_ids=ids_1T, use_cache=False)
+
     with torch.random.fork_rng([ids_1T.device] if ids_1T.is_cuda else []):  # the training's own numbers stay
-        torch.manual_seed(0)  # both passes drop the same, where anything is dropped
-        whole_1TV = model(input_ids=ids_1T, use_cache=False).logits.float()
-        torch.manual_seed(0)
-        hidden_1TE = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+        whole_1TV = passed(model, ids_1T).logits.float()
+        hidden_1TE = passed(model.base_model, ids_1T).last_hidden_state
+        other_1T = ids_1T.clone()
+        other_1T[:, -1] = (ids_1T[:, -1] + 1) % model.config.get_text_config(decoder=True).vocab_size
+        other_1TV = passed(model, other_1T).logits.float()
     factor, cap = logit_changes(model.config)
     ours_1TV = model.get_output_embeddings()(hidden_1TE).float() * factor
     if cap is not None:
         ours_1TV = cap * torch.tanh(ours_1TV / cap)
     # of the largest logit: small ones differ little whatever is left out; bfloat16 rounds to 0.004
-    off = float((whole_1TV - ours_1TV).abs().max() / whole_1TV.abs().max())
+    largest = whole_1TV.abs().max()
+    leaked = float((whole_1TV - other_1TV)[:, :-1].abs().max() / largest)
+    if leaked > 0.01:
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model: other tokens at the end change what it says before "
+            f"(by {leaked:.3g} of the largest logit); take a decoder"
+        )
+    off = float((whole_1TV - ours_1TV).abs().max() / largest)
     if off > 0.01:
         raise ValueError(
             f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here "

@@ -7,7 +7,7 @@ from evaluating import drawn, evaluate, names_of
 from families import config_of
 from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document, first_token_id, held_out
@@ -154,6 +154,16 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
 
     with pytest.raises(ValueError, match="Louder changes its logits"):
         run([document("a", 100)], Louder(tiny_llama().config).eval(), lengths=(64,))
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused():
+    vocab = tiny_llama().config.vocab_size
+    config = BertConfig(
+        vocab_size=vocab, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config.initializer_range = 0.3  # with weights near 0 nothing depends on anything
+    with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model: other tokens at the end"):
+        run([document("a", 100)], BertLMHeadModel(config).eval(), lengths=(64,))
 
 
 def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):

@@ -1,8 +1,11 @@
 """Models as training gets them: what the folder says, stretched, in agreement with their tokenizer."""
 
+import json
+
 import pytest
 import torch
 from toy_models import TINY, VOCAB, tiny_folder, tiny_tokenizer
+from transformers import BartConfig, BartForCausalLM
 
 from longreach.pipelines.artifacts import ModelCheckpoint
 from longreach.pipelines.stages import StretchRecipe, stretch
@@ -83,6 +86,21 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
     tiny_folder(tmp_path)
     tiny_tokenizer(VOCAB + 3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 67 tokens, the embedding 64 rows"):
+        load_model(tmp_path)
+
+
+def test_a_model_with_an_encoder_is_refused(tmp_path):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    BartForCausalLM(BartConfig(vocab_size=VOCAB, max_position_embeddings=16, **sizes, **heads)).save_pretrained(
+        tmp_path
+    )
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"is_encoder_decoder": True})
+    )  # as models on hubs have it
+    with pytest.raises(ValueError, match="bart is an encoder with a decoder; take a model that is a decoder"):
         load_model(tmp_path)
 
 

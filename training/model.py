@@ -35,9 +35,11 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal LM, stretched by `rope`, and its tokenizer from a folder; nothing is fetched.
 
-    ValueError where tokenizer and embedding disagree.
+    ValueError where tokenizer and embedding disagree, and for a model with an encoder.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{folder}: {config.model_type} is an encoder with a decoder; take a model that is a decoder")
     if rope is not None and rope.type != "none":
         config = stretched_config(config, rope.type, rope.factor, rope.theta, rope.yarn())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
