@@ -101,10 +101,10 @@ def _version_1(models: Mapping[str, EvalScores]) -> list[Table]:
     for name in models:
         cells, values = [], []
         for task in tasks:
-            row = found[task].get(name)
-            cells.append(percent_cell(row))
-            if row:
-                values.append(row["value"])
+            of_model = found[task].get(name)
+            cells.append(percent_cell(of_model))
+            if of_model:
+                values.append(of_model["value"])
         mean = DASH
         if len(values) == len(tasks):
             mean = f"{100 * sum(values) / len(values):.1f}"

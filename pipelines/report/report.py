@@ -233,7 +233,8 @@ def metrics(found: Findings) -> dict[str, float]:
             if yardstick and model.kind == "finetune":
                 values[f"compare/speedup_vs_{against}/{tag}"] = found.speedup(model, yardstick).median
                 values[f"compare/peak_gib_vs_{against}/{tag}"] = model.ratio(yardstick, "peak_gib")
-    if claim := claim_of(found):
+    claim = claim_of(found)
+    if claim and claim.background.base:
         values[f"compare/best_length/{metric_part(claim.background.base)}"] = claim.best.length
     for curve, by_length in _gain_curves(found).items():
         measure, _, tag = curve.rpartition("/")
