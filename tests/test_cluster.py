@@ -111,10 +111,11 @@ def test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint(cluster,
     del recipe["evaluate"]
     (project / "lost.yaml").write_text(yaml.safe_dump(recipe))
     words, env = command(cluster, "run", "lost.yaml", "--address", cluster.address)
-    with (project / "lost.log").open("w") as log:
+    printed = project / "lost.log"
+    with printed.open("w") as log:
         driver = subprocess.Popen(words, cwd=project, env=env, stdout=log, stderr=log)
         try:
-            wait_for(lambda: max(steps_told(project / "lost"), default=0) > 45, "training")
+            wait_for(lambda: max(steps_told(project / "lost"), default=0) > 45, "training", printed)
             machine = [psutil.Process(cluster.nodes["worker1"].pid)]
             machine += machine[0].children(recursive=True)
             cluster.kill_node("worker1")
@@ -123,9 +124,9 @@ def test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint(cluster,
                     process.kill()
             lost, before = time.monotonic(), len(steps_told(project / "lost"))
             cluster.start_worker(2)
-            wait_for(lambda: len(steps_told(project / "lost")) > before + 5, "steps after the node was lost")
+            wait_for(lambda: len(steps_told(project / "lost")) > before + 5, "steps after the node was lost", printed)
             print(f"training again {time.monotonic() - lost:.0f} s after the node was lost")
-            assert driver.wait(timeout=180) == 0, (project / "lost.log").read_text()
+            assert driver.wait(timeout=180) == 0, printed.read_text()
         finally:
             driver.kill()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):

@@ -8,7 +8,7 @@ import pytest
 
 from longreach.infra.tracking import read_events
 from longreach.pipelines import graph, run, signals
-from longreach.pipelines.artifacts import Decision
+from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 
@@ -62,13 +62,26 @@ def test_characters_that_mlflow_refuses_in_names_are_left_out(state):
     ("refusals", "tag"), [([], "passed"), (["too slow", "too dear"], "refused: too slow; too dear")]
 )
 def test_it_says_what_the_gate_decided(state, monkeypatch, tmp_path, refusals, tag):
-    report = SimpleNamespace(metrics={}, fingerprint="f", headline="", table="")
     decision = Decision(tmp_path, {"summary": {"refusals": refusals, "name": "m", "version": "1"}})
+    monkeypatch.setattr(run, "_decision", lambda artifacts: decision)
+    events = events_with_report(state, monkeypatch, tmp_path)
+    assert {event["value"] for event in events if event.get("key") == "gate"} == {tag}
+
+
+def test_gains_are_a_curve_by_length_and_all_numbers_a_table(state, monkeypatch, tmp_path):
+    curves = {"compare/gain_over_base/a": {2048: -0.01, 8192: 0.02}}
+    events = events_with_report(state, monkeypatch, tmp_path, curves)
+    points = [(event["step"], event["values"]) for event in events if event["event"] == "metrics"]
+    assert points == [(2048, {"compare/gain_over_base/a": -0.01}), (8192, {"compare/gain_over_base/a": 0.02})]
+    assert [event["path"] for event in events if event["event"] == "table"] == [f"{tmp_path}/page/measures.json"]
+
+
+def events_with_report(state, monkeypatch, folder, curves=None) -> list[dict]:
+    """What a run tells MLflow once it has a report with such curves."""
+    report = Report(folder / "page", {"summary": {"curves": curves or {}}, "fingerprint": "f"})
+    report.path.mkdir()
     monkeypatch.setattr(run, "_run_on_ray", lambda state: None)
     monkeypatch.setattr(run, "_report", lambda artifacts: report)
-    monkeypatch.setattr(run, "_decision", lambda artifacts: decision)
-    (tmp_path / "page").mkdir()
-    monkeypatch.setattr(type(state.store), "fetch", lambda *_: SimpleNamespace(path=tmp_path / "page"))
+    monkeypatch.setattr(type(state.store), "fetch", lambda *_: report)
     run._run_missing(state)
-    events = read_events(state.spool_folder / "=pipeline.jsonl")[0]
-    assert {event["value"] for event in events if event.get("key") == "gate"} == {tag}
+    return read_events(state.spool_folder / "=pipeline.jsonl")[0]

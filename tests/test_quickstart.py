@@ -222,10 +222,11 @@ def steps_of(project: Path) -> list[list[int]]:
     return found
 
 
-def wait_for(condition, what: str, seconds: float = 400) -> None:
+def wait_for(condition, what: str, log: Path, seconds: float = 400) -> None:
+    """Wait until something is so; if it never is, what the driver printed last is in the error."""
     limit = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < limit, f"waited {seconds} s for {what}"
+        assert time.monotonic() < limit, f"waited {seconds} s for {what}; the log ends {log.read_text()[-3000:]}"
         time.sleep(0.05)
 
 
@@ -236,21 +237,22 @@ def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoi
     project = make_project(tmp_path / "faults", recipe)
     whole = make_project(tmp_path / "whole", recipe)
     command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
-    with (tmp_path / "driver.log").open("w") as log:
+    printed = tmp_path / "driver.log"
+    with printed.open("w") as log:
         driver = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
         tree = psutil.Process(driver.pid)
 
         def steps() -> list[int]:
             return [step for attempt in steps_of(project) for step in attempt]
 
-        wait_for(lambda: len(steps()) > 20, "the first steps")
+        wait_for(lambda: len(steps()) > 20, "the first steps", printed)
         reached = max(steps())
         processes(tree, "TrainWorker")[0].send_signal(signal.SIGKILL)
-        wait_for(lambda: max(steps()) > reached + 20, "steps after a rank was killed")
+        wait_for(lambda: max(steps()) > reached + 20, "steps after a rank was killed", printed)
         reached, attempts = max(steps()), len(steps_of(project))
         processes(tree, "ray::finetune[full]", "ray::_execute")[0].send_signal(signal.SIGKILL)
-        wait_for(lambda: len(steps_of(project)) > attempts and steps_of(project)[-1], "a new attempt")
-        wait_for(lambda: max(steps()) > reached + 20, "steps after the stage task was killed")
+        wait_for(lambda: len(steps_of(project)) > attempts and steps_of(project)[-1], "a new attempt", printed)
+        wait_for(lambda: max(steps()) > reached + 20, "steps after the stage task was killed", printed)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     run(project)
@@ -278,22 +280,23 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train
     recipe["finetune"] = recipe["finetune"] | {"steps": 400, "arms": {"full": {"tune": "all"}}}
     project = make_project(tmp_path / "project", recipe | {"resources": {"workers": 2, "checkpoint_every_steps": 1000}})
     command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
+    printed = tmp_path / "driver.log"
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done = sum(map(len, steps_of(project)))
-        with (tmp_path / "driver.log").open("w") as log:
+        with printed.open("w") as log:
             driver = subprocess.Popen(
                 command, cwd=project, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_interrupts
             )
-            wait_for(lambda done=done: sum(map(len, steps_of(project))) > done + 20, "more steps")
+            wait_for(lambda done=done: sum(map(len, steps_of(project))) > done + 20, "more steps", printed)
             family = psutil.Process(driver.pid).children(recursive=True)
             asked = time.monotonic()
             if signum == signal.SIGINT:
                 os.killpg(driver.pid, signum)  # as a terminal does: to all that the command started
             else:
                 driver.send_signal(signum)
-            assert driver.wait(timeout=120) == code, (tmp_path / "driver.log").read_text()
+            assert driver.wait(timeout=120) == code, printed.read_text()
         print(f"{signum.name}: ended after {time.monotonic() - asked:.1f} s")
-        assert "stopped after step" in (tmp_path / "driver.log").read_text()
+        assert "stopped after step" in printed.read_text()
         assert Lease(Store(str(project / ".longreach")), "tiny", "test").current_holder() is None
         assert not psutil.wait_procs(family, timeout=60)[1], "Ray's processes live on"
     run(project)
