@@ -201,8 +201,12 @@ class AbandonedGroups:
         from ray.util.state import list_actors
 
         context = ray.get_runtime_context()
-        actors = list_actors(address=context.gcs_address, detail=True, limit=10_000)
-        inhabited = {actor.placement_group_id for actor in actors if actor.state != "DEAD"}
+        inhabited, dead = set(), set()
+        for actor in list_actors(address=context.gcs_address, detail=True, limit=10_000):
+            if actor.state == "DEAD":
+                dead.add(actor.actor_id)
+            else:
+                inhabited.add(actor.placement_group_id)
         groups = _placement_groups(context.get_job_id())
         newest: dict[bytes, int] = {}
         for group in groups:
@@ -216,7 +220,9 @@ class AbandonedGroups:
                 continue
             looks_empty[name] = self.looks_empty.get(name, 0) + 1
             has_newer = group.stats.creation_request_received_ns < newest[group.creator_actor_id]
-            if looks_empty[name] >= self.LOOKS and (group.creator_actor_dead or has_newer):
+            # The group's own record says so only if Ray knew of the group when the actor died.
+            creator_died = group.creator_actor_dead or group.creator_actor_id.hex() in dead
+            if looks_empty[name] >= self.LOOKS and (creator_died or has_newer):
                 print(f"placement group {name.hex()} was left behind and is removed", flush=True)
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(name)))
         self.looks_empty = looks_empty
