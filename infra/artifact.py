@@ -220,7 +220,7 @@ class Store:
             self._refuse_if_published(attempt)
             raise
         named = {"stage": attempt.stage, "fingerprint": attempt.fingerprint, "attempt": attempt.id}
-        manifest = {**record, **named, "files": files}
+        manifest = json.loads(json.dumps({**record, **named, "files": files}))  # keys are texts, as it will be read
         body = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, ensure_ascii=False).encode()
         try:
             self.create(f"{self._folder(attempt.stage, attempt.fingerprint)}/{MANIFEST}", body)

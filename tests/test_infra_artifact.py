@@ -83,6 +83,14 @@ def test_of_many_publishers_at_once_exactly_one_wins(store: Store):
     assert len(refused) == 5
 
 
+def test_a_summary_by_numbers_is_read_as_it_was_published(store: Store):
+    """JSON's keys are texts, and sort otherwise than the numbers that they were: 12288 before 2048."""
+    attempt = store.new_attempt("report", "f12")
+    write(attempt)
+    store.publish(attempt, RECORD | {"summary": {"gains": {2048: -0.01, 12288: 0.04}}})
+    assert store.fetch("report", "f12").summary == {"gains": {"2048": -0.01, "12288": 0.04}}
+
+
 def test_an_attempt_that_a_winner_removes_while_it_is_synced_is_refused(tmp_path: Path, monkeypatch):
     store = Store(str(tmp_path))
     loser, winner = store.new_attempt("race", "f9"), store.new_attempt("race", "f9")
