@@ -58,6 +58,7 @@ RECIPE = {
     },
     "evaluate": {
         "perplexity": {"lengths": [32, 96], "last_tokens": 16},
+        "gain": {"lengths": [8, 64], "score_tokens": 4, "models": ["base", "longlora"]},
         "streaming": {"document": "held1", "tokens": 64, "cache_tokens": 16, "models": ["base", "sink-token"]},
     },
     "resources": {"workers": 2, "checkpoint_every_steps": 2},
@@ -160,7 +161,8 @@ def test_both_arms_saw_the_same_rows_in_the_same_order(project: Path):
 def test_plan_names_what_a_learning_rate_makes_stale_and_nothing_else(project: Path):
     plan = longreach(project, "plan", "tiny.yaml", "--set", "finetune.arms.longlora.learning_rate=0.5").stdout
     stale = {line.split()[0] for line in plan.splitlines() if " stale " in line}
-    expected = {"finetune[longlora]", "merge[longlora]", "evaluate[longlora,perplexity]", "release[longlora]"}
+    expected = {"finetune[longlora]", "merge[longlora]", "release[longlora]"}
+    expected |= {"evaluate[longlora,perplexity]", "evaluate[longlora,gain]"}
     assert stale == expected | {"report"}
     assert "recipe.arm.learning_rate: None -> 0.5" in plan
 
@@ -189,7 +191,9 @@ def test_metrics_are_in_mlflow_under_pipeline_stage_and_attempt(project: Path):
     stage_run = next(r for r in runs.values() if r.info.run_id == attempt.data.tags["mlflow.parentRunId"])
     assert stage_run.info.run_name == "finetune[longlora]"
     pipeline = client.get_run(stage_run.data.tags["mlflow.parentRunId"])
-    assert pipeline.data.metrics == {}, "single numbers are a table and no chart of one bar each"
+    curve = "compare/gain_over_base/longlora"
+    assert {*pipeline.data.metrics} == {curve}, "single numbers are a table and no chart of one bar each"
+    assert sorted(point.step for point in client.get_metric_history(pipeline.info.run_id, curve)) == [8, 64]
     assert {"path": "measures.json", "type": "table"} in json.loads(pipeline.data.tags["mlflow.loggedArtifacts"])
     table = json.loads(Path(client.download_artifacts(pipeline.info.run_id, "measures.json")).read_text())
     assert table["columns"][0] == "measure"
