@@ -9,6 +9,7 @@ ModelCheckpoint -release-> Release -promote-> Decision
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from longreach.infra.artifact import Artifact
@@ -93,6 +94,13 @@ class Release(Artifact):
         return self.summary["about"]
 
 
+def verdict(refusals: Sequence[str]) -> str:
+    """Return in a line whether a challenger passed its gate, and else why not."""
+    if not refusals:
+        return "passed"
+    return f"refused: {'; '.join(refusals)}"
+
+
 class Decision(Artifact):
     """What the gate decided: gate.json and gate.md."""
 
@@ -104,9 +112,7 @@ class Decision(Artifact):
     @property
     def verdict(self) -> str:
         """Whether the challenger passed, and else why not: the tag `gate` in MLflow."""
-        if not self.refusals:
-            return "passed"
-        return f"refused: {'; '.join(self.refusals)}"
+        return verdict(self.refusals)
 
     @property
     def in_words(self) -> str:

@@ -24,7 +24,7 @@ from longreach.evaluation import EVALS
 from longreach.infra import registry
 from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices, Location, New, nearest
-from longreach.pipelines.artifacts import Decision, Release
+from longreach.pipelines.artifacts import Decision, Release, verdict
 from longreach.pipelines.kind import StageRun, stage
 
 if TYPE_CHECKING:
@@ -309,10 +309,7 @@ def promote(
         if not finding.kept:
             refusals.append(f"{finding.rule}: {finding.measured}, asked for {finding.asked}")
     decision = {"passed": not refusals, "refusals": refusals, "name": recipe.rules.name, "champion": recipe.champion}
-    if refusals:
-        verdict = f"refused: {'; '.join(refusals)}"
-    else:
-        verdict = "passed"
+    if not refusals:
         decision["version"] = _move(recipe, model, run)
     record = {**decision, "findings": [asdict(finding) for finding in findings]}
     (out / "gate.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -320,7 +317,7 @@ def promote(
     tags = model.tags  # a refused model is listed too, but its files stay in the store
     run.spool.model(recipe.rules.name, tags[registry.MODEL], model.metrics, tags=tags)
     run.spool.artifact(out / "gate.md")
-    run.spool.tag("gate", verdict)
+    run.spool.tag("gate", verdict(refusals))
     return decision
 
 
@@ -462,13 +459,13 @@ def _rows(artifact: Artifact) -> Rows:
 
 def _page(recipe: PromoteStageRecipe, decision: dict[str, Any], findings: list[Finding]) -> str:
     against = f"version {recipe.champion}" if recipe.champion else "nobody: there was no champion"
-    verdict = "refused: nothing was moved"
+    outcome = "refused: nothing was moved"
     if decision["passed"]:
-        verdict = f"passed: version {decision['version']} is champion"
+        outcome = f"passed: version {decision['version']} is champion"
     table = ["| rule | measured | asked for | kept |", "|---|---|---|---|"]
     for finding in findings:
         kept = "yes" if finding.kept else "**no**"
         table.append(f"| {finding.rule} | {finding.measured} | {finding.asked} | {kept} |")
-    title = f"# {recipe.rules.name}: {verdict}"
+    title = f"# {recipe.rules.name}: {outcome}"
     challenger = f"Challenger: arm {recipe.rules.model}. Measured against {against}."
     return "\n\n".join([title, challenger, "\n".join(table)]) + "\n"

@@ -257,7 +257,7 @@ def _gain_curves(found: Findings) -> dict[str, dict[int, float]]:
 
 
 def _by_model(measures: dict[str, float]) -> list[dict[str, Any]]:
-    """Return a table of measures: a row each, a column for each model."""
+    """Return a table of measures: a row each, a column for each model or packed corpus."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in measures.items():
         measure, _, model = name.rpartition("/")
