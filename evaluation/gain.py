@@ -4,7 +4,7 @@ is seen.
 A window is a place in a document where the text is cut off. Its last `score_tokens` tokens are
 scored at every length L, each time with the L - score_tokens tokens right before them, so lengths
 compare: the scored tokens never change. The unit is the document: windows of one document are
-averaged, and intervals resample documents.
+averaged, and intervals are over documents.
 
 What an extended model has to beat is what a user has without it: the untrained base at the best of
 its own lengths. Which length that is, is chosen on the corpus' validation documents, and the claim
@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, named, with_first
-from longreach.evaluation.scores import FEW, Difference, EvalScores, Row, bootstrap_crossed, bootstrap_mean, mean_of
+from longreach.evaluation.scores import Difference, EvalScores, Row, mean_interval, mean_of
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -209,7 +209,7 @@ class Gain(Evaluation):
             tokens += cell["length"]
             seconds += result["seconds"]
         documents = document_rows(rows)
-        pooled = pooled_rows(documents, choices.seed)
+        pooled = pooled_rows(documents)
         shortest = choices.measured_lengths[0]
         summary = {}
         for row in pooled:
@@ -317,7 +317,7 @@ def document_rows(windows: list[Row]) -> list[Row]:
     return rows
 
 
-def pooled_rows(documents: list[Row], seed: int) -> list[Row]:
+def pooled_rows(documents: list[Row]) -> list[Row]:
     """Return the mean over each split's documents by length, with intervals if there are two
     documents or more."""
     groups: dict[tuple[str, int], list[Row]] = {}
@@ -330,16 +330,14 @@ def pooled_rows(documents: list[Row], seed: int) -> list[Row]:
         for measure in ("nll", "own_gain"):
             value_D = np.array([row[measure] for row in of_length])
             pooled[measure] = float(value_D.mean())
-            interval = bootstrap_mean(value_D, seed)
+            interval = mean_interval(value_D)
             if interval:
                 pooled[f"{measure}_low"], pooled[f"{measure}_high"] = interval
         rows.append(pooled)
     return rows
 
 
-def difference(
-    ours: Sequence[list[Row]], length: int, theirs: Sequence[list[Row]], their_length: int, seed: int = 0
-) -> Difference:
+def difference(ours: Sequence[list[Row]], length: int, theirs: Sequence[list[Row]], their_length: int) -> Difference:
     """Return how much better we predict at `length` than they do at `their_length`: the same test
     tokens, paired.
 
@@ -347,7 +345,6 @@ def difference(
         ours: the rows of a model or, of an arm with several seeds, of each of its models.
         theirs: as many, each held against its own of ours, or another number, whose mean is held
             against all of ours.
-        seed: of the interval's resampling.
 
     Raises:
         ValueError: the two did not score the same tokens.
@@ -367,7 +364,7 @@ def difference(
             better.append(mean_of(their_nll, document) - our_nll[document])
         better_SD.append(better)
     value_SD = np.array(better_SD)
-    low, high = bootstrap_crossed(value_SD, seed) or (math.nan, math.nan)
+    low, high = mean_interval(value_SD) or (math.nan, math.nan)
     seeds, documents = value_SD.shape
     return Difference(float(value_SD.mean()), low, high, documents, seeds)
 
@@ -515,8 +512,6 @@ def about_documents(scores: EvalScores) -> str:
         text += f" Shorter than the longest length and left out: {', '.join(left_out)}."
     if counts["test"] > 1:
         text += " Small: 95% intervals over the test documents."
-    if 1 < counts["test"] < FEW:
-        text += f" Over so few as {counts['test']} they are too narrow."
     return text
 
 
@@ -638,7 +633,7 @@ def _length_table(caption: str, by_arm: Mapping[str, Sequence[EvalScores]], meas
     return Table(caption, ["model", *with_commas(lengths)], lines)
 
 
-def mean_over_seeds(seeds: Sequence[EvalScores], length: int, measure: str, seed: int = 0) -> Row:
+def mean_over_seeds(seeds: Sequence[EvalScores], length: int, measure: str) -> Row:
     """Return a measure's mean over an arm's seeds and all test documents, with the interval over
     both."""
     value_SD = []
@@ -647,7 +642,7 @@ def mean_over_seeds(seeds: Sequence[EvalScores], length: int, measure: str, seed
         value_SD.append([row[measure] for row in sorted(rows, key=lambda row: row["document"])])
     values = np.array(value_SD)
     row: Row = {measure: float(values.mean())}
-    interval = bootstrap_crossed(values, seed)
+    interval = mean_interval(values)
     if interval:
         row[f"{measure}_low"], row[f"{measure}_high"] = interval
     return row
@@ -794,10 +789,7 @@ def _about_bars(found: Mapping[str, Mapping[int, Difference]]) -> list[str]:
     over = f"{documents} test documents"
     if seeds > 1:
         over += " and an arm's seeds"
-    sentences = [f"Bars, side by side at each length: 95% intervals over {over}, paired."]
-    if documents < FEW:
-        sentences.append("Over so few they are too narrow.")
-    return sentences
+    return [f"Bars, side by side at each length: 95% intervals over {over}, paired."]
 
 
 def _picture(found: Mapping[str, Mapping[int, Difference]], background: Background) -> tuple[float, float]:

@@ -14,7 +14,7 @@ length, where they score exactly the same tokens; one model's numbers at two len
 text as well. A length counts the text's tokens; a model's own first token (BOS or sink) stands
 before them and is not scored, nor is the text's first token.
 
-Pooled rows average over documents, which are the independent units: the interval resamples
+Pooled rows average over documents, which are the independent units: the interval is over
 documents, not tokens.
 
     longreach evaluate MODEL --eval perplexity --set lengths=[2048,8192]
@@ -33,7 +33,7 @@ from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, named, with_first
-from longreach.evaluation.scores import FEW, EvalScores, Row, bootstrap_mean, paired
+from longreach.evaluation.scores import EvalScores, Row, mean_interval, paired
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Perplexity(Evaluation):
                 rows += position_rows(place, nll_T, choices.last_tokens)
             tokens += cell["length"]
             seconds += result["seconds"]
-        pooled = pooled_rows(rows, choices.seed)
+        pooled = pooled_rows(rows)
         names = {"last_stride": "ppl", "whole_window": "ppl_window"}
         summary = {}
         for row in pooled:
@@ -152,8 +152,6 @@ class Perplexity(Evaluation):
         if max(documents) > 1:
             counts = " or ".join(map(str, sorted(documents)))
             text += f" Small: 95% intervals over {counts} documents."
-            if any(1 < count < FEW for count in documents):
-                text += " Over so few they are too narrow."
         blocks: list[Block] = [text, table]
         compared = background.of_one_base(models)
         blocks += difference_tables(compared)
@@ -228,7 +226,7 @@ def position_rows(place: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> 
     return rows
 
 
-def pooled_rows(rows: list[Row], seed: int) -> list[Row]:
+def pooled_rows(rows: list[Row]) -> list[Row]:
     """Return means over documents and, where there are several domains, over each domain's; exp of
     the mean NLL."""
     groups: dict[tuple[int, str], list[Row]] = {}
@@ -246,11 +244,11 @@ def pooled_rows(rows: list[Row], seed: int) -> list[Row]:
             of_domain = [row for row in documents if domain in (ALL, row["domain"])]
             if of_domain:
                 place = {"protocol": protocol, "length": length, "domain": domain}
-                pooled.append(_pooled(place, of_domain, seed))
+                pooled.append(_pooled(place, of_domain))
     return pooled
 
 
-def _pooled(place: Row, documents: list[Row], seed: int) -> Row:
+def _pooled(place: Row, documents: list[Row]) -> Row:
     """Return the mean over documents' rows, with an interval if there are two or more."""
     nll_D = np.array([row["nll"] for row in documents])
     row = {
@@ -264,7 +262,7 @@ def _pooled(place: Row, documents: list[Row], seed: int) -> Row:
         "nll": float(nll_D.mean()),
         "ppl": math.exp(nll_D.mean()),
     }
-    interval = bootstrap_mean(nll_D, seed)
+    interval = mean_interval(nll_D)
     if interval:
         row |= {"ppl_low": math.exp(interval[0]), "ppl_high": math.exp(interval[1])}
     return row
@@ -293,7 +291,7 @@ def _protocol_table(models: dict[str, EvalScores]) -> tuple[Table, set[int]]:
     return Table("By context length", heads, lines, groups), documents
 
 
-def difference_tables(models: dict[str, EvalScores], resamples: int = 4_000) -> list[Table]:
+def difference_tables(models: dict[str, EvalScores]) -> list[Table]:
     """Return a table of each model against the first one on the same tokens; none for fewer than
     two models.
 
@@ -307,7 +305,7 @@ def difference_tables(models: dict[str, EvalScores], resamples: int = 4_000) -> 
     lengths = sorted(theirs.distinct("length", kind="pooled"))
     lines = []
     for name, ours in others:
-        cells = [_difference_cell(ours.rows, theirs.rows, length, resamples) for length in lengths]
+        cells = [_difference_cell(ours.rows, theirs.rows, length) for length in lengths]
         lines.append([name, *cells])
     caption = (
         f"Difference in NLL to {reference} on the same tokens "
@@ -316,12 +314,12 @@ def difference_tables(models: dict[str, EvalScores], resamples: int = 4_000) -> 
     return [Table(caption, ["model", *(f"up to {length:,}" for length in lengths)], lines)]
 
 
-def _difference_cell(ours: list[Row], theirs: list[Row], length: int, resamples: int) -> str:
+def _difference_cell(ours: list[Row], theirs: list[Row], length: int) -> str:
     """Return the difference of two models up to a length and, small, its interval."""
     from longreach.evaluation.sections import DASH
 
     try:
-        difference = paired(ours, theirs, length, resamples)
+        difference = paired(ours, theirs, length)
     except ValueError:  # the other model read other documents
         return DASH
     text = f"{difference['nll']:+.3f}"

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from longreach.evaluation.scores import Difference, EvalScores, Row, bootstrap_crossed
+from longreach.evaluation.scores import Difference, EvalScores, Row, mean_interval
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -85,11 +85,11 @@ class Repeated(NamedTuple):
     """Than a yardstick, on the same tokens."""
 
 
-def repeated(ours: Sequence[Sequence[Row]], theirs: Sequence[Row], seed: int = 0) -> Repeated | None:
+def repeated(ours: Sequence[Sequence[Row]], theirs: Sequence[Row]) -> Repeated | None:
     """Return what a model, or each seed of an arm, makes of a band's tokens, and another model of the
     same ones; None where they did not score the same.
 
-    Means are over seeds and tokens, and the interval resamples seeds and documents.
+    Means are over seeds and tokens, the interval over seeds and documents.
     """
     their_nats = _by_document(theirs)
     tokens = {document: count for document, (count, _) in their_nats.items()}
@@ -101,7 +101,7 @@ def repeated(ours: Sequence[Sequence[Row]], theirs: Sequence[Row], seed: int = 0
         better_SD.append([(their_nats[one][1] - our_nats[one][1]) / tokens[one] for one in tokens])
         nll.append(sum(nats for _, nats in our_nats.values()) / sum(tokens.values()))
     better, tokens_D = np.array(better_SD), np.array(list(tokens.values()))
-    low, high = bootstrap_crossed(better, seed, weight_D=tokens_D) or (math.nan, math.nan)
+    low, high = mean_interval(better, tokens_D) or (math.nan, math.nan)
     mean = float(np.average(better.mean(0), weights=tokens_D))
     return Repeated(int(tokens_D.sum()), float(np.mean(nll)), Difference(mean, low, high, len(tokens), len(ours)))
 

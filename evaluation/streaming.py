@@ -49,7 +49,7 @@ from longreach.evaluation.base import (
     Result,
 )
 from longreach.evaluation.documents import Document, first_token_id, matching, named, with_first
-from longreach.evaluation.scores import EvalScores, Row, bootstrap_mean, gathered, mean_of
+from longreach.evaluation.scores import EvalScores, Row, gathered, mean_interval, mean_of
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -571,7 +571,7 @@ def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]
         for difference_N in of_texts:
             pieces = np.array_split(difference_N, max(1, round(len(difference_N) / STRETCH)))
             stretches += [float(piece.mean()) for piece in pieces]
-        interval = bootstrap_mean(np.array(stretches), seed=0)
+        interval = mean_interval(np.array(stretches))
         if interval:
             low, high = np.exp(interval).tolist()
             ratio = math.exp(np.concatenate(of_texts).mean())
@@ -647,7 +647,7 @@ def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, sta
     difference to it over scored_N.
 
     With beside_T zero and every token scored this is the plain mean. Only sampled means have an
-    interval; it resamples differences.
+    interval, over differences.
     """
     inside = (start <= scored_N) & (scored_N < end)
     if not inside.any():
@@ -657,7 +657,7 @@ def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, sta
     row = {"start": start, "end": end, "scored": int(inside.sum()), "nll": nll, "ppl": math.exp(nll)}
     interval = None
     if row["scored"] < end - start:
-        interval = bootstrap_mean(difference_N, seed=0)
+        interval = mean_interval(difference_N)
     if interval:
         low, high = interval
         row["ppl_low"] = math.exp(nll + low - difference_N.mean())

@@ -1,7 +1,7 @@
 """The gate: rules that a model has to keep before it becomes champion; otherwise nothing moves.
 
 Perplexities are compared token by token: challenger, champion and base read the same held-out
-texts, and the ratio's 95% interval resamples stretches of text (evaluation/scores.py). By default
+texts, and the ratio's 95% interval is over stretches of text (evaluation/scores.py). By default
 the whole interval has to keep a rule, so a challenger that is only perhaps as good is refused. A
 refusal is a result: it is published, printed on stderr, shown in MLflow, and the command ends with
 exit code 3.
@@ -52,10 +52,11 @@ class PromoteRecipe(Choices):
     greatest of evaluate.perplexity.lengths, or of evaluate.gain.lengths where that is not
     measured."""
     perplexity_ratio: float | None = Field(default=1.01, gt=0)
-    """Greatest allowed ratio of its perplexity to the champion's, up to target_length."""
+    """Greatest allowed ratio of its perplexity to the champion's, in each stretch between measured
+    lengths up to target_length."""
     base_ratio: float | None = Field(default=1.02, gt=0)
-    """Greatest allowed ratio of its perplexity to the base's, at every measured length that the
-    base was trained to."""
+    """Greatest allowed ratio of its perplexity to the base's, in each stretch between measured
+    lengths that the base was trained to."""
     gain_over_base: New[float | Literal["auto"] | None] = "auto"
     """Least nats per token by which it has to predict the same held-out tokens better, with
     target_length tokens of context, than the base at the best of its own lengths; below 0: how much
@@ -339,8 +340,8 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
             measured, asked = "there is no champion yet", "nothing to compare with"
             findings.append(Finding("perplexity_ratio", measured, asked, True))
         else:
-            place = f"perplexity_ratio at {target:,} tokens, to the champion"
-            findings.append(_ratio(place, ours, champion, target, rules.perplexity_ratio, rules))
+            reached = {length for length in lengths if length < target} | {target}
+            findings += _ratios("perplexity_ratio", ours, champion, reached, rules.perplexity_ratio, rules)
     if rules.base_ratio is not None and (base := rows.get(f"base_{ratio}")) is not None:
         trained = [length for length in lengths if length <= base_context]
         if not trained:
@@ -348,9 +349,7 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
                 f"promote.base_ratio: no length of evaluate.{ratio}.lengths {list(lengths)} is within the "
                 f"{base_context:,} tokens that the base was trained to: add one, or set promote.base_ratio to null"
             )
-        for length in trained:
-            place = f"base_ratio at {length:,} tokens, to the base"
-            findings.append(_ratio(place, ours, base, length, rules.base_ratio, rules))
+        findings += _ratios("base_ratio", ours, base, {*trained}, rules.base_ratio, rules)
     gains = MEASURED_BY["gain_over_base"]
     if (base := rows.get(f"base_{gains}")) is not None:
         findings.append(_gain(rows[f"challenger_{gains}"], base, target, base_context, rules))
@@ -380,10 +379,24 @@ def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
     return findings
 
 
-def _ratio(place: str, ours: Rows, theirs: Rows, length: int, most: float, rules: PromoteRecipe) -> Finding:
+def _ratios(
+    rule: str, ours: Rows, theirs: Rows, lengths: set[int], most: float, rules: PromoteRecipe
+) -> Iterator[Finding]:
+    """Hold the challenger against another model in each stretch from one length to the next: a mean
+    from the first token on would hide how it ends."""
+    beyond = 0
+    for length in sorted(lengths):
+        yield _ratio(f"{rule}, tokens {beyond:,} to {length:,}", ours, theirs, (beyond, length), most, rules)
+        beyond = length
+
+
+def _ratio(
+    place: str, ours: Rows, theirs: Rows, stretch: tuple[int, int], most: float, rules: PromoteRecipe
+) -> Finding:
     from longreach.evaluation.scores import paired
 
-    difference = paired(ours, theirs, length)  # in nats per token
+    beyond, length = stretch
+    difference = paired(ours, theirs, length, beyond)  # in nats per token
     nll, low, high = difference["nll"], difference["low"], difference["high"]
     if rules.certainty == "estimate":
         measured, deciding = _times(nll), nll

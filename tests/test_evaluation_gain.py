@@ -110,7 +110,10 @@ def test_a_documents_windows_are_averaged_so_that_each_document_counts_once():
     pooled = pick(scores, kind="pooled", length=64, split="test")
     assert pooled["nll"] == pytest.approx(np.mean(each))
     assert pooled["documents"] == 2
-    assert (pooled["nll_low"], pooled["nll_high"]) == pytest.approx((min(each), max(each)))
+    half = 12.706 * abs(each[0] - each[1]) / 2  # Student's t of one degree of freedom
+    assert (pooled["nll_low"], pooled["nll_high"]) == pytest.approx(
+        (np.mean(each) - half, np.mean(each) + half), abs=1e-4
+    )
 
 
 def test_short_documents_are_left_out_by_name_and_none_left_is_an_error_with_both_numbers():
@@ -206,13 +209,12 @@ def test_the_base_is_taken_at_the_best_of_its_own_lengths_by_its_validation_docu
         best_length(both, 32)
 
 
-def test_the_page_of_one_model_draws_its_own_gain_and_says_when_documents_are_few():
+def test_the_page_of_one_model_draws_its_own_gain_and_says_how_many_documents_there_are():
     scores = run([document("a", 300), document("b", 300, seed=1)]).named("base")
     chart = drawn(scores)["own-gain.png"]
     assert set(names_of(chart)) == {"a", "b", "mean over documents"}
     text, own, nll, by_document, *_ = Gain.section({"base": scores}, Style.of(["base"]), Background()).blocks
-    assert "2 test documents." in text
-    assert "Over so few as 2 they are too narrow." in text
+    assert "2 test documents. Small: 95% intervals over the test documents." in text
     assert list(nll.columns) == ["model", "40", "64", "128"]
     assert own.columns == ["model", "64", "128"]
     assert len(by_document.rows) == 6
@@ -238,9 +240,11 @@ def test_tables_average_an_arms_seeds_and_their_intervals_run_over_documents_and
     first, second = seeded({"a": 1.0, "b": 1.2}), seeded({"a": 1.4, "b": 1.6})
     mean = mean_over_seeds([first, second], 128, "nll")
     assert mean["nll"] == pytest.approx(1.3)
-    # Drawn with replacement, both draws of two fall on the lowest (or the highest) of seeds and of documents in one
-    # of 16 draws: 6% on each side, more than the 2.5% that an interval leaves out.
-    assert (mean["nll_low"], mean["nll_high"]) == (pytest.approx(1.0), pytest.approx(1.6))
+    # variances of the mean: 0.01 of documents, 0.04 of seeds; 1.47 degrees of freedom
+    assert (mean["nll_low"], mean["nll_high"]) == (
+        pytest.approx(1.3 - 1.3837, abs=1e-4),
+        pytest.approx(1.3 + 1.3837, abs=1e-4),
+    )
     assert mean_over_seeds([first, second], 128, "own_gain")["own_gain"] == pytest.approx(0.7)
 
     models = {"base": seeded({"a": 1.5, "b": 1.7}), "lora": first, "lora.s1": second}
@@ -248,8 +252,8 @@ def test_tables_average_an_arms_seeds_and_their_intervals_run_over_documents_and
     text, own, nll, by_document, *_ = Gain.section(models, Style.of(list(models)), background).blocks
     assert "its intervals are over documents and seeds" in text
     assert [line[0] for line in nll.rows] == ["base", "lora\n2 seeds"]
-    assert nll.rows[1][2] == "1.300\n1.000 to 1.600"
-    assert own.rows[1][1] == "+0.700\n+0.400 to +1.000"
+    assert nll.rows[1][2] == "1.300\n-0.084 to 2.684"
+    assert own.rows[1][1] == "+0.700\n-0.684 to +2.084"
     assert by_document.columns == ["document", "base", "lora"]
     assert by_document.rows[1] == ["a\nat 128 tokens", "1.500", "1.200"]
 
@@ -281,12 +285,13 @@ def test_nats_are_summed_by_bands_of_distances():
     ]
 
 
-def test_repeats_are_compared_token_by_token_and_resampled_by_document():
+def test_repeats_are_compared_token_by_token_with_an_interval_over_documents():
     ours = [{"document": "a", "tokens": 3, "nll": 1.0}, {"document": "b", "tokens": 1, "nll": 2.0}]
     theirs = [{"document": "b", "tokens": 1, "nll": 2.0}, {"document": "a", "tokens": 3, "nll": 2.0}]
     found = repeated([ours], theirs)
     assert (found.tokens, found.nll) == (4, 1.25)
-    assert found.better == (0.75, 0.0, 1.0, 2, 1)  # from both b to both a
+    half = 12.706 * 0.375  # the weights 1.5 and 0.5 times what the documents are off the mean, 0.25 and 0.75
+    assert found.better == pytest.approx((0.75, 0.75 - half, 0.75 + half, 2, 1), abs=1e-4)
     assert repeated([ours], theirs[:1]) is None
     assert repeated([ours], [theirs[0], {"document": "a", "tokens": 2, "nll": 2.0}]) is None
 
@@ -313,7 +318,11 @@ def test_repeats_of_an_arm_are_the_mean_of_its_seeds():
     assert found.nll == pytest.approx((1.25 + 1.5) / 2)
     assert found.better.nats == pytest.approx((0.75 + 0.5) / 2)
     assert (found.better.documents, found.better.seeds) == (2, 2)
-    assert (found.better.low, found.better.high) == (0.0, 2.0)  # one seed alone, on one document alone
+    # variances of the mean: 0.0352 of documents, 0.0156 of seeds; 1.74 degrees of freedom
+    assert (found.better.low, found.better.high) == (
+        pytest.approx(0.625 - 1.1209, abs=1e-4),
+        pytest.approx(0.625 + 1.1209, abs=1e-4),
+    )
 
 
 def scored_repeats(by_length, pooled):

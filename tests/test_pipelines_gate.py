@@ -56,28 +56,42 @@ def kept(findings) -> list[bool]:
 def test_a_model_that_is_a_little_better_than_champion_and_base_keeps_the_rules():
     rows = {"challenger_perplexity": perplexity_rows(-0.05), "champion_perplexity": perplexity_rows(0, seed=2)}
     findings = decide(rules(), LENGTHS, 64, **rows, base_perplexity=perplexity_rows(0, seed=3))
-    assert kept(findings) == [True, True]
-    assert "at 128 tokens, to the champion" in findings[0].rule
-    assert "at 64 tokens, to the base" in findings[1].rule, "128 tokens are more than the base was trained to"
+    assert kept(findings) == [True, True, True]
+    assert [finding.rule for finding in findings] == [
+        "perplexity_ratio, tokens 0 to 64",
+        "perplexity_ratio, tokens 64 to 128",
+        "base_ratio, tokens 0 to 64",  # 128 tokens are more than the base was trained to
+    ]
 
 
 def test_a_worse_model_is_refused_and_the_reason_has_both_numbers():
-    (finding,) = decide(
-        rules(base_ratio=None), LENGTHS, 64,
-        challenger_perplexity=perplexity_rows(0.05), champion_perplexity=perplexity_rows(0, seed=2),
-    )  # fmt: skip
-    assert not finding.kept
-    assert finding.measured.startswith("1.05")
-    assert finding.asked == "at most 1.01"
+    rows = {"challenger_perplexity": perplexity_rows(0.05), "champion_perplexity": perplexity_rows(0, seed=2)}
+    findings = decide(rules(base_ratio=None), LENGTHS, 64, **rows)
+    assert kept(findings) == [False, False]
+    assert findings[0].measured.startswith("1.06")
+    assert findings[0].asked == "at most 1.01"
+
+
+def test_a_model_that_ends_badly_is_not_saved_by_a_good_start():
+    champion = perplexity_rows(0, seed=2)
+    challenger = perplexity_rows(-0.2)
+    for row in challenger:
+        if row["kind"] == "position" and row["start"] >= 64:
+            row["nll"] += 0.3
+    findings = decide(
+        rules(base_ratio=None), LENGTHS, 64, challenger_perplexity=challenger, champion_perplexity=champion
+    )
+    assert kept(findings) == [True, False]
 
 
 @pytest.mark.parametrize(("certainty", "passes"), [("interval", False), ("estimate", True)])
 def test_what_is_only_perhaps_as_good_is_refused_unless_the_estimate_is_enough(certainty, passes):
-    (finding,) = decide(
-        rules(base_ratio=None, certainty=certainty), LENGTHS, 64,
-        challenger_perplexity=perplexity_rows(-0.05, spread=0.2), champion_perplexity=perplexity_rows(0, 0.2, seed=2),
-    )  # fmt: skip
-    assert finding.kept == passes
+    rows = {
+        "challenger_perplexity": perplexity_rows(-0.05, spread=0.1),
+        "champion_perplexity": perplexity_rows(0, 0.1, seed=2),
+    }
+    findings = decide(rules(base_ratio=None, certainty=certainty), LENGTHS, 64, **rows)
+    assert kept(findings) == [passes, True]  # the second stretch is better for sure
 
 
 def test_keys_that_are_lost_at_any_length_refuse_it_and_so_does_a_short_effective_length():

@@ -99,7 +99,7 @@ def test_new_documents_start_from_the_champion_and_a_worse_model_is_refused(proj
     env = {"LONGREACH_NOTIFY_URL": f"http://127.0.0.1:{hook.server_port}/"}
     worse = longreach(project, "run", "tiny.yaml", *spoil, env=env)
     assert worse.returncode == 3, worse.stderr
-    assert "refused by the gate: perplexity_ratio at 96 tokens, to the champion" in worse.stderr
+    assert "refused by the gate: perplexity_ratio, tokens 0 to" in worse.stderr
     assert aliases(project) == {"champion": "1"}
     assert hook.heard[-1][2]["status"] == "refused"
     assert "convert[start]: done" in worse.stderr

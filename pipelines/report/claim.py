@@ -28,7 +28,7 @@ from longreach.evaluation.gain import (
     over_itself,
     over_stretches,
 )
-from longreach.evaluation.scores import FEW, EvalScores
+from longreach.evaluation.scores import EvalScores
 from longreach.pipelines.report.findings import Findings
 
 GAIN = Gain.name
@@ -131,7 +131,7 @@ class Claim:
         return brief_verdict(difference(rows[0], self.length, rows[1], self.length))
 
 
-@lru_cache(maxsize=1)  # a page asks six times, and each answer resamples every pair of models
+@lru_cache(maxsize=1)  # a page asks six times, and each answer pairs all models
 def claim_of(found: Findings) -> Claim | None:
     """Return what is claimed; None where `gain` did not measure the base within its trained length
     and an arm or a stretch on the same tokens."""
@@ -222,6 +222,4 @@ def _interval(found: Difference, counts: bool = False) -> str:
             text += "s"
         if found.seeds > 1:
             text += f", {found.seeds} seeds"
-        if found.documents < FEW:
-            text += ": so few that it is too narrow"
     return text

@@ -93,7 +93,7 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         differing.append(changes(runs))
     sections = [
         main,
-        Section("Differences on the same tokens", difference_tables(found.of_the_first_base(PERPLEXITY), 1000)),
+        Section("Differences on the same tokens", difference_tables(found.of_the_first_base(PERPLEXITY))),
         _tasks(found),
         Section("What differs", differing),
         *(losses(found, kind, title, file, SAYS) for kind, title, file in LOSSES),
