@@ -134,6 +134,8 @@ class Evaluation:
     """The heading of its section."""
     gate: ClassVar[tuple[str, ...]] = ()
     """Rules of the recipe's section `promote` that are decided by these scores, by field name."""
+    revision: ClassVar[int] = 0
+    """Raised when the same choices would now give other scores, since code is not fingerprinted."""
     folds_answers: ClassVar[bool] = True
     """Whether a sample of the answers, if cases have any, is folded in at the end of its section."""
     Choices: ClassVar[type[EvalChoices]]

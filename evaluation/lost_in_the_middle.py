@@ -73,6 +73,7 @@ class LostInTheMiddle(Evaluation):
 
     name = "lost_in_the_middle"
     title = "Lost in the middle"
+    revision = 1
 
     class Choices(EvalChoices):
         """Something to be found among many of its kind, by where it stands (Lost in the Middle,
@@ -160,10 +161,10 @@ class LostInTheMiddle(Evaluation):
         for question in questions(self.choices, cell):
             where = f"lost_in_the_middle {cell | {'place': question.place}}"
             answers = question.answers
-            prompt_ids, answer_ids = spelled(self.tokenizer, question.prompt, f" {answers[0]}", where)
+            prompt_ids, answer_ids = spelled(self.tokenizer, question.prompt, question.written, where)
             new_tokens = self.choices.new_tokens
             if new_tokens:
-                new_tokens = max(new_tokens, len(answer_ids))  # a UUID has about 30 tokens
+                new_tokens = max(new_tokens, len(answer_ids) + 4)  # a UUID has about 30 tokens
             answered = reader.answer(prompt_ids, answer_ids, where, new_tokens=new_tokens)
             case = cell | {
                 "place": question.place,
@@ -202,6 +203,8 @@ class LostInTheMiddle(Evaluation):
             total = _row("size", placed, size, None)
             rows.append(group | {"place": "all"} | total)
             summary |= {f"{asked}_{size}": total["accuracy"], f"{asked}_nll_{size}": total["nll"]}
+            if "subspan" in total:
+                summary[f"{asked}_subspan_{size}"] = total["subspan"]
         return EvalScores(
             eval=cls.name,
             protocol="`correct`: teacher-forced, every token of the answer is the argmax; `subspan`: an answer is in "
@@ -298,7 +301,9 @@ class Question:
     """Where the answer stands among its kind, or the baseline's name."""
     prompt: str
     answers: list[str]
-    """Each counts as right; the first is the one that is scored teacher-forced."""
+    """Each counts as right where text is generated."""
+    written: str
+    """What is scored teacher-forced: the first answer as the prompt writes its kind."""
 
 
 def questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Question]:
@@ -318,7 +323,7 @@ def _kv_questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Ques
         shown = [*others[:place], wanted, *others[place:]]
         lines = ",\n ".join(f'"{key}": "{value}"' for key, value in shown)
         prompt = f'{KV}{{{lines}}}\n\nKey: "{wanted[0]}"\nCorresponding value:'
-        yield Question(place, prompt, [wanted[1]])
+        yield Question(place, prompt, [wanted[1]], f' "{wanted[1]}')  # the closing quote is not asked for
 
 
 def _qa_questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Question]:
@@ -326,11 +331,12 @@ def _qa_questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Ques
     size = cell["size"]
     asked = _document_question(choices, cell)
     end = f"Question: {asked.question}\nAnswer:"
+    written = f" {asked.answers[0]}"
     for place in places(size, choices.positions):
         shown = [*asked.others[:place], asked.gold, *asked.others[place : size - 1]]
-        yield Question(place, QA + _numbered(shown) + end, asked.answers)
-    yield Question("closed book", end, asked.answers)
-    yield Question("oracle", QA + _numbered([asked.gold]) + end, asked.answers)
+        yield Question(place, QA + _numbered(shown) + end, asked.answers, written)
+    yield Question("closed book", end, asked.answers, written)
+    yield Question("oracle", QA + _numbered([asked.gold]) + end, asked.answers, written)
 
 
 def _numbered(documents: list[Pair]) -> str:

@@ -52,6 +52,7 @@ class StreamQuestions(Evaluation):
 
     name = "stream_questions"
     title = "Questions in a stream"
+    revision = 1
 
     class Choices(EvalChoices):
         """StreamEval: questions in an endless stream of facts (StreamingLLM, 2309.17453, section
@@ -62,7 +63,8 @@ class StreamQuestions(Evaluation):
         every_lines: int = Field(default=10, ge=1)
         """Lines with a fact before each question."""
         distances: tuple[int, ...] = Field(default=(5, 10, 20, 40), min_length=1)
-        """How many lines before the question its fact stands; 1 is the last line. The paper has 20."""
+        """How many lines before the question its fact stands, or the nearest one that was not asked for
+        yet; 1 is the last line. The paper has 20."""
         cache_tokens: tuple[int, ...] = Field(default=(256, 1024), min_length=1)
         """Keys that a cache keeps, sinks included; each number is a stream of its own."""
         sink_tokens: int = Field(default=4, ge=1)
@@ -146,6 +148,7 @@ class StreamQuestions(Evaluation):
         names = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
         draw.shuffle(names)
         facts: list[tuple[str, str, int]] = []  # name, number, and tokens of the stream before it
+        asked: set[int] = set()  # places in `facts`
         before = 0
         for question in range(choices.questions):
             ids: list[int] = []
@@ -156,12 +159,17 @@ class StreamQuestions(Evaluation):
                 start = not before and not ids  # the tokenizer's own first token stands once
                 ids += text_ids(self.tokenizer, f"The number of the {name} is {number}.\n", first=start)
             distance = choices.distances[question % len(choices.distances)]
-            name, number, place = facts[-distance]
+            # an answer stays in the stream, so a fact is asked for once: what stands nearest to the distance
+            unasked = [fact for fact in range(max(0, len(facts) - len(names)), len(facts)) if fact not in asked]
+            fact = min(unasked, key=lambda fact: abs(len(facts) - fact - distance))
+            asked.add(fact)
+            name, number, place = facts[fact]
             prompt = f"Question: What is the number of the {name}? Answer: The number of the {name} is"
             prompt_ids, answer_ids = spelled(
                 self.tokenizer, prompt, f" {number}", f"question {question}", special=False
             )
             about: Row = {"question": question, "distance": distance, "name": name, "expected": number}
+            about["lines_back"] = len(facts) - fact
             about["tokens_back"] = before + len(ids) + len(prompt_ids) - place
             ids += prompt_ids + answer_ids
             yield ids, answer_ids, about

@@ -42,6 +42,14 @@ class EvaluateStageRecipe(Choices):
     choices: SerializeAsAny[EvalChoices]
     """The evaluation's own section."""
 
+    def identity(self, include: set[str] | None = None) -> dict[str, Any]:
+        """Return the JSON that a fingerprint is made of; with the evaluation's revision, once it has
+        been raised."""
+        identity = super().identity(include)
+        if revision := EVALS[self.eval].revision:
+            identity["revision"] = revision
+        return identity
+
 
 @dataclass(frozen=True)
 class Job:

@@ -7,6 +7,7 @@ from evaluating import drawn, evaluate, names_of
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle, best_subspan_em, places, questions
+from longreach.evaluation.reader import Reader
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,21 @@ def test_a_pair_is_moved_and_the_others_keep_their_order():
         orders.append([k for k in shown if k != key])
     assert orders[0] == orders[1] == orders[2]
     assert found[0]["prompt"].endswith("Corresponding value:")
+
+
+def test_a_value_is_expected_in_quotes_as_the_pairs_are_written_and_there_is_room_to_close_them(monkeypatch):
+    asked = []
+    answer = Reader.answer
+
+    def listening(self, prompt, expected, where, *, new_tokens):
+        asked.append((byte_tokenizer().decode(expected), new_tokens))
+        return answer(self, prompt, expected, where, new_tokens=new_tokens)
+
+    monkeypatch.setattr(Reader, "answer", listening)
+    (case, _) = cases("kv", 3, positions=2, new_tokens=2)
+    (expected, new_tokens), _ = asked
+    assert expected.strip() == f'"{case["expected"]}'
+    assert new_tokens > len(f'{expected}"\n')
 
 
 def test_one_document_answers_and_closed_book_and_oracle_frame_it():
@@ -98,6 +114,8 @@ def test_scores_have_a_row_a_place_and_the_figure_a_line_a_size():
         ("qa", "oracle", "baseline", 2), ("qa", "all", "size", 4),
     ]  # fmt: skip
     assert scores.summary.keys() == {"kv_3", "kv_nll_3", "qa_3", "qa_nll_3"}
+    written = evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), **choices | {"new_tokens": 2})
+    assert written.summary.keys() - scores.summary.keys() == {"kv_subspan_3", "qa_subspan_3"}
     titles = {file: "".join(chart["title"]["text"]) for file, chart in drawn(scores.named("m")).items()}
     assert titles == {
         "lost-in-the-middle-kv-3.png": "Where the answer stands: 3 JSON pairs",

@@ -29,7 +29,7 @@ def test_a_question_asks_for_the_fact_so_many_lines_back_and_the_right_answer_st
         text = byte_tokenizer().decode(ids)
         facts, _, question = text.partition("Question: ")
         lines += facts.split("\n")[:-1]
-        assert f"The number of the {about['name']} is {about['expected']}." == lines[-about["distance"]].strip()
+        assert f"The number of the {about['name']} is {about['expected']}." == lines[-about["lines_back"]].strip()
         assert question.endswith(f"The number of the {about['name']} is {about['expected']}")
         assert byte_tokenizer().decode(answer_ids).strip() == about["expected"]
         read += len(ids)
@@ -39,6 +39,18 @@ def test_a_question_asks_for_the_fact_so_many_lines_back_and_the_right_answer_st
     assert fact.startswith(f"The number of the {about['name']} is {about['expected']}.")
     assert [about["distance"] for _, _, about in pieces] == [1, 3, 1, 3, 1, 3]
     assert stream(seed=1)[0][2]["expected"] != pieces[0][2]["expected"]
+
+
+@pytest.mark.parametrize(("every_lines", "distances"), [(10, (5, 10, 20, 40)), (5, (5, 10, 20, 40)), (1, (1, 2))])
+def test_an_answer_that_stays_in_the_stream_is_asked_for_by_no_later_question(every_lines, distances):
+    """Lines 20 back are those that the question before had 10 back: the nearest that is not asked yet is taken."""
+    text = ""
+    for ids, answer_ids, about in stream(questions=60, every_lines=every_lines, distances=distances):
+        text += byte_tokenizer().decode(ids[: -len(answer_ids)])
+        assert text.count(f" {about['expected']}") == 1
+        assert text.rpartition(f"is {about['expected']}.\n")[2].count(".\n") == about["lines_back"] - 1
+        assert abs(about["lines_back"] - about["distance"]) <= 2
+        text += byte_tokenizer().decode(answer_ids)
 
 
 @pytest.mark.parametrize("room", [None, 10_000, 64])

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, tiny_llama
 
+from longreach.evaluation import EVALS
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle
 from longreach.evaluation.needle import Needle
 from longreach.evaluation.passkey import Passkey
@@ -180,3 +181,11 @@ def test_a_length_that_memory_cannot_hold_is_refused_with_both_numbers(folders):
     recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=choices)
     with pytest.raises(ValueError, match=r"passkey at 1,099,511,627,776 tokens needs about .* TiB .* is free"):
         evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
+
+
+def test_an_evaluation_whose_scores_would_differ_now_is_measured_again_and_no_other(monkeypatch):
+    recipe = EvaluateStageRecipe(eval="passkey", model="base", choices=CHOICES["passkey"])
+    before = recipe.identity()
+    assert "revision" not in before
+    monkeypatch.setattr(EVALS["passkey"], "revision", 2)
+    assert recipe.identity() == before | {"revision": 2}
