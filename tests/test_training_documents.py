@@ -108,7 +108,7 @@ def test_a_folder_with_brackets_in_its_name_is_a_folder(tmp_path):
     folder = tmp_path / "run [1]"
     folder.mkdir()
     (folder / "a.txt").write_text("A")
-    assert texts(read(folder, files="*.txt")) == {"a": "A"}
+    assert texts(read(folder, files="*.txt")) == texts(read(folder, files="**/*.txt")) == {"a": "A"}
     assert texts(read(tmp_path, files=f"{tmp_path}/*/a.txt")) == {"a": "A"}
 
 

@@ -87,6 +87,13 @@ def test_a_glob_is_one_repository_a_folder(repo):
     assert [document.name for document in read(repo.parent, str(repo), "o*")] == ["repo", "other.git"]
 
 
+def test_a_folder_with_brackets_in_its_name_is_a_folder(repo):
+    odd = repo.parent / "code [1]"
+    odd.mkdir()
+    (odd / "x.py").write_text("x")
+    assert [document.name for document in read(repo.parent, "code [1]")] == ["code [1]"]
+
+
 def test_a_long_repository_is_cut_between_files_and_held_out_as_a_whole(repo):
     texts = [item.text for item in read(repo.parent, "repo")]
     pieces = read(repo.parent, "repo", max_chars=60, test=("repo",))

@@ -341,8 +341,8 @@ def _places(pattern: str, base_dir: Path) -> list[tuple[Path, Path]]:
             paths = [whole]
         elif whole.is_dir():
             of_folder, paths = True, [path for path in _walk(whole) if kind_of(path)[1] in KINDS]
-        elif "**" in whole.parts:
-            paths = _glob(whole)
+        elif "**" in Path(pattern).parts:
+            paths = _glob(base_dir, Path(pattern))
         else:
             paths = [base_dir / match for match in glob.glob(pattern, root_dir=base_dir)]
         found = [(path, path) for path in sorted(filter(Path.is_file, paths))]
@@ -357,12 +357,12 @@ def _places(pattern: str, base_dir: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def _glob(pattern: Path) -> list[Path]:
-    """Return what a pattern with `**` matches, every folder looked into once."""
+def _glob(base_dir: Path, pattern: Path) -> list[Path]:
+    """Return what a pattern with `**` matches below a folder, every folder looked into once."""
     fixed = 0
     while not glob.has_magic(pattern.parts[fixed]):
         fixed += 1
-    root = Path(*pattern.parts[:fixed])
+    root = base_dir.joinpath(*pattern.parts[:fixed])
     return [path for path in _walk(root) if path_fits(path.relative_to(root).parts, pattern.parts[fixed:])]
 
 

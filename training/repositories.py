@@ -105,7 +105,9 @@ def _folders(entry: str, base_dir: Path) -> list[tuple[str, Path]]:
     if entry.startswith(PACKAGE):
         name = entry.removeprefix(PACKAGE)
         return [(name, _package(name))]
-    matches = [base_dir / match for match in glob.glob(entry, root_dir=base_dir, recursive=True)]
+    matches = [base_dir / entry]
+    if not matches[0].is_dir():  # else it is that folder, whatever brackets its name has
+        matches = [base_dir / match for match in glob.glob(entry, root_dir=base_dir, recursive=True)]
     folders = sorted(match.resolve() for match in matches if match.is_dir())
     if not folders:
         raise ValueError(f"{FIELD}: {entry!r} finds no folder (looked for {base_dir / entry})")
