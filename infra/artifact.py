@@ -22,6 +22,7 @@ hash.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -175,13 +176,33 @@ class Store:
             raise CorruptArtifact(f"{stage}/{fingerprint}: " + "; ".join(problems))
         return artifact
 
+    def names(self, folder: str, ending: str = "") -> list[str]:
+        """Return the sorted names of what is in a folder of the store now and ends so; none if it is not
+        there. The path is taken literally, where a pattern would misread `notes [2024]`."""
+        try:
+            return sorted(name for name in self._list(folder) if name.endswith(ending))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _list(self, folder: str) -> list[str]:
+        return os.listdir(folder)
+
+    def _inside(self, folder: str) -> list[str]:
+        """Return the paths in a folder; none if it may not be read, as `lost+found` of a whole disk."""
+        with contextlib.suppress(PermissionError):
+            return [f"{folder}/{name}" for name in self.names(folder)]
+        return []
+
     def manifests(self, stage: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the manifests of everything published (of one stage), without damaged ones."""
-        for path in self.fs.glob(f"{self.base}/{stage or '*'}/*/{MANIFEST}"):
-            try:
-                yield self._read_manifest(path)
-            except CorruptArtifact:
-                continue  # `find` reports it when the artifact is wanted
+        for name in [stage] if stage else self.names(self.base):
+            for folder in self._inside(f"{self.base}/{name}"):
+                path = f"{folder}/{MANIFEST}"
+                if path not in self._inside(folder):
+                    continue
+                # `find` reports a damaged one when the artifact is wanted; `longreach gc` may just remove one
+                with contextlib.suppress(CorruptArtifact, FileNotFoundError):
+                    yield self._read_manifest(path)
 
     # ---- writing
 
@@ -215,7 +236,7 @@ class Store:
         files. Raises AlreadyPublished: another attempt was first; this one has been removed."""
         try:
             files = _inventory(attempt)
-            self._upload(attempt)
+            self._upload(attempt, [entry["path"] for entry in files])
         except FileNotFoundError:  # a winner removed this attempt meanwhile, or the stage wrote nothing
             self._refuse_if_published(attempt)
             raise
@@ -302,7 +323,7 @@ class Store:
                 raise
             raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk's error names no file
 
-    def _upload(self, attempt: Attempt) -> None:
+    def _upload(self, attempt: Attempt, names: list[str]) -> None:
         """Bring an attempt's files into the store: onto the disk, where that is the store
         itself."""
         sync_tree(attempt.out)
@@ -319,6 +340,8 @@ class RemoteStore(Store):
     local = False
 
     def checked(self) -> Store:  # a missing bucket or key is found before anything is computed
+        if glob.has_magic(self.base):  # fsspec would delete what it matches
+            raise ValueError(f"store {self.root!r}: * ? and [ are patterns in a URL: choose a store.root without them")
         bucket = self.base.partition("/")[0]
         try:
             if not (self._listed(self.base) or self._listed(bucket)):
@@ -343,6 +366,11 @@ class RemoteStore(Store):
             if path == self.base:
                 raise
         return True
+
+    def _list(self, folder: str) -> list[str]:
+        self.fs.invalidate_cache()  # others write there
+        paths = [path.rstrip("/") for path in self.fs.ls(folder, detail=False)]
+        return [path.rsplit("/", 1)[1] for path in paths if path != folder]  # some stores list the folder itself
 
     def _attempts(self, stage: str, fingerprint: str) -> Path:
         return self.scratch / stage / fingerprint / "attempts"
@@ -380,11 +408,11 @@ class RemoteStore(Store):
         """Publish, and delete what attempts of any node left in the store: checkpoints, and the
         files of the losers."""
         artifact = super().publish(attempt, record)
-        self.fs.invalidate_cache()
-        for path in self.fs.ls(f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts", detail=False):
-            name = path.rsplit("/", 1)[1]
-            if name and self._published(attempt):  # some stores list the folder itself
+        attempts = f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts"
+        for name in self.names(attempts):
+            if self._published(attempt):
                 with contextlib.suppress(FileNotFoundError):
+                    path = f"{attempts}/{name}"
                     self.fs.rm(f"{path}/work" if name == attempt.id else path, recursive=True)
         return artifact
 
@@ -401,9 +429,10 @@ class RemoteStore(Store):
     def create(self, path: str, body: bytes) -> None:
         self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
 
-    def _upload(self, attempt: Attempt) -> None:
-        out = self._attempt(attempt.stage, attempt.fingerprint, attempt.id) + "/out/"
-        self.fs.put(str(attempt.out) + "/", out, recursive=True)
+    def _upload(self, attempt: Attempt, names: list[str]) -> None:
+        out = self._attempt(attempt.stage, attempt.fingerprint, attempt.id) + "/out"
+        # lists are taken literally, and uploaded several files at a time
+        self.fs.put([str(attempt.out / name) for name in names], [f"{out}/{name}" for name in names])
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
         super()._remove(stage, fingerprint, attempt_id)

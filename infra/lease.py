@@ -163,8 +163,7 @@ class Lease:
         return self.store.fs.exists(self._path(generation, suffix))
 
     def _newest(self) -> int:
-        self.store.fs.invalidate_cache()
-        names = [Path(path).name for path in self.store.fs.glob(f"{self._folder}/*.json")]
+        names = self.store.names(self._folder, ending=".json")
         return max((int(name.split(".")[0]) for name in names), default=0)
 
     def _counter(self, generation: int) -> bytes:
@@ -196,9 +195,9 @@ class Lease:
     def _sweep(self) -> None:
         """Delete the files of older generations, but of the last: who lists the folder now must not
         miss both."""
-        for path in self.store.fs.glob(f"{self._folder}/*"):
-            if int(Path(path).name.split(".")[0]) < self._generation - 1:
-                self._remove(path)
+        for name in self.store.names(self._folder):
+            if int(name.split(".")[0]) < self._generation - 1:
+                self._remove(f"{self._folder}/{name}")
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # a later holder sweeps too

@@ -96,12 +96,14 @@ class Share:
     def sealed(self, below: str, seal: str) -> list[tuple[str, str]]:
         """Return (name, place in the store) of all attempts' folders that hold the file `seal`,
         last name first."""
-        fs, base = self.store.fs, self.store.base
-        fs.invalidate_cache()  # other nodes write there
+        store = self.store
+        attempts = f"{store.base}/{self.stage}/{self.fingerprint}/attempts"
         folders = []
-        for path in fs.glob(f"{base}/{self.stage}/{self.fingerprint}/attempts/*/{below}/*/{seal}"):
-            place = path.rsplit("/", 1)[0]
-            folders.append((place.rsplit("/", 1)[1], place))
+        for attempt in store.names(attempts):
+            for name in store.names(f"{attempts}/{attempt}/{below}"):
+                place = f"{attempts}/{attempt}/{below}/{name}"
+                if seal in store.names(place):
+                    folders.append((name, place))
         return sorted(folders, reverse=True)
 
     def pull(self, folder: Path, place: str = "") -> None:

@@ -21,7 +21,6 @@ import contextlib
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from longreach.infra.artifact import MANIFEST, Store
@@ -117,8 +116,8 @@ def no_runs(store: Store) -> Iterator[None]:
     """
     held = []
     try:
-        for folder in sorted(store.fs.glob(f"{store.base}/leases/*")):
-            lease = Lease(store, Path(folder).name, f"{holder_name()}, longreach gc")
+        for name in store.names(f"{store.base}/leases"):
+            lease = Lease(store, name, f"{holder_name()}, longreach gc")
             held.append(lease.acquire(wait=False))
         yield
     finally:
@@ -141,8 +140,10 @@ def remove(store: Store, candidate: Candidate) -> bool:
     try:
         if not candidate.published and store.find(stage, fingerprint):  # finished meanwhile
             return False
-        for path in store.fs.glob(f"{store.base}/{stage}/{fingerprint}/{MANIFEST}*"):
-            store.fs.rm(path)
+        folder = f"{store.base}/{stage}/{fingerprint}"
+        for name in store.names(folder):
+            if name.startswith(MANIFEST):
+                store.fs.rm(f"{folder}/{name}")
         store.clear(stage, fingerprint)
     finally:
         lease.release()

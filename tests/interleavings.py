@@ -57,8 +57,12 @@ class FakeStore:
 
         self.step(f"create {path}", perform)
 
-    def glob(self, pattern: str) -> list[str]:
-        return list(self.step(f"list {pattern}", lambda: tuple(sorted(fnmatch.filter(self.files, pattern)))))
+    def names(self, folder: str, ending: str = "") -> list[str]:
+        def perform() -> tuple[str, ...]:
+            paths = fnmatch.filter(self.files, f"{folder}/*{ending}")
+            return tuple(sorted(path.rpartition("/")[2] for path in paths))
+
+        return list(self.step(f"list {folder} {ending}", perform))
 
     def exists(self, path: str) -> bool:
         return self.step(f"exists {path}", lambda: path in self.files)

@@ -9,6 +9,7 @@ import s3fs
 
 from longreach.infra.artifact import AlreadyPublished, CorruptArtifact, Store
 from longreach.infra.files import digest_of, file_digest
+from longreach.infra.share import Share
 
 RECORD = {"summary": {"rows": 3}, "inputs": {}, "recipe": {}}
 
@@ -36,6 +37,54 @@ def test_a_published_artifact_is_found_again_whole(store: Store):
     assert (fetched.path / "rows/data.arrow").read_text() == "tokens"
     assert not attempt.work.exists()
     assert [m["fingerprint"] for m in store.manifests("pack")] == ["f1"]
+
+
+@pytest.mark.parametrize("root", ["notes [2024]/what?/*", "memory://{name}"])
+def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path, root: str):
+    """Of the store, or where its URL is elsewhere of the attempts and the cache."""
+    place = tmp_path / "notes [2024]"
+    (tmp_path / "notes 2").mkdir()  # what the pattern would match
+    whole = root.format(name=tmp_path.name) if "://" in root else str(tmp_path / root)
+    store = Store(whole, place / "scratch")
+    attempt = store.new_attempt("pack", "f1")
+    write(attempt)
+    (attempt.out / "part [1].txt").write_text("one")
+    store.publish(attempt, RECORD)
+    assert [manifest["fingerprint"] for manifest in store.manifests()] == ["f1"]
+    assert {file["path"] for file in store.fetch("pack", "f1").manifest["files"]} == {"part [1].txt", "rows/data.arrow"}
+
+
+def test_a_checkpoint_is_found_again_by_the_file_that_seals_it(tmp_path: Path):
+    share = Share(f"memory://{tmp_path.name}", str(tmp_path / "notes [2024]"), "train", "f2", "0001-a")
+    checkpoint = tmp_path / "notes [2024]" / share.folder / "work/checkpoints/step-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text("{}")
+    share.push(checkpoint.parent)
+    assert [name for name, _ in share.sealed("work/checkpoints", "meta.json")] == ["step-1"]
+    assert share.sealed("work/checkpoints", "other.json") == []
+
+
+def test_a_url_that_looks_like_a_pattern_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"store 'memory://runs \[2024\]'.*choose a store.root without them"):
+        Store("memory://runs [2024]", tmp_path).checked()
+
+
+def test_folders_that_hold_no_artifacts_are_passed_over(store: Store, monkeypatch):
+    """Beside the stages are an MLflow database and, on a disk of its own, a folder of root's."""
+    attempt = store.new_attempt("pack", "f1")
+    write(attempt)
+    store.publish(attempt, RECORD)
+    store.fs.pipe_file(f"{store.base}/mlflow.db", b"")
+    store.fs.pipe_file(f"{store.base}/pack/notes.txt", b"")
+    listed = type(store)._list
+
+    def refusing(self: Store, folder: str) -> list[str]:
+        if folder.endswith("lost+found"):
+            raise PermissionError(folder)
+        return [*listed(self, folder), *(["lost+found"] if folder == self.base else [])]
+
+    monkeypatch.setattr(type(store), "_list", refusing)
+    assert [manifest["fingerprint"] for manifest in store.manifests()] == ["f1"]
 
 
 def test_nothing_is_published_before_publication(store: Store):
@@ -98,11 +147,11 @@ def test_an_attempt_that_a_winner_removes_while_it_is_synced_is_refused(tmp_path
     write(winner)
     real = Store._upload
 
-    def upload(self: Store, attempt) -> None:
+    def upload(self: Store, attempt, names) -> None:
         if attempt is loser:
             store.publish(winner, RECORD)
             raise FileNotFoundError(loser.out / "rows/data.arrow")  # as opening it to sync it does now
-        real(self, attempt)
+        real(self, attempt, names)
 
     monkeypatch.setattr(Store, "_upload", upload)
     with pytest.raises(AlreadyPublished):

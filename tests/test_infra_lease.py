@@ -31,6 +31,19 @@ def test_a_second_run_is_refused_while_the_first_lives_and_let_in_after_release(
     assert second.current_holder() is None
 
 
+@pytest.mark.parametrize("folder", ["notes [2024]", "what?", "*"])
+def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path, folder: str):
+    """The second run would never see the first one's lease, and try for ever to make it."""
+    (tmp_path / "notes 2").mkdir()
+    store = Store(str(tmp_path / folder))
+    for _ in range(4):
+        lease = Lease(store, "weekly", "alice:1", beat_s=60).acquire(wait=False)
+        assert lease.current_holder() == "alice:1"
+        lease.release()
+    names = {name.split(".")[0] for name in store.names(f"{store.base}/leases/weekly")}
+    assert names == {"00000003", "00000004"}
+
+
 def test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost(store: Store):
     slow = Lease(store, "quickstart", "slow:1", beat_s=0.1)
     slow.acquire(wait=False)
@@ -99,8 +112,8 @@ def test_two_holders_that_sweep_at_once_do_not_stop_each_other(tmp_path: Path, m
     for _ in range(3):
         Lease(store, "w", "first:1", beat_s=0.1).acquire(wait=False).release()
     late = Lease(store, "w", "late:2", beat_s=0.1, _generation=9)
-    files = store.fs.glob(f"{late._folder}/*")
-    monkeypatch.setattr(store.fs, "glob", lambda pattern: [*files, *files])
+    files = store.names(late._folder)
+    monkeypatch.setattr(store, "names", lambda folder: [*files, *files])
     late._sweep()
     assert list((tmp_path / "leases/w").iterdir()) == []
 

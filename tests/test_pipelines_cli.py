@@ -328,6 +328,18 @@ def test_status_tells_who_runs_what_is_half_done_and_what_is_published(
     assert published.split()[:3] == ["pack", "aaaaaaaa", "1.5"]
 
 
+def test_status_passes_over_a_lease_that_may_not_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leases" / "of another user").mkdir(parents=True)
+
+    def refused(self: Lease) -> str:
+        raise PermissionError(self.name)
+
+    monkeypatch.setattr(Lease, "current_holder", refused)
+    assert longreach(capsys, "status", "--root", str(tmp_path))[:2] == (0, "nothing yet\n")
+
+
 def test_status_of_a_recipe_leaves_out_what_others_made(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, runner: SimpleNamespace
 ) -> None:
