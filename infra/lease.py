@@ -115,10 +115,14 @@ class Lease:
                 return self
 
     def release(self) -> None:
-        """Give the lease up, so that the next run need not wait."""
+        """Give the lease up, so that the next run need not wait. A store that is away is told of on
+        stderr: the work is done, and the next run takes over once the counter has stood still."""
         self._stop.set()
         if not self.lost.is_set():
-            self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
+            try:
+                self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
+            except Exception as error:  # noqa: BLE001 (as of the heartbeat)
+                print(f"lease {self.name}: not released ({error}), the next run waits", file=sys.stderr, flush=True)
 
     def current_holder(self) -> str | None:
         """Return the holder's name, None after a release. A holder that died on another machine is

@@ -44,6 +44,20 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path, fo
     assert names == {"00000003", "00000004"}
 
 
+def test_a_store_that_is_away_at_the_release_changes_no_outcome_and_the_next_run_takes_over(
+    store: Store, monkeypatch, capsys
+):
+    def away(path: str, body: bytes) -> None:
+        raise ConnectionError("the store is away")
+
+    lease = Lease(store, "quickstart", "alice:1", beat_s=0.1).acquire(wait=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.fs, "pipe_file", away)
+        lease.release()
+    assert "lease quickstart: not released (the store is away)" in capsys.readouterr().err
+    Lease(store, "quickstart", "bob:2", beat_s=0.1).acquire(wait=False).release()
+
+
 def test_a_dead_holder_is_replaced_and_a_merely_slow_one_learns_that_it_lost(store: Store):
     slow = Lease(store, "quickstart", "slow:1", beat_s=0.1)
     slow.acquire(wait=False)
