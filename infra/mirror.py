@@ -46,7 +46,8 @@ DRAIN_S = 60.0
 """How long a mirror may upload nothing, after its parent has ended, until it is given up."""
 METRICS_PER_BATCH, PARAMS_OR_TAGS_PER_BATCH = 1000, 100  # MLflow's limits
 TRASH = "trash"
-"""Stands for the id of a run that a user deleted: its events are not wanted any more."""
+"""Stands for the id of a run that a user deleted, or its experiment: its events are not wanted any
+more."""
 
 ENVIRONMENT = {
     # Our own loop repeats what fails, after a look at what arrived: a repeated "create run" would
@@ -188,6 +189,7 @@ class Mirror:
                 log.debug("while uploading %s", tail.path, exc_info=True)
                 self.tails[run] = self.tails.pop(run)  # the next pass takes it last: it must not block the others
                 tail.run_id = ""
+                self._experiments.clear()  # one may have been deleted, and its runs are left out then
                 return f"{tail.path.name}: {type(error).__name__}: {error}"
         return ""
 
@@ -229,11 +231,16 @@ class Mirror:
 
     def _find(self, start: dict[str, Any], known: str = "") -> str:
         """Return the MLflow run with a run's tag: of several the known one, TRASH if a user deleted
-        it, or ""."""
+        it or its experiment, or ""."""
         from mlflow.entities import ViewType
 
+        try:
+            experiment = self._experiment(start["experiment"])
+        except registry.ExperimentDeleted as error:
+            self._warn(f"{error}; its runs are left out, longreach sync sends them once it is restored")
+            return TRASH
         query = f"tags.`{registry.RUN_TAG}` = '{start['run']}'"
-        found = self.client.search_runs([self._experiment(start["experiment"])], query, ViewType.ALL)
+        found = self.client.search_runs([experiment], query, ViewType.ALL)
         runs = {run.info.run_id: run for run in found}
         live = [run_id for run_id, run in runs.items() if run.info.lifecycle_stage == "active"]
         if runs and not live:
@@ -260,11 +267,8 @@ class Mirror:
         return run.info.run_id
 
     def _experiment(self, name: str) -> str:
-        try:
-            if name not in self._experiments:
-                self._experiments[name] = registry.experiment_id(self.client, name)
-        except ValueError as error:
-            raise Pause(str(error)) from None
+        if name not in self._experiments:
+            self._experiments[name] = registry.experiment_id(self.client, name)
         return self._experiments[name]
 
     def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:

@@ -52,6 +52,10 @@ class RegistryAway(ValueError):
     """The model registry cannot be asked now."""
 
 
+class ExperimentDeleted(ValueError):
+    """An experiment was deleted in MLflow, and its runs with it."""
+
+
 class AliasMoved(RuntimeError):
     """Another model became champion while this one was measured against the former."""
 
@@ -162,10 +166,10 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """Return an experiment's id; it is made if it is missing. Raises ValueError: it was deleted."""
+    """Return an experiment's id; it is made if it is missing. Raises ExperimentDeleted."""
     if experiment := client.get_experiment_by_name(name):
         if experiment.lifecycle_stage == "deleted":
-            raise ValueError(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
+            raise ExperimentDeleted(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
         return experiment.experiment_id
     database = sqlite_path(client.tracking_uri)
     artifacts = (database.parent / ARTIFACTS).as_uri() if database else None

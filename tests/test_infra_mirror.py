@@ -336,6 +336,28 @@ def test_a_run_that_mlflow_lost_comes_back_and_one_that_its_user_deleted_does_no
     assert points(another, runs_of(another, spools.experiment)["kept"], "loss") == [(0, 1), (1, 2)]
 
 
+def test_a_deleted_experiment_holds_up_no_other_and_comes_back_once_it_is_restored(spools, store, caplog):
+    client, gone = client_of(store), f"{spools.experiment} gone"
+    for name in ("a", "b"):  # in the order of their names, before the run of the other experiment
+        path = spools.folder / f"{name}.jsonl"
+        Spool.open(path, run=uuid.uuid4().hex, parent=None, experiment=gone, name=name, kind="attempt").end("FINISHED")
+    client.delete_experiment(client.create_experiment(gone))
+    _, kept = spools("kept")
+    kept.metrics({"loss": 1})
+    mirror = upload(spools.folder, store)
+    assert list(runs_of(store, spools.experiment)) == ["kept"]
+    assert pending_points(spools.folder) == 0
+    assert sum(f"experiment {gone!r} is deleted: restore it" in record.message for record in caplog.records) == 1
+    client.restore_experiment(client.get_experiment_by_name(gone).experiment_id)
+    assert Mirror(spools.folder, store).upload(float("inf"), everything=True) == ""
+    assert sorted(runs_of(store, gone)) == ["a", "b"]
+    client.delete_experiment(client.get_experiment_by_name(spools.experiment).experiment_id)  # a mirror is at work
+    _, late = spools("late")
+    late.metrics({"loss": 1})
+    mirror.upload(float("inf"))
+    assert mirror.upload(float("inf")) == ""
+
+
 def test_a_run_made_twice_by_a_slow_server_becomes_one(spools, store):
     run, spool = spools("train")
     client = client_of(store)
