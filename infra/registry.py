@@ -210,8 +210,8 @@ def check_login(uri: str, timeout_s: float = 5.0) -> str:
 
 
 def version_of(name: str) -> Any:
-    """Return the version `name@alias` or `name/3`; ValueError if there is none, or MLflow cannot be
-    asked."""
+    """Return the version `name@alias` or `name/3`; ValueError if there is none, RegistryAway if MLflow
+    cannot be asked."""
     from mlflow.exceptions import MlflowException
 
     model, _, alias = name.partition("@")
@@ -221,7 +221,13 @@ def version_of(name: str) -> Any:
             return client.get_model_version_by_alias(model, alias)
         return client.get_model_version(*name.split("/"))
     except MlflowException as error:
-        raise ValueError(f"models:/{name}: MLflow at {client.tracking_uri} says: {error.message}") from error
+        raise _kind(error)(f"models:/{name}: MLflow at {client.tracking_uri} says: {error.message}") from error
+
+
+def _kind(error: Any) -> type[ValueError]:
+    """What an MlflowException is for us: RegistryAway without a connection, or after a fault of the
+    server's own (5xx); else what was asked is wrong."""
+    return RegistryAway if error.get_http_status_code() >= 500 else ValueError
 
 
 def champion(name: str) -> Any | None:
@@ -241,8 +247,7 @@ def aliased(client: Any, name: str, alias: str) -> Any | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise RegistryAway(
-            f"who is {alias} of {name!r} cannot be asked of MLflow at {client.tracking_uri} ({error.message}): start "
-            f"it, or run without the gate (--set promote=)"
+            f"who is {alias} of {name!r} cannot be asked of MLflow at {client.tracking_uri} ({error.message})"
         ) from error
 
 
@@ -339,8 +344,8 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
 
 
 def aliased_fingerprints() -> set[str]:
-    """Return the fingerprints of the releases that any alias of any model names; ValueError: MLflow
-    cannot be asked."""
+    """Return the fingerprints of the releases that any alias of any model names; RegistryAway: MLflow
+    cannot be asked; ValueError: it refuses to answer."""
     database = sqlite_path(os.environ["MLFLOW_TRACKING_URI"])
     if database and not database.exists():  # to ask would create it
         return set()
@@ -356,9 +361,9 @@ def aliased_fingerprints() -> set[str]:
                     fingerprints.add(client.get_model_version(model.name, version).tags.get(FINGERPRINT, ""))
             token = models.token or ""
     except MlflowException as error:
-        raise ValueError(
-            f"MLflow at {client.tracking_uri} cannot be asked which models have aliases ({error.message}): start it, "
-            "or name the one that knows them in MLFLOW_TRACKING_URI"
+        raise _kind(error)(
+            f"MLflow at {client.tracking_uri} cannot be asked which models have aliases ({error.message}); "
+            "MLFLOW_TRACKING_URI may name another one"
         ) from error
     return fingerprints
 

@@ -61,7 +61,8 @@ app.add_typer(cluster_cli.app)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit; a user's mistake is one line, everything else a traceback."""
+    """Run the command line and exit; a user's mistake is one line, and so is a registry that is away;
+    everything else a traceback."""
     try:
         app(arguments)
     except PermissionError as error:
@@ -71,10 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{what}: choose a place that you may read and write", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ValueError as error:
-        # subclasses, such as UnicodeDecodeError, are no mistakes of the user unless they say so
+        from longreach.infra.registry import RegistryAway
+
+        away = isinstance(error, RegistryAway)
+        # other subclasses, such as UnicodeDecodeError, are no mistakes of the user unless they say so
         users_mistake = type(error) is ValueError or hasattr(error, "render")
-        if not users_mistake or os.environ.get("LONGREACH_DEBUG") == "1":
+        if not (away or users_mistake) or os.environ.get("LONGREACH_DEBUG") == "1":
             raise
+        if away:
+            print(f"{error}: try later", file=sys.stderr)
+            sys.exit(TRY_LATER)
         print(error, file=sys.stderr)
         if not hasattr(error, "render"):
             print("(LONGREACH_DEBUG=1 shows where this comes from)", file=sys.stderr)

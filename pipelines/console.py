@@ -140,7 +140,10 @@ def run_recipe(
     except RegistryAway as away:
         if notify:
             _post(notify, "failure", loaded.recipe.name, {"headline": str(away)})
-        print(f"{away}; nothing was started, since training goes on from the champion: try later", file=sys.stderr)
+        advice = "try later"
+        if loaded.recipe.promote:
+            advice += ", or run without the gate (--set promote=)"
+        print(f"{away}; nothing was started, since the model to start from is there: {advice}", file=sys.stderr)
         raise typer.Exit(TRY_LATER) from None
     except BaseException as error:
         if notify:

@@ -24,6 +24,7 @@ from longreach.pipelines.foresee import Forecast
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load, names
 
+GATE = "promote={model: longlora, name: m, perplexity_ratio: null, base_ratio: null}"
 HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "altair", "jinja2"}
 
 
@@ -173,8 +174,35 @@ def test_a_registry_that_is_away_is_exit_75_and_all_but_the_gate_is_done(
     calls.clear()
     code, out, err = longreach(capsys, "run", "retrain", "--set", "promote.start_from=champion")
     assert (code, out) == (75, "")
-    assert "nothing was started, since training goes on from the champion" in err
+    assert "nothing was started, since the model to start from is there: try later, or run without the gate" in err
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("words", ["plan quickstart", "status quickstart", "report quickstart", "gc", "rollback m"])
+def test_a_registry_that_is_away_is_one_line_and_exit_75_of_every_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    gate = ["--set", GATE] if "quickstart" in words else []
+    code, _, err = longreach(capsys, *words.split(), *gate)
+    assert code == 75
+    (line,) = err.splitlines()
+    assert "MLflow at http://127.0.0.1:9" in line
+    assert line.endswith(": try later")
+    assert "--set" not in line
+
+
+def test_a_base_behind_an_alias_of_a_registry_that_is_away_is_exit_75(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    code, _, err = longreach(capsys, "run", "quickstart", "--set", "base.source=models:/smollm2@champion")
+    assert code == 75
+    assert err.splitlines()[-1].endswith("nothing was started, since the model to start from is there: try later")
 
 
 def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
