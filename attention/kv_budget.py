@@ -67,8 +67,10 @@ class KVBudget:
         only checked.
 
         The cached tokens and the current one, and the sinks' keys a second time as they were before
-        they were turned.
+        they were turned. Raises ValueError: sizes that the cache refuses too.
         """
+        if sink_tokens < 0 or window_tokens < 1:
+            raise ValueError(f"sink_tokens {sink_tokens} and window_tokens {window_tokens}: at least 0 and at least 1")
         keys, values = window_tokens + 1 + 2 * sink_tokens, window_tokens + 1 + sink_tokens
         return len(self.windows) * (keys + values) * self._values(batch, length, dtype)
 

@@ -66,6 +66,12 @@ def test_sizes_that_make_no_sense_are_refused(arguments, message):
         KVBudget.of(LLAMA2_70B).bytes(*arguments)
 
 
+@pytest.mark.parametrize(("sinks", "window"), [(-1, 1020), (4, 0)])
+def test_sizes_that_a_sink_cache_refuses_are_refused(sinks: int, window: int):
+    with pytest.raises(ValueError, match=f"sink_tokens {sinks} and window_tokens {window}: at least 0 and at least 1"):
+        KVBudget.of(LLAMA2_70B).sink_cache_bytes(1, 1, sink_tokens=sinks, window_tokens=window)
+
+
 def test_models_that_cache_something_else_are_refused():
     with pytest.raises(ValueError, match="latent of rank 512"):
         KVBudget.of(LlamaConfig(kv_lora_rank=512))
