@@ -131,9 +131,11 @@ def run_recipe(
             try:
                 outcome = go(loaded, display=display)
             except RegistryAway as away:  # before anything has started
-                undecided, loaded = away, _without_gate(loaded, away)
+                if loaded.recipe.promote is None or _starts_from_registry(loaded.recipe):
+                    raise
+                undecided = away
                 display.note("the model registry is away: all but the gate is done now")
-                outcome = go(loaded, display=display)
+                outcome = go(loaded, display=display, gated=False)
     except LeaseHeld as held:
         print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
         raise typer.Exit(TRY_LATER) from None
@@ -141,7 +143,7 @@ def run_recipe(
         if notify:
             _post(notify, "failure", loaded.recipe.name, {"headline": str(away)})
         advice = "try later"
-        if loaded.recipe.promote:
+        if loaded.recipe.promote and not loaded.recipe.base.source.startswith("models:/"):
             advice += ", or run without the gate (--set promote=)"
         print(f"{away}; nothing was started, since the model to start from is there: {advice}", file=sys.stderr)
         raise typer.Exit(TRY_LATER) from None
@@ -166,13 +168,10 @@ def run_recipe(
     return outcome.report_path
 
 
-def _without_gate(loaded: Loaded, away: RegistryAway) -> Loaded:
-    """Return the recipe without its gate; raises `away` where training starts from the champion,
-    whom nobody can name now."""
-    gate = loaded.recipe.promote
-    if gate is None or gate.start_from == "champion":
-        raise away
-    return dataclasses.replace(loaded, recipe=loaded.recipe.model_copy(update={"promote": None}))
+def _starts_from_registry(recipe: Recipe) -> bool:
+    """Whether the model to start from is one of the registry's: a champion, or a registered base."""
+    from_champion = recipe.promote is not None and recipe.promote.start_from == "champion"
+    return from_champion or recipe.base.source.startswith("models:/")
 
 
 def push_release(loaded: Loaded, name: str) -> None:

@@ -221,11 +221,12 @@ class Finding:
 
 
 def add_gate(pipeline: Pipeline) -> None:
-    """Add the champion's stages and the decision; nothing if the challenger is champion already."""
+    """Add the champion's stages and the decision; nothing if the challenger is champion already, or
+    nobody is to be asked."""
     from longreach.pipelines.stage import Stage
 
     gate, champion = pipeline.recipe.promote, pipeline.champion
-    if gate is None:
+    if gate is None or not pipeline.gated:
         return
     (release,) = (stage for stage in pipeline.stages if stage.label == f"release[{gate.model}]")
     if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:

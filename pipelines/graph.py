@@ -72,6 +72,7 @@ class Pipeline:
     """The stages of a recipe so far, and what later stages build on."""
 
     recipe: Recipe
+    gated: bool = True  # False: nobody asks who is champion, and the gate's stages are left out
     stages: list[Stage] = field(default_factory=list)  # in an order in which each comes after its inputs
     models: dict[str, EvaluatedModel] = field(default_factory=dict)
 
@@ -99,7 +100,7 @@ class Pipeline:
     def champion(self) -> Any:
         """The version that the gate compares with; None: there is no gate, or no champion yet."""
         gate = self.recipe.promote
-        return registry.champion(gate.name) if gate else None
+        return registry.champion(gate.name) if gate and self.gated else None
 
     @cached_property
     def corpus(self) -> Stage:
@@ -146,10 +147,14 @@ class Pipeline:
         return scores
 
 
-def build(recipe: Recipe) -> list[Stage]:
-    """Return a recipe's stages, inputs first; ValueError if documents or the base cannot be
-    found."""
-    pipeline = Pipeline(recipe)
+def build(recipe: Recipe, *, gated: bool = True) -> list[Stage]:
+    """Return a recipe's stages, inputs first; ValueError if documents or the base cannot be found.
+
+    Args:
+        gated: False leaves out the gate's own stages and asks for no champion; the others are the
+            same, as long as training starts from the base.
+    """
+    pipeline = Pipeline(recipe, gated)
     for add in BUILDERS:
         add(pipeline)
     return pipeline.stages

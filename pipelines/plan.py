@@ -99,7 +99,7 @@ def check_scheduled(recipe: Recipe, *, driver_here: bool) -> None:
     """
     check_rules(recipe, driver_here=driver_here)
     if driver_here:
-        build(recipe.model_copy(update={"promote": None}))  # the champion is whoever it is then
+        build(recipe, gated=False)  # the champion is whoever it is then
 
 
 def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:

@@ -145,7 +145,13 @@ class _Run:
 
 
 def run(
-    loaded: Loaded, *, display: Display, force: tuple[str, ...] = (), wait: bool = False, address: str | None = None
+    loaded: Loaded,
+    *,
+    display: Display,
+    force: tuple[str, ...] = (),
+    wait: bool = False,
+    address: str | None = None,
+    gated: bool = True,
 ) -> RunOutcome:
     """Bring every stage of a recipe to be published.
 
@@ -153,6 +159,7 @@ def run(
         force: stage names or labels that run again even if they are done.
         wait: wait for another run of this recipe instead of raising LeaseHeld.
         address: a Ray cluster; without it one is started here for the time of the run.
+        gated: False leaves out the gate's own stages, and asks no registry for the champion.
 
     ValueError: bad choices or input, found before Ray starts.
     """
@@ -161,7 +168,7 @@ def run(
         cluster = f"the cluster at {address}" if address else ""
         check_rules(loaded.recipe, cluster=cluster)
         _check_tracking(loaded, uri, display)
-        store, stages = open_store(loaded), build(loaded.recipe)
+        store, stages = open_store(loaded), build(loaded.recipe, gated=gated)
         _check_forced(force, stages)
         outcome = RunOutcome()
         artifacts = survey(store, stages, {}, repair=False)

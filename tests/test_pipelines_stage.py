@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 
 from longreach.infra.choices import Choices, New
 from longreach.infra.files import digest_of
+from longreach.infra.registry import RegistryAway
 from longreach.infra.resources import Resources
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
@@ -121,6 +122,22 @@ def test_the_gate_reads_gains_where_they_are_measured_and_is_what_it_was_elsewhe
     assert new.inputs["stretch:theta_gain"].label == "evaluate[theta,gain]"
     without = stages(gate, gain, "promote.gain_over_stretches=null")["promote"]
     assert not stretches & without.inputs.keys()
+
+
+def test_without_an_answer_from_the_registry_all_stages_but_the_gates_are_the_same(monkeypatch):
+    """Else the release would be registered under another name, and made again once the registry answers."""
+    recipe = load(WHOLE, ["promote={model: longlora, name: m, target_length: 12288}"]).recipe
+    monkeypatch.setattr("longreach.infra.registry.champion", lambda name: None)
+    whole = {stage.label: stage.fingerprint for stage in build(recipe)}
+
+    def away(name: str) -> None:
+        raise RegistryAway(name)
+
+    monkeypatch.setattr("longreach.infra.registry.champion", away)
+    rest = {stage.label: stage.fingerprint for stage in build(recipe, gated=False)}
+    assert "release[longlora]" in rest
+    assert rest.items() <= whole.items()
+    assert whole.keys() - rest.keys() == {"promote"}
 
 
 def test_the_row_length_changes_everything_after_packing_but_not_the_base():
