@@ -124,6 +124,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         f"{S3}::test_a_store_that_only_answers_500_is_named_and_the_attempt_is_published_later",
         f"{S3}::test_a_slow_store_takes_no_lease_from_a_live_holder",
         f"{S3}::test_a_lease_outlives_a_store_that_is_away_for_a_while",
+        "test_infra_lease.py::test_a_store_that_is_away_at_the_release_changes_no_outcome_and_the_next_run_takes_over",
     ),
     22: (
         "faults/test_faults_versions.py::test_a_node_of_another_ray_does_not_join",
