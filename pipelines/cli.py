@@ -102,7 +102,8 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     force: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE", help="Run this stage even if its artifact is there.")
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Make this stage anew, and all that is made from it; may be repeated."),
     ] = None,
     address: RayAddress = None,
     wait: Annotated[bool, typer.Option(help="If another run of this recipe is alive: wait, or exit 75.")] = True,

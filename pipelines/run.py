@@ -20,7 +20,7 @@ import queue
 import re
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -156,7 +156,7 @@ def run(
     """Bring every stage of a recipe to be published.
 
     Args:
-        force: stage names or labels that run again even if they are done.
+        force: stage names or labels that run again even if they are done, with all that is made from them.
         wait: wait for another run of this recipe instead of raising LeaseHeld.
         address: a Ray cluster; without it one is started here for the time of the run.
         gated: False leaves out the gate's own stages, and asks no registry for the champion.
@@ -169,17 +169,21 @@ def run(
         check_rules(loaded.recipe, cluster=cluster)
         _check_tracking(loaded, uri, display)
         store, stages = open_store(loaded), build(loaded.recipe, gated=gated)
-        _check_forced(force, stages)
+        again = _forced(force, stages)
         outcome = RunOutcome()
-        artifacts = survey(store, stages, {}, repair=False)
-        if not force and len(artifacts) == len(stages):
+        artifacts = survey(store, [stage for stage in stages if stage not in again], {}, repair=False)
+        missing = [stage for stage in stages if stage.label not in artifacts]
+        if not missing:
             display.note("nothing new: every stage is published, with these choices and from these documents")
-        if force or len(artifacts) < len(stages):
+        else:
             if address is None:
-                missing = [stage for stage in stages if stage.label not in artifacts or _forced(stage, force)]
                 check_fits(foresee(store, missing, loaded.recipe.resources).values())
+            if again:
+                kinds = [f"{name} {count}" for name, count in Counter(stage.name for stage in again).items()]
+                what = f"{len(again)} of {len(stages)} stages are made anew, with all that is made from what is forced"
+                display.note(f"--force {', '.join(force)}: {what}: {', '.join(kinds)}")
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
-                _withdraw(store, stages, force, artifacts)
+                _withdraw(store, again, wait, display)
                 artifacts = survey(store, stages, artifacts, repair=True)
                 _run_missing(_Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address))
         touched = {*outcome.ran, *outcome.failed}
@@ -196,29 +200,39 @@ def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
         display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
 
 
-def _check_forced(force: tuple[str, ...], stages: list[Stage]) -> None:
+def _forced(force: tuple[str, ...], stages: list[Stage]) -> list[Stage]:
+    """Return the stages that `force` names and all that are made from them, whose fingerprints would
+    not say that they are old; ValueError: a name that no stage has."""
     names: set[str] = set()
+    again: set[str] = set()
     for stage in stages:
         names |= {stage.name, stage.label}
+        if stage.name in force or stage.label in force:
+            again.add(stage.fingerprint)
     if unknown := sorted(set(force) - names):
         raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {', '.join(sorted(names))}")
+    for stage in stages:  # each comes after its inputs
+        if any(source.fingerprint in again for source in stage.inputs.values()):
+            again.add(stage.fingerprint)
+    return [stage for stage in stages if stage.fingerprint in again]
 
 
-def _forced(stage: Stage, force: tuple[str, ...]) -> bool:
-    return stage.name in force or stage.label in force
+def _withdraw(store: Store, stages: list[Stage], wait: bool, display: Display) -> None:
+    """Unpublish stages, damaged ones too, and clear their attempts, which they would resume from.
 
-
-def _withdraw(store: Store, stages: list[Stage], force: tuple[str, ...], artifacts: dict[str, Artifact]) -> None:
-    """Unpublish the stages that are to run again, and forget their artifacts."""
+    LeaseHeld: another run is making one of them, and not `wait`.
+    """
     for stage in stages:
-        if _forced(stage, force) and store.find(stage.name, stage.fingerprint):
-            store.withdraw(stage.name, stage.fingerprint)
-            artifacts.pop(stage.label, None)
+        place = f"{stage.name}/{stage.fingerprint}/lease"
+        with _lease(store, stage.label, wait, display, place=place):
+            with contextlib.suppress(FileNotFoundError):  # it was not published
+                store.withdraw(stage.name, stage.fingerprint)
+            store.clear(stage.name, stage.fingerprint)
 
 
 @contextmanager
-def _lease(store: Store, name: str, wait: bool, display: Display) -> Iterator[Lease]:
-    lease = Lease(store, name, holder_name())
+def _lease(store: Store, name: str, wait: bool, display: Display, *, place: str = "") -> Iterator[Lease]:
+    lease = Lease(store, name, holder_name(), place=place)
     if other := lease.current_holder():
         display.note(f"{name} is being run by {other}, or was when it died: looking for a sign of life")
     lease.acquire(wait=wait)
@@ -502,6 +516,8 @@ def _report_on_the_rest(run: _Run) -> None:
     done = [stage for stage in whole.inputs.values() if stage.label not in failed]
     others = {label: why for label, why in failed.items() if label != "report"}
     stage = report_on(run.loaded.recipe, done, others)
+    if any(one.label in run.outcome.ran for one in done):  # else it may be there, on what --force took back
+        _withdraw(run.store, [stage], True, run.display)
     task = replace(run.task(stage, run.id), stage_start={})  # its attempt stands below the whole run
     try:
         while execute(task).made_by:  # another run reports on the very same

@@ -53,7 +53,8 @@ def pipeline(tmp_path: Path, monkeypatch):
                 recipes[name].update(values)
 
         def run(self, **options):
-            with Display(console=Console(file=io.StringIO())) as display:
+            self.shown = io.StringIO()
+            with Display(console=Console(file=self.shown)) as display:
                 return run.run(loaded, display=display, **options)
 
         def calls(self) -> dict[str, int]:
@@ -129,13 +130,48 @@ def test_a_stage_task_killed_with_sigkill_is_retried_and_sees_its_earlier_checkp
     assert pipeline.calls()["b"] == 2
 
 
-def test_force_runs_a_stage_again_and_publishes_under_the_same_fingerprint(cluster, pipeline):
+def test_force_runs_a_stage_and_all_that_is_made_from_it_again_under_the_same_fingerprints(cluster, pipeline):
     pipeline.run()
     before = {row.stage: row.fingerprint for row in plan.plan(pipeline.loaded)}
-    assert pipeline.run(force=("b",)).ran == ["b"]
+    outcome = pipeline.run(force=("a",))
+    assert sorted(outcome.ran) == ["a", "b", "report"], "by their fingerprints b and the report would be done"
+    assert outcome.reused == ["c--1"]
+    said = "--force a: 3 of 4 stages are made anew, with all that is made from what is forced: toy 2, report 1"
+    assert said in pipeline.shown.getvalue(), "it says so first, since there may be trainings among them"
     assert {row.stage: row.fingerprint for row in plan.plan(pipeline.loaded)} == before
+    assert pipeline.run(force=("report",)).ran == ["report"]
     with pytest.raises(ValueError, match="no such stage"):
         pipeline.run(force=("pakc",))
+
+
+def test_force_takes_nothing_up_that_the_old_code_left(cluster, pipeline):
+    """What a forced stage and one made from it had half done is no start, and a damaged manifest is no obstacle."""
+    pipeline.run()
+    store = plan.open_store(pipeline.loaded)
+    for name in ("a", "b"):
+        left = store.new_attempt("toy", outcome_fingerprint(pipeline, name))
+        (left.work / "checkpoint").write_text("of the old code")
+    manifest = Path(store.base, "toy", outcome_fingerprint(pipeline, "a"), "artifact.json")
+    manifest.write_text(manifest.read_text()[:100])
+    assert sorted(pipeline.run(force=("a",)).ran) == ["a", "b", "report"]
+    made = {manifest["label"]: manifest["summary"] for manifest in store.manifests("toy")}
+    assert made["a"]["resumed"] == made["b"]["resumed"] == []
+
+
+def test_force_makes_the_report_on_what_was_done_anew_where_the_same_fails_again(cluster, pipeline):
+    pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
+    first, second = pipeline.run(), pipeline.run(force=("c--1",))
+    assert second.ran == ["c--1"]
+    assert first.report_path != second.report_path, "the first one is on the old c--1"
+
+
+def test_force_leaves_a_stage_alone_that_another_run_makes(cluster, pipeline):
+    pipeline.run()
+    store, fingerprint = plan.open_store(pipeline.loaded), outcome_fingerprint(pipeline, "b")
+    with run._lease(store, "b", False, Display(quiet=True), place=f"toy/{fingerprint}/lease"):
+        with pytest.raises(LeaseHeld, match="'b' is being run by"):
+            pipeline.run(force=("b",))
+        assert store.find("toy", fingerprint)
 
 
 def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
