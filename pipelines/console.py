@@ -245,13 +245,13 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
     """Print what a run would do, and what it should cost (`here`: on this machine); returns the
     rows.
 
-    ValueError, after the table, if a training cannot fit `here`.
+    ValueError, after the table, if a training cannot fit `here`, or a stage finds no room.
     """
     from longreach.pipelines.display import duration
     from longreach.pipelines.foresee import check_fits
     from longreach.pipelines.plan import plan
 
-    rows = plan(loaded, trying=here)
+    rows = plan(loaded, here=here)
     lines = []
     for row in rows:
         took = "" if row.seconds_last is None else duration(row.seconds_last)
@@ -270,6 +270,9 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
     print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run", flush=True)
     if here:
         check_fits(foreseen)
+        for row in rows:
+            if row.no_room:
+                raise ValueError(row.no_room)
     return rows
 
 

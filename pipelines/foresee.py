@@ -7,10 +7,14 @@ the speed of such ranks (training/cost.py): as they last trained, else as two se
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,7 +27,7 @@ from longreach.pipelines.costs import CostsStageRecipe, at_length
 from longreach.pipelines.display import duration
 from longreach.pipelines.evaluate import EvaluateStageRecipe
 from longreach.pipelines.stage import Stage
-from longreach.pipelines.stages import PackStageRecipe, TokenizerRecipe
+from longreach.pipelines.stages import GainsRecipe, PackStageRecipe, TokenizerRecipe
 from longreach.training.convert import known_config
 from longreach.training.cost import CONFIG_KEYS, PROCESS_GIB, Machine, Prediction, Shape, predict
 from longreach.training.probe import probe
@@ -175,6 +179,56 @@ def check_fits(forecasts: Iterable[Forecast]) -> None:
     for forecast in forecasts:
         if forecast.refusal:
             raise ValueError(forecast.refusal)
+
+
+def no_room(stage: Stage, resources: Resources, nodes: Sequence[Mapping[str, float]]) -> str:
+    """Return why none of these nodes, or not enough of them, can ever take a stage, and what would
+    help; empty if they can. Ray itself would wait for ever.
+
+    Args:
+        nodes: what each of them has, by Ray's names. Those that an autoscaler might still start do
+            not count, as infra/launch.py has it.
+    """
+    at_once, each, fields = 1, {"CPU": stage.kind.cpus(resources), "GPU": stage.kind.gpus(resources)}, []
+    if isinstance(stage.recipe, EvaluateStageRecipe | GainsRecipe):  # as much for each task, where it has several
+        each = {"CPU": resources.eval_cpus, "GPU": resources.gpus_per_worker}
+        fields = ["resources.eval_cpus"]
+    elif isinstance(stage.recipe, TrainingRecipe | CostsStageRecipe):
+        at_once, each = resources.workers, {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+        fields = ["resources.workers", "resources.cpus_per_worker"]
+    each = {kind: amount for kind, amount in each.items() if amount}
+    if not each:
+        return ""
+    room = sum(int(min(node.get(kind, 0) / amount for kind, amount in each.items())) for node in nodes)
+    if room >= at_once:
+        return ""
+    if "GPU" in each:
+        fields.append("resources.gpus_per_worker")
+    largest = max(nodes, key=lambda node: [node.get(kind, 0) for kind in reversed(each)], default={})
+    needs = f"{_amounts(each)} on one node"
+    if at_once > 1:
+        needs = f"{at_once} ranks of {_amounts(each)} each, and there is room for {room}"
+    has = _amounts({kind: largest.get(kind, 0) for kind in each})
+    lower = f"lower {' or '.join(fields)}, or " if fields else ""
+    return f"{stage.label} needs {needs}; the largest node has {has}: {lower}connect to a larger cluster"
+
+
+def _amounts(asked: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {kind}{'s' * (amount != 1)}" for kind, amount in asked.items())
+
+
+def this_node(resources: Resources) -> dict[str, float]:
+    """Return what Ray offers where it is started on this machine, and never less: it heeds a
+    container's own limit of CPUs, and not to which of them this process is kept."""
+    cpus = os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    if limit.exists() and (quota := limit.read_text().split())[0].isdigit():
+        cpus = int(quota[0]) // int(quota[1])
+    gpus = 0
+    if resources.gpus_per_worker and shutil.which("nvidia-smi"):  # comes with the driver, as in training/probe.py
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+        gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return {"CPU": cpus, "GPU": gpus}
 
 
 def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, speed: Speed | None) -> Forecast:

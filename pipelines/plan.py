@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
 from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
-from longreach.pipelines.foresee import Forecast, foresee
+from longreach.pipelines.foresee import Forecast, foresee, no_room, this_node
 from longreach.pipelines.graph import build
 from longreach.pipelines.hand_over import check_base, check_token
 from longreach.pipelines.reader import Loaded
@@ -42,6 +42,7 @@ class PlanRow:
     fingerprint: str
     seconds_last: float | None  # seconds that its newest artifact took to make
     foreseen: Forecast | None = None  # what it should cost, of stages that train
+    no_room: str = ""  # why this machine can never run it, where it is asked of this machine
 
 
 def open_store(loaded: Loaded) -> Store:
@@ -115,22 +116,26 @@ def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
         )
 
 
-def plan(loaded: Loaded, *, trying: bool = False) -> list[PlanRow]:
+def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
     """Return what `run` would do; of files only presence and size are looked at, which `run` reads
     whole.
 
     Args:
-        trying: Where nothing has trained yet, this machine's speed is tried out for the forecast.
+        here: It would run on this machine. Where nothing has trained yet, its speed is tried out
+            for the forecast.
     """
     store = open_store(loaded)
     with use_tracking(loaded):
         stages = build(loaded.recipe)
-    costs = foresee(store, stages, loaded.recipe.resources, trying=trying)
+    resources = loaded.recipe.resources
+    costs = foresee(store, stages, resources, trying=here)
     newest = functools.cache(functools.partial(_newest, store))
+    nodes = [this_node(resources)] if here else []
     rows = []
     for stage in stages:
         row, _ = _examine(store, stage, newest, hashes=False)
-        rows.append(replace(row, foreseen=costs.get(row.stage)))
+        refusal = no_room(stage, resources, nodes) if here and row.state != "done" else ""
+        rows.append(replace(row, foreseen=costs.get(row.stage), no_room=refusal))
     return rows
 
 

@@ -40,7 +40,7 @@ from longreach.infra.tracking import Spool, read_events
 from longreach.infra.versions import git_commit
 from longreach.pipelines.artifacts import Decision, PackedCorpus, Release, Report
 from longreach.pipelines.display import Display
-from longreach.pipelines.foresee import check_fits, foresee, memory_gib
+from longreach.pipelines.foresee import check_fits, foresee, memory_gib, no_room
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
 from longreach.pipelines.plan import TRACKING, check_rules, open_store, survey, use_tracking
@@ -64,6 +64,8 @@ WORKERS_IMPORT = (
 themselves."""
 LOOK_AGAIN_S = 5.0
 """How long a stage that another run is making is left alone until it is tried again."""
+JOIN_S = 60.0
+"""How long nodes may take to join somebody's cluster before what has no room there is refused."""
 NOT_IN_PARAMETERS = re.compile(r"[^\w./ -]")
 """Characters that MLflow's names of parameters do not allow, such as the plus in an arm's name."""
 READ_BY_THE_DRIVER = ("report", "promote")
@@ -346,6 +348,7 @@ def _run_on_ray(run: _Run) -> None:
         workers_import = ()
     with connected(run.address, workers_import=workers_import) as ray:
         run.stopping.listen()  # Ray has set a handler of its own
+        _check_room(ray, run)
         environment = {TRACKING: os.environ[TRACKING]}
         # Ray Train's helpers look for the cluster, and find two where another one runs on this
         # machine.
@@ -362,6 +365,27 @@ def _run_on_ray(run: _Run) -> None:
         del collector
         if "report" in run.outcome.failed and len(run.outcome.failed) > 1:
             _report_on_the_rest(run)
+
+
+def _check_room(ray: Any, run: _Run) -> None:
+    """Raise ValueError if a stage that is to run can never be placed, before the first one has
+    begun."""
+    resources = run.loaded.recipe.resources
+    missing = [stage for stage in run.stages if stage.label not in run.artifacts]
+    until_s, noted = time.monotonic(), False
+    if run.address:
+        until_s += JOIN_S
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        refusals = (no_room(stage, resources, nodes) for stage in missing)
+        if not (refusal := next(filter(None, refusals), "")):
+            return
+        if time.monotonic() >= until_s:
+            raise ValueError(refusal)
+        if not noted:
+            run.display.note(f"{refusal}; for {JOIN_S:.0f} s more nodes may join it")
+            noted = True
+        time.sleep(1.0)
 
 
 class _Driver:

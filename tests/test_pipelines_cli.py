@@ -61,7 +61,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return fake.outcome
 
     monkeypatch.setattr("longreach.pipelines.run.run", run)
-    monkeypatch.setattr("longreach.pipelines.plan.plan", lambda loaded, trying=None: fake.rows)
+    monkeypatch.setattr("longreach.pipelines.plan.plan", lambda loaded, here=None: fake.rows)
     monkeypatch.setattr("longreach.pipelines.plan.open_store", lambda loaded: fake.open_store(loaded))
     return fake
 
@@ -274,7 +274,7 @@ def test_plan_prints_each_stage_with_its_reason_and_a_count(
     def row(stage: str, state: str, why: str, seconds: float | None) -> SimpleNamespace:
         return SimpleNamespace(
             stage=stage, state=state, why=why, fingerprint="0123456789abcdef", seconds_last=seconds,
-            foreseen=Forecast("about 3 GiB on 2 ranks") if seconds else None,
+            foreseen=Forecast("about 3 GiB on 2 ranks") if seconds else None, no_room="",
         )  # fmt: skip
 
     runner.rows = [

@@ -16,7 +16,7 @@ from longreach.infra.resources import Resources
 from longreach.infra.versions import usable_cores
 from longreach.pipelines import foresee as forecasts
 from longreach.pipelines.cli import main
-from longreach.pipelines.foresee import TRIED, check_fits, foresee, measured, memory_gib, tried
+from longreach.pipelines.foresee import TRIED, check_fits, foresee, measured, memory_gib, no_room, this_node, tried
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training import cost
@@ -186,6 +186,88 @@ def test_what_cannot_fit_is_told_what_would(
     if says:
         with pytest.raises(ValueError, match="needs about"):
             check_fits([found])
+
+
+@pytest.mark.parametrize(
+    ("label", "overrides", "nodes", "says"),
+    [
+        ("evaluate[base,gain]", [], [{"CPU": 2}], ""),
+        ("evaluate[base,gain]", [], [{"CPU": 1}, {"CPU": 1}], "2 CPUs on one node; the largest node has 1 CPU: lower"),
+        (
+            "evaluate[base,gain]",
+            ["eval_workers=2"],
+            [{"CPU": 1}],
+            "has 1 CPU: lower resources.eval_cpus, or connect to",
+        ),
+        ("evaluate[base,gain]", ["gpus_per_worker=1"], [{"CPU": 8}, {"CPU": 1, "GPU": 1}], "node has 1 CPU and 1 GPU"),
+        (
+            "evaluate[base,gain]",
+            ["gpus_per_worker=1"],
+            [{"CPU": 8}],
+            "0 GPUs: lower resources.eval_cpus or resources.gpus",
+        ),
+        ("finetune[full]", [], [{"CPU": 1}, {"CPU": 1}], ""),
+        (
+            "finetune[full]",
+            [],
+            [{"CPU": 1}],
+            "2 ranks of 1 CPU each, and there is room for 1; the largest node has 1 CPU",
+        ),
+        (
+            "finetune[full]",
+            ["cpus_per_worker=2"],
+            [{"CPU": 3}, {"CPU": 1}],
+            "room for 1; the largest node has 3 CPUs: lower",
+        ),
+        ("finetune[full]", ["gpus_per_worker=1"], [{"CPU": 4, "GPU": 2}], ""),
+        (
+            "finetune[full]",
+            ["workers=1", "gpus_per_worker=1"],
+            [{"CPU": 4}],
+            "or resources.gpus_per_worker, or connect",
+        ),
+        ("pack", ["eval_cpus=9"], [{"CPU": 1}], ""),
+        (
+            "pack",
+            [],
+            [{"CPU": 0}],
+            "pack needs 1 CPU on one node; the largest node has 0 CPUs: connect to a larger cluster",
+        ),
+        ("pack", [], [], "the largest node has 0 CPUs"),
+    ],
+)
+def test_what_no_node_can_take_is_told_what_would_help(
+    label: str, overrides: list[str], nodes: list[dict[str, float]], says: str
+) -> None:
+    recipe = load("quickstart", [f"resources.{one}" for one in ["eval_cpus=2", "workers=2", *overrides]]).recipe
+    (stage,) = (stage for stage in build(recipe) if stage.label == label)
+    said = no_room(stage, recipe.resources, nodes)
+    assert says in said
+    assert bool(says) == bool(said)
+
+
+def test_a_plan_for_a_machine_without_room_ends_as_the_run_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = a_recipe(tmp_path)
+    monkeypatch.setattr(forecasts, "probe", lambda shape, resources: FAST)
+    monkeypatch.setattr("longreach.pipelines.plan.this_node", lambda resources: {"CPU": 1, "GPU": 0})
+    for options, code in ((), 2), (("--set", "resources.workers=1"), 0), (("--address", "127.0.0.1:1"), 0):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(path), *options])
+        out, err = capsys.readouterr()
+        assert (ended.value.code or 0) == code, err
+        assert "to run" in out, "the table comes first"
+        assert ("finetune[full] needs 2 ranks of 1 CPU each, and there is room for 1" in err) == bool(code)
+
+
+def test_a_machine_offers_what_ray_finds_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.utils import get_num_cpus
+
+    assert this_node(Resources())["CPU"] >= get_num_cpus()
+    monkeypatch.setenv("PATH", "")  # where there is no nvidia-smi there is no driver
+    assert this_node(Resources(gpus_per_worker=1))["GPU"] == 0
 
 
 def test_a_stage_reserves_the_memory_of_all_its_ranks_or_of_one_evaluation(

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +180,34 @@ def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
     with run._lease(store, "report", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
         pipeline.run()
     assert not any(pipeline.calls().values())
+
+
+def test_a_stage_that_no_node_can_take_is_refused_before_the_first_one_begins(cluster, pipeline, monkeypatch):
+    """Ray itself would wait for ever."""
+    monkeypatch.setattr(run._Driver, "follow", lambda driver: pytest.fail("it has begun"))
+    monkeypatch.setitem(STAGES, "report", replace(toy_report, cpus=lambda resources: 3))
+    with pytest.raises(ValueError, match="report needs 3 CPUs on one node; the largest node has 2 CPUs"):
+        pipeline.run()
+
+
+def test_nodes_that_join_somebodys_cluster_are_waited_for_a_while(monkeypatch):
+    monkeypatch.setitem(STAGES, "toy", toy)
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    head, worker = ({"Alive": True, "Resources": resources} for resources in ({}, {"CPU": 1.0}))
+    looks, notes = iter([[head], [head], [head, worker]]), []
+    this = SimpleNamespace(
+        stages=[Stage("toy", "a", ToyRecipe())],
+        artifacts={},
+        address="10.0.0.5:6379",
+        loaded=load("quickstart"),
+        display=SimpleNamespace(note=notes.append),
+    )
+    run._check_room(SimpleNamespace(nodes=lambda: next(looks)), this)
+    assert [note.partition(":")[0] for note in notes] == ["a needs 0.5 CPUs on one node; the largest node has 0 CPUs"]
+    assert next(looks, None) is None
+    monkeypatch.setattr(run, "JOIN_S", 0.0)
+    with pytest.raises(ValueError, match=r"a needs 0\.5 CPUs"):
+        run._check_room(SimpleNamespace(nodes=lambda: [head, worker | {"Alive": False}]), this)
 
 
 def test_manifests_record_what_made_them(cluster, pipeline):
