@@ -23,6 +23,7 @@ from longreach.pipelines import cluster_cli
 from longreach.pipelines.console import (
     BAD_INPUT,
     FAILED,
+    REFUSED,
     SOURCES,
     TRY_LATER,
     Notify,
@@ -113,7 +114,6 @@ def run(
     """Run a recipe: reuse what is published, resume what is half done, print the report's path."""
     run_recipe(
         load(recipe, overrides),
-        recipe,
         force=tuple(force or ()),
         address=address,
         wait=wait,
@@ -146,7 +146,7 @@ def evaluate(
     from longreach.pipelines.reader import standalone
 
     loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
-    page = run_recipe(loaded, suite, address=address, quiet=quiet)
+    page = run_recipe(loaded, address=address, quiet=quiet)
     export_scores(page, output_path)
 
 
@@ -172,18 +172,22 @@ def push(
 ) -> None:
     """Push a recipe's release to the Hugging Face Hub, as `run` does at its end; print the
     address."""
-    from longreach.pipelines.hand_over import check_token, published_release, pushed_files
+    from longreach.pipelines.hand_over import Withheld, check_token, published_release, pushed_files
 
     loaded = load(recipe, overrides)
-    if dry_run:
+    try:
+        if not dry_run:
+            check_token(loaded.recipe)
+            push_release(loaded)
+            return
         folder = published_release(loaded)
-        rows = []
-        for name in pushed_files(folder):
-            rows.append([name, f"{(folder / name).stat().st_size / 1e6:,.1f}"])
-        print_table([f"to {loaded.recipe.release.push}", "MB"], rows)
-        return
-    check_token(loaded.recipe)
-    push_release(loaded, recipe)
+    except Withheld as reason:
+        print(reason, file=sys.stderr)
+        raise typer.Exit(REFUSED) from None
+    rows = []
+    for name in pushed_files(folder):
+        rows.append([name, f"{(folder / name).stat().st_size / 1e6:,.1f}"])
+    print_table([f"to {loaded.recipe.release.push}", "MB"], rows)
 
 
 @app.command()

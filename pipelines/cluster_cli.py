@@ -109,7 +109,7 @@ def schedule(
             fired = f"{timing.cron!r} fired {str(late).partition('.')[0]} ago"
             print(f"not run: {fired}, max_start_delay is {timing.max_start_delay}", file=sys.stderr)
             return
-        run_recipe(loaded, recipe, address=address, wait=False, quiet=True)
+        run_recipe(loaded, address=address, wait=False, quiet=True)
         return
     if to.endswith("cronjob"):
         paths = loaded.recipe.local_paths()

@@ -102,7 +102,6 @@ def load(recipe: str, overrides: list[str] | None = None) -> Loaded:
 
 def run_recipe(
     loaded: Loaded,
-    name: str,
     *,
     force: tuple[str, ...] = (),
     address: str | None = None,
@@ -110,8 +109,8 @@ def run_recipe(
     quiet: bool = False,
     notify: str | None = None,
 ) -> Path | None:
-    """Run a recipe that the user called `name` and tell on stderr how it went; stdout gets the
-    report's path, which is returned, too.
+    """Run a recipe and tell on stderr how it went; stdout gets the report's path, which is
+    returned, too.
 
     Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the
     URL `notify`.
@@ -120,6 +119,7 @@ def run_recipe(
     from longreach.infra.notify import URL, check_url
     from longreach.infra.registry import RegistryAway
     from longreach.pipelines.display import Display
+    from longreach.pipelines.hand_over import Withheld
     from longreach.pipelines.run import run
 
     if notify := notify or os.environ.get(URL):
@@ -164,7 +164,10 @@ def run_recipe(
         print(f"the gate has not decided: {undecided}; the same command asks it, without training", file=sys.stderr)
         raise typer.Exit(TRY_LATER)
     if loaded.recipe.release.push:
-        push_release(loaded, name)
+        try:
+            push_release(loaded)
+        except Withheld as reason:  # passed in an earlier run, and rolled back since
+            print(reason, file=sys.stderr)
     return outcome.report_path
 
 
@@ -174,9 +177,11 @@ def _starts_from_registry(recipe: Recipe) -> bool:
     return from_champion or recipe.base.source.startswith("models:/")
 
 
-def push_release(loaded: Loaded, name: str) -> None:
-    """Push the release of a recipe that the user called `name`; a hub that refuses it, or is away,
-    ends in exit code 1."""
+def push_release(loaded: Loaded) -> None:
+    """Push the release of a recipe; a hub that refuses it, or is away, ends in exit code 1.
+
+    Withheld: it has a gate, and is not the champion.
+    """
     from longreach.pipelines.hand_over import published_release, push
 
     folder = published_release(loaded)
@@ -184,7 +189,8 @@ def push_release(loaded: Loaded, name: str) -> None:
         print(push(loaded.recipe, folder))
     except Exception as error:  # noqa: BLE001 (of whichever HTTP client the hub's library has)
         reason = str(error).strip().partition("\n")[0]
-        print(f"{loaded.recipe.release.push} was not pushed: {reason}; later: longreach push {name}", file=sys.stderr)
+        later = loaded.command.replace("longreach run", "longreach push", 1)
+        print(f"{loaded.recipe.release.push} was not pushed: {reason}; later: {later}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
 
 

@@ -1,7 +1,7 @@
 """What leaves a recipe and where to: the forms of its releases, and the Hugging Face Hub.
 
-A push is the last thing that `longreach run` does, after the gate if there is one; a refused model
-stays here. What is pushed is the release's folder without MLflow's own files. What cannot work is
+A push is the last thing that `longreach run` does, after the gate if there is one; a model that is
+not its champion stays here. What is pushed is the release's folder without MLflow's own files. What cannot work is
 refused before anything runs: a model that is no GGUF, a token that is missing.
 
     longreach push quickstart --dry-run
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from longreach.infra import registry
 from longreach.infra.choices import Choices, Location, nearest
 from longreach.infra.files import read_object
 from longreach.training.to_gguf import BLOCK, SENTENCEPIECE, GgufType, problem_of
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 HUB = "hub:"
 OF_MLFLOW = ("MLmodel", "components/*")
 """Files of a release that MLflow alone reads."""
+
+
+class Withheld(ValueError):
+    """A release that has a gate is not the champion."""
 
 
 class HandOverRecipe(Choices):
@@ -159,7 +164,11 @@ def pushed_files(folder: Path) -> list[str]:
 
 
 def published_release(loaded: Loaded) -> Path:
-    """Return the folder of the release that the recipe pushes; ValueError if it is not made yet."""
+    """Return the folder of the release that the recipe pushes.
+
+    ValueError: it is not made yet. Withheld: the gate refused it or has not decided, or people
+    rolled it back.
+    """
     from longreach.pipelines.graph import build
     from longreach.pipelines.plan import open_store, use_tracking
 
@@ -167,12 +176,21 @@ def published_release(loaded: Loaded) -> Path:
     if recipe.release.push is None:
         raise ValueError("the recipe pushes nothing: give it release.push, e.g. --set release.push=hub:owner/name")
     arm = recipe.release.push_arm or released_arms(recipe)[0]
+    gate = recipe.promote if recipe.promote and recipe.promote.model == arm else None
     store = open_store(loaded)
     with use_tracking(loaded):
         stages = build(recipe)
+        champion = registry.champion(gate.name) if gate else None
     (stage,) = [stage for stage in stages if stage.label == f"release[{arm}]"]
     if store.find(stage.name, stage.fingerprint) is None:
         raise ValueError(f"{stage.label} is not made yet, so there is nothing to push: longreach run makes it")
+    if gate and not (champion and champion.tags.get(registry.FINGERPRINT) == stage.fingerprint):
+        who = f"version {champion.version}" if champion else "nobody"
+        raise Withheld(
+            f"{recipe.release.push} was not pushed: champion of {gate.name} is {who}, and not {stage.label}, which the "
+            f"gate refused or has not seen, or which was rolled back: {loaded.command} --force promote asks the gate "
+            f"again, longreach rollback {gate.name} undoes a rollback"
+        )
     return store.fetch(stage.name, stage.fingerprint).path
 
 

@@ -442,7 +442,7 @@ def test_a_mistake_exits_2_with_one_line(capsys):
 @pytest.mark.parametrize(("minutes", "runs"), [(30, True), (200, False)])
 def test_run_looks_at_the_clock_and_never_waits_for_another_run(monkeypatch, capsys, minutes, runs):
     ran = []
-    monkeypatch.setattr(cluster_cli, "run_recipe", lambda loaded, name, **options: ran.append((name, options)))
+    monkeypatch.setattr(cluster_cli, "run_recipe", lambda loaded, **options: ran.append((loaded.recipe.name, options)))
     fired = datetime.now(UTC) - timedelta(minutes=minutes)
     cron = f"{fired.minute} {fired.hour} * * *"
     guard = ("--cron", cron, "--max-start-delay", "2h", "--run", "--address", "auto")

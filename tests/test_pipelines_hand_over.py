@@ -3,18 +3,24 @@
 import base64
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
+import typer
 from test_training_to_gguf import tiny
 from toy_models import tiny_folder
 from transformers import AutoTokenizer
 
+from longreach.infra.registry import FINGERPRINT
 from longreach.pipelines import console
 from longreach.pipelines.cli import main
 from longreach.pipelines.graph import build
 from longreach.pipelines.hand_over import check_token, pushed_files
+from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import RecipeError, load
+from longreach.pipelines.run import RunOutcome
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
 from longreach.training.train_tokenizer import train_tokenizer
 
@@ -177,7 +183,7 @@ def released(tmp_path, bases, monkeypatch):
 
 def test_a_push_brings_the_folder_without_mlflows_files_to_a_private_repository(tmp_path, bases, hub, released, capsys):
     recipe = written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}")
-    console.push_release(load(recipe), recipe)
+    console.push_release(load(recipe))
     assert hub.seen["repository"]["name"] == "name"
     assert hub.seen["repository"]["organization"] == "owner"
     assert "private" in (hub.seen["repository"].get("visibility"), *hub.seen["repository"])
@@ -210,4 +216,68 @@ def test_a_hub_that_is_away_ends_in_exit_code_1_and_says_how_to_push_later(tmp_p
     with pytest.raises(SystemExit) as ended:
         main(["push", written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}")])
     assert ended.value.code == 1
-    assert "hub:owner/name was not pushed: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "hub:owner/name was not pushed: " in said
+    assert said.endswith(f"; later: longreach push {tmp_path / 'mine.yaml'}\n")
+
+
+def test_the_hint_after_a_failed_push_has_the_choices_of_the_run(tmp_path, bases, hub, released, capsys):
+    hub.shutdown()
+    hub.server_close()
+    loaded = load(written(tmp_path, bases), ["release.push=hub:owner/name", "release.push_arm=lora"])
+    with pytest.raises(typer.Exit):
+        console.push_release(loaded)
+    later = capsys.readouterr().err.partition("; later: longreach push ")[2].split()
+    assert load(later[0], [word for word in later[1:] if word != "--set"]).recipe == loaded.recipe
+
+
+GATED = """
+baselines: {base: {}}
+evaluate: {perplexity: {lengths: [32], last_tokens: 16}}
+promote: {model: lora, name: best, perplexity_ratio: null, base_ratio: 2.0}
+release: {push: 'hub:owner/name', push_arm: lora}
+"""
+
+
+@pytest.fixture
+def gated(tmp_path, bases, monkeypatch):
+    """A recipe with a gate and its published release; `champion(version, fingerprint)` makes one in the registry."""
+    path = Path(written(tmp_path, bases))
+    path.write_text(path.read_text().partition("release:")[0] + GATED)
+    current = []
+    monkeypatch.setattr("longreach.infra.registry.champion", lambda name: current[-1])
+
+    def champion(version, fingerprint):
+        current.append(SimpleNamespace(name="best", version=version, tags={FINGERPRINT: fingerprint}))
+
+    champion("1", "an earlier week's")
+    loaded = load(path)
+    (stage,) = [stage for stage in build(loaded.recipe) if stage.label == "release[lora]"]
+    attempt = open_store(loaded).new_attempt("release", stage.fingerprint)
+    (attempt.out / "config.json").write_text("{}")
+    open_store(loaded).publish(attempt, {"summary": {}})
+    return SimpleNamespace(path=str(path), loaded=loaded, fingerprint=stage.fingerprint, champion=champion)
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_model_that_its_gate_refused_stays_here(options, gated, hub, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["push", gated.path, *options])
+    assert ended.value.code == 3
+    said = capsys.readouterr().err
+    assert said.startswith("hub:owner/name was not pushed: champion of best is version 1, and not release[lora]")
+    assert f"longreach run {gated.path} --force promote asks the gate again" in said
+    assert hub.seen == {"files": {}}
+    gated.champion("2", gated.fingerprint)
+    with pytest.raises(SystemExit) as ended:
+        main(["push", gated.path, *options])
+    assert (ended.value.code or 0, list(hub.seen["files"])) == (0, [] if options else ["config.json"])
+
+
+def test_a_run_after_a_rollback_does_not_push_what_people_took_back(gated, hub, capsys, monkeypatch):
+    """The gate's earlier decision stands, and it had passed: nothing is refused."""
+    outcome = RunOutcome(reused=["promote"], gate={"passed": True, "name": "best", "version": "2"})
+    monkeypatch.setattr("longreach.pipelines.run.run", lambda loaded, **options: outcome)
+    console.run_recipe(gated.loaded)
+    assert "champion of best is version 1, and not release[lora]" in capsys.readouterr().err
+    assert hub.seen == {"files": {}}
