@@ -146,8 +146,11 @@ def evaluate(
     from longreach.pipelines.reader import standalone
 
     loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
-    page = run_recipe(loaded, address=address, quiet=quiet)
-    export_scores(page, output_path)
+    outcome = run_recipe(loaded, address=address, quiet=quiet)
+    if output_path and outcome.report:
+        from longreach.pipelines.plan import open_store
+
+        export_scores(open_store(loaded), outcome.report, output_path)
 
 
 @app.command()
@@ -340,7 +343,8 @@ def report(
         raise typer.Exit(FAILED)
     page = store.fetch("report", manifest["fingerprint"]).path / "report.html"
     print(page)
-    export_scores(page, output_path)
+    if output_path:
+        export_scores(store, manifest, output_path)
     if browse:
         typer.launch(str(page))
 

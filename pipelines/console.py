@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from longreach.infra.artifact import Store
     from longreach.infra.registry import RegistryAway
     from longreach.pipelines.plan import PlanRow
     from longreach.pipelines.reader import Loaded
@@ -82,14 +83,12 @@ def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def export_scores(page: Path | None, folder: Path | None) -> None:
-    """Write a report's scores as result files of lm-eval where a folder is given, and name the
-    files on stderr."""
-    if page is None or folder is None:
-        return
+def export_scores(store: Store, report: dict[str, Any], folder: Path) -> None:
+    """Write the scores of a report, given by its manifest, as result files of lm-eval, and name them
+    on stderr."""
     from longreach.pipelines.report.compare import export
 
-    for file in export(page, folder):
+    for file in export(store, report, folder):
         print(f"scores as lm-eval writes them: {file}", file=sys.stderr)
 
 
@@ -108,9 +107,8 @@ def run_recipe(
     wait: bool = True,
     quiet: bool = False,
     notify: str | None = None,
-) -> Path | None:
-    """Run a recipe and tell on stderr how it went; stdout gets the report's path, which is
-    returned, too.
+) -> RunOutcome:
+    """Run a recipe and tell on stderr how it went; stdout gets the report's path. Returns the outcome.
 
     Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the
     URL `notify`.
@@ -168,7 +166,7 @@ def run_recipe(
             push_release(loaded)
         except Withheld as reason:  # passed in an earlier run, and rolled back since
             print(reason, file=sys.stderr)
-    return outcome.report_path
+    return outcome
 
 
 def _starts_from_registry(recipe: Recipe) -> bool:

@@ -77,6 +77,7 @@ class RunOutcome:
     """What a run did."""
 
     report_path: Path | None = None  # the report's page; None if there is no report
+    report: dict[str, Any] | None = None  # the report's manifest
     ran: list[str] = field(default_factory=list)  # labels of the stages that were run and published
     reused: list[str] = field(default_factory=list)  # labels of the stages that were published before
     failed: dict[str, str] = field(default_factory=dict)
@@ -247,7 +248,7 @@ def _lease(store: Store, name: str, wait: bool, display: Display, *, place: str 
 def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome, display: Display) -> None:
     if report := _report(artifacts):
         page = report.path if store.local else store.fetch("report", report.fingerprint).path
-        outcome.report_path = page / "report.html"
+        outcome.report_path, outcome.report = page / "report.html", report.manifest
         outcome.headline = report.headline
     if decision := _decision(artifacts):
         gate = decision.summary

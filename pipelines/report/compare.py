@@ -131,12 +131,11 @@ def _tasks(found: Merged) -> Section | None:
     return Section(Harness.title, Harness.task_tables(scores)) if scores else None
 
 
-def export(page: Path, folder: Path) -> list[Path]:
+def export(store: Store, manifest: dict[str, Any], folder: Path) -> list[Path]:
     """Write the scores of every model in a report as result files of lm-eval; returns the files.
 
-    page: the report's page.
+    manifest: the report's.
     """
-    store, manifest = find(str(page), None)
     findings = read(store, manifest)
     files = []
     for name, model in findings.models.items():
