@@ -111,9 +111,10 @@ def standalone(
     slug = re.sub(r"[^a-z0-9._+-]+", "-", last_part).strip("-._+") or "model"
     reader.put(("base",), {**(reader.data.get("base") or {}), "source": model, "revision": None})
     reader.put(("name",), f"evaluate-{slug}")
-    for left_out in ("finetune", "pretrain", "promote"):
+    for left_out in ("finetune", "pretrain", "costs", "promote"):  # all that is about the suite's own arms
         reader.put((left_out,), None)
-    reader.put(("release",), {})
+    for emptied in ("variants", "release"):
+        reader.put((emptied,), {})
     reader.put(("baselines",), {slug: {}})
     words = ["longreach", "evaluate", model, "--suite", suite]
     for name in evals:

@@ -551,6 +551,15 @@ def test_any_model_is_evaluated_without_a_recipe_of_its_own() -> None:
     assert suite.evaluate.chosen() == {n: one.model_copy(update={"models": None}) for n, one in theirs.items()}
 
 
+def test_every_recipe_is_a_suite_whatever_it_says_of_its_own_arms(tmp_path: Path) -> None:
+    costed = tmp_path / "costed.yaml"
+    costed.write_text(load("quickstart").path.read_text() + "\ncosts: {lengths: [256, 512]}\n")
+    for suite in (*names(), str(costed)):
+        found = standalone("m", evals=(), suite=suite, documents=None, overrides=[]).recipe
+        assert [name for _, name in found.models()] == ["m"], suite
+        assert [*found.evaluate.chosen()] == [*load(suite).recipe.evaluate.chosen()], suite
+
+
 def test_a_users_own_documents_replace_the_suites() -> None:
     found = standalone("m", evals=(), suite="evaluate", documents="mine/*.txt", overrides=[]).recipe
     assert found.corpus.sources[0].files == "mine/*.txt"
