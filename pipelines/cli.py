@@ -564,7 +564,7 @@ def init(
     text = load(source or "quickstart").path.read_text(encoding="utf-8")
     try:
         with target.open("x", encoding="utf-8") as file:
-            named = re.sub(r"^name:[^#\n]*", f"name: {name} ", text, count=1, flags=re.MULTILINE)
+            named = re.sub(r"^name:[^#\n]*", f'name: "{name}" ', text, count=1, flags=re.MULTILINE)
             file.write(named)
     except FileExistsError:
         raise ValueError(f"{target} exists and is left as it is: choose another name") from None

@@ -27,7 +27,7 @@ def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: li
         "#",
         "# All of it may be edited; `longreach config schema` explains every field.",
         "",
-        f"name: {name}",
+        f"name: {_text(name)}",
         "",
         "base:",
         f"  source: {_text(base.source)}",

@@ -312,6 +312,15 @@ def test_init_copies_a_recipe_comments_and_all_and_never_overwrites(
     assert longreach(capsys, "init", "../mine")[0] == 2
 
 
+@pytest.mark.parametrize("name", ["2024", "1e5", "0x1f", "true", "null"])
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert longreach(capsys, "init", name)[0] == 0
+    assert load(f"{name}.yaml").recipe.name == name
+
+
 def test_config_show_gives_every_value_and_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = longreach(capsys, "config", "show", "quickstart", "--set", "finetune.arms.lora.lora_rank=16")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}

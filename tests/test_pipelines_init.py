@@ -107,8 +107,9 @@ def test_a_repository_alone_is_split_at_a_folder_and_what_is_held_out_is_not_tra
 
 def test_chats_keep_the_context_and_their_answers_are_validated(bases: Path) -> None:
     write_chats(Path("chats.jsonl"))
-    facts = init.written("mine", str(bases / "chat"), ["chats.jsonl"], minutes=20)
-    recipe = load("mine.yaml").recipe
+    facts = init.written("2026", str(bases / "chat"), ["chats.jsonl"], minutes=20)
+    recipe = load("2026.yaml").recipe
+    assert recipe.name == "2026", "and no number, as YAML would have it"
     assert recipe.finetune is not None
     assert recipe.finetune.rope.type == "none"
     assert recipe.finetune.validate_every_steps
@@ -116,7 +117,7 @@ def test_chats_keep_the_context_and_their_answers_are_validated(bases: Path) -> 
     assert set(recipe.evaluate.chosen()) == {"passkey"}
     assert len(recipe.corpus.test) == len(recipe.corpus.validation) == 3
     assert "60 documents (60 of them chats)" in facts[1]
-    assert plan(load("mine.yaml"))
+    assert plan(load("2026.yaml"))
 
 
 def test_chats_for_a_base_without_a_template_are_refused_and_no_recipe_is_left(
