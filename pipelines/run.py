@@ -21,7 +21,7 @@ import re
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
@@ -103,6 +103,8 @@ class _Run:
     stopping: Stopping
     outcome: RunOutcome
     address: str | None
+    again: Sequence[Stage] = ()  # what --force withdraws, once it is known that there is room for it
+    wait: bool = False  # for another run that is making one of these, instead of raising LeaseHeld
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -164,7 +166,7 @@ def run(
         address: a Ray cluster; without it one is started here for the time of the run.
         gated: False leaves out the gate's own stages, and asks no registry for the champion.
 
-    ValueError: bad choices or input, found before Ray starts.
+    ValueError: bad choices or input, or no room for a stage, found before the first one starts.
     """
     began = time.monotonic()
     with use_tracking(loaded) as uri:
@@ -174,7 +176,8 @@ def run(
         store, stages = open_store(loaded), build(loaded.recipe, gated=gated)
         again = _forced(force, stages)
         outcome = RunOutcome()
-        artifacts = survey(store, [stage for stage in stages if stage not in again], {}, repair=False)
+        kept = [stage for stage in stages if stage not in again]
+        artifacts = survey(store, kept, {}, repair=False)
         missing = [stage for stage in stages if stage.label not in artifacts]
         if not missing:
             display.note("nothing new: every stage is published, with these choices and from these documents")
@@ -186,9 +189,9 @@ def run(
                 what = f"{len(again)} of {len(stages)} stages are made anew, with all that is made from what is forced"
                 display.note(f"--force {', '.join(force)}: {what}: {', '.join(kinds)}")
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
-                _withdraw(store, again, wait, display)
-                artifacts = survey(store, stages, artifacts, repair=True)
-                _run_missing(_Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address))
+                artifacts = survey(store, kept, artifacts, repair=True)
+                this = _Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address, again, wait)
+                _run_missing(this)
         touched = {*outcome.ran, *outcome.failed}
         outcome.reused = [stage.label for stage in stages if stage.label not in touched]
         _read_results(store, artifacts, outcome, display)
@@ -220,7 +223,7 @@ def _forced(force: tuple[str, ...], stages: list[Stage]) -> list[Stage]:
     return [stage for stage in stages if stage.fingerprint in again]
 
 
-def _withdraw(store: Store, stages: list[Stage], wait: bool, display: Display) -> None:
+def _withdraw(store: Store, stages: Sequence[Stage], wait: bool, display: Display) -> None:
     """Unpublish stages, damaged ones too, and clear their attempts, which they would resume from.
 
     LeaseHeld: another run is making one of them, and not `wait`.
@@ -350,6 +353,7 @@ def _run_on_ray(run: _Run) -> None:
     with connected(run.address, workers_import=workers_import) as ray:
         run.stopping.listen()  # Ray has set a handler of its own
         _check_room(ray, run)
+        _withdraw(run.store, run.again, run.wait, run.display)
         environment = {TRACKING: os.environ[TRACKING]}
         # Ray Train's helpers look for the cluster, and find two where another one runs on this
         # machine.
