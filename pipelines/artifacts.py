@@ -18,6 +18,9 @@ from longreach.training.summary import CostsSummary, PackSummary
 if TYPE_CHECKING:
     from longreach.evaluation.scores import EvalScores
 
+GAINS = "gains"
+"""The input of `finetune` that an arm with objective long_ce has."""
+
 
 class TokenizerFolder(Artifact):
     """A folder that transformers loads a tokenizer from."""

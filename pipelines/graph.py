@@ -26,6 +26,7 @@ import xxhash
 
 from longreach.infra import registry
 from longreach.infra.files import add_file
+from longreach.pipelines.artifacts import GAINS
 from longreach.pipelines.costs import CostsStageRecipe
 from longreach.pipelines.evaluate import EvaluateStageRecipe
 from longreach.pipelines.gate import add_gate
@@ -36,7 +37,6 @@ from longreach.pipelines.report.report import ReportRecipe
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import (
     ARM,
-    GAINS,
     GainsRecipe,
     MergeRecipe,
     PackStageRecipe,

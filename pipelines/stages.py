@@ -20,6 +20,7 @@ from longreach.infra.choices import Choices
 from longreach.infra.files import link_or_copy
 from longreach.infra.resources import Resources
 from longreach.pipelines.artifacts import (
+    GAINS,
     AdapterCheckpoint,
     ModelCheckpoint,
     PackedCorpus,
@@ -45,8 +46,6 @@ from longreach.training.summary import PackSummary, TrainingSummary
 
 ARM = "arm"
 """The input of `convert` that is an arm of the same recipe's pretraining."""
-GAINS = "gains"
-"""The input of `finetune` that an arm with objective long_ce has."""
 PROGRESS_EVERY_S = 0.5  # packing reports its progress at most this often
 
 

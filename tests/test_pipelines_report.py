@@ -32,11 +32,13 @@ from longreach.infra.artifact import Artifact, Attempt, Store
 from longreach.infra.versions import versions
 from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
+from longreach.pipelines.reader import load
 from longreach.pipelines.recipe import PriceRecipe, Recipe
 from longreach.pipelines.report.findings import (
     POINTS,
     Findings,
     Model,
+    _but_for_its_seed,
     about_arm,
     brief,
     cases_of,
@@ -871,6 +873,17 @@ def test_models_that_differ_by_their_seed_only_are_known_as_one_arm(inputs, tmp_
     models = gather(artifacts).models
     assert {name: model.of for name, model in models.items()} == {"full": "full", "lora": "lora", "lora.s5": "lora"}
     assert [model.about for model in models.values()] == ["all weights", "LoRA r=8, seed 0", "LoRA r=8, seed 5"]
+
+
+def test_every_arm_of_the_packaged_ablation_is_one_arm_whatever_its_seed():
+    """long-ce among them, whose input of gains is another one for each seed."""
+    arms: dict[str, list[str]] = {}
+    for stage in build(load("context-lab").recipe):
+        if stage.name == "finetune":
+            trained = SimpleNamespace(manifest={"identity": stage.identity})
+            arms.setdefault(_but_for_its_seed(trained), []).append(stage.label)
+    assert ["finetune[long-ce]", "finetune[long-ce.s1]", "finetune[long-ce.s2]"] in arms.values()
+    assert {len(seeds) for seeds in arms.values()} == {3}
 
 
 def test_a_variant_is_a_trained_model_whose_stretch_cost_nothing_more(tmp_path, no_pictures):

@@ -22,7 +22,7 @@ from longreach.evaluation.sections import finite
 from longreach.infra.artifact import Artifact
 from longreach.infra.files import digest_of
 from longreach.infra.resources import Resources
-from longreach.pipelines.artifacts import Costs
+from longreach.pipelines.artifacts import GAINS, Costs
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.recipe import ArmRecipe, RopeRecipe
 from longreach.training.summary import CostsSummary, PackSummary, Spread, TrainingSummary
@@ -304,9 +304,11 @@ def _model_of(label: str) -> str:
 
 
 def _but_for_its_seed(artifact: Artifact) -> str:
-    """Return a digest of all that a training was made of, but its seed."""
+    """Return a digest of all that a training was made of, but its seed and what follows from that:
+    the gains of the rows that it reads, which are drawn with it."""
     identity = artifact.manifest["identity"]
-    return digest_of(identity | {"recipe": identity["recipe"] | {"seed": None}})
+    inputs = {name: made for name, made in identity["inputs"].items() if name != GAINS}
+    return digest_of(identity | {"recipe": identity["recipe"] | {"seed": None}, "inputs": inputs})
 
 
 def _note_failure(findings: Findings, label: str, reason: str) -> None:
