@@ -298,6 +298,7 @@ def difference_tables(models: dict[str, EvalScores]) -> list[Table]:
     There is no number where two models did not read the same tokens.
     """
     from longreach.evaluation.blocks import Table
+    from longreach.evaluation.sections import DASH
 
     if len(models) < 2:
         return []
@@ -311,7 +312,10 @@ def difference_tables(models: dict[str, EvalScores]) -> list[Table]:
         f"Difference in NLL to {reference} on the same tokens "
         "(nats per token; below 0: better; small: within these texts)"
     )
-    return [Table(caption, ["model", *(f"up to {length:,}" for length in lengths)], lines)]
+    legend = ""
+    if any(DASH in cells for _, *cells in lines):
+        legend = f"{DASH}: not the same tokens were scored as by {reference}."
+    return [Table(caption, ["model", *(f"up to {length:,}" for length in lengths)], lines, legend=legend)]
 
 
 def _difference_cell(ours: list[Row], theirs: list[Row], length: int) -> str:

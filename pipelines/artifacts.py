@@ -46,6 +46,15 @@ class PackedCorpus(Artifact):
     def source_digest(self) -> str:
         return self.manifest["identity"]["digests"]["documents"]
 
+    def text_digests(self) -> dict[str, str]:
+        """Return a digest of each held-out document's tokens, by the document's name."""
+        import xxhash
+
+        from longreach.evaluation.documents import held_out
+
+        documents = held_out(self.path / "documents")
+        return {document.name: xxhash.xxh3_128(document.ids_T.tobytes()).hexdigest() for document in documents}
+
     def check_rows(self) -> None:
         """Raise ValueError if there is no row to train on."""
         if not self.packed.rows:

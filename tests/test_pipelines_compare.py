@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -115,6 +116,55 @@ def test_perplexities_of_other_texts_are_shown_but_not_ranked(runs, tmp_path):
     assert "<strong>1.00" not in text
     assert "<strong>26.0" in text
     assert "On the frontier: tiny: base (527), tiny: lora (35.1), tiny: full (29.4), longer: lora (27.0)" in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_texts_that_share_no_more_than_their_names_are_not_compared(tmp_path, monkeypatch):
+    """As en/test.txt and de/test.txt: names, lengths and scored places are alike, and all tokens are others."""
+    gains = made.gain_rows
+    held_out = {"test0": "2026-Trump-1", "test1": made.RUDE}
+
+    def gain_rows(model: str, choices) -> tuple[list[dict], dict]:
+        rows, summary = gains(model, choices, documents=2)
+        return [row | {"document": held_out.get(row["document"], row["document"])} for row in rows], summary
+
+    monkeypatch.setattr(made, "gain_rows", gain_rows)
+    both = SMALL | {"evaluate": SMALL["evaluate"] | made.GAIN_RECIPE["evaluate"]}
+    english = publish_run(tmp_path, both)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(re.sub(r"\bw(\d+)", lambda word: f"w{int(word[1]) + 1}", texts.read_text()))
+    german = [publish_run(tmp_path, both | {"name": "german"}, full=(1.0, 1.0, 1.0))]
+    longer = both | {"name": "longer", "finetune": both["finetune"] | {"steps": 8}}
+    german.append(publish_run(tmp_path, longer, full=(2.0, 2.0, 2.0)))
+    page = compare([english, *german], tmp_path / "out", str(tmp_path / "store"))
+    text = html.unescape(page.read_text())
+    assert "Lowest perplexity at 768 tokens: german: full 1.00, longer: full 2.00, german: lora" in text
+    assert "3 models read other texts or have another base, and do not compare." in text
+    assert (
+        f"Under the same names (2026-Trump-1, {made.RUDE}) other texts were read by tiny: base, tiny: full, tiny: lora "
+        "than by german: base, german: full, german: lora, longer: full and 1 more: they are not compared" in text
+    )
+    differences = text[text.rindex("Differences on the same tokens") :].split("</table>")[0]
+    cells = {name: cells for name, *cells in Page(differences[differences.index("<table") :] + "</table>").rows}
+    assert {*cells["tiny: full"], *cells["tiny: base"]} == {"–"}
+    assert cells["longer: full"][-1].startswith(f"{math.log(2):+.3f}")
+    assert "–: not the same tokens were scored as by german: full." in text
+    gain = text[text.index("than the base at the best") :].split("Lowest perplexity")[0]
+    assert "longer: full" in gain
+    assert "tiny: " not in gain
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_texts_that_are_the_same_are_compared_whatever_else_the_corpora_hold(tmp_path):
+    first = publish_run(tmp_path, SMALL)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(texts.read_text() + "\n" + json.dumps({"name": "another", "text": "w2 w3 w4 w5"}))
+    more = SMALL | {"name": "more", "corpus": SMALL["corpus"] | {"validation": ["another"]}}
+    second = publish_run(tmp_path, more, full=(1.0, 1.0, 1.0))
+    text = compare([first, second], tmp_path / "out", str(tmp_path / "store")).read_text()
+    assert "Lowest perplexity at 768 tokens: more: full 1.00, tiny: full 29.4" in text
+    assert "do not compare" not in text
+    assert "Under the same names" not in text
 
 
 def lm_eval_file(folder: Path, name: str, **changes) -> Path:

@@ -3,7 +3,8 @@ it cost.
 
 A run is read from its published report and the artifacts that this names. Perplexities compare
 where the same tokens of the same texts were scored by models of one base, so the frontier holds the
-largest such group. What several runs share (a base, an arm that was not changed) stands once, under
+largest such group. A text is known by its tokens, not by its name: another language's test.txt is
+another text. What several runs share (a base, an arm that was not changed) stands once, under
 the first of them.
 
     longreach compare quickstart 3f9a1c longer.yaml --out compare
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.evaluation.base import Background
-from longreach.evaluation.blocks import Section, Table
+from longreach.evaluation.blocks import Block, Section, Table
 from longreach.evaluation.gain import Gain
 from longreach.evaluation.harness import Harness
 from longreach.evaluation.lm_eval_files import check_versions, read_results, result_files, write_results
@@ -33,6 +34,7 @@ from longreach.evaluation.perplexity import difference_tables
 from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import MANIFEST, Artifact, Store
+from longreach.pipelines.artifacts import PackedCorpus
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
@@ -50,6 +52,8 @@ FILES = {
 }  # fmt: skip
 """What a comparison may write: all else in its folder is somebody's."""
 PREFIX = re.compile(r"[0-9a-f]{6,32}")
+READ_HERE = re.compile(rf"scores\.json|metrics\.jsonl|{re.escape(PackSummary.file)}|documents/.*")
+"""The artifacts' files that a comparison reads; it fetches no others."""
 
 
 def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
@@ -93,7 +97,7 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         differing.append(changes(runs))
     sections = [
         main,
-        Section("Differences on the same tokens", difference_tables(found.of_the_first_base(PERPLEXITY))),
+        _differences(found),
         _tasks(found),
         Section("What differs", differing),
         *(losses(found, kind, title, file, SAYS) for kind, title, file in LOSSES),
@@ -109,6 +113,20 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
     title = shortened([*runs, *(file.name for file in files)], 5)
     Page(f"longreach: {title}", about, headline(found), kept).write(out, "compare")
     return out / "compare.html"
+
+
+def _differences(found: Merged) -> Section:
+    """Return how much better or worse each model predicts than the best one, and which models are
+    not compared, since they read other texts of the same names."""
+    blocks: list[Block] = []
+    for groups, documents in found.namesakes.items():
+        readers = " than by ".join(shortened(models, 4) for models in groups)
+        blocks.append(
+            f"Under the same names ({shortened(documents, 4)}) other texts were read by {readers}: they are not "
+            f"compared with each other."
+        )
+    blocks += difference_tables(found.of_the_first_base(PERPLEXITY))
+    return Section("Differences on the same tokens", blocks)
 
 
 LM_EVAL = "lm-eval"
@@ -195,12 +213,15 @@ def read(store: Store, manifest: dict[str, Any]) -> Findings:
     for label, fingerprint in manifest["identity"]["inputs"].items():
         if (artifact := store.find(label.partition("[")[0], fingerprint)) is None:
             raise ValueError(f"{recipe['name']}: {label} ({fingerprint[:8]}) is not in {store.root} any more")
-        read_here = ("scores.json", "metrics.jsonl", PackSummary.file)
-        files = [file for file in artifact.manifest["files"] if file["path"] in read_here]
+        files = [file for file in artifact.manifest["files"] if READ_HERE.fullmatch(file["path"])]
         if problems := store.problems(Artifact(artifact.path, artifact.manifest | {"files": files})):
             raise ValueError(f"{recipe['name']}: {label} is damaged: {'; '.join(problems)}")
         artifacts[label] = artifact
     return gather(artifacts, PriceRecipe(**recipe.get("prices", {})), recipe.get("failed"))
+
+
+Namesakes = dict[tuple[tuple[str, ...], ...], list[str]]
+"""Documents whose names stand for several texts, by the groups of models that read the same one."""
 
 
 @dataclass(eq=False)
@@ -211,6 +232,7 @@ class Merged(Findings):
     length: int = 0  # the text length at which most models scored the same tokens
     alike: frozenset[str] = frozenset()  # models that scored the same tokens at this length
     sources: dict[str, str] = field(default_factory=dict)  # of each model's base
+    namesakes: Namesakes = field(default_factory=dict)
     trained_lengths: dict[str, int] = field(default_factory=dict)  # of each model's base, where it is known
 
     @property
@@ -251,8 +273,12 @@ def merge(runs: dict[str, Findings]) -> Merged:
     models: dict[str, Model] = {}
     bases: dict[str, str] = {}
     trained_lengths: dict[str, int] = {}
+    digests: dict[str, dict[str, str]] = {}
     seen: set[frozenset[str]] = set()
     for run, findings in runs.items():
+        for artifact in findings.artifacts.values():
+            if artifact.stage == "pack" and artifact.fingerprint not in digests:
+                digests[artifact.fingerprint] = PackedCorpus(artifact.path, artifact.manifest).text_digests()
         for name, model in findings.models.items():
             fingerprints = _fingerprints(findings, name)
             if fingerprints and fingerprints in seen:
@@ -263,6 +289,7 @@ def merge(runs: dict[str, Findings]) -> Merged:
             bases[full_name] = _base_of(findings, model)
             if findings.base:
                 trained_lengths[full_name] = findings.base["context_length"]
+    namesakes = _tell_texts_apart(models, bases, digests)
     length, alike = _largest_group(models, bases)
     asked = [findings.prices for findings in runs.values()]
     prices = PriceRecipe()
@@ -275,6 +302,7 @@ def merge(runs: dict[str, Findings]) -> Merged:
         length=length,
         alike=alike,
         sources=bases,
+        namesakes=namesakes,
         trained_lengths=trained_lengths,
     )
     _, ppl = merged.greatest()
@@ -288,6 +316,45 @@ def merge(runs: dict[str, Findings]) -> Merged:
 
     merged.models = {name: models[name] for name in sorted(models, key=rank)}
     return merged
+
+
+def _tell_texts_apart(models: dict[str, Model], bases: dict[str, str], digests: dict[str, dict[str, str]]) -> Namesakes:
+    """Give documents that share a name, but not their text, names of their own in all scores, so
+    that nothing takes one for the other; returns them.
+
+    digests: of a corpus' texts by the documents' names, by the corpus' fingerprint.
+    """
+    readers: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for name, model in models.items():
+        texts = digests.get(model.corpus, {})
+        for document in sorted(_documents(model) & texts.keys()):
+            readers.setdefault((bases[name], document), {}).setdefault(texts[document], []).append(name)
+    namesakes: Namesakes = {}
+    new_names: dict[str, dict[str, str]] = {}
+    for (_, document), by_text in readers.items():
+        if len(by_text) == 1:
+            continue
+        namesakes.setdefault(tuple(map(tuple, by_text.values())), []).append(document)
+        for digest, names in by_text.items():
+            for name in names:
+                new_names.setdefault(name, {})[document] = f"{document} {digest}"
+    for name, new in new_names.items():
+        models[name] = _with_documents_renamed(models[name], new)
+    return namesakes
+
+
+def _documents(model: Model) -> set[str]:
+    """Return the names of the documents that a model's scores speak of."""
+    return {row["document"] for scores in model.scores.values() for row in scores.rows if "document" in row}
+
+
+def _with_documents_renamed(model: Model, new: dict[str, str]) -> Model:
+    """Return a model whose scores know documents by new names."""
+    scores = {}
+    for evaluation, one in model.scores.items():
+        rows = [row | {"document": new[row["document"]]} if row.get("document") in new else row for row in one.rows]
+        scores[evaluation] = replace(one, rows=rows)
+    return replace(model, scores=scores)
 
 
 def _base_of(findings: Findings, model: Model) -> str:

@@ -59,6 +59,8 @@ class Model:
     scores: dict[str, EvalScores] = field(default_factory=dict)  # by evaluation, with the ends of their cases' prompts
     weights: str = ""
     """The fingerprint of the folder that a baseline is loaded from; empty for a trained model."""
+    corpus: str = ""
+    """The fingerprint of the PackedCorpus whose held-out documents it was evaluated on."""
     stretched: bool = False
     """Whether a baseline is loaded with other positions than it was trained with."""
 
@@ -248,6 +250,7 @@ def gather(
                 model = findings.models[name] = Model(name, "baseline", about_rope(choices["rope"]))
                 model.weights = artifact.manifest["identity"]["inputs"]["model"]
                 model.stretched = choices["rope"] is not None
+            model.corpus = artifact.manifest["identity"]["inputs"]["corpus"]
             content = read(artifact, "scores.json", "eval", "rows", "summary", "protocol", "recipe")
             fields = {one.name for one in dataclasses.fields(EvalScores)}
             known = {key: content[key] for key in fields & content.keys()}
