@@ -30,7 +30,7 @@ from uuid import UUID
 from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, Evaluation, Result
-from longreach.evaluation.scores import EvalScores, Row, gathered, mean_of, retrieval_row, wilson
+from longreach.evaluation.scores import EvalScores, Row, gathered, mean_of, retrieval_row, wilson_over_texts
 from longreach.infra.choices import New
 from longreach.infra.lazy import lazy_module
 
@@ -263,14 +263,14 @@ def _asked(group: Cell) -> str:
 
 
 def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
-    """Return the mean of cases; where text was generated, also the share of it that holds an
-    answer."""
+    """Return the mean of cases, with intervals over questions, each of which is asked at every
+    place; where text was generated, also the share of it that holds an answer."""
     row = retrieval_row(kind, cases, size, depth)
+    row["accuracy_low"], row["accuracy_high"] = wilson_over_texts(cases, [case["correct"] for case in cases])
     row["size"] = row.pop("length")
     if "subspan" in cases[0]:
-        right = int(sum(case["subspan"] for case in cases))
-        low, high = wilson(right, len(cases))
-        row |= {"subspan": right / len(cases), "subspan_low": low, "subspan_high": high}
+        low, high = wilson_over_texts(cases, [case["subspan"] for case in cases])
+        row |= {"subspan": mean_of(cases, "subspan"), "subspan_low": low, "subspan_high": high}
     row["prompt_tokens"] = mean_of(cases, "prompt_tokens")
     return row
 

@@ -28,7 +28,15 @@ from pydantic import Field
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
-from longreach.evaluation.scores import EvalScores, Row, effective_length, gathered, mean_of, retrieval_row, wilson
+from longreach.evaluation.scores import (
+    EvalScores,
+    Row,
+    effective_length,
+    gathered,
+    mean_of,
+    retrieval_row,
+    wilson_over_texts,
+)
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -224,12 +232,14 @@ class Needle(Evaluation):
 
 
 def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
-    """Return the mean of cases; where text was generated, also how many of the numbers it holds."""
+    """Return the mean of cases, with intervals over their texts, each of which is asked at every
+    depth; where text was generated, also how many of the numbers it holds."""
     row = retrieval_row(kind, cases, length, depth)
+    row["accuracy_low"], row["accuracy_high"] = wilson_over_texts(cases, [case["correct"] for case in cases])
     if "recall" in cases[0]:
-        complete = sum(case["recall"] == 1 for case in cases)
-        low, high = wilson(complete, len(cases))
-        row |= {"recall": mean_of(cases, "recall"), "complete": complete}
+        complete = [case["recall"] == 1 for case in cases]
+        low, high = wilson_over_texts(cases, complete)
+        row |= {"recall": mean_of(cases, "recall"), "complete": sum(complete)}
         row |= {"complete_low": low, "complete_high": high}
     return row
 

@@ -30,7 +30,7 @@ from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoic
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
 from longreach.evaluation.needle import RULER_BAR, claimed_length, share_read
 from longreach.evaluation.ruler_tasks import NOISE, TASKS, Asked, Draw, Kind, Sample, found_by_words
-from longreach.evaluation.scores import EvalScores, Row, effective_length, gathered, mean_of, wilson
+from longreach.evaluation.scores import EvalScores, Row, effective_length, gathered, mean_of, shares_by_text, wilson
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -402,12 +402,10 @@ def sentences(text: str) -> list[str]:
 
 def _row(kind: str, task: str, length: int, cases: list[Row]) -> Row:
     """Return the mean score of cases, with Wilson's interval over their texts."""
-    by_text: dict[int, list[float]] = {}
-    for case in cases:
-        by_text.setdefault(case["trial"], []).append(case["score"])
-    score = float(np.mean([np.mean(of_text) for of_text in by_text.values()]))
-    low, high = wilson(score * len(by_text), len(by_text))
-    row = {"kind": kind, "task": task, "length": length, "trials": len(by_text), "cases": len(cases), "score": score}
+    shares = shares_by_text(cases, [case["score"] for case in cases])
+    score = float(np.mean(shares))
+    low, high = wilson(score * len(shares), len(shares))
+    row = {"kind": kind, "task": task, "length": length, "trials": len(shares), "cases": len(cases), "score": score}
     row |= {"score_low": low, "score_high": high, "nll": mean_of(cases, "nll")}
     if "by_words" in cases[0]:
         row["by_words"] = mean_of(cases, "by_words")

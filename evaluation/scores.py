@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -138,14 +138,30 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def wilson_over_texts(cases: list[Row], values: Sequence[float]) -> tuple[float, float]:
+    """Return Wilson's 95% interval of the mean of the cases' values, each from 0 to 1, over their
+    texts: questions about one text, or one at several depths of it, are no independent trials."""
+    shares = shares_by_text(cases, values)
+    return wilson(sum(shares), len(shares))
+
+
+def shares_by_text(cases: list[Row], values: Sequence[float]) -> list[float]:
+    """Return the mean of the cases' values for each text, which a case names as its `trial`."""
+    by_text: dict[int, list[float]] = {}
+    for case, value in zip(cases, values, strict=True):
+        by_text.setdefault(case["trial"], []).append(value)
+    return [float(np.mean(of_text)) for of_text in by_text.values()]
+
+
 def mean_interval(value_SD: np.ndarray, weight_D: np.ndarray | None = None) -> tuple[float, float] | None:
     """Return the 95% interval of a mean over D documents [D], or over S seeds and D documents, all
     of which are crossed [S, D]; None for one value.
 
     Student's t, which knows how few there are; percentiles of a bootstrap do not (their 95% of ten
-    normal values miss the mean 11 times in a hundred, of three 25 times). Documents and seeds may both be chance: their
-    variances are added, and their degrees of freedom pooled (Satterthwaite 1946). `weight_D`: how
-    much each document counts in the mean, such as its tokens; without it, all alike.
+    normal values miss the mean 11 times in a hundred, of three 25 times). Documents and seeds may
+    both be chance: their variances are added, and their degrees of freedom pooled (Satterthwaite
+    1946). `weight_D`: how much each document counts in the mean, such as its tokens; without it,
+    all alike.
     """
     from scipy.special import stdtrit
 

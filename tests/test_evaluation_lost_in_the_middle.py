@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import re
 
@@ -8,6 +9,7 @@ from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.evaluation.lost_in_the_middle import LostInTheMiddle, best_subspan_em, places, questions
 from longreach.evaluation.reader import Reader
+from longreach.evaluation.scores import wilson
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,20 @@ def test_scores_have_a_row_a_place_and_the_figure_a_line_a_size():
         "lost-in-the-middle-kv-3.png": "Where the answer stands: 3 JSON pairs",
         "lost-in-the-middle-qa-3.png": "Where the answer stands: 3 documents",
     }
+
+
+def test_places_of_one_answer_are_one_trial_of_the_interval():
+    choices = LostInTheMiddle.Choices(pairs=(4,), positions=4, trials=2, new_tokens=5)
+    cases = []
+    for trial, place in itertools.product(range(2), range(4)):
+        found = trial == 0 or place == 0
+        case = {"task": "kv", "size": 4, "trial": trial, "place": place, "correct": found, "subspan": float(found)}
+        cases.append(case | {"token_accuracy": 1.0, "nll": 0.1, "prompt_tokens": 100})
+    first, *_, whole = LostInTheMiddle.scores(choices, [({}, {"cases": cases})]).rows
+    assert (whole["kind"], whole["correct"], whole["trials"], whole["subspan"]) == ("size", 5, 8, 5 / 8)
+    for name in ("accuracy", "subspan"):
+        assert (whole[f"{name}_low"], whole[f"{name}_high"]) == pytest.approx(wilson(1.25, 2)), "1 and 1 in 4"
+        assert (first[f"{name}_low"], first[f"{name}_high"]) == wilson(2, 2), "at one place, each question once"
 
 
 def test_nothing_to_search_or_no_middle_is_refused():

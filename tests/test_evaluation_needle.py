@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from longreach.evaluation import reader
 from longreach.evaluation.documents import Document
 from longreach.evaluation.needle import RULER_BAR, Needle, Prompt, claimed_length, sentence_end, sentence_ends
-from longreach.evaluation.scores import effective_length
+from longreach.evaluation.scores import effective_length, wilson
 
 TOKENIZER = byte_tokenizer()
 HAY = "It rained. The cat slept on. Nobody came! "
@@ -141,6 +142,21 @@ def test_a_grid_can_grow_and_its_scores_say_what_was_found():
     assert [c["prompt"] for c in one.cases] == [c["prompt"] for c in twin]
     assert [c["nll"] for c in one.cases] == [c["nll"] for c in twin]
     assert list(drawn(scores.named("m"))) == ["needle.png", "needle-m.png"]
+
+
+def test_depths_of_one_haystack_are_asked_for_one_fact_and_so_are_one_trial_of_the_interval():
+    choices = Needle.Choices(lengths=(512,), trials=2, new_tokens=5)
+    cases = []
+    for trial, depth in itertools.product(range(2), choices.every_depth()):
+        found = trial == 0 or depth == 0
+        case = {"length": 512, "depth": depth, "trial": trial, "correct": found, "recall": float(found)}
+        cases.append(case | {"token_accuracy": 1.0, "nll": 0.1})
+    result = {"cases": cases, "claimed": None, "read_tokens": 1, "prompt_tokens": 1}
+    whole, first, *_ = Needle.scores(choices, [({}, result)]).rows
+    assert (whole["correct"], whole["trials"]) == (6, 10)
+    for name in ("accuracy", "complete"):
+        assert (whole[f"{name}_low"], whole[f"{name}_high"]) == pytest.approx(wilson(1.2, 2)), "one whole, one a fifth"
+        assert (first[f"{name}_low"], first[f"{name}_high"]) == wilson(2, 2), "at one depth, each haystack once"
 
 
 @pytest.mark.parametrize(

@@ -1002,7 +1002,7 @@ def test_more_than_a_dozen_curves_are_not_drawn_and_that_is_said():
 
 def test_models_are_compared_by_depth_by_place_and_by_layer(written):
     places, heads = LostInTheMiddle.Choices(pairs=(8,), positions=2, trials=1), np.full((3, 2, 4), 0.2)
-    case = {"correct": 1, "token_accuracy": 1.0, "nll": 0.5, "prompt_tokens": 90}
+    case = {"trial": 0, "correct": 1, "token_accuracy": 1.0, "nll": 0.5, "prompt_tokens": 90}
     asked = [{"task": "kv", "size": 8, "place": place} | case for place in (0, 7)]
     lost = LostInTheMiddle.scores(places, [({}, {"cases": asked})])
     mass = {"first": heads.tolist(), "softmax": heads[..., 0].tolist(), "maps": {}}
