@@ -493,6 +493,17 @@ def test_where_costs_were_measured_in_turns_all_speeds_in_the_report_are_those(t
     assert ["longlora\nattention by sdpa", "2.1 ×\n2 to 2.2", "2.1 ×\n2 to 2.2"] in page.rows
 
 
+def test_costs_of_rows_of_another_length_do_not_make_speeds_compare(tmp_path, no_pictures):
+    recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}
+    for lengths in ([64], [32, 64]):
+        inputs = make_inputs(tmp_path, recipe | {"costs": {"lengths": lengths}})
+        inputs[1]["finetune[full]"].manifest["host"] = "lab"
+        headline = write(inputs, tmp_path / "out")[1]["headline"]
+        in_turns = 32 in lengths  # the length of the rows that were trained on
+        assert f"trained at {2.10 if in_turns else 1.60:.2f} times the speed of full" in headline
+        assert ("their speeds do not compare: longlora on desk" in headline) != in_turns
+
+
 def test_the_headline_admits_that_training_was_not_worth_it(tmp_path, monkeypatch, no_pictures):
     monkeypatch.setitem(PPL, "theta", (57.9, 23.4, 24.0))
     recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}

@@ -127,11 +127,14 @@ class Findings:
         From what was measured in turns, if it was at this length of rows; else the ratio of the two
         trainings, which is one number.
         """
-        if self.costs and "pack" in self.packs:
-            measured = self.costs.times_as_fast(self.packs["pack"].seq_len, model.of, other.of)
-            if measured:
-                return measured
-        return Spread.of([model.ratio(other, "tokens_per_s")])
+        return self.in_turns(model, other) or Spread.of([model.ratio(other, "tokens_per_s")])
+
+    def in_turns(self, model: Model, other: Model) -> Spread | None:
+        """Return how many times as fast as another arm it is in turns with it, on rows as long as
+        those that both trained on; None where that was not measured."""
+        if self.costs is None or "pack" not in self.packs:
+            return None
+        return self.costs.times_as_fast(self.packs["pack"].seq_len, model.of, other.of)
 
     @property
     def compared(self) -> dict[str, Model]:

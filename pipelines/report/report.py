@@ -207,7 +207,7 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
         if change > 0:
             direction = "higher"
         text += f" and {abs(change):.1%} {direction} perplexity"
-    if arm.trained_on != full.trained_on and found.costs is None:
+    if arm.trained_on != full.trained_on and found.in_turns(arm, full) is None:
         text += f". They were not trained alike, so their speeds do not compare: {arm.name} on {arm.trained_on}; "
         text += f"{full.name} on {full.trained_on}"
     return [f"{text}."]
