@@ -401,13 +401,15 @@ def best_length(rows: list[Row], most: int | None) -> BestLength:
     documents if there are any.
 
     Raises:
-        ValueError: every length is above `most`.
+        ValueError: every length is above `most`, or there are no lengths.
     """
     pooled: dict[str, list[Row]] = {"test": []}
     for row in rows:
         if row["kind"] == "pooled":
             pooled.setdefault(row["split"], []).append(row)
     split = "validation" if "validation" in pooled else "test"
+    if not pooled[split]:
+        raise ValueError("its scores have no row of kind pooled, so no length: evaluate gain again")
     reached = [row for row in pooled[split] if most is None or row["length"] <= most]
     if not reached:
         lengths = [row["length"] for row in pooled[split]]

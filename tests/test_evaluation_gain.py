@@ -207,6 +207,9 @@ def test_the_base_is_taken_at_the_best_of_its_own_lengths_by_its_validation_docu
     assert best_length(both, None).length == 256
     with pytest.raises(ValueError, match=r"no length of \[64, 128, 256\] is within the 32 tokens"):
         best_length(both, 32)
+    for most in (None, 32):
+        with pytest.raises(ValueError, match="no row of kind pooled"):
+            best_length([row for row in test if row["kind"] != "pooled"], most)
 
 
 def test_the_page_of_one_model_draws_its_own_gain_and_says_how_many_documents_there_are():
