@@ -753,9 +753,12 @@ def _latency_table(models: dict[str, EvalScores]) -> list[Table]:
                 cell = f"{rows[way]['ms']:.1f}\n{rows[way]['cache_mib']:.2f} MiB"
             cells.append(cell)
         lines.append([way, *cells])
-    tokens = next(row["text_tokens"] for rows in timed.values() for row in rows.values())
-    caption = f"Milliseconds to decode a token, the median at the end of {tokens:,} tokens; small: keys and values"
-    return [Table(caption, ["way", *timed], lines)]
+    heads = []
+    for name, rows in timed.items():
+        tokens = next(iter(rows.values()))["text_tokens"]  # one text for all ways, but not for all models
+        heads.append(f"{name}\n{tokens:,} tokens")
+    caption = "Milliseconds to decode a token, the median at the end of so many tokens; small: keys and values"
+    return [Table(caption, ["way", *heads], lines)]
 
 
 def _endurance_table(models: dict[str, EvalScores]) -> list[Table]:

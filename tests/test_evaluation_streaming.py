@@ -22,8 +22,9 @@ from longreach.evaluation.base import Background
 from longreach.evaluation.blocks import Table
 from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
+from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.small_cache import streamed_nll
-from longreach.evaluation.streaming import Streaming
+from longreach.evaluation.streaming import Streaming, _latency_table
 from longreach.training.model import with_softmax_sinks
 
 
@@ -276,6 +277,16 @@ def test_latency_is_measured_while_decoding_and_only_dense_keeps_the_whole_text(
     assert scores.summary["decode_ms_3_sinks"] == rows["3 sinks"]["ms"]
     with pytest.raises(ValueError, match="latency_tokens 140 and cache_tokens 24"):
         run(latency_tokens=140)
+
+
+def test_latencies_say_the_length_of_each_models_text():
+    models = {}
+    for name, tokens in (("short", 100), ("long", 1500)):
+        row = {"kind": "latency", "way": "dense", "text_tokens": tokens, "ms": 12.5, "cache_mib": 0.25}
+        models[name] = EvalScores("streaming", "p", {"cache_tokens": 24}, [row], {}).named(name)
+    (latencies,) = _latency_table(models)
+    assert latencies.columns == ["way", "short\n100 tokens", "long\n1,500 tokens"]
+    assert "100" not in latencies.caption
 
 
 def test_the_endurance_run_is_the_one_pass_form_over_all_documents_and_its_memory_is_flat():
