@@ -29,7 +29,7 @@ class KVBudget:
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
-    """For each layer, how many tokens it keeps at most; None: all."""
+    """For each layer with keys of its own, how many tokens it keeps at most; None: all."""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> KVBudget:
@@ -38,14 +38,19 @@ class KVBudget:
         config = config.get_text_config(decoder=True)
         if getattr(config, "kv_lora_rank", None):
             raise ValueError(f"{config.model_type} caches a latent of rank {config.kv_lora_rank}, not keys and values")
-        kinds = getattr(config, "layer_types", None) or ["by sliding_window"] * config.num_hidden_layers
+        own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+        kinds = getattr(config, "layer_types", None) or ["by sliding_window"] * own
+        kinds = kinds[:own]  # the last ones of Gemma 3n read the keys and values of others
         known = {"full_attention", "sliding_attention", "by sliding_window"}
         if strange := set(kinds) - known:
             raise ValueError(f"{config.model_type} has layers {sorted(strange)}: they do not cache keys and values")
         window = getattr(config, "sliding_window", None)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            kv_heads = 1  # Falcon-7B's; its config has no num_key_value_heads
         return cls(
             config.num_attention_heads,
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            kv_heads,
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             tuple(None if kind == "full_attention" else window for kind in kinds),
         )

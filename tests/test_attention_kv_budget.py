@@ -3,7 +3,15 @@
 import pytest
 import torch
 from tiny_models import tiny_llama
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+)
 
 from longreach.attention.kv_budget import KVBudget, readable
 
@@ -37,6 +45,29 @@ def test_it_is_what_a_cache_of_transformers_holds(kv_heads):
     with torch.no_grad():
         model(torch.zeros(3, 11, dtype=torch.long), past_key_values=cache)
     held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert KVBudget.of(model.config).bytes(3, 11, "fp32") == held
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 64, "num_attention_heads": 4}
+SHARING = {
+    "heads, in Falcon-7B's way": FalconConfig(**SMALL, num_hidden_layers=2, multi_query=True),
+    "heads, in Falcon-40B's way": FalconConfig(
+        **SMALL, num_hidden_layers=2, multi_query=True, new_decoder_architecture=True, num_kv_heads=2
+    ),
+    "layers": Gemma3nTextConfig(
+        **SMALL, vocab_size_per_layer_input=64, intermediate_size=64, num_hidden_layers=4, num_key_value_heads=2,
+        head_dim=16, hidden_size_per_layer_input=8, num_kv_shared_layers=2, laurel_rank=4,
+        layer_types=["full_attention"] * 4, activation_sparsity_pattern=[0.0] * 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", SHARING)
+def test_what_heads_or_layers_share_is_counted_as_a_cache_holds_it(shared):
+    model = AutoModelForCausalLM.from_config(SHARING[shared]).eval()
+    with torch.no_grad():
+        cache = model(torch.zeros(3, 11, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(x.nbytes for layer in cache.layers if layer.keys is not None for x in (layer.keys, layer.values))
     assert KVBudget.of(model.config).bytes(3, 11, "fp32") == held
 
 
