@@ -11,7 +11,7 @@ import torch
 from ranks import run_spawned
 from test_training_loop import s2_mask, steps
 from tiny_models import tiny_llama
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from toy_models import job, pack_summary, tiny_folder, tiny_tokenizer, train
 from toy_tokenizers import LINES, toy_core
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -272,6 +272,17 @@ def test_tokens_encoded_piece_by_piece_are_those_of_the_whole():
     whole, pieces = chats.encode(plain), chats.encode(apart)
     assert pieces.ids[: len(whole.ids)].tolist() == whole.ids.tolist()
     assert pieces.given[: len(whole.ids)].tolist() == whole.given.tolist()
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_blanks_that_a_tokenizer_trims_off_its_offsets_are_in_the_message_that_they_end(template):
+    trimming, other = tokenizer_with(template), tokenizer_with(template)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    user, assistant = ({"role": role, "content": "a <eos> b "} for role in ("user", "assistant"))
+    chat = Conversation((user, assistant))
+    encoded, expected = Chats(trimming).encode(chat), Chats(other).encode(chat)
+    assert encoded.ids.tolist() == expected.ids.tolist()
+    assert encoded.given.tolist() == expected.given.tolist()
 
 
 def test_where_special_tokens_swallow_blanks_a_spelled_one_is_refused():

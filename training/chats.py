@@ -279,8 +279,10 @@ class Chats:
         for piece in re.split(f"({self.special.pattern})", text):  # those that the template wrote
             ids, start_N, end_N = self._encode(piece.replace(APART, ""), as_text=not self.special.fullmatch(piece))
             kept = np.array([at + place for place, char in enumerate(piece) if char != APART], np.int64)
-            parts.append((ids, kept[start_N], 1 + kept[end_N - 1]))
             at += len(piece)
+            kept = np.append(kept, at)  # where blanks that a tokenizer trims off its offsets begin and end
+            ends_N = np.where(start_N < end_N, 1 + kept[end_N - 1], kept[start_N])
+            parts.append((ids, kept[start_N], ends_N))
         ids, start_N, end_N = (np.concatenate(column) for column in zip(*parts, strict=True))
         return ids, start_N, end_N
 
