@@ -181,6 +181,11 @@ def test_yarns_choices_are_for_yarn(small: Path, rope: str, line: str) -> None:
         ("decay_fraction=0.1", "decay_fraction 0.1 with schedule 'constant': it is wsd's"),
         ("schedule=wsd", "warmup_steps 20 and the 1 steps over which wsd falls are more than steps 4: lower "
          "warmup_steps or decay_fraction"),
+        ("matrix={tune: [lora+embed, all], learning_rate: {lora: 2e-4}}", "learning_rate 0.0002 of 'lora' with tune "
+         "['lora+embed', 'all']: no arm would train at it; write it for one of these, or add 'lora' to tune"),
+        ("matrix={tune: [all, lora], embedding_learning_rate: 1e-5}", "embedding_learning_rate 1e-05 with tune ['all', "
+         "'lora'], of which none trains embeddings beside adapters: leave it out, or add 'lora+embed' or "
+         "'lora+embed+norm'"),
     ],
 )  # fmt: skip
 def test_choices_that_would_do_nothing_are_refused(small: Path, override: str, line: str) -> None:

@@ -508,6 +508,21 @@ class ArmMatrix(Choices):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _uses_its_rates(self) -> "ArmMatrix":
+        for tune, rate in self.learning_rate.items():
+            if tune not in self.tune:
+                raise ValueError(
+                    f"learning_rate {rate:g} of {tune!r} with tune {list(self.tune)}: no arm would train at it; write "
+                    f"it for one of these, or add {tune!r} to tune"
+                )
+        if self.embedding_learning_rate is not None and not any("embed" in tune for tune in self.tune):
+            raise ValueError(
+                f"embedding_learning_rate {self.embedding_learning_rate:g} with tune {list(self.tune)}, of which none "
+                f"trains embeddings beside adapters: leave it out, or add 'lora+embed' or 'lora+embed+norm'"
+            )
+        return self
+
 
 class OptimRecipe(Choices):
     """Optimizer and schedule, shared by all arms."""
