@@ -84,6 +84,7 @@ SETTINGS = {
     "ZeRO 1": {"resources": {"zero_stage": 1}},
     "ZeRO 3": {"resources": {"zero_stage": 3}},
     "bfloat16": {"resources": {"dtype": "bfloat16"}},
+    "bfloat16, ZeRO 0": {"resources": {"dtype": "bfloat16", "zero_stage": 0}, "optim": {"weight_decay": 0.1}},
     "bfloat16, ZeRO 3": {"resources": {"dtype": "bfloat16", "zero_stage": 3}},
     "activation checkpointing": {"resources": {"activation_checkpointing": True}},
     "8 rows accumulated": {"optim": {"global_batch_tokens": 256}},

@@ -1,6 +1,5 @@
 """Every ZeRO stage on 1 and 2 ranks against a plain torch loop: the same losses, norms and weights."""
 
-import math
 import os
 import subprocess
 import sys
@@ -20,11 +19,13 @@ from longreach.training.model import fresh_llama
 from longreach.training.recipe import ArmRecipe, OptimRecipe
 from longreach.training.zero import backward, check_nvme, deepspeed_config, skip_shm_build, start_engine, step, whole
 
-OPTIM = OptimRecipe(steps=4, global_batch_tokens=4 * 24, learning_rate=3e-3, warmup_steps=0, clip_norm=0.5)
+# Such a decay takes 3% of the weights with each step: one too many shows in bfloat16, too.
+OPTIM = OptimRecipe(steps=4, global_batch_tokens=4 * 24, warmup_steps=0, clip_norm=0.5, weight_decay=10.0)
 RATE = 3e-3
 # float32 sums in another order: 1e-7 a step on the loss. AdamW divides by the gradient's size, so where a gradient is
 # near zero that noise turns into a step of up to the learning rate: weights are compared by their distance as a whole.
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-4
+# bfloat16 keeps 8 bits, of gradients that are added, too; measured: 2e-4 (loss), 6e-4 (norm), 2.2e-3 (weights).
+TOLERANCES = {"float32": (2e-6, 1e-5, 1e-4), "bfloat16": (1e-3, 2e-3, 4e-3)}
 
 
 def global_batch(step_number):
@@ -46,23 +47,28 @@ EMBED_SCALE = 0.1
 """The embeddings' learning rate over that of the others."""
 
 
-def plain_loop(tune="all"):
-    """The oracle: no DeepSpeed, one rank, the whole batch at once."""
-    model = fresh(tune)
+def plain_loop(tune="all", dtype="float32"):
+    """The oracle: no DeepSpeed, one rank, the whole batch at once; AdamW steps on float32 weights."""
+    model = fresh(tune).to(getattr(torch, dtype))
     trained = [p for p in model.parameters() if p.requires_grad]
+    masters = [p.detach().float() for p in trained]
     embed = set(causal_lm(model).get_input_embeddings().parameters())
-    groups = [{"params": [p], "lr": RATE * EMBED_SCALE if p in embed else RATE} for p in trained]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, OPTIM.beta2), weight_decay=0.0)
+    rates = [RATE * EMBED_SCALE if p in embed else RATE for p in trained]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(masters, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, OPTIM.beta2), weight_decay=OPTIM.weight_decay)
     losses, norms = [], []
     for n in range(OPTIM.steps):
         batch = global_batch(n)
         loss = TokenLoss(model)(**batch, scale=1 / count_targets(batch["labels"]))
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, OPTIM.clip_norm)))
+        for p, master in zip(trained, masters, strict=True):
+            master.grad, p.grad = p.grad.float(), None
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters, OPTIM.clip_norm)))
         optimizer.step()
-        optimizer.zero_grad()
+        for p, master in zip(trained, masters, strict=True):
+            p.data.copy_(master)
         losses.append(loss.item())
-    return losses, norms, [p.detach().flatten().tolist() for p in trained]
+    return losses, norms, [p.detach().float().flatten().tolist() for p in trained]
 
 
 def engine_loop(job):
@@ -71,9 +77,7 @@ def engine_loop(job):
     resources = Resources(**job["resources"])
     model = fresh(job["tune"])
     scales = dict.fromkeys(causal_lm(model).get_input_embeddings().parameters(), EMBED_SCALE)
-    engine = start_engine(
-        TokenLoss(model), OPTIM, resources, global_batch_rows=4, learning_rate=RATE, rate_scales=scales
-    )
+    engine = start_engine(TokenLoss(model), OPTIM, resources, global_batch_rows=4, rate_scales=scales)
     losses, norms = [], []
     for n in range(OPTIM.steps):
         batch = global_batch(n)
@@ -92,28 +96,40 @@ def engine_loop(job):
     return [losses, norms, weights]
 
 
-def assert_same_training(got, expected):
-    assert got[0] == pytest.approx(expected[0], abs=LOSS_TOLERANCE)
-    assert got[1] == pytest.approx(expected[1], rel=1e-5)
-    ours, oracle = (torch.tensor([x for w in weights for x in w]) for weights in (got[2], expected[2]))
-    assert float((ours - oracle).norm() / oracle.norm()) < WEIGHT_TOLERANCE
+def assert_trains_like_a_plain_loop(got, case):
+    dtype = case["resources"]["dtype"]
+    expected, (loss, norm, weights) = plain_loop(case["tune"], dtype), TOLERANCES[dtype]
+    assert got[0] == pytest.approx(expected[0], abs=loss)
+    assert got[1] == pytest.approx(expected[1], rel=norm)
+    ours, oracle = (torch.tensor([x for w in tensors for x in w]) for tensors in (got[2], expected[2]))
+    assert float((ours - oracle).norm() / oracle.norm()) < weights
 
 
 CASES = {
-    f"zero{stage}-micro{micro}-{tune}": {
+    f"zero{stage}-{dtype}-micro{micro}-{tune}": {
         "tune": tune,
-        "resources": {"zero_stage": stage, "micro_batch_rows": micro, "offload": offload, "offload_parameters": params},
+        "resources": {
+            "zero_stage": stage,
+            "dtype": dtype,
+            "micro_batch_rows": micro,
+            "offload": offload,
+            "offload_parameters": params,
+        },
     }
-    for stage, micro, tune, offload, params in [
-        (0, 1, "all", "none", False),
-        (0, 2, "lora+embed+norm", "none", False),
-        (1, 2, "all", "none", False),
-        (2, 1, "lora", "none", False),
-        (2, 2, "all", "none", False),
-        (2, 1, "all", "cpu", False),
-        (3, 1, "all", "none", False),
-        (3, 1, "lora+embed+norm", "none", False),
-        (3, 1, "lora+norm", "cpu", True),
+    for stage, dtype, micro, tune, offload, params in [
+        (0, "float32", 1, "all", "none", False),
+        (0, "float32", 2, "lora+embed+norm", "none", False),
+        (0, "bfloat16", 2, "all", "none", False),
+        (1, "float32", 2, "all", "none", False),
+        (1, "bfloat16", 2, "all", "none", False),
+        (2, "float32", 1, "lora", "none", False),
+        (2, "float32", 2, "all", "none", False),
+        (2, "float32", 1, "all", "cpu", False),
+        (2, "bfloat16", 2, "all", "none", False),
+        (3, "float32", 1, "all", "none", False),
+        (3, "float32", 1, "lora+embed+norm", "none", False),
+        (3, "float32", 1, "lora+norm", "cpu", True),
+        (3, "bfloat16", 2, "all", "none", False),
     ]
 }
 
@@ -121,7 +137,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_trains_like_a_plain_torch_loop(case):
     got = run_local("test_training_zero:engine_loop", CASES[case])
-    assert_same_training(got, plain_loop(CASES[case]["tune"]))
+    assert_trains_like_a_plain_loop(got, CASES[case])
 
 
 def engine_loops(job):
@@ -131,15 +147,7 @@ def engine_loops(job):
 def test_two_ranks_train_like_a_plain_torch_loop(tmp_path):
     for rank in run_spawned("test_training_zero:engine_loops", CASES, world=2, folder=tmp_path):
         for case, got in rank.items():
-            assert_same_training(got, plain_loop(CASES[case]["tune"]))
-
-
-def test_bfloat16_follows_the_float32_losses():
-    job = {"tune": "all", "resources": {"dtype": "bfloat16", "zero_stage": 2}}
-    losses, norms, _ = run_local("test_training_zero:engine_loop", job)
-    expected, _, _ = plain_loop()
-    assert losses == pytest.approx(expected, rel=2e-2)  # bfloat16 keeps 8 bits
-    assert all(math.isfinite(norm) for norm in norms)
+            assert_trains_like_a_plain_loop(got, CASES[case])
 
 
 def test_rotary_frequencies_stay_in_float32_beside_bfloat16_weights():
@@ -149,9 +157,7 @@ def test_rotary_frequencies_stay_in_float32_beside_bfloat16_weights():
 
 def check_frequencies(job):
     model = fresh_llama(TINY, VOCAB, 0)
-    engine = start_engine(
-        model, OPTIM, Resources(workers=1, **job["resources"]), global_batch_rows=4, learning_rate=RATE
-    )
+    engine = start_engine(model, OPTIM, Resources(workers=1, **job["resources"]), global_batch_rows=4)
     assert next(engine.module.parameters()).dtype == torch.bfloat16
     assert engine.module.model.rotary_emb.inv_freq.dtype == torch.float32
 
@@ -204,7 +210,7 @@ def test_nothing_is_compiled_to_start_a_process_group():
 def test_an_arm_that_trains_nothing_is_refused():
     module = TokenLoss(fresh_llama(TINY, VOCAB, seed=0).requires_grad_(False))
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
-        start_engine(module, OPTIM, Resources(), global_batch_rows=4, learning_rate=RATE)
+        start_engine(module, OPTIM, Resources(), global_batch_rows=4)
 
 
 def test_training_does_not_import_torchs_compiler(tmp_path):

@@ -134,7 +134,6 @@ class Training:
             self.optim,
             job.resources,
             global_batch_rows=self.global_batch_rows,
-            learning_rate=self.peak_rate,
             rate_scales=dict.fromkeys(embeddings, embedding_rate / self.peak_rate)
             | dict.fromkeys(lora_b(self.model), job.arm.lora_plus_ratio or 1.0),
         )

@@ -69,12 +69,11 @@ def start_engine(
     resources: Resources,
     *,
     global_batch_rows: int,
-    learning_rate: float,
     rate_scales: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> Any:
     """Return the DeepSpeed engine around `module`, which trains what requires a gradient.
 
-    rate_scales: what the learning rate of some parameters is multiplied by.
+    rate_scales: what the learning rate of some parameters is multiplied by; `step` gives the rate.
     """
     if not resources.gpus_per_worker:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take the first GPU that it sees
@@ -93,10 +92,16 @@ def start_engine(
         by_scale.setdefault(rate_scales.get(p, 1.0), []).append(p)
     groups = [{"params": by_scale[scale], "rate_scale": scale} for scale in sorted(by_scale)]
     optimizer = torch.optim.AdamW(
-        groups, lr=learning_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
+        groups, lr=0.0, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
     config = deepspeed_config(recipe, resources, global_batch_rows=global_batch_rows, world=world)
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    if not resources.zero_stage:
+        # Around bfloat16 weights without ZeRO DeepSpeed has made a step already, with gradients of
+        # zero. At rate 0 no weight decayed; but Adam counted it, and would take 0.7 of the first
+        # real step.
+        engine.optimizer.state.clear()
+    return engine
 
 
 def skip_shm_build() -> None:

@@ -123,7 +123,7 @@ def deepspeed_step(bench: Bench, case: Case) -> Callable[[], None]:
     model = model_of(bench, case)
     engine = zero.start_engine(
         TokenLoss(model), OptimRecipe(steps=STEPS, global_batch_tokens=case.T), resources_of(bench, case),
-        global_batch_rows=1, learning_rate=RATE,
+        global_batch_rows=1,
     )  # fmt: skip
     batch = batch_of(bench, case)
 
