@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +45,7 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
     )
     adapted = get_peft_model(model, lora)
     if arm.init_lora_weights == "pissa":
+        _fill_up_to_rank(adapted, arm.lora_rank)
         start = {name: p.detach().clone() for name, p in adapted.named_parameters() if is_lora_ab(name)}
         vars(adapted)["taken_out"] = start  # of the base: an adapter for the base itself has to give it back
     for name, module in extra_modules(model, arm.tune).items():
@@ -51,6 +53,18 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
         module.requires_grad_(True)
     lora.ensure_weight_tying = "embed" in arm.tune and model.config.tie_word_embeddings
     return adapted
+
+
+def _fill_up_to_rank(model: nn.Module, rank: int) -> None:
+    """Give each A and B the rows and columns that PiSSA leaves out: a matrix has only as many
+    singular vectors as its smaller side is long, and the saved adapter states one rank for all.
+
+    They are zeros, of which each keeps the other without a gradient: they change nothing.
+    """
+    for name, p in model.named_parameters():
+        if is_lora_ab(name):
+            missing = rank - min(p.shape)
+            p.data = pad(p.data, (0, missing) if "lora_B" in name else (0, 0, 0, missing))
 
 
 def is_lora_ab(name: str) -> bool:
