@@ -125,7 +125,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
         (CHECKPOINT, "training/checkpoint.py", 'if about["identity"] != identity:', "if False:"),
         (CHECKPOINT, "training/checkpoint.py", " or file_digest(path / name) != digest", ""),
         (CHECKPOINT, "training/checkpoint.py", "key=lambda p: p.name, reverse=True)", "key=lambda p: p.name)"),
-        (CHECKPOINT, "training/checkpoint.py", 'if written["zero_stage"] != now["zero_stage"]:', "if False:"),
+        (CHECKPOINT, "training/checkpoint.py", 'if written[key] != now[key]:', "if False:"),
         (
             CHECKPOINT, "training/checkpoint.py",
             "            shutil.rmtree(draft)\n        sync", "            pass\n        sync",

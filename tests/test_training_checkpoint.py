@@ -214,12 +214,25 @@ def on_ranks(todo, world, folder):
     run_spawned("longreach.training.loop:train", todo, world=world, folder=folder)
 
 
-def test_another_zero_stage_is_refused_with_both_numbers(tmp_path):
+def test_another_zero_stage_or_dtype_is_refused_with_both_values(tmp_path):
     one = job(tmp_path, name="one")
     train(one)
-    other = job(tmp_path, name="other", earlier=[one["work"]], resources={"zero_stage": 3})
-    with pytest.raises(ValueError, match=r"zero_stage is 3, the checkpoint .*step-00000004 was written with 2"):
-        train(other)
+    for choice, said in (
+        ({"zero_stage": 3}, "zero_stage is 3, the checkpoint .*step-00000004 was written with 2"),
+        ({"dtype": "bfloat16"}, "dtype is bfloat16, the checkpoint .*step-00000004 was written with float32"),
+    ):
+        with pytest.raises(ValueError, match=rf"resources\.{said}: go on with that one"):
+            train(job(tmp_path, name="other", earlier=[one["work"]], resources=choice))
+
+
+def test_a_checkpoint_of_an_earlier_version_that_names_no_dtype_is_resumed_from(tmp_path, crash):
+    todo = job(tmp_path)
+    crash(todo, 3)
+    manifest = Path(todo["work"]) / "checkpoints/step-00000002/checkpoint.json"
+    about = read_json(manifest)
+    assert about.pop("dtype") == "float32"
+    manifest.write_text(json.dumps(about))
+    assert train(todo).resumed_from_step == 2
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -279,6 +292,7 @@ KNOBS = [
     {"use_dora": True},
     {"use_rslora": True},
     {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa", "lora_rank": 24},  # k and v have 16 outputs
     {"lora_plus_ratio": 16.0},
     {"use_dora": True, "use_rslora": True, "init_lora_weights": "pissa", "lora_plus_ratio": 4.0},
 ]
@@ -292,7 +306,6 @@ def test_what_leaves_training_is_what_was_trained_whatever_the_kind_of_lora(tmp_
         with torch.no_grad():
             trained.append(model.eval()(IDS, use_cache=False).logits)
         real(model, out)
-    {"init_lora_weights": "pissa", "lora_rank": 24},  # k and v have 16 outputs
 
     monkeypatch.setattr(export, "save_adapter", remember)
     arm = {"tune": "lora+norm", "lora_rank": 4, "lora_alpha": 8} | knobs

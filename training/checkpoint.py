@@ -189,16 +189,17 @@ class Checkpoints:
         Random states are restored too. A checkpoint of another number of ranks goes through
         DeepSpeed's universal format and leaves random states alone. Then the next step is not
         bitwise the same: sums over ranks are added in another order. ValueError if it was written
-        with another ZeRO stage.
+        with another ZeRO stage or dtype.
         """
         now = layout(engine)
         about = json.loads((path / MANIFEST).read_text())
-        written = {key: about[key] for key in now}
-        if written["zero_stage"] != now["zero_stage"]:
-            raise ValueError(
-                f"resources.zero_stage is {now['zero_stage']}, the checkpoint {path} was written with "
-                f"{written['zero_stage']}: go on with that one, or remove the attempt's folder"
-            )
+        written = {key: about.get(key, now[key]) for key in now}  # earlier versions wrote no dtype
+        for key in ("zero_stage", "dtype"):
+            if written[key] != now[key]:
+                raise ValueError(
+                    f"resources.{key} is {now[key]}, the checkpoint {path} was written with {written[key]}: go on with "
+                    f"that one, or remove the attempt's folder"
+                )
         universal = written != now and written["zero_stage"] > 0  # without ZeRO every rank holds all of the state
         scratch = self.folder / ".universal"
         if universal:
@@ -275,9 +276,10 @@ def elect_disk_leader(folder: Path) -> bool:
     return is_disk_leader
 
 
-def layout(engine: Any) -> dict[str, int]:
-    """Return how the optimizer's state is spread over files."""
-    return {"world": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+def layout(engine: Any) -> dict[str, Any]:
+    """Return how the optimizer's state is spread over files, and of which type the weights are."""
+    dtype = "bfloat16" if engine.bfloat16_enabled() else "float32"
+    return {"world": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage(), "dtype": dtype}
 
 
 def problem(path: Path, *, identity: str) -> str | None:
