@@ -74,5 +74,12 @@ def test_only_trainable_parameters_get_a_gradient():
 
 
 def test_a_target_module_that_the_model_lacks_is_answered_with_the_nearest_names():
-    with pytest.raises(ValueError, match=r"no linear layer 'query_proj'; nearest: .*k_proj"):
+    with pytest.raises(ValueError, match=r"no linear layer 'query_proj'; nearest: .*k_proj") as refused:
         apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm("lora", target_modules=("query_proj",)))
+    assert "lm_head" not in str(refused.value)
+
+
+@pytest.mark.parametrize("tune", ["lora", "lora+embed"])
+def test_the_head_is_no_target_since_the_loss_never_calls_it(tune):
+    with pytest.raises(ValueError, match="'lm_head' is the head of LlamaForCausalLM, of which the loss reads the"):
+        apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm(tune, target_modules=("q_proj", "lm_head")))

@@ -97,20 +97,28 @@ def is_norm(module: nn.Module) -> bool:
 def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | str:
     """Return the layers to adapt, as peft takes them.
 
-    ValueError naming the nearest linear layers if `model` has none of a target's name.
+    ValueError naming the nearest linear layers if `model` has none of a target's name, or if that
+    is its head's.
     """
     if isinstance(targets, str):
         return targets
-    linear = set()
+    head = causal_lm(model).get_output_embeddings()
+    linear: set[str] = set()
+    heads: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            linear.add(name.rpartition(".")[2])
+            (heads if module is head else linear).add(name.rpartition(".")[2])
     if targets == ATTENTION_PROJECTIONS and not linear.issuperset(targets):
         model_type = causal_lm(model).config.model_type
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, [])
         own = [name for name in known if name in linear] or _of_attention(model)
         targets = tuple(own) or targets
     for target in targets:
+        if target in heads:
+            raise ValueError(
+                f"target_modules: {target!r} is the head of {type(model).__name__}, of which the loss reads the weight "
+                f"alone: LoRA would never train there; leave it out, or tune 'all'"
+            )
         if target not in linear:
             near = ", ".join(get_close_matches(target, linear, n=3, cutoff=0.4))
             hint = f"nearest: {near}" if near else "it has"
