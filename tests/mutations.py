@@ -115,8 +115,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
     "checkpoint": [
         (CHECKPOINT, "training/checkpoint.py", "            sync_tree(draft)", "            pass"),
         (CHECKPOINT, "training/checkpoint.py", "            sync(self.folder)", "            pass"),
-        (BEST, "training/checkpoint.py", "if old not in kept:", "if True:"),
-        (CHECKPOINT, "training/checkpoint.py", "[:-keep_last]:", "[:-keep_last - 1]:"),
+        (BEST, "training/checkpoint.py", "if other not in kept:", "if True:"),
+        (CHECKPOINT, "training/checkpoint.py", "[-keep_last:]", "[-keep_last - 1 :]"),
+        (CHECKPOINT, "training/checkpoint.py", " if path <= self.path_of(step)", ""),
         (CHECKPOINT, "training/checkpoint.py", "torch.save(_random_states(engine), draft / random_file())", "pass"),
         (
             CHECKPOINT, "training/checkpoint.py",

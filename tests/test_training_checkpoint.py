@@ -187,6 +187,17 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     assert kept == ["step-00000004", "step-00000005"]
 
 
+def test_a_damaged_checkpoint_of_a_later_step_does_not_drive_out_the_one_just_written(tmp_path, crash):
+    todo = job(tmp_path)
+    crash(todo, 5)
+    folder = Path(todo["work"]) / "checkpoints"
+    next((folder / "step-00000004").glob("*model_states.pt")).write_bytes(b"")
+    again = job(tmp_path, resources={"checkpoint_every_steps": 3, "keep_last": 1})
+    crash(again, 4)
+    assert [path.name for path in folder.glob("step-*")] == ["step-00000003"]
+    assert train(again).resumed_from_step == 3
+
+
 WORLDS = [(1, 2, 1), (2, 2, 1), (2, 1, 2), (3, 2, 1), (3, 1, 2), (0, 2, 1)]
 
 

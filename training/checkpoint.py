@@ -110,7 +110,7 @@ class Checkpoints:
     def save(
         self, engine: Any, step: int, *, keep_last: int, best: Iterable[int] = (), attach: Iterable[Path] = ()
     ) -> Path:
-        """Write the checkpoint after `step` steps, and remove older ones beyond `keep_last`.
+        """Write the checkpoint after `step` steps; remove older ones beyond `keep_last`, and later ones.
 
         best: steps whose checkpoints stay. attach: files that go back in time with it.
         """
@@ -136,7 +136,7 @@ class Checkpoints:
         if self.share and dist.get_rank() == 0:
             self.share.seal(path / MANIFEST)
         if self.is_disk_leader:
-            self._remove_older(keep_last, best)
+            self._remove_others(step, keep_last, best)
         dist.barrier()
         return path
 
@@ -175,13 +175,17 @@ class Checkpoints:
             files |= part
         return files
 
-    def _remove_older(self, keep_last: int, best: Iterable[int]) -> None:
-        kept = {self.path_of(step) for step in best}
-        for old in sorted(self.folder.glob("step-*"))[:-keep_last]:
-            if old not in kept:
-                shutil.rmtree(old)
+    def _remove_others(self, step: int, keep_last: int, best: Iterable[int]) -> None:
+        """Remove older checkpoints beyond `keep_last`, and those of later steps, which were passed
+        over on resume: they would take the place of whole ones."""
+        checkpoints = sorted(self.folder.glob("step-*"))
+        last = [path for path in checkpoints if path <= self.path_of(step)][-keep_last:]
+        kept = {*last, *map(self.path_of, best)}
+        for other in checkpoints:
+            if other not in kept:
+                shutil.rmtree(other)
                 if self.share and dist.get_rank() == 0:
-                    self.share.remove(old)
+                    self.share.remove(other)
 
     def load(self, engine: Any, path: Path) -> int:
         """Load weights and optimizer state on every rank and return the number of steps done.
