@@ -118,6 +118,7 @@ def run_recipe(
     from longreach.infra.registry import RegistryAway
     from longreach.pipelines.display import Display
     from longreach.pipelines.hand_over import Withheld
+    from longreach.pipelines.plan import notes
     from longreach.pipelines.run import run
 
     if notify := notify or os.environ.get(URL):
@@ -126,6 +127,8 @@ def run_recipe(
     go = functools.partial(run, force=force, wait=wait, address=address)
     try:
         with Display(quiet=quiet) as display:
+            for text in notes(loaded.recipe):
+                display.note(text)
             try:
                 outcome = go(loaded, display=display)
             except RegistryAway as away:  # before anything has started
@@ -253,7 +256,7 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
     """
     from longreach.pipelines.display import duration
     from longreach.pipelines.foresee import check_fits
-    from longreach.pipelines.plan import plan
+    from longreach.pipelines.plan import notes, plan
 
     rows = plan(loaded, here=here)
     lines = []
@@ -271,6 +274,8 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
         if row.foreseen and row.state != "done":
             print(f"{row.stage}: {row.foreseen.sentence}")
             foreseen.append(row.foreseen)
+    for note in notes(loaded.recipe):
+        print(note)
     print(f"{len(rows)} stages: {done} done, {len(rows) - done} to run", flush=True)
     if here:
         check_fits(foreseen)

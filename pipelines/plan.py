@@ -91,6 +91,13 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
         check_base(recipe)
 
 
+def notes(recipe: Recipe) -> list[str]:
+    """Return what is to be said of a recipe that runs as it is written, though hardly as it was
+    meant."""
+    sections = {"finetune": recipe.finetune, "pretrain": recipe.pretrain}
+    return [f"{name}.{note}" for name, section in sections.items() if section and (note := section.warmup_note())]
+
+
 def check_scheduled(recipe: Recipe, *, driver_here: bool) -> None:
     """Raise ValueError for what a later run on this machine would refuse.
 

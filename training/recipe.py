@@ -567,6 +567,16 @@ class OptimRecipe(Choices):
         """Return over how many of the last steps `wsd` falls."""
         return max(1, round((self.decay_fraction or 0.1) * self.steps))
 
+    def warmup_note(self) -> str:
+        """Return what is to be said of a warm-up that outlasts the training; empty if it does
+        not."""
+        if self.warmup_steps <= self.steps:
+            return ""
+        return (
+            f"warmup_steps {self.warmup_steps} is above steps {self.steps}: the rate never passes "
+            f"{self.steps / self.warmup_steps:.0%} of what is stated; lower warmup_steps or raise steps"
+        )
+
     @model_validator(mode="after")
     def _validates(self) -> "OptimRecipe":
         if self.schedule == "constant" and self.min_lr_ratio:
