@@ -259,7 +259,7 @@ def perplexity_rows(model: str, choices) -> tuple[list[dict], dict]:
             document = {"document": name, "domain": "texts"}
             rows += document_rows(document, nll_T, LAST)
         rows += position_rows(document, nll_T, LAST)
-    pooled = pooled_rows(rows, 0)
+    pooled = pooled_rows(rows)
     return pooled + rows, {f"ppl_{r['length']}": r["ppl"] for r in pooled if r["protocol"] == "last_stride"}
 
 
@@ -289,7 +289,7 @@ def gain_rows(model: str, choices, documents: int = 6) -> tuple[list[dict], dict
                 value = nll + more + 0.2 * n + 0.004 * noise.normal()
                 rows.append({"kind": "window", "tokens": choices.score_tokens, "nll": value} | place)
     of_documents = document_means(rows)
-    pooled = means_by_length(of_documents, 0)
+    pooled = means_by_length(of_documents)
     return pooled + of_documents + rows, {f"gain_nll_{r['length']}": r["nll"] for r in pooled if r["split"] == "test"}
 
 
@@ -399,8 +399,8 @@ def test_every_number_of_the_main_table_is_that_of_an_artifact(written):
     shown = {"full": ["81.7", "28.3", "29.4"], "longlora": ["88.8", "30.4", "31.2"], "base": ["56.4", "22.7", "527"]}
     for name, ppl in shown.items():
         assert [cell.split("\n")[0] for cell in page.row(name)[:3]] == ppl
-    low, high = (29.4 * math.exp(tilt) for tilt in (-0.1, 0.1))
-    assert page.row("full")[2] == f"29.4\n{low:.1f} to {high:.1f}"
+    half = 12.706 * 0.1  # Student's t of two documents, each 0.1 off the mean
+    assert page.row("full")[2] == f"29.4\n{29.4 * math.exp(-half):.2f} to {29.4 * math.exp(half):.0f}"
     assert page.row("base")[3:] == ["–"] * 6 + ["3/3", "3/3"]
     assert page.row("longlora")[3:] == [
         "10s",
@@ -624,7 +624,7 @@ def test_a_name_cannot_end_the_script_of_an_interactive_page_and_no_other_script
 def test_the_markdown_says_the_same_and_names_its_pictures(written):
     out, result = written
     text = (out / "report.md").read_text()
-    assert "| **29.4<br>26.6 to 32.5** |" in text
+    assert "| **29.4<br>8.25 to 105** |" in text
     assert result["headline"] in text
     assert sorted(re.findall(r"!\[.*\]\((.*)\)", text)) == sorted(path.name for path in out.glob("*.png"))
     assert "| --- |" not in WrittenPage("t", "a", "h", []).markdown()

@@ -32,7 +32,7 @@ def pipeline(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(STAGES, "toy", toy)
     monkeypatch.setitem(STAGES, "report", toy_report)
 
-    def build(recipe) -> list[Stage]:
+    def build(recipe, *, gated=True) -> list[Stage]:
         made = {name: ToyRecipe(**choices) for name, choices in recipes.items()}
         a = Stage("toy", "a", made["a"])
         b = Stage("toy", "b", made["b"], {"text": a})

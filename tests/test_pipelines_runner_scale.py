@@ -49,7 +49,7 @@ def most_files(stop: threading.Event, found: list[int]) -> None:
 def test_hundreds_of_stages_cost_little_each_and_no_open_files(cluster, tmp_path, monkeypatch):
     log = tmp_path / "log"
     log.mkdir()
-    monkeypatch.setattr(run, "build", lambda recipe: chains(log, "first"))
+    monkeypatch.setattr(run, "build", lambda recipe, gated: chains(log, "first"))
     places = [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work", "tracking.enabled=false"]
     loaded, stop, files = load("quickstart", places), threading.Event(), [len(os.listdir("/proc/self/fd"))]
     watch = threading.Thread(target=most_files, args=(stop, files))

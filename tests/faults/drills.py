@@ -94,7 +94,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
     ),
     17: (
         f"{CHECKPOINT}::test_another_number_of_ranks_goes_on_with_the_same_rows",
-        f"{CHECKPOINT}::test_another_zero_stage_is_refused_with_both_numbers",
+        f"{CHECKPOINT}::test_another_zero_stage_or_dtype_is_refused_with_both_values",
     ),
     18: (
         f"{CONVERT}::test_a_hub_that_is_away_fails_in_seconds_and_names_the_local_ways",

@@ -54,6 +54,9 @@ class ToyEngine:
     def zero_optimization_stage(self) -> int:
         return 2
 
+    def bfloat16_enabled(self) -> bool:
+        return False
+
 
 @pytest.fixture
 def alone(tmp_path: Path):
