@@ -45,8 +45,8 @@ tools:  ## install what tests need beside Python (Debian, root)
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "not installed: $$missing; tests that need them are skipped"; fi
 
-# Two at a time, file by file: half of a test's time is waiting for processes to start. Each has one thread, as two cores allow.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three at a time on two cores, file by file: half of a test's time is waiting for processes to start. Each has one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: tools lint  ## lint, types and all CPU tests
 	$(PYTEST)

@@ -109,6 +109,9 @@ def test_a_holder_on_a_clone_of_this_machine_is_not_taken_for_dead(tmp_path: Pat
     with pytest.raises(LeaseHeld, match="clone:1"):
         Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=0.5).acquire(wait=False)
     clone._stop.set()
+    for thread in threading.enumerate():
+        if thread.name == "lease w":
+            thread.join(1.0)  # a beat on its way would count as alive
     Lease(Store(str(tmp_path)), "w", "taker:2", beat_s=0.5).acquire(wait=False).release()
 
 
