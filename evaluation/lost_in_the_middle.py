@@ -265,8 +265,7 @@ def _asked(group: Cell) -> str:
 def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
     """Return the mean of cases, with intervals over questions, each of which is asked at every
     place; where text was generated, also the share of it that holds an answer."""
-    row = retrieval_row(kind, cases, size, depth)
-    row["accuracy_low"], row["accuracy_high"] = wilson_over_texts(cases, [case["correct"] for case in cases])
+    row = retrieval_row(kind, cases, size, depth, over_texts=True)
     row["size"] = row.pop("length")
     if "subspan" in cases[0]:
         low, high = wilson_over_texts(cases, [case["subspan"] for case in cases])

@@ -234,8 +234,7 @@ class Needle(Evaluation):
 def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
     """Return the mean of cases, with intervals over their texts, each of which is asked at every
     depth; where text was generated, also how many of the numbers it holds."""
-    row = retrieval_row(kind, cases, length, depth)
-    row["accuracy_low"], row["accuracy_high"] = wilson_over_texts(cases, [case["correct"] for case in cases])
+    row = retrieval_row(kind, cases, length, depth, over_texts=True)
     if "recall" in cases[0]:
         complete = [case["recall"] == 1 for case in cases]
         low, high = wilson_over_texts(cases, complete)

@@ -165,6 +165,8 @@ def mean_interval(value_SD: np.ndarray, weight_D: np.ndarray | None = None) -> t
     """
     from scipy.special import stdtrit
 
+    if value_SD.size < 2:
+        return None
     value_SD = np.atleast_2d(value_SD)
     documents = value_SD.shape[1]
     share_D = np.full(documents, 1.0)
@@ -179,19 +181,20 @@ def mean_interval(value_SD: np.ndarray, weight_D: np.ndarray | None = None) -> t
             of_mean = float((around**2).sum()) / (len(around) * (len(around) - 1))
             variance += of_mean
             pooled += of_mean**2 / (len(around) - 1)
-    if value_SD.size < 2:
-        return None
     half = 0.0
     if variance:
         half = float(stdtrit(variance**2 / pooled, 0.975)) * math.sqrt(variance)
     return mean - half, mean + half
 
 
-def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
+def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None, *, over_texts: bool = False) -> Row:
     """Return the mean over cases in which something had to be found, with Wilson's interval of the
-    share found."""
-    correct = sum(case["correct"] for case in cases)
+    share found: over cases, or over their texts where one is asked for the same several times."""
+    found = [case["correct"] for case in cases]
+    correct = sum(found)
     low, high = wilson(correct, len(cases))
+    if over_texts:
+        low, high = wilson_over_texts(cases, found)
     return {
         "kind": kind,
         "protocol": "teacher_forced",

@@ -385,10 +385,12 @@ def _ratios(
 ) -> Iterator[Finding]:
     """Hold the challenger against another model in each stretch from one length to the next: a mean
     from the first token on would hide how it ends."""
+    starts = [row["start"] for row in ours if row["kind"] == "position"]
     beyond = 0
     for length in sorted(lengths):
-        yield _ratio(f"{rule}, tokens {beyond:,} to {length:,}", ours, theirs, (beyond, length), most, rules)
-        beyond = length
+        if any(beyond <= start < length for start in starts):  # else they are nearer than a bin is wide
+            yield _ratio(f"{rule}, tokens {beyond:,} to {length:,}", ours, theirs, (beyond, length), most, rules)
+            beyond = length
 
 
 def _ratio(

@@ -1,8 +1,8 @@
 """What leaves a recipe and where to: the forms of its releases, and the Hugging Face Hub.
 
 A push is the last thing that `longreach run` does, after the gate if there is one; a model that is
-not its champion stays here. What is pushed is the release's folder without MLflow's own files. What cannot work is
-refused before anything runs: a model that is no GGUF, a token that is missing.
+not its champion stays here. What is pushed is the release's folder without MLflow's own files. What
+cannot work is refused before anything runs: a model that is no GGUF, a token that is missing.
 
     longreach push quickstart --dry-run
 """

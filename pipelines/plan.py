@@ -94,8 +94,11 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
 def notes(recipe: Recipe) -> list[str]:
     """Return what is to be said of a recipe that runs as it is written, though hardly as it was
     meant."""
-    sections = {"finetune": recipe.finetune, "pretrain": recipe.pretrain}
-    return [f"{name}.{note}" for name, section in sections.items() if section and (note := section.warmup_note())]
+    said = []
+    for name, section in {"finetune": recipe.finetune, "pretrain": recipe.pretrain}.items():
+        if section and section.warmup_note():
+            said.append(f"{name}.{section.warmup_note()}")
+    return said
 
 
 def check_scheduled(recipe: Recipe, *, driver_here: bool) -> None:

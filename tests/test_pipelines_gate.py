@@ -72,6 +72,15 @@ def test_a_worse_model_is_refused_and_the_reason_has_both_numbers():
     assert findings[0].asked == "at most 1.01"
 
 
+def test_lengths_that_are_nearer_than_a_bin_is_wide_are_one_stretch():
+    rows = {"challenger_perplexity": perplexity_rows(-0.05), "champion_perplexity": perplexity_rows(0, seed=2)}
+    findings = decide(rules(base_ratio=None), (50, 60, 128), 64, **rows)
+    assert [finding.rule for finding in findings] == [
+        "perplexity_ratio, tokens 0 to 50",
+        "perplexity_ratio, tokens 50 to 128",
+    ]
+
+
 def test_a_model_that_ends_badly_is_not_saved_by_a_good_start():
     champion = perplexity_rows(0, seed=2)
     challenger = perplexity_rows(-0.2)
