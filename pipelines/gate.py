@@ -221,7 +221,7 @@ class Finding:
 
 
 def add_gate(pipeline: Pipeline) -> None:
-    """Add the champion's stages and the decision; nothing if the challenger is champion already, or
+    """Add the champion's stages and the decision; nothing if the release is champion already, or
     nobody is to be asked."""
     from longreach.pipelines.stage import Stage
 
@@ -229,7 +229,7 @@ def add_gate(pipeline: Pipeline) -> None:
     if gate is None or not pipeline.gated:
         return
     (release,) = (stage for stage in pipeline.stages if stage.label == f"release[{gate.model}]")
-    if champion and champion.tags.get(registry.FINGERPRINT) == release.fingerprint:
+    if champion and _is_champion(pipeline, release):
         return
     ratios = MEASURED_BY["perplexity_ratio"]
     inputs = {"model": release}
@@ -253,6 +253,18 @@ def add_gate(pipeline: Pipeline) -> None:
         rules=gate, champion=champion and str(champion.version), lengths=lengths_of(pipeline.recipe, ratios)
     )
     pipeline.stages.append(Stage("promote", "promote", choices, inputs))
+
+
+def _is_champion(pipeline: Pipeline, release: Stage) -> bool:
+    """True if the champion was made from a release's choices and, where that can be asked, is the
+    published one: made again, after --force or in another store, it has other bytes."""
+    tags = pipeline.champion.tags
+    if tags.get(registry.FINGERPRINT) != release.fingerprint:
+        return False
+    if pipeline.published is None:
+        return True
+    published = pipeline.published(release)
+    return published is not None and published.summary["tags"][registry.MODEL] == tags.get(registry.MODEL)
 
 
 def _champions_scores(pipeline: Pipeline, evaluation: str, corpus: Stage) -> Stage:

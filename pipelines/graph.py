@@ -25,6 +25,7 @@ from typing import Any
 import xxhash
 
 from longreach.infra import registry
+from longreach.infra.artifact import Artifact
 from longreach.infra.files import add_file
 from longreach.pipelines.artifacts import GAINS
 from longreach.pipelines.costs import CostsStageRecipe
@@ -73,6 +74,8 @@ class Pipeline:
 
     recipe: Recipe
     gated: bool = True  # False: nobody asks who is champion, and the gate's stages are left out
+    published: Callable[[Stage], Artifact | None] | None = None
+    """Finds what a stage has made, None if it will be made anew. Not given: each is as it was."""
     stages: list[Stage] = field(default_factory=list)  # in an order in which each comes after its inputs
     models: dict[str, EvaluatedModel] = field(default_factory=dict)
 
@@ -147,14 +150,18 @@ class Pipeline:
         return scores
 
 
-def build(recipe: Recipe, *, gated: bool = True) -> list[Stage]:
+def build(
+    recipe: Recipe, *, gated: bool = True, published: Callable[[Stage], Artifact | None] | None = None
+) -> list[Stage]:
     """Return a recipe's stages, inputs first; ValueError if documents or the base cannot be found.
 
     Args:
         gated: False leaves out the gate's own stages and asks for no champion; the others are the
             same, as long as training starts from the base.
+        published: finds what a stage has made, None if it will be made anew, so that the gate
+            decides on a release that is made again from the same choices as the champion.
     """
-    pipeline = Pipeline(recipe, gated)
+    pipeline = Pipeline(recipe, gated, published)
     for add in BUILDERS:
         add(pipeline)
     return pipeline.stages

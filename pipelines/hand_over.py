@@ -182,9 +182,11 @@ def published_release(loaded: Loaded) -> Path:
         stages = build(recipe)
         champion = registry.champion(gate.name) if gate else None
     (stage,) = [stage for stage in stages if stage.label == f"release[{arm}]"]
-    if store.find(stage.name, stage.fingerprint) is None:
+    published = store.find(stage.name, stage.fingerprint)
+    if published is None:
         raise ValueError(f"{stage.label} is not made yet, so there is nothing to push: longreach run makes it")
-    if gate and not (champion and champion.tags.get(registry.FINGERPRINT) == stage.fingerprint):
+    tag = registry.MODEL  # names the attempt as well: after --force there is another of the same fingerprint
+    if gate and not (champion and champion.tags.get(tag) == published.summary["tags"][tag]):
         who = f"version {champion.version}" if champion else "nobody"
         raise Withheld(
             f"{recipe.release.push} was not pushed: champion of {gate.name} is {who}, and not {stage.label}, which the "

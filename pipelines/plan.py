@@ -136,7 +136,7 @@ def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
     """
     store = open_store(loaded)
     with use_tracking(loaded):
-        stages = build(loaded.recipe)
+        stages = build(loaded.recipe, published=functools.partial(published, store))
     resources = loaded.recipe.resources
     costs = foresee(store, stages, resources, trying=here)
     newest = functools.cache(functools.partial(_newest, store))
@@ -147,6 +147,14 @@ def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
         refusal = no_room(stage, resources, nodes) if here and row.state != "done" else ""
         rows.append(replace(row, foreseen=costs.get(row.stage), no_room=refusal))
     return rows
+
+
+def published(store: Store, stage: Stage) -> Artifact | None:
+    """Return what a stage has made, None if that is missing or damaged and will be made anew."""
+    try:
+        return store.find(stage.name, stage.fingerprint)
+    except CorruptArtifact:
+        return None
 
 
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:

@@ -43,7 +43,7 @@ from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import check_fits, foresee, memory_gib, no_room
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
-from longreach.pipelines.plan import TRACKING, check_rules, open_store, survey, use_tracking
+from longreach.pipelines.plan import TRACKING, check_rules, open_store, published, survey, use_tracking
 from longreach.pipelines.reader import DEFAULT, Loaded
 from longreach.pipelines.recipe import values
 from longreach.pipelines.signals import GRACE_S, Stopping, terminable
@@ -173,7 +173,12 @@ def run(
         cluster = f"the cluster at {address}" if address else ""
         check_rules(loaded.recipe, cluster=cluster)
         _check_tracking(loaded, uri, display)
-        store, stages = open_store(loaded), build(loaded.recipe, gated=gated)
+        store = open_store(loaded)
+
+        def as_it_will_be(stage: Stage) -> Artifact | None:
+            return None if _is_forced(force, stage) else published(store, stage)
+
+        stages = build(loaded.recipe, gated=gated, published=as_it_will_be)
         again = _forced(force, stages)
         outcome = RunOutcome()
         kept = [stage for stage in stages if stage not in again]
@@ -209,18 +214,17 @@ def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
 def _forced(force: tuple[str, ...], stages: list[Stage]) -> list[Stage]:
     """Return the stages that `force` names and all that are made from them, whose fingerprints would
     not say that they are old; ValueError: a name that no stage has."""
-    names: set[str] = set()
-    again: set[str] = set()
-    for stage in stages:
-        names |= {stage.name, stage.label}
-        if stage.name in force or stage.label in force:
-            again.add(stage.fingerprint)
+    names = {name for stage in stages for name in (stage.name, stage.label)}
     if unknown := sorted(set(force) - names):
         raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {', '.join(sorted(names))}")
-    for stage in stages:  # each comes after its inputs
-        if any(source.fingerprint in again for source in stage.inputs.values()):
-            again.add(stage.fingerprint)
+    again = {stage.fingerprint for stage in stages if _is_forced(force, stage)}
     return [stage for stage in stages if stage.fingerprint in again]
+
+
+def _is_forced(force: tuple[str, ...], stage: Stage) -> bool:
+    """True if `force` names a stage or anything that it is made from."""
+    named = stage.name in force or stage.label in force
+    return named or any(_is_forced(force, source) for source in stage.inputs.values())
 
 
 def _withdraw(store: Store, stages: Sequence[Stage], wait: bool, display: Display) -> None:

@@ -13,14 +13,15 @@ from test_training_to_gguf import tiny
 from toy_models import tiny_folder
 from transformers import AutoTokenizer
 
-from longreach.infra.registry import FINGERPRINT
+from longreach.infra.registry import FINGERPRINT, MODEL
 from longreach.pipelines import console
 from longreach.pipelines.cli import main
+from longreach.pipelines.display import Display
 from longreach.pipelines.graph import build
-from longreach.pipelines.hand_over import check_token, pushed_files
-from longreach.pipelines.plan import open_store
+from longreach.pipelines.hand_over import Withheld, check_token, published_release, pushed_files
+from longreach.pipelines.plan import open_store, plan
 from longreach.pipelines.reader import RecipeError, load
-from longreach.pipelines.run import RunOutcome
+from longreach.pipelines.run import RunOutcome, run
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
 from longreach.training.train_tokenizer import train_tokenizer
 
@@ -241,21 +242,25 @@ release: {push: 'hub:owner/name', push_arm: lora}
 
 @pytest.fixture
 def gated(tmp_path, bases, monkeypatch):
-    """A recipe with a gate and its published release; `champion(version, fingerprint)` makes one in the registry."""
+    """A recipe with a gate and its published release; `champion(version, fingerprint, model)` makes one in the
+    registry."""
     path = Path(written(tmp_path, bases))
     path.write_text(path.read_text().partition("release:")[0] + GATED)
     current = []
     monkeypatch.setattr("longreach.infra.registry.champion", lambda name: current[-1])
 
-    def champion(version, fingerprint):
-        current.append(SimpleNamespace(name="best", version=version, tags={FINGERPRINT: fingerprint}))
+    def champion(version, fingerprint, model):
+        tags = {FINGERPRINT: fingerprint, MODEL: model}
+        current.append(SimpleNamespace(name="best", version=version, tags=tags))
 
-    champion("1", "an earlier week's")
+    champion("1", "an earlier week's", "an earlier week's")
     loaded = load(path)
     (stage,) = [stage for stage in build(loaded.recipe) if stage.label == "release[lora]"]
     attempt = open_store(loaded).new_attempt("release", stage.fingerprint)
     (attempt.out / "config.json").write_text("{}")
-    open_store(loaded).publish(attempt, {"summary": {}})
+    open_store(loaded).publish(
+        attempt, {"label": stage.label, "summary": {"tags": {MODEL: "this attempt's"}}, "seconds": 0.0}
+    )
     return SimpleNamespace(path=str(path), loaded=loaded, fingerprint=stage.fingerprint, champion=champion)
 
 
@@ -268,10 +273,31 @@ def test_a_model_that_its_gate_refused_stays_here(options, gated, hub, capsys):
     assert said.startswith("hub:owner/name was not pushed: champion of best is version 1, and not release[lora]")
     assert f"longreach run {gated.path} --force promote asks the gate again" in said
     assert hub.seen == {"files": {}}
-    gated.champion("2", gated.fingerprint)
+    gated.champion("2", gated.fingerprint, "this attempt's")
     with pytest.raises(SystemExit) as ended:
         main(["push", gated.path, *options])
     assert (ended.value.code or 0, list(hub.seen["files"])) == (0, [] if options else ["config.json"])
+
+
+def test_a_release_made_again_from_the_champions_choices_is_judged_and_not_pushed_before(gated):
+    """--force gives it other bytes, for which the champion cannot answer."""
+    gated.champion("2", gated.fingerprint, "this attempt's")
+    assert "promote" not in [row.stage for row in plan(gated.loaded)]
+    assert published_release(gated.loaded).is_dir()
+    gated.champion("2", gated.fingerprint, "an attempt's before --force")
+    assert "promote" in [row.stage for row in plan(gated.loaded)]
+    with pytest.raises(Withheld, match="champion of best is version 2"):
+        published_release(gated.loaded)
+
+
+def test_a_forced_run_plans_the_gate_though_the_champion_is_the_published_release(gated, monkeypatch):
+    gated.champion("2", gated.fingerprint, "this attempt's")
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    stages = []
+    monkeypatch.setattr("longreach.pipelines.run._run_missing", lambda run: stages.append(run.stages))
+    run(gated.loaded, display=Display(quiet=True))
+    run(gated.loaded, display=Display(quiet=True), force=("finetune",))
+    assert ["promote" in [stage.label for stage in of_run] for of_run in stages] == [False, True]
 
 
 def test_a_run_after_a_rollback_does_not_push_what_people_took_back(gated, hub, capsys, monkeypatch):
