@@ -141,8 +141,14 @@ def _move_places(connection: sqlite3.Connection, before: str, now: str) -> None:
 
 def default_uri(workdir: Path | str) -> str:
     """Return the URI of the embedded store: `{workdir}/mlflow.db`, with `mlartifacts` beside it; no
-    server."""
-    return f"sqlite:///{Path(workdir).absolute()}/mlflow.db"
+    server. ValueError: the folder's name means something else in a URI."""
+    folder = str(Path(workdir).absolute())
+    if "?" in folder or unquote(folder) != folder:
+        raise ValueError(
+            f"MLflow would look for its database elsewhere than in {folder}, since ? and %20 mean something else in "
+            f"its address: give the folder another name, or set store.workdir or tracking.uri"
+        )
+    return f"sqlite:///{folder}/mlflow.db"
 
 
 def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
@@ -212,43 +218,45 @@ def check_login(uri: str, timeout_s: float = 5.0) -> str:
 def version_of(name: str) -> Any:
     """Return the version `name@alias` or `name/3`; ValueError if there is none, RegistryAway if MLflow
     cannot be asked."""
-    from mlflow.exceptions import MlflowException
-
     model, _, alias = name.partition("@")
     client = connect()
-    try:
+    with _answers(client, f"models:/{name}"):
         if alias:
             return client.get_model_version_by_alias(model, alias)
         return client.get_model_version(*name.split("/"))
+
+
+@contextlib.contextmanager
+def _answers(client: Any, asked: str) -> Iterator[None]:
+    """Raise an MlflowException as RegistryAway without a connection or after a fault of the server's
+    own (5xx), else, such as after a refused login, as ValueError; `asked` says what was asked for."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
     except MlflowException as error:
-        raise _kind(error)(f"models:/{name}: MLflow at {client.tracking_uri} says: {error.message}") from error
-
-
-def _kind(error: Any) -> type[ValueError]:
-    """What an MlflowException is for us: RegistryAway without a connection, or after a fault of the
-    server's own (5xx); else what was asked is wrong."""
-    return RegistryAway if error.get_http_status_code() >= 500 else ValueError
+        kind = RegistryAway if error.get_http_status_code() >= 500 else ValueError
+        raise kind(f"{asked}: MLflow at {client.tracking_uri} says: {error.message}") from error
 
 
 def champion(name: str) -> Any | None:
     """Return the champion's version, None if there is none; RegistryAway if the registry cannot be
-    asked."""
+    asked, ValueError if it refuses to answer."""
     return aliased(connect(), name, CHAMPION)
 
 
 def aliased(client: Any, name: str, alias: str) -> Any | None:
     """Return the version behind an alias, None if there is none; RegistryAway if the registry
-    cannot be asked."""
+    cannot be asked, ValueError if it refuses to answer."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise RegistryAway(
-            f"who is {alias} of {name!r} cannot be asked of MLflow at {client.tracking_uri} ({error.message})"
-        ) from error
+    with _answers(client, f"who is {alias} of {name!r} cannot be asked"):
+        try:
+            return client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
 
 
 def log_model(
@@ -349,22 +357,15 @@ def aliased_fingerprints() -> set[str]:
     database = sqlite_path(os.environ["MLFLOW_TRACKING_URI"])
     if database and not database.exists():  # to ask would create it
         return set()
-    from mlflow.exceptions import MlflowException
-
     client, fingerprints = connect(), set()
     token: str | None = None
-    try:
+    with _answers(client, "which models have aliases cannot be asked (MLFLOW_TRACKING_URI may name another MLflow)"):
         while token != "":
             models = client.search_registered_models(page_token=token)
             for model in models:
                 for version in set(model.aliases.values()):
                     fingerprints.add(client.get_model_version(model.name, version).tags.get(FINGERPRINT, ""))
             token = models.token or ""
-    except MlflowException as error:
-        raise _kind(error)(
-            f"MLflow at {client.tracking_uri} cannot be asked which models have aliases ({error.message}); "
-            "MLFLOW_TRACKING_URI may name another one"
-        ) from error
     return fingerprints
 
 
@@ -452,12 +453,12 @@ def rolled_back(name: str, fingerprint: str) -> str | None:
 
 def rollback(name: str) -> tuple[str, str]:
     """Swap champion and `previous`; return both versions, the former first. Raises ValueError: one
-    is missing."""
+    is missing, or MLflow refuses; RegistryAway: it went away on the way."""
     client = connect()
     champion = aliased(client, name, CHAMPION)
     if champion is None:
         raise ValueError(f"{name!r} has no champion in MLflow at {client.tracking_uri}: nothing to go back to")
-    with _alone(client, name, str(champion.version)):
+    with _answers(client, f"rollback of {name!r}"), _alone(client, name, str(champion.version)):
         now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
         if not now or now.version != champion.version:
             raise ValueError(f"champion of {name!r} was moved at this very moment: nothing was changed, look at it")

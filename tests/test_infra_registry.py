@@ -11,12 +11,14 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, UNAUTHENTICATED
 from mlflow_servers import PASSWORD, Server, free_port
 
 from longreach.infra import registry
 from longreach.infra.mirror import sync
 from longreach.infra.registry import check_login
 from longreach.infra.tracking import Spool
+from longreach.pipelines.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,68 @@ def test_an_embedded_store_that_is_moved_takes_its_models_along(empty_store, tmp
     assert client.get_experiment(elsewhere).artifact_location == (tmp_path / "own-choice").as_uri()
     registry.connect()
     assert "was moved" not in capsys.readouterr().err, "said once"
+
+
+@pytest.mark.parametrize("name", ["100% [1]", "a#b", "für uns"])
+def test_an_embedded_store_lives_in_a_folder_of_almost_any_name(name, empty_store, tmp_path: Path, monkeypatch):
+    (workdir := tmp_path / name).mkdir()
+    shutil.copy(empty_store, workdir / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(workdir))
+    client = registry.connect()
+    run = client.create_run(registry.experiment_id(client, "books")).info.run_id
+    client.log_text(run, "new", "note.txt")
+    (note,) = workdir.rglob("note.txt")
+    assert note.read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {name}, "nothing beside it"
+
+
+@pytest.mark.parametrize("name", ["what?x=1&y", "50%20off"])
+def test_a_folder_whose_name_means_something_else_in_an_address_is_refused_before_anything_starts(
+    name, tmp_path: Path, monkeypatch, capsys
+):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "quickstart"])
+    assert ended.value.code == 2
+    assert f"elsewhere than in {tmp_path / name}/.longreach" in capsys.readouterr().err
+    assert not list((tmp_path / name).iterdir())
+
+
+@pytest.mark.parametrize(("code", "kind"), [(INTERNAL_ERROR, registry.RegistryAway), (UNAUTHENTICATED, ValueError)])
+def test_an_answer_that_fails_half_way_through_a_rollback_is_one_sentence(
+    code, kind, empty_store, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    client = registry.connect()
+    client.create_registered_model("books")
+    for alias in (registry.PREVIOUS, registry.CHAMPION):
+        version = client.create_model_version("books", f"file:///{alias}")
+        client.set_registered_model_alias("books", alias, version.version)
+
+    def fails(*arguments):
+        raise mlflow.MlflowException("no such luck", error_code=code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_registered_model_alias", fails)
+        with pytest.raises(ValueError, match=r"rollback of 'books': MLflow at .* says: no such luck") as raised:
+            registry.rollback("books")
+    assert raised.type is kind
+    assert registry.rollback("books") == ("2", "1"), "the same call goes on"
+
+
+def test_a_refused_login_is_no_server_that_is_away(empty_store, tmp_path: Path, monkeypatch):
+    def refuses(*arguments):
+        raise mlflow.MlflowException("who are you", error_code=UNAUTHENTICATED)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_by_alias", refuses)
+    with pytest.raises(ValueError, match=r"who is champion of 'books' cannot be asked: .* who are you") as raised:
+        registry.champion("books")
+    assert raised.type is ValueError
 
 
 @pytest.mark.long
