@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -287,6 +288,17 @@ def test_a_hub_dataset_whose_commit_cannot_be_resolved_says_what_to_set(monkeypa
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", away)
     with pytest.raises(ValueError, match=r"'o/n' at revision 'main' cannot be resolved \(OSError: no route\): set the"):
         source_digest(corpus_of({"dataset": "o/n", "revision": "main"}))
+
+
+def test_a_remote_folder_and_a_remote_name_with_brackets_are_read_as_local_ones_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote = fsspec.filesystem("memory")
+    for name in ("a [1].txt", "deep/b.md", ".hidden/c.txt", "picture.png"):
+        remote.pipe(f"/brackets/{name}", name.encode())
+    assert texts(read(tmp_path, files="memory://brackets/a [1].txt")) == {"a [1]": "a [1].txt"}
+    assert list(texts(read(tmp_path, files="memory://brackets/"))) == ["a [1]", "b"]
+    with pytest.raises(ValueError, match="finds no file"):
+        read(tmp_path, files="memory://brackets/nothing/")
 
 
 def test_objects_under_a_prefix_are_documents_and_only_changed_ones_are_fetched(s3_root, tmp_path, monkeypatch):

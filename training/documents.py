@@ -392,8 +392,15 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
     fs.invalidate_cache()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
     web = urlsplit(pattern).scheme in ("http", "https")
-    keys = [place]
-    if not web or "*" in pattern:  # else its question mark begins a query
+    if web:
+        exact = "*" not in pattern  # its question mark begins a query
+    else:
+        exact = fs.isfile(place)  # whatever brackets its name has
+    if exact:
+        keys = [place]
+    elif not web and fs.isdir(place):
+        keys = [key for key in sorted(fs.find(place)) if _is_text(key.removeprefix(place))]
+    else:
         keys = sorted(filter(fs.isfile, fs.glob(place)))
     found = []
     for key in keys:
@@ -409,6 +416,11 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
                 fs.get_file(key, str(draft))
         found.append((shown, path))
     return found
+
+
+def _is_text(path: str) -> bool:
+    """True for what is read in a folder: of a known kind, and not hidden."""
+    return kind_of(Path(path))[1] in KINDS and "/." not in path
 
 
 def _dataset(source: SourceRecipe, base_dir: Path) -> Path | str | None:
