@@ -466,15 +466,19 @@ def test_the_headline_says_what_was_gained_and_what_it_cost(written):
 def test_speeds_of_arms_that_were_not_trained_alike_are_said_not_to_compare(tmp_path, no_pictures):
     recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}
     inputs = make_inputs(tmp_path, recipe)
-    arms = [artifact for artifact in inputs[1].values() if artifact.stage == "finetune"]
     headline = write(inputs, tmp_path / "out")[1]["headline"]
     assert "do not compare" not in headline
-    for arm in arms:
-        if arm.manifest["label"] == "finetune[full]":
-            arm.manifest["host"] = "lab"
-    headline = write(inputs, tmp_path / "again")[1]["headline"]
-    assert "their speeds do not compare: longlora on desk, 2 ranks of 1 CPU and 0 GPU, float32" in headline
-    assert "; full on lab, 2 ranks" in headline
+    for other in ("full", "lora"):
+        inputs = make_inputs(tmp_path, recipe)
+        inputs[1][f"finetune[{other}]"].manifest["host"] = "lab"
+        out, summary = write(inputs, tmp_path / other)
+        headline = summary["headline"]
+        assert "their speeds do not compare: longlora on desk, 2 ranks of 1 CPU and 0 GPU, float32" in headline
+        assert f"; {other} on lab, 2 ranks" in headline
+        assert headline.count(" on lab") == 1
+        against_full, against_lora = page_of(out).row("longlora")[-2:]
+        assert against_full.endswith("not alike") is (other == "full")
+        assert against_lora.endswith("not alike") is (other == "lora")
 
 
 def test_where_costs_were_measured_in_turns_all_speeds_in_the_report_are_those(tmp_path, no_pictures):

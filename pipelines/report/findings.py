@@ -121,6 +121,11 @@ class Findings:
                 return model
         return None
 
+    def trained_alike(self, model: Model, other: Model) -> bool:
+        """True if the speeds of two models compare: trained on the same machine with the same ranks,
+        or measured in turns."""
+        return model.trained_on == other.trained_on or self.in_turns(model, other) is not None
+
     def speedup(self, model: Model, other: Model) -> Spread:
         """Return how many times as fast as another arm it trains.
 

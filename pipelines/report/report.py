@@ -207,9 +207,10 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
         if change > 0:
             direction = "higher"
         text += f" and {abs(change):.1%} {direction} perplexity"
-    if arm.trained_on != full.trained_on and found.in_turns(arm, full) is None:
-        text += f". They were not trained alike, so their speeds do not compare: {arm.name} on {arm.trained_on}; "
-        text += f"{full.name} on {full.trained_on}"
+    unlike = [other for other in (full, lora) if other and not found.trained_alike(arm, other)]
+    if unlike:
+        places = [f"{model.name} on {model.trained_on}" for model in (arm, *unlike)]
+        text += f". They were not trained alike, so their speeds do not compare: {'; '.join(places)}"
     return [f"{text}."]
 
 

@@ -221,6 +221,8 @@ def _add_costs(found: Findings, add: Callable[..., None]) -> None:
                 text = f"{ratio.median:.2f} ×"
                 if ratio.low < ratio.high:
                     text += f"\n{ratio.low:.2f} to {ratio.high:.2f}"
+                if not found.trained_alike(model, yardstick):
+                    text += "\nnot alike"
                 ratios[name] = (ratio.median, text)
             add(f"speed-up against ({found.where()})", f"{yardstick.name}\n{head}", ratios)
 
