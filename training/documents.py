@@ -392,11 +392,8 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
     fs.invalidate_cache()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
     web = urlsplit(pattern).scheme in ("http", "https")
-    if web:
-        exact = "*" not in pattern  # its question mark begins a query
-    else:
-        exact = fs.isfile(place)  # whatever brackets its name has
-    if exact:
+    exact = "*" not in pattern if web else fs.isfile(place)  # a URL's question mark begins a query
+    if exact:  # whatever brackets its name has
         keys = [place]
     elif not web and fs.isdir(place):
         keys = [key for key in sorted(fs.find(place)) if _is_text(key.removeprefix(place))]
