@@ -30,6 +30,9 @@ class KVBudget:
     head_dim: int
     windows: tuple[int | None, ...]
     """For each layer with keys of its own, how many tokens it keeps at most; None: all."""
+    shapes: tuple[tuple[int, int], ...] = ()
+    """KV heads and head dim of each such layer, where not all are alike; then those above are the
+    first layer's."""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> KVBudget:
@@ -45,25 +48,31 @@ class KVBudget:
         if strange := set(kinds) - known:
             raise ValueError(f"{config.model_type} has layers {sorted(strange)}: they do not cache keys and values")
         window = getattr(config, "sliding_window", None)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-            kv_heads = 1  # Falcon-7B's; its config has no num_key_value_heads
+        one_for_all = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+        shapes = []
+        for layer in config.per_layer_config[:own]:  # Gemma 4's full layers have larger heads than its others
+            heads = layer.num_attention_heads
+            kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+            if one_for_all:  # Falcon-7B's; its config has no num_key_value_heads
+                kv_heads = 1
+            shapes.append((kv_heads, getattr(layer, "head_dim", None) or layer.hidden_size // heads))
         return cls(
             config.num_attention_heads,
-            kv_heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            *shapes[0],
             tuple(None if kind == "full_attention" else window for kind in kinds),
+            tuple(shapes) if len(set(shapes)) > 1 else (),
         )
 
     def as_multi_head(self) -> KVBudget:
         """The same model if every query head had keys and values of its own."""
-        return replace(self, kv_heads=self.heads)
+        shapes = tuple((self.heads, head_dim) for _, head_dim in self.shapes)
+        return replace(self, kv_heads=self.heads, shapes=shapes)
 
     def bytes(self, batch: int, length: int, dtype: str = "bf16") -> int:
         """Bytes for `batch` texts of `length` tokens. Raises ValueError: batch or length below 1,
         an unknown dtype."""
-        tokens = sum(length if window is None else min(length, window) for window in self.windows)
-        return 2 * tokens * self._values(batch, length, dtype)
+        kept = [length if window is None else min(length, window) for window in self.windows]
+        return 2 * self._bytes_of(kept, batch, length, dtype)
 
     def sink_cache_bytes(
         self, batch: int, length: int, dtype: str = "bf16", *, sink_tokens: int = 4, window_tokens: int = 1020
@@ -77,15 +86,17 @@ class KVBudget:
         if sink_tokens < 0 or window_tokens < 1:
             raise ValueError(f"sink_tokens {sink_tokens} and window_tokens {window_tokens}: at least 0 and at least 1")
         keys, values = window_tokens + 1 + 2 * sink_tokens, window_tokens + 1 + sink_tokens
-        return len(self.windows) * (keys + values) * self._values(batch, length, dtype)
+        return self._bytes_of([keys + values] * len(self.windows), batch, length, dtype)
 
-    def _values(self, batch: int, length: int, dtype: str) -> int:
-        """Bytes of the keys of one token in one layer, for the whole batch."""
+    def _bytes_of(self, kept: list[int], batch: int, length: int, dtype: str) -> int:
+        """Bytes of so many vectors per KV head in each layer, for the whole batch."""
         if batch < 1 or length < 1:
             raise ValueError(f"batch {batch} and length {length}: at least 1 each")
         if dtype not in BYTES:
             raise ValueError(f"dtype {dtype!r}: known are {', '.join(BYTES)}")
-        return batch * self.kv_heads * self.head_dim * BYTES[dtype]
+        shapes = self.shapes or [(self.kv_heads, self.head_dim)] * len(kept)
+        numbers = sum(count * heads * width for count, (heads, width) in zip(kept, shapes, strict=True))
+        return batch * numbers * BYTES[dtype]
 
 
 def readable(count: int) -> str:

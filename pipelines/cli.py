@@ -476,8 +476,9 @@ def kv_cache(
 
     _find_registry(model)
     budget = KVBudget.of(config_of(model))
+    kept = f"{budget.kv_heads} KV heads" if not budget.shapes else "KV heads by layer"
     rows = {
-        f"as it is, {budget.kv_heads} KV heads": budget.bytes(batch, length, dtype),
+        f"as it is, {kept}": budget.bytes(batch, length, dtype),
         f"if all {budget.heads} heads had their own": budget.as_multi_head().bytes(batch, length, dtype),
         f"sink cache, {sinks} + {window} tokens, any length": budget.sink_cache_bytes(
             batch, length, dtype, sink_tokens=sinks, window_tokens=window

@@ -9,6 +9,7 @@ from transformers import (
     FalconConfig,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     MistralConfig,
 )
@@ -58,6 +59,11 @@ SHARING = {
         **SMALL, vocab_size_per_layer_input=64, intermediate_size=64, num_hidden_layers=4, num_key_value_heads=2,
         head_dim=16, hidden_size_per_layer_input=8, num_kv_shared_layers=2, laurel_rank=4,
         layer_types=["full_attention"] * 4, activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "nothing, but full layers have larger heads": Gemma4TextConfig(
+        **SMALL, intermediate_size=64, num_hidden_layers=4, num_key_value_heads=2, head_dim=16, global_head_dim=32,
+        num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=32, hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
 }  # fmt: skip
 
