@@ -303,6 +303,10 @@ def _run_missing(run: _Run) -> None:
             if stage.kind.makes is Release and (released := run.store.find(stage.name, stage.fingerprint)):
                 pipeline.output(released.summary["tags"][MODEL])
         status = "FAILED" if run.outcome.failed else "FINISHED"
+    except (ValueError, RuntimeError) as error:  # nobody stopped it: it has no room, or its lease was lost
+        status = "FAILED"
+        pipeline.tag("mlflow.note.content", f"**Failed:** {error}")
+        raise
     finally:
         pipeline.end(status)
         if mirror:

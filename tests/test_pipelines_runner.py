@@ -32,7 +32,7 @@ def pipeline(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(STAGES, "toy", toy)
     monkeypatch.setitem(STAGES, "report", toy_report)
 
-    def build(recipe, *, gated=True) -> list[Stage]:
+    def build(recipe, **options) -> list[Stage]:
         made = {name: ToyRecipe(**choices) for name, choices in recipes.items()}
         a = Stage("toy", "a", made["a"])
         b = Stage("toy", "b", made["b"], {"text": a})
@@ -183,13 +183,18 @@ def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
 
 
 def test_a_stage_that_no_node_can_take_is_refused_before_the_first_one_begins(cluster, pipeline, monkeypatch):
-    """Ray itself would wait for ever. What --force names is still there then."""
+    """Ray itself would wait for ever. What --force names is still there then, and MLflow says why."""
     pipeline.run()
+    before = set((pipeline.workdir / "spool").iterdir())
     monkeypatch.setattr(run._Driver, "follow", lambda driver: pytest.fail("it has begun"))
     monkeypatch.setitem(STAGES, "report", replace(toy_report, cpus=lambda resources: 3))
     with pytest.raises(ValueError, match="report needs 3 CPUs on one node; the largest node has 2 CPUs"):
         pipeline.run(force=("a",))
     assert {*pipeline.states().values()} == {"done"}
+    (spool,) = set((pipeline.workdir / "spool").iterdir()) - before
+    *_, note, end = read_events(spool / "=pipeline.jsonl", 0)[0]
+    assert "Failed:** report needs 3 CPUs on one node" in str(note)
+    assert end["status"] == "FAILED", "nobody killed it"
 
 
 def test_nodes_that_join_somebodys_cluster_are_waited_for_a_while(monkeypatch):

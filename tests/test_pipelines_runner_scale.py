@@ -49,7 +49,7 @@ def most_files(stop: threading.Event, found: list[int]) -> None:
 def test_hundreds_of_stages_cost_little_each_and_no_open_files(cluster, tmp_path, monkeypatch):
     log = tmp_path / "log"
     log.mkdir()
-    monkeypatch.setattr(run, "build", lambda recipe, gated: chains(log, "first"))
+    monkeypatch.setattr(run, "build", lambda recipe, **options: chains(log, "first"))
     places = [f"store.root={tmp_path}/root", f"store.workdir={tmp_path}/work", "tracking.enabled=false"]
     loaded, stop, files = load("quickstart", places), threading.Event(), [len(os.listdir("/proc/self/fd"))]
     watch = threading.Thread(target=most_files, args=(stop, files))
@@ -68,7 +68,7 @@ def test_hundreds_of_stages_cost_little_each_and_no_open_files(cluster, tmp_path
     read = Counter()
     whole = Store.manifests
     monkeypatch.setattr(Store, "manifests", lambda self, name=None: read.update([name]) or whole(self, name))
-    monkeypatch.setattr(plan, "build", lambda recipe: chains(log, "second"))
+    monkeypatch.setattr(plan, "build", lambda recipe, **options: chains(log, "second"))
     rows = plan.plan(loaded)
     assert {row.state for row in rows} == {"stale"}
     assert rows[1].why == "recipe.text: first1 -> second1; its input toy[0,x] changes"
