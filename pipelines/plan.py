@@ -110,7 +110,10 @@ def check_scheduled(recipe: Recipe, *, driver_here: bool) -> None:
     """
     check_rules(recipe, driver_here=driver_here)
     if driver_here:
-        build(recipe, gated=False)  # the champion is whoever it is then
+        resources = recipe.resources
+        for stage in build(recipe, gated=False):  # the champion is whoever it is then
+            if refusal := no_room(stage, resources, [this_node(resources)]):
+                raise ValueError(refusal)
 
 
 def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:

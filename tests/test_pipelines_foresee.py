@@ -262,6 +262,20 @@ def test_a_plan_for_a_machine_without_room_ends_as_the_run_would(
         assert ("finetune[full] needs 2 ranks of 1 CPU each, and there is room for 1" in err) == bool(code)
 
 
+@pytest.mark.parametrize(("to", "code"), [("systemd", 2), ("crontab", 2), ("cronjob", 0)])
+def test_a_schedule_on_a_machine_without_room_is_refused_when_it_is_made_and_not_at_three_at_night(
+    to: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("longreach.pipelines.plan.this_node", lambda resources: {"CPU": 1, "GPU": 0})
+    elsewhere = ["--set", "store.root=s3://bucket/prefix", "--set", "tracking.uri=http://mlflow:5000"]
+    command = ["schedule", "quickstart", "--cron", "0 3 * * 1", "--to", to, "--image", "registry/longreach:1"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *(elsewhere if to == "cronjob" else [])])
+    assert (ended.value.code or 0) == code
+    assert ("2 ranks of 1 CPU each, and there is room for 1" in capsys.readouterr().err) == bool(code)
+
+
 def test_a_machine_offers_what_ray_finds_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private.utils import get_num_cpus
 
