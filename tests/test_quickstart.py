@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -234,16 +236,34 @@ def wait_for(condition, what: str, log: Path, seconds: float = 400) -> None:
         time.sleep(0.05)
 
 
+def heed_interrupts() -> None:
+    """In a child: tests in the background of a script ignore Ctrl-C, and it would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def driver_of(project: Path, printed: Path) -> Iterator[subprocess.Popen]:
+    """A run in the background, in a session of its own; it outlives no test, not even one that fails."""
+    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
+    with printed.open("w") as log:
+        driver = subprocess.Popen(
+            command, cwd=project, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_interrupts
+        )
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoint_interval(tmp_path: Path):
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
     recipe["finetune"] = recipe["finetune"] | {"steps": 400, "arms": {"full": {"tune": "all"}}}
     recipe["resources"] = {"workers": 2, "checkpoint_every_steps": 5}
     project = make_project(tmp_path / "faults", recipe)
     whole = make_project(tmp_path / "whole", recipe)
-    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
     printed = tmp_path / "driver.log"
-    with printed.open("w") as log:
-        driver = subprocess.Popen(command, cwd=project, stdout=log, stderr=log)
+    with driver_of(project, printed) as driver:
         tree = psutil.Process(driver.pid)
 
         def steps() -> list[int]:
@@ -274,23 +294,14 @@ def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoi
     assert files(ours) == files(theirs), "the weights differ from those of a run that nothing disturbed"
 
 
-def heed_interrupts() -> None:
-    """In a child: tests in the background of a script ignore Ctrl-C, and it would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train_again(tmp_path: Path):
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
     recipe["finetune"] = recipe["finetune"] | {"steps": 400, "arms": {"full": {"tune": "all"}}}
     project = make_project(tmp_path / "project", recipe | {"resources": {"workers": 2, "checkpoint_every_steps": 1000}})
-    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
     printed = tmp_path / "driver.log"
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done = sum(map(len, steps_of(project)))
-        with printed.open("w") as log:
-            driver = subprocess.Popen(
-                command, cwd=project, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_interrupts
-            )
+        with driver_of(project, printed) as driver:
             wait_for(lambda done=done: sum(map(len, steps_of(project))) > done + 20, "more steps", printed)
             family = psutil.Process(driver.pid).children(recursive=True)
             asked = time.monotonic()
