@@ -48,6 +48,7 @@ def chat(
     budget = KVBudget.of(model.config)
     size = readable(budget.sink_cache_bytes(1, 1, "fp32", sink_tokens=sinks, window_tokens=window))
     print(WARNING.format(window=window, sinks=sinks))
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     unread: list[int] = []  # the answer's last token, which the model has not read yet
     while text := _typed(ask):
         ids = turn(tokenizer, text, first=cache.get_seq_length() == 0)
@@ -67,7 +68,10 @@ def chat(
                 printed = whole
         unread = answer[-1:]
         speed = len(answer) / (time.perf_counter() - began_s)
-        so_far = f"{cache.get_seq_length():,} so far, cache {size}"
+        read = cache.get_seq_length()
+        so_far = f"{read:,} so far, cache {size}"
+        if positions == "text" and context and read > context:
+            so_far += f"; past the model's {context:,} positions, where answers get worse: --positions cache has no end"
         print(f"\n[{len(answer)} tokens, {speed:.1f} tokens/s; {so_far}]")
 
 

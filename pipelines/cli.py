@@ -442,7 +442,10 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     positions: Annotated[
-        Literal["cache", "text"], typer.Option(help="Where positions are counted; in the text, a chat ends somewhere.")
+        Literal["cache", "text"],
+        typer.Option(
+            help="text: positions grow with the chat, so that it ends at the model's context length; cache: it never ends."
+        ),
     ] = "cache",
 ) -> None:
     """Chat without end, in a cache that does not grow."""
@@ -479,7 +482,7 @@ def kv_cache(
     kept = f"{budget.kv_heads} KV heads" if not budget.shapes else "KV heads by layer"
     rows = {
         f"as it is, {kept}": budget.bytes(batch, length, dtype),
-        f"if all {budget.heads} heads had their own": budget.as_multi_head().bytes(batch, length, dtype),
+        f"if each of {budget.heads} query heads had its own": budget.as_multi_head().bytes(batch, length, dtype),
         f"sink cache, {sinks} + {window} tokens, any length": budget.sink_cache_bytes(
             batch, length, dtype, sink_tokens=sinks, window_tokens=window
         ),

@@ -138,7 +138,7 @@ def run_recipe(
                 if loaded.recipe.promote is None or _starts_from_registry(loaded.recipe):
                     raise
                 undecided = away
-                display.note("the model registry is away: all but the gate is done now")
+                display.note("the model registry does not answer: this run does everything but the gate")
                 outcome = go(loaded, display=display, gated=False)
     except LeaseHeld as held:
         print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)

@@ -37,7 +37,7 @@ from longreach.training.summary import TrainingSummary
 TrainingRecipe = FinetuneStageRecipe | PretrainStageRecipe
 SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
 """What the cost model takes from the summary of a converted model."""
-TRIED = "from two seconds of work on this machine; longer if it has other work"
+TRIED = "estimated from a two-second test of this machine; other work makes it slower"
 SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype", "matmul_precision")
 """Resources in which ranks have to agree for a measured speed to hold."""
 
@@ -245,7 +245,7 @@ def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, spee
         most_gib = max(most_gib, cost.peak_gib)
     work = f"{len(cells)} times {steps} steps, at most about {most_gib:.1f} GiB on {_on_ranks(resources.workers)}"
     if speed is None:
-        sentence = f"{work}; how long, is known once an arm has trained on such ranks"
+        sentence = f"{work}; no time estimate before an arm has trained on ranks like these"
     else:
         sentence = f"{work}: {duration(seconds)} of training, and as many starts of ranks ({speed.source})"
     return Forecast(sentence)
@@ -263,7 +263,7 @@ def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> 
     memory = f"about {cost.peak_gib:.1f} GiB on {_on_ranks(ranks)}"
     work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
     if speed is None:
-        return f"{memory}, {work}; how long, is known once an arm has trained on such ranks"
+        return f"{memory}, {work}; no time estimate before an arm has trained on ranks like these"
     step_s = speed.step_s(cost)
     return f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
 
@@ -341,7 +341,7 @@ def measured(store: Store, resources: Resources) -> Speed | None:
         except ValidationError:  # another version of longreach wrote it
             continue
         if summary.machine:
-            speed = Speed(summary.machine, f"as such ranks last trained, {manifest['published_at'][:10]}")
+            speed = Speed(summary.machine, f"as ranks like these last trained, {manifest['published_at'][:10]}")
             if summary.predicted and summary.predicted.step_s:
                 speed = replace(speed, slower=summary.step_s_median / summary.predicted.step_s)
             speeds.append((manifest["published_at"], speed))
@@ -359,7 +359,7 @@ def tried(store: Store, shape: Shape, resources: Resources) -> Speed | None:
     kept = store.scratch / f"speed-{digest_of(asked)}.json"
     if kept.is_file():
         return Speed(Machine(**json.loads(kept.read_text())), TRIED)
-    print("nothing has trained on such ranks here yet: their speed is tried, once", file=sys.stderr)
+    print("no training on ranks like these here yet: testing their speed once, for two seconds", file=sys.stderr)
     try:
         machine = probe(shape, resources)
     except RuntimeError as error:

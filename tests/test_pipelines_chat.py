@@ -1,7 +1,7 @@
 import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import AutoConfig, FalconConfig, FalconForCausalLM
 
 from longreach.attention.sink_cache import SinkCache
 from longreach.pipelines.chat import chat, reply, turn
@@ -42,6 +42,14 @@ def test_it_warns_answers_and_its_cache_does_not_grow(folder, capsys):
     assert len(lines) == 3
     assert len({line.rpartition("cache ")[2] for line in lines}) == 1
     assert "so far" in lines[-1]
+
+
+def test_a_chat_whose_positions_grow_says_when_they_are_past_the_models_own(folder, capsys):
+    context = AutoConfig.from_pretrained(folder).max_position_embeddings
+    for positions, warned in (("text", [False, True]), ("cache", [False, False])):
+        talk(folder, ["hello", "go on " * (context // 5)], positions=positions)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+        assert [f"past the model's {context:,} positions" in line for line in lines] == warned
 
 
 def test_a_template_that_raises_ends_it_with_a_sentence(folder):

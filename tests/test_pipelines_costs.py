@@ -349,7 +349,7 @@ def test_the_plan_says_what_measuring_will_cost(path: Path) -> None:
     machine = {"matmul": 1e9, "attention": 1e9, "attention_backward": 1e9, "bytes": 1e9, "process_gib": 0.5}
     trained = {"published_at": "now", "resources": recipe.resources.model_dump(mode="json"),
                "summary": training_summary(machine=machine).to_json()}  # fmt: skip
-    for manifests, says in (([], "; how long, is known once an arm has"), ([trained], "s of training, and as many")):
+    for manifests, says in (([], "; no time estimate before an arm has"), ([trained], "s of training, and as many")):
         store = SimpleNamespace(find=lambda *_: converted, manifests=lambda name, found=manifests: found)
         sentence = foresee(store, build(recipe), recipe.resources)["costs"].sentence
         assert sentence.startswith("12 times 3 steps, at most about 1."), sentence

@@ -54,7 +54,7 @@ def test_the_first_plan_tries_this_machine_once_and_says_so(
     recipe = load(a_recipe(tmp_path)).recipe
     stages = build(recipe)
     untried = foresee(store, stages, recipe.resources)["finetune[full]"].sentence
-    assert untried.endswith("how long, is known once an arm has trained on such ranks")
+    assert untried.endswith("no time estimate before an arm has trained on ranks like these")
     for _ in range(2):
         said = foresee(store, stages, recipe.resources, trying=True)["finetune[full]"].sentence
         assert said.endswith(f"s of training ({TRIED})")
