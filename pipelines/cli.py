@@ -443,9 +443,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     positions: Annotated[
         Literal["cache", "text"],
-        typer.Option(
-            help="text: positions grow with the chat, so that it ends at the model's context length; cache: it never ends."
-        ),
+        typer.Option(help="cache: positions within the cache, and a chat has no end; text: they grow with the chat."),
     ] = "cache",
 ) -> None:
     """Chat without end, in a cache that does not grow."""
