@@ -21,6 +21,7 @@ from longreach.pipelines.reader import load
 from longreach.training.chats import Chats, Conversation, conversation_of, form_of
 from longreach.training.corpus import IGNORED, PackedRows, pack_corpus
 from longreach.training.documents import BadLine, read_documents
+from longreach.training.readers import Malformed
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.validation import validation_rows
 
@@ -140,6 +141,8 @@ def test_a_form_that_fits_twice_is_refused_until_it_is_named(tmp_path):
         ({"messages": [{"role": "assistant", "content": 5}]}, "message 1 of messages has a content of int"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "contents that are no text"),
         ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "surrogates not allowed"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"x": "\ud83d"}]}]}, "surrogates not"),
+        ({"messages": CHAT, "tools": "[" * 100_000}, "nested too deeply"),
         ({"other": 1}, "no field 'messages' (there are other)"),
     ],
 )
@@ -151,6 +154,14 @@ def test_a_record_without_a_chat_is_malformed_and_the_others_are_read(tmp_path, 
     assert reason in bad.reason
 
 
+@pytest.mark.parametrize("role", [["human"], {"a": 1}, None, "nobody"])
+def test_a_turn_from_nobody_is_malformed(role):
+    turns = [{"from": role, "value": "x"}, {"from": "gpt", "value": "y"}]
+    found = conversation_of({"conversations": turns}, "sharegpt")
+    assert isinstance(found, Malformed)
+    assert "turn 1 has no `from` of human" in found
+
+
 # Tokens and what is predicted
 
 
@@ -160,6 +171,24 @@ def test_only_what_the_assistant_says_is_predicted(template, end):
     encoded = Chats(tokenizer).encode(Conversation(tuple(CHAT)))
     assert predicted_text(tokenizer, encoded) == [f"The best of times.{end}", f"The age of wisdom, 1859.{end}"]
     assert encoded.ids.tolist() == tokenizer.apply_chat_template(CHAT)["input_ids"]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt_completion"])
+def test_a_prompt_that_ends_in_more_than_the_answers_beginning_hides_nothing_of_a_marked_answer(form):
+    """Such as one that ends in <think>, which the answer in the record does not have."""
+    thinks = MARKED.replace("'<mark>assistant\n' }}{% endif %}", "'<mark>assistant\n<think>\n' }}{% endif %}")
+    tokenizer = tokenizer_with(thinks)
+    record = {"messages": CHAT[:3], "prompt": CHAT[:2], "completion": CHAT[2:3]}
+    encoded = Chats(tokenizer).encode(conversation_of(record, form))
+    assert thinks != MARKED
+    assert predicted_text(tokenizer, encoded) == ["The best of times.<eos>"]
+
+
+def test_a_marked_template_that_writes_the_prompt_otherwise_before_an_answer_is_refused():
+    changes = MARKED.replace("'<mark>' + message['role']", "('<mark>' if loop.last else '<eos>') + message['role']")
+    pair = conversation_of({"prompt": "Q", "completion": "A"}, "prompt_completion")
+    with pytest.raises(ValueError, match="writes a prompt otherwise once its answer follows"):
+        Chats(tokenizer_with(changes)).encode(pair)
 
 
 def test_tokens_counted_by_hand():

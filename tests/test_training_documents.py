@@ -182,6 +182,13 @@ def test_a_parquet_row_of_invalid_utf8_does_not_cost_its_neighbours(tmp_path, co
     assert bad(items) == [(str(tmp_path / "x.parquet"), 2, "invalid UTF-8: invalid start byte")]
 
 
+def test_a_name_that_no_file_can_hold_is_a_malformed_line(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", {"id": "a", "text": "A"}, {"id": "\ud800", "text": "B"}, {"id": "c", "text": "C"})
+    items = read(tmp_path, files="x.jsonl", name_field="id")
+    assert texts(items) == {"a": "A", "c": "C"}
+    assert [(line, reason) for _, line, reason in bad(items)] == [(2, "no valid name in field 'id'")]
+
+
 def test_null_and_number_columns_are_malformed_rows(tmp_path):
     pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "x.parquet")
     assert bad(read(tmp_path, files="x.parquet")) == [

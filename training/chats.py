@@ -96,8 +96,10 @@ def conversation_of(record: Mapping[str, Any], form: str) -> Conversation | Malf
     """Return the chat in a record that has the columns of a form, or why there is none."""
     try:
         conversation = FORMS[form].read(record)
-        for message in conversation.messages:
-            message["content"].encode("utf-8")  # JSON can spell half a surrogate pair: no text
+        said = [conversation.messages, conversation.tools]
+        json.dumps(said, ensure_ascii=False, default=str).encode("utf-8")  # JSON can spell half a surrogate pair
+    except RecursionError:
+        return Malformed("JSON that is nested too deeply")
     except ValueError as error:
         return Malformed(str(error))
     roles = map(itemgetter("role"), conversation.messages[conversation.given :])
@@ -121,9 +123,10 @@ def _sharegpt(record: Mapping[str, Any]) -> Conversation:
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise ValueError(f"conversations is {type(turns).__name__}, not a list")
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+        role = turn.get("from") if isinstance(turn, Mapping) else None
+        if not isinstance(role, str) or role not in ROLES or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {number} has no `from` of {', '.join(ROLES)} and no `value` that is a text")
-        messages.append({"role": ROLES[turn["from"]], "content": turn["value"]})
+        messages.append({"role": ROLES[role], "content": turn["value"]})
     return Conversation(tuple(messages))
 
 
@@ -322,9 +325,15 @@ class Chats:
         text, spans = self._render(conversation, marks=True)
         first = 0
         if conversation.given:
-            before = Conversation(conversation.messages[: conversation.given], conversation.tools)
-            first = len(self._render(before, asks=True)[0])
-        return text, [(max(begin, first), end) for begin, end in spans if end > first]
+            given = Conversation(conversation.messages[: conversation.given], conversation.tools)
+            before, _ = self._render(given)
+            if not text.startswith(before):
+                raise ValueError(
+                    "the model's chat template writes a prompt otherwise once its answer follows, so that the prompt's "
+                    "end is not found: change the base's chat_template.jinja, or give whole chats as `messages`"
+                )
+            first = len(before)
+        return text, [(begin, end) for begin, end in spans if begin >= first]
 
     def _by_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Return what the template writes, and where answers stand: from the prompt to their

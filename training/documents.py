@@ -549,8 +549,21 @@ def _from_records(
         if isinstance(text, Malformed):
             yield BadLine(escaped(place), line, str(text))
             continue
-        name = str(record[source.name_field]) if source.name_field else f"{title}:{line}"
+        name = f"{title}:{line}"
+        if source.name_field:
+            name = str(record[source.name_field])
+            if not _is_utf8(name):  # JSON can spell half a surrogate pair
+                yield BadLine(escaped(place), line, f"no valid name in field {source.name_field!r}")
+                continue
         yield Document(name, source.domain or escaped(domain), escaped(place), line, text)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _needed(form: str, source: SourceRecipe) -> list[str]:
