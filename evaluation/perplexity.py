@@ -310,7 +310,7 @@ def difference_tables(models: dict[str, EvalScores]) -> list[Table]:
         lines.append([name, *cells])
     caption = (
         f"Difference in NLL to {reference} on the same tokens "
-        "(nats per token; below 0: better; small: within these texts)"
+        "(nats per token; below 0: better; small: 95% interval over documents, or within the one that there is)"
     )
     legend = ""
     if any(DASH in cells for _, *cells in lines):
@@ -327,7 +327,7 @@ def _difference_cell(ours: list[Row], theirs: list[Row], length: int) -> str:
     except ValueError:  # the other model read other documents
         return DASH
     text = f"{difference['nll']:+.3f}"
-    if difference["bins"] > 1:
+    if not math.isnan(difference["low"]):
         text += f"\n{difference['low']:+.3f} to {difference['high']:+.3f}"
     return text
 

@@ -231,25 +231,32 @@ def effective_length(totals: list[Row], bar: float) -> int:
 
 def paired(ours: list[Row], theirs: list[Row], length: int, beyond: int = 0) -> dict[str, float]:
     """Return how two models' perplexity rows differ on the same tokens: {"nll": ours - theirs,
-    "low", "high", "bins"}.
+    "low", "high", "documents"}.
 
     The difference is taken in bins of last_tokens positions of each document, from its token
-    `beyond` up to `length`; the 95% interval is over bins, which are nearly independent where
-    single tokens are not. ValueError unless both models read the same documents.
+    `beyond` up to `length`. The 95% interval is over documents, each with the weight of its tokens:
+    bins of one document have too much in common. Of a single document it is over its bins, and says
+    nothing about other texts. ValueError unless both models read the same documents.
     """
     our_bins = _nll_by_bin(ours, length, beyond)
     their_bins = _nll_by_bin(theirs, length, beyond)
     if our_bins.keys() != their_bins.keys() or not our_bins:
         raise ValueError(f"the two models were not measured on the same tokens from {beyond:,} to {length:,}")
-    differences = []
-    widths = []
+    differences: dict[str, list[float]] = {}
+    widths: dict[str, list[int]] = {}
     for place, our_nll in our_bins.items():
-        _, start, end = place
-        differences.append(our_nll - their_bins[place])
-        widths.append(end - start)  # a text's last bin may be of one token
-    difference, width = np.array(differences), np.array(widths)
+        document, start, end = place
+        differences.setdefault(document, []).append(our_nll - their_bins[place])
+        widths.setdefault(document, []).append(end - start)  # a text's last bin may be of one token
+    if len(differences) > 1:
+        means = [np.average(differences[name], weights=widths[name]) for name in differences]
+        difference, width = np.array(means), np.array([sum(of_one) for of_one in widths.values()])
+    else:
+        (of_bins,), (of_widths,) = differences.values(), widths.values()
+        difference, width = np.array(of_bins), np.array(of_widths)
     low, high = mean_interval(difference, width) or (math.nan, math.nan)
-    return {"nll": float(np.average(difference, weights=width)), "low": low, "high": high, "bins": len(differences)}
+    nll = float(np.average(difference, weights=width))
+    return {"nll": nll, "low": low, "high": high, "documents": len(differences)}
 
 
 def _nll_by_bin(rows: list[Row], length: int, beyond: int) -> dict[tuple[str, int, int], float]:

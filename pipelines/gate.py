@@ -419,7 +419,10 @@ def _ratio(
         reason = "one stretch of text: measure greater lengths or more documents"
         measured, deciding = f"{_times(nll)} without an interval ({reason})", high
     else:
-        measured, deciding = f"{_times(nll)}, 95% interval {_times(low)} to {_times(high)}", high
+        over = f"over {difference['documents']} documents"
+        if difference["documents"] == 1:
+            over = "within the one document that is held out"
+        measured, deciding = f"{_times(nll)}, 95% interval {_times(low)} to {_times(high)} {over}", high
     return Finding(place, measured, f"at most {most:g}", deciding <= math.log(most))
 
 

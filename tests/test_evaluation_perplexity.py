@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Llam
 
 from longreach.evaluation.documents import Document, first_token_id, held_out
 from longreach.evaluation.perplexity import Perplexity
-from longreach.evaluation.scores import paired
+from longreach.evaluation.scores import mean_interval, paired
 
 
 def document(name, tokens, domain="d", seed=0):
@@ -185,16 +185,18 @@ def test_the_figure_says_which_model_and_has_units():
     assert set(names_of(drawn(scores)["along.png"])) == {"a", "b"}
 
 
-def test_two_models_are_compared_on_the_same_tokens_bin_by_bin():
+def test_two_models_are_compared_on_the_same_tokens_and_over_documents():
     texts = [document("a", 800), document("b", 800, seed=1)]
     ours, theirs = run(texts), run(texts, tiny_llama(seed=1))
     found = paired(ours.rows, theirs.rows, 700)
     bins = [[row["nll"] for row in scores.rows if row["kind"] == "position"] for scores in (ours, theirs)]
-    assert found["bins"] == len(bins[0])
+    assert found["documents"] == 2
     widths = [row["end"] - row["start"] for row in ours.rows if row["kind"] == "position"]
     assert {*widths} == {16, 12}, "the last of each text is shorter, and counts for less"
     assert found["nll"] == pytest.approx(np.average(np.subtract(*bins), weights=widths))
     assert found["low"] < found["nll"] < found["high"]
+    by_document = np.subtract(*bins).reshape(2, -1) @ np.array(widths).reshape(2, -1)[0] / sum(widths) * 2
+    assert (found["low"], found["high"]) == pytest.approx(mean_interval(by_document))
     assert paired(ours.rows, ours.rows, 700)["nll"] == 0
     with pytest.raises(ValueError, match="not measured on the same tokens"):
         paired(ours.rows, run(texts[:1]).rows, 700)
@@ -212,8 +214,26 @@ def test_a_text_s_last_bin_of_one_token_does_not_count_as_much_as_a_whole_one():
     assert found["nll"] == pytest.approx(5 / 1025), "not 1, a fifth of 5"
     assert found["high"] < 0.1
     assert paired(rows(6.0), rows(1.0), 1025, beyond=512)["nll"] == pytest.approx(5 / 513)
-    assert paired(rows(6.0), rows(1.0), 1024)["bins"] == 4
-    assert paired(rows(6.0), rows(1.0), 1000)["bins"] == 4, "the bin in which a length ends counts"
+    assert paired(rows(6.0), rows(1.0), 1024)["nll"] == 0
+    assert paired(rows(6.0), rows(1.0), 1000)["nll"] == 0
+    assert paired(rows(6.0), rows(1.0), 1024 + 1)["nll"] > 0, "the bin in which a length ends counts"
+    assert found["documents"] == 1, "so that its interval is over bins, and within this text"
+
+
+def test_bins_of_one_document_are_no_independent_documents():
+    """What differs between documents decides the interval, however long each of them is."""
+    drawn, held = np.random.default_rng(0), []
+    for _ in range(400):
+        ours, theirs = [], []
+        for document in "abcdef":
+            of_document = drawn.normal(0.0, 0.05)
+            for start in range(0, 4096, 256):
+                row = {"kind": "position", "document": document, "start": start, "end": start + 256}
+                theirs.append(row | {"nll": 2.0})
+                ours.append(row | {"nll": 2.0 + of_document + drawn.normal(0.0, 0.05)})
+        found = paired(ours, theirs, 4096)
+        held.append(found["low"] <= 0.0 <= found["high"])
+    assert 0.92 < np.mean(held) < 0.98
 
 
 def test_two_documents_of_one_name_are_refused():
