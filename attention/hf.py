@@ -6,10 +6,10 @@
 
 A pattern and a kernel are registered under a name of their own, which becomes the model's attention
 implementation; it holds through PEFT and under gradient checkpointing. Packed rows come as
-position_ids that restart, padding as a 2-D mask; both end up as document edges. Positions that skip
-inside of a document need a keyword beside them, model(..., position_ids=skipping, documents=plain):
-plain ones, which restart at each document, for attention alone. Use
-`use_cache=False`: a cache makes queries and keys differ in length.
+position_ids that restart, padding as a 2-D mask; both end up as document edges. Where positions skip
+inside of a document, attention has to know the plain ones, which restart at each document alone:
+model(..., position_ids=with_documents(skipping, plain)). Use `use_cache=False`: a cache makes queries
+and keys differ in length.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from longreach.attention.call import AttentionCall
@@ -44,6 +45,9 @@ class ActivePattern:
 
 
 _registered: dict[str, ActivePattern] = {}
+_documents = WeakIdKeyDictionary()
+"""position_ids that skip -> the plain ones. Layers hand position_ids on to their attention, recomputed ones too;
+a keyword beside them is dropped by some families (StableLM, Nemotron)."""
 
 
 def set_pattern(
@@ -218,9 +222,7 @@ def _forward_of(active: ActivePattern) -> Any:
                 raise ValueError(f"{type(module).__name__} asks for {name}={kwargs[name]}: {active.pattern} has none")
         if position_ids is None:
             raise ValueError(f"{type(module).__name__} gets no position_ids: packed documents would see each other")
-        documents_BT = kwargs.get("documents")  # where positions skip, for a jump would be taken as a new document
-        if documents_BT is None:
-            documents_BT = position_ids
+        documents_BT = _documents.get(position_ids, position_ids)  # plain, for a jump would be taken as a new document
         if attention_mask is not None:
             documents_BT = split_padding(documents_BT, attention_mask)
         layer = getattr(module, "layer_idx", None) or 0
@@ -232,6 +234,37 @@ def _forward_of(active: ActivePattern) -> Any:
         return out_BHTD.transpose(1, 2), None
 
     return forward
+
+
+def with_documents(position_ids_BT: Tensor, documents_BT: Tensor) -> Tensor:
+    """Return the same positions, by which attention knows documents from `documents_BT`: positions
+    that restart at each document and never skip."""
+    position_ids_BT = position_ids_BT.detach()  # another object: the caller's own stays as it is
+    _documents[position_ids_BT] = documents_BT
+    return position_ids_BT
+
+
+@torch.no_grad()
+def check_documents(model: PreTrainedModel) -> None:
+    """Raise ValueError unless every attention layer knows documents where positions skip, tried on a
+    few tokens."""
+    plain_1T = torch.arange(4, device=model.device)[None]
+    known: list[bool] = []
+
+    def attend(
+        module: nn.Module, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None,
+        position_ids: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        known.append(position_ids is not None and _documents.get(position_ids) is plain_1T)
+        return v_BKTD.repeat_interleave(q_BHTD.shape[1] // v_BKTD.shape[1], 1).transpose(1, 2), None
+
+    with attending_by(model, "documents_tried", attend):
+        model.base_model(input_ids=plain_1T, position_ids=with_documents(plain_1T, plain_1T), use_cache=False)
+    if not known or not all(known):
+        raise ValueError(
+            f"{type(model).__name__} does not hand its positions on to its attention as they come: where they skip, "
+            f"each jump would be taken for a new document; leave arm.positions out, or take a base of another family"
+        )
 
 
 def split_padding(position_ids_BT: Tensor | None, mask_BT: Tensor) -> Tensor:

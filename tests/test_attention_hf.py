@@ -11,7 +11,7 @@ from tiny_models import tiny_llama
 
 from longreach.attention import PATTERNS, reference
 from longreach.attention.call import AttentionCall
-from longreach.attention.hf import active_pattern, set_pattern
+from longreach.attention.hf import active_pattern, check_documents, set_pattern, with_documents
 from longreach.attention.pattern import Heads
 
 TINY = {
@@ -35,6 +35,8 @@ ARCHITECTURES = {
     "Gemma2": {"attn_logit_softcapping": None, "layer_types": ["full_attention"] * 2},
     "Gemma3Text": {"layer_types": ["full_attention"] * 2},
     "GPTNeoX": {},
+    "StableLm": {},  # its layers, as Nemotron's, hand no keyword on that they do not name
+    "Nemotron": {},
 }
 ODD_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24}
 SPARSE = PATTERNS["shifted_sparse"](group_tokens=8)
@@ -127,19 +129,45 @@ def test_packed_documents_give_what_they_give_alone(architecture):
 
 @architectures
 def test_documents_with_positions_that_skip_give_what_they_give_alone(architecture):
-    """A jump is no new document where the keyword says so, in every architecture that takes patterns."""
+    """A jump is no new document where that is said, in every architecture that takes patterns."""
     model = tiny(architecture)
     set_pattern(model, PATTERNS["causal"]())
     row, plain = ids(1, T), positions((11, 18))
     skipping = plain + torch.where((plain >= 5) & (torch.arange(T) < 20), 40, 0)  # a jump of 40 in the first document
     skipping[:, 20:] += 70  # and one of 70 in the second
-    packed = logits(model, row, position_ids=skipping, documents=plain)
+    packed = logits(model, row, position_ids=with_documents(skipping, plain))
     alone = []
     for part in (slice(0, 11), slice(11, T)):
         alone.append(logits(tiny(architecture), row[:, part], position_ids=skipping[:, part],
                             attention_mask=causal_mask(part.stop - part.start)))  # fmt: skip
     assert torch.allclose(packed, torch.cat(alone, 1), atol=TOLERANCE)
     assert not torch.allclose(packed, logits(model, row, position_ids=skipping), atol=1e-2)
+    check_documents(model)
+
+
+def test_layers_that_are_recomputed_know_the_documents_too():
+    model = tiny("StableLm")
+    set_pattern(model, SPARSE)
+    plain = positions((11, 18), (29,))
+    skipping = plain + 40 * (plain >= 5)
+    expected = gradients(model, with_documents(skipping, plain))
+    assert not torch.equal(gradients(model, skipping)["lm_head.weight"], expected["lm_head.weight"])
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = gradients(model, with_documents(skipping, plain))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_model_that_hands_other_positions_to_its_attention_is_refused_where_they_skip():
+    model = tiny("Llama")
+    check_documents(model)
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, given: (args, given | {"position_ids": given["position_ids"] + 0}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match=r"Llama.* does not hand its positions on .* leave arm\.positions out"):
+        check_documents(model)
+    assert active_pattern(model) is None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -176,9 +204,11 @@ def test_a_mask_and_packed_positions_hold_together():
     assert torch.allclose(got[:, :-4], logits(model, row, position_ids=packed)[:, :-4], atol=TOLERANCE)
 
 
-def gradients(model, **kwargs):
+def gradients(model, position_ids=None):
     model.zero_grad()
-    model(ids(2, T), labels=ids(2, T), position_ids=positions((20, 9), (29,)), use_cache=False).loss.backward()
+    if position_ids is None:
+        position_ids = positions((20, 9), (29,))
+    model(ids(2, T), labels=ids(2, T), position_ids=position_ids, use_cache=False).loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 

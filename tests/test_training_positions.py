@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ranks import run_spawned
 from test_training_loop import ACROSS_RANKS, S2, at_step, s2_mask, steps
 from toy_models import job, packed_corpus, tiny_folder, train, training_summary
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PersimmonConfig, PersimmonForCausalLM
 
 from longreach.pipelines.costs import at_length
 from longreach.pipelines.report.findings import about_arm
@@ -148,6 +148,15 @@ def test_positions_beyond_the_stretched_context_are_refused_with_both_numbers(tm
     arm = ArmRecipe(positions={"context_length": 256})
     with pytest.raises(ValueError, match=r"positions\.context_length 256 exceeds the model's 128 positions: raise"):
         train(job(tmp_path, arm=arm))
+
+
+def test_a_family_whose_attention_cannot_know_documents_where_positions_skip_is_refused_before_it_trains(tmp_path):
+    todo = job(tmp_path, arm=ArmRecipe(positions=POSE))
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0}
+    PersimmonForCausalLM(PersimmonConfig(**sizes, **heads)).save_pretrained(todo["base"])
+    with pytest.raises(ValueError, match=r"Persimmon.* does not hand its positions .* leave arm\.positions out"):
+        train(todo)
 
 
 @pytest.mark.parametrize(

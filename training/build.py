@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from longreach.attention.hf import own_attention
+from longreach.attention.hf import check_documents, own_attention
 from longreach.attention.rope import fix_frequencies
 from longreach.training.longlora import apply_arm
 from longreach.training.model import fit_embeddings, fresh_llama, load_model, with_softmax_sinks
@@ -51,6 +51,8 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
             f"arm.positions.context_length {skipping.context_length} exceeds the model's {reach:,.0f} positions: "
             f"raise rope.factor, or lower it"
         )
+    if skipping is not None:
+        check_documents(model)
     fix_frequencies(model, packed.seq_len if skipping is None else skipping.context_length)
     model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
     if job.resources.activation_checkpointing:

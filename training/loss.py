@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longreach.attention.hf import check_logits, logit_changes
+from longreach.attention.hf import check_logits, logit_changes, with_documents
 from longreach.training.corpus import IGNORED
 
 
@@ -163,8 +163,9 @@ class TokenLoss(nn.Module):
         (attention/hf.py).
         """
         lm: Any = causal_lm(self.model)
-        apart = {} if documents is None else {"documents": documents}
-        outputs = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
+        if documents is not None:
+            position_ids = with_documents(position_ids, documents)
+        outputs = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden_BTE = outputs.last_hidden_state
         if self.logit_factor != 1:
             hidden_BTE = hidden_BTE * self.logit_factor
