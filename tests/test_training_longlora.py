@@ -1,9 +1,15 @@
 """What each arm trains, and what it says when it cannot."""
 
+import re
+
 import pytest
 import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from toy_models import TINY, VOCAB
 
+from longreach.training.export import save_adapter
 from longreach.training.longlora import apply_arm, trainable_parameters
 from longreach.training.model import fresh_llama
 from longreach.training.recipe import ArmRecipe
@@ -71,6 +77,52 @@ def test_only_trainable_parameters_get_a_gradient():
     model(IDS, labels=IDS).loss.backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == ("lora_" in name or "norm" in name), name
+
+
+def of_family(name, **choices):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, pad_token_id=0, eos_token_id=0, **choices)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "choices", "norms"),
+    [
+        ("Nemotron", {}, 5 * 2 * 32),
+        ("StableLm", {"qk_layernorm": True}, 5 * 2 * 32 + 2 * (4 + 2) * 8),
+        ("Qwen3", {"head_dim": 8}, 5 * 32 + 2 * 2 * 8),
+    ],
+)
+def test_every_norm_trains_and_peft_loads_it_again(family, choices, norms, tmp_path):
+    model = apply_arm(of_family(family, **choices), arm("lora+embed+norm"))
+    assert trainable_parameters(model).norm == norms
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+        save_adapter(model, tmp_path)
+        again = PeftModel.from_pretrained(of_family(family, **choices), tmp_path)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        layers = sum(isinstance(module, BaseTunerLayer) for module in again.modules())
+    assert layers == TINY.layers * 4
+
+
+def test_norms_that_are_asked_for_and_not_there_are_refused():
+    for tune, instead in (("lora+norm", "lora"), ("lora+embed+norm", "lora+embed")):
+        said = f"tune {tune!r}: OlmoForCausalLM has no norms with weights to train: use {instead!r}"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            apply_arm(of_family("Olmo"), arm(tune))
+
+
+def test_a_norm_whose_whole_name_is_another_modules_end_is_refused():
+    model = of_family("Llama")
+    model.other = torch.nn.Module()
+    model.other.model = torch.nn.Module()
+    model.other.model.norm = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"peft takes other\.model\.norm for model\.norm, which trains beside LoRA"):
+        apply_arm(model, arm("lora+norm"))
 
 
 def test_a_target_module_that_the_model_lacks_is_answered_with_the_nearest_names():

@@ -11,6 +11,7 @@ with peft's key names, so plain peft loads it with the same logits (training/exp
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,7 +30,7 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
     """Set `requires_grad` for the arm; unless it tunes everything, put LoRA layers into `model`.
 
     LoRA starts at zero, or with what it took out of the base, so logits do not move. ValueError
-    where the architecture lacks a target module.
+    where the architecture lacks a target module or norms, or has ones that peft cannot name.
     """
     if arm.tune == "all":
         return model.requires_grad_(True)
@@ -48,8 +49,10 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
         _fill_up_to_rank(adapted, arm.lora_rank)
         start = {name: p.detach().clone() for name, p in adapted.named_parameters() if is_lora_ab(name)}
         vars(adapted)["taken_out"] = start  # of the base: an adapter for the base itself has to give it back
-    for name, module in extra_modules(model, arm.tune).items():
-        lora.modules_to_save = sorted({*(lora.modules_to_save or ()), name.rpartition(".")[2]})
+    extra = extra_modules(model, arm.tune)
+    if extra:
+        lora.modules_to_save = _names_for_peft(model, extra)
+    for module in extra.values():
         module.requires_grad_(True)
     lora.ensure_weight_tying = "embed" in arm.tune and model.config.tie_word_embeddings
     return adapted
@@ -78,7 +81,10 @@ def lora_b(model: nn.Module) -> list[nn.Parameter]:
 
 
 def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
-    """Return the embeddings (with a tied lm_head) and norms that train beside LoRA, by name."""
+    """Return the embeddings (with a tied lm_head) and norms that train beside LoRA, by name.
+
+    ValueError if norms are asked for and the model has none with weights.
+    """
     lm, extras = causal_lm(model), tune.split("+")[1:]
     modules = {}
     for name, module in lm.named_modules():
@@ -86,12 +92,47 @@ def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
         norms = "norm" in extras and is_norm(module)
         if embeds or norms:
             modules[name] = module
+    if "norm" in extras and not any(map(is_norm, modules.values())):
+        raise ValueError(
+            f"tune {tune!r}: {type(lm).__name__} has no norms with weights to train: use {tune.replace('+norm', '')!r}"
+        )
     return modules
 
 
+def _names_for_peft(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
+    """Return the shortest ends of the chosen modules' names that fit no other module.
+
+    peft takes all modules whose name ends so, and puts no LoRA below a module of that name
+    (StableLM's norms of single heads are `norms.0`, and `0` would be the first layer, too).
+    ValueError where a whole name fits others.
+    """
+    trained = set(map(id, chosen.values()))
+    others = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) not in trained]
+    names = set()
+    for name in chosen:
+        parts = name.split(".")
+        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        end = next((end for end in ends if not any(_peft_takes(end, other) for other in others)), None)
+        if end is None:
+            other = next(other for other in others if _peft_takes(name, other))
+            raise ValueError(
+                f"{type(model).__name__}: an adapter could not be loaded again, since peft takes {other} for {name}, "
+                f"which trains beside LoRA: tune 'lora' alone, or 'all'"
+            )
+        names.add(end)
+    return sorted(names)
+
+
+def _peft_takes(end: str, name: str) -> bool:
+    """Return whether peft takes a module for one of modules_to_save, or for a part of one."""
+    return name.endswith(end) or f".{end}." in f".{name}."
+
+
 def is_norm(module: nn.Module) -> bool:
-    """Return whether it is a LayerNorm, RMSNorm or an architecture's own class of that name."""
-    return type(module).__name__.endswith("Norm")
+    """Return whether it is a LayerNorm, RMSNorm or an architecture's own class of such a name (Nemotron's
+    LayerNorm1P), with weights of its own."""
+    named = re.search("Norm(?![a-z])", type(module).__name__)
+    return bool(named) and next(module.parameters(recurse=False), None) is not None
 
 
 def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | str:
