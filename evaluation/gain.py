@@ -131,7 +131,7 @@ class Gain(Evaluation):
             _check_reach(documents, longest, split)
             for document in documents:
                 cells += self._cells_of(document, split)
-        check_head(self.model, chosen["test"][0].ids_T)
+        check_head(self.model)
         return cells
 
     def _test_documents(self) -> list[Document]:

@@ -83,7 +83,7 @@ class Perplexity(Evaluation):
         check_names([document.name for document in chosen])
         lengths = sorted(set(self.choices.lengths))
         check_lengths(lengths, self.choices.last_tokens, chosen)
-        check_head(self.model, chosen[0].ids_T)
+        check_head(self.model)
         cells = []
         for document in chosen:
             fitting = [n for n in lengths if n <= len(document.ids_T)]

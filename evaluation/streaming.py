@@ -240,7 +240,7 @@ class Streaming(Evaluation):
         from longreach.evaluation.small_cache import check_rope
 
         choices, model = self.choices, self.model
-        check_head(model, self.document.ids_T)
+        check_head(model)
         check_attention(model)
         decodes = bool(choices.latency_tokens or choices.endurance_tokens)
         if decodes or choices.rivals or {"window", "sinks"} & {*choices.ways}:

@@ -126,6 +126,13 @@ def test_short_documents_are_left_out_by_name_and_none_left_is_an_error_with_bot
         run([document("brief", 100)])
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_first_document_without_a_token_to_score_is_left_out(tokens):
+    scores = run([document("tiny", tokens), document("whole", 128)], lengths=(64, 128), score_tokens=16)
+    left_out = pick(scores, kind="left_out")
+    assert (left_out["document"], left_out["tokens"]) == ("tiny", tokens)
+
+
 def test_validation_documents_choose_lengths_and_count_in_no_score():
     texts = [document("a", 300), document("v", 300, "validation", seed=1)]
     scores = run(texts)

@@ -77,6 +77,13 @@ def test_a_short_document_counts_only_at_the_lengths_it_reaches():
     assert "ppl_low" not in pick(scores, kind="pooled", length=64, protocol="last_stride", domain="x")
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_first_document_without_a_token_to_score_is_passed_over(tokens):
+    texts = [document("short", tokens), document("a", 100)]
+    got, expected = (run(some, lengths=(100,), last_tokens=20) for some in (texts, texts[1:]))
+    assert got.rows == expected.rows
+
+
 def test_the_models_own_first_token_comes_first_and_is_not_scored():
     model, text, tokenizer = tiny_llama(), document("a", 64), byte_tokenizer(first="<sink>")
     assert first_token_id(tokenizer) == 257
