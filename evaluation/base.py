@@ -163,6 +163,20 @@ class Evaluation:
         """
         raise NotImplementedError
 
+    def check_reach(self, read: int | str, more: int = 0) -> None:
+        """Raise ValueError where the model's table of positions, if it has one, ends before what is read at once.
+
+        Args:
+            read: tokens, or a text, which is made into tokens only where there is a table.
+            more: tokens that are read after these.
+        """
+        from longreach.evaluation.documents import text_ids
+        from longreach.evaluation.likelihood import check_reach, position_table
+
+        if isinstance(read, str):
+            read = len(text_ids(self.tokenizer, read)) if position_table(self.model) else 0
+        check_reach(self.model, read + more, self.name)
+
     def measure(self, cell: Cell) -> Result:
         """Measure one cell; the result is the same wherever and in whichever order cells are
         measured.

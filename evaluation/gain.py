@@ -132,6 +132,7 @@ class Gain(Evaluation):
             for document in documents:
                 cells += self._cells_of(document, split)
         check_head(self.model)
+        self.check_reach(self.choices.longest_input() + (first_token_id(self.tokenizer) is not None))
         return cells
 
     def _test_documents(self) -> list[Document]:

@@ -78,6 +78,36 @@ def check_head(model: PreTrainedModel) -> None:
     check_logits(model, torch.arange(8)[None])
 
 
+def position_table(model: PreTrainedModel) -> int | None:
+    """Return how many positions the model has in a table, learned (GPT-2, OPT) or computed (GPT-J); None
+    for those that go on, as the usual rotary ones and ALiBi do."""
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or getattr(config, "rope_parameters", None):
+        return None
+    for module in model.modules():
+        rows = None
+        computed = getattr(module, "embed_positions", getattr(module, "pos_encoding", None))  # GPT-J's; CTRL's
+        if isinstance(computed, torch.Tensor):
+            rows = len(computed)
+        elif isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
+            rows = module.num_embeddings - getattr(module, "offset", 0)  # OPT's first two are of no position
+        if rows == limit:
+            return rows
+    return None
+
+
+def check_reach(model: PreTrainedModel, tokens: int, where: str) -> None:
+    """ValueError where so many tokens, read at once, go beyond the model's table of positions."""
+    positions = position_table(model)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"{where} reads {tokens} tokens at once, answers and first token included; {type(model).__name__} has a "
+            f"table of {positions} positions, which cannot be stretched: ask for shorter texts, or name the models "
+            f"that reach them in `models`"
+        )
+
+
 def check_ids(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> None:
     """ValueError where a token id has no embedding."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]

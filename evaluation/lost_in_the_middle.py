@@ -146,9 +146,11 @@ class LostInTheMiddle(Evaluation):
             for trial in range(choices.trials):
                 cell = group | {"trial": trial}
                 try:
-                    next(questions(choices, cell))
+                    question = next(questions(choices, cell))
                 except (OSError, KeyError, TypeError) as error:
                     raise ValueError(f"{choices.kv_data or choices.qa_data}, question {trial}: {error!r}") from error
+                self.check_reach(question.prompt + question.written, -1)
+                self.check_reach(question.prompt, choices.new_tokens - 1)
                 cells.append(cell)
         return cells
 

@@ -127,6 +127,7 @@ class Needle(Evaluation):
         cells = []
         for length, trial in itertools.product(choices.lengths, range(choices.trials)):
             prompt = Prompt.draw(self.tokenizer, choices, length, 0.0, trial)
+            self.check_reach(length, max(choices.new_tokens, len(prompt.answer)) - 1)
             room = length - prompt.fixed_tokens
             if room < 1:
                 raise ValueError(

@@ -64,7 +64,7 @@ class Passkey(Evaluation):
             ValueError: a length cannot hold the prompt.
         """
         for length in self.choices.lengths:
-            fit_prompt(self.tokenizer, length, 0.5, KEYS[1] - 1)
+            self.check_reach(f"{fit_prompt(self.tokenizer, length, 0.5, KEYS[1] - 1)} {KEYS[1] - 1}", -1)
         cells: list[Cell] = []
         for length in self.choices.lengths:
             for trial in range(self.choices.trials):

@@ -75,7 +75,8 @@ class Perplexity(Evaluation):
         pass serves.
 
         Raises:
-            ValueError: a length that no document reaches or into which last_tokens does not fit.
+            ValueError: a length that no document reaches, or the model does not, or into which
+            last_tokens does not fit.
         """
         from longreach.evaluation.likelihood import check_head, is_dynamic
 
@@ -88,6 +89,7 @@ class Perplexity(Evaluation):
         for document in chosen:
             fitting = [n for n in lengths if n <= len(document.ids_T)]
             for length in passes(self.model, fitting):
+                self.check_reach(len(with_first(document.ids_T[:length], first_token_id(self.tokenizer))))
                 cells.append(
                     {
                         "document": document.name,

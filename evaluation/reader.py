@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import DynamicLayer
 
 from longreach.evaluation.documents import text_ids
-from longreach.evaluation.likelihood import check_ids, forget_length, is_dynamic
+from longreach.evaluation.likelihood import check_ids, check_reach, forget_length, is_dynamic
 
 
 def spelled(
@@ -140,10 +140,11 @@ class Reader:
 
         Raises:
             FloatingPointError: the logits are not finite.
-            ValueError: an id has no embedding.
+            ValueError: an id has no embedding, or a token no position in the model's table.
         """
         ids = torch.tensor([*prompt, *expected[:-1]], device=self.model.device)
         check_ids(self.model, ids, where)
+        check_reach(self.model, len(prompt) + max(len(expected), new_tokens) - 1, where)
         expected_A = torch.tensor(expected, device=self.model.device)
         with torch.inference_mode():
             shared = self._keep(shared_start(self.cached, prompt[:-1]))

@@ -119,6 +119,7 @@ class Ruler(Evaluation):
                 "ruler.chat_template is 'always', but the model has no chat template: use 'auto' or 'never'"
             )
         claimed, longest = claimed_length(self.model), max(choices.lengths)
+        self.check_reach(longest)
         if claimed and longest > claimed:
             raise ValueError(
                 f"ruler length {longest}: the model reads {claimed} tokens; lower it, stretch the model (`rope`), or "

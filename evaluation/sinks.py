@@ -95,6 +95,7 @@ class Sinks(Evaluation):
                 raise ValueError(f"sinks.lengths {length}: no held-out document has so many tokens")
             if length <= choices.first_tokens:
                 raise ValueError(f"sinks.lengths {length} is not above first_tokens {choices.first_tokens}")
+            self.check_reach(length)
             cells.append({"length": length, "texts": len(texts)})
         return cells
 

@@ -108,6 +108,7 @@ class StreamQuestions(Evaluation):
         if limit and largest > limit:
             raise ValueError(f"cache_tokens {largest} are more than the {limit} tokens that the model can read")
         check_rope(self.model, sum(len(ids) for ids, _, _ in self._pieces()), largest)
+        self.check_reach(sum(len(ids) for ids, _, _ in self._pieces()))
         cells: list[Cell] = []
         for way in self.choices.ways:
             sizes = (0,) if way == "dense" else self.choices.cache_tokens

@@ -242,6 +242,8 @@ class Streaming(Evaluation):
         choices, model = self.choices, self.model
         check_head(model)
         check_attention(model)
+        windowed = {*choices.ways} == {"recompute"} and not choices.rivals  # no pass over the whole text
+        self.check_reach(max(choices.cache_sizes()) + 1 if windowed else len(self.text_ids(self.document.name)))
         decodes = bool(choices.latency_tokens or choices.endurance_tokens)
         if decodes or choices.rivals or {"window", "sinks"} & {*choices.ways}:
             check_rope(model, choices.tokens + 1, min(choices.cache_sizes()))
