@@ -131,6 +131,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {**LLAMA_LIKE, **WINDOWED}),
     "smollm3": ("SmolLM3", {**LLAMA_LIKE, "no_rope_layer_interval": 2}),
     "stablelm": ("StableLm", {**LLAMA_LIKE, **PARTLY_ROTARY}),
+    "nemotron": ("Nemotron", {**LLAMA_LIKE, **PARTLY_ROTARY}),
     "cohere": ("Cohere", LLAMA_LIKE),
     "glm4": ("Glm4", {**LLAMA_LIKE, **HEADS_OF_8}),
     "starcoder2": ("Starcoder2", LLAMA_LIKE),
