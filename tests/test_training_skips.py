@@ -11,6 +11,7 @@ from toy_models import job, train
 
 from longreach.infra.errors import Stopped
 from longreach.infra.tracking import Spool, read_events
+from longreach.training.attention_recipe import AttentionRecipe
 from longreach.training.recipe import OptimRecipe
 from longreach.training.row_order import RowOrder
 from longreach.training.skips import Skips
@@ -151,6 +152,14 @@ def test_the_last_steps_see_what_the_arm_anneals_to(tmp_path):
     ours, theirs = ([row["loss"] for row in rows(todo)] for todo in (annealed, sparse))
     assert ours[:3] == theirs[:3]
     assert ours[3] != theirs[3]
+
+
+@pytest.mark.parametrize(("fraction", "annealed"), [(0.04, 1), (0.004, 1), (0.3, 3), (0.99, 10)])
+def test_an_anneal_has_a_last_step_however_small_its_share(fraction, annealed):
+    attention = AttentionRecipe.of(**S2, anneal_to="causal", anneal_fraction=fraction)
+    kinds = [attention.pattern_at(step, 10).pattern for step in range(10)]
+    assert kinds == ["shifted_sparse"] * (10 - annealed) + ["causal"] * annealed
+    assert f"the last {100 * fraction:g}% of steps full attention" in attention.about()
 
 
 def test_a_run_killed_in_the_anneal_goes_on_in_it(tmp_path, monkeypatch):

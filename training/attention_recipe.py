@@ -37,7 +37,7 @@ class AttentionRecipe(Pattern):
     anneal_to: Literal["causal"] | None = None
     """The pattern of the last steps (ablation: the paper trains with one pattern)."""
     anneal_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps, at the end, that see `anneal_to`."""
+    """Share of the steps, at the end, that see `anneal_to`; at least one step."""
 
     @classmethod
     def of(cls, **choices: Any) -> "AttentionRecipe":
@@ -56,7 +56,7 @@ class AttentionRecipe(Pattern):
 
     def pattern_at(self, step: int, steps: int) -> Pattern:
         """Return the pattern of a step, counted from 0, of a training of `steps`."""
-        annealed = round(self.anneal_fraction * steps)
+        annealed = max(1, round(self.anneal_fraction * steps))
         if self.anneal_to and step >= steps - annealed:
             return PATTERNS[self.anneal_to].model_validate({})
         return self.own_pattern()
@@ -69,7 +69,7 @@ class AttentionRecipe(Pattern):
     def about(self) -> str:
         """Return the pattern's own few words, and how the last steps differ."""
         own = super().about()
-        return f"{own}, the last {self.anneal_fraction:.0%} of steps full attention" if self.anneal_to else own
+        return f"{own}, the last {100 * self.anneal_fraction:.3g}% of steps full attention" if self.anneal_to else own
 
     @model_validator(mode="after")
     def _anneals(self) -> Self:
