@@ -131,6 +131,20 @@ def test_the_first_loss_is_the_weighted_mean_over_the_targets_of_the_global_batc
     assert weight != pytest.approx((batch["labels"] != IGNORED).sum().item(), rel=1e-4), "the weights are active"
 
 
+def test_the_loss_is_the_mean_however_little_the_targets_of_a_step_weigh(tmp_path):
+    """60 targets of weight exp(-8) weigh 0.02 together: equal weights are the plain mean, up to float32."""
+    plain = job(tmp_path, name="plain", arm=S2, optim={"steps": 1})
+    todo = job(tmp_path, arm=LONG_CE, optim={"steps": 1})
+    rows = len(PackedRows(todo["corpus"]))
+    np.save(tmp_path / "rows.npy", np.arange(rows))
+    np.save(tmp_path / "gains.npy", np.full((rows, 16), -8.0, np.float16))
+    train(todo | {"gains": str(tmp_path)})
+    train(plain)
+    ours, theirs = steps(todo)[0], steps(plain)[0]
+    for number in ("loss", "grad_norm"):
+        assert ours[number] == pytest.approx(theirs[number], rel=1e-5)
+
+
 def test_rows_that_were_not_scored_are_named(tmp_path):
     np.save(tmp_path / "rows.npy", np.array([1, 4]))
     np.save(tmp_path / "gains.npy", np.zeros((2, 3), np.float16))

@@ -284,7 +284,9 @@ class Training:
         Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not
         trusted or ""). A norm that is not finite says that the weights stayed as they were.
         """
-        scale = self.world / max(weight, 1)  # DeepSpeed averages over ranks: this undoes it
+        # DeepSpeed averages over ranks: this undoes it. Weights may sum to less than 1 (long_ce);
+        # without any target the sum of the loss is 0 whatever it is divided by
+        scale = self.world / (weight or 1)
         loss_sum, norm, distrust = 0.0, math.nan, ""
         for micro_step, own_batch in enumerate(batches, start=1):
             batch = {name: tensor.to(self.engine.device) for name, tensor in own_batch.items()}
