@@ -1,4 +1,4 @@
-"""PoSE: positions skip, documents stay apart, and what is drawn depends on seed, step and row alone."""
+"""PoSE: positions skip, documents stay apart, and what is drawn depends on seed, step, row and its repeats alone."""
 
 from itertools import pairwise
 
@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PersimmonConfig
 
 from longreach.pipelines.costs import at_length
 from longreach.pipelines.report.findings import about_arm
-from longreach.training import positions
+from longreach.training import loop, positions
 from longreach.training.corpus import PackedRows
 from longreach.training.positions import skip_positions
 from longreach.training.recipe import ArmRecipe, FinetuneRecipe, PositionsRecipe
+from longreach.training.row_order import RowOrder
 
 POSE = PositionsRecipe(context_length=128)
 ROW = torch.cat([torch.arange(n) for n in (9, 1, 20, 2)])[None]  # documents of so many tokens
@@ -24,8 +25,9 @@ BOTH = [ArmRecipe(positions=POSE), S2.model_copy(update={"positions": POSE})]
 arms = pytest.mark.parametrize("arm", BOTH, ids=["causal", "s2"])
 
 
-def skipped(row=ROW, recipe=POSE, seed=0, step=0, row_ids=(5,)):
-    return skip_positions({"position_ids": row}, row_ids, recipe, seed=seed, step=step)["position_ids"]
+def skipped(row=ROW, recipe=POSE, seed=0, step=0, row_ids=(5,), repeats=None):
+    repeats = [0] * len(row_ids) if repeats is None else repeats
+    return skip_positions({"position_ids": row}, row_ids, repeats, recipe, seed=seed, step=step)["position_ids"]
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 7])
@@ -60,14 +62,44 @@ def test_other_rows_of_the_batch_and_their_order_change_nothing_and_seed_step_an
     two = skipped(ROW.expand(2, -1), row_ids=(5, 9))
     assert torch.equal(two[0], skipped()[0])
     assert torch.equal(two.flip(0), skipped(ROW.expand(2, -1), row_ids=(9, 5)))
-    for other in (skipped(seed=1), skipped(step=1), skipped(row_ids=(9,))):
+    for other in (skipped(seed=1), skipped(step=1), skipped(row_ids=(9,)), skipped(repeats=(1,))):
         assert not torch.equal(other, skipped())
+
+
+def test_a_row_that_stands_twice_in_a_step_skips_anew_and_the_first_time_as_in_earlier_results():
+    order = RowOrder(rows=3, seed=0, global_batch_rows=8)
+    for step in range(3):
+        rows, repeats = order.rows_of_step(step), order.repeats_of_step(step)
+        assert len({*zip(rows.tolist(), repeats.tolist(), strict=True)}) == 8
+        got = skipped(torch.arange(16).expand(8, -1), seed=1, step=step, row_ids=rows, repeats=repeats)
+        assert len(torch.unique(got, dim=0)) == 8
+        for row, repeat, got_T in zip(rows, repeats, got, strict=True):
+            before = positions._jumps(16, POSE, np.random.default_rng([1, step, int(row)])) + np.arange(16)
+            assert (got_T.tolist() == before.tolist()) == (repeat == 0)
+    assert not RowOrder(rows=8, seed=0, global_batch_rows=8).repeats_of_step(5).any(), "each row once"
+
+
+def test_ranks_and_micro_batches_count_what_the_whole_step_read_before(tmp_path, monkeypatch):
+    todo = job(tmp_path, arm=BOTH[0], optim={"steps": 1, "global_batch_tokens": 128 * 16},
+               resources={"micro_batch_rows": 4})  # fmt: skip
+    read = []
+
+    def noted(batch, row_ids, repeats_B, *args, **kwargs):
+        read.extend(zip(row_ids.tolist(), repeats_B.tolist(), strict=True))
+        return skip_positions(batch, row_ids, repeats_B, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "skip_positions", noted)
+    train(todo)
+    rows = [row for row, _ in read]
+    assert rows == steps(todo)[0]["rows"]
+    assert [repeats for _, repeats in read] == [rows[:n].count(row) for n, row in enumerate(rows)]
+    assert len({*rows}) < 128, "a small corpus"
 
 
 def test_the_batch_keeps_tokens_labels_and_plain_positions():
     ids = torch.arange(32)[None]
     batch = {"input_ids": ids, "position_ids": ROW, "labels": ids}
-    got = skip_positions(batch, [0], POSE, seed=0, step=0)
+    got = skip_positions(batch, [0], [0], POSE, seed=0, step=0)
     assert got["documents"] is ROW
     assert got["input_ids"] is got["labels"] is ids
     assert not torch.equal(got["position_ids"], ROW)
@@ -87,7 +119,7 @@ def test_the_first_loss_is_that_of_plain_transformers_at_the_skipped_positions(t
     base.save_pretrained(todo["base"])
     train(todo)
     rows = steps(todo)[0]["rows"]
-    batch = skip_positions(PackedRows(todo["corpus"]).batch(rows), rows, POSE, seed=0, step=0)
+    batch = skip_positions(PackedRows(todo["corpus"]).batch(rows), rows, [0] * len(rows), POSE, seed=0, step=0)
     stretch = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
     plain = LlamaForCausalLM.from_pretrained(todo["base"], attn_implementation="eager", rope_parameters=stretch)
     group = 8 if arm.attention.pattern == "shifted_sparse" else 1000

@@ -241,15 +241,17 @@ class Training:
         place = self.order.first_place(step, self.data_rank, self.data_ranks)
         for row_ids in self.order.for_rank(step, self.data_rank, self.data_ranks, self.job.resources.micro_batch_rows):
             batch = self.rows.batch(row_ids, drop_first=self.job.drops_first)
+            places_B = np.arange(place, place + len(row_ids))
+            place += len(row_ids)
             if pieces is not None:
-                batch = in_pieces(batch, np.arange(place, place + len(row_ids)), pieces)
-                place += len(row_ids)
+                batch = in_pieces(batch, places_B, pieces)
             if self.weights_C is not None:
                 batch["weights"] = self.weights_C[effective_contexts(batch["position_ids"])]
             if self.gains is not None:
                 batch["weights"] = self.gains.weights(row_ids)
             if self.job.arm.positions is not None:
-                batch = skip_positions(batch, row_ids, self.job.arm.positions, seed=self.job.seed, step=step)
+                repeats_B = self.order.repeats_of_step(step)[places_B - step * self.global_batch_rows]
+                batch = skip_positions(batch, row_ids, repeats_B, self.job.arm.positions, seed=self.job.seed, step=step)
             batches.append(part_of(batch, self.sequence))
         return batches
 

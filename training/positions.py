@@ -10,8 +10,9 @@ rows: nothing is left out between chunks.
     2 chunks     0   1   9  10 11  12       of a context of 16: jumps add up to at most 16 - 6
 
 Attention and losses know documents by positions that restart, which stay in the batch as
-`documents`. What is drawn depends on the seed, the step and the row alone: resumed runs, other
-ranks and micro-batches see the same, and a row is skipped anew each time that it is read.
+`documents`. What is drawn depends on the seed, the step, the row and how often the step has read
+the row before (a small corpus, or the border of two epochs): resumed runs, other ranks and
+micro-batches see the same, and a row is skipped anew each time that it is read.
 
     pytest tests/test_training_positions.py
 
@@ -30,14 +31,23 @@ from longreach.training.recipe import PositionsRecipe
 
 
 def skip_positions(
-    batch: dict[str, Tensor], row_ids: Sequence[int] | np.ndarray, recipe: PositionsRecipe, *, seed: int, step: int
+    batch: dict[str, Tensor],
+    row_ids: Sequence[int] | np.ndarray,
+    repeats_B: Sequence[int] | np.ndarray,
+    recipe: PositionsRecipe,
+    *,
+    seed: int,
+    step: int,
 ) -> dict[str, Tensor]:
-    """Return a batch of whole rows with position_ids that skip, and the plain ones as
-    `documents`."""
+    """Return a batch of whole rows with position_ids that skip, and the plain ones as `documents`.
+
+    repeats_B: how often each row stands earlier in the step, on whichever rank (RowOrder.repeats_of_step).
+    """
     plain_BT = batch["position_ids"]
     added = np.zeros(plain_BT.shape, np.int64)
-    for added_T, plain_T, row in zip(added, plain_BT.numpy(), row_ids, strict=True):
-        rng = np.random.default_rng([seed, step, int(row)])
+    for added_T, plain_T, row, repeats in zip(added, plain_BT.numpy(), row_ids, repeats_B, strict=True):
+        # numpy fills seeds up with zeros: a row's first time draws as [seed, step, row] did in earlier results
+        rng = np.random.default_rng([seed, step, int(row), int(repeats)])
         starts = np.flatnonzero(plain_T == 0)
         for begin, end in zip(starts, [*starts[1:], len(plain_T)], strict=True):
             added_T[begin:end] = _jumps(int(end - begin), recipe, rng)

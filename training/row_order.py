@@ -32,6 +32,12 @@ class RowOrder:
             [_permutation(self.rows, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
         )
 
+    def repeats_of_step(self, step: int) -> np.ndarray:
+        """Return how often each of a step's rows stands earlier in it, as it does if the step reads
+        of two epochs: [global_batch_rows] int64."""
+        rows = self.rows_of_step(step)
+        return np.array([np.count_nonzero(rows[:n] == row) for n, row in enumerate(rows)])
+
     def first_place(self, step: int, rank: int, world: int) -> int:
         """Return the place of a rank's first row of a step in the endless line."""
         return step * self.global_batch_rows + rank * self.global_batch_rows // world
