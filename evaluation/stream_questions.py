@@ -16,6 +16,7 @@ trained to read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -42,6 +43,8 @@ NOUNS = (
     "ladder", "meadow", "needle", "orchard", "pillar", "quarry", "river", "saddle", "tower", "umbrella", "valley",
     "window", "yard",
 )  # fmt: skip
+MOST_FACTS = len(NOUNS) * (len(ADJECTIVES) + len(ADJECTIVES) * (len(ADJECTIVES) - 1) // 2)
+"""Names with one adjective or two."""
 NUMBERS = (10_000, 100_000)
 """The numbers' range, half open."""
 
@@ -52,7 +55,7 @@ class StreamQuestions(Evaluation):
 
     name = "stream_questions"
     title = "Questions in a stream"
-    revision = 1
+    revision = 2
 
     class Choices(EvalChoices):
         """StreamEval: questions in an endless stream of facts (StreamingLLM, 2309.17453, section
@@ -78,10 +81,13 @@ class StreamQuestions(Evaluation):
                 values = getattr(self, name)
                 if len({*values}) < len(values):
                     raise ValueError(f"{name} {list(values)}: each once")
-            if min(self.distances) < 1 or max(self.distances) >= len(ADJECTIVES) * len(NOUNS):
+            if min(self.distances) < 1:
+                raise ValueError(f"distances {list(self.distances)}: from 1, the last line")
+            facts = self.first_lines() + (self.questions - 1) * self.every_lines
+            if facts > MOST_FACTS:
                 raise ValueError(
-                    f"distances {list(self.distances)}: from 1 to {len(ADJECTIVES) * len(NOUNS) - 1} lines, after "
-                    f"which names come again"
+                    f"questions {self.questions}, one after every {self.every_lines} lines, need {facts} lines, and "
+                    f"there are {MOST_FACTS} names for them: lower questions, every_lines or distances"
                 )
             if min(self.cache_tokens) <= self.sink_tokens:
                 raise ValueError(
@@ -89,6 +95,10 @@ class StreamQuestions(Evaluation):
                     f"sinks or a larger cache"
                 )
             return self
+
+        def first_lines(self) -> int:
+            """Return how many lines stand before the first question."""
+            return max(self.every_lines, *self.distances)
 
         def longest_input(self) -> int:
             """Return how many tokens a cache holds at most; of a dense one it is not known."""
@@ -105,8 +115,11 @@ class StreamQuestions(Evaluation):
         check_attention(self.model)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         largest = max(self.choices.cache_tokens)
-        if limit and largest > limit:
-            raise ValueError(f"cache_tokens {largest} are more than the {limit} tokens that the model can read")
+        if limit and largest >= limit:
+            raise ValueError(
+                f"cache_tokens {largest} and the token after them are more than the {limit} tokens that the model can "
+                f"read: at most {limit - 1}"
+            )
         check_rope(self.model, sum(len(ids) for ids, _, _ in self._pieces()), largest)
         self.check_reach(sum(len(ids) for ids, _, _ in self._pieces()))
         cells: list[Cell] = []
@@ -146,22 +159,21 @@ class StreamQuestions(Evaluation):
         from longreach.evaluation.reader import spelled
 
         choices, draw = self.choices, np.random.default_rng(self.choices.seed)
-        names = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
-        draw.shuffle(names)
+        names = _names(draw)
         facts: list[tuple[str, str, int]] = []  # name, number, and tokens of the stream before it
         asked: set[int] = set()  # places in `facts`
         before = 0
         for question in range(choices.questions):
             ids: list[int] = []
-            lines = choices.every_lines if question else max(choices.every_lines, *choices.distances)
+            lines = choices.every_lines if question else choices.first_lines()
             for _ in range(lines):
-                name, number = names[len(facts) % len(names)], str(draw.integers(*NUMBERS))
+                name, number = names[len(facts)], str(draw.integers(*NUMBERS))
                 facts.append((name, number, before + len(ids)))
                 start = not before and not ids  # the tokenizer's own first token stands once
                 ids += text_ids(self.tokenizer, f"The number of the {name} is {number}.\n", first=start)
             distance = choices.distances[question % len(choices.distances)]
             # an answer stays in the stream, so a fact is asked for once: what stands nearest to the distance
-            unasked = [fact for fact in range(max(0, len(facts) - len(names)), len(facts)) if fact not in asked]
+            unasked = [fact for fact in range(len(facts)) if fact not in asked]
             fact = min(unasked, key=lambda fact: abs(len(facts) - fact - distance))
             asked.add(fact)
             name, number, place = facts[fact]
@@ -223,3 +235,13 @@ class StreamQuestions(Evaluation):
             ticks = sorted(scores.distinct("distance", kind="distance"))
             figures.append(lines(file, title, caption, axes, curves, Style.of(curves), ticks=ticks, y_range=(0, 1)))
         return figures
+
+
+def _names(draw: np.random.Generator) -> list[str]:
+    """Return MOST_FACTS different names in a drawn order, those of two adjectives last: a name that
+    came again would have two numbers, and its question two answers."""
+    short = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
+    long = [f"{one} {other} {noun}" for one, other in combinations(ADJECTIVES, 2) for noun in NOUNS]
+    draw.shuffle(short)
+    draw.shuffle(long)
+    return short + long

@@ -1,5 +1,7 @@
 """Questions in a stream: facts are found while the cache holds them, and the stream is read as one pass would."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import DynamicCache
 from longreach.attention.sink_cache import SinkCache
 from longreach.evaluation import small_cache
 from longreach.evaluation.small_cache import answered_in_stream
-from longreach.evaluation.stream_questions import StreamQuestions
+from longreach.evaluation.stream_questions import ADJECTIVES, MOST_FACTS, NOUNS, StreamQuestions, _names
 
 CHOICES = {"questions": 6, "every_lines": 2, "distances": (1, 3), "cache_tokens": (64, 200)}
 
@@ -51,6 +53,16 @@ def test_an_answer_that_stays_in_the_stream_is_asked_for_by_no_later_question(ev
         assert text.rpartition(f"is {about['expected']}.\n")[2].count(".\n") == about["lines_back"] - 1
         assert abs(about["lines_back"] - about["distance"]) <= 2
         text += byte_tokenizer().decode(answer_ids)
+
+
+def test_no_name_comes_again_with_another_number():
+    """The defaults have more lines than there are names of one adjective; the longest stream uses up all names."""
+    for choices in ({"questions": 100, "every_lines": 10}, {"questions": 72, "every_lines": 100}):
+        text = "".join(byte_tokenizer().decode(ids) for ids, _, _ in stream(**choices))
+        names = re.findall(r"The number of the (\w+ \w+|\w+ \w+ \w+) is \d+\.\n", text)
+        assert len(names) == len({*names}) > len(ADJECTIVES) * len(NOUNS)
+    assert len({*_names(np.random.default_rng(0))}) == MOST_FACTS == 7200
+    StreamQuestions.Choices(questions=717)
 
 
 @pytest.mark.parametrize("room", [None, 10_000, 64])
@@ -101,9 +113,10 @@ def test_every_way_is_measured_in_every_cache_and_dense_once():
     ("choices", "message"),
     [
         ({"distances": (5, 5)}, r"distances \[5, 5\]: each once"),
-        ({"distances": (576,)}, r"distances \[576\]: from 1 to 575 lines"),
+        ({"distances": (0,)}, r"distances \[0\]: from 1"),
+        ({"questions": 718}, "questions 718, one after every 10 lines, need 7210 lines, and there are 7200 names"),
         ({"cache_tokens": (4,)}, "sink_tokens 4 leave no room in cache_tokens 4"),
-        ({"cache_tokens": (100_000,)}, r"cache_tokens 100000 are more than the \d+ tokens that the model can read"),
+        ({"cache_tokens": (4096,)}, "cache_tokens 4096 and the token after them are more than the 4096 tokens"),
     ],
 )
 def test_choices_that_cannot_be_measured_are_errors_with_both_numbers(choices, message):
