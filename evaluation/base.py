@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longreach.infra.choices import Choices
 
@@ -46,6 +46,8 @@ DocumentName = Annotated[str, _DOCUMENTS]
 """The type of a choice of one held-out document, as a shell pattern of its name."""
 Proportion = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
+Count = Annotated[int, Field(ge=1)]
+"""A whole number from 1."""
 
 
 class EvalChoices(Choices):
@@ -56,6 +58,16 @@ class EvalChoices(Choices):
     Without it, all of them."""
     seed: int = Field(default=0, ge=0)
     """Seed of whatever the evaluation draws at random."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        """Refuse a list that names a value twice: its cells would be measured and counted twice,
+        and intervals would be narrower than what was asked."""
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            if isinstance(values, tuple) and len({*values}) < len(values):
+                raise ValueError(f"{name} {list(values)}: each once")
+        return self
 
     def data_files(self) -> dict[str, str]:
         """Return the files and folders that are chosen, by the name of their field."""

@@ -26,7 +26,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
+from longreach.evaluation.base import (
+    Background,
+    Cell,
+    Count,
+    DocumentNames,
+    EvalChoices,
+    Evaluation,
+    Proportion,
+    Result,
+)
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
 from longreach.evaluation.scores import (
     EvalScores,
@@ -73,7 +82,7 @@ class Needle(Evaluation):
     class Choices(EvalChoices):
         """A fact put into held-out text, asked for at the end (needle in a haystack, gkamradt)."""
 
-        lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
+        lengths: tuple[Count, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Prompt lengths in tokens."""
         depths: tuple[Proportion, ...] = ()
         """Where the needle stands: 0 first, 1 last; without it, depth_points of them."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from longreach.evaluation.base import Background, Cell, Column, EvalChoices, Evaluation, Proportion, Result
+from longreach.evaluation.base import Background, Cell, Column, Count, EvalChoices, Evaluation, Proportion, Result
 from longreach.evaluation.scores import EvalScores, Row, gathered, retrieval_row
 from longreach.infra.lazy import lazy_module
 
@@ -48,7 +48,7 @@ class Passkey(Evaluation):
     class Choices(EvalChoices):
         """A key from 1 to 49,999 hidden in filler sentences (LongLoRA, section 4.2; 2305.16300)."""
 
-        lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
+        lengths: tuple[Count, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Prompt lengths in tokens."""
         depths: tuple[Proportion, ...] = Field(default=(0.1, 0.5, 0.9), min_length=1)
         """Where the key stands: 0 is the prompt's beginning, 1 its end."""

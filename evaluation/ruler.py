@@ -26,7 +26,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Proportion, Result
+from longreach.evaluation.base import (
+    Background,
+    Cell,
+    Count,
+    DocumentNames,
+    EvalChoices,
+    Evaluation,
+    Proportion,
+    Result,
+)
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
 from longreach.evaluation.needle import RULER_BAR, claimed_length, share_read
 from longreach.evaluation.ruler_tasks import NOISE, TASKS, Asked, Draw, Kind, Sample, found_by_words
@@ -60,7 +69,7 @@ class Ruler(Evaluation):
 
         tasks: tuple[Kind, ...] = Field(default=tuple(TASKS), min_length=1)
         """Kinds of questions."""
-        lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
+        lengths: tuple[Count, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Tokens of prompt and answer together."""
         trials: int = Field(default=4, ge=1)
         """Texts for each task and length."""

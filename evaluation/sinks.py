@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, Count, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, first_token_id, with_first
 from longreach.evaluation.scores import EvalScores, Row, mean_of
 from longreach.infra.lazy import lazy_module
@@ -56,7 +56,7 @@ class Sinks(Evaluation):
         """How much attention rests on the first tokens, by layer and head (StreamingLLM, figure
         2)."""
 
-        lengths: tuple[int, ...] = (16, 256)
+        lengths: tuple[Count, ...] = Field(default=(16, 256), min_length=1)
         """Tokens of the texts."""
         texts: int = Field(default=256, ge=1)
         """Texts of the shortest length; longer ones are fewer, so that all lengths have the same

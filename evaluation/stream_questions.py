@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, Count, EvalChoices, Evaluation, Result
 from longreach.evaluation.scores import EvalScores, Row, mean_of, retrieval_row
 from longreach.infra.lazy import lazy_module
 
@@ -65,10 +65,10 @@ class StreamQuestions(Evaluation):
         """Questions in the stream; they ask for the distances in turn."""
         every_lines: int = Field(default=10, ge=1)
         """Lines with a fact before each question."""
-        distances: tuple[int, ...] = Field(default=(5, 10, 20, 40), min_length=1)
+        distances: tuple[Count, ...] = Field(default=(5, 10, 20, 40), min_length=1)
         """How many lines before the question its fact stands, or the nearest one that was not asked for
         yet; 1 is the last line. The paper has 20."""
-        cache_tokens: tuple[int, ...] = Field(default=(256, 1024), min_length=1)
+        cache_tokens: tuple[Count, ...] = Field(default=(256, 1024), min_length=1)
         """Keys that a cache keeps, sinks included; each number is a stream of its own."""
         sink_tokens: int = Field(default=4, ge=1)
         """First tokens that the way `sinks` keeps."""
@@ -77,12 +77,6 @@ class StreamQuestions(Evaluation):
 
         @model_validator(mode="after")
         def _fits(self) -> StreamQuestions.Choices:
-            for name in ("distances", "cache_tokens", "ways"):
-                values = getattr(self, name)
-                if len({*values}) < len(values):
-                    raise ValueError(f"{name} {list(values)}: each once")
-            if min(self.distances) < 1:
-                raise ValueError(f"distances {list(self.distances)}: from 1, the last line")
             facts = self.first_lines() + (self.questions - 1) * self.every_lines
             if facts > MOST_FACTS:
                 raise ValueError(

@@ -154,7 +154,7 @@ def test_validation_documents_choose_lengths_and_count_in_no_score():
     ("choices", "message"),
     [
         ({"lengths": (16, 64)}, "lengths: 16 has no room for score_tokens 16.*at least 17"),
-        ({"lengths": (64, 64)}, "is one length, and a gain needs two"),
+        ({"base_lengths": (64,)}, "is one length, and a gain needs two"),
         ({"base_lengths": (16, 64)}, "base_lengths: 16 has no room for score_tokens 16"),
         (
             {"lengths": (32, 64), "base_lengths": (32, 128)},

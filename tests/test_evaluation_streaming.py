@@ -326,8 +326,8 @@ def test_the_model_attends_as_before_afterwards():
     [
         ({"tokens": 200}, "a has 200 tokens; scoring 200 takes one more"),
         ({"document": "b"}, "b.*there are: a"),
-        ({"sink_tokens": (4, 4)}, r"sink_tokens \[4, 4\]: each number once"),
-        ({"sink_tokens": (0,)}, r"sink_tokens \[0\]: each number once, from 1"),
+        ({"sink_tokens": (4, 4)}, r"sink_tokens \[4, 4\]: each once"),
+        ({"sink_tokens": (0,)}, r"sink_tokens \[0\]: from 1"),
         ({"sink_tokens": (4, 24)}, "sink_tokens 24 .*cache_tokens 24"),
         ({"more_cache_tokens": (150,)}, "tokens 150 .*cache_tokens 150"),
         ({"more_cache_tokens": (3,)}, "sink_tokens 3 .*cache_tokens 3"),
