@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import re
 import string
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 from uuid import UUID
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, Evaluation, Result
 from longreach.evaluation.scores import EvalScores, Row, gathered, mean_of, retrieval_row, wilson_over_texts
-from longreach.infra.choices import New
+from longreach.infra.choices import New, dotted
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -61,8 +61,6 @@ MOST_INVENTED = {
 chosen."""
 THINGS = {"kv": "JSON pairs", "qa": "documents"}
 """What the size of each task counts."""
-KV_COLUMNS = {"ordered_kv_records", "key", "value"}
-QA_COLUMNS = {"question", "ctxs", "answers"}
 
 Pair = tuple[str, str]
 Distractors = Literal["mixed", "hard", "random"]
@@ -130,9 +128,9 @@ class LostInTheMiddle(Evaluation):
         """
         choices = self.choices
         if choices.kv_data:
-            _check_data(choices.kv_data, KV_COLUMNS, choices.trials)
+            _check_data(choices.kv_data, KvLine, choices.trials)
         if choices.qa_data:
-            _check_data(choices.qa_data, QA_COLUMNS, choices.trials)
+            _check_data(choices.qa_data, QaLine, choices.trials)
         largest = max(choices.documents, default=0)
         for kind in choices.kinds():
             most = MOST_INVENTED[kind]
@@ -145,10 +143,7 @@ class LostInTheMiddle(Evaluation):
         for group in _groups(choices):
             for trial in range(choices.trials):
                 cell = group | {"trial": trial}
-                try:
-                    question = next(questions(choices, cell))
-                except (OSError, KeyError, TypeError) as error:
-                    raise ValueError(f"{choices.kv_data or choices.qa_data}, question {trial}: {error!r}") from error
+                question = next(questions(choices, cell))
                 self.check_reach(question.prompt + question.written, -1)
                 self.check_reach(question.prompt, choices.new_tokens - 1)
                 cells.append(cell)
@@ -346,41 +341,87 @@ def _numbered(documents: list[Pair]) -> str:
     return "".join(lines) + "\n"
 
 
-def _check_data(path: str, columns: set[str], trials: int) -> None:
+class KvLine(BaseModel):
+    """A line of the paper's kv-retrieval-N_keys.jsonl.gz."""
+
+    ordered_kv_records: list[Pair]
+    key: str
+    value: str
+
+    @model_validator(mode="after")
+    def _holds_the_answer(self) -> KvLine:
+        if (self.key, self.value) not in self.ordered_kv_records:
+            raise ValueError(f"key {self.key!r} with its value is not among ordered_kv_records")
+        return self
+
+
+class Context(BaseModel):
+    """A document of a QaLine."""
+
+    title: str
+    text: str
+    isgold: bool | None = None
+    hasanswer: bool | None = None
+
+
+class QaLine(BaseModel):
+    """A line of the paper's nq-open files."""
+
+    question: str
+    answers: list[str] = Field(min_length=1)
+    ctxs: list[Context]
+
+
+Line = TypeVar("Line", bound=BaseModel)
+
+
+def _check_data(path: str, kind: type[BaseModel], trials: int) -> None:
     """Raise ValueError where a data file has fewer questions than are asked, or another form."""
-    lines = list(itertools.islice(_lines(path), trials))
-    found = ""
-    if len(lines) < trials:
-        found = f"{len(lines)} questions"
-    elif missing := columns - lines[0].keys():
-        found = f"no {', '.join(sorted(missing))}"
-    if found:
-        raise ValueError(f"{path} has {found}, {trials} questions with {', '.join(sorted(columns))} are needed")
+    found = sum(1 for _ in itertools.islice(_lines(path, kind), trials))
+    if found < trials:
+        raise ValueError(f"{path} has {found} questions, {trials} are needed")
 
 
-def _lines(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the questions of one of the paper's data files."""
+def _lines(path: str, kind: type[Line]) -> Iterator[Line]:
+    """Yield the questions of one of the paper's data files; ValueError names the line that cannot
+    be read, from 1."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; leave it out for questions that are made up")
     open_text = gzip.open if path.endswith(".gz") else open
-    with open_text(path, "rt", encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    number = 0
+    try:
+        with open_text(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield _read_line(path, number, line, kind)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, line {number + 1}: {error}") from error
 
 
-def _question_of_file(path: str, number: int) -> dict[str, Any]:
+def _read_line(path: str, number: int, line: str, kind: type[Line]) -> Line:
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = f"{dotted(first['loc'])}: " if first["loc"] else ""
+        raise ValueError(f"{path}, line {number}: {place}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _question_of_file(path: str, kind: type[Line], number: int) -> Line:
     """Return one question of a data file, counted from 0."""
-    return next(line for n, line in enumerate(_lines(path)) if n == number)
+    return next(itertools.islice(_lines(path, kind), number, None))
 
 
 def _pairs(choices: LostInTheMiddle.Choices, cell: Cell) -> tuple[list[Pair], Pair]:
     """Return (pairs, the one that is asked for)."""
     size = cell["size"]
     if choices.kv_data:
-        line = _question_of_file(choices.kv_data, cell["trial"])
-        pairs = [(key, value) for key, value in line["ordered_kv_records"]]
+        line = _question_of_file(choices.kv_data, KvLine, cell["trial"])
+        pairs = line.ordered_kv_records
         if len(pairs) < size:
-            raise ValueError(f"{choices.kv_data} has {len(pairs)} pairs a question, pairs asks for {size}")
-        return pairs, (line["key"], line["value"])
+            raise ValueError(
+                f"{choices.kv_data}, line {cell['trial'] + 1}: {len(pairs)} pairs, and pairs asks for {size}"
+            )
+        return pairs, (line.key, line.value)
     chance = np.random.default_rng([choices.seed, size, cell["trial"]])
     drawn = [str(UUID(bytes=chance.bytes(16), version=4)) for _ in range(2 * size)]
     pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
@@ -408,21 +449,21 @@ def _document_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _Documen
 def _file_question(path: str, cell: Cell) -> _DocumentQuestion:
     """Return a question of the paper's file, without other documents that hold an answer too."""
     size = cell["size"]
-    line = _question_of_file(path, cell["trial"])
+    line = _question_of_file(path, QaLine, cell["trial"])
     gold = []
     others = []
-    for context in line["ctxs"]:
-        document = (context["title"], context["text"])
-        if context.get("isgold"):
+    for context in line.ctxs:
+        document = (context.title, context.text)
+        if context.isgold:
             gold.append(document)
-        elif not context.get("hasanswer"):
+        elif not context.hasanswer:
             others.append(document)
     if not gold or len(others) < size - 1:
         raise ValueError(
-            f"{path}, question {cell['trial']}: {len(gold)} gold and {len(others)} other documents, "
+            f"{path}, line {cell['trial'] + 1}: {len(gold)} gold and {len(others)} other documents, "
             f"documents asks for {size}"
         )
-    return _DocumentQuestion(line["question"], list(line["answers"]), gold[0], others)
+    return _DocumentQuestion(line.question, line.answers, gold[0], others)
 
 
 def _invented_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _DocumentQuestion:

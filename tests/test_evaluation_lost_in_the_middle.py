@@ -100,11 +100,50 @@ def test_the_papers_own_files_are_read(tmp_path):
         cases("qa", 4, trials=1, qa_data=str(qa))
     for choices, message in (
         ({"qa_data": str(qa), "documents": (3,), "trials": 2}, "has 1 questions, 2"),
-        ({"kv_data": str(qa), "pairs": (3,), "trials": 1}, "no key, ordered_kv_records"),
+        ({"kv_data": str(qa), "pairs": (3,), "trials": 1}, "line 1: ordered_kv_records: Field required"),
         ({"kv_data": str(tmp_path / "no"), "pairs": (3,), "trials": 1}, "no such file"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), **choices)
+
+
+QA = {"question": "who", "answers": ["x"], "ctxs": [{"title": "t", "text": "x", "isgold": True}] * 2}
+KV = {"ordered_kv_records": [["a", "b"], ["c", "d"]], "key": "a", "value": "b"}
+
+
+@pytest.mark.parametrize(
+    ("field", "second", "said"),
+    [
+        ("qa_data", QA | {"answers": []}, "line 2: answers: List should have at least 1 item"),
+        ("qa_data", [QA], "line 2: Input should be an object"),
+        ("qa_data", QA | {"ctxs": [{"title": "t"}]}, r"line 2: ctxs\.0\.text: Field required"),
+        ("qa_data", b"hello", "line 2: Invalid JSON"),
+        ("qa_data", b"\xff\xfe\x00", "line .*: 'utf-8' codec can't decode"),
+        ("kv_data", KV | {"ordered_kv_records": [["a", "b", "c"]]}, r"line 2: ordered_kv_records\.0"),
+        ("kv_data", KV | {"value": "d"}, "line 2: key 'a' with its value is not among"),
+        ("kv_data", KV | {"ordered_kv_records": [["a", "b"]]}, "line 2: 1 pairs, and pairs asks for 2"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_a_bad_line_of_a_data_file_is_one_sentence_with_file_and_line(tmp_path, field, second, said, suffix):
+    path = tmp_path / f"data.{suffix}"
+    good = QA if field == "qa_data" else KV
+    good = good if field == "kv_data" else QA | {"ctxs": [*QA["ctxs"], {"title": "o", "text": "other"}]}
+    lines = json.dumps(good).encode() + b"\n" + (second if isinstance(second, bytes) else json.dumps(second).encode())
+    path.write_bytes(gzip.compress(lines) if suffix.endswith("gz") else lines)
+    size = {"documents": (2,)} if field == "qa_data" else {"pairs": (2,)}
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, {said}"):
+        evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), **size, trials=2, **{field: str(path)})
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"no gzip", lambda data: data[:-9], lambda data: data[:20] + b"?" * 20]
+)
+def test_a_damaged_archive_is_named_with_the_line_where_it_breaks(tmp_path, damage):
+    path = tmp_path / "kv.jsonl.gz"
+    path.write_bytes(damage(gzip.compress((json.dumps(KV) + "\n").encode() * 3)))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line \d: \w"):
+        evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), pairs=(2,), trials=4, kv_data=str(path))
 
 
 def test_scores_have_a_row_a_place_and_the_figure_a_line_a_size():
