@@ -78,6 +78,7 @@ class Needle(Evaluation):
 
     name = "needle"
     title = "Needle in a haystack"
+    revision = 1
 
     class Choices(EvalChoices):
         """A fact put into held-out text, asked for at the end (needle in a haystack, gkamradt)."""
@@ -163,7 +164,9 @@ class Needle(Evaluation):
         read_tokens = prompt_tokens = 0
         for depth in self.choices.every_depth():
             prompt = Prompt.draw(self.tokenizer, self.choices, cell["length"], depth, cell["trial"])
-            ids = prompt.around(text, ends, self.choices.seed + cell["trial"])
+            # the last number parts this draw from that of towns and numbers
+            chance = np.random.default_rng([self.choices.seed, cell["length"], cell["trial"], 1])
+            ids = prompt.around(text, ends, chance)
             place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
             case, read = self._ask(reader, prompt, ids, place)
             cases.append(case)
@@ -347,15 +350,16 @@ class Prompt:
             depth=depth,
         )
 
-    def around(self, text: np.ndarray, ends: set[int], seed: int) -> list[int]:
+    def around(self, text: np.ndarray, ends: set[int], chance: np.random.Generator) -> list[int]:
         """Return the prompt's ids, exactly `length` of them.
 
         Args:
-            text: ids that the haystack is cut from, at a start drawn with `seed`.
+            text: ids that the haystack is cut from.
             ends: ids of tokens that end a sentence; facts go in after one.
+            chance: draws where in `text` it begins.
         """
         last_start = len(text) - self.length
-        start = int(np.random.default_rng(seed).integers(0, max(1, last_start + 1)))
+        start = int(chance.integers(0, max(1, last_start + 1)))
         haystack = text[start : start + self.length - self.fixed_tokens].tolist()
         inserts = []
         for n, fact in enumerate(self.needles):

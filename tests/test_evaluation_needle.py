@@ -144,6 +144,30 @@ def test_a_grid_can_grow_and_its_scores_say_what_was_found():
     assert list(drawn(scores.named("m"))) == ["needle.png", "needle-m.png"]
 
 
+def test_seeds_and_lengths_have_haystacks_of_their_own_and_all_depths_of_a_trial_one(monkeypatch):
+    """Of 3 seeds x 2 trials x 2 lengths no two begin at one place of the text, or at one share of it."""
+    text = Document("long", "d", np.arange(256, 100_256), "test")
+    read = []
+
+    class Listening(Parrot):
+        def answer(self, ids, expected, where, new_tokens):
+            read.append(np.array([n for n in ids if n >= 256]))
+            return super().answer(ids, expected, where, new_tokens)
+
+    monkeypatch.setattr(reader, "Reader", Listening)
+    monkeypatch.setattr(type(TOKENIZER), "decode", lambda *args, **kwargs: "")
+    monkeypatch.setattr("longreach.evaluation.needle.sentence_ends", lambda tokenizer: set())
+    begins = {}
+    for seed, length, trial in itertools.product(range(3), (500, 1000), range(2)):
+        read.clear()
+        choices = Needle.Choices(lengths=(length,), depths=(0.0, 0.5), seed=seed, chat_template="never")
+        Needle(CONFIG, TOKENIZER, choices, [text]).measure({"length": length, "trial": trial})
+        assert len(read) == 2
+        assert (read[0] == read[1]).all(), "the needle alone moves"
+        begins[seed, length, trial] = read[0][0] / (100_000 - length)
+    assert len({round(share, 3) for share in begins.values()}) == 12
+
+
 def test_depths_of_one_haystack_are_asked_for_one_fact_and_so_are_one_trial_of_the_interval():
     choices = Needle.Choices(lengths=(512,), trials=2, new_tokens=5)
     cases = []
