@@ -221,7 +221,7 @@ def write_arm(stage, out: Path) -> dict:
         "peak_gib": PEAK_GIB[name],
         "ranks": 2,
     }
-    return training_summary(**throughput.summary(steps), **facts, **job.choices()).to_json()
+    return training_summary(**throughput.summary(steps, [""] * len(steps)), **facts, **job.choices()).to_json()
 
 
 def where_attention_rests(n: int) -> dict:

@@ -12,7 +12,7 @@ from toy_models import job, train
 from longreach.attention import PATTERNS
 from longreach.attention.hf import set_pattern
 from longreach.infra.resources import Resources
-from longreach.training import cost
+from longreach.training import cost, throughput
 from longreach.training.cost import Machine, Shape, predict
 from longreach.training.longlora import apply_arm, trainable_parameters
 from longreach.training.loss import TokenLoss
@@ -197,3 +197,33 @@ def test_this_machine_is_measured_once_and_not_again_after_a_restart(tmp_path, m
     assert replace(found, process_gib=0) == replace(machine, process_gib=0)
     train(again | {"resources": {**todo["resources"], "micro_batch_rows": 2}})
     assert len(measured) == 2, "so many tokens at once were never measured"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "seconds", "speed"),
+    [
+        ("sssssscc", [9, 2, 2, 2, 9, 2, 6, 6], 8 * 100 / (6 * 2 + 2 * 6)),  # the last two under full attention
+        ("ssssssss", [9, 2, 2, 2, 9, 2, 2, 2], 50.0),
+        ("sc", [9, 6], 2 * 100 / (9 + 6)),
+        ("s", [9], 100 / 9),
+    ],
+)
+def test_steps_of_each_kind_count_with_the_median_of_their_kind(kinds, seconds, speed):
+    """Not with that of all: a training that anneals would seem to be as fast as one that does not."""
+    rows = [
+        {"step": n, "seconds": taken, "tokens": 100, "targets": 99, "loss": 1.0, "skipped": False, "phases": {}}
+        for n, taken in enumerate(seconds, start=1)
+    ]
+    assert throughput.summary(rows, kinds)["tokens_per_s"] == pytest.approx(speed)
+
+
+def test_a_training_that_anneals_tells_its_kinds_of_steps_apart(tmp_path, monkeypatch):
+    seen = []
+    whole = throughput.summary
+    monkeypatch.setattr(throughput, "summary", lambda rows, kinds: seen.append(kinds) or whole(rows, kinds))
+    attention = {"pattern": "shifted_sparse", "group_tokens": 8, "anneal_to": "causal", "anneal_fraction": 0.25}
+    train(job(tmp_path, arm={"tune": "lora", "attention": attention}, optim={"steps": 4, "warmup_steps": 1}))
+    ((*sparse, last),) = seen
+    assert len(sparse) == 3
+    assert len({*sparse}) == 1
+    assert last not in sparse

@@ -392,8 +392,12 @@ class Training:
         export.save_result(self.model, self.tokenizer, self.out, start=self.start_digests, steps=left_after_step)
         if not self.log:
             return {}
+        kinds = []
+        for row in self.log.rows:
+            step = row["step"] - 1
+            kinds.append(f"{self._pattern_at(step)}, {stage_of(self.job.arm.curriculum, step)}")
         summary = TrainingSummary(
-            **throughput.summary(self.log.rows),
+            **throughput.summary(self.log.rows, kinds),
             total_parameters=self.parameters,
             trainable=self.trainable,
             machine=self.machine,

@@ -82,7 +82,9 @@ class TrainingSummary(Summary, FinetuneStageRecipe, PretrainStageRecipe):
     """Seconds of all optimizer steps, without start-up, checkpoints, validation and saving."""
     checkpoints_s: float
     step_s_median: float  # seconds of the median step; the first step, which warms up, is left out
-    tokens_per_s: float  # tokens of a mean step per second of the median step, over all ranks
+    tokens_per_s: float
+    """Tokens of all ranks per second, if each step took the median time of those with its attention
+    pattern and part of a curriculum."""
     loss_first: float  # loss of the first trained step, in nats per target
     loss_last: float
     total_parameters: int  # parameters of the model, LoRA's included

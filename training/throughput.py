@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -40,11 +41,18 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return TrainingSummary's fields on steps, tokens, seconds and losses."""
+def summary(rows: list[dict[str, Any]], kinds: Sequence[str]) -> dict[str, Any]:
+    """Return TrainingSummary's fields on steps, tokens, seconds and losses.
+
+    kinds: what differs between the steps of one training and decides how long one takes, such as
+    the attention pattern, for each row. The median of each kind stands for its steps, or a few
+    slow ones at the end would cost nothing.
+    """
     trained = [row for row in rows if not row["skipped"]]
     seconds = [row["seconds"] for row in rows]
-    typical = median(seconds[1:] or seconds)
+    warm = list(zip(kinds, seconds, strict=True))[1:] or [(kinds[0], seconds[0])]
+    typical_of = {kind: median(taken for other, taken in warm if other == kind) for kind, _ in warm}
+    typical_s = sum(typical_of.get(kind, seconds[0]) for kind in kinds)
     tokens = sum(row["tokens"] for row in rows)
     return {
         "steps": len(rows),
@@ -53,8 +61,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "targets": sum(row["targets"] for row in rows),
         "wall_s": sum(seconds),
         "checkpoints_s": sum(row["phases"].get("checkpoint", 0.0) for row in rows),
-        "step_s_median": typical,
-        "tokens_per_s": tokens / len(rows) / typical,
+        "step_s_median": median(taken for _, taken in warm),
+        "tokens_per_s": tokens / typical_s,
         "loss_first": trained[0]["loss"],
         "loss_last": trained[-1]["loss"],
     }
