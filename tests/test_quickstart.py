@@ -258,7 +258,7 @@ def driver_of(project: Path, printed: Path) -> Iterator[subprocess.Popen]:
 
 def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoint_interval(tmp_path: Path):
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
-    recipe["finetune"] = recipe["finetune"] | {"steps": 400, "arms": {"full": {"tune": "all"}}}
+    recipe["finetune"] = recipe["finetune"] | {"steps": 240, "arms": {"full": {"tune": "all"}}}
     recipe["resources"] = {"workers": 2, "checkpoint_every_steps": 5}
     project = make_project(tmp_path / "faults", recipe)
     whole = make_project(tmp_path / "whole", recipe)
@@ -296,7 +296,7 @@ def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoi
 
 def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train_again(tmp_path: Path):
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
-    recipe["finetune"] = recipe["finetune"] | {"steps": 400, "arms": {"full": {"tune": "all"}}}
+    recipe["finetune"] = recipe["finetune"] | {"steps": 120, "arms": {"full": {"tune": "all"}}}
     project = make_project(tmp_path / "project", recipe | {"resources": {"workers": 2, "checkpoint_every_steps": 1000}})
     printed = tmp_path / "driver.log"
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -317,4 +317,4 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train
     run(project)
     attempts = steps_of(project)
     assert all(attempts)
-    assert [step for attempt in attempts for step in attempt] == list(range(1, 401))
+    assert [step for attempt in attempts for step in attempt] == list(range(1, 121))
