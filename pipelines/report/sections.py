@@ -37,7 +37,8 @@ SPLITS = ("train", "validation", "test")
 LISTED_OVERLAPS = 8  # held-out documents of each corpus
 LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
-    "optimizer steps, without start-up, checkpoints and saving. Tokens/s: of the median step, the first left out; "
+    "optimizer steps, without start-up, checkpoints and saving. Tokens/s: of the median step "
+    "(of each attention pattern, where it changes), the first left out; "
     "speed-ups are its ratios. MFU: the FLOPs that a step needs, recomputation left out, over what these ranks do in "
     "plain matrix products; disturbed: over 100%, since other work ran beside one of the two. Peak GiB: memory, "
     "summed over ranks. Passkey: keys found of keys hidden."
