@@ -96,8 +96,9 @@ def notes(recipe: Recipe) -> list[str]:
     meant."""
     said = []
     for name, section in {"finetune": recipe.finetune, "pretrain": recipe.pretrain}.items():
-        if section and section.warmup_note():
-            said.append(f"{name}.{section.warmup_note()}")
+        note = section.warmup_note() if section else ""
+        if note:
+            said.append(f"{name}.{note}")
     return said
 
 
@@ -110,9 +111,9 @@ def check_scheduled(recipe: Recipe, *, driver_here: bool) -> None:
     """
     check_rules(recipe, driver_here=driver_here)
     if driver_here:
-        resources = recipe.resources
+        nodes = [this_node(recipe.resources)]
         for stage in build(recipe, gated=False):  # the champion is whoever it is then
-            if refusal := no_room(stage, resources, [this_node(resources)]):
+            if refusal := no_room(stage, recipe.resources, nodes):
                 raise ValueError(refusal)
 
 

@@ -214,6 +214,8 @@ def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
 def _forced(force: tuple[str, ...], stages: list[Stage]) -> list[Stage]:
     """Return the stages that `force` names and all that are made from them, whose fingerprints would
     not say that they are old; ValueError: a name that no stage has."""
+    if not force:
+        return []
     names = {name for stage in stages for name in (stage.name, stage.label)}
     if unknown := sorted(set(force) - names):
         raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {', '.join(sorted(names))}")

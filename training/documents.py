@@ -552,13 +552,14 @@ def _from_records(
         name = f"{title}:{line}"
         if source.name_field:
             name = str(record[source.name_field])
-            if not _is_utf8(name):  # JSON can spell half a surrogate pair
+            if not _is_utf8(name):
                 yield BadLine(escaped(place), line, f"no valid name in field {source.name_field!r}")
                 continue
         yield Document(name, source.domain or escaped(domain), escaped(place), line, text)
 
 
 def _is_utf8(text: str) -> bool:
+    """Return whether a text can be written; JSON can spell half a surrogate pair, which is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -590,8 +591,6 @@ def _text_of(record: Any, form: str, source: SourceRecipe) -> str | Conversation
         return Malformed(f"{source.text_field} is {type(text).__name__}, not a string")
     if not text.strip():
         return Malformed(f"{source.text_field} is empty")
-    try:
-        text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
-    except UnicodeEncodeError as error:
-        return Malformed(f"no valid text: {error.reason}")
+    if not _is_utf8(text):
+        return Malformed("no valid text: surrogates not allowed")
     return text

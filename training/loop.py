@@ -239,6 +239,8 @@ class Training:
         batches = []
         pieces = stage_of(self.job.arm.curriculum, step)
         place = self.order.first_place(step, self.data_rank, self.data_ranks)
+        if self.job.arm.positions is not None:
+            repeats = self.order.repeats_of_step(step)
         for row_ids in self.order.for_rank(step, self.data_rank, self.data_ranks, self.job.resources.micro_batch_rows):
             batch = self.rows.batch(row_ids, drop_first=self.job.drops_first)
             places_B = np.arange(place, place + len(row_ids))
@@ -250,7 +252,7 @@ class Training:
             if self.gains is not None:
                 batch["weights"] = self.gains.weights(row_ids)
             if self.job.arm.positions is not None:
-                repeats_B = self.order.repeats_of_step(step)[places_B - step * self.global_batch_rows]
+                repeats_B = repeats[places_B - step * self.global_batch_rows]
                 batch = skip_positions(batch, row_ids, repeats_B, self.job.arm.positions, seed=self.job.seed, step=step)
             batches.append(part_of(batch, self.sequence))
         return batches
