@@ -61,7 +61,7 @@ SHARING = {
         layer_types=["full_attention"] * 4, activation_sparsity_pattern=[0.0] * 4,
     ),
     "nothing, but full layers have larger heads": Gemma4TextConfig(
-        **SMALL, intermediate_size=64, num_hidden_layers=4, num_key_value_heads=2, head_dim=16, global_head_dim=32,
+        **SMALL, intermediate_size=64, num_hidden_layers=4, num_key_value_heads=2, head_dim=16, global_head_dim=64,
         num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=32, hidden_size_per_layer_input=0,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),

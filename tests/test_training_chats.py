@@ -184,6 +184,12 @@ def test_a_prompt_that_ends_in_more_than_the_answers_beginning_hides_nothing_of_
     assert predicted_text(tokenizer, encoded) == ["The best of times.<eos>"]
 
 
+def test_a_marked_answer_that_was_given_is_not_predicted():
+    tokenizer = tokenizer_with(MARKED)
+    record = conversation_of({"prompt": CHAT[:4], "completion": CHAT[4:]}, "prompt_completion")
+    assert predicted_text(tokenizer, Chats(tokenizer).encode(record)) == ["The age of wisdom, 1859.<eos>"]
+
+
 def test_a_marked_template_that_writes_the_prompt_otherwise_before_an_answer_is_refused():
     changes = MARKED.replace("'<mark>' + message['role']", "('<mark>' if loop.last else '<eos>') + message['role']")
     pair = conversation_of({"prompt": "Q", "completion": "A"}, "prompt_completion")
