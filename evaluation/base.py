@@ -1,13 +1,13 @@
-"""The class of all evaluations: one loaded model in, scores out.
+"""Base class of all evaluations: takes one loaded model, returns scores.
 
-An evaluation is one file with one subclass, which holds its choices (a recipe's section), its
-cells, how one of them is measured, the scores made of all results, and the section of a report that
-draws them. A line in `longreach.evaluation.EVALS` registers it. A cell is the smallest part that is
-measured alone (one prompt length, one document): cells and results are plain JSON, so they can be
-spread over tasks and kept on disk when a run stops.
+An evaluation is one file with one subclass. The subclass defines its choices (a section of the
+recipe), its cells, how one cell is measured, how the scores are computed from all results, and its
+section of the report. A line in `longreach.evaluation.EVALS` registers it. A cell is the smallest
+unit that is measured on its own (one prompt length, one document). Cells and results are plain
+JSON, so they can be spread over tasks and survive an interrupted run.
 
-No torch is imported here or in the files of the evaluations, because `longreach plan` and `--help`
-read them: what needs torch or transformers is imported inside methods.
+Neither this file nor those of the evaluations import torch at the top, because `longreach plan` and
+`--help` load them. Methods import torch and transformers where they need them.
 
     python -c "from longreach.evaluation import EVALS; print(EVALS['passkey'].Choices())"
 """
@@ -31,46 +31,46 @@ if TYPE_CHECKING:
     from longreach.evaluation.scores import EvalScores
 
 Cell = dict[str, Any]
-"""What is measured at once, as plain JSON."""
+"""The smallest unit of measurement, as plain JSON."""
 Result = dict[str, Any]
-"""What a cell's measurement gave, as plain JSON."""
+"""The result of measuring one cell, as plain JSON."""
 
 _DATA_FILE = "names a data file or folder"
 _DOCUMENTS = "names held-out documents"
 
 DataFile = Annotated[str | None, _DATA_FILE]
-"""The type of a choice that names a file or folder: its bytes are part of a result's identity."""
+"""Type of a field that names a file or folder. Its content is part of the result's fingerprint."""
 DocumentNames = Annotated[tuple[str, ...], _DOCUMENTS]
-"""The type of a choice of held-out documents, as shell patterns of their names."""
+"""Type of a field that selects held-out documents by shell patterns of their names."""
 DocumentName = Annotated[str, _DOCUMENTS]
-"""The type of a choice of one held-out document, as a shell pattern of its name."""
+"""Type of a field that selects one held-out document by a shell pattern of its name."""
 Proportion = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Count = Annotated[int, Field(ge=1)]
-"""A whole number from 1."""
+"""An integer of at least 1."""
 
 
 class EvalChoices(Choices):
     """Choices that every evaluation has."""
 
     models: tuple[str, ...] | None = None
-    """Names of the models (baselines and arms) to evaluate; an arm's name means all of its seeds.
-    Without it, all of them."""
+    """Names of the models (baselines and arms) to evaluate. An arm's name stands for all of its
+    seeds. Default: all models."""
     seed: int = Field(default=0, ge=0)
-    """Seed of whatever the evaluation draws at random."""
+    """Seed of everything that the evaluation draws at random."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
-        """Refuse a list that names a value twice: its cells would be measured and counted twice,
-        and intervals would be narrower than what was asked."""
+        """Reject a list with a repeated value: its cells would be measured and counted twice, and
+        the intervals would be too narrow."""
         for name in type(self).model_fields:
             values = getattr(self, name)
             if isinstance(values, tuple) and len({*values}) < len(values):
-                raise ValueError(f"{name} {list(values)}: each once")
+                raise ValueError(f"{name} {list(values)} lists a value twice: list each value once")
         return self
 
     def data_files(self) -> dict[str, str]:
-        """Return the files and folders that are chosen, by the name of their field."""
+        """Return the chosen files and folders by field name."""
         files = {}
         for name in _fields_marked(type(self), _DATA_FILE):
             file = getattr(self, name)
@@ -80,49 +80,52 @@ class EvalChoices(Choices):
 
     @classmethod
     def document_fields(cls) -> list[str]:
-        """Return the fields that choose held-out documents by name; their defaults choose any
+        """Return the names of the fields that select held-out documents. Their defaults select any
         document."""
         return _fields_marked(cls, _DOCUMENTS)
 
     def of_model(self, is_base: bool) -> Self:
-        """Return what of these choices concerns one model, which alone makes its scores'
-        fingerprint: which other models are evaluated does not change them."""
+        """Return the choices that concern one model.
+
+        Only these enter the fingerprint of its scores, which do not depend on which other models
+        are evaluated.
+        """
         return self.model_copy(update={"models": None})
 
     def longest_input(self) -> int:
-        """Return how many tokens the model reads at once at most; 0 where that is not known
+        """Return the largest number of tokens that the model reads at once, or 0 if it is not known
         beforehand."""
         return max(getattr(self, "lengths", ()), default=0)
 
 
 def _fields_marked(choices: type[EvalChoices], mark: str) -> list[str]:
-    """Return the names of the fields whose type carries a mark."""
+    """Return the names of the fields whose type has this annotation."""
     return [name for name, field in choices.model_fields.items() if mark in field.metadata]
 
 
 @dataclass(frozen=True)
 class Background:
-    """What a page knows of the models beside their scores."""
+    """What a report page knows about the models besides their scores."""
 
     trained_length: int | None = None
-    """Tokens that the models' common base was trained to."""
+    """Context length in tokens to which the models' common base was trained."""
     related: frozenset[str] | None = None
-    """Models of one base, whose losses on a token compare; None: all of them."""
+    """Models of one base, whose losses on a token can be compared. None means all models."""
     base: str | None = None
-    """The untrained base as it is."""
+    """The untrained base, unchanged."""
     stretches: tuple[str, ...] = ()
-    """The untrained base under other positions."""
+    """The untrained base with other position encodings."""
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Trained arms and their variants, each with its models, which differ by their seed only."""
+    """Trained arms and their variants, each with its models, which differ only by their seed."""
 
     def of_one_base(self, models: dict[str, EvalScores]) -> dict[str, EvalScores]:
-        """Return the models whose losses compare."""
+        """Return the models whose losses can be compared."""
         if self.related is None:
             return models
         return {name: scores for name, scores in models.items() if name in self.related}
 
     def marks(self) -> dict[str, float]:
-        """Return the vertical lines of figures along a text."""
+        """Return the vertical lines to draw in figures whose x axis counts tokens, by label."""
         return {} if self.trained_length is None else {"trained length": self.trained_length}
 
 
@@ -131,25 +134,26 @@ class Column:
     """A column of the report's main table."""
 
     group: str
-    """The heading over this and its neighbours."""
+    """The heading that this column shares with its neighbours."""
     head: str
     cells: dict[str, tuple[float, str]]
-    """Number and text by model."""
+    """The number and its text, by model."""
 
 
 class Evaluation:
-    """One evaluation of one model; subclasses define what stands below."""
+    """One evaluation of one model. Subclasses define the attributes and methods below."""
 
     name: ClassVar[str]
     """Its name in EVALS, in recipes and in scores."""
     title: ClassVar[str]
-    """The heading of its section."""
+    """The heading of its report section."""
     gate: ClassVar[tuple[str, ...]] = ()
-    """Rules of the recipe's section `promote` that are decided by these scores, by field name."""
+    """Field names of the rules in the recipe's section `promote` that use these scores."""
     revision: ClassVar[int] = 0
-    """Raised when the same choices would now give other scores, since code is not fingerprinted."""
+    """Increase it when the same choices give other scores than before: fingerprints do not cover
+    code."""
     folds_answers: ClassVar[bool] = True
-    """Whether a sample of the answers, if cases have any, is folded in at the end of its section."""
+    """Whether the section ends with a collapsed sample of the answers, if the cases have any."""
     Choices: ClassVar[type[EvalChoices]]
     """The type of its section in a recipe."""
 
@@ -160,7 +164,7 @@ class Evaluation:
         choices: Any,
         documents: Iterable[Document] = (),
     ) -> None:
-        """Hold a loaded model, its tokenizer, the evaluation's choices and the held-out
+        """Keep a loaded model, its tokenizer, the evaluation's choices and the held-out
         documents."""
         self.model = model
         self.tokenizer = tokenizer
@@ -168,7 +172,7 @@ class Evaluation:
         self.documents = list(documents)
 
     def cells(self) -> list[Cell]:
-        """Check everything, measure nothing, and return the cells.
+        """Check the choices and return the cells, without measuring anything.
 
         Raises:
             ValueError: the choices do not fit the model or the documents.
@@ -176,11 +180,11 @@ class Evaluation:
         raise NotImplementedError
 
     def check_reach(self, read: int | str, more: int = 0) -> None:
-        """Raise ValueError where the model's table of positions, if it has one, ends before what is read at once.
+        """Raise ValueError if the model has a table of position embeddings that is too short for the input.
 
         Args:
-            read: tokens, or a text, which is made into tokens only where there is a table.
-            more: tokens that are read after these.
+            read: number of tokens, or a text, which is tokenized only if there is such a table.
+            more: number of tokens that are read after these.
         """
         from longreach.evaluation.documents import text_ids
         from longreach.evaluation.likelihood import check_reach, position_table
@@ -190,7 +194,7 @@ class Evaluation:
         check_reach(self.model, read + more, self.name)
 
     def measure(self, cell: Cell) -> Result:
-        """Measure one cell; the result is the same wherever and in whichever order cells are
+        """Measure one cell. The result does not depend on where, or in which order, cells are
         measured.
 
         Raises:
@@ -200,23 +204,23 @@ class Evaluation:
 
     @classmethod
     def scores(cls, choices: Any, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return the scores that all cells' results make together; no model is needed any more."""
+        """Return the scores computed from the results of all cells. This needs no model."""
         raise NotImplementedError
 
     @classmethod
     def columns(cls, models: dict[str, EvalScores]) -> list[Column]:
-        """Return what the report's main table shows of these scores; usually nothing."""
+        """Return the columns that these scores add to the report's main table; usually none."""
         return []
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
-        """Return the section of a page on one model's scores or on those of many, compared; what was
-        answered is folded in at its end.
+        """Return the section of a page on the scores of one model, or on those of several, compared.
+        It ends with a collapsed sample of the answers.
 
         Args:
-            models: the scores of this evaluation by the model's name, at least one.
+            models: the scores of this evaluation by model name, at least one.
             style: how each model is drawn in all figures.
-            background: what is known beside the scores.
+            background: what is known about the models besides their scores.
         """
         from longreach.evaluation.blocks import Section
         from longreach.evaluation.sections import raw_answers
@@ -231,13 +235,12 @@ class Evaluation:
 
     @classmethod
     def question(cls) -> str:
-        """Return what the evaluation asks: its class's docstring, in one line."""
+        """Return the question that the evaluation answers: its class docstring, in one line."""
         return " ".join((cls.__doc__ or "").split())
 
     @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
-        """Return what stands above the section's figures: the question, the protocol and the
-        summaries."""
+        """Return the blocks above the section's figures: question, protocol and summaries."""
         from longreach.evaluation.sections import summary_table
 
         first = next(iter(models.values()))
@@ -246,6 +249,5 @@ class Evaluation:
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return the figures of the section; usually all that differs from evaluation to
-        evaluation."""
+        """Return the figures of the section. Most evaluations override only this part."""
         return []

@@ -1,15 +1,15 @@
-"""Gain from context: how much better the same tokens are predicted as more of the text before them
-is seen.
+"""Gain from context: how much better a model predicts the same tokens when it sees more text before
+them.
 
-A window is a place in a document where the text is cut off. Its last `score_tokens` tokens are
-scored at every length L, each time with the L - score_tokens tokens right before them, so lengths
-compare: the scored tokens never change. The unit is the document: windows of one document are
-averaged, and intervals are over documents.
+A window is a place in a document where the text is cut off. The last `score_tokens` tokens before
+it are scored at every context length L, each time with the L - score_tokens tokens right before
+them. The scored tokens never change, so lengths can be compared. Windows of one document are
+averaged, and confidence intervals are over documents.
 
-What an extended model has to beat is what a user has without it: the untrained base at the best of
-its own lengths. Which length that is, is chosen on the corpus' validation documents, and the claim
-is made on its test documents. On some texts a base predicts worse at 8,192 tokens than at 2,048, so
-its longest length would be too easy to beat.
+The baseline for an extended model is what a user has without it: the untrained base at the best of
+its own lengths. That length is chosen on the corpus' validation documents, and the gain is measured
+on its test documents. On some texts a base predicts worse at 8,192 tokens than at 2,048, so its
+longest length would be too easy to beat.
 
     longreach evaluate MODEL --eval gain --set lengths=[2048,8192] --set windows=2
 
@@ -42,7 +42,7 @@ else:
 
 SPLITS = ("test", "validation")
 ALL = "*"
-"""The document of rows that are means over all of them."""
+"""The value of `document` in rows that are means over all documents."""
 
 
 class Gain(Evaluation):
@@ -58,23 +58,24 @@ class Gain(Evaluation):
         text before them."""
 
         lengths: tuple[int, ...] = Field(default=(2048, 4096, 8192), min_length=2)
-        """Context lengths in tokens, the scored ones included; the shortest is what a model's own
-        gain is counted from."""
+        """Context lengths in tokens, including the scored tokens. A model's own gain is relative to
+        the shortest length."""
         base_lengths: New[tuple[int, ...]] = ()
-        """Lengths at which the untrained base is measured instead: its own ones, of which the
-        others have to beat the best. Without it, the same as all others."""
+        """Context lengths in tokens at which the untrained base is measured instead of `lengths`.
+        The best of them is the baseline for all other models. Default: `lengths`."""
         score_tokens: int = Field(default=1024, ge=1)
-        """How many tokens at the end of each context are scored, the same ones at every length."""
+        """Number of tokens that are scored at the end of each context. They are the same tokens at
+        every length."""
         windows: int = Field(default=1, ge=1)
-        """Places of each document at which tokens are scored: one is the document's end, more are
+        """Number of windows in each document. One window ends at the document's end; several are
         spread evenly."""
         documents: DocumentNames = ("*",)
-        """Names (shell patterns) of test documents; those shorter than the longest length are left
-        out."""
+        """Names (shell patterns) of test documents. Documents shorter than the longest length are
+        left out."""
         choose_on: DocumentNames = ("*",)
-        """Names (shell patterns) of validation documents, on which the base's best length is
-        chosen. An empty list, or a corpus without any, chooses it on the test documents, which
-        favours the base."""
+        """Names (shell patterns) of the validation documents on which the base's best length is
+        chosen. If the list is empty, or the corpus has no validation documents, the length is
+        chosen on the test documents, which favours the base."""
 
         @model_validator(mode="after")
         def _room_for_context(self) -> Gain.Choices:
@@ -85,26 +86,26 @@ class Gain(Evaluation):
                         f"before them: use a length of at least {self.score_tokens + 1}, or fewer score_tokens"
                     )
                 if len(set(lengths)) < 2:
-                    raise ValueError(f"{name}: {list(lengths)} is one length, and a gain needs two or more")
+                    raise ValueError(f"{name}: {list(lengths)} is one length, but a gain needs two or more")
             if self.base_lengths and max(self.base_lengths) > max(self.lengths):
                 raise ValueError(
-                    f"base_lengths: {max(self.base_lengths)} is longer than the greatest of lengths, "
-                    f"{max(self.lengths)}, at which all models are compared: leave it out, or add it to lengths"
+                    f"base_lengths: {max(self.base_lengths)} is more than the longest of `lengths`, "
+                    f"{max(self.lengths)}, up to which all models are compared: leave it out, or add it to lengths"
                 )
             return self
 
         def of_model(self, is_base: bool) -> Self:
-            """Return what is chosen for one model: the base's own lengths concern no other."""
+            """Return the choices for one model; `base_lengths` concerns only the base."""
             own = super().of_model(is_base)
             return own if is_base else own.model_copy(update={"base_lengths": ()})
 
         @property
         def measured_lengths(self) -> list[int]:
-            """The lengths at which this model is measured, the shortest first."""
+            """The lengths at which this model is measured, in ascending order."""
             return sorted(set(self.base_lengths or self.lengths))
 
         def longest_input(self) -> int:
-            """Return how many tokens this model reads at once at most."""
+            """Return the largest number of tokens that this model reads at once."""
             return self.measured_lengths[-1]
 
     choices: Choices
@@ -114,8 +115,8 @@ class Gain(Evaluation):
         left out.
 
         Raises:
-            ValueError: no test document, or no validation document, is as long as the longest
-            length.
+            ValueError: no test document, or no validation document, has as many tokens as the
+                longest length.
         """
         from longreach.evaluation.likelihood import check_head
 
@@ -141,7 +142,7 @@ class Gain(Evaluation):
         return matching(test, self.choices.documents)
 
     def _cells_of(self, document: Document, split: str) -> list[Cell]:
-        """Return a document's cells, the same windows for each length (and for each model)."""
+        """Return the cells of a document. Its windows are the same for all lengths and models."""
         tokens, longest = len(document.ids_T), max(self.choices.lengths)
         place = {"document": document.name, "domain": document.domain, "split": split}
         if tokens < longest:
@@ -154,9 +155,15 @@ class Gain(Evaluation):
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"nll": nats of each scored token, "repeats": of those that repeat a run, by
-        distance, "seconds": of the pass, "texts": what the tokens say that a page shows, at the
-        longest length}; nothing of a document left out."""
+        """Return the measurements of a pass; an empty result for a document that is left out.
+
+        Returns:
+            "nll": NLL of each scored token, in nats.
+            "repeats": NLL of the tokens that repeat a sequence, by distance (repeats.py).
+            "seconds": duration of the pass.
+            "texts": texts of the tokens that a page shows; only at the longest length, for a few
+                documents.
+        """
         from longreach.evaluation.gain_text import KEPT_TOKENS, token_texts
         from longreach.evaluation.likelihood import token_nll
         from longreach.evaluation.repeats import nats_by_distance, repeat_distances
@@ -180,7 +187,7 @@ class Gain(Evaluation):
         return result
 
     def _kept(self) -> list[str]:
-        """Return the names of the documents whose single tokens are kept."""
+        """Return the names of the documents whose tokens are kept one by one."""
         from longreach.evaluation.gain_text import KEPT_DOCUMENTS
 
         reached = []
@@ -192,8 +199,8 @@ class Gain(Evaluation):
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `pooled` (by length, over a split's documents), `document`, `window`,
-        `repeat` (a window's tokens that repeat a run, by distance) and `left_out`; NLL in nats per
-        token, `own_gain` against the shortest length."""
+        `repeat` (a window's tokens that repeat a sequence, by distance) and `left_out`. NLL is in
+        nats per token; `own_gain` is relative to the shortest length."""
         from longreach.evaluation.gain_text import kept_cases
         from longreach.evaluation.repeats import repeat_rows
 
@@ -232,8 +239,8 @@ class Gain(Evaluation):
 
     @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
-        """Return what each arm gains over the base at its best and over untrained stretches, and
-        over itself."""
+        """Return what each arm gains over the base at its best length, over untrained stretches, and
+        over itself at its shortest length."""
         from longreach.evaluation.gain_text import coloured_blocks
         from longreach.evaluation.repeats import repeat_table
 
@@ -241,14 +248,14 @@ class Gain(Evaluation):
         text = f"{cls.question()} Protocol: {first.protocol}. {about_documents(first)}"
         by_arm = _by_arm(models, background)
         if max(map(len, by_arm.values())) > 1:
-            text += " An arm with several seeds is their mean, and its intervals are over documents and seeds."
+            text += " For an arm with several seeds, numbers are means, and its intervals are over documents and seeds."
         blocks: list[Block] = [text]
         compared = background.of_one_base(models)
         try:
             best = best_of_base(compared, background)
         except ValueError as error:  # no length that the base was trained to
             best = None
-            blocks.append(f"Nothing is compared with the base: {error}.")
+            blocks.append(f"No model is compared with the base: {error}.")
         if best:
             blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
         yardstick = (background.base, best.length) if best else (None, None)
@@ -258,8 +265,8 @@ class Gain(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return one model's own gain, a curve for each document; of several models, in a report that
-        begins with `gain_figure`, what they make of repeats."""
+        """Return the figure of one model's own gain, with a curve for each document. For several
+        models return `repeat_figure` (their report begins with `gain_figure`)."""
         if background.related is not None or len(models) > 1:
             return repeat_figure(models, style, background)
         (scores,) = models.values()
@@ -267,7 +274,7 @@ class Gain(Evaluation):
 
 
 def _check_reach(documents: list[Document], longest: int, split: str) -> None:
-    """Raise ValueError where no document of a split is as long as the longest length."""
+    """Raise ValueError if no document of a split has as many tokens as the longest length."""
     reach = max(documents, key=lambda document: len(document.ids_T))
     if len(reach.ids_T) < longest:
         advice = "lower the length or choose longer documents"
@@ -280,9 +287,11 @@ def _check_reach(documents: list[Document], longest: int, split: str) -> None:
 
 
 def window_ends(tokens: int, longest: int, windows: int, score_tokens: int) -> list[int]:
-    """Return where a document's windows end: the last at its end, the others spread evenly down to
-    the first place that the longest length reaches; fewer than `windows` where scored tokens would
-    overlap."""
+    """Return the token positions at which a document's windows end.
+
+    The last window ends with the document. The others are spread evenly, down to the first position
+    with `longest` tokens before it. There are fewer than `windows` if scored tokens would overlap.
+    """
     room = tokens - longest
     count = min(windows, 1 + room // score_tokens)
     if count == 1:
@@ -291,8 +300,8 @@ def window_ends(tokens: int, longest: int, windows: int, score_tokens: int) -> l
 
 
 def document_rows(windows: list[Row]) -> list[Row]:
-    """Return a row for each document and length: the mean over its windows, and the gain over the
-    shortest length."""
+    """Return a row for each document and length: the mean over the document's windows, and the gain
+    over the shortest length."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in windows:
         if row["kind"] == "window":
@@ -301,7 +310,7 @@ def document_rows(windows: list[Row]) -> list[Row]:
     rows = []
     for (split, document, length), of_document in sorted(groups.items()):
         nll = mean_of(of_document, "nll")
-        short = shortest.setdefault((split, document), nll)  # lengths come in order
+        short = shortest.setdefault((split, document), nll)  # lengths are in ascending order
         rows.append(
             {
                 "kind": "document",
@@ -319,8 +328,8 @@ def document_rows(windows: list[Row]) -> list[Row]:
 
 
 def pooled_rows(documents: list[Row]) -> list[Row]:
-    """Return the mean over each split's documents by length, with intervals if there are two
-    documents or more."""
+    """Return the mean over each split's documents by length, with intervals if there are at least
+    two documents."""
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in documents:
         groups.setdefault((row["split"], row["length"]), []).append(row)
@@ -339,13 +348,13 @@ def pooled_rows(documents: list[Row]) -> list[Row]:
 
 
 def difference(ours: Sequence[list[Row]], length: int, theirs: Sequence[list[Row]], their_length: int) -> Difference:
-    """Return how much better we predict at `length` than they do at `their_length`: the same test
-    tokens, paired.
+    """Return how much better `ours` at `length` predicts the same test tokens than `theirs` at
+    `their_length`, paired by document.
 
     Args:
-        ours: the rows of a model or, of an arm with several seeds, of each of its models.
-        theirs: as many, each held against its own of ours, or another number, whose mean is held
-            against all of ours.
+        ours: the rows of a model, or of each seed of an arm.
+        theirs: the rows of the models to compare with. If there are as many as in `ours`, they are
+            compared one to one. Otherwise each of `ours` is compared with their mean.
 
     Raises:
         ValueError: the two did not score the same tokens.
@@ -357,7 +366,7 @@ def difference(ours: Sequence[list[Row]], length: int, theirs: Sequence[list[Row
     for our_rows, their_group in zip(ours, groups, strict=True):
         our_places = _places(our_rows, length)
         if not our_places or any(_places(rows, their_length) != our_places for rows in their_group):
-            raise ValueError(f"not the same tokens were scored with {length} and with {their_length} tokens of context")
+            raise ValueError(f"the tokens scored at context lengths {length} and {their_length} are not the same")
         our_nll = document_nll(our_rows, length)
         their_nll = [document_nll(rows, their_length) for rows in their_group]
         better = []
@@ -380,7 +389,7 @@ def document_nll(rows: list[Row], length: int) -> dict[str, float]:
 
 
 def _places(rows: list[Row], length: int) -> set[tuple[str, int, int]]:
-    """Return which tokens of test documents were scored at a length."""
+    """Return (document, end, tokens) of every window of test documents scored at a length."""
     places = set()
     for row in rows:
         if row["kind"] == "window" and row["split"] == "test" and row["length"] == length:
@@ -393,12 +402,13 @@ class BestLength(NamedTuple):
 
     length: int
     split: str
-    """Of the documents on which this was decided: validation, or test where there are no others."""
+    """Split on which the length was chosen: validation, or test if there are no validation
+    documents."""
     documents: int
 
 
 def best_length(rows: list[Row], most: int | None) -> BestLength:
-    """Return a model's best length of at most `most` tokens (None: any), chosen on validation
+    """Return a model's best length of at most `most` tokens (None: no limit), chosen on validation
     documents if there are any.
 
     Raises:
@@ -410,7 +420,7 @@ def best_length(rows: list[Row], most: int | None) -> BestLength:
             pooled.setdefault(row["split"], []).append(row)
     split = "validation" if "validation" in pooled else "test"
     if not pooled[split]:
-        raise ValueError("its scores have no row of kind pooled, so no length: evaluate gain again")
+        raise ValueError("the scores have no row of kind pooled, so there is no length to choose: evaluate gain again")
     reached = [row for row in pooled[split] if most is None or row["length"] <= most]
     if not reached:
         lengths = [row["length"] for row in pooled[split]]
@@ -420,11 +430,10 @@ def best_length(rows: list[Row], most: int | None) -> BestLength:
 
 
 def best_of_base(models: Mapping[str, EvalScores], background: Background) -> BestLength | None:
-    """Return the base's best length up to the one that it was trained to; None if the base was not
-    measured.
+    """Return the base's best length within its trained length; None if the base was not measured.
 
     Raises:
-        ValueError: it was measured at longer lengths only.
+        ValueError: the base was measured only at longer lengths.
     """
     if background.base is None or background.base not in models:
         return None
@@ -437,7 +446,8 @@ def over_base(
     """Return how much better each arm, each stretch and the base predict than the base at its best
     length, by length.
 
-    An arm with several seeds is one entry. What did not score the base's tokens is left out.
+    An arm with several seeds is one entry. Models that did not score the same tokens as the base
+    are left out.
     """
     assert background.base is not None, "its best length is known"
     base = models[background.base].rows
@@ -452,8 +462,8 @@ def over_base(
 def over_stretches(
     models: Mapping[str, EvalScores], background: Background
 ) -> dict[str, dict[str, dict[int, Difference]]]:
-    """Return how much better each arm predicts than each untrained stretch at the same length: arm,
-    stretch, length."""
+    """Return how much better each arm predicts than each untrained stretch at the same length, by
+    arm, stretch and length."""
     subjects = _subjects(models, background)
     found: dict[str, dict[str, dict[int, Difference]]] = {}
     for arm in background.arms:
@@ -468,16 +478,16 @@ def over_stretches(
 def over_itself(
     models: Mapping[str, EvalScores], background: Background, arm: str, length: int
 ) -> tuple[Difference, int]:
-    """Return how much better an arm predicts with `length` tokens than with its own shortest
-    context, and that."""
+    """Return how much better an arm predicts at `length` tokens than at its own shortest length, and
+    that shortest length."""
     rows = _subjects(models, background)[arm]
     shortest = min(row["length"] for row in rows[0] if row["kind"] == "pooled")
     return difference(rows, length, rows, shortest), shortest
 
 
 def _subjects(models: Mapping[str, EvalScores], background: Background) -> dict[str, list[list[Row]]]:
-    """Return the rows of the base, the stretches and the arms, an arm's by seed; without those not
-    measured."""
+    """Return the rows of the base, the stretches and the arms that were measured, a list of rows for
+    each seed."""
     groups = {name: (name,) for name in (background.base, *background.stretches) if name}
     subjects = {}
     for name, members in (groups | dict(background.arms)).items():
@@ -490,31 +500,31 @@ def _subjects(models: Mapping[str, EvalScores], background: Background) -> dict[
 def _differences(
     ours: list[list[Row]], theirs: list[list[Row]], their_length: int | None = None
 ) -> dict[int, Difference]:
-    """Return differences by length, against one of their lengths or (None) against the same one."""
+    """Return the differences by length to `theirs` at `their_length`, or (None) at the same length."""
     lengths = sorted({row["length"] for row in ours[0] if row["kind"] == "pooled" and row["split"] == "test"})
     found = {}
     for length in lengths:
         try:
             found[length] = difference(ours, length, theirs, their_length or length)
-        except ValueError:  # they read other documents, or were not measured at this length
+        except ValueError:  # `theirs` read other documents, or was not measured at this length
             continue
     return found
 
 
 def about_documents(scores: EvalScores) -> str:
-    """Say how many documents there are, which were left out, and how sure intervals are."""
+    """Return sentences on the number of documents, those left out, and what the intervals are over."""
     counts = dict.fromkeys(SPLITS, 0)
     for row in scores.rows_with(kind="pooled"):
         counts[row["split"]] = row["documents"]
     text = f"{_counted(counts['test'], 'test document')}"
     if counts["validation"]:
-        text += f" and {counts['validation']} for validation, which only choose lengths"
+        text += f" and {counts['validation']} for validation, which are used only to choose lengths"
     text += "."
     left_out = [f"{row['document']} ({row['tokens']:,} tokens)" for row in scores.rows_with(kind="left_out")]
     if left_out:
-        text += f" Shorter than the longest length and left out: {', '.join(left_out)}."
+        text += f" Shorter than the longest length, so left out: {', '.join(left_out)}."
     if counts["test"] > 1:
-        text += " Small: 95% intervals over the test documents."
+        text += " In small type: 95% intervals over the test documents."
     return text
 
 
@@ -525,7 +535,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def about_best(best: BestLength) -> str:
-    """Say which of the base's lengths is the yardstick, and how it was chosen."""
+    """Return a phrase that names the base's length used as baseline, and how it was chosen."""
     how = f"chosen on {_counted(best.documents, 'validation document')}"
     if best.split == "test":
         how = "chosen on the test documents themselves, which favours it"
@@ -533,13 +543,13 @@ def about_best(best: BestLength) -> str:
 
 
 def _base_table(models: dict[str, EvalScores], background: Background, best: BestLength) -> Table:
-    """Return what each arm and each stretch gains over the base at its best length."""
+    """Return the table of what each arm and each stretch gains over the base at its best length."""
     caption = f"Nats per token better than {about_best(best)}; below 0: worse"
     return _difference_table(caption, over_base(models, background, best))
 
 
 def _stretch_table(models: dict[str, EvalScores], background: Background) -> list[Table]:
-    """Return what each arm gains over each untrained stretch; nothing where there is none."""
+    """Return the table of what each arm gains over each untrained stretch, if there are any."""
     lines = {}
     for arm, stretches in over_stretches(models, background).items():
         for stretch, by_length in stretches.items():
@@ -567,7 +577,7 @@ def _difference_table(caption: str, lines: Mapping[str, Mapping[int, Difference]
 
 
 def difference_cell(found: Difference | None) -> str:
-    """Return a difference and, small, its interval; nothing without one."""
+    """Return the text of a difference with its interval in small type; empty for None."""
     if found is None:
         return ""
     text = f"{found.nats:+.3f}"
@@ -577,8 +587,8 @@ def difference_cell(found: Difference | None) -> str:
 
 
 def _by_arm(models: Mapping[str, EvalScores], background: Background) -> dict[str, list[EvalScores]]:
-    """Return the models in their order, an arm's several seeds as one entry; seeds that did not
-    score the same tokens stay apart."""
+    """Return the models in their order, with the seeds of an arm as one entry. Seeds that did not
+    score the same tokens stay separate."""
     arm_of: dict[str, str] = {}
     for arm, members in background.arms.items():
         measured = [member for member in members if member in models]
@@ -591,18 +601,19 @@ def _by_arm(models: Mapping[str, EvalScores], background: Background) -> dict[st
 
 
 def _scored(scores: EvalScores) -> frozenset[tuple[str, int, int]]:
-    """Return which tokens of test documents were scored, and at which lengths."""
+    """Return (document, end, length) of every scored window of test documents."""
     windows = scores.rows_with(kind="window", split="test")
     return frozenset((row["document"], row["end"], row["length"]) for row in windows)
 
 
 def nll_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
-    """Return each model's NLL by length, with intervals."""
+    """Return the table of each model's NLL by length, with intervals."""
     return _length_table("NLL of the test documents (nats per token; lower is better) by context length", by_arm, "nll")
 
 
 def own_gain_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
-    """Return what each model gains over its own shortest length, paired by document and seed."""
+    """Return the table of each model's gain over its own shortest length, paired by document and
+    seed."""
     shortest = {_shortest(seeds[0]) for seeds in by_arm.values()}
     its = "its shortest length"
     if len(shortest) == 1:
@@ -612,7 +623,7 @@ def own_gain_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
 
 
 def _shortest(scores: EvalScores) -> int:
-    """Return the least length at which a model was measured on test documents."""
+    """Return the shortest length at which a model was measured on test documents."""
     return min(row["length"] for row in scores.rows_with(kind="pooled", split="test"))
 
 
@@ -637,8 +648,8 @@ def _length_table(caption: str, by_arm: Mapping[str, Sequence[EvalScores]], meas
 
 
 def mean_over_seeds(seeds: Sequence[EvalScores], length: int, measure: str) -> Row:
-    """Return a measure's mean over an arm's seeds and all test documents, with the interval over
-    both."""
+    """Return the mean of a measure over an arm's seeds and all test documents, with the interval
+    over both."""
     value_SD = []
     for scores in seeds:
         rows = scores.rows_with(kind="document", split="test", length=length)
@@ -652,12 +663,12 @@ def mean_over_seeds(seeds: Sequence[EvalScores], length: int, measure: str) -> R
 
 
 def _counting(name: str, seeds: Sequence[EvalScores]) -> str:
-    """Return a model's name and, small, the number of its seeds if there are several."""
+    """Return a model's name and, if there are several seeds, their number in small type."""
     return name if len(seeds) == 1 else f"{name}\n{len(seeds)} seeds"
 
 
 def _cell(row: Row | None, measure: str) -> str:
-    """Return a mean and, small, its interval; a dash without a row."""
+    """Return the text of a mean with its interval in small type; a dash for None."""
     from longreach.evaluation.sections import DASH, with_interval
 
     if row is None:
@@ -667,7 +678,8 @@ def _cell(row: Row | None, measure: str) -> str:
 
 
 def document_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
-    """Return the NLL of every test document, a line for each length, a column for each model."""
+    """Return the table of every test document's NLL: a line for each length, a column for each
+    model."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import DASH
 
@@ -686,9 +698,10 @@ def document_table(by_arm: Mapping[str, Sequence[EvalScores]]) -> Table:
 
 
 def gain_figure(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-    """Draw each arm, stretch and the base against the base at its best length, by context length.
+    """Draw the gain of each arm, stretch and the base over the base at its best length, by context
+    length.
 
-    Nothing where the base was not measured within the length that it was trained to.
+    Return no figure if the base was not measured within its trained length.
     """
     compared = background.of_one_base(models)
     best = _best_if_any(compared, background)
@@ -701,10 +714,11 @@ def gain_figure(models: dict[str, EvalScores], style: Style, background: Backgro
 
 
 def repeat_figure(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-    """Draw how much better tokens that repeat a run are predicted at the longest length that each
-    model can read than by the base at its best, by how far back the run last stood.
+    """Draw how much better each model predicts repeated tokens than the base at its best length, by
+    the distance to the last occurrence of the repeated sequence.
 
-    Nothing without such tokens, or where the base was not measured within its trained length.
+    Each model is drawn at the longest length that it can read. Return no figure if there are no
+    such tokens, or if the base was not measured within its trained length.
     """
     from longreach.evaluation.repeats import over_yardstick
 
@@ -713,21 +727,21 @@ def repeat_figure(models: dict[str, EvalScores], style: Style, background: Backg
     if best is None or background.base is None:
         return []
     found = over_yardstick(_by_arm(compared, background), background.base, best.length)
-    found.pop(background.base, None)  # it is the zero line
+    found.pop(background.base, None)  # the base is the zero line
     if not found:
         return []
     caption = (
-        "Only tokens that end a run which stood before, each model at the longest length that it can read. Above 0: "
-        f"better than {about_best(best)}. Where the run stands further back than the base reads, only a longer "
-        "context can copy it."
+        "Only tokens that end a sequence which occurred before, each model at the longest length that it can read. "
+        f"Above 0: better than {about_best(best)}. If the last occurrence is further back than the base reads, only a "
+        "model with a longer context can copy it."
     )
-    title = "Is far text used?"
-    figure = _Compared("repeats.png", title, "tokens back to where the run last stood, at most", caption)
+    title = "Is distant text used?"
+    figure = _Compared("repeats.png", title, "distance to the last occurrence (tokens, up to)", caption)
     return [figure.draw(found, best, style, background)]
 
 
 def _best_if_any(models: Mapping[str, EvalScores], background: Background) -> BestLength | None:
-    """Return the base's best length; None if it was not measured at any that it was trained to."""
+    """Return the base's best length; None if it was not measured within its trained length."""
     try:
         return best_of_base(models, background)
     except ValueError:
@@ -735,17 +749,17 @@ def _best_if_any(models: Mapping[str, EvalScores], background: Background) -> Be
 
 
 class _Compared(NamedTuple):
-    """A figure of differences to the base at its best length, which is its zero line."""
+    """A figure of differences to the base at its best length, which is the zero line."""
 
     file: str
     title: str
-    axis: str  # of the powers of two that differences stand over
+    axis: str  # label of the x axis, which counts tokens on a log scale
     caption: str
 
     def draw(
         self, found: Mapping[str, Mapping[int, Difference]], best: BestLength, style: Style, background: Background
     ) -> Figure:
-        """Draw differences by model and place on the axis, each with its interval."""
+        """Draw the differences by model and x value, each with its interval."""
         from longreach.evaluation.figures import GREY, Look, lines
 
         ticks = sorted(set(chain(*found.values())))
@@ -756,7 +770,7 @@ class _Compared(NamedTuple):
         step = min(0.04, 0.24 / len(found))  # octaves; 12,288 and 16,384 are 0.4 apart
         for number, (name, by_tick) in enumerate(found.items()):
             curves[name] = []
-            beside = 2 ** (step * (number - (len(found) - 1) / 2))  # else bars of one length hide each other
+            beside = 2 ** (step * (number - (len(found) - 1) / 2))  # so that bars of one length do not overlap
             for tick, one in by_tick.items():
                 if one.nats < low:
                     below.append(f"{name} at {tick:,} ({one.nats:+.2f})")
@@ -766,7 +780,7 @@ class _Compared(NamedTuple):
                 curves[name].append(point)
         sentences = [self.caption, *_about_bars(found)]
         if below:
-            sentences.append(f"Below the picture: {', '.join(below)}.")
+            sentences.append(f"Below the range of the figure: {', '.join(below)}.")
         return lines(
             self.file,
             self.title,
@@ -781,7 +795,7 @@ class _Compared(NamedTuple):
 
 
 def _about_bars(found: Mapping[str, Mapping[int, Difference]]) -> list[str]:
-    """Say what the bars of a figure of differences are; nothing where there are none."""
+    """Return a sentence on the error bars of a figure of differences, or nothing if it has none."""
     documents = seeds = 0
     for by_length in found.values():
         for one in by_length.values():
@@ -792,12 +806,15 @@ def _about_bars(found: Mapping[str, Mapping[int, Difference]]) -> list[str]:
     over = f"{documents} test documents"
     if seeds > 1:
         over += " and an arm's seeds"
-    return [f"Bars, side by side at each length: 95% intervals over {over}, paired."]
+    return [f"Bars, drawn side by side at each length: paired 95% intervals over {over}."]
 
 
 def _picture(found: Mapping[str, Mapping[int, Difference]], background: Background) -> tuple[float, float]:
-    """Return the y axis' ends: around the arms (without any: around all), since a base that breaks
-    past its trained length is several nats away and would press everything else into one line."""
+    """Return the range of the y axis: around the arms, or around all models if there are no arms.
+
+    A base that breaks past its trained length is several nats away, and would compress all other
+    curves into one line.
+    """
     arms = found.keys() & background.arms.keys()
     inner, outer = [0.0], [0.0]
     for name, by_length in found.items():
@@ -808,12 +825,11 @@ def _picture(found: Mapping[str, Mapping[int, Difference]], background: Backgrou
                 inner += ends
     span = max(max(inner) - min(inner), 0.02)
     low, high = max(min(outer), min(inner) - 0.6 * span), min(max(outer), max(inner) + 0.6 * span)
-    return low - 0.08 * span, high + 0.15 * span  # the mark's name stands at the upper end
+    return low - 0.08 * span, high + 0.15 * span  # the label of the vertical line is at the top
 
 
 def _one_model_figure(scores: EvalScores, background: Background) -> Figure:
-    """Draw one model's own gain by length, a curve for each test document and one for their
-    mean."""
+    """Draw one model's own gain by length: a curve for each test document and one for their mean."""
     from longreach.evaluation.figures import lines
     from longreach.evaluation.sections import document_style
 
@@ -828,8 +844,8 @@ def _one_model_figure(scores: EvalScores, background: Background) -> Figure:
         curves.setdefault(row["document"], []).append((row["length"], row["own_gain"]))
     return lines(
         "own-gain.png",
-        f"What a longer context gains: {scores.model}",
-        "Higher is better: the same tokens, predicted with more text before them. A fall past the trained length means "
+        f"Gain from a longer context: {scores.model}",
+        "Higher is better: the same tokens, predicted with more text before them. A drop past the trained length means "
         "that the model breaks there.",
         ("context length (tokens)", "nats per token gained"),
         curves,

@@ -1,21 +1,21 @@
-"""Perplexity by context length on held-out documents, under LongLoRA's two readings of it
+"""Perplexity by context length on held-out documents, in the two ways of LongLoRA
 (arXiv:2309.12307).
 
-One causal pass over a document's first L tokens scores every token in its full context, so the pass
-at the greatest length that fits a document serves all shorter lengths too. Two protocols, named in
-every row:
+One causal pass over a document's first L tokens scores every token with all text before it. So the
+pass at the longest length that fits a document also serves all shorter lengths. There are two
+protocols, and every row names its protocol:
 
-  last_stride    mean over the last `last_tokens` tokens of the context: each has (nearly) the whole length behind it
-  whole_window   mean over all tokens of the context: easy to compare with published numbers, but burdened by the first
+  last_stride    mean over the last `last_tokens` tokens of the context: each has (nearly) the whole length before it
+  whole_window   mean over all tokens of the context: easy to compare with published numbers, but includes the first
                  tokens, which have little context
 
-In this form different lengths score different tokens of the same text. So compare models at one
-length, where they score exactly the same tokens; one model's numbers at two lengths differ by the
-text as well. A length counts the text's tokens; a model's own first token (BOS or sink) stands
-before them and is not scored, nor is the text's first token.
+Different lengths score different tokens of the same text. So compare models at one length, where
+they score exactly the same tokens. One model's numbers at two lengths also differ because the text
+differs. A length counts the tokens of the text. The model's own first token (BOS or sink) comes
+before them. Neither this token nor the first token of the text is scored.
 
-Pooled rows average over documents, which are the independent units: the interval is over
-documents, not tokens.
+Pooled rows average over documents, which are the independent units, so the confidence interval is
+over documents, not tokens.
 
     longreach evaluate MODEL --eval perplexity --set lengths=[2048,8192]
 
@@ -47,7 +47,7 @@ else:
 
 PROTOCOLS = ("last_stride", "whole_window")
 ALL = "*"
-"""The document and the domain of rows that are means over all of them."""
+"""The value of `document` and `domain` in rows that are means over all of them."""
 
 
 class Perplexity(Evaluation):
@@ -61,22 +61,22 @@ class Perplexity(Evaluation):
         """Perplexity by context length on held-out documents."""
 
         lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
-        """Context lengths in tokens, below and above the trained one."""
+        """Context lengths in tokens; choose some below and some above the trained length."""
         documents: DocumentNames = ("*",)
-        """Names (shell patterns) of held-out documents; those shorter than a length do not count at
-        that length."""
+        """Names (shell patterns) of held-out documents. A document shorter than a length is not used
+        at that length."""
         last_tokens: int = Field(default=256, ge=1)
-        """The `last_stride` protocol scores this many tokens at the end of each context."""
+        """Number of tokens at the end of each context that the `last_stride` protocol scores."""
 
     choices: Choices
 
     def cells(self) -> list[Cell]:
-        """Return a cell for each pass: the document, how far it is read, and the lengths that this
-        pass serves.
+        """Return a cell for each pass: the document, the number of tokens to read, and the lengths
+        that the pass serves.
 
         Raises:
-            ValueError: a length that no document reaches, or the model does not, or into which
-            last_tokens does not fit.
+            ValueError: a length is longer than every document, too long for the model, or too short
+                for last_tokens.
         """
         from longreach.evaluation.likelihood import check_head, is_dynamic
 
@@ -102,7 +102,8 @@ class Perplexity(Evaluation):
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"nll": nats of the text's tokens 1 .. length-1, "seconds": of the pass}."""
+        """Return {"nll": nats for each of the text's tokens 1 .. length-1, "seconds": duration of
+        the pass}."""
         from longreach.evaluation.likelihood import token_nll
 
         document = named(self.documents, cell["document"])
@@ -114,7 +115,7 @@ class Perplexity(Evaluation):
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `pooled` (by length and protocol, over all documents and by domain),
-        `document` and `position`; NLL in nats per token."""
+        `document` and `position`. NLL is in nats per token."""
         rows: list[Row] = []
         tokens, seconds = 0, 0.0
         for cell, result in results:
@@ -144,8 +145,8 @@ class Perplexity(Evaluation):
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
-        """Return both protocols with intervals, differences on the same tokens, and the loss along
-        each text."""
+        """Return a section with both protocols and their intervals, differences on the same tokens,
+        and the perplexity along each text."""
         from longreach.evaluation.blocks import Section
 
         first = next(iter(models.values()))
@@ -153,7 +154,7 @@ class Perplexity(Evaluation):
         text = f"Protocol: {first.protocol}. {first.note}"
         if max(documents) > 1:
             counts = " or ".join(map(str, sorted(documents)))
-            text += f" Small: 95% intervals over {counts} documents."
+            text += f" In small type: 95% intervals over {counts} documents."
         blocks: list[Block] = [text, table]
         compared = background.of_one_base(models)
         blocks += difference_tables(compared)
@@ -163,8 +164,8 @@ class Perplexity(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return one model's figures, with a curve for each document; in a report, a figure for
-        each document."""
+        """Return one model's figures, with a curve for each document. In a report, return a figure
+        for each document, with a curve for each model."""
         if background.related is None and len(models) == 1:
             (scores,) = models.values()
             return _one_model_figures(scores, background)
@@ -172,7 +173,7 @@ class Perplexity(Evaluation):
 
 
 def check_lengths(lengths: list[int], last_tokens: int, documents: list[Document]) -> None:
-    """Raise ValueError where a length has nothing to score."""
+    """Raise ValueError if a length leaves nothing to score."""
     longest = max(documents, key=lambda document: len(document.ids_T))
     if lengths[-1] > len(longest.ids_T):
         raise ValueError(
@@ -187,10 +188,10 @@ def check_lengths(lengths: list[int], last_tokens: int, documents: list[Document
 
 
 def passes(model: PreTrainedModel, lengths: list[int]) -> list[int]:
-    """Return the lengths at which a document is read to serve all `lengths`.
+    """Return the lengths at which a document must be read to serve all `lengths`.
 
-    The greatest serves all, except where rotary frequencies change with the length: then each has
-    its own pass.
+    The longest serves all, unless the rotary frequencies change with the length. Then each length
+    needs its own pass.
     """
     from longreach.evaluation.likelihood import is_dynamic
 
@@ -198,7 +199,7 @@ def passes(model: PreTrainedModel, lengths: list[int]) -> list[int]:
 
 
 def document_rows(place: dict[str, str], nll_T: np.ndarray, last_tokens: int) -> list[Row]:
-    """Return a row for each protocol, for the context that ends with nll_T's last token.
+    """Return a row for each protocol, for the context that ends with the last token of nll_T.
 
     place: the document's name and domain.
     """
@@ -214,14 +215,14 @@ def document_rows(place: dict[str, str], nll_T: np.ndarray, last_tokens: int) ->
 
 
 def position_rows(place: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> list[Row]:
-    """Return the NLL along the text, in bins of bin_tokens positions; entry t of nll_T is text
-    token t + 1's."""
+    """Return the NLL along the text, in bins of bin_tokens positions. Entry t of nll_T belongs to
+    text token t + 1."""
     tokens = len(nll_T) + 1
     rows = []
     for start in range(0, tokens, bin_tokens):
         end = min(start + bin_tokens, tokens)
         if end == 1:
-            continue  # the text's first token is predicted from nothing, so a bin of it alone has no NLL
+            continue  # the text's first token is not predicted, so a bin with only this token has no NLL
         nll = float(nll_T[max(0, start - 1) : end - 1].mean())
         row: Row = {"kind": "position", "protocol": "per_position"}
         rows.append(row | place | {"start": start, "end": end, "nll": nll})
@@ -229,8 +230,8 @@ def position_rows(place: dict[str, str], nll_T: np.ndarray, bin_tokens: int) -> 
 
 
 def pooled_rows(rows: list[Row]) -> list[Row]:
-    """Return means over documents and, where there are several domains, over each domain's; exp of
-    the mean NLL."""
+    """Return means over all documents and, if there are several domains, over each domain's
+    documents. Perplexity is exp of the mean NLL."""
     groups: dict[tuple[int, str], list[Row]] = {}
     domains = set()
     for row in rows:
@@ -251,7 +252,7 @@ def pooled_rows(rows: list[Row]) -> list[Row]:
 
 
 def _pooled(place: Row, documents: list[Row]) -> Row:
-    """Return the mean over documents' rows, with an interval if there are two or more."""
+    """Return the mean over the rows of documents, with an interval if there are at least two."""
     nll_D = np.array([row["nll"] for row in documents])
     row = {
         "kind": "pooled",
@@ -271,8 +272,8 @@ def _pooled(place: Row, documents: list[Row]) -> Row:
 
 
 def _protocol_table(models: dict[str, EvalScores]) -> tuple[Table, set[int]]:
-    """Return perplexity by protocol and length, and the numbers of documents that it is a mean
-    over."""
+    """Return the table of perplexity by protocol and length, and the numbers of documents in its
+    means."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import cells_of, perplexity_cell, with_commas
 
@@ -294,10 +295,10 @@ def _protocol_table(models: dict[str, EvalScores]) -> tuple[Table, set[int]]:
 
 
 def difference_tables(models: dict[str, EvalScores]) -> list[Table]:
-    """Return a table of each model against the first one on the same tokens; none for fewer than
-    two models.
+    """Return a table that compares each model with the first one on the same tokens; none for fewer
+    than two models.
 
-    There is no number where two models did not read the same tokens.
+    A cell has a dash if the two models did not read the same tokens.
     """
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import DASH
@@ -312,16 +313,16 @@ def difference_tables(models: dict[str, EvalScores]) -> list[Table]:
         lines.append([name, *cells])
     caption = (
         f"Difference in NLL to {reference} on the same tokens "
-        "(nats per token; below 0: better; small: 95% interval over documents, or within the one that there is)"
+        "(nats per token; below 0: better; in small type: 95% interval over documents, or within a single document)"
     )
     legend = ""
     if any(DASH in cells for _, *cells in lines):
-        legend = f"{DASH}: not the same tokens were scored as by {reference}."
+        legend = f"{DASH}: did not score the same tokens as {reference}."
     return [Table(caption, ["model", *(f"up to {length:,}" for length in lengths)], lines, legend=legend)]
 
 
 def _difference_cell(ours: list[Row], theirs: list[Row], length: int) -> str:
-    """Return the difference of two models up to a length and, small, its interval."""
+    """Return the difference of two models up to a length, with its interval in small type."""
     from longreach.evaluation.sections import DASH
 
     try:
@@ -335,7 +336,7 @@ def _difference_cell(ours: list[Row], theirs: list[Row], length: int) -> str:
 
 
 def _one_model_figures(scores: EvalScores, background: Background) -> list[Figure]:
-    """Draw one model: perplexity by length and along the text, a curve for each document."""
+    """Draw one model's perplexity by length and along the text, with a curve for each document."""
     from longreach.evaluation.figures import lines
     from longreach.evaluation.sections import document_style, perplexity_curve
 
@@ -369,7 +370,7 @@ def _one_model_figures(scores: EvalScores, background: Background) -> list[Figur
         lines(
             "along.png",
             f"Along the text: {scores.model}",
-            "A curve that rises past the trained length breaks there.",
+            "If a curve rises past the trained length, the model breaks there.",
             ("token of the text", "perplexity"),
             along,
             style,
@@ -380,8 +381,8 @@ def _one_model_figures(scores: EvalScores, background: Background) -> list[Figur
 
 
 def _along_figures(models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-    """Draw a figure for each document: all models score the same tokens, so the place where one
-    breaks is seen."""
+    """Draw a figure for each document. All models score the same tokens, so it shows where a model
+    breaks."""
     from longreach.evaluation.figures import lines
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -389,7 +390,10 @@ def _along_figures(models: dict[str, EvalScores], style: Style, background: Back
         for document in scores.distinct("document", kind="position"):
             rows = scores.rows_with(kind="position", document=document)
             curves.setdefault(document, {})[name] = coarser(rows)
-    caption = "All models score the same tokens. A curve that leaves the others past the trained length breaks there."
+    caption = (
+        "All models score the same tokens. If a curve leaves the others past the trained length, that model breaks "
+        "there."
+    )
     axes, marks = ("token of the text", "perplexity"), background.marks()
     figures = []
     for number, (document, of_document) in enumerate(curves.items()):
@@ -399,8 +403,8 @@ def _along_figures(models: dict[str, EvalScores], style: Style, background: Back
 
 
 def coarser(rows: list[Row], points: int = 16) -> list[tuple[float, float]]:
-    """Return a curve of (last token, perplexity) through about `points` means over consecutive
-    rows."""
+    """Return a curve of (last token, perplexity) with at most `points` points, each the mean over
+    consecutive rows."""
     step = math.ceil(len(rows) / points)
     curve = []
     for start in range(0, len(rows), step):

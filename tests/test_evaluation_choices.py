@@ -36,7 +36,7 @@ def test_a_list_names_each_value_once(name, field, values):
     kind = EVALS[name].Choices
     with pytest.raises(ValidationError) as error:
         kind(**needed | {field: tuple(values)})
-    assert f"{field} {values}: each once" in str(error.value)
+    assert f"{field} {values} lists a value twice" in str(error.value)
     once = tuple(dict.fromkeys(values))
     if name != "ruler" or field != "depths":  # which needs tasks of one fact
         assert list(once) == kind(**needed | {field: once}).identity()[field], "in the recipe's order"

@@ -154,11 +154,11 @@ def test_validation_documents_choose_lengths_and_count_in_no_score():
     ("choices", "message"),
     [
         ({"lengths": (16, 64)}, "lengths: 16 has no room for score_tokens 16.*at least 17"),
-        ({"base_lengths": (64,)}, "is one length, and a gain needs two"),
+        ({"base_lengths": (64,)}, "is one length, but a gain needs two"),
         ({"base_lengths": (16, 64)}, "base_lengths: 16 has no room for score_tokens 16"),
         (
             {"lengths": (32, 64), "base_lengths": (32, 128)},
-            "base_lengths: 128 is longer than the greatest of lengths, 64",
+            "base_lengths: 128 is more than the longest of `lengths`, 64",
         ),
     ],
 )
@@ -200,9 +200,9 @@ def test_the_difference_is_paired_by_document_and_needs_the_same_tokens():
     assert (found.low, found.high) == (pytest.approx(0.25), pytest.approx(0.25)), "documents differ, their gains do not"
     alone = difference([made_up({128: 1.0}, documents="a")], 128, [made_up({64: 2.0}, documents="a")], 64)
     assert math.isnan(alone.low)
-    with pytest.raises(ValueError, match="not the same tokens"):
+    with pytest.raises(ValueError, match="the tokens scored at context lengths"):
         difference([arm], 128, [made_up({64: 2.0}, documents=("a", "b"))], 64)
-    with pytest.raises(ValueError, match="not the same tokens"):
+    with pytest.raises(ValueError, match="the tokens scored at context lengths"):
         difference([arm], 256, [base], 64)
 
 
@@ -224,7 +224,7 @@ def test_the_page_of_one_model_draws_its_own_gain_and_says_how_many_documents_th
     chart = drawn(scores)["own-gain.png"]
     assert set(names_of(chart)) == {"a", "b", "mean over documents"}
     text, own, nll, by_document, *_ = Gain.section({"base": scores}, Style.of(["base"]), Background()).blocks
-    assert "2 test documents. Small: 95% intervals over the test documents." in text
+    assert "2 test documents. In small type: 95% intervals over the test documents." in text
     assert list(nll.columns) == ["model", "40", "64", "128"]
     assert own.columns == ["model", "64", "128"]
     assert len(by_document.rows) == 6

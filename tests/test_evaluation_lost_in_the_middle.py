@@ -216,7 +216,7 @@ def test_several_kinds_of_distractors_are_curves_of_one_figure():
     assert "distractors" not in scores.rows_with(task="kv")[0]
     (figure,) = [chart for file, chart in drawn(scores).items() if "qa" in file]
     assert names_of(figure) == ["m, hard distractors", "m, random distractors"]
-    for wrong, message in (((), "at least one"), (("hard", "hard"), "each once")):
+    for wrong, message in (((), "at least one"), (("hard", "hard"), "lists a value twice")):
         with pytest.raises(ValueError, match=message):
             LostInTheMiddle.Choices(documents=(3,), distractors=wrong)
 

@@ -215,7 +215,7 @@ def test_rivals_are_ways_of_their_own_in_an_equal_cache():
     assert {"TOVA", "H2O"} < {*names_of(drawn(scores.named("m"))["streaming-m.png"])}
     section = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background())
     assert "H2O what all have attended to least" in section.blocks[1].legend
-    with pytest.raises(ValueError, match="each once"):
+    with pytest.raises(ValueError, match="lists a value twice"):
         run(model, text, rivals=("h2o", "h2o"))
 
 
@@ -326,7 +326,7 @@ def test_the_model_attends_as_before_afterwards():
     [
         ({"tokens": 200}, "a has 200 tokens; scoring 200 takes one more"),
         ({"document": "b"}, "b.*there are: a"),
-        ({"sink_tokens": (4, 4)}, r"sink_tokens \[4, 4\]: each once"),
+        ({"sink_tokens": (4, 4)}, r"sink_tokens \[4, 4\] lists a value twice"),
         ({"sink_tokens": (0,)}, r"sink_tokens \[0\]: from 1"),
         ({"sink_tokens": (4, 24)}, "sink_tokens 24 .*cache_tokens 24"),
         ({"more_cache_tokens": (150,)}, "tokens 150 .*cache_tokens 150"),

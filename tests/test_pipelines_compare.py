@@ -148,7 +148,7 @@ def test_texts_that_share_no_more_than_their_names_are_not_compared(tmp_path, mo
     cells = {name: cells for name, *cells in Page(differences[differences.index("<table") :] + "</table>").rows}
     assert {*cells["tiny: full"], *cells["tiny: base"]} == {"–"}
     assert cells["longer: full"][-1].startswith(f"{math.log(2):+.3f}")
-    assert "–: not the same tokens were scored as by german: full." in text
+    assert "–: did not score the same tokens as german: full." in text
     gain = text[text.index("than the base at the best") :].split("Lowest perplexity")[0]
     assert "longer: full" in gain
     assert "tiny: " not in gain

@@ -559,7 +559,7 @@ def test_gain_is_the_first_figure_and_stands_in_the_main_table_and_in_its_sectio
     pictures = re.findall(r"\]\((\S+\.png)\)", page)
     assert pictures[0] == "gain.png"
     assert pictures.count("gain.png") == 1
-    assert "Below the picture: base at 768 (-2.3" in page
+    assert "Below the range of the figure: base at 768 (-2.3" in page
     seen = page_of(gained[0])
     assert "nats per token better than the base at its best (256)" in [cell for row in seen.rows for cell in row]
     assert float(seen.row("longlora")[1].split("\n")[0]) == pytest.approx(0.1, abs=0.01)
