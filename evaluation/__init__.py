@@ -1,8 +1,8 @@
-"""evaluation: a loaded model in, numbers out. EVALS holds every evaluation by name.
+"""Evaluations: each takes a loaded model and returns scores. EVALS holds every evaluation by name.
 
-An evaluation is a file with one subclass of `Evaluation` (base.py), and one line here. Its section
-in recipes, `longreach evaluate`, its place in the report and what the gate may ask of it follow
-from the class.
+An evaluation is a file with one subclass of `Evaluation` (base.py), and one line here. The class
+also determines its section in recipes, its options in `longreach evaluate`, its place in the report
+and the rules of the gate that use it.
 
     python -c "from longreach.evaluation import EVALS; print(*EVALS)"
 """

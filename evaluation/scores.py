@@ -1,9 +1,8 @@
-"""EvalScores: what an evaluation measured, as tidy rows: one measurement a row, every row saying
-what it measures.
+"""EvalScores: the measurements of an evaluation as tidy rows, one measurement per row.
 
-`write` makes a folder that needs no code of ours to be read: scores.json (everything but the
+`write` makes a folder that can be read without longreach: scores.json (everything except the
 cases), scores.parquet (the rows, typed) and cases.jsonl (what the model was asked and what it
-answered, one case a line).
+answered, one case per line).
 
     python -c "from longreach.evaluation.scores import EvalScores; print(EvalScores.read('scores').summary)"
 """
@@ -26,7 +25,7 @@ else:
     np = lazy_module("numpy")
 
 Row = dict[str, Any]
-"""One measurement; `kind` says which columns it has."""
+"""One measurement. Its `kind` determines its columns."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,23 @@ class EvalScores:
     eval: str
     """The evaluation's name in EVALS."""
     protocol: str
-    """What was computed, in a sentence; where there are several protocols, rows name theirs in a
-    column."""
+    """What was computed, in a sentence. If there are several protocols, each row names its protocol
+    in a column."""
     recipe: dict[str, Any]
     """The evaluation's choices, as JSON."""
     rows: list[Row]
-    """Measurements; columns that a row lacks are null in scores.parquet."""
+    """The measurements. Columns that a row lacks are null in scores.parquet."""
     summary: dict[str, float]
-    """The few numbers that stand for the whole, by metric name."""
+    """The few numbers that summarise the scores, by metric name."""
     note: str = ""
     """What a reader must know before comparing these numbers with others."""
     cases: list[Row] = field(default_factory=list)
-    """Single questions: prompt, expected answer, the model's answer."""
+    """The single questions: prompt, expected answer and the model's answer."""
     model: str = ""
-    """The model's name, also the first column of the rows once `named` has set it."""
+    """The model's name. `named` sets it, and adds it to the rows as their first column."""
 
     def named(self, model: str) -> EvalScores:
-        """Return the same scores under a model's name."""
+        """Return a copy of these scores with a model's name."""
         return replace(self, model=model, rows=[{"model": model, "eval": self.eval} | row for row in self.rows])
 
     def rows_with(self, **columns: Any) -> list[Row]:
@@ -60,13 +59,16 @@ class EvalScores:
         return [row for row in self.rows if columns.items() <= row.items()]
 
     def distinct(self, column: str, /, **columns: Any) -> list[Any]:
-        """Return a column's different values in the rows whose other columns have these values, in the
-        order of the rows."""
+        """Return the distinct values of a column in the rows whose other columns have these values,
+        in the order of the rows."""
         return list(dict.fromkeys(row[column] for row in self.rows_with(**columns)))
 
     def write(self, out: Path) -> None:
-        """Write scores.json, scores.parquet and cases.jsonl into `out`; ValueError where a number
-        is not finite."""
+        """Write scores.json, scores.parquet and cases.jsonl into `out`.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -87,17 +89,17 @@ class EvalScores:
                 lines.write(json.dumps(case, ensure_ascii=False, allow_nan=False) + "\n")
 
     def _check_finite(self, place: str, numbers: Row) -> None:
-        """Raise ValueError where one of the numbers is not finite."""
+        """Raise ValueError if one of the numbers is not finite."""
         bad = []
         for key, value in numbers.items():
             if isinstance(value, float) and not math.isfinite(value):
                 bad.append(key)
         if bad:
-            raise ValueError(f"{self.eval}: {', '.join(bad)} in {place} is not finite: no score to keep")
+            raise ValueError(f"{self.eval}: {', '.join(bad)} in {place} is not finite, so the scores are not saved")
 
     @classmethod
     def read(cls, folder: Path | str) -> EvalScores:
-        """Read what `write` wrote."""
+        """Read scores from a folder that `write` made."""
         content = json.loads((Path(folder) / "scores.json").read_text(encoding="utf-8"))
         with (Path(folder) / "cases.jsonl").open(encoding="utf-8") as lines:
             return cls(**content, cases=list(map(json.loads, lines)))
@@ -108,14 +110,14 @@ class Difference(NamedTuple):
 
     nats: float
     low: float
-    """Of the 95% interval over documents (and seeds); NaN with one document and one seed."""
+    """Lower end of the 95% interval over documents and seeds; NaN with one document and one seed."""
     high: float
     documents: int
     seeds: int
 
 
 def gathered(results: Iterable[tuple[Any, dict[str, Any]]], name: str) -> list[Row]:
-    """Return the rows (or cases) that cells' results list under a name, all in one list."""
+    """Return the rows (or cases) that the cells' results have under a name, in one list."""
     rows: list[Row] = []
     for _, result in results:
         rows += result[name]
@@ -128,8 +130,8 @@ def mean_of(rows: Iterable[Row], column: str) -> float:
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a proportion (1927): it stays in [0, 1] and has a width at 0
-    and at 1 too."""
+    """Return Wilson's 95% interval of a proportion (1927). It stays within [0, 1], and its width is
+    not zero at 0 and 1."""
     z = 1.96
     share = successes / trials
     shrink = 1 + z * z / trials
@@ -139,14 +141,18 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
 
 
 def wilson_over_texts(cases: list[Row], values: Sequence[float]) -> tuple[float, float]:
-    """Return Wilson's 95% interval of the mean of the cases' values, each from 0 to 1, over their
-    texts: questions about one text, or one at several depths of it, are no independent trials."""
+    """Return Wilson's 95% interval of the mean of the cases' values (each from 0 to 1), over texts.
+
+    Several questions about one text, or one question at several depths of it, are not independent
+    trials.
+    """
     shares = shares_by_text(cases, values)
     return wilson(sum(shares), len(shares))
 
 
 def shares_by_text(cases: list[Row], values: Sequence[float]) -> list[float]:
-    """Return the mean of the cases' values for each text, which a case names as its `trial`."""
+    """Return the mean of the cases' values for each text. The `trial` of a case identifies its
+    text."""
     by_text: dict[int, list[float]] = {}
     for case, value in zip(cases, values, strict=True):
         by_text.setdefault(case["trial"], []).append(value)
@@ -154,14 +160,15 @@ def shares_by_text(cases: list[Row], values: Sequence[float]) -> list[float]:
 
 
 def mean_interval(value_SD: np.ndarray, weight_D: np.ndarray | None = None) -> tuple[float, float] | None:
-    """Return the 95% interval of a mean over D documents [D], or over S seeds and D documents, all
-    of which are crossed [S, D]; None for one value.
+    """Return the 95% interval of a mean over D documents [D], or over S seeds and D documents,
+    crossed [S, D]; None for a single value.
 
-    Student's t, which knows how few there are; percentiles of a bootstrap do not (their 95% of ten
-    normal values miss the mean 11 times in a hundred, of three 25 times). Documents and seeds may
-    both be chance: their variances are added, and their degrees of freedom pooled (Satterthwaite
-    1946). `weight_D`: how much each document counts in the mean, such as its tokens; without it,
-    all alike.
+    The interval is Student's t, which accounts for small samples. Bootstrap percentiles do not:
+    their 95% interval misses the mean of ten normal values 11 times in a hundred, and of three
+    values 25 times. Documents and seeds are both random factors: their variances are added, and
+    their degrees of freedom pooled (Satterthwaite 1946).
+
+    weight_D: weight of each document in the mean, such as its number of tokens; None: equal weights.
     """
     from scipy.special import stdtrit
 
@@ -173,7 +180,7 @@ def mean_interval(value_SD: np.ndarray, weight_D: np.ndarray | None = None) -> t
     if weight_D is not None:
         share_D = weight_D / weight_D.mean()
     mean = float((value_SD * share_D).mean())
-    around_D = share_D * (value_SD.mean(0) - mean)  # of a ratio of sums: each document's part in its error
+    around_D = share_D * (value_SD.mean(0) - mean)  # each document's contribution to the error of a ratio of sums
     around_S = (value_SD * share_D).mean(1) - mean
     variance, pooled = 0.0, 0.0
     for around in (around_D, around_S):
@@ -188,8 +195,12 @@ def mean_interval(value_SD: np.ndarray, weight_D: np.ndarray | None = None) -> t
 
 
 def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None, *, over_texts: bool = False) -> Row:
-    """Return the mean over cases in which something had to be found, with Wilson's interval of the
-    share found: over cases, or over their texts where one is asked for the same several times."""
+    """Return the mean over cases in which something had to be found, with Wilson's 95% interval of
+    the share found.
+
+    over_texts: compute the interval over texts instead of cases; needed if each text is asked about
+    several times.
+    """
     found = [case["correct"] for case in cases]
     correct = sum(found)
     low, high = wilson(correct, len(cases))
@@ -211,15 +222,14 @@ def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None,
 
 
 PASSKEY_BAR = 0.9
-"""Share of pass keys that must be found for a length to count as used, where a recipe does not set
-another one."""
+"""Default of the share of pass keys that must be found for a length to count as used."""
 
 
 def effective_length(totals: list[Row], bar: float) -> int:
-    """Return the greatest length up to which the accuracy reaches the bar at every length; 0 if at
-    none (RULER, arXiv:2404.06654).
+    """Return the effective length: the longest length up to which the accuracy is at least `bar` at
+    every length, or 0 if there is none (RULER, arXiv:2404.06654).
 
-    totals: rows of an evaluation in which something has to be found, one for each length.
+    totals: one row for each length, from an evaluation in which something has to be found.
     """
     reached = 0
     for row in sorted(totals, key=lambda row: row["length"]):
@@ -230,13 +240,16 @@ def effective_length(totals: list[Row], bar: float) -> int:
 
 
 def paired(ours: list[Row], theirs: list[Row], length: int, beyond: int = 0) -> dict[str, float]:
-    """Return how two models' perplexity rows differ on the same tokens: {"nll": ours - theirs,
-    "low", "high", "documents"}.
+    """Return how the perplexity rows of two models differ on the same tokens: {"nll": ours - theirs,
+    "low", "high", "documents"}, in nats per token.
 
-    The difference is taken in bins of last_tokens positions of each document, from its token
-    `beyond` up to `length`. The 95% interval is over documents, each with the weight of its tokens:
-    bins of one document have too much in common. Of a single document it is over its bins, and says
-    nothing about other texts. ValueError unless both models read the same documents.
+    The difference is computed in bins of last_tokens positions of each document, from its token
+    `beyond` up to `length`. The 95% interval is over documents, weighted by their tokens, because
+    bins of one document are not independent. With a single document, the interval is over its bins,
+    and says nothing about other texts.
+
+    Raises:
+        ValueError: the two models did not read the same documents.
     """
     our_bins = _nll_by_bin(ours, length, beyond)
     their_bins = _nll_by_bin(theirs, length, beyond)
@@ -247,7 +260,7 @@ def paired(ours: list[Row], theirs: list[Row], length: int, beyond: int = 0) -> 
     for place, our_nll in our_bins.items():
         document, start, end = place
         differences.setdefault(document, []).append(our_nll - their_bins[place])
-        widths.setdefault(document, []).append(end - start)  # a text's last bin may be of one token
+        widths.setdefault(document, []).append(end - start)  # the last bin of a text may have only one token
     if len(differences) > 1:
         means = [np.average(differences[name], weights=widths[name]) for name in differences]
         difference, width = np.array(means), np.array([sum(of_one) for of_one in widths.values()])
@@ -260,8 +273,8 @@ def paired(ours: list[Row], theirs: list[Row], length: int, beyond: int = 0) -> 
 
 
 def _nll_by_bin(rows: list[Row], length: int, beyond: int) -> dict[tuple[str, int, int], float]:
-    """Return the NLL of each (document, start, end) that begins from token `beyond` on and before
-    token `length`."""
+    """Return the NLL of each bin (document, start, end) that starts at or after token `beyond` and
+    before token `length`."""
     bins = {}
     for row in rows:
         if row["kind"] == "position" and beyond <= row["start"] < length:

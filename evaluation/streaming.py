@@ -1,30 +1,30 @@
-"""Streaming a text with a small cache, four ways (StreamingLLM, arXiv:2309.17453, figure 3): perplexity on the way.
+"""Perplexity of streaming a text with a small cache, in four ways (StreamingLLM, arXiv:2309.17453, figure 3).
 
-  dense      every token sees all before it: what an unbounded cache would give
-  window     the cache keeps the last `cache_tokens` tokens: collapses once the first tokens have left it, because they
-             carry the attention that a softmax has to put somewhere (attention sinks)
-  recompute  before each token, a fresh pass over the last `cache_tokens` tokens: no collapse, at a
-             price that is quadratic in the cache
-  n sinks    the first n tokens stay for ever, beside the most recent ones, in the same cache
+  dense      every token sees all tokens before it, as with an unbounded cache
+  window     the cache keeps the last `cache_tokens` tokens; perplexity explodes once the first tokens are evicted,
+             because they receive the attention that a softmax has to put somewhere (attention sinks)
+  recompute  before each token, a fresh pass over the last `cache_tokens` tokens; perplexity stays low, but the cost
+             is quadratic in the cache size
+  n sinks    the first n tokens stay in the cache permanently, together with the most recent ones
 
-Each way predicts from `cache_tokens` cached tokens and the current one. All but `recompute` are
-computed for the whole text in one pass (evaluation/small_cache.py) that gives what decoding token
-by token would. So are the field's caches that choose by attention what to forget (`rivals`: TOVA
-and H2O, attention/evicting_cache.py), each with as many tokens. `recompute` needs a pass for each
-scored token, so it scores every n-th one and its
-mean is estimated by difference: the mean of another way over all tokens, plus the mean difference
-to it over the sample. Neighbouring tokens differ in NLL far more than two ways do on one token, so
-the difference is known to a few per cent where the sample's own mean would be off by tens.
+Each way predicts from `cache_tokens` cached tokens and the current one. All ways but `recompute`
+are computed for the whole text in one pass (evaluation/small_cache.py), with the same result as
+decoding token by token. So are published caches of the same size that choose by attention what to
+evict (`rivals`: TOVA and H2O, attention/evicting_cache.py). `recompute` needs a pass for each
+scored token, so it scores only every n-th token. Its mean is estimated by difference: the mean of
+another way over all tokens, plus the mean difference to that way over the sample. NLL varies far
+more between neighbouring tokens than between two ways on one token. So the difference is known to a
+few per cent, while the error of the sample's own mean would be tens of per cent.
 
-Perplexity counts from the token where the ways begin to differ: after the first `cache_tokens`
-tokens of the text. Streaming keeps a model fluent for ever; it does not let it see further back
+Perplexity is measured from the token where the ways begin to differ: after the first `cache_tokens`
+tokens of the text. Streaming keeps a model fluent without end, but does not let it see further back
 than its cache.
 
-Positions are counted in the cache (the paper's way) or in the text; RoPE is relative, so that only
-sinks can tell. Is it the first tokens' place or their meaning? `newlines` replaces them by line
-breaks (the paper's table 2). Latencies and cache sizes are measured on the real decode path;
-`endurance_tokens` streams all documents through one cache. So there are three kinds of cells, a
-class for each: `Ways`, `Latencies` and `Endurance`.
+Positions are counted in the cache (as in the paper) or in the text. RoPE is relative, so this makes
+a difference only for sinks. `newlines` replaces the first tokens by line breaks (the paper's table
+2), which shows whether their place or their meaning matters. Latencies and cache sizes are measured
+on the real decode path. `endurance_tokens` streams all documents through one cache. So there are
+three kinds of cells, with a class for each: `Ways`, `Latencies` and `Endurance`.
 
     longreach evaluate MODEL --eval streaming --set document=2026-Trump-1 --set cache_tokens=256
 
@@ -64,9 +64,9 @@ else:
     np = lazy_module("numpy")
 
 STRETCH = 256
-"""Tokens of a stretch of text, over which ways are compared: long enough that neighbours are nearly independent."""
+"""Tokens in a piece of text for comparing ways; long enough that neighbouring pieces are nearly independent."""
 ABOUT = ("way", "positions", "cache_tokens", "sink_tokens", "protocol")
-"""Columns that say what a row of a way is about."""
+"""Columns that identify the way of a row."""
 BINS = 24
 """Points of the curves along the text and along the endurance run."""
 
@@ -83,49 +83,55 @@ class Streaming(Evaluation):
         """StreamingLLM's four ways through one text (2309.17453, figure 3)."""
 
         document: DocumentName = "*"
-        """Held-out document (name, or a shell pattern whose first match is taken)."""
+        """Held-out document (name, or a shell pattern whose first match is used)."""
         more_documents: New[DocumentNames] = ()
-        """Further ones that go through the same ways, chosen alike; latencies and the endurance run leave them out."""
+        """More held-out documents for the same ways (names, or shell patterns whose first match is used). Not used
+        for latencies; the endurance run always streams all held-out documents."""
         tokens: int = Field(default=1024, ge=2)
-        """Tokens of each that are scored."""
+        """Number of tokens of each document that are scored."""
         cache_tokens: int = Field(default=256, ge=2)
-        """Keys that each way keeps, sinks included (dense keeps all)."""
+        """Cache size in tokens, sinks included (`dense` keeps all tokens)."""
         more_cache_tokens: New[tuple[Count, ...]] = ()
-        """Further sizes of the cache; all ways but dense are measured in each, on the tokens after the greatest, so
-        that sizes compare. The endurance run keeps to cache_tokens."""
+        """More cache sizes in tokens. All ways but `dense` are measured with each size, on the tokens after the
+        largest one, so that sizes can be compared. The endurance run uses only cache_tokens."""
         sink_tokens: tuple[int, ...] = Field(default=(4,), min_length=1)
-        """Number of first tokens that the sink cache keeps; each number is a way of its own."""
+        """Numbers of first tokens that the sink cache keeps; each number is a separate way."""
         ways: tuple[Literal["dense", "window", "recompute", "sinks"], ...] = Field(
             default=("dense", "window", "recompute", "sinks"), min_length=1
         )
-        """Which of the four ways are measured."""
+        """Which of the four ways to measure."""
         rivals: New[tuple[Literal["tova", "h2o"], ...]] = ()
-        """Caches of the same size that choose by attention what to forget, each a way of its own: tova
-        (2401.06104), h2o (heavy hitters, 2306.14048); nothing is trained."""
+        """Caches of the same size that choose by attention what to evict, each a separate way: tova (2401.06104), h2o
+        (heavy hitters, 2306.14048). They need no training."""
         recompute_every: int = Field(default=16, ge=1)
-        """The `recompute` way scores every n-th token, as each needs a pass over its own window; 1 scores all."""
+        """The `recompute` way scores every n-th token, because each needs a pass over its own window; 1 scores all."""
         positions: tuple[Literal["cache", "text"], ...] = Field(default=("cache",), min_length=1)
-        """Where sinks' positions are counted: inside the cache (the paper's way) or in the text; a way each."""
+        """Where positions of the ways with sinks and of rivals are counted: in the cache (as in the paper) or in the
+        text; each is a separate way."""
         newlines: bool = False
-        """Also with the sinks' own tokens replaced by line breaks: is it their place or their meaning?"""
+        """Also measure ways whose sinks are replaced by line breaks, to see if the sinks' place or meaning matters."""
         latency_tokens: int = Field(default=0, ge=0)
-        """Decode n tokens one by one in each way, and time them; 0: no latencies."""
+        """Number of tokens to decode one by one in each way to time them; 0: do not measure latencies."""
         endurance_tokens: int = Field(default=0, ge=0)
-        """Stream n tokens of all documents through one sink cache; 0: not measured."""
+        """Number of tokens, from all held-out documents, to stream through one sink cache; 0: no endurance run."""
 
         @model_validator(mode="after")
         def _fits(self) -> Streaming.Choices:
             sizes = self.cache_sizes()
             if len({*sizes}) < len(sizes):
-                raise ValueError(f"cache_tokens and more_cache_tokens {list(sizes)}: each size once")
+                raise ValueError(
+                    f"cache_tokens and more_cache_tokens {list(sizes)} list a size twice: list each size once"
+                )
             smallest, largest = min(sizes), max(sizes)
             if self.latency_tokens and self.latency_tokens + largest + 1 >= self.tokens:
                 raise ValueError(
                     f"latency_tokens {self.latency_tokens} and cache_tokens {largest} before them do not fit "
-                    f"into tokens {self.tokens}: lower latency_tokens or score more tokens"
+                    f"into tokens {self.tokens}: lower latency_tokens or raise tokens"
                 )
             if min(self.sink_tokens) < 1:
-                raise ValueError(f"sink_tokens {list(self.sink_tokens)}: from 1 (none: way 'window')")
+                raise ValueError(
+                    f"sink_tokens {list(self.sink_tokens)} must be at least 1 each; for no sinks, use the way 'window'"
+                )
             most = max(self.sink_tokens)
             if most >= smallest:
                 raise ValueError(
@@ -134,17 +140,17 @@ class Streaming(Evaluation):
                 )
             if largest >= self.tokens:
                 raise ValueError(
-                    f"tokens {self.tokens} do not outgrow cache_tokens {largest}, so all ways would be the "
-                    f"same: score more tokens or use a smaller cache"
+                    f"tokens {self.tokens} must be more than cache_tokens {largest}, because all ways are the "
+                    f"same until the cache is full: raise tokens or lower cache_tokens"
                 )
             return self
 
         def cache_sizes(self) -> tuple[int, ...]:
-            """Return all sizes of the cache, that of `cache_tokens` first."""
+            """Return all cache sizes, `cache_tokens` first."""
             return (self.cache_tokens, *self.more_cache_tokens)
 
         def longest_input(self) -> int:
-            """Return how many tokens the model reads at once at most."""
+            """Return the largest number of tokens that the model reads at once."""
             return self.tokens
 
     choices: Choices
@@ -153,7 +159,7 @@ class Streaming(Evaluation):
         """Return a cell for each way, then one for each latency, then the endurance run.
 
         Raises:
-            ValueError: the text is missing or too short, or the model's attention cannot be streamed.
+            ValueError: a text is missing or too short, or the model's attention cannot be streamed.
         """
         self._check_texts()
         self._check_model()
@@ -165,14 +171,14 @@ class Streaming(Evaluation):
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return what the cell's kind measures; FloatingPointError for logits that are not finite."""
+        """Return the result of the cell's kind; raise FloatingPointError for logits that are not finite."""
         kind = next(kind for kind in KINDS if kind.kind == cell["kind"])
         return kind.measure(self, cell)
 
     @classmethod
     def scores(cls, choices: Choices, results: Results) -> EvalScores:
-        """Return rows of kind `way` (perplexity after the first cache_tokens tokens), `stream`
-        (binned along the text), `latency` and `endurance`; NLL in nats per token."""
+        """Return rows of kind `way` (perplexity after the largest cache is full), `text` (the same by text, if there
+        are several), `stream` (binned along the text), `latency` and `endurance`. NLL is in nats per token."""
         rows: list[Row] = []
         summary: dict[str, float] = {}
         for kind in KINDS:
@@ -203,38 +209,42 @@ class Streaming(Evaluation):
 
     @property
     def document(self) -> Document:
-        """The text that the ways go through, the first one if there are several."""
+        """The text to stream; the first one if there are several."""
         return matching(self.documents, (self.choices.document,))[0]
 
     @property
     def texts(self) -> list[Document]:
-        """All texts that the ways go through."""
+        """All texts to stream."""
         further = [matching(self.documents, (pattern,))[0] for pattern in self.choices.more_documents]
         return [self.document, *further]
 
     def text_ids(self, name: str) -> np.ndarray:
-        """Return a text's scored tokens and the one before them, after the model's own first token if it has one."""
+        """Return the token ids of a text: the model's own first token if it has one, the text's first token, and the
+        scored tokens."""
         return with_first(named(self.texts, name).ids_T[: self.choices.tokens + 1], first_token_id(self.tokenizer))
 
     def _check_texts(self) -> None:
-        """Raise ValueError where the documents are too short."""
+        """Raise ValueError if a document is too short, or chosen twice."""
         choices, names = self.choices, [document.name for document in self.texts]
         if len({*names}) < len(names):
-            raise ValueError(f"document and more_documents choose {', '.join(names)}: each text once")
+            raise ValueError(
+                f"document and more_documents choose {', '.join(names)}, which has a text twice: choose each text once"
+            )
         for document in self.texts:
             if len(document.ids_T) <= choices.tokens:
                 raise ValueError(
-                    f"{document.name} has {len(document.ids_T)} tokens; scoring {choices.tokens} takes one more than "
-                    f"that: lower tokens or choose a longer document"
+                    f"{document.name} has {len(document.ids_T)} tokens, but scoring {choices.tokens} tokens needs at "
+                    f"least one more than that: lower tokens or choose a longer document"
                 )
         total = sum(len(document.ids_T) for document in self.documents)
         if choices.endurance_tokens >= total:
             raise ValueError(
-                f"endurance_tokens {choices.endurance_tokens}, but all held-out documents have {total} tokens"
+                f"endurance_tokens is {choices.endurance_tokens}, but must be less than the {total} tokens of all "
+                f"held-out documents: lower it or add documents"
             )
 
     def _check_model(self) -> None:
-        """Raise ValueError where the model's attention or its head does something that streaming cannot follow."""
+        """Raise ValueError if the model's attention, head or position encoding does not allow streaming."""
         from longreach.evaluation.likelihood import check_attention, check_head
         from longreach.evaluation.small_cache import check_rope
 
@@ -249,7 +259,7 @@ class Streaming(Evaluation):
 
     @classmethod
     def section(cls, models: dict[str, EvalScores], style: Style, background: Background) -> Section:
-        """Return the ways through the text, what a token costs in each, and the longest stream."""
+        """Return a section with the perplexity of each way, the latency of a token in each, and the endurance run."""
         from longreach.evaluation.blocks import Section
 
         protocol = next(iter(models.values())).protocol
@@ -262,7 +272,7 @@ class Streaming(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return perplexity along the text, a figure for each model, and along the endurance runs of all models."""
+        """Return a figure of perplexity along the text for each model, and one of the endurance runs of all models."""
         from longreach.evaluation.figures import lines
         from longreach.evaluation.sections import perplexity_curve
 
@@ -273,8 +283,8 @@ class Streaming(Evaluation):
                 curves[name] = perplexity_curve(rows, "end")
         if curves:
             caption = (
-                "One stream through one cache that never grows. Flat: generation stays stable; a rise that stays is "
-                "decay."
+                "One stream through one cache that never grows. A flat line means that generation stays stable; a "
+                "lasting rise means that it degrades."
             )
             axes = ("token of the stream", "perplexity")
             figures.append(lines("endurance.png", "Endurance", caption, axes, curves, style, log=True))
@@ -282,14 +292,14 @@ class Streaming(Evaluation):
 
 
 class Ways:
-    """Perplexity of each way through the text."""
+    """Cells that measure the perplexity of each way."""
 
     kind: ClassVar[str] = "way"
 
     @staticmethod
     def cells(streaming: Streaming) -> list[Cell]:
-        """Return a cell for each text and way; sinks have one for each number of them, place of positions, and line
-        breaks."""
+        """Return a cell for each text and way. The way `sinks` has a cell for each number of sinks, each choice of
+        positions, and line breaks."""
         choices = streaming.choices
         cells = []
         for text in streaming.texts:
@@ -331,7 +341,7 @@ class Ways:
 
     @staticmethod
     def measure(streaming: Streaming, cell: Cell) -> Result:
-        """Return {"nll": nats of text tokens 1.., of the sampled ones for `recompute`}."""
+        """Return {"nll": nats of each text token from token 1 on; for `recompute`, of the sampled tokens}."""
         from longreach.evaluation.small_cache import evicted_nll, recomputed_nll, streamed_nll
 
         choices, model, name = streaming.choices, streaming.model, cell["document"]
@@ -344,7 +354,7 @@ class Ways:
             return {"nll": recomputed_nll(model, ids_T, ends_N, size + 1, name).tolist()}
         sinks = cell["sinks"]
         if cell["newlines"]:
-            # the model's own first token is no text, so it stays
+            # the model's own first token is not part of the text, so it stays
             own = int(ids_T[0] == first_token_id(streaming.tokenizer))
             breaks = np.full(sinks - own, line_break(streaming.tokenizer))
             ids_T = np.concatenate([ids_T[:own], breaks, ids_T[sinks:]])
@@ -356,7 +366,7 @@ class Ways:
 
     @staticmethod
     def rows(choices: Streaming.Choices, results: Results) -> list[Row]:
-        """Return a row for each way, rows along the stream, and with several texts one for each way and text."""
+        """Return a row for each way, rows along the stream and, with several texts, a row for each way and text."""
         return tabulate(choices, [(cell, np.array(result["nll"])) for cell, result in results])
 
     @staticmethod
@@ -370,13 +380,13 @@ class Ways:
 
 
 class Latencies:
-    """What decoding one token costs in each way."""
+    """Cells that measure the time and memory of decoding a token in each way."""
 
     kind: ClassVar[str] = "latency"
 
     @staticmethod
     def cells(streaming: Streaming) -> list[Cell]:
-        """Return a cell for each way; sinks have the first number of them."""
+        """Return a cell for each way and cache size. The way `sinks` uses the first number in sink_tokens."""
         choices = streaming.choices
         if not choices.latency_tokens:
             return []
@@ -394,7 +404,7 @@ class Latencies:
 
     @staticmethod
     def measure(streaming: Streaming, cell: Cell) -> Result:
-        """Return {"rows": one}: milliseconds a token, and MiB of keys and values."""
+        """Return {"rows": [a row]} with milliseconds per token, and MiB of keys and values."""
         from longreach.evaluation.small_cache import decoding_latency
 
         choices = streaming.choices
@@ -423,13 +433,13 @@ class Latencies:
 
 
 class Endurance:
-    """All held-out documents through one cache: does generation stay stable, does memory stay flat?"""
+    """The cell that streams all held-out documents through one cache, to see if perplexity and memory stay stable."""
 
     kind: ClassVar[str] = "endurance"
 
     @staticmethod
     def cells(streaming: Streaming) -> list[Cell]:
-        """Return one cell if an endurance run is asked for."""
+        """Return one cell if endurance_tokens is set."""
         choices = streaming.choices
         if not choices.endurance_tokens:
             return []
@@ -445,7 +455,7 @@ class Endurance:
 
     @staticmethod
     def measure(streaming: Streaming, cell: Cell) -> Result:
-        """Return {"rows": along the run, the NLL and the process's resident memory}."""
+        """Return {"rows": NLL and the process's resident memory along the run}."""
         from longreach.evaluation.small_cache import endurance
 
         text_T = np.concatenate([document.ids_T for document in streaming.documents])[: cell["tokens"] + 1]
@@ -473,13 +483,13 @@ class Endurance:
 
     @staticmethod
     def summary(rows: list[Row]) -> dict[str, float]:
-        """Return the perplexity of the whole run, and by how much the process grew in its last three quarters."""
+        """Return the perplexity of the whole run, and the growth of the process in its last three quarters, in MiB."""
         grown = rows[-1]["resident_mib"] - rows[len(rows) // 4]["resident_mib"]
         return {"endurance_ppl": math.exp(mean_of(rows, "nll")), "endurance_growth_mib": grown}
 
 
 KINDS = (Ways, Latencies, Endurance)
-"""What a cell can measure, in the order of the cells."""
+"""The kinds of cells, in the order of the cells."""
 
 
 def sampled(choices: Streaming.Choices) -> np.ndarray:
@@ -488,40 +498,42 @@ def sampled(choices: Streaming.Choices) -> np.ndarray:
 
 
 def size_of(choices: Streaming.Choices, cell: Cell) -> int:
-    """Return the cache's size in a cell; only those of the further sizes say it."""
+    """Return the cache size of a cell. Only cells for more_cache_tokens state it."""
     return int(cell.get("cache_tokens", choices.cache_tokens))
 
 
 def _measure_name(way: str) -> str:
-    """Return a way's name as the summary writes it: `4_sinks_text_positions`."""
+    """Return a way's name as written in the summary, such as `4_sinks_text_positions`."""
     return way.replace(",", "").replace(" ", "_")
 
 
 def _about_size(cell: Cell) -> str:
-    """Return the end of a way's name in one of the further sizes of the cache."""
+    """Return the suffix of a way's name that states a cache size from more_cache_tokens; empty for cache_tokens."""
     return f", cache {cell['cache_tokens']}" if "cache_tokens" in cell else ""
 
 
 def line_break(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of a line break; ValueError where it is no token of its own."""
+    """Return the token id of a line break; raise ValueError if it is not a single token."""
     before = tokenizer("a", add_special_tokens=False).input_ids
-    ids = tokenizer("a\n", add_special_tokens=False).input_ids[len(before) :]  # alone, some put a blank before it
+    # some tokenizers put a space before a line break that stands alone
+    ids = tokenizer("a\n", add_special_tokens=False).input_ids[len(before) :]
     if len(ids) != 1:
-        raise ValueError(f"a line break is {len(ids)} tokens of this tokenizer: leave out streaming.newlines")
+        raise ValueError(f"this tokenizer makes {len(ids)} tokens of a line break, not 1: leave out streaming.newlines")
     return int(ids[0])
 
 
 Measured = list[tuple[Cell, "np.ndarray"]]
-"""Cells of ways with their NLL: entry t is text token t + 1's, for `recompute` that of the sampled tokens."""
+"""Cells of ways with their NLL: entry t belongs to text token t + 1; for `recompute`, entry n to sampled token n."""
 
 
 def _texts_of(results: Results) -> list[str]:
-    """Return the names of the texts that cells are about, in their order."""
+    """Return the names of the texts in the results, in their order."""
     return list(dict.fromkeys(cell["document"] for cell, _ in results))
 
 
 def tabulate(choices: Streaming.Choices, ways: Measured) -> list[Row]:
-    """Return a row for each way over all texts, the rows along the first text, and of several texts a row each."""
+    """Return a row for each way over all texts, the rows along the first text and, if there are several texts, a row
+    for each way and text."""
     texts: dict[str, Measured] = {}
     for cell, nll_N in ways:
         texts.setdefault(cell["document"], []).append((cell, nll_N))
@@ -546,11 +558,12 @@ def tabulate(choices: Streaming.Choices, ways: Measured) -> list[Row]:
 
 
 def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]) -> dict[str, Row]:
-    """Return for each way its perplexity over that with the most sinks, and an interval over stretches of the texts.
+    """Return the ratio of each way's perplexity to that of the way with the most sinks, with an interval over pieces
+    of the texts.
 
-    Both ways read the same stretches, once the cache is full, so that how hard a stretch is cancels
-    out. Each size of the cache has its own yardstick. Nothing for `recompute`, which scores other
-    tokens, nor where no sinks were measured.
+    Both ways read the same pieces of STRETCH tokens once the cache is full, so the difficulty of a
+    piece cancels out. Each cache size has its own baseline. There is no ratio for `recompute`, which
+    scores other tokens, and none at all if no sinks were measured.
     """
     most = {"way": "sinks", "sinks": max(choices.sink_tokens), "positions": choices.positions[0], "newlines": False}
     first = max(choices.cache_sizes())
@@ -615,8 +628,8 @@ def tabulate_text(choices: Streaming.Choices, ways: Measured) -> tuple[list[Row]
 
 
 def _beside(choices: Streaming.Choices, ways: Measured, size: int) -> tuple[Cell, np.ndarray] | None:
-    """Return the way beside which a sample of `recompute` in a cache of this size is judged: it scores all tokens and
-    is the most alike."""
+    """Return the way to which a sample of `recompute` with this cache size is compared: the most similar way that
+    scores all tokens; None if there is none."""
     for wanted in ("sinks", "dense", "window"):
         for cell, nll_T in ways:
             if cell["way"] == wanted and size_of(choices, cell) == size:
@@ -625,7 +638,7 @@ def _beside(choices: Streaming.Choices, ways: Measured, size: int) -> tuple[Cell
 
 
 def way_of(cell: Cell) -> str:
-    """Return a way's name, with what is unusual about it."""
+    """Return a way's name, with text positions, line breaks and another cache size if it has them."""
     name = name_of(cell["way"], cell["sinks"])
     if cell["positions"] == "text":
         name += ", text positions"
@@ -635,7 +648,7 @@ def way_of(cell: Cell) -> str:
 
 
 def name_of(way: str, sinks: int) -> str:
-    """Return what a way is called in rows and figures: `dense`, `window`, `recompute`, `4 sinks`, `TOVA`."""
+    """Return a way's name in rows and figures: `dense`, `window`, `recompute`, `4 sinks`, `TOVA`."""
     if way in ("tova", "h2o"):
         return way.upper()
     if way != "sinks":
@@ -644,11 +657,11 @@ def name_of(way: str, sinks: int) -> str:
 
 
 def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, start: int, end: int) -> Row:
-    """Return the mean NLL of tokens start..end-1: that of beside_T over all of them, plus the mean
+    """Return the mean NLL of tokens start..end-1: the mean of beside_T over all of them, plus the mean
     difference to it over scored_N.
 
-    With beside_T zero and every token scored this is the plain mean. Only sampled means have an
-    interval, over differences.
+    If beside_T is zero and every token is scored, this is the plain mean. Only means over a sample
+    have an interval, which is over the differences.
     """
     inside = (start <= scored_N) & (scored_N < end)
     if not inside.any():
@@ -667,7 +680,8 @@ def mean_over(nll_N: np.ndarray, scored_N: np.ndarray, beside_T: np.ndarray, sta
 
 
 def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
-    """Return the perplexity of each way, a column for each model; of several texts once more by text."""
+    """Return the table of each way's perplexity, with a column for each model; one by cache size if there are several
+    sizes, and one by text if there are several texts."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import cells_of, perplexity_cell, with_commas
 
@@ -688,28 +702,31 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
     recipe = next(iter(models.values())).recipe
     sizes = [recipe["cache_tokens"], *recipe.get("more_cache_tokens", ())]
     cache = " or ".join(with_commas(sorted(sizes)))
-    legend = "Small: the tokens that are scored. n sinks: the first n tokens stay in the cache, beside the most recent."
+    legend = (
+        "In small type: which tokens are scored. n sinks: the first n tokens stay in the cache, with the most recent "
+        "ones."
+    )
     if "TOVA" in ways or "H2O" in ways:
         legend += (
-            " TOVA forgets what the current token attends to least, H2O what all have attended to least, but for the "
-            "most recent half."
+            " TOVA evicts the token that the current token attends to least. H2O evicts the token that all tokens have "
+            "attended to least, except for the most recent half."
         )
     if beside:
         legend += (
-            f" ×: over that with {' or '.join(sorted(beside))} on the same tokens, and its 95% interval over stretches "
-            f"of {STRETCH} tokens."
+            f" ×: ratio to the perplexity with {' or '.join(sorted(beside))} on the same tokens, with its 95% interval "
+            f"over pieces of {STRETCH} tokens."
         )
     tables = [Table(f"Perplexity once the cache of {cache} tokens is full", ["way", *models], lines, legend=legend)]
     if len(sizes) > 1:
         tables += [_sizes_table(name, scores, sorted(sizes)) for name, scores in models.items()]
     if texts:
         lines = [[way, *cells_of(rows, models, perplexity_cell)] for way, rows in texts.items()]
-        tables.append(Table("The same by text", ["way", *models], lines))
+        tables.append(Table("Perplexity by text", ["way", *models], lines))
     return tables
 
 
 def _sizes_table(name: str, scores: EvalScores, sizes: list[int]) -> Table:
-    """Return one model's perplexity by way and size of the cache, as StreamingLLM's tables 2 and 6."""
+    """Return the table of one model's perplexity by way and cache size, like StreamingLLM's tables 2 and 6."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import cells_of, perplexity_cell, with_commas
 
@@ -720,12 +737,12 @@ def _sizes_table(name: str, scores: EvalScores, sizes: list[int]) -> Table:
             ways.setdefault(way, {})[row["cache_tokens"]] = row
     lines = [[way, *cells_of(rows, sizes, perplexity_cell)] for way, rows in ways.items()]
     columns = ["way", *with_commas(sizes)]
-    legend = "All sizes are scored on the same tokens, those after the greatest cache."
-    return Table(f"{name}: perplexity by size of the cache", columns, lines, legend=legend)
+    legend = "All sizes are scored on the same tokens: those after the largest cache is full."
+    return Table(f"{name}: perplexity by cache size", columns, lines, legend=legend)
 
 
 def _way_cell(row: Row | None) -> str:
-    """Return a way's perplexity and, small, what it is beside the most sinks."""
+    """Return a way's perplexity and, in small type, its ratio to the way with the most sinks."""
     from longreach.evaluation.sections import perplexity_cell
 
     text = perplexity_cell(row)
@@ -735,7 +752,7 @@ def _way_cell(row: Row | None) -> str:
 
 
 def _latency_table(models: dict[str, EvalScores]) -> list[Table]:
-    """Return what decoding a token costs in each way, a column for each model that was timed."""
+    """Return the table of decoding latencies by way, with a column for each model that was timed."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import DASH
 
@@ -756,14 +773,14 @@ def _latency_table(models: dict[str, EvalScores]) -> list[Table]:
         lines.append([way, *cells])
     heads = []
     for name, rows in timed.items():
-        tokens = next(iter(rows.values()))["text_tokens"]  # one text for all ways, but not for all models
+        tokens = next(iter(rows.values()))["text_tokens"]  # the same for all ways, but not for all models
         heads.append(f"{name}\n{tokens:,} tokens")
-    caption = "Milliseconds to decode a token, the median at the end of so many tokens; small: keys and values"
+    caption = "Median milliseconds to decode a token at the end of a text; in small type: memory of keys and values"
     return [Table(caption, ["way", *heads], lines)]
 
 
 def _endurance_table(models: dict[str, EvalScores]) -> list[Table]:
-    """Return the endurance runs in numbers, a row for each model that has one."""
+    """Return the table of endurance runs, with a row for each model that has one."""
     from longreach.evaluation.blocks import Table
 
     lines = []
@@ -783,23 +800,24 @@ def _endurance_table(models: dict[str, EvalScores]) -> list[Table]:
             )
     if not lines:
         return []
-    columns = ["model", "tokens", "perplexity", "of its last part", "memory at the end (MiB)", "grown (MiB)"]
-    legend = "Memory: the process's. Grown: in the last three quarters; a cache that leaks would show here."
-    return [Table("All held-out documents through one cache", columns, lines, legend=legend)]
+    columns = ["model", "tokens", "perplexity", "perplexity of the end", "memory at the end (MiB)", "growth (MiB)"]
+    legend = "Memory of the process. Growth: over the last three quarters; a leak in the cache would show here."
+    return [Table("Endurance run: all held-out documents through one cache", columns, lines, legend=legend)]
 
 
 def _stream_figure(name: str, scores: EvalScores) -> Figure:
-    """Draw one model's perplexity along the text, a curve for each usual way; the others are in the table."""
+    """Draw one model's perplexity along the text, with a curve for each main way. Variants are only in the table."""
     from longreach.evaluation.figures import Style, lines
     from longreach.evaluation.sections import perplexity_curve
 
     curves: dict[str, list[Row]] = {}
     for row in scores.rows_with(kind="stream"):
-        if "," not in row["way"]:  # neither text positions nor line breaks
+        if "," not in row["way"]:  # no text positions, line breaks or further cache size
             curves.setdefault(row["way"], []).append(row)
     caption = (
-        "Once its cache is full, a plain window drops the first tokens, on which attention rests, and should leap; "
-        "with a few of them kept as sinks it should stay near the window that is recomputed for each token."
+        "Once its cache is full, a plain window drops the first tokens, which receive much of the attention, and its "
+        "perplexity should jump. With a few first tokens kept as sinks, it should stay near that of a window that is "
+        "recomputed for each token."
     )
     return lines(
         f"streaming-{name}.png",

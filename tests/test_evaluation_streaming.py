@@ -214,7 +214,7 @@ def test_rivals_are_ways_of_their_own_in_an_equal_cache():
     assert costs["H2O"]["cache_mib"] == pytest.approx((24 * token + 2 * 2 * 24 * 4) / 2**20)
     assert {"TOVA", "H2O"} < {*names_of(drawn(scores.named("m"))["streaming-m.png"])}
     section = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background())
-    assert "H2O what all have attended to least" in section.blocks[1].legend
+    assert "H2O evicts the token that all tokens have attended to least" in section.blocks[1].legend
     with pytest.raises(ValueError, match="lists a value twice"):
         run(model, text, rivals=("h2o", "h2o"))
 
@@ -250,7 +250,7 @@ def test_ways_are_compared_on_the_same_stretches_of_several_texts(monkeypatch):
     table, by_text = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background()).blocks[1:3]
     assert f"{ways['window']['ratio']:.4g} × (" in table.rows[1][1]
     assert [row[0] for row in by_text.rows[:2]] == ["dense\na", "window\na"]
-    with pytest.raises(ValueError, match="choose a, a: each text once"):
+    with pytest.raises(ValueError, match="choose a, a, which has a text twice: choose each text once"):
         run(more_documents=("*",))
 
 
@@ -303,7 +303,7 @@ def test_the_endurance_run_is_the_one_pass_form_over_all_documents_and_its_memor
     section = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background())
     assert section.blocks[-2].rows[0][1] == "20,000"
     assert section.blocks[-1][-1].file == "endurance.png"
-    with pytest.raises(ValueError, match="endurance_tokens 20200, but all held-out documents have 20200"):
+    with pytest.raises(ValueError, match="endurance_tokens is 20200, but must be less than the 20200 tokens"):
         evaluate(Streaming, model, byte_tokenizer(), texts, endurance_tokens=20_200, **choices)
 
 
@@ -324,14 +324,14 @@ def test_the_model_attends_as_before_afterwards():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"tokens": 200}, "a has 200 tokens; scoring 200 takes one more"),
+        ({"tokens": 200}, "a has 200 tokens, but scoring 200 tokens needs at least one more"),
         ({"document": "b"}, "b.*there are: a"),
         ({"sink_tokens": (4, 4)}, r"sink_tokens \[4, 4\] lists a value twice"),
-        ({"sink_tokens": (0,)}, r"sink_tokens \[0\]: from 1"),
+        ({"sink_tokens": (0,)}, r"sink_tokens \[0\] must be at least 1"),
         ({"sink_tokens": (4, 24)}, "sink_tokens 24 .*cache_tokens 24"),
         ({"more_cache_tokens": (150,)}, "tokens 150 .*cache_tokens 150"),
         ({"more_cache_tokens": (3,)}, "sink_tokens 3 .*cache_tokens 3"),
-        ({"more_cache_tokens": (48, 24)}, r"more_cache_tokens \[24, 48, 24\]: each size once"),
+        ({"more_cache_tokens": (48, 24)}, r"more_cache_tokens \[24, 48, 24\] list a size twice"),
         ({"cache_tokens": 150}, "tokens 150 .*cache_tokens 150"),
     ],
 )
