@@ -1,17 +1,18 @@
-"""Needle in a haystack: a fact about an invented town, put into real text, asked for at the end
-(gkamradt's test).
+"""Needle in a haystack: a fact about an invented town is inserted into real text and asked for at
+the end (gkamradt's test).
 
-The haystack is the recipe's own held-out text, whole tokens of it, so that a prompt has exactly the
-wanted length. The needle goes in where a sentence ends, at a depth from 0 (first) to 1 (the very
-end). Towns and numbers are drawn anew for each haystack: nothing can be known by heart, and the
-answer is right or wrong, with no judge. Two ways of scoring:
+The haystack is the recipe's own held-out text, cut by tokens, so a prompt has exactly the wanted
+length. The needle is inserted at the end of a sentence, at a depth from 0 (the beginning) to 1 (the
+end). Towns and numbers are drawn anew for each haystack, so no answer can be memorised, and an
+answer is right or wrong without a judge. There are two ways of scoring:
 
-  teacher-forced   is every token of the answer the argmax (evaluation/reader.py); the finest on small models
-  generation       greedy text of `new_tokens` tokens, or as many as the answer has; is the needle's number in it?
+  teacher-forced   whether every token of the answer is the argmax (evaluation/reader.py); finer on small models
+  generation       whether the needle's number is in the greedy text of `new_tokens` tokens (at least as many as the
+                   answer has)
 
-Several needles (`needles`) start at the depth and stand evenly spread behind it, and all are asked
-for; `distractors` are facts about other towns, drawn into the text away from the tested depths. A
-model with a chat template is asked in it, unless the recipe forbids it.
+Several needles (`needles`) are spread evenly from the depth to the end, and all are asked for.
+`distractors` are facts about other towns, inserted at random away from the tested depths. If a
+model has a chat template, the question is asked in it, unless the recipe forbids it.
 
     longreach evaluate MODEL --eval needle --set lengths=[1024,4096] --set depths=[0,0.5,1]
 """
@@ -70,7 +71,7 @@ STARTS = (
 )  # fmt: skip
 ENDS = ("dale", "ford", "gate", "ham", "mere", "mouth", "stead", "wick")
 RULER_BAR = 0.85
-"""RULER's bar for an effective length, about Llama-2-7B's score at 4,096 tokens (2404.06654)."""
+"""RULER's threshold for an effective length, about Llama-2-7B's score at 4,096 tokens (2404.06654)."""
 
 
 class Needle(Evaluation):
@@ -81,33 +82,36 @@ class Needle(Evaluation):
     revision = 1
 
     class Choices(EvalChoices):
-        """A fact put into held-out text, asked for at the end (needle in a haystack, gkamradt)."""
+        """A fact inserted into held-out text and asked for at the end (needle in a haystack,
+        gkamradt)."""
 
         lengths: tuple[Count, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Prompt lengths in tokens."""
         depths: tuple[Proportion, ...] = ()
-        """Where the needle stands: 0 first, 1 last; without it, depth_points of them."""
+        """Depths of the needle, as shares of the haystack: 0 is the beginning, 1 the end. Default:
+        depth_points depths."""
         depth_points: int = Field(default=5, ge=2)
-        """Number of depths, from 0 to 1."""
+        """Number of depths from 0 to 1, if `depths` is not set."""
         depth_curve: Literal["linear", "sigmoid"] = "linear"
-        """How they are spread: evenly, or denser at both ends."""
+        """Spacing of the depth_points depths: even (linear), or denser at both ends (sigmoid)."""
         needles: int = Field(default=1, ge=1, le=8)
-        """Facts that are asked for; the first stands at the depth, the others evenly behind it."""
+        """Number of facts that are asked for. The first is at the depth; the others are spread
+        evenly after it."""
         distractors: int = Field(default=0, ge=0, le=64)
-        """Facts about other towns, drawn into the text away from the tested depths."""
+        """Number of facts about other towns, inserted at random away from the tested depths."""
         trials: int = Field(default=1, ge=1)
-        """Haystacks tried for each length."""
+        """Number of haystacks for each length."""
         documents: DocumentNames = ("*",)
-        """Names (shell patterns) of held-out documents that the haystack is made of."""
+        """Names (shell patterns) of the held-out documents that make up the haystack."""
         new_tokens: int = Field(default=0, ge=0)
-        """Also generate n tokens and look for the numbers in them; 0: teacher-forced scoring
-        alone."""
+        """Number of tokens to generate as well, to look for the numbers in them (at least the length
+        of the answer); 0: score teacher-forced only."""
         chat_template: Literal["auto", "always", "never"] = "auto"
-        """Ask as a chat: auto, if the model has a template for it; always, or refuse a model
-        without; never."""
+        """Whether to ask in the model's chat template: `auto` if it has one, `always` (fail if it
+        has none), or `never`."""
 
         def every_depth(self) -> list[float]:
-            """Return the depths, ascending."""
+            """Return the depths in ascending order."""
             if self.depths:
                 return sorted(self.depths)
             depths = []
@@ -121,12 +125,12 @@ class Needle(Evaluation):
     choices: Choices
 
     def cells(self) -> list[Cell]:
-        """Return a cell for each length and trial, with all depths, as their prompts begin alike.
+        """Return a cell for each length and trial. A cell has all depths, because their prompts share
+        a prefix.
 
         Raises:
-            ValueError: a length that the text does not fill or that cannot hold the question, or a
-            chat template is
-                required but missing.
+            ValueError: a length is too short for the question, too long for the model or longer than
+                the text, or a chat template is required but missing.
         """
         choices = self.choices
         if choices.chat_template == "always" and not self.tokenizer.chat_template:
@@ -141,20 +145,20 @@ class Needle(Evaluation):
             room = length - prompt.fixed_tokens
             if room < 1:
                 raise ValueError(
-                    f"needle length {length}: question and needles alone have {prompt.fixed_tokens} tokens; "
-                    f"use a longer one"
+                    f"needle length {length}: question and facts alone have {prompt.fixed_tokens} tokens; "
+                    f"use a longer length"
                 )
             if room > text_tokens:
                 raise ValueError(
-                    f"needle length {length} needs {room} tokens of text, the chosen documents have {text_tokens}: "
+                    f"needle length {length} needs {room} tokens of text, but the chosen documents have {text_tokens}: "
                     f"lower the length or choose more documents"
                 )
             cells.append({"length": length, "trial": trial})
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"cases": one for each depth, "read_tokens", "prompt_tokens", "claimed": the
-        model's context}."""
+        """Return {"cases": one for each depth, "read_tokens", "prompt_tokens", "claimed": the context
+        length that the model claims}."""
         from longreach.evaluation.reader import Reader
 
         text = self._haystack()
@@ -164,7 +168,7 @@ class Needle(Evaluation):
         read_tokens = prompt_tokens = 0
         for depth in self.choices.every_depth():
             prompt = Prompt.draw(self.tokenizer, self.choices, cell["length"], depth, cell["trial"])
-            # the last number parts this draw from that of towns and numbers
+            # the last number separates this random stream from that of towns and numbers
             chance = np.random.default_rng([self.choices.seed, cell["length"], cell["trial"], 1])
             ids = prompt.around(text, ends, chance)
             place = {"length": cell["length"], "depth": depth, "trial": cell["trial"]}
@@ -184,7 +188,7 @@ class Needle(Evaluation):
         return np.concatenate([document.ids_T for document in matching(self.documents, self.choices.documents)])
 
     def _ask(self, reader: Reader, prompt: Prompt, ids: list[int], place: Row) -> tuple[Row, int]:
-        """Return one case, and how many tokens had to be read for it."""
+        """Return one case, and the number of tokens that had to be read for it."""
         new_tokens = self.choices.new_tokens
         if new_tokens:
             new_tokens = max(new_tokens, len(prompt.answer))
@@ -205,7 +209,7 @@ class Needle(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `length` and `cell` (length x depth); the summary has the effective
+        """Return rows of kind `length` and `cell` (length x depth). The summary has the effective
         length."""
         cases = gathered(results, "cases")
         totals = []
@@ -245,8 +249,8 @@ class Needle(Evaluation):
 
 
 def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
-    """Return the mean of cases, with intervals over their texts, each of which is asked at every
-    depth; where text was generated, also how many of the numbers it holds."""
+    """Return the mean of cases with intervals over texts, because each text is asked at every depth.
+    If text was generated, include the share of the numbers found in it."""
     row = retrieval_row(kind, cases, length, depth, over_texts=True)
     if "recall" in cases[0]:
         complete = [case["recall"] == 1 for case in cases]
@@ -257,8 +261,8 @@ def _row(kind: str, cases: list[Row], length: int, depth: float | None) -> Row:
 
 
 def share_read(results: list[tuple[Cell, Result]]) -> float:
-    """Return the share of the prompts' tokens that were read: what a prompt begins with as the one
-    before it is not read again."""
+    """Return the share of the prompts' tokens that were read. A prefix that a prompt shares with the
+    one before it is not read again."""
     read_tokens = prompt_tokens = 0
     for _, result in results:
         read_tokens += result["read_tokens"]
@@ -267,39 +271,39 @@ def share_read(results: list[tuple[Cell, Result]]) -> float:
 
 
 def claimed_length(model: PreTrainedModel) -> int | None:
-    """Return the context that the model's config claims, in tokens; None where it names no
+    """Return the context length that the model's config claims, in tokens; None if it states no
     limit."""
     claimed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     rope = getattr(model.config, "rope_parameters", None) or {}
-    if claimed and rope.get("rope_type") == "dynamic":  # all others, longrope too, write the stretched length down
+    if claimed and rope.get("rope_type") == "dynamic":  # other types, longrope too, state the stretched length
         claimed = round(claimed * rope.get("factor", 1))
     return claimed
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question without its haystack; what stands before and after it, and the facts that go
-    into it, as ids."""
+    """One question without its haystack: the token ids before and after the haystack, and of the
+    facts to insert into it."""
 
     before: list[int]
     after: list[int]
     needles: list[list[int]]
-    """Facts that are asked for."""
+    """Token ids of the facts that are asked for."""
     distractors: list[list[int]]
-    """Facts about other towns."""
+    """Token ids of the facts about other towns."""
     distractor_depths: list[float]
     numbers: list[str]
     """The numbers that the needles state, in order."""
     answer: list[int]
-    """What the model should continue with."""
+    """Token ids of the expected answer."""
     length: int
-    """Tokens of the prompt once its haystack is in it."""
+    """Number of tokens of the prompt with its haystack."""
     depth: float
-    """Where the first needle stands."""
+    """Depth of the first needle."""
 
     @property
     def fixed_tokens(self) -> int:
-        """Tokens that are no haystack."""
+        """Number of tokens outside the haystack."""
         facts = sum(map(len, [*self.needles, *self.distractors]))
         return len(self.before) + len(self.after) + facts
 
@@ -307,10 +311,10 @@ class Prompt:
     def draw(
         cls, tokenizer: PreTrainedTokenizerBase, choices: Needle.Choices, length: int, depth: float, trial: int
     ) -> Prompt:
-        """Draw the question of one place in the grid.
+        """Draw the question for one cell of the grid.
 
-        Towns and numbers depend on seed, length and trial, not on the depth: so all depths have one
-        haystack, and a grid can grow without changing.
+        Towns and numbers depend on seed, length and trial, not on the depth. So all depths share one
+        haystack, and extending a grid does not change the existing cases.
         """
         chance = np.random.default_rng([choices.seed, length, trial])
         count = choices.needles + choices.distractors
@@ -354,9 +358,9 @@ class Prompt:
         """Return the prompt's ids, exactly `length` of them.
 
         Args:
-            text: ids that the haystack is cut from.
-            ends: ids of tokens that end a sentence; facts go in after one.
-            chance: draws where in `text` it begins.
+            text: token ids from which the haystack is cut.
+            ends: ids of tokens that end a sentence; facts are inserted after one of them.
+            chance: draws the position in `text` at which the haystack begins.
         """
         last_start = len(text) - self.length
         start = int(chance.integers(0, max(1, last_start + 1)))
@@ -387,8 +391,8 @@ def listed(words: list[str]) -> str:
 
 
 def away_from(depths: list[float], chance: np.random.Generator) -> float:
-    """Draw a depth in the middle half of a gap between tested depths; wide gaps are drawn more
-    often."""
+    """Draw a depth in the middle half of a gap between tested depths, with a probability
+    proportional to the gap's width."""
     edges = sorted({0.0, *depths, 1.0})
     gaps = list(itertools.pairwise(edges))
     left, right = gaps[int(chance.choice(len(gaps), p=[end - start for start, end in gaps]))]
@@ -398,8 +402,8 @@ def away_from(depths: list[float], chance: np.random.Generator) -> float:
 def question_around(
     tokenizer: PreTrainedTokenizerBase, question: str, opening: str, chat_template: str
 ) -> tuple[str, str]:
-    """Return what stands before and after the haystack: as a chat if the model has a template for
-    one."""
+    """Return the texts before and after the haystack, as a chat if the model has a chat template and
+    it is not disabled."""
     if chat_template == "never" or not tokenizer.chat_template:
         return TASK, f"{question}\n{opening}"
     messages = [{"role": "user", "content": f"{TASK}{MARK}{question}"}]
@@ -411,7 +415,7 @@ def question_around(
 def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids of tokens that end a sentence."""
     ids = sorted(tokenizer.get_vocab().values())
-    texts = tokenizer.batch_decode([[n] for n in ids])  # a byte-level vocabulary spells a Chinese full stop otherwise
+    texts = tokenizer.batch_decode([[n] for n in ids])  # byte-level vocabularies do not contain "。" as such
     ends = set()
     for n, text in zip(ids, texts, strict=True):
         if text.rstrip("\n").endswith((".", "!", "?", "。", "！", "？")):
@@ -420,8 +424,12 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def sentence_end(haystack: list[int], depth: float, ends: set[int]) -> int:
-    """Return where to insert: after the last sentence end at or before the share `depth` of the
-    text, else before all of it; a text without any sentence end is cut at the depth itself."""
+    """Return the index at which to insert a fact.
+
+    This is after the last end of a sentence at or before the share `depth` of the text, or 0 if
+    there is none before it. Depth 1 is the end of the text. In a text without any end of a sentence,
+    it is at the depth itself.
+    """
     at = round(depth * len(haystack))
     if ends.isdisjoint(haystack):
         return at

@@ -1,9 +1,9 @@
-"""Passkey retrieval: a random number hidden in filler sentences, asked for at the end (2305.16300;
-LongLoRA, 4.2).
+"""Passkey retrieval: a random number is hidden in filler sentences and asked for at the end
+(arXiv:2305.16300; LongLoRA, section 4.2).
 
-Scored teacher-forced (evaluation/reader.py), which is equal to greedy decoding. As in LongLoRA's
-script, what the model would write after the key does not count. The prompt is plain text that ends
-with "The pass key is"; no chat template is used, whether or not the model has one.
+Answers are scored teacher-forced (evaluation/reader.py), which is equal to greedy decoding. As in
+LongLoRA's script, it does not matter what the model would write after the key. The prompt is plain
+text that ends with "The pass key is". No chat template is used, even if the model has one.
 
     longreach evaluate MODEL --eval passkey --set lengths=[1024,2048] --set trials=10
 """
@@ -35,7 +35,7 @@ TASK = (
 SENTENCES = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 QUESTION = "What is the pass key? The pass key is"
 KEYS = (1, 50_000)
-"""The key's range, half open, as in LongLoRA's script."""
+"""Range of the key (upper end excluded), as in LongLoRA's script."""
 
 
 class Passkey(Evaluation):
@@ -51,17 +51,18 @@ class Passkey(Evaluation):
         lengths: tuple[Count, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Prompt lengths in tokens."""
         depths: tuple[Proportion, ...] = Field(default=(0.1, 0.5, 0.9), min_length=1)
-        """Where the key stands: 0 is the prompt's beginning, 1 its end."""
+        """Depths of the key, as shares of the filler sentences: 0 is the beginning, 1 the end."""
         trials: int = Field(default=1, ge=1)
-        """Keys tried for each length and depth."""
+        """Number of keys to try for each length and depth."""
 
     choices: Choices
 
     def cells(self) -> list[Cell]:
-        """Return a cell for each length and trial, with all depths, as their prompts begin alike.
+        """Return a cell for each length and trial. A cell has all depths, because their prompts share
+        a prefix.
 
         Raises:
-            ValueError: a length cannot hold the prompt.
+            ValueError: a length is too short for the prompt, or too long for the model.
         """
         for length in self.choices.lengths:
             self.check_reach(f"{fit_prompt(self.tokenizer, length, 0.5, KEYS[1] - 1)} {KEYS[1] - 1}", -1)
@@ -74,8 +75,8 @@ class Passkey(Evaluation):
     def measure(self, cell: Cell) -> Result:
         """Return {"cases": one for each depth}.
 
-        A case's key depends on the seed, its length, depth and trial alone, so a grid can grow
-        without changing.
+        A case's key depends only on the seed, its length, depth and trial, so extending a grid does
+        not change the existing cases.
         """
         from longreach.evaluation.reader import Reader
 
@@ -90,8 +91,8 @@ class Passkey(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `length` and `cell` (length x depth): accuracy with Wilson's
-        interval, NLL in nats per token of the key."""
+        """Return rows of kind `length` and `cell` (length x depth): accuracy with Wilson's 95%
+        interval, and NLL in nats per token of the key."""
         cases = gathered(results, "cases")
         totals = []
         cells = []
@@ -123,7 +124,7 @@ class Passkey(Evaluation):
 
     @classmethod
     def columns(cls, models: dict[str, EvalScores]) -> list[Column]:
-        """Return a column for each length: keys found of keys hidden."""
+        """Return a column for each length: keys found out of keys tried."""
         columns: dict[int, dict[str, tuple[float, str]]] = {}
         for name, scores in models.items():
             for row in scores.rows_with(kind="length"):
@@ -139,7 +140,8 @@ def draw_key(seed: int, length: int, depth: float, trial: int) -> int:
 
 
 def prompt_text(sentences: int, depth: float, key: int) -> str:
-    """Return the prompt with n filler sentences, the key after the share `depth` of them."""
+    """Return the prompt with this many filler sentences, and the key after the share `depth` of
+    them."""
     filler = [SENTENCES[n % len(SENTENCES)] for n in range(sentences)]
     cut = round(depth * sentences)
     info = f"The pass key is {key}. Remember it. {key} is the pass key."
@@ -148,14 +150,20 @@ def prompt_text(sentences: int, depth: float, key: int) -> str:
 
 
 def fit_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: int) -> str:
-    """Return the longest such prompt of at most `length` tokens, special ones included."""
+    """Return the longest prompt of at most `length` tokens, special tokens included.
+
+    Raises:
+        ValueError: the prompt is too long even without any filler.
+    """
 
     def tokens(sentences: int) -> int:
         return len(tokenizer(prompt_text(sentences, depth, key)).input_ids)
 
     least = tokens(0)
     if least > length:
-        raise ValueError(f"passkey length {length}: the prompt alone has {least} tokens without any filler; use more")
+        raise ValueError(
+            f"passkey length {length}: the prompt has {least} tokens even without any filler; use a longer length"
+        )
     per_sentence = (tokens(100) - least) / 100
     sentences = int((length - least) / per_sentence)
     while tokens(sentences) > length:
@@ -166,8 +174,11 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, ke
 
 
 def ask(reader: Reader, prompt: str, answer: str, where: str) -> Row:
-    """Return one case: is `answer` what greedy decoding would continue `prompt` with? ValueError as
-    `spelled`."""
+    """Return one case: whether greedy decoding would continue `prompt` with `answer`.
+
+    Raises:
+        ValueError: the tokenizer joins prompt and answer (see `spelled`).
+    """
     from longreach.evaluation.reader import spelled
 
     prompt_ids, answer_ids = spelled(reader.tokenizer, prompt, answer, where)

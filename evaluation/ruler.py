@@ -1,17 +1,17 @@
-"""RULER: what is found, followed, counted and answered in a long text (Hsieh et al.,
-arXiv:2404.06654), offline and from a seed.
+"""RULER's tasks (Hsieh et al., arXiv:2404.06654), generated offline from a seed: retrieval, variable
+tracking, word counting and question answering in a long text.
 
-Each task (evaluation/ruler_tasks.py) is fitted into the wanted length in the model's own tokens,
-which, as in RULER, holds the answer too. The haystack is the recipe's own held-out text or RULER's
-noise. Answers are generated greedily and scored by RULER's rules: the share of the expected strings
-that stand in the answer, or for `qa` whether one does.
+Each task (evaluation/ruler_tasks.py) is fitted to a length in the model's own tokens. As in RULER,
+the length includes the answer. The haystack is the recipe's own held-out text or RULER's noise.
+Answers are generated greedily and scored by RULER's rules: the share of the expected strings that
+the answer contains, or for `qa` whether it contains one of them.
 
-Questions about one text, and the same text with its needle at other depths, are read one after the
-other: what they begin with is read once (evaluation/reader.py).
+Questions about one text, and copies of a text with its needle at other depths, are read one after
+the other, so that their common prefix is read only once (evaluation/reader.py).
 
-A task's effective length is the longest up to which it keeps `keep` of its score at the shortest
-length. Its interval comes from those of the scores (Wilson's, over texts, as questions about one
-text go wrong together).
+The effective length of a task is the longest length up to which it keeps the share `keep` of its
+score at the shortest length. Its interval is computed from those of the scores (Wilson's, over
+texts, because questions about one text are not independent).
 
     longreach evaluate MODEL --eval ruler --set tasks=[niah_multikey,vt] --set lengths=[1024,4096]
 """
@@ -52,9 +52,9 @@ else:
     np = lazy_module("numpy")
 
 OWN = "no_shared_words"
-"""The task that is not RULER's and no part of its mean."""
+"""The task that is not one of RULER's, and not part of the mean over its tasks."""
 LONGEST_PIECE = 50
-"""Words of haystack that are not parted, where no sentence ends sooner."""
+"""Maximum number of words in a piece of haystack; longer sentences are split."""
 
 
 class Ruler(Evaluation):
@@ -64,34 +64,34 @@ class Ruler(Evaluation):
     title = "RULER's tasks"
 
     class Choices(EvalChoices):
-        """Needles of several kinds, chains, counting and questions, by length (RULER,
+        """Needles of several kinds, chains, word counting and question answering, by length (RULER,
         2404.06654)."""
 
         tasks: tuple[Kind, ...] = Field(default=tuple(TASKS), min_length=1)
-        """Kinds of questions."""
+        """Names of the tasks. Default: all."""
         lengths: tuple[Count, ...] = Field(default=(1024, 2048, 4096), min_length=1)
-        """Tokens of prompt and answer together."""
+        """Lengths in tokens, of prompt and answer together."""
         trials: int = Field(default=4, ge=1)
-        """Texts for each task and length."""
+        """Number of texts for each task and length."""
         questions: int = Field(default=1, ge=1, le=4)
-        """Questions about each text, where a task has several: niah_multikey, qa,
+        """Number of questions about each text, for tasks that allow several: niah_multikey, qa and
         no_shared_words."""
         haystack: Literal["documents", "noise"] = "documents"
-        """What surrounds needles and chains: held-out documents, or RULER's noise."""
+        """Text around needles and chains: held-out documents, or RULER's noise."""
         documents: DocumentNames = ("*",)
-        """Names (shell patterns) of held-out documents that the haystack is made of."""
+        """Names (shell patterns) of the held-out documents that make up the haystack."""
         depths: tuple[Proportion, ...] = ()
-        """Where the fact stands that is asked for, 0 first, 1 last, in otherwise one text; without
-        it, anywhere, as in RULER."""
+        """Depths of the fact that is asked for, 0 is the beginning and 1 the end; the rest of the
+        text stays the same. Default: random places, as in RULER."""
         new_tokens: int | None = Field(default=None, ge=1)
-        """Tokens that the model may write; without it, RULER's own: 128 for needles, 120 cwe, 50
-        fwe, 32 qa, 30 vt."""
+        """Maximum number of tokens to generate. Default: RULER's limits (128 for niah tasks, 120 for
+        cwe, 50 for fwe, 32 for qa, 30 for vt), and 16 for no_shared_words."""
         keep: float = Field(default=RULER_BAR, gt=0, le=1)
-        """Share of its score at the shortest length that a task has to keep at its effective
+        """Share of its score at the shortest length that a task must keep up to its effective
         length."""
         chat_template: Literal["auto", "always", "never"] = "auto"
-        """Ask as a chat: auto, if the model has a template for it; always, or refuse a model
-        without; never."""
+        """Whether to ask in the model's chat template: `auto` if it has one, `always` (fail if it
+        has none), or `never`."""
 
         @model_validator(mode="after")
         def _one_fact_moves(self) -> Ruler.Choices:
@@ -101,15 +101,18 @@ class Ruler(Evaluation):
             if fixed:
                 movable = ", ".join(name for name, task in TASKS.items() if task.one_fact)
                 raise ValueError(
-                    f"depths: {', '.join(fixed)} ask for several facts or none, which cannot be moved: leave depths "
-                    f"out, or choose tasks among {movable}"
+                    f"depths need tasks that ask for a single fact, but {', '.join(fixed)} ask for several or none: "
+                    f"leave depths out, or choose tasks among {movable}"
                 )
             if self.questions > 1:
-                raise ValueError(f"depths and questions {self.questions}: one fact is moved, set questions to 1")
+                raise ValueError(
+                    f"questions is {self.questions}, but must be 1 with depths, which move a single fact: set "
+                    f"questions to 1 or leave depths out"
+                )
             return self
 
         def every_depth(self) -> list[float] | list[None]:
-            """Return the depths, ascending; None alone where facts stand anywhere."""
+            """Return the depths in ascending order, or [None] if facts are at random places."""
             return sorted(self.depths) or [None]
 
     choices: Choices
@@ -118,9 +121,9 @@ class Ruler(Evaluation):
         """Return a cell for each task, length and text, with all its questions or depths.
 
         Raises:
-            ValueError: a length beyond the model's, or that the question does not fit into, or that
-                the haystack does not fill; an answer that stands in the haystack already, or that
-                the tokenizer joins with the prompt; a chat template is required but missing.
+            ValueError: a length is too long for the model, too short for the question or longer than
+                the haystack; an answer already occurs in the haystack, or the tokenizer joins it with
+                the prompt or cannot spell it; a chat template is required but missing.
         """
         choices = self.choices
         if choices.chat_template == "always" and not self.tokenizer.chat_template:
@@ -131,8 +134,8 @@ class Ruler(Evaluation):
         self.check_reach(longest)
         if claimed and longest > claimed:
             raise ValueError(
-                f"ruler length {longest}: the model reads {claimed} tokens; lower it, stretch the model (`rope`), or "
-                f"name the models that reach it in ruler.models"
+                f"ruler length {longest}: the model reads at most {claimed} tokens; lower the length, stretch the "
+                f"model (`rope`), or list only models that reach it in ruler.models"
             )
         haystack = " ".join(self._haystack).lower()
         cells = []
@@ -179,7 +182,7 @@ class Ruler(Evaluation):
         return pieces
 
     def _ask(self, reader: Reader, text: Text, asked: Asked, pieces: int, depth: float | None) -> tuple[Row, int]:
-        """Return one case, and how many tokens had to be read for it."""
+        """Return one case, and the number of tokens that had to be read for it."""
         task = TASKS[text.cell["task"]]
         prompt = text.prompt(asked, pieces, depth)
         prompt_ids, expected = text.spelled(prompt, asked)
@@ -241,8 +244,8 @@ class Ruler(Evaluation):
 
     @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
-        """Return the question and the protocol, a table for each model, and what is zero
-        everywhere."""
+        """Return the question and the protocol, a table for each model, and sentences on the tasks
+        that score 0 at every length."""
         first = next(iter(models.values()))
         blocks: list[Block] = [f"{cls.question()} Protocol: {first.protocol}. {first.note}"]
         for name, scores in models.items():
@@ -252,8 +255,8 @@ class Ruler(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return a grid of task x length for each model and, with depths, a figure of the answer's
-        NLL by depth for each task, at the longest length."""
+        """Return a grid of task x length for each model. With depths, also return a figure for each
+        task of the answer's NLL by depth, at the longest length."""
         from longreach.evaluation.figures import grid, lines
         from longreach.evaluation.sections import with_commas
 
@@ -264,41 +267,41 @@ class Ruler(Evaluation):
             cells: dict[str, list[tuple[float, str]]] = {}
             for row in scores.rows_with(kind="length"):
                 cells.setdefault(row["task"], []).append((1 - row["score"], f"{row['score']:.2f}"))
-            caption = "In a cell: the share of what was asked for that was given. Light: all of it; dark: nothing."
-            axes = ("prompt and answer (tokens)", "share that is missing")
+            caption = "In a cell: the share of the expected strings in the answer. Light: all of them; dark: none."
+            axes = ("prompt and answer (tokens)", "share missing from the answer")
             file, title = f"ruler-{name}.png", f"{cls.title}: {name}"
             figures.append(grid(file, title, caption, axes, with_commas(lengths), cells, 1.0))
             for row in scores.rows_with(kind="depth", length=lengths[-1]):
                 curves.setdefault(row["task"], {}).setdefault(name, []).append((100 * row["depth"], row["nll"]))
         for task, of_task in curves.items():
-            axes = ("place of the fact (%, 0: first)", "answer (nats per token)")
-            caption = "One text in which only the fact moves, at the longest length. Lower is better."
+            axes = ("depth of the fact (%, 0: beginning)", "answer (nats per token)")
+            caption = "The same text, in which only the fact moves, at the longest length. Lower is better."
             figures.append(
-                lines(f"ruler-depth-{task}.png", f"Where the fact stands: {task}", caption, axes, of_task, style)
+                lines(f"ruler-depth-{task}.png", f"By depth of the fact: {task}", caption, axes, of_task, style)
             )
         return figures
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text of a task, as a model is asked about it."""
+    """One text of a task with its questions, as presented to a model."""
 
     evaluation: Ruler
     cell: Cell
 
     @property
     def where(self) -> str:
-        """What is asked, for errors."""
+        """Task and length, for error messages."""
         return f"ruler {self.cell['task']}, length {self.cell['length']}"
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that the model may write."""
+        """Maximum number of tokens to generate."""
         return self.evaluation.choices.new_tokens or TASKS[self.cell["task"]].new_tokens
 
     @cached_property
     def sample(self) -> Sample:
-        """The text and its questions, drawn from seed, task, length and trial alone."""
+        """The text and its questions; they depend only on seed, task, length and trial."""
         choices, task = self.evaluation.choices, self.cell["task"]
         name = zlib.crc32(task.encode())
         chance = np.random.default_rng([choices.seed, self.cell["length"], self.cell["trial"], name])
@@ -312,7 +315,7 @@ class Text:
 
     @cached_property
     def asked_as(self) -> str:
-        """Whether the chat template is used, and if not, why."""
+        """Whether the chat template is used and, if not, why."""
         if not self.evaluation.tokenizer.chat_template:
             return "plain text: no chat template"
         if self.evaluation.choices.chat_template == "never":
@@ -320,11 +323,11 @@ class Text:
         return "chat"
 
     def moved(self, asked: Asked, depth: float | None) -> tuple[int, float] | None:
-        """Return which fact is moved, and where to."""
+        """Return the number of the fact to move and its new depth; None if no fact is moved."""
         return None if depth is None or asked.fact is None else (asked.fact, depth)
 
     def prompt(self, asked: Asked, pieces: int, depth: float | None = None) -> str:
-        """Return a question with n pieces of haystack, up to where the answer goes on."""
+        """Return the prompt of a question with this many pieces of haystack, up to the answer."""
         context = self.sample.context(pieces, self.moved(asked, depth))
         if self.asked_as != "chat":
             return f"{self.sample.head}{context}{asked.question} {asked.opening}"
@@ -334,47 +337,46 @@ class Text:
         return f"{before}{context}{after}{asked.opening}"
 
     def spelled(self, prompt: str, asked: Asked) -> tuple[list[int], list[int]]:
-        """Return the ids of a prompt, and of the answer; ValueError where the tokenizer joins
-        them."""
+        """Return the token ids of a prompt and of the expected answer; raise ValueError if the
+        tokenizer joins them."""
         from longreach.evaluation.reader import spelled
 
         return spelled(self.evaluation.tokenizer, prompt, asked.expected, self.where)
 
     def check_spelling(self) -> None:
-        """Raise ValueError where the tokenizer joins an answer with its prompt, or cannot spell
-        it."""
+        """Raise ValueError if the tokenizer joins an answer with its prompt, or cannot spell it."""
         for asked in self.sample.asked:
             _, ids = self.spelled(self.prompt(asked, self.sample.least), asked)
             text = str(self.evaluation.tokenizer.decode(ids))
             if text.strip() != asked.expected.strip():
                 raise ValueError(
-                    f"{self.where}: the tokenizer spells the answer {asked.expected.strip()!r} as {text.strip()!r}: no "
-                    f"model with it can give the answer; leave the task out of ruler.tasks"
+                    f"{self.where}: the tokenizer spells the answer {asked.expected.strip()!r} as {text.strip()!r}, so "
+                    f"no model with this tokenizer can give it: leave the task out of ruler.tasks"
                 )
 
     def check_absent(self, haystack: str) -> None:
-        """Raise ValueError where an answer stands in the haystack, given in lower case."""
+        """Raise ValueError if an answer occurs in the haystack, which is given in lower case."""
         for asked in self.sample.asked:
             for answer in asked.answers:
                 if answer.lower() in haystack:
                     raise ValueError(
-                        f"{self.where}: the answer {answer!r} stands in the haystack already: choose other documents, "
+                        f"{self.where}: the answer {answer!r} already occurs in the haystack: choose other documents, "
                         f"another ruler.seed or ruler.haystack 'noise'"
                     )
 
     def fit(self) -> int:
-        """Return how many pieces of haystack fit, so that every question, wherever its fact
-        stands, and its answer have at most `length` tokens.
+        """Return the number of pieces of haystack that fit, so that prompt and answer have at most
+        `length` tokens for every question and depth.
 
         Raises:
-            ValueError: the least that the task needs is too long, or all that there is too short.
+            ValueError: the shortest prompt of the task is too long, or the whole haystack too short.
         """
         sample, room = self.sample, self.cell["length"] - self.new_tokens
         least = self._tokens(sample.least)
         if least > room:
             raise ValueError(
-                f"{self.where}: the shortest prompt has {least} tokens and the answer {self.new_tokens}: use at least "
-                f"{least + self.new_tokens}"
+                f"{self.where}: the shortest prompt has {least} tokens and the answer {self.new_tokens}: use a length "
+                f"of at least {least + self.new_tokens}"
             )
         fits, step = sample.least, 1
         while fits + step <= sample.most and self._tokens(fits + step) <= room:
@@ -386,13 +388,13 @@ class Text:
                 fits += step
         if fits == sample.most:
             raise ValueError(
-                f"{self.where}: the text has to have {room} tokens, all that there is makes {self._tokens(fits)}: "
-                f"lower the length, choose more documents or ruler.haystack 'noise'"
+                f"{self.where}: the prompt must have {room} tokens, but the whole haystack makes only "
+                f"{self._tokens(fits)}: lower the length, choose more documents or ruler.haystack 'noise'"
             )
         return fits
 
     def _tokens(self, pieces: int) -> int:
-        """Return the tokens of the longest prompt with n pieces of haystack."""
+        """Return the number of tokens of the longest prompt with this many pieces of haystack."""
         most = 0
         for asked in self.sample.asked:
             for depth in self.evaluation.choices.every_depth():
@@ -401,7 +403,8 @@ class Text:
 
 
 def sentences(text: str) -> list[str]:
-    """Return a text's sentences on one line each; what has no sentence end for long is parted."""
+    """Return the sentences of a text, each on one line; sentences of more than LONGEST_PIECE words
+    are split."""
     pieces = []
     for sentence in re.split(r"(?<=[.!?。！？])\s+", text):
         words = sentence.split()
@@ -411,7 +414,7 @@ def sentences(text: str) -> list[str]:
 
 
 def _row(kind: str, task: str, length: int, cases: list[Row]) -> Row:
-    """Return the mean score of cases, with Wilson's interval over their texts."""
+    """Return the mean score of cases, with Wilson's 95% interval over their texts."""
     shares = shares_by_text(cases, [case["score"] for case in cases])
     score = float(np.mean(shares))
     low, high = wilson(score * len(shares), len(shares))
@@ -423,14 +426,14 @@ def _row(kind: str, task: str, length: int, cases: list[Row]) -> Row:
 
 
 def effective_row(totals: list[Row], keep: float) -> Row:
-    """Return a task's effective length and the interval that those of its scores leave.
+    """Return a task's effective length, with an interval computed from those of its scores.
 
-    totals: its rows, one for each length, the shortest first.
+    totals: the task's rows, one for each length, in ascending order of length.
     """
     row: Row = {"kind": "effective", "task": totals[0]["task"], "keep": keep}
     bar = keep * totals[0]["score"]
     for name, column in (("", "score"), ("_low", "score_low"), ("_high", "score_high")):
-        # The shortest length is its own measure, and a task that fails there keeps nothing.
+        # The shortest length is the reference, so it always passes. A task that scores 0 there has length 0.
         reached = [{"length": totals[0]["length"], "accuracy": bar}]
         for total in totals[1:]:
             reached.append({"length": total["length"], "accuracy": total[column]})
@@ -439,8 +442,8 @@ def effective_row(totals: list[Row], keep: float) -> Row:
 
 
 def _table(name: str, scores: EvalScores) -> Table:
-    """Return a row for each task: its scores by length, its effective length, what a search by
-    words scores."""
+    """Return a table with a row for each task: its scores by length, its effective length, and the
+    score of a search by words."""
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import DASH, with_commas
 
@@ -461,8 +464,8 @@ def _table(name: str, scores: EvalScores) -> Table:
 
 
 def zeros(scores: EvalScores) -> list[str]:
-    """Return a sentence for each task that scores 0 at every length: what came, and why
-    probably."""
+    """Return a message for each task that scores 0 at every length, with a sample answer and the
+    likely reason."""
     by_task: dict[str, list[Row]] = {}
     for case in scores.cases:
         by_task.setdefault(case["task"], []).append(case)
@@ -472,16 +475,16 @@ def zeros(scores: EvalScores) -> list[str]:
             continue
         case = min(cases, key=lambda case: case["length"])
         got = case["got"][:200] or "nothing"
-        reason = "the task is too hard for it: look at the NLL, which is finer"
+        reason = "the task is too hard for the model: look at the NLL, which is finer"
         if case["asked_as"] == "plain text: no chat template":
             reason = (
-                "a base model continues text and follows no instruction; if it was trained for chats, its tokenizer "
-                "lacks the template"
+                "this is a base model, which continues text and does not follow instructions; if the model was trained "
+                "for chat, its tokenizer lacks the chat template"
             )
         elif case["asked_as"] != "chat":
             reason = "the model has a chat template and was asked without it: set chat_template 'auto'"
         found.append(
-            f"{task}: 0 in all {len(cases)} answers, at every length. Expected: {case['expected']!r}; it wrote: "
-            f"{got!r} ({case['length']:,} tokens). Probably {reason}."
+            f"{task}: score 0 in all {len(cases)} answers, at every length. Expected: {case['expected']!r}. The model "
+            f"wrote: {got!r} (at {case['length']:,} tokens). Likely reason: {reason}."
         )
     return found

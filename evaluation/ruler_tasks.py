@@ -1,13 +1,12 @@
-"""RULER's kinds of questions (Hsieh et al., arXiv:2404.06654), drawn from a seed, without data.
+"""RULER's tasks (Hsieh et al., arXiv:2404.06654), generated from a seed without any data files.
 
-A sample is drawn once and can be made with any number of pieces of haystack, so whoever asks it
-fits it into a length. Words, prompts and answer beginnings are those of RULER's
-scripts/data/synthetic, typing errors included, wherever the task is RULER's; what differs is listed
-in docs/evaluation.md.
+A sample is drawn once and can be rendered with any number of pieces of haystack, so the caller fits
+it to a length. For RULER's own tasks, prompts and the beginnings of answers are those of RULER's
+scripts/data/synthetic, including typing errors. docs/evaluation.md lists the differences.
 
 `no_shared_words` follows NoLiMa (Modarressi et al., arXiv:2502.05167): question and fact share no
-word but are linked by what everybody knows ("milks forty cows", "Who is a dairy farmer?"). A search by
-words finds nothing there (`found_by_words`); who names one of the four people by chance is right one
+word, but are linked by common knowledge ("milks forty cows", "Who is a dairy farmer?"). A search by
+words finds nothing there (`found_by_words`). Naming one of the four people at random is right one
 time in four.
 
     python -c "from longreach.evaluation.ruler_tasks import TASKS; print(*TASKS)"
@@ -36,7 +35,7 @@ Kind = Literal[
     "niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa", "no_shared_words"
 ]
 NOISE = " ".join(SENTENCES)
-"""RULER's repeated haystack."""
+"""RULER's repeated sentences, used as haystack."""
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NEEDLES = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
@@ -116,8 +115,8 @@ LINKS = (
     ("hoses down burning houses", "Who is a firefighter?"),
     ("solves equations and proves theorems", "Who is good at mathematics?"),
 )
-"""Facts and questions that share no word, linked by common knowledge; no fact answers two of the
-questions."""
+"""Facts and questions that share no word and are linked by common knowledge. No fact answers two of
+the questions."""
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -133,35 +132,37 @@ class Asked:
 
     question: str
     opening: str
-    """How the answer begins, which the model goes on with."""
+    """Beginning of the answer, which the model continues."""
     answers: list[str]
     expected: str
-    """What a right answer goes on with, for the NLL."""
+    """Continuation of a right answer, for the NLL."""
     fact: int | None = None
-    """The only fact that holds the answer; None where there are several."""
+    """Number of the fact that has the answer; None if several facts have it."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text in n pieces, facts that stand in it, and the questions about it."""
+    """A text in n pieces, the facts in it, and the questions about it."""
 
     head: str
     pieces: Callable[[int], list[str]]
-    """From n to the haystack's first n pieces."""
+    """Returns the haystack in n pieces."""
     most: int
-    """Pieces that there are."""
+    """Maximum number of pieces."""
     asked: list[Asked]
     facts: list[tuple[float, str]] = field(default_factory=list)
-    """Where each stands among the pieces, from 0 to 1, and what it says."""
+    """Depth of each fact among the pieces, from 0 to 1, and its text."""
     joiner: str = " "
     least: int = 1
-    """Pieces below which the question has no answer."""
+    """Minimum number of pieces for which the question has an answer."""
     numbered: str = ""
-    """What stands before each piece, with its number."""
+    """Format of the prefix of each piece, which takes its number."""
 
     def shown(self, n: int, moved: tuple[int, float] | None = None) -> list[str]:
-        """Return the pieces with the facts among them; `moved`: a fact that stands elsewhere, and
-        where."""
+        """Return the pieces with the facts inserted.
+
+        moved: number of a fact to move, and its new depth.
+        """
         facts = list(self.facts)
         if moved:
             number, depth = moved
@@ -176,34 +177,37 @@ class Sample:
         return shown + pieces[done:]
 
     def context(self, n: int, moved: tuple[int, float] | None = None) -> str:
-        """Return the text that stands between head and question."""
+        """Return the text between head and question."""
         shown = self.shown(n, moved)
         if self.numbered:
             shown = [self.numbered.format(number) + piece for number, piece in enumerate(shown, 1)]
         return self.joiner.join(shown)
 
     def solved(self, n: int) -> str:
-        """Return the sample with its answer, as an example before another one."""
+        """Return the sample with its answer, as a solved example before another sample."""
         asked = self.asked[0]
         return f"{self.head}{self.context(n)}{asked.question} {asked.opening}{asked.expected}\n\n"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a sample is drawn from."""
+    """The inputs from which a sample is drawn."""
 
     chance: np.random.Generator
     pieces: list[str]
-    """The haystack, which holds no answer."""
+    """The haystack, which does not contain an answer."""
     joiner: str
-    """What stands between its pieces."""
+    """Separator between its pieces."""
     length: int
-    """Tokens of the prompt."""
+    """Tokens of prompt and answer."""
     questions: int
-    """Questions about one text, where a task has so many."""
+    """Number of questions about one text."""
 
     def among(self, head: str, facts: list[str], asked: list[Asked], *, in_order: bool = False) -> Sample:
-        """Return facts at random places of the haystack, and the questions about them."""
+        """Return a sample with the facts at random places in the haystack.
+
+        in_order: keep the facts in their order.
+        """
         depths = self.chance.random(len(facts)).tolist()
         if in_order:
             depths.sort()
@@ -211,12 +215,12 @@ class Draw:
         return Sample(head, lambda n: self.pieces[:n], len(self.pieces), asked, placed, self.joiner)
 
     def words(self, count: int) -> list[str]:
-        """Return different words, an adjective and a noun each."""
+        """Return distinct words, each made of an adjective and a noun."""
         drawn = self.chance.choice(len(ADJECTIVES) * len(NOUNS), count, replace=False).tolist()
         return [f"{ADJECTIVES[n // len(NOUNS)]}-{NOUNS[n % len(NOUNS)]}" for n in drawn]
 
     def letters(self, count: int, size: int, alphabet: str) -> list[str]:
-        """Return different words of random letters."""
+        """Return distinct words of random letters."""
         found: dict[str, None] = {}
         while len(found) < count:
             found["".join(self.chance.choice(list(alphabet), size))] = None
@@ -224,7 +228,8 @@ class Draw:
 
 
 def needles(draw: Draw, keys: int, values: int, asked_keys: int) -> Sample:
-    """Return facts about n keys with n values each, of which some keys' values are asked for."""
+    """Return facts about some keys with their values, and questions that each ask for the values of
+    `asked_keys` keys."""
     names = draw.words(keys)
     numbers = 1_000_000 + draw.chance.choice(9_000_000, (keys, values), replace=False)
     facts = []
@@ -255,14 +260,14 @@ def one_number(text: str) -> str:
 
 
 def variable_tracking(draw: Draw) -> Sample:
-    """Return a chain of five variables, each assigned from the one before; all are asked for."""
+    """Return a chain of five variables, each assigned from the one before it; all are asked for."""
     example = _chain(draw, 3).solved(5)
     sample = _chain(draw, 5)
     return replace(sample, head=example + sample.head)
 
 
 def _chain(draw: Draw, letters: int) -> Sample:
-    """Return a chain whose variables have n letters."""
+    """Return a chain of variables whose names have this many letters."""
     variables = draw.letters(5, letters, string.ascii_uppercase)
     value = int(draw.chance.integers(10_000, 100_000))
     facts = [f"VAR {variables[0]} = {value}"]
@@ -274,7 +279,7 @@ def _chain(draw: Draw, letters: int) -> Sample:
 
 
 def common_words(draw: Draw) -> Sample:
-    """Return a list in which ten words stand more often than all others."""
+    """Return a list in which ten words occur more often than all others."""
     if draw.length < 4096:  # RULER's own limit and repeats
         example = _word_list(draw, 3, 1).solved(10)
         sample = _word_list(draw, 6, 1)
@@ -285,7 +290,7 @@ def common_words(draw: Draw) -> Sample:
 
 
 def _word_list(draw: Draw, often: int, seldom: int) -> Sample:
-    """Return ten words n times, and others m times each."""
+    """Return a list with ten words `often` times each, and others `seldom` times each."""
     words = draw.words(len(ADJECTIVES) * len(NOUNS))
     common, others = words[:10], words[10:]
     seed = int(draw.chance.integers(2**32))
@@ -301,7 +306,7 @@ def _word_list(draw: Draw, often: int, seldom: int) -> Sample:
 
 
 def frequent_words(draw: Draw) -> Sample:
-    """Return coded words whose frequency falls with the square of their rank; the three most
+    """Return coded words whose frequency is proportional to 1 / rank squared; the three most
     frequent are asked for."""
     words = ["...", *draw.letters(max(8, draw.length // 50), 6, string.ascii_lowercase)]
     seed = int(draw.chance.integers(2**32))
@@ -314,7 +319,7 @@ def frequent_words(draw: Draw) -> Sample:
         return coded
 
     asked = Asked(FREQUENT_QUESTION, FREQUENT_ANSWER, words[1:4], f" {' '.join(words[1:4])}")
-    return Sample(FREQUENT, pieces, draw.length, [asked], least=100)  # below, ranks share a count
+    return Sample(FREQUENT, pieces, draw.length, [asked], least=100)  # with fewer, ranks have equal counts
 
 
 def documents(draw: Draw) -> Sample:
@@ -330,7 +335,7 @@ def documents(draw: Draw) -> Sample:
         rest, place = divmod(building, len(PLACES))
         names = {"age": AGES[rest // len(WORKS)], "work": WORKS[rest % len(WORKS)], "place": PLACES[place]}
         designer = number
-        if number >= draw.questions:  # those who are asked for designed nothing else
+        if number >= draw.questions:  # the designers that are asked for designed nothing else
             designer = draw.questions + number % (len(people) - draw.questions)
         begun, opened = np.sort(draw.chance.integers(1790, 1960, 2)).tolist()
         texts.append(QA_DOCUMENT.format(begun=begun, opened=opened, designer=designers[designer], **names))
@@ -351,12 +356,12 @@ def documents(draw: Draw) -> Sample:
 
 
 def no_shared_words(draw: Draw) -> Sample:
-    """Return facts about four people, one of whom is asked for in other words."""
-    text = " ".join(draw.pieces).lower()  # as answers are looked for: Wanda stands in Rwanda
+    """Return facts about four people, and questions that ask for one of them in other words."""
+    text = " ".join(draw.pieces).lower()  # answers are searched for like this: Wanda is found in Rwanda
     free = [name for name in NAMES if name.lower() not in text]
     if len(free) < 4:
         raise ValueError(
-            f"{len(NAMES) - len(free)} of {len(NAMES)} names stand in the haystack already, at most "
+            f"{len(NAMES) - len(free)} of {len(NAMES)} names already occur in the haystack, but at most "
             f"{len(NAMES) - 4} may: choose other documents, or haystack 'noise'"
         )
     names = draw.chance.permutation(free)[:4].tolist()
@@ -371,32 +376,32 @@ def no_shared_words(draw: Draw) -> Sample:
 
 
 def string_match_all(text: str, answers: list[str]) -> float:
-    """Return the share of the answers that stand in the text, whatever the case: RULER's rule for
-    all tasks but question answering (scripts/eval/synthetic/constants.py)."""
+    """Return the share of the answers that the text contains, ignoring case. This is RULER's rule
+    for all tasks but question answering (scripts/eval/synthetic/constants.py)."""
     found = [answer for answer in answers if answer.lower() in text.lower()]
     return len(found) / len(answers)
 
 
 def string_match_part(text: str, answers: list[str]) -> float:
-    """Return 1.0 where one of the answers stands in the text, else 0.0: RULER's rule for question
-    answering."""
+    """Return 1.0 if the text contains one of the answers, else 0.0. This is RULER's rule for
+    question answering."""
     return float(string_match_all(text, answers) > 0)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the kinds."""
+    """One kind of task."""
 
     draw: Callable[[Draw], Sample]
     new_tokens: int
-    """Tokens that RULER lets a model write."""
+    """Maximum number of tokens to generate; RULER's limit for its own tasks."""
     score: Callable[[str, list[str]], float] = string_match_all
     in_haystack: bool = True
-    """Whether its text is the chosen haystack, or one of its own."""
+    """Whether its text is the chosen haystack; otherwise the task has its own text."""
     questions: int = 1
-    """Questions that can be asked about one text."""
+    """Maximum number of questions about one text."""
     one_fact: bool = False
-    """Whether one fact is asked for, which can be moved."""
+    """Whether a question asks for a single fact, which can be moved."""
 
 
 TASKS: dict[Kind, Task] = {
@@ -410,12 +415,12 @@ TASKS: dict[Kind, Task] = {
     "qa": Task(documents, 32, string_match_part, in_haystack=False, questions=4, one_fact=True),
     "no_shared_words": Task(no_shared_words, 16, questions=4, one_fact=True),
 }
-"""Every kind by RULER's name for it, and one of our own."""
+"""Every task by RULER's name for it, and one task of our own."""
 
 
 def found_by_words(pieces: list[str], asked: Asked) -> str:
-    """Return the pieces that share most words with the question, as many as it has answers; none
-    where none shares a word. No model is needed for what such a search finds."""
+    """Return the pieces that share most words with the question, as many as it has answers; none if
+    no piece shares a word. This is a baseline that needs no model."""
     wanted = stems(asked.question)
     shared = []
     for piece in pieces:
@@ -426,5 +431,5 @@ def found_by_words(pieces: list[str], asked: Asked) -> str:
 
 
 def stems(text: str) -> set[str]:
-    """Return the first four letters of each word that says something."""
+    """Return the first four letters of each word that is not a stop word."""
     return {word[:4] for word in re.findall(r"\w+", text.lower()) if word not in STOP_WORDS}

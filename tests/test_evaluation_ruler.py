@@ -169,10 +169,10 @@ def test_a_zero_at_every_length_is_told_with_a_sample_and_the_likely_reason(monk
         ]
 
     [_, needle, words] = paragraphs()
-    assert needle.startswith("m, niah_single: 0 in all 2 answers, at every length. Expected: '")
-    assert "it wrote: 'I like cats.'" in needle
-    assert "a base model continues text" in needle
-    assert words.startswith("m, fwe: 0")
+    assert needle.startswith("m, niah_single: score 0 in all 2 answers, at every length. Expected: '")
+    assert "The model wrote: 'I like cats.'" in needle
+    assert "a base model, which continues text" in needle
+    assert words.startswith("m, fwe: score 0")
     tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
     assert "asked without it: set chat_template 'auto'" in paragraphs(chat_template="never")[1]
     assert "too hard" in paragraphs()[1]
@@ -233,13 +233,13 @@ def test_questions_about_one_text_read_it_once_and_score_as_read_alone(monkeypat
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"lengths": (5000,)}, "length 5000: the model reads 4096 tokens"),
-        ({"lengths": (4000,), "haystack": "documents"}, r"has to have 3872 tokens, all that there is makes 34\d\d"),
-        ({"lengths": (300,)}, r"the shortest prompt has \d+ tokens and the answer 128: use at least \d+"),
+        ({"lengths": (5000,)}, "length 5000: the model reads at most 4096 tokens"),
+        ({"lengths": (4000,), "haystack": "documents"}, r"must have 3872 tokens, but the whole haystack .* 34\d\d"),
+        ({"lengths": (300,)}, r"the shortest prompt has \d+ tokens and the answer 128: use a length of at least \d+"),
         ({"tasks": ("fwe",), "lengths": (600,)}, r"the shortest prompt has \d+ tokens and the answer 50"),
         ({"chat_template": "always"}, "no chat template"),
-        ({"tasks": ("niah_single", "vt"), "depths": (0.5,)}, "depths: vt ask for several facts"),
-        ({"depths": (0.5,), "questions": 2}, "depths and questions 2"),
+        ({"tasks": ("niah_single", "vt"), "depths": (0.5,)}, "depths need tasks .* single fact, but vt ask for several"),
+        ({"depths": (0.5,), "questions": 2}, "questions is 2, but must be 1 with depths"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_read(choices, message):
@@ -252,10 +252,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_read(choices, mes
 def test_an_answer_that_stands_in_the_haystack_is_refused():
     answer = text("niah_single").sample.asked[0].answers[0]
     found = Document("b", "d", np.array(TOKENIZER(f"{HAY * 100} They sold {answer} tickets.").input_ids))
-    with pytest.raises(ValueError, match=f"the answer '{answer}' stands in the haystack already"):
+    with pytest.raises(ValueError, match=f"the answer '{answer}' already occurs in the haystack"):
         text("niah_single", documents=(found,)).evaluation.cells()
     people = Document("b", "d", np.array(TOKENIZER(HAY * 100 + ", ".join(NAMES[3:]) + ".").input_ids))
-    with pytest.raises(ValueError, match="21 of 24 names stand in the haystack already, at most 20 may"):
+    with pytest.raises(ValueError, match="21 of 24 names already occur in the haystack, but at most 20 may"):
         text("no_shared_words", documents=(people,)).evaluation.cells()
     one = Document("b", "d", np.array(TOKENIZER(HAY * 100 + ", ".join(NAMES[4:]) + ".").input_ids))
     assert text("no_shared_words", documents=(one,)).evaluation.cells(), "the four other names are drawn"
