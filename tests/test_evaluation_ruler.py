@@ -238,7 +238,7 @@ def test_questions_about_one_text_read_it_once_and_score_as_read_alone(monkeypat
         ({"lengths": (300,)}, r"the shortest prompt has \d+ tokens and the answer 128: use a length of at least \d+"),
         ({"tasks": ("fwe",), "lengths": (600,)}, r"the shortest prompt has \d+ tokens and the answer 50"),
         ({"chat_template": "always"}, "no chat template"),
-        ({"tasks": ("niah_single", "vt"), "depths": (0.5,)}, "depths need tasks .* single fact, but vt ask for several"),
+        ({"tasks": ("niah_single", "vt"), "depths": (0.5,)}, "depths need tasks .* but vt ask for several"),
         ({"depths": (0.5,), "questions": 2}, "questions is 2, but must be 1 with depths"),
     ],
 )
