@@ -1,8 +1,8 @@
-"""An evaluation's cells, measured one by one, each result kept on disk as soon as it is known.
+"""Measures an evaluation's cells one by one, and writes each result to disk as soon as it is known.
 
-A folder of cells is private to one evaluation of one model with one recipe. An interrupted grid
-goes on where it stopped, and several tasks can share the work, because a cell's result depends on
-nothing but the cell.
+A folder of cells belongs to one evaluation of one model with one recipe. An interrupted grid
+resumes where it stopped, and several tasks can share the work, because a cell's result depends only
+on the cell.
 
     dict(measured(Passkey(model, tokenizer, Passkey.Choices()), {0: {"length": 1024, "trial": 0}}))
 """
@@ -27,15 +27,15 @@ def measured(evaluation: Evaluation, cells: dict[int, Cell]) -> Iterator[tuple[i
 
 
 class CellFolder:
-    """Results on disk, a file for each cell, written whole or not at all."""
+    """Results on disk, in one file for each cell, which is written atomically."""
 
     def __init__(self, folder: Path, earlier: Iterable[Path] = (), *, setting: str = "") -> None:
-        """Make the folder if it is missing.
+        """Create the folder if it is missing.
 
         Args:
-            folder: where this attempt's results go.
-            earlier: folders of earlier attempts, whose results are taken up.
-            setting: what else a result depends on (number type, device); results of another setting
+            folder: folder for this attempt's results.
+            earlier: folders of earlier attempts, whose results are reused.
+            setting: what else a result depends on (data type, device); results with another setting
                 are ignored.
         """
         self.folder = folder
@@ -44,7 +44,7 @@ class CellFolder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def known(self, cells: list[Cell]) -> dict[int, Result]:
-        """Return the results that are on disk already, by the cell's number."""
+        """Return the results that are already on disk, by cell number."""
         results = {}
         for number, cell in enumerate(json.loads(json.dumps(cells))):
             for folder in self.folders:

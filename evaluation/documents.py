@@ -1,4 +1,4 @@
-"""Held-out documents as token ids, and the token that a model expects before any text.
+"""Held-out documents as token ids, and the first token that a model expects before any text.
 
 python -c "from longreach.evaluation.documents import held_out; print([d.name for d in
 held_out('corpus/documents')])"
@@ -21,8 +21,8 @@ else:
     np = lazy_module("numpy")
 
 MARK = "\u2063text\u2063"
-"""Stands in a chat message for a text, to see what a chat template puts around it; invisible
-separators frame it."""
+"""Placeholder for a text in a chat message, to find what a chat template puts around it. It is
+enclosed in invisible separators."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Document:
     name: str
     domain: str
     ids_T: np.ndarray
-    """Token ids [tokens], int64, of the text alone: no first token, no end token."""
+    """Token ids [tokens], int64, of the text only, without first and end token."""
     split: str = "test"
-    """Of the corpus: `test`, or `validation` for what is chosen and never reported."""
+    """Split of the corpus: `test`, or `validation` for documents that only serve for choices and are
+    never reported."""
 
 
 def held_out(folder: Path | str) -> list[Document]:
@@ -51,7 +52,7 @@ def held_out(folder: Path | str) -> list[Document]:
 
 
 def matching(documents: Iterable[Document], patterns: tuple[str, ...]) -> list[Document]:
-    """Return the documents whose name matches one of the shell patterns; ValueError if none
+    """Return the documents whose name matches one of the shell patterns; raise ValueError if none
     does."""
     documents = list(documents)
     matches = []
@@ -70,7 +71,7 @@ def named(documents: Iterable[Document], name: str) -> Document:
 
 
 def check_names(names: list[str]) -> None:
-    """Raise ValueError where two documents have one name, which rows could not tell apart."""
+    """Raise ValueError if two documents have the same name, because rows could not tell them apart."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
@@ -80,18 +81,18 @@ def check_names(names: list[str]) -> None:
 
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id that the tokenizer puts before every text (BOS, or a trained sink token); None
-    if it puts none.
+    if there is none.
 
-    A corpus that was packed for another model's tokenizer lacks it, and a model that always saw it
-    is lost without it.
+    A corpus that was packed for another model's tokenizer lacks this token, and a model that always
+    saw it predicts badly without it.
     """
-    whole = tokenizer("a").input_ids  # of an empty text, an appended EOS would come first
+    whole = tokenizer("a").input_ids  # not an empty text, where an appended EOS would come first
     bare = tokenizer("a", add_special_tokens=False).input_ids
     return None if whole[:1] == bare[:1] else int(whole[0])
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = True) -> list[int]:
-    """Return the ids of a text that will be continued: no EOS at its end, even if the tokenizer
+    """Return the ids of a text to be continued, without an EOS at its end even if the tokenizer
     appends one.
 
     first: put the tokenizer's first token, if it has one, before the text.
@@ -103,19 +104,22 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool = Tru
 
 
 def with_first(ids_T: np.ndarray, first: int | None) -> np.ndarray:
-    """Return ids_T after the model's own first token, unless there is none or the ids begin with it
-    already."""
+    """Return ids_T with the model's first token before it, unless there is none or ids_T already
+    begins with it."""
     if first is None or (len(ids_T) and ids_T[0] == first):
         return ids_T
     return np.concatenate([np.array([first], ids_T.dtype), ids_T])
 
 
 def templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """Return messages as the model's chat template writes them, up to where its answer begins;
-    ValueError if it refuses them, as some do a chat without a system message."""
+    """Return messages formatted by the model's chat template, up to the beginning of its answer.
+
+    Raises:
+        ValueError: the template rejects the messages, as some do if there is no system message.
+    """
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors
+    except Exception as error:  # a template may raise anything: jinja2's errors, TypeErrors
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"the model's chat template refuses messages of {roles} ({type(error).__name__}: {error}): change its "
@@ -124,12 +128,12 @@ def templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 
 def chat_around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, refusal: str) -> tuple[str, str]:
-    """Return what the model's chat template puts before and after MARK, which stands in one of the
-    messages.
+    """Return what the model's chat template puts before and after MARK, which one of the messages
+    contains.
 
     Raises:
-        ValueError: the template changes the messages, so that MARK is not in what it makes;
-        `refusal` is the message.
+        ValueError: the template changes the messages, so its output lacks MARK; `refusal` is the
+            error message.
     """
     before, mark, after = templated(tokenizer, messages).partition(MARK)
     if not mark:

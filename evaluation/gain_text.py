@@ -1,10 +1,10 @@
-"""The text of a few documents, coloured by what context gave each token: blue where the longest
-context predicts it better than the shortest, red where worse.
+"""The text of a few documents, with each token coloured by its gain from context: blue if the
+longest context predicts it better than the shortest, red if worse.
 
-`gain` keeps, of the first KEPT_DOCUMENTS test documents, the last KEPT_TOKENS tokens of the
-document's last window: what each says, and its NLL under every length. They stand in cases.jsonl,
-a document a line; scores of earlier versions have none, and pages say so. A document's text is
-other people's: pages escape it like any text.
+For the first KEPT_DOCUMENTS test documents, `gain` keeps the last KEPT_TOKENS tokens of the
+document's last window: the text of each token, and its NLL at every length. They are in cases.jsonl,
+one document per line. Scores of earlier versions have none, and pages say so. The text of documents
+is untrusted, and pages escape it like any text.
 
     python -c "from longreach.evaluation.gain_text import level; print(level(2.5), level(-0.2))"
 
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEPT_DOCUMENTS = 3
-"""Documents of which single tokens are kept."""
+"""Number of documents whose tokens are kept one by one."""
 KEPT_TOKENS = 512
-"""Tokens of each that are kept, the last ones: about a page of a book."""
+"""Number of tokens kept at the end of each document: about a page of a book."""
 BOUNDS = (0.1, 0.5, 1.0, 2.0)
-"""Nats from which a colour is one step stronger."""
+"""Gains in nats from which the colour is one step stronger."""
 KEY_GAIN = 2.0
-"""Nats that a key token gains at least (LongPPL, arXiv:2410.23771)."""
+"""Lower bound of a key token's gain in nats (LongPPL, arXiv:2410.23771)."""
 KEY_NLL = 2.0
-"""NLL in the longest context that a key token has at most."""
+"""Upper bound of a key token's NLL in the longest context, in nats."""
 EXTREMES = 8
-"""Tokens that are listed in numbers, of those that gain most and of those that lose most."""
+"""Number of tokens listed that gain most, and of those that lose most."""
 BEFORE = 40
-"""Characters before a listed token."""
+"""Number of characters shown before a listed token."""
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Return what each token adds to the text; a character of several tokens stands with its last
-    one."""
+    """Return the text that each token adds. A character made of several tokens belongs to the last of
+    them."""
     texts, done = [], 0
     for end in range(1, len(ids) + 1):
         text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-        if text.endswith("\ufffd") and end < len(ids):  # a character whose other bytes are still to come
+        if text.endswith("\ufffd") and end < len(ids):  # an incomplete character, whose other bytes follow
             texts.append("")
             continue
         texts.append(text[done:])
@@ -56,8 +56,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
 
 
 def kept_cases(results: Iterable[tuple[Cell, Result]]) -> list[Row]:
-    """Return a case for each document whose tokens were kept: their texts, and their NLL in nats by
-    length."""
+    """Return a case for each document whose tokens were kept, with their texts and their NLL in nats
+    by length."""
     results = list(results)
     cases = []
     for cell, result in results:
@@ -73,14 +73,15 @@ def kept_cases(results: Iterable[tuple[Cell, Result]]) -> list[Row]:
 
 
 def level(gain: float) -> int:
-    """Return the step of colour of a gain in nats, from -4 (hurt) to 4 (helped)."""
+    """Return the colour step of a gain in nats, from -4 (much worse) to 4 (much better)."""
     steps = sum(abs(gain) >= bound for bound in BOUNDS)
     return steps if gain > 0 else -steps
 
 
 def coloured_blocks(models: Mapping[str, EvalScores]) -> list[Block]:
-    """Return the coloured texts of each model, folded in; of several models the first text alone,
-    as each has a page of its own. Says which models have none stored."""
+    """Return the coloured texts of each model in collapsed blocks, and a sentence on models without
+    stored tokens. For several models, show only the first text of each, because each model has a
+    page of its own."""
     blocks: list[Block] = []
     missing = []
     for name, scores in models.items():
@@ -93,18 +94,18 @@ def coloured_blocks(models: Mapping[str, EvalScores]) -> list[Block]:
             inner += _blocks_of(case)
         more = len(scores.cases) - len(cases)
         if more:
-            inner.append(f"{more} more in the page of this model's evaluation, gain.html.")
-        blocks.append(Details(f"{name}: the text, coloured by what context gave each token", inner))
+            inner.append(f"{more} more are on the page of this model's evaluation, gain.html.")
+        blocks.append(Details(f"{name}: the text, coloured by each token's gain from context", inner))
     if missing:
         blocks.append(
-            f"Single tokens are not stored for {', '.join(missing)}: the scores are of an earlier version "
-            f"(measured anew, they have them)."
+            f"Single tokens are not stored for {', '.join(missing)}, because the scores are of an earlier version. "
+            f"Evaluate gain again to store them."
         )
     return blocks
 
 
 def _blocks_of(case: Row) -> list[Block]:
-    """Return one document's text in colours, and in numbers the tokens that gained and lost most."""
+    """Return one document's text in colours, and a table of the tokens that gained and lost most."""
     lengths = sorted(case["nll"], key=int)
     short, long = lengths[0], lengths[-1]
     gains = [a - b for a, b in zip(case["nll"][short], case["nll"][long], strict=True)]
@@ -112,9 +113,9 @@ def _blocks_of(case: Row) -> list[Block]:
     for gain, nll in zip(gains, case["nll"][long], strict=True):
         keys += gain > KEY_GAIN and nll < KEY_NLL
     caption = (
-        f"{case['document']}, its last {len(gains):,} tokens: {int(long):,} tokens of context against {int(short):,}. "
-        f"Mean: {sum(gains) / len(gains):+.3f} nats a token. Key tokens (LongPPL's: a gain above {KEY_GAIN:g} nats, "
-        f"and an NLL below {KEY_NLL:g} with it): {keys}."
+        f"{case['document']}, its last {len(gains):,} tokens: gain with {int(long):,} tokens of context over "
+        f"{int(short):,}. Mean: {sum(gains) / len(gains):+.3f} nats per token. Key tokens (as in LongPPL: a gain above "
+        f"{KEY_GAIN:g} nats, and an NLL below {KEY_NLL:g} with the longer context): {keys}."
     )
     pieces: list[Piece] = []
     for number, (text, gain) in enumerate(zip(case["texts"], gains, strict=True)):
@@ -144,7 +145,7 @@ LEGEND = _legend()
 
 
 def _extremes(case: Row, lengths: list[str], gains: list[float]) -> Table:
-    """Return the tokens that gained and that lost most, with what stands before them and their NLL
+    """Return a table of the tokens that gained and lost most, with the text before them and their NLL
     by length."""
     order = sorted(range(len(gains)), key=lambda number: -gains[number])
     chosen = [number for number in order[:EXTREMES] if gains[number] > 0]
@@ -156,14 +157,14 @@ def _extremes(case: Row, lengths: list[str], gains: list[float]) -> Table:
         nll: list[Any] = [f"{case['nll'][length][number]:.2f}" for length in lengths]
         rows.append([name, *nll, f"{gains[number]:+.2f}"])
     columns = ["token", *(f"{int(length):,}" for length in lengths), "gained"]
-    return Table(f"{case['document']}: what gained and what lost most (NLL in nats by context)", columns, rows)
+    return Table(f"{case['document']}: tokens that gained and lost most (NLL in nats by context length)", columns, rows)
 
 
 def _in_line(text: str) -> str:
-    """Return a text in one line, with its blanks to be seen."""
+    """Return a text in one line, with visible line breaks and tabs."""
     return _shown(text).replace("\n", "⏎").replace("\t", "⇥").strip(" ") or "(blank)"
 
 
 def _shown(text: str) -> str:
-    """Return a text whose control characters are marks; line ends and tabs stay."""
+    """Return a text with its control characters replaced; line breaks and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)

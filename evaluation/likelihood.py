@@ -1,11 +1,11 @@
-"""Negative log-likelihood of every token of a text in one causal pass; the logits never exist
-whole.
+"""Negative log-likelihood (NLL) of every token of a text in one causal pass, without materialising
+all logits at once.
 
-A causal model's prediction at position t sees positions 0..t whatever follows, so one pass over T
-tokens scores each of them in its full context. The head is what hurts: T x vocabulary logits in
-float32 are 1.6 GiB at 8,192 x 49,152. So the body runs once and the head runs over CHUNK positions
-at a time (96 MiB). Measured on SmolLM2, 8,192 tokens, CPU: one pass is faster than prefilling a KV
-cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
+A causal model's prediction at position t sees only positions 0..t, so one pass over T tokens scores
+each of them with all text before it. The head dominates memory: T x vocabulary logits in float32
+are 1.6 GiB at 8,192 x 49,152. So the body runs once, and the head runs over CHUNK positions at a
+time (96 MiB). Measured on SmolLM2 with 8,192 tokens on a CPU, one pass is faster than prefilling a
+KV cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
 
 Legend: T tokens, C tokens of one chunk, V vocabulary, E width.
 """
@@ -24,19 +24,20 @@ CHUNK = 512
 
 @torch.inference_mode()
 def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str, last: int | None = None) -> np.ndarray:
-    """NLL in nats of tokens 1..T-1, each given all before it.
+    """Return the NLL in nats of tokens 1..T-1, each given all tokens before it.
 
     Args:
-        ids_T: token ids [T], T >= 2, with whatever the model expects first already in place.
-        name: the document's, for errors.
-        last: score only so many tokens, from the end; None: all.
+        ids_T: token ids [T], T >= 2, including the first token that the model expects, if any.
+        name: name of the document, for error messages.
+        last: number of tokens at the end to score; None: all.
 
     Returns:
-        float64 [T-1], entry t for token t + 1; with `last`, the last so many of these.
+        float64 [T-1], entry t for token t + 1; with `last`, only the last `last` entries.
 
     Raises:
-        ValueError: an id outside of the model's vocabulary.
-        FloatingPointError: logits that are not finite, with the document and the first such token.
+        ValueError: an id is outside the model's vocabulary.
+        FloatingPointError: logits are not finite; the message names the document and the first such
+            token.
     """
     x_T = torch.from_numpy(np.ascontiguousarray(ids_T, dtype=np.int64)).to(model.device)
     check_ids(model, x_T, name)
@@ -49,10 +50,10 @@ def token_nll(model: PreTrainedModel, ids_T: np.ndarray, name: str, last: int | 
 def hidden_nll(
     model: PreTrainedModel, hidden_TE: torch.Tensor, target_T: torch.Tensor, name: str, before: int = 0
 ) -> torch.Tensor:
-    """NLL float64 [T] of target_T under the head's predictions from the body's output; errors as
-    `token_nll`.
+    """Return the NLL, float64 [T], of target_T predicted by the head from the body's output. Errors
+    are those of `token_nll`.
 
-    before: how many of the text's predictions are left out before these, for errors.
+    before: number of the text's predictions that are left out before these, for error messages.
     """
     head, (factor, cap) = model.get_output_embeddings(), logit_changes(model.config)
 
@@ -73,14 +74,16 @@ def hidden_nll(
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """ValueError unless the model's logits can be computed in chunks, tried on eight tokens, which
-    are no text's: a document may have one token or none."""
+    """Raise ValueError if the model's logits cannot be computed in chunks.
+
+    This is tried on eight arbitrary tokens, because a document may have only one token or none.
+    """
     check_logits(model, torch.arange(8)[None])
 
 
 def position_table(model: PreTrainedModel) -> int | None:
-    """Return how many positions the model has in a table, learned (GPT-2, OPT) or computed (GPT-J); None
-    for those that go on, as the usual rotary ones and ALiBi do."""
+    """Return the number of positions in the model's table, learned (GPT-2, OPT) or computed (GPT-J).
+    None if positions are unlimited, as with the usual rotary embeddings and ALiBi."""
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     if not limit or getattr(config, "rope_parameters", None):
@@ -91,52 +94,55 @@ def position_table(model: PreTrainedModel) -> int | None:
         if isinstance(computed, torch.Tensor):
             rows = len(computed)
         elif isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
-            rows = module.num_embeddings - getattr(module, "offset", 0)  # OPT's first two are of no position
+            rows = module.num_embeddings - getattr(module, "offset", 0)  # OPT's first two rows are not positions
         if rows == limit:
             return rows
     return None
 
 
 def check_reach(model: PreTrainedModel, tokens: int, where: str) -> None:
-    """ValueError where so many tokens, read at once, go beyond the model's table of positions."""
+    """Raise ValueError if this many tokens, read at once, exceed the model's table of positions."""
     positions = position_table(model)
     if positions is not None and tokens > positions:
         raise ValueError(
-            f"{where} reads {tokens} tokens at once, answers and first token included; {type(model).__name__} has a "
-            f"table of {positions} positions, which cannot be stretched: ask for shorter texts, or name the models "
+            f"{where} reads {tokens} tokens at once, including answers and first token, but {type(model).__name__} "
+            f"has a table of {positions} positions, which cannot be stretched: use shorter texts, or list only models "
             f"that reach them in `models`"
         )
 
 
 def check_ids(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> None:
-    """ValueError where a token id has no embedding."""
+    """Raise ValueError if a token id has no embedding."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if int(ids_T.max()) >= rows:
         raise ValueError(
-            f"{name}: token id {int(ids_T.max())}, but the model has {rows} embeddings: "
+            f"{name} has token id {int(ids_T.max())}, but the model has only {rows} embeddings: "
             f"the text was tokenised for another model"
         )
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """ValueError where a layer's attention is more than causal softmax attention, which could not
-    be replaced."""
+    """Raise ValueError if a layer's attention is more than causal softmax attention, and so cannot be
+    replaced."""
     if own := own_attention(model):
-        raise ValueError(f"{type(model).__name__}: {own}: what another attention would give is not what the model does")
+        raise ValueError(f"{type(model).__name__}: {own}: its attention cannot be replaced without changing the model")
     with attending_by(model, "tried", lambda *args, **kwargs: None):
         pass
 
 
 @torch.inference_mode()
 def forget_length(model: PreTrainedModel) -> None:
-    """Lets frequencies that depend on the input's length depend on no earlier input: transformers
-    keeps those of the longest one until a short one comes. Nothing for other models."""
+    """Reset rotary frequencies that depend on the input's length, so that earlier inputs have no effect.
+
+    transformers keeps the frequencies of the longest input until it gets a short one. This does
+    nothing for other models.
+    """
     if is_dynamic(model):
         model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def is_dynamic(model: PreTrainedModel) -> bool:
-    """Whether the model's rotary frequencies depend on how long the input is, so that no pass can
-    serve two lengths."""
+    """Return whether the model's rotary frequencies depend on the input's length, so that one pass
+    cannot serve two lengths."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     return rope.get("rope_type") in ("dynamic", "longrope")

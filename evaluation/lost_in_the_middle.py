@@ -1,15 +1,16 @@
-"""Lost in the middle (Liu et al., arXiv:2307.03172): does it matter where in a long prompt the
-answer stands?
+"""Lost in the middle (Liu et al., arXiv:2307.03172): whether the position of the answer in a long
+prompt matters.
 
-  kv    a JSON object of random UUIDs, one of whose values is asked for: pure retrieval
-  qa    documents of which one holds the answer; before it, two baselines: closed book (no document) and oracle (only
-        the right one)
+  kv    retrieval: the value of a key in a JSON object of random UUIDs
+  qa    question answering over documents, one of which has the answer, with two baselines: closed book (no document)
+        and oracle (only the right document)
 
-Prompts are the paper's. Without its data files (kv_data, qa_data), pairs are drawn, and documents
-tell of invented people and places: nobody can know the answers by heart, and closed book shows it.
-Each question is asked with the answer at every place; the U-shaped curve of many models is the
-figure. Scored teacher-forced (evaluation/reader.py), and with `new_tokens` by whether the generated
-text's first line holds an answer (the paper's `best_subspan_em`).
+The prompts are the paper's. Without its data files (kv_data, qa_data), pairs are drawn at random,
+and documents are about invented people and places. So no model can have memorised the answers, as
+the closed-book baseline shows. Each question is asked with the answer at every place. The figure
+shows the U-shaped curve that many models have. Answers are scored teacher-forced
+(evaluation/reader.py) and, with `new_tokens`, by whether the first line of the generated text
+contains an answer (the paper's `best_subspan_em`).
 
     longreach evaluate MODEL --eval lost_in_the_middle --set pairs=[20] --set documents=[10]
 """
@@ -57,10 +58,9 @@ MOST_INVENTED = {
     "hard": len(PLACES) + len(WORKS) - 1,
     "random": (len(PLACES) - 1) * (len(WORKS) - 1) + 1,
 }
-"""Documents about invented people that differ from each other, by how those without the answer are
-chosen."""
+"""Maximum number of distinct documents about invented people, by kind of distractors."""
 THINGS = {"kv": "JSON pairs", "qa": "documents"}
-"""What the size of each task counts."""
+"""Unit of the size of each task."""
 
 Pair = tuple[str, str]
 Distractors = Literal["mixed", "hard", "random"]
@@ -74,57 +74,60 @@ class LostInTheMiddle(Evaluation):
     revision = 1
 
     class Choices(EvalChoices):
-        """Something to be found among many of its kind, by where it stands (Lost in the Middle,
+        """Finding a pair or document among many of its kind, by its place (Lost in the Middle,
         2307.03172)."""
 
         pairs: tuple[int, ...] = ()
-        """Key-value retrieval among n JSON pairs (the paper: 75, 140, 300); none: not measured."""
+        """Numbers of JSON pairs for key-value retrieval (the paper: 75, 140, 300); empty: not
+        measured."""
         documents: tuple[int, ...] = ()
-        """Question answering over n documents (the paper: 10, 20, 30); none: not measured."""
+        """Numbers of documents for question answering (the paper: 10, 20, 30); empty: not measured."""
         positions: int = Field(default=5, ge=2)
-        """Places at which the answer is tried, evenly spread from the first to the last."""
+        """Number of places at which the answer is put, evenly spread from the first to the last."""
         trials: int = Field(default=4, ge=1)
-        """Questions for each size; each is asked at every place."""
+        """Number of questions for each size; each is asked at every place."""
         new_tokens: int = Field(default=0, ge=0)
-        """Also generate n tokens (at least as many as the answer has) and look for the answer in
-        them; 0: nothing is generated, scoring is teacher-forced alone."""
+        """Number of tokens to generate as well, to look for the answer in them (at least the length
+        of the answer plus 4); 0: score teacher-forced only."""
         kv_data: DataFile = None
-        """The paper's own kv-retrieval-N_keys.jsonl.gz (one size); without it, pairs are drawn."""
+        """The paper's file kv-retrieval-N_keys.jsonl.gz (one size). Default: random pairs."""
         qa_data: DataFile = None
-        """The paper's own nq-open file (gzipped JSON lines); without it, facts about invented
-        people are drawn."""
+        """The paper's nq-open file (gzipped JSON lines). Default: documents about invented people."""
         distractors: New[Distractors | tuple[Distractors, ...]] = "mixed"
-        """Invented documents without the answer: hard ones share the place or the kind of building
-        with the question, as what a search engine finds; random ones share neither; mixed: as
-        drawn. A list measures each kind."""
+        """Kind of invented documents without the answer. `hard`: they share the place or the kind of
+        building with the question, like results of a search engine. `random`: they share neither.
+        `mixed`: as drawn. A list measures each kind."""
 
         @model_validator(mode="after")
         def _asks_something(self) -> LostInTheMiddle.Choices:
             sizes = [*self.pairs, *self.documents]
             if not sizes:
-                raise ValueError("pairs and documents are both empty: say how many to search, e.g. pairs: [75]")
+                raise ValueError("pairs and documents are both empty: set the number of one of them, e.g. pairs: [75]")
             if min(sizes) < 2:
-                raise ValueError(f"pairs and documents of {min(sizes)}: two at least, or there is no middle")
+                raise ValueError(f"pairs and documents have a size of {min(sizes)}, but must be at least 2")
             kinds = self.kinds()
             if not kinds:
-                raise ValueError("distractors []: at least one kind")
+                raise ValueError("distractors is empty: list at least one kind")
             if self.qa_data and kinds != ("mixed",):
                 raise ValueError(
-                    f"distractors {self.distractors!r} are made up, qa_data {self.qa_data} has its own: leave one out"
+                    f"distractors {self.distractors!r} are for invented documents, but qa_data {self.qa_data} has its "
+                    f"own documents: leave one of the two out"
                 )
             return self
 
         def kinds(self) -> tuple[Distractors, ...]:
-            """Return the kinds of distractors, of which there is one as a rule."""
+            """Return the kinds of distractors; usually there is only one."""
             return (self.distractors,) if isinstance(self.distractors, str) else self.distractors
 
     choices: Choices
 
     def cells(self) -> list[Cell]:
-        """Return a cell for each size and question, with all places, as their prompts begin alike.
+        """Return a cell for each size and question. A cell has all places, because their prompts
+        share a prefix.
 
         Raises:
-            ValueError: a data file is missing, has another form or fewer questions than `trials`.
+            ValueError: a data file is missing, has another format or fewer questions than `trials`;
+                there are not enough invented documents; or a prompt is too long for the model.
         """
         choices = self.choices
         if choices.kv_data:
@@ -136,8 +139,8 @@ class LostInTheMiddle(Evaluation):
             most = MOST_INVENTED[kind]
             if choices.qa_data is None and largest > most:
                 raise ValueError(
-                    f"documents {largest}: at most {most} can be made up with {kind} distractors; give qa_data, or ask "
-                    f"for fewer"
+                    f"documents is {largest}, but at most {most} can be invented with {kind} distractors: lower it or "
+                    f"set qa_data"
                 )
         cells: list[Cell] = []
         for group in _groups(choices):
@@ -178,7 +181,7 @@ class LostInTheMiddle(Evaluation):
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `cell` (task, size and place; `depth` is the place as a share),
-        `baseline`, `size`."""
+        `baseline` and `size`."""
         cases = gathered(results, "cases")
         rows: list[Row] = []
         summary: dict[str, float] = {}
@@ -215,7 +218,7 @@ class LostInTheMiddle(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return a figure for each task and size: the answer's NLL by where it stands, a curve for
+        """Return a figure for each task and size: the answer's NLL by its place, with a curve for
         each model and kind of distractors."""
         from longreach.evaluation.figures import Style, lines
 
@@ -227,19 +230,19 @@ class LostInTheMiddle(Evaluation):
                     curve += f", {row['distractors']} distractors"
                 places = curves.setdefault((row["task"], row["size"]), {}).setdefault(curve, [])
                 places.append((100 * row["depth"], row["nll"]))
-        caption = "A hump in the middle: answers at both ends are found more easily. Lower is better."
+        caption = "A hump in the middle means that answers at both ends are found more easily. Lower is better."
         axes = ("place of the answer (%, 0: first)", "answer (nats per token)")
         figures = []
         for (task, size), of_size in curves.items():
-            title = f"Where the answer stands: {size} {THINGS[task]}"
+            title = f"By place of the answer: {size} {THINGS[task]}"
             looks = style if of_size.keys() <= models.keys() else Style.of(of_size)
             figures.append(lines(f"lost-in-the-middle-{task}-{size}.png", title, caption, axes, of_size, looks))
         return figures
 
 
 def _groups(choices: LostInTheMiddle.Choices) -> list[Cell]:
-    """Return what is measured: task and size; of documents the distractors too, where they are of
-    several kinds."""
+    """Return the groups of cells: task and size and, for documents with several kinds of
+    distractors, the kind."""
     groups: list[Cell] = [{"task": "kv", "size": size} for size in choices.pairs]
     kinds = choices.kinds()
     for size in choices.documents:
@@ -252,16 +255,16 @@ def _groups(choices: LostInTheMiddle.Choices) -> list[Cell]:
 
 
 def _asked(group: Cell) -> str:
-    """Return what a group is called in the summary: `kv`, `qa`, or `qa_hard` where there are
-    several kinds."""
+    """Return the name of a group in the summary: `kv`, `qa`, or for example `qa_hard` if there are
+    several kinds of distractors."""
     if "distractors" in group:
         return f"{group['task']}_{group['distractors']}"
     return str(group["task"])
 
 
 def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
-    """Return the mean of cases, with intervals over questions, each of which is asked at every
-    place; where text was generated, also the share of it that holds an answer."""
+    """Return the mean of cases with intervals over questions, because each is asked at every place.
+    If text was generated, include the share of texts that contain an answer."""
     row = retrieval_row(kind, cases, size, depth, over_texts=True)
     row["size"] = row.pop("length")
     if "subspan" in cases[0]:
@@ -272,20 +275,20 @@ def _row(kind: str, cases: list[Row], size: int, depth: float | None) -> Row:
 
 
 def best_subspan_em(prediction: str, answers: list[str]) -> float:
-    """Return 1.0 if one of the answers is in the prediction, both without case, punctuation,
-    articles and spare spaces; else 0.0."""
+    """Return 1.0 if the prediction contains one of the answers, ignoring case, punctuation, articles
+    and extra spaces; else 0.0."""
     text = _normalised(prediction)
     return float(any(_normalised(answer) in text for answer in answers))
 
 
 def _normalised(text: str) -> str:
-    """Return a text without case, punctuation, articles and spare spaces."""
+    """Return a text in lower case, without punctuation, articles and extra spaces."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def places(size: int, count: int) -> list[int]:
-    """Return `count` places evenly spread from 0 to size - 1, fewer where there are not so many."""
+    """Return `count` places evenly spread from 0 to size - 1, or fewer if size is less than count."""
     return sorted({round(n * (size - 1) / (count - 1)) for n in range(count)})
 
 
@@ -294,12 +297,12 @@ class Question:
     """One prompt of a cell."""
 
     place: int | str
-    """Where the answer stands among its kind, or the baseline's name."""
+    """Index of the answer's pair or document, or the baseline's name."""
     prompt: str
     answers: list[str]
-    """Each counts as right where text is generated."""
+    """Any of these counts as right in generated text."""
     written: str
-    """What is scored teacher-forced: the first answer as the prompt writes its kind."""
+    """Continuation that is scored teacher-forced: the first answer in the format of the prompt."""
 
 
 def questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Question]:
@@ -319,7 +322,7 @@ def _kv_questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Ques
         shown = [*others[:place], wanted, *others[place:]]
         lines = ",\n ".join(f'"{key}": "{value}"' for key, value in shown)
         prompt = f'{KV}{{{lines}}}\n\nKey: "{wanted[0]}"\nCorresponding value:'
-        yield Question(place, prompt, [wanted[1]], f' "{wanted[1]}')  # the closing quote is not asked for
+        yield Question(place, prompt, [wanted[1]], f' "{wanted[1]}')  # the closing quote is not scored
 
 
 def _qa_questions(choices: LostInTheMiddle.Choices, cell: Cell) -> Iterator[Question]:
@@ -376,17 +379,20 @@ Line = TypeVar("Line", bound=BaseModel)
 
 
 def _check_data(path: str, kind: type[BaseModel], trials: int) -> None:
-    """Raise ValueError where a data file has fewer questions than are asked, or another form."""
+    """Raise ValueError if a data file has fewer questions than `trials`, or another format."""
     found = sum(1 for _ in itertools.islice(_lines(path, kind), trials))
     if found < trials:
-        raise ValueError(f"{path} has {found} questions, {trials} are needed")
+        raise ValueError(f"{path} has {found} questions, but trials asks for {trials}")
 
 
 def _lines(path: str, kind: type[Line]) -> Iterator[Line]:
-    """Yield the questions of one of the paper's data files; ValueError names the line that cannot
-    be read, from 1."""
+    """Yield the questions of one of the paper's data files.
+
+    Raises:
+        ValueError: the file is missing, or a line cannot be read; lines are counted from 1.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; leave it out for questions that are made up")
+        raise ValueError(f"{path}: no such file; leave it out to use invented questions")
     open_text = gzip.open if path.endswith(".gz") else open
     number = 0
     try:
@@ -412,14 +418,14 @@ def _question_of_file(path: str, kind: type[Line], number: int) -> Line:
 
 
 def _pairs(choices: LostInTheMiddle.Choices, cell: Cell) -> tuple[list[Pair], Pair]:
-    """Return (pairs, the one that is asked for)."""
+    """Return (all pairs, the pair that is asked for)."""
     size = cell["size"]
     if choices.kv_data:
         line = _question_of_file(choices.kv_data, KvLine, cell["trial"])
         pairs = line.ordered_kv_records
         if len(pairs) < size:
             raise ValueError(
-                f"{choices.kv_data}, line {cell['trial'] + 1}: {len(pairs)} pairs, and pairs asks for {size}"
+                f"{choices.kv_data}, line {cell['trial'] + 1} has {len(pairs)} pairs, but `pairs` asks for {size}"
             )
         return pairs, (line.key, line.value)
     chance = np.random.default_rng([choices.seed, size, cell["trial"]])
@@ -430,8 +436,8 @@ def _pairs(choices: LostInTheMiddle.Choices, cell: Cell) -> tuple[list[Pair], Pa
 
 @dataclass(frozen=True)
 class _DocumentQuestion:
-    """A question, its answers, the document that holds them, and others; a document is a title and
-    a text."""
+    """A question, its answers, the document with the answer, and other documents. A document is a
+    title and a text."""
 
     question: str
     answers: list[str]
@@ -447,7 +453,7 @@ def _document_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _Documen
 
 
 def _file_question(path: str, cell: Cell) -> _DocumentQuestion:
-    """Return a question of the paper's file, without other documents that hold an answer too."""
+    """Return a question of the paper's file, without other documents that also contain an answer."""
     size = cell["size"]
     line = _question_of_file(path, QaLine, cell["trial"])
     gold = []
@@ -460,14 +466,14 @@ def _file_question(path: str, cell: Cell) -> _DocumentQuestion:
             others.append(document)
     if not gold or len(others) < size - 1:
         raise ValueError(
-            f"{path}, line {cell['trial'] + 1}: {len(gold)} gold and {len(others)} other documents, "
-            f"documents asks for {size}"
+            f"{path}, line {cell['trial'] + 1} has {len(gold)} gold and {len(others)} other documents, but "
+            f"`documents` asks for {size}"
         )
     return _DocumentQuestion(line.question, line.answers, gold[0], others)
 
 
 def _invented_question(choices: LostInTheMiddle.Choices, cell: Cell) -> _DocumentQuestion:
-    """Draw documents about buildings and their designers, all invented; the first one's designer is
+    """Draw documents about invented buildings and their designers. The designer in the first one is
     asked for."""
     size: int = cell["size"]
     chance = np.random.default_rng([choices.seed, size, cell["trial"], 1])

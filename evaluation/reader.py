@@ -1,14 +1,14 @@
-"""Prompts read one after another; what the next one begins with is not computed again.
+"""Reads prompts one after another, without computing a shared prefix again.
 
-The cells of a grid differ in where a needle stands: what comes before it is the same text. So the
-keys and values of the prompt before are kept up to the first token in which the two differ, and
-only the rest is read. Of five depths spread evenly that leaves 70% of the work, of many 50%;
-results are those of a fresh pass but for rounding.
+The prompts of a grid differ in the place of a needle, and the text before it is the same. So the
+keys and values of the previous prompt are kept up to the first token at which the two differ, and
+only the rest is read. For five evenly spread depths this leaves 70% of the work, for many depths
+50%. Results equal those of a fresh pass except for rounding.
 
-An answer is scored in the same pass, teacher-forced: prompt and answer go in together, the head
-runs on the answer's positions alone. Greedy decoding emits the answer's tokens if and only if each
-is the argmax given those before it, so by induction the two agree on `correct`. NLL is finer than
-right or wrong.
+An answer is scored teacher-forced in the same pass: prompt and answer are read together, and the
+head runs only on the positions of the answer. Greedy decoding emits the answer's tokens if and only
+if each is the argmax given the tokens before it, so by induction both agree on `correct`. NLL is
+finer than right or wrong.
 
 Legend: A tokens of the answer, V vocabulary.
 """
@@ -29,18 +29,18 @@ from longreach.evaluation.likelihood import check_ids, check_reach, forget_lengt
 def spelled(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str, *, special: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt, and of the answer as the text goes on from it.
+    """Return the token ids of the prompt, and of the answer as its continuation.
 
-    A blank that is a token of its own belongs to the prompt: it tells nothing about the answer.
+    A space that is a token of its own counts as part of the prompt, because it says nothing about
+    the answer.
 
     Args:
-        where: what is asked, for errors.
+        where: name of the question, for error messages.
         special: put the tokenizer's first token before the prompt.
 
     Raises:
-        ValueError: the tokenizer joins the prompt's end and the answer's beginning, so that no
-        continuation of the
-            prompt's tokens spells the answer.
+        ValueError: the tokenizer joins the prompt's end and the answer's beginning, so no
+            continuation of the prompt's tokens spells the answer.
     """
     before = text_ids(tokenizer, prompt, first=special)
     ids = text_ids(tokenizer, prompt + answer, first=special)
@@ -53,7 +53,7 @@ def spelled(
 
 
 def shared_start(ids: list[int], others: list[int]) -> int:
-    """Return how many tokens two texts have in common from their beginning on."""
+    """Return the length of the common prefix of two texts, in tokens."""
     shared = 0
     for a, b in zip(ids, others, strict=False):
         if a != b:
@@ -69,15 +69,14 @@ def generated(
     new_tokens: int,
     choose: Callable[[torch.Tensor], int],
 ) -> Iterator[int]:
-    """Yield the tokens that follow `ids`, the one that ends the text included; the last one is not
-    yet in the cache.
+    """Yield the tokens that follow `ids`, including the end token. The last one is not yet in the
+    cache.
 
-    Nothing but `choose` decides, whatever penalties or beams the model's own generation_config asks
-    for.
+    Only `choose` selects tokens; penalties and beams in the model's generation_config are ignored.
 
     Args:
-        cache: holds what was read before `ids`.
-        choose: from the logits [V] of the next token to its id.
+        cache: keys and values of the tokens before `ids`.
+        choose: returns the id of the next token, given its logits [V].
     """
     ends = model.generation_config.eos_token_id
     stop = {*ends} if isinstance(ends, list) else {ends}
@@ -98,19 +97,19 @@ def greedy(logits_V: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a model answers a prompt."""
+    """A model's answer to a prompt, and its scores."""
 
     nll: float
     """Mean NLL of the expected answer's tokens, in nats."""
     token_accuracy: float
-    """Share of them that are the argmax, each given those before it."""
+    """Share of these tokens that are the argmax, each given the tokens before it."""
     correct: bool
-    """Whether all of them are the argmax."""
+    """Whether all of these tokens are the argmax."""
     got: str
-    """Greedy text: the generated one or, where nothing was generated, the argmax at each of the
-    answer's positions."""
+    """The generated greedy text or, if nothing was generated, the argmax at each position of the
+    expected answer."""
     read_tokens: int
-    """How many tokens had to be read for it."""
+    """Number of tokens that had to be read."""
 
     def as_row(self) -> dict[str, float | bool | str]:
         """Return the columns that an evaluation's case keeps."""
@@ -118,29 +117,29 @@ class Answer:
 
 
 class Reader:
-    """Reads prompts in turn, one model. Make one for the prompts that share a beginning: its cache
-    stays in memory."""
+    """Reads prompts of one model in turn. Create one for each group of prompts that share a prefix,
+    because its cache stays in memory."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, reuse: bool = True) -> None:
-        """Start with an empty cache; reuse: take up what two prompts have in common, where the
-        model allows it."""
+        """Start with an empty cache.
+
+        reuse: reuse the prefix that two prompts share, if the model allows it.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.cache = DynamicCache(config=model.config)
         self.cached: list[int] = []
         """Token ids whose keys and values are in the cache."""
-        # keys that were dropped from a window, or turned for another length, cannot be taken up
-        # again
+        # keys that were dropped from a window, or rotated for another length, cannot be reused
         croppable = all(type(layer) is DynamicLayer for layer in self.cache.layers)
         self.reuse = reuse and croppable and not is_dynamic(model)
 
     def answer(self, prompt: list[int], expected: list[int], where: str, *, new_tokens: int = 0) -> Answer:
-        """Return how likely `expected` is after `prompt`, and what the model generates in
-        new_tokens tokens (0: none).
+        """Score `expected` after `prompt`, and generate new_tokens tokens (0: none).
 
         Raises:
             FloatingPointError: the logits are not finite.
-            ValueError: an id has no embedding, or a token no position in the model's table.
+            ValueError: an id has no embedding, or the text exceeds the model's table of positions.
         """
         ids = torch.tensor([*prompt, *expected[:-1]], device=self.model.device)
         check_ids(self.model, ids, where)
@@ -168,8 +167,8 @@ class Reader:
         )
 
     def _keep(self, tokens: int) -> int:
-        """Forget all but the first n tokens, or all of them where that cannot be; return how many
-        are left."""
+        """Crop the cache to this many tokens, or empty it if it cannot be cropped; return the number of
+        tokens left."""
         if tokens and self.reuse:
             spare = len(self.cached) - tokens
             if spare:
@@ -180,7 +179,7 @@ class Reader:
         return 0
 
     def _generate(self, prompt: list[int], new_tokens: int) -> str:
-        """Return the greedy text after a prompt whose beginning is in the cache."""
+        """Return the greedy text after a prompt that the cache has at least in part."""
         with torch.inference_mode():
             kept = self._keep(len(prompt) - 1)
         tokens = list(generated(self.model, self.cache, prompt[kept:], new_tokens, greedy))

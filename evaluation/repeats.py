@@ -1,11 +1,11 @@
-"""Where a text repeats itself, and how far back: whether far context is used, judged by the text
-alone.
+"""Finds repeated sequences in a text and their distances, to measure whether distant context is
+used.
 
-Most tokens follow from what stands right before them, so a mean over all of them hides what a far
-context does (LongPPL, arXiv:2410.23771, picks tokens by a model's own scores). Here no model
-chooses: a token counts as repeated from a distance d if the RUN tokens that end in it stood in the
-text before, the last time d tokens earlier. A model that sees less than d + RUN tokens cannot have
-copied it.
+Most tokens can be predicted from the text right before them, so a mean over all tokens hides the
+effect of distant context. LongPPL (arXiv:2410.23771) selects tokens by a model's own scores. Here
+the selection depends on the text only: a token counts as repeated at distance d if the sequence of
+RUN tokens that ends with it occurred before, the last time d tokens earlier. A model that sees fewer
+than d + RUN tokens cannot have copied it.
 
     >>> repeat_distances([7, 1, 2, 3, 4, 9, 1, 2, 3, 4], last=5)
     array([0, 0, 0, 0, 5])
@@ -30,19 +30,20 @@ else:
     np = lazy_module("numpy")
 
 RUN = 4
-"""Tokens of a repeated run, its last one included, which is the one that is scored."""
+"""Length of a repeated sequence in tokens. Only its last token is scored."""
 NEAREST = 1024
-"""Upper end of the first band of distances; each further band ends at twice the last one's."""
+"""Upper end of the first band of distances. Each further band ends at twice the previous end."""
 LOST = 0.5
-"""Nats above its best length at which a model is past what it can read (a base past its trained
-length is more than 1 nat worse)."""
+"""Nats above the NLL at its best length from which a model counts as unable to read a length. (A
+base past its trained length is more than 1 nat worse.)"""
 FEWEST = 30
-"""Tokens below which a band is not shown: its mean would be one or two runs."""
+"""Minimum number of tokens of a band that is shown. With fewer, one or two sequences would determine
+the mean."""
 
 
 def repeat_distances(ids_T: Sequence[int], last: int) -> np.ndarray:
-    """Return how many tokens before each of the last `last` tokens the RUN tokens that end in it
-    last ended; 0 where they did not stand before."""
+    """Return for each of the last `last` tokens the distance to the last earlier occurrence of the RUN
+    tokens that end with it; 0 if there is none."""
     ends: dict[tuple[int, ...], int] = {}
     distances = np.zeros(len(ids_T), dtype=np.int64)
     for end in range(RUN, len(ids_T) + 1):
@@ -54,8 +55,8 @@ def repeat_distances(ids_T: Sequence[int], last: int) -> np.ndarray:
 
 
 def nats_by_distance(nll_T: np.ndarray, distances_T: np.ndarray) -> dict[str, list[float]]:
-    """Return [number of repeated tokens, sum of their NLL in nats] by the upper end of a band of
-    distances; bands without a token are left out."""
+    """Return [number of repeated tokens, sum of their NLL in nats] by the upper end of their band of
+    distances. Bands without tokens are left out."""
     bands: dict[str, list[float]] = {}
     for nll, distance in zip(nll_T.tolist(), distances_T.tolist(), strict=True):
         if distance:
@@ -69,7 +70,7 @@ def nats_by_distance(nll_T: np.ndarray, distances_T: np.ndarray) -> dict[str, li
 
 
 def repeat_rows(place: Row, bands: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Return a row of kind `repeat` for each band of one window: tokens, and their NLL."""
+    """Return a row of kind `repeat` for each band of one window, with the tokens and their NLL."""
     rows = []
     for up_to, (tokens, nats) in sorted(bands.items(), key=lambda item: int(item[0])):
         rows.append({"kind": "repeat"} | place | {"up_to": int(up_to), "tokens": int(tokens), "nll": nats / tokens})
@@ -77,19 +78,19 @@ def repeat_rows(place: Row, bands: Mapping[str, Sequence[float]]) -> list[Row]:
 
 
 class Repeated(NamedTuple):
-    """What a model makes of the tokens repeated from a band of distances."""
+    """A model's NLL of the repeated tokens in a band of distances."""
 
     tokens: int
     nll: float
     better: Difference
-    """Than a yardstick, on the same tokens."""
+    """How much better than a baseline on the same tokens."""
 
 
 def repeated(ours: Sequence[Sequence[Row]], theirs: Sequence[Row]) -> Repeated | None:
-    """Return what a model, or each seed of an arm, makes of a band's tokens, and another model of the
-    same ones; None where they did not score the same.
+    """Return the NLL of a band's tokens by a model, or the seeds of an arm, compared with `theirs` on
+    the same tokens; None if they did not score the same tokens.
 
-    Means are over seeds and tokens, the interval over seeds and documents.
+    Means are over seeds and tokens, and the interval is over seeds and documents.
     """
     their_nats = _by_document(theirs)
     tokens = {document: count for document, (count, _) in their_nats.items()}
@@ -107,7 +108,7 @@ def repeated(ours: Sequence[Sequence[Row]], theirs: Sequence[Row]) -> Repeated |
 
 
 def _by_document(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
-    """Return tokens and nats of each document, over its windows, in the order of names."""
+    """Return the tokens and nats of each document, summed over its windows, in the order of names."""
     totals: dict[str, tuple[int, float]] = {}
     for row in sorted(rows, key=lambda row: row["document"]):
         tokens, nats = totals.get(row["document"], (0, 0.0))
@@ -116,11 +117,11 @@ def _by_document(rows: Sequence[Row]) -> dict[str, tuple[int, float]]:
 
 
 Bands = dict[int, list[list[Row]]]
-"""Rows of kind `repeat` at one length by the upper end of their band, of each seed of an arm."""
+"""Rows of kind `repeat` at one length by the upper end of their band, a list for each seed of an arm."""
 
 
 def _bands(by_arm: Mapping[str, Sequence[EvalScores]]) -> tuple[dict[tuple[str, int], Bands], dict[int, int]]:
-    """Return the rows of each (model, length), and the tokens of each band that has FEWEST of them."""
+    """Return the rows of each (model, length), and the tokens of each band with at least FEWEST tokens."""
     found: dict[tuple[str, int], Bands] = {}
     tokens: dict[int, int] = {}
     for name, seeds in by_arm.items():
@@ -139,8 +140,10 @@ def _bands(by_arm: Mapping[str, Sequence[EvalScores]]) -> tuple[dict[tuple[str, 
 def over_yardstick(
     by_arm: Mapping[str, Sequence[EvalScores]], base: str, best: int
 ) -> dict[str, dict[int, Difference]]:
-    """Return how much better each model predicts repeated tokens than `base` at `best` tokens:
-    model, upper end of a band. A model stands there at the longest length at which it is not LOST.
+    """Return how much better each model predicts repeated tokens than `base` at `best` tokens, by
+    model and upper end of a band.
+
+    Each model is measured at its longest length with an NLL less than LOST above its best one.
     """
     found, tokens = _bands(by_arm)
     yardstick = found.get((base, best), {})
@@ -158,10 +161,11 @@ def over_yardstick(
 
 
 def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, best: int | None) -> list[Table]:
-    """Return the NLL of repeated tokens, a line for each model and length, a column for each band.
+    """Return the table of the NLL of repeated tokens: a line for each model and length, a column for
+    each band.
 
-    Nothing where no band has FEWEST tokens, as in scores of earlier versions. `base` at `best`
-    tokens is what others are compared with, if known.
+    There is no table if no band has FEWEST tokens, as in scores of earlier versions. The baseline is
+    `base` at `best` tokens, if known.
     """
     from longreach.evaluation.blocks import Table
     from longreach.evaluation.sections import DASH
@@ -182,12 +186,16 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
             cells.append(cell)
         lines.append(cells)
     heads = ["model", *(f"{_since(up_to)}\n{count:,} tokens" for up_to, count in tokens.items())]
-    caption = f"Tokens that repeat a run of {RUN}, by how far back it last stood (NLL in nats per token)"
+    caption = f"Tokens that repeat a sequence of {RUN}, by the distance to its last occurrence (NLL in nats per token)"
     legend = (
-        "A model that reads fewer tokens than that cannot copy them: where far context helps, it must be seen here."
+        "A model that reads fewer tokens than this distance cannot copy them, so a benefit of distant context must "
+        "show here."
     )
     if best is not None:
-        legend += f" Small: better than {base} at {best:,} tokens, with the 95% interval over documents."
+        legend += (
+            f" In small type: nats per token better than {base} at {best:,} tokens, with the 95% interval over "
+            f"documents."
+        )
     return [Table(caption, heads, lines, legend=legend)]
 
 

@@ -1,8 +1,8 @@
-"""A text read with a cache of fixed size: the loss of every token, the time of decoding one, and an endless stream.
+"""Reading a text with a cache of fixed size: NLL of every token, decoding latency, and long streams.
 
 Streaming keeps the first `sinks` tokens and the last `window` ones. Instead of decoding token by
-token, the whole text is computed in one pass that gives the same (attention/streamed.py); only
-latencies and the endurance run use the real cache (attention/sink_cache.py).
+token, the whole text is computed in one pass with the same result (attention/streamed.py). Only
+latencies, endurance runs and questions in a stream use the real cache (attention/sink_cache.py).
 
 Legend: T tokens, N scored tokens, B windows in a batch, W window tokens, V vocabulary, E width, H
 heads, K KV heads, D head dim.
@@ -32,19 +32,19 @@ from longreach.attention.streamed import streamed_attention
 from longreach.evaluation.likelihood import check_ids, hidden_nll, is_dynamic, token_nll
 
 Place = Literal["cache", "text"]
-"""Where positions of keys are counted."""
+"""Where the positions of keys are counted: in the cache or in the text."""
 BATCH_TOKENS = 4096
-"""Tokens of the windows that `recomputed_nll` runs at once."""
+"""Number of tokens in a batch of windows in `recomputed_nll`."""
 READ_AT_ONCE = 512
-"""Tokens that the endurance run reads at once."""
+"""Maximum number of tokens that are read at once through a real cache."""
 
 
 def streamed_nll(
     model: PreTrainedModel, ids_T: np.ndarray, sinks: int, window: int, positions: str, name: str
 ) -> np.ndarray:
-    """Return the NLL [T-1] of decoding token by token with a cache of sinks + window keys; errors as `token_nll`.
+    """Return the NLL [T-1] of decoding token by token with a cache of sinks + window keys.
 
-    positions: "cache" or "text", where the positions of keys are counted.
+    Errors are those of `token_nll`. positions: "cache" or "text", where the positions of keys are counted.
     """
     if sinks + window >= len(ids_T) - 1:
         return token_nll(model, ids_T, name)  # nothing is ever evicted
@@ -57,10 +57,10 @@ def streamed_nll(
 def evicted_nll(
     model: PreTrainedModel, ids_T: np.ndarray, policy: Policy, cache_tokens: int, positions: Place, name: str
 ) -> np.ndarray:
-    """Return the NLL [T-1] of decoding token by token with an EvictingCache of that policy; errors as `token_nll`.
+    """Return the NLL [T-1] of decoding token by token with an EvictingCache of this policy.
 
-    Layer after layer reads the whole text, one token after the other: what decoding gives, without
-    a pass through the model for each token.
+    Each layer reads the whole text token by token before the next layer runs. The result is that of
+    decoding, without a pass through the model for each token. Errors are those of `token_nll`.
     """
     check_rope(model, len(ids_T), cache_tokens)
     cache = EvictingCache(model.config, policy, cache_tokens, positions)
@@ -72,25 +72,26 @@ def evicted_nll(
 
 
 def check_rope(model: PreTrainedModel, tokens: int, cache_tokens: int) -> None:
-    """Raise ValueError for a RoPE that changes with the length of the input."""
+    """Raise ValueError if the model's RoPE changes with the length of the input."""
     if is_dynamic(model):
         raise ValueError(
-            f"rope type {model.config.rope_parameters['rope_type']!r} changes with the length of the input: "
-            f"one pass over {tokens} tokens is not what a cache of {cache_tokens} would give"
+            f"rope type {model.config.rope_parameters['rope_type']!r} changes with the length of the input, so one "
+            f"pass over {tokens} tokens does not give the result of a cache of {cache_tokens} tokens"
         )
 
 
 class StreamedAttention:
-    """For transformers' AttentionInterface: attention/streamed.py over a whole text; q, k, v [1, ., T, D]."""
+    """Attention of attention/streamed.py over a whole text, for transformers' AttentionInterface; q, k, v
+    [1, ., T, D]."""
 
     def __init__(self, model: PreTrainedModel, sinks: int, window: int, positions: str) -> None:
-        """Keep `sinks` + `window` keys; positions in the "cache" need the model's rotation, to turn keys anew."""
+        """Keep `sinks` + `window` keys. Positions in the "cache" need the model's rotation, to rotate keys again."""
         self.sinks = sinks
         self.window = window
         self.rotary = Rotary.of(model.config) if positions == "cache" else None
 
     def __call__(self, module, q_BHTD, k_BKTD, v_BKTD, attention_mask, *, scaling, **kwargs):  # type: ignore[no-untyped-def]
-        """Return (attention's output [1, T, H, D], None), as transformers expects it."""
+        """Return (output [1, T, H, D], None), as transformers expects."""
         if self.rotary is not None:
             at_T = torch.arange(q_BHTD.shape[2])
             q_BHTD, k_BKTD = self.rotary.put_right(q_BHTD, at_T), self.rotary.put_right(k_BKTD, at_T)
@@ -109,7 +110,7 @@ class StreamedAttention:
 
 @torch.inference_mode()
 def recomputed_nll(model: PreTrainedModel, ids_T: np.ndarray, ends_N: np.ndarray, window: int, name: str) -> np.ndarray:
-    """Return the NLL [N] of the tokens after positions ends_N, each predicted from its last `window` tokens alone."""
+    """Return the NLL [N] of the tokens after positions ends_N, each predicted only from the last `window` tokens."""
     batches = min(len(ends_N), math.ceil(len(ends_N) * window / BATCH_TOKENS))
     nll_by_batch = []
     for ends_B in np.array_split(ends_N, batches):
@@ -129,16 +130,16 @@ def recomputed_nll(model: PreTrainedModel, ids_T: np.ndarray, ends_N: np.ndarray
 def decoding_latency(
     model: PreTrainedModel, ids_T: np.ndarray, tokens: int, way: Any, sinks: int, cache_tokens: int, positions: Place
 ) -> dict[str, float]:
-    """Measure the decoding of a text's last `tokens` tokens, one by one, in one way through it.
+    """Measure the latency of decoding a text's last `tokens` tokens, one by one, in one way.
 
     positions: where a cache of fixed size counts the positions of its keys.
 
     Returns:
-        {"ms": median milliseconds a token, "cache_mib": keys and values that are kept meanwhile}; the way `dense`
-        keeps those of the whole text.
+        {"ms": median milliseconds per token, "cache_mib": size of the cache in MiB}. The way `dense` keeps the
+        keys and values of the whole text.
     """
     x_1T = torch.from_numpy(ids_T)[None].to(model.device)
-    first = x_1T.shape[1] - tokens - 1  # one more than is timed: the first step warms up
+    first = x_1T.shape[1] - tokens - 1  # one more than is timed: the first step is a warm-up
     cache: Cache = DynamicCache(config=model.config)
     attention: AbstractContextManager[None] = nullcontext()
     if way in ("window", "sinks"):
@@ -164,7 +165,7 @@ def decoding_latency(
 
 
 def _kept_bytes(cache: Cache) -> int:
-    """Return the bytes of a cache's keys and values, and of what it notes beside them."""
+    """Return the bytes of a cache's keys and values, sinks included, and of its sums of attention if it has them."""
     total = 0
     for layer in cache.layers:
         for name in ("keys", "values", "sink_keys", "scores"):
@@ -179,7 +180,7 @@ def endurance(
 ) -> Iterator[dict[str, Any]]:
     """Stream a long text through one SinkCache; yield {"start", "end", "nll", "resident_mib"} for each part of it.
 
-    resident_mib is the process's memory at the end of the part: it should not grow.
+    resident_mib is the process's resident memory at the end of the part, which should not grow.
     """
     cache = SinkCache(model.config, sinks, window)
     edges = np.linspace(0, len(ids_T) - 1, min(parts, len(ids_T) - 1) + 1).astype(int).tolist()
@@ -204,13 +205,13 @@ def answered_in_stream(
 
     Args:
         cache: a SinkCache, or a DynamicCache that keeps everything.
-        pieces: token ids, and those of the answer, which are a piece's last ones.
+        pieces: token ids of each piece, and those of the answer at its end.
 
     Yields:
-        (mean NLL of the answer's tokens in nats, the likeliest token at each of their places).
+        (mean NLL of the answer's tokens in nats, the argmax at each of their positions).
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        FloatingPointError: the logits are not finite.
         ValueError: an id has no embedding.
     """
     streams = isinstance(cache, SinkCache)
@@ -219,7 +220,7 @@ def answered_in_stream(
         x_T = torch.tensor(ids, device=model.device)
         check_ids(model, x_T, f"piece {number} of the stream")
         with reading_sink_cache(model) if streams else nullcontext():
-            # the token before the answer predicts its first one, so that the last read has answer + 1 tokens
+            # the token before the answer predicts its first token, so the last read has answer + 1 tokens
             for part_T in x_T[: -answer - 1].split(READ_AT_ONCE):
                 model(part_T[None], past_key_values=cache, logits_to_keep=1)
             logits_AV = model(x_T[None, -answer - 1 :], past_key_values=cache).logits[0, :-1].float()

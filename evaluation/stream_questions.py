@@ -1,14 +1,14 @@
 """Questions in an endless stream (StreamEval; StreamingLLM, arXiv:2309.17453, section 4.4).
 
-The text goes on and on: lines that each tell a number, and after every few of them a
-question for the number that stood some lines before. Facts and questions go through one cache that
-never grows, so the question is answered if and only if its fact is still in the cache: the place
-where accuracy falls is the memory of a stream, whatever its length. The right answer is put into
-the text after each question, so that all models and caches read the same stream.
+The stream has lines that each state a number and, after every few lines, a question about a number
+stated some lines before. Facts and questions go through one cache that never grows, so a question
+can be answered only if its fact is still in the cache. The distance at which accuracy drops is how
+far back a stream can look, whatever its length. The right answer is inserted after each question,
+so all models and caches read the same stream.
 
-An answer is right if each of its tokens is the likeliest one given those before, as greedy decoding
-would write. `dense` keeps everything: it breaks once the stream is longer than what the model was
-trained to read.
+An answer is right if each of its tokens is the argmax given the tokens before it, as greedy decoding
+would write. `dense` keeps everything, and breaks once the stream is longer than the model's trained
+length.
 
     longreach evaluate MODEL --eval stream_questions --set cache_tokens=[256,1024] --set questions=200
 """
@@ -44,14 +44,14 @@ NOUNS = (
     "window", "yard",
 )  # fmt: skip
 MOST_FACTS = len(NOUNS) * (len(ADJECTIVES) + len(ADJECTIVES) * (len(ADJECTIVES) - 1) // 2)
-"""Names with one adjective or two."""
+"""Number of names with one or two adjectives."""
 NUMBERS = (10_000, 100_000)
-"""The numbers' range, half open."""
+"""Range of the numbers (upper end excluded)."""
 
 
 class StreamQuestions(Evaluation):
-    """In a stream through a cache that never grows, how far back may the answer to a question
-    stand?"""
+    """In a stream through a cache that never grows, how far back can the model find the answer to a
+    question?"""
 
     name = "stream_questions"
     title = "Questions in a stream"
@@ -62,26 +62,27 @@ class StreamQuestions(Evaluation):
         4.4)."""
 
         questions: int = Field(default=100, ge=1)
-        """Questions in the stream; they ask for the distances in turn."""
+        """Number of questions in the stream. They use the distances in turn."""
         every_lines: int = Field(default=10, ge=1)
-        """Lines with a fact before each question."""
+        """Number of lines with a fact before each question."""
         distances: tuple[Count, ...] = Field(default=(5, 10, 20, 40), min_length=1)
-        """How many lines before the question its fact stands, or the nearest one that was not asked for
-        yet; 1 is the last line. The paper has 20."""
+        """Distances in lines from a fact to its question; 1 is the last line before it. If that fact
+        was asked for before, the nearest other one is used. The paper has 20."""
         cache_tokens: tuple[Count, ...] = Field(default=(256, 1024), min_length=1)
-        """Keys that a cache keeps, sinks included; each number is a stream of its own."""
+        """Cache sizes in tokens, sinks included; each size is measured in a separate stream."""
         sink_tokens: int = Field(default=4, ge=1)
-        """First tokens that the way `sinks` keeps."""
+        """Number of first tokens that the way `sinks` keeps."""
         ways: tuple[Literal["dense", "window", "sinks"], ...] = Field(default=("sinks",), min_length=1)
-        """dense keeps everything, window the most recent tokens, sinks the first ones as well."""
+        """Which tokens stay in the cache: all (dense), the most recent ones (window), or the first
+        and the most recent ones (sinks)."""
 
         @model_validator(mode="after")
         def _fits(self) -> StreamQuestions.Choices:
             facts = self.first_lines() + (self.questions - 1) * self.every_lines
             if facts > MOST_FACTS:
                 raise ValueError(
-                    f"questions {self.questions}, one after every {self.every_lines} lines, need {facts} lines, and "
-                    f"there are {MOST_FACTS} names for them: lower questions, every_lines or distances"
+                    f"questions {self.questions}, one after every {self.every_lines} lines, need {facts} lines, but "
+                    f"there are only {MOST_FACTS} names for them: lower questions, every_lines or distances"
                 )
             if min(self.cache_tokens) <= self.sink_tokens:
                 raise ValueError(
@@ -91,18 +92,21 @@ class StreamQuestions(Evaluation):
             return self
 
         def first_lines(self) -> int:
-            """Return how many lines stand before the first question."""
+            """Return the number of lines before the first question."""
             return max(self.every_lines, *self.distances)
 
         def longest_input(self) -> int:
-            """Return how many tokens a cache holds at most; of a dense one it is not known."""
+            """Return the largest cache size in tokens, or 0 for `dense`, whose size is not known."""
             return 0 if "dense" in self.ways else max(self.cache_tokens)
 
     choices: Choices
 
     def cells(self) -> list[Cell]:
-        """Return a cell for each way and size of the cache; ValueError where the model cannot
-        stream or has no room for a cache."""
+        """Return a cell for each way and cache size.
+
+        Raises:
+            ValueError: the model cannot stream, or cannot read as many tokens as a cache holds.
+        """
         from longreach.evaluation.likelihood import check_attention
         from longreach.evaluation.small_cache import check_rope
 
@@ -112,7 +116,7 @@ class StreamQuestions(Evaluation):
         if limit and largest >= limit:
             raise ValueError(
                 f"cache_tokens {largest} and the token after them are more than the {limit} tokens that the model can "
-                f"read: at most {limit - 1}"
+                f"read: lower cache_tokens to at most {limit - 1}"
             )
         check_rope(self.model, sum(len(ids) for ids, _, _ in self._pieces()), largest)
         self.check_reach(sum(len(ids) for ids, _, _ in self._pieces()))
@@ -123,7 +127,7 @@ class StreamQuestions(Evaluation):
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"cases": one for each question}; FloatingPointError where logits are not finite."""
+        """Return {"cases": one for each question}; raise FloatingPointError if logits are not finite."""
         from longreach.evaluation.small_cache import answered_in_stream
 
         pieces = list(self._pieces())
@@ -147,15 +151,18 @@ class StreamQuestions(Evaluation):
         return SinkCache(self.model.config, sinks, cell["cache_tokens"] - sinks)
 
     def _pieces(self) -> Iterator[tuple[list[int], list[int], Row]]:
-        """Yield the stream in pieces of lines, a question and its answer: (ids, the answer's ids,
-        which are their last ones, what the case says of the question)."""
+        """Yield the stream in pieces of lines, a question and its answer.
+
+        Yields:
+            (token ids of the piece, ids of the answer at its end, columns of the question's case).
+        """
         from longreach.evaluation.documents import text_ids
         from longreach.evaluation.reader import spelled
 
         choices, draw = self.choices, np.random.default_rng(self.choices.seed)
         names = _names(draw)
         facts: list[tuple[str, str, int]] = []  # name, number, and tokens of the stream before it
-        asked: set[int] = set()  # places in `facts`
+        asked: set[int] = set()  # indices in `facts`
         before = 0
         for question in range(choices.questions):
             ids: list[int] = []
@@ -163,10 +170,10 @@ class StreamQuestions(Evaluation):
             for _ in range(lines):
                 name, number = names[len(facts)], str(draw.integers(*NUMBERS))
                 facts.append((name, number, before + len(ids)))
-                start = not before and not ids  # the tokenizer's own first token stands once
+                start = not before and not ids  # the tokenizer's first token comes only once
                 ids += text_ids(self.tokenizer, f"The number of the {name} is {number}.\n", first=start)
             distance = choices.distances[question % len(choices.distances)]
-            # an answer stays in the stream, so a fact is asked for once: what stands nearest to the distance
+            # answers stay in the stream, so each fact is asked for only once; take the one nearest to the distance
             unasked = [fact for fact in range(len(facts)) if fact not in asked]
             fact = min(unasked, key=lambda fact: abs(len(facts) - fact - distance))
             asked.add(fact)
@@ -184,8 +191,8 @@ class StreamQuestions(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return a row of kind `distance` for each way, cache and distance: accuracy with Wilson's
-        interval, NLL in nats per token of the answer."""
+        """Return a row of kind `distance` for each way, cache size and distance: accuracy with
+        Wilson's 95% interval, and NLL in nats per token of the answer."""
         rows: list[Row] = []
         cases: list[Row] = []
         for cell, result in results:
@@ -213,7 +220,7 @@ class StreamQuestions(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return accuracy by distance, a figure for each model with a curve for each cache."""
+        """Return a figure of accuracy by distance for each model, with a curve for each cache."""
         from longreach.evaluation.figures import Style, lines
 
         figures = []
@@ -223,7 +230,7 @@ class StreamQuestions(Evaluation):
                 cache = row["way"] if row["way"] == "dense" else f"{row['way']}, {row['cache_tokens']:,} tokens"
                 point = (row["distance"], row["accuracy"], row["accuracy_low"], row["accuracy_high"])
                 curves.setdefault(cache, []).append(point)
-            caption = "A curve should fall to 0 where the fact has left the cache, and nowhere before."
+            caption = "A curve should drop to 0 where the fact has left the cache, and not before."
             axes = ("lines between the fact and its question", "share of right answers")
             file, title = f"stream_questions-{name}.png", f"{cls.title}: {name}"
             ticks = sorted(scores.distinct("distance", kind="distance"))
@@ -232,8 +239,8 @@ class StreamQuestions(Evaluation):
 
 
 def _names(draw: np.random.Generator) -> list[str]:
-    """Return MOST_FACTS different names in a drawn order, those of two adjectives last: a name that
-    came again would have two numbers, and its question two answers."""
+    """Return MOST_FACTS distinct names in random order, those with two adjectives last. A repeated
+    name would have two numbers, and its question two answers."""
     short = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
     long = [f"{one} {other} {noun}" for one, other in combinations(ADJECTIVES, 2) for noun in NOUNS]
     draw.shuffle(short)

@@ -70,7 +70,7 @@ def test_colours_follow_the_gain_and_the_tokens_that_changed_most_stand_in_numbe
     text, numbers = coloured(made_up([" x", " y", " z", "w"], [5, 1, 1, 1], [0.5, 1, 1, 1.6]))
     assert [piece[:2] for piece in text.pieces] == [(" x", 4), (" y z", 0), ("w", -2)]
     assert text.pieces[0].says == "40: 5.00; 128: 0.50"
-    assert "Mean: +0.975 nats a token. Key tokens" in text.caption
+    assert "Mean: +0.975 nats per token. Key tokens" in text.caption
     assert text.caption.endswith(": 1.")
     assert [row[1:] for row in numbers.rows] == [["5.00", "0.50", "+4.50"], ["1.00", "1.60", "-0.60"]]
     assert numbers.rows[1][0] == "w\nafter …x y z"
@@ -80,7 +80,7 @@ def test_scores_of_an_earlier_version_are_said_to_have_no_single_tokens():
     old, new = EvalScores("gain", "p", {}, [], {}), made_up(["a"], [1], [1])
     folded, sentence = coloured_blocks({"old": old, "new": new})
     assert folded.summary.startswith("new: ")
-    assert sentence.startswith("Single tokens are not stored for old:")
+    assert sentence.startswith("Single tokens are not stored for old, because")
 
 
 def test_a_hostile_text_is_shown_as_it_is_and_closes_nothing():

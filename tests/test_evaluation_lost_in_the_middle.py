@@ -96,10 +96,10 @@ def test_the_papers_own_files_are_read(tmp_path):
     found = cases("qa", 3, positions=2, trials=1, qa_data=str(qa))
     assert "Document [3](Title: T) gold text" in found[1]["prompt"]
     assert "other 1" not in found[0]["prompt"]  # it holds the answer too
-    with pytest.raises(ValueError, match="1 gold and 2 other documents, documents asks for 4"):
+    with pytest.raises(ValueError, match="1 gold and 2 other documents, but `documents` asks for 4"):
         cases("qa", 4, trials=1, qa_data=str(qa))
     for choices, message in (
-        ({"qa_data": str(qa), "documents": (3,), "trials": 2}, "has 1 questions, 2"),
+        ({"qa_data": str(qa), "documents": (3,), "trials": 2}, "has 1 questions, but trials asks for 2"),
         ({"kv_data": str(qa), "pairs": (3,), "trials": 1}, "line 1: ordered_kv_records: Field required"),
         ({"kv_data": str(tmp_path / "no"), "pairs": (3,), "trials": 1}, "no such file"),
     ):
@@ -121,7 +121,7 @@ KV = {"ordered_kv_records": [["a", "b"], ["c", "d"]], "key": "a", "value": "b"}
         ("qa_data", b"\xff\xfe\x00", "line .*: 'utf-8' codec can't decode"),
         ("kv_data", KV | {"ordered_kv_records": [["a", "b", "c"]]}, r"line 2: ordered_kv_records\.0"),
         ("kv_data", KV | {"value": "d"}, "line 2: key 'a' with its value is not among"),
-        ("kv_data", KV | {"ordered_kv_records": [["a", "b"]]}, "line 2: 1 pairs, and pairs asks for 2"),
+        ("kv_data", KV | {"ordered_kv_records": [["a", "b"]]}, "line 2 has 1 pairs, but `pairs` asks for 2"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
@@ -159,8 +159,8 @@ def test_scores_have_a_row_a_place_and_the_figure_a_line_a_size():
     assert written.summary.keys() - scores.summary.keys() == {"kv_subspan_3", "qa_subspan_3"}
     titles = {file: "".join(chart["title"]["text"]) for file, chart in drawn(scores.named("m")).items()}
     assert titles == {
-        "lost-in-the-middle-kv-3.png": "Where the answer stands: 3 JSON pairs",
-        "lost-in-the-middle-qa-3.png": "Where the answer stands: 3 documents",
+        "lost-in-the-middle-kv-3.png": "By place of the answer: 3 JSON pairs",
+        "lost-in-the-middle-qa-3.png": "By place of the answer: 3 documents",
     }
 
 
@@ -181,9 +181,9 @@ def test_places_of_one_answer_are_one_trial_of_the_interval():
 def test_nothing_to_search_or_no_middle_is_refused():
     with pytest.raises(ValueError, match="both empty"):
         LostInTheMiddle.Choices()
-    with pytest.raises(ValueError, match="pairs and documents of 1"):
+    with pytest.raises(ValueError, match="pairs and documents have a size of 1, but must be at least 2"):
         LostInTheMiddle.Choices(pairs=(1,))
-    with pytest.raises(ValueError, match="documents 200: at most 128"):
+    with pytest.raises(ValueError, match="documents is 200, but at most 128"):
         evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), documents=(200,))
 
 
@@ -198,9 +198,9 @@ def test_hard_distractors_share_place_or_building_with_the_question_and_random_o
         (work, place), *others = buildings
         assert len({*buildings}) == size
         assert {work == one or place == other for one, other in others} == {kind == "hard"}
-    with pytest.raises(ValueError, match=f"documents {most + 1}: at most {most} can be made up with {kind}"):
+    with pytest.raises(ValueError, match=f"documents is {most + 1}, but at most {most} can be invented with {kind}"):
         evaluate(LostInTheMiddle, tiny_llama(), byte_tokenizer(), documents=(most + 1,), **choices)
-    with pytest.raises(ValueError, match="qa_data own has its own"):
+    with pytest.raises(ValueError, match="qa_data own has its own documents"):
         LostInTheMiddle.Choices(documents=(3,), qa_data="own", distractors=kind)
 
 

@@ -43,7 +43,9 @@ def cells(name, model, tokenizer=None, **choices):
 
 @pytest.mark.parametrize("name", sorted(EVALS.keys() - {"harness"}))  # which cuts prompts to the model's length itself
 def test_every_evaluation_refuses_before_its_first_cell_with_both_numbers(name):
-    with pytest.raises(ValueError, match=rf"^{name} reads \d+ tokens at once.* table of {TABLE} positions.*: ask for"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} reads \d+ tokens at once.* table of {TABLE} positions.*: use shorter texts"
+    ):
         cells(name, learned(), **BEYOND[name])
     assert cells(name, tiny_llama(max_position_embeddings=4096), **BEYOND[name])
 
