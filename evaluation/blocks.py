@@ -1,9 +1,9 @@
-"""What a page is made of: sections of paragraphs, tables, figures and lines of code. Nothing here
-draws or writes.
+"""Building blocks of a page: sections of paragraphs, tables, figures and lines of code. This module
+does not draw or write anything.
 
-An evaluation describes its numbers in these blocks once; `longreach evaluate` and the report turn
-them into HTML and Markdown (pipelines/report/page.py), where every text is escaped, so plain text
-goes in here.
+An evaluation describes its numbers once, in these blocks. `longreach evaluate` and the report turn
+them into HTML and Markdown (pipelines/report/page.py). All text is escaped there, so blocks have
+plain text.
 
     Section("Results", ["A paragraph.", Table("Costs", ["model", "seconds"], [["full", Best("8.0")]])])
 """
@@ -20,17 +20,17 @@ from typing import Any, NamedTuple
 
 
 class Best(str):
-    """The text of a table's cell that is the best of its column, to be set off."""
+    """The text of a table cell with the best value of its column, to be highlighted."""
 
 
 class Code(str):
-    """Lines to be copied as they are."""
+    """Lines of code, shown verbatim."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, of which the first names the row; what follows a line end in a cell is set
-    small."""
+    """Rows of cells, of which the first names the row. Text after a line break in a cell is in small
+    type."""
 
     caption: str
     columns: Sequence[str]
@@ -39,31 +39,30 @@ class Table:
     """Headings over the columns, each with the number of columns that it spans."""
     legend: str = ""
     prose: bool = False
-    """Whether cells are words, which are set from the left and may be broken into lines."""
+    """Whether cells are prose, which is left-aligned and may wrap."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, and a sentence on what to see in it (evaluation/figures.py makes them)."""
+    """A chart with a caption on what to see in it (made by evaluation/figures.py)."""
 
     file: str
     """Name of the PNG file, such as `perplexity.png`."""
     title: str
     caption: str
     chart: Any
-    """An altair chart, not drawn yet."""
+    """An altair chart, not rendered yet."""
 
     @cached_property
     def png(self) -> bytes:
-        """The chart as a picture of two pixels for each of its points, which stays sharp on today's
-        screens."""
+        """The chart as a PNG with two pixels per point, which is sharp on high-resolution screens."""
         picture = io.BytesIO()
         self.chart.save(picture, format="png", scale_factor=2)
         return _compressed(picture.getvalue())
 
     @property
     def vega_lite(self) -> dict[str, Any]:
-        """The chart in the Vega-Lite language, which a browser draws interactively."""
+        """The chart as a Vega-Lite specification, which a browser draws interactively."""
         return self.chart.to_dict()
 
 
@@ -74,29 +73,29 @@ class Piece(NamedTuple):
     level: int
     """From -4, the strongest red, to 4, the strongest blue; 0: no colour."""
     says: str
-    """What a mouse that rests on it is shown."""
+    """Tooltip text."""
 
 
 @dataclass(frozen=True)
 class Coloured:
-    """A text whose parts are coloured by a number; Markdown has its caption alone."""
+    """A text whose parts are coloured by a number. Markdown pages have only its caption."""
 
     caption: str
     pieces: Sequence[Piece]
     legend: Sequence[Piece]
-    """A sample of each colour, and what it means."""
+    """A sample of each colour with its meaning."""
 
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that a reader opens with a click or the Enter key."""
+    """A collapsed group of blocks, which a click or the Enter key opens."""
 
     summary: str
     blocks: Sequence[Block]
 
 
 Block = str | Table | list[Figure] | Coloured | Details
-"""A paragraph or code, a table, figures side by side, a coloured text, or blocks that are folded in."""
+"""A paragraph or code, a table, figures side by side, a coloured text, or a collapsed group."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Section:
 
 
 def figures_in(blocks: Sequence[Block]) -> list[Figure]:
-    """Return all figures in the order of the page, those that are folded in as well."""
+    """Return all figures in the order of the page, including those in collapsed groups."""
     figures: list[Figure] = []
     for block in blocks:
         if isinstance(block, Details):
@@ -119,8 +118,8 @@ def figures_in(blocks: Sequence[Block]) -> list[Figure]:
 
 
 def _compressed(png: bytes) -> bytes:
-    """Return the same picture in about a third of the bytes: vl-convert compresses quickly instead
-    of well."""
+    """Return the same PNG in about a third of the bytes, because vl-convert compresses fast rather
+    than well."""
     start, position, pixels, others = png[:8], 8, b"", []
     while position < len(png):
         length, kind = struct.unpack(">I4s", png[position : position + 8])
@@ -131,4 +130,4 @@ def _compressed(png: bytes) -> bytes:
         position += 12 + length
     data = b"IDAT" + zlib.compress(zlib.decompress(pixels))
     pixel_chunk = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
-    return b"".join([start, *others[:-1], pixel_chunk, others[-1]])  # the last one says that the file ends
+    return b"".join([start, *others[:-1], pixel_chunk, others[-1]])  # the last chunk marks the end of the file

@@ -1,10 +1,9 @@
-"""How far does a model still use what it reads? Everything that was measured by length, a row for
-each model.
+"""Overview figure of how far back models use their context, with a row for each model.
 
-Left: what is found, as a share, by each evaluation in which something has to be found; a ring marks
-a kind's effective length, the longest up to which it keeps RULER_BAR of its score at its shortest
-length (RULER, arXiv:2404.06654). Right: what context gains on the same tokens (evaluation/gain.py).
-All rows have the same axes, so that models compare down a column.
+Left: the share of answers found by context length, for each retrieval evaluation. A ring marks the
+effective length: the longest length up to which the share RULER_BAR of the score at the shortest
+length is kept (RULER, arXiv:2404.06654). Right: the gain from context on the same tokens
+(evaluation/gain.py). All rows have the same axes, so that models can be compared within a column.
 
     use_figure({"base": {"passkey": passkey_scores, "gain": gain_scores}})
 """
@@ -20,17 +19,18 @@ from longreach.evaluation.needle import RULER_BAR
 from longreach.evaluation.scores import EvalScores, effective_length
 
 FOUND = {"passkey": "accuracy", "needle": "accuracy", "ruler": "score"}
-"""Evaluations with rows of kind `length`, and the column that is a share from 0 to 1."""
+"""Evaluations with rows of kind `length`, and their column with a share from 0 to 1."""
 OWN_TASK = "no_shared_words"
-"""RULER's tasks are drawn as their mean, this one by itself: it cannot be found by words."""
+"""Task that has its own curve, because a search by words cannot solve it. RULER's tasks are drawn as
+their mean."""
 MOST_MODELS = 8
-"""Rows of the figure; a caption says how many more models there are."""
+"""Maximum number of rows of the figure. The caption states how many models are left out."""
 
 Curve = list[tuple[int, float]]
 
 
 def found_by_length(scores: Mapping[str, EvalScores]) -> dict[str, Curve]:
-    """Return the share that is found by kind, as (length, share)."""
+    """Return the curve (length, share found) of each kind."""
     curves: dict[str, Curve] = {}
     for evaluation, column in FOUND.items():
         if evaluation not in scores:
@@ -47,7 +47,7 @@ def found_by_length(scores: Mapping[str, EvalScores]) -> dict[str, Curve]:
 
 
 def gained_by_length(scores: Mapping[str, EvalScores]) -> Curve:
-    """Return nats per token gained over the model's shortest context, as (length, nats)."""
+    """Return the curve (length, nats per token gained over the model's shortest context)."""
     if "gain" not in scores:
         return []
     rows = scores["gain"].rows_with(kind="pooled", split="test")
@@ -55,7 +55,7 @@ def gained_by_length(scores: Mapping[str, EvalScores]) -> Curve:
 
 
 def reached(curve: Curve) -> int:
-    """Return the effective length of a kind: 0 where nothing is found at its shortest length."""
+    """Return the effective length of a curve, or 0 if nothing is found at its shortest length."""
     bar = RULER_BAR * curve[0][1]
     if not bar:
         return 0
@@ -63,13 +63,13 @@ def reached(curve: Curve) -> int:
 
 
 def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
-    """Draw a row for each model: shares that are found and the gain from context, by length.
+    """Draw a row for each model: the shares of answers found and the gain from context, by length.
 
     Args:
-        models: scores by the model's name and the evaluation's.
+        models: scores by model name and evaluation name.
 
-    Nothing where all was measured in one length, or where there is nothing to see beside the gain,
-    which has a figure of its own: no finding was asked for, or everything was found.
+    There is no figure if everything was measured at one length, or if it would show only the gain,
+    which has its own figure: no retrieval was measured, or everything was found.
     """
     found: dict[str, dict[str, Curve]] = {}
     gained: dict[str, Curve] = {}
@@ -103,13 +103,13 @@ def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
             panels.append(_panel(curves, "nats gained", ends, sorted(lengths), [], style))
         rows.append((name, panels))
     caption = (
-        f"A row for each model. Ring: effective length, the longest up to which {RULER_BAR:g} of the score at the "
-        "shortest length is kept. Gain: the same tokens, predicted better than in the model's shortest context; "
-        "below 0: worse. The answers themselves are under each evaluation."
+        f"One row for each model. Ring: effective length, the longest length up to which {RULER_BAR:g} of the score at "
+        "the shortest length is kept. Gain: how much better the same tokens are predicted than with the model's "
+        "shortest context; below 0: worse. The answers are in the section of each evaluation."
     )
     if len(names) > MOST_MODELS:
         caption += f" {len(names) - MOST_MODELS} more are left out."
-    return [concatenated("context-use.png", "How far does it still use what it reads?", caption, rows)]
+    return [concatenated("context-use.png", "How far back does the model still use what it reads?", caption, rows)]
 
 
 def _panel(
@@ -120,7 +120,7 @@ def _panel(
     kinds: list[str],
     style: Style,
 ) -> Any:
-    """Return one small chart; the colours of `kinds`, if there are any, have a legend."""
+    """Return one small chart. If there are `kinds`, their colours have a legend."""
     import altair as alt
 
     points = []
@@ -136,7 +136,7 @@ def _panel(
     x_scale = alt.Scale(type="log", base=2, domain=[lengths[0], lengths[-1]], nice=False, padding=10)
     y_axis = alt.Axis(tickCount=4, labelFontSize=FONT - 2, titleFontSize=FONT - 2)
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("x", type="quantitative", title="tokens of context", scale=x_scale, axis=x_axis),
+        x=alt.X("x", type="quantitative", title="context length (tokens)", scale=x_scale, axis=x_axis),
         y=alt.Y("y", type="quantitative", title=title, scale=alt.Scale(domain=list(ends), nice=False), axis=y_axis),
         color=colour,
         tooltip=[

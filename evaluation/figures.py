@@ -1,9 +1,9 @@
 """The figures of all evaluations and of the report: lines, bars and grids, drawn by Vega-Lite.
 
-A figure is 486 points wide with 13-point text: on a phone's 360 pixels that is still 10 pixels
-high. Colours are Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell
-apart. A model keeps its colour, its marker and its dash in all figures, since they share one Style.
-Hovering over a mark in an interactive page shows its numbers.
+A figure is 486 points wide with 13-point text, which is still 10 pixels high on a phone 360 pixels
+wide. Colours are Okabe and Ito's (jfly.uni-koeln.de/color), which colour-blind readers can tell
+apart. A model keeps its colour, marker and dash in all figures, because they share one Style. On an
+interactive page, hovering over a mark shows its numbers.
 
     style = Style.of(["base", "full", "lora"], dashed=["base"])
     bars("cost.png", "Cost", "Less is better.", {"time (s)": {"full": 8.0, "lora": 6.0}}, style)
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
     import altair as alt
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442")
-"""Okabe and Ito's, which the colour-blind can tell apart."""
+"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
 MORE_COLOURS = ("#882255", "#999933")
-"""Of Paul Tol's, for figures with more names."""
+"""Two of Paul Tol's colours, for figures with more names."""
 BLUES = (
     "#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b",
 )  # fmt: skip
-"""ColorBrewer's, from light to dark."""
+"""ColorBrewer's blues, from light to dark."""
 GREY = "#59636e"
 WIDTH = 486
-"""Of a whole figure, in points."""
+"""Width of a whole figure, in points."""
 HEIGHT = 378
-"""Of a whole figure with curves, in points; a long legend adds to it."""
+"""Height of a whole figure with curves, in points. A long legend adds to it."""
 FONT = 13
 CHARACTER = 7.2
 """Mean width of a character of FONT's size, in points."""
 LABEL = 200
-"""Greatest width of a name beside an axis, in points."""
+"""Maximum width of a name beside an axis, in points."""
 MOST_SERIES = 12
-"""Curves, or bars of a panel, that can still be told apart; a caption says how many more there
-are."""
+"""Maximum number of curves, or of bars of a panel, that can be told apart. The caption states how
+many are left out."""
 MOST_ROWS = 64
-"""Rows of a grid that can still be told apart."""
+"""Maximum number of rows of a grid that can be told apart."""
 
 
 class Look(NamedTuple):
-    """How one name is drawn wherever it appears."""
+    """How a name is drawn in all figures."""
 
     colour: str
     marker: str = "stroke"
@@ -58,13 +58,13 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Style:
-    """The look of every name (of models, usually), the same in all figures that it is given to."""
+    """The look of every name (usually of models), shared by several figures."""
 
     looks: Mapping[str, Look]
 
     @classmethod
     def of(cls, names: Iterable[str], dashed: Iterable[str] = ()) -> Style:
-        """Give each name a look; after nine names the colours come again, with other markers."""
+        """Assign a look to each name. After nine names the colours repeat, with other markers."""
         colours = [COLOURS[n] for n in (0, 2, 1, 4, 5, 6, 3)]  # yellow is too pale for lines
         colours += MORE_COLOURS
         markers = (
@@ -78,7 +78,7 @@ class Style:
         return cls(looks)
 
     def with_looks(self, looks: Mapping[str, Look]) -> Style:
-        """Return this style with some names drawn in another way."""
+        """Return a copy of this style with other looks for some names."""
         return Style({**self.looks, **looks})
 
     def __getitem__(self, name: str) -> Look:
@@ -102,14 +102,12 @@ def lines(
 
     Args:
         axes: names of x and y, with units.
-        curves: by name, points (x, y) or (x, y, low, high) with an error bar; there is no point
-            where y is not finite.
-        log: whether y is logarithmic where it spans more than a factor of two.
-        ticks: the x that were measured, drawn as marked points on a logarithmic axis; none: x is
-            linear.
-        marks: vertical lines by name.
-        y_range: where the y axis, not logarithmic, begins and ends; what lies outside is not drawn.
-            None: all is.
+        curves: points (x, y) or, with an error bar, (x, y, low, high), by name. Points whose y is
+            not finite are not drawn.
+        log: make y logarithmic if it spans more than a factor of two.
+        ticks: measured x values; they get markers, and x becomes logarithmic. Empty: x is linear.
+        marks: x values of vertical lines, by name.
+        y_range: range of a linear y axis; points outside it are not drawn. None: draw all points.
     """
     import altair as alt
 
@@ -146,7 +144,7 @@ def lines(
             size=45, opacity=1, clip=True
         )
         layers.append(points.encode(stroke=look["stroke"], fill=look["fill"], shape=look["shape"]))
-    # Markers that are not seen: the mouse finds the numbers of a curve at them.
+    # Invisible markers, over which the mouse finds the numbers of a curve.
     layers.append(base.mark_point(size=80, opacity=0, clip=clip))
     if any("low" in row for row in rows):
         intervals = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.2, clip=clip)
@@ -159,7 +157,7 @@ def bars(file: str, title: str, caption: str, panels: Mapping[str, Mapping[str, 
     """Draw horizontal bars with their values, the first MOST_SERIES of each panel.
 
     Args:
-        panels: a quantity each, by its name and unit: a value for every name.
+        panels: values by name, for each quantity (with its unit).
     """
     import altair as alt
 
@@ -200,12 +198,12 @@ def grid(
     top: float,
     rows_title: str = "",
 ) -> Figure:
-    """Draw cells of (value, text), dark towards `top`, white where the value is NaN; texts only
-    where they fit.
+    """Draw a grid of cells (value, text): dark towards `top`, white if the value is NaN. Texts are
+    drawn only if they fit.
 
     Args:
         axes: names of the x axis and of the value.
-        rows: by name, a cell for each of `columns`; the first MOST_ROWS are drawn.
+        rows: a cell for each of `columns`, by the row's name; the first MOST_ROWS are drawn.
     """
     import altair as alt
 
@@ -258,7 +256,7 @@ def grid(
 
 
 def concatenated(file: str, title: str, caption: str, rows: Sequence[tuple[str, Sequence[Any]]]) -> Figure:
-    """Draw small charts side by side, a row below the other, each row under its name."""
+    """Draw rows of small charts side by side, each row under its name."""
     import altair as alt
 
     parts = []
@@ -277,12 +275,12 @@ def small_grids(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, str]]]],
     top: float,
 ) -> Figure:
-    """Draw a small grid for each name, two in a line: cells of (value, text), dark towards `top`.
+    """Draw a small grid of cells (value, text) for each name, two side by side, dark towards `top`.
 
     Args:
         axes: names of the x axis, the y axis and the value.
-        panels: by name, rows by their own name, with a cell for each of `columns`; the first
-            MOST_SERIES are drawn.
+        panels: for each name, rows by their own name, with a cell for each of `columns`; the first
+            MOST_SERIES panels are drawn.
     """
     import altair as alt
 
@@ -315,7 +313,7 @@ def small_grids(
 
 
 def _first(series: Mapping[str, Any], caption: str, most: int) -> tuple[Mapping[str, Any], str]:
-    """Return the first `most` of some series, and the caption, which then counts the others."""
+    """Return the first `most` series, and the caption, which states how many are left out."""
     others = len(series) - most
     if others <= 0:
         return series, caption
@@ -323,19 +321,19 @@ def _first(series: Mapping[str, Any], caption: str, most: int) -> tuple[Mapping[
 
 
 def _blues(top: float) -> alt.Scale:
-    """Return the colours of cells from 0 to `top`."""
+    """Return the colour scale of cells from 0 to `top`."""
     import altair as alt
 
     return alt.Scale(domain=[top * n / 8 for n in range(9)], range=list(BLUES), clamp=True)
 
 
 def _label_room(names: Iterable[str]) -> float:
-    """Return the width that names beside an axis take, in points."""
+    """Return the estimated width of names beside an axis, in points."""
     return min(LABEL, CHARACTER * max(map(len, names), default=0))
 
 
 def _point_rows(name: str, points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Return a curve's points as Vega-Lite's rows, without those that are not finite."""
+    """Return a curve's points as rows for Vega-Lite, without points whose y is not finite."""
     rows: list[dict[str, Any]] = []
     for x, y, *interval in points:
         if math.isfinite(y):
@@ -346,8 +344,8 @@ def _point_rows(name: str, points: Sequence[Sequence[float]]) -> list[dict[str, 
 
 
 def _encodings(names: list[str], marked: list[str], style: Style, columns: int) -> dict[str, Any]:
-    """Return the channels by which curves differ; they share a legend below the figure, `columns`
-    names in a line."""
+    """Return the encoding channels that distinguish curves. They share a legend below the figure,
+    with `columns` names in a line."""
     import altair as alt
 
     def scale(values: list[Any]) -> alt.Scale:
@@ -369,8 +367,7 @@ def _encodings(names: list[str], marked: list[str], style: Style, columns: int) 
             patterns.append([5, 4])
         else:
             patterns.append([1, 0])
-    # A condition has no legend: where there are markers, their outlines in it would be dashed as
-    # well.
+    # A condition has no legend. With a scale, the legend's markers would have dashed outlines as well.
     dashes: Any = alt.condition(alt.FieldOneOfPredicate("name", dashed), alt.value([5, 4]), alt.value([1, 0]))
     kind: dict[str, Any] = {"type": "nominal", "sort": None}
     if not marked:
@@ -384,7 +381,7 @@ def _encodings(names: list[str], marked: list[str], style: Style, columns: int) 
 
 
 def _x(title: str, ticks: Sequence[float]) -> alt.X:
-    """Return a linear axis of whole numbers, or a logarithmic one with these ticks."""
+    """Return a linear axis of integers or, if there are ticks, a logarithmic one with these ticks."""
     import altair as alt
 
     if ticks:
@@ -397,8 +394,8 @@ def _x(title: str, ticks: Sequence[float]) -> alt.X:
 
 
 def _y(title: str, rows: list[dict[str, Any]], log: bool, y_range: tuple[float, float] | None = None) -> alt.Y:
-    """Return the y axis; a logarithmic one has its ticks at 1, 2, 5 and, where it spans little,
-    between them."""
+    """Return the y axis. A logarithmic one has ticks at powers of ten, for smaller ranges also at 2
+    and 5 times these, or in finer steps."""
     import altair as alt
 
     if y_range:
@@ -407,7 +404,7 @@ def _y(title: str, rows: list[dict[str, Any]], log: bool, y_range: tuple[float, 
     heights = [row["y"] for row in rows] or [1.0]
     low, high = min(heights), max(heights)
     if not log or not 0 < 2 * low < high:
-        from_zero = 0 <= low < 0.1 * high  # room below it would show shares below 0
+        from_zero = 0 <= low < 0.1 * high  # padding below would show shares below 0
         scale = alt.Scale(zero=from_zero, padding=0 if from_zero else 8)
         return alt.Y("y", type="quantitative", title=title, scale=scale, axis=alt.Axis(tickCount=6))
     steps: tuple[float, ...] = (1.0,)
@@ -438,7 +435,7 @@ def _mark(name: str, x: float) -> Any:
 
 
 def _finished(chart: Any, title: str) -> Any:
-    """Give a chart its title, its width and the look that all figures have."""
+    """Return a chart with its title, its width and the look that all figures share."""
     import altair as alt
 
     if not isinstance(chart, alt.VConcatChart | alt.FacetChart):
@@ -448,7 +445,7 @@ def _finished(chart: Any, title: str) -> Any:
 
 
 def _configured(chart: Any) -> Any:
-    """Give a whole chart the fonts and colours that all figures have."""
+    """Return a whole chart with the fonts and colours that all figures share."""
     return (
         chart.properties(padding=8, background="white")
         .configure_view(stroke=None)
@@ -461,7 +458,7 @@ def _configured(chart: Any) -> Any:
 
 
 def stacked_png(figures: Sequence[Figure]) -> bytes:
-    """Return one picture of figures below each other."""
+    """Return one PNG with several figures below each other."""
     import altair as alt
 
     parts = []

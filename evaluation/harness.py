@@ -1,13 +1,13 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (LongBench, LongBench v2, RULER, ...) on our model
-object.
+"""Tasks of EleutherAI's lm-evaluation-harness (LongBench, LongBench v2, RULER, ...) on a loaded
+model.
 
-Tasks, prompts and metrics are the harness's (extra `eval`); ours is the glue, and one choice: where
-a prompt is longer than max_length its middle is cut out, as LongBench's own script does, while the
-harness would cut off its beginning.
+Tasks, prompts and metrics are those of the harness (extra `eval`), with one difference: if a prompt
+is longer than max_length, its middle is cut out, as in LongBench's own script. The harness cuts off
+the beginning.
 
-Datasets come from the hub, or from a folder (`data`): task files in it are known by name, and a
-dataset that lies in it under its hub name (DATA/Xnhyacinth/LongBench) or that a task file names
-relative to it is read from there.
+Datasets come from the hub or from a folder (`data`). Task files in the folder are found by name. A
+dataset is read from the folder if it is there under its hub name (DATA/Xnhyacinth/LongBench), or if
+a task file gives its path relative to the folder.
 
     longreach evaluate MODEL --eval harness --set tasks=[longbench_qasper] --set limit=20
 """
@@ -45,7 +45,7 @@ class Harness(Evaluation):
 
     name = "harness"
     title = "Tasks of lm-evaluation-harness"
-    folds_answers = False  # its page has a table of them, with prompts
+    folds_answers = False  # its page has a table of answers with their prompts
 
     class Choices(EvalChoices):
         """Tasks of EleutherAI's lm-evaluation-harness: LongBench, LongBench v2, RULER and all
@@ -54,14 +54,15 @@ class Harness(Evaluation):
         tasks: tuple[str, ...] = Field(min_length=1)
         """The harness's names of tasks or groups, e.g. longbench_qasper."""
         limit: int | None = Field(default=None, ge=1)
-        """Documents of each task; without it, all."""
+        """Maximum number of documents of each task. Default: all."""
         max_length: int | None = Field(default=None, ge=16)
-        """Tokens that a prompt may have, the middle of longer ones is cut out; without it, the
-        model's own context."""
+        """Maximum length of a prompt with its answer, in tokens. The middle of longer prompts is cut
+        out. Default: the model's context length."""
         data: DataFile = None
-        """A folder with tasks of its own (YAML files, local data), read beside the harness's."""
+        """A folder with task files (YAML) and local data, which is read in addition to the harness's
+        own tasks."""
         task_arguments: dict[str, str | int | tuple[int, ...]] = Field(default_factory=dict)
-        """Arguments that are handed to the tasks (RULER: max_seq_lengths)."""
+        """Arguments passed to the tasks (RULER: max_seq_lengths)."""
 
     choices: Choices
 
@@ -69,7 +70,8 @@ class Harness(Evaluation):
         """Return a cell for each task.
 
         Raises:
-            ValueError: a task that the harness does not have, or the extra is not installed.
+            ValueError: the harness has no such task, the folder `data` does not exist, or the extra
+                `eval` is not installed.
         """
         folder = self.choices.data
         if folder and not Path(folder).is_dir():
@@ -78,12 +80,15 @@ class Harness(Evaluation):
         for task in self.choices.tasks:
             if task not in available:
                 near = ", ".join(difflib.get_close_matches(task, available, n=3)) or "none"
-                raise ValueError(f"harness.tasks {task!r}: lm-eval has no such task; near: {near}")
+                raise ValueError(f"harness.tasks {task!r}: lm-eval has no such task; similar names: {near}")
         return [{"task": task} for task in self.choices.tasks]
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"rows": one for each metric, "cases"}; ValueError where the task's data cannot be
-        reached."""
+        """Return {"rows": one for each metric, "cases"}.
+
+        Raises:
+            ValueError: the task's data cannot be loaded, or max_length is too small for a prompt.
+        """
         from datasets.exceptions import DatasetNotFoundError
         from lm_eval import simple_evaluate
 
@@ -99,14 +104,14 @@ class Harness(Evaluation):
                     task_manager=tasks,
                     bootstrap_iters=1000,
                 )
-        except AssertionError as error:  # how the harness says that a prompt cannot fit
+        except AssertionError as error:  # the harness raises it if a prompt cannot fit
             place = f"harness task {cell['task']}, max_length {choices.max_length}"
-            raise ValueError(f"{place}: {error}; raise it") from error
+            raise ValueError(f"{place}: {error}; raise max_length") from error
         except (OSError, DatasetNotFoundError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"harness task {cell['task']}: its data cannot be reached ({reason}): go online, or "
-                f"put it into a folder and name that in harness.data"
+                f"harness task {cell['task']}: its data cannot be loaded ({reason}): go online, or put the data into "
+                f"a folder and set harness.data to it"
             ) from error
         rows, cases = metric_rows(answer), []
         for task, samples in answer["samples"].items():
@@ -123,13 +128,13 @@ class Harness(Evaluation):
         return {"rows": rows, "cases": cases}
 
     def _tasks(self) -> Any:
-        """Return the harness's tasks and those of the folder, with what they are to know."""
+        """Return the harness's tasks and those of the folder, with their arguments."""
         named = {"pretrained": self.model.name_or_path} | self.choices.task_arguments
         return _task_manager(self.choices.data, json.dumps(named))
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `task`, one for each metric of each task, and of kind `longbench2`
+        """Return a row of kind `task` for each metric of each task, and rows of kind `longbench2`
         (LongBench v2's columns)."""
         rows = gathered(results, "rows")
         cases = gathered(results, "cases")
@@ -153,16 +158,16 @@ class Harness(Evaluation):
 
     @classmethod
     def words_and_tables(cls, models: dict[str, EvalScores], background: Background) -> list[Block]:
-        """Return what was asked, every metric with its interval, and ten prompts with their
-        answers where the cases are at hand."""
+        """Return the question and protocol, every metric with its interval and, for one model, a
+        sample of prompts with their answers."""
         first = next(iter(models.values()))
         text = f"{cls.question()} Protocol: {first.protocol}. {first.note}"
         return [text, *cls.task_tables(models), *_sample_table(models)]
 
     @classmethod
     def task_tables(cls, models: Mapping[str, EvalScores]) -> list[Block]:
-        """Return LongBench's tables as its papers print them, and one of every task and metric, a
-        column for each model."""
+        """Return LongBench's tables in the format of its papers, and a table of every task and
+        metric with a column for each model."""
         found: dict[str, dict[str, Row]] = {}
         for name, scores in models.items():
             for row in scores.rows_with(kind="task"):
@@ -171,8 +176,8 @@ class Harness(Evaluation):
         for metric, rows in found.items():
             lines.append([metric, *cells_of(rows, models, _metric_cell)])
         legend = (
-            "Small: 95% intervals, n documents asked, and in how many of them the prompt was too long, so that its "
-            "middle was cut out."
+            "In small type: 95% intervals, the number n of documents, and the number of prompts that were too long, so "
+            "that their middle was cut out."
         )
         return [*paper_tables(models), Table("Every task and metric", ["task", *models], lines, legend=legend)]
 
@@ -202,9 +207,9 @@ class Harness(Evaluation):
 
 
 def _case(task: str, sample: dict[str, Any], cut_tokens: Mapping[str, int]) -> Row:
-    """Return a question as the cases keep it: its prompt, what was expected and what came.
+    """Return a question as a case: its prompt, the expected answer and the model's answer.
 
-    cut_tokens: tokens that were cut out of the middle of prompts, by prompt.
+    cut_tokens: number of tokens cut out of the middle of prompts, by prompt.
     """
     requests = sample["arguments"]
     case: Row = {
@@ -223,7 +228,7 @@ def _case(task: str, sample: dict[str, Any], cut_tokens: Mapping[str, int]) -> R
 
 
 def _answer(sample: dict[str, Any]) -> str:
-    """Return what the model answered: its text, or the likeliest of several choices."""
+    """Return the model's answer: its text, or the most likely of several choices."""
     requests, responses = sample["arguments"], sample["resps"]
     if isinstance(responses[0][0], str):
         return responses[0][0]
@@ -234,12 +239,12 @@ def _answer(sample: dict[str, Any]) -> str:
 
 
 def _decoding(samples: list[dict[str, Any]]) -> str:
-    """Return how a task's answers came about: greedy or sampled text, or the likelihood of given
-    ones."""
+    """Return how a task's answers were obtained: greedy or sampled text, or the likelihood of given
+    answers."""
     settings = []
     for sample in samples:
         for request in sample["arguments"]:
-            if isinstance(request[-1], dict):  # of text that is generated
+            if isinstance(request[-1], dict):  # generation settings
                 settings.append(request[-1])
     if not settings:
         return "likelihood"
@@ -247,7 +252,7 @@ def _decoding(samples: list[dict[str, Any]]) -> str:
 
 
 def _metric_cell(row: Row | None) -> str:
-    """Return a metric's value and, small, its interval, its documents and how many were cut."""
+    """Return a metric's value and, in small type, its interval, documents and cut prompts."""
     text = value_cell("{:.4g}".format, row)
     if row is not None and row.get("truncated") is not None:
         text += f", {row['truncated']} cut"
@@ -255,14 +260,14 @@ def _metric_cell(row: Row | None) -> str:
 
 
 SAMPLES = 10
-"""Questions that a page shows with their answers."""
+"""Number of questions that a page shows with their answers."""
 ENDS = 300
-"""Characters that a page shows of each end of a prompt."""
+"""Number of characters that a page shows at each end of a prompt."""
 
 
 def _sample_table(models: Mapping[str, EvalScores]) -> list[Table]:
-    """Return ten questions of one model, spread evenly over its tasks; none where a page compares
-    models."""
+    """Return a table of SAMPLES questions of one model, spread evenly over its tasks; none on a page
+    that compares models."""
     (scores, *others) = models.values()
     if others or not scores.cases:
         return []
@@ -273,16 +278,16 @@ def _sample_table(models: Mapping[str, EvalScores]) -> list[Table]:
             prompt = f"{prompt[:ENDS]} […] {prompt[-ENDS:]}"
         lines.append([case["task"], prompt, case["expected"], case["got"]])
     caption = f"{len(lines)} of {len(scores.cases)} questions and their answers"
-    legend = "The whole prompts are in cases.jsonl, with how many tokens were cut out of each."
+    legend = "The whole prompts are in cases.jsonl, with the number of tokens cut out of each."
     return [Table(caption, ["task", "prompt", "expected", "answer"], lines, legend=legend, prose=True)]
 
 
 @contextlib.contextmanager
 def _in_folder(folder: str | None) -> Iterator[None]:
-    """Work in the folder of local data, and have `datasets` read them anew.
+    """Change to the folder of local data, with an empty cache of `datasets`.
 
-    Its cache knows local data by their folder's last name and its card: it would give those of
-    another folder, or what stood in this one before.
+    That cache identifies local data by the last part of the folder's name and its card. So it could
+    return data of another folder, or earlier data of this one.
     """
     if folder is None:
         yield
@@ -299,12 +304,15 @@ def _in_folder(folder: str | None) -> Iterator[None]:
 
 
 def _task_manager(folder: str | None, arguments: str = "{}") -> Any:
-    """Return the harness's tasks together with those of a folder, which are handed the arguments
-    (JSON); ValueError where it is not installed."""
+    """Return the harness's tasks together with those of a folder. All get the arguments (JSON).
+
+    Raises:
+        ValueError: the harness is not installed.
+    """
     return _read_tasks(str(Path(folder).resolve()) if folder else None, arguments)
 
 
-@functools.cache  # the harness has 14,683 tasks: to read their files takes 6 to 8 CPU seconds
+@functools.cache  # reading the files of the harness' 14,683 tasks takes 6 to 8 CPU seconds
 def _read_tasks(folder: str | None, arguments: str) -> Any:
     try:
         from lm_eval.tasks import TaskManager
@@ -314,23 +322,24 @@ def _read_tasks(folder: str | None, arguments: str) -> Any:
 
 
 def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Any:
-    """Return the harness's model around ours, which cuts the middle out of prompts that are too
-    long."""
+    """Return our model wrapped in the harness's model class, which cuts the middle out of prompts that
+    are too long."""
     wrapper = _middle_cutting_model()
     return wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length)
 
 
 @functools.cache
 def _middle_cutting_model() -> Any:
-    """Return a subclass of the harness's model class; the harness is imported only here."""
+    """Return a subclass of the harness's model class; defined here to import the harness only when
+    needed."""
     from lm_eval.models.huggingface import HFLM
 
     class MiddleCut(HFLM):
-        """HFLM that keeps a long prompt's beginning and end."""
+        """An HFLM that keeps the beginning and end of prompts that are too long."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.cut_tokens: dict[str, int] = {}
-            """Tokens that were cut out of each prompt that was too long."""
+            """Number of tokens cut out of each prompt that was too long."""
             super().__init__(*args, **kwargs)
 
         def tok_batch_encode(
@@ -355,8 +364,8 @@ def _middle_cutting_model() -> Any:
 
 
 def middle_cut(ids: Any, room: int | None) -> Any:
-    """Return the first and last room / 2 of a list of ids, or of the columns of a tensor [B, T];
-    all if they fit."""
+    """Return the first and last room / 2 items of a list of ids, or columns of a tensor [B, T]; all of
+    them if they fit."""
     is_list = isinstance(ids, list)
     length = len(ids) if is_list else ids.shape[1]
     if room is None or length <= room:

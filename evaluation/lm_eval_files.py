@@ -1,9 +1,10 @@
-"""Result files of lm-evaluation-harness: read as scores of ours, and written from them.
+"""Reads result files of lm-evaluation-harness as EvalScores, and writes EvalScores as such files.
 
-lm-eval leaves OUTPUT_PATH/MODEL/results_DATE.json: for each task its metrics ("acc,none", with
-"acc_stderr,none"), the version of the task, and how many of its documents were asked. Boards and
-scripts read these files, so our scores leave as such files too: tasks of the harness under their
-own names, an evaluation of ours as the task longreach_NAME with the numbers of its summary.
+lm-eval writes OUTPUT_PATH/MODEL/results_DATE.json: for each task its metrics ("acc,none", with
+"acc_stderr,none"), the version of the task, and the number of documents used. Leaderboards and
+scripts read these files, so our scores can be exported in this format. Tasks of the harness keep
+their names; each of our own evaluations becomes the task longreach_NAME with the numbers of its
+summary.
 
     python -c "from longreach.evaluation.lm_eval_files import read_results; print(read_results(FILE).summary)"
 """
@@ -22,17 +23,17 @@ from longreach.evaluation.scores import EvalScores, Row
 from longreach.infra.files import write_whole
 
 FORMAT = "0.4"
-"""The versions of lm-eval whose files are read: in all others metrics are named otherwise."""
+"""The versions of lm-eval whose files can be read. Others name metrics differently."""
 WRITTEN_AS = "0.4.13"
-"""The version whose file ours is like."""
+"""The version of lm-eval whose format we write."""
 HARNESS = "harness"
-"""The evaluation whose rows are tasks of lm-eval."""
+"""Name of the evaluation whose rows are tasks of lm-eval."""
 Z = 1.96
-"""Standard errors in half a 95% interval."""
+"""Half the width of a 95% interval, in standard errors."""
 
 
 def metric_rows(answer: Mapping[str, Any]) -> list[Row]:
-    """Return a row for each metric of each task in the harness's answer or result file, which name
+    """Return a row for each metric of each task in the harness's result object or file, which name
     them "metric,filter"."""
     rows = []
     for task, values in answer["results"].items():
@@ -41,9 +42,9 @@ def metric_rows(answer: Mapping[str, Any]) -> list[Row]:
         for name, value in values.items():
             metric, _, answer_filter = name.partition(",")
             if metric.isdecimal() and value == -1:
-                continue  # how RULER marks a length that was not asked for
+                continue  # RULER's mark for a length that was not requested
             if not isinstance(value, int | float) or not answer_filter or metric.endswith("_stderr"):
-                continue  # an alias, or the error of another entry
+                continue  # an alias, or the standard error of another entry
             error = values.get(f"{metric}_stderr,{answer_filter}")
             about: Row = {
                 "documents_in_all": counts.get("original"),
@@ -52,7 +53,7 @@ def metric_rows(answer: Mapping[str, Any]) -> list[Row]:
                 "higher_is_better": better.get(metric),
             }
             if answer_filter != "none":
-                metric = f"{metric}_{answer_filter}"  # a task may read answers in several ways
+                metric = f"{metric}_{answer_filter}"  # a task may extract answers in several ways
             row: Row = {"kind": "task", "task": task, "metric": metric, "value": float(value)}
             if isinstance(error, float):
                 row |= {"low": value - Z * error, "high": value + Z * error}
@@ -66,14 +67,14 @@ def summary_of(rows: list[Row]) -> dict[str, float]:
 
 
 def result_files(name: str) -> list[Path]:
-    """Return lm-eval's result files that a name means: one file, or of an output path the newest
-    file of each model; empty where it means none."""
+    """Return the result files of lm-eval for a path: the file itself, or the newest file of each model
+    in an output path; empty if there are none."""
     path = Path(name)
     if path.suffix == ".json":
         return [path]
     newest: dict[Path, Path] = {}
     for pattern in ("results_*.json", "*/results_*.json"):
-        for file in sorted(path.glob(pattern)):  # in the order of their dates
+        for file in sorted(path.glob(pattern)):  # sorted by date
             newest[file.parent] = file
     return list(newest.values())
 
@@ -81,14 +82,15 @@ def result_files(name: str) -> list[Path]:
 def read_results(path: Path) -> EvalScores:
     """Return a result file as scores of the evaluation `harness`, under the model's name.
 
-    ValueError: it is no result file of lm-eval, or one of a version that is not read.
+    Raises:
+        ValueError: the file is not a result file of lm-eval, or its version is not supported.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
-        raise ValueError(f"{path} is no result file of lm-eval: it has no `results`")
+        raise ValueError(f"{path} is not a result file of lm-eval: it has no `results`")
     _check_format(path, content)
     config = content.get("config") or {}
     facts = [f"lm-eval {content.get('lm_eval_version') or FORMAT}"]
@@ -111,21 +113,20 @@ def read_results(path: Path) -> EvalScores:
 
 
 def _check_format(path: Path, content: dict[str, Any]) -> None:
-    """Raise ValueError where a result file is of a version whose metrics have other names."""
+    """Raise ValueError if a result file has a version with other names of metrics."""
     version = str(content.get("lm_eval_version") or "")
-    if not version:  # early files of 0.4 do not say it, but their metrics do
+    if not version:  # early files of 0.4 lack the version, but the names of their metrics show it
         names = [name for values in content["results"].values() for name in values]
         version = FORMAT if any("," in name for name in names) else "0.3 or older"
     if not re.match(rf"{re.escape(FORMAT)}(\D|$)", version):
         raise ValueError(
-            f"{path} is of lm-eval {version}, and files of {FORMAT} are read here: evaluate again with "
+            f"{path} is from lm-eval {version}, but only files of lm-eval {FORMAT} can be read: evaluate again with "
             f"lm-eval {WRITTEN_AS}"
         )
 
 
 def _pretrained(config: Mapping[str, Any]) -> str:
-    """Return the model's name in the arguments that lm-eval was given; empty where they are not
-    kept."""
+    """Return the model's name from lm-eval's model_args; empty if it is not there."""
     arguments = config.get("model_args") or ""
     if isinstance(arguments, Mapping):
         return str(arguments.get("pretrained", ""))
@@ -134,27 +135,27 @@ def _pretrained(config: Mapping[str, Any]) -> str:
 
 
 def check_versions(models: Mapping[str, EvalScores]) -> None:
-    """Raise ValueError where two models answered the same task in two of its versions: prompts or
-    metrics differ then."""
+    """Raise ValueError if two models were evaluated with different versions of a task, because prompts
+    or metrics then differ."""
     seen: dict[str, tuple[Any, str]] = {}
     for name, scores in models.items():
         for row in scores.rows_with(kind="task"):
             version = row.get("version")
-            if version is None:  # scores of before November 2026 do not say it
+            if version is None:  # scores from before November 2026 have no version
                 continue
             first, where = seen.setdefault(row["task"], (version, name))
             if first != version:
                 raise ValueError(
-                    f"{row['task']} has version {first} in {where} and {version} in {name}: their numbers do not "
-                    f"compare; evaluate one of them again with the other's lm-eval"
+                    f"{row['task']} has version {first} in {where} and version {version} in {name}, so their numbers "
+                    f"cannot be compared: evaluate one of them again with the other's version of lm-eval"
                 )
 
 
 def write_results(scores: Iterable[EvalScores], model: str, folder: Path, source: str = "") -> Path:
-    """Write a model's scores as FOLDER/MODEL/results_DATE.json and return the file.
+    """Write a model's scores to FOLDER/MODEL/results_DATE.json and return its path.
 
     Args:
-        scores: of one model, any evaluations; their intervals become standard errors.
+        scores: scores of one model in any evaluations; intervals become standard errors.
         source: where the model comes from, for the file's `model_args`.
     """
     tasks: dict[str, list[Row]] = {}
@@ -188,7 +189,7 @@ def write_results(scores: Iterable[EvalScores], model: str, folder: Path, source
 
 
 def _own_rows(scores: EvalScores) -> list[Row]:
-    """Return the summary of an evaluation of ours as rows of one task."""
+    """Return the summary of one of our own evaluations as rows of one task."""
     task = f"longreach_{scores.eval}"
     return [{"task": task, "metric": metric, "value": value} for metric, value in scores.summary.items()]
 
@@ -209,17 +210,17 @@ def _entries(task: str, rows: list[Row]) -> dict[str, Any]:
 
 
 def _metric_and_filter(row: Row) -> tuple[str, str]:
-    """Return a row's metric as its task names it, and the filter that read the answers."""
+    """Return the name of a row's metric in its task, and the filter that extracted the answers."""
     answer_filter = row.get("filter") or "none"
     return row["metric"].removesuffix(f"_{answer_filter}"), answer_filter
 
 
 def _directions(rows: list[Row]) -> dict[str, Any]:
-    """Return for each metric whether higher is better; None where the task does not say it."""
+    """Return for each metric whether higher is better; None if the task does not state it."""
     return {_metric_and_filter(row)[0]: row.get("higher_is_better") for row in rows}
 
 
 def _counts(rows: list[Row]) -> dict[str, int]:
-    """Return how many documents of a task were asked, as lm-eval counts them."""
+    """Return the numbers of documents of a task, all and used, in lm-eval's format."""
     asked = rows[0]["documents"]
     return {"original": rows[0].get("documents_in_all") or asked, "effective": asked}

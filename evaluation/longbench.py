@@ -1,8 +1,8 @@
-"""LongBench's tables as its papers print them, from the harness' rows.
+"""LongBench's tables in the format of its papers, from the harness' rows.
 
-Version 1 (arXiv:2308.14508, tables 1 and 2): a column for each dataset, grouped by kind of task, in
-per cent. Version 2 (arXiv:2412.15204, table 2): share of right answers over all questions, by
-difficulty, and by the length of the text.
+Version 1 (arXiv:2308.14508, tables 1 and 2) has a column for each dataset, grouped by kind of task,
+in per cent. Version 2 (arXiv:2412.15204, table 2) has the share of right answers over all questions,
+by difficulty, and by the length of the text.
 
     python -c "from longreach.evaluation.longbench import DATASETS; print(DATASETS['longbench_qasper'])"
 """
@@ -18,7 +18,7 @@ from longreach.evaluation.sections import DASH, value_cell
 
 
 class Dataset(NamedTuple):
-    """What the paper calls a task of the harness."""
+    """The paper's name and kind of a task of the harness."""
 
     name: str
     kind: str
@@ -51,7 +51,7 @@ DATASETS = {
 }
 """Version 1's datasets in the paper's order, by the harness' name of their task."""
 VERSION_2 = "longbench2_"
-"""How the harness' names of version 2's tasks begin."""
+"""Prefix of the harness' names of version 2's tasks."""
 COLUMNS_2 = {
     "Overall": ("difficulty", None),
     "Easy": ("difficulty", "easy"),
@@ -60,7 +60,7 @@ COLUMNS_2 = {
     "Medium": ("length", "medium"),
     "Long": ("length", "long"),
 }
-"""Version 2's columns: the field of a question that each is about, and its value there."""
+"""Version 2's columns: the field of a question, and the value by which each column selects."""
 
 
 def version_2_rows(cases: list[Row]) -> list[Row]:
@@ -78,8 +78,8 @@ def version_2_rows(cases: list[Row]) -> list[Row]:
 
 
 def paper_tables(models: Mapping[str, EvalScores]) -> list[Table]:
-    """Return the tables of both versions, a row for each model; none of a version that was not
-    asked."""
+    """Return the tables of both versions, with a row for each model; none for a version that was not
+    evaluated."""
     return [*_version_1(models), *_version_2(models)]
 
 
@@ -110,7 +110,7 @@ def _version_1(models: Mapping[str, EvalScores]) -> list[Table]:
             mean = f"{100 * sum(values) / len(values):.1f}"
         lines.append([name, *cells, mean])
     columns = ["model", *(DATASETS[task].name for task in tasks), "Avg"]
-    legend = f"Avg: the plain mean of these {len(tasks)} datasets; the paper's has 21, or 16 in English. {SMALL}"
+    legend = f"Avg: the mean of these {len(tasks)} datasets; the paper's is over 21, or 16 in English. {SMALL}"
     caption = "LongBench (per cent; each dataset's own metric)"
     return [Table(caption, columns, lines, [*groups, ("", 1)], legend)]
 
@@ -127,13 +127,13 @@ def _version_2(models: Mapping[str, EvalScores]) -> list[Table]:
     for name in models:
         cells = [percent_cell(found[column].get(name)) for column in columns]
         lines.append([name, *cells])
-    legend = f"Of four answers the likeliest one; guessing gives 25. {SMALL}"
+    legend = f"The answer is the most likely of four; guessing gives 25. {SMALL}"
     return [Table("LongBench v2 (per cent right)", ["model", *columns], lines, legend=legend)]
 
 
-SMALL = "Small: 95% intervals, and how many questions were asked."
+SMALL = "In small type: 95% intervals, and the number of questions."
 
 
 def percent_cell(row: Row | None) -> str:
-    """Return a row's value in per cent and, small, its interval and number of documents."""
+    """Return a row's value in per cent and, in small type, its interval and number of documents."""
     return value_cell(lambda share: f"{100 * share:.1f}", row)

@@ -1,5 +1,4 @@
-"""What the sections of several evaluations have in common: cells of tables, curves and grids of
-retrievals.
+"""Parts that the sections of several evaluations share: table cells, curves and retrieval grids.
 
 python -c "from longreach.evaluation.sections import perplexity_text;
 print(perplexity_text(12.345))"
@@ -16,43 +15,43 @@ from longreach.evaluation.figures import Style, grid, small_grids
 from longreach.evaluation.scores import EvalScores, Row
 
 SAMPLES = 12
-"""Answers of a model that a page shows, spread evenly over all of them."""
+"""Number of answers of a model that a page shows, spread evenly over all of them."""
 MOST_SHOWN = 300
-"""Characters of an answer that a page shows."""
+"""Maximum number of characters of an answer that a page shows."""
 ASKED = ("task", "distractors", "way", "cache_tokens", "length", "size", "depth", "place", "distance")
-"""What a case may say of where its answer stood."""
+"""Columns of a case that describe its question and the place of the answer."""
 DASH = "–"
-"""Stands in a table's cell where a value does not apply."""
+"""Text of a table cell without a value."""
 
 Shown = TypeVar("Shown")
 Item = TypeVar("Item")
 
 
 def finite(value: Any) -> bool:
-    """Whether a value is a number, and neither infinite nor NaN."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def with_commas(numbers: Iterable[int]) -> list[str]:
-    """Return whole numbers as a table or an axis shows them: 8,192."""
+    """Return integers formatted for a table or an axis: 8,192."""
     return [f"{number:,}" for number in numbers]
 
 
 def cells_of(rows: Mapping[Any, Row], columns: Iterable[Any], shown: Callable[[Row | None], Shown]) -> list[Shown]:
-    """Return a line's cells: what `shown` makes of each column's row, or of None where a column has
-    none."""
+    """Return the cells of a table row: `shown` applied to each column's row, or to None if a column
+    has none."""
     return [shown(rows.get(column)) for column in columns]
 
 
 def spread(items: Sequence[Item], most: int) -> Sequence[Item]:
-    """Return all items or, of more than `most`, so many that are spread evenly over them."""
+    """Return all items or, if there are more than `most`, `most` of them, spread evenly."""
     if len(items) <= most:
         return items
     return [items[n * len(items) // most] for n in range(most)]
 
 
 def perplexity_text(value: float | None) -> str:
-    """Return a perplexity with three digits, or NaN."""
+    """Return a perplexity with at least three significant digits, or NaN."""
     if value is None or not finite(value):
         return "NaN"
     if value < 10:
@@ -61,21 +60,21 @@ def perplexity_text(value: float | None) -> str:
 
 
 def perplexity_cell(row: Row | None) -> str:
-    """Return a row's perplexity and, small, its interval; a dash without a row."""
+    """Return a row's perplexity and, in small type, its interval; a dash for None."""
     if row is None:
         return DASH
     return with_interval(perplexity_text, row["ppl"], row.get("ppl_low"), row.get("ppl_high"))
 
 
 def with_interval(shown: Callable[[float], str], value: float, low: float | None, high: float | None) -> str:
-    """Return a number and, small, its interval if it has one, all as `shown` writes them."""
+    """Return a number and, in small type, its interval if it has one, all formatted by `shown`."""
     if low is None or high is None:
         return shown(value)
     return f"{shown(value)}\n{shown(low)} to {shown(high)}"
 
 
 def value_cell(shown: Callable[[float], str], row: Row | None) -> str:
-    """Return a row's value and, small, its interval and number of documents; a dash without a row."""
+    """Return a row's value and, in small type, its interval and number of documents; a dash for None."""
     if row is None:
         return DASH
     text = with_interval(shown, row["value"], row.get("low"), row.get("high"))
@@ -85,7 +84,7 @@ def value_cell(shown: Callable[[float], str], row: Row | None) -> str:
 
 
 def perplexity_curve(rows: Iterable[Row], x: str) -> list[tuple[float, ...]]:
-    """Return points (x, perplexity[, low, high]); the perplexity is NaN where it is not finite."""
+    """Return points (x, perplexity[, low, high]). A perplexity that is not finite becomes NaN."""
     points: list[tuple[float, ...]] = []
     for row in rows:
         if not finite(row["ppl"]):
@@ -98,7 +97,7 @@ def perplexity_curve(rows: Iterable[Row], x: str) -> list[tuple[float, ...]]:
 
 
 def summary_table(title: str, models: Mapping[str, EvalScores]) -> Table:
-    """Return a row for each measure of the summaries, a column for each model."""
+    """Return a table with a row for each measure of the summaries and a column for each model."""
     measures: dict[str, None] = {}
     for scores in models.values():
         measures |= dict.fromkeys(scores.summary)
@@ -113,12 +112,12 @@ def summary_table(title: str, models: Mapping[str, EvalScores]) -> Table:
 
 
 def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScores]) -> list[Figure]:
-    """Return a grid of model x length (of several models) and one of depth x length: of several
-    models small ones side by side, which share their colours.
+    """Return a grid of model x length and, if there are several depths, one of depth x length. For
+    several models, these are small grids side by side with the same colour scale.
 
     Args:
-        evaluation: name of an evaluation with rows of the kinds `length` and `cell`; the files are
-            named after it.
+        evaluation: name of an evaluation with rows of kind `length` and `cell`; the files are named
+            after it.
     """
     totals: dict[str, dict[int, Row]] = {}
     panels: dict[str, dict[str, dict[int, Row]]] = {}
@@ -140,25 +139,25 @@ def retrieval_figures(evaluation: str, title: str, models: Mapping[str, EvalScor
         return {name: cells_of(rows, columns, _retrieval_cell) for name, rows in lines.items()}
 
     def draw(file: str, heading: str, caption: str, lines: Mapping[str, dict[int, Row]]) -> Figure:
-        caption = f"{caption} Light: the model is sure; dark: it guesses."
+        caption = f"{caption} Light: the model is certain; dark: it guesses."
         return grid(file, heading, caption, axes, with_commas(columns), texts(lines), top)
 
-    caption = "In a cell: found of asked, and nats per token of the answer."
+    caption = "In a cell: answers found out of questions asked, and nats per token of the answer."
     figures = [draw(f"{evaluation}.png", title, caption, totals)]
-    caption = "By depth: 0% is the prompt's beginning."
+    caption = "By depth: 0% is the beginning of the prompt."
     if len(panels) == 1:
         ((name, by_depth),) = panels.items()
         figures.append(draw(f"{evaluation}-{name}.png", f"{title} {name}", caption, by_depth))
     elif panels:
         grids = {name: texts(by_depth) for name, by_depth in panels.items()}
-        file, caption = f"{evaluation}-depths.png", f"{caption} Light: the model is sure; dark: it guesses."
+        file, caption = f"{evaluation}-depths.png", f"{caption} Light: the model is certain; dark: it guesses."
         heads = with_commas(columns)
         figures.append(small_grids(file, f"{title} By depth", caption, (axes[0], "depth", axes[1]), heads, grids, top))
     return figures
 
 
 def raw_answers(models: Mapping[str, EvalScores]) -> list[Block]:
-    """Return a sample of what each model was asked and what it answered, folded in; nothing without
+    """Return a collapsed sample of each model's questions and answers; nothing if there are no
     cases."""
     tables: list[Block] = []
     for name, scores in models.items():
@@ -177,8 +176,8 @@ def raw_answers(models: Mapping[str, EvalScores]) -> list[Block]:
             lines.append([", ".join(asked), str(case.get("expected", DASH)), case["got"][:MOST_SHOWN], right])
         caption = f"{name}: {len(lines)} of {len(cases)} answers"
         legend = (
-            "Where nothing was generated, an answer is the likeliest token at each place of the expected one, given "
-            "that one's tokens before it. All answers, with their prompts, are in cases.jsonl."
+            "If no text was generated, the answer shown is the most likely token at each position of the expected "
+            "answer, given its tokens before that position. All answers, with their prompts, are in cases.jsonl."
         )
         tables.append(Table(caption, ["asked", "expected", "answer", "right"], lines, legend=legend, prose=True))
     if not tables:
@@ -187,13 +186,13 @@ def raw_answers(models: Mapping[str, EvalScores]) -> list[Block]:
 
 
 def _retrieval_cell(row: Row | None) -> tuple[float, str]:
-    """Return a grid's value and text."""
+    """Return the value and text of a grid cell."""
     if row is None:
         return math.nan, DASH
     return row["nll"], f"{row['correct']}/{row['trials']}\n{row['nll']:.2f}"
 
 
 def document_style(names: Iterable[str], whole: str) -> Style:
-    """Return the look of curves of single documents (dashed) and of the mean over all of them."""
+    """Return the style of figures with dashed curves of single documents and a solid one of `whole`."""
     names = list(names)
     return Style.of(names, dashed={*names} - {whole})

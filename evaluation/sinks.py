@@ -1,16 +1,15 @@
-"""Where attention rests: the mass on first tokens, by layer and head (StreamingLLM,
+"""Attention sinks: the share of attention on the first tokens, by layer and head (StreamingLLM,
 arXiv:2309.17453, figure 2).
 
-Texts are pieces of held-out documents, each read from its own first token on (BOS or a sink token,
-if the model has one). Mass is averaged over texts and the queries of their second half; a head that
-spread its attention evenly would put 1 / (t + 1) on each token at position t, whose mean is the
-column `uniform`.
+Texts are pieces of held-out documents, each after the model's own first token (BOS or a sink token,
+if it has one). The share is averaged over texts and the queries in their second half. The column
+`uniform` is the reference: a head that attends evenly puts 1 / (t + 1) on each token at position t.
 
-A mean hides a few heads that rest there altogether. So heads are counted, too: Sink^eps_k
-(arXiv:2410.10781) is the share of heads, over layers and texts, whose mean attention to token k is
-above eps, in the first 64 tokens. Beside it stands what goes with a sink in trained models: the
-first token's values are small, and its residual stream is long ("Massive Activations",
-arXiv:2402.17762).
+A mean can hide a few heads that attend almost only to the first token. So heads are counted, too:
+Sink^eps_k (arXiv:2410.10781) is the share of heads, over layers and texts, whose mean attention to
+token k is above eps, in the first 64 tokens. The rows also have what accompanies a sink in trained
+models: the norm of the first token's values is small, and that of its residual stream is large
+("Massive Activations", arXiv:2402.17762).
 
     longreach evaluate MODEL --eval sinks --set lengths=[16,256]
 
@@ -39,32 +38,31 @@ else:
     np = lazy_module("numpy")
 
 MAPPED = 64
-"""Tokens up to which a map can be read."""
+"""Maximum number of tokens in a map that is still readable."""
 LATE = 2
-"""Layers before which attention is still local, so that means are taken from here on."""
+"""First layer of the means in the summary; attention in earlier layers is still local."""
 READ_AT_ONCE = 4096
-"""Tokens of the texts that the model reads in one batch."""
+"""Number of tokens in a batch of texts, which has at least one text."""
 
 
 class Sinks(Evaluation):
-    """How much attention rests on the first tokens?"""
+    """How much attention goes to the first tokens?"""
 
     name = "sinks"
     title = "Attention sinks"
 
     class Choices(EvalChoices):
-        """How much attention rests on the first tokens, by layer and head (StreamingLLM, figure
-        2)."""
+        """Share of attention on the first tokens, by layer and head (StreamingLLM, figure 2)."""
 
         lengths: tuple[Count, ...] = Field(default=(16, 256), min_length=1)
-        """Tokens of the texts."""
+        """Lengths of the texts in tokens."""
         texts: int = Field(default=256, ge=1)
-        """Texts of the shortest length; longer ones are fewer, so that all lengths have the same
-        number of tokens."""
+        """Number of texts of the shortest length. There are fewer longer texts, so that all lengths
+        have about the same number of tokens."""
         first_tokens: int = Field(default=4, ge=1)
         """Number of first tokens whose share of attention is measured."""
         map_layers: tuple[int, ...] = (0, 1, 2, -1)
-        """Layers whose attention is drawn, at the shortest length."""
+        """Layers whose attention maps are drawn at the shortest length; -1 is the last layer."""
 
     choices: Choices
 
@@ -81,28 +79,34 @@ class Sinks(Evaluation):
         layers = self.model.config.num_hidden_layers
         wrong = [layer for layer in choices.map_layers if not -layers <= layer < layers]
         if wrong:
-            raise ValueError(f"sinks.map_layers {wrong}: the model has layers 0 to {layers - 1}")
+            raise ValueError(f"sinks.map_layers {wrong} do not exist: the model has layers 0 to {layers - 1}")
         shortest = min(choices.lengths)
         if choices.map_layers and shortest > MAPPED:
             raise ValueError(
-                f"sinks.map_layers at {shortest} tokens: maps are drawn up to {MAPPED}; set map_layers=[], or "
-                f"add a shorter length"
+                f"sinks.map_layers: the shortest length is {shortest} tokens, but maps have at most {MAPPED}: set "
+                f"map_layers=[], or add a shorter length"
             )
         cells = []
         for length in choices.lengths:
             texts = pieces(choices, self.documents, length)
             if not texts:
-                raise ValueError(f"sinks.lengths {length}: no held-out document has so many tokens")
+                raise ValueError(f"sinks.lengths {length}: no held-out document has that many tokens")
             if length <= choices.first_tokens:
-                raise ValueError(f"sinks.lengths {length} is not above first_tokens {choices.first_tokens}")
+                raise ValueError(f"sinks.lengths {length} must be more than first_tokens {choices.first_tokens}")
             self.check_reach(length)
             cells.append({"length": length, "texts": len(texts)})
         return cells
 
     def measure(self, cell: Cell) -> Result:
-        """Return {"first": [L, H, N], "softmax": [L, H], "heads": by epsilon [L, N],
-        "softmax_heads": by epsilon [L], "values" and "residual": [L, 2], first token and others,
-        "maps": layer -> [T, T], at the shortest length only}.
+        """Return the shares of attention, the counts of heads, norms and maps.
+
+        Returns:
+            "first": shares on the first tokens [L, H, N].
+            "softmax": shares on the sink in the softmax [L, H].
+            "heads": shares of heads by epsilon [L, N].
+            "softmax_heads": the same for the sink in the softmax, by epsilon [L].
+            "values", "residual": norms [L, 2], of the first token and of all others.
+            "maps": attention maps by layer [T, T], only at the shortest length.
         """
         import torch
 
@@ -138,8 +142,8 @@ class Sinks(Evaluation):
 
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
-        """Return rows of kind `layer` (means over heads), `head` (length, layer, head) and `map`
-        (layer, query, key)."""
+        """Return rows of kind `layer` (means over heads), `head` (by length, layer and head) and
+        `map` (by layer, query and key)."""
         heads: list[Row] = []
         layers: list[Row] = []
         maps: list[Row] = []
@@ -151,7 +155,7 @@ class Sinks(Evaluation):
                 rows = head_rows(place, first_HN, softmax_H)
                 heads += rows
                 layers.append(layer_row(place, rows) | norm_columns(result, layer))
-                if length == max(choices.lengths):  # of a short text even an even head gives the first token much
+                if length == max(choices.lengths):  # in a short text, even uniform attention gives the first token much
                     layers[-1] |= head_columns(result, layer)
             late_LHN = first_LHN[LATE:] if len(first_LHN) > LATE else first_LHN
             summary[f"first_token_mass_{length}"] = float(late_LHN[..., 0].mean())
@@ -170,8 +174,8 @@ class Sinks(Evaluation):
 
     @classmethod
     def figures(cls, models: dict[str, EvalScores], style: Style, background: Background) -> list[Figure]:
-        """Return the mass on the first token and its norms by layer, all models together; then by
-        head, and maps, of each model."""
+        """Return figures of the attention on the first token and of its norms by layer for all
+        models, then figures by head and maps for each model."""
         figures = [_layers_figure(length, models, style) for length in _lengths(models)]
         figures += _norm_figures(models, style)
         for name, scores in models.items():
@@ -183,7 +187,7 @@ class Sinks(Evaluation):
 
 def pieces(choices: Sinks.Choices, documents: list[Document], length: int) -> list[np.ndarray]:
     """Return texts of `length` tokens, taken from all documents in turn, as many as `texts` allows
-    at this length."""
+    for this length."""
     wanted = max(1, choices.texts * min(choices.lengths) // length)
     taken: list[np.ndarray] = []
     start = 0
@@ -207,8 +211,8 @@ def _weighted(parts: list[torch.Tensor], weights: list[float]) -> Any:
 
 
 def head_rows(place: Row, first_HN: np.ndarray, softmax_H: list[float]) -> list[Row]:
-    """Return a row for each head of a layer: the mass on each first token, and on the sink in the
-    softmax."""
+    """Return a row for each head of a layer: the share of attention on each first token, and on the
+    sink in the softmax."""
     length = place["length"]
     queries = np.arange(length // 2, length)
     uniform = float((1 / (queries + 1)).mean())
@@ -232,8 +236,8 @@ def layer_row(place: Row, heads: list[Row]) -> Row:
 
 
 def norm_columns(result: Result, layer: int) -> Row:
-    """Return the norms of the first token's value and residual stream in a layer, and the means of
-    all others."""
+    """Return the norms of the first token's value and residual stream in a layer, and the means over
+    all other tokens."""
     row: Row = {}
     for name in ("values", "residual"):
         row[f"{name}_first"], row[f"{name}_others"] = result[name][layer]
@@ -241,8 +245,8 @@ def norm_columns(result: Result, layer: int) -> Row:
 
 
 def head_columns(result: Result, layer: int) -> Row:
-    """Return the shares of a layer's heads that rest on the first token, and on the sink in the
-    softmax."""
+    """Return the shares of a layer's heads whose attention to the first token, or to the sink in the
+    softmax, is above each epsilon."""
     row: Row = {}
     for epsilon, heads_LN in result["heads"].items():
         row[f"heads_{epsilon}"] = heads_LN[layer][0]
@@ -251,8 +255,8 @@ def head_columns(result: Result, layer: int) -> Row:
 
 
 def head_shares(result: Result) -> dict[str, float]:
-    """Return Sink^eps_k over all layers: `sink_0.3_1` for token 1, the first; `sink_0.3_softmax`
-    for the sink logit."""
+    """Return Sink^eps_k over all layers: `sink_0.3_1` for the first token, `sink_0.3_softmax` for the
+    sink logit."""
     shares = {}
     for epsilon, heads_LN in result["heads"].items():
         for n, share in enumerate(np.mean(heads_LN, axis=0), start=1):
@@ -263,7 +267,7 @@ def head_shares(result: Result) -> dict[str, float]:
 
 
 def map_rows(length: int, layer: int, map_TT: list[list[float]]) -> list[Row]:
-    """Return a row for each (query, key) that a causal layer sees."""
+    """Return a row for each pair (query, key) of a causal layer."""
     rows = []
     for query, masses in enumerate(map_TT):
         for key, mass in enumerate(masses[: query + 1]):
@@ -280,7 +284,7 @@ def _lengths(models: dict[str, EvalScores]) -> list[int]:
 
 
 def _layers_figure(length: int, models: dict[str, EvalScores], style: Style) -> Figure:
-    """Draw the mass on the first token by layer, a curve for each model."""
+    """Draw the attention on the first token by layer, with a curve for each model."""
     from longreach.evaluation.figures import lines
 
     curves = {}
@@ -291,19 +295,19 @@ def _layers_figure(length: int, models: dict[str, EvalScores], style: Style) -> 
             curves[name] = [(row["layer"], row["first_token"]) for row in rows]
             even = rows[0]["uniform"]
     title = f"Attention on the first token, texts of {length:,} tokens"
-    caption = f"Even attention would give the first token {even:.3f}; a layer far above that uses it as a sink."
+    caption = f"Even attention would give the first token {even:.3f}. A layer far above that uses it as a sink."
     return lines(f"sinks-{length}.png", title, caption, ("layer", "share of attention"), curves, style)
 
 
 def _norm_figures(models: dict[str, EvalScores], style: Style) -> list[Figure]:
-    """Draw the first token's norms over all others' by layer, a curve for each model, at its
-    greatest length."""
+    """Draw the ratio of the first token's norms to those of other tokens by layer, with a curve for
+    each model, at its greatest length."""
     from longreach.evaluation.figures import lines
 
     figures = []
     told = {
-        "values": "Below 1: attention on the first token brings less than on others, as on a sink.",
-        "residual": "Far above 1: massive activations, which go with a sink.",
+        "values": "Below 1: attention on the first token contributes less than on other tokens, as for a sink.",
+        "residual": "Far above 1: massive activations, which accompany a sink.",
     }
     for norm, caption in told.items():
         curves = {}
@@ -316,13 +320,13 @@ def _norm_figures(models: dict[str, EvalScores], style: Style) -> list[Figure]:
                 rows = by_length[max(by_length)]
                 curves[name] = [(row["layer"], row[f"{norm}_first"] / row[f"{norm}_others"]) for row in rows]
         if curves:
-            title = f"Norm of the first token's {norm}, over that of other tokens"
+            title = f"Norm of the first token's {norm}, relative to other tokens"
             figures.append(lines(f"sinks-{norm}.png", title, caption, ("layer", "ratio"), curves, style, log=True))
     return figures
 
 
 def _heads_figure(name: str, scores: EvalScores) -> Figure:
-    """Draw the mass on the first token by layer and head, at the shortest length."""
+    """Draw the attention on the first token by layer and head, at the shortest length."""
     from longreach.evaluation.figures import grid
 
     shortest = min(scores.distinct("length", kind="head"))
@@ -333,7 +337,7 @@ def _heads_figure(name: str, scores: EvalScores) -> Figure:
     return grid(
         f"sinks-{name}.png",
         f"Attention on the first token by head: {name}",
-        f"Texts of {shortest:,} tokens. Dark: the head rests on the first token.",
+        f"Texts of {shortest:,} tokens. Dark: the head attends mostly to the first token.",
         ("layer", "share of attention"),
         list(map(str, scores.distinct("layer", kind="head", length=shortest))),
         heads,
@@ -342,7 +346,7 @@ def _heads_figure(name: str, scores: EvalScores) -> Figure:
 
 
 def _map_figure(name: str, layer: int, rows: list[Row]) -> Figure:
-    """Draw what each query of a layer sees, the mean over heads and texts."""
+    """Draw the attention map of a layer, the mean over heads and texts."""
     from longreach.evaluation.figures import grid
 
     tokens = rows[0]["length"]
@@ -353,7 +357,7 @@ def _map_figure(name: str, layer: int, rows: list[Row]) -> Figure:
     return grid(
         f"sinks-{name}-layer-{layer}.png",
         f"Attention of layer {layer}: {name}",
-        "A dark column is a token on which all later ones rest: a sink.",
+        "A dark column is a token to which all later tokens attend: a sink.",
         ("key", "share of attention"),
         list(map(str, range(tokens))),
         queries,

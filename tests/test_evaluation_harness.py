@@ -242,9 +242,9 @@ def test_long_prompts_keep_their_beginning_and_end(mirror):
 
 @pytest.mark.long  # the harness reads all of its tasks
 def test_unknown_tasks_and_data_that_is_not_there_are_named(mirror, tmp_path):
-    with pytest.raises(ValueError, match="'longbench_qaspr': lm-eval has no such task; near: longbench_qasper"):
+    with pytest.raises(ValueError, match=r"'longbench_qaspr': .*no such task; similar names: longbench_qasper"):
         run(mirror, tasks=("longbench_qaspr",))
     with pytest.raises(ValueError, match=r"harness\.data .*: no such folder"):
         run(tmp_path / "no", tasks=("longbench_qasper",))
-    with pytest.raises(ValueError, match=r"longbench_multifieldqa_en.*cannot be reached.*harness\.data"):
+    with pytest.raises(ValueError, match=r"longbench_multifieldqa_en.*cannot be loaded.*harness\.data"):
         run(tmp_path / "Xnhyacinth", tasks=("longbench_multifieldqa_en",))

@@ -84,10 +84,10 @@ def test_of_an_output_path_the_newest_file_of_each_model_is_meant(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lm_eval_version": "0.5.1"}, r"is of lm-eval 0\.5\.1, and files of 0\.4 are read here"),
-        ({"lm_eval_version": "0.40.0"}, r"is of lm-eval 0\.40\.0, and files of 0\.4 are"),
-        ({"lm_eval_version": "", "results": {"x": {"acc": 0.5}}}, r"is of lm-eval 0\.3 or older, and files of 0\.4"),
-        ({"results": None}, "is no result file of lm-eval"),
+        ({"lm_eval_version": "0.5.1"}, r"is from lm-eval 0\.5\.1, but only files of lm-eval 0\.4 can be read"),
+        ({"lm_eval_version": "0.40.0"}, r"is from lm-eval 0\.40\.0, but only files of lm-eval 0\.4 can"),
+        ({"lm_eval_version": "", "results": {"x": {"acc": 0.5}}}, r"is from lm-eval 0\.3 or older, but only files of"),
+        ({"results": None}, "is not a result file of lm-eval"),
     ],
 )
 def test_a_file_of_another_version_is_refused_with_both_versions(change, said, tmp_path):
@@ -98,7 +98,7 @@ def test_a_file_of_another_version_is_refused_with_both_versions(change, said, t
 def test_two_versions_of_one_task_do_not_compare(tmp_path):
     older = written(tmp_path / "older", versions={"longbench_qasper": 4.0, "gsm8k": 3.0})
     models = {"new": read_results(written(tmp_path / "new")), "old": read_results(older)}
-    with pytest.raises(ValueError, match=r"longbench_qasper has version 5\.0 in new and 4\.0 in old"):
+    with pytest.raises(ValueError, match=r"longbench_qasper has version 5\.0 in new and version 4\.0 in old"):
         check_versions(models)
     unknown = EvalScores("harness", "", {}, [{"kind": "task", "task": "longbench_qasper", "value": 0.1}], {})
     check_versions({"new": models["new"], "unknown": unknown})

@@ -116,9 +116,9 @@ def test_longer_texts_are_fewer_and_come_from_all_documents():
     ("recipe", "message"),
     [
         ({"lengths": (200,), "map_layers": ()}, "lengths 200: no held-out document"),
-        ({"lengths": (80,)}, "map_layers at 80 tokens: maps are drawn up to 64"),
-        ({"lengths": (4,)}, "lengths 4 is not above first_tokens 4"),
-        ({"map_layers": (2,)}, r"map_layers \[2\]: the model has layers 0 to 1"),
+        ({"lengths": (80,)}, "shortest length is 80 tokens, but maps have at most 64"),
+        ({"lengths": (4,)}, "lengths 4 must be more than first_tokens 4"),
+        ({"map_layers": (2,)}, r"map_layers \[2\] do not exist: the model has layers 0 to 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(recipe, message):
