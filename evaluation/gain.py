@@ -46,8 +46,8 @@ ALL = "*"
 
 
 class Gain(Evaluation):
-    """How much better are the same tokens predicted, the more of the text before them the model
-    sees?"""
+    """How much better does the model predict the same tokens when it sees more of the text before
+    them?"""
 
     name = "gain"
     title = "Gain from context"

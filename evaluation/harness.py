@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Harness(Evaluation):
-    """What does the field's common benchmark suite say?"""
+    """What does the model score in tasks of the field's common benchmark suite?"""
 
     name = "harness"
     title = "Tasks of lm-evaluation-harness"

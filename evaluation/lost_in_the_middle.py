@@ -67,7 +67,7 @@ Distractors = Literal["mixed", "hard", "random"]
 
 
 class LostInTheMiddle(Evaluation):
-    """Does it matter where in a long prompt the answer stands?"""
+    """Does it matter where in a long prompt the answer is?"""
 
     name = "lost_in_the_middle"
     title = "Lost in the middle"

@@ -75,7 +75,7 @@ RULER_BAR = 0.85
 
 
 class Needle(Evaluation):
-    """Is a sentence found that stands somewhere in a real text?"""
+    """Does the model find a fact that is hidden in a real text?"""
 
     name = "needle"
     title = "Needle in a haystack"

@@ -39,7 +39,7 @@ KEYS = (1, 50_000)
 
 
 class Passkey(Evaluation):
-    """Is a number found that stands somewhere in filler sentences?"""
+    """Does the model find a number that is hidden among filler sentences?"""
 
     name = "passkey"
     title = "Passkey"

@@ -51,7 +51,7 @@ ALL = "*"
 
 
 class Perplexity(Evaluation):
-    """How well are held-out texts predicted, by how much of them the model sees?"""
+    """How well does the model predict held-out texts at each context length?"""
 
     name = "perplexity"
     title = "Perplexity"

@@ -58,7 +58,7 @@ LONGEST_PIECE = 50
 
 
 class Ruler(Evaluation):
-    """What is found, followed, counted and answered in a long text?"""
+    """Does the model find facts, follow chains, count words and answer questions in a long text?"""
 
     name = "ruler"
     title = "RULER's tasks"

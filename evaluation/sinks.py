@@ -301,7 +301,7 @@ def _layers_figure(length: int, models: dict[str, EvalScores], style: Style) -> 
 
 def _norm_figures(models: dict[str, EvalScores], style: Style) -> list[Figure]:
     """Draw the ratio of the first token's norms to those of other tokens by layer, with a curve for
-    each model, at its greatest length."""
+    each model, at its longest length."""
     from longreach.evaluation.figures import lines
 
     figures = []
