@@ -16,12 +16,12 @@ another way over all tokens, plus the mean difference to that way over the sampl
 more between neighbouring tokens than between two ways on one token. So the difference is known to a
 few per cent, while the error of the sample's own mean would be tens of per cent.
 
-Perplexity is measured from the token where the ways begin to differ: after the first `cache_tokens`
-tokens of the text. Streaming keeps a model fluent without end, but does not let it see further back
-than its cache.
+Perplexity is measured from the token where the ways begin to differ: once the cache (the largest, if
+there are several) is full. Streaming keeps a model fluent without end, but does not let it see
+further back than its cache.
 
 Positions are counted in the cache (as in the paper) or in the text. RoPE is relative, so this makes
-a difference only for sinks. `newlines` replaces the first tokens by line breaks (the paper's table
+a difference only for sinks and rivals. `newlines` replaces the first tokens by line breaks (the paper's table
 2), which shows whether their place or their meaning matters. Latencies and cache sizes are measured
 on the real decode path. `endurance_tokens` streams all documents through one cache. So there are
 three kinds of cells, with a class for each: `Ways`, `Latencies` and `Endurance`.
