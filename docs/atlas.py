@@ -1,10 +1,10 @@
-"""docs/atlas.md and its pictures, made anew from stored results: a lecture's figures on long contexts, from our runs.
+"""Make docs/atlas.md and its pictures from stored results: the figures of a lecture on long contexts, from our runs.
 
-What is said of each figure stands in docs/atlas/entries.yaml. The results are docs/atlas/*.json, copies of published
-scores with where they come from, so that the page can be made anew on any machine; and tables of RESULTS.md, where a
-run's store is gone. An entry without its results is written as missing, with the command that would make it.
+The words about each figure are in docs/atlas/entries.yaml. The results are in docs/atlas/*.json. They are copies of
+published scores with their origin, so the page can be made on any machine. Where the store of a run is gone, tables of
+RESULTS.md are used. An entry without results is marked as missing, with the command that would produce them.
 
-    python docs/atlas.py                          from the results that lie beside the page
+    python docs/atlas.py                          use the results in docs/atlas/
     python docs/atlas.py --store .longreach       look for newer results in a store first; may be repeated
 """
 
@@ -34,20 +34,20 @@ from longreach.infra.artifact import Artifact, Store
 DOCS = Path(__file__).parent
 LLAMA_70B, SMOLLM2 = KVBudget(64, 8, 128, (None,) * 80), KVBudget(9, 3, 64, (None,) * 30)
 """Heads, KV heads, head dim and layers of Llama-2-70B and SmolLM2-135M."""
-SENTENCES = {"agrees": "Agrees", "differs": "Differs", "cannot": "Not at this size"}
-"""The sentences on each figure, by their field of entries.yaml."""
+SENTENCES = {"agrees": "Agrees", "differs": "Differs", "cannot": "Not shown"}
+"""The labels of the remarks on each figure, by their field in entries.yaml."""
 Choices = dict[str, Any]
-"""What an entry or a result of entries.yaml says."""
+"""An entry or a result of entries.yaml."""
 Results = dict[str, tuple[EvalScores, tuple[str, str]]]
-"""Scores by the name in entries.yaml, and where they come from: a command or a section, and what else is known."""
+"""Scores by the name in entries.yaml, and their origin: a command or a section, and further facts."""
 
 
 # --- results -----------------------------------------------------------------------------------------
 
 
 def collect(store: Store, wanted: dict[str, Choices], folder: Path) -> list[str]:
-    """Copy the newest artifact of each wanted result into `folder`, where it is newer than what lies there; return
-    their names."""
+    """Copy the newest artifact of each wanted result into `folder`, if it is newer than the copy there. Return the
+    names of the copied results."""
     manifests = [*store.manifests("evaluate"), *store.manifests("pretrain")]
     copied = []
     for name, want in wanted.items():
@@ -70,7 +70,7 @@ def collect(store: Store, wanted: dict[str, Choices], folder: Path) -> list[str]
 
 
 def _is_wanted(manifest: Choices, want: Choices) -> bool:
-    """Whether an artifact is of the wanted kind, about the wanted model, and made with the wanted choices."""
+    """Whether an artifact has the wanted kind, model and choices."""
     recipe = manifest["identity"]["recipe"]
     if manifest["stage"] == "pretrain":
         return manifest["label"] == want.get("pretrain")
@@ -80,7 +80,7 @@ def _is_wanted(manifest: Choices, want: Choices) -> bool:
 
 
 def _scores_of(artifact: Artifact, want: Choices) -> EvalScores:
-    """Return an evaluation's scores, or a training's losses by step as scores; only the rows that are drawn."""
+    """Return the scores of an evaluation, or the losses of a training by step as scores, with only the rows to draw."""
     if artifact.stage == "pretrain":
         with (artifact.path / "metrics.jsonl").open(encoding="utf-8") as steps:
             rows = [{"kind": "step", "step": step["step"], "loss": step["loss"]} for step in map(json.loads, steps)]
@@ -95,12 +95,12 @@ def _scores_of(artifact: Artifact, want: Choices) -> EvalScores:
 
 
 def _fits(row: Row, columns: Choices) -> bool:
-    """Whether a row has these values; those that are texts are shell patterns."""
+    """Whether a row has these values. Values may be shell patterns."""
     return all(fnmatch(str(row.get(column)), str(value)) for column, value in columns.items())
 
 
 def _short(value: Any) -> Any:
-    """Return JSON whose numbers have six digits, which is more than any figure shows."""
+    """Round all numbers of JSON data to six digits, which is more than any figure shows."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -109,7 +109,7 @@ def _short(value: Any) -> Any:
 
 
 def read_results(wanted: dict[str, Choices], folder: Path) -> Results:
-    """Return those of the wanted results that there are."""
+    """Return the wanted results that exist."""
     results: Results = {}
     for name, want in wanted.items():
         path = folder / f"{name}.json"
@@ -123,15 +123,15 @@ def read_results(wanted: dict[str, Choices], folder: Path) -> Results:
 
 
 def _origin(origin: Choices) -> tuple[str, str]:
-    """Say where a stored result comes from: the command, and what it made."""
+    """Return the origin of a stored result: the command, and a description of the artifact."""
     when = datetime.fromisoformat(origin["published_at"]).date()
     minutes = f"{origin['seconds'] / 60:.1f} minutes on {origin['cpus']} CPU cores"
     return f"`{origin['command']}`", f"{origin['label']} at {origin['commit'][:7]}, {minutes}, {when}"
 
 
 def results_table(heading: str) -> tuple[EvalScores, tuple[str, str]]:
-    """Return the first table below a heading of RESULTS.md, a row of kind `table` for each of its lines, and the line
-    of the runs' table about it."""
+    """Return the first table below a heading of RESULTS.md, with a row of kind `table` for each line, and the line
+    about this run in the table of runs."""
     text = (DOCS.parent / "RESULTS.md").read_text(encoding="utf-8")
     title, _, section = text.partition(f"# {heading}")[2].partition("\n")
     if not section:
@@ -152,7 +152,7 @@ def results_table(heading: str) -> tuple[EvalScores, tuple[str, str]]:
 
 
 def _cells(text: str) -> Iterator[list[str]]:
-    """Yield the cells of each line of the first table of a text."""
+    """Yield the cells of each line of the first table in a text."""
     begun = False
     for line in text.splitlines():
         if line.startswith("|"):
@@ -166,7 +166,7 @@ def _cells(text: str) -> Iterator[list[str]]:
 
 
 def draw(entry: Choices, results: Results) -> bytes | None:
-    """Return an entry's picture; None for one that is a table alone."""
+    """Return the picture of an entry. None if it has only a table."""
     figures = []
     for how in entry.get("draw", ()):
         ((kind, choices),) = how.items()
@@ -175,7 +175,7 @@ def draw(entry: Choices, results: Results) -> bytes | None:
 
 
 def _product(choices: Choices, results: Results) -> list[Figure]:
-    """The figures that the product itself draws of these results, those whose file is named."""
+    """Return the figures that longreach itself draws of these results, if their file matches `files`."""
     models = {}
     for name in choices["of"]:
         models[results[name][0].model] = results[name][0]
@@ -184,7 +184,7 @@ def _product(choices: Choices, results: Results) -> list[Figure]:
 
 
 def _bars(choices: Choices, results: Results) -> list[Figure]:
-    """Bars of some columns, a panel each, for the named rows of one result."""
+    """Return bars for the named rows of one result, with a panel for each column."""
     rows = {
         str(row[choices.get("name", "name")]): row for row in results[choices["of"]][0].rows_with(kind=choices["kind"])
     }
@@ -197,7 +197,7 @@ def _bars(choices: Choices, results: Results) -> list[Figure]:
 
 
 def _lines(choices: Choices, results: Results) -> list[Figure]:
-    """Curves, each through the rows of one result that fit its columns."""
+    """Return curves, each through the rows of one result that match its columns."""
     (x, x_title), (y, y_title) = choices["x"], choices["y"]
     curves = {}
     for label, fit in choices["curves"].items():
@@ -210,7 +210,7 @@ def _lines(choices: Choices, results: Results) -> list[Figure]:
 
 
 def _maps(choices: Choices, results: Results) -> list[Figure]:
-    """Mean attention of some layers, side by side: what each query (row) gives each key (column)."""
+    """Return maps of mean attention of some layers: how much each query (row) gives to each key (column)."""
     panels = []
     for layer in choices["layers"]:
         cells = alt.Data(values=results[choices["of"]][0].rows_with(kind="map", layer=layer))
@@ -227,7 +227,7 @@ def _maps(choices: Choices, results: Results) -> list[Figure]:
 
 
 def _kv_cache(choices: Choices, results: Results) -> list[Figure]:
-    """Bytes of keys and values by context, at two bytes a value, from the calculator of `longreach kv-cache`."""
+    """Return the size of keys and values by context, at two bytes per value, as `longreach kv-cache` calculates it."""
     lengths = [2**n for n in range(9, 18)]
     sizes: dict[str, Callable[[int], int]] = {
         "Llama-2-70B, 64 heads counted": lambda length: LLAMA_70B.as_multi_head().bytes(1, length),
@@ -241,14 +241,14 @@ def _kv_cache(choices: Choices, results: Results) -> list[Figure]:
 
 
 def kv_numbers() -> dict[str, str]:
-    """Return the lecture's three sizes, with a head's keys and values counted for each of Llama-2-70B's 64 heads."""
+    """Return the lecture's three sizes, with keys and values counted for each of Llama-2-70B's 64 heads."""
     every_head = LLAMA_70B.as_multi_head()
     sizes = {"token": (1, 1), "small": (1, 512), "large": (16, 4096)}
     return {name: readable(every_head.bytes(batch, length)) for name, (batch, length) in sizes.items()}
 
 
 def _steps(choices: Choices, results: Results) -> list[Figure]:
-    """Seconds of a training step by context, full attention beside S²-Attn, from the table that has both in a cell."""
+    """Return seconds of a training step by context for full attention and S²-Attn, from a table with both in a cell."""
     curves: dict[str, list[tuple[float, float]]] = {"full attention": [], "S²-Attn, groups of T/4": []}
     for row in results[choices["of"]][0].rows:
         length = re.search(r"T = ([\d,]+)$", row["name"])
@@ -273,7 +273,7 @@ def page(atlas: Choices, results: Results) -> str:
     drawn = sum(_has_all(entry, results) for entry in atlas["entries"])
     older = sum(not _has_all(entry, results) and "older" in entry for entry in atlas["entries"])
     missing = len(atlas["entries"]) - drawn - older
-    counts = f"{drawn} are drawn from stored results, {older} shown from runs whose scores are gone, {missing} missing."
+    counts = f"Figures from stored results: {drawn}, from runs whose scores are gone: {older}, missing: {missing}."
     parts = [
         "# Atlas",
         "<!-- made by docs/atlas.py from docs/atlas/entries.yaml -->",
@@ -286,19 +286,19 @@ def page(atlas: Choices, results: Results) -> str:
         elif "older" in entry:
             parts += _older(entry)
         else:
-            parts += [f"**Missing.** {entry.get('why', 'No stored result has it.')} This makes it:"]
+            parts += [f"**Missing.** {entry.get('why', 'No stored result has it.')} This command would produce it:"]
             parts += [f"```console\n$ {entry['make']}\n```"]
             parts += [_table(entry, "missing")] if "beside" in entry else []
     return "\n\n".join(parts) + "\n"
 
 
 def _has_all(entry: Choices, results: Results) -> bool:
-    """Whether all results of an entry are there."""
+    """Whether all results of an entry exist."""
     return "of" in entry and all(name in results for name in entry["of"])
 
 
 def _found(entry: Choices, results: Results) -> list[str]:
-    """Return what the page says of an entry whose results are there."""
+    """Return the parts of the page for an entry whose results exist."""
     parts = []
     if "draw" in entry:
         parts.append(f"![{entry['shows']}](images/atlas-{entry['name']}.png)")
@@ -315,12 +315,12 @@ def _found(entry: Choices, results: Results) -> list[str]:
     return [
         *parts[:-3],
         "\n".join(parts[-3:]),
-        f"Ours is from {'. And from '.join(sources) or '`longreach kv-cache`'}.",
+        f"Our numbers come from {'. And from '.join(sources) or '`longreach kv-cache`'}.",
     ]
 
 
 def _older(entry: Choices) -> list[str]:
-    """Return what the page says where a run's picture and its numbers are kept, but not its scores."""
+    """Return the parts of the page for an entry of which only a picture and numbers are kept, but no scores."""
     older = entry["older"]
     rows = [[what, ours, paper] for (what, _, paper), ours in zip(entry["beside"], older["ours"], strict=True)]
     picture = [f"![{entry['shows']}](images/{older['picture']})"] if "picture" in older else []
@@ -328,13 +328,13 @@ def _older(entry: Choices) -> list[str]:
         *picture,
         _table(entry | {"beside": rows}, None, {}),
         *["\n".join(f"- **{word}.** {entry[key]}" for key, word in SENTENCES.items())],
-        f"The scores of this run are gone: what stands here is of {older['from']}. To have them anew:",
+        f"The scores of this run are gone. The numbers come from {older['from']}. To measure them again:",
         f"```console\n$ {entry['make']}\n```",
     ]
 
 
 def _numbers(scores: EvalScores) -> dict[str, Any]:
-    """Return the numbers that entries.yaml may name: a summary, or a table's rows."""
+    """Return the numbers that entries.yaml may refer to: those of a summary, or the rows of a table."""
     numbers: dict[str, Any] = {**scores.summary}
     for row in scores.rows_with(kind="table"):
         numbers[row["name"]] = row
@@ -349,7 +349,7 @@ def _numbers(scores: EvalScores) -> dict[str, Any]:
 
 
 def _table(entry: Choices, ours: str | None, numbers: dict[str, Any] | None = None) -> str:
-    """Return an entry's numbers beside the paper's; `ours`: what stands in place of ours."""
+    """Return the table of an entry: our numbers (or the text `ours` instead) and the paper's."""
     rows = ["| | ours | the paper |", "|---|---|---|"]
     for what, text, paper in entry["beside"]:
         rows.append(f"| {what} | {ours or text.format_map(numbers)} | {paper} |")
@@ -357,9 +357,9 @@ def _table(entry: Choices, ours: str | None, numbers: dict[str, Any] | None = No
 
 
 def main() -> None:
-    """Collect newer results where stores are named; draw the pictures and write the page."""
+    """Collect newer results from the given stores, draw the pictures and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", action="append", default=[], help="A store to take newer results from.")
+    parser.add_argument("--store", action="append", default=[], help="Take newer results from this store.")
     atlas = yaml.safe_load((DOCS / "atlas" / "entries.yaml").read_text(encoding="utf-8"))
     for root in parser.parse_args().store:
         print(f"{root}: {', '.join(collect(Store(root), atlas['results'], DOCS / 'atlas')) or 'nothing newer'}")

@@ -1,11 +1,10 @@
-"""Parts of the documentation that are made from the code: mkdocs calls this file during a build.
+"""Generate the parts of the documentation that come from the code. mkdocs calls this file in a build.
 
   recipes.md     gets the reference of all sections and fields, and the list of recipes
   attention.md   gets its figures: the mask_mod of each pattern, drawn for a short row
-  results.md     is RESULTS.md, with links that work here
+  results.md     is RESULTS.md, with links that work on the site
 
-So none of them can fall behind the code: what is gone from it is gone from the page, and a link to
-it fails the build.
+So these parts always agree with the code. A link to a field that no longer exists fails the build.
 
     mkdocs build --strict
 """
@@ -40,7 +39,7 @@ SCHEMA, SHIPPED = "<!-- schema -->", "<!-- shipped recipes -->"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page and the figures that no file holds; an event of mkdocs."""
+    """Add results.md and the figures, which are not in docs/. Called by mkdocs."""
     from mkdocs.structure.files import File
 
     text = results_page((ROOT / "RESULTS.md").read_text(encoding="utf-8"))
@@ -51,7 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the parts of pages that come from the schema; an event of mkdocs."""
+    """Replace the marks of a page by text from the schema. Called by mkdocs."""
     for mark, fill in ((SCHEMA, reference), (SHIPPED, shipped)):
         if mark in markdown:
             markdown = markdown.replace(mark, fill())
@@ -65,7 +64,7 @@ def results_page(text: str) -> str:
     taken: set[str] = set()
 
     def named(match: re.Match[str]) -> str:
-        """Give a heading an anchor without commits and dates, so that a new run breaks no links."""
+        """Give a heading an anchor without commits and dates, so that a new run does not break links."""
         title = re.split(r"[(:,]", match[2].lower().replace("²", "2"))[0]
         short = re.sub(r"[^a-z0-9]+", "-", title).strip("-")
         if short in taken:
@@ -96,7 +95,7 @@ def shipped() -> str:
 
 
 def reference() -> str:
-    """Return a heading and a table of fields for each section of a recipe, in the schema's order."""
+    """Return a heading and a table of fields for each section of a recipe, in schema order."""
     parts = []
     for section, places in sections():
         depth = min(places[0].count(".") + 3, 4)
@@ -106,8 +105,8 @@ def reference() -> str:
             parts.append(escaped(" ".join(section.__doc__.split())))
         if places[1:]:
             others = ", ".join(f"`{place}`" for place in places[1:])
-            parts.append(f"The same fields stand under {others}.")
-        rows = ["| field | type | default | what it is |", "|---|---|---|---|"]
+            parts.append(f"These sections have the same fields: {others}.")
+        rows = ["| field | type | default | description |", "|---|---|---|---|"]
         for name, field in section.model_fields.items():
             link = anchor(f"{places[0]}.{name}")
             shown = [f"`{name}`{{ #{link} }}" if link not in _section_anchors() else f"`{name}`"]
@@ -120,7 +119,7 @@ def reference() -> str:
 
 @functools.cache
 def sections() -> list[tuple[type[BaseModel], list[str]]]:
-    """Return each model of the schema once, with all places where it stands; the recipe's is ""."""
+    """Return each model of the schema with all its places in a recipe; the recipe itself is at ""."""
     places: dict[type[BaseModel], list[str]] = {Recipe: [""]}
 
     def walk(section: type[BaseModel], place: str) -> None:
@@ -140,8 +139,8 @@ def _section_anchors() -> frozenset[str]:
 
 
 def models_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield the models inside a field's type, with what stands before them: `.NAME` or `.0`."""
-    if annotation is AttentionRecipe:  # one section a pattern
+    """Yield the models inside a field's type, each with its part of the path: `.NAME` or `.0`."""
+    if annotation is AttentionRecipe:  # one section for each pattern
         for section in AttentionRecipe.sections():
             yield section, f"{suffix} ({section.model_fields['pattern'].default})"
         return
@@ -194,7 +193,7 @@ def _kind(annotation: Any) -> str:
 
 
 def _limit(rule: Any) -> str:
-    """Describe one rule of annotated-types in words; empty for a rule that is no limit."""
+    """Describe one rule of annotated-types in words; empty for a rule that sets no limit."""
     for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
         if (value := getattr(rule, name, None)) is not None:
             return f"{sign} {value:g}"
@@ -239,9 +238,9 @@ def anchor(place: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Escape plain words as Markdown for a table's cell; what stands in backticks stays."""
+    """Escape text for a cell of a Markdown table; text in backticks stays as it is."""
     pieces = re.split(r"(`[^`]*`)", text)
-    for n in range(0, len(pieces), 2):  # every second piece stands in backticks
+    for n in range(0, len(pieces), 2):  # every second piece is in backticks
         pieces[n] = re.sub(r"([*_<>\[\]])", r"\\\1", pieces[n])
     return "".join(pieces).replace("|", "\\|")
 
@@ -249,12 +248,12 @@ def escaped(text: str) -> str:
 # --- attention.md's figures ----------------------------------------------------------------------
 
 FUTURE, HIDDEN, SEEN, SINK, LEAK = range(5)
-"""Cells of a drawing: a later key, a key not seen, a key seen, a sink seen, a later key seen."""
+"""Kinds of cells: a later key, a key not seen, a key seen, a sink seen, a later key seen."""
 COLOURS = ("#ffffff", "#e3e5e8", "#0072B2", "#E69F00", "#D55E00")
 """Colours of Okabe and Ito, as in all figures of the project."""
 TOKENS, GROUP = 24, 8
 TWO_DOCUMENTS = (0, 13)
-"""Where the documents of a packed row begin."""
+"""Positions at which the documents of a packed row begin."""
 
 
 def cells(
@@ -266,7 +265,7 @@ def cells(
     starts: tuple[int, ...] = (0,),
     **choices: Any,
 ) -> np.ndarray:
-    """Return what one head's queries (rows) see of the keys (columns), in the numbers above."""
+    """Return which keys (columns) the queries (rows) of one head see, as kinds of cells."""
     import numpy as np
     import torch
 
@@ -292,7 +291,8 @@ def cells(
 
 
 def rolled() -> np.ndarray:
-    """Return what a head sees if the row is rolled by half a group, then cut: the usual mistake."""
+    """Return what a head sees if the row is rolled by half a group and then cut into groups, which
+    is the usual mistake."""
     import numpy as np
 
     place_T = (np.arange(TOKENS) - GROUP // 2) % TOKENS
@@ -305,7 +305,7 @@ def rolled() -> np.ndarray:
 
 
 def figures() -> dict[str, bytes]:
-    """Return every drawing by file name: panels side by side, each with its title."""
+    """Return every drawing as SVG, by file name."""
     s2 = functools.partial(cells, "shifted_sparse", group_tokens=GROUP)
     window = functools.partial(cells, "sink_window", window_tokens=6)
     staying, shifted = "a head that stays", "a head that is shifted"
@@ -330,7 +330,7 @@ def figures() -> dict[str, bytes]:
 
 
 def draw(panels: dict[str, np.ndarray], columns: int = 2) -> bytes:
-    """Draw an SVG with a square for each pair of query and key; drawn text needs no font."""
+    """Draw an SVG with a square for each pair of query and key. Text is drawn as paths."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
