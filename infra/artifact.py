@@ -247,9 +247,7 @@ class Store:
             self._refuse_if_published(attempt)
             raise
         named = {"stage": attempt.stage, "fingerprint": attempt.fingerprint, "attempt": attempt.id}
-        manifest = json.loads(
-            json.dumps({**record, **named, "files": files})
-        )  # keys become strings, as a reader gets them
+        manifest = json.loads(json.dumps({**record, **named, "files": files}))  # keys become strings, as when read
         body = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, ensure_ascii=False).encode()
         try:
             self.create(f"{self._folder(attempt.stage, attempt.fingerprint)}/{MANIFEST}", body)
@@ -488,9 +486,7 @@ def _inventory(attempt: Attempt) -> list[dict[str, Any]]:
     folder_mode = attempt.out.stat().st_mode & 0o666
     files = []
     for path in paths:
-        if (
-            mode := path.stat().st_mode
-        ) & folder_mode != folder_mode:  # safetensors writes files that only their owner can read
+        if (mode := path.stat().st_mode) & folder_mode != folder_mode:  # safetensors lets only the owner read
             path.chmod(mode | folder_mode)
         name = path.relative_to(attempt.out).as_posix()
         files.append({"path": name, "size": path.stat().st_size, "xxh3": file_digest(path)})

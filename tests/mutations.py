@@ -79,7 +79,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
         (STORE, "infra/files.py", "        sync(draft)", "        pass"),
     ],
     "lease": [
-        (LEASE, "infra/lease.py", "if self._newest() > self._generation:  # it", "if False:  # it"),
+        (LEASE, "infra/lease.py", "if self._newest() > self._generation:  # meanwhile", "if False:  # meanwhile"),
         (LEASE, "infra/lease.py", "< self._generation - 1:", "< self._generation:"),
         (LEASE, "infra/lease.py", "< self._generation - 1:", "< self._generation - 2:"),
         (LEASE, "infra/lease.py", "mark[:2] != ours[:2]", "mark[:1] != ours[:1]"),
@@ -92,7 +92,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
         (LEASE, "infra/lease.py", "        self._stop.set()", "        pass"),
         (
             LEASE, "infra/lease.py",
-            "                    continue  # another run was faster: look again", "                    raise",
+            "                    continue  # another run was faster: start over", "                    raise",
         ),
         (LEASE, "infra/lease.py", "if self.store.local and on_own_disk(Path(self.store.base)):", "if False:"),
     ],
