@@ -366,7 +366,7 @@ def test_a_cluster_needs_a_store_that_outlives_its_pods(target):
 
 
 def test_what_the_operator_would_refuse_is_not_rendered():
-    with pytest.raises(ValueError, match="has 40 characters, a RayCronJob takes 36"):
+    with pytest.raises(ValueError, match="has 40 characters, but a RayCronJob takes at most 36"):
         render(Schedule.parse("0 3 * * 1", "UTC"), job(name="q" * 40), "ray-cronjob", Place(), enable=False)
     with pytest.raises(ValueError, match="--to 'airflow': choose one of ray-cronjob, cronjob, systemd, crontab"):
         render(Schedule.parse("0 3 * * 1", "UTC"), job(), "airflow", Place(), enable=False)

@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None
                        "finetune.global_batch_tokens=2046",
                        "finetune.arms.longlora.attention={pattern: causal}")  # fmt: skip
     assert said.endswith(
-        "finetune.pack.seq_len: 1023 is not divided by resources.sequence_parallel 2: change one of them"
+        "finetune.pack.seq_len: 1023 is not divisible by resources.sequence_parallel 2: change one of them"
     )
     (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.rope={type: dynamic, factor: 2}")
     assert said.endswith("not with resources.sequence_parallel 2")
