@@ -47,21 +47,21 @@ from longreach.training.recipe import (
 
 HEAD = """# Models
 
-Any causal language model that transformers' auto classes load from safetensors is tried, whatever its
-family. This page says what to expect. It is made by `python tests/families.py`, which builds a tiny
-model of each family with random weights and does what the commands do. A "yes" is a result that was
-compared:
+longreach accepts every causal language model that transformers' auto classes load from safetensors,
+whatever its family. This page shows what works with which family. `python tests/families.py` writes it:
+it builds a tiny model of each family with random weights and does what the commands do. "Yes" means that
+the results were compared and agree:
 
 - **convert**: the converted model has the same logits.
-- **evaluate**: every token's NLL, and answers that reuse a prompt's beginning, are those of a plain forward pass.
-- **kv-cache**: the bytes are those of transformers' own cache.
-- **sink cache**: a text that fits has the same logits, read in pieces. **chat** is `longreach chat` on it.
-- **tune: all**, **LoRA**: a step of training; the loss of packed documents is that of each document alone,
+- **evaluate**: every token's NLL, and answers that reuse a prompt's prefix, equal those of a plain forward pass.
+- **kv-cache**: the size in bytes equals that of transformers' own cache.
+- **sink cache**: a text that fits, read in pieces, has the same logits. **chat** is `longreach chat` with this cache.
+- **tune: all**, **LoRA**: one step of training; the loss of packed documents equals that of the documents alone,
   every trainable tensor has a gradient, and the model can be saved. A merged adapter has the same logits.
-- **S²**: a step with LongLoRA's shifted groups, which enter through transformers' attention interface.
-- **stretch**: another RoPE changes the logits, and a saved model has it still.
+- **S²**: one step with LongLoRA's shifted groups, which use transformers' attention interface.
+- **stretch**: another RoPE changes the logits, and a saved model keeps it.
 
-A number is a refusal: one sentence, exit 2, before anything is trained.
+A number means that longreach refuses, with the numbered message below and exit code 2, before it trains anything.
 
 """
 WHY_NOT = """
