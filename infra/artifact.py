@@ -161,7 +161,7 @@ class Store:
         for entry in manifest["files"]:
             parts = PurePosixPath(entry["path"])
             if parts.is_absolute() or ".." in parts.parts:
-                raise CorruptArtifact(f"{path}: file name {entry['path']!r} leaves its folder")
+                raise CorruptArtifact(f"{path}: file name {entry['path']!r} points outside the folder")
         return manifest
 
     def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:

@@ -50,7 +50,7 @@ def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
         Check("python", sys.version_info >= (3, 11), platform.python_version(), "use Python 3.11 or newer"),
         *check_requirements(_requirements()),
         _device(),
-        Check("cores", cores >= 2, f"{cores}", "set resources.workers=1: one training rank", needed=False),
+        Check("cores", cores >= 2, f"{cores}", "set resources.workers=1 to train with one rank", needed=False),
         _memory(),
         _shared_memory(),
         _writable("home", Path.home(), "Ray writes there: set HOME to a folder that you can write to"),

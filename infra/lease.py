@@ -200,7 +200,7 @@ class Lease:
             # Covers whatever the store raises while it is unreachable. If that lasts, another run
             # takes the lease over.
             except Exception as error:  # noqa: BLE001
-                print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
+                print(f"lease {self.name}: heartbeat failed ({error}), retrying", file=sys.stderr, flush=True)
 
     def _sweep(self) -> None:
         """Delete the files of all older generations but the previous one: a process that lists the

@@ -112,9 +112,9 @@ class Resources(Choices):
         at_once = self.rows_at_once(ranks)
         if global_batch_rows % at_once:
             raise ValueError(
-                f"a global batch of {global_batch_rows} rows does not divide into {ranks // self.sequence_parallel} "
+                f"a global batch of {global_batch_rows} rows is not divisible by {ranks // self.sequence_parallel} "
                 f"ranks x micro_batch_rows {self.micro_batch_rows}: change workers or micro_batch_rows so that their "
-                "product divides it, or global_batch_tokens"
+                "product divides it, or change global_batch_tokens"
             )
         return global_batch_rows // at_once
 

@@ -328,5 +328,5 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path):
     manifest = store.publish(attempt, RECORD).manifest
     manifest["files"][0]["path"] = "../../../../secret"
     (tmp_path / "pack/f8/artifact.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
-    with pytest.raises(CorruptArtifact, match="leaves its folder"):
+    with pytest.raises(CorruptArtifact, match="points outside the folder"):
         store.find("pack", "f8")
