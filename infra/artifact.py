@@ -1,19 +1,19 @@
-"""Artifacts: what a stage publishes, and why two writers can never both win.
+"""Artifacts: the files that a stage publishes. Of several writers, exactly one can publish.
 
-    {root}/{stage}/{fingerprint}/attempts/{id}/out/...    files, written by one attempt alone
-    {root}/{stage}/{fingerprint}/attempts/{id}/work/...   its private state (checkpoints); gone once published
-    {root}/{stage}/{fingerprint}/artifact.json            created last and exclusively: names the winning attempt
+    {root}/{stage}/{fingerprint}/attempts/{id}/out/...    the attempt's output files; no other attempt writes here
+    {root}/{stage}/{fingerprint}/attempts/{id}/work/...   its private state (checkpoints); deleted once it publishes
+    {root}/{stage}/{fingerprint}/artifact.json            created last and exclusively; names the winning attempt
 
-Two writers are real: after `kill -9` of a stage its training ranks go on writing for a while. Each
-attempt has its own folder, and only one can create `artifact.json`: on a disk by linking a finished
-file to that name (infra/files.py), on object stores by a conditional put (If-None-Match). The loser
-is removed.
+Two writers do occur: after `kill -9` of a stage, its training ranks keep writing for a while. Each
+attempt has its own folder, and only one attempt can create `artifact.json`: on a disk by hard-linking
+a finished file to that name (infra/files.py), on an object store by a conditional put
+(If-None-Match). The loser's files are removed.
 
-Nothing is lost in a power cut: files are synced first, then their folders, then the manifest, then
-its folder; only after that is anything removed that the artifact replaces.
+A power cut loses nothing: the files are synced first, then their folders, then the manifest, then
+its folder. Only after that are the files removed that the artifact replaces.
 
-`root` is any fsspec URL. On a remote root an attempt works in the local folder `scratch`, its files
-are uploaded before the manifest is; inputs are downloaded into `scratch/cache` and verified by
+`root` is any fsspec URL. With a remote root, an attempt works in the local folder `scratch`, and its
+files are uploaded before the manifest. Inputs are downloaded into `scratch/cache` and verified by
 hash.
 
     store = Store(".longreach"); attempt = store.new_attempt("pack", fingerprint); ...; store.publish(attempt, {...})
@@ -37,11 +37,11 @@ from longreach.infra.files import digest_of, draft_of, file_digest, publish_new,
 
 MANIFEST = "artifact.json"
 HASHING_THREADS = 4
-"""Threads that hash an artifact's files; more do not help, since a disk is read."""
+"""Threads that hash an artifact's files. More threads do not help, since the disk is the limit."""
 
 
 class AlreadyPublished(Exception):
-    """Another attempt published this fingerprint first; `artifact` is the winner's."""
+    """Another attempt published this fingerprint first; `artifact` is the one it published."""
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(f"{artifact.stage}/{artifact.fingerprint} was published by attempt {artifact.attempt}")
@@ -54,7 +54,7 @@ class CorruptArtifact(Exception):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published folder. `path` is local and holds exactly the manifest's files."""
+    """A published artifact. `path` is a local folder that holds exactly the manifest's files."""
 
     path: Path
     manifest: dict[str, Any]
@@ -78,7 +78,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One writer's folder. Only its holder writes into `out` and `work`."""
+    """One writer's folder. Only that writer writes into `out` and `work`."""
 
     stage: str
     fingerprint: str
@@ -95,13 +95,16 @@ class Attempt:
 
     @property
     def superseded_file(self) -> Path:
-        """Exists once a newer attempt took over: a writer that sees it stops."""
+        """The file that tells this attempt's writer to stop: it exists once a newer attempt took over."""
         return self.folder.with_name(self.id + ".superseded")
 
 
 class Store:
-    """Artifacts below a folder that every writer sees. As with pathlib, `Store(url)` makes the
-    class that fits: a RemoteStore where the URL is not a folder."""
+    """A store of artifacts below a folder that every writer can access.
+
+    `Store(url)` returns the class that fits, as pathlib.Path does: a RemoteStore unless the URL is
+    a local folder.
+    """
 
     local = True
 
@@ -110,40 +113,40 @@ class Store:
         return object.__new__(cls if is_folder else RemoteStore)
 
     def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
-        """Name a store; nothing is created or asked yet. `scratch`: the folder of this machine
-        where attempts on a remote root are written and inputs are cached."""
+        """Describe a store without creating or contacting anything. `scratch`: the local folder
+        where attempts are written and inputs are cached if the root is remote."""
         self.root = root
-        import fsspec  # 80 ms, which commands without a store need not wait for
+        import fsspec  # takes 80 ms, so commands that use no store skip it
 
         self.fs, self.base = fsspec.core.url_to_fs(root)
         self.scratch = Path(scratch).absolute()
 
     def checked(self) -> Store:
-        """Return the store itself; ValueError if a remote root cannot be listed."""
+        """Return the store itself. Raises ValueError if a remote root cannot be listed."""
         return self
 
     def _folder(self, stage: str, fingerprint: str) -> str:
         return f"{self.base}/{stage}/{fingerprint}"
 
     def _attempts(self, stage: str, fingerprint: str) -> Path:
-        """Return the local folder in which attempts are written."""
+        """Return the local folder that attempts are written to."""
         return Path(self.base, stage, fingerprint, "attempts")
 
     def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
-        """Return the local folder in which a published attempt's files are read."""
+        """Return the local folder that a published attempt's files are read from."""
         return self._attempts(stage, fingerprint) / attempt_id / "out"
 
     # ---- reading
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the published artifact, or None. Raises CorruptArtifact: its manifest is
+        """Return the published artifact, or None. Raises CorruptArtifact if its manifest is
         damaged."""
         try:
             manifest = self._read_manifest(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
         except FileNotFoundError:
             return None
         if (manifest["stage"], manifest["fingerprint"]) != (stage, fingerprint):
-            raise CorruptArtifact(f"{stage}/{fingerprint}: the manifest is that of another artifact")
+            raise CorruptArtifact(f"{stage}/{fingerprint}: the manifest belongs to another artifact")
         return Artifact(self._readable(stage, fingerprint, manifest["attempt"]), manifest)
 
     def _read_manifest(self, path: str) -> dict[str, Any]:
@@ -154,21 +157,21 @@ class Store:
         except (ValueError, KeyError, AttributeError) as error:
             raise CorruptArtifact(f"{path}: not a manifest ({error})") from error
         if digest != digest_of(manifest):
-            raise CorruptArtifact(f"{path}: damaged (its digest is {digest_of(manifest)}, it says {digest})")
+            raise CorruptArtifact(f"{path}: damaged (its digest is {digest_of(manifest)}, but it records {digest})")
         for entry in manifest["files"]:
             parts = PurePosixPath(entry["path"])
             if parts.is_absolute() or ".." in parts.parts:
-                raise CorruptArtifact(f"{path}: file name {entry['path']!r} leaves its folder")
+                raise CorruptArtifact(f"{path}: file name {entry['path']!r} points outside the folder")
         return manifest
 
     def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:
-        """Return what differs from the manifest, a line for each file; empty if the artifact is
-        whole. `hashes`: read every byte; without it only presence and size are compared."""
+        """Return the differences from the manifest, one line per file; empty if the artifact is
+        intact. `hashes`: hash every file; without it, only presence and size are compared."""
         return list(damaged_files(artifact, artifact.manifest["files"], hashes).values())
 
     def fetch(self, stage: str, fingerprint: str) -> Artifact:
-        """Return the artifact, files local and verified. Raises CorruptArtifact: it is missing or
-        damaged."""
+        """Return the artifact with its files on this machine and verified. Raises CorruptArtifact
+        if it is missing or damaged."""
         artifact = self.find(stage, fingerprint)
         if artifact is None:
             raise CorruptArtifact(f"{stage}/{fingerprint} is not published")
@@ -177,8 +180,8 @@ class Store:
         return artifact
 
     def names(self, folder: str, ending: str = "") -> list[str]:
-        """Return the sorted names of what is in a folder of the store now and ends so; none if it is not
-        there. The path is taken literally, where a pattern would misread `notes [2024]`."""
+        """Return the sorted names in a folder of the store that end with `ending`; empty if there is
+        no such folder. The path is taken literally: as a glob, `notes [2024]` would be misread."""
         try:
             return sorted(name for name in self._list(folder) if name.endswith(ending))
         except (FileNotFoundError, NotADirectoryError):
@@ -188,27 +191,27 @@ class Store:
         return os.listdir(folder)
 
     def _inside(self, folder: str) -> list[str]:
-        """Return the paths in a folder; none if it may not be read, as `lost+found` of a whole disk."""
+        """Return the paths in a folder; empty if it may not be read, such as `lost+found` at the root of a disk."""
         with contextlib.suppress(PermissionError):
             return [f"{folder}/{name}" for name in self.names(folder)]
         return []
 
     def manifests(self, stage: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the manifests of everything published (of one stage), without damaged ones."""
+        """Yield the manifests of all published artifacts (of one stage), except damaged ones."""
         for name in [stage] if stage else self.names(self.base):
             for folder in self._inside(f"{self.base}/{name}"):
                 path = f"{folder}/{MANIFEST}"
                 if path not in self._inside(folder):
                     continue
-                # `find` reports a damaged one when the artifact is wanted; `longreach gc` may just remove one
+                # `find` reports a damaged manifest when the artifact is needed; `longreach gc` may be deleting this one
                 with contextlib.suppress(CorruptArtifact, FileNotFoundError):
                     yield self._read_manifest(path)
 
     # ---- writing
 
     def new_attempt(self, stage: str, fingerprint: str) -> Attempt:
-        """Create a folder for one writer, and tell the writers of all earlier unpublished attempts
-        to stop."""
+        """Create an attempt's folder, and tell the writers of all earlier unpublished attempts to
+        stop."""
         attempts = self._attempts(stage, fingerprint)
         attempts.mkdir(parents=True, exist_ok=True)
         earlier = self.earlier_attempts(stage, fingerprint)
@@ -220,28 +223,31 @@ class Store:
         attempt.out.mkdir(parents=True)
         attempt.work.mkdir()
         for folder in (attempt.folder, *list(attempt.folder.parents)[:5]):  # up to the one that holds the root
-            if os.access(folder, os.R_OK):  # else it was there before us, and its names are on the disk
+            if os.access(folder, os.R_OK):  # otherwise it existed before, and its entries are on the disk already
                 sync(folder)
         return attempt
 
     def earlier_attempts(self, stage: str, fingerprint: str) -> list[Path]:
-        """Return the folders of unpublished attempts, newest first: a new one may read their
+        """Return the folders of unpublished attempts, newest first. A new attempt may read their
         checkpoints."""
         folders = [path for path in self._attempts(stage, fingerprint).glob("[0-9]*-*") if path.is_dir()]
         return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
-        """Make `attempt.out` the artifact of its fingerprint; other attempts of it are removed.
-        `record`: inputs, recipe, summary, seconds, versions...: what the manifest says beside the
-        files. Raises AlreadyPublished: another attempt was first; this one has been removed."""
+        """Publish `attempt.out` as the artifact of its fingerprint, and remove the other attempts.
+
+        `record`: what the manifest records besides the files: inputs, recipe, summary, seconds,
+        versions and so on. Raises AlreadyPublished if another attempt was first; this one has then
+        been removed.
+        """
         try:
             files = _inventory(attempt)
             self._upload(attempt, [entry["path"] for entry in files])
-        except FileNotFoundError:  # a winner removed this attempt meanwhile, or the stage wrote nothing
+        except FileNotFoundError:  # the winner has removed this attempt, or the stage wrote nothing
             self._refuse_if_published(attempt)
             raise
         named = {"stage": attempt.stage, "fingerprint": attempt.fingerprint, "attempt": attempt.id}
-        manifest = json.loads(json.dumps({**record, **named, "files": files}))  # keys are texts, as it will be read
+        manifest = json.loads(json.dumps({**record, **named, "files": files}))  # keys become strings, as when read
         body = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1, ensure_ascii=False).encode()
         try:
             self.create(f"{self._folder(attempt.stage, attempt.fingerprint)}/{MANIFEST}", body)
@@ -250,7 +256,7 @@ class Store:
                 raise
         shutil.rmtree(attempt.work, ignore_errors=True)
         for loser in self.earlier_attempts(attempt.stage, attempt.fingerprint):
-            # This process may have been paused, and another run have published anew (`--force`) meanwhile.
+            # Another run may have published again (`--force`) while this process was paused.
             if loser.name != attempt.id and self._published(attempt):
                 loser.with_name(loser.name + ".superseded").touch()
                 self._remove(attempt.stage, attempt.fingerprint, loser.name)
@@ -258,20 +264,20 @@ class Store:
         if artifact is None:
             self._refuse_if_published(attempt)
             raise FileNotFoundError(
-                f"{attempt.stage}/{attempt.fingerprint}: another run took it back (run --force) as soon as it was "
-                "published: run again"
+                f"{attempt.stage}/{attempt.fingerprint}: another run withdrew it (run --force) as soon as it was "
+                "published; run again"
             )
         return artifact
 
     def _published(self, attempt: Attempt) -> Artifact | None:
-        """Return the artifact that an attempt has become, as long as it is that of the
-        fingerprint."""
+        """Return the artifact that this attempt published, or None if it is not the current
+        artifact of its fingerprint."""
         artifact = self.find(attempt.stage, attempt.fingerprint)
         return artifact if artifact and artifact.attempt == attempt.id else None
 
     def _refuse_if_published(self, attempt: Attempt) -> bool:
-        """Return whether this attempt is published: the store's answer may have been lost. Raises
-        AlreadyPublished: another attempt is; this one has been removed."""
+        """Return whether this attempt is published, since the store's response may have been lost.
+        Raises AlreadyPublished if another attempt is published; this one has then been removed."""
         winner = self.find(attempt.stage, attempt.fingerprint)
         if winner and winner.attempt != attempt.id:
             self._remove(attempt.stage, attempt.fingerprint, attempt.id)
@@ -279,8 +285,8 @@ class Store:
         return winner is not None
 
     def quarantine(self, stage: str, fingerprint: str) -> str | None:
-        """Rename a damaged artifact's manifest, so that its stage runs again, and return the
-        manifest's new name; None where another run has repaired the artifact meanwhile."""
+        """Rename a damaged artifact's manifest, so that its stage runs again. Return the manifest's
+        new name, or None if another run has repaired the artifact in the meantime."""
         manifest = f"{self._folder(stage, fingerprint)}/{MANIFEST}"
         looked_at = self.fs.cat_file(manifest)
         with contextlib.suppress(CorruptArtifact):
@@ -290,7 +296,7 @@ class Store:
         aside = f"{manifest}.damaged-{uuid.uuid4().hex[:8]}"
         self.fs.mv(manifest, aside)
         moved = self.fs.cat_file(aside)
-        if moved != looked_at:  # repaired between the look and the renaming: it belongs back
+        if moved != looked_at:  # another run repaired it between our check and our rename: put it back
             with contextlib.suppress(FileExistsError):
                 self.create(manifest, moved)
             self.fs.rm(aside)
@@ -298,20 +304,20 @@ class Store:
         return aside
 
     def withdraw(self, stage: str, fingerprint: str) -> None:
-        """Unpublish an artifact (`run --force`): the stage runs again and publishes anew."""
+        """Unpublish an artifact (`run --force`), so that its stage runs and publishes again."""
         self.fs.rm(f"{self._folder(stage, fingerprint)}/{MANIFEST}")
 
     def clear(self, stage: str, fingerprint: str) -> None:
-        """Delete all attempts of a fingerprint that is not published any more."""
+        """Delete all attempts of a fingerprint that is no longer published."""
         shutil.rmtree(self._attempts(stage, fingerprint), ignore_errors=True)
 
     def size(self, stage: str, fingerprint: str) -> int:
-        """Return the bytes of a fingerprint's attempts, published or not, on this machine and in the
-        store."""
+        """Return the size in bytes of a fingerprint's attempts, published or not, on this machine
+        and in the store."""
         return _size_on_disk(self._attempts(stage, fingerprint))
 
     def create(self, path: str, body: bytes) -> None:
-        """Create a file whole. Raises FileExistsError: another writer was first."""
+        """Create a file atomically. Raises FileExistsError if another writer was first."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -321,43 +327,43 @@ class Store:
         except OSError as error:
             if error.filename:
                 raise
-            raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk's error names no file
+            raise OSError(error.errno, error.strerror, str(target)) from error  # the error of a full disk names no file
 
     def _upload(self, attempt: Attempt, names: list[str]) -> None:
-        """Bring an attempt's files into the store: onto the disk, where that is the store
-        itself."""
+        """Bring an attempt's files into the store. In a local store they are there already and only
+        have to be synced to the disk."""
         sync_tree(attempt.out)
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
-        """Delete an attempt's files. A process that still writes there is supposed to fail."""
+        """Delete an attempt's files. A process that still writes there fails, as intended."""
         shutil.rmtree(self._attempts(stage, fingerprint) / attempt_id, ignore_errors=True)
 
 
 class RemoteStore(Store):
-    """Artifacts below a URL: attempts are written in `scratch`, uploaded to be published, and read
-    from a cache."""
+    """A store of artifacts below a URL. Attempts are written in `scratch` and uploaded when they
+    are published; artifacts are read from a local cache."""
 
     local = False
 
-    def checked(self) -> Store:  # a missing bucket or key is found before anything is computed
-        if glob.has_magic(self.base):  # fsspec would delete what it matches
-            raise ValueError(f"store {self.root!r}: * ? and [ are patterns in a URL: choose a store.root without them")
+    def checked(self) -> Store:  # reports a missing bucket or key before anything is computed
+        if glob.has_magic(self.base):  # fsspec would delete everything that the pattern matches
+            raise ValueError(f"store {self.root!r}: * ? and [ are patterns in a URL; choose a store.root without them")
         bucket = self.base.partition("/")[0]
         try:
             if not (self._listed(self.base) or self._listed(bucket)):
-                raise FileNotFoundError(f"there is no {bucket}")
-        except Exception as error:  # every file system has its own
+                raise FileNotFoundError(f"there is no bucket {bucket}")
+        except Exception as error:  # each file system raises its own types
             raise ValueError(
-                f"store {self.root!r}: {error}: correct store.root (or --root), or put the store's keys into the "
-                "environment (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL); where only the "
-                "cluster reaches it: longreach submit --no-plan"
+                f"store {self.root!r}: {error}. Correct store.root (or --root), or set the store's credentials in the "
+                "environment (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL). If only the "
+                "cluster can reach it, use longreach submit --no-plan"
             ) from error
-        self.fs.invalidate_cache()  # what was there now must not be the answer later
+        self.fs.invalidate_cache()  # later listings must not be answered from this one
         return self
 
     def _listed(self, path: str) -> bool:
-        """Whether a path exists. A bucket that we may not list counts: our part of it may still be
-        ours."""
+        """Return whether a path exists. A bucket that we may not list counts as existing, since we may
+        still have access to our prefix in it."""
         try:
             self.fs.ls(path)
         except FileNotFoundError:
@@ -368,7 +374,7 @@ class RemoteStore(Store):
         return True
 
     def _list(self, folder: str) -> list[str]:
-        self.fs.invalidate_cache()  # others write there
+        self.fs.invalidate_cache()  # other processes write there
         paths = [path.rstrip("/") for path in self.fs.ls(folder, detail=False)]
         return [path.rsplit("/", 1)[1] for path in paths if path != folder]  # some stores list the folder itself
 
@@ -383,8 +389,8 @@ class RemoteStore(Store):
         return f"{self._folder(stage, fingerprint)}/attempts/{attempt_id}"
 
     def problems(self, artifact: Artifact, *, hashes: bool = True) -> list[str]:
-        """Return what differs from the manifest; with `hashes` after files were downloaded that the
-        cache lacks."""
+        """Return the differences from the manifest. With `hashes`, first download the files that are
+        missing from the cache."""
         out = self._attempt(artifact.stage, artifact.fingerprint, artifact.attempt) + "/out"
         files = artifact.manifest["files"]
         if not hashes:
@@ -394,9 +400,9 @@ class RemoteStore(Store):
                 name, size = entry["path"], entry["size"]
                 found = sizes.get(name, "no")
                 if found != size:
-                    differing.append(f"{name}: {found} bytes, {size} were published")
+                    differing.append(f"{name}: has {found} bytes, but {size} were published")
             return differing
-        missing = damaged_files(artifact, files)  # not yet in this node's cache, or damaged there
+        missing = damaged_files(artifact, files)  # not in this node's cache yet, or damaged there
         for name in missing:
             path = artifact.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -405,8 +411,8 @@ class RemoteStore(Store):
         return list(damaged_files(artifact, [entry for entry in files if entry["path"] in missing]).values())
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
-        """Publish, and delete what attempts of any node left in the store: checkpoints, and the
-        files of the losers."""
+        """Publish, and delete what attempts on any node left in the store: checkpoints, and the
+        files of losing attempts."""
         artifact = super().publish(attempt, record)
         attempts = f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts"
         for name in self.names(attempts):
@@ -431,39 +437,39 @@ class RemoteStore(Store):
 
     def _upload(self, attempt: Attempt, names: list[str]) -> None:
         out = self._attempt(attempt.stage, attempt.fingerprint, attempt.id) + "/out"
-        # lists are taken literally, and uploaded several files at a time
+        # paths given as lists are taken literally, and several files are uploaded at a time
         self.fs.put([str(attempt.out / name) for name in names], [f"{out}/{name}" for name in names])
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
         super()._remove(stage, fingerprint, attempt_id)
-        with contextlib.suppress(FileNotFoundError):  # nothing was uploaded yet, or another publisher was faster
+        with contextlib.suppress(FileNotFoundError):  # nothing was uploaded yet, or another publisher removed it first
             self.fs.rm(self._attempt(stage, fingerprint, attempt_id), recursive=True)
 
 
 def _size_on_disk(folder: Path) -> int:
     size = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # somebody still writes there, or removes it
+        with contextlib.suppress(FileNotFoundError):  # another process still writes or deletes files there
             if path.is_file():
                 size += path.stat().st_size
     return size
 
 
 def damaged_files(artifact: Artifact, files: list[dict[str, Any]], hashes: bool = True) -> dict[str, str]:
-    """Return the names of a manifest's files that are not as published on this disk, with what is
-    wrong with each."""
+    """Return the manifest's files whose local copies differ from what was published, each name with
+    a message that says what is wrong."""
 
     def check(entry: dict[str, Any]) -> str | None:
         path = artifact.path / entry["path"]
         if not path.is_file():
             return f"{entry['path']}: missing"
         if (size := path.stat().st_size) != entry["size"]:
-            return f"{entry['path']}: {size} bytes, {entry['size']} were published"
+            return f"{entry['path']}: has {size} bytes, but {entry['size']} were published"
         if hashes and file_digest(path) != entry["xxh3"]:
             return f"{entry['path']}: its content changed since it was published"
         return None
 
-    if len(files) == 1:  # thousands of small stages need no threads
+    if len(files) == 1:  # saves starting threads for each of thousands of small stages
         lines = [check(files[0])]
     else:
         with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
@@ -472,15 +478,15 @@ def damaged_files(artifact: Artifact, files: list[dict[str, Any]], hashes: bool 
 
 
 def _inventory(attempt: Attempt) -> list[dict[str, Any]]:
-    """Return name, size and hash of all files of an attempt, after making each as readable as their
-    folder."""
+    """Return name, size and hash of all files of an attempt, after giving each file at least the
+    read and write permissions of its folder."""
     paths = sorted(path for path in attempt.out.rglob("*") if path.is_file())
     if not paths:
         raise FileNotFoundError(f"{attempt.stage}: the stage wrote no file into {attempt.out}")
     folder_mode = attempt.out.stat().st_mode & 0o666
     files = []
     for path in paths:
-        if (mode := path.stat().st_mode) & folder_mode != folder_mode:  # safetensors writes for its owner alone
+        if (mode := path.stat().st_mode) & folder_mode != folder_mode:  # safetensors lets only the owner read
             path.chmod(mode | folder_mode)
         name = path.relative_to(attempt.out).as_posix()
         files.append({"path": name, "size": path.stat().st_size, "xxh3": file_digest(path)})

@@ -1,10 +1,9 @@
-"""The base of every recipe section and of Resources: frozen, strict about names, with one JSON
+"""The base class of recipe sections and of Resources: frozen, strict about names, with a unique JSON
 form.
 
-A section's JSON goes into the fingerprint of its stage (pipelines/stage.py), so values whose JSON
-is not unique (NaN, infinity) are refused. A choice that is new since results were published is
-marked `New`: left at its default it stays out of the fingerprint, so that those results are found
-again.
+A section's JSON is part of its stage's fingerprint (pipelines/stage.py), so values without a unique
+JSON form (NaN, infinity) are rejected. A field that was added after results had been published is
+marked `New`: at its default it is left out of the fingerprint, so that those results are still found.
 
     weight: New[float] = 1.0
 """
@@ -25,19 +24,19 @@ from pydantic import (
 )
 
 T = TypeVar("T")
-_NEW = object()  # the mark itself
+_NEW = object()
 New = Annotated[T, _NEW]
-"""A field's type with the mark of a later choice: at its default it is no part of identity."""
+"""The type of a field that was added later: at its default, the field is not part of the identity."""
 
 
 class Choices(BaseModel):
-    """A frozen group of named choices; unknown names are errors, a docstring under a field is its
+    """A frozen group of named choices. Unknown names are errors; the docstring under a field is its
     description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def identity(self, include: set[str] | None = None) -> dict[str, Any]:
-        """Return the JSON that a fingerprint is made of: all choices but `New` ones at their
+        """Return the JSON that goes into a fingerprint: all choices except `New` ones at their
         default."""
         return self.model_dump(mode="json", include=include, context=_NEW)
 
@@ -54,18 +53,19 @@ class Choices(BaseModel):
 
 
 def refuse_password(url: str, advice: str) -> str:
-    """Return a path or URL as it is. Raises ValueError: the URL holds a password. The message is
-    `advice` with the URL's part before the password in place of `{user}` (`s3://key`); the password
-    itself is never repeated."""
+    """Return a path or URL unchanged. Raises ValueError if the URL holds a password.
+
+    The message is `advice`, with `{user}` replaced by the URL's part before the password
+    (`s3://key`). It never contains the password.
+    """
     if found := re.search(r"(\w+://[^:/]*):[^/]+@", url):
         raise ValueError(advice.format(user=found[1]))
     return url
 
 
 def _without_password(place: str) -> str:
-    """Return a recipe's path or URL, `~` as the home folder that it stands for; ValueError if it
-    holds a password."""
-    advice = "holds a password, which manifests and reports would show: put it into the environment"
+    """Return a recipe's path or URL with `~` expanded. Raises ValueError if it holds a password."""
+    advice = "holds a password, which manifests and reports would show: set it in the environment instead"
     return os.path.expanduser(refuse_password(place, advice))
 
 
@@ -74,16 +74,16 @@ PathOrUrl = Annotated[str, AfterValidator(_without_password)]
 
 
 Location = tuple[str | int, ...]
-"""Where a value stands in nested choices: ("corpus", "sources", 0)."""
+"""The position of a value in nested choices: ("corpus", "sources", 0)."""
 
 
 def dotted(location: Location) -> str:
-    """Write a location as users do: ("corpus", "sources", 0) -> "corpus.sources.0"."""
+    """Return a location in the dotted form that users write: "corpus.sources.0"."""
     return ".".join(str(part) for part in location)
 
 
 def nearest(word: str, known: Iterable[str], introduction: str) -> str:
-    """Return the end of a message about an unknown word: the closest known word, or else all."""
+    """Return the end of a message about an unknown word: the closest known word, or all known words."""
     words = list(known)
     close = difflib.get_close_matches(word, words, n=1)
     if close:

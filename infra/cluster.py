@@ -1,4 +1,4 @@
-"""Connect to Ray: a cluster of our own on this machine, or one that is already there.
+"""Connect to Ray: start a cluster on this machine, or join a running one.
 
 with connected(None) as ray: ...
 """
@@ -31,23 +31,26 @@ if TYPE_CHECKING:
 def connected(
     address: str | None, *, cpus: int | None = None, workers_import: Sequence[str] = ()
 ) -> Iterator[ModuleType]:
-    """Connect to Ray, give the block its module, and in the end shut down every process that was
-    started for it. `address`: a cluster's address; None starts one here, whatever a stale
-    `current-cluster` file says. `cpus`: CPUs that a cluster of our own offers; all of the machine's
-    if None. `workers_import`: modules that a cluster of our own imports once for all its workers
-    (infra/forkserver.py). Raises ValueError: no cluster answers at `address`."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # else a training's end is seen 2 s late
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # else one more process at each start
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asks for no GPU sees none
+    """Connect to Ray and give the block the `ray` module; afterwards, shut down every process that
+    was started.
+
+    `address`: the address of a cluster; None starts one here, whatever a stale `current-cluster`
+    file says. `cpus`: CPUs that the started cluster offers, by default all of the machine's.
+    `workers_import`: modules that the started cluster imports once for all of its workers
+    (infra/forkserver.py). Raises ValueError if no cluster responds at `address`.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the default sees the end of training 2 s late
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # saves a process at each start
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # hides the GPUs from tasks that request none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_task_oom_retries", "0")  # else a stage that fills the memory is tried again for ever
-    if address is None and "ray" not in sys.modules:  # Ray does so itself since 2.59; it is read when Ray is imported
+    os.environ.setdefault("RAY_task_oom_retries", "0")  # otherwise Ray retries a stage that fills the memory forever
+    if address is None and "ray" not in sys.modules:  # the default since Ray 2.59; Ray reads it when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if address is None:  # else Ray uploads the current folder, store and all, where `uv run` has started us
+    if address is None:  # otherwise, under `uv run`, Ray uploads the current folder with the store in it
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if address is None:  # those that Ray starts before it needs them lack our settings, and would never be used
+    if address is None:  # workers that Ray starts in advance lack our settings and would never be used
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # else it prints that tokens are on
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # hides a line that says tokens are on
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():  # a caller (a test session) owns the cluster
         yield sys.modules["ray"]
         return
@@ -68,20 +71,20 @@ def connected(
 
 START_TRIES = 3
 RESERVED_SHARE = 0.9
-"""Share of this machine's memory that stages may reserve together: the rest is for Ray, MLflow and
-the driver, and what is held is up to a tenth more than what is foreseen."""
+"""Fraction of this machine's memory that all stages together may reserve. The rest is for Ray, MLflow
+and the driver, and for stages that use up to a tenth more memory than predicted."""
 SOCKET_PATH_BYTES = 107
-"""The longest path of a Unix socket that Linux takes."""
+"""The longest path of a Unix socket on Linux."""
 RAYS_LONGEST_SOCKET = "/ray/session_2026-11-28_23-25-36_123456_1234567/sockets/plasma_store"
-"""What Ray adds to its folder for temporary files."""
+"""The longest path that Ray appends to its temporary folder."""
 
 
 @contextlib.contextmanager
 def _short_temporary_folder() -> Iterator[None]:
-    """Let Ray keep its sockets in a folder of our own in /tmp where TMPDIR is too long for them.
+    """If TMPDIR is too long for the paths of Ray's sockets, give Ray a temporary folder in /tmp.
 
-    Batch systems give such ones. ValueError: the user's RAY_TMPDIR is too long, or /tmp cannot be
-    written.
+    Batch systems set such long paths. Raises ValueError if the user's RAY_TMPDIR is too long, or if
+    /tmp cannot be written.
     """
     chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     room = SOCKET_PATH_BYTES - len(RAYS_LONGEST_SOCKET)
@@ -89,14 +92,14 @@ def _short_temporary_folder() -> Iterator[None]:
     if length <= room:
         yield
         return
-    advice = f"the temporary folder {chosen} has {length} characters, of which Ray's sockets leave {room}"
+    advice = f"the temporary folder {chosen} has {length} characters, but Ray's sockets leave room for {room}"
     if "RAY_TMPDIR" in os.environ:
-        raise ValueError(f"{advice}: set RAY_TMPDIR to a shorter one")
+        raise ValueError(f"{advice}: set RAY_TMPDIR to a shorter path")
     try:
         folder = tempfile.TemporaryDirectory(prefix="longreach-", dir="/tmp", ignore_cleanup_errors=True)
     except OSError as error:
-        raise ValueError(f"{advice}, nor can /tmp be used ({error.strerror}): set RAY_TMPDIR") from error
-    # TMPDIR too: Ray's dashboard starts processes through Python's own fork server, which has a socket there.
+        raise ValueError(f"{advice}, and /tmp cannot be used ({error.strerror}): set RAY_TMPDIR") from error
+    # TMPDIR is set too: Ray's dashboard uses Python's own fork server, which has its socket there.
     before = os.environ.get("TMPDIR")
     with folder:
         os.environ["RAY_TMPDIR"] = os.environ["TMPDIR"] = folder.name
@@ -109,11 +112,11 @@ def _short_temporary_folder() -> Iterator[None]:
 
 
 def reservable_bytes(gib: float, at_once: int = 1) -> int:
-    """Return the memory that Ray is asked to keep for a process that holds `gib` GiB, so that two
-    that do not fit together run one after the other.
+    """Return the bytes of memory to reserve in Ray for a process that needs `gib` GiB, so that two
+    processes that do not fit together run one after the other.
 
-    What no node has is not asked for, since Ray would wait for it for ever: then it is as much as
-    the largest node can give to `at_once` such processes.
+    If the nodes cannot hold `at_once` such processes, Ray would wait forever. Then the reservation is
+    1 / `at_once` of the memory of the largest node.
     """
     import ray
 
@@ -125,22 +128,22 @@ def reservable_bytes(gib: float, at_once: int = 1) -> int:
 
 
 def _init(ray: ModuleType, address: str | None, cpus: int | None) -> None:
-    # The dashboard stays on although it costs seconds: else Ray Train cannot ask the state API for
-    # a dead driver's placement group, which then keeps its CPUs for ever.
+    # The dashboard stays on although it costs seconds: without it, Ray Train cannot ask the state API
+    # for a dead driver's placement group, which would keep its CPUs reserved forever.
     try:
         host, colon, port = (address or "").rpartition(":")
-        if colon and port.isdigit() and "://" not in host:  # Ray itself would try for minutes
+        if colon and port.isdigit() and "://" not in host:  # Ray itself would retry for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         _start_or_join(ray, address, cpus)
     except OSError as error:  # Ray's ConnectionError too
         if address is None:
             raise
-        raise ValueError(f"address {address!r}: no Ray cluster answers there ({error}): is it up?") from error
+        raise ValueError(f"address {address!r}: no Ray cluster responds there ({error}): is it up?") from error
 
 
 def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> None:
-    """Call `ray.init`, and again if a cluster of our own was too slow: Ray gives up after 30 s,
-    come what may."""
+    """Call `ray.init`, and retry if the cluster was too slow to start: Ray's own limit is a fixed
+    30 s."""
     import psutil
 
     for tries_left in reversed(range(START_TRIES)):
@@ -152,10 +155,10 @@ def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> No
                 log_to_driver=False, logging_level=logging.WARNING, configure_logging=True,
             )  # fmt: skip
             return
-        except Exception as error:  # Ray has no class of its own for it
+        except Exception as error:  # Ray has no exception type for this
             if "timed out during startup" not in str(error) or not tries_left:
                 raise
-            print("Ray did not start within 30 s, the machine is busy: trying again", file=sys.stderr)
+            print("Ray did not start within 30 s, as the machine is busy: retrying", file=sys.stderr)
             ray.shutdown()
             _kill_half_started(ray, earlier)
 
@@ -163,9 +166,8 @@ def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> No
 def _kill_half_started(ray: ModuleType, earlier: list[psutil.Process]) -> None:
     """Kill Ray's processes that are not among the `earlier` children of this one.
 
-    A start that failed leaves its head behind (a dozen processes with the dashboard's), which Ray
-    stops when this process ends and not before: they would take part in the load that made the
-    start fail, all through the run.
+    A failed start leaves its head behind (a dozen processes, with the dashboard's), which Ray stops
+    only when this process ends. Until then they would add to the load that made the start fail.
     """
     import psutil
 
@@ -183,11 +185,11 @@ def _kill_half_started(ray: ModuleType, earlier: list[psutil.Process]) -> None:
 
 @contextlib.contextmanager
 def _fewer_processes(*, forks: bool) -> Iterator[None]:
-    """Let Ray start without what nobody uses here: the monitor that would add nodes, and the one
-    that prints logs.
+    """Make Ray start without two processes that are not used here: the autoscaler's monitor and the
+    log monitor.
 
-    With `forks`, workers are set up by infra/forkserver.py. Ray (2.55 to 2.60) offers none of it to
-    callers of `ray.init`; a later Ray that has no such parameters starts in its own way.
+    With `forks`, workers are set up by infra/forkserver.py. In Ray 2.55 to 2.60, `ray.init` has no
+    arguments for any of this. A later Ray without these parameters starts in its default way.
     """
     from ray._private import parameter
 
@@ -201,13 +203,13 @@ def _fewer_processes(*, forks: bool) -> Iterator[None]:
 
 
 def _job_config() -> Any:
-    """Return a job's settings that keep the driver's current folder out of its workers' module
+    """Return a job configuration that keeps the driver's current folder out of the workers' module
     path.
 
-    Ray puts it first there unless the job has a `working_dir`, and a user's `datasets.py` would
-    then replace the library. We have no `working_dir` either, since Ray would upload that folder;
-    so Ray is told that there is one. That has one effect more: the folder of the driver's script
-    stays out of the path as well. Ray (2.60) asks nowhere else; its uploads and agents read the
+    Ray puts that folder first unless the job has a `working_dir`, and a user's `datasets.py` would
+    then hide the library of that name. A real `working_dir` would be uploaded, so this class only
+    tells Ray that there is one. As a side effect, the folder of the driver's script stays out of the
+    path as well. Ray (2.60) calls this method nowhere else; its uploads and agents read the
     runtime_env itself.
     """
     from ray.job_config import JobConfig

@@ -1,6 +1,6 @@
-"""`longreach doctor`: can a run work on this machine, and if not, what is to be done?
+"""`longreach doctor`: check whether a run can work on this machine, and say how to fix what is wrong.
 
-torch is imported only by the check that needs it, so that the rest answers fast.
+Only the check that needs torch imports it, so that the others are fast.
 
     python -c "from longreach.infra.doctor import doctor; print(*doctor('.longreach'), sep='\\n')"
 """
@@ -24,37 +24,36 @@ from pathlib import Path
 from longreach.infra.versions import GIB, git_commit, installed, usable_cores, usable_memory
 
 OPEN_PORTS = (5000, 8080, *range(8265, 8275))
-"""Where MLflow and Ray's dashboard listen by default; where 8265 is taken, Ray takes the next
-one."""
+"""Default ports of MLflow and Ray's dashboard. If 8265 is taken, Ray uses the next free one."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one of doctor's questions."""
+    """The result of one of doctor's checks."""
 
     name: str
     ok: bool
     detail: str
-    """What the machine has."""
+    """What was found on the machine."""
     fix: str = ""
-    """What to do if it is not ok."""
+    """What to do if the check fails."""
     needed: bool = True
-    """Whether runs fail without it."""
+    """Whether runs fail if this check fails."""
 
 
 def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
-    """Return the answers to: can runs work here, with artifacts and metrics under `root` (a folder
-    or fsspec URL)?"""
+    """Check whether runs can work here with artifacts and metrics under `root` (a folder or fsspec
+    URL). Return the results."""
     cores, commit = usable_cores(), git_commit()
-    recorded = "install git and work in a checkout: artifacts then record the commit that made them"
+    recorded = "install git and work in a checkout, so that artifacts record the commit that made them"
     return [
         Check("python", sys.version_info >= (3, 11), platform.python_version(), "use Python 3.11 or newer"),
         *check_requirements(_requirements()),
         _device(),
-        Check("cores", cores >= 2, f"{cores}", "set resources.workers=1: one training rank", needed=False),
+        Check("cores", cores >= 2, f"{cores}", "set resources.workers=1 to train with one rank", needed=False),
         _memory(),
         _shared_memory(),
-        _writable("home", Path.home(), "Ray writes there: set HOME to a folder of yours"),
+        _writable("home", Path.home(), "Ray writes there: set HOME to a folder that you can write to"),
         *_root(str(root)),
         _port(ui_port),
         _ray_cluster_file(),
@@ -71,8 +70,8 @@ def _requirements() -> list[str]:
 
 
 def check_requirements(requirements: Iterable[str]) -> list[Check]:
-    """Return one check for each package that is missing or outside its range, or a single one if
-    all fit. `requirements`: as in pyproject.toml; those of extras are left out."""
+    """Return one check for each package that is missing or outside its range, or a single check if
+    all fit. `requirements`: as in pyproject.toml; those of extras are ignored."""
     from packaging.requirements import Requirement
 
     needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -86,7 +85,7 @@ def check_requirements(requirements: Iterable[str]) -> list[Check]:
 
 
 def _device() -> Check:
-    """Name the GPUs, if any; a GPU that this torch cannot use is a fault."""
+    """Report the GPUs, if any. A GPU that the installed torch cannot use is a failed check."""
     if importlib.util.find_spec("torch") is None:
         return Check("device", False, "torch is not installed", "make setup")
     import torch
@@ -98,8 +97,8 @@ def _device() -> Check:
             flash = f"flash-attn {version}"
         return Check("device", True, f"{', '.join(names)}; CUDA {torch.version.cuda}; {flash}")
     if shutil.which("nvidia-smi") and not torch.version.cuda:
-        detail = f"a GPU is here, but torch {torch.__version__} is built for CPU"
-        return Check("device", False, detail, "install a CUDA build of torch, or go on with CPU", needed=False)
+        detail = f"there is a GPU, but torch {torch.__version__} is a CPU build"
+        return Check("device", False, detail, "install a CUDA build of torch, or continue on the CPU", needed=False)
     return Check("device", True, "CPU (gloo between ranks)")
 
 
@@ -110,8 +109,8 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
-    """Ray's object store lies in /dev/shm; Docker gives 64 MiB, and Ray then falls back to a slow
-    disk."""
+    """Check /dev/shm, which holds Ray's object store. Docker's default is 64 MiB, and Ray then falls
+    back to a slow disk."""
     if not Path("/dev/shm").exists():
         return Check("/dev/shm", True, "not used on this system")
     size = shutil.disk_usage("/dev/shm").total
@@ -124,15 +123,15 @@ def _root(root: str) -> list[Check]:
     folder = Path(root).absolute()
     there = next(f for f in (folder, *folder.parents) if f.exists())
     free = shutil.disk_usage(there).free
-    room = Check("disk", free >= 10 * GIB, f"{free / GIB:.0f} GiB free", f"make room under {there}", needed=False)
+    room = Check("disk", free >= 10 * GIB, f"{free / GIB:.0f} GiB free", f"free up space under {there}", needed=False)
     return [_writable("root", there, "choose another store.root"), room]
 
 
 def _remote_root(root: str) -> Check:
-    """Write, read and delete one object, as publication does: a second writer has to be refused."""
+    """Write, read and delete one object the way publishing does. A second writer must be rejected."""
     from longreach.infra.artifact import Store
 
-    fix = "correct the address, or the store's keys in the environment (for S3 AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)"
+    fix = "correct the URL, or the credentials in the environment (for S3 AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)"
     try:
         store = Store(root).checked()
         place = f"{store.base}/doctor-{uuid.uuid4().hex}"
@@ -140,15 +139,15 @@ def _remote_root(root: str) -> Check:
         try:
             with contextlib.suppress(FileExistsError):
                 store.create(place, b"a second writer")
-                no = "it takes conditional puts (If-None-Match) and ignores them, so that two runs could both publish"
-                return Check("root", False, f"{root}: {no}", "choose a store that knows them")
+                no = "it ignores the condition of a conditional put (If-None-Match), so two runs could both publish"
+                return Check("root", False, f"{root}: {no}", "choose a store that supports conditional puts")
             if store.fs.cat_file(place) != b"longreach doctor":
-                return Check("root", False, f"{root}: what was written is not what is read", "choose another store")
+                return Check("root", False, f"{root}: reading returns other bytes than written", "choose another store")
         finally:
             store.fs.rm(place)
-    except Exception as error:  # noqa: BLE001 (every file system has its own)
+    except Exception as error:  # noqa: BLE001 (each file system raises its own types)
         return Check("root", False, f"{root}: {error}", fix)
-    return Check("root", True, f"{root}: an object was put, refused to a second writer, read and deleted")
+    return Check("root", True, f"{root}: an object can be put once only, read and deleted")
 
 
 def _writable(name: str, folder: Path, fix: str) -> Check:
@@ -162,13 +161,13 @@ def _writable(name: str, folder: Path, fix: str) -> Check:
 def _port(port: int) -> Check:
     with socket.socket() as probe:
         used = probe.connect_ex(("127.0.0.1", port)) == 0
-    fix = f"if it is not `longreach ui` that listens there: longreach ui --port {port + 1}"
+    fix = f"unless `longreach ui` is what listens there, use another port: longreach ui --port {port + 1}"
     return Check("port", not used, f"{port} is {'in use' if used else 'free'}", fix, needed=False)
 
 
 def _ray_cluster_file() -> Check:
-    """Look at the file by which other programs' `ray.init()` joins a cluster, even a dead one. Ours
-    never reads it."""
+    """Check the file that makes `ray.init()` in other programs join a cluster, even a dead one.
+    longreach itself ignores it."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     file = Path(folder, "ray", "ray_current_cluster")
     if not file.exists():
@@ -183,25 +182,25 @@ def _ray_cluster_file() -> Check:
             alive = False
     if alive:
         return Check("ray", True, f"a cluster runs at {address}; runs start their own unless --address names it")
-    return Check("ray", False, f"{file} names {address or 'nothing'}, where nobody answers", f"rm {file}", needed=False)
+    return Check("ray", False, f"{file} names {address or 'nothing'}: no cluster there", f"rm {file}", needed=False)
 
 
 def _tracking_port() -> set[int]:
-    """Return the port that MLFLOW_TRACKING_URI names, on whichever machine: only this one's sockets
-    are looked at."""
+    """Return the port in MLFLOW_TRACKING_URI. Its host does not matter, since only sockets of this
+    machine are checked."""
     match = re.match(r"https?://[^/]*:(\d+)", os.environ.get("MLFLOW_TRACKING_URI", ""))
     return {int(match[1])} if match else set()
 
 
 def _open_to_others(ports: set[int]) -> Check:
-    """Look for a Ray dashboard or MLflow that other machines reach without a login: it runs
-    anybody's code."""
+    """Look for a Ray dashboard or MLflow that other machines can reach without a login. Anybody could
+    run code there."""
     import psutil
 
     try:
         connections = psutil.net_connections("tcp")
     except psutil.AccessDenied:
-        return Check("open", False, "this system shows sockets to root alone", "run doctor as root", needed=False)
+        return Check("open", False, "this system shows sockets only to root", "run doctor as root", needed=False)
     addresses = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
     servers = []
     for ip, port in sorted(addresses):
@@ -209,17 +208,17 @@ def _open_to_others(ports: set[int]) -> Check:
         if reachable and (name := _without_login(ip, port)):
             servers.append(f"{name} at {ip}:{port}")
     fix = (
-        "listen on 127.0.0.1 (from elsewhere: an SSH tunnel), or ask for a login: RAY_AUTH_MODE=token before Ray "
-        "starts, mlflow server --app-name basic-auth"
+        "listen on 127.0.0.1 (use an SSH tunnel from other machines), or require a login: set RAY_AUTH_MODE=token "
+        "before Ray starts, or use mlflow server --app-name basic-auth"
     )
     if servers:
-        return Check("open", False, f"{'; '.join(servers)}: other machines reach it and it asks for no login", fix)
-    return Check("open", True, "neither Ray nor MLflow lets other machines in without a login")
+        return Check("open", False, f"{'; '.join(servers)}: reachable from other machines without a login", fix)
+    return Check("open", True, "neither Ray nor MLflow is reachable from other machines without a login")
 
 
 def _without_login(ip: str, port: int) -> str:
-    """Name what answers there without a token or password: "Ray's dashboard", "MLflow", or "" for
-    neither."""
+    """Return which server responds there without a token or password: "Ray's dashboard", "MLflow", or
+    "" if neither does."""
     import requests
 
     address = ipaddress.ip_address(ip)
@@ -233,11 +232,11 @@ def _without_login(ip: str, port: int) -> str:
     with requests.Session() as session:
         session.trust_env = False  # no proxy, and no login from .netrc
         for name, (method, path, body, key) in probes.items():
-            try:  # `Host` is the sender's to choose, so --allowed-hosts is no login
+            try:  # any sender can choose its `Host` header, so --allowed-hosts is no login
                 host = {"Host": f"localhost:{port}"}
                 answer = session.request(method, base + path, json=body, headers=host, timeout=3)
                 if answer.status_code == 200 and key in answer.json():
                     return name
-            except (requests.RequestException, TypeError):  # not HTTP, or not JSON with keys: neither of them
+            except (requests.RequestException, TypeError):  # no HTTP, or no JSON object: neither server
                 continue
     return ""

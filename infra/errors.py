@@ -1,17 +1,17 @@
-"""Errors of a rank that end its run at once, because another try would meet them again.
+"""Errors of a rank that end its run without a restart, since a restart would only repeat them.
 
-Training and checkpoints raise them; the launcher (infra/launch.py, FINAL_ERRORS) carries them to
-the stage that waits for the ranks. What the store and the lease raise stands beside them, in
+Training and checkpoints raise them; the launcher (infra/launch.py, FINAL_ERRORS) passes them on to
+the stage that waits for the ranks. The errors of the store and the lease are defined in
 infra/artifact.py and infra/lease.py.
 """
 
 
 class Superseded(Exception):
-    """A newer attempt took over this one's work."""
+    """A newer attempt has taken over this one's work."""
 
 
 class Stopped(Exception):
-    """Training wrote a checkpoint and stopped, because it was asked to."""
+    """Training wrote a checkpoint and stopped on request."""
 
 
 class OutOfMemory(Exception):
@@ -19,4 +19,4 @@ class OutOfMemory(Exception):
 
 
 class DiskFull(Exception):
-    """There is no room for a checkpoint; the message names the disk and what is free."""
+    """There is no space for a checkpoint; the message names the disk and its free space."""

@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all, and digests that name content.
+"""Atomic writing of files, syncing to disk, and digests of content.
 
 A reader never sees half a file: it is written under a temporary name in the same folder and then
-renamed, which every file system does in one step. Its content is synced before that, since after a
-power cut a disk may know the new name and not yet the content. The name itself is on the disk once
-its folder is synced (`sync_tree`, `sync`).
+renamed, which is atomic on every file system. Its content is synced before that, since otherwise
+after a power cut the disk may hold the new name without the content. The name itself is on the disk
+once its folder is synced (`sync_tree`, `sync`).
 
     write_whole(Path("state.json"), "{}")
     with draft_of(Path("corpus.txt")) as draft: download(url, draft)
@@ -27,7 +27,7 @@ BLOCK_BYTES = 1 << 22
 
 
 OWN_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "overlay")
-"""File systems that one machine alone has mounted; of any other kind it is not known."""
+"""File systems that only one machine mounts at a time. Others may be shared between machines."""
 
 
 class Digest(Protocol):
@@ -39,11 +39,11 @@ class Digest(Protocol):
 
 @contextlib.contextmanager
 def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
-    """Give the block a temporary path beside `target`, and publish it under that name once the
-    block has ended well. `publish`: takes the draft and the target. `os.replace` overwrites;
-    `publish_new` raises FileExistsError instead."""
-    # At most 50 of the name's characters: it may already be as long as the disk allows. Leases read
-    # its beginning.
+    """Give the block a temporary path beside `target`, and publish it under that name if the block
+    succeeds. `publish`: called with the draft and the target; `os.replace` overwrites, `publish_new`
+    raises FileExistsError instead."""
+    # At most 50 characters of the name are kept, since it may already be as long as the disk allows.
+    # Leases read the beginning of the name.
     draft = target.with_name(f"{target.name[:50]}.{uuid.uuid4().hex[:8]}.draft")
     try:
         yield draft
@@ -54,15 +54,15 @@ def draft_of(target: Path, publish: Callable[[Path, Path], None] = os.replace) -
 
 
 WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""What file systems without hard links answer: exFAT, FAT, some network mounts."""
+"""Errors of file systems without hard links: exFAT, FAT, some network mounts."""
 RENAME_NOREPLACE = 1
 
 
 def publish_new(draft: Path, target: Path) -> None:
-    """Give a finished draft its name in one step, unless somebody has that name: FileExistsError.
+    """Give a finished draft its name atomically. Raises FileExistsError if the name is taken.
 
-    By a hard link, or where there are none by Linux's rename that replaces nothing. Raises OSError:
-    the file system has neither.
+    Uses a hard link or, on file systems without them, Linux's rename that never replaces a file.
+    Raises OSError if the file system has neither.
     """
     try:
         os.link(draft, target)
@@ -73,8 +73,8 @@ def publish_new(draft: Path, target: Path) -> None:
 
 
 def _rename_new(draft: Path, target: Path) -> None:
-    """Rename a file; FileExistsError if the new name is taken. Python's own os.rename would replace
-    it."""
+    """Rename a file. Raises FileExistsError if the new name is taken, where os.rename would replace
+    the file."""
     libc = ctypes.CDLL(None, use_errno=True)
     at_current_folder = -100  # AT_FDCWD; both paths are absolute or relative to the current folder
     if hasattr(libc, "renameat2"):
@@ -86,15 +86,15 @@ def _rename_new(draft: Path, target: Path) -> None:
             raise OSError(number, os.strerror(number), str(target))
     raise OSError(
         errno.ENOTSUP,
-        "this file system has neither hard links nor a rename that replaces nothing, so two runs could both publish: "
-        "put the store (store.root, --root) on another disk, or into an object store (s3://...)",
+        "this file system has neither hard links nor a rename that never replaces, so two runs could both publish: "
+        "put the store (store.root, --root) on another disk, or in an object store (s3://...)",
         str(target),
     )
 
 
 def sync(path: Path) -> None:
-    """Return once a file's content, or a folder's list of names, is on the disk and outlives a
-    power cut."""
+    """Sync a file's content, or a folder's list of names, to the disk, so that it survives a power
+    cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -107,20 +107,20 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Return once all below a folder is on the disk: every file first, then every folder from the
-    bottom up."""
+    """Sync everything below a folder to the disk: the files of each folder, then the folder, bottom
+    up."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
-            if (path := Path(place, name)).is_file():  # no pipe, which would block, and no link to nowhere
+            if (path := Path(place, name)).is_file():  # skips pipes, which would block, and broken links
                 sync(path)
         sync(Path(place))
 
 
 def on_own_disk(path: Path) -> bool:
-    """Whether a path is on a disk that no other machine sees, as far as the kind of its file system
-    tells."""
+    """Return whether a path is on a disk that no other machine can access, judging by the type of its
+    file system."""
     place, kind = "", ""
-    with contextlib.suppress(FileNotFoundError):  # Linux has it; elsewhere nothing is known
+    with contextlib.suppress(FileNotFoundError):  # only Linux has this file; elsewhere the answer is False
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             mounted = line.split()[4].encode().decode("unicode_escape")  # a space is written \040
             if len(mounted) >= len(place) and path.resolve().is_relative_to(mounted):
@@ -129,32 +129,30 @@ def on_own_disk(path: Path) -> bool:
 
 
 def write_whole(target: Path, text: str) -> None:
-    """Write a text file (UTF-8) so that nobody ever reads a part of it; a file of that name is
-    replaced."""
+    """Write a text file (UTF-8) atomically, replacing a file of that name."""
     with draft_of(target) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that somebody else wrote; ValueError that names the file if it
+    """Return the JSON object in a file from outside. Raises ValueError, which names the file, if it
     holds none."""
-    if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no file: fetch or save it again")
+    if not path.is_file():  # reading a pipe would block
+        raise ValueError(f"{path} is not a file: fetch or save it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch or save it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object, but {type(value).__name__}: fetch or save it again")
+        raise ValueError(f"{path} holds a JSON {type(value).__name__} instead of an object: fetch or save it again")
     return value
 
 
 def kept_text(name: str, make: Callable[[], str]) -> str:
-    """Return what `make` made when it was called under this name before, on this machine by this
-    user; else call it.
+    """Return the text cached under this name, or call `make` and cache its result.
 
-    It is kept in the user's cache folder (XDG_CACHE_HOME, ~/.cache), and made anew where there is
-    none to write to.
+    The cache is the user's cache folder (XDG_CACHE_HOME, ~/.cache). If it cannot be written, `make`
+    is called each time.
     """
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "longreach" / name
     with contextlib.suppress(OSError):
@@ -167,8 +165,8 @@ def kept_text(name: str, make: Callable[[], str]) -> str:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Give a published file, which nobody writes again, one more name; copy it where the disk has
-    no hard links."""
+    """Hard-link a published file, which never changes, to a second path. Copy it if the disk has no
+    hard links."""
     Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -192,8 +190,7 @@ def file_digest(path: Path) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Return a value's one JSON text. Raises ValueError: its JSON is not unique (NaN, sets,
-    objects)."""
+    """Return a value's canonical JSON text. Raises ValueError if there is none (NaN, sets, objects)."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -206,8 +203,7 @@ def digest_of(value: Any) -> str:
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as one level of dotted names: `{"optim": {"steps": 8}}` ->
-    `{"optim.steps": 8}`."""
+    """Flatten nested sections to dotted names: `{"optim": {"steps": 8}}` -> `{"optim.steps": 8}`."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, Mapping):

@@ -1,19 +1,18 @@
-"""Start Ray's workers in a tenth of a second: as forks of one process that has imported what they
-use.
+"""Start Ray's workers in a tenth of a second, as forks of a process that has imported their modules.
 
 torch, transformers, peft, deepspeed and Ray Train take five CPU seconds to import, and a small run
 has a dozen workers. So the driver starts a server that imports them once, while Ray itself starts.
-Ray sets up its workers by this file instead of its own `setup_worker.py` (infra/cluster.py): it
-asks the server for a fork and ends, and the fork becomes the worker. Where no server answers, and
-where a runtime environment wants more than variables, Ray's own file goes on.
+Ray sets up its workers with this file instead of its own `setup_worker.py` (infra/cluster.py): the
+file asks the server for a fork and ends, and the fork becomes the worker. If no server responds, or
+if a runtime environment needs more than environment variables, Ray's own file does the work.
 
-A fork is a process like any other: if it crashes or is killed, the server and the other workers
-live on. The server ends with the process that started it, the workers end with Ray.
+A fork is an ordinary process: if it crashes or is killed, the server and the other workers are not
+affected. The server ends with the process that started it, and the workers end with Ray.
 
     with fork_server(["torch", "ray.train.torch"]) as address:
         os.environ[ADDRESS] = address
 
-This file runs once for each worker, so it imports nothing that takes time: Ray's own takes 0.4 s.
+This file runs once for each worker, so it imports nothing slow: Ray's own file takes 0.4 s.
 """
 
 import contextlib
@@ -28,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS = "LONGREACH_FORK_SERVER"
-"""The environment variable that tells workers the server's address: Ray passes no argument of ours
-to them."""
+"""The environment variable with the server's address for workers. (Ray cannot pass them our own
+arguments.)"""
 CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
-"""Arguments that Ray means for its `setup_worker.py`."""
+"""Arguments that Ray passes to its `setup_worker.py`."""
 READ_IN_USE = ("RAY_ADDRESS", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
-"""Settings of Ray that stages and Ray Train give to their processes, and that Ray reads each
-time."""
+"""Ray settings that stages and Ray Train give to their processes. Ray reads them at each use, not at
+import."""
 STREAMS = 3  # standard input, output and error
 OOM_SCORE = Path("/proc/self/oom_score_adj")
-"""Whom Linux kills first when memory is short: Ray gives its workers 1,000, so that drivers live
-on."""
-WAITING = 64  # workers that may ask while the server still imports
+"""The file that sets which process Linux kills first when memory is short. Ray sets 1,000 for its
+workers, so that drivers survive."""
+WAITING = 64  # workers that may connect while the server is still importing
 
 
 @contextlib.contextmanager
@@ -48,7 +47,7 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
     import subprocess
     import tempfile
 
-    # RAY_TMPDIR: a short one where TMPDIR is too long for the path of a socket (infra/cluster.py)
+    # RAY_TMPDIR is set to a short path if TMPDIR is too long for a socket (infra/cluster.py)
     with tempfile.TemporaryDirectory(prefix="longreach-", dir=os.environ.get("RAY_TMPDIR")) as folder:
         address = os.path.join(folder, "fork")
         with socket.socket(socket.AF_UNIX) as listening:
@@ -56,14 +55,14 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
             listening.listen(WAITING)
             server = subprocess.Popen(
                 [sys.executable, "-P", os.path.abspath(__file__), "serve", str(listening.fileno()), *modules],
-                # One thread, as Ray tells its workers. CUDA does not survive a fork: nothing may
-                # look for a GPU here.
+                # One thread, as Ray sets for its workers. CUDA does not survive a fork, so nothing
+                # may look for a GPU here.
                 env={"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
                 pass_fds=[listening.fileno()],
-                stdin=subprocess.PIPE,  # closed when this process ends in whatever way: then the server ends
+                stdin=subprocess.PIPE,  # closes when this process ends in any way, which ends the server
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C is meant for the driver
+                process_group=0,  # keeps Ctrl-C, which is meant for the driver, away from the server
             )
         try:
             yield address
@@ -73,17 +72,17 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
 
 
 def serve(listening: socket.socket, modules: Sequence[str]) -> None:
-    """Import the modules and fork for everybody who asks, until standard input is closed.
+    """Import the modules and fork at each request, until standard input is closed.
 
-    Ray reads its settings (RAY_...) from the environment when it is imported, and among them is the
-    job's number: so Ray's modules wait for the first who asks, and those with other settings get no
-    fork.
+    Ray reads its settings (RAY_...), which include the job's number, from the environment when it is
+    imported. So Ray's modules are imported at the first request, with its settings, and requests
+    with other settings get no fork.
     """
     import select
 
     rays = [module for module in modules if module.partition(".")[0] == "ray"]
     _import([module for module in modules if module not in rays])
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks: the system removes them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the forks, since nobody waits for them
     settings: dict[str, str] = {}
     while True:
         ready, _, _ = select.select([listening, sys.stdin], [], [])
@@ -108,7 +107,7 @@ def serve(listening: socket.socket, modules: Sequence[str]) -> None:
 
 
 def _import(modules: Sequence[str]) -> None:
-    """Import modules by their names, one after the other."""
+    """Import modules by name, one after the other."""
     import importlib
 
     for module in modules:
@@ -117,12 +116,13 @@ def _import(modules: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _no_random_ids() -> Iterator[None]:
-    """Let the block import modules of Ray without a draw from Ray's generator of random ids.
+    """Let the block import Ray's modules without using Ray's generator of random ids.
 
-    Forks of a process that has drawn go on with the same numbers. Then two of Ray Train's
-    controllers ask for placement groups under one id, share them, and the first to end takes the
-    other's ranks along. Ray draws for each actor class that a module defines. Raises RuntimeError:
-    a module drew all the same; then the server ends, and workers start in Ray's own way.
+    If a process uses the generator before it forks, all of its forks get the same ids. Two of Ray
+    Train's controllers would then request placement groups under the same id and share them, and the
+    first one to end would end the other's ranks too. Ray draws an id for each actor class that a
+    module defines. Raises RuntimeError if a module used the generator anyway; the server then ends,
+    and workers start in Ray's default way.
     """
     import unittest.mock
 
@@ -136,11 +136,11 @@ def _no_random_ids() -> Iterator[None]:
     with unittest.mock.patch.object(ray.actor, "ActorClassID", FromTheSystem):
         yield
     if _drawn_by_a_fork() == _drawn_by_a_fork():
-        raise RuntimeError("a module drew from Ray's generator when it was imported: forks would draw the same ids")
+        raise RuntimeError("a module drew an id from Ray's generator when it was imported: forks would draw the same ids")
 
 
 def _drawn_by_a_fork() -> bytes:
-    """Return an id as a fork of this process draws it."""
+    """Return the first id that a fork of this process draws."""
     reading, writing = os.pipe()
     if not os.fork():
         try:
@@ -155,8 +155,8 @@ def _drawn_by_a_fork() -> bytes:
 
 
 def _settings_of_ray(environment: dict[str, str]) -> dict[str, str]:
-    """Return what Ray may read when it is imported; Ray Train and drivers read theirs when they are
-    used."""
+    """Return the settings that Ray may read when it is imported. Those of Ray Train and of drivers
+    are read at each use and left out."""
     settings = {}
     for name, value in environment.items():
         if name.startswith("RAY_") and name not in READ_IN_USE and not name.startswith("RAY_TRAIN_"):
@@ -165,17 +165,17 @@ def _settings_of_ray(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Read a request, which `ask` wrote, and the three streams that came with it."""
+    """Read a request that `ask` wrote, and the three streams that came with it."""
     size, streams, _, _ = socket.recv_fds(connection, 8, STREAMS)
     with connection.makefile("rb") as file:
         text = file.read(int.from_bytes(size, "big"))
     if len(streams) < STREAMS or not text.endswith(b"}"):
-        raise ConnectionError("the process that asked has ended within its request")
+        raise ConnectionError("the requesting process ended before it had sent its request")
     return json.loads(text), streams
 
 
 def _become(request: dict[str, Any], streams: list[int]) -> None:
-    """Turn this fork into the process that was asked for, and end it as that process ends."""
+    """Turn this fork into the requested process, and exit with that process's exit code."""
     import runpy
 
     import numpy as np
@@ -185,7 +185,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         for target, stream in enumerate(streams):
             os.dup2(stream, target)
             os.close(stream)
-        os.setpgid(0, 0)  # as Ray's workers: what is sent to the driver's group is not sent to them
+        os.setpgid(0, 0)  # as in Ray's own workers: signals to the driver's group do not reach them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked_signals"])
         if request["oom_score"]:
@@ -193,13 +193,13 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
-        np.random.seed()  # else all forks draw the same numbers; Python's own generator sees to it itself
+        np.random.seed()  # otherwise all forks draw the same numbers; Python's own generator reseeds itself
         sys.argv = request["arguments"]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else bool(ended.code)
-    except BaseException:  # noqa: BLE001  whatever it is, it ends this process and not the server
+    except BaseException:  # noqa: BLE001  any error ends this process only, not the server
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -208,7 +208,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
 
 
 def set_up_worker(arguments: list[str]) -> None:
-    """Do what Ray's `setup_worker.py` does with these arguments, by a fork if that is possible."""
+    """Do what Ray's `setup_worker.py` does with these arguments, with a fork if possible."""
     context: dict[str, Any] = {}
     kept = []
     for argument in arguments:
@@ -234,7 +234,7 @@ def set_up_worker(arguments: list[str]) -> None:
 
 
 def ask(address: str, arguments: list[str], environment: dict[str, str]) -> bool:
-    """Have the server start Python with these arguments; False if it does not."""
+    """Ask the server to start Python with these arguments. Return whether it did."""
     request = {
         "arguments": arguments,
         "environment": environment,
@@ -255,5 +255,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
     else:
-        del sys.path[0]  # this folder, whose modules are not to be taken for others of their names
+        del sys.path[0]  # this folder: its modules must not hide others of the same name
         set_up_worker(sys.argv[1:])

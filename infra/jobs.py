@@ -1,12 +1,12 @@
-"""Send a run to a Ray cluster through Ray's Jobs API, and look after it: follow, list, stop.
+"""Submit a run to a Ray cluster through Ray's Jobs API, and follow or list such jobs.
 
-What is sent is a folder made for it: the sources of the rooms named in ROOMS and the recipe's file,
-about 1 MB; no checkout, artifact or file with a password. The cluster runs `python -m
-longreach.pipelines run` there, which may be submitted again at any time: what is published is
-reused, what is half done resumed, and a second run of a live recipe exits 75.
+The submission is a folder made for the job with the source packages in ROOMS and the recipe file,
+about 1 MB. It contains no checkout, no artifact and no file with a password. The cluster runs
+`python -m longreach.pipelines run` there. A job may be submitted again at any time: published stages
+are reused, unfinished ones are resumed, and a second run of a recipe whose run is live exits with 75.
 
-No environment variable of this machine is sent, since the dashboard shows a job's environment: the
-store's and MLflow's credentials belong to the cluster's pods (envFrom a Secret).
+No environment variable of this machine is sent, since the dashboard shows a job's environment. The
+cluster's pods have to supply the credentials of the store and MLflow (envFrom a Secret).
 
     print(Submission("demo", b"name: demo", ("finetune.steps=2",)).as_json("http://127.0.0.1:8265"))
 """
@@ -37,30 +37,30 @@ ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
 SUFFIXES = (".py", ".yaml", ".tmpl", ".jinja")
 RECIPE = "recipe.yaml"
 WORKDIR = "/tmp/longreach"
-"""store.workdir on a cluster: the job's own folder is deleted with the job."""
+"""store.workdir on a cluster. The job's own folder is unsuitable, since it is deleted with the job."""
 AGENT_PORT = 52365
-"""Where Ray's dashboard agent listens, unless `ray start` names another port."""
+"""The port of Ray's dashboard agent, unless `ray start` names another one."""
 PATIENCE_S = 60
-"""Seconds that a stopped driver has before it is killed; Ray's own 3 are too few to write
+"""Seconds between stopping a driver and killing it. Ray's default of 3 is too short to write
 checkpoints."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is sent to the cluster, and nothing else. Raises ValueError: it holds a password."""
+    """Everything that is sent to the cluster. Raises ValueError if it contains a password."""
 
     name: str
     recipe: bytes
-    """Content of the recipe's file."""
+    """The content of the recipe file."""
     overrides: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
-    """What the cluster installs for the job; empty: its image has it."""
+    """The packages that the cluster installs for the job; empty if its image has them."""
 
     def __post_init__(self) -> None:
         for word in " ".join([*self.overrides, self.recipe.decode()]).split():
             refuse_password(
                 word,
-                "{user}:...@ holds a password, which Ray's dashboard shows to everyone who may see it: leave it out, "
+                "{user}:...@ holds a password, which Ray's dashboard shows to all of its users: leave it out, "
                 "and give user and password to the cluster's pods as environment variables",
             )
 
@@ -71,12 +71,12 @@ class Submission:
 
     @property
     def entrypoint(self) -> str:
-        """The command for Ray's shell; with `exec`, signals and the exit code are the driver's, not
-        the shell's."""
+        """The command for Ray's shell. With `exec`, the driver replaces the shell, so that signals reach
+        the driver and the exit code is the driver's."""
         return "exec " + shlex.join(self.run(RECIPE, "python", "-m", "longreach.pipelines"))
 
     def files(self) -> dict[str, bytes]:
-        """Return content by path in the job's folder: the recipe, and the package `longreach`."""
+        """Return the job's files as path -> content: the recipe and the package `longreach`."""
         root = Path(__file__).parents[1]
         sources = [root / "__init__.py"]
         for room in ROOMS:
@@ -85,7 +85,7 @@ class Submission:
         return {RECIPE: self.recipe, **package}
 
     def runtime_env(self, folder: str) -> dict[str, Any]:
-        """Return the job's environment in Ray's form; `folder` holds its files."""
+        """Return the job's `runtime_env` for Ray; `folder` holds its files."""
         env = {"RAY_JOB_STOP_WAIT_TIME_S": str(PATIENCE_S)}
         runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": env}
         if self.pip:
@@ -96,7 +96,7 @@ class Submission:
         return {"recipe": self.name, "longreach": installed("longreach") or "unknown"}
 
     def as_json(self, address: str, **more: Any) -> str:
-        """Return everything that would be sent as JSON, with sizes in place of files."""
+        """Return everything that would be sent as JSON, with file sizes in place of contents."""
         files = {path: len(content) for path, content in self.files().items()}
         shown = {"address": address, "entrypoint": self.entrypoint, "metadata": self.metadata()}
         shown |= {"runtime_env": self.runtime_env(f"{len(files)} files, {sum(files.values()):,} bytes")}
@@ -106,16 +106,16 @@ class Submission:
 def whereabouts(
     address: str, local: dict[str, str], *, shared_disk: bool, workdir: str = WORKDIR, option: str = "--shared-disk"
 ) -> dict[str, str]:
-    """Return what to set, by field, so that a driver elsewhere finds the files that the recipe
-    names. Raises ValueError: one of them is a folder of this machine, which the cluster does not
-    see.
+    """Return the fields to override, with their values, so that a driver on another machine finds the
+    recipe's files. Raises ValueError if one of them is on this machine, where the cluster cannot
+    access it.
 
     Args:
         local: fields that may name a file or folder: `store.root`, `corpus.sources.0.files`, ...
-        shared_disk: the cluster sees this machine's disk under the same paths; a loopback address
-            says so, too.
-        workdir: what a relative store.workdir becomes on another machine.
-        option: the command's option that means `shared_disk`, for messages.
+        shared_disk: whether the cluster has this machine's disk under the same paths. A loopback
+            address implies it.
+        workdir: the value that replaces a relative store.workdir on another machine.
+        option: the command's option for `shared_disk`, used in messages.
     """
     ours = {field: path for field, path in local.items() if "://" not in path}
     sees = shared_disk or _is_loopback(address)
@@ -128,19 +128,21 @@ def whereabouts(
             if field == "store.root":
                 fix = "--set store.root=s3://bucket/prefix"
             raise ValueError(
-                f"{field} {path!r} is on this machine, which {address} does not see: {fix}, or say {option} if "
+                f"{field} {path!r} is on this machine, where {address} cannot access it: {fix}, or give {option} if "
                 "every node of the cluster has it under that path"
             )
         elif field.startswith("store."):
             places[field] = str(Path(path).absolute())
-        elif not Path(path).is_absolute():  # made absolute here it would be another choice, with another fingerprint
-            raise ValueError(f"{field} {path!r}: a job runs in a folder of its own: write the whole path in the recipe")
+        elif not Path(path).is_absolute():  # making it absolute here would change the fingerprint
+            raise ValueError(
+                f"{field} {path!r}: a job runs in a folder of its own; write the absolute path in the recipe"
+            )
     return {field: path for field, path in places.items() if path != ours[field]}
 
 
 def manifest(submission: Submission, resources: Resources, place: kubernetes.Place) -> str:
-    """Return a RayJob and its recipe for `kubectl`. Raises ValueError: the operator would refuse
-    it."""
+    """Return a RayJob and its recipe as YAML for `kubectl`. Raises ValueError if the operator would
+    reject it."""
     name = kubernetes.dns_name(submission.name)
     job = kubernetes.ray_job(name, submission.run(kubernetes.RECIPE_FILE, "longreach"), resources, place)
     if problems := kubernetes.check(job):
@@ -149,8 +151,8 @@ def manifest(submission: Submission, resources: Resources, place: kubernetes.Pla
 
 
 def pinned() -> tuple[str, ...]:
-    """Return all packages that longreach needs, theirs too, with versions pinned as here, without
-    `+cpu`."""
+    """Return all direct and indirect dependencies of longreach, pinned to the versions installed here
+    without local parts such as `+cpu`."""
     from packaging.requirements import Requirement
 
     versions: dict[str, str] = {}
@@ -166,7 +168,7 @@ def pinned() -> tuple[str, ...]:
         for needed in map(Requirement, metadata.requires(package.name) or ()):
             if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in ("", *package.extras)):
                 pending.append(needed)
-    del versions["longreach"]  # the job brings its code along
+    del versions["longreach"]  # the job contains its code
     return tuple(f"{name}=={version}" for name, version in sorted(versions.items()))
 
 
@@ -174,15 +176,15 @@ def pinned() -> tuple[str, ...]:
 
 
 def check_address(address: str) -> str:
-    """Return a dashboard's address: http://head:8265 for `head`. Raises ValueError: another
-    kind."""
+    """Return a dashboard's full address, such as http://head:8265 for `head`. Raises ValueError for
+    an address of another kind."""
     if "://" not in address:
         address = f"http://{address}" if ":" in address else f"http://{address}:8265"
     address = address.rstrip("/")
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.hostname == "auto":
         raise ValueError(
-            f"address {address!r}: write the dashboard's, http://HOST:8265 (a tunnel: http://127.0.0.1:8265)"
+            f"address {address!r}: give the dashboard's address, http://HOST:8265 (tunnel: http://127.0.0.1:8265)"
         )
     return address
 
@@ -195,8 +197,8 @@ def _is_loopback(address: str) -> bool:
 
 
 def token() -> tuple[str | None, str]:
-    """Return (the token, its source) as Ray looks for it. Raises ValueError: an unreadable
-    RAY_AUTH_TOKEN_PATH."""
+    """Return Ray's token and a text that names its source, in the order in which Ray looks for it.
+    Raises ValueError if the file in RAY_AUTH_TOKEN_PATH cannot be read."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return None, "RAY_AUTH_MODE=disabled"
     if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -208,14 +210,14 @@ def token() -> tuple[str | None, str]:
             return content, str(file)
     except OSError as error:
         if path:
-            raise ValueError(f"RAY_AUTH_TOKEN_PATH {path}: {error.strerror}: name the file of Ray's token") from None
+            raise ValueError(f"RAY_AUTH_TOKEN_PATH {path}: {error.strerror}; set it to Ray's token file") from None
     return None, f"no RAY_AUTH_TOKEN, and no token in {file}"
 
 
 @contextlib.contextmanager
 def job_client(address: str) -> Iterator[Any]:
-    """Give the block a JobSubmissionClient. Raises ValueError: no answer, or what we send is
-    refused."""
+    """Give the block a JobSubmissionClient. Raises ValueError if the dashboard does not respond or
+    rejects a request."""
     address = check_address(address)
     given, source = token()
     headers, what = None, f"a request without a token ({source})"
@@ -235,28 +237,28 @@ def job_client(address: str) -> Iterator[Any]:
         yield client
     except AuthenticationError:
         raise ValueError(
-            f"Ray at {address} refuses {what}: put the cluster's token into RAY_AUTH_TOKEN, or its file's path into "
-            "RAY_AUTH_TOKEN_PATH"
+            f"Ray at {address} rejects {what}: set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to "
+            "its file"
         ) from None
     except ConnectionError as error:
-        raise ValueError(f"no Ray dashboard answers at {address}: is the cluster, or the tunnel to it, up?") from error
+        raise ValueError(f"no Ray dashboard responds at {address}: is the cluster, or the tunnel to it, up?") from error
     except RuntimeError as error:
         refusal = re.search(r"status code ([45]\d\d): (.*)", str(error), re.DOTALL)
         if refusal is None:
             raise
         why = f"Ray at {address}: {(refusal[2].strip() or 'no reason').splitlines()[-1]} (HTTP {refusal[1]})"
-        if refusal[1].startswith("5"):  # jobs are started by the agent, which a second Ray of a machine may lack
+        if refusal[1].startswith("5"):  # the agent starts jobs, and a second Ray on a machine may have none
             why += (
-                f"; its head may lack the dashboard's agent: where another Ray runs on that machine, port {AGENT_PORT} "
-                f"is taken; start the head with ray start --dashboard-agent-listen-port and a free port"
+                f"; its head may have no dashboard agent, since port {AGENT_PORT} is taken if another Ray runs on that "
+                f"machine: start the head with ray start --dashboard-agent-listen-port and a free port"
             )
         raise ValueError(why) from error
 
 
 @contextlib.contextmanager
 def _winning(address: str) -> Iterator[None]:
-    """Make `address` win: Ray prefers two variables to the address that its client is given."""
-    variable = "RAY_API_SERVER_ADDRESS"  # it is preferred to the other one, RAY_ADDRESS
+    """Make Ray use `address`: two environment variables override the address given to its client."""
+    variable = "RAY_API_SERVER_ADDRESS"  # has precedence over the other one, RAY_ADDRESS
     before = os.environ.get(variable)
     os.environ[variable] = address
     try:
@@ -269,7 +271,7 @@ def _winning(address: str) -> Iterator[None]:
 
 
 def submit(client: Any, submission: Submission) -> str:
-    """Send a job; return its id at once, while the cluster unpacks (and installs)."""
+    """Submit a job. Return its id at once, while the cluster still unpacks it and installs packages."""
     with tempfile.TemporaryDirectory(prefix="longreach-submit-") as folder:
         for path, content in submission.files().items():
             target = Path(folder, path)
@@ -280,8 +282,8 @@ def submit(client: Any, submission: Submission) -> str:
 
 
 def follow(client: Any, job: str) -> int:
-    """Print a job's whole log until it ends; return its exit code. Raises ValueError: the
-    connection broke."""
+    """Print a job's whole log until the job ends, and return its exit code. Raises ValueError if the
+    connection is lost."""
 
     async def lines() -> None:
         async for text in client.tail_job_logs(job):
@@ -289,19 +291,21 @@ def follow(client: Any, job: str) -> int:
 
     import aiohttp
 
-    client.get_job_status(job)  # raises if there is no such job; the log would merely be empty
+    client.get_job_status(job)  # raises if there is no such job, whose log would only be empty
     try:
         asyncio.run(lines())
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; to end it: longreach stop {job}", file=sys.stderr)
+        print(f"\nthe job keeps running; to stop it: longreach stop {job}", file=sys.stderr)
         raise
     except (aiohttp.ClientError, RuntimeError) as error:
-        raise ValueError(f"the log broke off ({error}); the job goes on: longreach logs {job} --follow") from error
+        raise ValueError(
+            f"the connection was lost ({error}); the job keeps running: longreach logs {job} --follow"
+        ) from error
     return ended(client, job)
 
 
 def ended(client: Any, job: str) -> int:
-    """Return the exit code of a job that is over; print on stderr why it failed."""
+    """Return the exit code of a job that has ended. If it failed, print the reason on stderr."""
     details = client.get_job_info(job)
     status = details.status.value
     if status == "SUCCEEDED":
@@ -312,5 +316,5 @@ def ended(client: Any, job: str) -> int:
 
 
 def listed(client: Any) -> list[Any]:
-    """Return Ray's JobDetails of every submitted job, the newest first."""
+    """Return Ray's JobDetails of every submitted job, newest first."""
     return sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: -(job.start_time or 0))

@@ -1,9 +1,9 @@
-"""Manifests for Ray on Kubernetes, as plain dicts from a recipe's numbers. KubeRay 1.6 or later;
-1.7 for a RayCronJob, which had no zones before.
+"""Manifests for Ray on Kubernetes, as plain dicts made from a recipe's resources. They need KubeRay
+1.6 or later; a RayCronJob needs 1.7, since it had no time zones before.
 
-A scheduled run is a RayJob: its cluster comes up for it and goes away after it. The driver is
-`longreach run` on the head, with the recipe mounted from a ConfigMap; it may be started twice or
-killed at any time. The operator's own rules are in no schema; `check` states those that a recipe
+A scheduled run is a RayJob, whose cluster is created for the run and deleted after it. The driver is
+`longreach run` on the head, with the recipe mounted from a ConfigMap. It may be started twice or
+killed at any time. The operator has rules that are in no schema; `check` tests those that a recipe
 can break.
 
     print(dump([ray_cluster("lab", Resources(workers=4), Place(memory="16Gi"))]))
@@ -26,19 +26,19 @@ RECIPE_FILE = "/etc/longreach/recipe.yaml"
 WORKDIR = "/var/longreach"
 QUEUE = "kueue.x-k8s.io/queue-name"
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36, "CronJob": 41}
-"""Characters of a name. KubeRay makes longer names of its three; a CronJob's RayJobs get six more
-characters."""
+"""Most characters of a name, by kind. KubeRay appends to the names of its three kinds, and
+Kubernetes appends six characters for a CronJob's RayJobs."""
 TOKENS_SINCE = (2, 52)
-"""The first Ray that asks its clients for a token."""
+"""The first version of Ray that supports token authentication."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a cluster's manifests need beside Resources."""
+    """What a cluster's manifests need besides Resources."""
 
     image: str | None = None
-    """The image of all pods: it holds longreach, and Ray in the version `ray_version`. None: as
-    docs/cluster.md builds them, that of Dockerfile.cuda where ranks have GPUs."""
+    """The image of all pods, which contains longreach and Ray `ray_version`. None: the image that
+    docs/cluster.md builds, from Dockerfile.cuda if ranks have GPUs."""
     namespace: str = "longreach"
     memory: str = "8Gi"
     """Memory of one worker's pod."""
@@ -48,12 +48,11 @@ class Place:
     secret: str = "longreach-store"
     """A Secret whose keys become environment variables: the store's and MLflow's credentials."""
     claim: str | None = None
-    """A ReadWriteMany volume claim for the run's folder; without one each pod has a folder of its
-    own."""
+    """A ReadWriteMany volume claim for the run's folder; without one, each pod has its own folder."""
     queue: str | None = None
-    """The LocalQueue of Kueue that jobs wait in."""
+    """The Kueue LocalQueue that jobs wait in."""
     gpu_nodes: dict[str, str] = field(default_factory=dict)
-    """Labels of the nodes for workers with a GPU."""
+    """Node labels that select the nodes for workers with a GPU."""
     kubectl_image: str = "registry.k8s.io/kubectl:v1.35.0"
     """The image in which a core CronJob creates RayJobs."""
 
@@ -71,16 +70,16 @@ class Place:
 
 
 def ray_cluster(name: str, resources: Resources, place: Place) -> Manifest:
-    """Return a standing cluster: one pod for each training rank."""
+    """Return a long-lived cluster with one pod for each training rank."""
     return _manifest("ray.io/v1", "RayCluster", name, place, spec=_cluster_spec(resources, place))
 
 
 def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place) -> Manifest:
-    """Return a cluster for one command, which is deleted ten minutes after that ends.
+    """Return a cluster for one command, which is deleted ten minutes after the command ends.
 
-    The operator submits over HTTP: a submitter pod would add a shell that reads `&&` and `;` of the
-    entrypoint itself. There are no retries: each would be a new cluster, and the next fire time
-    resumes from the newest checkpoint anyway.
+    The operator submits over HTTP, since a submitter pod would add a shell that interprets `&&` and
+    `;` in the entrypoint. There are no retries: each would create a new cluster, and the next fire
+    time resumes from the newest checkpoint anyway.
     """
     spec = {
         "entrypoint": shlex.join(entrypoint),
@@ -93,14 +92,16 @@ def ray_job(name: str, entrypoint: list[str], resources: Resources, place: Place
 
 
 def ray_cron_job(name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True) -> Manifest:
-    """Return KubeRay's own timer: alpha, behind the gate RayCronJob. It has no concurrency policy
-    and makes up for every missed fire time at once, so the lease and the driver's max_start_delay
-    keep runs apart and in time. Raises ValueError: a queue, since it gives its RayJobs no
-    labels."""
+    """Return a RayCronJob, KubeRay's own timer, which is alpha and behind the feature gate RayCronJob.
+
+    It has no concurrency policy and runs every missed fire time at once, so runs rely on the lease
+    and on the driver's max_start_delay. Raises ValueError if there is a queue, since a RayCronJob
+    sets no labels on its RayJobs.
+    """
     if place.queue:
         raise ValueError(
-            f"queue {place.queue!r}: a RayCronJob gives its RayJobs no labels: use --to cronjob, or name the "
-            "LocalQueue `default`, which Kueue gives to jobs without one"
+            f"queue {place.queue!r}: a RayCronJob sets no labels on its RayJobs: use --to cronjob, or rename the "
+            "LocalQueue to `default`, which Kueue uses for jobs without a queue"
         )
     spec = {"schedule": cron, "timeZone": tz, "suspend": suspend, "jobTemplate": job["spec"]}
     return _manifest("ray.io/v1", "RayCronJob", name, place, spec=spec)
@@ -110,13 +111,14 @@ def cron_job(
     name: str, cron: str, tz: str, job: Manifest, place: Place, *, suspend: bool = True,
     max_start_delay: timedelta | None = None,
 ) -> list[Manifest]:  # fmt: skip
-    """Return Kubernetes' own timer (1.27 or later, for its zones), whose pod creates a RayJob and
+    """Return a Kubernetes CronJob (1.27 or later, for its time zones), whose pod creates a RayJob and
     ends.
 
-    A pod that ran `longreach run` itself would be one node, and hold it; one that submits to a
-    standing cluster pays for that all week. The pod's service account may create RayJobs and
-    nothing else. `Forbid` covers the seconds of that pod; a lease keeps runs apart. `create` with a
-    generated name, since `apply` would do nothing to last week's RayJob.
+    A pod that ran `longreach run` itself would be limited to its own node, and one that submitted to
+    a long-lived cluster would need that cluster all week. The pod's service account may create
+    RayJobs and nothing else. `Forbid` only covers the seconds of that pod; a lease prevents
+    concurrent runs. The pod calls `create` with a generated name, since `apply` would leave last
+    week's RayJob unchanged.
     """
     template = {**job, "metadata": {**job["metadata"], "generateName": f"{name}-"}}
     del template["metadata"]["name"]
@@ -165,7 +167,7 @@ def dump(manifests: list[Manifest]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts as they are, and shared parts each time: no reader should have to look up
+    """Writes strings without escapes, and repeats shared parts, so that readers need not look up
     `*id001`."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -179,7 +181,7 @@ _Dumper.add_representer(
 
 
 def dns_name(name: str) -> str:
-    """Return a recipe's name in the letters that Kubernetes allows: `sink+160m.v2` ->
+    """Return a recipe's name in the characters that Kubernetes allows: `sink+160m.v2` ->
     `sink-160m-v2`."""
     return re.sub("[^a-z0-9-]+", "-", name.lower()).strip("-")
 
@@ -200,8 +202,8 @@ def _manifest(api: str, kind: str, name: str, place: Place, queue: str | None = 
 
 
 def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
-    """Return requests equal to limits: Ray counts CPUs by them, and such a pod is the last to be
-    evicted."""
+    """Return requests that equal the limits: Ray counts CPUs by the limits, and Kubernetes evicts such
+    pods last."""
     amounts = {"cpu": cpu, "memory": memory}
     if gpus:
         amounts["nvidia.com/gpu"] = str(gpus)
@@ -209,7 +211,7 @@ def _resources(cpu: str, memory: str, gpus: int = 0) -> Manifest:
 
 
 def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = None) -> Manifest:
-    cpus = max(resources.cpus_per_worker, resources.eval_cpus)  # an evaluation's task fits into one pod, too
+    cpus = max(resources.cpus_per_worker, resources.eval_cpus)  # an evaluation task must fit into one pod, too
     gpus = resources.gpus_per_worker
     image = place.image_for(resources)
     head = _pod("ray-head", image, place, _resources("1", place.head_memory))
@@ -229,8 +231,8 @@ def _cluster_spec(resources: Resources, place: Place, recipe_map: str | None = N
     return {
         "rayVersion": place.ray_version,
         "authOptions": {"mode": "token"},
-        # Without CPUs for Ray the head runs drivers and nothing else, so that no rank's memory can
-        # take them along.
+        # With no CPUs for Ray, the head runs only drivers, so that a rank that fills the memory cannot
+        # kill them.
         "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": head},
         "workerGroupSpecs": [group],
     }
@@ -261,26 +263,24 @@ def _pod(container: str, image: str, place: Place, resources: Manifest) -> Manif
 
 
 def check(manifest: Manifest) -> list[str]:
-    """Return what KubeRay refuses although its schema allows it: a line each, with field, value and
-    fix.
+    """Return what KubeRay rejects although its schema allows it, one line per problem, with field,
+    value and fix.
 
-    Of its rules (ray-operator/controllers/ray/utils/validation.go, 1.7) our manifests can break
-    these two: all else that it looks at is written here as it wants it, and `Schedule.parse` has
-    read the cron line and the zone.
+    Of KubeRay's rules (ray-operator/controllers/ray/utils/validation.go, 1.7), our manifests can
+    break only those on names and on the Ray version. Everything else that it checks is written
+    correctly here, and `Schedule.parse` has checked the cron line and the time zone.
     """
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     problems = []
     if len(name) > LONGEST.get(kind, 253):
         problems.append(
-            f"metadata.name {name!r} has {len(name)} characters, a {kind} takes {LONGEST[kind]}: shorten it"
+            f"metadata.name {name!r} has {len(name)} characters, but a {kind} takes at most {LONGEST[kind]}: shorten it"
         )
     if kind.startswith("Ray") and not re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name):
-        problems.append(f"metadata.name {name!r}: start with a letter; lower-case letters, digits and - only")
+        problems.append(f"metadata.name {name!r}: start with a letter, and use lower-case letters, digits and - only")
     if kind in ("RayCluster", "RayJob"):
         cluster = manifest["spec"] if kind == "RayCluster" else manifest["spec"]["rayClusterSpec"]
         found = re.match(r"(\d+)\.(\d+)", cluster["rayVersion"])
         if not found or (int(found[1]), int(found[2])) < TOKENS_SINCE:
-            problems.append(
-                f"rayVersion {cluster['rayVersion']!r}: authOptions.mode token needs Ray 2.52 or later, named here"
-            )
+            problems.append(f"rayVersion {cluster['rayVersion']!r}: authOptions.mode token needs Ray 2.52 or later")
     return problems

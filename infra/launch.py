@@ -1,14 +1,14 @@
-"""Run a function as N ranks through Ray Train: one process a rank, process group up, dead ranks
-restarted.
+"""Run a function as N ranks through Ray Train: one process per rank, a process group, and restarts.
 
-The function is named, not passed ("longreach.training.loop:train"): only the ranks import it, and
-torch with it.
+The function is given by name ("longreach.training.loop:train"), so that only the ranks import it and
+torch.
 
-How an error comes back: Ray Train restarts all ranks after any exception of one. So an error that a
-restart would only repeat (FINAL_ERRORS) is not raised by its rank: `_rank` writes it down as
-`error.json` and returns, the other ranks wake up from their collectives and return too, and
-`run_ranks`, on the side of the stage, raises it again. Any other death of a rank restarts all of
-them, and the function resumes from its own checkpoints; infra/resources.py counts the restarts.
+How errors are reported: Ray Train restarts all ranks after an exception in any of them. So an error
+that a restart would only repeat (FINAL_ERRORS) is not raised in its rank: `_rank` writes it to
+`error.json` and returns, the other ranks' collectives fail and they return too, and `run_ranks`
+raises it again in the stage's process. If a rank dies for any other reason, all ranks are restarted
+and the function resumes from its own checkpoints. infra/resources.py sets how many restarts are
+allowed.
 
     run_ranks("longreach.training.loop:train", job, resources=Resources(workers=2), name="lora", storage="/tmp/ranks")
 """
@@ -44,33 +44,34 @@ if TYPE_CHECKING:
 FINAL_ERRORS: dict[str, type[Exception]] = {
     e.__name__: e for e in (ValueError, FloatingPointError, Superseded, Stopped, OutOfMemory, DiskFull)
 }
-"""Errors of a rank that end the run at once, by the name under which `error.json` carries them."""
+"""Errors of a rank that end the run without a restart, by their name in `error.json`."""
 
 WAIT_S = 15
-"""Seconds after which ranks that Ray has not placed are said to wait."""
+"""Seconds after which a message says that the ranks are still waiting for Ray to place them."""
 HUNG_S = 180
-"""Seconds without an answer after which a rank is taken for dead: stopped, or stuck in the kernel. Ray
-Train's own 600 are long, and fewer would take a busy machine's ranks for dead."""
+"""Seconds without a response after which a rank counts as dead (stopped, or stuck in the kernel). Ray
+Train's default of 600 is long; with fewer, slow ranks of a busy machine would count as dead."""
 
 
 def run_ranks(
     function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: str | Path,
     share: Share | None = None, memory_gib: float = 0, note: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Call `function(job)` ("module:name") on every rank and return rank 0's result, a JSON-able
-    dict.
+    """Call `function(job)` ("module:name") on every rank and return rank 0's result, a dict that
+    JSON can hold.
 
-    Ray must be connected. `storage` is a folder or fsspec URL that all ranks see; Ray Train keeps
-    its own records there. With a share, each rank gets the job with its own node's paths, and finds
-    the share's inputs fetched. `memory_gib`: about what all ranks hold, which Ray keeps for them;
-    of a GPU's memory it knows nothing. `note` is told if they have to wait for room. Raises
-    ValueError: the cluster is too small. Exception: the ranks' own final error, or Ray Train's.
+    Ray must be connected. `storage` is a folder or fsspec URL that all ranks can access; Ray Train
+    keeps its own records there too. With a share, each rank gets the job with the paths of its own
+    node, and the share's inputs have been fetched. `memory_gib`: the approximate memory of all ranks
+    together, which Ray reserves for them; Ray does not manage GPU memory. `note` receives a message
+    if the ranks have to wait for resources. Raises ValueError if the cluster is too small, else the
+    final error of a rank, or Ray Train's own.
     """
     import ray
 
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HUNG_S))
     check_room(ray.cluster_resources(), resources)
-    run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # a name seen before would make Ray Train restore that run
+    run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # unique: for a known name Ray Train would restore that run
     results = RankResults.create(str(storage), run_name)
     work = {"function": function, "job": job, "results": results, "resources": resources, "share": share}
     memory = 0
@@ -83,7 +84,7 @@ def run_ranks(
 
 
 def _room(resources: Resources, memory_bytes: int) -> str:
-    """Return what all ranks ask Ray for, in words; `memory_bytes` is of each."""
+    """Return a text of the resources that all ranks together request; `memory_bytes` is per rank."""
     ranks = resources.workers
     room = [f"{ranks * resources.cpus_per_worker} CPU{'s' * (ranks * resources.cpus_per_worker > 1)}"]
     if resources.gpus_per_worker:
@@ -96,8 +97,8 @@ def _room(resources: Resources, memory_bytes: int) -> str:
 def _trainer(
     work: dict[str, Any], resources: Resources, run_name: str, storage: str, memory_bytes: int
 ) -> TorchTrainer:
-    """Return Ray Train's description of the run: what each rank does, what it may use, and where
-    records are kept."""
+    """Return Ray Train's description of the run: each rank's work and resources, and where records
+    are kept."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -116,16 +117,16 @@ def _trainer(
 
 
 def _fit(trainer: TorchTrainer, max_failures: int, waiting: Waiting) -> None:
-    """Run the ranks to their end, again if Ray Train gives up because one died while it was
-    started. Raises ControllerError: Ray Train failed in another way, or `max_failures` times more
-    in this one."""
+    """Run the ranks until they finish, and again if Ray Train gives up because a rank died while it
+    was being started. Raises ControllerError if Ray Train failed for another reason, or if this
+    happened more than `max_failures` times."""
     import ray
     from ray.train import ControllerError
 
     groups = AbandonedGroups()
     for failures_left in reversed(range(max_failures + 1)):
         try:
-            # Ranks that wait for the room of an abandoned group do so in the first minute.
+            # Ranks that wait for an abandoned group's resources do so in the first minute.
             with (
                 _interrupt_handler_restored(),
                 polling(groups.look, every_s=1.0, for_s=60.0, name="abandoned groups"),
@@ -134,7 +135,7 @@ def _fit(trainer: TorchTrainer, max_failures: int, waiting: Waiting) -> None:
                 trainer.fit()
             return
         except ControllerError as error:
-            failure = error.with_traceback(None)  # its frames hold the controller, and the controller its ranks
+            failure = error.with_traceback(None)  # its frames keep the controller alive, which keeps its ranks alive
         for _ in range(3 * groups.LOOKS):
             if not groups.look():
                 break
@@ -145,8 +146,8 @@ def _fit(trainer: TorchTrainer, max_failures: int, waiting: Waiting) -> None:
 
 @contextlib.contextmanager
 def _interrupt_handler_restored() -> Iterator[None]:
-    """Undo Ray Train's handler of Ctrl-C: it stays behind, swallows later ones and keeps the
-    controller alive."""
+    """Restore the handler of Ctrl-C afterwards. Ray Train leaves its own installed, which swallows
+    later interrupts and keeps the controller alive."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -156,7 +157,7 @@ def _interrupt_handler_restored() -> Iterator[None]:
 
 
 class Waiting:
-    """Says, once, that ranks are not placed yet because others have the room."""
+    """Reports, once, that the ranks are not placed yet because others use the resources."""
 
     def __init__(self, results: RankResults, note: Callable[[str], None], text: str) -> None:
         self.results, self.note, self.text = results, note, text
@@ -164,7 +165,7 @@ class Waiting:
         self.said = False
 
     def look(self) -> None:
-        """Say it if WAIT_S are over, no rank has begun, and Ray has a group that is not placed."""
+        """Report it if WAIT_S have passed, no rank has begun, and a placement group is pending."""
         import ray
 
         if self.said or time.monotonic() - self.since_s < WAIT_S or self.results.read("begun.json") is not None:
@@ -176,24 +177,24 @@ class Waiting:
 
 
 class AbandonedGroups:
-    """Finds and removes placement groups of this Ray job whose controller is gone, or has made
-    another.
+    """Finds and removes placement groups of this Ray job whose controller is gone, or has created
+    another one.
 
     Ray Train (2.60) leaks two kinds, and their CPUs stay reserved: the group of a rank that dies
-    while it is being started, and that of a controller whose stage task was killed, which may start
-    its ranks once more. A group that is merely empty is not abandoned: on a busy machine its ranks
-    come many seconds after it. Actors are listed a moment before groups, so LOOKS looks in a row
-    must find it empty.
+    while it is being started, and the group of a controller whose stage task was killed, which may
+    start its ranks once more. A group that is merely empty is not abandoned: on a busy machine its
+    ranks start many seconds after it. Actors are listed a moment before groups, so a group must be
+    empty in LOOKS looks in a row.
     """
 
     LOOKS = 3
 
     def __init__(self) -> None:
         self.looks_empty: dict[bytes, int] = {}
-        """Placement group -> how many looks in a row have found it without an actor."""
+        """Placement group -> number of consecutive looks that found it without an actor."""
 
     def look(self) -> bool:
-        """Count empty groups and remove the abandoned ones; return whether any group holds
+        """Count the empty groups and remove the abandoned ones. Return whether any group holds
         resources."""
         import ray
         from ray.util import remove_placement_group
@@ -220,18 +221,18 @@ class AbandonedGroups:
                 continue
             looks_empty[name] = self.looks_empty.get(name, 0) + 1
             has_newer = group.stats.creation_request_received_ns < newest[group.creator_actor_id]
-            # The group's own record says so only if Ray knew of the group when the actor died.
+            # The group's own record (creator_actor_dead) is set only if Ray knew the group when the actor died.
             creator_died = group.creator_actor_dead or group.creator_actor_id.hex() in dead
             if looks_empty[name] >= self.LOOKS and (creator_died or has_newer):
-                print(f"placement group {name.hex()} was left behind and is removed", flush=True)
+                print(f"removing placement group {name.hex()}, which was left behind", flush=True)
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(name)))
         self.looks_empty = looks_empty
         return bool(placed)
 
 
 def _placement_groups(job: str) -> list[Any]:
-    """Return a Ray job's placement groups that are not removed, as Ray's own records: only these
-    say who made them."""
+    """Return a Ray job's placement groups that are not removed, as Ray's internal records: only these
+    name the actor that created a group."""
     import ray
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # made by protoc
 
@@ -244,26 +245,26 @@ def _placement_groups(job: str) -> list[Any]:
 
 
 def check_room(cluster: dict[str, float], resources: Resources) -> None:
-    """Raise ValueError if the ranks can never be placed: Ray itself would wait for ever."""
+    """Raise ValueError if the ranks can never be placed. Ray itself would wait forever."""
     for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
         needed = each * resources.workers
         if needed > cluster.get(kind, 0):
             raise ValueError(
-                f"{resources.workers} ranks x {each} {kind} need {needed} {kind}s, the cluster has "
+                f"{resources.workers} ranks x {each} {kind} need {needed} {kind}s, but the cluster has "
                 f"{cluster.get(kind, 0):g}: lower resources.workers or {kind.lower()}s_per_worker, or connect to a "
                 "larger cluster"
             )
 
 
 def _function(path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Import what "module:name" names."""
+    """Import the function that "module:name" names."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _rank(work: dict[str, Any]) -> None:
-    """Do one rank's work, in the process that Ray Train started for it; a final error is written
-    down, not raised."""
+    """Do one rank's work in the process that Ray Train started for it. A final error is written to
+    `error.json` instead of raised."""
     import torch.distributed as dist
 
     resources = work["resources"]
@@ -279,10 +280,10 @@ def _rank(work: dict[str, Any]) -> None:
     except tuple(FINAL_ERRORS.values()) as error:
         kind = next(name for name, final in FINAL_ERRORS.items() if isinstance(error, final))
         results.write("error.json", {"type": kind, "message": str(error), "rank": dist.get_rank()})
-        dist.destroy_process_group()  # ranks that wait for this one in a collective wake up with an error
+        dist.destroy_process_group()  # collectives of other ranks that wait for this one now fail
         return
     except Exception:
-        if results.read("error.json"):  # woken by the line above: the reason is already written down
+        if results.read("error.json"):  # a collective failed because of the line above; the cause is recorded
             return
         raise
     if dist.get_rank() == 0:
@@ -291,21 +292,20 @@ def _rank(work: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class RankResults:
-    """Where ranks leave what the stage reads: a folder of a file system that all of them see."""
+    """The folder where ranks leave files for the stage, on a file system that all of them can access."""
 
     storage: str
     folder: str
 
     @classmethod
     def create(cls, storage: str, run_name: str) -> RankResults:
-        """Make the folder of a run below `storage`, a folder or fsspec URL."""
+        """Create a run's folder below `storage`, a folder or fsspec URL."""
         fs, place = fsspec.core.url_to_fs(storage)
         fs.makedirs(f"{place}/{run_name}/result", exist_ok=True)
         return cls(storage, f"{place}/{run_name}/result")
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON file whole or not at all, on any file system; infra/files.py does so on this
-        machine's."""
+        """Write a JSON file atomically, on any file system. (infra/files.py does so on local ones.)"""
         fs = fsspec.core.url_to_fs(self.storage)[0]
         draft = f"{self.folder}/{name}.{uuid.uuid4().hex[:8]}"
         fs.pipe_file(draft, json.dumps(value).encode())
@@ -321,7 +321,7 @@ class RankResults:
             return None
 
     def collect(self) -> dict[str, Any]:
-        """Return rank 0's result, or raise the final error that a rank wrote down."""
+        """Return rank 0's result, or raise the final error that a rank recorded."""
         if error := self.read("error.json"):
             raise FINAL_ERRORS[error["type"]](error["message"])
         result = self.read("result.json")
@@ -336,8 +336,8 @@ def run_local(function: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def be_the_only_rank(*, gpu: bool) -> None:
-    """Start a process group of this process alone; DeepSpeed keeps hold of the first one, so it
-    stays for its life."""
+    """Start a process group of this process alone. It is kept for the life of the process, since
+    DeepSpeed holds on to the first group that it sees."""
     import torch.distributed as dist
 
     if dist.is_initialized():

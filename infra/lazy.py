@@ -1,7 +1,7 @@
-"""A module that is imported when something of it is first used.
+"""Import a module when it is first used.
 
-`longreach plan` reads files that compute with numpy elsewhere; importing it would double the time
-of an answer.
+`longreach plan` imports files that use numpy only in other commands; importing numpy would double
+its response time.
 
     if TYPE_CHECKING:
         import numpy as np
@@ -15,12 +15,12 @@ from typing import Any
 
 
 class _LazyModule(ModuleType):
-    """Stands for a module; its attributes are the module's."""
+    """A stand-in for a module. Its attributes are the module's."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(self.__name__), name)
 
 
 def lazy_module(name: str) -> Any:
-    """Return a stand-in for a module, which imports it when an attribute is asked for."""
+    """Return a stand-in for a module that imports it when an attribute is first used."""
     return _LazyModule(name)

@@ -1,4 +1,4 @@
-"""Leases: at most one live run of a name, on any store, without comparing clocks.
+"""Leases: at most one live run per name, on any store, without comparing clocks.
 
 lease = Lease(Store(".longreach"), "weekly", "ann@host, process 7").acquire(wait=False); ...;
 lease.release()
@@ -24,10 +24,10 @@ from longreach.infra.files import canonical, on_own_disk
 
 
 def holder_name() -> str:
-    """Return who this process is to others: user, machine and process."""
+    """Return a name for this process that other people understand: user, machine and process id."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # containers give numbers that no list of users knows
+    except (KeyError, OSError):  # in containers the user id is often missing from the user database
         user = f"user {os.getuid()}"
     return f"{user}@{platform.node()}, process {os.getpid()}"
 
@@ -41,21 +41,21 @@ class LeaseHeld(Exception):
 
 
 def process_mark(pid: int) -> list[str] | None:
-    """Return what no other process will ever have: the machine's boot, the process's namespace, its
-    number there, and its start in the kernel's ticks. None if it has ended, or where there is no
-    /proc (Linux has it)."""
+    """Return an identity that no other process will ever have: the machine's boot id, the PID
+    namespace, the PID in it, and the start time in kernel ticks. None if the process has ended, or
+    on a system without /proc (only Linux has it)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
-    return None if state == "Z" else [boot, namespace, str(pid), ticks]  # Z: it has ended, its parent has not looked
+    return None if state == "Z" else [boot, namespace, str(pid), ticks]  # Z: a zombie, which has ended
 
 
 def is_gone(mark: list[str] | None) -> bool:
-    """Whether a process is known to have ended; of other machines' and containers' nothing is
-    known."""
+    """Return whether a process is known to have ended. For a process on another machine or in
+    another container that cannot be known, so the answer is False."""
     ours = process_mark(os.getpid())
     if mark is None or ours is None or mark[:2] != ours[:2]:
         return False
@@ -64,19 +64,20 @@ def is_gone(mark: list[str] | None) -> bool:
 
 @dataclass
 class Lease:
-    """At most one live run of a name. The holder raises a counter every `beat_s`; no clock is ever
-    compared.
+    """A lease that lets at most one run of a name be live. The holder's heartbeat raises a counter
+    every `beat_s`; no two machines' clocks are compared.
 
-    A lease is a numbered generation, created exclusively. A waiter takes the next number once the
-    holder released its own, once the counter has stood still for `patience_beats` beats of the
-    waiter's own time, or sooner where both run on one machine and the holder's process is gone: at
-    once if the store is a disk of that machine, else after `clone_beats`, since a clone of a
-    virtual machine has the same marks and other processes. A holder that was only slow sees the
-    higher number and knows that it has lost (`lost` is set).
+    Each lease is a numbered generation whose file is created exclusively. A waiter creates the next
+    generation once the holder has released its own, or once the counter has not changed for
+    `patience_beats` beats by the waiter's own clock. If both run on one machine and the holder's
+    process is gone, it waits less: not at all if the store is on a disk of that machine, else
+    `clone_beats`, since a clone of a virtual machine has the same process marks but other
+    processes. A holder that was only slow sees the higher number and sets `lost`.
 
-    Numbers never go back. A waiter may stop between its look and its creation of n, while n comes,
-    goes and is swept away. So it looks once more afterwards: whoever swept n away had a higher
-    number before, and that one, or one that is higher still, is there to be seen.
+    Numbers never go down. A waiter may be paused between listing the folder and creating generation
+    n, while another process creates, releases and sweeps n. So it lists the folder once more
+    afterwards: whoever swept n had created a higher number before, and that number, or one that is
+    higher still, is listed.
     """
 
     store: Store
@@ -85,7 +86,7 @@ class Lease:
     beat_s: float = 2.0
     patience_beats: int = 4
     clone_beats: int = 2
-    place: str = ""  # its folder below the store's root; leases/NAME if empty
+    place: str = ""  # the lease's folder below the store's root; leases/NAME if empty
     lost: threading.Event = field(default_factory=threading.Event)
     _generation: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -95,8 +96,8 @@ class Lease:
         return f"{self.store.base}/{self.place or 'leases/' + self.name}"
 
     def acquire(self, *, wait: bool) -> Lease:
-        """Return self once the lease is held. Raises LeaseHeld: a live run has it, and not
-        `wait`."""
+        """Return self once the lease is held. Raises LeaseHeld if a live run holds it and `wait` is
+        False."""
         while True:
             newest = self._newest()
             if newest == 0 or self._exists(newest, "released") or not self._alive(newest, wait):
@@ -104,9 +105,9 @@ class Lease:
                     about = {"holder": self.holder, "process": process_mark(os.getpid())}
                     self.store.create(self._path(newest + 1, "json"), canonical(about).encode())
                 except FileExistsError:
-                    continue  # another run was faster: look again
+                    continue  # another run was faster: start over
                 self._generation = newest + 1
-                if self._newest() > self._generation:  # it had been taken, given up and swept away meanwhile
+                if self._newest() > self._generation:  # meanwhile another process created, released and swept it
                     self._remove(self._path(self._generation, "json"))
                     continue
                 self._beat(0)
@@ -115,18 +116,23 @@ class Lease:
                 return self
 
     def release(self) -> None:
-        """Give the lease up, so that the next run need not wait. A store that is away is told of on
-        stderr: the work is done, and the next run takes over once the counter has stood still."""
+        """Release the lease, so that the next run need not wait. An unreachable store is reported on
+        stderr and is no error: the work is done, and the next run takes the lease over once the
+        counter has stood still."""
         self._stop.set()
         if not self.lost.is_set():
             try:
                 self.store.fs.pipe_file(self._path(self._generation, "released"), b"")
-            except Exception as error:  # noqa: BLE001 (as of the heartbeat)
-                print(f"lease {self.name}: not released ({error}), the next run waits", file=sys.stderr, flush=True)
+            except Exception as error:  # noqa: BLE001 (each store raises its own types)
+                print(
+                    f"lease {self.name}: not released ({error}); the next run has to wait for it to expire",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def current_holder(self) -> str | None:
-        """Return the holder's name, None after a release. A holder that died on another machine is
-        still reported."""
+        """Return the holder's name, or None if the lease is released. A holder that died on another
+        machine is still reported."""
         newest = self._newest()
         if newest == 0 or self._exists(newest, "released"):
             return None
@@ -134,8 +140,8 @@ class Lease:
         return None if is_gone(about.get("process")) else about["holder"]
 
     def _alive(self, generation: int, wait: bool) -> bool:
-        """Watch the counter; return False once the lease may be taken over, True if a newer one
-        took its place. Raises LeaseHeld: the counter moved and `wait` is False."""
+        """Watch the holder's counter. Return False once the lease may be taken over, True if a newer
+        generation has replaced it. Raises LeaseHeld if the counter changed and `wait` is False."""
         try:
             about = self._about(generation)
         except FileNotFoundError:  # swept away by the next holder
@@ -191,18 +197,18 @@ class Lease:
                     self.lost.set()
                     return
                 self._beat(counter)
-            # Whatever the store raises while it is away: if that lasts, another run takes the lease
-            # over.
+            # Covers whatever the store raises while it is unreachable. If that lasts, another run
+            # takes the lease over.
             except Exception as error:  # noqa: BLE001
-                print(f"lease {self.name}: heartbeat failed ({error}), trying again", file=sys.stderr, flush=True)
+                print(f"lease {self.name}: heartbeat failed ({error}), retrying", file=sys.stderr, flush=True)
 
     def _sweep(self) -> None:
-        """Delete the files of older generations, but of the last: who lists the folder now must not
-        miss both."""
+        """Delete the files of all older generations but the previous one: a process that lists the
+        folder now must see at least one of the last two."""
         for name in self.store.names(self._folder):
             if int(name.split(".")[0]) < self._generation - 1:
                 self._remove(f"{self._folder}/{name}")
 
     def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # a later holder sweeps too
+        with contextlib.suppress(FileNotFoundError):  # a later holder may have deleted it
             self.store.fs.rm(path)

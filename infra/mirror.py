@@ -1,11 +1,11 @@
-"""The mirror: uploads spooled events (infra/tracking.py) to MLflow from a process of its own,
-outages or not.
+"""The mirror: a separate process that uploads spooled events (infra/tracking.py) to MLflow.
 
-Why nothing is missing and nothing doubled, whoever is killed: how far a file is uploaded is written
-beside it (`<file>.offset`) only after the server accepted; a replay repeats the same key, value,
-step and timestamp, which MLflow stores once; and a run is found again by its tag `longreach.run`.
-Where it is not found (another server, `mlflow gc`, a new database) the file is uploaded from its
-start. Logins come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, never from a URI.
+Outages and killed processes neither lose nor duplicate data. The position up to which a file is
+uploaded is written beside it (`<file>.offset`) only after the server has accepted the data. A
+replay repeats the same key, value, step and timestamp, which MLflow stores once. A run is found
+again by its tag `longreach.run`; if it is not found (another server, `mlflow gc`, a new database),
+the file is uploaded from its start. Credentials come from MLFLOW_TRACKING_USERNAME and
+MLFLOW_TRACKING_PASSWORD, never from a URI.
 
     python -m longreach.infra.mirror .longreach/spool --uri sqlite:///$PWD/.longreach/mlflow.db --once
 """
@@ -41,37 +41,36 @@ from longreach.infra.tracking import iter_events
 
 POLL_S = 5.0
 BACKOFF_S = 20.0
-"""Longest pause between two tries while the server is away."""
+"""Longest pause between two retries while the server is unreachable."""
 DRAIN_S = 60.0
-"""How long a mirror may upload nothing, after its parent has ended, until it is given up."""
+"""Seconds without progress, after its parent has ended, until a mirror is given up."""
 METRICS_PER_BATCH, PARAMS_OR_TAGS_PER_BATCH = 1000, 100  # MLflow's limits
 TRASH = "trash"
-"""Stands for the id of a run that a user deleted, or its experiment: its events are not wanted any
-more."""
+"""Replaces the run id if a user deleted the run or its experiment: its events are then skipped."""
 
 ENVIRONMENT = {
-    # Our own loop repeats what fails, after a look at what arrived: a repeated "create run" would
-    # make two. MLflow's defaults are 120 s and 7 repetitions.
+    # Our own loop retries, after it has checked what arrived: a repeated "create run" would create
+    # two runs. MLflow's defaults are 120 s and 7 retries.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""MLflow's settings for the mirror, unless the user's own say otherwise."""
+"""MLflow settings for the mirror; the user's own environment takes precedence."""
 
 log = logging.getLogger("longreach.mirror")
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one synchronisation of a folder did; a point is one value of one metric at one step."""
+    """The result of one synchronisation of a folder. A point is one value of one metric at one step."""
 
     runs: int
     points: int
-    """Points that the server accepted now; after a kill, some of them for the second time."""
+    """Points that the server accepted this time; after a kill, some of them for the second time."""
     pending: int
     """Points that the server does not have yet."""
     skipped: int
-    """NaN and infinite points, and what the server refuses for good (such as an impossible
+    """NaN and infinite points, and points that the server rejects permanently (such as an invalid
     name)."""
     problem: str = ""
     """Why points are pending."""
@@ -79,19 +78,18 @@ class SyncReport:
 
 @dataclass
 class Position:
-    """How far a file is uploaded: the content of `<file>.offset`."""
+    """How much of a file is uploaded: the content of `<file>.offset`."""
 
     offset: int = 0
     run_id: str = ""
-    """The MLflow run that the bytes before `offset` are in."""
+    """The MLflow run that holds the bytes before `offset`."""
     skipped: int = 0
     ended: bool = False
-    """The run's end is uploaded."""
+    """Whether the run's end is uploaded."""
 
     @classmethod
     def of(cls, path: Path) -> Position:
-        """Read how far a file is uploaded; if that is lost or unreadable, the file is uploaded from
-        its start."""
+        """Read a file's position. If it is lost or unreadable, the file is uploaded from its start."""
         try:
             return cls(**json.loads(_position_path(path).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -106,8 +104,8 @@ def _position_path(path: Path) -> Path:
 
 
 def pending_points(spool_dir: Path | str) -> int:
-    """Count the finite metric points in a folder's spool files that are not uploaded yet. Asks no
-    server."""
+    """Count the finite metric points in a folder's spool files that are not uploaded yet, without
+    contacting the server."""
     points = 0
     for path in Path(spool_dir).rglob("*.jsonl"):
         for event, _ in iter_events(path, Position.of(path).offset):
@@ -117,13 +115,12 @@ def pending_points(spool_dir: Path | str) -> int:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, float]:
-    """Leave out NaN and infinities, which spools hold as texts."""
+    """Return the values without NaN and infinities, which spools hold as strings."""
     return {name: value for name, value in values.items() if not isinstance(value, str)}
 
 
 class Pause(Exception):
-    """Nothing more can be uploaded now: the server is away, or time is up. The spool keeps what is
-    left."""
+    """Nothing more can be uploaded now, for example because time is up. The spool keeps the rest."""
 
 
 @dataclass
@@ -133,9 +130,9 @@ class _Tail:
     path: Path
     start: dict[str, Any]
     run_id: str = ""
-    """Its MLflow run; empty until this process has looked it up."""
+    """The id of its MLflow run; empty until this process has looked it up."""
     offset: int = 0
-    """Bytes that this process has uploaded, or found to be."""
+    """Bytes that this process has uploaded, or has found to be uploaded."""
 
 
 @dataclass
@@ -150,8 +147,8 @@ class _Batch:
 
 
 class Mirror:
-    """Uploads the spool files under a folder. In each folder one mirror works at a time, whatever
-    process it is in."""
+    """Uploads the spool files under a folder. A lock lets only one mirror at a time work in each
+    folder, across processes."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder, self.uri = folder, uri
@@ -162,18 +159,21 @@ class Mirror:
 
     @cached_property
     def client(self) -> Any:
-        """Make an mlflow.MlflowClient when there is something to send: the import costs 2 s, a new
-        database more."""
+        """An mlflow.MlflowClient, created when there is something to send: the import takes 2 s, a
+        new database longer."""
         from mlflow import MlflowClient
 
         registry.prepare_embedded(self.uri)
         return MlflowClient(tracking_uri=self.uri)
 
     def upload(self, deadline_s: float, *, everything: bool = False) -> str:
-        """Go over all files once; return why that did not come to its end, or "". `deadline_s`: by
-        time.monotonic(). `everything`: also look whether runs without news are still there."""
+        """Upload all files once. Return why this did not finish, or "" if it did.
+
+        `deadline_s`: as time.monotonic() counts. `everything`: also check whether runs without new
+        events still exist.
+        """
         self._discover()
-        # whole pipelines last: they name models that their stages make
+        # pipeline runs come last: they refer to models that their stages create
         tails = sorted(self.tails.items(), key=lambda item: item[1].start["kind"] == "pipeline")
         for run, tail in tails:
             if not everything and tail.path.stat().st_size <= tail.offset:
@@ -185,11 +185,11 @@ class Mirror:
                     self._drain(tail, deadline_s)
             except Pause as pause:
                 return str(pause)
-            except Exception as error:  # whatever MLflow and its stores raise is reported and tried again
+            except Exception as error:  # any error of MLflow or its stores is reported and retried
                 log.debug("while uploading %s", tail.path, exc_info=True)
-                self.tails[run] = self.tails.pop(run)  # the next pass takes it last: it must not block the others
+                self.tails[run] = self.tails.pop(run)  # goes last in the next pass, so as not to block the others
                 tail.run_id = ""
-                self._experiments.clear()  # one may have been deleted, and its runs are left out then
+                self._experiments.clear()  # an experiment may have been deleted, and its runs are then skipped
                 return f"{tail.path.name}: {type(error).__name__}: {error}"
         return ""
 
@@ -201,11 +201,11 @@ class Mirror:
             start = next((event for event, _ in iter_events(path)), None)
             if start and start["event"] == "start":
                 self.tails[start["run"]] = _Tail(path, start)
-            elif path.stat().st_size:  # an empty one is about to get its first line
-                self._warn(f"{path} does not begin with a start event and is left alone")
+            elif path.stat().st_size:  # an empty file is about to get its first line
+                self._warn(f"{path} does not begin with a start event and is skipped")
 
     def _drain(self, tail: _Tail, deadline_s: float) -> None:
-        """Send a file's events from its position on."""
+        """Send a file's events from its position onwards."""
         position = self._locate(tail)
         batch = _Batch()
         for event, end in iter_events(tail.path, position.offset):
@@ -220,7 +220,7 @@ class Mirror:
         self._send(tail, batch, position)
 
     def _locate(self, tail: _Tail) -> Position:
-        """Find or make a file's MLflow run; return where its upload goes on."""
+        """Find or create a file's MLflow run. Return the position where its upload continues."""
         position = Position.of(tail.path)
         if not tail.run_id:
             tail.run_id = self._find(tail.start, position.run_id) or self._create(tail.start)
@@ -230,14 +230,14 @@ class Mirror:
         return position
 
     def _find(self, start: dict[str, Any], known: str = "") -> str:
-        """Return the MLflow run with a run's tag: of several the known one, TRASH if a user deleted
-        it or its experiment, or ""."""
+        """Return the id of the MLflow run with this run's tag, "" if there is none, TRASH if a user
+        deleted it or its experiment. Of several runs, the known one is chosen."""
         from mlflow.entities import ViewType
 
         try:
             experiment = self._experiment(start["experiment"])
         except registry.ExperimentDeleted as error:
-            self._warn(f"{error}; its runs are left out, longreach sync sends them once it is restored")
+            self._warn(f"{error}; its runs are skipped, and longreach sync uploads them once it is restored")
             return TRASH
         query = f"tags.`{registry.RUN_TAG}` = '{start['run']}'"
         found = self.client.search_runs([experiment], query, ViewType.ALL)
@@ -246,7 +246,7 @@ class Mirror:
         if runs and not live:
             return TRASH
         chosen = known if known in live else min(live, default="")
-        for twin in live:  # the answer to a "create run" was lost, and the run was made a second time
+        for twin in live:  # the response to a "create run" was lost, and the run was created a second time
             if twin != chosen and not runs[twin].data.metrics and not runs[twin].data.params:
                 self.client.delete_run(twin)
         return chosen
@@ -259,7 +259,7 @@ class Mirror:
             else:
                 parent_id = self._find({**start, "run": parent})
             if parent_id in ("", TRASH):
-                self._warn(f"the parent {parent} of {start['name']} is neither spooled nor in MLflow: shown un-nested")
+                self._warn(f"the parent {parent} of {start['name']} is neither spooled nor in MLflow: shown without it")
             else:
                 tags["mlflow.parentRunId"] = parent_id
         experiment = self._experiment(start["experiment"])
@@ -272,8 +272,8 @@ class Mirror:
         return self._experiments[name]
 
     def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
-        """Put an event into the batch; send files and datasets at once, since repeating that
-        changes nothing."""
+        """Add an event to the batch. Files, datasets and models are sent at once, since sending them
+        again changes nothing."""
         from mlflow.entities import Metric
 
         match event["event"]:
@@ -290,7 +290,7 @@ class Mirror:
                 batch.tags[event["key"]] = event["value"]
             case "artifact" | "table":
                 self._file(tail, event)
-                _position_path(tail.path).touch()  # a sign of progress for who waits (stop_mirror)
+                _position_path(tail.path).touch()  # shows progress to stop_mirror, which may be waiting
             case "dataset":
                 log_dataset(self.client, tail.run_id, event)
             case "model":
@@ -302,7 +302,7 @@ class Mirror:
                 batch.end = event
 
     def _send(self, tail: _Tail, batch: _Batch, position: Position) -> None:
-        """Send a batch; once all of it is accepted, `position` (behind its last event) is saved."""
+        """Send a batch. Once all of it is accepted, save `position`, which lies behind its last event."""
         from mlflow.entities import Param, RunTag
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
@@ -323,8 +323,8 @@ class Mirror:
         self.batches += 1
 
     def _log(self, tail: _Tail, kind: str, items: list[Any]) -> int:
-        """Send metrics, params or tags; return how many MLflow refused for good (a warning names
-        each)."""
+        """Send metrics, params or tags. Return how many MLflow rejected permanently; a warning names
+        each one."""
         from mlflow.exceptions import MlflowException
 
         limit = METRICS_PER_BATCH if kind == "metrics" else PARAMS_OR_TAGS_PER_BATCH
@@ -341,7 +341,7 @@ class Mirror:
                 tail.run_id = ""
                 raise Pause(f"{tail.start['name']} was deleted in MLflow") from None
             if len(items) == 1:
-                self._warn(f"{tail.start['name']}: MLflow refuses {kind[:-1]} {items[0].key!r}: {error.message}")
+                self._warn(f"{tail.start['name']}: MLflow rejects {kind[:-1]} {items[0].key!r}: {error.message}")
                 return 1
             half = len(items) // 2
             return self._log(tail, kind, items[:half]) + self._log(tail, kind, items[half:])
@@ -350,7 +350,7 @@ class Mirror:
     def _file(self, tail: _Tail, event: dict[str, Any]) -> None:
         path, folder = Path(event["path"]), event["artifact_path"]
         if not os.access(path, os.R_OK):
-            self._warn(f"{tail.start['name']}: {path} cannot be read any more and is not uploaded")
+            self._warn(f"{tail.start['name']}: {path} can no longer be read and is not uploaded")
         elif event["event"] == "table":
             log_table(self.client, tail.run_id, json.loads(path.read_text()), posixpath.join(folder, path.name))
         elif path.is_dir():
@@ -375,8 +375,8 @@ class Mirror:
             registry.register(self.client, event["register"], model, tail.run_id, event["tags"])
 
     def _output(self, tail: _Tail, key: str) -> None:
-        """Link a model of another run to a run, once. Raises LookupError: it may still be on its
-        way."""
+        """Link a model of another run to this run, once. Raises LookupError if the model is not in
+        MLflow yet, but may still be uploaded."""
         from mlflow.entities import LoggedModelOutput
 
         experiment = self._experiment(tail.start["experiment"])
@@ -393,7 +393,7 @@ class Mirror:
             self.client.log_outputs(tail.run_id, [LoggedModelOutput(models[0].model_id, 0)])
 
     def close_runs(self) -> None:
-        """End the runs that never said how they ended: they were killed."""
+        """End the runs that have no end event, since they were killed."""
         for tail in self.tails.values():
             if tail.run_id not in ("", TRASH) and not Position.of(tail.path).ended:
                 self.client.set_terminated(tail.run_id, "KILLED")
@@ -405,8 +405,8 @@ class Mirror:
 
 
 def log_table(client: Any, run_id: str, content: Any, name: str) -> None:
-    """Log rows as MlflowClient.log_table does, which however would append them once more at every
-    replay."""
+    """Log rows as MlflowClient.log_table does, but replace them: log_table would append them again at
+    every replay."""
     rows = content["rows"] if isinstance(content, dict) else content
     columns = list(dict.fromkeys(chain.from_iterable(rows)))
     data = []
@@ -426,7 +426,7 @@ def log_table(client: Any, run_id: str, content: Any, name: str) -> None:
 
 
 def log_dataset(client: Any, run_id: str, event: dict[str, Any]) -> None:
-    """Log an input of a run, as the event names it."""
+    """Log the dataset that an event names as an input of a run."""
     from mlflow.entities import Dataset, DatasetInput
     from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
@@ -437,7 +437,7 @@ def log_dataset(client: Any, run_id: str, event: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _only_us(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; the kernel frees it when its holder dies."""
+    """Hold a folder's lock. The kernel releases it when its holder dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -450,17 +450,18 @@ def _only_us(folder: Path) -> Iterator[None]:
 
 
 def _follow(mirror: Mirror) -> None:
-    """Upload what comes until standard input closes (its other end is the parent's), then what is
-    left."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's stop reaches its children too; the parent's end ends this
+    """Upload new events until standard input closes, which happens when the parent process ends;
+    then upload the rest."""
+    # Stopping a job sends SIGTERM to its children too; this process has to outlive its parent.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pause_s, trouble = POLL_S, ""
     while not _input_closed(pause_s):
         before = mirror.points
         problem = mirror.upload(float("inf"))
         if problem and not trouble:
-            log.warning("%s; events stay in the spool, trying again", problem)
+            log.warning("%s; events stay in the spool, retrying", problem)
         elif trouble and not problem:
-            log.warning("MLflow answers again")
+            log.warning("MLflow responds again")
         pause_s = min(2 * pause_s, BACKOFF_S)
         if not problem or mirror.points != before:
             pause_s = POLL_S
@@ -469,7 +470,7 @@ def _follow(mirror: Mirror) -> None:
     while (problem := mirror.upload(time.monotonic() + DRAIN_S)) and mirror.batches > batches:
         batches = mirror.batches
     if problem:
-        log.warning("%s; events stay in the spool: longreach sync sends them", problem)
+        log.warning("%s; events stay in the spool: longreach sync uploads them", problem)
     else:
         mirror.close_runs()
 
@@ -481,31 +482,31 @@ def _input_closed(wait_s: float) -> bool:
 def _sync_once(mirror: Mirror, timeout_s: float) -> SyncReport:
     deadline_s, pause_s = time.monotonic() + timeout_s, 1.0
     while (problem := mirror.upload(deadline_s, everything=True)) and time.monotonic() + pause_s < deadline_s:
-        mirror._warn(f"{problem}; trying again for up to {timeout_s:.0f} s")
+        mirror._warn(f"{problem}; retrying for up to {timeout_s:.0f} s")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, BACKOFF_S)
     return SyncReport(len(mirror.tails), mirror.points, pending_points(mirror.folder), mirror.skipped, problem)
 
 
 class MirrorProcess(subprocess.Popen[bytes]):
-    """A mirror at work, and the folder that it watches."""
+    """A running mirror, and the folder that it watches."""
 
     spool_dir: Path
 
 
 def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
-    """Start uploading a folder's spool files in the background, at the lowest priority; see
-    `<spool_dir>/mirror.log`.
+    """Start uploading a folder's spool files in the background, at the lowest priority. Messages go
+    to `<spool_dir>/mirror.log`.
 
-    The mirror ends by itself, after uploading what is there, when this process ends, however it
-    ends. Raises ValueError: the URI holds a password.
+    When this process ends, however it ends, the mirror uploads the rest and ends by itself. Raises
+    ValueError if the URI holds a password.
     """
     spool_dir = Path(spool_dir).absolute()
     spool_dir.mkdir(parents=True, exist_ok=True)
     with (spool_dir / "mirror.log").open("ab") as output:
-        # A group of its own: Ctrl-C does not reach it. Not a session: Linux balances sessions
-        # against each other (autogroups), so in one of its own its low priority would count for
-        # nothing.
+        # The mirror gets its own process group, so that Ctrl-C does not reach it. It gets no session
+        # of its own: Linux shares the CPU among sessions (autogroups), so its low priority would have
+        # no effect there.
         process = MirrorProcess(
             _command(spool_dir, uri), env=_environment(), process_group=0,
             stdin=subprocess.PIPE, stdout=output, stderr=output,
@@ -515,9 +516,9 @@ def start_mirror(spool_dir: Path | str, uri: str) -> MirrorProcess:
 
 
 def stop_mirror(process: MirrorProcess, patience_s: float = DRAIN_S, at_most_s: float = math.inf) -> int:
-    """Let a mirror finish, however long that takes; return how many points MLflow misses.
+    """Let a mirror finish. Return the number of points that are still missing from MLflow.
 
-    It is killed once it has uploaded nothing for `patience_s`, or after `at_most_s` in all.
+    The mirror is killed once it has uploaded nothing for `patience_s`, or after `at_most_s` in all.
     """
     assert process.stdin
     process.stdin.close()
@@ -535,14 +536,14 @@ def stop_mirror(process: MirrorProcess, patience_s: float = DRAIN_S, at_most_s: 
 
 
 def _progress(spool_dir: Path) -> dict[Path, int]:
-    """Return when each file's position was written last: what changes as long as a mirror uploads."""
+    """Return the times when the files' positions were last written. They change while a mirror uploads."""
     return {path: path.stat().st_mtime_ns for path in spool_dir.rglob("*.offset")}
 
 
 def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport:
-    """Upload what MLflow misses of all spool files under a folder, trying again until `timeout_s`
-    is over. Raises ValueError: the URI holds a password. RuntimeError: the mirror failed; it said
-    why on stderr."""
+    """Upload everything in a folder's spool files that is missing from MLflow, with retries for up to
+    `timeout_s`. Raises ValueError if the URI holds a password, RuntimeError if the mirror failed; the
+    reason is then on stderr."""
     spool_dir = Path(spool_dir).absolute()
     command = [*_command(spool_dir, uri), "--once", "--timeout-s", str(timeout_s)]
     try:
@@ -563,19 +564,19 @@ def _command(spool_dir: Path, uri: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment without the registry's timeouts, since the mirror has its
-    own."""
+    """Return the mirror's environment: this process's, without the registry's timeouts, since the
+    mirror has its own."""
     return {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
 
 
 TRAINING = "?workflowType=machine_learning"
-"""What MLflow's pages need in their address: else they open as a place for prompts and traces, which
-is empty."""
+"""Part of the address of MLflow's pages. Without it they open in their view of prompts and traces,
+which is empty."""
 
 
 def first_page(database: Path) -> str:
-    """Return the page to begin with, as the end of an address: the models of the experiment that ran
-    last, its runs if there are none, all experiments if nothing ran."""
+    """Return the start page, as the last part of an address: the models of the latest experiment, its
+    runs if it has no models, or the list of experiments if nothing has run."""
     newest = "SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
     with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
         found = connection.execute(newest).fetchone()
@@ -587,8 +588,8 @@ def first_page(database: Path) -> str:
 
 
 def check_port(port: int) -> None:
-    """Raise ValueError if a server cannot have a port of this machine: MLflow itself ends as if
-    all were well."""
+    """Raise ValueError if a server cannot listen on a port of this machine. MLflow itself would exit
+    as if nothing had failed."""
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
@@ -596,12 +597,12 @@ def check_port(port: int) -> None:
 
 
 def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
-    """Return the command that shows the embedded store in a browser of this machine: MLflow asks
-    for no password."""
+    """Return the command that shows the embedded store in a browser on this machine. It listens on
+    127.0.0.1 only, since MLflow asks for no password."""
     artifacts = Path(workdir).absolute() / registry.ARTIFACTS
     return [
         *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes
-        "PYTHONSAFEPATH=1",  # the server's own processes too: a user's `evaluation.py` is none of MLflow's modules
+        "PYTHONSAFEPATH=1",  # keeps MLflow's processes from importing a user's `evaluation.py` as their own module
         *(sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", default_uri(workdir)),
         *("--artifacts-destination", artifacts.as_uri()),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
@@ -611,9 +612,9 @@ def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m longreach.infra.mirror", description=__doc__.partition("\n\n")[0])
     parser.add_argument("spool_dir", type=Path, help="a run's folder of spool files, or a folder of such folders")
-    parser.add_argument("--uri", required=True, help="where MLflow is: http://..., or sqlite:////absolute/path")
-    parser.add_argument("--once", action="store_true", help="upload what is there, print a report as JSON, and end")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="how long --once tries")
+    parser.add_argument("--uri", required=True, help="URI of MLflow: http://..., or sqlite:////absolute/path")
+    parser.add_argument("--once", action="store_true", help="upload what is there, print a report as JSON, and exit")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="seconds for which --once retries")
     options = parser.parse_args()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

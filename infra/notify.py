@@ -1,9 +1,9 @@
-"""Tell people how a run ended: one JSON POST to a webhook (Slack reads its `text`, programs the
-rest; docs/gate.md says how ntfy does).
+"""Report how a run ended, with one JSON POST to a webhook. Slack reads its `text`, programs the other
+fields; docs/gate.md describes ntfy.
 
-The address is often a secret, so it is taken from the command line or LONGREACH_NOTIFY_URL, and of
-it only the host is ever shown; a bearer token comes from LONGREACH_NOTIFY_TOKEN alone. A webhook
-that fails, or does not come to an end, changes no exit code.
+The URL is often a secret, so it comes from the command line or LONGREACH_NOTIFY_URL, and only its
+host is ever shown. A bearer token comes from LONGREACH_NOTIFY_TOKEN only. A webhook that fails or
+hangs does not change the run's exit code.
 
     LONGREACH_NOTIFY_URL=https://hooks.example.org/T0/B0/secret longreach run retrain
 """
@@ -24,26 +24,26 @@ MARKS: dict[Ending, str] = {
     "stopped": "stopped",
 }
 LONGEST_TEXT = 2000
-"""Characters; ntfy takes 4,096 bytes of a message, Slack more."""
+"""In characters; ntfy accepts messages of up to 4,096 bytes, Slack longer ones."""
 
 
 def check_url(url: str) -> None:
-    """Raise ValueError, which does not repeat the address, unless it is an http(s) one."""
+    """Raise ValueError unless the URL is an http(s) one. The message does not contain the URL."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"--notify and {URL} want an http:// or https:// address, got one of scheme {parts.scheme!r}")
+        raise ValueError(f"--notify and {URL} need an http:// or https:// URL, but the scheme is {parts.scheme!r}")
 
 
 def notify(url: str, ending: Ending, recipe: str, facts: Mapping[str, Any], timeout_s: float = 10.0) -> str:
-    """POST {"text", "recipe", "status", ...facts}; return "", or why it did not arrive, without the
-    address. It returns after `timeout_s`, whatever the receiver does."""
+    """POST {"text", "recipe", "status", ...facts}. Return "" or the reason for a failure, without the
+    URL. Returns after `timeout_s` at the latest, whatever the receiver does."""
     body = {"text": text_of(ending, recipe, facts), "recipe": recipe, "status": ending, **facts}
     outcome = [f"did not answer within {timeout_s:g} s"]
 
     def post() -> None:
         outcome[0] = _post(url, body, timeout_s)
 
-    # a thread, since a limit of requests' is one between two bytes: a receiver that trickles has none
+    # A thread, since the timeout of requests is between two bytes: a receiver that trickles never hits it.
     thread = threading.Thread(target=post, daemon=True)
     thread.start()
     thread.join(timeout_s)
@@ -52,9 +52,9 @@ def notify(url: str, ending: Ending, recipe: str, facts: Mapping[str, Any], time
 
 
 def text_of(ending: Ending, recipe: str, facts: Mapping[str, Any]) -> str:
-    """Return the sentence for people: how it ended, why, and what the report says."""
+    """Return the message for people: how the run ended, why, and the report's headline."""
     reasons = list(facts.get("refusals") or ())
-    for stage, why in (facts.get("failed") or {}).items():  # the first one failed, others for want of it
+    for stage, why in (facts.get("failed") or {}).items():  # the first one failed, the others depend on it
         reason = f"{stage}: {why}"
         if more := len(facts["failed"]) - 1:
             reason += f" (and {more} more stages)"
@@ -71,13 +71,13 @@ def text_of(ending: Ending, recipe: str, facts: Mapping[str, Any]) -> str:
 
 
 def _post(url: str, body: Mapping[str, Any], timeout_s: float) -> str:
-    """Return "", or what became of the request in the end of a sentence."""
+    """Return "" or, for the end of a sentence, what happened to the request."""
     import requests
 
     token = os.environ.get(TOKEN)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        # stream: what a receiver has to say beyond its status is not read
+        # stream: the body of the response is not read
         with requests.post(url, json=body, headers=headers, timeout=timeout_s, stream=True) as answer:
             return "" if answer.ok else f"answered HTTP {answer.status_code}"
     except Exception as error:  # noqa: BLE001 (a webhook never changes how a run ends)

@@ -1,4 +1,4 @@
-"""Call a function again and again, in a thread, while something else goes on.
+"""Call a function repeatedly in a thread while a block runs.
 
 with polling(show_progress, every_s=0.5, name="tail"): ...
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def polling(look: Callable[[], object], *, every_s: float, name: str, for_s: float = math.inf) -> Iterator[None]:
-    """Call `look` every `every_s` seconds, for at most `for_s` in all; on leaving, wait for a call
-    to end."""
+    """Call `look` every `every_s` seconds while the block runs, for at most `for_s` in all. At the
+    end, wait for a call in progress."""
     over = threading.Event()
     until = time.monotonic() + for_s
 

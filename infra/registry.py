@@ -1,9 +1,9 @@
-"""MLflow's registry: models as it lists and ranks them, versions by name, and the alias `champion`
-that the gate moves.
+"""MLflow's model registry: logged models, versions of registered models, and the alias `champion`,
+which the gate moves.
 
-Everything here may be repeated: a model is found again by its tag `longreach.model`, a version by
-its fingerprint. Others may move an alias at any time, so a move names the version that it expects
-behind the alias, and is refused if another one took its place. MLFLOW_TRACKING_URI names the
+Every operation here may be repeated: a model is found again by its tag `longreach.model`, a version
+by its model. Another process may move an alias at any time, so a move names the version that it
+expects behind the alias, and fails if the alias names another one. MLFLOW_TRACKING_URI names the
 server.
 
     python -c "from longreach.infra.registry import champion; print(champion('quickstart-longlora'))"
@@ -30,26 +30,26 @@ from longreach.infra.lease import holder_name
 
 RUN_TAG = "longreach.run"
 ARTIFACTS = "mlartifacts"
-"""The folder of an embedded store's files, beside its database."""
+"""The folder with an embedded store's files, beside its database."""
 CHAMPION, PREVIOUS = "champion", "previous"
 MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
 BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longreach.rolled_back"
-"""Tags of a version: its model, its release, what that was made from (a model's source, a digest of
-texts), and whether people took it back."""
+"""Tags of a version: its model, its release, what the release was made from (the base model's source,
+a digest of the documents), and whether a user rolled it back."""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""MLflow's settings for this process, unless the user's own say otherwise; the mirror has its
+"""MLflow settings for this process; the user's own environment takes precedence. The mirror has its
 own."""
 CLAIM = "longreach.promoting"
-"""Tag of a version whose promoter moves the aliases now, or is about to."""
+"""Tag of a version whose promoter is moving the aliases, or is about to."""
 CLAIM_S = 400.0
-"""How long a claim that does not change is respected. A promoter needs three requests, each of them
-tried twice for 60 s (PATIENCE); one that was killed leaves its claim behind."""
+"""Seconds for which a claim that does not change is respected. A promoter needs three requests, each
+with two tries of 60 s (PATIENCE). A promoter that was killed leaves its claim behind."""
 LOOK_AGAIN_S = 1.0
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
 class RegistryAway(ValueError):
-    """The model registry cannot be asked now."""
+    """The model registry is unreachable."""
 
 
 class ExperimentDeleted(ValueError):
@@ -57,17 +57,16 @@ class ExperimentDeleted(ValueError):
 
 
 class AliasMoved(RuntimeError):
-    """Another model became champion while this one was measured against the former."""
+    """Another model became champion while this one was measured against the former champion."""
 
 
 def connect() -> Any:
-    """Return an MlflowClient that gives up after a minute or two; MLflow's own default is many
-    minutes."""
+    """Return an MlflowClient that gives up after a minute or two. MLflow's default is many minutes."""
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it prints a line for each table that it creates
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it prints a line for each table that it creates
     client = MlflowClient()
     prepare_embedded(client.tracking_uri)
     return client
@@ -79,15 +78,15 @@ LOCATIONS = {
     "logged_models": ("artifact_location",),
     "model_versions": ("storage_location", "source"),
 }
-"""Columns of MLflow's database that hold absolute places of files, by table."""
+"""Columns of MLflow's database that hold absolute file locations, by table."""
 
 
 def prepare_embedded(uri: str) -> None:
-    """Make an embedded store if there is none, and mend its places if it was moved or copied; a
-    server needs neither.
+    """Create an embedded store if there is none, and update its file locations if it was moved or
+    copied. Does nothing for a server.
 
-    MLflow writes down where files are from the root of the disk on. After `mv` a champion would not
-    be found, and new files would go to the folder's old place.
+    MLflow records absolute locations. Without the update, after `mv` a champion would not be found,
+    and new files would go to the old folder.
     """
     database = sqlite_path(uri)
     if database is None:
@@ -99,21 +98,21 @@ def prepare_embedded(uri: str) -> None:
     now = (database.parent / ARTIFACTS).as_uri()
     with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not tables.issuperset(LOCATIONS):  # of an older MLflow, or not made yet
+        if not tables.issuperset(LOCATIONS):  # written by an older MLflow, or not complete yet
             return
         homes = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
         for (home,) in homes:
-            ours = home.startswith("file:///") and home.endswith(f"/{ARTIFACTS}")  # else of the user's own choice
+            ours = home.startswith("file:///") and home.endswith(f"/{ARTIFACTS}")  # otherwise the user chose it
             if ours and home != now:
                 _move_places(connection, home, now)
-                print(f"{database.parent} was moved: {home} is {now} in MLflow's records now", file=sys.stderr)
+                print(f"{database.parent} was moved: {home} is now {now} in MLflow's records", file=sys.stderr)
 
 
 def _create(database: Path) -> None:
-    """Make an empty MLflow database once, however many processes ask for it at the same time.
+    """Create an empty MLflow database once, however many processes ask for it at the same time.
 
-    MLflow itself makes it table by table: of two that do so at once, or one that is killed, remains
-    what no later start can use. So it gets its name when it is whole.
+    MLflow itself creates it table by table: if two processes do so at once, or one is killed, they
+    leave a database that no later start can use. So it gets its name only when it is complete.
     """
     from mlflow import MlflowClient
 
@@ -122,13 +121,13 @@ def _create(database: Path) -> None:
         if database.exists():
             return
         draft = database.with_name(f"{database.name}.draft")
-        draft.unlink(missing_ok=True)  # somebody's who was killed
+        draft.unlink(missing_ok=True)  # left behind by a process that was killed
         MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
         draft.rename(database)
 
 
 def _move_places(connection: sqlite3.Connection, before: str, now: str) -> None:
-    """Replace the beginning `before` of all places of files in MLflow's database."""
+    """Replace the prefix `before` of all file locations in MLflow's database by `now`."""
     size = len(before)
     for table, columns in LOCATIONS.items():
         for column in columns:
@@ -140,58 +139,59 @@ def _move_places(connection: sqlite3.Connection, before: str, now: str) -> None:
 
 
 def default_uri(workdir: Path | str) -> str:
-    """Return the URI of the embedded store: `{workdir}/mlflow.db`, with `mlartifacts` beside it; no
-    server. ValueError: the folder's name means something else in a URI."""
+    """Return the URI of the embedded store, which needs no server: `{workdir}/mlflow.db`, with
+    `mlartifacts` beside it. Raises ValueError if the folder's name has another meaning in a URI."""
     folder = str(Path(workdir).absolute())
     if "?" in folder or unquote(folder) != folder:
         raise ValueError(
-            f"MLflow would look for its database elsewhere than in {folder}, since ? and %20 mean something else in "
-            f"its address: give the folder another name, or set store.workdir or tracking.uri"
+            f"MLflow would look for its database elsewhere than in {folder}, since ? and codes such as %20 have "
+            f"another meaning in a URI: rename the folder, or set store.workdir or tracking.uri"
         )
     return f"sqlite:///{folder}/mlflow.db"
 
 
 def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
-    """Return the URI of MLflow: the recipe's, the environment's or the embedded one. ValueError: a
-    password."""
+    """Return the URI of MLflow: the recipe's, else the environment's, else the embedded store's.
+    Raises ValueError if it holds a password."""
     return check_tracking_uri(chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir))
 
 
 def check_tracking_uri(uri: str) -> str:
-    """Return the URI; ValueError if it holds a password."""
+    """Return the URI. Raises ValueError if it holds a password."""
     return refuse_password(
         uri,
-        "the tracking URI holds a password, which other users can read in the list of processes: put it into "
-        "MLFLOW_TRACKING_PASSWORD, the user into MLFLOW_TRACKING_USERNAME (PGPASSWORD, PGUSER for PostgreSQL)",
+        "the tracking URI holds a password, which other users can read in the list of processes: set "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead (PGUSER and PGPASSWORD for PostgreSQL)",
     )
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Return the database file of an embedded store, None for a server."""
+    """Return the database file of an embedded store, or None for a server."""
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """Return an experiment's id; it is made if it is missing. Raises ExperimentDeleted."""
+    """Return an experiment's id; the experiment is created if it is missing. Raises
+    ExperimentDeleted if it was deleted."""
     if experiment := client.get_experiment_by_name(name):
         if experiment.lifecycle_stage == "deleted":
             raise ExperimentDeleted(f"experiment {name!r} is deleted: restore it in MLflow, or choose another name")
         return experiment.experiment_id
     database = sqlite_path(client.tracking_uri)
     artifacts = (database.parent / ARTIFACTS).as_uri() if database else None
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # else its page shows prompts and traces
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise its page shows prompts and traces
     return client.create_experiment(name, artifacts, tags=kind)
 
 
 def run_of(client: Any, experiment_id: str, run: str) -> str | None:
-    """Return MLflow's id of a spooled run; None if it is not uploaded yet."""
+    """Return MLflow's id of a spooled run, or None if it is not uploaded yet."""
     runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run}'")
     return runs[0].info.run_id if runs else None
 
 
 def check_login(uri: str, timeout_s: float = 5.0) -> str:
-    """Return why a tracking server cannot be asked, "" if it can. Raises ValueError: it refuses the
-    login."""
+    """Return why a tracking server cannot be used now, or "" if it can. Raises ValueError if it
+    rejects the credentials."""
     if not uri.startswith(("http://", "https://")):
         return ""
     import requests
@@ -206,18 +206,18 @@ def check_login(uri: str, timeout_s: float = 5.0) -> str:
     try:
         answer = requests.post(asked, json={"max_results": 1}, auth=login, headers=headers, timeout=timeout_s)
     except requests.RequestException as error:
-        return f"{uri} does not answer ({type(error).__name__})"
+        return f"{uri} does not respond ({type(error).__name__})"
     if answer.status_code in (401, 403):
         raise ValueError(
-            f"MLflow at {uri} refuses {given} (HTTP {answer.status_code}): set MLFLOW_TRACKING_USERNAME and "
-            f"MLFLOW_TRACKING_PASSWORD, or leave tracking.enabled false and send the metrics later with longreach sync"
+            f"MLflow at {uri} rejects {given} (HTTP {answer.status_code}): set MLFLOW_TRACKING_USERNAME and "
+            f"MLFLOW_TRACKING_PASSWORD, or set tracking.enabled=false and upload the metrics later with longreach sync"
         )
-    return "" if answer.ok else f"{uri} answers HTTP {answer.status_code}"
+    return "" if answer.ok else f"{uri} responds with HTTP {answer.status_code}"
 
 
 def version_of(name: str) -> Any:
-    """Return the version `name@alias` or `name/3`; ValueError if there is none, RegistryAway if MLflow
-    cannot be asked."""
+    """Return the version that `name@alias` or `name/3` names. Raises ValueError if there is none,
+    RegistryAway if MLflow is unreachable."""
     model, _, alias = name.partition("@")
     client = connect()
     with _answers(client, f"models:/{name}"):
@@ -228,8 +228,8 @@ def version_of(name: str) -> Any:
 
 @contextlib.contextmanager
 def _answers(client: Any, asked: str) -> Iterator[None]:
-    """Raise an MlflowException as RegistryAway without a connection or after a fault of the server's
-    own (5xx), else, such as after a refused login, as ValueError; `asked` says what was asked for."""
+    """Turn an MlflowException into RegistryAway if there is no connection or the server failed (5xx),
+    else into ValueError, for example after a rejected login. `asked` says what was asked for."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -240,17 +240,17 @@ def _answers(client: Any, asked: str) -> Iterator[None]:
 
 
 def champion(name: str) -> Any | None:
-    """Return the champion's version, None if there is none; RegistryAway if the registry cannot be
-    asked, ValueError if it refuses to answer."""
+    """Return the champion's version, or None if there is none. Raises RegistryAway if the registry is
+    unreachable, ValueError if it rejects the request."""
     return aliased(connect(), name, CHAMPION)
 
 
 def aliased(client: Any, name: str, alias: str) -> Any | None:
-    """Return the version behind an alias, None if there is none; RegistryAway if the registry
-    cannot be asked, ValueError if it refuses to answer."""
+    """Return the version behind an alias, or None if there is none. Raises RegistryAway if the
+    registry is unreachable, ValueError if it rejects the request."""
     from mlflow.exceptions import MlflowException
 
-    with _answers(client, f"who is {alias} of {name!r} cannot be asked"):
+    with _answers(client, f"cannot look up the alias {alias} of {name!r}"):
         try:
             return client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
@@ -262,7 +262,7 @@ def aliased(client: Any, name: str, alias: str) -> Any | None:
 def log_model(
     client: Any, experiment_id: str, run_id: str | None, name: str, tags: Mapping[str, str], folder: Path | None = None
 ) -> Any:
-    """Return the LoggedModel with this MODEL tag; if it is missing it is made, with the files of
+    """Return the LoggedModel with this MODEL tag. If it is missing, it is created with the files of
     `folder`."""
 
     def find() -> Any | None:
@@ -279,10 +279,12 @@ def log_model(
 
 
 def _made_once(find: Callable[[], Any | None], make: Callable[[], Any]) -> Any:
-    """Return what `find` finds, or else what `make` makes; only once, though an answer may be lost.
+    """Return what `find` finds, else what `make` creates. It is created only once, even if a response
+    is lost.
 
-    MLflow's client repeats a request that was not answered. The server may have carried it out, and
-    then makes a second one: so each try is a single request, and before the next one comes a look.
+    MLflow's client repeats a request that got no response. If the server did carry it out, the
+    repetition creates a second object. So each try is a single request, and `find` is called again
+    before the next try.
     """
     from mlflow.exceptions import MlflowException
 
@@ -302,7 +304,7 @@ def _made_once(find: Callable[[], Any | None], make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _single_requests() -> Iterator[None]:
-    """Let MLflow's client repeat no request, whatever the user's own setting."""
+    """Keep MLflow's client from repeating requests, whatever the user's setting."""
     repetitions = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(repetitions)
     os.environ[repetitions] = "0"
@@ -315,8 +317,8 @@ def _single_requests() -> Iterator[None]:
 
 
 def _upload(client: Any, model: Any, folder: Path) -> None:
-    """Upload a model's files; where MLflow's artifacts are local files, link the published ones: no
-    second copy."""
+    """Upload a model's files. If MLflow's artifacts are local files, hard-link the published files
+    instead of copying them."""
     place = urlsplit(model.artifact_location)
     if place.scheme not in ("", "file"):
         client.log_model_artifacts(model.model_id, str(folder))
@@ -325,7 +327,7 @@ def _upload(client: Any, model: Any, folder: Path) -> None:
 
 
 def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mapping[str, str], about: str = "") -> Any:
-    """Return the version of `name` that a LoggedModel is; it is made if it is missing."""
+    """Return the version of `name` that refers to a LoggedModel; it is created if it is missing."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -344,22 +346,22 @@ def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mappi
         return client.create_model_version(name, source, run_id, dict(tags), description=about, model_id=model.model_id)
 
     made = _made_once(find, make)
-    # A server writes this itself; without one, the list of models would not say which are
-    # registered.
+    # A server writes this tag itself. In an embedded store, without it, the list of models would not
+    # show which are registered.
     named = {"mlflow.modelVersions": json.dumps([{"name": name, "version": str(made.version)}])}
     client.set_logged_model_tags(model.model_id, named)
     return made
 
 
 def aliased_fingerprints() -> set[str]:
-    """Return the fingerprints of the releases that any alias of any model names; RegistryAway: MLflow
-    cannot be asked; ValueError: it refuses to answer."""
+    """Return the fingerprints of the releases that any alias of any model names. Raises RegistryAway
+    if MLflow is unreachable, ValueError if it rejects the request."""
     database = sqlite_path(os.environ["MLFLOW_TRACKING_URI"])
-    if database and not database.exists():  # to ask would create it
+    if database and not database.exists():  # a request would create it
         return set()
     client, fingerprints = connect(), set()
     token: str | None = None
-    with _answers(client, "which models have aliases cannot be asked (MLFLOW_TRACKING_URI may name another MLflow)"):
+    with _answers(client, "cannot list the models with aliases (MLFLOW_TRACKING_URI may name another MLflow)"):
         while token != "":
             models = client.search_registered_models(page_token=token)
             for model in models:
@@ -370,16 +372,19 @@ def aliased_fingerprints() -> set[str]:
 
 
 def move(client: Any, name: str, version: str, expected: str | None) -> None:
-    """Make a version champion; the one that was becomes `previous`. `expected`: the version that is
-    champion, None if there is none. Raises AliasMoved: it is another one; nothing was changed."""
+    """Make a version the champion; the former champion becomes `previous`.
+
+    `expected`: the version that is champion now, or None if there is none. Raises AliasMoved if
+    another version is champion; nothing is changed then.
+    """
     with _alone(client, name, version):
         now = aliased(client, name, CHAMPION)
         if now and str(now.version) == version:  # a repeated move
             return
         if (now and str(now.version)) != expected:
             raise AliasMoved(
-                f"champion of {name} is version {now and now.version}, the challenger was measured against version "
-                f"{expected}: run again, to measure it against the new one"
+                f"the champion of {name} is version {now and now.version}, but the challenger was measured against "
+                f"version {expected}: run again to measure it against the new champion"
             )
         if now:
             client.set_registered_model_alias(name, PREVIOUS, now.version)
@@ -388,11 +393,12 @@ def move(client: Any, name: str, version: str, expected: str | None) -> None:
 
 @contextlib.contextmanager
 def _alone(client: Any, name: str, version: str) -> Iterator[None]:
-    """Let one process at a time look at a model's aliases and move them.
+    """Let one process at a time read a model's aliases and move them.
 
-    A registry cannot compare and set, only set. This is the one-bit algorithm of Burns and Lamport
-    (1993), which needs no more; a version's bit is its tag CLAIM, and lower versions go first. A
-    claim is written anew while its promoter waits, so one that stands still is a dead promoter's.
+    A registry cannot compare and set, only set. So this is the one-bit mutual exclusion algorithm of
+    Burns and Lamport (1993), which needs only that. A version's bit is its tag CLAIM, and lower
+    versions go first. A promoter that waits keeps rewriting its claim, so a claim that does not
+    change belongs to a dead promoter.
     """
     claims = _Claims(client, name, int(version))
     try:
@@ -417,7 +423,7 @@ class _Claims:
         self.client, self.name, self.own = client, name, own
         self.written = 0
         self.seen: dict[int, tuple[str, float]] = {}
-        """Version of another promoter -> its claim, and when it was seen first."""
+        """Version of another promoter -> its claim, and when this claim was first seen."""
 
     def claim(self) -> None:
         self.written += 1
@@ -427,7 +433,7 @@ class _Claims:
         self.client.delete_model_version_tag(self.name, str(self.own), CLAIM)
 
     def of_others(self, wanted: Callable[[int], bool]) -> list[int]:
-        """Return the wanted versions whose promoters claim and live; claims of dead ones are
+        """Return the wanted versions that a live promoter claims. Claims of dead promoters are
         removed."""
         found = []
         for version in self.client.search_model_versions(f"name = '{self.name}'"):
@@ -444,7 +450,7 @@ class _Claims:
 
 
 def rolled_back(name: str, fingerprint: str) -> str | None:
-    """Return the version of a release if people took it back, else None."""
+    """Return the version of a release if a user rolled it back, else None."""
     for version in connect().search_model_versions(f"name = '{name}'"):
         if version.tags.get(FINGERPRINT) == fingerprint and version.tags.get(ROLLED_BACK):
             return str(version.version)
@@ -452,22 +458,23 @@ def rolled_back(name: str, fingerprint: str) -> str | None:
 
 
 def rollback(name: str) -> tuple[str, str]:
-    """Swap champion and `previous`; return both versions, the former first. Raises ValueError: one
-    is missing, or MLflow refuses; RegistryAway: it went away on the way."""
+    """Swap `champion` and `previous`. Return both versions, the former champion first. Raises
+    ValueError if one is missing or MLflow rejects a request, RegistryAway if MLflow becomes
+    unreachable."""
     client = connect()
     champion = aliased(client, name, CHAMPION)
     if champion is None:
-        raise ValueError(f"{name!r} has no champion in MLflow at {client.tracking_uri}: nothing to go back to")
+        raise ValueError(f"{name!r} has no champion in MLflow at {client.tracking_uri}: nothing to roll back")
     with _answers(client, f"rollback of {name!r}"), _alone(client, name, str(champion.version)):
         now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
         if not now or now.version != champion.version:
-            raise ValueError(f"champion of {name!r} was moved at this very moment: nothing was changed, look at it")
+            raise ValueError(f"the champion of {name!r} was moved by another process: nothing was changed, check it")
         if not before or now.version == before.version:
             raise ValueError(
-                f"{name!r} has no previous champion in MLflow at {client.tracking_uri}: nothing to go back to"
+                f"{name!r} has no previous champion in MLflow at {client.tracking_uri}: nothing to roll back to"
             )
         client.set_model_version_tag(name, now.version, ROLLED_BACK, "true")
         client.delete_model_version_tag(name, before.version, ROLLED_BACK)
         client.set_registered_model_alias(name, CHAMPION, before.version)
         client.set_registered_model_alias(name, PREVIOUS, now.version)
-    return str(now.version), str(before.version)  # the embedded store gives numbers
+    return str(now.version), str(before.version)  # the embedded store returns numbers

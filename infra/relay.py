@@ -1,12 +1,12 @@
-"""Forwards events from workers on other nodes to the driver's spool files, through a Ray actor on
-the driver's node.
+"""Forward events from workers on other nodes to the driver's spool files, through a Ray actor on the
+driver's node.
 
-The mirror, the progress display and the stop file live on the driver's disk. So a stage (or rank 0
-of its training) on another node sends its lines to that actor, in order and without waiting; the
-answer says whether training shall stop. Events that name files or models are held back until the
-driver has fetched the published artifact (`RemoteSpool.held`).
+The mirror, the progress display and the stop file use the driver's disk. So a stage (or rank 0 of its
+training) on another node sends its lines to that actor, in order and without waiting. The response
+says whether training should stop. Events that name files or models are held back until the driver has
+fetched the published artifact (`RemoteSpool.held`).
 
-    LONGREACH_DRIVER=<node id>:<actor> names the actor; without it, or on that node, spools are
+    LONGREACH_DRIVER=<node id>:<actor> names the actor. Without it, or on that node, spools are
     plain files.
 """
 
@@ -29,8 +29,8 @@ class Collector:
         self.files: dict[str, Spool] = {}
 
     def take(self, name: str, start: dict[str, Any] | None, line: bytes) -> bool:
-        """Append a line to the file `name`, or make the file; return whether training was asked to
-        stop."""
+        """Append a line to the file `name`, which is created if it is missing. Return whether training
+        was asked to stop."""
         if name not in self.files:
             path = self.folder / name
             self.files[name] = Spool.open(path, **start) if start else Spool(path)
@@ -40,7 +40,8 @@ class Collector:
 
 
 def start_collector(ray: Any, folder: Path) -> tuple[Any, str]:
-    """Start the actor here; return it (it lives while referenced) and LONGREACH_DRIVER's value."""
+    """Start the actor on this node. Return it (it lives while referenced) and the value for
+    LONGREACH_DRIVER."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node, name = ray.get_runtime_context().get_node_id(), f"spools-{folder.name}"
@@ -50,8 +51,8 @@ def start_collector(ray: Any, folder: Path) -> tuple[Any, str]:
 
 
 def spool(path: Path | str, **start: Any) -> Spool:
-    """Return the spool at a path of the driver's node; with `start` (what Spool.open takes) it is
-    made if missing."""
+    """Return the spool at a path on the driver's node. With `start` (the arguments of Spool.open), it
+    is created if it is missing."""
     node, _, name = os.environ.get(DRIVER, "").partition(":")
     if node:
         import ray
@@ -62,14 +63,14 @@ def spool(path: Path | str, **start: Any) -> Spool:
 
 
 def stop_asked(spool: Spool) -> bool:
-    """Whether the driver answered from another node that training shall stop; on its own node the
-    stop file says so."""
+    """Return whether the driver on another node has asked training to stop. (On its own node, the stop
+    file does that.)"""
     return isinstance(spool, RemoteSpool) and spool.stop_asked
 
 
 def release(held: list[dict[str, Any]], spool: Spool, attempt: str, published: Path) -> None:
-    """Write events that were held back, with the published files' paths instead of those in the
-    attempt's folder."""
+    """Write events that were held back, with the paths of the published files instead of those in
+    the attempt's folder."""
     for event in held:
         path = event["path"]
         if path.startswith(attempt):
@@ -78,14 +79,14 @@ def release(held: list[dict[str, Any]], spool: Spool, attempt: str, published: P
 
 
 class RemoteSpool(Spool):
-    """A spool whose file is on the driver's node while its writer is on another."""
+    """A spool whose file is on the driver's node and whose writer is on another node."""
 
     def __init__(self, path: Path | str, collector: Any, start: dict[str, Any] | None = None) -> None:
         self.path, self._collector = Path(path).absolute(), collector
         self.held: list[dict[str, Any]] = []
-        """Events that name files of this node: for the driver, once it has the published ones."""
+        """Events that name files on this node. The driver writes them once it has the published files."""
         self.stop_asked = False
-        """Whether the driver's last answer said that the stop file is there."""
+        """Whether the driver's last response said that the stop file exists."""
         self._answer = collector.take.remote(self.path.name, start, b"")
 
     def _write(self, event: str, **fields: Any) -> None:
@@ -99,7 +100,7 @@ class RemoteSpool(Spool):
         self._answer = self._collector.take.remote(self.path.name, None, encode(event, fields))
 
     def end(self, status: RunStatus | str) -> None:
-        """Say how the run ended, and wait until all of its lines have arrived."""
+        """Record how the run ended, and wait until all of its lines have arrived."""
         super().end(status)
         import ray
 

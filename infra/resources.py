@@ -1,6 +1,7 @@
-"""Resources: where and how fast a stage runs. Nothing here may change a result beyond rounding, so
-nothing here is part of a fingerprint: the same recipe on another machine finds the artifacts that
-it already has.
+"""Resources: where and how fast a stage runs.
+
+Nothing here may change a result beyond rounding, so nothing here is part of a fingerprint: with the
+same recipe, another machine finds the artifacts that are already published.
 """
 
 from typing import Literal
@@ -10,14 +11,15 @@ from pydantic import Field, model_validator
 from longreach.infra.choices import Choices
 
 STAGE_RETRIES = 2
-"""How often Ray runs a stage again whose worker process died.
+"""How often Ray retries a stage whose worker process died.
 
-It is the last of three budgets, which multiply. (1) Ray Train restarts all ranks after one died, up
-to `max_failures` times in one `fit()`. (2) `run_ranks` calls `fit()` again, up to `max_failures`
-times, where Ray Train gave up because a rank died while it was being started. (3) Ray runs the
-whole stage again, as a new attempt, STAGE_RETRIES times. So the ranks of a stage are started at
-most (max_failures + 1) ** 2 * (STAGE_RETRIES + 1) times: 27 by default. Each start resumes from the
-newest checkpoint, and an error that it would only meet again ends them all (infra/launch.py).
+This is the last of three retry budgets, which multiply. (1) Ray Train restarts all ranks after one
+has died, up to `max_failures` times in one `fit()`. (2) `run_ranks` calls `fit()` again, up to
+`max_failures` times, if Ray Train gave up because a rank died while it was being started. (3) Ray
+runs the whole stage again, as a new attempt, up to STAGE_RETRIES times. So the ranks of a stage are
+started at most (max_failures + 1) ** 2 * (STAGE_RETRIES + 1) times, 27 by default. Each start resumes
+from the newest checkpoint. An error that a retry would only repeat ends the run at once
+(infra/launch.py).
 """
 
 
@@ -25,51 +27,50 @@ class Resources(Choices):
     """What training ranks and evaluation tasks may use."""
 
     workers: int = Field(default=2, ge=1)
-    """Training ranks (Ray Train workers); each is one DeepSpeed rank."""
+    """Number of training ranks (Ray Train workers); each is one DeepSpeed rank."""
     cpus_per_worker: int = Field(default=1, ge=1)
-    """CPU cores of one rank, and its number of torch threads."""
+    """CPU cores and torch threads per rank."""
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    """1: NCCL and CUDA, one GPU a rank; 0: gloo and CPU."""
+    """1: NCCL and CUDA, with one GPU per rank; 0: gloo and CPU."""
     micro_batch_rows: int = Field(default=1, ge=1)
-    """Rows in one forward pass of one rank; the rest of the global batch is gradient
-    accumulation."""
+    """Rows per forward pass of one rank; gradient accumulation makes up the global batch."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage: what is sharded over the ranks."""
+    """DeepSpeed ZeRO stage, which sets what is sharded over the ranks."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's state lives: with the rank's device, in host memory, or on a disk
+    """Where the optimizer state is kept: on the rank's device, in host memory, or on a disk
     (zero_stage 3, and DeepSpeed's async_io, which needs libaio's headers and a compiler)."""
     offload_parameters: bool = False
-    """The weights live in host memory too (with offload nvme: on the disk), and come to the device
+    """Keep the weights in host memory too (with offload nvme: on the disk), and move them to the device
     layer by layer (zero_stage 3)."""
     nvme_path: str | None = None
-    """Folder on a fast local disk, the same on every node; required by offload nvme."""
+    """Folder on a fast local disk, with the same path on every node; required by offload nvme."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Neighbouring ranks that share each row, for rows too long for one (DeepSpeed-Ulysses): it
-    divides workers, pack.seq_len and the model's attention heads."""
+    """Number of neighbouring ranks that share each row, for rows too long for one rank
+    (DeepSpeed-Ulysses). It must divide workers, pack.seq_len and the model's attention heads."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of training. On CPUs without AMX, float32 is the faster one."""
+    """Compute type of training. On CPUs without AMX, float32 is faster."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Precision of matrix products of float32 numbers, in torch's words: `high` lets a GPU take
-    TensorFloat-32; `medium` lets a CPU round both factors to bfloat16 and sum in float32. Where it
-    has AMX (`amx_bf16` in /proc/cpuinfo), that is faster for full fine-tuning and hardly for
-    LongLoRA (RESULTS.md)."""
+    """Precision of float32 matrix products, in torch's terms: `high` lets a GPU use TensorFloat-32;
+    `medium` lets a CPU round both factors to bfloat16 and sum in float32. On a CPU with AMX
+    (`amx_bf16` in /proc/cpuinfo), `medium` is faster for full fine-tuning, but hardly for LongLoRA
+    (RESULTS.md)."""
     activation_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more
-    time."""
+    """Recompute each layer's activations in the backward pass, which saves memory and takes about a
+    third more time."""
     eval_cpus: int = Field(default=1, ge=1)
-    """CPU cores (torch threads) of one evaluation task; tasks run side by side while cores last."""
+    """CPU cores (torch threads) per evaluation task. As many tasks run in parallel as the cores allow."""
     eval_workers: int = Field(default=1, ge=1)
-    """Ray tasks among which the cells of one evaluation are spread, each with the model in its
-    memory and eval_cpus."""
+    """Number of Ray tasks that share the cells of one evaluation. Each has eval_cpus cores and its own
+    copy of the model."""
     # The first two of the three retry budgets that STAGE_RETRIES explains.
     max_failures: int = Field(default=2, ge=0)
     """How often Ray Train restarts a stage's ranks after one of them died."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
-    """Optimizer steps between checkpoints: the most work that a crash can cost."""
+    """Optimizer steps between checkpoints, which is the most work that a crash can lose."""
     keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints of an attempt that are kept while it runs."""
+    """Number of newest checkpoints that an attempt keeps while it runs."""
     keep_best: int = Field(default=1, ge=1)
-    """Checkpoints with the lowest validation loss that are kept beside them, where the section's
+    """Number of checkpoints with the lowest validation loss that are kept as well, if the section's
     result is best."""
 
     @model_validator(mode="after")
@@ -95,37 +96,36 @@ class Resources(Choices):
         return self
 
     def prepare_torch(self, threads: int) -> None:
-        """Set this process's torch threads and precision of matrix products, whatever an earlier
-        task of the same process has set."""
+        """Set this process's torch threads and matmul precision, whatever an earlier task in the same
+        process has set."""
         import torch
 
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(self.matmul_precision)
 
     def accumulation(self, global_batch_rows: int, ranks: int) -> int:
-        """Return in how many parts each of `ranks` ranks reads its share of a step's rows, adding
-        up gradients.
+        """Return the number of gradient accumulation steps for a global batch on `ranks` ranks.
 
         Raises:
-            ValueError: the rows do not divide.
+            ValueError: the rows do not divide evenly.
         """
         at_once = self.rows_at_once(ranks)
         if global_batch_rows % at_once:
             raise ValueError(
-                f"a global batch of {global_batch_rows} rows does not divide into {ranks // self.sequence_parallel} "
+                f"a global batch of {global_batch_rows} rows is not divisible by {ranks // self.sequence_parallel} "
                 f"ranks x micro_batch_rows {self.micro_batch_rows}: change workers or micro_batch_rows so that their "
-                "product divides it, or global_batch_tokens"
+                "product divides it, or change global_batch_tokens"
             )
         return global_batch_rows // at_once
 
     def rows_at_once(self, ranks: int) -> int:
-        """Return how many rows `ranks` ranks read in one pass; those that share a row read it
-        together."""
+        """Return the number of rows in one forward pass of all ranks. Ranks that share a row count as
+        one."""
         return ranks // self.sequence_parallel * self.micro_batch_rows
 
     def check_row(self, tokens: int) -> None:
         """Raise ValueError if ranks that share a row cannot have equal parts of it."""
         if tokens % self.sequence_parallel:
             raise ValueError(
-                f"{tokens} is not divided by resources.sequence_parallel {self.sequence_parallel}: change one of them"
+                f"{tokens} is not divisible by resources.sequence_parallel {self.sequence_parallel}: change one of them"
             )

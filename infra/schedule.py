@@ -1,11 +1,11 @@
-"""One cron line, everywhere: validated once, its next fire times, and the files that a scheduler
-takes.
+"""Schedules: validate a cron line, compute its next fire times, and write the files for a scheduler.
 
-Debian's cron fires a fixed time of the hour that a zone skips right after it, systemd and
-Kubernetes leave it out; in the doubled hour Kubernetes fires twice, the others once. `next` does as
-the target does. What fires twice is harmless: a run that finds another one alive exits 75
-(infra/lease.py), one that finds everything published ends in seconds. max_start_delay keeps a
-scheduler that catches up (systemd after a reboot, KubeRay after an outage) from starting too late.
+Schedulers differ when clocks change. For a fixed time in the hour that a zone skips, Debian's cron
+fires right after that hour, while systemd and Kubernetes skip it. In the hour that occurs twice,
+Kubernetes fires twice, the others once. `next` does what the target does. Firing twice is harmless:
+a run that finds another one alive exits with 75 (infra/lease.py), and one that finds everything
+published ends in seconds. max_start_delay prevents late starts by a scheduler that catches up
+(systemd after a reboot, KubeRay after an outage).
 
     print(*Schedule.parse("30 2 * * *", "Europe/Berlin").next(5, "systemd"), sep="\n")
 """
@@ -30,12 +30,12 @@ from longreach.infra.resources import Resources
 TARGETS = ("ray-cronjob", "cronjob", "systemd", "crontab")
 FIELDS = {"minute": (0, 59), "hour": (0, 23), "day of the month": (1, 31), "month": (1, 12), "day of the week": (0, 7)}
 LONGEST_CRONTAB_LINE = 998
-"""Characters that Debian's cron takes in a command."""
+"""The longest command that Debian's cron accepts, in characters."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A cron line of five fields, and the time zone that it is read in."""
+    """A cron line of five fields and its time zone."""
 
     cron: str
     tz: str
@@ -43,8 +43,8 @@ class Schedule:
 
     @classmethod
     def parse(cls, cron: str, tz: str, max_start_delay: str | None = None) -> Schedule:
-        """Return the schedule. Raises ValueError: targets understand the line differently; what to
-        write."""
+        """Return the schedule. Raises ValueError if a field is invalid or targets would interpret the
+        line differently; the message says what to write."""
         _check_zone(tz)
         schedule = cls(_normal(cron), tz, _duration(max_start_delay) if max_start_delay else None)
         ticks = [tick.astimezone(UTC) for tick in schedule.next(50, "systemd")]
@@ -57,24 +57,25 @@ class Schedule:
         return schedule
 
     def fire_times(self, after: datetime, target: str) -> Iterator[datetime]:
-        """Yield the fire times later than `after` (which has a zone) as `target` has them, in the
-        schedule's zone.
+        """Yield the fire times of `target` after `after` (which must have a zone), in the schedule's
+        zone.
 
-        Where a zone skips midnight itself (Cairo, Beirut, Santiago), Go's cron loses or moves that
-        day; this does not.
+        Where a zone skips midnight itself (Cairo, Beirut, Santiago), Go's cron skips or moves that
+        day; this method does not.
         """
         zone = ZoneInfo(self.tz)
         start = after.astimezone(zone)
         times: Iterator[datetime]
-        if target == "systemd":  # the wall clock: what does not exist is left out, of two the first
+        if target == "systemd":  # wall-clock time: skips a time that does not exist, takes the first of two
             walls = (wall.replace(tzinfo=zone) for wall in CronSim(self.cron, start.replace(tzinfo=None)))
             times = filter(_exists, walls)
-        elif target == "crontab":  # without seconds cronsim does as Debian's cron does
+        elif target == "crontab":  # without seconds, cronsim behaves like Debian's cron
             times = CronSim(self.cron, start)
-        else:  # with seconds it goes by instants, as Go's cron does
+        else:  # with seconds, it counts instants, as Go's cron does
             times = CronSim(f"0 {self.cron}", start)
         for time in times:
-            if (instant := time.astimezone(UTC)) > after:  # from the second of two hours the first one lies ahead, too
+            # Started in the second of two equal hours, cronsim yields times of the first one, too.
+            if (instant := time.astimezone(UTC)) > after:
                 yield instant.astimezone(zone)
 
     def next(self, count: int, target: str, after: datetime | None = None) -> list[datetime]:
@@ -82,13 +83,13 @@ class Schedule:
         return list(islice(self.fire_times(after or datetime.now(UTC), target), count))
 
     def late_by(self, now: datetime) -> timedelta:
-        """Return how long ago the last fire time was; in a doubled hour the nearer of the two
-        counts."""
+        """Return how long ago the last fire time was. In an hour that occurs twice, the nearer of the
+        two counts."""
         return now - next(CronSim(f"0 {self.cron}", now.astimezone(ZoneInfo(self.tz)), reverse=True))
 
     def command(self, recipe: str, overrides: tuple[str, ...], program: str, address: str | None = None) -> list[str]:
-        """Return what a target starts: it never waits for another run, and with max_start_delay
-        checks the clock."""
+        """Return the command that a target starts. It never waits for another run, and with
+        max_start_delay it checks first that it is not too late."""
         sets = [part for text in overrides for part in ("--set", text)]
         where = ["--address", address] if address else []
         if self.max_start_delay is None:
@@ -100,27 +101,27 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Job:
-    """What a schedule starts, as this machine and a cluster know it."""
+    """What a schedule starts: the fields for this machine and those for a cluster."""
 
     name: str
     recipe: str
-    """A name that comes along, or an absolute path."""
+    """The name of a built-in recipe, or an absolute path."""
     overrides: tuple[str, ...]
     program: Path
-    """The longreach command of this machine, absolute."""
+    """The absolute path of the longreach command on this machine."""
     folder: Path
-    """The folder in which it runs on this machine."""
+    """The working directory on this machine."""
     text: str
-    """The content of the recipe's file, for a cluster."""
+    """The content of the recipe file, for a cluster."""
     resources: Resources
     store_root: str
     env_file: Path | None = None
-    """A file of NAME=value lines of this machine, such as keys, that a unit or a crontab reads."""
+    """A file on this machine with NAME=value lines, such as credentials, that a unit or crontab reads."""
 
 
 def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *, enable: bool) -> dict[str, str]:
-    """Return the target's files by name. Raises ValueError: what it cannot do, and what to
-    change."""
+    """Return the target's files by name. Raises ValueError if the target cannot run this job; the
+    message says what to change."""
     if job.env_file:
         _check_env_file(job.env_file, target)
     if target == "systemd":
@@ -128,11 +129,11 @@ def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *
     if target == "crontab":
         return {f"{job.name}.crontab": crontab(schedule, job)}
     if target not in TARGETS:
-        raise ValueError(f"to {target!r}: choose one of {', '.join(TARGETS)}")
+        raise ValueError(f"--to {target!r}: choose one of {', '.join(TARGETS)}")
     if "://" not in job.store_root:
         raise ValueError(
-            f"store.root {job.store_root!r} is a folder of one pod, gone with it, its lease too: "
-            "--set store.root=s3://bucket/prefix"
+            f"store.root {job.store_root!r} would be a folder inside one pod, and its artifacts and lease would be "
+            "lost with that pod: --set store.root=s3://bucket/prefix"
         )
     name = kubernetes.dns_name(job.name)
     overrides = (*job.overrides, f"store.workdir={kubernetes.WORKDIR}")
@@ -155,17 +156,19 @@ def render(schedule: Schedule, job: Job, target: str, place: kubernetes.Place, *
 
 
 def _check_env_file(file: Path, target: str) -> None:
-    """Raise ValueError for a file that the target cannot read, or that others can."""
+    """Raise ValueError for a file that the target cannot read, or that other users can read."""
     if target not in ("systemd", "crontab"):
-        raise ValueError("--env-file is a file of this machine: pods take their keys from the Secret longreach-store")
+        raise ValueError(
+            "--env-file is a file on this machine: pods get their credentials from the Secret longreach-store"
+        )
     if not file.is_file():
-        raise ValueError(f"--env-file {file}: there is no such file; write NAME=value lines into it")
+        raise ValueError(f"--env-file {file}: no such file; create it with NAME=value lines")
     if mode := file.stat().st_mode & 0o077:
         raise ValueError(
-            f"--env-file {file} can be read by others (mode {mode:03o} beside its owner's): chmod 600 {file}"
+            f"--env-file {file} is accessible to other users (group and other mode {mode:03o}): chmod 600 {file}"
         )
     if re.search("[\"'\\\\\n]", str(file)):
-        raise ValueError(f"--env-file {str(file)!r} has a character that a unit file cannot hold: rename it")
+        raise ValueError(f"--env-file {str(file)!r} contains a character that a unit file cannot hold: rename it")
 
 
 SERVICE = """\
@@ -177,10 +180,10 @@ Description=longreach: {name}
 Type=exec
 WorkingDirectory={folder}
 {environment}ExecStart={command}
-# SIGTERM goes to the run alone, which lets its ranks write their checkpoints; what is left is killed after the timeout.
+# SIGTERM goes to the run only, which lets its ranks write their checkpoints. The timeout kills what is left.
 KillMode=mixed
 TimeoutStopSec=120
-# 143: it stopped when asked. 75: another run of this recipe is at work. 3: the gate kept the champion. Nothing failed.
+# Not failures: 143 (stopped on request), 75 (another run of this recipe is live), 3 (the gate kept the champion).
 SuccessExitStatus=143 75 3
 NoNewPrivileges=true
 """
@@ -191,7 +194,7 @@ Description=longreach: {name}, {cron} in {tz}
 
 [Timer]
 {calendars}
-# A fire time missed while the machine was off is made up for, once.
+# If fire times were missed while the machine was off, run once after it starts.
 Persistent=true
 
 [Install]
@@ -200,12 +203,12 @@ WantedBy=timers.target
 
 
 def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
-    """Return a service and its timer, for `systemctl --user` or, with a User= line, for the
-    system."""
-    unit = "longreach-" + job.name.replace("+", "-")  # `+` has no place in a unit's name
+    """Return a service and its timer, for `systemctl --user` or, with a User= line added, for the
+    system manager."""
+    unit = "longreach-" + job.name.replace("+", "-")  # a unit's name must not contain `+`
     arguments = schedule.command(job.recipe, job.overrides, str(job.program))
     if unfit := re.search("[\"'\\\\]", str(job.program)) or re.search("\n", "".join([*arguments, str(job.folder)])):
-        raise ValueError(f"{unfit.string!r} has {unfit[0]!r}, which a unit file cannot hold: rename it")
+        raise ValueError(f"{unfit.string!r} contains {unfit[0]!r}, which a unit file cannot hold: rename it")
     calendars = "\n".join(f"OnCalendar={text}" for text in on_calendar(schedule))
     command = " ".join([f'"{job.program}"'.replace("%", "%%"), *map(_unit_quoted, arguments[1:])])
     folder = str(job.folder).replace("%", "%%")
@@ -218,8 +221,8 @@ def systemd(schedule: Schedule, job: Job) -> dict[str, str]:
 
 
 def on_calendar(schedule: Schedule) -> list[str]:
-    """Return systemd's calendar expressions: two where cron means "this day of the month or that
-    day of the week"."""
+    """Return the schedule as systemd calendar expressions. There are two if the cron line means "this
+    day of the month or that day of the week"."""
     sim = CronSim(schedule.cron, datetime(2000, 1, 1))
     names = ["Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"]
     every = [set(range(low, high + 1)) for low, high in FIELDS.values()]
@@ -240,37 +243,39 @@ def on_calendar(schedule: Schedule) -> list[str]:
 
 
 def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime")) -> str:
-    """Return a line for `crontab`. Cron never starts late, so max_start_delay is not needed. Raises
-    ValueError: the zone is not this machine's. Debian's cron ignores CRON_TZ, and hours moved by
-    hand would be wrong for half of the year."""
+    """Return the text for `crontab`. Cron never starts late, so max_start_delay is not needed.
+
+    Raises ValueError if the zone is not this machine's: Debian's cron ignores CRON_TZ, and hours
+    converted to the machine's zone would be wrong for half of the year.
+    """
     if not _is_zone_of_machine(schedule.tz, localtime):
         zone = "UTC"
         if localtime.exists():
             zone = str(localtime.resolve()).partition("zoneinfo/")[2] or str(localtime)
         raise ValueError(
-            f"tz {schedule.tz!r}: cron goes by this machine's clock, whose zone is {zone}, and Debian's cron ignores "
-            "CRON_TZ: use --to systemd, which knows zones, or give --tz the machine's"
+            f"tz {schedule.tz!r}: cron uses this machine's time zone, which is {zone}, and Debian's cron ignores "
+            "CRON_TZ: use --to systemd, which supports time zones, or set --tz to the machine's zone"
         )
     arguments = Schedule(schedule.cron, schedule.tz).command(job.recipe, job.overrides, str(job.program))
     environment = ""
     if job.env_file:
-        environment = f"set -a && . {shlex.quote(str(job.env_file))} && set +a && "  # -a: what is set is exported
+        environment = f"set -a && . {shlex.quote(str(job.env_file))} && set +a && "  # -a: export the variables
     command = f"cd {shlex.quote(str(job.folder))} && {environment}exec {shlex.join(arguments)} >>{job.name}.log 2>&1"
     for unfit in "\\\n":
         if unfit in command:
-            raise ValueError(f"{command!r} has {unfit!r}, which a crontab cannot hold: rename the file or the value")
-    command = command.replace("%", "\\%")  # cron's line break
+            raise ValueError(f"{command!r} contains {unfit!r}, which a crontab cannot hold: rename the file or value")
+    command = command.replace("%", "\\%")  # cron reads % as a line break
     if len(command) > LONGEST_CRONTAB_LINE:
         raise ValueError(
-            f"the command has {len(command)} characters, cron takes {LONGEST_CRONTAB_LINE}: write the overrides into "
-            "the recipe"
+            f"the command has {len(command)} characters, but cron accepts at most {LONGEST_CRONTAB_LINE}: write the "
+            "overrides into the recipe"
         )
     return f"# longreach: {job.name}, in {schedule.tz}, the zone of this machine\n{schedule.cron} {command}\n"
 
 
 def _is_zone_of_machine(tz: str, localtime: Path) -> bool:
-    """Whether a zone has the machine's offset on each day of the next two years; names do not tell,
-    zones have many."""
+    """Return whether a zone has the machine's UTC offset on each day of the next two years. Names
+    cannot be compared, since a zone has several."""
     if not localtime.exists():
         return tz in ("UTC", "Etc/UTC")
     with localtime.open("rb") as file:
@@ -280,15 +285,17 @@ def _is_zone_of_machine(tz: str, localtime: Path) -> bool:
 
 
 def _normal(cron: str) -> str:
-    """Return the line rewritten so that Debian's cron, Go's cron and cronsim read it alike."""
+    """Return the cron line rewritten so that Debian's cron, Go's cron and cronsim read it alike."""
     if "TZ=" in cron.upper():
-        raise ValueError(f"cron {cron!r}: the zone has an option of its own: --tz Europe/Berlin")
+        raise ValueError(f"cron {cron!r}: set the time zone with its own option, such as --tz Europe/Berlin")
     fields = cron.upper().split()
     if len(fields) != len(FIELDS):
-        raise ValueError(f"cron {cron!r} has {len(fields)} fields, it takes 5: {', '.join(FIELDS)}; @weekly: 0 0 * * 0")
+        raise ValueError(
+            f"cron {cron!r} has {len(fields)} fields, but needs 5: {', '.join(FIELDS)} (write @weekly as 0 0 * * 0)"
+        )
     for index, (text, (name, (low, high))) in enumerate(zip(fields, FIELDS.items(), strict=True)):
         if re.search("[LW#?]", re.sub("[A-Z]{3}", "", text)):
-            raise ValueError(f"cron {cron!r}, {name} {text!r}: not every target knows L, W, # and ?: use numbers")
+            raise ValueError(f"cron {cron!r}, {name} {text!r}: not every target supports L, W, # and ?: use numbers")
         alone = ["*"] * len(FIELDS)
         alone[index] = text
         try:
@@ -296,36 +303,36 @@ def _normal(cron: str) -> str:
         except CronSimError as error:
             raise ValueError(f"cron {cron!r}, {name} {text!r}: use {low} to {high}, *, lists, ranges, /step") from error
         chosen = {"month": sim.months, "day of the week": _weekdays(sim)}
-        if name in chosen and text[0] != "*":  # Go's cron knows Sunday as 0 alone, Debian's no lists of names
+        if name in chosen and text[0] != "*":  # Go's cron accepts Sunday only as 0, Debian's accepts no lists of names
             text = ",".join(map(str, sorted(chosen[name])))
-        fields[index] = re.sub(r"(^|,)(\d+)/", rf"\1\2-{high}/", text)  # Debian's cron takes steps of ranges alone
+        fields[index] = re.sub(r"(^|,)(\d+)/", rf"\1\2-{high}/", text)  # Debian's cron needs a range before a step
     day, week = fields[2], fields[4]
     for one, other in ((day, week), (week, day)):
         if one.startswith("*/") and not other.startswith("*"):
             raise ValueError(
-                f"cron {cron!r}: {day!r} and {week!r} are both days; cron wants both to hold where one starts with *, "
-                f"Kubernetes either: write {one!r} as a list, or make one of them *"
+                f"cron {cron!r}: both {day!r} and {week!r} restrict the day. Where one starts with *, cron fires if "
+                f"both match, but Kubernetes if either does: write {one!r} as a list, or set one of them to *"
             )
     try:
         CronSim(" ".join(fields), datetime(2000, 1, 1, tzinfo=UTC))
     except CronSimError as error:
-        raise ValueError(f"cron {cron!r}: no such day ever comes ({error}): change day or month") from error
+        raise ValueError(f"cron {cron!r}: no such day exists ({error}): change the day or the month") from error
     return " ".join(fields)
 
 
 def _weekdays(sim: CronSim) -> set[int]:
-    """Return the days of the week that a line names by number; Sunday, which may be 7, is 0."""
+    """Return the days of the week in a cron line as numbers. Sunday, which may be written 7, is 0."""
     return {day % 7 for day in sim.weekdays if isinstance(day, int)}
 
 
 def _check_zone(tz: str) -> None:
-    zones = available_timezones() - {"localtime", "posixrules", "Factory"}  # files of a machine, not zones
+    zones = available_timezones() - {"localtime", "posixrules", "Factory"}  # files of a machine that are no zones
     if tz in zones:
         return
     hint = "write Europe/Berlin"
     if close := difflib.get_close_matches(tz, zones, n=1):
         hint = f"did you mean {close[0]}?"
-    raise ValueError(f"tz {tz!r}: no such zone; {hint}")
+    raise ValueError(f"tz {tz!r}: no such time zone; {hint}")
 
 
 def _duration(text: str) -> timedelta:
@@ -339,12 +346,12 @@ def _duration(text: str) -> timedelta:
 
 
 def _exists(time: datetime) -> bool:
-    """False in the hour that a zone's clock skips."""
+    """Return whether a local time exists: False in the hour that a zone's clock skips."""
     return time.astimezone(UTC).astimezone(time.tzinfo).replace(tzinfo=None) == time.replace(tzinfo=None)
 
 
 def _unit_quoted(text: str) -> str:
-    """An argument of ExecStart=; the program itself, the first word, knows no escapes but %%."""
+    """Return an argument quoted for ExecStart=. (In the first word, the program, only %% is an escape.)"""
     for special, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
         text = text.replace(special, escaped)
     return f'"{text}"'

@@ -1,11 +1,10 @@
-"""One attempt on several nodes without a shared disk: what they must see of each other goes through
-the store.
+"""Run one attempt on several nodes without a shared disk: the nodes exchange files through the store.
 
-Ranks find their inputs in their own node's cache, write checkpoints on their own disk, and every
-node uploads its part; the manifest comes last, and without one a checkpoint in the store does not
-count. After a node is lost, others pull the newest one. All paths are those of the node that runs
-the stage; `here` translates them for a node with another LONGREACH_WORKDIR. A local root is a
-shared disk already.
+Ranks read their inputs from their own node's cache and write checkpoints to their own disk, and every
+node uploads its part. The checkpoint's manifest is uploaded last; without it, a checkpoint in the
+store does not count. After a node is lost, others pull the newest checkpoint. All paths are those of
+the node that runs the stage; `here` translates them for a node with another LONGREACH_WORKDIR. A
+local root needs none of this, since it is a shared disk.
 
     share = Share("s3://bucket/x", "/work/scratch", "finetune", fingerprint, attempt.id)
 """
@@ -23,8 +22,8 @@ WORKDIR = "LONGREACH_WORKDIR"
 
 
 def node_scratch(scratch: str | Path) -> Path:
-    """Return this node's folder for attempts and fetched artifacts: below LONGREACH_WORKDIR, else
-    the driver's path."""
+    """Return this node's folder for attempts and fetched artifacts: below LONGREACH_WORKDIR if that
+    is set, else the driver's path."""
     if workdir := os.environ.get(WORKDIR):
         return Path(workdir).absolute() / "scratch"
     return Path(scratch).absolute()
@@ -32,8 +31,8 @@ def node_scratch(scratch: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Share:
-    """One attempt, as every node that works on it knows it; through the store they share its
-    files."""
+    """One attempt, as known to every node that works on it. The nodes share its files through the
+    store."""
 
     root: str
     scratch: str
@@ -55,8 +54,8 @@ class Share:
         return Store(self.root, node_scratch(self.scratch))
 
     def here(self, value: Any) -> Any:
-        """Return a job (nested plain data) with every path below the stage's scratch folder moved
-        to this node's."""
+        """Return a job (nested plain data) in which every path below the stage's scratch folder is
+        replaced by this node's."""
         if isinstance(value, dict):
             return {key: self.here(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -66,8 +65,8 @@ class Share:
         return value
 
     def bring(self) -> None:
-        """Fetch the inputs into this node's cache. Its processes take turns: the first downloads,
-        the others verify."""
+        """Fetch the inputs into this node's cache. The node's processes take turns: the first one
+        downloads, the others verify."""
         store = self.store
         store.scratch.mkdir(parents=True, exist_ok=True)
         with (store.scratch / ".bring").open("w") as lock:
@@ -76,8 +75,8 @@ class Share:
                 store.fetch(stage, fingerprint)
 
     def push(self, folder: Path, *, last: str = "") -> None:
-        """Upload a folder of this attempt, without the file named `last`, which `seal` uploads in
-        the end."""
+        """Upload a folder of this attempt, except the file named `last`, which `seal` uploads
+        afterwards."""
         fs, place = self._place(folder)
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != last):
             fs.put_file(str(path), f"{place}/{path.relative_to(folder).as_posix()}")
@@ -94,8 +93,8 @@ class Share:
             fs.rm(place, recursive=True)
 
     def sealed(self, below: str, seal: str) -> list[tuple[str, str]]:
-        """Return (name, place in the store) of all attempts' folders that hold the file `seal`,
-        last name first."""
+        """Return (name, path in the store) of the folders, in all attempts, that hold the file `seal`,
+        in descending order of names."""
         store = self.store
         attempts = f"{store.base}/{self.stage}/{self.fingerprint}/attempts"
         folders = []
@@ -107,8 +106,8 @@ class Share:
         return sorted(folders, reverse=True)
 
     def pull(self, folder: Path, place: str = "") -> None:
-        """Download a pushed folder of this attempt, or (`place`) a sealed folder of any attempt,
-        into `folder`."""
+        """Download a pushed folder of this attempt, or the sealed folder `place` of any attempt, into
+        `folder`."""
         fs, own = self._place(folder)
         place = place or own
         fs.invalidate_cache()
@@ -117,10 +116,10 @@ class Share:
         for name in names:
             target = folder / name[len(place) + 1 :]
             if not target.resolve().is_relative_to(folder.resolve()):
-                raise CorruptArtifact(f"{name}: leads out of the folder that it is fetched into")
+                raise CorruptArtifact(f"{name}: its path leads out of the folder that it is downloaded to")
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(name, str(target))
 
     def _place(self, path: Path) -> tuple[Any, str]:
-        """Return the store's file system, and where a path of this attempt is on it."""
+        """Return the store's file system, and the path there of a local path of this attempt."""
         return self.store.fs, f"{self.store.base}/{path.relative_to(node_scratch(self.scratch)).as_posix()}"

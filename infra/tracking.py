@@ -1,13 +1,12 @@
-"""Tracking: what a run says about itself while it runs, as lines in a local file. MLflow reads them
-later.
+"""Tracking: a run appends its events to a local file, the spool, which is uploaded to MLflow later.
 
-Why a spool: a synchronous MLflow call blocks training for 245 s when the server is away, and
-MLflow's asynchronous mode drops what it cannot send. Appending a line costs microseconds and
-survives `kill -9` of everybody; infra/mirror.py uploads from another process and replays what an
-outage held back.
+Why a spool: a synchronous MLflow call blocks training for 245 s when the server is unreachable, and
+MLflow's asynchronous mode drops what it cannot send. Appending a line takes microseconds, and the
+line survives `kill -9` of every process. infra/mirror.py uploads the events from another process and
+retries after an outage.
 
-One JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, one event a line, each with
-its `time_ms`:
+There is one JSONL file per run, `{workdir}/spool/{pipeline run}/{name}.jsonl`, with one event per
+line, each with its `time_ms`:
 
     {"event":"start","run":"<uuid hex>","parent":"<uuid hex>"|null,"experiment":..,"name":..,
      "kind":"pipeline|stage|attempt","tags":{..},"params":{..}}                         the first line, once
@@ -43,16 +42,16 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Spool:
-    """Appends one run's events to its file; any number of processes may append to the same file at
-    once.
+    """Appends one run's events to its file. Any number of processes may append to the same file at
+    the same time.
 
-    An event is one write() to a descriptor opened with O_APPEND: lines of different writers never
-    mix, and a killed writer leaves at most one torn line, which readers skip. Pickled, a spool is
-    its path: the copy appends as well.
+    An event is one write() to a descriptor opened with O_APPEND, so lines of different writers never
+    mix, and a killed writer leaves at most one torn line, which readers skip. A pickled spool is only
+    its path, and the copy appends to the same file.
     """
 
     def __init__(self, path: Path | str, _start: dict[str, Any] | None = None) -> None:
-        """Append to the file that `Spool.open` made."""
+        """Open the file that `Spool.open` created, for appending."""
         self.path = Path(path).absolute()
         self._file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_APPEND), "r+")
         if _start:
@@ -74,13 +73,14 @@ class Spool:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Spool:
-        """Return the spool of one run; an existing file of the same run is continued. Raises
-        ValueError: the file is another run's.
+        """Return the spool of one run. An existing file of the same run is continued. Raises
+        ValueError if the file belongs to another run.
 
         Args:
-            run: uuid hex, made by the caller: MLflow's own id is not known yet, and may never be.
-            parent: the `run` of the run that this one is nested in; its file lies in the same
-                folder. tags, params: shown by MLflow; values are written as str.
+            run: uuid hex, made by the caller, since MLflow's own id may not be known yet.
+            parent: the `run` of the run that this one is nested in; its file is in the same folder.
+            tags: shown by MLflow; values are written as str.
+            params: shown by MLflow; values are written as str.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ class Spool:
         return cls(path, {"run": run, "parent": parent, "experiment": experiment, "name": name, "kind": kind} | texts)
 
     def _begin(self, start: dict[str, Any]) -> None:
-        """Write the start line of a new file; check that of an existing one."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # two first openers: one writes the start line
+        """Write the start line of a new file, or check the start line of an existing one."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # of two simultaneous first openers, one writes the start line
         try:
             with self.path.open("rb") as file:
                 first = file.readline()
@@ -100,19 +100,17 @@ class Spool:
             else:
                 owner = (_parse(first) or {}).get("run")
                 if owner != start["run"]:
-                    raise ValueError(
-                        f"{self.path} is the file of run {owner}, not of {start['run']}: open another file"
-                    )
+                    raise ValueError(f"{self.path} belongs to run {owner}, not to {start['run']}: open another file")
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def metrics(self, values: Mapping[str, SupportsFloat], step: int = 0) -> None:
-        """Add points to curves; names with `/` group charts: `train/loss`. NaN and infinities stay
-        in the file."""
+        """Add points to metric curves. A prefix with `/` groups charts: `train/loss`. NaN and
+        infinities are not uploaded."""
         self._write("metrics", values=_numbers(values), step=int(step))
 
     def progress(self, done: int, total: int, unit: str = "step", **extra: SupportsFloat) -> None:
-        """Say how far the run is, for progress bars; not uploaded."""
+        """Record the run's progress, for progress bars; it is not uploaded."""
         self._write("progress", done=int(done), total=int(total), unit=unit, extra=_numbers(extra))
 
     def tag(self, key: str, value: object) -> None:
@@ -124,17 +122,17 @@ class Spool:
         self._write("param", key=key, value=str(value))
 
     def artifact(self, path: Path | str, artifact_path: str = "") -> None:
-        """Show a file or folder, in the folder `artifact_path` of MLflow; it must stay until it is
+        """Upload a file or folder to the folder `artifact_path` in MLflow. It must exist until it is
         uploaded."""
         self._write("artifact", path=os.path.abspath(path), artifact_path=artifact_path)
 
     def table(self, path: Path | str, artifact_path: str = "") -> None:
-        """Show a JSON file as a table: a list of row dicts, or an object whose `rows` is one
-        (scores.json)."""
+        """Show a JSON file as a table. It holds a list of row dicts, or an object whose `rows` is such
+        a list (scores.json)."""
         self._write("table", path=os.path.abspath(path), artifact_path=artifact_path)
 
     def dataset(self, name: str, digest: str, source: str) -> None:
-        """Name an input: `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36
+        """Record an input. `source` is its path or URL, `digest` its fingerprint (MLflow keeps 36
         characters)."""
         self._write("dataset", name=name, digest=digest, source=str(source))
 
@@ -149,29 +147,29 @@ class Spool:
         path: Path | str = "",
         register: str = "",
     ) -> None:
-        """Name a model that the run made, which MLflow lists and ranks by its metrics.
+        """Record a model that the run made. MLflow lists models and ranks them by their metrics.
 
         Args:
-            key: identifies the model for good, whatever `name` says.
-            path: its folder, if MLflow is to keep its files too.
-            register: the registered model that it becomes a version of; needs `path`.
+            key: identifies the model permanently, whatever its `name`.
+            path: the model's folder, if MLflow should store its files too.
+            register: the registered model that this model becomes a version of; needs `path`.
         """
         about = {"tags": _texts({"longreach.model": key, **(tags or {})}), "metrics": _numbers(metrics), "step": step}
         self._write("model", name=name, **about, path=str(path and os.path.abspath(path)), register=register)
 
     def output(self, key: str) -> None:
-        """Name a model of another run, by its key, as a result of this one too."""
+        """Record a model of another run, given by its key, as a result of this run too."""
         self._write("output", key=key)
 
     def end(self, status: RunStatus | str) -> None:
-        """Say how the run ended; events may still follow."""
+        """Record how the run ended; events may still follow."""
         self._write("end", status=status)
 
     def _write(self, event: str, **fields: Any) -> None:
         self.append(encode(event, fields))
 
     def append(self, line: bytes) -> None:
-        """Append a whole line, as `encode` makes it."""
+        """Append a complete line from `encode`."""
         written = self._file.write(line)
         if written != len(line):
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written: is the disk full?")
@@ -181,19 +179,19 @@ class Spool:
 
 
 def metric_part(name: str) -> str:
-    """Return a name without the characters that MLflow's metric names do not allow, such as plus
-    and brackets."""
+    """Return a name in which characters that MLflow does not allow in metric names, such as plus and
+    brackets, are replaced by spaces."""
     return re.sub(r"[^a-z0-9._-]+", " ", name).strip()
 
 
 def encode(event: str, fields: Mapping[str, Any]) -> bytes:
-    """Return an event's line, stamped with the time."""
+    """Return an event's line, with the current time."""
     return _encode({"event": event, **fields, "time_ms": time.time_ns() // 1_000_000}).encode() + b"\n"
 
 
 def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the events in the whole lines from byte `offset` on, and the offset behind them,
-    without torn lines."""
+    """Return the events in the complete lines from byte `offset` on, and the offset behind them. Torn
+    lines are skipped."""
     events = []
     for event, end in iter_events(path, offset):
         offset = end
@@ -203,12 +201,12 @@ def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]]
 
 
 def iter_events(path: Path | str, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """Yield (event, offset behind its line) for each whole line from byte `offset` on; the event is
-    None if torn."""
+    """Yield (event, offset behind its line) for each complete line from byte `offset` on. The event
+    of a torn line is None."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
-            if not line.endswith(b"\n"):  # being written right now, or torn and not yet repaired
+            if not line.endswith(b"\n"):  # still being written, or torn and not repaired yet
                 return
             offset += len(line)
             yield _parse(line), offset

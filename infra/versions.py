@@ -1,6 +1,6 @@
-"""What a result is recorded with: versions of packages, the code's commit, and the machine's load.
+"""Information recorded with a result: package versions, the code's commit, and the machine's load.
 
-No package is imported to learn its version, so that this answers fast.
+Versions are read without importing the packages, which is fast.
 
     python -c "from longreach.infra.versions import versions; print(versions())"
 """
@@ -19,8 +19,8 @@ GIB = 2**30
 
 
 def versions() -> dict[str, str | int]:
-    """Return Python's version, those of the main packages (`missing` if not installed), and what
-    the machine is."""
+    """Return the versions of Python and the main packages (`missing` if not installed), the platform
+    and the number of CPU cores."""
     packages = {package: installed(package) or "missing" for package in RECORDED}
     return {"python": platform.python_version(), **packages, "platform": platform.platform(), "cpus": usable_cores()}
 
@@ -34,28 +34,28 @@ def installed(package: str) -> str | None:
 
 
 def usable_cores() -> int:
-    """Return how many CPU cores this process may use, where the system says so; all of the
-    machine's elsewhere."""
+    """Return the number of CPU cores that this process may use, or all of the machine's cores if the
+    system does not report that."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def usable_memory() -> int:
-    """Return how many bytes of memory this process may use: the machine's, or a container's own
-    limit."""
+    """Return the bytes of memory that this process may use: the machine's total or a container's
+    limit, whichever is lower."""
     import psutil
 
     total: int = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own
+    limit = Path("/sys/fs/cgroup/memory.max")  # the container's limit
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total
 
 
-@functools.cache  # once a process: asking takes longer than a small stage
+@functools.cache  # once per process: calling git takes longer than a small stage
 def git_commit() -> str:
-    """Return the commit of the code that runs, with `-dirty` if it was changed since; `unknown`
+    """Return the commit of the running code, with `-dirty` if it has uncommitted changes, or `unknown`
     outside a checkout."""
     if not shutil.which("git"):
         return "unknown"
@@ -66,11 +66,11 @@ def git_commit() -> str:
 
 
 def system_metrics() -> dict[str, float]:
-    """Return the machine's and this process's load, to log beside a step's metrics; MLflow groups
-    `system/` by itself.
+    """Return the load of the machine and of this process, to log with a step's metrics. MLflow shows
+    `system/` as a group of its own.
 
-    `system/cpu_percent` (all cores) is the mean since the previous call in this process, 0.0 at the
-    first call.
+    `system/cpu_percent` (all cores) is the mean since the previous call in this process, or 0.0 at
+    the first call.
     """
     import psutil
 

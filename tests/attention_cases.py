@@ -1,4 +1,4 @@
-"""What the attention tests share: every pattern of the registry, rows with documents, the float64 oracle."""
+"""Helpers for the attention tests: every registered pattern, rows with documents, the float64 oracle."""
 
 from itertools import product
 
@@ -12,18 +12,18 @@ SINKS_TOKENS = (0, 3)
 
 
 def instances(name):
-    """Small instances of a pattern, by its own parameters: sink_tokens of 0 and 3, other sizes of 2 and 8."""
+    """Return small instances of a pattern: all combinations of sink_tokens 0 and 3 and other sizes 2 and 8."""
     names = [field for field in PATTERNS[name].model_fields if field != "pattern"]
     choices = [SINKS_TOKENS if field == "sink_tokens" else SIZES_TOKENS for field in names]
     return [PATTERNS[name](**dict(zip(names, values, strict=True))) for values in product(*choices)]
 
 
 EVERY_PATTERN = [pattern for name in PATTERNS for pattern in instances(name)]
-CPU_KERNELS = ["sdpa", "reference"]  # with gradients; flex has none there
+CPU_KERNELS = ["sdpa", "reference"]  # kernels with gradients on CPU; flex has none there
 
 
 def positions(*rows):
-    """position_ids [B, T] of rows given as document lengths: positions((3, 4), (7,))."""
+    """Return position_ids [B, T] of rows given as document lengths: positions((3, 4), (7,))."""
     return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
 
 
@@ -43,13 +43,13 @@ HEADS = [(1, 1), (3, 1), (3, 3), (8, 1), (8, 8), (9, 3), (32, 8), (8, 2)]
 
 
 def qkv(H, K, T, B=1, D=8, seed=0, dtype=torch.float64):
-    """Token-major inputs as a model's projections give them: [B, H, T, D] views of [B, T, H, D]."""
+    """Return q, k, v as a model's projections produce them: [B, H, T, D] views of [B, T, H, D]."""
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(B, T, n, D, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2) for n in (H, K, K)]
 
 
 def outputs_and_gradients(attend, q, k, v, *args, **kwargs):
-    """Output and gradients of q, k, v (and of a sink logit), for a fixed random direction of the output."""
+    """Return the output and the gradients of q, k, v (and a sink logit), for a fixed random output gradient."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     logit = kwargs.get("sink_logit_H")
     if logit is not None:
@@ -61,12 +61,12 @@ def outputs_and_gradients(attend, q, k, v, *args, **kwargs):
 
 
 def dense(q, k, v, pattern, *args, **kwargs):
-    """The dense reference, called like `attention.attend`."""
+    """Call the dense reference with the arguments of `attention.attend`."""
     return reference.attend(q, k, v, AttentionCall(pattern, *args, **kwargs))
 
 
 def oracle(q, k, v, *args, **kwargs):
-    """The same by the dense reference in float64."""
+    """Return outputs_and_gradients of the dense reference in float64."""
     kwargs["sink_logit_H"] = None if kwargs.get("sink_logit_H") is None else kwargs["sink_logit_H"].double()
     kwargs.pop("kernel", None)
     return outputs_and_gradients(dense, q.double(), k.double(), v.double(), *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects by markers
+@pytest.hookimpl(tryfirst=True)  # runs before -m selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first: of two that run side by side, none begins a long file when the other is done.
+    """Put files with slow tests first, so that no worker starts a long file when the others are done.
 
-    Tests that want the real SmolLM2 are long: to convert it takes 18 CPU seconds.
+    Tests that use the real SmolLM2 are marked long, since converting it takes 18 CPU seconds.
     """
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster():
-    """One Ray cluster of two CPUs for all tests that run tasks in it; its workers import the helpers in tests/."""
+    """One Ray cluster with two CPUs for all tests that need one; its workers can import the helpers in tests/."""
     from longreach.infra.cluster import connected
     from longreach.pipelines.run import WORKERS_IMPORT
 
@@ -35,7 +35,7 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
-    """The real SmolLM2, converted once (25 s)."""
+    """Return the folder of the real SmolLM2, converted once (25 s)."""
     from longreach.training.convert import convert
 
     out = tmp_path_factory.mktemp("smollm2")
@@ -45,7 +45,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
-    """A folder with an empty embedded store: MLflow takes seconds to make one, a copy takes none."""
+    """Return the database of an empty embedded store to copy, since MLflow takes seconds to create one."""
     from mlflow import MlflowClient
 
     from longreach.infra.registry import default_uri
@@ -57,7 +57,7 @@ def empty_store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def s3_root():
-    """An S3 server on loopback (moto), which the environment names."""
+    """Start an S3 server (moto) on the loopback interface and set the environment to use it."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -72,9 +72,9 @@ def s3_root():
     )
     import s3fs
 
-    s3fs.S3FileSystem.clear_instance_cache()  # of another module's server
+    s3fs.S3FileSystem.clear_instance_cache()  # instances for another module's server
     fs = s3fs.S3FileSystem()
-    if not fs.exists("longreach"):  # moto keeps its buckets for the process's life
+    if not fs.exists("longreach"):  # moto keeps its buckets as long as the process lives
         fs.mkdir("longreach")
     yield "s3://longreach"
     server.stop()

@@ -1,4 +1,4 @@
-"""An evaluation run in this process, from its checks to its scores."""
+"""Run an evaluation in this process, from its checks to its scores."""
 
 from longreach.evaluation import EVALS
 from longreach.evaluation.base import Background
@@ -7,7 +7,7 @@ from longreach.evaluation.figures import Style
 
 
 def evaluate(kind, model, tokenizer, texts=(), /, **choices):
-    """The scores of an evaluation's class with these choices on held-out texts."""
+    """Return the scores of an evaluation class with these choices on held-out texts."""
     evaluation = kind(model, tokenizer, kind.Choices(**choices), texts)
     cells = evaluation.cells()
     results = []
@@ -17,13 +17,13 @@ def evaluate(kind, model, tokenizer, texts=(), /, **choices):
 
 
 def drawn(scores):
-    """The figures of one model's scores by file, as Vega-Lite."""
+    """Return the figures of one model's scores as file -> Vega-Lite."""
     figures = EVALS[scores.eval].figures({scores.model: scores}, Style.of([scores.model]), Background())
     return {figure.file: figure.vega_lite for figure in figures}
 
 
 def names_of(chart):
-    """The names of a figure's curves, in the order of its legend."""
+    """Return the names of a figure's curves, in the order of the legend."""
     rows = [row for values in chart["datasets"].values() for row in values] if "datasets" in chart else []
     rows += [row for part in [chart, *chart.get("layer", [])] for row in part.get("data", {}).get("values", [])]
     return list(dict.fromkeys(row["name"] for row in rows if "name" in row))

@@ -1,10 +1,10 @@
-"""docs/models.md: which families of transformers work with which ability, found by trying each on a tiny model.
+"""Write docs/models.md: which transformers model families support which ability, tried on tiny models.
 
     python tests/families.py                # writes docs/models.md
     python tests/families.py llama mamba    # prints these rows
 
-A cell is "yes", where what was tried gave the right numbers, or the sentence with which the
-product refuses, by ValueError, so that commands exit with 2. Any other error is a fault.
+A cell is "yes" if the trial gave the right numbers. Otherwise it is the message of the ValueError
+with which longreach refuses, so that commands exit with 2. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ from longreach.training.recipe import (
 
 HEAD = """# Models
 
-Any causal language model that transformers' auto classes load from safetensors is tried, whatever its
-family. This page says what to expect. It is made by `python tests/families.py`, which builds a tiny
-model of each family with random weights and does what the commands do. A "yes" is a result that was
-compared:
+longreach accepts every causal language model that transformers' auto classes load from safetensors,
+whatever its family. This page shows what works with which family. `python tests/families.py` writes it:
+it builds a tiny model of each family with random weights and does what the commands do. "Yes" means that
+the results were compared and agree:
 
 - **convert**: the converted model has the same logits.
-- **evaluate**: every token's NLL, and answers that reuse a prompt's beginning, are those of a plain forward pass.
-- **kv-cache**: the bytes are those of transformers' own cache.
-- **sink cache**: a text that fits has the same logits, read in pieces. **chat** is `longreach chat` on it.
-- **tune: all**, **LoRA**: a step of training; the loss of packed documents is that of each document alone,
+- **evaluate**: every token's NLL, and answers that reuse a prompt's prefix, equal those of a plain forward pass.
+- **kv-cache**: the size in bytes equals that of transformers' own cache.
+- **sink cache**: a text that fits, read in pieces, has the same logits. **chat** is `longreach chat` with this cache.
+- **tune: all**, **LoRA**: one step of training; the loss of packed documents equals that of the documents alone,
   every trainable tensor has a gradient, and the model can be saved. A merged adapter has the same logits.
-- **S²**: a step with LongLoRA's shifted groups, which enter through transformers' attention interface.
-- **stretch**: another RoPE changes the logits, and a saved model has it still.
+- **S²**: one step with LongLoRA's shifted groups, which use transformers' attention interface.
+- **stretch**: another RoPE changes the logits, and a saved model keeps it.
 
-A number is a refusal: one sentence, exit 2, before anything is trained.
+A number means that longreach refuses, with the numbered message below and exit code 2, before it trains anything.
 
 """
 WHY_NOT = """
@@ -148,7 +148,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config_of(family: str) -> PreTrainedConfig:
-    """Return the tiny config of a family, with the toy tokenizer's ids."""
+    """Return a tiny config of a family, with the toy tokenizer's ids."""
     name, choices = FAMILIES[family]
     tokens = {"vocab_size": VOCAB, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
     if "text_config" in choices:
@@ -163,7 +163,7 @@ def make(family: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_of(family))
-        for p in model.parameters():  # else all logits are about 0, whatever the attention does
+        for p in model.parameters():  # otherwise all logits are about 0, whatever the attention does
             if p.dim() > 1:
                 p.data.normal_(std=0.3)
     model.save_pretrained(folder)
@@ -172,7 +172,7 @@ def make(family: str, folder: Path) -> Path:
 
 
 def packed(model: Path) -> Path:
-    """Return rows of 32 tokens of several documents, in the tokens of a model."""
+    """Return the folder of packed rows: 32 tokens each, of several documents, from the model's tokenizer."""
     folder = model / "rows"
     if folder.exists():
         return folder
@@ -285,13 +285,13 @@ ABILITIES: dict[str, Callable[[Path], None]] = {
 
 
 def _logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Return logits of a row, by the model as it is."""
+    """Return a model's logits of a row."""
     with torch.no_grad():
         return model.eval()(torch.arange(2, 34)[None] if ids is None else ids, use_cache=False).logits.float()
 
 
 def _train_once(folder: Path, **arm: Any) -> Any:
-    """Build what training builds, and do a step of it; the loss of packed rows is that of each document alone."""
+    """Build a model as training does, and do one step; check that the packed loss is that of the documents alone."""
 
     corpus = packed(folder)
     rows = PackedRows(corpus)
@@ -324,7 +324,7 @@ def _train_once(folder: Path, **arm: Any) -> Any:
 
 
 def _merged(folder: Path, **arm: Any) -> None:
-    """Train an adapter for a step, save it as training does, and merge it."""
+    """Train an adapter for one step, save it as training does, and merge it."""
 
     model, tokenizer = _train_once(folder, **arm)
     with torch.no_grad():
@@ -339,7 +339,7 @@ def _merged(folder: Path, **arm: Any) -> None:
 
 
 def row_of(family: str) -> dict[str, str]:
-    """Return what each ability says of a family: yes, or why not."""
+    """Return the cells of a family by ability: "yes", or the reason why not."""
     cells = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = make(family, Path(scratch, "model"))
@@ -353,7 +353,7 @@ def row_of(family: str) -> dict[str, str]:
 
 
 def page(rows: dict[str, dict[str, str]]) -> str:
-    """Return docs/models.md: the table, and below it each reason once, by its number."""
+    """Return the content of docs/models.md: the table, and below it a numbered list of the reasons."""
     reasons: dict[str, int] = {}
     lines = [f"| {' | '.join(['family', *ABILITIES])} |", f"|{' --- |' * (1 + len(ABILITIES))}"]
     for family, cells in rows.items():
@@ -368,7 +368,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text in which Markdown sees no markup."""
+    """Return text with Markdown's special characters escaped."""
     return re.sub(r"([*_`|<>\[\]])", r"\\\1", text)
 
 

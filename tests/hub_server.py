@@ -1,4 +1,4 @@
-"""A hub of folders on this machine, which speaks as much of the Hugging Face Hub's API as fetching a model needs."""
+"""A local model hub that serves folders with the part of the Hugging Face Hub's API that downloads need."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """The `server.repositories`, at COMMIT by whichever revision; `server.asked` notes what is asked for."""
+    """Serves `server.repositories`, whose every revision is COMMIT, and records requests in `server.asked`."""
 
     def do_HEAD(self):
         self.do_GET()
@@ -59,7 +59,7 @@ class _Hub(BaseHTTPRequestHandler):
 def hub_of(
     repositories: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[tuple[str, str, str]]]:
-    """Let huggingface_hub ask this hub, with an empty cache; yields (repository, revision, file) of what is asked."""
+    """Make huggingface_hub use this hub, with an empty cache; yields the requests as (repository, revision, file)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.repositories, server.asked = repositories, []
     Thread(target=server.serve_forever, daemon=True).start()

@@ -1,11 +1,11 @@
-"""Every order in which a few processes can take their steps, over the real code of infra/lease.py.
+"""Explore all interleavings of a few processes that run the real code of infra/lease.py.
 
-A step is one call of the store. A process is a function whose only input is what the store answered: so it is put
-back to any point by calling it again with the answers so far, and stopped by an exception at the call after. States
-(files, answers of each process) that were seen are not visited twice, which makes all orders affordable.
+A step is one call of the store. A process is a function whose only input is the store's answers. So it can be put
+back to any point: it is called again with the answers so far, and an exception stops it at the next call. No state
+(the files and the answers of each process) is visited twice, which makes exploring all orders affordable.
 
-What the store cannot know is assumed, as the lease assumes it: while a waiter sleeps for a beat, every live holder
-raises its counter, and no live process stands still between creating a lease and holding it.
+Two things that the store cannot know are assumed, as the lease assumes them: while a waiter sleeps for a beat, every
+live holder raises its counter, and no live process pauses between creating a lease and holding it.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ Files = dict[str, bytes]
 
 
 class Pause(BaseException):
-    """The process has taken its step; what it would do next is not done yet."""
+    """Raised to stop a process before its next call, once it has taken its step."""
 
 
 class FakeStore:
-    """A store in memory that answers the calls of `history` again, then takes one step for real, then pauses."""
+    """A store in memory that replays the answers in `history`, then executes one call, then raises Pause."""
 
     local, base = True, "mem"
 
@@ -43,7 +43,7 @@ class FakeStore:
                 answer = error.__class__
             self.history.append((name, answer))
         recorded, answer = self.history[self.index]
-        assert recorded == name, "a process must do the same again"
+        assert recorded == name, "a process must make the same calls again"
         self.index += 1
         if isinstance(answer, type) and issubclass(answer, OSError):
             raise answer
@@ -92,18 +92,18 @@ class FakeStore:
 
 @dataclass
 class Explorer:
-    """Visits every reachable state of `processes`; `check` is called with the numbers of those that hold the lease."""
+    """Visits every reachable state of `processes` and calls `check` with the numbers of those that hold the lease."""
 
     processes: list[Callable[[FakeStore], None]]
     check: Callable[[list[int]], None]
-    crashes: int = 0  # how many processes may die, at any moment
+    crashes: int = 0  # number of processes that may die, at any moment
     sleeps: int = 2  # how often one process may sleep
     states: int = 0
     ends: set[tuple[int, ...]] = field(default_factory=set)
-    """The processes that came to their end, of every order."""
+    """For each final state, the processes that ran to their end."""
 
     def explore(self, files: Files) -> None:
-        """Visit every state that any order of steps leads to."""
+        """Visit every state that some order of steps leads to."""
         start = self._start(files)
         seen, todo = {start}, [start]
         while todo:
@@ -115,11 +115,11 @@ class Explorer:
         self.states = len(seen)
 
     def wander(self, files: Files, random: Random) -> None:
-        """Take one order of steps, chosen by `random`, to its end."""
+        """Follow one order of steps, chosen by `random`, to its end."""
         state = self._start(files)
         while following := self._following(state):
             steps = [one for one in following if one[2] == state[2]]
-            state = random.choice(following if random.random() < 0.1 or not steps else steps)  # else all die early
+            state = random.choice(following if random.random() < 0.1 or not steps else steps)  # otherwise all die early
 
     def _start(self, files: Files) -> tuple:
         return tuple(sorted(files.items())), ((),) * len(self.processes), frozenset()
@@ -145,7 +145,7 @@ class Explorer:
         with contextlib.suppress(Pause):
             self.processes[number](store)
         if not store.stepped:
-            return None  # it had ended
+            return None  # the process has ended
         if store.history[-1][0] == "sleep" and not self._may_sleep(files, store.history, histories, number, dead):
             return None
         now = (*histories[:number], tuple(store.history), *histories[number + 1 :])
@@ -153,7 +153,8 @@ class Explorer:
         return tuple(sorted(files.items())), now
 
     def _may_sleep(self, files: Files, own: list, histories: tuple, number: int, dead: frozenset) -> bool:
-        """Let the other processes' counters pass one beat; False where one of them is about to hold a lease."""
+        """Advance the other processes' counters by one beat. Return False if one of them is about to hold a lease, or
+        if this process has used up its sleeps."""
         if [name for name, _ in own].count("sleep") > self.sleeps:
             return False
         for other, history in enumerate(histories):
@@ -172,7 +173,7 @@ def _names(history: tuple) -> list[str]:
 
 
 def _created(history: tuple) -> str:
-    """The lease that a process created last, while it has not removed it again."""
+    """Return the lease that a process created last, or "" if it has removed it again."""
     lease = ""
     for name, answer in history:
         if name.startswith("create ") and answer is None:

@@ -1,6 +1,6 @@
-"""A Ray cluster of separate nodes on this machine, each with a folder of its own, and an S3 server: nothing is shared.
+"""A Ray cluster of nodes on this machine that share no folder, and an S3 server.
 
-A head without CPUs, on which the driver runs, and workers with one CPU each: two ranks are on two nodes.
+The driver runs on a head without CPUs. Each worker has one CPU, so that two ranks are on two nodes.
 
     make cluster        # prints what to export, and runs until Ctrl-C
 """
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @dataclass
 class LocalCluster:
-    """Its processes and what they need in their environment."""
+    """The cluster's processes and the environment variables that they need."""
 
     folder: Path
     env: dict[str, str]
@@ -41,7 +41,7 @@ class LocalCluster:
     nodes: dict[str, subprocess.Popen]
 
     def start_node(self, name: str, *arguments: str) -> None:
-        """A Ray node whose LONGREACH_WORKDIR is a folder of its own."""
+        """Start a Ray node whose LONGREACH_WORKDIR is a folder of its own."""
         env = self.env | {"LONGREACH_WORKDIR": str(self.folder / name)}
         command = [
             RAY,
@@ -49,26 +49,26 @@ class LocalCluster:
             "--block",
             "--node-ip-address=127.0.0.1",
             "--object-store-memory=200000000",
-            f"--dashboard-agent-listen-port={free_port()}",  # Ray's own, 52365, is that of any other Ray here
+            f"--dashboard-agent-listen-port={free_port()}",  # any other Ray here uses the default, 52365
             *arguments,
         ]
         log = (self.folder / f"{name}.log").open("ab")
         self.nodes[name] = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
     def start_worker(self, number: int) -> None:
-        """A node of one CPU with an address of its own, as machines have: Ray Train counts a node's ranks by it."""
+        """Start a node with one CPU and its own IP address, by which Ray Train counts the ranks of a node."""
         own = f"--node-ip-address=127.0.0.{number + 2}"
         self.start_node(f"worker{number}", f"--address={self.address}", "--num-cpus=1", own)
 
     def kill_node(self, name: str) -> None:
-        """All of its processes at once, as when a machine goes away."""
+        """Kill all processes of a node at once, as when a machine fails."""
         process = self.nodes.pop(name)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def wait_for(self, cpus: float) -> None:
-        """Until so many CPUs are there."""
+        """Wait until the cluster has that many CPUs."""
         ask = "import ray; ray.init('auto', log_to_driver=False); print(ray.cluster_resources().get('CPU', 0))"
         deadline = time.monotonic() + PATIENCE_S
         while True:
@@ -76,13 +76,13 @@ class LocalCluster:
             done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=False)
             if done.stdout.strip() and float(done.stdout.split()[-1]) >= cpus:
                 return
-            assert time.monotonic() < deadline, f"the cluster does not come up: {done.stderr[-500:]}"
+            assert time.monotonic() < deadline, f"the cluster did not start: {done.stderr[-500:]}"
             time.sleep(1)
 
 
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """moto in a process of its own; yields the environment that points at it, with a bucket `longreach`."""
+    """Run moto in its own process with a bucket `longreach`; yields the environment variables for its clients."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     log = (folder / "s3.log").open("ab")
@@ -93,7 +93,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + PATIENCE_S
         make = "import s3fs; s3fs.S3FileSystem().mkdir('longreach')"
         while subprocess.run([sys.executable, "-c", make], env=os.environ | env, capture_output=True).returncode:
-            assert time.monotonic() < deadline, "the S3 server does not come up"
+            assert time.monotonic() < deadline, "the S3 server did not start"
             time.sleep(0.5)
         yield env
     finally:
@@ -103,12 +103,12 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def local_cluster(folder: Path, workers: int = 2, extra: dict[str, str] | None = None) -> Iterator[LocalCluster]:
-    """A head and workers, with token authentication; `extra` goes into the environment of all of them."""
+    """Run a head and workers with token authentication; `extra` is added to the environment of all of them."""
     port, dashboard = free_port(), free_port()
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    env["PATH"] = f"{Path(RAY).parent}{os.pathsep}{env['PATH']}"  # a job's `python` is this one
+    env["PATH"] = f"{Path(RAY).parent}{os.pathsep}{env['PATH']}"  # so that a job's `python` is this one
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", **(extra or {})}
-    temp = tempfile.mkdtemp(prefix="lr")  # sockets' paths must be short
+    temp = tempfile.mkdtemp(prefix="lr")  # the paths of sockets must be short
     cluster = LocalCluster(folder, env, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", {})
     try:
         cluster.start_node(
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    for signum in (signal.SIGTERM, signal.SIGHUP):  # else they end this process alone, and its nodes stay
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # otherwise they end only this process, and its nodes remain
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     folder = Path(tempfile.mkdtemp(prefix="longreach-cluster-"))
     with s3_server(folder) as s3, local_cluster(folder, options.workers, s3) as cluster:

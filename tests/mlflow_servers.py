@@ -1,4 +1,4 @@
-"""MLflow servers and a PostgreSQL for tests: real processes on loopback, ended with the test session."""
+"""MLflow servers and PostgreSQL for tests: real processes on the loopback interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from longreach.infra.mirror import ui_command
 
 PASSWORD = "a-long-password-of-tests"
 PATIENCE_S = 60
-"""For what takes seconds: the machine may be busy."""
+"""Generous for what takes seconds, since the machine may be busy."""
 
 
 def free_port() -> int:
@@ -36,10 +36,10 @@ def wait_until(condition) -> None:
 
 
 class Server:
-    """The MLflow server that `longreach ui` starts, to be killed and started again.
+    """The MLflow server that `longreach ui` starts; tests can kill it and start it again.
 
-    database: another backend than the embedded one. files: another place for artifacts, to which `env` has the keys.
-    login: ask for a user and a password (mlflow's basic-auth).
+    database: a backend other than the embedded one. files: another location for artifacts, with its keys in `env`.
+    login: require a user and a password (mlflow's basic-auth).
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Server:
 
 @contextlib.contextmanager
 def postgresql() -> Iterator[str]:
-    """A PostgreSQL of its own on loopback, as SQLAlchemy's URL; skipped where Debian's package is not installed."""
+    """Run a PostgreSQL server on loopback; yields its SQLAlchemy URL. Skips the test if PostgreSQL is not installed."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
         assert os.environ.get("CI") != "true", "postgresql is missing, which `make tools` installs"
         pytest.skip("PostgreSQL is not installed: make tools")
     folder, port = Path(tempfile.mkdtemp(prefix="longreach-postgres-")), free_port()
     as_user: list[str] = []
-    if os.geteuid() == 0:  # it refuses to run as root
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         as_user = ["runuser", "-u", "postgres", "--"]
         shutil.chown(folder, "postgres")
 

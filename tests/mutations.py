@@ -1,11 +1,11 @@
-"""One line of the store, the lease, the mirror or the checkpoint made wrong at a time: does a test notice?
+"""Mutation testing of the store, the lease, the mirror and the checkpoint: break one line, check that a test fails.
 
-    python tests/mutations.py                    # all; ten minutes of one core
-    python tests/mutations.py lease checkpoint   # some groups
-    python tests/mutations.py store --only sync   # those whose line has a text
+    python tests/mutations.py                     # all; ten minutes of one core
+    python tests/mutations.py lease checkpoint    # some groups
+    python tests/mutations.py store --only sync   # mutations whose line contains a text
 
-Each mutation is made in a copy of the checkout, in which the tests of its group run until the first fails. Ours are
-imported anew for each, in a fork of a process that has imported the libraries. "LIVES" is a hole in the tests.
+Each mutation is made in a copy of the checkout, and the tests of its group run there until the first failure. Each run
+is a fork of a process that has imported the libraries, and imports longreach anew. "LIVES" marks a gap in the tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIMIT_CPU_S, LIMIT_S = 120, 400
-"""A mutation that makes a test wait for ever counts as noticed; the machine may be busy."""
+"""Limits for the tests of one mutation. One that makes a test hang counts as noticed; the machine may be busy."""
 STORE = (
     "tests/test_infra_artifact.py tests/test_infra_files.py tests/faults/test_faults_power.py -k 'not of_a_checkpoint'"
 )
@@ -40,7 +40,7 @@ CHECKPOINT = (
     "newest or another_recipe or only_the_last or zero_stage or moment_of_a_checkpoint'"
 )
 BEST = "tests/test_training_validation.py -k best"
-MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, file, part of it, what it becomes)
+MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, file, text in the file, its replacement)
     "store": [
         (STORE, "infra/artifact.py", "if digest != digest_of(manifest):", "if False:"),
         (STORE, "infra/artifact.py", 'if parts.is_absolute() or ".." in parts.parts:', "if parts.is_absolute():"),
@@ -79,7 +79,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
         (STORE, "infra/files.py", "        sync(draft)", "        pass"),
     ],
     "lease": [
-        (LEASE, "infra/lease.py", "if self._newest() > self._generation:  # it", "if False:  # it"),
+        (LEASE, "infra/lease.py", "if self._newest() > self._generation:  # meanwhile", "if False:  # meanwhile"),
         (LEASE, "infra/lease.py", "< self._generation - 1:", "< self._generation:"),
         (LEASE, "infra/lease.py", "< self._generation - 1:", "< self._generation - 2:"),
         (LEASE, "infra/lease.py", "mark[:2] != ours[:2]", "mark[:1] != ours[:1]"),
@@ -92,7 +92,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
         (LEASE, "infra/lease.py", "        self._stop.set()", "        pass"),
         (
             LEASE, "infra/lease.py",
-            "                    continue  # another run was faster: look again", "                    raise",
+            "                    continue  # another run was faster: start over", "                    raise",
         ),
         (LEASE, "infra/lease.py", "if self.store.local and on_own_disk(Path(self.store.base)):", "if False:"),
     ],
@@ -136,7 +136,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
 
 
 def copy_of_checkout(folder: Path) -> Path:
-    """The tracked files, with the package's name leading to them as in an installed checkout."""
+    """Copy the tracked files, with a link that makes them importable as `longreach`, as in an installed checkout."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in map(os.fsdecode, filter(None, listed.split(b"\0"))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _run_tests(folder: Path, tests: str) -> None:
 
 
 def noticed(folder: Path, tests: str) -> str:
-    """How the tests ended: "noticed", "noticed (too slow)" or "LIVES"; the log stays in the folder."""
+    """Run the tests and return "noticed", "noticed (too slow)" or "LIVES"; the log stays in the folder."""
     child = multiprocessing.get_context("fork").Process(target=_run_tests, args=(folder, tests))
     child.start()
     child.join(LIMIT_S)
@@ -175,7 +175,7 @@ def noticed(folder: Path, tests: str) -> str:
 
 
 def failed_test(folder: Path) -> str:
-    """The first test that failed, from its log."""
+    """Return the first failed test from the log."""
     for line in (folder / "tests.log").read_text(errors="replace").splitlines():
         if line.startswith(("FAILED", "ERROR")):
             return line.split("::")[-1].partition(" - ")[0]
@@ -186,7 +186,7 @@ def main(groups: list[str], only: str) -> None:
     for module in ("pytest", "torch", "transformers", "deepspeed", "peft", "mlflow", "fsspec", "s3fs", "moto.server"):
         with contextlib.suppress(ImportError):
             __import__(module)
-    assert "longreach" not in sys.modules, "a mutation would not be seen"
+    assert "longreach" not in sys.modules, "a mutation would have no effect"
     lives = count = 0
     with tempfile.TemporaryDirectory(prefix="longreach-mutations-") as scratch:
         folder = copy_of_checkout(Path(scratch))

@@ -1,11 +1,11 @@
-"""A disk that forgets what was not synced: what a power cut at any moment would leave of a folder.
+"""Simulate a power cut at every moment: rebuild a folder as a disk would hold it without unsynced changes.
 
-The calls that change names (and fsync) are watched in this process. Before and after each, the folder is rebuilt as
-a disk might hold it then. File systems may write names early or late, so three disks are tried:
+The calls that change names (and fsync) are intercepted in this process. Before and after each call, the folder is
+rebuilt as a disk might hold it then. File systems may write names early or late, so three disks are simulated:
 
-    late        nothing is on the disk but what was synced
-    early       every name is on the disk at once; content only when synced, as ext4 does it
-    removing    names that go are gone at once; new ones come when their folder is synced
+    late        only what was synced is on the disk
+    early       every name is on the disk at once, content only once synced, as on ext4
+    removing    removed names are gone at once; new names appear once their folder is synced
 
     with PowerCuts(root, tmp_path / "disk", check): publish()       # check(folder) raises if something was lost
 """
@@ -26,13 +26,13 @@ class PowerCuts:
         self.root, self.disk, self.check = root, disk, check
         self.moments = 0
         self.content: dict[int, bytes] = {}
-        """Inode -> bytes that were synced."""
+        """Inode of a file -> its synced content."""
         self.names: dict[int, dict[str, int]] = {}
-        """Inode of a folder -> its synced names, with their inodes."""
-        self.held: list[int] = []  # open handles, so that no inode's number is used twice
+        """Inode of a folder -> its synced names with their inodes."""
+        self.held: list[int] = []  # open handles, so that no inode number is reused
 
     def __enter__(self) -> "PowerCuts":
-        for folder, _, files in os.walk(self.root):  # what was there before is on the disk
+        for folder, _, files in os.walk(self.root):  # what existed before is on the disk
             for path in (Path(folder), *(Path(folder, name) for name in files)):
                 self._synced(path)
         self.real = {name: getattr(os, name) for name in WATCHED}
@@ -70,7 +70,7 @@ class PowerCuts:
             self.content[path.stat().st_ino] = path.read_bytes()
 
     def _cut(self) -> None:
-        self._restore()  # what is done here is no event
+        self._restore()  # calls made here do not count
         for disk in DISKS:
             shutil.rmtree(self.disk, ignore_errors=True)
             now = {path.stat().st_ino: path for path in (self.root, *self.root.rglob("*"))}

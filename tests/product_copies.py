@@ -1,4 +1,4 @@
-"""Copies of the product with a file more, to try what a contributor would do."""
+"""Copy the product and add files, to test what a contributor would do."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
 
 
 def product_with(folder: Path, *additions: tuple[str, str, str]) -> dict[str, str]:
-    """Copy the product with files more; each addition is (toy, place, lines).
+    """Copy the product and add files; each addition is (toy, place, lines).
 
-    tests/`toy` is put at `place`, and `lines` at the end of that room's __init__.py. Returns the environment in which
-    Python imports the copy.
+    tests/`toy` is copied to `place`, and `lines` are appended to the __init__.py beside it. Return the environment
+    variables with which Python imports the copy.
     """
     package = folder / "longreach"
     for room in ROOMS:

@@ -1,4 +1,4 @@
-"""Two ranks without Ray, for tests that compare them with one: plain processes, gloo over a file."""
+"""Run ranks without Ray, as plain processes with gloo over a file, for tests that compare them with one rank."""
 
 import importlib
 import json
@@ -9,13 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 IMPORTED = ["longreach.training.loop", "deepspeed"]
-"""What the ranks of all tests are forked with: alone, each would import it for 6 CPU seconds."""
+"""Modules that the fork server imports once for the ranks of all tests; importing them takes 6 CPU seconds."""
 
 
 def run_spawned(function: str, job: dict, *, world: int, folder: Path) -> list:
-    """Calls `function(job)` ("module:name", a module of tests/) on `world` fresh processes; their results by rank."""
-    folder.mkdir(exist_ok=True)  # without it the rendezvous waits for ever
-    mp.set_forkserver_preload(IMPORTED)  # heard when the first ranks are started
+    """Call `function(job)` ("module:name", a module in tests/) in `world` new processes; return the results by rank."""
+    folder.mkdir(exist_ok=True)  # without it the rendezvous waits forever
+    mp.set_forkserver_preload(IMPORTED)  # takes effect when the first ranks are started
     mp.start_processes(_rank, (function, job, world, str(folder)), nprocs=world, start_method="forkserver")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 

@@ -1,12 +1,12 @@
-"""Effective-time ratio: useful step seconds / wall seconds, while something is killed every few minutes.
+"""Measure the effective-time ratio, useful step seconds / wall seconds, while processes are killed every few minutes.
 
-    python tests/soak_effective_time.py                            # 30 minutes, a kill every 3; wants an idle machine
-    python tests/soak_effective_time.py --minutes 6 --every 1.5    # a smaller one
+    python tests/soak_effective_time.py                            # 30 minutes, a kill every 3; needs an idle machine
+    python tests/soak_effective_time.py --minutes 6 --every 1.5    # a shorter one
 
-The quickstart's LongLoRA arm on SmolLM2-135M trains; a rank, the stage's task and the driver get kill -9 in turn, and
-the driver is started again at once, as systemd or a Kubernetes Job would. The clock starts with the command (converting
-and packing were done before) and stops when SIGTERM ends the run with a checkpoint, so that every step is kept. A step
-counts once, with the seconds of its first time; starts, checkpoints, restarts and steps trained again do not.
+The quickstart's LongLoRA arm trains on SmolLM2-135M. A rank, the stage's task and the driver get kill -9 in turn, and
+the driver is restarted at once, as systemd or a Kubernetes Job would do. The clock starts with the command (after
+converting and packing) and stops when SIGTERM ends the run with a checkpoint, so that every step is kept. A step counts
+once, with the seconds of its first time; starts, checkpoints, restarts and repeated steps do not count.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def command(rate: float, steps: int, interval: int) -> list[str]:
 
 
 def steps_told(folder: Path) -> dict[int, tuple[float, float]]:
-    """(unix time of its end, seconds) of each step's first time."""
+    """Return the first time of each step as (unix time of its end, seconds)."""
     found: dict[int, tuple[float, float]] = {}
     for path in (folder / ".longreach/spool").rglob("finetune-longlora@*.jsonl"):
         for line in path.read_text().splitlines():
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=3, help="minutes between kills")
     parser.add_argument("--interval", type=int, default=5, help="steps between checkpoints")
-    parser.add_argument("--folder", type=Path, default=None, help="kept; default: one that is removed")
+    parser.add_argument("--folder", type=Path, default=None, help="folder to use and keep; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
@@ -101,7 +101,7 @@ def main() -> None:
         useful = sum(seconds for _, seconds in told.values())
         first = min(end - seconds for end, seconds in told.values()) - begun
         print(f"{len(told)} steps of {useful / len(told):.2f} s in {wall:.0f} s, {len(kills)} kills")
-        print(f"effective-time ratio {useful / wall:.3f}; {first:.1f} s from the command to the first step's begin")
+        print(f"effective-time ratio {useful / wall:.3f}; {first:.1f} s from the command to the first step's start")
         for moment, victim, reached in kills:
             end, seconds = told[reached + 1] if reached + 1 in told else (float("nan"), 0.0)
             lost = f"the next new step began {end - seconds - moment:.1f} s later"

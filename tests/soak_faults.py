@@ -1,9 +1,9 @@
-"""kill -9 at random moments: a rank, a stage task or the driver of the tiny pipeline; then the same command again.
+"""Kill (-9) a rank, a stage task or the driver of the tiny pipeline at random moments, and run the command again.
 
     python tests/soak_faults.py 9             # rounds, about a minute and a half each; the seed is printed
 
-Each round is a fresh project. After the kill the command is run again; then fingerprints and weights must be those of a
-run that nothing disturbed, and no attempt trains more than one checkpoint interval of the one before it again.
+Each round is a new project. After the kill, the command is run again. Then fingerprints and weights must equal those of
+an undisturbed run, and no attempt may repeat more than one checkpoint interval of the attempt before it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def project(folder: Path, steps: int = 200) -> Path:
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """Fingerprints by stage, and the digests of the weights."""
+    """Return the fingerprints by stage, and the digests of the weights."""
     found = manifests(folder)
     weights = {f["path"]: f["xxh3"] for f in found["finetune[full]"]["files"] if f["path"].endswith(".safetensors")}
     return {label: m["fingerprint"] for label, m in found.items()} | weights
 
 
 def kill(folder: Path, victim: str, after_s: float) -> str:
-    """Starts the pipeline and kills the victim so many seconds later (or as soon as it lives): what happened."""
+    """Start the pipeline, and kill the victim after `after_s` or once it exists; return what happened."""
     command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
     with (folder / "driver.log").open("w") as log:
         driver = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
@@ -73,7 +73,7 @@ def main(rounds: int) -> None:
             folder = project(Path(scratch) / f"round{number}")
             print(kill(folder, victim, draw.uniform(0, 0.9 * lasts)), flush=True)
             run(folder)
-            assert outcome(folder) == expected, f"round {number} came to another result, see {folder}"
+            assert outcome(folder) == expected, f"round {number} has a different result, see {folder}"
             for before, after in itertools.pairwise([s for s in steps_of(folder) if s]):
                 again = max(before) - after[0] + 1
                 assert again <= INTERVAL, f"round {number} trained {again} steps again"

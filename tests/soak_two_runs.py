@@ -1,13 +1,12 @@
-"""Two recipes that share an arm, started together, with kill -9 of a driver or a rank: one training, nothing lost.
+"""Start two recipes that share an arm, kill (-9) a driver or a rank, and check that they trained once and lost nothing.
 
     python tests/soak_two_runs.py --rounds 20              # about two minutes each; the seed is printed
     python tests/soak_two_runs.py --rounds 3 --steps 60    # a short training: under a minute each on an idle machine
 
-Each round is a fresh project with two recipes that differ in their name and in one evaluation. Both start in the
-same second; in three rounds of four something of one of them is killed: a driver at a random moment, a rank or the
-stage's task at a random moment after it began. Whoever did not finish is started again. Then both have every stage,
-the weights are those of a run that nothing disturbed, and no step was trained again but those since the last
-checkpoint.
+Each round is a new project with two recipes that differ in their name and in one evaluation. Both start in the same
+second. In three of four rounds, a process of one of them is killed: the driver at a random moment, or a rank or the
+stage's task at a random moment after it began. Then both are run again. Both must have every stage, the weights must
+equal those of an undisturbed run, and only steps since the last checkpoint may have been repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ VICTIMS = {"nothing": None, "driver": (), "rank": ("TrainWorker",), "stage task"
 
 
 def two_recipes(folder: Path, steps: int) -> Path:
-    """Make a project in which other.yaml wants all that tiny.yaml does, and one evaluation more."""
+    """Create a project in which other.yaml has everything that tiny.yaml has, and one more evaluation."""
     project(folder, steps)
     recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
     other = copy.deepcopy(recipe) | {"name": "other"}
@@ -43,7 +42,7 @@ def two_recipes(folder: Path, steps: int) -> Path:
 
 
 def start_both(folder: Path, victim: str, draw: random.Random, lasts_s: float, training_s: float) -> str:
-    """Start both recipes, kill something of one of them, wait for both; return what happened."""
+    """Start both recipes, kill a process of one of them, wait for both, and return what happened."""
     drivers = {}
     for name in ("tiny", "other"):
         log = (folder / f"{name}.log").open("w")
@@ -72,7 +71,7 @@ def _processes_of(driver: subprocess.Popen, victim: str) -> list[psutil.Process]
     try:
         tree = psutil.Process(driver.pid)
         return processes(tree, *VICTIMS[victim]) if VICTIMS[victim] else [tree]
-    except psutil.NoSuchProcess:  # it was done already
+    except psutil.NoSuchProcess:  # it has ended already
         return []
 
 
@@ -86,7 +85,7 @@ def main(rounds: int, steps: int, seed: int) -> None:
         lasts_s = time.monotonic() - begun
         training_s = manifests(whole)["finetune[full]"]["seconds"]
         print(f"undisturbed: {lasts_s:.0f} s, of which training {training_s:.0f}", flush=True)
-        shared = {*outcome(whole)} - {"report", "release[full]"}  # these two are about each recipe's own evaluations
+        shared = {*outcome(whole)} - {"report", "release[full]"}  # these two depend on each recipe's own evaluations
         expected = {label: value for label, value in outcome(whole).items() if label in shared}
         continued = 0
         for number, victim in zip(range(rounds), itertools.cycle(reversed(VICTIMS))):
@@ -97,7 +96,7 @@ def main(rounds: int, steps: int, seed: int) -> None:
                 logs = [(folder / f"{of}.log").read_text() for of in ("tiny", "other")]
                 assert again.returncode == 0, "\n".join([*logs, again.stdout, again.stderr])
             found = outcome(folder)
-            assert expected.items() <= found.items(), f"round {number} came to another result: {expected}, {found}"
+            assert expected.items() <= found.items(), f"round {number} has a different result: {expected}, {found}"
             trained = [attempt for attempt in steps_of(folder) if attempt]
             continued += len(trained) > 1
             for before, after in itertools.pairwise(trained):
@@ -112,7 +111,7 @@ def main(rounds: int, steps: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of the training that both want")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of the shared training")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     options = parser.parse_args()
     main(options.rounds, options.steps, options.seed)

@@ -49,7 +49,7 @@ def test_a_folder_that_the_user_chose_for_ray_is_refused_with_both_numbers(long_
     monkeypatch.setenv("RAY_TMPDIR", str(long_folder))
     length = len(str(long_folder))
     with (
-        pytest.raises(ValueError, match=rf"has {length} characters, .* leave 39: set RAY_TMPDIR to a shorter one"),
+        pytest.raises(ValueError, match=rf"has {length} characters, .* room for 39: set RAY_TMPDIR to a shorter path"),
         our_cluster._short_temporary_folder(),
     ):
         pytest.fail("it was refused")
@@ -76,7 +76,7 @@ def test_a_start_that_a_busy_machine_made_too_slow_is_tried_again(capsys):
     ray = SlowRay(timeouts=2)
     our_cluster._start_or_join(ray, None, 2)
     assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"]
-    assert "trying again" in capsys.readouterr().err
+    assert "retrying" in capsys.readouterr().err
     with pytest.raises(Exception, match="timed out during startup"):
         our_cluster._start_or_join(SlowRay(timeouts=3), None, 2)
     broken = SlowRay(timeouts=1, message="no room on the disk")

@@ -57,7 +57,7 @@ def test_a_file_system_on_which_nothing_is_exclusive_is_refused(tmp_path: Path, 
     monkeypatch.setattr(os, "link", no_links)
     refuses = SimpleNamespace(renameat2=lambda *_: -1)
     monkeypatch.setattr(files, "ctypes", SimpleNamespace(CDLL=lambda *_, **__: refuses, get_errno=lambda: errno.EINVAL))
-    with pytest.raises(OSError, match="on another disk, or into an object store") as refused:
+    with pytest.raises(OSError, match="on another disk, or in an object store") as refused:
         Store(str(tmp_path)).create(str(tmp_path / "artifact.json"), b"{}")
     assert refused.value.filename == str(tmp_path / "artifact.json")
     assert list(tmp_path.iterdir()) == []

@@ -155,7 +155,7 @@ def test_texts_of_this_machine_are_refused_elsewhere_and_relative_ones_everywher
     texts = {"store.root": "s3://b", "corpus.sources.0.files": "texts/*.txt"}
     with pytest.raises(ValueError, match=r"files 'texts/\*\.txt' is on this machine"):
         whereabouts(ELSEWHERE, texts, shared_disk=False)
-    with pytest.raises(ValueError, match="write the whole path"):
+    with pytest.raises(ValueError, match="write the absolute path"):
         whereabouts("http://localhost:8265", texts, shared_disk=False)
     assert whereabouts(ELSEWHERE, texts | {"corpus.sources.0.files": "/data/*.txt"}, shared_disk=True) == {}
 
@@ -164,7 +164,7 @@ def test_addresses_of_other_kinds_are_refused_before_anything_is_sent() -> None:
     assert check_address("head") == "http://head:8265"
     assert check_address("https://ray.example.org/") == "https://ray.example.org"
     for wrong in ("auto", "ray://head:10001", "http://"):
-        with pytest.raises(ValueError, match="write the dashboard's"):
+        with pytest.raises(ValueError, match="give the dashboard's address"):
             check_address(wrong)
 
 
@@ -224,7 +224,7 @@ def test_no_code_of_a_downloaded_model_is_ever_run() -> None:
 
 def test_nobody_answers_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(ValueError, match="no Ray dashboard answers"),
+        pytest.raises(ValueError, match="no Ray dashboard responds"),
         jobs.job_client(f"http://127.0.0.1:{free_port()}"),
     ):
         pass
@@ -337,7 +337,7 @@ def test_without_the_token_nothing_is_answered(head: str, monkeypatch: pytest.Mo
     for mode in ("token", "disabled"):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
         with (
-            pytest.raises(ValueError, match=r"refuses.*RAY_AUTH_TOKEN, or .*RAY_AUTH_TOKEN_PATH") as refused,
+            pytest.raises(ValueError, match=r"rejects.*RAY_AUTH_TOKEN, or .*RAY_AUTH_TOKEN_PATH") as refused,
             jobs.job_client(head) as client,
         ):
             jobs.listed(client)

@@ -148,7 +148,7 @@ def test_timers_are_suspended_until_somebody_says_otherwise():
 def test_a_ray_cron_job_refuses_a_queue_that_it_could_not_pass_on():
     resources, place = NUMBERS["queue"]
     job = k.ray_job("quickstart", ["true"], resources, place)
-    with pytest.raises(ValueError, match="queue 'night': a RayCronJob gives its RayJobs no labels"):
+    with pytest.raises(ValueError, match="queue 'night': a RayCronJob sets no labels on its RayJobs"):
         k.ray_cron_job("quickstart", "0 3 * * 1", "UTC", job, place)
 
 
@@ -163,7 +163,7 @@ PLAIN = Resources()
 @pytest.mark.parametrize(
     ("manifest", "problem"),
     [
-        (k.ray_job("q" * 48, ["true"], PLAIN, k.Place()), "has 48 characters, a RayJob takes 47: shorten it"),
+        (k.ray_job("q" * 48, ["true"], PLAIN, k.Place()), "has 48 characters, but a RayJob takes at most 47: shorten"),
         (k.ray_cluster("8b", PLAIN, k.Place()), "metadata.name '8b': start with a letter"),
         (k.ray_cluster("lab", PLAIN, k.Place(ray_version="2.51.0")), "'2.51.0': authOptions.mode token needs Ray 2.52"),
         (k.ray_job("lab", ["true"], PLAIN, k.Place(ray_version="")), "needs Ray 2.52 or later"),

@@ -204,9 +204,9 @@ def test_ray_trains_own_error_is_raised_when_starting_again_cannot_help(cluster,
 
 
 def test_ranks_that_can_never_be_placed_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match=r"3 ranks x 2 CPU need 6 CPUs, the cluster has 4: lower"):
+    with pytest.raises(ValueError, match=r"3 ranks x 2 CPU need 6 CPUs, but the cluster has 4: lower"):
         check_room({"CPU": 4.0}, Resources(workers=3, cpus_per_worker=2))
-    with pytest.raises(ValueError, match=r"2 ranks x 1 GPU need 2 GPUs, the cluster has 0"):
+    with pytest.raises(ValueError, match=r"2 ranks x 1 GPU need 2 GPUs, but the cluster has 0"):
         check_room({"CPU": 4.0}, Resources(workers=2, gpus_per_worker=1))
 
 

@@ -162,7 +162,7 @@ def test_an_outage_at_the_start_in_the_middle_and_at_the_end_costs_no_time_and_n
 
     mirror = start_mirror(spools.folder, gate.uri)
     train(range(200))
-    wait_until(lambda: "trying again" in (spools.folder / "mirror.log").read_text())
+    wait_until(lambda: "retrying" in (spools.folder / "mirror.log").read_text())
     assert pending_points(spools.folder) == 400
     gate.open()
     wait_until(lambda: pending_points(spools.folder) == 0)

@@ -36,10 +36,10 @@ def login(monkeypatch, user: str | None, password: str = "") -> None:
 
 def test_a_wrong_login_is_refused_and_named_without_its_password(server, monkeypatch):
     login(monkeypatch, None)
-    with pytest.raises(ValueError, match="refuses a request without user and password"):
+    with pytest.raises(ValueError, match="rejects a request without user and password"):
         check_login(server.uri)
     login(monkeypatch, "admin", "planted-canary")
-    with pytest.raises(ValueError, match=r"refuses user 'admin' .*HTTP 401.*MLFLOW_TRACKING_PASSWORD") as error:
+    with pytest.raises(ValueError, match=r"rejects user 'admin' .*HTTP 401.*MLFLOW_TRACKING_PASSWORD") as error:
         check_login(server.uri)
     assert "planted-canary" not in str(error.value)
     login(monkeypatch, "admin", PASSWORD)
@@ -63,14 +63,14 @@ def test_a_run_with_a_wrong_password_does_nothing(server, tmp_path):
     command = [sys.executable, "-m", "longreach.pipelines", "run", "quickstart", "--set", f"tracking.uri={server.uri}"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert "refuses user 'admin'" in done.stderr
+    assert "rejects user 'admin'" in done.stderr
     assert "planted-canary" not in done.stdout + done.stderr
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
 def test_a_server_that_is_away_is_said_and_stops_nothing(monkeypatch):
     uri = f"http://127.0.0.1:{free_port()}"
-    assert check_login(uri) == f"{uri} does not answer (ConnectionError)"
+    assert check_login(uri) == f"{uri} does not respond (ConnectionError)"
     assert check_login("sqlite:///x.db") == ""
 
 
@@ -173,7 +173,7 @@ def test_a_refused_login_is_no_server_that_is_away(empty_store, tmp_path: Path, 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_by_alias", refuses)
-    with pytest.raises(ValueError, match=r"who is champion of 'books' cannot be asked: .* who are you") as raised:
+    with pytest.raises(ValueError, match=r"cannot look up the alias champion of 'books': .* who are you") as raised:
         registry.champion("books")
     assert raised.type is ValueError
 

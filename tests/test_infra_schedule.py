@@ -144,21 +144,21 @@ def test_a_line_is_written_so_that_every_cron_reads_it_alike(written, read):
 @pytest.mark.parametrize(
     ("cron", "tz", "delay", "says"),
     [
-        ("0 3 * *", "UTC", None, "has 4 fields, it takes 5"),
+        ("0 3 * *", "UTC", None, "has 4 fields, but needs 5"),
         ("@weekly", "UTC", None, "has 1 fields"),
         ("0 24 * * *", "UTC", None, "hour '24': use 0 to 23"),
         ("60 3 * * *", "UTC", None, "minute '60': use 0 to 59"),
-        ("0 3 L * *", "UTC", None, "day of the month 'L': not every target knows"),
-        ("0 3 * * 1#2", "UTC", None, "day of the week '1#2': not every target knows"),
-        ("0 3 15W * *", "UTC", None, "'15W': not every target knows"),
+        ("0 3 L * *", "UTC", None, "day of the month 'L': not every target supports"),
+        ("0 3 * * 1#2", "UTC", None, "day of the week '1#2': not every target supports"),
+        ("0 3 15W * *", "UTC", None, "'15W': not every target supports"),
         ("0 3 * * fri-sun", "UTC", None, "day of the week 'FRI-SUN': use 0 to 7"),
-        ("0 3 31 2 *", "UTC", None, "no such day ever comes"),
+        ("0 3 31 2 *", "UTC", None, "no such day exists"),
         ("0 3 */2 * 1", "UTC", None, "write '*/2' as a list"),
         ("0 3 1 * */2", "UTC", None, "write '*/2' as a list"),
-        ("TZ=UTC 0 3 * * 1", "UTC", None, "the zone has an option of its own"),
+        ("TZ=UTC 0 3 * * 1", "UTC", None, "set the time zone with its own option"),
         ("0 3 * * 1", "Europe/Berln", None, "did you mean Europe/Berlin?"),
-        ("0 3 * * 1", "localtime", None, "tz 'localtime': no such zone"),
-        ("0 3 * * 1", "", None, "tz '': no such zone"),
+        ("0 3 * * 1", "localtime", None, "tz 'localtime': no such time zone"),
+        ("0 3 * * 1", "", None, "tz '': no such time zone"),
         ("0 3 * * 1", "UTC", "2", "max_start_delay '2': write days"),
         ("0 3 * * 1", "UTC", "0h", "max_start_delay '0h': write days"),
         ("0 * * * *", "UTC", "1h", "max_start_delay '1h': fire times are 1:00:00 apart"),
@@ -246,11 +246,11 @@ def zone_file(name):
 
 def test_a_zone_that_is_not_the_machines_is_refused_and_one_of_another_name_is_not():
     schedule = Schedule.parse("0 3 * * 1", "Europe/Berlin")
-    with pytest.raises(ValueError, match="tz 'Europe/Berlin': cron goes by this machine's clock, whose zone is Asia/"):
+    with pytest.raises(ValueError, match="tz 'Europe/Berlin': cron uses this machine's time zone, which is Asia/"):
         crontab(schedule, job(), zone_file("Asia/Kathmandu"))
-    with pytest.raises(ValueError, match="zone is UTC, and Debian's cron ignores CRON_TZ: use --to systemd"):
+    with pytest.raises(ValueError, match="which is UTC, and Debian's cron ignores CRON_TZ: use --to systemd"):
         crontab(schedule, job(), Path("/nonexistent"))
-    with pytest.raises(ValueError, match="whose zone is Africa/Lagos"):  # Berlin's clock in winter alone
+    with pytest.raises(ValueError, match="time zone, which is Africa/Lagos"):  # Berlin's clock in winter alone
         crontab(schedule, job(), zone_file("Africa/Lagos"))
     assert "0 3 * * 1 cd " in crontab(schedule, job(), zone_file("Europe/Berlin"))
     assert "0 3 * * 1 cd " in crontab(
@@ -262,7 +262,7 @@ def test_what_a_crontab_cannot_hold_is_refused():
     schedule, zone = Schedule.parse("0 3 * * 1", "UTC"), Path("/nonexistent")
     with pytest.raises(ValueError, match="which a crontab cannot hold"):
         crontab(schedule, job(overrides=("name=a\nb",)), zone)
-    with pytest.raises(ValueError, match=r"the command has \d{4} characters, cron takes 998"):
+    with pytest.raises(ValueError, match=r"the command has \d{4} characters, but cron accepts at most 998"):
         crontab(schedule, job(overrides=("name=" + "a" * 1000,)), zone)
 
 
@@ -357,7 +357,7 @@ def test_a_ray_cron_job_looks_at_the_clock_itself_and_a_cron_job_lets_kubernetes
 @pytest.mark.parametrize("target", ["ray-cronjob", "cronjob"])
 def test_a_cluster_needs_a_store_that_outlives_its_pods(target):
     schedule = Schedule.parse("0 3 * * 1", "UTC")
-    with pytest.raises(ValueError, match=r"store\.root '\.longreach' is a folder of one pod"):
+    with pytest.raises(ValueError, match=r"store\.root '\.longreach' would be a folder inside one pod"):
         render(schedule, job(store_root=".longreach"), target, Place(), enable=False)
     (text,) = render(schedule, job(), target, Place(), enable=True).values()
     assert "suspend: false" in text
@@ -366,9 +366,9 @@ def test_a_cluster_needs_a_store_that_outlives_its_pods(target):
 
 
 def test_what_the_operator_would_refuse_is_not_rendered():
-    with pytest.raises(ValueError, match="has 40 characters, a RayCronJob takes 36"):
+    with pytest.raises(ValueError, match="has 40 characters, but a RayCronJob takes at most 36"):
         render(Schedule.parse("0 3 * * 1", "UTC"), job(name="q" * 40), "ray-cronjob", Place(), enable=False)
-    with pytest.raises(ValueError, match="to 'airflow': choose one of ray-cronjob, cronjob, systemd, crontab"):
+    with pytest.raises(ValueError, match="--to 'airflow': choose one of ray-cronjob, cronjob, systemd, crontab"):
         render(Schedule.parse("0 3 * * 1", "UTC"), job(), "airflow", Place(), enable=False)
 
 

@@ -264,7 +264,7 @@ def test_an_address_at_which_no_cluster_answers_is_one_line_within_seconds(tmp_p
     env = clean | {"RAY_TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert f"address '{address}': no Ray cluster answers there" in done.stderr
+    assert f"address '{address}': no Ray cluster responds there" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_measured_is_refused_with_both_numbers(path: Path, overri
 def test_a_length_that_ranks_of_one_row_do_not_divide_is_refused(path: Path) -> None:
     narrow = ["costs.arms=[full]", "costs.lengths=[33]", "resources.sequence_parallel=2"]
     (said,) = mistakes(path, *narrow)
-    assert said.endswith("costs.lengths: 33 is not divided by resources.sequence_parallel 2: change one of them")
+    assert said.endswith("costs.lengths: 33 is not divisible by resources.sequence_parallel 2: change one of them")
 
 
 def test_of_a_base_that_is_known_only_when_converted_the_stage_itself_refuses_the_length(stage_inputs) -> None:

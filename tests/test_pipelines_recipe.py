@@ -61,7 +61,7 @@ def test_every_recipe_that_comes_along_is_valid_and_bears_its_own_name(name: str
 def test_a_step_whose_rows_the_ranks_do_not_divide_is_refused_before_anything_runs():
     (said,) = mistakes("quickstart", "finetune.pack.seq_len=2048", "finetune.global_batch_tokens=2048")
     assert (
-        "finetune.global_batch_tokens: a global batch of 1 rows does not divide into 2 ranks x micro_batch_rows 1"
+        "finetune.global_batch_tokens: a global batch of 1 rows is not divisible by 2 ranks x micro_batch_rows 1"
         in said
     )
 
@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None
                        "finetune.global_batch_tokens=2046",
                        "finetune.arms.longlora.attention={pattern: causal}")  # fmt: skip
     assert said.endswith(
-        "finetune.pack.seq_len: 1023 is not divided by resources.sequence_parallel 2: change one of them"
+        "finetune.pack.seq_len: 1023 is not divisible by resources.sequence_parallel 2: change one of them"
     )
     (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.rope={type: dynamic, factor: 2}")
     assert said.endswith("not with resources.sequence_parallel 2")

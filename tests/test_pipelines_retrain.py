@@ -137,5 +137,5 @@ def test_without_an_answer_from_the_registry_no_training_from_its_champion_start
     env = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     done = longreach(project, "run", "tiny.yaml", env=os.environ | env)
     assert done.returncode == 75, done.stderr
-    assert "who is champion of 'tiny-model' cannot be asked" in done.stderr
+    assert "cannot look up the alias champion of 'tiny-model'" in done.stderr
     assert "--set promote=" in done.stderr

@@ -358,7 +358,7 @@ def test_rows_with_a_sink_that_the_base_lacks_need_full_tuning(tmp_path):
 
 
 def test_a_global_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="4 rows does not divide into 1 ranks x micro_batch_rows 3"):
+    with pytest.raises(ValueError, match="4 rows is not divisible by 1 ranks x micro_batch_rows 3"):
         train(job(tmp_path, resources={"micro_batch_rows": 3}))
 
 

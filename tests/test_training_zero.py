@@ -163,7 +163,7 @@ def check_frequencies(job):
 
 
 def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="6 rows does not divide into 2 ranks x micro_batch_rows 2"):
+    with pytest.raises(ValueError, match="6 rows is not divisible by 2 ranks x micro_batch_rows 2"):
         deepspeed_config(OPTIM, Resources(micro_batch_rows=2), global_batch_rows=6, world=2)
 
 

@@ -1,4 +1,4 @@
-"""A tiny random Llama and a byte tokenizer: what tests evaluate where the weights do not matter."""
+"""A tiny random Llama and a byte tokenizer, for tests of evaluations in which the weights do not matter."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -8,7 +8,8 @@ VOCAB = 260
 
 
 def tiny_llama(seed=0, **changes):
-    """Grouped-query attention (4 heads, 2 KV heads), float32, weights large enough for predictions to differ."""
+    """Return a Llama with grouped-query attention (4 heads, 2 KV heads) and weights large enough for predictions to
+    differ."""
     config = LlamaConfig(
         **{
             "vocab_size": VOCAB,
@@ -27,7 +28,7 @@ def tiny_llama(seed=0, **changes):
 
 
 def byte_tokenizer(first=None):
-    """One token a byte; `first` is put before every text."""
+    """Return a tokenizer with one token per byte, which puts `first` before every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: n for n, symbol in enumerate(alphabet)} | {"<eos>": 256, "<sink>": 257}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -1,4 +1,4 @@
-"""An evaluation that the product does not have, as its file in evaluation/ would be."""
+"""An evaluation that the product does not have, written as a file in evaluation/ would be."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DistinctTokens(Evaluation):
         """Different tokens at the beginning of held-out documents."""
 
         first_tokens: int = Field(ge=1)
-        """How many tokens of each document are read."""
+        """Number of tokens of each document that are read."""
         documents: DocumentNames = ("*",)
         """Names (shell patterns) of held-out documents."""
 

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and packed rows for tests: made in milliseconds, offline, the same in every run."""
+"""Tiny models, tokenizers and packed rows for tests, made in milliseconds, offline and reproducibly."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ TINY = LlamaRecipe(hidden=32, layers=2, heads=4, kv_heads=2, context_length=64)
 
 
 def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... split at spaces; the first two ids are EOS and unknown."""
+    """Return a tokenizer of the words w2, w3, ..., split at spaces; ids 0 and 1 are EOS and unknown."""
     words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, vocab)}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -36,7 +36,7 @@ def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
 
 
 def tiny_folder(folder: Path, seed: int = 0, vocab: int = VOCAB, tied: bool = True) -> Path:
-    """A Hugging Face folder: tiny Llama (context 64) and tokenizer."""
+    """Write a Hugging Face folder with a tiny Llama (context length 64) and its tokenizer."""
     model = fresh_llama(TINY, vocab, seed)
     if not tied:
         head = torch.nn.Parameter(
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict:
 
 
 def change_config(folder: Path, **changes) -> None:
-    """Write other values into a model folder's config."""
+    """Change values in a model folder's config."""
     config = read_json(folder / "config.json") | changes
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -62,7 +62,7 @@ def change_config(folder: Path, **changes) -> None:
 def packed_corpus(
     folder: Path, *, seq_len: int = 16, first_token: str = "none", method: str = "best_fit", validation=()
 ) -> Path:
-    """A PackedCorpus of 40 counting documents (w5 w6 w7 ...), by the product's own packing; two are held out."""
+    """Pack a PackedCorpus of 40 counting documents (w5 w6 w7 ...) with the real packing; two are held out."""
     texts = folder / "texts"
     texts.mkdir(parents=True)
     for n in range(40):
@@ -77,7 +77,7 @@ def packed_corpus(
 
 
 def training_summary(**facts) -> TrainingSummary:
-    """What a short training might say of itself; `facts` override."""
+    """Return a plausible summary of a short training; `facts` override its fields."""
     usual = {
         "kind": "finetune", "rope": RopeRecipe(), "arm": ArmRecipe(), "model": None, "sink": "none",
         "sink_mass_every": 0, "optim": OptimRecipe(steps=6, global_batch_tokens=128), "seed": 0,
@@ -92,7 +92,7 @@ def training_summary(**facts) -> TrainingSummary:
 
 
 def pack_summary(**facts) -> PackSummary:
-    """What a small packed corpus might say of itself; `facts` override."""
+    """Return a plausible summary of a small packed corpus; `facts` override its fields."""
     usual = {
         "seq_len": 16, "method": "best_fit", "first_token": "none", "first_token_id": None, "eos_token_id": 0,
         "pad_token_id": 0, "vocab_size": VOCAB, "tokenizer_sha256": "", "rows": 8, "tokens": 120, "efficiency": 0.94,
@@ -108,7 +108,8 @@ def train(todo: dict) -> TrainingSummary:
 
 
 def job(folder: Path, **choices) -> dict:
-    """A TrainJob's fields for two-layer finetuning in `folder` (base/ and corpus/ are made once); choices override."""
+    """Return a TrainJob as a dict for finetuning a two-layer model in `folder` (base/ and corpus/ are created once);
+    `choices` override its fields."""
     if not (folder / "base").exists():
         tiny_folder(folder / "base")
         packed_corpus(folder)

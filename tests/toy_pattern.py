@@ -1,4 +1,4 @@
-"""A pattern that the product does not have, as its file in attention/ would be."""
+"""An attention pattern that the product does not have, written as a file in attention/ would be."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Dilated(Pattern):
-    """Each query sees every n-th earlier key, counted back from itself."""
+    """Each query attends to every n-th earlier key, counted back from itself."""
 
     pattern: Literal["dilated"] = "dilated"
     """Every n-th key."""
     stride_tokens: int = Field(ge=1)
-    """Distance between two keys; it divides seq_len."""
+    """Distance between two keys, which must divide seq_len."""
 
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
         def on_the_grid(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What ranks do in tests of infra/launch.py."""
+"""Functions that ranks run in the tests of infra/launch.py."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 
 def count_ranks(job: dict) -> dict:
-    """Sum the ranks' numbers; the last rank kills itself the first time, or sends itself another `signal`.
+    """Sum the ranks' numbers. The first time, the last rank kills itself or sends itself another `signal`.
 
-    `kill_marker` remembers it, with the rank's process.
+    The file `kill_marker` records that, with the rank's PID.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     marker = Path(job["kill_marker"])
@@ -31,7 +31,7 @@ def count_ranks(job: dict) -> dict:
 
 
 def complain_on_one_rank(job: dict) -> dict:
-    """Rank 1 raises while rank 0 waits for it in a collective."""
+    """Raise an error on rank 1 while rank 0 waits for it in a collective."""
     Path(job["lives"]).joinpath(f"{os.getpid()}").touch()
     if dist.get_rank() == 1:
         raise ValueError("seq_len 30 is not a multiple of 4")
@@ -40,7 +40,7 @@ def complain_on_one_rank(job: dict) -> dict:
 
 
 def reserved(job: dict) -> dict:
-    """Return what Ray keeps for each rank of the group."""
+    """Return the resources that Ray reserves for each rank of the group."""
     from ray.util import get_current_placement_group
 
     return {"bundles": get_current_placement_group().bundle_specs}

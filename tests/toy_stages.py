@@ -1,4 +1,4 @@
-"""Stages that cost nothing, for tests of the runner: they count their calls in a folder that the test gave them."""
+"""Cheap stages for tests of the runner. They record their calls in a folder that the test names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from longreach.pipelines.kind import StageRun, stage
 
 
 class ToyRecipe(Choices):
-    """What a toy stage does."""
+    """The choices of a toy stage."""
 
     text: str = ""
     log: str = ""
     """Folder in which each call leaves a file."""
     fail: str = ""
-    """Raise a ValueError that says so."""
+    """Raise a ValueError with this message."""
     seconds: float = 0.0
     kill_self_once: bool = False
-    """SIGKILL its own process, the first time."""
+    """Kill the stage's own process with SIGKILL, the first time."""
 
 
 def calls(log: Path, name: str) -> int:
@@ -36,7 +36,7 @@ def calls(log: Path, name: str) -> int:
 def toy(
     inputs: Mapping[str, Artifact], *, recipe: ToyRecipe, resources: Any, out: Path, run: StageRun
 ) -> dict[str, Any]:
-    """Write the inputs' texts and its own."""
+    """Write the texts of the inputs, and the stage's own text."""
     log = Path(recipe.log)
     (log / f"{run.label}-{uuid.uuid4().hex}").touch()
     if recipe.kill_self_once and calls(log, run.label) == 1:
@@ -60,7 +60,7 @@ def toy(
 def toy_report(
     inputs: Mapping[str, Artifact], *, recipe: Any, resources: Any, out: Path, run: StageRun
 ) -> dict[str, Any]:
-    """As `toy`; the report on what was done, where something failed, names that."""
+    """Do what `toy` does, or write the report of a run in which something failed, which names the failures."""
     if isinstance(recipe, ToyRecipe):
         return toy(inputs, recipe=recipe, resources=resources, out=out, run=run)
     if "unspeakable" in str(recipe.failed):

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, trained on a few lines in milliseconds, with the pre-tokenizers of well-known models."""
+"""Byte-level BPE tokenizers with the pre-tokenizers of well-known models, trained on a few lines in milliseconds."""
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -30,7 +30,7 @@ PRE_TOKENIZERS = {
 
 
 def toy_core(family: str = "gpt2") -> Tokenizer:
-    """600 tokens; the first three are <eos>, <bos> and <mark>."""
+    """Return a tokenizer with 600 tokens, of which the first three are <eos>, <bos> and <mark>."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = PRE_TOKENIZERS[family]()
     core.normalizer = normalizers.NFC() if family == "qwen2" else None
@@ -46,7 +46,7 @@ def toy_core(family: str = "gpt2") -> Tokenizer:
 
 
 def toy_tokenizer(family: str = "gpt2", adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """The same for transformers; pads with EOS."""
+    """Return the tokenizer of `toy_core` for transformers; it pads with EOS."""
     core = toy_core(family)
     if adds_bos:
         bos = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)])

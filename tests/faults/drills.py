@@ -1,10 +1,11 @@
-"""Faults, and the tests that inject each: most live beside what they break, here are those that live nowhere else.
+"""Run the tests that inject the faults of docs/reliability.md.
 
-    make drill                                           # all of them
+    make drill                                           # all faults
     python tests/faults/drills.py -m "not slow"          # 4 minutes on two busy cores
-    python tests/faults/drills.py --faults 8 21          # some
+    python tests/faults/drills.py --faults 8 21          # some faults
 
-What is expected and what was measured stands in docs/reliability.md.
+Most of these tests are in the test file of the code that they break; this folder has the others.
+docs/reliability.md says what is expected and what was measured.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "test_infra_cluster.py::test_memory_is_asked_for_that_some_node_has",
     ),
 }
-"""Number in docs/reliability.md -> node ids below tests/."""
+"""Number of a fault in docs/reliability.md -> pytest node ids below tests/."""
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
-"""Power cuts on a real ext4: its device is copied at random moments, and mounted: what was promised must be there.
+"""Simulate power cuts on a real ext4: copy its device at random moments, mount the copy and check its content.
 
-    sudo python tests/faults/loop_device.py --cuts 100      # root and Linux only; about a second for each cut
+    sudo python tests/faults/loop_device.py --cuts 100      # root and Linux only; about a second per cut
 
 A process publishes artifacts and writes checkpoints on a file system in an image file, and prints what is finished.
-At a random moment it is stopped (SIGSTOP), and the image is copied: what the kernel holds in memory alone is not in it,
-as after a power cut. The copy is mounted, which replays the journal as a boot does. Then every published artifact
-must be whole, no manifest may name a file that is not, and the newest checkpoint that was finished must be there.
+At a random moment it is stopped (SIGSTOP), and the image is copied. As after a power cut, the copy lacks what was only
+in the kernel's memory. The copy is mounted, which replays the journal as booting does. Then every published artifact
+must be intact, no manifest may name a file that is not, and the newest finished checkpoint must be there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEPT = 20  # artifacts that stay on the disk while new ones are published
 
 
 def write(folder: Path) -> None:
-    """Publish and checkpoint for ever; a line on standard output for each thing that is finished."""
+    """Publish artifacts and write checkpoints forever; print a line for each one that is finished."""
     import torch.distributed as dist
     from test_faults_power import ToyEngine
 
@@ -68,13 +68,13 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
 
 
 def check(folder: Path, promised: set[str], step: int) -> int:
-    """Return how many artifacts there are; AssertionError if one that was promised is not whole, or none may be."""
+    """Return the number of artifacts. Raises AssertionError if a promised artifact or checkpoint is missing or bad."""
     from longreach.infra.artifact import Store
     from longreach.training.checkpoint import newest_valid
 
     store, there = Store(str(folder / "root")), 0
     for place in (folder / "root" / "finetune").glob("*"):
-        artifact = store.find("finetune", place.name)  # CorruptArtifact: a manifest without its content
+        artifact = store.find("finetune", place.name)  # raises CorruptArtifact for a manifest without its content
         if artifact:
             there += 1
             problems = store.problems(artifact)
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cuts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--write", type=Path, help="be the process that writes")
+    parser.add_argument("--write", type=Path, help="run as the process that writes to this folder")
     options = parser.parse_args()
     if options.write:
         write(options.write)
@@ -116,10 +116,10 @@ def main() -> None:
 
 
 def _cut_often(writer: subprocess.Popen, image: Path, copy: Path, after: Path, cuts: int) -> None:
-    """Stop the writer, copy its disk and check the copy, again and again."""
+    """Repeatedly stop the writer, copy its disk and check the copy."""
     assert writer.stdout
     promised: set[str] = set()
-    first = json.loads(writer.stdout.readline())  # it has started
+    first = json.loads(writer.stdout.readline())  # waits until the writer has started
     promised.add(first["published"])
     os.set_blocking(writer.stdout.fileno(), False)
     step, artifacts, unread = 0, 0, b""
@@ -139,9 +139,9 @@ def _cut_often(writer: subprocess.Popen, image: Path, copy: Path, after: Path, c
         with mounted(copy, after) as folder:
             artifacts += check(folder, promised, step)
         if writer.poll() is not None:
-            raise SystemExit("the process that writes has ended")
-        print(f"cut {cut + 1}: {len(promised)} artifacts promised, checkpoint {step}: whole", flush=True)
-    print(f"{cuts} power cuts: {artifacts} artifacts looked at, none that was promised was lost; last step {step}")
+            raise SystemExit("the writing process has ended")
+        print(f"cut {cut + 1}: {len(promised)} artifacts promised, checkpoint {step}: intact", flush=True)
+    print(f"{cuts} power cuts: {artifacts} artifacts checked, no promised one was lost; last step {step}")
 
 
 def _readable(handle: int) -> bool:
