@@ -187,7 +187,7 @@ def test_a_recipe_says_in_comments_what_was_seen(bases: Path) -> None:
         (["--documents", "texts", "--minutes", "2"], ["--minutes 2 is 120 s", "180 s"]),
         (["--documents", "texts", "--from", "quickstart"], ["--from quickstart"]),
         (["--documents", "texts", "--base", "models:/one/1"], ["give its folder"]),
-        (["--minutes", "5"], ["name them with --documents"]),
+        (["--minutes", "5"], ["work only with --documents"]),
     ],
 )
 def test_what_cannot_work_is_refused_with_both_numbers(
