@@ -241,11 +241,11 @@ def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNa
 def test_a_users_mistake_is_one_line_and_exit_2_and_a_traceback_on_demand(
     capsys: pytest.CaptureFixture[str], runner: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner.raises = ValueError("--force pak: no such stage; there are pack")
+    runner.raises = ValueError("--force pak: no such stage; this recipe has pack")
     code, out, err = longreach(capsys, "run", "quickstart")
     assert (code, out) == (2, "")
     assert err.splitlines() == [
-        "--force pak: no such stage; there are pack",
+        "--force pak: no such stage; this recipe has pack",
         "(set LONGREACH_DEBUG=1 to see the traceback)",
     ]
     monkeypatch.setenv("LONGREACH_DEBUG", "1")

@@ -83,9 +83,9 @@ def test_a_base_that_the_recipe_pretrains_needs_such_an_arm_and_weights_of_its_o
     (said,) = mistakes("quickstart", "base.source=pretrain:x", "pretrain=null")
     assert said.endswith("base.source: no arm 'x': there is no section pretrain")
     (said,) = mistakes("quickstart", "base.source=pretrain:no-sink")
-    assert said.endswith("is made from the base itself: give pretrain a model and a vocab_size of its own")
+    assert said.endswith("is itself made from the base: set pretrain.model and pretrain.vocab_size")
     (said,) = mistakes("quickstart", "base.source=pretrain:sink-token", "pretrain.vocab_size=300")
-    assert said.endswith("which finetune would not put into its rows: take an arm without one")
+    assert said.endswith("which finetune does not put into its rows: choose an arm without one")
 
 
 def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remembering_frequencies() -> None:
@@ -145,10 +145,10 @@ def test_seeds_that_name_a_model_twice_are_refused(small: Path) -> None:
     ("variant", "line"),
     [
         ("of: ful, rope: {type: linear, factor: 4}", "of: no arm 'ful'; did you mean full?"),
-        ("of: stretched, rope: {type: linear, factor: 4}", "of: stretched is a baseline: give the stretch to a "
-         "baseline of its own"),
+        ("of: stretched, rope: {type: linear, factor: 4}", "of: stretched is a baseline: add another "
+         "baseline with this stretch"),
         ("of: full, rope: {type: linear, factor: 2}", "rope: RoPE linear × 2 is what full was trained with: factor 2 "
-         "counts from the base's length in both; twice the arm's length is factor 4"),
+         "is relative to the base's length in both; for twice the arm's length use factor 4"),
     ],
 )  # fmt: skip
 def test_a_variant_that_would_be_none_is_refused(small: Path, variant: str, line: str) -> None:
@@ -201,7 +201,7 @@ def test_a_variant_is_there_for_each_seed_of_its_arm(small: Path) -> None:
     }  # fmt: skip
     assert ("variants",) in {section for section, name in recipe.models() if name == "far.s3"}
     (said,) = mistakes(small, "finetune.arms.full.seeds=[0, 3]", far.replace("one:", "far.s3:"))
-    assert "variants.far: its seeds make a model far.s3, and so is another variant called: rename it" in said
+    assert "variants.far: its seeds make a model far.s3, which is also the name of a variant: rename one" in said
 
 
 def test_an_evaluation_that_names_an_arm_or_a_variant_measures_all_of_its_seeds(small: Path) -> None:
@@ -389,9 +389,9 @@ def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: 
         ("evaluate.perplexity.models=[ful]", "evaluate.perplexity.models: no model 'ful'; did you mean full?"),
         ("evaluate.perplexity.models=[x]", "evaluate.perplexity.models: no model 'x'; the recipe has: base, stretched, "
          "full, long.1"),
-        ("baselines.Base={}", "baselines.Base: names a folder: use lower-case letters, digits and . _ + - only"),
-        ("baselines={../up: {}}", "baselines.../up: names a folder: use lower-case letters, digits and . _ + - only"),
-        ("finetune.arms.base={}", "finetune.arms.base: the name is taken by baselines.base; each model needs its own"),
+        ("baselines.Base={}", "baselines.Base: names a folder: use only lower-case letters, digits and . _ + -"),
+        ("baselines={../up: {}}", "baselines.../up: names a folder: use only lower-case letters, digits and . _ + -"),
+        ("finetune.arms.base={}", "finetune.arms.base: baselines.base already has this name: choose another one"),
     ],
 )  # fmt: skip
 def test_sections_must_agree(small: Path, override: str, line: str) -> None:
