@@ -334,7 +334,7 @@ def test_init_copies_a_recipe_comments_and_all_and_never_overwrites(
     Path("mine.yaml").write_text("edited")
     code, _, err = longreach(capsys, "init", "mine")
     assert code == 2
-    assert err.startswith("mine.yaml exists and is left as it is")
+    assert err.startswith("mine.yaml already exists and was not changed")
     assert Path("mine.yaml").read_text() == "edited"
     assert longreach(capsys, "init", "../mine")[0] == 2
 
