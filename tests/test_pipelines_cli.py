@@ -601,7 +601,7 @@ def test_python_dash_m_is_the_same_command() -> None:
         [sys.executable, "-m", "longreach.pipelines", "plan", "nothing"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == f"nothing: no recipe of that name comes with longreach; there are: {', '.join(names())}\n"
+    assert done.stderr == f"nothing: no bundled recipe has that name; there are: {', '.join(names())}\n"
 
 
 def test_a_place_that_may_not_be_written_is_one_line(

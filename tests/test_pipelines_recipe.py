@@ -374,12 +374,12 @@ def test_all_mistakes_are_listed_at_once_in_the_order_of_lines(small: Path) -> N
     edits = {"name: small": "nam: small", "steps: 4": "steps: x\n  steps: 4", "full: {}": "full: {tun: all}"}
     found = mistakes(small, edits=edits)
     assert [line.split(" ")[0] for line in found] == [f"small.yaml:{n}:" for n in (1, 1, 9, 10, 13)]
-    assert found[3] == "small.yaml:10: finetune.steps: written twice, first at small.yaml:9"
+    assert found[3] == "small.yaml:10: finetune.steps: duplicate field, first set at small.yaml:9"
 
 
 def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: Path) -> None:
     assert mistakes(small, edits={"steps: 4": "steps: 4\n  steps: 4"}) == [
-        "small.yaml:10: finetune.steps: written twice, first at small.yaml:9"
+        "small.yaml:10: finetune.steps: duplicate field, first set at small.yaml:9"
     ]
 
 
@@ -461,9 +461,9 @@ def test_the_last_of_two_overrides_wins(small: Path) -> None:
         ("corpus.sources.2.files=x", "--set: corpus.sources.2.files: no item '2': corpus.sources has 2 items, from 0 "
          "to 1"),
         ("corpus.sources.x=1", "--set: corpus.sources.x: no item 'x': corpus.sources has 2 items, from 0 to 1"),
-        ("name.x=1", "--set: name.x: name is text 'small': no fields"),
+        ("name.x=1", "--set: name.x: name is text 'small', which has no fields"),
         ("finetun.steps=1", "--set: finetun: no such field; did you mean finetune?"),
-        ("finetune.steps=[1", "--set: finetune.steps: broken YAML: expected ',' or ']', but got '<stream end>', while "
+        ("finetune.steps=[1", "--set: finetune.steps: invalid YAML: expected ',' or ']', but got '<stream end>', while "
          "parsing a flow sequence"),
     ],
 )  # fmt: skip
@@ -474,20 +474,20 @@ def test_an_override_that_leads_nowhere_is_shown(small: Path, override: str, lin
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("name: [small", "bad.yaml:1: broken YAML: expected ',' or ']', but got '<stream end>', while "
+        ("name: [small", "bad.yaml:1: invalid YAML: expected ',' or ']', but got '<stream end>', while "
          "parsing a flow sequence"),
-        ("name: small\n\tseed: 1", "bad.yaml:2: broken YAML: found character '\\t' that cannot start any token, while "
+        ("name: small\n\tseed: 1", "bad.yaml:2: invalid YAML: found character '\\t' that cannot start any token, while "
          "scanning for the next token"),
         ("", "bad.yaml: a recipe is a mapping of fields, got nothing"),
         ("- name", "bad.yaml: a recipe is a mapping of fields, got a list of 1"),
         ("name: &a [*a]", "bad.yaml:1: name.0: an alias that contains itself"),
-        ("[a]: 1", "bad.yaml:1: a field's name is one word, not a list or a mapping"),
-        ("seed: !!python/name:os.system", "bad.yaml:1: seed: tags such as tag:yaml.org,2002:python/name:os.system have "
-         "no use here; a number in quotes is text"),
-        ("a: 1\nseed: !!bool x", "bad.yaml:2: seed: tags such as tag:yaml.org,2002:bool have no use here; a number in "
-         "quotes is text"),
-        ("a: !!set {x}", "bad.yaml:1: a: tags such as tag:yaml.org,2002:set have no use here; a number in "
-         "quotes is text"),
+        ("[a]: 1", "bad.yaml:1: a field name must be a single word, not a list or a mapping"),
+        ("seed: !!python/name:os.system", "bad.yaml:1: seed: tags such as tag:yaml.org,2002:python/name:os.system are "
+         "not supported; to write a number as a string, quote it"),
+        ("a: 1\nseed: !!bool x", "bad.yaml:2: seed: tags such as tag:yaml.org,2002:bool are not supported; to write a "
+         "number as a string, quote it"),
+        ("a: !!set {x}", "bad.yaml:1: a: tags such as tag:yaml.org,2002:set are not supported; to write a "
+         "number as a string, quote it"),
     ],
 )  # fmt: skip
 def test_broken_yaml_is_one_line_with_its_place(tmp_path: Path, text: str, line: str) -> None:
