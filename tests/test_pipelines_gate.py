@@ -181,7 +181,10 @@ def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhe
     for more, message in (
         ([], "has no rule"),
         (["promote.gain_over_base=0.01"], "needs evaluate.gain of base"),
-        (["evaluate.gain={lengths: [2048, 8192]}"], r"at target_length 12288 .* evaluate.gain.lengths \[2048, 8192\]"),
+        (
+            ["evaluate.gain={lengths: [2048, 8192]}"],
+            r"needs target_length 12288 in evaluate.gain.lengths \[2048, 8192\]",
+        ),
         ([measured, "promote.gain_over_base=null"], "has no rule"),
         ([measured, "promote.gain_over_base=0", "baselines={}"], "needs the untrained base to compare with"),
         (["promote.gain_over_stretches=0"], "needs evaluate.gain of longlora and of a stretch: add a stretch"),

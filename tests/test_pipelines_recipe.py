@@ -74,7 +74,7 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None
         "finetune.pack.seq_len: 1023 is not divided by resources.sequence_parallel 2: change one of them"
     )
     (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.rope={type: dynamic, factor: 2}")
-    assert said.endswith("not with resources.sequence_parallel 2")
+    assert said.endswith("so it does not work with resources.sequence_parallel 2")
 
 
 def test_a_base_that_the_recipe_pretrains_needs_such_an_arm_and_weights_of_its_own() -> None:
@@ -218,7 +218,7 @@ def test_arms_that_go_on_from_a_champion_have_its_stretch(small: Path) -> None:
     gate = "promote={model: full, name: m, start_from: champion, passkey: null}"
     (said,) = mistakes(small, gate, "finetune.arms.long.1.rope={type: theta, theta: 5e4, factor: 2}")
     assert "finetune.arms.long.1: starts from RoPE theta 50,000" in said
-    assert "with promote.start_from champion from full's RoPE linear × 2: give it the same" in said
+    assert "but promote.start_from champion needs full's RoPE linear × 2: give it the same" in said
 
 
 def test_every_evaluation_is_a_section_of_its_name() -> None:

@@ -47,7 +47,7 @@ def test_a_gate_without_a_server_is_refused_for_a_cluster(command, capsys):
 def test_a_missing_token_of_the_hub_is_told_before_the_run(command, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     said = refusal(capsys, command, "--set", "release.push=hub:owner/name")
-    assert "there is no token of the Hugging Face Hub" in said
+    assert "there is no Hugging Face Hub token" in said
 
 
 @pytest.mark.parametrize("command", HERE.values(), ids=HERE)
