@@ -168,7 +168,7 @@ def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
             fits = 2 * row_tokens // math.gcd(choices["group_tokens"], 2 * row_tokens)
             raise ValueError(
                 f"group_tokens {choices['group_tokens']} of rows of {row_tokens} are "
-                f"{choices['group_tokens'] * length / row_tokens:g} of rows of {length}, which is not an even number: "
+                f"{choices['group_tokens'] * length / row_tokens:g} of rows of {length}, which is not even: "
                 f"use a multiple of {fits}"
             )
         choices["group_tokens"] = group

@@ -108,7 +108,7 @@ def test_groups_have_the_same_share_of_every_row_and_nothing_anneals() -> None:
     ("override", "says"),
     [
         ("costs.lengths=[32, 256]", "costs.lengths: lora: 256 exceeds the 128 positions of a base trained to 64"),
-        ("costs.lengths=[20]", "longlora: group_tokens 8 of rows of 32 are 5 of rows of 20, which is not an even number: "
+        ("costs.lengths=[20]", "longlora: group_tokens 8 of rows of 32 are 5 of rows of 20, which is not even: "
                                "use a multiple of 8"),
         ("costs.lengths=[32, 32]", "costs.lengths: [32, 32] has a duplicate length"),
         ("costs.lengths=[4]", "costs.lengths: 4 is less than 8, the minimum row length in tokens"),
