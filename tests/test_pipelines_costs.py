@@ -340,7 +340,10 @@ def test_steps_that_other_work_has_slowed_are_said_to_be_disturbed() -> None:
     slow = quiet.cells[0].model_copy(update={"seconds": (8.0, 12.5)})
     measured = quiet.model_copy(update={"cells": (slow, *quiet.cells[1:])})
     text = cost_by_length(Findings({}, costs=measured), Style.of([])).blocks[0]
-    assert "took more than 1.5 times as long as the fastest: full at 1,024; --force costs measures again" in text
+    assert (
+        "took more than 1.5 times as long as the fastest): full at 1,024; to measure again, run with --force costs"
+        in text
+    )
 
 
 def test_the_plan_says_what_measuring_will_cost(path: Path) -> None:
