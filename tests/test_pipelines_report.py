@@ -540,7 +540,7 @@ def test_where_gain_was_measured_the_headline_is_what_the_best_arm_gains_over_th
     assert float(stretch[1]) == pytest.approx(0.13, abs=0.02)
     assert "it is the best of 3 arms, at its best length" in headline
     assert re.search(
-        r"against the same base: full 0\.\d+ better \(.*\); lora not measurably better or worse \(", headline
+        r"compared with the same base: full 0\.\d+ better \(.*\); lora not measurably better or worse \(", headline
     )
     assert re.search(r"At 1,024 tokens longlora is 0\.0[23]\d better", headline)
     assert re.search(r"With 768 tokens of context instead of 256, longlora is 0\.0[789]\d better", headline)
