@@ -428,7 +428,7 @@ def test_a_release_is_read_by_transformers_and_by_mlflow_and_its_card_says_what_
         "| ppl_128 | 8 | 8 |",
         "texts/*.txt",
         "768 tokens",
-        "10 s on 2 ranks, peak 1.50 GiB on all of them",
+        "10 s on 2 ranks, peak 1.50 GiB over all ranks",
     ):
         assert said in text
     assert "measured on a, b, c, d;" in text
