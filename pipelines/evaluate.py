@@ -1,11 +1,10 @@
 """Stage `evaluate`: one evaluation of one model -> EvalScores (scores.json, scores.parquet,
 cases.jsonl) and figures.
 
-Each cell's result is kept in the attempt's folder as soon as it is known, so that an interrupted
-grid goes on where it stopped. With `eval_workers` n above 1 the cells are spread over n Ray tasks,
-each with the model in its own memory; a cell's result is the same wherever it is measured.
-Attention is always full and causal here, whatever pattern the model was trained with (LongLoRA,
-section 3.2).
+Each cell's result is saved in the attempt's folder as soon as it is known, so that an interrupted
+grid resumes where it stopped. With `eval_workers` above 1, that many Ray tasks share the cells, each
+with the model in its own memory; a cell's result does not depend on the task. Attention is always
+full and causal here, whatever pattern the model was trained with (LongLoRA, section 3.2).
 """
 
 from __future__ import annotations
@@ -36,15 +35,14 @@ class EvaluateStageRecipe(Choices):
     eval: str
     """Name in EVALS."""
     model: str
-    """The model's name in the recipe; it stands in every row of the scores."""
+    """The model's name in the recipe, which is in every row of the scores."""
     rope: RopeRecipe | None = None
-    """A stretch applied while loading, for untrained baselines; None: as the folder says."""
+    """A stretch to apply on loading, for untrained baselines; None to use the folder's config."""
     choices: SerializeAsAny[EvalChoices]
-    """The evaluation's own section."""
+    """The evaluation's section of the recipe."""
 
     def identity(self, include: set[str] | None = None) -> dict[str, Any]:
-        """Return the JSON that a fingerprint is made of; with the evaluation's revision, once it has
-        been raised."""
+        """Return the JSON to fingerprint, with the evaluation's revision if that is not 0."""
         identity = super().identity(include)
         if revision := EVALS[self.eval].revision:
             identity["revision"] = revision
@@ -53,20 +51,17 @@ class EvaluateStageRecipe(Choices):
 
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated, and with what: all that a task needs to measure cells, wherever it
-    runs."""
+    """Everything that a task on any node needs to measure cells."""
 
     model: ModelCheckpoint
     corpus: PackedCorpus
     recipe: EvaluateStageRecipe
     resources: Resources
     share: Share | None = None
-    """How a task on another node gets at the model and the corpus; None where all nodes see one
-    disk."""
+    """How a task on another node accesses model and corpus; None if all nodes share one disk."""
 
     def load(self) -> Evaluation:
-        """Return the evaluation with the model, its tokenizer and the held-out documents in
-        memory."""
+        """Return the evaluation with the model, its tokenizer and the held-out documents in memory."""
         import torch
         from transformers import AutoTokenizer
 
@@ -79,12 +74,12 @@ class Job:
         check_tokenizers(of_corpus, tokenizer)
         model.eval()
         if self.resources.gpus_per_worker:
-            torch.nn.Module.to(model, "cuda")  # transformers' own .cuda is decorated beyond what types can follow
+            torch.nn.Module.to(model, "cuda")  # the type checker cannot follow transformers' decorated .cuda
         documents = held_out(self.corpus.path / "documents")
         return EVALS[self.recipe.eval](model, tokenizer, self.recipe.choices, documents)
 
     def on_this_node(self) -> Job:
-        """Return the job with the paths of this node, its inputs fetched."""
+        """Fetch the inputs to this node, and return the job with their paths here."""
         if not self.share:
             return self
         self.share.bring()
@@ -108,11 +103,12 @@ def evaluate(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Write the scores of a ModelCheckpoint on a PackedCorpus' held-out documents; returns their
-    summary.
+    """Write a model's scores on a corpus' held-out documents, and return their summary.
 
-    ValueError: the corpus has another tokenizer, the evaluation refuses its choices, or a prompt's
-    keys and values do not fit into memory. FloatingPointError: the model's logits are not finite.
+    Raises:
+        ValueError: The corpus has another tokenizer, the evaluation refuses its choices, or a
+            prompt's KV cache does not fit into memory.
+        FloatingPointError: The model's logits are not finite.
     """
     from longreach.evaluation.cells import CellFolder, measured
     from longreach.evaluation.figures import Style, stacked_png
@@ -120,9 +116,9 @@ def evaluate(
 
     job = here = Job(model, corpus, recipe, resources, run.share)
     spread = resources.eval_workers > 1
-    if spread:  # the tasks have the GPUs, and this process sees none: it only lists the cells
+    if spread:  # the tasks use the GPUs; this process has none and only lists the cells
         here = replace(job, resources=resources.model_copy(update={"gpus_per_worker": 0}))
-    if here.resources == resources:  # else each task checks its own GPU
+    if here.resources == resources:  # otherwise each task checks its own GPU
         check_memory(model.path, recipe, resources)
     evaluation = here.load()
     cells = evaluation.cells()
@@ -135,7 +131,7 @@ def evaluate(
     run.spool.progress(len(results), len(cells), unit="cell")
     missing = {number: cell for number, cell in enumerate(cells) if number not in results}
     if spread:
-        del evaluation  # its memory is for the tasks
+        del evaluation  # free its memory for the tasks
         arriving = _spread(job, missing, run.memory_gib)
     else:
         arriving = measured(evaluation, missing)
@@ -162,8 +158,13 @@ def evaluate(
 
 
 def _spread(job: Job, cells: dict[int, Cell], memory_gib: float) -> Iterator[tuple[int, Result]]:
-    """Yield (number, result) as Ray tasks measure the cells, which are dealt in turn, so that all
-    get long ones; `memory_gib`: about what each of them holds."""
+    """Yield (number, result) as Ray tasks measure the cells.
+
+    Cells are dealt out in turn, so that every task gets some long ones.
+
+    Args:
+        memory_gib: Estimated memory of each task.
+    """
     import ray
 
     from longreach.infra.cluster import reservable_bytes
@@ -188,13 +189,13 @@ def _spread(job: Job, cells: dict[int, Cell], memory_gib: float) -> Iterator[tup
                 running.remove(ready)
                 continue
             yield result
-    finally:  # one has failed, or nobody wants the rest
+    finally:  # after a failure, or if the caller stops early
         for left in running:
             ray.cancel(left)
 
 
 def _measure_part(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Result]]:
-    """Measure some of the cells in a Ray task, on whichever node."""
+    """Measure some of the cells in a Ray task, on any node."""
     from longreach.evaluation.cells import measured
 
     job = job.on_this_node()
@@ -204,8 +205,8 @@ def _measure_part(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Resul
 
 
 def _number_setting(resources: Resources) -> str:
-    """Return what else the numbers of a cell depend on: type, device, and precision if it is not
-    the highest."""
+    """Return the numeric settings that a cell's result depends on: dtype, device, and precision if it
+    is not the highest."""
     setting = f"{resources.dtype}, GPUs: {resources.gpus_per_worker}"
     if resources.matmul_precision != "highest":
         setting += f", products: {resources.matmul_precision}"
@@ -213,8 +214,7 @@ def _number_setting(resources: Resources) -> str:
 
 
 def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources) -> None:
-    """ValueError if the weights and the keys and values of the longest prompt do not fit into what
-    is free."""
+    """Raise ValueError if weights and the longest prompt's KV cache do not fit into free memory."""
     import psutil
     import torch
     from transformers import AutoConfig
@@ -230,7 +230,7 @@ def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources
         dtype, loaded_bytes = "bf16", 2
     try:
         cache = KVBudget.of(config).bytes(1, longest, dtype)
-    except ValueError:  # it keeps something else than keys and values, which is smaller
+    except ValueError:  # not a plain KV cache; what it keeps instead is smaller
         cache = 0
     hidden = 2 * longest * (config.hidden_size + getattr(config, "intermediate_size", config.hidden_size)) * 4
     stored_bytes = 4
@@ -245,16 +245,18 @@ def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources
     if need > free:
         raise ValueError(
             f"{recipe.eval} at {longest:,} tokens needs about {readable(need)} for weights, keys and values "
-            f"({resources.eval_workers} at once), {readable(free)} is free: lower the length or resources.eval_workers"
+            f"({resources.eval_workers} at once), but {readable(free)} is free: lower the length or "
+            f"resources.eval_workers"
         )
 
 
 def check_tokenizers(corpus: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> None:
-    """ValueError where a token of both has two ids; either may have more (a sink token)."""
+    """Raise ValueError if a token of both has different ids. Either may have extra tokens (a sink
+    token)."""
     ours, theirs = corpus.get_vocab(), model.get_vocab()
     differ = [token for token, n in ours.items() if theirs.get(token, n) != n]
     if differ or abs(len(ours) - len(theirs)) > 16:
         raise ValueError(
             f"the corpus was tokenised with {len(ours)} tokens, the model has {len(theirs)}, and {len(differ)} of the "
-            f"common ones have other ids: pack the documents with the model's own tokenizer"
+            f"common ones have different ids: pack the documents with the model's tokenizer"
         )

@@ -1,5 +1,7 @@
-"""What the stages that train will cost, for `longreach plan`: memory is counted; time follows from
-the speed of such ranks (training/cost.py): as they last trained, else as two seconds of work show.
+"""Forecast memory and time of training stages, for `longreach plan` (cost model: training/cost.py).
+
+Memory is counted. Time needs the speed of such ranks: from their last training, else from a
+two-second test.
 
     foresee(store, build(recipe), recipe.resources)["finetune[lora]"].sentence  # "about 6.9 GiB on ..."
 """
@@ -36,40 +38,40 @@ from longreach.training.summary import TrainingSummary
 
 TrainingRecipe = FinetuneStageRecipe | PretrainStageRecipe
 SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
-"""What the cost model takes from the summary of a converted model."""
+"""Sizes that the cost model reads from the summary of a converted model."""
 TRIED = "estimated from a two-second test of this machine; other work makes it slower"
 SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype", "matmul_precision")
-"""Resources in which ranks have to agree for a measured speed to hold."""
+"""Resources that must be equal for a measured speed to apply to other ranks."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast ranks are, and how that is known."""
+    """The speed of ranks, and its source."""
 
     machine: Machine
-    source: str  # for people
+    source: str  # displayed to users
     slower: float = 1.0
-    """How much longer a step took, when such ranks last trained, than was predicted of it."""
+    """Measured over predicted step time when such ranks last trained."""
 
     def step_s(self, cost: Prediction) -> float:
-        """Return the seconds of a step that `predict` has reckoned with this machine."""
-        assert cost.step_s is not None, "of another machine, or of none"
+        """Return the seconds of a step, from a prediction of `predict` with this machine."""
+        assert cost.step_s is not None, "the prediction was made without a machine"
         return cost.step_s * self.slower
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a stage that trains should cost."""
+    """The forecast cost of a training stage."""
 
     sentence: str
-    refusal: str = ""  # why this machine cannot run it, and what would help; empty if it can
+    refusal: str = ""  # why this machine cannot run it, with a fix; empty if it can
 
 
 def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: bool = False) -> dict[str, Forecast]:
-    """Return forecasts by label; stages whose model's sizes are not known yet are left out.
+    """Return forecasts by label, without stages whose model sizes are not known yet.
 
     Args:
-        trying: Where such ranks have never trained, this machine's speed is tried out, once.
+        trying: If such ranks have never trained, measure this machine's speed once.
     """
     speed = measured(store, resources)
     forecasts = {}
@@ -81,7 +83,7 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
             continue
         if speed is None and trying:
             speed = tried(store, shape, resources)
-            trying = False  # one model's sizes do for all
+            trying = False  # one test, with the sizes of the first model, is enough for all
         if isinstance(stage.recipe, CostsStageRecipe):
             forecasts[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
             continue
@@ -95,7 +97,7 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
 def _cost(
     stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, machine: Machine | None = None
 ) -> Prediction:
-    """Return what a step of a stage that trains will cost."""
+    """Return the predicted cost of a step of a training stage."""
     corpus = stage.inputs["corpus"].recipe
     assert isinstance(corpus, PackStageRecipe)
     seq_len = corpus.pack.seq_len
@@ -104,17 +106,17 @@ def _cost(
 
 
 def _arm_of(recipe: TrainingRecipe) -> ArmRecipe:
-    """Return what trains; in pretraining that is all weights."""
+    """Return the arm that is trained; pretraining trains all weights."""
     if isinstance(recipe, FinetuneStageRecipe):
         return recipe.arm
     return ArmRecipe(attention=recipe.attention)
 
 
 def memory_gib(store: Store, stage: Stage, resources: Resources) -> float:
-    """Return about how much memory a stage will hold, by which Ray places it: that of all its
-    ranks, or of one evaluation's process.
+    """Return the estimated memory of a stage, by which Ray places it: that of all its ranks, or of one
+    evaluation process.
 
-    Where a model's sizes are not known, or it lives on a GPU, it is what any process holds.
+    If the model's sizes are unknown, or it is on a GPU, return the memory of any process.
     """
     if resources.gpus_per_worker:
         return PROCESS_GIB
@@ -126,8 +128,7 @@ def memory_gib(store: Store, stage: Stage, resources: Resources) -> float:
 
 
 def _read_gib(shape: Shape, recipe: EvaluateStageRecipe, resources: Resources) -> float:
-    """Return the memory of weights, keys and values, and a layer's activations at the longest
-    input."""
+    """Return the memory of weights, KV cache and one layer's activations at the longest input."""
     value_bytes = 2 if resources.dtype == "bfloat16" else 4
     kept = 2 * shape.layers * shape.kv_width
     passing = 2 * (shape.hidden + shape.intermediate)
@@ -135,8 +136,8 @@ def _read_gib(shape: Shape, recipe: EvaluateStageRecipe, resources: Resources) -
 
 
 def _shape_of_base(store: Store, stage: Stage) -> Shape | None:
-    """Return the shape of what a model was made from; None if it was made from nothing, or the
-    sizes are not known."""
+    """Return the shape of the base that a model was made from; None if it has no base, or if the
+    base's sizes are not known."""
     if isinstance(stage.recipe, BaseRecipe):
         return _sizes(_facts(store, stage))
     for name in ("model", "base"):
@@ -150,28 +151,28 @@ LESS_MEMORY: tuple[dict[str, Any], ...] = (
     {"workers": 1},
     {"workers": 1, "activation_checkpointing": True},
 )
-"""Changes of resources that save memory and leave the result as it is, the quickest training first."""
+"""Changes of resources that save memory without changing the result, fastest training first."""
 
 
 def _refusal(stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, needs_gib: float) -> str:
     """Return why a training cannot run on this machine; empty if it can.
 
-    What is measured has been up to a tenth above what is counted, never below (RESULTS.md), so what
-    is refused cannot fit. Of a GPU's memory nothing is known here.
+    Measured memory was up to 10% above the counted one and never below it (RESULTS.md), so a refused
+    training cannot fit. GPU memory is not checked here.
     """
     here_gib = usable_memory() / GIB
     if resources.gpus_per_worker or needs_gib <= here_gib:
         return ""
-    reason = f"{stage.label} needs about {needs_gib:.1f} GiB on {_on_ranks(resources.workers)}, and this machine has "
+    reason = f"{stage.label} needs about {needs_gib:.1f} GiB on {_on_ranks(resources.workers)}, but this machine has "
     reason += f"{here_gib:.1f} GiB"
     for changes in LESS_MEMORY:
-        if "workers" in changes and resources.sequence_parallel > 1:  # they share each row
+        if "workers" in changes and resources.sequence_parallel > 1:  # several workers share each row
             continue
         gib = _cost(stage, recipe, shape, resources.model_copy(update=changes)).peak_gib
         if gib <= here_gib:
             options = [f"--set resources.{name}={json.dumps(value)}" for name, value in changes.items()]
             return f"{reason}: {' '.join(options)} needs about {gib:.1f} GiB"
-    return f"{reason}: take a shorter pack.seq_len, leave the arm out, or submit to a cluster that has more"
+    return f"{reason}: lower pack.seq_len, remove the arm, or submit to a cluster with more memory"
 
 
 def check_fits(forecasts: Iterable[Forecast]) -> None:
@@ -182,15 +183,16 @@ def check_fits(forecasts: Iterable[Forecast]) -> None:
 
 
 def no_room(stage: Stage, resources: Resources, nodes: Sequence[Mapping[str, float]]) -> str:
-    """Return why none of these nodes, or not enough of them, can ever take a stage, and what would
-    help; empty if they can. Ray itself would wait for ever.
+    """Return why these nodes can never run a stage, with a fix; empty if they can.
+
+    Without this check, Ray would wait forever.
 
     Args:
-        nodes: what each of them has, by Ray's names. Those that an autoscaler might still start do
-            not count, as infra/launch.py has it.
+        nodes: Each node's resources, by Ray's names. Nodes that an autoscaler could start do not
+            count, as in infra/launch.py.
     """
     at_once, each, fields = 1, {"CPU": stage.kind.cpus(resources), "GPU": stage.kind.gpus(resources)}, []
-    if isinstance(stage.recipe, EvaluateStageRecipe | GainsRecipe):  # as much for each task, where it has several
+    if isinstance(stage.recipe, EvaluateStageRecipe | GainsRecipe):  # per task; several tasks may run one by one
         each = {"CPU": resources.eval_cpus, "GPU": resources.gpus_per_worker}
         fields = ["resources.eval_cpus"]
     elif isinstance(stage.recipe, TrainingRecipe | CostsStageRecipe):
@@ -207,7 +209,7 @@ def no_room(stage: Stage, resources: Resources, nodes: Sequence[Mapping[str, flo
     largest = max(nodes, key=lambda node: [node.get(kind, 0) for kind in reversed(each)], default={})
     needs = f"{_amounts(each)} on one node"
     if at_once > 1:
-        needs = f"{at_once} ranks of {_amounts(each)} each, and there is room for {room}"
+        needs = f"{at_once} ranks of {_amounts(each)} each, but there is room for {room}"
     has = _amounts({kind: largest.get(kind, 0) for kind in each})
     lower = f"lower {' or '.join(fields)}, or " if fields else ""
     return f"{stage.label} needs {needs}; the largest node has {has}: {lower}connect to a larger cluster"
@@ -218,8 +220,10 @@ def _amounts(asked: Mapping[str, float]) -> str:
 
 
 def this_node(resources: Resources) -> dict[str, float]:
-    """Return what Ray offers where it is started on this machine, and never less: it heeds a
-    container's own limit of CPUs, and not to which of them this process is kept."""
+    """Return the CPUs and GPUs that Ray would offer on this machine, never fewer.
+
+    Ray respects a container's CPU limit, but not this process's CPU affinity.
+    """
     cpus = os.cpu_count() or 1
     limit = Path("/sys/fs/cgroup/cpu.max")
     if limit.exists() and (quota := limit.read_text().split())[0].isdigit():
@@ -232,7 +236,7 @@ def this_node(resources: Resources) -> dict[str, float]:
 
 
 def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, speed: Speed | None) -> Forecast:
-    """Return what measuring the cost of all arms by row length will itself cost."""
+    """Return the forecast for the stage `costs`, which measures all arms by row length."""
     cells, steps = recipe.cells(), 1 + recipe.steps
     seconds, most_gib = 0.0, 0.0
     for cell in cells:
@@ -247,7 +251,7 @@ def _of_costs(recipe: CostsStageRecipe, shape: Shape, resources: Resources, spee
     if speed is None:
         sentence = f"{work}; no time estimate before an arm has trained on ranks like these"
     else:
-        sentence = f"{work}: {duration(seconds)} of training, and as many starts of ranks ({speed.source})"
+        sentence = f"{work}: {duration(seconds)} of training, plus as many starts of ranks ({speed.source})"
     return Forecast(sentence)
 
 
@@ -269,8 +273,8 @@ def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> 
 
 
 def _shape(store: Store, stage: Stage) -> Shape | None:
-    """The shape of the model that a stage trains; None if that is not known before it is
-    converted, or it is of a kind whose steps are not counted."""
+    """Return the shape of the model that a stage trains; None if it is unknown before conversion, or if
+    the cost model does not cover its architecture."""
     base = stage.inputs["base"]
     if isinstance(base.recipe, TokenizerRecipe):
         facts: dict[str, Any] = {"vocab": base.recipe.vocab_size}
@@ -297,12 +301,12 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
 
 
 def _facts(store: Store, base: Stage) -> dict[str, Any]:
-    """Return the sizes of a base, from its conversion or, as far as they are known, before it."""
+    """Return the sizes of a base from its conversion or, as far as they are known, from its config."""
     return _summary(store, base) or _before_conversion(base)
 
 
 def _sizes(facts: dict[str, Any]) -> Shape | None:
-    """Return the shape of a base from its facts; None where some are not known."""
+    """Return the shape of a base from its facts; None if some are missing."""
     if not facts.keys() >= {*SHAPE}:
         return None
     return Shape(**{key: facts[key] for key in SHAPE})
@@ -317,11 +321,11 @@ def _summary(store: Store, stage: Stage) -> dict[str, Any]:
 
 
 def _before_conversion(stage: Stage) -> dict[str, Any]:
-    """Return the sizes of a base that was not converted yet, as far as they are known."""
+    """Return the sizes of a base that is not converted yet; empty if they are unknown."""
     if not isinstance(stage.recipe, BaseRecipe):
         return {}
     config = known_config(stage.recipe.source)
-    # a mixture of experts computes less than it holds, which is not counted
+    # excluded: a mixture of experts does not use all its parameters for each token
     counted = all(isinstance(config.get(key), int) and config[key] > 0 for key in CONFIG_KEYS)
     if not counted or any("expert" in key for key in config):
         return {}
@@ -329,9 +333,9 @@ def _before_conversion(stage: Stage) -> dict[str, Any]:
 
 
 def measured(store: Store, resources: Resources) -> Speed | None:
-    """Return how fast the newest arm was that trained on ranks of the same kind, on whichever host."""
+    """Return the speed of the newest training on ranks of the same kind, on any host; None if none."""
     wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
-    usual = Resources().model_dump(mode="json")  # what a manifest meant that is older than a field
+    usual = Resources().model_dump(mode="json")  # values for fields that an older manifest does not have
     speeds: list[tuple[str, Speed]] = []
     for manifest in [*store.manifests("finetune"), *store.manifests("pretrain")]:
         if {key: manifest["resources"].get(key, usual[key]) for key in SAME_RANKS} != wanted:
@@ -352,18 +356,20 @@ def measured(store: Store, resources: Resources) -> Speed | None:
 
 
 def tried(store: Store, shape: Shape, resources: Resources) -> Speed | None:
-    """Return how fast such ranks would be on this machine, from two seconds of work, which is kept;
-    None, with a line on stderr, if it has no room for them or the work failed."""
+    """Return the speed of such ranks on this machine, from a two-second test whose result is cached.
+
+    Returns None if the ranks do not fit on this machine, or, with a line on stderr, if the test fails.
+    """
     asked = {"host": platform.node(), "cores": usable_cores(), "shape": asdict(shape)}
     asked["ranks"] = resources.model_dump(mode="json", include={*SAME_RANKS})
     kept = store.scratch / f"speed-{digest_of(asked)}.json"
     if kept.is_file():
         return Speed(Machine(**json.loads(kept.read_text())), TRIED)
-    print("no training on ranks like these here yet: testing their speed once, for two seconds", file=sys.stderr)
+    print("ranks like these have not trained here yet: measuring their speed once for two seconds", file=sys.stderr)
     try:
         machine = probe(shape, resources)
     except RuntimeError as error:
-        print(f"{error}: no forecast of time", file=sys.stderr)
+        print(f"{error}: no time forecast", file=sys.stderr)
         return None
     if machine is None:
         return None

@@ -1,10 +1,10 @@
-"""The gate: rules that a model has to keep before it becomes champion; otherwise nothing moves.
+"""The gate: rules that a model must satisfy to become champion. If it does not, no alias moves.
 
 Perplexities are compared token by token: challenger, champion and base read the same held-out
-texts, and the ratio's 95% interval is over stretches of text (evaluation/scores.py). By default
-the whole interval has to keep a rule, so a challenger that is only perhaps as good is refused. A
-refusal is a result: it is published, printed on stderr, shown in MLflow, and the command ends with
-exit code 3.
+texts, and the ratio's 95% confidence interval is over pieces of text (evaluation/scores.py). By
+default the whole interval must satisfy a rule, so a challenger that is only possibly as good is
+refused. A refusal is a result: it is published, printed to stderr and shown in MLflow, and the
+command exits with code 3.
 
     longreach run retrain && longreach rollback smollm2-retrained
 """
@@ -37,45 +37,43 @@ Rows = list[dict[str, Any]]
 
 
 class PromoteRecipe(Choices):
-    """The gate: which arm may become champion of a registered model, and the rules it has to
-    keep."""
+    """The gate: which arm may become champion of a registered model, and the rules it must satisfy."""
 
     model: str
     """Name of the arm that is the challenger."""
     name: str = Field(pattern=r"^[^/:@']+$")
-    """Name of the registered model: its alias `champion` moves, the former one becomes
-    `previous`."""
+    """Name of the registered model. Its alias `champion` moves to the challenger, and the former
+    champion becomes `previous`."""
     start_from: Literal["base", "champion"] = "base"
-    """What fine-tuning starts from: `base`, or the champion as soon as there is one."""
+    """What fine-tuning starts from: `base`, or the champion once there is one."""
     target_length: int | None = Field(default=None, ge=2)
-    """Tokens at which it is compared with the champion, and its gain with the base; without it, the
-    greatest of evaluate.perplexity.lengths, or of evaluate.gain.lengths where that is not
-    measured."""
+    """Context length in tokens at which the challenger's perplexity is compared with the champion's,
+    and its gain with the base's. Default: the maximum of evaluate.perplexity.lengths, or of
+    evaluate.gain.lengths if perplexity is not measured."""
     perplexity_ratio: float | None = Field(default=1.01, gt=0)
-    """Greatest allowed ratio of its perplexity to the champion's, in each stretch between measured
-    lengths up to target_length."""
+    """Maximum ratio of its perplexity to the champion's, in each interval between measured lengths
+    up to target_length."""
     base_ratio: float | None = Field(default=1.02, gt=0)
-    """Greatest allowed ratio of its perplexity to the base's, in each stretch between measured
-    lengths that the base was trained to."""
+    """Maximum ratio of its perplexity to the base's, in each interval between measured lengths that
+    the base was trained to."""
     gain_over_base: New[float | Literal["auto"] | None] = "auto"
-    """Least nats per token by which it has to predict the same held-out tokens better, with
-    target_length tokens of context, than the base at the best of its own lengths; below 0: how much
-    worse it may be. auto: 0 where evaluate.gain measures both, else no rule."""
+    """Minimum gain in nats per token over the base at its best own length, on the same held-out
+    tokens, with target_length tokens of context. A value below 0 is how much worse it may be. auto: 0
+    if evaluate.gain measures both, else no rule."""
     gain_over_stretches: New[float | Literal["auto"] | None] = "auto"
-    """The same against each stretch of the base without training, at target_length too: what an
-    extension that costs nothing reaches. auto: 0 where evaluate.gain measures both, else no
-    rule."""
+    """Minimum gain over each untrained stretch of the base, at target_length too, because such an
+    extension costs nothing. auto: 0 if evaluate.gain measures both, else no rule."""
     passkey: float | None = Field(default=None, ge=0, le=1)
-    """Least share of keys that it has to find, at every measured length up to target_length."""
+    """Minimum share of keys that it must find, at every measured length up to target_length."""
     effective_length: int | None = Field(default=None, ge=1)
-    """Least number of tokens up to which it has to find the share `passkey` (without it, 0.9) of
-    the keys."""
+    """Minimum length in tokens up to which it must find the share `passkey` (default 0.9) of the
+    keys."""
     certainty: Literal["interval", "estimate"] = "interval"
-    """interval: a ratio's or a gain's whole 95% interval has to keep its rule; estimate: the number
-    alone."""
+    """interval: the whole 95% confidence interval of a ratio or gain must satisfy its rule; estimate:
+    only the point estimate."""
 
     def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield what the other sections lack: what a rule is about has to be measured."""
+        """Yield mistakes in relation to other sections, such as rules whose measure is not evaluated."""
         sections = {name: section for section, name in recipe.models()}
         arms = [name for name, section in sections.items() if section not in (("baselines",), ("variants",))]
         if self.model not in arms:
@@ -84,10 +82,10 @@ class PromoteRecipe(Choices):
             return
         finetuned = sections[self.model] == ("finetune", "arms")
         if "champion" in sections:
-            yield (*sections["champion"], "champion"), "the name is the gate's: choose another one"
+            yield (*sections["champion"], "champion"), "the name is reserved for the gate: choose another one"
         if self.start_from == "champion" and not finetuned:
-            message = "'champion' is where fine-tuning starts from"
-            yield ("promote", "start_from"), f"{message}, and {self.model} is no arm of it"
+            message = "'champion' is only for fine-tuned arms"
+            yield ("promote", "start_from"), f"{message}, but {self.model} is not one"
         if self.start_from == "champion" and finetuned:
             yield from self._other_stretches(recipe)
         if self.base_ratio is not None and not finetuned:
@@ -98,20 +96,19 @@ class PromoteRecipe(Choices):
                 message = f"{self.model} was not made from the base: set promote.{rule} to null"
                 yield ("promote", rule), message
         if recipe.base.source.startswith(f"models:/{self.name}@"):
-            advice = "name the first base, and promote.start_from champion"
+            advice = "give the first base here, and set promote.start_from to champion"
             yield ("base", "source"), f"each promotion would change it: {advice}"
         yield from self._unmeasured(recipe)
         yield from self._lengths_that_do_not_fit(recipe)
 
     def _other_stretches(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield the arms that could not go on from the champion, since it has another stretch than
-        theirs."""
+        """Yield the arms that cannot start from the champion, because its stretch differs from theirs."""
         assert recipe.finetune is not None
         champions = recipe.finetune.rope_of(recipe.finetune.seeded_arms()[self.model].arm)
         for name, arm in recipe.finetune.every_arm().items():
             rope = recipe.finetune.rope_of(arm)
             if rope != champions:
-                message = f"starts from {rope.about()}, and with promote.start_from champion from {self.model}'s"
+                message = f"has the stretch {rope.about()}, but promote.start_from champion needs {self.model}'s"
                 message += f" {champions.about()}: give it the same, or start from base"
                 yield ("finetune", "arms", name), message
 
@@ -123,15 +120,14 @@ class PromoteRecipe(Choices):
         return self.model in models and recipe.plain_baseline() in models
 
     def stretches(self, recipe: Recipe) -> list[str]:
-        """Return the untrained stretches that gain_over_stretches compares with; none where it is
-        no rule."""
+        """Return the untrained stretches for gain_over_stretches; empty if that rule does not apply."""
         models = self._measured(recipe, "gain_over_stretches")
         if self.gain_over_stretches is None or self.model not in models:
             return []
         return [name for name, rope in recipe.baselines.items() if rope.type != "none" and name in models]
 
     def _gain_rules(self, recipe: Recipe) -> list[str]:
-        """Return those of the two rules about gains that are rules of this recipe."""
+        """Return which of the two gain rules apply to this recipe."""
         rules = []
         if self.asks_for_gain(recipe):
             rules.append("gain_over_base")
@@ -140,18 +136,18 @@ class PromoteRecipe(Choices):
         return rules
 
     def _measured(self, recipe: Recipe, rule: str) -> list[str]:
-        """Return the models of which a recipe measures what a rule is about."""
+        """Return the models on which a recipe runs the evaluation of a rule."""
         section = recipe.evaluate.chosen().get(MEASURED_BY[rule])
         if section is None:
             return []
         return recipe.measured_by(section)
 
     def _unmeasured(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield the rules for which the recipe does not measure what they compare."""
+        """Yield the rules whose evaluation the recipe does not run on the compared models."""
         rules = [rule for rule in MEASURED_BY if getattr(self, rule) not in (None, "auto")]
         if not rules and not self._gain_rules(recipe):
             advice = f"set one of {', '.join(MEASURED_BY)}"
-            yield ("promote",), f"has no rule, and would let everything pass: {advice}"
+            yield ("promote",), f"has no rule, so every model would pass: {advice}"
         for rule in rules:
             evaluation = MEASURED_BY[rule]
             measured = self._measured(recipe, rule)
@@ -179,24 +175,24 @@ class PromoteRecipe(Choices):
             message = f"no length of evaluate.{keys} {list(key_lengths)} is within"
             yield ("promote", "passkey"), f"{message} target_length {target}"
         if self.effective_length and key_lengths and self.effective_length > max(key_lengths):
-            message = f"{self.effective_length} is more than the greatest of"
+            message = f"{self.effective_length} is more than the maximum of"
             message += f" evaluate.{keys}.lengths {list(key_lengths)}"
             yield ("promote", "effective_length"), message
         gains = MEASURED_BY["gain_over_base"]
         gain_lengths = lengths_of(recipe, gains)
         gain_rules = self._gain_rules(recipe)
         if gain_rules and gain_lengths and target and target not in gain_lengths:
-            message = f"at target_length {target} needs it among evaluate.{gains}.lengths {list(gain_lengths)}"
+            message = f"needs target_length {target} in evaluate.{gains}.lengths {list(gain_lengths)}"
             yield ("promote", gain_rules[0]), f"{message}: add it, change target_length, or set the rule to null"
         if self.target_length and lengths and self.target_length not in lengths:
-            message = f"{self.target_length} is none of evaluate.{ratios}.lengths {lengths}"
+            message = f"{self.target_length} is not in evaluate.{ratios}.lengths {lengths}"
             yield ("promote", "target_length"), message
 
 
 MEASURED_BY = {rule: name for name, evaluation in EVALS.items() for rule in evaluation.gate}
-"""The rules, and the evaluation that each of them is about."""
+"""Rule -> the evaluation that it uses."""
 STRETCH = "stretch:"
-"""What the role of an untrained stretch begins with, among the gate's inputs."""
+"""Prefix of an untrained stretch's role among the gate's inputs."""
 
 
 class PromoteStageRecipe(Choices):
@@ -205,24 +201,24 @@ class PromoteStageRecipe(Choices):
     rules: PromoteRecipe
     """The recipe's section `promote`."""
     champion: str | None
-    """Version that the challenger is measured against; None: there is none yet."""
+    """Version of the champion to compare with; None if there is none yet."""
     lengths: tuple[int, ...]
     """Context lengths in tokens at which perplexity was measured."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether one rule was kept at one place."""
+    """Whether one rule was satisfied in one comparison."""
 
-    rule: str  # the recipe's field, and the length and the model that it was compared at
+    rule: str  # the recipe's field, with the length and the model of the comparison
     measured: str
     asked: str
     kept: bool
 
 
 def add_gate(pipeline: Pipeline) -> None:
-    """Add the champion's stages and the decision; nothing if the release is champion already, or
-    nobody is to be asked."""
+    """Add the champion's stages and the decision, unless the release is champion already or the
+    pipeline is not gated."""
     from longreach.pipelines.stage import Stage
 
     gate, champion = pipeline.recipe.promote, pipeline.champion
@@ -256,8 +252,8 @@ def add_gate(pipeline: Pipeline) -> None:
 
 
 def _is_champion(pipeline: Pipeline, release: Stage) -> bool:
-    """True if the champion was made from a release's choices and, where that can be asked, is the
-    published one: made again, after --force or in another store, it has other bytes."""
+    """True if the champion has the release's fingerprint and, if `published` is known, is that very
+    artifact: one that was remade, after --force or in another store, has other bytes."""
     tags = pipeline.champion.tags
     if tags.get(registry.FINGERPRINT) != release.fingerprint:
         return False
@@ -268,7 +264,7 @@ def _is_champion(pipeline: Pipeline, release: Stage) -> bool:
 
 
 def _champions_scores(pipeline: Pipeline, evaluation: str, corpus: Stage) -> Stage:
-    """Add the champion and its evaluation on the challenger's corpus, and return the latter."""
+    """Add the champion and its evaluation on the challenger's corpus, and return the evaluation."""
     from longreach.pipelines.evaluate import EvaluateStageRecipe
     from longreach.pipelines.stage import Stage
     from longreach.training.recipe import BaseRecipe
@@ -290,7 +286,7 @@ def _champions_scores(pipeline: Pipeline, evaluation: str, corpus: Stage) -> Sta
 
 
 def lengths_of(recipe: Recipe, evaluation: str) -> tuple[int, ...]:
-    """Return the lengths in tokens at which a recipe runs an evaluation; none if it does not."""
+    """Return the lengths in tokens at which a recipe runs an evaluation; empty if it does not."""
     return tuple(getattr(recipe.evaluate.chosen().get(evaluation), "lengths", ()))
 
 
@@ -298,15 +294,15 @@ def lengths_of(recipe: Recipe, evaluation: str) -> tuple[int, ...]:
 def promote(
     model: Release, inputs: Mapping[str, Artifact], *, recipe: PromoteStageRecipe, out: Path, run: StageRun
 ) -> dict[str, Any]:
-    """Decide, write gate.json and gate.md, and move the alias if all rules are kept.
+    """Decide, write gate.json and gate.md, and move the alias if all rules are satisfied.
 
     Args:
-        inputs: scores named ROLE_EVALUATION, and `base`, the model that base_ratio is about. An
-            untrained stretch's role is STRETCH and its name.
+        inputs: Scores named ROLE_EVALUATION, and the model `base`, whose context length base_ratio
+            and gain_over_base need. An untrained stretch's role is STRETCH plus its name.
 
     Raises:
-        ValueError: the rules do not fit what was measured, or the registry cannot be asked.
-        AliasMoved: another model became champion in the meantime.
+        ValueError: The rules do not fit the measurements, or the registry does not answer.
+        AliasMoved: Another model became champion in the meantime.
     """
     rows, context = {}, 0
     for name, artifact in inputs.items():
@@ -328,7 +324,7 @@ def promote(
     record = {**decision, "findings": [asdict(finding) for finding in findings]}
     (out / "gate.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / "gate.md").write_text(_page(recipe, decision, findings), encoding="utf-8")
-    tags = model.tags  # a refused model is listed too, but its files stay in the store
+    tags = model.tags  # MLflow lists a refused model too, but without its files
     run.spool.model(recipe.rules.name, tags[registry.MODEL], model.metrics, tags=tags)
     run.spool.artifact(out / "gate.md")
     run.spool.tag("gate", verdict(refusals))
@@ -336,13 +332,13 @@ def promote(
 
 
 def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **rows: Rows) -> list[Finding]:
-    """Apply each rule; ValueError if perplexity was measured at no length that the base was trained
+    """Apply each rule; ValueError if all perplexity lengths exceed the length that the base was trained
     to.
 
     Args:
-        lengths: context lengths in tokens at which perplexity was measured.
-        base_context: the length that the base was trained to.
-        rows: rows of scores by ROLE_EVALUATION; without the champion's there is none yet.
+        lengths: Context lengths in tokens at which perplexity was measured.
+        base_context: The length that the base was trained to.
+        rows: Rows of scores by ROLE_EVALUATION; without the champion's, there is no champion yet.
     """
     ratio, keys = MEASURED_BY["perplexity_ratio"], MEASURED_BY["effective_length"]
     ours = rows.get(f"challenger_{ratio}", [])
@@ -395,12 +391,12 @@ def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
 def _ratios(
     rule: str, ours: Rows, theirs: Rows, lengths: set[int], most: float, rules: PromoteRecipe
 ) -> Iterator[Finding]:
-    """Hold the challenger against another model in each stretch from one length to the next: a mean
-    from the first token on would hide how it ends."""
+    """Compare the challenger with another model in each interval from one length to the next. A mean
+    over all tokens would hide a difference at the end."""
     starts = [row["start"] for row in ours if row["kind"] == "position"]
     beyond = 0
     for length in sorted(lengths):
-        if any(beyond <= start < length for start in starts):  # else they are nearer than a bin is wide
+        if any(beyond <= start < length for start in starts):  # else the interval is narrower than a bin
             yield _ratio(f"{rule}, tokens {beyond:,} to {length:,}", ours, theirs, (beyond, length), most, rules)
             beyond = length
 
@@ -415,7 +411,7 @@ def _ratio(
     nll, low, high = difference["nll"], difference["low"], difference["high"]
     if rules.certainty == "estimate":
         measured, deciding = _times(nll), nll
-    elif math.isnan(high):  # NaN keeps no rule
+    elif math.isnan(high):  # NaN satisfies no rule
         reason = "one stretch of text: measure greater lengths or more documents"
         measured, deciding = f"{_times(nll)} without an interval ({reason})", high
     else:
@@ -427,8 +423,8 @@ def _ratio(
 
 
 def _gain(ours: Rows, base: Rows, target: int, base_context: int, rules: PromoteRecipe) -> Finding:
-    """Hold the challenger's gain at the target length (0: its greatest one) against the base at its
-    best length."""
+    """Compare the challenger at the target length (0: its greatest one) with the base at its best
+    length."""
     from longreach.evaluation.gain import best_length, difference
 
     length = target or _greatest_length(ours)
@@ -441,7 +437,7 @@ def _gain(ours: Rows, base: Rows, target: int, base_context: int, rules: Promote
 
 
 def _gain_over_stretch(ours: Rows, stretch: Rows, name: str, target: int, rules: PromoteRecipe) -> Finding:
-    """Hold the challenger against a stretch that was not trained, both at the target length."""
+    """Compare the challenger with an untrained stretch, both at the target length."""
     from longreach.evaluation.gain import difference
 
     length = target or _greatest_length(ours)
@@ -454,10 +450,10 @@ def _greatest_length(rows: Rows) -> int:
 
 
 def _finding(place: str, found: Difference, asked: float | str | None, rules: PromoteRecipe) -> Finding:
-    """Return whether a difference, in nats per token, is at least what is asked for (auto: 0)."""
+    """Return whether a difference in nats per token is at least the required one (auto: 0)."""
     measured, deciding = f"{found.nats:+.3f} nats per token", found.nats
     if rules.certainty == "interval":
-        deciding = found.low  # NaN keeps no rule
+        deciding = found.low  # NaN satisfies no rule
         measured += f", 95% interval {found.low:+.3f} to {found.high:+.3f} over {found.documents} documents"
         if math.isnan(found.low):
             measured = f"{found.nats:+.3f} nats per token without an interval (one document: hold out more)"
@@ -468,7 +464,7 @@ def _finding(place: str, found: Difference, asked: float | str | None, rules: Pr
 
 
 def _times(nll: float) -> str:
-    """Write a difference in nats per token as a ratio of perplexities."""
+    """Format a difference in nats per token as a ratio of perplexities."""
     return "more than 100" if nll >= math.log(100) else f"{math.exp(nll):.4f}"
 
 

@@ -1,16 +1,15 @@
-"""What a store could do without, and its removal: `longreach gc`.
+"""Find and remove artifacts that nothing needs any more: `longreach gc`.
 
-Kept is what somebody may still want, and all that it was made from:
+It keeps the following artifacts and everything that they were made from:
 
-- whatever was published, or written to, within the last days;
+- those published, or written to, within the last days;
 - the newest reports of each recipe;
-- what the recipes that are named would reuse;
-- releases behind an alias of a registered model, such as the champion's, and those of models that
-  are
-  kept anyway.
+- those that the given recipes would reuse;
+- releases behind an alias of a registered model, such as the champion's, and releases of models
+  that are kept for another reason.
 
-All else goes: published artifacts, and attempts that nobody finished. Models that MLflow holds stay
-there, also where they are hard links to a release's files.
+It removes all other published artifacts and unfinished attempts. Models in MLflow are not removed,
+even if they are hard links to a release's files.
 
     for candidate in find(Store(".longreach"), Keep(days=7, reports=3)): print(candidate.label)
 """
@@ -28,24 +27,24 @@ from longreach.infra.lease import Lease, LeaseHeld, holder_name
 from longreach.pipelines.status import status
 
 Key = tuple[str, str]
-"""A stage's name and a fingerprint: what an artifact is found by."""
+"""Stage name and fingerprint, which identify an artifact."""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """What is kept, beside all that it was made from."""
+    """What to keep, together with everything that it was made from."""
 
     days: float = 7.0
-    """Everything published, or written to, within so many days."""
+    """Keep everything published, or written to, within this many days."""
     reports: int = 3
-    """The newest reports of each recipe: how many."""
+    """Keep this many of the newest reports of each recipe."""
     fingerprints: Set[str] = field(default_factory=set)
-    """Stages of recipes, and releases behind aliases."""
+    """Keep the artifacts with these fingerprints: stages of recipes, and releases behind aliases."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that nothing needs."""
+    """An artifact, or a stage's unfinished attempts, that nothing needs."""
 
     stage: str
     fingerprint: str
@@ -56,7 +55,7 @@ class Candidate:
 
 
 def find(store: Store, keep: Keep) -> list[Candidate]:
-    """Return what nothing needs, the largest first."""
+    """Return what nothing needs, largest first."""
     now = status(store)
     recent = datetime.now(UTC) - timedelta(days=keep.days)
     manifests = {(one["stage"], one["fingerprint"]): one for one in now.published}
@@ -67,7 +66,7 @@ def find(store: Store, keep: Keep) -> list[Candidate]:
             size = sum(file["size"] for file in manifest["files"])
             candidates.append(Candidate(*key, manifest["label"], size, _published_at(manifest), published=True))
     last_writes: dict[Key, datetime] = {}
-    for attempt in now.unfinished:  # the newest of a stage comes last
+    for attempt in now.unfinished:  # sorted, so the newest of a stage comes last
         last_writes[attempt.stage, attempt.fingerprint] = attempt.last_write
     for (stage, fingerprint), last_write in last_writes.items():
         if fingerprint not in keep.fingerprints and last_write < recent:
@@ -77,7 +76,7 @@ def find(store: Store, keep: Keep) -> list[Candidate]:
 
 
 def _needed(manifests: dict[Key, dict[str, Any]], keep: Keep, recent: datetime) -> set[Key]:
-    """Return what is kept for its own sake, and all that it was made from."""
+    """Return the artifacts to keep, with everything that they were made from."""
     wanted = []
     reports: dict[str, list[Key]] = {}
     for key, manifest in sorted(manifests.items(), key=lambda item: _published_at(item[1]), reverse=True):
@@ -100,7 +99,7 @@ def _needed(manifests: dict[Key, dict[str, Any]], keep: Keep, recent: datetime) 
 
 
 def _inputs(manifest: dict[str, Any]) -> list[Key]:
-    """Return what an artifact was made from."""
+    """Return the keys of an artifact's inputs."""
     return [(made_from["stage"], made_from["fingerprint"]) for made_from in manifest["inputs"].values()]
 
 
@@ -110,9 +109,10 @@ def _published_at(manifest: dict[str, Any]) -> datetime:
 
 @contextlib.contextmanager
 def no_runs(store: Store) -> Iterator[None]:
-    """Hold the leases of all recipes that ever ran here, so that their next runs wait.
+    """Hold the leases of all recipes that ever ran in this store, so that their next runs wait.
 
-    Raises LeaseHeld: one of them is running.
+    Raises:
+        LeaseHeld: One of them is running.
     """
     held = []
     try:
@@ -126,10 +126,11 @@ def no_runs(store: Store) -> Iterator[None]:
 
 
 def remove(store: Store, candidate: Candidate) -> bool:
-    """Remove a stage's artifact and attempts; False, and nothing is removed, if it is being made.
+    """Remove a stage's artifact and attempts; return False without removing anything if a run is
+    making it.
 
-    The manifest goes first, so that nobody finds an artifact that lacks files. The stage's lease
-    stays (a few bytes), since its numbers must never go back.
+    The manifest is removed first, so that no reader finds an artifact with missing files. The stage's
+    lease (a few bytes) stays, because its counter must never decrease.
     """
     stage, fingerprint = candidate.stage, candidate.fingerprint
     place = f"{stage}/{fingerprint}/lease"
@@ -138,7 +139,7 @@ def remove(store: Store, candidate: Candidate) -> bool:
     except LeaseHeld:
         return False
     try:
-        if not candidate.published and store.find(stage, fingerprint):  # finished meanwhile
+        if not candidate.published and store.find(stage, fingerprint):  # published in the meantime
             return False
         folder = f"{store.base}/{stage}/{fingerprint}"
         for name in store.names(folder):

@@ -1,4 +1,4 @@
-"""Recipe -> stages, in an order in which each comes after its inputs.
+"""Build the stages of a recipe in topological order: each comes after its inputs.
 
     convert ─┬─ pack ─┬─ finetune[arm] ── merge[arm] ──┐
              │        └──────────────┬────────────────┼─ evaluate[model,eval] ── report
@@ -10,8 +10,8 @@
     pack, convert ── costs ── report
     release, its evaluations, the base's and the champion's ── promote
 
-Nothing heavy is imported: `longreach plan` builds this in milliseconds, plus the time to hash the
-texts.
+No slow module is imported: `longreach plan` builds this graph in milliseconds, plus the time to hash
+the documents.
 """
 
 from __future__ import annotations
@@ -60,28 +60,29 @@ from longreach.training.recipe import (
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model that is evaluated: an arm's, a variant of one, or a baseline."""
+    """A model to evaluate: of an arm, of a variant, or a baseline."""
 
     stage: Stage  # the stage that makes the model folder
-    rope: RopeRecipe | None  # a stretch applied while loading; None: as the folder says
-    corpus: Stage  # the held-out documents in the model's own tokens
-    start: Stage | None = None  # the stage whose model the arm was trained from; None: it is no arm
+    rope: RopeRecipe | None  # a stretch to apply on loading; None to use the folder's config
+    corpus: Stage  # the stage with the held-out documents, tokenized for this model
+    start: Stage | None = None  # the stage whose model the arm was trained from; None if it is not an arm
 
 
 @dataclass
 class Pipeline:
-    """The stages of a recipe so far, and what later stages build on."""
+    """The stages of a recipe added so far, and what later stages need."""
 
     recipe: Recipe
-    gated: bool = True  # False: nobody asks who is champion, and the gate's stages are left out
+    gated: bool = True  # False: do not ask for the champion, and leave out the gate's stages
     published: Callable[[Stage], Artifact | None] | None = None
-    """Finds what a stage has made, None if it will be made anew. Not given: each is as it was."""
-    stages: list[Stage] = field(default_factory=list)  # in an order in which each comes after its inputs
+    """Returns a stage's published artifact, or None if the stage will rerun. Without it, no stage is
+    assumed to rerun."""
+    stages: list[Stage] = field(default_factory=list)  # topologically sorted
     models: dict[str, EvaluatedModel] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> Stage:
-        """The model that everything starts from."""
+        """The stage that makes the base model."""
         source = self.recipe.base if self.needs_base else BaseRecipe(source="")
         if arm := source.pretrained_arm:
             return Stage("convert", "convert", source, {ARM: self.models[arm].stage})
@@ -89,27 +90,27 @@ class Pipeline:
 
     @property
     def needs_base(self) -> bool:
-        """False where all models are pretrained from scratch with a vocabulary of their own."""
+        """False if all models are pretrained from scratch with their own vocabulary."""
         pretrain = self.recipe.pretrain
         keeps_tokenizer = pretrain is not None and pretrain.vocab_size is None
         return bool(self.recipe.finetune or self.recipe.baselines or keeps_tokenizer)
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """The identity of the documents, as stages that read them note it."""
+        """The digest of the documents, for the identity of the stages that read them."""
         return {"documents": corpus_digest(self.recipe.corpus, Path.cwd())}
 
     @cached_property
     def champion(self) -> Any:
-        """The version that the gate compares with; None: there is no gate, or no champion yet."""
+        """The model version that the gate compares with; None without a gate or champion."""
         gate = self.recipe.promote
         return registry.champion(gate.name) if gate and self.gated else None
 
     @cached_property
     def corpus(self) -> Stage:
-        """The documents in the base's tokens."""
+        """The stage that packs the documents, tokenized for the base."""
         finetune = self.recipe.finetune
-        rows = PackRecipe(seq_len=1024)  # evaluation needs the held-out documents only
+        rows = PackRecipe(seq_len=1024)  # any length: evaluation needs only the held-out documents
         if finetune:
             rows = finetune.pack
         return self.packed("pack", rows, self.base)
@@ -121,8 +122,7 @@ class Pipeline:
         return Stage("pack", label, choices, {"base": base}, self.texts)
 
     def _may_have_template(self, base: Stage) -> bool:
-        """Return False where it is known before anything runs that the tokenizer has no chat
-        template."""
+        """Return False if it is certain before the run that the tokenizer has no chat template."""
         if base.name == "tokenizer":
             return False
         folder = Path(self.recipe.base.source).expanduser()
@@ -135,7 +135,7 @@ class Pipeline:
         return False
 
     def converted(self, label: str, base: BaseRecipe) -> Stage:
-        """The stage that converts a source; an alias stands for the version that it names now."""
+        """Return the stage that converts a source; an alias is resolved to its current version."""
         if base.source.startswith("models:/") and "@" in base.source:
             version = registry.version_of(base.source.removeprefix("models:/"))
             base = base.model_copy(update={"source": f"models:/{version.name}/{version.version}"})
@@ -156,10 +156,10 @@ def build(
     """Return a recipe's stages, inputs first; ValueError if documents or the base cannot be found.
 
     Args:
-        gated: False leaves out the gate's own stages and asks for no champion; the others are the
-            same, as long as training starts from the base.
-        published: finds what a stage has made, None if it will be made anew, so that the gate
-            decides on a release that is made again from the same choices as the champion.
+        gated: If False, leave out the gate's stages and do not ask for the champion. The other
+            stages are the same, as long as training starts from the base.
+        published: Returns a stage's published artifact, or None if the stage will rerun. It lets
+            the gate decide on a release that is remade from the same choices as the champion.
     """
     pipeline = Pipeline(recipe, gated, published)
     for add in BUILDERS:
@@ -168,10 +168,9 @@ def build(
 
 
 def add_base(pipeline: Pipeline) -> None:
-    """Add the base, its corpus, and the baselines: the base as it is, or stretched but not
-    trained."""
+    """Add the base, its corpus and the baselines: the unchanged base, or untrained stretches of it."""
     recipe = pipeline.recipe
-    if recipe.base.pretrained_arm:  # then the base is made here, before all that starts from it
+    if recipe.base.pretrained_arm:  # the base is one of these arms, so they come first
         _add_pretrained_arms(pipeline)
     if pipeline.needs_base:
         pipeline.stages.append(pipeline.base)
@@ -183,7 +182,7 @@ def add_base(pipeline: Pipeline) -> None:
 
 
 def add_finetuned(pipeline: Pipeline) -> None:
-    """Add the fine-tuned arms. Their wall clock is compared, so they never run at the same time."""
+    """Add the fine-tuned arms. They run one after another, because their wall-clock times are compared."""
     section, gate = pipeline.recipe.finetune, pipeline.recipe.promote
     if section is None:
         return
@@ -200,8 +199,7 @@ def add_finetuned(pipeline: Pipeline) -> None:
         seed = pipeline.recipe.seed
         if training.seed is not None:
             seed = training.seed
-        # stretch and seed stand in one place, so that it makes no difference where the recipe has
-        # them
+        # the identity has stretch and seed in one place, wherever the recipe sets them
         arm = training.arm.model_copy(update={"rope": None, "seeds": ()})
         choices = FinetuneStageRecipe(rope=rope, arm=arm, optim=_optim(section), seed=seed)
         inputs = {"corpus": pipeline.corpus, "base": start}
@@ -225,8 +223,10 @@ def _gains(
     short_tokens: int,
     previous: tuple[Stage, ...],
 ) -> Stage:
-    """Return the stage that scores an arm's rows, which arms of one start and seed have in common;
-    add it if it is new."""
+    """Return the stage that scores an arm's rows, and add it if it is new.
+
+    Arms with the same start and the same choices in GainsRecipe share it.
+    """
     recipe = GainsRecipe(
         rope=choices.rope,
         short_tokens=short_tokens,
@@ -235,7 +235,7 @@ def _gains(
         seed=choices.seed,
     )
     inputs = {"corpus": pipeline.corpus, "base": start}
-    # after the arm before it, whose time is measured
+    # after the previous arm, whose time is measured
     scored = Stage("gains", f"gains[{name}]", recipe, inputs, after=previous)
     for stage in pipeline.stages:
         if stage.name == scored.name and stage.fingerprint == scored.fingerprint:
@@ -245,13 +245,13 @@ def _gains(
 
 
 def add_pretrained(pipeline: Pipeline) -> None:
-    """Add the pretrained arms, unless the base is one of them: then they are there already."""
+    """Add the pretrained arms, unless add_base has added them because the base is one of them."""
     if not pipeline.recipe.base.pretrained_arm:
         _add_pretrained_arms(pipeline)
 
 
 def _add_pretrained_arms(pipeline: Pipeline) -> None:
-    """Add the pretrained arms, on rows that begin with the sink token."""
+    """Add the pretrained arms, on rows that start with the sink token."""
     section = pipeline.recipe.pretrain
     if section is None:
         return
@@ -282,11 +282,11 @@ def _add_pretrained_arms(pipeline: Pipeline) -> None:
 
 
 def add_variants(pipeline: Pipeline) -> None:
-    """Add trained arms under another stretch than their own, which no training follows."""
+    """Add trained arms with another stretch than their own, without further training."""
     finetuned = pipeline.recipe.finetuned_arms()
     for name, variant in pipeline.recipe.seeded_variants().items():
         arm = pipeline.models[variant.of]
-        plain = arm.stage  # pretraining stretches nothing
+        plain = arm.stage  # a pretrained arm is not stretched
         if variant.of in finetuned:
             plain = pipeline.base
         inputs = {"model": arm.stage, "base": plain}
@@ -308,7 +308,7 @@ def add_evaluations(pipeline: Pipeline) -> None:
 
 
 def add_releases(pipeline: Pipeline) -> None:
-    """Add each arm's model with a card; the untrained base's scores stand there beside its own."""
+    """Add each arm's release: its model with a card that shows its scores and the untrained base's."""
     recipe = pipeline.recipe
     check_base(recipe)
     baseline = pipeline.scores_of(recipe.plain_baseline() or "")
@@ -328,8 +328,7 @@ def add_releases(pipeline: Pipeline) -> None:
 
 
 def add_costs(pipeline: Pipeline) -> None:
-    """Add the measurement of costs. Nothing before it may run at the same time, since that would be
-    measured too."""
+    """Add the cost measurement, after all stages so far: one that ran meanwhile would distort it."""
     if pipeline.recipe.costs:
         inputs = {"corpus": pipeline.corpus, "base": pipeline.base}
         choices = CostsStageRecipe.of(pipeline.recipe)
@@ -337,7 +336,7 @@ def add_costs(pipeline: Pipeline) -> None:
 
 
 def add_report(pipeline: Pipeline) -> None:
-    """Add the report on all stages so far; a release only repeats what it reads."""
+    """Add the report on all stages so far except releases, which only repeat other stages' results."""
     reported = [stage for stage in pipeline.stages if stage.name != "release"]
     pipeline.stages.append(report_on(pipeline.recipe, reported))
 
@@ -353,33 +352,34 @@ BUILDERS: list[Callable[[Pipeline], None]] = [
     add_report,
     add_gate,
 ]
-"""What adds stages to a pipeline, in the order of the stages. A new stage has its place here."""
+"""Functions that add stages to a pipeline, in stage order. Add the function of a new stage here."""
 
 
 def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None = None) -> Stage:
-    """Return the report on these stages; `failed` are the others, by label, with the reason."""
+    """Return the report stage on `stages`; `failed` maps labels of failed stages to reasons."""
     choices = ReportRecipe(name=recipe.name, prices=recipe.report, failed=failed or {})
     return Stage("report", "report", choices, {stage.label: stage for stage in stages})
 
 
 def _from_champion(pipeline: Pipeline) -> Stage:
-    """What fine-tuning starts from: the champion, which is stretched already, or the base.
+    """Return the stage that fine-tuning starts from: the champion, which is already stretched, or the
+    base.
 
-    A champion that was trained on these very documents is not trained on them again: then the start
-    is what it started from, and the fingerprints are those of its own run.
+    A champion that was trained on the same documents is not trained on them again: fine-tuning then
+    starts where the champion's did, so that the fingerprints are those of the champion's own run.
     """
     champion = pipeline.champion
     source = f"models:/{champion.name}/{champion.version}"
     if champion.tags.get(registry.DOCUMENTS) == pipeline.texts["documents"]:
         source = champion.tags[registry.BASE]
-        if not source.startswith(f"models:/{champion.name}/"):  # the first champion began with the base
+        if not source.startswith(f"models:/{champion.name}/"):  # the first champion started from the base
             return pipeline.base
     return pipeline.converted("convert[start]", BaseRecipe(source=source))
 
 
 def _digest(path: Path) -> str:
-    """Digest of a file, or of all files below a folder; that there is none is reported by the
-    evaluation."""
+    """Return the digest of a file or of all files in a folder; missing files are the evaluation's to
+    report."""
     files = [path]
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file())

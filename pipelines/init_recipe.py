@@ -12,20 +12,19 @@ if TYPE_CHECKING:
     from longreach.pipelines.init_documents import Documents
 
 THETA_FACTOR = 3
-"""RoPE's base frequency for twice the positions, over the trained one: the quickstart's 300,000 of
-100,000."""
+"""Factor on RoPE's base frequency for twice the positions, as in the quickstart (100,000 to 300,000)."""
 
 
 def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: list[str]) -> str:
-    """Return the recipe as a file holds it."""
-    lines = [f"# {name}: made by `longreach init` for these documents, this machine and this much time. It saw:", "#"]
+    """Return the text of the recipe file."""
+    lines = [f"# {name}: written by `longreach init` for these documents, this machine and this time. It found:", "#"]
     lines += [f"#   {fact}" for fact in facts]
     lines += [
         "#",
-        f"#   longreach plan {name}.yaml       what would run, and why",
-        f"#   longreach run {name}.yaml        run it; again: nothing to do",
+        f"#   longreach plan {name}.yaml       show what would run, and why",
+        f"#   longreach run {name}.yaml        run it; a second run has nothing to do",
         "#",
-        "# All of it may be edited; `longreach config schema` explains every field.",
+        "# Edit anything; `longreach config schema` explains every field.",
         "",
         f"name: {_text(name)}",
         "",
@@ -35,11 +34,11 @@ def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: li
         "corpus:",
         "  sources:",
         *(f"    - {_source(source)}" for source in documents.sources),
-        "  # Never trained on, and read by the evaluations:",
+        "  # Held out from training, for the evaluations:",
         f"  test: {_list(documents.test)}",
     ]
     if documents.validation:
-        lines += ["  # Never trained on, for choices while one tries things out:"]
+        lines += ["  # Held out from training, for choices between experiments:"]
         lines += [f"  validation: {_list(documents.validation)}"]
     if documents.malformed:
         share = documents.malformed / documents.entries
@@ -49,14 +48,14 @@ def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: li
 
 
 def _models(base: Base, documents: Documents, fit: Fit) -> list[str]:
-    """Return the sections of baselines and training."""
-    stretch, why = "{type: none}", "chats teach what to answer: the context stays as it is"
+    """Return the sections `baselines` and `finetune`."""
+    stretch, why = "{type: none}", "chats teach how to answer: the context length stays the same"
     if not documents.chats:
-        why = "the base's positions cannot be stretched, or are already: its own length"
+        why = "the base cannot be stretched, or already is: keep its context length"
     if base.theta and not documents.chats:
         stretch = f"{{type: theta, theta: {base.theta * THETA_FACTOR:.0f}, factor: 2}}"
-        why = f"{2 * base.trained:,} positions; costs short texts least"
-    lines = ["# What training has to beat: the base as it is, and what costs no training.", "baselines:", "  base: {}"]
+        why = f"{2 * base.trained:,} positions; this stretch harms short texts least"
+    lines = ["# What training has to beat: models without training.", "baselines:", "  base: {}"]
     if base.theta and not documents.chats:
         lines += [f"  stretched: {stretch}"]
     attention = "{pattern: causal}"
@@ -68,8 +67,8 @@ def _models(base: Base, documents: Documents, fit: Fit) -> list[str]:
         "finetune:",
         f"  rope: {stretch}  # {why}",
         f"  pack: {{seq_len: {fit.seq_len}, method: best_fit}}  # the longest rows that leave time for enough steps",
-        f"  steps: {fit.steps}  # {fit.step_s:.2g} s each, as foreseen",
-        f"  global_batch_tokens: {fit.batch}  # a row for each rank",
+        f"  steps: {fit.steps}  # about {fit.step_s:.2g} s each",
+        f"  global_batch_tokens: {fit.batch}  # one row per rank",
         "  learning_rate: 5e-4  # of the adapters",
         f"  warmup_steps: {max(1, fit.steps // 10)}",
         "  schedule: cosine",
@@ -93,7 +92,7 @@ def _evaluations(base: Base, fit: Fit) -> list[str]:
     if fit.eval_lengths:
         lines += ["  perplexity:  # of the test documents", f"    lengths: {list(fit.eval_lengths)}"]
     lines += [
-        "  passkey:  # a number hidden in filler sentences",
+        "  passkey:  # find a number hidden in filler sentences",
         f"    lengths: {lengths}",
         "    depths: [0.25, 0.75]",
     ]
@@ -101,7 +100,7 @@ def _evaluations(base: Base, fit: Fit) -> list[str]:
 
 
 def _resources(fit: Fit) -> list[str]:
-    """Return where it runs, which changes no result."""
+    """Return the section `resources`, which changes no result."""
     where = fit.resources
     lines = ["resources:", f"  workers: {where.workers}  # training ranks"]
     lines += [f"  cpus_per_worker: {where.cpus_per_worker}"]
@@ -109,12 +108,12 @@ def _resources(fit: Fit) -> list[str]:
         lines += [f"  gpus_per_worker: {where.gpus_per_worker}"]
     lines += [f"  dtype: {where.dtype}"]
     if where.activation_checkpointing:
-        lines += ["  activation_checkpointing: true  # without it there is not enough memory"]
+        lines += ["  activation_checkpointing: true  # without it, memory would not suffice"]
     return [*lines, f"  eval_cpus: {where.eval_cpus}", "  checkpoint_every_steps: 10"]
 
 
 def _source(source: SourceRecipe) -> str:
-    """Return a source on one line, with what differs from the defaults."""
+    """Return a source on one line, with the fields that differ from their defaults."""
     chosen = source.model_dump(mode="json", exclude_defaults=True)
     return "{" + ", ".join(f"{key}: {_value(value)}" for key, value in chosen.items()) + "}"
 

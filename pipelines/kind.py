@@ -1,13 +1,12 @@
-"""What all stages of one name share: a function, the type of what it makes, a revision, CPUs and
-GPUs.
+"""Stage kinds: what all stages of one name share, as function, artifact type, revision, CPUs and GPUs.
 
     @stage(makes=ModelCheckpoint, revision=1, cpus=lambda r: 1)
     def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path): ...
 
-The parameters before the star are the stage's inputs. Each is given as the type that it names; a
-parameter of the type `Mapping[str, T]` takes all inputs that have no parameter of their own, by
-name. After the star it names what else it uses: its `recipe`, the `resources`, `out` for its files
-and the `run`. It returns a summary: plain data for the manifest.
+The parameters before the star are the stage's inputs. Each is passed as its annotated type. A
+parameter of type `Mapping[str, T]` takes all inputs without a parameter of their own, by name. After
+the star come the other arguments that the function uses: its `recipe`, the `resources`, `out` (the
+folder for its files) and the `run`. The function returns a summary: plain data for the manifest.
 """
 
 from __future__ import annotations
@@ -30,29 +29,28 @@ from longreach.infra.tracking import Spool
 
 @dataclass(frozen=True)
 class StageRun:
-    """What a running stage may use beside its inputs and choices."""
+    """What a running stage may use in addition to its inputs and choices."""
 
-    label: str  # the stage's name in its pipeline, e.g. `finetune[lora]`.
-    spool: Spool  # metrics and progress of this attempt
-    attempt: Attempt  # `attempt.work` is private and survives until publication: checkpoints go there
+    label: str  # the stage's name in its pipeline, e.g. `finetune[lora]`
+    spool: Spool  # for metrics and progress of this attempt
+    attempt: Attempt  # `attempt.work` is private and is kept until publication: checkpoints go there
     earlier: list[Path]
-    """Folders of earlier unpublished attempts, newest first: to read checkpoints from, never to
-    write."""
+    """Folders of earlier unpublished attempts, newest first, to read checkpoints from; read-only."""
     command: str = ""
     experiment: str = "longreach"
-    id: str = ""  # the attempt's own run, as its spool names it
+    id: str = ""  # id of the attempt's MLflow run, as in its spool
     share: Share | None = None
-    """How other nodes see this attempt; None: they share its disk, or there are none."""
+    """How other nodes access this attempt; None if they share its disk, or if there are none."""
     memory_gib: float = 0
-    """About what all ranks, or one evaluation's process, will hold; 0: nothing is reserved."""
+    """Estimated memory of all ranks, or of one evaluation process; 0 if nothing is reserved."""
 
     def note(self, text: str) -> None:
-        """Show the run's user a line, which MLflow keeps as well."""
+        """Show the user a line of text, which MLflow stores too."""
         self.spool.tag("longreach.note", text)
 
     @property
     def storage(self) -> str:
-        """A folder or URL that all ranks of this attempt see, for Ray Train's own records."""
+        """Folder or URL for Ray Train's own records that all ranks of this attempt can access."""
         if self.share:
             return f"{self.share.root}/{self.share.folder}/work/ray"
         return str(self.attempt.work / "ray")
@@ -63,21 +61,21 @@ class StageKind:
     """What all stages of one name share; calling it calls the function."""
 
     function: Callable[..., dict[str, Any]]  # writes the artifact's files and returns its summary
-    makes: type[Artifact] | UnionType  # the artifact's type; a union where the choices decide which
+    makes: type[Artifact] | UnionType  # the artifact's type; a union if it depends on the choices
     revision: int
-    """Raised when the same choices would now give another result, since code is not
-    fingerprinted."""
+    """Raise it when a change of the code gives another result for the same choices, because code is
+    not part of the fingerprint."""
     cpus: Callable[[Resources], float]
-    """Ray CPUs of the stage's task; 0 if it only drives ranks or tasks, which bring their own."""
+    """Ray CPUs of the stage's task; 0 if it only starts ranks or tasks, which reserve their own."""
     gpus: Callable[[Resources], float] = lambda resources: 0
     saves_when_stopped: bool = False
-    """Whether it saves when the stop file appears, so that a run that is stopped waits for it."""
+    """Whether the stage saves when the stop file appears; a stopping run waits for such stages."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a name: the worker imports the module, so that no code travels."""
+        """Pickle only the function's name; the worker imports the module."""
         return _imported, (self.function.__module__, self.function.__qualname__)
 
     @cached_property
@@ -95,13 +93,12 @@ class StageKind:
         return typing.get_args(mappings[0])[1]
 
     def gives(self, wanted: type[Artifact]) -> bool:
-        """Whether what it makes may be an input of the type `wanted`."""
+        """Whether the artifact can be an input of type `wanted`."""
         made = typing.get_args(self.makes) or (self.makes,)
         return any(issubclass(one, wanted) for one in made)
 
     def arguments(self, artifacts: Mapping[str, Artifact], **context: Any) -> dict[str, Any]:
-        """The function's inputs, each as the type that its parameter names, and what it uses of the
-        context."""
+        """Return the function's arguments: inputs as the annotated types, and the context that it uses."""
         named = inspect.signature(self.function).parameters
         arguments = {name: value for name, value in context.items() if name in named}
         rest = {}
@@ -118,12 +115,12 @@ class StageKind:
 
 
 def stage(**fields: Any) -> Callable[[Callable[..., dict[str, Any]]], StageKind]:
-    """Turn a function into a stage kind; the arguments are StageKind's other fields."""
+    """Decorate a function to make a StageKind; `fields` are StageKind's other fields."""
     return lambda function: StageKind(function, **fields)
 
 
 def stop_file(spool_folder: Path) -> Path:
-    """Once this file exists, the training of this pipeline run writes a checkpoint and stops."""
+    """Return the stop file: once it exists, this run's training writes a checkpoint and stops."""
     return spool_folder / "stop"
 
 

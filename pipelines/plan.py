@@ -1,6 +1,6 @@
-"""What a run would do, and what is done already.
+"""What a run would do, and which stages are done.
 
-The manifests are the truth: a stage is done if its fingerprint is published and its files match.
+Manifests decide: a stage is done if its fingerprint is published and its files match the manifest.
 
     for row in plan(load("quickstart")): print(row.stage, row.state, row.why)
 """
@@ -29,7 +29,7 @@ State = Literal["done", "stale", "run"]
 Manifests = dict[str, dict[str, Any]]
 
 TRACKING = "MLFLOW_TRACKING_URI"
-MAX_CHANGES = 3  # changes that a plan spells out for one stage
+MAX_CHANGES = 3  # maximum number of changes that a plan lists for one stage
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class PlanRow:
     """What a run would do with a stage."""
 
     stage: str
-    state: State  # done: published and whole; stale: published with other choices or damaged; run: never run
-    why: str  # what makes it run; empty if it is done
+    state: State  # done: published and intact; stale: published with other choices, or damaged; run: never run
+    why: str  # the reason to run it; empty if it is done
     fingerprint: str
     seconds_last: float | None  # seconds that its newest artifact took to make
-    foreseen: Forecast | None = None  # what it should cost, of stages that train
-    no_room: str = ""  # why this machine can never run it, where it is asked of this machine
+    foreseen: Forecast | None = None  # forecast cost of a stage that trains
+    no_room: str = ""  # why this machine can never run it; empty if it can, or if the plan is for a cluster
 
 
 def open_store(loaded: Loaded) -> Store:
-    """Return the recipe's store, if it can be read; a relative root lies in the current folder."""
+    """Open the recipe's store and check that it can be read; a relative root is in the current folder."""
     recipe = loaded.recipe.store
     root = recipe.root
     if "://" not in root:
@@ -56,8 +56,7 @@ def open_store(loaded: Loaded) -> Store:
 
 @contextmanager
 def use_tracking(loaded: Loaded) -> Iterator[str]:
-    """Set MLflow's address: the recipe's, else the environment's, else that of the embedded
-    store."""
+    """Set MLflow's URI: the recipe's, else the environment's, else that of the embedded store."""
     uri = tracking_uri(loaded.recipe.tracking.uri, loaded.recipe.store.workdir)
     before = os.environ.get(TRACKING)
     os.environ[TRACKING] = uri
@@ -70,15 +69,15 @@ def use_tracking(loaded: Loaded) -> Iterator[str]:
 
 
 def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) -> None:
-    """Raise ValueError for what every run refuses before it starts, beside what `build` finds.
+    """Raise ValueError for what every run refuses before it starts, in addition to what `build` finds.
 
-    Whatever runs a recipe, or lets it run elsewhere or later, asks here: a rule that only `run`
-    knew would be told by a run at three in the morning.
+    Every command that runs, submits or schedules a recipe calls this. If only `run` checked a rule,
+    a scheduled run would be the first to report that it is broken.
 
     Args:
-        cluster: The cluster in words; empty: this machine runs everything.
-        driver_here: The driver has the environment of this process. Otherwise nobody knows here
-            which tokens and which MLflow its own would name, and no `build` follows.
+        cluster: Description of the cluster; empty if this machine runs everything.
+        driver_here: The driver has this process's environment. If not, its tokens and MLflow URI
+            are unknown here, and the caller does not call `build`.
     """
     uri = recipe.tracking.uri and check_tracking_uri(recipe.tracking.uri)
     if driver_here:
@@ -92,8 +91,7 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
 
 
 def notes(recipe: Recipe) -> list[str]:
-    """Return what is to be said of a recipe that runs as it is written, though hardly as it was
-    meant."""
+    """Return warnings about a valid recipe that probably does not do what its author meant."""
     said = []
     for name, section in {"finetune": recipe.finetune, "pretrain": recipe.pretrain}.items():
         note = section.warmup_note() if section else ""
@@ -106,37 +104,38 @@ def check_scheduled(recipe: Recipe, *, driver_here: bool) -> None:
     """Raise ValueError for what a later run on this machine would refuse.
 
     Args:
-        driver_here: False where a file has the run's keys and addresses, so that sources that need
-            them cannot be looked for here.
+        driver_here: False if the run gets its keys and addresses from a file, so that sources that
+            need them cannot be checked here.
     """
     check_rules(recipe, driver_here=driver_here)
     if driver_here:
         nodes = [this_node(recipe.resources)]
-        for stage in build(recipe, gated=False):  # the champion is whoever it is then
+        for stage in build(recipe, gated=False):  # ungated: the champion may change before the run
             if refusal := no_room(stage, recipe.resources, nodes):
                 raise ValueError(refusal)
 
 
 def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
-    """Raise ValueError where the nodes of a cluster would have a registry of their own each.
+    """Raise ValueError if each node of a cluster would use its own model registry.
 
-    uri: MLflow's address; None where only the nodes' environment could name one.
+    Args:
+        uri: MLflow's URI; None if only the nodes' environment could set it.
     """
     uses_registry = recipe.promote or recipe.base.source.startswith("models:/")
     if uses_registry and (uri is None or sqlite_path(uri)):
         raise ValueError(
-            f"on {where} every node would have a registry of its own in {uri or 'its own folder'}: "
-            f"set tracking.uri to an MLflow server that all of them reach"
+            f"on {where} every node would use its own model registry in {uri or 'its own folder'}: "
+            f"set tracking.uri to an MLflow server that all nodes can reach"
         )
 
 
 def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
-    """Return what `run` would do; of files only presence and size are looked at, which `run` reads
-    whole.
+    """Return what `run` would do. Checks only that files exist with the right size; `run` also hashes
+    them.
 
     Args:
-        here: It would run on this machine. Where nothing has trained yet, its speed is tried out
-            for the forecast.
+        here: The run would be on this machine. If nothing has trained here yet, measure the
+            machine's speed for the forecast.
     """
     store = open_store(loaded)
     with use_tracking(loaded):
@@ -154,7 +153,7 @@ def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
 
 
 def published(store: Store, stage: Stage) -> Artifact | None:
-    """Return what a stage has made, None if that is missing or damaged and will be made anew."""
+    """Return a stage's published artifact; None if it is missing or damaged, so that the stage reruns."""
     try:
         return store.find(stage.name, stage.fingerprint)
     except CorruptArtifact:
@@ -162,11 +161,10 @@ def published(store: Store, stage: Stage) -> Artifact | None:
 
 
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
-    """Return the artifacts of the stages that are done, by label; those `known` are not looked at
-    again.
+    """Return the artifacts of the finished stages by label, `known` ones without checking them again.
 
-    On a local root every byte is read; of a remote one names and sizes are compared, since workers
-    verify what they use. `repair` puts damaged artifacts aside, so that their stages run again.
+    In a local store every byte is read. In a remote store only names and sizes are compared, because
+    workers verify what they use. `repair` quarantines damaged artifacts, so that their stages rerun.
     """
     artifacts = dict(known)
     for stage in stages:
@@ -180,7 +178,7 @@ def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, rep
         if repair and store.fs.exists(manifest):
             aside = store.quarantine(stage.name, stage.fingerprint)
             if aside:
-                print(f"{stage.label}: {row.why}: it is put aside as {aside}", file=sys.stderr)
+                print(f"{stage.label}: {row.why}: moved to {aside}", file=sys.stderr)
     return artifacts
 
 
@@ -196,8 +194,11 @@ def _newest(store: Store, name: str) -> Manifests:
 def _examine(
     store: Store, stage: Stage, newest: Callable[[str], Manifests], *, hashes: bool
 ) -> tuple[PlanRow, Artifact | None]:
-    """A stage's row, and its artifact if it is done; `newest` finds a name's newest manifests by
-    label."""
+    """Return a stage's row, and its artifact if it is done.
+
+    Args:
+        newest: Returns the newest manifests of a stage name, by label.
+    """
 
     def row(state: State, why: str, seconds: float | None) -> PlanRow:
         return PlanRow(stage.label, state, why, stage.fingerprint, seconds)
@@ -214,13 +215,13 @@ def _examine(
     if last is None:
         return row("run", "never run", None), None
     changes = [_in_words(stage, change) for change in differences(last["identity"], stage.identity)]
-    if len(changes) > MAX_CHANGES + 1:  # "and 1 more changes" would take as much room as the change
+    if len(changes) > MAX_CHANGES + 1:  # "and 1 more changes" would be as long as the change itself
         changes[MAX_CHANGES:] = [f"and {len(changes) - MAX_CHANGES} more changes"]
     return row("stale", "; ".join(changes), last["seconds"]), None
 
 
 def _in_words(stage: Stage, change: str) -> str:
-    """Name the stage instead of fingerprints: `inputs.corpus: 12ab -> 34cd`: `its input pack
-    changes`."""
+    """Replace an input's fingerprints by its stage: `inputs.corpus: 12ab -> 34cd` becomes `its input
+    pack changes`."""
     name = change.split(":")[0].removeprefix("inputs.")
     return f"its input {stage.inputs[name].label} changes" if name in stage.inputs else change

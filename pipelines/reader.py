@@ -1,9 +1,9 @@
-"""Reads a recipe: YAML with the place of every value, overrides, and mistakes in plain words.
+"""Read a recipe: parse YAML, apply overrides, validate, and report mistakes with their places.
 
-Every value keeps where it came from (a line of the file, `--set`, a default), so that all mistakes
-are reported at once, each with its place, the nearest valid field and both numbers, before anything
-expensive starts. The file is YAML 1.2's core schema without tags and merge keys: `2e-5` is a
-number; `no`, `010` and `2026-01-01` are text.
+Every value keeps its origin (a line of the file, `--set`, or the default). All mistakes are reported
+at once, before anything expensive starts, each with its place, the nearest valid field and both
+numbers. The file is YAML 1.2's core schema without tags and merge keys: `2e-5` is a number; `no`,
+`010` and `2026-01-01` are strings.
 
     from longreach.pipelines.reader import load
     load("quickstart", ["finetune.steps=2"]).recipe.finetune.steps
@@ -38,9 +38,9 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of a recipe."""
+    """One mistake in a recipe."""
 
-    place: str  # where the nearest value was written: "file:line" or "--set"
+    place: str  # where the value, or the nearest one around it, was set: "file:line" or "--set"
     location: Location
     message: str
 
@@ -49,34 +49,34 @@ class Problem:
 
 
 class RecipeError(ValueError):
-    """All mistakes of a recipe, one line each."""
+    """All mistakes in a recipe, one line each."""
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
 
     def render(self) -> str:
-        """Return the lines to print; having this method marks an error as the user's."""
+        """Return the lines to print. Errors with this method are treated as a user's mistake."""
         return str(self)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid recipe and how it came about."""
+    """A valid recipe with its file, the origins of its values and the command that runs it."""
 
     recipe: Recipe
     path: Path
     origins: dict[str, str]
-    """Where each value came from, by its dotted location: "file:line", "--set" or "default"."""
+    """Dotted location of each value -> "file:line", "--set" or "default"."""
     command: str  # the command that runs the same recipe again from the same folder
 
 
 def load(path_or_name: str | Path, overrides: list[str] | None = None) -> Loaded:
-    """Read a recipe; RecipeError holds all its mistakes.
+    """Read a recipe; RecipeError has all its mistakes.
 
     Args:
-        path_or_name: a file (it has a suffix or a slash), or the name of a recipe of longreach's.
-        overrides: `a.b.c=value` texts; the value is YAML, items of lists are entered by index
+        path_or_name: A file (with a YAML suffix or a slash), or the name of a bundled recipe.
+        overrides: `a.b.c=value` strings. The value is YAML; list items are given by index
             (`corpus.sources.0.files=x.txt`).
     """
     reader = _Reader(_find(str(path_or_name)))
@@ -93,25 +93,26 @@ def standalone(
     """Make the recipe that evaluates one model with a suite's evaluations and held-out documents.
 
     Args:
-        evals: names of evaluations, with the suite's choices where it has them; all of its if
-            empty.
-        documents: glob of text files to measure on instead of the suite's documents.
-        overrides: as in `load`; with one evaluation, its own fields may stand alone: `seed=1`.
+        evals: Names of evaluations, which keep the suite's choices if it has them. Empty: all
+            evaluations of the suite.
+        documents: Glob of text files to measure on instead of the suite's documents.
+        overrides: As in `load`. With one evaluation, its fields need no prefix: `seed=1`.
 
-    RecipeError: as `load`, or no such evaluation.
+    Raises:
+        RecipeError: As `load`, or no such evaluation.
     """
     for name in evals:
         if name not in EVALS:
             hint = nearest(name, EVALS, "there are")
             raise RecipeError(Problem("--eval", (), f"no evaluation {name!r}{hint}"))
     reader = _Reader(_find(suite))
-    reader.loaded("")  # a suite with mistakes is refused as it stands
+    reader.loaded("")  # report mistakes in the suite before changing it
     written = reader.data.get("evaluate") or {}
     last_part = re.split("[/:]", model.rstrip("/"))[-1].lower()
     slug = re.sub(r"[^a-z0-9._+-]+", "-", last_part).strip("-._+") or "model"
     reader.put(("base",), {**(reader.data.get("base") or {}), "source": model, "revision": None})
     reader.put(("name",), f"evaluate-{slug}")
-    for left_out in ("finetune", "pretrain", "costs", "promote"):  # all that is about the suite's own arms
+    for left_out in ("finetune", "pretrain", "costs", "promote"):  # sections about the suite's own arms
         reader.put((left_out,), None)
     for emptied in ("variants", "release"):
         reader.put((emptied,), {})
@@ -126,7 +127,7 @@ def standalone(
     asked = evals or [name for name in EVALS if written.get(name) is not None]
     for name in asked:
         section = {**(written.get(name) or {}), "models": None}
-        if documents:  # those that the suite names are replaced
+        if documents:  # they replace the documents that the suite names
             for field in EVALS[name].Choices.document_fields():
                 section.pop(field, None)
         reader.put(("evaluate", name), section)
@@ -141,7 +142,7 @@ def standalone(
 
 
 def names() -> list[str]:
-    """Return the names of the recipes that come with longreach."""
+    """Return the names of the bundled recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -153,24 +154,25 @@ def _find(path_or_name: str) -> Path:
     if path.is_file():
         return path
     if not is_name:
-        hint = nearest(path.stem, names(), "recipes that come along")
+        hint = nearest(path.stem, names(), "bundled recipes")
         raise RecipeError(Problem(path_or_name, (), f"no such file{hint}"))
     hint = nearest(path_or_name, names(), "there are")
     beside = Path(f"{path_or_name}.yaml")
     if beside.is_file():
         hint = f"; did you mean the file {beside}?"
-    message = f"no recipe of that name comes with longreach{hint}"
+    message = f"no bundled recipe has that name{hint}"
     raise RecipeError(Problem(path_or_name, (), message))
 
 
 class _Yaml12(yaml.SafeLoader):
-    """YAML 1.2's core schema. By PyYAML's own rules, 1.1's, `2e-5` is text, `no` false and 1:30 90.
+    """Loader for YAML 1.2's core schema. PyYAML follows YAML 1.1, where `2e-5` is a string, `no` is
+    false and 1:30 is 90.
 
-    ruamel.yaml keeps places too, but reads 010 and 1_000 as numbers and 2026-01-01 as a date, and
-    stops at the first field that is written twice.
+    ruamel.yaml keeps line numbers too, but reads 010 and 1_000 as numbers and 2026-01-01 as a date,
+    and stops at the first duplicate field.
     """
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name and place)
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (the attribute that PyYAML reads)
 
 
 for _tag, _pattern, _first_characters in [
@@ -185,10 +187,10 @@ for _tag, _pattern, _first_characters in [
 
 
 class _Reader:
-    """A recipe's plain data before validation, the place of each value, and the mistakes so far."""
+    """A recipe's plain data before validation, each value's place, and the mistakes found so far."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file; RecipeError if it cannot be read or is no mapping."""
+        """Read the file; RecipeError if it cannot be read or is not a mapping."""
         self.path = path
         label = path.name if path.parent == RECIPES else str(path)
         self.places: dict[Location, str] = {}
@@ -203,8 +205,7 @@ class _Reader:
         self.data: dict[str, Any] = data
 
     def override(self, text: str) -> None:
-        """Put one `a.b.c=value` into the data; RecipeError without `=` or where there is no such
-        item."""
+        """Set one `a.b.c=value` in the data; RecipeError without `=` or if there is no such item."""
         path, equals, value = text.partition("=")
         if not equals or not path:
             message = "write it as field=value, e.g. finetune.steps=4"
@@ -225,7 +226,7 @@ class _Reader:
         node[location[-1]] = self._parse(value, location, SET)
 
     def put(self, location: Location, value: Any) -> None:
-        """Put a value that no user wrote at a location whose surroundings are there."""
+        """Set a value that no user wrote; the containers around the location must exist."""
         node: Any = self.data
         for key in location[:-1]:
             node = node[key]
@@ -234,9 +235,9 @@ class _Reader:
         node[location[-1]] = value
 
     def loaded(self, command: str) -> Loaded:
-        """Validate the data; RecipeError holds all mistakes, those met while reading among them."""
+        """Validate the data; RecipeError has all mistakes, including those found while parsing."""
         problems = [*self.problems]
-        try:  # from JSON: strict about types, and yet a list is welcome where a tuple is meant
+        try:  # from JSON, because strict mode then still accepts a list for a tuple
             recipe = Recipe.model_validate_json(json.dumps(self.data), strict=True)
         except ValidationError as error:
             for details in error.errors():
@@ -254,14 +255,14 @@ class _Reader:
                 del self.places[known]
 
     def _step(self, node: Any, parts: list[str], location: Location) -> tuple[str | int, list[str]]:
-        """Return the next key of an override's path and the rest of it."""
+        """Return the next key of an override's path, and the remaining parts."""
         if isinstance(node, dict):
-            for taken in range(len(parts), 0, -1):  # a key may contain dots, as names of arms do
+            for taken in range(len(parts), 0, -1):  # a key may contain dots, as arm names do
                 if ".".join(parts[:taken]) in node:
                     return ".".join(parts[:taken]), parts[taken:]
             return parts[0], parts[1:]
         if not isinstance(node, list):
-            message = f"{dotted(location)} is {_describe(node)}: no fields"
+            message = f"{dotted(location)} is {_describe(node)}, which has no fields"
             raise RecipeError(Problem(SET, (*location, *parts), message))
         if not parts[0].isdecimal() or int(parts[0]) >= len(node):
             has = f"{dotted(location)} has {len(node)} items, from 0 to {len(node) - 1}"
@@ -269,7 +270,7 @@ class _Reader:
         return int(parts[0]), parts[1:]
 
     def _parse(self, text: str, location: Location, label: str) -> Any:
-        """Return plain data and remember its places; `label` is the file or `--set`."""
+        """Return plain data and record its places; `label` is the file or `--set`."""
         try:
             loader = _Yaml12(text)
             node = loader.get_single_node()
@@ -280,22 +281,22 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line if error.problem_mark else 0
             message = ", ".join(filter(None, (error.problem, error.context)))
-            problem = Problem(_place(label, line), location, f"broken YAML: {message}")
+            problem = Problem(_place(label, line), location, f"invalid YAML: {message}")
             raise RecipeError(problem) from None
         except yaml.YAMLError as error:
-            problem = Problem(_place(label, 0), location, f"broken YAML: {error}")
+            problem = Problem(_place(label, 0), location, f"invalid YAML: {error}")
             raise RecipeError(problem) from None
 
     def _plain(
         self, loader: _Yaml12, node: yaml.Node, location: Location, label: str, around: tuple[yaml.Node, ...]
     ) -> Any:
-        """Return the plain data of a YAML node; `around` are the nodes that it stands in."""
+        """Return the plain data of a YAML node; `around` are the nodes that contain it."""
         place = _place(label, node.start_mark.line)
         if node in around:
             raise RecipeError(Problem(place, location, "an alias that contains itself"))
         unquoted = getattr(node, "style", None) is None
         if node.tag != loader.resolve(type(node), node.value, (unquoted, not unquoted)):
-            message = f"tags such as {node.tag} have no use here; a number in quotes is text"
+            message = f"tags such as {node.tag} are not supported; to write a number as a string, quote it"
             raise RecipeError(Problem(place, location, message))
         if isinstance(node, yaml.ScalarNode):
             return loader.construct_object(node)
@@ -309,11 +310,11 @@ class _Reader:
         for key_node, value in node.value:
             place = _place(label, key_node.start_mark.line)
             if not isinstance(key_node, yaml.ScalarNode):
-                message = "a field's name is one word, not a list or a mapping"
+                message = "a field name must be a single word, not a list or a mapping"
                 raise RecipeError(Problem(place, location, message))
             inner = (*location, key_node.value)
             if key_node.value in fields:
-                message = f"written twice, first at {self.places[inner]}"
+                message = f"duplicate field, first set at {self.places[inner]}"
                 self.problems.append(Problem(place, inner, message))
                 continue
             self.places[inner] = place
@@ -321,12 +322,12 @@ class _Reader:
         return fields
 
     def _explain(self, details: ErrorDetails) -> list[Problem]:
-        """Put pydantic's error into plain words: one problem, or several if sections disagree."""
+        """Translate a pydantic error: into one problem, or several if sections contradict each other."""
         location = details["loc"]
         error = details.get("ctx", {}).get("error")
         if isinstance(error, SectionsDisagree):
             return [Problem(self._place_of(at), at, message) for at, message in error.problems]
-        if isinstance(error, ValueError):  # a section's own check: its message begins with a field
+        if isinstance(error, ValueError):  # from a section's validator: its message starts with a field
             field = str(error).split(" ", 1)[0]
             return [Problem(self._place_of((*location, field)), location, str(error))]
         return [Problem(self._place_of(location), location, _message(details, self.data))]
@@ -341,12 +342,12 @@ class _Reader:
 
 
 def _place(label: str, line: int) -> str:
-    """Return the place of a line, counted from 0, of a file or of an override."""
+    """Return the place of a line (counted from 0) of a file, or of an override."""
     return SET if label == SET else f"{label}:{line + 1}"
 
 
 def _line(problem: Problem) -> int:
-    """Return the line of a problem, to sort by; 0 where there is none."""
+    """Return the line of a problem as a sort key; 0 if it has none."""
     number = problem.place.rpartition(":")[2]
     return int(number) if number.isdecimal() else 0
 
@@ -361,7 +362,7 @@ def _message(details: ErrorDetails, data: Any) -> str:
     message = re.sub("^(Input|String) should", "should", details["msg"]).replace("Tuple", "list")
     message = re.sub(r"a valid (array|tuple)", "a list", message)
     message = message.replace("an object", "a mapping of fields").replace(" after validation", "")
-    if ", not " in message:  # pydantic has named the value already
+    if ", not " in message:  # pydantic's message already names the value
         return message
     return f"{message}, got {_describe(details['input'])}"
 
@@ -379,9 +380,9 @@ def _describe(value: Any) -> str:
 
 
 def _nearest_field(location: Location, data: Any) -> str:
-    """Name the closest field of the section, else where that very name is a field, else all."""
+    """Suggest the closest field of the section, else other sections with this field, else list all."""
     name, section = str(location[-1]), _type_at(location[:-1], data)
-    if issubclass(section, AttentionRecipe):  # other patterns have other fields
+    if issubclass(section, AttentionRecipe):  # each pattern has its own fields
         return nearest(name, section.model_fields, f"pattern {section.model_fields['pattern'].default!r} has")
     elsewhere = _paths_by_name(Recipe).get(name, [])
     if difflib.get_close_matches(name, section.model_fields) or not elsewhere:
@@ -391,7 +392,7 @@ def _nearest_field(location: Location, data: Any) -> str:
 
 
 def _paths_by_name(section: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
-    """Return the dotted paths of all fields below a section, by their last name."""
+    """Return the dotted paths of all fields below a section, by the last part."""
     paths: dict[str, list[str]] = {}
     for name, field in section.model_fields.items():
         paths.setdefault(name, []).append(prefix + name)
@@ -416,11 +417,11 @@ def _paths_by_name(section: type[BaseModel], prefix: str = "") -> dict[str, list
 
 
 def _type_at(location: Location, data: Any) -> Any:
-    """Return the type at a location that pydantic reported, so that every part of it is known."""
+    """Return the type at a location reported by pydantic, of which every part therefore exists."""
     section: Any = Recipe
     for key in location:
         section, data = _inside(section, key), data[key]
-        if section is AttentionRecipe:  # the pattern that was written decides which fields there are
+        if section is AttentionRecipe:  # the recipe's pattern decides which fields it has
             section = AttentionRecipe.section(data.get("pattern", "causal"))
     return section
 
@@ -436,7 +437,7 @@ def _inside(container: Any, key: str | int) -> Any:
 
 
 def _without_none(annotation: Any) -> Any:
-    """Return X for `X | None`, and any other annotation as it is."""
+    """Return X for `X | None`, and any other annotation unchanged."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
     return annotation

@@ -1,8 +1,7 @@
-"""The recipe's schema: each choice of a pipeline with its meaning and default, and how sections
-agree.
+"""The recipe schema: every field of a recipe with its meaning and default, and checks across sections.
 
-pipelines/reader.py reads recipes from files. `longreach config schema` prints these classes for
-editors, and docs/hooks.py makes the reference from them: the text below a field is what users read.
+pipelines/reader.py reads recipes from files. `longreach config schema` prints these classes as a
+JSON Schema, and docs/hooks.py generates the reference from them: users read the text below a field.
 
     from longreach.pipelines.recipe import Recipe
     Recipe.model_fields["evaluate"].description
@@ -36,12 +35,11 @@ from longreach.training.recipe import (
     VariantRecipe,
 )
 
-SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")  # names that become names of folders and files
+SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")  # for names that are used as folder and file names
 
 
 class _Evaluations(Choices):
-    """What is measured: each evaluation that has a section runs on the models that the section
-    names."""
+    """Evaluations to run: each evaluation with a section here runs on the models that it names."""
 
     def chosen(self) -> dict[str, EvalChoices]:
         """Return the evaluations that have a section, by name."""
@@ -55,7 +53,7 @@ class _Evaluations(Choices):
 
 if TYPE_CHECKING:
     EvaluateRecipe = _Evaluations
-else:  # an evaluation needs its line in EVALS and none here: its section is a field of its name
+else:  # each evaluation in EVALS gets a field of its name; adding one needs no change here
     EvaluateRecipe = create_model(
         "EvaluateRecipe",
         __base__=_Evaluations,
@@ -68,72 +66,72 @@ else:  # an evaluation needs its line in EVALS and none here: its section is a f
 
 
 class StoreRecipe(Choices):
-    """Where artifacts live. Not part of identity: another root gives the same fingerprints."""
+    """Where artifacts are stored. Not part of identity: another root gives the same fingerprints."""
 
     root: PathOrUrl = ".longreach"
-    """Store of artifacts: a folder or any fsspec URL (s3://bucket/prefix)."""
+    """Artifact store: a folder or any fsspec URL (s3://bucket/prefix)."""
     workdir: PathOrUrl = ".longreach"
-    """This machine's own folder: scratch files, spooled metrics and the embedded MLflow store."""
+    """Local folder of this machine: scratch files, spooled metrics and the embedded MLflow store."""
 
 
 class PriceRecipe(Choices):
-    """What a training rank costs: with it the report shows money and energy, from wall-clock
+    """Price and power of a training rank, from which the report computes money and energy by wall-clock
     time."""
 
     price_per_hour: float | None = Field(default=None, gt=0)
-    """Price of one rank for an hour, in `currency`."""
+    """Price per rank and hour, in `currency`."""
     currency: str = "USD"
-    """Name of the price's currency; it is only shown."""
+    """Currency of the price; only displayed."""
     watts: float | None = Field(default=None, gt=0)
-    """Mean power draw of one rank in watts, to estimate energy; it is not measured."""
+    """Mean power draw of one rank in watts, an assumption to estimate energy; it is not measured."""
 
 
 class TrackingRecipe(Choices):
-    """Where MLflow is. Not part of identity, and no run waits for it: metrics are spooled first."""
+    """MLflow tracking. Not part of identity, and no run waits for it: metrics are spooled first."""
 
     uri: str | None = None
-    """Tracking server; without it, an SQLite store in store.workdir (`longreach ui` shows it)."""
+    """URI of the tracking server. Default: an SQLite store in store.workdir (`longreach ui` shows it)."""
     enabled: bool = True
-    """False: metrics are spooled but not sent; `longreach sync` sends them later."""
+    """If false, metrics are spooled but not sent; `longreach sync` sends them later."""
 
 
 class Recipe(Choices):
-    """A whole pipeline: documents, rows, arms, evaluations, and where they run."""
+    """A whole pipeline: documents, rows, arms, evaluations and resources."""
 
     name: str = Field(pattern=rf"^{SAFE_NAME.pattern}$")
     """Name of the pipeline run: lower-case letters, digits and . _ + -."""
     experiment: str = "longreach"
-    """Name of MLflow's experiment."""
+    """Name of the MLflow experiment."""
     seed: int = Field(default=0, ge=0)
-    """Seeds initialisation, row order and LoRA; evaluations have seeds of their own."""
+    """Seed of initialisation, row order and LoRA; evaluations have their own seeds."""
     base: BaseRecipe = BaseRecipe()
-    """The model that is extended."""
+    """The model whose context is extended."""
     corpus: CorpusRecipe
     """Documents and their split."""
     baselines: dict[str, RopeRecipe] = Field(default_factory=dict)
-    """Untrained variants of the base, by name: evaluated beside the arms."""
+    """Untrained variants of the base by name, evaluated alongside the arms."""
     finetune: FinetuneRecipe | None = None
-    """Context extension; left out, nothing is fine-tuned."""
+    """Context extension by fine-tuning. Without this section, nothing is fine-tuned."""
     pretrain: PretrainRecipe | None = None
-    """Pretraining that compares attention sinks; left out, nothing is pretrained."""
+    """Pretraining to compare attention sinks. Without this section, nothing is pretrained."""
     variants: dict[str, VariantRecipe] = Field(default_factory=dict)
-    """Trained arms under another stretch than their own, by name: evaluated beside the arms."""
+    """Trained arms with another stretch than their own, by name, evaluated alongside the arms."""
     evaluate: EvaluateRecipe = EvaluateRecipe()
     """Which evaluations measure which models."""
     costs: CostsRecipe | None = None
-    """What a step costs by row length; left out, it is not measured."""
+    """Cost of a step by row length. Without this section, it is not measured."""
     promote: PromoteRecipe | None = None
-    """The gate to production; left out, nothing is promoted."""
+    """The gate to production. Without this section, nothing is promoted."""
     release: HandOverRecipe = HandOverRecipe()
-    """The forms in which arms' models leave, and where one is pushed to."""
+    """Extra formats of the arms' models, and the hub repository that one is pushed to."""
     report: PriceRecipe = PriceRecipe()
-    """Prices, for the report's columns of cost."""
+    """Prices for the report's cost columns."""
     resources: Resources = Resources()
-    """Where it runs; not part of identity."""
+    """Workers, CPUs, GPUs and precision; not part of identity."""
     store: StoreRecipe = StoreRecipe()
-    """Where artifacts live; not part of identity."""
+    """Where artifacts are stored; not part of identity."""
     tracking: TrackingRecipe = TrackingRecipe()
-    """Where MLflow is; not part of identity."""
+    """MLflow tracking; not part of identity."""
 
     def models(self) -> list[tuple[Location, str]]:
         """Return (section, name) of every model that can be evaluated."""
@@ -150,20 +148,19 @@ class Recipe(Choices):
         return models
 
     def finetuned_arms(self) -> dict[str, SeededArm]:
-        """Return every training of the section `finetune` by its model's name; none without it."""
+        """Return every training of the section `finetune` by model name; empty without the section."""
         if self.finetune is None:
             return {}
         return self.finetune.seeded_arms()
 
     def pretrained_arms(self) -> dict[str, PretrainArm]:
-        """Return the arms of the section `pretrain` by name; none without it."""
+        """Return the arms of the section `pretrain` by name; empty without the section."""
         if self.pretrain is None:
             return {}
         return self.pretrain.arms
 
     def seeded_variants(self) -> dict[str, VariantRecipe]:
-        """Return every variant by its model's name: of an arm with several seeds there is one for
-        each."""
+        """Return every variant by model name; an arm with several seeds has one variant per seed."""
         variants = {}
         for name, variant in self.variants.items():
             for seed in self._seeds_of(variant.of):
@@ -171,8 +168,10 @@ class Recipe(Choices):
         return variants
 
     def measured_by(self, section: EvalChoices) -> list[str]:
-        """Return the models that an evaluation's section means: all, or those that it names, where
-        an arm's or a variant's name stands for all its seeds."""
+        """Return the models that an evaluation measures: those that its section names, else all.
+
+        The name of an arm or variant stands for all its seeds.
+        """
         if not section.models:
             return [name for _, name in self.models()]
         models = []
@@ -182,8 +181,7 @@ class Recipe(Choices):
         return list(dict.fromkeys(models))
 
     def _seeds_of(self, arm: str) -> list[str]:
-        """Return what the names of an arm's models have behind the arm's: nothing for the first
-        seed, then `.s1`."""
+        """Return the seed suffixes of an arm's model names: empty for the first seed, then e.g. `.s1`."""
         seeds = []
         for model, training in self.finetuned_arms().items():
             if training.of == arm:
@@ -191,7 +189,7 @@ class Recipe(Choices):
         return seeds or [""]
 
     def local_paths(self) -> dict[str, str]:
-        """Return what may name a file or folder of this machine, by dotted field."""
+        """Return every value that may be a path on this machine, by dotted field."""
         paths = {"store.root": self.store.root, "store.workdir": self.store.workdir}
         for index, source in enumerate(self.corpus.sources):
             if source.files:
@@ -209,7 +207,7 @@ class Recipe(Choices):
         return paths
 
     def plain_baseline(self) -> str | None:
-        """Return the name of the baseline that is the base as it is, if there is one."""
+        """Return the name of the baseline that is the unchanged base, or None."""
         return next((name for name, rope in self.baselines.items() if rope.type == "none"), None)
 
     @model_validator(mode="after")
@@ -227,11 +225,11 @@ class Recipe(Choices):
         sections: dict[str, Location] = {}
         for section, name in self.models():
             if not SAFE_NAME.fullmatch(name):
-                message = "names a folder: use lower-case letters, digits and . _ + - only"
+                message = "names a folder: use only lower-case letters, digits and . _ + -"
                 yield (*section, name), message
             if name in sections:
                 taken = f"{dotted(sections[name])}.{name}"
-                yield (*section, name), f"the name is taken by {taken}; each model needs its own"
+                yield (*section, name), f"{taken} already has this name: choose another one"
             sections.setdefault(name, section)
 
     def _base_problems(self) -> Iterator[tuple[Location, str]]:
@@ -246,10 +244,10 @@ class Recipe(Choices):
                 hint = nearest(arm, arms, "pretrain has")
             yield place, f"no arm {arm!r}{hint}"
         elif self.pretrain.model is None or self.pretrain.vocab_size is None:
-            message = "is made from the base itself: give pretrain a model and a vocab_size of its own"
+            message = "is itself made from the base: set pretrain.model and pretrain.vocab_size"
             yield place, f"{self.base.source!r} {message}"
         elif arms[arm].sink == "token":
-            message = "has a sink token, which finetune would not put into its rows: take an arm without one"
+            message = "has a sink token, which finetune does not put into its rows: choose an arm without one"
             yield place, f"{self.base.source!r} {message}"
 
     def _parallel_problems(self) -> Iterator[tuple[Location, str]]:
@@ -267,7 +265,7 @@ class Recipe(Choices):
             except ValueError as error:
                 yield (section, "global_batch_tokens"), str(error)
         if ranks > 1 and self.finetune:
-            message = "'dynamic' depends on how much of a row a rank sees: not with"
+            message = "'dynamic' depends on how much of a row a rank sees, so it does not work with"
             message += f" resources.sequence_parallel {ranks}"
             for place, rope in self.finetune.ropes().items():
                 if rope.type == "dynamic":
@@ -280,16 +278,18 @@ class Recipe(Choices):
             place = ("variants", name)
             taken = [f"{name}.s{one.seed}" for one in finetuned.values() if one.of == variant.of]
             if twice := {*taken} & {*self.variants}:
-                yield place, f"its seeds make a model {min(twice)}, and so is another variant called: rename it"
+                yield place, f"its seeds make a model {min(twice)}, which is also the name of a variant: rename one"
             if variant.of in self.baselines:
-                yield (*place, "of"), f"{variant.of} is a baseline: give the stretch to a baseline of its own"
+                yield (*place, "of"), f"{variant.of} is a baseline: add another baseline with this stretch"
             elif variant.of not in arms:
                 yield (*place, "of"), f"no arm {variant.of!r}{nearest(variant.of, arms, 'the recipe has')}"
             elif variant.of in finetuned and self.finetune:
                 own = self.finetune.rope_of(finetuned[variant.of].arm)
                 if own == variant.rope:
-                    message = f"{own.about()} is what {variant.of} was trained with: factor {own.factor:g} counts from"
-                    message += f" the base's length in both; twice the arm's length is factor {2 * own.factor:g}"
+                    message = (
+                        f"{own.about()} is what {variant.of} was trained with: factor {own.factor:g} is relative to"
+                    )
+                    message += f" the base's length in both; for twice the arm's length use factor {2 * own.factor:g}"
                     yield (*place, "rope"), message
 
     def _evaluation_problems(self) -> Iterator[tuple[Location, str]]:
@@ -305,7 +305,7 @@ class Recipe(Choices):
 
 
 class SectionsDisagree(ValueError):
-    """Sections that are valid alone do not fit together; carries (location, message) pairs."""
+    """Sections that are valid on their own contradict each other; has (location, message) pairs."""
 
     def __init__(self, problems: list[tuple[Location, str]]) -> None:
         lines = (f"{dotted(location)}: {message}" for location, message in problems)
@@ -314,7 +314,7 @@ class SectionsDisagree(ValueError):
 
 
 def values(recipe: Recipe) -> Iterator[tuple[Location, Any]]:
-    """Yield each value with its location, in the order of fields; a list of plain values is one."""
+    """Yield each value with its location in field order; a list of plain values counts as one value."""
     yield from _leaves(recipe.model_dump(mode="json"), ())
 
 

@@ -1,8 +1,8 @@
-"""Stage `release`: an arm's model as it leaves the pipeline, with a card about its abilities and limits.
+"""Stage `release`: an arm's model for use outside the pipeline, with a card on its abilities and limits.
 
-The folder is at once a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`)
-and an MLflow model of the flavour `transformers`, with a signature. On a local store its weights
-are links to the merged model's. The card's text is model_card.md.tmpl.
+The folder is both a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and an
+MLflow model of the flavour `transformers`, with a signature. In a local store its weights are hard
+links to the merged model's. The template of the card is model_card.md.tmpl.
 
     longreach run quickstart && ls .longreach/release/*/attempts/*/out
 """
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("model_card.md.tmpl")
 SOFTMAX_SINKS = ("granite_swa", "gpt_oss")
-"""Architectures of transformers, by model_type, with a learned logit for each head in each softmax."""
+"""transformers' model_types with a learned logit for each head in each softmax."""
 TOKENIZER = Path("components", "tokenizer")  # where MLflow's flavour looks for the tokenizer
 
 
 class ReleaseRecipe(Choices):
-    """An arm's model as it leaves the pipeline."""
+    """The release of an arm's model."""
 
     name: str
     """Name of the recipe, for the card."""
     arm: str
-    """Name of the arm whose model it is."""
+    """Name of the arm."""
     register_as: str = ""
-    """MLflow's registered model; empty where the gate registers it."""
+    """Name of the registered model in MLflow; empty if the gate registers it."""
     gguf: New[tuple[GgufType, ...]] = ()
-    """Types of the GGUF files beside the safetensors."""
+    """Types of the GGUF files to write in addition to safetensors."""
 
 
 @stage(makes=Release, revision=1, cpus=lambda resources: 1)
@@ -62,7 +62,7 @@ def release(
     out: Path,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Write the model's files, README.md and MLmodel; returns what MLflow stores: tags and metrics."""
+    """Write the model's files, README.md and MLmodel; return the tags and metrics for MLflow."""
     written = _write_in_the_bases_type(model.path, base.path, out)
     for file in kept_files(model.path):
         if file.name == "README.md" or file.name in written:
@@ -103,12 +103,11 @@ def release(
 
 
 def _write_in_the_bases_type(model: Path, base: Path, out: Path) -> set[str]:
-    """Write config and weights again where the base's number type is another than the model's, as
-    after tuning all of a bfloat16 base in float32; return the names of files that are not to be
-    copied."""
+    """Convert config and weights to the base's dtype if the model has another one, as after tuning all
+    weights of a bfloat16 base in float32; return the names of files that must not be copied."""
     types = []
     for folder in (model, base):
-        file = folder / "config.json"  # a vocabulary of its own has none
+        file = folder / "config.json"  # missing if the base is only a new tokenizer
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         types.append(config.get("dtype") or config.get("torch_dtype"))
     own, wanted = types
@@ -122,7 +121,7 @@ def _write_in_the_bases_type(model: Path, base: Path, out: Path) -> set[str]:
 
 
 class Card:
-    """What a model card tells, from artifacts alone."""
+    """The facts of a model card, read only from artifacts."""
 
     def __init__(
         self,
@@ -133,9 +132,11 @@ class Card:
         scores: dict[str, EvalScores],
         released: Path,
     ) -> None:
-        """Collect the facts; `scores` are named `own_EVALUATION` and, the base's, `base_EVALUATION`.
+        """Collect the facts.
 
-        released: the folder with the weights as they leave.
+        Args:
+            scores: The model's as `own_EVALUATION` and the base's as `base_EVALUATION`.
+            released: The folder with the released weights.
         """
         from longreach.evaluation.scores import PASSKEY_BAR, effective_length
 
@@ -145,7 +146,7 @@ class Card:
         self.config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
         self.dtype = json.loads((released / "config.json").read_text(encoding="utf-8")).get("dtype")
         self.rounded = self.dtype != self.config.get("dtype")
-        """Whether training and evaluations had weights of another type than leave."""
+        """Whether training and evaluations used weights of another dtype than the released ones."""
         self.gguf = {kind: f"{recipe.name}-{recipe.arm}-{kind}.gguf" for kind in recipe.gguf}
         self.about = about_arm(self.training)
         self.claimed: int = self.config["max_position_embeddings"]
@@ -172,14 +173,14 @@ class Card:
         keys = self._rows(MEASURED_BY["effective_length"], "length")
         self.threshold = PASSKEY_BAR
         self.effective = effective_length(keys, PASSKEY_BAR) if keys else None
-        """Tokens up to which at least `threshold` of the keys were found; None: not measured."""
+        """Tokens up to which at least `threshold` of the keys were found; None if not measured."""
         self.longest_asked = max((row["length"] for row in keys), default=0)
         documents = self._rows(MEASURED_BY["perplexity_ratio"], "document")
         self.documents = sorted({row["document"] for row in documents})
         self._note_sink(model.path)
 
     def _note_sink(self, folder: Path) -> None:
-        """Note the model's attention sink, and what a cache of fixed size has to keep for it."""
+        """Record the model's attention sink, and the tokens that a fixed-size cache must keep for it."""
         from transformers import AutoTokenizer
 
         from longreach.evaluation.streaming import name_of
@@ -188,17 +189,17 @@ class Card:
         self.sink_token = SINK_TOKEN
         self.sink_id = sink_token_id(AutoTokenizer.from_pretrained(folder, local_files_only=True))
         self.sink: str = self.training.sink
-        """none, zero, token or logit: also where training began with a model that had it."""
+        """none, zero, token or logit, including a sink that the starting model already had."""
         if self.sink == "none" and self.sink_id is not None:
             self.sink = "token"
         elif self.sink == "none" and self.config["model_type"] in SOFTMAX_SINKS:
             self.sink = "logit"
         self.keep = 1 if self.sink == "token" else 4
-        """First tokens that a cache keeps for ever; 4 where none was made for it (StreamingLLM)."""
+        """First tokens that a cache always keeps; 4 without a sink token (StreamingLLM)."""
         self.window = min(1024, self.claimed) - self.keep - 1
         """Recent tokens that a cache keeps in the card's example."""
         self.kept: list[dict[str, Any]] = []
-        """Rows of perplexity with the first 0, 1, 2, ... tokens kept, if that was measured."""
+        """Rows of perplexity with the first 0, 1, 2, ... tokens kept; empty if not measured."""
         for row in self._rows("streaming", "way"):
             if row["way"] in ("window", name_of("sinks", row["sink_tokens"])):
                 self.kept.append(row)
@@ -218,7 +219,7 @@ class Card:
                 yield measure, value, of_base.get(measure)
 
     def metadata(self) -> str:
-        """Return the card's head in YAML, as the Hugging Face Hub reads it."""
+        """Return the card's YAML metadata for the Hugging Face Hub."""
         from huggingface_hub import ModelCardData
 
         licence: dict[str, Any] = {"license": self.licence.lower().replace(" ", "-")}
@@ -243,8 +244,7 @@ class Card:
         return data.to_yaml()
 
     def results(self) -> list[EvalResult]:
-        """Return all scores as the Hub reads them in a card's `model-index`, but for speeds, which
-        are the machine's."""
+        """Return all scores for the card's `model-index`, except speeds, which depend on the machine."""
         from huggingface_hub import EvalResult
 
         from longreach.evaluation import EVALS
@@ -285,7 +285,7 @@ class Card:
 
 
 def _write_mlmodel(out: Path, card: Card) -> None:
-    """Write the file by which mlflow.transformers and mlflow.pyfunc load the folder."""
+    """Write the MLmodel file, with which mlflow.transformers and mlflow.pyfunc load the folder."""
     import mlflow
     import transformers
     from mlflow.models import Model, ModelSignature

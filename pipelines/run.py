@@ -1,11 +1,10 @@
-"""Run a recipe: reuse what is published and whole, run the rest as Ray tasks once their inputs are
-published.
+"""Run a recipe: reuse stages whose artifacts are published and intact, run the others as Ray tasks.
 
-When nothing is left to do no Ray is started. One run of a recipe at a time: a lease, kept by a
-heartbeat counter (infra/lease.py). MLflow only watches: stages write events to local files, and a
-process of its own uploads them (infra/mirror.py). What is done already is found by plan.py, a
-stage's work is worker.py, signals are signals.py; how often what is tried again is stated in
-infra/launch.py.
+A stage runs as soon as its inputs are published. If every stage is published, Ray is not started.
+A lease with a heartbeat counter (infra/lease.py) allows one run of a recipe at a time. MLflow is
+not needed for a run: stages write events to local files, and a separate process uploads them
+(infra/mirror.py). plan.py finds the finished stages, worker.py runs a stage, signals.py handles
+signals, and infra/launch.py lists what is retried and how often.
 
     run(load("quickstart"), display=Display())
 """
@@ -51,7 +50,7 @@ from longreach.pipelines.stage import Stage
 from longreach.pipelines.worker import Done, Task, execute, file_name, known_versions
 
 IN_FLIGHT = 1000
-"""Stages that Ray has at a time; each takes 30 KiB of this process."""
+"""Maximum number of stages submitted to Ray at a time; each takes 30 KiB of this process."""
 WORKERS_IMPORT = (
     "longreach.pipelines.worker",
     "longreach.training.loop",
@@ -60,16 +59,16 @@ WORKERS_IMPORT = (
     "altair",
     "ray.train.torch",
 )
-"""What is imported once for all workers: the slowest of what they use. The others import the rest
-themselves."""
+"""The slowest modules that workers use, imported once for all of them. Each worker imports the
+rest itself."""
 LOOK_AGAIN_S = 5.0
-"""How long a stage that another run is making is left alone until it is tried again."""
+"""Seconds between two tries of a stage that another run is making."""
 JOIN_S = 60.0
-"""How long nodes may take to join somebody's cluster before what has no room there is refused."""
+"""Seconds to wait for nodes to join an existing cluster before a stage that fits nowhere is refused."""
 NOT_IN_PARAMETERS = re.compile(r"[^\w./ -]")
-"""Characters that MLflow's names of parameters do not allow, such as the plus in an arm's name."""
+"""Characters that MLflow does not allow in parameter names, such as the plus in an arm's name."""
 READ_BY_THE_DRIVER = ("report", "promote")
-"""Stages whose artifacts the driver reads; the others' are read by the workers that need them."""
+"""Stages whose artifacts the driver reads. Other artifacts are read by the workers that need them."""
 
 
 @dataclass
@@ -81,30 +80,30 @@ class RunOutcome:
     ran: list[str] = field(default_factory=list)  # labels of the stages that were run and published
     reused: list[str] = field(default_factory=list)  # labels of the stages that were published before
     failed: dict[str, str] = field(default_factory=dict)
-    """Label -> why, also for stages that could not run because one before them failed."""
+    """Label -> reason, also for stages that could not run because one of their inputs failed."""
     seconds: float = 0.0
     refusals: list[str] = field(default_factory=list)
     """Why the gate refused the challenger; empty if it did not."""
-    gate: dict[str, Any] = field(default_factory=dict)  # what the gate decided: passed, name, version
+    gate: dict[str, Any] = field(default_factory=dict)  # the gate's decision: passed, name, version
     headline: str = ""  # the report's first sentences
-    unsent_points: int = 0  # metrics that MLflow does not have yet; `longreach sync` sends them
+    unsent_points: int = 0  # metric points not yet in MLflow; `longreach sync` sends them
 
 
 @dataclass
 class _Run:
-    """One run's state in the driver."""
+    """State of one run in the driver."""
 
     loaded: Loaded
     store: Store
     stages: list[Stage]
-    artifacts: dict[str, Artifact]  # what is published already, and what the driver read since, by label
+    artifacts: dict[str, Artifact]  # label -> artifact that was published before, or that the driver read since
     display: Display
     lease: Lease
     stopping: Stopping
     outcome: RunOutcome
     address: str | None
-    again: Sequence[Stage] = ()  # what --force withdraws, once it is known that there is room for it
-    wait: bool = False  # for another run that is making one of these, instead of raising LeaseHeld
+    again: Sequence[Stage] = ()  # stages that --force withdraws, once the cluster is known to fit all missing stages
+    wait: bool = False  # wait for another run that is making one of `again` instead of raising LeaseHeld
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -112,8 +111,7 @@ class _Run:
         return Path(self.loaded.recipe.store.workdir).absolute() / "spool" / self.id
 
     def stage_start(self, stage: Stage, run: str) -> dict[str, Any]:
-        """Return what opens the event file of a stage, beside its path; `run` is the stage's own
-        MLflow run."""
+        """Return the first record of a stage's event file; `run` is the id of the stage's MLflow run."""
         reused = stage.label in self.artifacts
         tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(reused)}
         in_brackets = stage.label.partition("[")[2].rstrip("]").split(",")
@@ -130,7 +128,7 @@ class _Run:
         }
 
     def stage_spool(self, stage: Stage, run: str) -> Spool:
-        """Open the event file of a stage, which its worker has begun, or else make it."""
+        """Open the event file of a stage, or create it if the stage's worker has not."""
         return Spool.open(self.spool_folder / f"{file_name(stage.label)}.jsonl", **self.stage_start(stage, run))
 
     def task(self, stage: Stage, run: str) -> Task:
@@ -158,15 +156,18 @@ def run(
     address: str | None = None,
     gated: bool = True,
 ) -> RunOutcome:
-    """Bring every stage of a recipe to be published.
+    """Run a recipe until every stage is published or has failed.
 
     Args:
-        force: stage names or labels that run again even if they are done, with all that is made from them.
-        wait: wait for another run of this recipe instead of raising LeaseHeld.
-        address: a Ray cluster; without it one is started here for the time of the run.
-        gated: False leaves out the gate's own stages, and asks no registry for the champion.
+        force: Names or labels of stages to rerun even if they are done, with all stages that depend
+            on them.
+        wait: Wait for another run of this recipe instead of raising LeaseHeld.
+        address: Address of a Ray cluster. Without it, Ray is started here for the time of the run.
+        gated: If False, leave out the gate's stages and do not ask the registry for the champion.
 
-    ValueError: bad choices or input, or no room for a stage, found before the first one starts.
+    Raises:
+        ValueError: Bad choices or input, or a stage that fits nowhere; before the first stage starts.
+        LeaseHeld: Another run of this recipe is active, and `wait` is False.
     """
     began = time.monotonic()
     with use_tracking(loaded) as uri:
@@ -185,13 +186,13 @@ def run(
         artifacts = survey(store, kept, {}, repair=False)
         missing = [stage for stage in stages if stage.label not in artifacts]
         if not missing:
-            display.note("nothing new: every stage is published, with these choices and from these documents")
+            display.note("nothing new to run: every stage is already published for this recipe and its documents")
         else:
             if address is None:
                 check_fits(foresee(store, missing, loaded.recipe.resources).values())
             if again:
                 kinds = [f"{name} {count}" for name, count in Counter(stage.name for stage in again).items()]
-                what = f"{len(again)} of {len(stages)} stages are made anew, with all that is made from what is forced"
+                what = f"rerunning {len(again)} of {len(stages)} stages, including those that depend on forced ones"
                 display.note(f"--force {', '.join(force)}: {what}: {', '.join(kinds)}")
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
                 artifacts = survey(store, kept, artifacts, repair=True)
@@ -205,34 +206,40 @@ def run(
 
 
 def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
-    """Raise ValueError if MLflow refuses the login; note if it is away."""
+    """Raise ValueError if MLflow refuses the login; show a note if MLflow does not answer."""
     recipe = loaded.recipe
     if (recipe.tracking.enabled or recipe.promote) and (away := check_login(uri)):
-        display.note(f"MLflow: {away}; metrics are kept here and sent when it does, or later by longreach sync")
+        display.note(f"MLflow: {away}; metrics are kept here and sent when it answers, or later by longreach sync")
 
 
 def _forced(force: tuple[str, ...], stages: list[Stage]) -> list[Stage]:
-    """Return the stages that `force` names and all that are made from them, whose fingerprints would
-    not say that they are old; ValueError: a name that no stage has."""
+    """Return the stages that `force` names and all that depend on them.
+
+    Forcing is needed where a fingerprint does not show that an artifact is outdated.
+
+    Raises:
+        ValueError: No stage has such a name.
+    """
     if not force:
         return []
     names = {name for stage in stages for name in (stage.name, stage.label)}
     if unknown := sorted(set(force) - names):
-        raise ValueError(f"--force {', '.join(unknown)}: no such stage; there are {', '.join(sorted(names))}")
+        raise ValueError(f"--force {', '.join(unknown)}: no such stage; this recipe has {', '.join(sorted(names))}")
     again = {stage.fingerprint for stage in stages if _is_forced(force, stage)}
     return [stage for stage in stages if stage.fingerprint in again]
 
 
 def _is_forced(force: tuple[str, ...], stage: Stage) -> bool:
-    """True if `force` names a stage or anything that it is made from."""
+    """True if `force` names the stage or any stage that it depends on."""
     named = stage.name in force or stage.label in force
     return named or any(_is_forced(force, source) for source in stage.inputs.values())
 
 
 def _withdraw(store: Store, stages: Sequence[Stage], wait: bool, display: Display) -> None:
-    """Unpublish stages, damaged ones too, and clear their attempts, which they would resume from.
+    """Unpublish stages, damaged ones too, and clear the attempts that they would resume from.
 
-    LeaseHeld: another run is making one of them, and not `wait`.
+    Raises:
+        LeaseHeld: Another run is making one of them, and `wait` is False.
     """
     for stage in stages:
         place = f"{stage.name}/{stage.fingerprint}/lease"
@@ -246,7 +253,7 @@ def _withdraw(store: Store, stages: Sequence[Stage], wait: bool, display: Displa
 def _lease(store: Store, name: str, wait: bool, display: Display, *, place: str = "") -> Iterator[Lease]:
     lease = Lease(store, name, holder_name(), place=place)
     if other := lease.current_holder():
-        display.note(f"{name} is being run by {other}, or was when it died: looking for a sign of life")
+        display.note(f"{name} is leased to {other}: checking whether that run is still alive")
     lease.acquire(wait=wait)
     try:
         yield lease
@@ -263,8 +270,8 @@ def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutc
         gate = decision.summary
         outcome.gate, outcome.refusals = gate, decision.refusals
         if not decision.refusals and "promote" not in outcome.ran:
-            passed = f"version {gate['version']} of {gate['name']} passed the gate in an earlier run and is"
-            reason = "it was rolled back, or the registry is another one; --force promote asks again"
+            passed = f"version {gate['version']} of {gate['name']} passed the gate in an earlier run but is"
+            reason = "it was rolled back, or this is another registry; to ask the gate again: --force promote"
             display.note(f"{passed} not champion: {reason}")
 
 
@@ -279,8 +286,7 @@ def _decision(artifacts: dict[str, Artifact]) -> Decision | None:
 
 
 def _run_missing(run: _Run) -> None:
-    """Run what is not published, while MLflow's mirror follows; the report goes to MLflow as
-    well."""
+    """Run the missing stages while MLflow's mirror uploads their events; send the report to MLflow."""
     recipe = run.loaded.recipe
     pipeline = _open_pipeline(run)
     mirror = None
@@ -305,7 +311,7 @@ def _run_missing(run: _Run) -> None:
             if stage.kind.makes is Release and (released := run.store.find(stage.name, stage.fingerprint)):
                 pipeline.output(released.summary["tags"][MODEL])
         status = "FAILED" if run.outcome.failed else "FINISHED"
-    except (ValueError, RuntimeError) as error:  # nobody stopped it: it has no room, or its lease was lost
+    except (ValueError, RuntimeError) as error:  # not stopped by a signal: a stage fits nowhere, or the lease was lost
         status = "FAILED"
         pipeline.tag("mlflow.note.content", f"**Failed:** {error}")
         raise
@@ -317,12 +323,12 @@ def _run_missing(run: _Run) -> None:
 
 
 def _open_pipeline(run: _Run) -> Spool:
-    """Open the event file of the whole run, with what was chosen and from which documents."""
+    """Open the event file of the whole run, with the recipe's choices and its documents."""
     recipe, origins = run.loaded.recipe, run.loaded.origins
     params = {}
     for location, value in values(recipe):
         field = dotted(location)
-        if origins.get(field, DEFAULT) != DEFAULT:  # without its gate a recipe has a field that was not written
+        if origins.get(field, DEFAULT) != DEFAULT:  # .get: a run without its gate has a field that no file sets
             text = value if isinstance(value, str) else json.dumps(value)
             params[NOT_IN_PARAMETERS.sub(" ", field)] = text
     pipeline = Spool.open(
@@ -354,22 +360,22 @@ def _description(run: _Run, report: Report) -> str:
 
 
 def _run_on_ray(run: _Run) -> None:
-    """Connect to Ray, run what is missing, and report on what was done even if something failed."""
+    """Connect to Ray, run the missing stages, and report on the finished ones even if some failed."""
     from longreach.infra.cluster import connected
 
     workers_import: tuple[str, ...] = WORKERS_IMPORT
-    if run.loaded.recipe.resources.gpus_per_worker > 0:  # not tried there: CUDA and forks are a matter of care
+    if run.loaded.recipe.resources.gpus_per_worker > 0:  # untested: CUDA does not survive a fork unless used with care
         workers_import = ()
     with connected(run.address, workers_import=workers_import) as ray:
-        run.stopping.listen()  # Ray has set a handler of its own
+        run.stopping.listen()  # again, because Ray has set its own handler
         _check_room(ray, run)
         _withdraw(run.store, run.again, run.wait, run.display)
         environment = {TRACKING: os.environ[TRACKING]}
-        # Ray Train's helpers look for the cluster, and find two where another one runs on this
-        # machine.
+        # Without it Ray Train's helpers search for a cluster, and find two if another one runs on
+        # this machine.
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        collector: Any = None  # the actor lives as long as this reference
-        if run.address:  # other nodes do not see this disk
+        collector: Any = None  # Ray ends the actor when this reference is deleted
+        if run.address:  # other nodes cannot write to this disk
             collector, environment[relay.DRIVER] = relay.start_collector(ray, run.spool_folder)
         remote = ray.remote(max_retries=STAGE_RETRIES, runtime_env={"env_vars": environment})(execute)
         run.stopping.file = stop_file(run.spool_folder)
@@ -383,8 +389,7 @@ def _run_on_ray(run: _Run) -> None:
 
 
 def _check_room(ray: Any, run: _Run) -> None:
-    """Raise ValueError if a stage that is to run can never be placed, before the first one has
-    begun."""
+    """Raise ValueError, before the first stage starts, if a stage to run can never be placed."""
     resources = run.loaded.recipe.resources
     missing = [stage for stage in run.stages if stage.label not in run.artifacts]
     until_s, noted = time.monotonic(), False
@@ -398,32 +403,33 @@ def _check_room(ray: Any, run: _Run) -> None:
         if time.monotonic() >= until_s:
             raise ValueError(refusal)
         if not noted:
-            run.display.note(f"{refusal}; for {JOIN_S:.0f} s more nodes may join it")
+            run.display.note(f"{refusal}; waiting {JOIN_S:.0f} s for more nodes to join")
             noted = True
         time.sleep(1.0)
 
 
 class _Driver:
-    """Submits the stages of a run to Ray in their order, and collects what becomes of them."""
+    """Submits the stages of a run to Ray in dependency order, and collects their results."""
 
     def __init__(self, ray: Any, run: _Run, remote: Any) -> None:
         self.ray, self.run, self.remote = ray, run, remote
         self.missing = {one.label: one for one in run.stages if one.label not in run.artifacts}
-        self.running: set[str] = set()  # labels of the stages that Ray has
+        self.running: set[str] = set()  # labels of the stages submitted to Ray
         self.ended: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
-        """Stages that Ray is done with, and their futures."""
+        """Stages whose Ray tasks have ended, and their futures."""
         self.elsewhere: dict[str, tuple[float, str]] = {}
-        """Label of a stage that another run is making -> when to look again, and who that is."""
-        self.runs: dict[str, str] = {}  # label -> the stage's own MLflow run
+        """Label of a stage that another run is making -> time of the next try, and that run's holder."""
+        self.runs: dict[str, str] = {}  # label -> id of the stage's MLflow run
         self.causes: dict[str, str] = {}
-        """Label of a stage that was not run -> label of the failed stage before it."""
+        """Label of a stage that was not run -> label of the failed stage that it depends on."""
         self.stop_noted = False
 
     def follow(self) -> None:
-        """Return when every stage has ended.
+        """Submit stages and collect results until every stage has ended.
 
-        RuntimeError: another run took the lease over. SystemExit, KeyboardInterrupt: somebody asked
-        to stop.
+        Raises:
+            RuntimeError: Another run took over the lease.
+            SystemExit, KeyboardInterrupt: A signal asked the run to stop.
         """
         for stage in self.run.stages:
             if stage.label in self.run.artifacts:
@@ -458,7 +464,7 @@ class _Driver:
         return order
 
     def _submit(self, stage: Stage) -> bool:
-        """Give a stage to Ray. False if one that it needs has failed, so that it cannot run."""
+        """Submit a stage to Ray; return False if it cannot run because one of its inputs failed."""
         self.runs[stage.label] = uuid.uuid4().hex
         for source in stage.inputs.values():
             if source.label in self.run.outcome.failed:
@@ -471,12 +477,13 @@ class _Driver:
         return True
 
     def _place(self, stage: Stage) -> None:
-        """Let Ray run a stage, or look whether another run still makes it."""
+        """Start the Ray task of a stage, which also checks whether another run is still making it."""
         from longreach.infra.cluster import reservable_bytes
 
         resources, task = self.run.loaded.recipe.resources, self.run.task(stage, self.runs[stage.label])
         cpus = stage.kind.cpus(resources)
-        memory = reservable_bytes(task.memory_gib) if cpus else 0  # without CPUs, what it starts brings both
+        # a stage without CPUs starts workers that reserve their own CPUs and memory
+        memory = reservable_bytes(task.memory_gib) if cpus else 0
         placed = self.remote.options(
             num_cpus=cpus, num_gpus=stage.kind.gpus(resources), memory=memory, name=stage.label
         )
@@ -485,15 +492,14 @@ class _Driver:
         self.running.add(stage.label)
 
     def _look_again(self) -> None:
-        """Try stages again that another run was making: its result is taken, or its place if it
-        died."""
+        """Retry stages that another run was making: reuse its result, or run the stage if it died."""
         for label, (when, other) in list(self.elsewhere.items()):
             if time.monotonic() > when and self.run.stopping.until_s is None:
-                self.elsewhere[label] = (math.inf, other)  # not again until this look has ended
+                self.elsewhere[label] = (math.inf, other)  # no further try until this one has ended
                 self._place(self.missing[label])
 
     def _collect(self, stage: Stage, future: Any) -> bool:
-        """Take what became of a stage; False if another run is making it."""
+        """Record the result of a stage; return False if another run is making it."""
         run, label = self.run, stage.label
         self.running.remove(label)
         try:
@@ -514,7 +520,7 @@ class _Driver:
         return True
 
     def _wait_for(self, other: str, label: str) -> None:
-        """Look again later, and say so once for each run that is waited for."""
+        """Schedule the next try, and show a note once for each run that is waited for."""
         if label not in self.elsewhere or self.elsewhere[label][1] != other:
             self.run.display.note(f"{label} is being made by {other}: waiting for its result")
         self.elsewhere[label] = (time.monotonic() + LOOK_AGAIN_S, other)
@@ -527,10 +533,12 @@ class _Driver:
     def _check_lease(self) -> None:
         if self.run.lease.lost.is_set():
             whose = repr(self.run.loaded.recipe.name)
-            raise RuntimeError(f"the lease of {whose} was taken over: this run was silent too long")
+            raise RuntimeError(
+                f"another run took over the lease of {whose}, because this run sent no heartbeat for too long"
+            )
 
     def _stop_if_asked(self) -> None:
-        """End the run once training has saved, or the time for it is over."""
+        """End the run once training has saved its checkpoints, or the time for that is over."""
         stopping = self.run.stopping
         if stopping.until_s is None:
             return
@@ -538,7 +546,10 @@ class _Driver:
         if not training or time.monotonic() > stopping.until_s:
             stopping.end()
         if not self.stop_noted:
-            note = f"stopping: {', '.join(training)} may save within {GRACE_S:.0f} s; once more: at once"
+            note = (
+                f"stopping: waiting up to {GRACE_S:.0f} s for {', '.join(training)} to save a checkpoint. "
+                f"Press Ctrl-C again to stop immediately."
+            )
             self.run.display.note(note)
             self.stop_noted = True
 
@@ -548,36 +559,35 @@ class _Driver:
 
 
 def _report_on_the_rest(run: _Run) -> None:
-    """Report on what was done, and on what failed: an arm that ran out of memory is a result
-    too."""
+    """Report on finished and failed stages: that an arm ran out of memory is a result too."""
     failed = run.outcome.failed
     (whole,) = (stage for stage in run.stages if stage.name == "report")
     done = [stage for stage in whole.inputs.values() if stage.label not in failed]
     others = {label: why for label, why in failed.items() if label != "report"}
     stage = report_on(run.loaded.recipe, done, others)
-    if any(one.label in run.outcome.ran for one in done):  # else it may be there, on what --force took back
+    if any(one.label in run.outcome.ran for one in done):  # a published report may show artifacts that --force withdrew
         _withdraw(run.store, [stage], True, run.display)
-    task = replace(run.task(stage, run.id), stage_start={})  # its attempt stands below the whole run
+    task = replace(run.task(stage, run.id), stage_start={})  # in MLflow its attempt is a child of the whole run
     try:
-        while execute(task).made_by:  # another run reports on the very same
+        while execute(task).made_by:  # another run is making the same report
             time.sleep(LOOK_AGAIN_S)
     except (ValueError, OSError, CorruptArtifact) as error:
-        failed["report"] = f"of what was done: {error}"
+        failed["report"] = f"on the finished stages: {error}"
         return
     run.artifacts[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
-    run.display.note(f"the report is on what was done; {len(others)} stages failed and are named in it")
+    run.display.note(f"the report covers the finished stages and names the {len(others)} that failed")
     del failed["report"]
 
 
 def _reason(error: Exception) -> str:
-    """The stage's own exception in a line, without Ray's frames."""
+    """Return the stage's exception as one line, without Ray's stack frames."""
     from ray.exceptions import OutOfMemoryError
 
     if isinstance(error, OutOfMemoryError):  # its own message is a page of tables
         return (
-            "the machine's memory was full, so Ray ended it; to try it again would only repeat that: end what else "
-            "fills the memory, or take fewer resources.workers, shorter rows or resources.activation_checkpointing "
-            "(longreach plan says what each training needs)"
+            "the machine ran out of memory, so Ray killed the task, and a retry would fail too: stop other processes "
+            "that use memory, lower resources.workers, shorten the rows or set resources.activation_checkpointing "
+            "(longreach plan shows how much memory each training needs)"
         )
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ValueError):
@@ -587,10 +597,10 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _shown_events(run: _Run) -> Iterator[None]:
-    """Show the events that stages write, until the run ends."""
+    """Display the events that stages write, until the run ends."""
     offsets: dict[str, int] = {}
     labels = {file_name(stage.label): stage.label for stage in run.stages}
-    ended: set[str] = set()  # files of attempts that are over, which need no further look
+    ended: set[str] = set()  # event files of attempts that have ended, which are not read again
 
     def look() -> None:
         for name in os.listdir(run.spool_folder):

@@ -1,6 +1,6 @@
 """Graceful stop: after SIGTERM or Ctrl-C, training has GRACE_S seconds to write its checkpoints.
 
-with terminable() as stopping: ...      # exit status 143 or 130; a second signal does not wait
+with terminable() as stopping: ...      # exit status 143 or 130; a second signal stops at once
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRACE_S = 25.0  # Kubernetes kills a container 30 seconds after it asked it to end
+GRACE_S = 25.0  # Kubernetes sends SIGKILL 30 seconds after SIGTERM
 
 
 @dataclass
 class Stopping:
-    """Whether somebody asked the run to stop, and until when it may save."""
+    """Whether a signal asked the run to stop, and how long training may still save."""
 
     file: Path | None = None
     """The file that makes training stop (kind.stop_file); None while there is nothing to stop."""
-    signum: int = 0  # the signal that asked; 0: none did
-    until_s: float | None = None  # when the time to save is over, by time.monotonic(); None: nobody asked
+    signum: int = 0  # the signal that asked to stop; 0 if none did
+    until_s: float | None = None  # deadline for saving, by time.monotonic(); None if training was not asked to stop
 
     def listen(self) -> None:
-        """Handle the signals from now on; not Ctrl-C if it is ignored, as in a script's
-        background."""
+        """Handle the signals from now on, except those that are ignored, as Ctrl-C is in a script's
+        background job."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -37,7 +37,7 @@ class Stopping:
                 signal.signal(number, self.ask)
 
     def ask(self, signum: int, frame: object) -> None:
-        """Let training save and stop; end at once if there is none, or if it was asked before."""
+        """Let training save and stop; end at once if nothing trains, or at the second signal."""
         self.signum = signum
         if self.file is None or self.until_s is not None:
             self.end()
@@ -45,7 +45,7 @@ class Stopping:
         self.until_s = time.monotonic() + GRACE_S
 
     def end(self) -> NoReturn:
-        """End the process as the signal would have."""
+        """Raise what the signal would: KeyboardInterrupt, or SystemExit with 128 + its number."""
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signum)
@@ -53,7 +53,7 @@ class Stopping:
 
 @contextmanager
 def terminable() -> Iterator[Stopping]:
-    """Turn SIGTERM and Ctrl-C into exceptions: leases are released and Ray's processes end."""
+    """Turn SIGTERM and Ctrl-C into exceptions, so that leases are released and Ray's processes end."""
     stopping = Stopping()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     stopping.listen()

@@ -1,10 +1,9 @@
-"""The chain, stage by stage: what each may choose, what it reads and makes, and how it calls
-training/.
+"""The pipeline's stages: the choices of each, its inputs and artifact, and its call into training/.
 
-evaluate, release, costs, promote and report have files of their own. Which stages a recipe needs,
-and in what order, is pipelines/graph.py. To add a stage: its recipe model and function here or in a
-file, one line in STAGES, its place in BUILDERS (graph.py). torch, transformers and ray are imported
-inside the functions, so that `longreach plan` stays quick.
+evaluate, release, costs, promote and report have their own files. pipelines/graph.py decides which
+stages a recipe needs, and their order. To add a stage, write its recipe model and function here or
+in a new file, add it to STAGES, and add its builder to BUILDERS (graph.py). torch, transformers and
+ray are imported inside the functions, so that `longreach plan` stays fast.
 
     longreach run quickstart
 """
@@ -45,18 +44,19 @@ from longreach.training.recipe import (
 from longreach.training.summary import PackSummary, TrainingSummary
 
 ARM = "arm"
-"""The input of `convert` that is an arm of the same recipe's pretraining."""
+"""Name of `convert`'s input that is an arm of the same recipe's pretraining."""
 PROGRESS_EVERY_S = 0.5  # packing reports its progress at most this often
 
 
-# ---- convert: the base model, from wherever the recipe says, as one plain Hugging Face folder
+# ---- convert: the base model, from the recipe's source, as a plain Hugging Face folder
 
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
 def convert(pretrained: Mapping[str, ModelCheckpoint], *, recipe: BaseRecipe, out: Path) -> dict[str, Any]:
-    """Write the model with origin.json; the summary says where it came from and what it is.
+    """Write the model with origin.json; the summary describes its origin and its architecture.
 
-    `pretrained` holds the arm that a source `pretrain:ARM` names, and is empty for other sources.
+    Args:
+        pretrained: The arm that a source `pretrain:ARM` names; empty for other sources.
     """
     from longreach.training.convert import convert as convert_model
     from longreach.training.model import describe
@@ -66,14 +66,14 @@ def convert(pretrained: Mapping[str, ModelCheckpoint], *, recipe: BaseRecipe, ou
     return {"origin": origin, **describe(out)}
 
 
-# ---- tokenizer: a vocabulary of the corpus' own, for pretraining from scratch
+# ---- tokenizer: trained on the corpus, for pretraining from scratch
 
 
 class TokenizerRecipe(Choices):
     """A tokenizer trained on the corpus."""
 
     corpus: CorpusRecipe
-    """Its training documents are learned from."""
+    """Documents to train on; only its training documents are used."""
     vocab_size: int
     """Number of tokens in the vocabulary."""
 
@@ -86,11 +86,11 @@ def tokenizer(*, recipe: TokenizerRecipe, out: Path) -> dict[str, Any]:
     return train_tokenizer(recipe.corpus, recipe.vocab_size, out, base_dir=Path.cwd())
 
 
-# ---- pack: documents as rows of equal length, in the tokens of the base
+# ---- pack: documents as rows of equal length, tokenized for the base
 
 
 class PackStageRecipe(Choices):
-    """Which documents are packed, and how."""
+    """The documents to pack, and how to pack them."""
 
     corpus: CorpusRecipe
     """Documents and their split."""
@@ -100,11 +100,9 @@ class PackStageRecipe(Choices):
 
 @stage(makes=PackedCorpus, revision=3, cpus=lambda resources: 1)
 def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: StageRun) -> dict[str, Any]:
-    """Pack with Ray tasks if there is a cluster, else with threads of this process: the rows are
-    the same.
+    """Pack with Ray tasks if Ray runs, else with threads of this process; the rows are the same.
 
-    Relative globs start at the working directory. The summary leaves out the list of malformed
-    entries.
+    Relative globs start at the working directory. The summary omits the list of malformed entries.
     """
     import ray
     from transformers import AutoTokenizer
@@ -112,7 +110,7 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
     from longreach.training.corpus import pack_corpus
     from longreach.training.documents import known_names
 
-    total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0: not known before the end
+    total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0 if unknown until all are read
     reported_at = 0.0
 
     def progress(documents: int) -> None:
@@ -133,18 +131,18 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
     return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
 
 
-# ---- gains: how much a long context tells about each token, before an arm is trained on it
+# ---- gains: how much a long context helps to predict each token, computed before an arm is trained
 
 
 class GainsRecipe(Choices):
-    """Which rows are scored, and against how short a context."""
+    """The rows to score, and the short context to compare with."""
 
     rope: RopeRecipe
-    """The stretch under which the model scores, the arm's."""
+    """The arm's stretch, under which the model scores the rows."""
     short_tokens: int
-    """The short context in tokens: at least half of it, and less than all."""
+    """Length of the short context: a token sees at least half of it, and less than all."""
     global_batch_tokens: int
-    """With `steps` and `seed`: which rows the training reads."""
+    """Together with `steps` and `seed`, it determines which rows the training reads."""
     steps: int
     seed: int
 
@@ -158,8 +156,8 @@ class GainsRecipe(Choices):
 def gains(
     corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: GainsRecipe, resources: Resources, out: Path, run: StageRun
 ) -> dict[str, Any]:
-    """Score the rows that a training reads, three forward passes each; an interrupted one begins
-    again."""
+    """Score the rows that a training reads, with three forward passes each; an interrupted stage
+    starts over."""
     import torch
 
     from longreach.training.corpus import PackedRows
@@ -170,7 +168,7 @@ def gains(
     resources.prepare_torch(resources.eval_cpus)
     model, _ = load_model(base.path, rope=recipe.rope, dtype=resources.dtype)
     if resources.gpus_per_worker:
-        torch.nn.Module.to(model, "cuda")  # transformers' own .cuda is decorated beyond what types can follow
+        torch.nn.Module.to(model, "cuda")  # the type checker cannot follow transformers' decorated .cuda
     rows = PackedRows(corpus.path)
     batch_rows = recipe.global_batch_tokens // rows.summary.seq_len
     row_ids = rows_of_training(len(rows), recipe.seed, batch_rows, recipe.steps)
@@ -182,7 +180,7 @@ def gains(
     return {"rows": len(row_ids), "mean_weight": mean_weight}
 
 
-# ---- finetune, pretrain: one arm each, as DeepSpeed ranks on Ray Train (training/loop.py)
+# ---- finetune, pretrain: train one arm with DeepSpeed ranks on Ray Train (training/loop.py)
 
 
 @stage(makes=AdapterCheckpoint | ModelCheckpoint, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
@@ -195,9 +193,10 @@ def finetune(
     resources: Resources,
     run: StageRun,
 ) -> dict[str, Any]:
-    """Train one arm from the stretched base: an adapter, or a whole model if everything is tuned.
+    """Train one arm from the stretched base: an adapter, or a whole model if all weights are tuned.
 
-    `weighing` holds the gains of an arm with objective long_ce, and is empty for all others.
+    Args:
+        weighing: The gains, for an arm with objective long_ce; empty for other arms.
     """
     gains_folder = str(weighing[GAINS].path) if GAINS in weighing else None
     return _train("finetune", corpus, base, recipe, resources, run, gains_folder)
@@ -207,11 +206,10 @@ def finetune(
 def pretrain(
     corpus: PackedCorpus, base: TokenizerFolder, *, recipe: PretrainStageRecipe, resources: Resources, run: StageRun
 ) -> dict[str, Any]:
-    """Train a Llama from scratch, or the base again, with an attention sink (2309.17453, section
+    """Train a Llama from scratch, or the base further, with an attention sink (2309.17453, section
     3.3).
 
-    Arms without a sink token read the same rows without it, and leave with a tokenizer that adds
-    none.
+    Arms without a sink token read the same rows without it, and their tokenizer adds none.
     """
     return _train("pretrain", corpus, base, recipe, resources, run)
 
@@ -225,7 +223,7 @@ def _train(
     run: StageRun,
     gains_folder: str | None = None,
 ) -> dict[str, Any]:
-    """Train on the ranks that the resources ask for, and return the training's summary."""
+    """Train on the ranks that the resources specify, and return the training's summary."""
     from longreach.infra.launch import run_ranks
 
     corpus.check_rows()
@@ -265,16 +263,16 @@ def _train(
     return summary.to_json()
 
 
-# ---- merge: base + adapter as one model that plain transformers loads, with its stretch
+# ---- merge: base and adapter as one model that plain transformers loads, with its stretch
 
 
 class MergeRecipe(Choices):
-    """Merging an adapter into its base leaves nothing to choose."""
+    """No choices: merging an adapter into its base has no options."""
 
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
 def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path) -> dict[str, Any]:
-    """Write the merged model with its training.json; fails unless its logits are the adapter's."""
+    """Write the merged model with its training.json; fail unless its logits match the adapter's."""
     from longreach.training.export import merge_adapter
 
     trained = TrainingSummary.read(adapter.path)
@@ -283,26 +281,25 @@ def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path) -> di
     return merged
 
 
-# ---- stretch: a trained model under another stretch than it was trained with
+# ---- stretch: a trained model with another stretch than it was trained with
 
 
 class StretchRecipe(Choices):
     """The stretch of a variant."""
 
     rope: RopeRecipe
-    """The whole stretch, counted from the base's positions."""
+    """The whole stretch, relative to the base's positions."""
 
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
 def stretch(model: ModelCheckpoint, base: ModelCheckpoint, *, recipe: StretchRecipe, out: Path) -> dict[str, Any]:
-    """Write the model again with another stretch in its config.json; on a local disk its weights
-    are links."""
+    """Copy the model with another stretch in its config.json; on a local disk, weights are hard links."""
     from longreach.training.model import restretched
 
     config = restretched(model.path, base.path, recipe.rope)
     for file in model.path.iterdir():
         link_or_copy(str(file), str(out / file.name))
-    (out / "config.json").unlink()  # a link to the arm's own, which must not be written to
+    (out / "config.json").unlink()  # it may be a link to the arm's file, which must not be overwritten
     config.save_pretrained(out)
     return {"context_length": config.max_position_embeddings, "rope": config.rope_parameters}
 

@@ -1,4 +1,4 @@
-"""What a store holds right now: who runs, what is half done, what is published.
+"""The current content of a store: active runs, unfinished stages and published artifacts.
 
 from longreach.pipelines.status import status
 status(Store(".longreach")).published
@@ -19,7 +19,7 @@ from longreach.infra.lease import Lease
 
 @dataclass(frozen=True)
 class Unfinished:
-    """An attempt that was not published: alive, or left for the next run to resume from."""
+    """An attempt that is not published: still running, or left for the next run to resume from."""
 
     stage: str
     fingerprint: str
@@ -29,18 +29,18 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Status:
-    """What a store holds; both lists begin with the oldest."""
+    """The content of a store; both lists start with the oldest entry."""
 
-    holders: dict[str, str]  # lease name -> who runs it, or died running it
+    holders: dict[str, str]  # lease name -> the run that holds it, or died holding it
     unfinished: list[Unfinished]
-    published: list[dict[str, Any]]  # the manifests of what was published
+    published: list[dict[str, Any]]  # manifests of the published artifacts
 
 
 def status(store: Store, only: Collection[str] | None = None) -> Status:
-    """Read the store: all of it, or what has one of the fingerprints `only`."""
+    """Read the store: all of it, or only what has one of the fingerprints in `only`."""
     holders = {}
     for name in store.names(f"{store.base}/leases"):
-        with contextlib.suppress(PermissionError):  # another user's, who lets nobody look into it
+        with contextlib.suppress(PermissionError):  # a lease of another user, which may be unreadable
             if holder := Lease(store, name, "").current_holder():
                 holders[name] = holder
     published = [one for one in store.manifests() if only is None or one["fingerprint"] in only]
@@ -55,18 +55,18 @@ def status(store: Store, only: Collection[str] | None = None) -> Status:
 
 
 def newest_report(store: Store, only: Collection[str] | None = None) -> dict[str, Any] | None:
-    """Return the manifest of the newest report, if there is one.
+    """Return the manifest of the newest report, or None if there is none.
 
-    With `only`, a recipe's fingerprints, it is the report of these stages, or of those that did not
-    fail.
+    Args:
+        only: A recipe's fingerprints. Consider only reports on these stages, or on those of them
+            that did not fail.
     """
     reports = [manifest for manifest in store.manifests("report") if only is None or _is_of(manifest, {*only})]
     return max(reports, key=lambda manifest: manifest["published_at"], default=None)
 
 
 def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
-    """Whether a manifest is the report of these stages, or of those among them that did not
-    fail."""
+    """Whether a manifest is a report on these stages, or on those of them that did not fail."""
     if report["fingerprint"] in fingerprints:
         return True
     identity = report["identity"]
@@ -74,7 +74,7 @@ def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
 
 
 def _attempts(store: Store) -> list[Unfinished]:
-    """All attempts whose files are on this machine."""
+    """Return all attempts whose files are on this machine."""
     top = Path(store.base) if store.local else store.scratch
     attempts = []
     for folder in top.glob("*/*/attempts/[0-9]*-*"):
@@ -89,5 +89,5 @@ def _attempts(store: Store) -> list[Unfinished]:
 def _written_s(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # a live attempt moves its files
+    except FileNotFoundError:  # a running attempt moves its files
         return 0.0

@@ -1,5 +1,4 @@
-"""The models that `longreach verify-attention` tries: a source's, or a tiny one for each arm of a
-recipe.
+"""Models for `longreach verify-attention`: that of a source, or a tiny one for each arm of a recipe.
 
 longreach verify-attention quickstart
 """
@@ -16,14 +15,15 @@ from longreach.training.convert import is_source
 from longreach.training.model import fresh_llama, load_source
 from longreach.training.recipe import LlamaRecipe
 
-TOKENS = 64  # least tokens of a test row
+TOKENS = 64  # minimum length of a test row
 
 
 def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple[str, PreTrainedModel, int]]:
-    """Yield (name, model, tokens of a row that show its pattern).
+    """Yield (name, model, row length in tokens that shows its pattern).
 
-    `target` is a source as `evaluate` takes it, or a recipe: a tiny Llama then gets the pattern of
-    each arm.
+    Args:
+        target: A source as for `evaluate`, or a recipe; a recipe yields a tiny Llama for each arm,
+            with the arm's pattern.
     """
     if is_source(target):
         yield target, load_source(target)[0], TOKENS
@@ -38,7 +38,7 @@ def models_to_verify(target: str, overrides: list[str] | None) -> Iterator[tuple
             patterns[name] = pretrained.attention.own_pattern()
     for name, pattern in patterns.items():
         tokens = max(TOKENS, 3 * pattern.block_tokens)
-        # the halves of 3 KV heads are unequal and change roles in each layer: two layers show both
+        # 3 KV heads split into unequal halves, which swap roles in each layer: two layers test both
         tiny = LlamaRecipe(hidden=48, layers=2, heads=6, kv_heads=3, context_length=tokens)
         model = fresh_llama(tiny, vocab_size=256, seed=0)
         yield f"{name} ({set_pattern(model, pattern)})", model, tokens

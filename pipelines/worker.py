@@ -1,6 +1,6 @@
-"""One stage on a Ray worker: read verified inputs, write into an attempt of its own, publish.
+"""Run one stage on a Ray worker: read verified inputs, write into a new attempt, publish.
 
-Ray calls `execute` again if its worker died: the new attempt may start from the old one's
+If the worker dies, Ray calls `execute` again, and the new attempt may resume from the old one's
 checkpoints.
 """
 
@@ -31,55 +31,58 @@ from longreach.training.summary import PackSummary
 
 @dataclass(frozen=True)
 class Task:
-    """What travels to the worker that runs a stage."""
+    """What is sent to the worker that runs a stage."""
 
-    stage: Stage  # the stage with its choices; of its inputs their fingerprints
+    stage: Stage  # the stage with its choices and its inputs' fingerprints
     resources: Resources
     root: str
     scratch: str  # the driver's folder for attempts and fetched artifacts
     spool_folder: str  # the run's folder of event files, on the driver's node
-    run: str  # the stage's own MLflow run; its attempts are children of it
+    run: str  # id of the stage's MLflow run; its attempts are children of it
     experiment: str
     command: str
-    version: str  # the driver's version of longreach, which every node has to have
+    version: str  # the driver's version of longreach, which every node must have
     stage_start: dict[str, Any] = field(default_factory=dict)
-    """What opens the event file of the stage's MLflow run; empty: it has none of its own."""
-    memory_gib: float = 0  # about what the stage will hold
+    """First record of the event file of the stage's MLflow run; empty if it has no run of its own."""
+    memory_gib: float = 0  # estimated memory of the stage
 
 
 @dataclass(frozen=True)
 class Done:
-    """What the driver learns of a stage that is published."""
+    """What a worker returns to the driver once a stage is published, or being made elsewhere."""
 
     seconds: float
     spool: str = ""  # name of the attempt's event file
-    out: str = ""  # the folder in which its files were written
+    out: str = ""  # the folder with the attempt's files
     held: list[dict[str, Any]] = field(default_factory=list)
-    """Events that name files of another node; the driver sends them once it has the files."""
-    made_by: str = ""  # another run that is making the artifact now: nothing was done here, ask again later
+    """Events that name files on another node; the driver sends them once it has the files."""
+    made_by: str = ""  # another run that is making the artifact now; if set, nothing was done: try again later
 
 
 known_versions = functools.cache(versions)
-"""Versions of longreach and what it depends on, read once in a process."""
+"""Versions of longreach and its dependencies, read once per process."""
 
 
 def file_name(label: str) -> str:
-    """A label as a file name: `finetune[lora]` -> `finetune-lora`."""
+    """Return a label as a file name: `finetune[lora]` -> `finetune-lora`."""
     return label.replace("[", "-").replace(",", "-").rstrip("]")
 
 
 def execute(task: Task) -> Done:
-    """Run a stage in an attempt of its own and publish what it made; only look where another run is
+    """Run a stage in a new attempt and publish its artifact, unless it is published or another run is
     making it.
 
-    ValueError: this node has another version of longreach, or the stage refuses its choices.
-    CorruptArtifact: an input is damaged.
+    Raises:
+        ValueError: This node has another version of longreach, or the stage refuses its choices.
+        CorruptArtifact: An input is damaged.
     """
     version = str(known_versions()["longreach"])
     if version != task.version:
-        raise ValueError(f"this node has longreach {version}, the driver {task.version}: install the same on all nodes")
+        raise ValueError(
+            f"this node has longreach {version}, but the driver has {task.version}: install the same on all nodes"
+        )
     stage, store = task.stage, Store(task.root, node_scratch(task.scratch))
-    if done := store.find(stage.name, stage.fingerprint):  # by another run, or before a retry
+    if done := store.find(stage.name, stage.fingerprint):  # published by another run, or before a retry
         return Done(done.manifest["seconds"])
     place = f"{stage.name}/{stage.fingerprint}/lease"
     try:
@@ -87,7 +90,7 @@ def execute(task: Task) -> Done:
     except LeaseHeld as other:
         return Done(0.0, made_by=other.holder)
     try:
-        if done := store.find(stage.name, stage.fingerprint):  # published while this one looked for a sign of life
+        if done := store.find(stage.name, stage.fingerprint):  # published while this run waited for the lease
             return Done(done.manifest["seconds"])
         return _make(task, store)
     finally:
@@ -95,9 +98,9 @@ def execute(task: Task) -> Done:
 
 
 def _make(task: Task, store: Store) -> Done:
-    """Run a stage that nobody else is making, and publish what it made."""
+    """Run a stage whose lease is held here, and publish its artifact."""
     stage = task.stage
-    if task.stage_start:  # here and not where it was queued, so that the run's duration is its own
+    if task.stage_start:  # here and not in the driver, so that the run's duration excludes the queue
         relay.spool(Path(task.spool_folder) / f"{file_name(stage.label)}.jsonl", **task.stage_start)
     artifacts = {name: store.fetch(ref.name, ref.fingerprint) for name, ref in stage.inputs.items()}
     attempt = store.new_attempt(stage.name, stage.fingerprint)
@@ -109,7 +112,7 @@ def _make(task: Task, store: Store) -> Done:
         seconds = round(time.monotonic() - began, 3)
         try:
             store.publish(attempt, _record(task, artifacts, summary, seconds))
-        except AlreadyPublished as refused:  # the other attempt's result stands, and serves as well
+        except AlreadyPublished as refused:  # another attempt's result is published, and is used instead
             spool.tag("publication", f"refused: attempt {refused.artifact.attempt} was first")
         spool.metrics({"cost/stage_s": seconds})
         status = "FINISHED"
@@ -163,7 +166,7 @@ def _call(
     if stage.kind.makes is not PackedCorpus or "documents" not in stage.digests:
         return summary
     if PackSummary.model_validate(summary).source_digest != stage.digests["documents"]:
-        raise ValueError("the corpus' documents changed while the run went on: run again, to take them as they are now")
+        raise ValueError("the corpus' documents changed during the run: run again to use the current documents")
     return summary
 
 

@@ -159,7 +159,7 @@ def test_a_stage_that_fills_the_memory_is_ended_and_not_tried_for_ever():
         timeout=300,
         check=True,
     )
-    assert done.stdout.strip().splitlines()[-1].startswith("the machine's memory was full, so Ray ended it"), (
+    assert done.stdout.strip().splitlines()[-1].startswith("the machine ran out of memory, so Ray killed the task"), (
         done.stderr
     )
 

@@ -430,7 +430,7 @@ def test_texts_of_this_machine_are_refused_for_pods_that_have_none(target, capsy
     assert "say --claim" in err
     sources = ("--set", "corpus.sources=[{files: 's3://bucket/texts/*'}]")
     assert longreach("schedule", "retrain", *options, *sources) == 2  # else every fired run would end so
-    assert "every node would have a registry of its own in its own folder: set tracking.uri" in capsys.readouterr().err
+    assert "every node would use its own model registry in its own folder: set tracking.uri" in capsys.readouterr().err
     assert longreach("schedule", "retrain", *options, *sources, "--set", "tracking.uri=http://mlflow:5000") == 0
 
 

@@ -153,8 +153,8 @@ def test_points_that_mlflow_lacks_are_told_with_the_command_that_sends_them(
     options = ("--set", f"store.workdir={workdir}", "--set", "tracking.uri=http://127.0.0.1:1")
     code, _, err = longreach(capsys, "run", "quickstart", *options)
     assert code == 0
-    said, _, command = err.partition("; later: ")
-    assert said.endswith("7 points are not in MLflow yet")
+    said, _, command = err.partition("; to send them: ")
+    assert said.endswith("7 metric points were not sent to MLflow")
     server, *words = shlex.split(command)
     sent = {}
 
@@ -197,7 +197,10 @@ def test_a_registry_that_is_away_is_exit_75_and_all_but_the_gate_is_done(
     calls.clear()
     code, out, err = longreach(capsys, "run", "retrain", "--set", "promote.start_from=champion")
     assert (code, out) == (75, "")
-    assert "nothing was started, since the model to start from is there: try later, or run without the gate" in err
+    assert (
+        "nothing was started, because the starting model is in that registry: try again later, or run without the gate"
+        in err
+    )
     assert len(calls) == 1
 
 
@@ -213,7 +216,7 @@ def test_a_registry_that_is_away_is_one_line_and_exit_75_of_every_command(
     assert code == 75
     (line,) = err.splitlines()
     assert "MLflow at http://127.0.0.1:9" in line
-    assert line.endswith(": try later")
+    assert line.endswith(": try again later")
     assert "--set" not in line
 
 
@@ -225,7 +228,9 @@ def test_a_base_behind_an_alias_of_a_registry_that_is_away_is_exit_75(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     code, _, err = longreach(capsys, "run", "quickstart", "--set", "base.source=models:/smollm2@champion")
     assert code == 75
-    assert err.splitlines()[-1].endswith("nothing was started, since the model to start from is there: try later")
+    assert err.splitlines()[-1].endswith(
+        "nothing was started, because the starting model is in that registry: try again later"
+    )
 
 
 def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
@@ -236,12 +241,12 @@ def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNa
 def test_a_users_mistake_is_one_line_and_exit_2_and_a_traceback_on_demand(
     capsys: pytest.CaptureFixture[str], runner: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner.raises = ValueError("--force pak: no such stage; there are pack")
+    runner.raises = ValueError("--force pak: no such stage; this recipe has pack")
     code, out, err = longreach(capsys, "run", "quickstart")
     assert (code, out) == (2, "")
     assert err.splitlines() == [
-        "--force pak: no such stage; there are pack",
-        "(LONGREACH_DEBUG=1 shows where this comes from)",
+        "--force pak: no such stage; this recipe has pack",
+        "(set LONGREACH_DEBUG=1 to see the traceback)",
     ]
     monkeypatch.setenv("LONGREACH_DEBUG", "1")
     with pytest.raises(ValueError, match="no such stage"):
@@ -329,7 +334,7 @@ def test_init_copies_a_recipe_comments_and_all_and_never_overwrites(
     Path("mine.yaml").write_text("edited")
     code, _, err = longreach(capsys, "init", "mine")
     assert code == 2
-    assert err.startswith("mine.yaml exists and is left as it is")
+    assert err.startswith("mine.yaml already exists and was not changed")
     assert Path("mine.yaml").read_text() == "edited"
     assert longreach(capsys, "init", "../mine")[0] == 2
 
@@ -374,7 +379,7 @@ def publish(store: Store, stage: str, fingerprint: str, published_at: str) -> No
 def test_status_tells_who_runs_what_is_half_done_and_what_is_published(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, runner: SimpleNamespace
 ) -> None:
-    assert longreach(capsys, "status", "--root", str(tmp_path))[1] == "nothing yet\n"
+    assert longreach(capsys, "status", "--root", str(tmp_path))[1] == "nothing is running, unfinished or published\n"
     store = Store(str(tmp_path))
     publish(store, "pack", "aaaaaaaaaaaa", "2026-01-02T00:00:00+00:00")
     store.new_attempt("finetune", "bbbbbbbbbbbb")
@@ -383,7 +388,7 @@ def test_status_tells_who_runs_what_is_half_done_and_what_is_published(
     lease.release()
     held, head, half, head_published, published = out.splitlines()
     assert (code, held) == (0, "quickstart is being run by ann@lab")
-    assert head.split("  ")[0] == "half done"
+    assert head.split("  ")[0] == "unfinished"
     assert half.split()[:2] == ["finetune", "bbbbbbbb"]
     assert head_published.split()[0] == "published"
     assert published.split()[:3] == ["pack", "aaaaaaaa", "1.5"]
@@ -398,7 +403,10 @@ def test_status_passes_over_a_lease_that_may_not_be_read(
         raise PermissionError(self.name)
 
     monkeypatch.setattr(Lease, "current_holder", refused)
-    assert longreach(capsys, "status", "--root", str(tmp_path))[:2] == (0, "nothing yet\n")
+    assert longreach(capsys, "status", "--root", str(tmp_path))[:2] == (
+        0,
+        "nothing is running, unfinished or published\n",
+    )
 
 
 def test_status_of_a_recipe_leaves_out_what_others_made(
@@ -593,7 +601,7 @@ def test_python_dash_m_is_the_same_command() -> None:
         [sys.executable, "-m", "longreach.pipelines", "plan", "nothing"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == f"nothing: no recipe of that name comes with longreach; there are: {', '.join(names())}\n"
+    assert done.stderr == f"nothing: no bundled recipe has that name; there are: {', '.join(names())}\n"
 
 
 def test_a_place_that_may_not_be_written_is_one_line(
@@ -602,4 +610,4 @@ def test_a_place_that_may_not_be_written_is_one_line(
     runner.raises = PermissionError(13, "Permission denied", "/srv/artifacts")
     code, _, err = longreach(capsys, "run", "quickstart")
     assert code == 2
-    assert err.strip() == "/srv/artifacts: Permission denied: choose a place that you may read and write"
+    assert err.strip() == "/srv/artifacts: Permission denied: choose a path that you can read and write"

@@ -111,7 +111,7 @@ def test_perplexities_of_other_texts_are_shown_but_not_ranked(runs, tmp_path):
         third = publish_run(folder, other, full=(1.0, 1.0, 1.0))
     text = compare([third, first, second], tmp_path / "out", str(folder / "store")).read_text()
     assert "Lowest perplexity at 768 tokens: longer: full 26.0" in text
-    assert "3 models read other texts or have another base, and do not compare." in text
+    assert "3 models read other texts or have another base, so they are not comparable." in text
     assert Page(text).row("other: full")[2].split("\n")[0] == "1.00"
     assert "<strong>1.00" not in text
     assert "<strong>26.0" in text
@@ -139,10 +139,11 @@ def test_texts_that_share_no_more_than_their_names_are_not_compared(tmp_path, mo
     page = compare([english, *german], tmp_path / "out", str(tmp_path / "store"))
     text = html.unescape(page.read_text())
     assert "Lowest perplexity at 768 tokens: german: full 1.00, longer: full 2.00, german: lora" in text
-    assert "3 models read other texts or have another base, and do not compare." in text
+    assert "3 models read other texts or have another base, so they are not comparable." in text
     assert (
         f"Under the same names (2026-Trump-1, {made.RUDE}) other texts were read by tiny: base, tiny: full, tiny: lora "
-        "than by german: base, german: full, german: lora, longer: full and 1 more: they are not compared" in text
+        "than by german: base, german: full, german: lora, longer: full and 1 more, so these models are not compared"
+        in text
     )
     differences = text[text.rindex("Differences on the same tokens") :].split("</table>")[0]
     cells = {name: cells for name, *cells in Page(differences[differences.index("<table") :] + "</table>").rows}
@@ -163,7 +164,7 @@ def test_texts_that_are_the_same_are_compared_whatever_else_the_corpora_hold(tmp
     second = publish_run(tmp_path, more, full=(1.0, 1.0, 1.0))
     text = compare([first, second], tmp_path / "out", str(tmp_path / "store")).read_text()
     assert "Lowest perplexity at 768 tokens: more: full 1.00, tiny: full 29.4" in text
-    assert "do not compare" not in text
+    assert "not comparable" not in text
     assert "Under the same names" not in text
 
 
@@ -305,7 +306,7 @@ def test_a_hundred_runs_of_ten_thousand_steps_are_compared_without_reading_every
     assert 100 * 400 < steps_read < 100 * 1_000  # of each run's 10,000
     text = page.read_text()
     assert "88 more are left out. " not in text
-    assert re.search(r"Of longer runs about 500 steps are drawn, evenly spread\. 88 more are left out\.", text)
+    assert re.search(r"Longer runs are drawn with about 500 evenly spaced steps\. 88 more are left out\.", text)
     assert page.stat().st_size < 5e6
 
 
@@ -331,5 +332,5 @@ def test_models_of_another_base_or_from_scratch_are_not_compared_token_by_token(
     assert "tiny: lora" in differences
     assert "other: " not in differences
     assert "Lowest perplexity at 768 tokens: tiny: full 29.4" in text
-    assert "5 models read other texts or have another base, and do not compare." in text
+    assert "5 models read other texts or have another base, so they are not comparable." in text
     assert "<strong>5.00" not in text

@@ -108,10 +108,10 @@ def test_groups_have_the_same_share_of_every_row_and_nothing_anneals() -> None:
     ("override", "says"),
     [
         ("costs.lengths=[32, 256]", "costs.lengths: lora: 256 exceeds the 128 positions of a base trained to 64"),
-        ("costs.lengths=[20]", "longlora: group_tokens 8 of rows of 32 are 5 of rows of 20, which is no even number: "
+        ("costs.lengths=[20]", "longlora: group_tokens 8 of rows of 32 are 5 of rows of 20, which is not even: "
                                "use a multiple of 8"),
-        ("costs.lengths=[32, 32]", "costs.lengths: [32, 32] names a length twice"),
-        ("costs.lengths=[4]", "costs.lengths: 4 is less than the 8 tokens of the shortest row"),
+        ("costs.lengths=[32, 32]", "costs.lengths: [32, 32] has a duplicate length"),
+        ("costs.lengths=[4]", "costs.lengths: 4 is less than 8, the minimum row length in tokens"),
         ("costs.rounds=0", "costs.rounds: should be greater than or equal to 2, got 0"),
         ("costs.arms=[ful]", "costs.arms: no arm 'ful'; did you mean full?"),
         ("finetune=null", "costs: there is no section finetune, whose arms it measures"),
@@ -340,7 +340,10 @@ def test_steps_that_other_work_has_slowed_are_said_to_be_disturbed() -> None:
     slow = quiet.cells[0].model_copy(update={"seconds": (8.0, 12.5)})
     measured = quiet.model_copy(update={"cells": (slow, *quiet.cells[1:])})
     text = cost_by_length(Findings({}, costs=measured), Style.of([])).blocks[0]
-    assert "took more than 1.5 times as long as the fastest: full at 1,024; --force costs measures again" in text
+    assert (
+        "took more than 1.5 times as long as the fastest): full at 1,024; to measure again, run with --force costs"
+        in text
+    )
 
 
 def test_the_plan_says_what_measuring_will_cost(path: Path) -> None:
@@ -349,7 +352,7 @@ def test_the_plan_says_what_measuring_will_cost(path: Path) -> None:
     machine = {"matmul": 1e9, "attention": 1e9, "attention_backward": 1e9, "bytes": 1e9, "process_gib": 0.5}
     trained = {"published_at": "now", "resources": recipe.resources.model_dump(mode="json"),
                "summary": training_summary(machine=machine).to_json()}  # fmt: skip
-    for manifests, says in (([], "; no time estimate before an arm has"), ([trained], "s of training, and as many")):
+    for manifests, says in (([], "; no time estimate before an arm has"), ([trained], "s of training, plus as many")):
         store = SimpleNamespace(find=lambda *_: converted, manifests=lambda name, found=manifests: found)
         sentence = foresee(store, build(recipe), recipe.resources)["costs"].sentence
         assert sentence.startswith("12 times 3 steps, at most about 1."), sentence

@@ -140,7 +140,7 @@ def test_the_command_lists_first_and_removes_when_told_to(tmp_path: Path, monkey
     assert listed.exit_code == 0, listed.output
     assert "merge[unwanted]" in listed.output
     assert "young" not in listed.output
-    assert "nothing was removed; with --delete it is" in listed.output
+    assert "nothing was deleted; add --delete to delete what is listed" in listed.output
     assert store.find("merge", "unwanted")
     removed = CliRunner().invoke(app, ["gc", "--delete"])
     assert removed.exit_code == 0, removed.output

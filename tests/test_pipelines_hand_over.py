@@ -63,9 +63,9 @@ def written(tmp_path, bases, release="{}", base="bpe", texts=None):
     [
         ("{formats: [gguf]}", "always has safetensors"),
         ("{push: owner/name, push_arm: lora}", "write hub:owner/name"),
-        ("{push: 'hub:owner/name'}", r"trained are 2 \(lora, full\): name it in push_arm"),
+        ("{push: 'hub:owner/name'}", r"but 2 are trained \(lora, full\): set release.push_arm"),
         ("{push: 'hub:owner/name', push_arm: lor}", "did you mean lora"),
-        ("{push_arm: lora}", "pushed nowhere"),
+        ("{push_arm: lora}", "has no repository to be pushed to"),
     ],
 )
 def test_forms_and_places_that_cannot_be_are_refused_with_the_recipe(release, message, tmp_path, bases):
@@ -115,7 +115,7 @@ def test_a_missing_token_ends_in_one_sentence_before_anything_runs(tmp_path, bas
     with pytest.raises(SystemExit) as ended:
         main(["run", written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}")])
     assert ended.value.code == 2
-    assert "there is no token of the Hugging Face Hub; set HF_TOKEN" in capsys.readouterr().err
+    assert "there is no Hugging Face Hub token: set HF_TOKEN" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
     check_token(load(written(tmp_path, bases)).recipe)
 
@@ -208,7 +208,7 @@ def test_what_is_not_made_yet_cannot_be_pushed(tmp_path, bases, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["push", written(tmp_path, bases, "{push: 'hub:owner/name', push_arm: lora}"), "--dry-run"])
     assert ended.value.code == 2
-    assert "release[lora] is not made yet" in capsys.readouterr().err
+    assert "release[lora] does not exist yet" in capsys.readouterr().err
 
 
 def test_a_hub_that_is_away_ends_in_exit_code_1_and_says_how_to_push_later(tmp_path, bases, hub, released, capsys):
@@ -270,8 +270,8 @@ def test_a_model_that_its_gate_refused_stays_here(options, gated, hub, capsys):
         main(["push", gated.path, *options])
     assert ended.value.code == 3
     said = capsys.readouterr().err
-    assert said.startswith("hub:owner/name was not pushed: champion of best is version 1, and not release[lora]")
-    assert f"longreach run {gated.path} --force promote asks the gate again" in said
+    assert said.startswith("hub:owner/name was not pushed: champion of best is version 1, not release[lora]")
+    assert f"to ask the gate again: longreach run {gated.path} --force promote" in said
     assert hub.seen == {"files": {}}
     gated.champion("2", gated.fingerprint, "this attempt's")
     with pytest.raises(SystemExit) as ended:
@@ -305,5 +305,5 @@ def test_a_run_after_a_rollback_does_not_push_what_people_took_back(gated, hub, 
     outcome = RunOutcome(reused=["promote"], gate={"passed": True, "name": "best", "version": "2"})
     monkeypatch.setattr("longreach.pipelines.run.run", lambda loaded, **options: outcome)
     console.run_recipe(gated.loaded)
-    assert "champion of best is version 1, and not release[lora]" in capsys.readouterr().err
+    assert "champion of best is version 1, not release[lora]" in capsys.readouterr().err
     assert hub.seen == {"files": {}}

@@ -82,7 +82,7 @@ def test_a_folder_of_mixed_files_gives_a_recipe_that_plans_and_ends_in_time(base
     assert recipe.corpus.max_bad_fraction > 1 / 14, "the broken line would stop the run"
     assert recipe.finetune is not None
     assert recipe.finetune.rope.factor == 2
-    assert "texts/picture.png: not of a known kind" in facts[2]
+    assert "texts/picture.png: unknown file type" in facts[2]
     assert "malformed JSON" in facts[2]
     assert any(row.stage == "finetune[longlora]" for row in plan(load("mine.yaml")))
 
@@ -187,7 +187,7 @@ def test_a_recipe_says_in_comments_what_was_seen(bases: Path) -> None:
         (["--documents", "texts", "--minutes", "2"], ["--minutes 2 is 120 s", "180 s"]),
         (["--documents", "texts", "--from", "quickstart"], ["--from quickstart"]),
         (["--documents", "texts", "--base", "models:/one/1"], ["give its folder"]),
-        (["--minutes", "5"], ["name them with --documents"]),
+        (["--minutes", "5"], ["work only with --documents"]),
     ],
 )
 def test_what_cannot_work_is_refused_with_both_numbers(
@@ -226,6 +226,6 @@ def test_mostly_malformed_documents_are_refused(bases: Path, capsys: pytest.Capt
 def test_an_existing_recipe_is_left_as_it_is(bases: Path) -> None:
     write_texts(Path("texts"))
     Path("mine.yaml").write_text("edited")
-    with pytest.raises(ValueError, match="left as it is"):
+    with pytest.raises(ValueError, match="already exists and was not changed"):
         init.written("mine", str(bases / "plain"), ["texts"], minutes=20)
     assert Path("mine.yaml").read_text() == "edited"

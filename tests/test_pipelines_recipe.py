@@ -74,7 +74,7 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_starts() -> None
         "finetune.pack.seq_len: 1023 is not divisible by resources.sequence_parallel 2: change one of them"
     )
     (said,) = mistakes("quickstart", "resources.sequence_parallel=2", "finetune.rope={type: dynamic, factor: 2}")
-    assert said.endswith("not with resources.sequence_parallel 2")
+    assert said.endswith("so it does not work with resources.sequence_parallel 2")
 
 
 def test_a_base_that_the_recipe_pretrains_needs_such_an_arm_and_weights_of_its_own() -> None:
@@ -83,9 +83,9 @@ def test_a_base_that_the_recipe_pretrains_needs_such_an_arm_and_weights_of_its_o
     (said,) = mistakes("quickstart", "base.source=pretrain:x", "pretrain=null")
     assert said.endswith("base.source: no arm 'x': there is no section pretrain")
     (said,) = mistakes("quickstart", "base.source=pretrain:no-sink")
-    assert said.endswith("is made from the base itself: give pretrain a model and a vocab_size of its own")
+    assert said.endswith("is itself made from the base: set pretrain.model and pretrain.vocab_size")
     (said,) = mistakes("quickstart", "base.source=pretrain:sink-token", "pretrain.vocab_size=300")
-    assert said.endswith("which finetune would not put into its rows: take an arm without one")
+    assert said.endswith("which finetune does not put into its rows: choose an arm without one")
 
 
 def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remembering_frequencies() -> None:
@@ -145,10 +145,10 @@ def test_seeds_that_name_a_model_twice_are_refused(small: Path) -> None:
     ("variant", "line"),
     [
         ("of: ful, rope: {type: linear, factor: 4}", "of: no arm 'ful'; did you mean full?"),
-        ("of: stretched, rope: {type: linear, factor: 4}", "of: stretched is a baseline: give the stretch to a "
-         "baseline of its own"),
+        ("of: stretched, rope: {type: linear, factor: 4}", "of: stretched is a baseline: add another "
+         "baseline with this stretch"),
         ("of: full, rope: {type: linear, factor: 2}", "rope: RoPE linear × 2 is what full was trained with: factor 2 "
-         "counts from the base's length in both; twice the arm's length is factor 4"),
+         "is relative to the base's length in both; for twice the arm's length use factor 4"),
     ],
 )  # fmt: skip
 def test_a_variant_that_would_be_none_is_refused(small: Path, variant: str, line: str) -> None:
@@ -201,7 +201,7 @@ def test_a_variant_is_there_for_each_seed_of_its_arm(small: Path) -> None:
     }  # fmt: skip
     assert ("variants",) in {section for section, name in recipe.models() if name == "far.s3"}
     (said,) = mistakes(small, "finetune.arms.full.seeds=[0, 3]", far.replace("one:", "far.s3:"))
-    assert "variants.far: its seeds make a model far.s3, and so is another variant called: rename it" in said
+    assert "variants.far: its seeds make a model far.s3, which is also the name of a variant: rename one" in said
 
 
 def test_an_evaluation_that_names_an_arm_or_a_variant_measures_all_of_its_seeds(small: Path) -> None:
@@ -218,7 +218,7 @@ def test_arms_that_go_on_from_a_champion_have_its_stretch(small: Path) -> None:
     gate = "promote={model: full, name: m, start_from: champion, passkey: null}"
     (said,) = mistakes(small, gate, "finetune.arms.long.1.rope={type: theta, theta: 5e4, factor: 2}")
     assert "finetune.arms.long.1: starts from RoPE theta 50,000" in said
-    assert "with promote.start_from champion from full's RoPE linear × 2: give it the same" in said
+    assert "but promote.start_from champion needs full's RoPE linear × 2: give it the same" in said
 
 
 def test_every_evaluation_is_a_section_of_its_name() -> None:
@@ -374,12 +374,12 @@ def test_all_mistakes_are_listed_at_once_in_the_order_of_lines(small: Path) -> N
     edits = {"name: small": "nam: small", "steps: 4": "steps: x\n  steps: 4", "full: {}": "full: {tun: all}"}
     found = mistakes(small, edits=edits)
     assert [line.split(" ")[0] for line in found] == [f"small.yaml:{n}:" for n in (1, 1, 9, 10, 13)]
-    assert found[3] == "small.yaml:10: finetune.steps: written twice, first at small.yaml:9"
+    assert found[3] == "small.yaml:10: finetune.steps: duplicate field, first set at small.yaml:9"
 
 
 def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: Path) -> None:
     assert mistakes(small, edits={"steps: 4": "steps: 4\n  steps: 4"}) == [
-        "small.yaml:10: finetune.steps: written twice, first at small.yaml:9"
+        "small.yaml:10: finetune.steps: duplicate field, first set at small.yaml:9"
     ]
 
 
@@ -389,9 +389,9 @@ def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: 
         ("evaluate.perplexity.models=[ful]", "evaluate.perplexity.models: no model 'ful'; did you mean full?"),
         ("evaluate.perplexity.models=[x]", "evaluate.perplexity.models: no model 'x'; the recipe has: base, stretched, "
          "full, long.1"),
-        ("baselines.Base={}", "baselines.Base: names a folder: use lower-case letters, digits and . _ + - only"),
-        ("baselines={../up: {}}", "baselines.../up: names a folder: use lower-case letters, digits and . _ + - only"),
-        ("finetune.arms.base={}", "finetune.arms.base: the name is taken by baselines.base; each model needs its own"),
+        ("baselines.Base={}", "baselines.Base: names a folder: use only lower-case letters, digits and . _ + -"),
+        ("baselines={../up: {}}", "baselines.../up: names a folder: use only lower-case letters, digits and . _ + -"),
+        ("finetune.arms.base={}", "finetune.arms.base: baselines.base already has this name: choose another one"),
     ],
 )  # fmt: skip
 def test_sections_must_agree(small: Path, override: str, line: str) -> None:
@@ -461,9 +461,9 @@ def test_the_last_of_two_overrides_wins(small: Path) -> None:
         ("corpus.sources.2.files=x", "--set: corpus.sources.2.files: no item '2': corpus.sources has 2 items, from 0 "
          "to 1"),
         ("corpus.sources.x=1", "--set: corpus.sources.x: no item 'x': corpus.sources has 2 items, from 0 to 1"),
-        ("name.x=1", "--set: name.x: name is text 'small': no fields"),
+        ("name.x=1", "--set: name.x: name is text 'small', which has no fields"),
         ("finetun.steps=1", "--set: finetun: no such field; did you mean finetune?"),
-        ("finetune.steps=[1", "--set: finetune.steps: broken YAML: expected ',' or ']', but got '<stream end>', while "
+        ("finetune.steps=[1", "--set: finetune.steps: invalid YAML: expected ',' or ']', but got '<stream end>', while "
          "parsing a flow sequence"),
     ],
 )  # fmt: skip
@@ -474,20 +474,20 @@ def test_an_override_that_leads_nowhere_is_shown(small: Path, override: str, lin
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("name: [small", "bad.yaml:1: broken YAML: expected ',' or ']', but got '<stream end>', while "
+        ("name: [small", "bad.yaml:1: invalid YAML: expected ',' or ']', but got '<stream end>', while "
          "parsing a flow sequence"),
-        ("name: small\n\tseed: 1", "bad.yaml:2: broken YAML: found character '\\t' that cannot start any token, while "
+        ("name: small\n\tseed: 1", "bad.yaml:2: invalid YAML: found character '\\t' that cannot start any token, while "
          "scanning for the next token"),
         ("", "bad.yaml: a recipe is a mapping of fields, got nothing"),
         ("- name", "bad.yaml: a recipe is a mapping of fields, got a list of 1"),
         ("name: &a [*a]", "bad.yaml:1: name.0: an alias that contains itself"),
-        ("[a]: 1", "bad.yaml:1: a field's name is one word, not a list or a mapping"),
-        ("seed: !!python/name:os.system", "bad.yaml:1: seed: tags such as tag:yaml.org,2002:python/name:os.system have "
-         "no use here; a number in quotes is text"),
-        ("a: 1\nseed: !!bool x", "bad.yaml:2: seed: tags such as tag:yaml.org,2002:bool have no use here; a number in "
-         "quotes is text"),
-        ("a: !!set {x}", "bad.yaml:1: a: tags such as tag:yaml.org,2002:set have no use here; a number in "
-         "quotes is text"),
+        ("[a]: 1", "bad.yaml:1: a field name must be a single word, not a list or a mapping"),
+        ("seed: !!python/name:os.system", "bad.yaml:1: seed: tags such as tag:yaml.org,2002:python/name:os.system are "
+         "not supported; to write a number as a string, quote it"),
+        ("a: 1\nseed: !!bool x", "bad.yaml:2: seed: tags such as tag:yaml.org,2002:bool are not supported; to write a "
+         "number as a string, quote it"),
+        ("a: !!set {x}", "bad.yaml:1: a: tags such as tag:yaml.org,2002:set are not supported; to write a "
+         "number as a string, quote it"),
     ],
 )  # fmt: skip
 def test_broken_yaml_is_one_line_with_its_place(tmp_path: Path, text: str, line: str) -> None:

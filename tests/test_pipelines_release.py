@@ -114,7 +114,7 @@ def test_every_kind_is_evaluated_latencies_and_endless_streams_too(sink, release
 
 
 SAID = {
-    "none": "keep the first 4 tokens in the cache for ever (n_keep 4)",
+    "none": "always keep the first 4 tokens in the cache (n_keep 4)",
     "zero": "Attention sink: a column of zeros in each softmax, which `GraniteSWAForCausalLM` of transformers computes",
     "token": f"Attention sink: the token `<|sink|>` (id {VOCAB}) before every text",
     "logit": "Attention sink: a learned logit for each head in each softmax, which `GraniteSWAForCausalLM`",
@@ -131,8 +131,8 @@ def test_the_card_says_how_to_serve_the_model_and_its_lines_run(sink, trained, r
     folder = releases.make(0, trained=trained[sink][0], own_streaming=streaming)[0].path
     card = (folder / "README.md").read_text()
     assert SAID[sink] in card
-    assert ("Keep that one token in the cache for ever (n_keep 1)" in card) == (sink == "token")
-    assert "Positions are counted inside the cache (0, 1, 2, ... as keys lie there), not in the text." in card
+    assert ("Always keep that one token in the cache (n_keep 1)" in card) == (sink == "token")
+    assert "Positions are counted within the cache (0, 1, 2, ... in the order of its keys), not in the text." in card
     assert "- Perplexity measured with 1,024 tokens in the cache: 9 with 0 kept, 4 with 1 kept.\n" in card
     code = "\n".join(re.findall("```python\n(.*?)```", card, re.DOTALL))
     code = code.replace("path/to/this/folder", str(folder)).replace("max_new_tokens=1000", "max_new_tokens=80")
@@ -164,7 +164,8 @@ def test_a_model_tuned_in_float32_leaves_in_its_bases_type_at_half_the_size(trai
     same = AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).state_dict()
     assert all(torch.equal(value, same[name]) for name, value in model.state_dict().items())
     assert (
-        "- Weights: bfloat16, the base's type; training and evaluations had float32." in (out / "README.md").read_text()
+        "- Weights: bfloat16, the base's type; training and evaluations used float32."
+        in (out / "README.md").read_text()
     )
     assert AutoTokenizer.from_pretrained(out)(TEXT).input_ids == list(range(7, 27))
 

@@ -456,7 +456,9 @@ def test_metrics_are_the_scores_and_costs_under_names_that_mlflow_takes(written)
 def test_the_headline_says_what_was_gained_and_what_it_cost(written):
     headline = written[1]["headline"]
     assert "768 tokens, 1.5 times" in headline
-    assert "full is the best trained arm with perplexity 29.4: better than anything untrained (theta 31.9" in headline
+    assert (
+        "full is the best trained arm with perplexity 29.4: better than every untrained model (theta 31.9" in headline
+    )
     assert "lower than theta on 2 of 2 documents" in headline
     assert "longlora trained at 1.60 times the speed of full fine-tuning and 1.28 times that of LoRA" in headline
     assert "0.75 times full fine-tuning's peak memory and 6.1% higher perplexity" in headline
@@ -467,13 +469,13 @@ def test_speeds_of_arms_that_were_not_trained_alike_are_said_not_to_compare(tmp_
     recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}
     inputs = make_inputs(tmp_path, recipe)
     headline = write(inputs, tmp_path / "out")[1]["headline"]
-    assert "do not compare" not in headline
+    assert "not comparable" not in headline
     for other in ("full", "lora"):
         inputs = make_inputs(tmp_path, recipe)
         inputs[1][f"finetune[{other}]"].manifest["host"] = "lab"
         out, summary = write(inputs, tmp_path / other)
         headline = summary["headline"]
-        assert "their speeds do not compare: longlora on desk, 2 ranks of 1 CPU and 0 GPU, float32" in headline
+        assert "their speeds are not comparable: longlora on desk, 2 ranks of 1 CPU and 0 GPU, float32" in headline
         assert f"; {other} on lab, 2 ranks" in headline
         assert headline.count(" on lab") == 1
         against_full, against_lora = page_of(out).row("longlora")[-2:]
@@ -505,14 +507,14 @@ def test_costs_of_rows_of_another_length_do_not_make_speeds_compare(tmp_path, no
         headline = write(inputs, tmp_path / "out")[1]["headline"]
         in_turns = 32 in lengths  # the length of the rows that were trained on
         assert f"trained at {2.10 if in_turns else 1.60:.2f} times the speed of full" in headline
-        assert ("their speeds do not compare: longlora on desk" in headline) != in_turns
+        assert ("their speeds are not comparable: longlora on desk" in headline) != in_turns
 
 
 def test_the_headline_admits_that_training_was_not_worth_it(tmp_path, monkeypatch, no_pictures):
     monkeypatch.setitem(PPL, "theta", (57.9, 23.4, 24.0))
     recipe = RECIPE | {"pretrain": None, "evaluate": {"perplexity": RECIPE["evaluate"]["perplexity"]}}
     headline = write(make_inputs(tmp_path, recipe), tmp_path / "out")[1]["headline"]
-    assert "29.4: worse than theta without any training (theta 24.0" in headline
+    assert "29.4: not better than theta without any training (theta 24.0" in headline
     assert "on 0 of 2 documents" in headline
 
 
@@ -538,7 +540,7 @@ def test_where_gain_was_measured_the_headline_is_what_the_best_arm_gains_over_th
     assert float(stretch[1]) == pytest.approx(0.13, abs=0.02)
     assert "it is the best of 3 arms, at its best length" in headline
     assert re.search(
-        r"against the same base: full 0\.\d+ better \(.*\); lora not measurably better or worse \(", headline
+        r"compared with the same base: full 0\.\d+ better \(.*\); lora not measurably better or worse \(", headline
     )
     assert re.search(r"At 1,024 tokens longlora is 0\.0[23]\d better", headline)
     assert re.search(r"With 768 tokens of context instead of 256, longlora is 0\.0[789]\d better", headline)
@@ -636,7 +638,7 @@ def test_the_markdown_says_the_same_and_names_its_pictures(written):
 
 def test_the_document_that_the_base_cannot_have_seen_stands_by_itself(written):
     text = (written[0] / "report.md").read_text()
-    younger, others = text.split("Younger than the base")[1].split("Other documents")
+    younger, others = text.split("Newer than the base")[1].split("Other documents")
     assert "2026-Trump-1" in younger
     assert "alert" not in younger
     assert "2026-Trump-1" not in others.split("##")[0]
@@ -715,7 +717,7 @@ def test_pretraining_that_goes_on_from_a_base_is_not_said_to_be_too_short_for_a_
         recipe = RECIPE | {"pretrain": RECIPE["pretrain"] | {"model": model}, "finetune": None, "evaluate": {}}
         out, _ = write(make_inputs(tmp_path, recipe), tmp_path / f"out{len(said)}")
         said.append((out / "report.md").read_text())
-    for text in ("So short a run cannot show", "go on from the base's weights"):
+    for text in ("This run is too short for", "continue from the base's weights"):
         assert [text in one for one in said] == [text.startswith("So"), text.startswith("go")]
 
 
@@ -836,7 +838,7 @@ def test_failed_arms_are_rows_with_their_reason_and_the_headline_counts_them(inp
     assert result["headline"].startswith(
         f"5 of {total} stages failed: finetune[full] (out of memory), merge[longlora] ("
     )
-    assert ", and 2 that could not run without them." in result["headline"]
+    assert ", and 2 could not run without them." in result["headline"]
     assert "lora is the best trained arm" in result["headline"]
     assert "| full (failed: out of memory) | – | – | – |" in result["table"]
     assert "compare/speedup_vs_full/lora" not in result["metrics"]
@@ -911,7 +913,8 @@ def test_a_variant_is_a_trained_model_whose_stretch_cost_nothing_more(tmp_path, 
     names = [row[0] for row in page_of(out).rows]
     assert "lora-long\nlora stretched after its training, RoPE yarn × 4" in names
     assert (
-        "lora-long is the best trained arm with perplexity 20.0: better than anything untrained" in result["headline"]
+        "lora-long is the best trained arm with perplexity 20.0: better than every untrained model"
+        in result["headline"]
     )
     assert "lora-long" not in result["headline"].partition("trained at")[2], "it was not trained, so it has no speed"
     assert "cost/wall_s/lora-long" not in result["metrics"]
@@ -937,7 +940,7 @@ def test_a_price_gives_cost_and_energy_and_says_that_they_are_not_measured(input
     at = page.rows[1].index("cost")
     assert page.row("longlora")[at - 1] == f"{seconds / 3600 * 2 * 90:.3g} EUR\n{seconds / 3600 * 2 * 0.5:.3g} kWh"
     text = (out / "report.html").read_text()
-    assert "what the recipe says of a rank (90 EUR an hour, 500 W); not measured" in text
+    assert "the recipe's rate per rank (90 EUR an hour, 500 W); not measured" in text
     assert "On the frontier: full (29.4)" not in text
     assert "On the frontier: theta (31.9), longlora (31.2), full (29.4)." in text
 

@@ -39,15 +39,15 @@ def refusal(capsys, command, *options):
 
 @pytest.mark.parametrize("command", ON_A_CLUSTER.values(), ids=ON_A_CLUSTER)
 def test_a_gate_without_a_server_is_refused_for_a_cluster(command, capsys):
-    assert "would have a registry of its own in" in (said := refusal(capsys, command, *S3))
-    assert "set tracking.uri to an MLflow server that all of them reach" in said
+    assert "would use its own model registry in" in (said := refusal(capsys, command, *S3))
+    assert "set tracking.uri to an MLflow server that all nodes can reach" in said
 
 
 @pytest.mark.parametrize("command", HERE.values(), ids=HERE)
 def test_a_missing_token_of_the_hub_is_told_before_the_run(command, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     said = refusal(capsys, command, "--set", "release.push=hub:owner/name")
-    assert "there is no token of the Hugging Face Hub" in said
+    assert "there is no Hugging Face Hub token" in said
 
 
 @pytest.mark.parametrize("command", HERE.values(), ids=HERE)

@@ -137,7 +137,7 @@ def test_force_runs_a_stage_and_all_that_is_made_from_it_again_under_the_same_fi
     outcome = pipeline.run(force=("a",))
     assert sorted(outcome.ran) == ["a", "b", "report"], "by their fingerprints b and the report would be done"
     assert outcome.reused == ["c--1"]
-    said = "--force a: 3 of 4 stages are made anew, with all that is made from what is forced: toy 2, report 1"
+    said = "--force a: rerunning 3 of 4 stages, including those that depend on forced ones: toy 2, report 1"
     assert said in pipeline.shown.getvalue(), "it says so first, since there may be trainings among them"
     assert {row.stage: row.fingerprint for row in plan.plan(pipeline.loaded)} == before
     assert pipeline.run(force=("report",)).ran == ["report"]
@@ -274,7 +274,7 @@ def test_a_second_signal_does_not_wait_and_one_of_ray_itself_is_143(tmp_path):
 def test_a_report_on_what_was_done_that_fails_too_leaves_the_first_reason_to_be_said(cluster, pipeline):
     pipeline.change(b={"fail": "unspeakable"})
     outcome = pipeline.run()
-    assert outcome.failed == {"b": "unspeakable", "report": "of what was done: the report cannot say that"}
+    assert outcome.failed == {"b": "unspeakable", "report": "on the finished stages: the report cannot say that"}
 
 
 class Recorded:

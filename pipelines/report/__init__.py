@@ -1,5 +1,5 @@
-"""The report of a run: one page that says what every model reached and what it cost.
+"""The report of a run: one page with every model's results and costs.
 
-report.py is the stage, findings.py what its inputs say, page.py turns sections into HTML and
-Markdown, and compare.py puts several runs on one page.
+report.py is the stage, findings.py reads its inputs, page.py writes sections as HTML and Markdown,
+and compare.py puts several runs on one page.
 """

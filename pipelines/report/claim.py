@@ -1,10 +1,10 @@
-"""What a report says first where the evaluation `gain` was run: what training gained over all that
-needs none.
+"""The first sentences of a report with the evaluation `gain`: the gain of training over all untrained
+models.
 
-The yardstick is the untrained base at the best of its own lengths, and beside it the best untrained
-stretch at the arm's length. Which arm and which length are spoken of is decided on the validation
-documents, like the base's length; the numbers are those of the test documents. An interval that
-holds zero is no gain, and is said to be none.
+The arm is compared with the untrained base at its best own length, and with the best untrained
+stretch at the arm's length. The arm and the length are chosen on the validation documents, as is the
+base's length; the numbers are those of the test documents. If an interval contains zero, the
+sentence says that there is no measurable gain.
 
     claim_of(gather(artifacts)).sentences()
 """
@@ -36,22 +36,22 @@ GAIN = Gain.name
 
 @dataclass(frozen=True)
 class Claim:
-    """Which arm is spoken of, at which length, and what everything is held against."""
+    """The chosen arm and length, and the gains over the base."""
 
     models: dict[str, EvalScores]
     background: Background
     best: BestLength
     over_base: dict[str, dict[int, Difference]]
-    """By arm or stretch and length."""
+    """Gain by arm or stretch, and by length."""
     name: str
-    """The arm; where nothing was trained, an untrained stretch."""
+    """The chosen arm; if nothing was trained, an untrained stretch."""
     length: int
     candidates: tuple[str, ...]
-    """What the arm was chosen from, itself included."""
+    """The names that the arm was chosen from, including its own."""
 
     def sentences(self) -> list[str]:
-        """Say what the arm gains over the base, over stretches and over itself, and what the other
-        arms do."""
+        """Return sentences on the arm's gain over the base, over stretches and over its own short
+        context, and on the other arms."""
         background = self.background
         text = f"At {self.length:,} tokens"
         if background.trained_length:
@@ -66,8 +66,7 @@ class Claim:
         return [f"{text}.", *self._how_chosen(), *self._others(), *self._at_the_greatest_length(), *self._own()]
 
     def _over_the_best_stretch(self) -> list[str]:
-        """Say how the arm compares with the untrained stretch that is hardest to beat at its
-        length."""
+        """Return a clause that compares the arm with the best untrained stretch at its length."""
         stretches = over_stretches(self.models, self.background).get(self.name, {})
         there = {}
         for stretch, by_length in stretches.items():
@@ -87,10 +86,10 @@ class Claim:
         kind = "arms" if self.name in self.background.arms else "stretches"
         if self.best.split == "validation":
             return [f"On the validation documents it is the best of {len(self.candidates)} {kind}, at its best length."]
-        return [f"It is the best of {len(self.candidates)} {kind} on these very documents."]
+        return [f"It was chosen as the best of {len(self.candidates)} {kind} on these same documents."]
 
     def _others(self) -> list[str]:
-        """Say how all other arms, and variants of arms, compare with the base at the same
+        """Return a sentence that compares all other arms and variants with the base at the same
         length."""
         parts = []
         for name in dict.fromkeys([*self.candidates, *self.background.arms]):
@@ -98,32 +97,30 @@ class Claim:
                 parts.append(f"{name} {brief_verdict(self.over_base[name][self.length])}")
         if not parts:
             return []
-        return [f"At this length against the same base: {'; '.join(parts)}."]
+        return [f"At this length, compared with the same base: {'; '.join(parts)}."]
 
     def _at_the_greatest_length(self) -> list[str]:
-        """Say how the arm does at the greatest length measured, unless that is the one spoken
-        of."""
+        """Return a sentence on the arm at the greatest measured length, unless that is the chosen one."""
         greatest = max(self.over_base[self.name])
         if greatest == self.length:
             return []
         return [f"At {greatest:,} tokens {self.name} is {brief_verdict(self.over_base[self.name][greatest])}."]
 
     def _own(self) -> list[str]:
-        """Say what the arm gains over its own shortest context, which training on such texts alone
-        would not give."""
+        """Return a sentence on the arm's gain over its own shortest context, which cannot come from
+        training on such texts alone."""
         if self.name not in self.background.arms:
             return []
         own, shortest = over_itself(self.models, self.background, self.name, self.length)
         return [f"With {self.length:,} tokens of context instead of {shortest:,}, {self.name} is {brief_verdict(own)}."]
 
     def ranked(self) -> list[str]:
-        """Return the candidates that were measured at the length, best first after the one that is
-        spoken of."""
+        """Return the candidates measured at the length: the chosen one, then the others, best first."""
         measured = [name for name in self.candidates if self.length in self.over_base[name]]
         return sorted(measured, key=lambda name: (name != self.name, -self.over_base[name][self.length].nats))
 
     def against(self, ours: str, theirs: str) -> str:
-        """Say how one arm compares with another at the length."""
+        """Return a phrase that compares one arm with another at the length."""
         rows = []
         for arm in (ours, theirs):
             members = self.background.arms[arm]
@@ -131,15 +128,15 @@ class Claim:
         return brief_verdict(difference(rows[0], self.length, rows[1], self.length))
 
 
-@lru_cache(maxsize=1)  # a page asks six times, and each answer pairs all models
+@lru_cache(maxsize=1)  # a page calls it six times, and each call pairs all models
 def claim_of(found: Findings) -> Claim | None:
-    """Return what is claimed; None where `gain` did not measure the base within its trained length
-    and an arm or a stretch on the same tokens."""
+    """Return the claim; None unless `gain` measured the base within its trained length, and an arm or
+    stretch on the same tokens."""
     background = found.background()
     models = background.of_one_base(found.scores_of(GAIN))
     try:
         best = best_of_base(models, background)
-    except ValueError:  # the section of `gain` says so
+    except ValueError:  # the report's section on `gain` shows this error
         return None
     if best is None:
         return None
@@ -156,7 +153,7 @@ def claim_of(found: Findings) -> Claim | None:
     lengths = sorted(measured)
     trained = background.trained_length or 0
     beyond = [length for length in lengths if length > trained] or lengths
-    if best.split == "test":  # choosing a length on the documents that are reported would be a choice of luck
+    if best.split == "test":  # choosing a length on the reported documents would bias the result
         beyond = beyond[-1:]
     nll = {}
     for name in candidates:
@@ -170,8 +167,7 @@ def claim_of(found: Findings) -> Claim | None:
 
 
 def _mean_nll(models: dict[str, EvalScores], background: Background, name: str, length: int, split: str) -> float:
-    """Return an arm's or a stretch's mean NLL on a split, over its seeds; infinite where it was not
-    measured there."""
+    """Return the mean NLL of an arm or stretch on a split over its seeds; infinite if not measured."""
     values = []
     for member in background.arms.get(name, (name,)):
         if member in models:
@@ -180,8 +176,8 @@ def _mean_nll(models: dict[str, EvalScores], background: Background, name: str, 
 
 
 def verdict(found: Difference, what: str, *, counts: bool = False) -> str:
-    """Say whether something predicts better than something else, by how much, and how sure that
-    is."""
+    """Return a phrase on whether a model predicts better than another, by how much, and with which
+    confidence interval."""
     sure = _interval(found, counts)
     if _is_unsure(found):
         return f"not measurably better or worse than {what} ({found.nats:+.3f} nats per token, {sure})"
@@ -189,7 +185,7 @@ def verdict(found: Difference, what: str, *, counts: bool = False) -> str:
 
 
 def brief_verdict(found: Difference) -> str:
-    """Say the same in a few words, without what it is compared with."""
+    """Return a short form of `verdict` that does not name the other model."""
     sure = _interval(found).removeprefix("95% interval ")
     if _is_unsure(found):
         return f"not measurably better or worse ({found.nats:+.3f}, {sure})"
@@ -201,13 +197,13 @@ def _side(found: Difference) -> str:
 
 
 def _is_unsure(found: Difference) -> bool:
-    """Whether the interval holds zero."""
+    """Whether the interval contains zero."""
     return found.low <= 0 <= found.high
 
 
 def _interval(found: Difference, counts: bool = False) -> str:
-    """Return the interval in words, turned around where something is worse, and what it is an
-    interval over."""
+    """Return the interval as text, with signs turned if the model is worse; with `counts` also the
+    number of documents and seeds."""
     if not math.isfinite(found.low):
         return "one document, no interval"
     low, high = f"{found.low:+.3f}", f"{found.high:+.3f}"

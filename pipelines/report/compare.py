@@ -1,16 +1,15 @@
-"""Several runs on one page: what differs between their choices, what every model reached, and what
-it cost.
+"""Compare several runs on one page: differences in their choices, and every model's results and cost.
 
-A run is read from its published report and the artifacts that this names. Perplexities compare
-where the same tokens of the same texts were scored by models of one base, so the frontier holds the
-largest such group. A text is known by its tokens, not by its name: another language's test.txt is
-another text. What several runs share (a base, an arm that was not changed) stands once, under
-the first of them.
+A run is read from its published report and the artifacts that the report names. Perplexities are
+comparable if models of one base scored the same tokens of the same texts, so the frontier shows the
+largest such group. A text is identified by its tokens, not by its name, because other runs may have
+another text under the same name. Models that several runs share (a base, an unchanged arm) are shown
+once, under the first run.
 
     longreach compare quickstart 3f9a1c longer.yaml --out compare
 
-Result files of lm-evaluation-harness stand beside them (evaluation/lm_eval_files.py), as models of
-which only the harness' tasks are known:
+Result files of lm-evaluation-harness are added (evaluation/lm_eval_files.py) as models that have only
+the harness' tasks:
 
     longreach compare quickstart lm-eval-output/ results_2026-11-25T12-00-00.json
 """
@@ -50,25 +49,26 @@ FILES = {
     "compare.html", "compare.md", "gain.png", "perplexity.png", "frontier.png", "cost.png", "loss.png",
     "pretrain-loss.png",
 }  # fmt: skip
-"""What a comparison may write: all else in its folder is somebody's."""
+"""Files that a comparison writes. If its folder has any other file, it refuses to write there."""
 PREFIX = re.compile(r"[0-9a-f]{6,32}")
 READ_HERE = re.compile(rf"scores\.json|metrics\.jsonl|{re.escape(PackSummary.file)}|documents/.*")
-"""The artifacts' files that a comparison reads; it fetches no others."""
+"""The artifact files that a comparison reads; it does not download others."""
 
 
 def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
-    """Write compare.html, compare.md and their figures into `out`; returns the page's path.
+    """Write compare.html, compare.md and their figures into `out`; return the page's path.
 
     Args:
-        names: recipes, fingerprints of reports (six digits are enough), reports' folders, or result
-            files of lm-eval and the folders that it wrote them into.
-        root: the store, where a name does not say it.
+        names: Recipes, fingerprints of reports (at least six digits), report folders, or lm-eval
+            result files and the folders that contain them.
+        root: The store, for names that do not imply one.
 
-    ValueError: fewer than two runs or files, a run without a report or with damaged artifacts, a
-    file or a task of another version of lm-eval, or `out` holds other files.
+    Raises:
+        ValueError: Fewer than two runs or files; a run without a report or with damaged artifacts; a
+            file or task of another version of lm-eval; or `out` has other files.
     """
     if out.exists() and (foreign := sorted({path.name for path in out.iterdir()} - FILES)):
-        raise ValueError(f"{out} holds {foreign[0]}, which no comparison wrote: choose another --out")
+        raise ValueError(f"{out} has {foreign[0]}, which no comparison wrote: choose another --out")
     reports, files = {}, dict[Path, None]()
     for name in names:
         if found_files := result_files(name):
@@ -77,7 +77,7 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         store, manifest = find(name, root)
         reports[manifest["fingerprint"]] = store, manifest
     if len(reports) + len(files) < 2:
-        raise ValueError(f"{', '.join(names)}: one report; a comparison needs two or more")
+        raise ValueError(f"{', '.join(names)}: only one report, but a comparison needs at least two")
     recipes = Counter(manifest["identity"]["recipe"]["name"] for _, manifest in reports.values())
     runs, told = {}, []
     for fingerprint, (store, manifest) in reports.items():
@@ -86,9 +86,9 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         runs[name] = read(store, manifest)
         told.append([name, *(str(manifest.get(key, "")) for key in ("fingerprint", "commit", "host", "command"))])
     found = merge(runs)
-    heading = "What every model reached, and what it cost"
-    main = results(found, heading, "All models; on the same texts first, best first")
-    for file in files:  # which have no number in the main table
+    heading = "Results and cost of every model"
+    main = results(found, heading, "All models; those on the same texts first, best first")
+    for file in files:  # after the main table, in which they have no numbers
         _add_file(found, file)
         told.append([f"{LM_EVAL}: {file.name}", "", "", "", str(file)])
     check_versions(found.scores_of(Harness.name))
@@ -116,25 +116,25 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
 
 
 def _differences(found: Merged) -> Section:
-    """Return how much better or worse each model predicts than the best one, and which models are
-    not compared, since they read other texts of the same names."""
+    """Return the section on each model's difference from the best one, and on models that are not
+    compared because they read other texts under the same names."""
     blocks: list[Block] = []
     for groups, documents in found.namesakes.items():
         readers = " than by ".join(shortened(models, 4) for models in groups)
         blocks.append(
-            f"Under the same names ({shortened(documents, 4)}) other texts were read by {readers}: they are not "
-            f"compared with each other."
+            f"Under the same names ({shortened(documents, 4)}) other texts were read by {readers}, so these models "
+            f"are not compared with each other."
         )
     blocks += difference_tables(found.of_the_first_base(PERPLEXITY))
     return Section("Differences on the same tokens", blocks)
 
 
 LM_EVAL = "lm-eval"
-"""Begins the names of models whose numbers come from a file of lm-eval."""
+"""Prefix of the names of models from lm-eval result files."""
 
 
 def _add_file(found: Merged, file: Path) -> None:
-    """Add the model of one of lm-eval's result files to those of the runs."""
+    """Add the model of an lm-eval result file to the runs' models."""
     scores = read_results(file)
     name = f"{LM_EVAL}: {scores.model}"
     if name in found.models:
@@ -144,15 +144,16 @@ def _add_file(found: Merged, file: Path) -> None:
 
 
 def _tasks(found: Merged) -> Section | None:
-    """Return what every model reached in tasks of lm-eval; None where none was asked."""
+    """Return the section on lm-eval tasks; None if no model has any."""
     scores = found.scores_of(Harness.name)
     return Section(Harness.title, Harness.task_tables(scores)) if scores else None
 
 
 def export(store: Store, manifest: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the scores of every model in a report as result files of lm-eval; returns the files.
+    """Write the scores of every model in a report as lm-eval result files; return the files.
 
-    manifest: the report's.
+    Args:
+        manifest: The report's manifest.
     """
     findings = read(store, manifest)
     files = []
@@ -165,25 +166,25 @@ def export(store: Store, manifest: dict[str, Any], folder: Path) -> list[Path]:
     return files
 
 
-SAYS = "Arms of one run read the same rows in the same order; other runs may read others. Lower is better."
+SAYS = "Arms of one run read the same rows in the same order; other runs may read other rows. Lower is better."
 LOSSES = (("finetune", "Training", "loss.png"), ("pretrain", "Attention-sink pretraining", "pretrain-loss.png"))
 
 
 def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
-    """(store, manifest of the report) of a recipe, a fingerprint's first digits or a folder;
-    ValueError without one."""
+    """Return (store, manifest of the report) for a recipe, a fingerprint prefix or a folder; ValueError
+    if there is no report."""
     path = Path(name).absolute()
     if path.exists():
         for folder in (path, *path.parents):
             if folder.parent.name == "report" and (folder / MANIFEST).is_file():
                 store = Store(str(folder.parents[1]))
                 artifact = store.find("report", folder.name)
-                assert artifact, "its manifest is there"
+                assert artifact, "its manifest exists"
                 return store, artifact.manifest
     if PREFIX.fullmatch(name) and name not in recipe_names():
         store = Store(root or ".longreach").checked()
         if (found := by_prefix(store, name)) is None:
-            raise ValueError(f"no report in {store.root} has a fingerprint that begins with {name}")
+            raise ValueError(f"no report in {store.root} has a fingerprint that starts with {name}")
         return store, found
     loaded = load(name)
     store = Store(root).checked() if root else open_store(loaded)
@@ -194,25 +195,24 @@ def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
 
 
 def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
-    """The report's manifest whose fingerprint begins so; None without one, ValueError for
-    several."""
+    """Return the manifest of the report with this fingerprint prefix; None if there is none, ValueError
+    if there are several."""
     found = [m for m in store.manifests("report") if m["fingerprint"].startswith(prefix)]
     if len(found) > 1:
-        raise ValueError(f"{prefix} begins {len(found)} fingerprints in {store.root}: give more digits")
+        raise ValueError(f"{prefix} matches {len(found)} fingerprints in {store.root}: give more digits")
     return next(iter(found), None)
 
 
 def read(store: Store, manifest: dict[str, Any]) -> Findings:
-    """What a report was made of; of each artifact only the files that are read here are fetched and
-    verified."""
+    """Return a report's inputs; download and verify only the artifact files that are read here."""
     recipe, artifacts = manifest["identity"]["recipe"], {}
-    if "labels" in recipe:  # until November 2026 inputs were numbered, and their labels a choice
+    if "labels" in recipe:  # until November 2026 inputs were numbered, and their labels were in the recipe
         raise ValueError(
-            f"{recipe['name']}: its report is an earlier version's; make it again with: longreach run {recipe['name']}"
+            f"{recipe['name']}: an older version wrote its report; make a new one with: longreach run {recipe['name']}"
         )
     for label, fingerprint in manifest["identity"]["inputs"].items():
         if (artifact := store.find(label.partition("[")[0], fingerprint)) is None:
-            raise ValueError(f"{recipe['name']}: {label} ({fingerprint[:8]}) is not in {store.root} any more")
+            raise ValueError(f"{recipe['name']}: {label} ({fingerprint[:8]}) is no longer in {store.root}")
         files = [file for file in artifact.manifest["files"] if READ_HERE.fullmatch(file["path"])]
         if problems := store.problems(Artifact(artifact.path, artifact.manifest | {"files": files})):
             raise ValueError(f"{recipe['name']}: {label} is damaged: {'; '.join(problems)}")
@@ -221,41 +221,39 @@ def read(store: Store, manifest: dict[str, Any]) -> Findings:
 
 
 Namesakes = dict[tuple[tuple[str, ...], ...], list[str]]
-"""Documents whose names stand for several texts, by the groups of models that read the same one."""
+"""Groups of models that read the same text each -> names of documents that have several texts."""
 
 
 @dataclass(eq=False)
 class Merged(Findings):
-    """The models of several runs, named `run: model`; those that compare come first, the best of
-    them first."""
+    """The models of several runs, named `run: model`; comparable ones come first, best first."""
 
     length: int = 0  # the text length at which most models scored the same tokens
     alike: frozenset[str] = frozenset()  # models that scored the same tokens at this length
-    sources: dict[str, str] = field(default_factory=dict)  # of each model's base
+    sources: dict[str, str] = field(default_factory=dict)  # model -> its base
     namesakes: Namesakes = field(default_factory=dict)
-    trained_lengths: dict[str, int] = field(default_factory=dict)  # of each model's base, where it is known
+    trained_lengths: dict[str, int] = field(default_factory=dict)  # model -> trained length of its base, if known
 
     @property
     def compared(self) -> dict[str, Model]:
-        """All models: a comparison shows every one of them."""
+        """All models, because a comparison shows every one."""
         return self.models
 
     def greatest(self) -> tuple[int, dict[str, float]]:
-        """Return the length, and the perplexities there of the models that scored the same
-        tokens."""
+        """Return the length and, for the models that scored the same tokens there, the perplexities."""
         row = self.ppl().get(self.length, {})
         return self.length, {name: row[name]["ppl"] for name in self.models if name in self.alike}
 
     def of_the_first_base(self, evaluation: str) -> dict[str, EvalScores]:
-        """Return the scores of the best model, and of all that have its base: those of another one
-        may have other tokens at the same places of a text."""
+        """Return the scores of the best model and of all with the same base. Models of another base may
+        have other tokens at the same positions of a text."""
         scores = self.scores_of(evaluation)
         first = next(iter(scores), "")
         return {name: one for name, one in scores.items() if self.sources[name] == self.sources[first]}
 
     def background(self) -> Background:
-        """Return the first run's base as what all arms of that base are held against, in whichever
-        run."""
+        """Return the background with the first run's base, with which all arms of that base in any run
+        are compared."""
         found = super().background()
         base = found.base or ""
         related = [name for name in self.models if self.sources[name] == self.sources.get(base)]
@@ -263,13 +261,12 @@ class Merged(Findings):
         return replace(found, trained_length=trained_length, related=frozenset(related))
 
     def yardstick(self, tune: str) -> Model | None:
-        """Return no model, since a ratio of speeds says nothing across machines and row lengths."""
+        """Return None, because speed ratios across machines and row lengths have no meaning."""
         return None
 
 
 def merge(runs: dict[str, Findings]) -> Merged:
-    """Return the models of all runs; a model whose artifacts are those of an earlier run is left
-    out."""
+    """Return the models of all runs, without those whose artifacts an earlier run has too."""
     models: dict[str, Model] = {}
     bases: dict[str, str] = {}
     trained_lengths: dict[str, int] = {}
@@ -319,10 +316,11 @@ def merge(runs: dict[str, Findings]) -> Merged:
 
 
 def _tell_texts_apart(models: dict[str, Model], bases: dict[str, str], digests: dict[str, dict[str, str]]) -> Namesakes:
-    """Give documents that share a name, but not their text, names of their own in all scores, so
-    that nothing takes one for the other; returns them.
+    """Rename documents with the same name but different texts in all scores, so that they are not
+    confused; return them.
 
-    digests: of a corpus' texts by the documents' names, by the corpus' fingerprint.
+    Args:
+        digests: Corpus fingerprint -> document name -> digest of its text.
     """
     readers: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, model in models.items():
@@ -344,12 +342,12 @@ def _tell_texts_apart(models: dict[str, Model], bases: dict[str, str], digests: 
 
 
 def _documents(model: Model) -> set[str]:
-    """Return the names of the documents that a model's scores speak of."""
+    """Return the names of the documents in a model's scores."""
     return {row["document"] for scores in model.scores.values() for row in scores.rows if "document" in row}
 
 
 def _with_documents_renamed(model: Model, new: dict[str, str]) -> Model:
-    """Return a model whose scores know documents by new names."""
+    """Return a copy of a model whose scores have new document names."""
     scores = {}
     for evaluation, one in model.scores.items():
         rows = [row | {"document": new[row["document"]]} if row.get("document") in new else row for row in one.rows]
@@ -358,8 +356,8 @@ def _with_documents_renamed(model: Model, new: dict[str, str]) -> Model:
 
 
 def _base_of(findings: Findings, model: Model) -> str:
-    """Return what a model was made from: the run's base or, of one that was trained from scratch,
-    the tokenizer of its rows."""
+    """Return what a model was made from: the run's base, or, if it was trained from scratch, the
+    tokenizer of its rows."""
     trained = model.variant_of or model
     if trained.kind == "pretrain" and trained.training.model is not None:
         tokenizer = trained.name
@@ -375,8 +373,8 @@ def _fingerprints(findings: Findings, name: str) -> frozenset[str]:
 
 
 def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int, frozenset[str]]:
-    """Return the (greatest) length at which most models of one base scored the same tokens, and
-    these models."""
+    """Return the length at which most models of one base scored the same tokens (the greatest such
+    length), and these models."""
     length, alike = 0, frozenset[str]()
     groups: dict[tuple[int, frozenset[Any]], list[str]] = {}
     for name, model in models.items():
@@ -392,8 +390,8 @@ def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int
 
 
 def headline(found: Merged) -> str:
-    """Say what is gained from context, which model has the best perplexity, and how many do not
-    compare with it."""
+    """Return sentences on the gain from context, on the models with the lowest perplexity, and on how
+    many models are not comparable."""
     length, ppl = found.greatest()
     claim = claim_of(found)
     sentences = claim.sentences() if claim else []
@@ -403,13 +401,13 @@ def headline(found: Merged) -> str:
     text = " ".join(sentences) or "No perplexity was measured."
     others = len(found.scores_of(PERPLEXITY)) - len(ppl)
     if others:
-        text += f" {others} models read other texts or have another base, and do not compare."
+        text += f" {others} models read other texts or have another base, so they are not comparable."
     return text
 
 
 def changes(runs: dict[str, Findings]) -> Table:
-    """Return the choices, resources and hosts in which runs differ from the first; shared ones
-    stand once."""
+    """Return a table of the choices, resources and hosts in which runs differ from the first one, with
+    one row per difference."""
     (first, ours), *others = runs.items()
     rows = []
     for run, theirs in others:
@@ -437,8 +435,8 @@ def shortened(names: Sequence[str], most: int) -> str:
 
 
 def _choices(artifact: Artifact) -> dict[str, Any]:
-    """Return what a result or its cost depends on, without other stages' fingerprints, which would
-    repeat it."""
+    """Return what a result or its cost depends on, without input fingerprints, which would repeat the
+    differences of earlier stages."""
     manifest = artifact.manifest
     choices = {key: manifest["identity"][key] for key in ("revision", "recipe", "digests")}
     return choices | {key: manifest.get(key) for key in ("resources", "host")}

@@ -1,5 +1,4 @@
-"""The report's section on cost by row length: LongLoRA's headline figure, from what the stage
-`costs` measured."""
+"""The report's section on cost by row length (LongLoRA's main figure), from the stage `costs`."""
 
 from __future__ import annotations
 
@@ -13,14 +12,15 @@ from longreach.training.summary import CostsSummary, Spread
 
 PREDICTED = "predicted"
 DISTURBED = 1.5
-"""An arm's slowest step at a length over its fastest, above which other work is taken to have run
-beside them."""
+"""Ratio of an arm's slowest to its fastest step at a length, above which other work is assumed to
+have disturbed the measurement."""
 
 
 def cost_by_length(found: Findings, style: Style) -> Section | None:
-    """Return what a step of each arm costs by row length; nothing if it was not measured.
+    """Return the section on step cost by row length; None if it was not measured.
 
-    `style`: how the arms are drawn in the other figures.
+    Args:
+        style: How the other figures draw the arms.
     """
     measured = found.costs
     if measured is None:
@@ -32,8 +32,8 @@ def cost_by_length(found: Findings, style: Style) -> Section | None:
 
 
 def costs_in_words(measured: CostsSummary) -> str:
-    """Say how the arms compare with the yardstick at the greatest length at which both were
-    measured."""
+    """Return a sentence that compares the arms' speed with the yardstick's at the greatest length at
+    which both were measured."""
     other = measured.yardstick
     for length in reversed(measured.lengths):
         parts = []
@@ -47,7 +47,7 @@ def costs_in_words(measured: CostsSummary) -> str:
 
 
 def _in_words(ratio: Spread) -> str:
-    """Return a ratio with the smallest and the greatest of the rounds."""
+    """Return a ratio with the minimum and maximum of the rounds."""
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
@@ -57,15 +57,15 @@ def _texts(measured: CostsSummary) -> list[str]:
         ranks = f"{measured.ranks} new ranks"
     texts = [
         costs_in_words(measured),
-        f"At each length the arms trained in turns, {measured.rounds} rounds, each with {ranks}, one step that warms "
-        f"up and {measured.steps} timed. A row is one run of tokens, as a long document gives: rows of many short "
-        "documents cost less attention. Groups of S²-Attn have the same share of a row at every length; arms that "
-        "anneal are measured as they begin.",
+        f"At each length the arms took turns for {measured.rounds} rounds, each with {ranks}, one warm-up step and "
+        f"{measured.steps} timed. Each row is a single long document: rows of many short documents need less "
+        "attention. Groups of S²-Attn have the same share of a row at every length; arms that anneal are measured "
+        "with their first pattern.",
     ]
     batches = {cell.length: cell.tokens for cell in measured.cells if not cell.left_out}
     if len({*batches.values()}) > 1:
         sizes = ", ".join(f"{tokens:,} at {length:,}" for length, tokens in batches.items())
-        texts.append(f"Whole rows for every rank make steps of different sizes: {sizes} tokens.")
+        texts.append(f"Steps differ in size, because every rank needs whole rows: {sizes} tokens.")
     disturbed = []
     for length in measured.lengths:
         for arm in measured.arms:
@@ -74,8 +74,8 @@ def _texts(measured: CostsSummary) -> list[str]:
                 disturbed.append(f"{arm} at {length:,}")
     if disturbed:
         texts.append(
-            f"Disturbed, since the slowest step took more than {DISTURBED:g} times as long as the fastest: "
-            f"{', '.join(disturbed)}; --force costs measures again."
+            f"Disturbed by other work (the slowest step took more than {DISTURBED:g} times as long as the fastest): "
+            f"{', '.join(disturbed)}; to measure again, run with --force costs."
         )
     return [text for text in texts if text]
 
@@ -92,12 +92,12 @@ def _tables(measured: CostsSummary) -> list[Block]:
     def memory(length: int, arm: str) -> str:
         return _cell(measured.peak_gib(length, arm), 3)
 
-    spread = "Medians; small: smallest and greatest"
+    spread = "Medians; small: minimum and maximum"
     return [
         _table(measured, "Seconds per 1,000 tokens", time, f"{spread} of all timed steps."),
         _table(
             measured, f"Times as fast as {other}", times_as_fast,
-            f"{spread} of the rounds. Steps of one round are compared: a machine that is busy for a while slows both.",
+            f"{spread} of the rounds. Ratios are within a round, because other work slows both arms of a round.",
         ),
         _table(measured, "Peak memory (GiB, all ranks)", memory, f"{spread} of the rounds."),
     ]  # fmt: skip
@@ -128,8 +128,8 @@ def _cell(spread: Spread | None, digits: int, unit: str = "") -> str:
 
 
 def _left_out(measured: CostsSummary) -> list[Block]:
-    """Return what was not measured, and why; an arm that does not fit at a length does not fit at a
-    greater one."""
+    """Return a table of what was not measured, and why. An arm that does not fit at one length is left
+    out at all greater ones too."""
     first = {}
     for cell in reversed(measured.cells):
         if cell.left_out:
@@ -140,7 +140,7 @@ def _left_out(measured: CostsSummary) -> list[Block]:
 
 
 def _figures(measured: CostsSummary, style: Style) -> list[Figure]:
-    """Return time and memory by row length, with the planner's predictions dashed."""
+    """Return figures of time and memory by row length, with the planner's predictions dashed."""
     times: dict[str, list[tuple[float, ...]]] = {}
     memories: dict[str, list[tuple[float, ...]]] = {}
     for arm in measured.arms[: MOST_SERIES // 2]:  # each has two curves
@@ -156,11 +156,11 @@ def _figures(measured: CostsSummary, style: Style) -> list[Figure]:
                 memories.setdefault(predicted, []).append((length, before[1]))
     if not times:
         return []
-    dashed = "Dashed: what the planner predicted before the first step."
+    dashed = "Dashed: the planner's prediction before the first step."
     x = "row length (tokens)"
     return [
         lines(
-            "costs-time.png", "Time by row length", f"Lower is better. Bars: smallest to greatest step. {dashed}",
+            "costs-time.png", "Time by row length", f"Lower is better. Bars: fastest to slowest step. {dashed}",
             (x, "seconds per 1,000 tokens"), times, style, log=True, ticks=measured.lengths,
         ),
         lines(

@@ -1,5 +1,4 @@
-"""What the report's inputs say: artifacts are read once, into models with their training, steps and
-scores.
+"""The report's inputs: read artifacts once into models with their training, steps and scores.
 
 gather({"convert": artifact, "evaluate[base,perplexity]": another}).ppl()[8192]["base"]["ppl"]
 """
@@ -27,45 +26,42 @@ from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.recipe import ArmRecipe, RopeRecipe
 from longreach.training.summary import CostsSummary, PackSummary, Spread, TrainingSummary
 
-POINTS = 500  # steps of a training that are read for its curves
-PROMPT_ENDS = 300  # characters of each end of a long prompt that are read
+POINTS = 500  # maximum number of a training's steps to read for its curves, about
+PROMPT_ENDS = 300  # number of characters to keep at each end of a long prompt
 PERPLEXITY = "perplexity"
-"""The evaluation by which models are compared: in the main table, the headline and the frontier."""
-NOT_RUN = "not run, since "  # the reason of a stage that failed only because one before it did begins so
+"""The evaluation that compares models in the main table, the headline and the frontier."""
+NOT_RUN = "not run, since "  # prefix of the reason of a stage that failed only because an earlier one did
 
 
 @dataclass
 class Model:
-    """A baseline, an arm that was fine-tuned or pretrained, or a variant of one, with all that its
-    artifacts say."""
+    """A baseline, a fine-tuned or pretrained arm, or a variant, with the content of its artifacts."""
 
     name: str
     kind: str
-    """baseline, finetune, pretrain or variant; `failed finetune` or `failed pretrain` where
-    training did not end."""
+    """baseline, finetune, pretrain or variant; `failed finetune` or `failed pretrain` if training
+    failed."""
     about: str
     of: str = ""
-    """The arm that it is a seed of: models that have it in common differ by their seed only. The
-    name of the first of them, which is its own where the arm was trained once; empty for a
-    baseline."""
-    variant_of: Model | None = None  # the arm that was stretched once more, after its training
+    """The first model of the same arm: models with the same `of` differ only by seed. For an arm with
+    one seed it is the model's own name; empty for a baseline."""
+    variant_of: Model | None = None  # the arm that was stretched again after its training
     summary: TrainingSummary | None = None
-    """What its training says of itself; None for a baseline, a variant and where training did not
-    end."""
+    """Its training summary; None for a baseline, a variant and a failed training."""
     trained_on: str = ""
-    """The host and the ranks of its training, in words; empty for what was not trained."""
+    """Description of the host and ranks of its training; empty if it was not trained."""
     steps: list[dict[str, Any]] = field(default_factory=list)
-    """metrics.jsonl; of a long run about POINTS of its lines."""
-    scores: dict[str, EvalScores] = field(default_factory=dict)  # by evaluation, with the ends of their cases' prompts
+    """The lines of metrics.jsonl; of a long run only about POINTS."""
+    scores: dict[str, EvalScores] = field(default_factory=dict)  # by evaluation; long prompts of cases are shortened
     weights: str = ""
-    """The fingerprint of the folder that a baseline is loaded from; empty for a trained model."""
+    """The fingerprint of a baseline's model folder; empty for a trained model."""
     corpus: str = ""
     """The fingerprint of the PackedCorpus whose held-out documents it was evaluated on."""
     stretched: bool = False
-    """Whether a baseline is loaded with other positions than it was trained with."""
+    """Whether a baseline is loaded with a stretch."""
 
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
-        """Return the rows of an evaluation's scores whose columns have these values; none if it was
+        """Return the rows of an evaluation's scores whose columns have these values; empty if it was
         not evaluated."""
         if evaluation not in self.scores:
             return []
@@ -73,12 +69,12 @@ class Model:
 
     @property
     def training(self) -> TrainingSummary:
-        """What its training says of itself; only for models that were trained."""
+        """The training summary of a trained model."""
         assert self.summary is not None, f"{self.name} was not trained"
         return self.summary
 
     def ratio(self, other: Model, cost: str) -> float:
-        """Return this model's cost (a number of TrainingSummary) as a multiple of another one's."""
+        """Return this model's cost (a field of TrainingSummary) as a multiple of another model's."""
         return getattr(self.training, cost) / getattr(other.training, cost)
 
     @property
@@ -87,34 +83,33 @@ class Model:
 
     @property
     def mfu(self) -> float:
-        """A step's FLOPs over what the ranks do meanwhile in plain matrix products; NaN where they
-        were not counted."""
+        """A step's FLOPs over what the ranks reach in plain matrix products in the same time; NaN if
+        not counted."""
         predicted, machine = self.training.predicted, self.training.machine
         if predicted is None or machine is None:
             return math.nan
         return predicted.flops / self.training.step_s_median / (machine.matmul * self.training.ranks)
 
 
-@dataclass(eq=False)  # compared by identity: what is concluded from it is remembered (claim.py)
+@dataclass(eq=False)  # compared by identity, because claim.py caches results per instance
 class Findings:
-    """All that the report's inputs say."""
+    """The content of the report's inputs."""
 
     artifacts: dict[str, Artifact]
     base: dict[str, Any] = field(default_factory=dict)
-    """Where the base comes from and what it is; empty if there is none."""
-    packs: dict[str, PackSummary] = field(default_factory=dict)  # how documents became rows, by label
+    """The base's origin and description; empty if there is no base."""
+    packs: dict[str, PackSummary] = field(default_factory=dict)  # summaries of packing, by label
     models: dict[str, Model] = field(default_factory=dict)
     prices: PriceRecipe = field(default_factory=PriceRecipe)
-    failed: dict[str, str] = field(default_factory=dict)  # stages that could not be done: label -> why
+    failed: dict[str, str] = field(default_factory=dict)  # failed stages: label -> reason
     costs: CostsSummary | None = None
-    """What arms cost by row length; None where that was not measured."""
+    """Cost of the arms by row length; None if not measured."""
 
     def of(self, *kinds: str) -> dict[str, Model]:
         return {name: model for name, model in self.models.items() if model.kind in kinds}
 
     def yardstick(self, tune: str) -> Model | None:
-        """Return the first arm that trains `tune` under full attention: the others are measured
-        against it."""
+        """Return the first arm that trains `tune` with full attention, with which others are compared."""
         for model in self.of("finetune").values():
             arm = model.training.arm
             if arm.tune == tune and arm.attention.pattern == "causal":
@@ -122,28 +117,28 @@ class Findings:
         return None
 
     def trained_alike(self, model: Model, other: Model) -> bool:
-        """True if the speeds of two models compare: trained on the same machine with the same ranks,
-        or measured in turns."""
+        """True if the speeds of two models are comparable: trained on the same machine with the same
+        ranks, or measured in turns."""
         return model.trained_on == other.trained_on or self.in_turns(model, other) is not None
 
     def speedup(self, model: Model, other: Model) -> Spread:
-        """Return how many times as fast as another arm it trains.
+        """Return the model's training speed as a multiple of another's.
 
-        From what was measured in turns, if it was at this length of rows; else the ratio of the two
-        trainings, which is one number.
+        It comes from the measurements in turns if they include this row length; else it is the ratio
+        of the two trainings, a single number.
         """
         return self.in_turns(model, other) or Spread.of([model.ratio(other, "tokens_per_s")])
 
     def in_turns(self, model: Model, other: Model) -> Spread | None:
-        """Return how many times as fast as another arm it is in turns with it, on rows as long as
-        those that both trained on; None where that was not measured."""
+        """Return the speed as a multiple of another arm's, measured in turns on rows of the training's
+        length; None if not measured."""
         if self.costs is None or "pack" not in self.packs:
             return None
         return self.costs.times_as_fast(self.packs["pack"].seq_len, model.of, other.of)
 
     @property
     def compared(self) -> dict[str, Model]:
-        """The models that come from the base, whose numbers compare."""
+        """The models that come from the base, whose numbers are comparable."""
         compared = {}
         for name, model in self.models.items():
             of_trained = model.variant_of is not None and model.variant_of.kind == "finetune"
@@ -153,7 +148,7 @@ class Findings:
 
     @property
     def trained(self) -> dict[str, Model]:
-        """Those of the compared models that were trained, so that they have a cost."""
+        """The compared models that were trained, and therefore have a cost."""
         return {name: model for name, model in self.compared.items() if model.summary}
 
     def ppl(self, protocol: str = "last_stride") -> dict[int, dict[str, dict[str, Any]]]:
@@ -182,9 +177,9 @@ class Findings:
         )
 
     def plain_base(self) -> Model | None:
-        """Return the baseline that is the base as it is, if there is one."""
+        """Return the baseline that is the unchanged base, or None."""
         for name, model in self.of("baseline").items():
-            if not model.stretched and name != "champion":  # which only the gate's champion is called
+            if not model.stretched and name != "champion":  # a name reserved for the gate's champion
                 return model
         return None
 
@@ -197,12 +192,12 @@ class Findings:
         return length, dict(sorted(ppl.items(), key=lambda item: item[1] if finite(item[1]) else math.inf))
 
     def last_tokens(self) -> str:
-        """Say which tokens the `last_stride` protocol scores."""
+        """Return a phrase for the tokens that the `last_stride` protocol scores."""
         counts = {scores.recipe["last_tokens"] for scores in self.scores_of(PERPLEXITY).values()}
         return f"last {' or '.join(map(str, sorted(counts)))} tokens"
 
     def where(self) -> str:
-        """Say what ratios of speed depend on, as far as it is known: row length and model width."""
+        """Return the row length and model width, as far as known, on which speed ratios depend."""
         parts = []
         if "pack" in self.packs:
             parts.append(f"rows of {self.packs['pack'].seq_len:,} tokens")
@@ -212,7 +207,7 @@ class Findings:
 
 
 def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[int, dict[str, dict[str, Any]]]:
-    """Return an evaluation's rows by length and model; `where` picks one row for each."""
+    """Return an evaluation's rows by length and model; `where` must select one row for each."""
     lengths: dict[int, dict[str, dict[str, Any]]] = {}
     for name, model in models.items():
         for row in model.rows(evaluation, **where):
@@ -223,13 +218,13 @@ def by_length(models: dict[str, Model], evaluation: str, **where: Any) -> dict[i
 def gather(
     artifacts: Mapping[str, Artifact], prices: PriceRecipe | None = None, failed: Mapping[str, str] | None = None
 ) -> Findings:
-    """Read what the artifacts hold, by label; any may be missing, and ValueError names a malformed
+    """Read the artifacts, given by label, of which any may be missing; ValueError names a malformed
     file."""
     findings = Findings(dict(artifacts), prices=prices or PriceRecipe(), failed=dict(failed or {}))
     arms: dict[str, Model] = {}
-    firsts: dict[str, Model] = {}  # the first model of those that differ by their seed only
+    firsts: dict[str, Model] = {}  # the first of the models that differ only by seed
     for label, artifact in artifacts.items():
-        if artifact.stage == "convert" and not findings.base:  # another one is where a retraining starts
+        if artifact.stage == "convert" and not findings.base:  # a second one is the start of a retraining
             findings.base = artifact.summary["origin"] | artifact.summary
         elif artifact.stage == "pack":
             findings.packs[label] = _pack_summary(artifact)
@@ -272,9 +267,9 @@ def gather(
 def _arm(name: str, artifact: Artifact) -> Model:
     try:
         summary = TrainingSummary.model_validate(artifact.summary)
-    except ValueError as error:  # another version of longreach trained it
+    except ValueError as error:  # written by another version of longreach
         raise ValueError(
-            f"{artifact.manifest['label']}: its summary is not as this version writes it: {error}"
+            f"{artifact.manifest['label']}: its summary is of another version of longreach: {error}"
         ) from error
     steps = thinned((artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return Model(
@@ -284,9 +279,11 @@ def _arm(name: str, artifact: Artifact) -> Model:
 
 
 def _place(manifest: Mapping[str, Any]) -> str:
-    """Return where a training ran, in words, as far as its speed depends on it; resources are no
-    part of a fingerprint, so arms of one report may have had others."""
-    usual = Resources().model_dump(mode="json")  # what a manifest meant that is older than a field
+    """Describe where a training ran, as far as its speed depends on it.
+
+    Resources are not part of a fingerprint, so they may differ between arms of one report.
+    """
+    usual = Resources().model_dump(mode="json")  # values for fields that an older manifest does not have
     asked = usual | manifest["resources"]
     ranks = f"{asked['workers']} ranks of {asked['cpus_per_worker']} CPU and {asked['gpus_per_worker']} GPU"
     rest = f"{asked['dtype']}, products {asked['matmul_precision']}, ZeRO {asked['zero_stage']}"
@@ -294,9 +291,9 @@ def _place(manifest: Mapping[str, Any]) -> str:
 
 
 def _variants(artifacts: Mapping[str, Artifact], arms: dict[str, Model]) -> Iterator[Model]:
-    """Yield the arms' variants: an arm's model, stretched in another way after its training."""
+    """Yield the variants: arms' models with another stretch after their training."""
     made = {artifact.fingerprint: label for label, artifact in artifacts.items()}
-    firsts: dict[tuple[str, RopeRecipe], str] = {}  # the first variant of those of one arm's seeds
+    firsts: dict[tuple[str, RopeRecipe], str] = {}  # the first of the variants of one arm's seeds
     for label, artifact in artifacts.items():
         if artifact.stage != "stretch":
             continue
@@ -315,16 +312,16 @@ def _model_of(label: str) -> str:
 
 
 def _but_for_its_seed(artifact: Artifact) -> str:
-    """Return a digest of all that a training was made of, but its seed and what follows from that:
-    the gains of the rows that it reads, which are drawn with it."""
+    """Return a digest of a training's identity without its seed, and without the gains of its rows,
+    which the seed selects."""
     identity = artifact.manifest["identity"]
     inputs = {name: made for name, made in identity["inputs"].items() if name != GAINS}
     return digest_of(identity | {"recipe": identity["recipe"] | {"seed": None}, "inputs": inputs})
 
 
 def _note_failure(findings: Findings, label: str, reason: str) -> None:
-    """Add an arm whose training failed, or say of a model that something else failed by its own
-    fault."""
+    """Add an arm whose training failed, or add to a model's description that another stage of it
+    failed."""
     stage, _, rest = label.removesuffix("]").partition("[")
     name, _, evaluation = rest.partition(",")
     if stage in ("finetune", "pretrain"):
@@ -334,18 +331,16 @@ def _note_failure(findings: Findings, label: str, reason: str) -> None:
 
 
 def brief(reason: str) -> str:
-    """Return why a stage failed, for a table's cell: lack of memory by that name, else the first
-    line, shortened."""
+    """Return a reason for a table cell: "out of memory" if it is that, else the shortened first line."""
     if re.search(r"out ?of ?memory|low on memory|oom.?kill", reason, re.IGNORECASE):
         return "out of memory"
     return textwrap.shorten(next(iter(reason.splitlines()), "no reason given"), 100, placeholder=" …")
 
 
 def thinned(lines: list[str]) -> list[str]:
-    """Return about POINTS of a long run's steps, evenly spread and with the last one.
+    """Return about POINTS evenly spaced lines of a long run, including the last one.
 
-    Steps with a validation loss or a sink mass are few: of each of these about POINTS are returned
-    as well.
+    Lines with a validation loss or a sink mass are rare, so about POINTS of each of these are kept too.
     """
     kept: set[int] = set()
     for mark in ("", '"validation_loss"', '"sink_mass"'):
@@ -356,8 +351,8 @@ def thinned(lines: list[str]) -> list[str]:
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names of Pareto's frontier by x: no other point (x, y) is as good in both and
-    better in one."""
+    """Return the names on the Pareto frontier by x: no other point (x, y) is at least as good in both
+    and better in one."""
     names: list[str] = []
     least = math.inf
     for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
@@ -368,8 +363,7 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
-    """Return a JSON object that has the keys `needed`; ValueError says what the file holds
-    instead."""
+    """Read a JSON object that must have the keys `needed`; ValueError names the missing ones."""
     path = artifact.path / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -384,8 +378,8 @@ def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
 
 
 def cases_of(artifact: Artifact) -> list[dict[str, Any]]:
-    """Return an evaluation's cases, of long prompts the ends alone: a thousand whole ones would fill
-    the memory. ValueError where a line is not JSON."""
+    """Return an evaluation's cases, with only the ends of long prompts, because a thousand whole ones
+    would fill the memory. ValueError if a line is not JSON."""
     path = artifact.path / "cases.jsonl"
     if not path.is_file():
         return []
@@ -403,7 +397,7 @@ def cases_of(artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def _pack_summary(artifact: Artifact) -> PackSummary:
-    """Return how documents became rows; ValueError names the stage whose file cannot be read."""
+    """Read the summary of packing; ValueError names the stage whose file cannot be read."""
     try:
         return PackSummary.read(artifact.path)
     except (OSError, ValueError) as error:
@@ -417,7 +411,7 @@ def about_rope(rope: dict[str, Any] | None) -> str:
 
 
 def _about_lora(arm: ArmRecipe) -> str:
-    """Return LoRA's rank, and how it differs from plain LoRA."""
+    """Return LoRA's rank, and the differences from plain LoRA."""
     parts = [f"LoRA r={arm.lora_rank}"]
     if arm.use_dora:
         parts.append("DoRA")

