@@ -355,7 +355,8 @@ def test_a_check_of_a_section_points_at_its_field_and_gives_both_numbers(small: 
         "use 16, or another seq_len"
     ]
     assert mistakes(small, edits={"group_tokens: 24": "group_tokens: 15"}) == [
-        "small.yaml:15: finetune.arms.long.1.attention: group_tokens 15 is odd: half a group is shifted; use 14 or 16"
+        "small.yaml:15: finetune.arms.long.1.attention: group_tokens 15 is odd, but groups are shifted by half: "
+        "use 14 or 16"
     ]
     assert mistakes(small, "finetune.arms.long.1.attention.group_tokens=16", "finetune.global_batch_tokens=100") == [
         "--set: finetune: global_batch_tokens 100 is not a multiple of pack.seq_len 64: use 128 (2 rows)"
