@@ -1,16 +1,17 @@
-"""Make transformers models use a pattern, through its AttentionInterface and without monkeypatching.
+"""Make transformers models use a pattern, through its AttentionInterface and without
+monkeypatching.
 
     set_pattern(model, PATTERNS["shifted_sparse"](group_tokens=512))      # train sparse
-    print(active_pattern(model))                                          # shifted_sparse(...) by kernel sdpa
-    set_pattern(model, PATTERNS["causal"]())                              # evaluate dense
+    print(active_pattern(model))                                          # shifted_sparse(...) by
+    kernel sdpa set_pattern(model, PATTERNS["causal"]())                              # evaluate
+    dense
 
 Each pair of a pattern and a kernel is registered under its own name, which becomes the model's
-attention implementation. This also works with PEFT and gradient checkpointing. Packed rows are marked
-by position_ids that restart, padding by a 2-D mask; both become document borders. If positions skip
-inside a document, attention also needs the plain positions, which restart only at each document:
-model(..., position_ids=with_documents(skipping, plain)). Pass `use_cache=False`, since with a cache
-queries and keys differ in length.
-"""
+attention implementation. This also works with PEFT and gradient checkpointing. Packed rows are
+marked by position_ids that restart, padding by a 2-D mask; both become document borders. If
+positions skip inside a document, attention also needs the plain positions, which restart only at
+each document: model(..., position_ids=with_documents(skipping, plain)). Pass `use_cache=False`,
+since with a cache queries and keys differ in length."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,8 +48,8 @@ class ActivePattern:
 
 _registered: dict[str, ActivePattern] = {}
 _documents = WeakIdKeyDictionary()
-"""position_ids that skip -> plain position_ids. All layers pass position_ids on to their attention, also when
-they are recomputed, while some families (StableLM, Nemotron) drop additional keywords."""
+"""position_ids that skip -> plain position_ids. All layers pass position_ids on to their attention,
+also when they are recomputed, while some families (StableLM, Nemotron) drop additional keywords."""
 
 
 def set_pattern(
@@ -98,7 +99,8 @@ def active_pattern(model: nn.Module) -> ActivePattern | None:
 @contextmanager
 def attending_by(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> Iterator[None]:
     """Make `attend` the model's attention inside the block. It is called as by the
-    AttentionInterface, without a mask. ValueError for a model that computes its attention itself."""
+    AttentionInterface, without a mask. ValueError for a model that computes its attention
+    itself."""
     before = model.config._attn_implementation
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
@@ -161,8 +163,8 @@ def logit_changes(config: PretrainedConfig) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
-    """Check that logits do not depend on later tokens, and that they are the output embedding of the
-    body's output, changed as `logit_changes` says. Raises ValueError otherwise.
+    """Check that logits do not depend on later tokens, and that they are the output embedding of
+    the body's output, changed as `logit_changes` says. Raises ValueError otherwise.
 
     This is tried on a few tokens. It matters because losses are computed without the model's head.
     """
@@ -206,8 +208,8 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Return the padding mask if there is padding. transformers calls this once per forward pass for
-    a mask, but patterns make their own and only need the padding."""
+    """Return the padding mask if there is padding. transformers calls this once per forward pass
+    for a mask, but patterns make their own and only need the padding."""
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
@@ -247,8 +249,8 @@ def with_documents(position_ids_BT: Tensor, documents_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_documents(model: PreTrainedModel) -> None:
-    """Raise ValueError unless every attention layer recognizes documents when positions skip. This is
-    tried on a few tokens."""
+    """Raise ValueError unless every attention layer recognizes documents when positions skip. This
+    is tried on a few tokens."""
     plain_1T = torch.arange(4, device=model.device)[None]
     known: list[bool] = []
 
@@ -269,8 +271,8 @@ def check_documents(model: PreTrainedModel) -> None:
 
 
 def split_padding(position_ids_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
-    """Return positions [B, T] that also restart where padding begins and ends, so that no token sees
-    padding."""
+    """Return positions [B, T] that also restart where padding begins and ends, so that no token
+    sees padding."""
     if mask_BT.dim() != 2:
         raise ValueError(
             f"a padding mask is [batch, tokens]; got {tuple(mask_BT.shape)}: leave 4-D masks to the pattern"

@@ -5,16 +5,18 @@ A call reads views of q, k, v (a range of heads, a range of tokens). If a query 
 rectangles (sinks, windows), the results are merged by log-sum-exp. The backward of flash attention
 needs only the output and the log-sum-exp over all keys of a query. Given the merged ones, the
 backward of each call returns exactly its share of the whole gradient, including sink logits. The
-autograd function writes these into slices of one buffer, because the backward of a slice would fill a
-whole tensor with zeros for every call.
+autograd function writes these into slices of one buffer, because the backward of a slice would fill
+a whole tensor with zeros for every call.
 
 A rectangle is divided into pieces of three kinds. Rows are queries, columns are keys, and `x` is a
 visible pair:
 
-    causal   x . . .     full   x x x x     later   . . . .     of a window of 5 tokens, in blocks of 4: the query
-             x x . .            x x x x             . x x x     sees its own block causally, and of the block before
-             x x x .            x x x x             . . x x     it what is later; read backwards that is causal too
-             x x x x            x x x x             . . . x     (queries and keys flipped), so the op can do it
+    causal   x . . .     full   x x x x     later   . . . .     of a window of 5 tokens, in blocks
+    of 4: the query
+             x x . .            x x x x             . x x x     sees its own block causally, and of
+             the block before x x x .            x x x x             . . x x     it what is later;
+             read backwards that is causal too x x x x            x x x x             . . . x
+             (queries and keys flipped), so the op can do it
 
 Query heads that share a KV head are called one after another, so that no key is repeated.
 
@@ -178,7 +180,8 @@ def head_spans(pattern: Pattern, heads: Heads) -> Iterator[tuple[tuple[int, int]
 
 @lru_cache(maxsize=1024)
 def row_rectangles(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T: int) -> tuple[Rectangle, ...]:
-    """Return a row's rectangles, beginning with those whose queries and keys are the same tokens."""
+    """Return a row's rectangles, beginning with those whose queries and keys are the same
+    tokens."""
     found = []
     for begin, end in zip(starts, (*starts[1:], T), strict=True):
         rectangles = pattern.rectangles(variant, begin, end)
@@ -207,8 +210,8 @@ def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T:
 
 
 def _blocks(r: Rectangle) -> Iterator[Piece]:
-    """Yield the pieces of a rectangle. A window of W tokens is divided into blocks of W - 1 tokens: a
-    query sees its own block causally, and the later part of the block before it."""
+    """Yield the pieces of a rectangle. A window of W tokens is divided into blocks of W - 1 tokens:
+    a query sees its own block causally, and the later part of the block before it."""
     (begin, end), (k_begin, k_end) = r.q, r.k
     if r.window is None or r.window >= end - begin:
         yield Piece("causal" if r.causal else "full", begin, k_begin, end - begin, k_end - k_begin)
@@ -278,7 +281,7 @@ def features_last(x_BHTD: Tensor) -> Tensor:
 
 
 def _token_major(x_BHTD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an uninitialized tensor shaped like x with memory layout [B, T, H, D], so that the layer
-    after attention gets a view."""
+    """Return an uninitialized tensor shaped like x with memory layout [B, T, H, D], so that the
+    layer after attention gets a view."""
     B, H, T, D = x_BHTD.shape
     return x_BHTD.new_empty(B, T, H, D, dtype=dtype or x_BHTD.dtype).transpose(1, 2)
