@@ -2,10 +2,10 @@
 rectangles.
 
 A block mask says which 128 x 128 blocks of the scores a head needs. Inside a needed block the
-predicate decides, unless all of it is visible. The mask is created once for the documents of a batch
-and shared by all layers and the backward pass. The predicate is evaluated for some queries at a time,
-so that no [T, T] for every head exists (34 GB at 32,768 tokens and 32 heads, which torch's own
-`create_block_mask` needs unless it is recompiled for each batch).
+predicate decides, unless all of it is visible. The mask is created once for the documents of a
+batch and shared by all layers and the backward pass. The predicate is evaluated for some queries at
+a time, so that no [T, T] for every head exists (34 GB at 32,768 tokens and 32 heads, which torch's
+own `create_block_mask` needs unless it is recompiled for each batch).
 
 CUDA supports forward and backward. On CPU torch has no backward (it raises NotImplementedError), so
 the kernel runs there only without gradients, after 10 to 15 s of compilation.

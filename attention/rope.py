@@ -7,8 +7,8 @@ ones. NTK-aware, YaRN (arXiv:2309.00071) and Llama-3 scaling treat slow and fast
 differently. `theta` only raises the base frequency, without any training.
 
 `Rotary` moves keys or queries that a model has already rotated to another position. RoPE
-(arXiv:2104.09864) is relative, so moving a key by n positions is one more rotation, whatever scaling
-the frequencies have.
+(arXiv:2104.09864) is relative, so moving a key by n positions is one more rotation, whatever
+scaling the frequencies have.
 
     stretched_config(AutoConfig.from_pretrained(folder), "linear", 2.0)
 
@@ -47,8 +47,8 @@ def stretched_config(
 
     `max_position_embeddings` becomes the new context length, except for "dynamic": there
     transformers reads the trained context length from it, and stretches as the input grows beyond
-    it. Raises ValueError for an unknown type, a model without RoPE or already stretched, or a missing
-    or unneeded theta.
+    it. Raises ValueError for an unknown type, a model without RoPE or already stretched, or a
+    missing or unneeded theta.
 
     Args:
         config: of a model with RoPE that is not yet stretched.
@@ -73,9 +73,7 @@ def stretched_config(
     if rope.get("rope_type", "default") != "default" and type != "none":
         raise ValueError(f"the model's RoPE is {rope['rope_type']!r} already: stretch the model it was made from")
     if (type == "theta") != (theta is not None) or factor < 1:
-        raise ValueError(
-            f"rope type {type!r} with theta {theta} and factor {factor}: theta is for type 'theta' only"
-        )
+        raise ValueError(f"rope type {type!r} with theta {theta} and factor {factor}: theta is for type 'theta' only")
     if type == "none":
         return whole
     if rope["rope_theta"] is None:
@@ -111,10 +109,9 @@ def stretched_config(
 def fix_frequencies(model: nn.Module, tokens: int) -> None:
     """Fix RoPE frequencies that depend on the input length to those of `tokens` from now on.
 
-    transformers derives them from the largest position in a batch ("longrope"), or in all batches so
-    far ("dynamic"). So the rotation of packed rows would depend on the documents in the same batch,
-    and on what a rank has read since it started.
-    """
+    transformers derives them from the largest position in a batch ("longrope"), or in all batches
+    so far ("dynamic"). So the rotation of packed rows would depend on the documents in the same
+    batch, and on what a rank has read since it started."""
     for module in model.modules():
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             rotary: Any = module
@@ -177,8 +174,8 @@ class Rotary:
         return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
     def angles(self, by_T: Tensor) -> Tensor:
-        """Return the angles [T, R] in radians of a rotation by so many positions, in float64, on the
-        positions' device."""
+        """Return the angles [T, R] in radians of a rotation by so many positions, in float64, on
+        the positions' device."""
         return by_T.double()[:, None] * self.inv_freq_R.to(by_T.device).double()
 
     def rounding(self, at_T: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
-"""Streaming attention (arXiv:2309.17453) for many queries at once, with the result that a sink cache
-gives token by token.
+"""Streaming attention (arXiv:2309.17453) for many queries at once, with the result that a sink
+cache gives token by token.
 
-Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With positions
-counted in the cache, recent keys are at their true distance, since RoPE is relative. Only the sinks
-are nearer, as if the query were at min(t, S + W). So for the sinks the query is rotated back by
-t - (S + W). The recent keys are a band:
+Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With
+positions counted in the cache, recent keys are at their true distance, since RoPE is relative. Only
+the sinks are nearer, as if the query were at min(t, S + W). So for the sinks the query is rotated
+back by t - (S + W). The recent keys are a band:
 
-    t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys before the block
+    t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys
+    before the block
 
 Blocks of W queries need neither a mask nor a band matrix. They are two causal flash attentions (the
-second with queries and keys flipped), a rectangle if a block is short, and a small sink term, merged
-by their log-sum-exps. Memory is O(W) in addition to q, k, v. The result equals decoding to 1e-12 in
-float64 (tests/test_attention_streamed.py); speed is measured in benchmarks/streaming.py.
+second with queries and keys flipped), a rectangle if a block is short, and a small sink term,
+merged by their log-sum-exps. Memory is O(W) in addition to q, k, v. The result equals decoding to
+1e-12 in float64 (tests/test_attention_streamed.py); speed is measured in benchmarks/streaming.py.
 
-    out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020, rotary=rotary)
+    out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020,
+    rotary=rotary)
 
 Legend: B batch, T queries, H query heads, K key/value heads, D head dim, S sinks, W window, N
 recent keys.
@@ -43,9 +45,11 @@ def streamed_attention(
         recent: keys and values [B, K, N, D] of tokens after the sinks, ending with the last query's
             own. Before the first query's own there are up to window_tokens, as many as exist.
         sinks: keys and values of the text's first tokens, min(sink_tokens, first+T) of them.
-        rotary: rotates queries back, for positions counted in the cache; None: positions are counted
+        rotary: rotates queries back, for positions counted in the cache; None: positions are
+        counted
             in the text.
-        sink_logit_H: a logit per head in each softmax (attention/sink_softmax.py), in addition to the
+        sink_logit_H: a logit per head in each softmax (attention/sink_softmax.py), in addition to
+        the
             sink tokens.
     """
     out_BHTD = torch.empty_like(q_BHTD)
@@ -118,8 +122,8 @@ def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, cau
 
 
 def plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_TN: Tensor | None) -> Part:
-    """Compute one part by the formula, with all scores in memory. The mask of unseen keys may differ
-    by row, as [B, 1, 1, T, N]."""
+    """Compute one part by the formula, with all scores in memory. The mask of unseen keys may
+    differ by row, as [B, 1, 1, T, N]."""
     B, H, T, D = q_BHTD.shape
     K = k_BKND.shape[1]
     scores = (q_BHTD.reshape(B, K, -1, D) @ k_BKND.mT).unflatten(2, (H // K, T)) * scale

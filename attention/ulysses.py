@@ -1,10 +1,10 @@
 """Sequence parallelism: the tokens of a row are split over ranks, and attention still covers the
 whole row (DeepSpeed-Ulysses, arXiv:2309.14509; ALST, arXiv:2506.13996).
 
-Outside attention, a rank has T / N tokens and all heads. For attention, an all-to-all gives it all T
-tokens and H / N heads, any kernel computes any pattern, and another all-to-all restores the tokens.
-Which heads S²-Attn shifts depends on their index in the model, not in the rank, so a rank computes
-`SomeHeads` of the pattern.
+Outside attention, a rank has T / N tokens and all heads. For attention, an all-to-all gives it all
+T tokens and H / N heads, any kernel computes any pattern, and another all-to-all restores the
+tokens. Which heads S²-Attn shifts depends on their index in the model, not in the rank, so a rank
+computes `SomeHeads` of the pattern.
 
     ranks = sequence_ranks(2)                     # on every rank: groups of two neighbours
     set_pattern(model, pattern, sequence=ranks)
@@ -40,8 +40,8 @@ ALONE = SequenceRanks(None)
 
 
 def sequence_ranks(size: int) -> SequenceRanks:
-    """Split all ranks into groups of `size` neighbors; every rank calls it. ValueError if `size` does
-    not divide the number of ranks."""
+    """Split all ranks into groups of `size` neighbors; every rank calls it. ValueError if `size`
+    does not divide the number of ranks."""
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
         raise ValueError(f"sequence_parallel {size} does not divide {world} ranks: change workers to a multiple of it")
@@ -129,9 +129,8 @@ def attend_in_parts(
 ) -> Tensor:
     """Return attention [B, H, P, D] of this rank's tokens over the whole row.
 
-    Every rank of the group calls it at the same time, each with its own tokens. Raises ValueError like
-    `check_heads`.
-    """
+    Every rank of the group calls it at the same time, each with its own tokens. Raises ValueError
+    like `check_heads`."""
     H, K = q_BHPD.shape[1], k_BKPD.shape[1]
     check_heads(H, K, ranks.size)
     assert call.position_ids_BT is not None, "positions are needed to tell documents apart"

@@ -1,12 +1,13 @@
 """Check that a model's tokens see neither later tokens nor other documents.
 
 If tokens see the future, the training loss falls and the evaluation loss rises, and no loss curve
-shows why. Most copies of S²-Attn have such a leak: a roll by half a group puts the row's end and its
-start into one causal group. So this tests the model itself, whatever computes its attention, in two
-independent ways:
+shows why. Most copies of S²-Attn have such a leak: a roll by half a group puts the row's end and
+its start into one causal group. So this tests the model itself, whatever computes its attention, in
+two independent ways:
 
-  output    replace the tokens from a cut to the end of their document; no hidden state elsewhere may change
-  gradient  take the last hidden states from a document's start to a cut; no embedding elsewhere may have a gradient
+  output    replace the tokens from a cut to the end of their document; no hidden state elsewhere
+  may change gradient  take the last hidden states from a document's start to a cut; no embedding
+  elsewhere may have a gradient
 
 Each test is done at many cuts, in a row of one document and in a row of three packed documents
 (position_ids restart).
