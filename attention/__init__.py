@@ -1,9 +1,9 @@
-"""attention: which keys each query may see. Patterns by name, one `attend` for all of them.
+"""Attention patterns, which say which keys each query may see, and one `attend` for all of them.
 
     from longreach.attention import PATTERNS, attend
     out_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, PATTERNS["shifted_sparse"](group_tokens=512))
 
-PATTERNS imports no torch: recipes are read from it.
+PATTERNS does not import torch, since recipes are validated with it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ __all__ = ["PATTERNS", "Pattern", "attend"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "attend":  # its kernels import torch
+    if name == "attend":  # imported lazily, since its kernels import torch
         from longreach.attention.kernels import attend
 
         return attend

@@ -1,5 +1,4 @@
-"""Full causal attention inside each document: the baseline, and what every model is evaluated
-with."""
+"""Full causal attention inside each document: the baseline, and the pattern of every evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""KV caches of fixed size that choose what to forget by attention itself: TOVA and H2O, the rivals of sinks + window.
+"""KV caches of fixed size that choose what to forget by attention itself: TOVA and H2O, the rivals
+of sinks + window.
 
 Both read a text token by token. The current token's key comes to the `cache_tokens` that are kept,
 its query attends to all of them, and then one leaves, by what they were given:
@@ -41,17 +42,20 @@ from longreach.attention.sink_cache import AttendingLayer, inference_only, own_w
 
 
 def tova(mass_BKRN: Tensor, sum_BKN: Tensor, recent: int) -> Tensor:
-    """Return which key leaves [B, K]: the one that the current query attends to least, of all heads together."""
+    """Return which key leaves [B, K]: the one that the current query attends to least, of all heads
+    together."""
     return mass_BKRN.mean((1, 2)).argmin(-1)[:, None].expand(mass_BKRN.shape[:2])
 
 
 def h2o(mass_BKRN: Tensor, sum_BKN: Tensor, recent: int) -> Tensor:
-    """Return which key leaves [B, K]: of all but the `recent` last, the one with the least attention so far."""
+    """Return which key leaves [B, K]: of all but the `recent` last, the one with the least
+    attention so far."""
     return sum_BKN[..., : sum_BKN.shape[-1] - recent].argmin(-1)
 
 
 POLICIES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"tova": tova, "h2o": h2o}
-"""What leaves, from the current query's attention, each key's sum of it so far, and how many recent ones stay."""
+"""What leaves, from the current query's attention, each key's sum of it so far, and how many recent
+ones stay."""
 Policy = Literal["tova", "h2o"]
 
 
@@ -83,7 +87,8 @@ class EvictingCache(Cache):
 
 
 class EvictingLayer(AttendingLayer):
-    """One layer's kept keys and values in the order of the text, and the attention that each has been given."""
+    """One layer's kept keys and values in the order of the text, and the attention that each has
+    been given."""
 
     keys: Tensor  # [B, K, N, D], turned back to position 0 where `rotary` turns them on
     values: Tensor
@@ -105,7 +110,8 @@ class EvictingLayer(AttendingLayer):
     def attend(
         self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
     ) -> Tensor:
-        """Return the attention of the new tokens' queries, one after the other, and keep what the policy keeps."""
+        """Return the attention of the new tokens' queries, one after the other, and keep what the
+        policy keeps."""
         k_BKTD, v_BKTD = self.take_new()
         B, _, T, D = q_BHTD.shape
         if mask is not None and not bool(sees_itself(mask, B, T).all()):
@@ -126,7 +132,8 @@ class EvictingLayer(AttendingLayer):
     def _step(
         self, q_BH1D: Tensor, k_BK1D: Tensor, v_BK1D: Tensor, scale: float, sink_logit_H: Tensor | None
     ) -> Tensor:
-        """Attend with one token to all that is kept and to itself; then forget one token if there are too many."""
+        """Attend with one token to all that is kept and to itself; then forget one token if there
+        are too many."""
         self.keys, self.values = torch.cat([self.keys, k_BK1D], 2), torch.cat([self.values, v_BK1D], 2)
         B, K, N, _ = self.keys.shape
         keys_BKND, q_BKRD = self.keys, q_BH1D.reshape(B, K, -1, q_BH1D.shape[3])

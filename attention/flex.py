@@ -1,14 +1,14 @@
-"""FlexAttention (arXiv:2412.05496): any predicate as a compiled block mask. The way for patterns
-without rectangles.
+"""FlexAttention (arXiv:2412.05496): any predicate as a compiled block mask, for patterns without
+rectangles.
 
-A block mask says which 128 x 128 blocks of the scores a head needs at all; inside a needed block
-the predicate decides, unless all of it is visible. It is made once for the documents of a batch and
-shared by the layers and the backward pass; the predicate is evaluated for a run of queries at a
-time, so that no [T, T] of every head ever exists (34 GB at 32,768 tokens and 32 heads, which
-torch's own `create_block_mask` asks for unless it is compiled anew for each batch).
+A block mask says which 128 x 128 blocks of the scores a head needs. Inside a needed block the
+predicate decides, unless all of it is visible. The mask is created once for the documents of a
+batch and shared by all layers and the backward pass. The predicate is evaluated for some queries at
+a time, so that no [T, T] for every head exists (34 GB at 32,768 tokens and 32 heads, which torch's
+own `create_block_mask` needs unless it is recompiled for each batch).
 
-On CUDA forward and backward; on CPU torch has no backward for it (it raises NotImplementedError),
-so there it runs only where no gradient is wanted, after 10 to 15 s of compiling.
+CUDA supports forward and backward. On CPU torch has no backward (it raises NotImplementedError), so
+the kernel runs there only without gradients, after 10 to 15 s of compilation.
 
     attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flex")
 
@@ -31,17 +31,17 @@ from longreach.attention.segments import Documents, documents_of
 from longreach.attention.sink_softmax import with_sink
 
 BLOCK_TOKENS = 128
-"""Queries and keys of a block: what the compiled kernels expect."""
+"""Number of queries, and of keys, in a block, as the compiled kernels expect."""
 PAIRS_AT_ONCE = 2**28
 """Pairs of a query and a key for which the predicate is evaluated at once: 256 MiB of booleans."""
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) -> Tensor:
-    """Return attention [B, H, T, D] by FlexAttention. ValueError: a sink logit on CPU."""
+    """Return attention [B, H, T, D] by FlexAttention. ValueError for a sink logit on CPU."""
     B, _, T, _ = q_BHTD.shape
     heads, sink_H = call.heads(q_BHTD, k_BKTD), call.sink_logit_H
     if sink_H is not None and q_BHTD.device.type == "cpu":
-        raise ValueError("kernel 'flex' has no sink logits on CPU (no log-sum-exp comes out of it there); use 'auto'")
+        raise ValueError("kernel 'flex' has no sink logits on CPU (it returns no log-sum-exp there); use 'auto'")
     documents = documents_of(call.position_ids_BT, B, T)
     mask = block_mask(call.pattern, first_alike(call.pattern, heads), documents, T, q_BHTD.device)
     options = {"block_mask": mask, "scale": call.scale, "enable_gqa": heads.query != heads.kv}
@@ -55,22 +55,22 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) 
 
 
 def first_alike(pattern: Pattern, heads: Heads) -> Heads:
-    """Return the heads of the first layer that sees what this one does, so that layers share a
-    block mask."""
+    """Return the heads of the first layer with the same visible keys as this one, so that layers
+    share a block mask."""
     if pattern.rectangles(None, 0, 1) is None:
-        return heads  # nothing says what its predicate makes of the layer
+        return heads  # it is unknown how the predicate depends on the layer
     variants = pattern.variants(heads)
     candidates = (Heads(heads.query, heads.kv, layer) for layer in count())
     return next(one for one in candidates if pattern.variants(one) == variants)
 
 
-@lru_cache(maxsize=4)  # of 65,536 tokens and 32 heads, one takes 134 MB
-@torch.inference_mode(False)  # one made while evaluating is kept, and training may be the next to ask for it
+@lru_cache(maxsize=4)  # for 65,536 tokens and 32 heads, one mask takes 134 MB
+@torch.inference_mode(False)  # a mask created during evaluation is cached, and training may use it next
 def block_mask(
     pattern: Pattern, heads: Heads, documents: Documents, T: int, device: torch.device, block_tokens: int = BLOCK_TOKENS
 ) -> BlockMask:
-    """Return the predicate as blocks [B, H, N, N], equal to what torch's `create_block_mask` makes
-    of it."""
+    """Return the predicate as a block mask [B, H, N, N], equal to that of torch's
+    `create_block_mask`."""
     start_BT = _starts(documents, T).to(device)
     mod = pattern.mask_mod(heads, start_BT)
     blocks = -(-T // block_tokens)
@@ -102,12 +102,12 @@ def _starts(documents: Documents, T: int) -> Tensor:
 
 
 def _ordered(needed_BHNN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each block of queries how many blocks of keys are needed, and their numbers, those
-    first."""
+    """Return, for each block of queries, how many blocks of keys it needs, and the indices of all
+    blocks of keys with the needed ones first."""
     numbers_BHNN = needed_BHNN.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     return needed_BHNN.sum(-1, dtype=torch.int32), numbers_BHNN.to(torch.int32)
 
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # whole, or an error: never quietly uncompiled
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # an error rather than a graph break

@@ -1,16 +1,17 @@
-"""The one place where patterns enter transformers: its AttentionInterface, no monkeypatching.
+"""Make transformers models use a pattern, through its AttentionInterface and without
+monkeypatching.
 
     set_pattern(model, PATTERNS["shifted_sparse"](group_tokens=512))      # train sparse
-    print(active_pattern(model))                                          # shifted_sparse(...) by kernel sdpa
-    set_pattern(model, PATTERNS["causal"]())                              # evaluate dense
+    print(active_pattern(model))                                          # shifted_sparse(...) by
+    kernel sdpa set_pattern(model, PATTERNS["causal"]())                              # evaluate
+    dense
 
-A pattern and a kernel are registered under a name of their own, which becomes the model's attention
-implementation; it holds through PEFT and under gradient checkpointing. Packed rows come as
-position_ids that restart, padding as a 2-D mask; both end up as document edges. Where positions skip
-inside of a document, attention has to know the plain ones, which restart at each document alone:
-model(..., position_ids=with_documents(skipping, plain)). Use `use_cache=False`: a cache makes queries
-and keys differ in length.
-"""
+Each pair of a pattern and a kernel is registered under its own name, which becomes the model's
+attention implementation. This also works with PEFT and gradient checkpointing. Packed rows are
+marked by position_ids that restart, padding by a 2-D mask; both become document borders. If
+positions skip inside a document, attention also needs the plain positions, which restart only at
+each document: model(..., position_ids=with_documents(skipping, plain)). Pass `use_cache=False`,
+since with a cache queries and keys differ in length."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,13 +31,14 @@ from longreach.attention.ulysses import ALONE, SequenceRanks, attend_in_parts, c
 
 @dataclass(frozen=True)
 class ActivePattern:
-    """What a model computes its attention with."""
+    """The pattern and kernel that a model computes its attention with."""
 
     pattern: Pattern
     kernel: str
-    """The one that runs where the model was when the pattern was set."""
+    """The kernel for the device and dtype that the model had when the pattern was set."""
     asked: str = "auto"
-    """With "auto" each forward chooses, so that a model may move to a GPU or another type."""
+    """The requested kernel. With "auto" each forward pass chooses, so that the model may move to a
+    GPU or another dtype."""
     sequence: SequenceRanks = ALONE
     """The ranks that share each row's tokens (attention/ulysses.py)."""
 
@@ -46,19 +48,19 @@ class ActivePattern:
 
 _registered: dict[str, ActivePattern] = {}
 _documents = WeakIdKeyDictionary()
-"""position_ids that skip -> the plain ones. Layers hand position_ids on to their attention, recomputed ones too;
-a keyword beside them is dropped by some families (StableLM, Nemotron)."""
+"""position_ids that skip -> plain position_ids. All layers pass position_ids on to their attention,
+also when they are recomputed, while some families (StableLM, Nemotron) drop additional keywords."""
 
 
 def set_pattern(
     model: nn.Module, pattern: Pattern, kernel: str = "auto", sequence: SequenceRanks = ALONE
 ) -> ActivePattern:
-    """Let every attention layer of a transformers model (or a PEFT model around one) compute
+    """Make every attention layer of a transformers model (or of a PEFT model around one) use
     `pattern`.
 
     sequence: the ranks that share each row; each then calls the model on its part of the tokens.
-    Raises ValueError: the kernel cannot compute the pattern; the architecture does not use the
-    AttentionInterface; ranks that do not divide the heads.
+    Raises ValueError if the kernel cannot compute the pattern, if the architecture does not use the
+    AttentionInterface, or if the number of ranks does not divide the heads.
     """
     inner = _transformers_model(model)
     runs = choose(pattern, kernel, Situation(inner.device.type, inner.dtype))
@@ -73,37 +75,38 @@ def set_pattern(
     try:
         inner.set_attn_implementation(name)
     except ValueError as error:
-        raise ValueError(f"{type(inner).__name__} does not take attention from outside: {error}") from error
+        raise ValueError(f"{type(inner).__name__} does not accept another attention: {error}") from error
     if active_pattern(model) != active or not any(hasattr(m, "is_causal") for m in inner.modules()):
         raise ValueError(
-            f"{type(inner).__name__} computes its attention itself: no pattern can take its place, nor are packed "
-            f"documents kept apart; take a base of another family"
+            f"{type(inner).__name__} computes its attention itself: no pattern can replace it, and packed documents "
+            f"would not be isolated; use a base of another family"
         )
     return active
 
 
 def active_pattern(model: nn.Module) -> ActivePattern | None:
-    """The pattern that every attention layer of the model computes; None if that is transformers'
-    own attention. Raises ValueError: layers disagree."""
+    """Return the pattern that every attention layer of the model uses; None for transformers' own
+    attention. Raises ValueError if layers use different ones."""
     names = set()
     for m in model.modules():
         if hasattr(m, "config") and (hasattr(m, "is_causal") or isinstance(m, PreTrainedModel)):
             names.add(getattr(m.config, "_attn_implementation", None))
     if len(names) != 1:
-        raise ValueError(f"the model's layers disagree about their attention: {sorted(map(str, names))}")
+        raise ValueError(f"the model's layers use different attention implementations: {sorted(map(str, names))}")
     return _registered.get(str(names.pop()))
 
 
 @contextmanager
 def attending_by(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> Iterator[None]:
-    """Inside it `attend` is the model's attention, called as the AttentionInterface calls, without
-    a mask. ValueError for a model that computes its attention itself."""
+    """Make `attend` the model's attention inside the block. It is called as by the
+    AttentionInterface, without a mask. ValueError for a model that computes its attention
+    itself."""
     before = model.config._attn_implementation
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:  # transformers only warns
-        raise ValueError(f"{type(model).__name__} computes its attention itself: no other one can take its place")
+        raise ValueError(f"{type(model).__name__} computes its attention itself: no other one can replace it")
     try:
         yield
     finally:
@@ -111,8 +114,8 @@ def attending_by(model: PreTrainedModel, name: str, attend: Callable[..., Any]) 
 
 
 def _registered_name(active: ActivePattern) -> str:
-    """Numbered, without the kernel's name: transformers looks for "sdpa", "flash" and "flex" inside
-    such names."""
+    """Register a pattern and return its name. Names have a number instead of the kernel's name,
+    because transformers searches them for "sdpa", "flash" and "flex"."""
     for name, known in _registered.items():
         if known == active:
             return name
@@ -124,7 +127,7 @@ def _registered_name(active: ActivePattern) -> str:
 
 
 def own_attention(model: nn.Module) -> str:
-    """What a layer's attention does beyond causal softmax attention; empty if nothing."""
+    """Describe what a layer's attention does beyond causal softmax attention; empty if nothing."""
     config = getattr(model, "config", None)
     if latent := getattr(config, "kv_lora_rank", None):
         return f"it has latent attention (kv_lora_rank {latent}), whose keys and values differ in size"
@@ -147,31 +150,31 @@ def own_attention(model: nn.Module) -> str:
 
 
 def logit_changes(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Return what a family does to its logits after the head: their factor, and their soft cap or None."""
+    """Return what a family does to its logits after the head: a factor, and a soft cap or None."""
     text = config.get_text_config(decoder=True)
     factor = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere's; Falcon-H1's
         factor *= getattr(text, name, None) or 1.0
     scaling = getattr(text, "logits_scaling", None) or 1.0
-    if text.model_type != "hyperclovax":  # which multiplies by it, where Granite divides
+    if text.model_type != "hyperclovax":  # HyperCLOVA X multiplies by it, Granite divides
         scaling = 1 / scaling
     return factor * scaling, getattr(text, "final_logit_softcapping", None)
 
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
-    """Raise ValueError unless no logits depend on later tokens, and all are the model's output
-    embedding of its body's output, changed as `logit_changes` says.
+    """Check that logits do not depend on later tokens, and that they are the output embedding of
+    the body's output, changed as `logit_changes` says. Raises ValueError otherwise.
 
-    Tried on a few tokens, since losses are computed without the model's own head.
+    This is tried on a few tokens. It matters because losses are computed without the model's head.
     """
     ids_1T = ids_1T.to(model.device)
 
     def passed(call: Callable[..., Any], ids_1T: Tensor) -> Any:
-        torch.manual_seed(0)  # all passes drop the same, where anything is dropped
+        torch.manual_seed(0)  # all passes have the same dropout, if any
         return call(input_ids=ids_1T, use_cache=False)
 
-    with torch.random.fork_rng([ids_1T.device] if ids_1T.is_cuda else []):  # the training's own numbers stay
+    with torch.random.fork_rng([ids_1T.device] if ids_1T.is_cuda else []):  # keeps training's random state
         whole_1TV = passed(model, ids_1T).logits.float()
         hidden_1TE = passed(model.base_model, ids_1T).last_hidden_state
         other_1T = ids_1T.clone()
@@ -181,32 +184,32 @@ def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
     ours_1TV = model.get_output_embeddings()(hidden_1TE).float() * factor
     if cap is not None:
         ours_1TV = cap * torch.tanh(ours_1TV / cap)
-    # of the largest logit: small ones differ little whatever is left out; bfloat16 rounds to 0.004
+    # relative to the largest logit, since small logits differ little in any case; bfloat16 rounds to 0.004
     largest = whole_1TV.abs().max()
     leaked = float((whole_1TV - other_1TV)[:, :-1].abs().max() / largest)
     if leaked > 0.01:
         raise ValueError(
-            f"{type(model).__name__} is no causal language model: other tokens at the end change what it says before "
-            f"(by {leaked:.3g} of the largest logit); take a decoder"
+            f"{type(model).__name__} is no causal language model: other tokens at the end change earlier logits "
+            f"(by {leaked:.3g} of the largest logit); use a decoder"
         )
     off = float((whole_1TV - ours_1TV).abs().max() / largest)
     if off > 0.01:
         raise ValueError(
-            f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here "
-            f"(by {off:.3g} of the largest): what its tokens cost cannot be computed; take a base of another family"
+            f"{type(model).__name__} changes its logits after the output embedding in an unknown way (by {off:.3g} of "
+            f"the largest), so its loss cannot be computed; use a base of another family"
         )
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
-        raise ValueError(f"{type(model).__name__} holds no transformers model")
+        raise ValueError(f"{type(model).__name__} contains no transformers model")
     return found
 
 
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Asked for a mask, once a forward: patterns make their own and need to know of padding, if
-    there is any."""
+    """Return the padding mask if there is padding. transformers calls this once per forward pass
+    for a mask, but patterns make their own and only need the padding."""
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
@@ -222,7 +225,7 @@ def _forward_of(active: ActivePattern) -> Any:
                 raise ValueError(f"{type(module).__name__} asks for {name}={kwargs[name]}: {active.pattern} has none")
         if position_ids is None:
             raise ValueError(f"{type(module).__name__} gets no position_ids: packed documents would see each other")
-        documents_BT = _documents.get(position_ids, position_ids)  # plain, for a jump would be taken as a new document
+        documents_BT = _documents.get(position_ids, position_ids)  # plain ones, since a jump starts a new document
         if attention_mask is not None:
             documents_BT = split_padding(documents_BT, attention_mask)
         layer = getattr(module, "layer_idx", None) or 0
@@ -237,17 +240,17 @@ def _forward_of(active: ActivePattern) -> Any:
 
 
 def with_documents(position_ids_BT: Tensor, documents_BT: Tensor) -> Tensor:
-    """Return the same positions, by which attention knows documents from `documents_BT`: positions
-    that restart at each document and never skip."""
-    position_ids_BT = position_ids_BT.detach()  # another object: the caller's own stays as it is
+    """Return the same positions, for which attention takes the documents from `documents_BT`:
+    positions that restart at each document and never skip."""
+    position_ids_BT = position_ids_BT.detach()  # a new object, so that the caller's tensor is not affected
     _documents[position_ids_BT] = documents_BT
     return position_ids_BT
 
 
 @torch.no_grad()
 def check_documents(model: PreTrainedModel) -> None:
-    """Raise ValueError unless every attention layer knows documents where positions skip, tried on a
-    few tokens."""
+    """Raise ValueError unless every attention layer recognizes documents when positions skip. This
+    is tried on a few tokens."""
     plain_1T = torch.arange(4, device=model.device)[None]
     known: list[bool] = []
 
@@ -262,14 +265,14 @@ def check_documents(model: PreTrainedModel) -> None:
         model.base_model(input_ids=plain_1T, position_ids=with_documents(plain_1T, plain_1T), use_cache=False)
     if not known or not all(known):
         raise ValueError(
-            f"{type(model).__name__} does not hand its positions on to its attention as they come: where they skip, "
-            f"each jump would be taken for a new document; leave arm.positions out, or take a base of another family"
+            f"{type(model).__name__} does not pass its positions on to its attention unchanged: if they skip, each "
+            f"jump would be taken for a new document; leave arm.positions out, or use a base of another family"
         )
 
 
 def split_padding(position_ids_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
-    """Positions that also restart where padding begins and ends, so that no token sees padding [B,
-    T]."""
+    """Return positions [B, T] that also restart where padding begins and ends, so that no token
+    sees padding."""
     if mask_BT.dim() != 2:
         raise ValueError(
             f"a padding mask is [batch, tokens]; got {tuple(mask_BT.shape)}: leave 4-D masks to the pattern"

@@ -1,12 +1,15 @@
-"""What a pattern is: a predicate that says which keys a query may see, and the same as rectangles
+"""The base class of attention patterns.
+
+A pattern is a predicate that says which keys a query may see, and optionally the same as rectangles
 for fast kernels.
 
-    mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position (tensors that broadcast)
+    mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position
+    (tensors that broadcast)
 
-Predicates combine with `and_` and `or_`; the reference and FlexAttention come from them alone.
-Flash attention knows only causal squares and full rectangles: a pattern that can be cut into those
-says how in `rectangles`, and a test holds both forms together. A position_id that is not its left
-neighbour's plus one starts a new document (padding is a run of its own).
+Predicates combine with `and_` and `or_`. The reference and FlexAttention need only the predicate.
+Flash attention supports only causal squares and full rectangles: a pattern that can be divided into
+those does so in `rectangles`, and a test compares both forms. A position_id that is not one more
+than its left neighbour starts a new document (padding is treated as a document).
 
 Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D head dim.
 """
@@ -27,7 +30,7 @@ MaskMod: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]"
 
 
 def and_(first: MaskMod, *others: MaskMod) -> MaskMod:
-    """All of the predicates hold."""
+    """Return the conjunction of predicates."""
     if not others:
         return first
     rest = and_(*others)
@@ -35,22 +38,22 @@ def and_(first: MaskMod, *others: MaskMod) -> MaskMod:
 
 
 def or_(one: MaskMod, other: MaskMod) -> MaskMod:
-    """One of the predicates holds, or both."""
+    """Return the disjunction of two predicates."""
     return lambda b, h, q, kv: one(b, h, q, kv) | other(b, h, q, kv)
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """No key after the query."""
+    """Allow no key after the query."""
     return kv <= q
 
 
 def same_document(start_BT: Tensor) -> MaskMod:
-    """Query and key lie in one document."""
+    """Return the predicate that query and key are in the same document."""
     return lambda b, h, q, kv: start_BT[b, q] == start_BT[b, kv]
 
 
 def document_starts(position_ids_BT: Tensor) -> Tensor:
-    """For each token, where its document begins in the row [B, T], int64."""
+    """Return, for each token, where its document begins in the row, [B, T] int64."""
     import torch
 
     index_T = torch.arange(position_ids_BT.shape[1], device=position_ids_BT.device)
@@ -61,7 +64,7 @@ def document_starts(position_ids_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Heads:
-    """Where a predicate stands: how many heads there are, and in which layer."""
+    """What a predicate may depend on: the numbers of heads, and the layer."""
 
     query: int
     kv: int
@@ -74,8 +77,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Tokens q (begin, end) of a row see tokens k: all of them, or, if causal (then both are as
-    long), the i-th query the first i keys, and of those no more than the last `window`."""
+    """Queries q (begin, end) of a row see keys k (begin, end).
+
+    If not causal, each query sees all keys. If causal, q and k have the same length and the i-th
+    query sees the first i keys, or only the last `window` of these."""
 
     q: tuple[int, int]
     k: tuple[int, int]
@@ -84,10 +89,10 @@ class Rectangle:
 
 
 class Pattern(BaseModel, ABC):
-    """One attention variant: its choices, which a recipe's `attention` section gives, and what
-    follows from them.
+    """One attention variant: the fields of a recipe's `attention` section, and what follows from
+    them.
 
-    A subclass names itself by `pattern: Literal["its name"]`, and each of its fields has a
+    A subclass sets its name by `pattern: Literal["its name"]`, and gives each of its fields a
     docstring.
     """
 
@@ -98,34 +103,34 @@ class Pattern(BaseModel, ABC):
 
     @abstractmethod
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
-        """Return the predicate of the visible keys, causality and documents included."""
+        """Return the predicate of the visible keys, including causality and documents."""
 
     @abstractmethod
     def mean_keys(self, document_tokens: float) -> float:
-        """Return how many keys a query sees on average in a document of that length: training's
-        cost grows with it."""
+        """Return the mean number of keys that a query sees in a document of that length. The cost
+        of training grows with it."""
 
     def variants(self, heads: Heads) -> list[Hashable]:
-        """Return for each KV head what tells its rectangles from another's (S²-Attn: its shift)."""
+        """Return, for each KV head, what its rectangles depend on (S²-Attn: its shift)."""
         return [None] * heads.kv
 
     def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle] | None:
-        """Return the predicate inside the document begin..end of a row, or None if it is not made
-        of rectangles.
+        """Return the predicate inside the document begin..end of a row as rectangles, or None if it
+        cannot be expressed so.
 
-        Every visible pair is in one rectangle, and each token in one causal rectangle of its own (q
-        and k the same tokens).
+        Every visible pair is in exactly one rectangle, and every token is in one causal rectangle
+        whose q and k are the same tokens.
         """
         return None
 
     def check_row(self, seq_len: int) -> None:
-        """Raise ValueError, which opens with the field's name, if rows of that length do not suit
-        the pattern."""
+        """Raise ValueError if the pattern does not support rows of that length; the message begins
+        with the field's name."""
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of the blocks that it cuts a document into (a group, a window); 0 if it takes a
-        document whole."""
+        """Tokens in the blocks that the pattern divides a document into (groups, windows); 0 if it
+        does not divide documents."""
         return 0
 
     def span(self, document_tokens: int) -> int:
@@ -134,7 +139,7 @@ class Pattern(BaseModel, ABC):
         return min(document_tokens, self.block_tokens or document_tokens)
 
     def about(self) -> str:
-        """Return a few words for the report's tables; nothing for full attention."""
+        """Return a short description for the report's tables; empty for full attention."""
         return str(self)
 
     def __str__(self) -> str:

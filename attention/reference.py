@@ -1,7 +1,9 @@
-"""The oracle: dense attention for any pattern, in any floating type, as slow and as plain as the
-formula.
+"""Reference implementation for tests: dense attention for any pattern and floating-point dtype.
 
-    out = softmax(q kᵀ · scale + mask) v      with one more, value-less column per head where a sink logit is given
+It follows the formula directly and is slow.
+
+    out = softmax(q kᵀ · scale + mask) v      with one more column without a value per head, if a
+    sink logit is given
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
 """
@@ -14,7 +16,7 @@ from longreach.attention.pattern import Heads, Pattern, document_starts
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) -> Tensor:
-    """Return attention [B, H, T, D]. ValueError: K does not divide H."""
+    """Return attention [B, H, T, D]. ValueError if K does not divide H."""
     B, H, T, _ = q_BHTD.shape
     heads = call.heads(q_BHTD, k_BKTD)
     mask_BHTT = dense_mask(call.pattern, heads, starts(call.position_ids_BT, B, T, q_BHTD.device))
@@ -28,14 +30,16 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, call: AttentionCall) 
 
 
 def starts(position_ids_BT: Tensor | None, B: int, T: int, device: torch.device) -> Tensor:
-    """Where each token's document begins [B, T]; one document a row without position_ids."""
+    """Return where each token's document begins, [B, T]; without position_ids a row is one
+    document."""
     if position_ids_BT is None:
         return torch.zeros(B, T, dtype=torch.long, device=device)
     return document_starts(position_ids_BT.to(device).expand(B, T))
 
 
 def dense_mask(pattern: Pattern, heads: Heads, start_BT: Tensor) -> Tensor:
-    """The pattern as booleans [B, H, T, T]: True where the query (third) sees the key (last)."""
+    """Return the pattern as booleans [B, H, T, T]: True where the query (third dimension) sees the
+    key (last)."""
     B, T = start_BT.shape
     b, h, q, kv = (torch.arange(n, device=start_BT.device) for n in (B, heads.query, T, T))
     mod = pattern.mask_mod(heads, start_BT)

@@ -1,20 +1,22 @@
-"""Flash attention on views: a pattern's rectangles, each one call of the library's op, and nothing
-copied between them.
+"""Flash attention on views: each rectangle of a pattern is one call of the library's op, without
+copies in between.
 
-A call reads views of q, k, v (a range of heads, a range of tokens), and its result is merged by
-log-sum-exp where a query has keys in several rectangles (sinks, windows). The backward of flash
-attention needs only the output and the log-sum-exp over all keys of a query: handed the merged
-ones, each call's backward gives exactly its own share of the gradient of the whole, sink logits
-included. The autograd function writes these into slices of one buffer, because the backward of a
-slice would fill a whole tensor with zeros for every call.
+A call reads views of q, k, v (a range of heads, a range of tokens). If a query has keys in several
+rectangles (sinks, windows), the results are merged by log-sum-exp. The backward of flash attention
+needs only the output and the log-sum-exp over all keys of a query. Given the merged ones, the
+backward of each call returns exactly its share of the whole gradient, including sink logits. The
+autograd function writes these into slices of one buffer, because the backward of a slice would fill
+a whole tensor with zeros for every call.
 
-A rectangle is one of three kinds of piece. Queries go down, keys to the right, and `x` is a visible
-pair:
+A rectangle is divided into pieces of three kinds. Rows are queries, columns are keys, and `x` is a
+visible pair:
 
-    causal   x . . .     full   x x x x     later   . . . .     of a window of 5 tokens, in blocks of 4: the query
-             x x . .            x x x x             . x x x     sees its own block causally, and of the block before
-             x x x .            x x x x             . . x x     it what is later; read backwards that is causal too
-             x x x x            x x x x             . . . x     (queries and keys flipped), so the op can do it
+    causal   x . . .     full   x x x x     later   . . . .     of a window of 5 tokens, in blocks
+    of 4: the query
+             x x . .            x x x x             . x x x     sees its own block causally, and of
+             the block before x x x .            x x x x             . . x x     it what is later;
+             read backwards that is causal too x x x x            x x x x             . . . x
+             (queries and keys flipped), so the op can do it
 
 Query heads that share a KV head are called one after another, so that no key is repeated.
 
@@ -37,11 +39,11 @@ from longreach.attention.pattern import Heads, Pattern, Rectangle, document_star
 from longreach.attention.sink_softmax import add_sink_, merge_, sink_gradient
 
 Documents = tuple[tuple[int, ...], ...]
-"""For each batch row, where its documents begin."""
+"""For each batch row, the tokens at which its documents begin."""
 
 _known_documents = WeakIdKeyDictionary()
-"""position_ids -> (its version, its documents): all layers get the same tensor, and reading it
-waits for a GPU."""
+"""Cache of position_ids -> (version of the tensor, documents). All layers get the same tensor, and
+reading it synchronizes with the GPU."""
 
 
 def documents_of(position_ids_BT: Tensor | None, B: int, T: int) -> Documents:
@@ -59,18 +61,18 @@ def documents_of(position_ids_BT: Tensor | None, B: int, T: int) -> Documents:
 
 
 class Call(ABC):
-    """One call of a library's flash attention: which part of the tensors it reads, and how."""
+    """One call of a library's flash attention, and the parts of the tensors that it reads."""
 
     @property
     @abstractmethod
     def writes_queries(self) -> bool:
-        """Whether it is the first call to reach its queries: it writes their output, later calls
-        merge into it."""
+        """Whether this is the first call for its queries. It writes their output; later calls are
+        merged into it."""
 
     @property
     def writes_keys(self) -> bool:
-        """Whether it is the first call to reach its keys: it writes their gradients, later calls
-        add to them."""
+        """Whether this is the first call for its keys. It writes their gradients; later calls add
+        to them."""
         return self.writes_queries
 
     @abstractmethod
@@ -92,10 +94,10 @@ class Call(ABC):
 
 @dataclass(frozen=True)
 class Piece(Call):
-    """A run of rectangles of one size, one after another, as one batch of the CPU op."""
+    """Consecutive rectangles of one size, as one batch of the CPU op."""
 
     kind: str
-    """causal, full or later, as drawn above."""
+    """causal, full or later, as drawn in the module's docstring."""
     q_begin: int
     k_begin: int
     q_length: int
@@ -105,7 +107,7 @@ class Piece(Call):
     heads: tuple[int, int] = (0, 1)
     repeat: int = 1
     member: int = 0
-    """Which of the `repeat` query heads that share a KV head."""
+    """Index among the `repeat` query heads that share a KV head."""
 
     @property
     def writes_queries(self) -> bool:
@@ -141,16 +143,18 @@ class Piece(Call):
         return dq, dk, dv
 
     def _mirrored(self, *xs: Tensor) -> tuple[Tensor, ...]:
-        """Read backwards, "later" is causal; the tokens' dimension is the third."""
+        """Reverse the tokens (third dimension) of a "later" piece, which makes it causal."""
         if self.kind != "later":
             return xs
         return tuple(x.flip(2) for x in xs)
 
 
 def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list[Piece]:
-    """The pattern as calls on a CPU, each of so many heads as keep all threads busy: what a call
-    returns is a copy, and that of one head is small (93 MiB instead of 106 for one layer's forward
-    and backward at T = 8,192)."""
+    """Return the pattern as calls on a CPU, each with just enough heads to keep all threads busy.
+
+    A call returns copies, which are smaller with fewer heads (93 MiB instead of 106 for one layer's
+    forward and backward at T = 8,192).
+    """
     repeat = heads.query // heads.kv
     calls = []
     for row, starts in enumerate(documents):
@@ -165,7 +169,8 @@ def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list
 
 
 def head_spans(pattern: Pattern, heads: Heads) -> Iterator[tuple[tuple[int, int], Hashable]]:
-    """((first KV head, last + 1), variant) of neighbouring KV heads with the same rectangles."""
+    """Yield ((first KV head, last + 1), variant) of neighboring KV heads with the same
+    rectangles."""
     first = 0
     for variant, same in groupby(pattern.variants(heads)):
         number = len(list(same))
@@ -175,7 +180,8 @@ def head_spans(pattern: Pattern, heads: Heads) -> Iterator[tuple[tuple[int, int]
 
 @lru_cache(maxsize=1024)
 def row_rectangles(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T: int) -> tuple[Rectangle, ...]:
-    """A row's rectangles, those that hold queries and keys of their own first."""
+    """Return a row's rectangles, beginning with those whose queries and keys are the same
+    tokens."""
     found = []
     for begin, end in zip(starts, (*starts[1:], T), strict=True):
         rectangles = pattern.rectangles(variant, begin, end)
@@ -186,7 +192,8 @@ def row_rectangles(pattern: Pattern, variant: Hashable, starts: tuple[int, ...],
 
 @lru_cache(maxsize=1024)
 def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T: int) -> tuple[Piece, ...]:
-    """The same, windows cut into blocks and equal neighbours made one piece."""
+    """Return a row's rectangles as pieces: windows are divided into blocks, and equal neighbors are
+    joined."""
     found: list[Piece] = []
     for one in sorted(
         (piece for rectangle in row_rectangles(pattern, variant, starts, T) for piece in _blocks(rectangle)),
@@ -203,8 +210,8 @@ def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T:
 
 
 def _blocks(r: Rectangle) -> Iterator[Piece]:
-    """A window of W tokens is blocks of W - 1: a query sees its own block causally, of the one
-    before what is later."""
+    """Yield the pieces of a rectangle. A window of W tokens is divided into blocks of W - 1 tokens:
+    a query sees its own block causally, and the later part of the block before it."""
     (begin, end), (k_begin, k_end) = r.q, r.k
     if r.window is None or r.window >= end - begin:
         yield Piece("causal" if r.causal else "full", begin, k_begin, end - begin, k_end - k_begin)
@@ -215,12 +222,12 @@ def _blocks(r: Rectangle) -> Iterator[Piece]:
         yield Piece("causal", at, at, here, here)
         if at > begin and r.window > 1:
             yield Piece("later", at, at - size, here, here)
-            if here < size:  # the last block is short: of the one before it also sees the rest
+            if here < size:  # the last block is short: it also sees the rest of the block before it
                 yield Piece("full", at, at - size + here, here, size - here)
 
 
 class Segments(torch.autograd.Function):
-    """Attention by a list of calls; apply(q, k, v, sink_logit_H or None, calls, scale) -> out [B,
+    """Attention by a list of calls: apply(q, k, v, sink_logit_H or None, calls, scale) -> out [B,
     H, T, D]."""
 
     @staticmethod
@@ -268,13 +275,13 @@ def _put(place: Tensor, part: Tensor, first: bool) -> None:
 
 
 def features_last(x_BHTD: Tensor) -> Tensor:
-    """A head's features side by side, by a copy if need be: the library's op reads them so,
-    whatever the strides."""
+    """Make a head's features contiguous, with a copy if needed. The library's op requires it and
+    ignores the stride."""
     return x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
 
 
 def _token_major(x_BHTD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, shaped like x, laid out [B, T, H, D]: what follows attention wants it so and
-    gets a view."""
+    """Return an uninitialized tensor shaped like x with memory layout [B, T, H, D], so that the
+    layer after attention gets a view."""
     B, H, T, D = x_BHTD.shape
     return x_BHTD.new_empty(B, T, H, D, dtype=dtype or x_BHTD.dtype).transpose(1, 2)

@@ -1,26 +1,28 @@
-"""S²-Attn, shifted sparse attention (LongLoRA, arXiv:2309.12307, section 3.2), leak-free by
-construction.
+"""S²-Attn, shifted sparse attention (LongLoRA, arXiv:2309.12307, section 3.2), without leaks from
+later tokens.
 
-The row is cut into groups of G tokens and attention stays inside a group: cost falls from T² to
-T·G. Half of the heads have their group edges moved by G/2, so that information crosses from group
-to group between the halves.
+The row is divided into groups of G tokens and attention stays inside a group, so the cost falls
+from T² to T·G. In half of the heads, group borders are shifted by G/2, so that information passes
+between groups.
 
     heads 1..H/2     |-------G-------|-------G-------|-------G-------|
     heads H/2+1..H   |--G/2--|-------G-------|-------G-------|--G/2--|
 
-The paper's code rolls the sequence by G/2, which puts the row's last half-group and its first into
-one causal group: early positions see the end. Here nothing is rolled; first and last half-groups
-stay apart (the paper's flash path does the same), and group edges are united with document edges.
+The paper's code rolls the sequence by G/2, which puts the last and the first half-group of the row
+into one causal group, so that early positions see the end. Here nothing is rolled. The first and
+last half-groups stay separate (as in the paper's flash path), and document borders divide groups
+further.
 
-Heads are halved at the granularity of KV heads, so that no key is copied. With an odd number of KV
-heads (SmolLM2: 3) the halves are unequal: ceil(K/2) heads stay, the rest is shifted, and in odd
-layers the roles change, so that over two layers every head has been both. With one KV head, even
-layers have plain groups and odd layers shifted ones.
+Heads are split into halves by KV heads, so that no key is copied. With an odd number of KV heads
+(SmolLM2: 3) the halves are unequal: ceil(K/2) heads are not shifted, the rest are. In odd layers
+the roles are swapped, so that over two layers every head has had both roles. With one KV head, even
+layers have plain groups and odd layers have shifted ones.
 
-`sink_tokens` lets every later group also see the first n tokens of its document: S² alone starves
-attention sinks, since no group after the first sees token 0.
+With `sink_tokens`, every later group also sees the first n tokens of its document. S²-Attn alone
+deprives the model of its attention sinks, since no group after the first sees token 0.
 
-    python -c "from longreach.attention import PATTERNS; print(PATTERNS['shifted_sparse'](group_tokens=512))"
+    python -c "from longreach.attention import PATTERNS;
+    print(PATTERNS['shifted_sparse'](group_tokens=512))"
 """
 
 from __future__ import annotations
@@ -38,20 +40,20 @@ if TYPE_CHECKING:
 
 
 class Grouped(Pattern):
-    """Causal attention inside groups, without the shift: the paper's ablation."""
+    """Causal attention inside groups without a shift, an ablation of the paper."""
 
     pattern: Literal["grouped"] = "grouped"
     """Groups that are not shifted."""
     group_tokens: int = Field(ge=2)
-    """Group size, which is even and divides seq_len; the paper's choice is seq_len / 4."""
+    """Group size in tokens; must be even and divide seq_len. The paper uses seq_len / 4."""
     sink_tokens: int = Field(default=0, ge=0)
-    """First tokens of a document that every later group also sees."""
+    """Number of first tokens of a document that every later group also sees."""
 
     @model_validator(mode="after")
     def _halves(self) -> Self:
         G = self.group_tokens
         if G % 2:
-            raise ValueError(f"group_tokens {G} is odd: half a group is shifted; use {G - 1} or {G + 1}")
+            raise ValueError(f"group_tokens {G} is odd, but groups are shifted by half: use {G - 1} or {G + 1}")
         return self
 
     def check_row(self, seq_len: int) -> None:
@@ -64,7 +66,7 @@ class Grouped(Pattern):
             )
 
     def shifted(self, heads: Heads, kv_head: int) -> bool:
-        """Whether a KV head's groups begin half a group later."""
+        """Return whether a KV head's groups are shifted by half a group."""
         return False
 
     def variants(self, heads: Heads) -> list[Hashable]:
@@ -95,7 +97,7 @@ class Grouped(Pattern):
         sinks = begin + self.sink_tokens
         far = edges[1]
         for group in pairwise(edges[1:]):
-            if group[0] < sinks:  # sinks reach into this group itself
+            if group[0] < sinks:  # this group itself contains sinks
                 found.append(Rectangle(group, (begin, group[0])))
                 far = group[1]
         if self.sink_tokens and far < end:
@@ -137,7 +139,7 @@ class ShiftedSparse(Grouped):
 
     def _group_keys(self, document_tokens: float) -> float:
         G, staying = self.group_tokens, (self.group_tokens + 1) / 2
-        # half of the heads have document / G - 1 whole groups between two half ones
+        # half of the heads have document / G - 1 whole groups between two half groups
         shifted = staying * (1 - G / (2 * document_tokens))
         return (staying + shifted) / 2
 

@@ -1,4 +1,5 @@
-"""A KV cache of fixed size for endless texts (StreamingLLM, arXiv:2309.17453), for `model.generate` of transformers 5.
+"""A KV cache of fixed size for endless texts (StreamingLLM, arXiv:2309.17453), for `model.generate`
+of transformers 5.
 
 It keeps the text's first `sink_tokens` tokens and the `window_tokens` most recent ones; the current
 token comes on top, so a query sees sink_tokens + window_tokens + 1 keys. With positions="cache"
@@ -6,12 +7,14 @@ they stand at 0, 1, 2, ... as they lie in the cache, whatever transformers passe
 with positions="text" they keep their places in the text.
 
     cache = SinkCache(model.config, sink_tokens=4, window_tokens=1020)
-    model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache, max_new_tokens=10_000)
+    model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache,
+    max_new_tokens=10_000)
 
 How a step costs the same at any text length:
   - Keys and values lie in one ring buffer, allocated once; a new token takes the place of the
   oldest recent one. The
-    order of keys does not matter to a single query. With 1 sink and a window of 2, S + W + 1 = 4 slots hold
+    order of keys does not matter to a single query. With 1 sink and a window of 2, S + W + 1 = 4
+    slots hold
 
         token read      0           1           2           3           4           5
         slots        [0 . . .]   [0 1 . .]   [0 1 2 .]   [0 1 2 3]   [0 4 2 3]   [0 4 5 3]
@@ -113,7 +116,8 @@ def attend_to_sink_cache(
     module: nn.Module, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend as transformers' AttentionInterface asks, by the SinkCache from which the keys come."""
+    """Attend as transformers' AttentionInterface asks, by the SinkCache from which the keys
+    come."""
     if not isinstance(k_BKTD, NewKeys):
         raise TypeError(
             f"attention {ATTENTION!r} reads a SinkCache only: pass one as past_key_values, or give the model its own "
@@ -130,7 +134,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of which the cache read
 
 
 def read_sink_cache(model: PreTrainedModel) -> None:
-    """Let a model attend by a SinkCache from now on; ValueError for one that takes no attention from outside."""
+    """Let a model attend by a SinkCache from now on; ValueError for one that takes no attention
+    from outside."""
     for name, module in model.named_modules():
         if cap := getattr(module, "attn_logit_softcapping", None):
             raise ValueError(f"{type(model).__name__}: {name} caps its scores at {cap}, which a SinkCache leaves out")
@@ -141,7 +146,8 @@ def read_sink_cache(model: PreTrainedModel) -> None:
 
 @contextmanager
 def reading_sink_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend by a SinkCache inside of the block, and as before after it; errors as `read_sink_cache`."""
+    """Let a model attend by a SinkCache inside of the block, and as before after it; errors as
+    `read_sink_cache`."""
     before = model.config._attn_implementation
     read_sink_cache(model)
     try:
@@ -160,7 +166,8 @@ class Turns:
             self.right = lru_cache(2)(self._right)
 
     def _on(self, by_B: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [B, 1, 1, R] that turn each row's keys on by `by_B` positions."""
+        """Return cosines and sines [B, 1, 1, R] that turn each row's keys on by `by_B`
+        positions."""
         assert self.rotary is not None, "positions counted in the text are never turned"
         cos, sin = self.rotary.cos_sin(
             self.rotary.angles(torch.tensor(by_B)), torch.empty(0, dtype=dtype, device=device)
@@ -182,7 +189,8 @@ class Turns:
 
 
 class NewKeys(Tensor):
-    """The keys of new tokens on their way from the cache to attention; only `layer.attend` can use them."""
+    """The keys of new tokens on their way from the cache to attention; only `layer.attend` can use
+    them."""
 
     layer: AttendingLayer
 
@@ -202,7 +210,8 @@ class NewKeys(Tensor):
 
 
 class AttendingLayer(CacheLayerMixin):
-    """One layer of a cache that computes the attention itself, as it alone knows which keys a query sees."""
+    """One layer of a cache that computes the attention itself, as it alone knows which keys a query
+    sees."""
 
     keys: Tensor  # type: ignore[assignment]
     values: Tensor  # type: ignore[assignment]
@@ -210,7 +219,8 @@ class AttendingLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        """Tokens read so far, with evicted ones and padding: transformers counts positions from it."""
+        """Tokens read so far, with evicted ones and padding: transformers counts positions from
+        it."""
         self.new: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -239,16 +249,18 @@ class AttendingLayer(CacheLayerMixin):
     def attend(
         self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
     ) -> Tensor:
-        """Return the attention of the new tokens' queries, and keep of their keys and values what is to be kept.
+        """Return the attention of the new tokens' queries, and keep of their keys and values what
+        is to be kept.
 
-        sink_logit_H: a logit a head that takes part in each softmax (attention/sink_softmax.py), beside the tokens.
-        """
+        sink_logit_H: a logit a head that takes part in each softmax (attention/sink_softmax.py),
+        beside the tokens."""
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return sizes for a mask that tells the padding among the new tokens; this cache hides the rest itself."""
+        """Return sizes for a mask that tells the padding among the new tokens; this cache hides the
+        rest itself."""
         return query_length, self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -297,7 +309,8 @@ class SinkLayer(AttendingLayer):
         return inference_only(q_BHTD, out_BHTD)
 
     def _note_padding(self, mask: Tensor | None, batch: int, tokens: int) -> None:
-        """Count the padding tokens that lead each row in the first mask: a token that does not see itself is one."""
+        """Count the padding tokens that lead each row in the first mask: a token that does not see
+        itself is one."""
         first = self.seen == tokens
         if first:
             self.padding_B = (0,) * batch
@@ -351,7 +364,8 @@ class SinkLayer(AttendingLayer):
         self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, first_B: tuple[int, ...], scale: float,
         sink_logit_H: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Attend with many tokens at once, rows of equal length together; padding attends to nothing."""
+        """Attend with many tokens at once, rows of equal length together; padding attends to
+        nothing."""
         out_BHTD = torch.zeros_like(q_BHTD)
         for rows, first in _together(first_B):
             skip, first = max(0, -first), max(0, first)
@@ -410,7 +424,8 @@ class SinkLayer(AttendingLayer):
 
 
 def sees_itself(mask: Tensor, batch: int, tokens: int) -> Tensor:
-    """Return which of the new tokens see themselves [B, T]: all but padding. The mask is [B, 1, T, N]."""
+    """Return which of the new tokens see themselves [B, T]: all but padding. The mask is [B, 1, T,
+    N]."""
     real_BT = mask.diagonal(dim1=-2, dim2=-1)[:, 0].expand(batch, tokens)
     return real_BT if real_BT.dtype == torch.bool else real_BT == 0
 
@@ -421,7 +436,8 @@ def inference_only(q_BHTD: Tensor, out_BHTD: Tensor) -> Tensor:
 
 
 class _Inference(torch.autograd.Function):
-    """Pass the output on; a gradient through the cache does not exist, and asking for one is an error."""
+    """Pass the output on; a gradient through the cache does not exist, and asking for one is an
+    error."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTD: Tensor, out_BHTD: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ What goes with a sink in trained models is measured beside it: the sink token's 
 that attention there does nothing, and its residual stream is far longer than others' ("Massive
 Activations", arXiv:2402.17762).
 
-    mass = attention_mass(model, ids_BT)
-    print(sink_mass(mass), sink_heads(mass))         # {"first_token": a number a layer, ...}, {"first_token_0.3": ...}
+    mass = attention_mass(model, ids_BT) print(sink_mass(mass), sink_heads(mass))         #
+    {"first_token": a number a layer, ...}, {"first_token_0.3": ...}
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, L layers, N first tokens, Q
 queries of a block.

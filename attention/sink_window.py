@@ -1,9 +1,9 @@
-"""Sinks and a recent window (StreamingLLM, arXiv:2309.17453): what a streaming cache lets a query
-see.
+"""Attention sinks and a recent window (StreamingLLM, arXiv:2309.17453): the keys that a streaming
+cache keeps.
 
-A model pours attention on its first tokens whatever they mean; a window that drops them collapses,
-one that keeps a few of them does not. `sink_tokens=0` is plain window attention.
-"""
+A model puts much attention on its first tokens, whatever they mean. Window attention that drops
+them collapses; window attention that keeps a few of them does not. `sink_tokens=0` is plain window
+attention."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 class SinkWindow(Pattern):
-    """The first `sink_tokens` of a document and the last `window_tokens`, the query's own
-    included."""
+    """A query sees the first `sink_tokens` of its document and the last `window_tokens`, including
+    its own."""
 
     pattern: Literal["sink_window"] = "sink_window"
-    """A window of the last tokens, and a document's first tokens."""
+    """A window of the last tokens, and the first tokens of the document."""
     window_tokens: int = Field(ge=1)
-    """Last tokens that a query sees, its own included."""
+    """Number of last tokens that a query sees, including its own."""
     sink_tokens: int = Field(default=4, ge=0)
-    """First tokens of a document that every later query also sees; 0 is plain window attention."""
+    """Number of first tokens of a document that every later query also sees; 0 is plain window
+    attention."""
 
     def mask_mod(self, heads: Heads, start_BT: Tensor) -> MaskMod:
         def recent(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class SinkWindow(Pattern):
         return and_(causal, same_document(start_BT), or_(recent, sink))
 
     def rectangles(self, variant: Hashable, begin: int, end: int) -> list[Rectangle]:
-        n, out = self.sink_tokens, begin + self.window_tokens  # the first query whose window leaves a token out
+        n, out = self.sink_tokens, begin + self.window_tokens  # out: the first query whose window drops a token
         found = [Rectangle((begin, end), (begin, end), causal=True, window=self.window_tokens)]
         if n and out < end:  # it misses the first token, the next query the first two, ...
             few = min(n, end - out)

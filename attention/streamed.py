@@ -1,19 +1,21 @@
-"""Streaming attention (arXiv:2309.17453) for many queries at once: what a sink cache gives token by
-token.
+"""Streaming attention (arXiv:2309.17453) for many queries at once, with the result that a sink
+cache gives token by token.
 
 Query t sees the sinks (the text's first S tokens), the W tokens before it, and itself. With
-positions counted in the cache, recent keys stand at their true distance, since RoPE is relative;
-only the sinks come nearer: they stand as if the query were at min(t, S + W). So it is turned back
-by t - (S + W) for their sake, and the rest is a band:
+positions counted in the cache, recent keys are at their true distance, since RoPE is relative. Only
+the sinks are nearer, as if the query were at min(t, S + W). So for the sinks the query is rotated
+back by t - (S + W). The recent keys are a band:
 
-    t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys before the block
+    t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys
+    before the block
 
-Blocks of W queries need no mask and no band matrix: two causal flash attentions (the second with
-queries and keys flipped), a rectangle where a block is short, a small sink term, merged by their
-log-sum-exps. Memory is O(W) beside q, k, v. Equal to decoding to 1e-12 in float64
-(tests/test_attention_streamed.py); measured in benchmarks/streaming.py.
+Blocks of W queries need neither a mask nor a band matrix. They are two causal flash attentions (the
+second with queries and keys flipped), a rectangle if a block is short, and a small sink term,
+merged by their log-sum-exps. Memory is O(W) in addition to q, k, v. The result equals decoding to
+1e-12 in float64 (tests/test_attention_streamed.py); speed is measured in benchmarks/streaming.py.
 
-    out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020, rotary=rotary)
+    out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020,
+    rotary=rotary)
 
 Legend: B batch, T queries, H query heads, K key/value heads, D head dim, S sinks, W window, N
 recent keys.
@@ -36,20 +38,22 @@ def streamed_attention(
     q_BHTD: Tensor, recent: tuple[Tensor, Tensor], sinks: tuple[Tensor, Tensor], *, first: int = 0, sink_tokens: int,
     window_tokens: int, rotary: Rotary | None, scale: float, sink_logit_H: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention [B, H, T, D] of tokens first .. first+T-1 of a text; queries and keys are rotated
-    at text positions.
+    """Return attention [B, H, T, D] of tokens first .. first+T-1 of a text. Queries and keys are
+    rotated to their positions in the text.
 
     Args:
-        recent: keys and values [B, K, N, D] of tokens past the sinks, the last query's own at the
-            end: as many before
-            the first query's own as there are, up to window_tokens.
+        recent: keys and values [B, K, N, D] of tokens after the sinks, ending with the last query's
+            own. Before the first query's own there are up to window_tokens, as many as exist.
         sinks: keys and values of the text's first tokens, min(sink_tokens, first+T) of them.
-        rotary: what turns queries back, for positions counted in the cache; None: positions are
-        counted in the text. sink_logit_H: a logit per head in each softmax
-        (attention/sink_softmax.py), beside the sink tokens.
+        rotary: rotates queries back, for positions counted in the cache; None: positions are
+        counted
+            in the text.
+        sink_logit_H: a logit per head in each softmax (attention/sink_softmax.py), in addition to
+        the
+            sink tokens.
     """
     out_BHTD = torch.empty_like(q_BHTD)
-    among = max(0, min(sink_tokens - first, q_BHTD.shape[2]))  # queries that are sinks themselves
+    among = max(0, min(sink_tokens - first, q_BHTD.shape[2]))  # number of queries that are sinks
     if sink_tokens:
         to_sinks, sums = _sink_part(q_BHTD, sinks, first, sink_tokens + window_tokens, rotary, scale)
         out_BHTD[:, :, :among] = merged([(to_sinks[:, :, :among], sums[:, :, :among])], sink_logit_H)
@@ -65,12 +69,12 @@ def streamed_attention(
 
 
 def _band_parts(q_BHTD: Tensor, recent: tuple[Tensor, Tensor], own: int, window: int, scale: float) -> list[Part]:
-    """A block of at most W queries, the first one's own key at `own`, over all recent keys in the
-    band."""
+    """Return attention of a block of at most W queries over all recent keys in the band, in parts.
+    The first query's own key is at `own`."""
     k_BKND, v_BKND = recent
     T = q_BHTD.shape[2]
     parts = [_attend(q_BHTD, k_BKND[:, :, own : own + T], v_BKND[:, :, own : own + T], scale, causal=True)]
-    oldest = own - window  # the first query's oldest key, the second's is one later, and so on: causal in the mirror
+    oldest = own - window  # the first query's oldest key; the second's is one later, and so on: causal if mirrored
     low, corner = max(oldest, 0), min(oldest + T, own)
     if low < corner:
         k, v = (x[:, :, low:corner].flip(2) for x in recent)
@@ -85,8 +89,8 @@ def _band_parts(q_BHTD: Tensor, recent: tuple[Tensor, Tensor], own: int, window:
 def _sink_part(
     q_BHTD: Tensor, sinks: tuple[Tensor, Tensor], first: int, cached: int, rotary: Rotary | None, scale: float
 ) -> Part:
-    """All queries over the sinks that are not after them, as if no query stood beyond position
-    `cached`."""
+    """Return attention of all queries over the sinks before them, as if no query were beyond
+    position `cached`."""
     k_BKSD, v_BKSD = sinks
     at_T = torch.arange(first, first + q_BHTD.shape[2])
     if rotary is not None and int(at_T[-1]) > cached:
@@ -96,8 +100,8 @@ def _sink_part(
 
 
 def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> Part:
-    """One part. Flash attention; on CPU a KV head's query heads in turn, so that no key is
-    repeated."""
+    """Compute one part by flash attention. On CPU, the query heads of a KV head are computed one
+    after the other, so that no key is repeated."""
     if q_BHTD.device.type == "cuda" and not refusal(q_BHTD.dtype, q_BHTD.shape[3]):
         return flash.dense(q_BHTD, k_BKND, v_BKND, scale, causal=causal)
     if q_BHTD.device.type != "cpu":
@@ -118,8 +122,8 @@ def _attend(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, cau
 
 
 def plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_TN: Tensor | None) -> Part:
-    """One part by the formula, scores and all; what is unseen may differ by row, as [B, 1, 1, T,
-    N]."""
+    """Compute one part by the formula, with all scores in memory. The mask of unseen keys may
+    differ by row, as [B, 1, 1, T, N]."""
     B, H, T, D = q_BHTD.shape
     K = k_BKND.shape[1]
     scores = (q_BHTD.reshape(B, K, -1, D) @ k_BKND.mT).unflatten(2, (H // K, T)) * scale
@@ -132,8 +136,7 @@ def plain(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, unseen_T
 
 
 def merged(parts: list[Part], sink_logit_H: Tensor | None = None) -> Tensor:
-    """Attention over all keys and, if there is one, a sink logit, from attention over disjoint
-    parts of the keys."""
+    """Merge attention over disjoint parts of the keys and, if given, a sink logit."""
     if len(parts) == 1:
         out, total = parts[0]
     else:

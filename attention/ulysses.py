@@ -1,9 +1,9 @@
-"""Sequence parallelism: a row's tokens spread over ranks, and attention still over the whole row
-(DeepSpeed-Ulysses, arXiv:2309.14509; ALST, arXiv:2506.13996).
+"""Sequence parallelism: the tokens of a row are split over ranks, and attention still covers the
+whole row (DeepSpeed-Ulysses, arXiv:2309.14509; ALST, arXiv:2506.13996).
 
-Outside of attention a rank has T / N tokens and all heads. Inside, one exchange gives it all T
-tokens and H / N heads, any kernel computes any pattern, and another exchange gives the tokens back.
-Which heads S²-Attn shifts depends on their numbers in the model, not in the rank, so a rank
+Outside attention, a rank has T / N tokens and all heads. For attention, an all-to-all gives it all
+T tokens and H / N heads, any kernel computes any pattern, and another all-to-all restores the
+tokens. Which heads S²-Attn shifts depends on their index in the model, not in the rank, so a rank
 computes `SomeHeads` of the pattern.
 
     ranks = sequence_ranks(2)                     # on every rank: groups of two neighbours
@@ -28,10 +28,10 @@ from longreach.attention.pattern import Heads, MaskMod, Pattern, Rectangle
 
 @dataclass(frozen=True)
 class SequenceRanks:
-    """The ranks that share rows, and this one's place among them."""
+    """The ranks that share rows, and the index of this rank among them."""
 
     group: Any
-    """Their process group; None for a rank that has its rows alone."""
+    """Their process group; None for a rank that does not share rows."""
     size: int = 1
     rank: int = 0
 
@@ -40,8 +40,8 @@ ALONE = SequenceRanks(None)
 
 
 def sequence_ranks(size: int) -> SequenceRanks:
-    """Splits the world into groups of `size` neighbours; every rank calls it. ValueError if they
-    come out uneven."""
+    """Split all ranks into groups of `size` neighbors; every rank calls it. ValueError if `size`
+    does not divide the number of ranks."""
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
         raise ValueError(f"sequence_parallel {size} does not divide {world} ranks: change workers to a multiple of it")
@@ -52,18 +52,18 @@ def sequence_ranks(size: int) -> SequenceRanks:
 
 
 class SomeHeads(Pattern):
-    """A pattern as some neighbouring heads of a model see it."""
+    """The part of a pattern for some neighboring heads of a model."""
 
     pattern: Literal["some_heads"] = "some_heads"
     """Some heads of another pattern."""
     whole: Pattern
-    """The model's pattern, of which these are some heads."""
+    """The pattern for all heads of the model."""
     query: int
-    """Query heads of the model."""
+    """Number of query heads in the model."""
     kv: int
-    """Key/value heads of the model."""
+    """Number of key/value heads in the model."""
     first_kv: int
-    """The first of these heads, among the model's."""
+    """Index in the model of the first of these key/value heads."""
 
     def mean_keys(self, document_tokens: float) -> float:
         return self.whole.mean_keys(document_tokens)
@@ -83,11 +83,11 @@ class SomeHeads(Pattern):
 
 
 class _Exchange(torch.autograd.Function):
-    """Send the n-th slice [B, G, P, D] to rank n, and return the slices that came from each rank
-    [N, B, G, P, D].
+    """All-to-all: send the n-th slice [B, G, P, D] to rank n, and return the slices received from
+    each rank, [N, B, G, P, D].
 
-    Its gradient goes back the same way. torch.distributed.nn.functional has the same, but torch
-    deprecates it and names a private module instead.
+    The gradient goes back the same way. torch.distributed.nn.functional has the same, but torch
+    deprecates it in favor of a private module.
     """
 
     @staticmethod
@@ -103,20 +103,20 @@ class _Exchange(torch.autograd.Function):
 
 
 def to_heads(x_BHPD: Tensor, ranks: SequenceRanks) -> Tensor:
-    """Exchange a part's tokens of all heads for all tokens of a part's heads [B, G, T, D];
+    """Exchange this rank's tokens of all heads for all tokens of this rank's heads, [B, G, T, D];
     differentiable."""
     x_NBGPD = x_BHPD.unflatten(1, (ranks.size, -1)).movedim(1, 0).contiguous()
     return _Exchange.apply(x_NBGPD, ranks).movedim(0, 2).flatten(2, 3)
 
 
 def to_tokens(x_BGTD: Tensor, ranks: SequenceRanks) -> Tensor:
-    """Undo `to_heads`: return a part's tokens of all heads [B, H, P, D]; differentiable."""
+    """Undo `to_heads`: return this rank's tokens of all heads, [B, H, P, D]; differentiable."""
     x_NBGPD = x_BGTD.unflatten(2, (ranks.size, -1)).movedim(2, 0).contiguous()
     return _Exchange.apply(x_NBGPD, ranks).movedim(0, 1).flatten(1, 2)
 
 
 def check_heads(heads: int, kv_heads: int, size: int) -> None:
-    """ValueError unless so many ranks can share the heads."""
+    """Raise ValueError unless that many ranks can share the heads."""
     if kv_heads % size or heads % size:
         raise ValueError(
             f"sequence_parallel {size} does not divide the model's {heads} query and {kv_heads} key/value heads: "
@@ -127,12 +127,13 @@ def check_heads(heads: int, kv_heads: int, size: int) -> None:
 def attend_in_parts(
     q_BHPD: Tensor, k_BKPD: Tensor, v_BKPD: Tensor, call: AttentionCall, kernel: str, ranks: SequenceRanks
 ) -> Tensor:
-    """Return attention [B, H, P, D] of this rank's tokens over the whole row. Every rank of the
-    group calls it at the same time, with the call of its own tokens. ValueError as
-    `check_heads`."""
+    """Return attention [B, H, P, D] of this rank's tokens over the whole row.
+
+    Every rank of the group calls it at the same time, each with its own tokens. Raises ValueError
+    like `check_heads`."""
     H, K = q_BHPD.shape[1], k_BKPD.shape[1]
     check_heads(H, K, ranks.size)
-    assert call.position_ids_BT is not None, "documents of a row are known by their positions"
+    assert call.position_ids_BT is not None, "positions are needed to tell documents apart"
     parts = [torch.empty_like(call.position_ids_BT) for _ in range(ranks.size)]
     dist.all_gather(parts, call.position_ids_BT.contiguous(), group=ranks.group)
     sink_logit_G = call.sink_logit_H
@@ -145,9 +146,9 @@ def attend_in_parts(
 
 
 def part_of(batch: dict[str, Tensor], ranks: SequenceRanks) -> dict[str, Tensor]:
-    """A rank's tokens of whole rows [B, T]; labels, and their weights if there are any, come with
-    the next part's first, which the last token predicts. ValueError if the ranks do not divide
-    T."""
+    """Return this rank's tokens of whole rows [B, T]. Labels, and their weights if there are any,
+    also contain the first of the next part, which the last token predicts. ValueError if the number
+    of ranks does not divide T."""
     if ranks.size == 1:
         return batch
     tokens = batch["input_ids"].shape[1]

@@ -1,15 +1,15 @@
-"""Does a model see what it must not? Perturb tokens, ask the gradient: nothing earlier, no other
-document may move.
+"""Check that a model's tokens see neither later tokens nor other documents.
 
-A leak of the future makes the training loss fall and the evaluation loss rise, and no loss curve
-says why. Most copies of S²-Attn have one: a roll by half a group puts the row's end and its start
-into one causal group. So this asks the model itself, whatever computes its attention, in two ways
-that share nothing but the row:
+If tokens see the future, the training loss falls and the evaluation loss rises, and no loss curve
+shows why. Most copies of S²-Attn have such a leak: a roll by half a group puts the row's end and
+its start into one causal group. So this tests the model itself, whatever computes its attention, in
+two independent ways:
 
-  output    the tokens from a cut to the end of their document are replaced; no hidden state anywhere else may move
-  gradient  the last hidden states from a document's start to a cut; no embedding anywhere else may have a gradient
+  output    replace the tokens from a cut to the end of their document; no hidden state elsewhere
+  may change gradient  take the last hidden states from a document's start to a cut; no embedding
+  elsewhere may have a gradient
 
-Each is done at many cuts, in a row that is one document and in one of three packed documents
+Each test is done at many cuts, in a row of one document and in a row of three packed documents
 (position_ids restart).
 
     longreach verify-attention MODEL
@@ -27,32 +27,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 ROWS = 8
-"""Perturbed rows in a forward pass, beside the unperturbed one that they are compared with."""
+"""Perturbed rows in a forward pass, in addition to the unperturbed row for comparison."""
 GRADIENT_CUTS = 8
-"""A backward pass each; every pair of tokens with one of them between is tried."""
+"""Cuts with one backward pass each. Every pair of tokens with a cut between them is tested."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A token that sees what it must not; the worst one of its kind and layer."""
+    """A token that sees what it must not: the worst one of its kind and layer."""
 
     kind: str
-    """"future" (a later token of its document) or "document" (a token of another one)."""
+    """"future" (a later token of its document) or "document" (a token of another document)."""
     packed: bool
-    """Whether the row held several documents."""
+    """Whether the row had several documents."""
     found_by: str
-    """What gave it away: "output" or "gradient"."""
+    """The test that found it: "output" or "gradient"."""
     layer: int | None
-    """The first layer after which hidden states move; None by gradient, which crosses all
-    layers."""
+    """The first layer after which hidden states change; None for "gradient", which tests all layers
+    together."""
     token: int
     sees: tuple[int, int]
-    """First and last of the tokens that were replaced, or the one with the greatest gradient,
-    twice."""
+    """First and last of the replaced tokens, or the token with the largest gradient, twice."""
     change: float
-    """Greatest change of a hidden state over the greatest hidden state; of a gradient likewise."""
+    """Largest change of a hidden state, relative to the largest hidden state; for "gradient" the
+    same of gradients."""
     tokens: int
-    """How many tokens of the row see something like it."""
+    """Number of tokens in the row with such a leak."""
 
     def __str__(self) -> str:
         where = "across all layers" if self.layer is None else f"in layer {self.layer}"
@@ -68,7 +68,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of documents, by their edges 0, ..., T."""
+    """A row of documents, given by their borders 0, ..., T."""
 
     edges: tuple[int, ...]
 
@@ -77,34 +77,35 @@ class Row:
         return torch.cat([torch.arange(b - a) for a, b in zip(self.edges, self.edges[1:], strict=False)])
 
     def document(self, token: int) -> tuple[int, int]:
-        """Where a token's document begins and ends."""
+        """Return where a token's document begins and ends."""
         n = bisect(self.edges, token)
         return self.edges[n - 1], self.edges[n]
 
     def cuts(self, count: int) -> list[int]:
-        """Tokens at which to cut: document starts, the last token, and about `count` evenly spread
-        ones."""
+        """Return the tokens at which to cut: document starts, the last token, and about `count`
+        evenly spaced ones."""
         T = self.edges[-1]
         return sorted({*self.edges[:-1], T - 1, *torch.linspace(1, T - 1, min(count, T - 1)).long().tolist()})
 
 
 def verify_attention(model: nn.Module, *, tokens: int = 64, packed: bool = True, cuts: int = 64) -> list[Leak]:
-    """The leaks found; none if the model sees only what is before each token in its document.
-    Raises ValueError: fewer than 8 tokens; hidden states that are not finite.
+    """Return the leaks found; none if each token sees only what is before it in its document.
+
+    Raises ValueError for fewer than 8 tokens, or for hidden states that are not finite.
 
     Args:
-        model: a causal transformers model (or PEFT around one), with any attention; its weights and
-            mode stay.
-        tokens: of the row. A pattern with groups or windows needs several of them, and a multiple
-            of its group if it
-            takes nothing else.
-        packed: also try documents packed into one row, told apart by position_ids that restart.
-        cuts: where to perturb; every pair of tokens with a cut between is tried by output.
+        model: a causal transformers model (or PEFT around one), with any attention. Its weights and
+            mode do not change.
+        tokens: tokens in the row. Use several groups or windows of the model's pattern, and a
+            multiple of the group size if the pattern requires it.
+        packed: also test documents packed into one row, separated by position_ids that restart.
+        cuts: number of perturbed places. The output test covers every pair of tokens with a cut
+            between them.
     """
     if tokens < 8:
         raise ValueError(f"{tokens} tokens are too few to pack three documents: use at least 8")
     body = next(m for m in model.modules() if isinstance(m, PreTrainedModel)).base_model
-    assert isinstance(body, PreTrainedModel), "a transformers model is its own base_model, or holds it"
+    assert isinstance(body, PreTrainedModel), "a transformers model is its own base_model or contains it"
     rows = [Row((0, tokens))] + [Row((0, tokens // 3 + 1, tokens * 3 // 4, tokens))] * packed
     was_training = body.training
     body.eval()
@@ -120,7 +121,7 @@ def verify_attention(model: nn.Module, *, tokens: int = 64, packed: bool = True,
 
 @torch.no_grad()
 def _by_output(body: PreTrainedModel, row: Row, count: int) -> list[Leak]:
-    """Replace the tokens from each cut to the end of its document, and look what else moves."""
+    """Replace the tokens from each cut to the end of its document, and find what else changes."""
     vocabulary = len(body.get_input_embeddings().weight)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(vocabulary, (row.edges[-1],), generator=generator)
@@ -140,10 +141,10 @@ def _by_output(body: PreTrainedModel, row: Row, count: int) -> list[Leak]:
 
 
 def _moved(hidden: tuple[Tensor, ...], row: Row, replaced: list[tuple[int, int]]) -> Iterator[Leak]:
-    """For each perturbed row, its leaks in the first layer that has one. hidden: [1+C, T, E] after
-    each layer."""
+    """Yield, for each perturbed row, its leaks in the first layer that has one. hidden: [1+C, T, E]
+    after each layer."""
     moved_LCT = torch.stack([(h[1:] - h[:1]).abs().amax(-1) / h.abs().max() for h in hidden[1:]]).float().cpu()
-    tolerance = 16 * torch.finfo(hidden[0].dtype).eps  # sums over other rows' blocks may round differently
+    tolerance = 16 * torch.finfo(hidden[0].dtype).eps  # sums in blocks of other rows may round differently
     for n, (cut, end) in enumerate(replaced):
         moved_LCT[:, n, cut:end] = 0
         start = row.document(cut)[0]
@@ -161,7 +162,8 @@ def _moved(hidden: tuple[Tensor, ...], row: Row, replaced: list[tuple[int, int]]
 
 
 def _by_gradient(body: PreTrainedModel, row: Row) -> list[Leak]:
-    """For hidden states from a document's start to a cut, look which embeddings have a gradient."""
+    """Find which embeddings have a gradient from hidden states between a document's start and a
+    cut."""
     generator = torch.Generator().manual_seed(1)
     table: Tensor = body.get_input_embeddings().weight  # type: ignore[assignment]
     ids_T = torch.randint(len(table), (row.edges[-1],), generator=generator)
@@ -176,7 +178,7 @@ def _by_gradient(body: PreTrainedModel, row: Row) -> list[Leak]:
         (grad_1TE,) = torch.autograd.grad(terms_T[start:cut].sum(), embeds_1TE, retain_graph=True)
         grad_T = grad_1TE[0].abs().amax(-1).float().cpu()
         if not 0 < float(grad_T.max()) < torch.inf:
-            raise ValueError(f"{type(body).__name__}: greatest gradient {float(grad_T.max())}: nothing can be compared")
+            raise ValueError(f"{type(body).__name__}: largest gradient {float(grad_T.max())}: nothing can be compared")
         grad_T = grad_T / grad_T.max()
         for kind, where in (("future", slice(cut, end)), ("document", None)):
             part_T = torch.zeros_like(grad_T)
@@ -194,11 +196,11 @@ def _by_gradient(body: PreTrainedModel, row: Row) -> list[Leak]:
 
 
 def _hidden_states(body: PreTrainedModel, row: Row, **inputs: Tensor) -> tuple[Tensor, ...]:
-    """Embeddings and the hidden states after each layer [B, T, E]; ValueError unless all are
-    finite."""
+    """Return embeddings and the hidden states after each layer, [B, T, E] each. ValueError unless
+    all are finite."""
     batch = next(iter(inputs.values())).shape[0]
     positions_BT = row.position_ids_T.to(body.device).expand(batch, -1)
     hidden = body(**inputs, position_ids=positions_BT, use_cache=False, output_hidden_states=True).hidden_states
     if not all(bool(h.isfinite().all()) for h in hidden):
-        raise ValueError(f"{type(body).__name__} gives hidden states that are not finite: nothing can be compared")
+        raise ValueError(f"{type(body).__name__} has hidden states that are not finite: nothing can be compared")
     return hidden

@@ -299,7 +299,7 @@ def test_flex_equals_the_oracle_where_no_gradient_is_wanted():
 
 
 def test_an_unknown_kernel_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"kernel 'fast': there are auto, .*sdpa.*reference"):
+    with pytest.raises(ValueError, match=r"unknown kernel 'fast': use auto, .*sdpa.*reference"):
         choose(PATTERNS["causal"](), "fast")
     with pytest.raises(ValueError, match="device 'mps': use cuda or cpu"):
         choose(PATTERNS["causal"](), where=Situation(device="mps"))
@@ -308,7 +308,7 @@ def test_an_unknown_kernel_is_refused_with_those_there_are():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((1, 4, 5, 8), (1, 3, 5, 8), (1, 3, 5, 8)), "the key heads divide the query heads"),
+        (((1, 4, 5, 8), (1, 3, 5, 8), (1, 3, 5, 8)), "the number of key heads must divide that of query heads"),
         (((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 5, 8)), "with a KV cache"),
         (((1, 4, 5, 8), (1, 4, 5, 8), (1, 4, 5, 4)), "share batch, length and head size"),
     ],

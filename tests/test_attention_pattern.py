@@ -179,7 +179,7 @@ def test_a_pattern_says_its_name_and_choices():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: PATTERNS["grouped"](group_tokens=7), "group_tokens 7 is odd: half a group is shifted; use 6 or 8"),
+        (lambda: PATTERNS["grouped"](group_tokens=7), "7 is odd, but groups are shifted by half: use 6 or 8"),
         (lambda: PATTERNS["shifted_sparse"](group_tokens=0), r"group_tokens\n.* equal to 2 .*input_value=0"),
         (lambda: PATTERNS["grouped"](group_tokens=8, sink_tokens=-1), r"sink_tokens\n.* equal to 0"),
         (lambda: PATTERNS["sink_window"](window_tokens=0), r"window_tokens\n.* equal to 1"),

@@ -82,7 +82,7 @@ def test_yarns_own_choices_are_those_of_the_formula():
         torch.testing.assert_close(ours.double(), expected * 1.5, atol=2e-5, rtol=0)  # float32 angles up to 127
     assert config.max_position_embeddings == 128, "the factor counts from the original length"
     with pytest.raises(
-        ValueError, match="original_length 16 with factor 2 gives 32 positions, less than the model's 64"
+        ValueError, match="original_length 16 with factor 2 gives 32 positions, fewer than the model's 64"
     ):
         stretched_config(small(), "yarn", 2.0, yarn={"original_max_position_embeddings": 16})
 
@@ -149,12 +149,12 @@ def test_fixed_frequencies_are_those_of_one_length_whatever_is_read_and_in_which
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        (small(), ("cubic", 2.0), "'cubic': known are none, linear"),
+        (small(), ("cubic", 2.0), "'cubic': use one of none, linear"),
         (small(), ("linear", 0.5), "factor 0.5"),
         (small(), ("theta", 2.0), "theta None"),
-        (small(), ("yarn", 2.0, 1e6), "theta goes with type 'theta' only"),
+        (small(), ("yarn", 2.0, 1e6), "theta is for type 'theta' only"),
         (stretched_config(small(), "linear", 2.0), ("yarn", 2.0), "'linear' already"),
-        (GPT2Config(), ("linear", 2.0), "gpt2 has no rotary positions"),
+        (GPT2Config(), ("linear", 2.0), "gpt2 has no RoPE"),
         (Gemma3TextConfig(), ("linear", 2.0), "gemma3_text has no single set"),
     ],
 )
@@ -208,8 +208,8 @@ def test_the_rounding_of_far_angles_is_known_exactly():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GPT2Config(), "gpt2 has no rotary positions"),
-        (Gemma3TextConfig(), "gemma3_text rotates keys otherwise"),
+        (GPT2Config(), "gpt2 has no RoPE"),
+        (Gemma3TextConfig(), "gemma3_text rotates keys differently"),
         (stretched_config(small(), "dynamic", 2.0), "'dynamic' changes frequencies"),
     ],
 )

@@ -356,7 +356,7 @@ def test_a_gradient_through_the_cache_is_an_error():
         (MistralConfig(sliding_window=1024), {}, "own window of 1024 .* at most 1019"),
         (GPT2Config(), {}, "gpt2"),
         (GptOssConfig(), {}, "own window of 128 .* at most 123"),
-        (GraniteSWAConfig(**FULL, layer_rope_theta=[1e4, 0]), {}, "otherwise in some of its layers, or not at all"),
+        (GraniteSWAConfig(**FULL, layer_rope_theta=[1e4, 0]), {}, "differently or not at all in some of its layers"),
         (SmolLM3Config(**GROUPED, no_rope_layers=[1, 0]), {}, "count positions in the text"),
         (Qwen3NextConfig(), {}, "layers .'linear_attention'., whose state a SinkCache cannot keep"),
         (tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}).config, {}, "dynamic"),

@@ -122,12 +122,12 @@ def test_a_warm_up_that_outlasts_the_training_is_said_by_plan_and_run(
 ) -> None:
     options = ("quickstart", "--set", "finetune.steps=10", "--set", "finetune.warmup_steps=20")
     said = (
-        "finetune.warmup_steps 20 is above steps 10: the rate never passes 50% of what is stated; lower warmup_steps "
-        "or raise steps"
+        "finetune.warmup_steps 20 is above steps 10: the learning rate never exceeds 50% of its peak; lower "
+        "warmup_steps or raise steps"
     )
     assert longreach(capsys, "plan", *options)[1].splitlines()[-2] == said
     assert longreach(capsys, "run", *options)[2].splitlines()[0] == said
-    assert "never passes" not in longreach(capsys, "plan", *options[:-1], "finetune.warmup_steps=10")[1]
+    assert "never exceeds" not in longreach(capsys, "plan", *options[:-1], "finetune.warmup_steps=10")[1]
 
 
 def test_run_waits_for_another_run_unless_told_otherwise(

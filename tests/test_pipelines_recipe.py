@@ -110,7 +110,7 @@ def test_a_pretraining_arm_may_train_with_a_streaming_cache_s_window_but_not_out
 def test_a_sink_trains_alone_only_where_there_is_one_beside_a_base_s_weights_that_do_not_decay() -> None:
     alone = "pretrain.arms={one: {sink: token, train: sink}}"
     (said,) = mistakes("sink-lab", alone)
-    assert "arms.one.train is 'sink'" in said
+    assert "arms.one.train 'sink'" in said
     assert "weight_decay is 0.1, and model is a new one" in said
     of_base = ("pretrain.model=null", "pretrain.vocab_size=null")
     (said,) = mistakes("sink-lab", alone, *of_base)
@@ -134,9 +134,9 @@ def test_an_arms_own_stretch_is_checked_like_the_sections(small: Path) -> None:
 
 def test_seeds_that_name_a_model_twice_are_refused(small: Path) -> None:
     (said,) = mistakes(small, "finetune.seeds=[1, 2, 1]")
-    assert "seeds [1, 2, 1] names a seed twice" in said
+    assert "seeds [1, 2, 1] has a seed twice" in said
     (said,) = mistakes(small, "finetune.arms={full: {}, full.s2: {seeds: [0]}}", "finetune.seeds=[0, 2]")
-    assert "arms has full.s2, which is what full is called with seed 2: rename it" in said
+    assert "arms has full.s2, which is also the name of full with seed 2: rename it" in said
     (said,) = mistakes(small, "finetune.arms.full.seeds=[-1]")
     assert "finetune.arms.full.seeds.0: should be greater than or equal to 0" in said
 
@@ -177,14 +177,14 @@ def test_yarns_choices_are_for_yarn(small: Path, rope: str, line: str) -> None:
         ("arms.full.use_dora=true", "use_dora True with tune 'all', which has no LoRA: leave it out, or tune 'lora'"),
         ("arms.full.init_lora_weights=pissa", "init_lora_weights pissa with tune 'all', which has no LoRA: leave it "
          "out, or tune 'lora'"),
-        ("min_lr_ratio=0.1", "min_lr_ratio 0.1 with schedule 'constant', which does not fall"),
-        ("decay_fraction=0.1", "decay_fraction 0.1 with schedule 'constant': it is wsd's"),
-        ("schedule=wsd", "warmup_steps 20 and the 1 steps over which wsd falls are more than steps 4: lower "
+        ("min_lr_ratio=0.1", "min_lr_ratio 0.1 with schedule 'constant', which does not decay"),
+        ("decay_fraction=0.1", "decay_fraction 0.1 with schedule 'constant': it is for wsd"),
+        ("schedule=wsd", "warmup_steps 20 and wsd's 1 decay steps are more than steps 4: lower "
          "warmup_steps or decay_fraction"),
-        ("matrix={tune: [lora+embed, all], learning_rate: {lora: 2e-4}}", "learning_rate 0.0002 of 'lora' with tune "
-         "['lora+embed', 'all']: no arm would train at it; write it for one of these, or add 'lora' to tune"),
+        ("matrix={tune: [lora+embed, all], learning_rate: {lora: 2e-4}}", "learning_rate has 0.0002 for 'lora', but "
+         "tune is ['lora+embed', 'all'], so no arm would use it: set it for one of these, or add 'lora' to tune"),
         ("matrix={tune: [all, lora], embedding_learning_rate: 1e-5}", "embedding_learning_rate 1e-05 with tune ['all', "
-         "'lora'], of which none trains embeddings beside adapters: leave it out, or add 'lora+embed' or "
+         "'lora']: none of these trains embeddings with adapters; leave it out, or add 'lora+embed' or "
          "'lora+embed+norm'"),
     ],
 )  # fmt: skip
@@ -355,7 +355,8 @@ def test_a_check_of_a_section_points_at_its_field_and_gives_both_numbers(small: 
         "use 16, or another seq_len"
     ]
     assert mistakes(small, edits={"group_tokens: 24": "group_tokens: 15"}) == [
-        "small.yaml:15: finetune.arms.long.1.attention: group_tokens 15 is odd: half a group is shifted; use 14 or 16"
+        "small.yaml:15: finetune.arms.long.1.attention: group_tokens 15 is odd, but groups are shifted by half: "
+        "use 14 or 16"
     ]
     assert mistakes(small, "finetune.arms.long.1.attention.group_tokens=16", "finetune.global_batch_tokens=100") == [
         "--set: finetune: global_batch_tokens 100 is not a multiple of pack.seq_len 64: use 128 (2 rows)"

@@ -87,7 +87,7 @@ def test_micro_batches_cut_the_same_rows_under_every_pattern_and_loss(tmp_path, 
 @pytest.mark.parametrize(
     ("parts", "pack", "message"),
     [
-        ([{"steps": 6, "row_tokens": 8}, {"steps": 5, "row_tokens": 4}], {}, "curriculum has 11 steps.*has steps 10"),
+        ([{"steps": 6, "row_tokens": 8}, {"steps": 5, "row_tokens": 4}], {}, "curriculum has 11 steps.*steps is 10"),
         ([{"steps": 6, "row_tokens": 16}], {}, r"curriculum\.0\.row_tokens 16 does not cut.*seq_len 16"),
         ([{"steps": 2, "row_tokens": 8}, {"steps": 2, "row_tokens": 5}], {}, r"curriculum\.1\.row_tokens 5 does not"),
         ([{"steps": 2, "row_tokens": 8}], {"first_token": "bos"}, "curriculum with pack.first_token 'bos'"),

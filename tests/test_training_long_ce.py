@@ -156,8 +156,8 @@ def test_rows_that_were_not_scored_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("arm", "pack", "message"),
     [
-        ({"short_tokens": 16}, {}, r"short_tokens 16 is not from 4 to below pack\.seq_len 16"),
-        ({}, {}, r"short_tokens 2 is not from 4"),
+        ({"short_tokens": 16}, {}, r"short_tokens is 16, but must be at least 4 and below pack\.seq_len 16"),
+        ({}, {}, r"short_tokens is 2, but must be at least 4"),
         ({"short_tokens": 8, "curriculum": [{"steps": 1, "row_tokens": 8}]}, {}, "'long_ce' with a curriculum"),
         ({"short_tokens": 8}, {"first_token": "bos"}, r"'long_ce' with pack\.first_token 'bos'"),
         ({"short_tokens": 8, "objective": "plain"}, {}, "short_tokens 8 with objective 'plain'"),

@@ -187,7 +187,7 @@ def test_a_family_whose_attention_cannot_know_documents_where_positions_skip_is_
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0}
     PersimmonForCausalLM(PersimmonConfig(**sizes, **heads)).save_pretrained(todo["base"])
-    with pytest.raises(ValueError, match=r"Persimmon.* does not hand its positions .* leave arm\.positions out"):
+    with pytest.raises(ValueError, match=r"Persimmon.* does not pass its positions .* leave arm\.positions out"):
         train(todo)
 
 

@@ -190,7 +190,7 @@ def test_a_source_names_the_encoding_of_its_files(tmp_path):
     (tmp_path / "x.jsonl").write_bytes('{"text": "caf\xe9 – x"}'.encode("cp1252"))
     assert list(texts(read(tmp_path, files="x.*", encoding="cp1252")).values()) == ["café – x"] * 2
     assert len(bad(read(tmp_path, files="x.*"))) == 2
-    with pytest.raises(ValueError, match=r"encoding 'cp12520' is none that Python knows"):
+    with pytest.raises(ValueError, match=r"encoding 'cp12520' is unknown to Python"):
         SourceRecipe(files="x", encoding="cp12520")
 
 

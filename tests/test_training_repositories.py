@@ -150,9 +150,9 @@ def test_what_names_no_repository_is_refused_with_the_remedy(repo):
         read(repo.parent, "repo", patterns=("*.c",))
     with pytest.raises(ValueError, match=r"'r\*' is .*/repo, which is named twice"):
         read(repo.parent, "repo", "r*")
-    with pytest.raises(ValueError, match="'s3://b/repo' is no folder"):
+    with pytest.raises(ValueError, match="'s3://b/repo' is not a folder"):
         corpus("s3://b/repo")
-    with pytest.raises(ValueError, match="choose no file"):
+    with pytest.raises(ValueError, match="select no files"):
         corpus("repo", patterns=("!x",))
-    with pytest.raises(ValueError, match=r"one of package, .*; this one names \['files', 're"):
+    with pytest.raises(ValueError, match=r"one of package, .*; this one has \['files', 're"):
         SourceRecipe(files="*.txt", repositories=("repo",))

@@ -134,7 +134,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_the_next_run_goes_on_from_that
         return real(self, at, *args)
 
     monkeypatch.setattr(RowOrder, "for_rank", for_rank)
-    with pytest.raises(Stopped, match="stopped after step 3 of 6: the same command goes on"):
+    with pytest.raises(Stopped, match="stopped after step 3 of 6: run the same command to resume"):
         train(todo)
     (tmp_path / "stop").unlink()
     monkeypatch.setattr(RowOrder, "for_rank", real)

@@ -156,5 +156,5 @@ def test_documents_shorter_than_a_row_are_named_as_the_reason(tmp_path):
 
 
 def test_best_without_a_measure_is_refused():
-    with pytest.raises(ValueError, match="result 'best' with validate_every_steps 0"):
+    with pytest.raises(ValueError, match="result 'best' needs a validation loss"):
         OptimRecipe(steps=1, global_batch_tokens=8, result="best")

@@ -1,26 +1,26 @@
-"""A loss that weighs each token by what a long context tells about it (LongCE, arXiv:2410.23771,
-section 4).
+"""A loss that weights each token by how much a long context helps to predict it (LongCE,
+arXiv:2410.23771, section 4).
 
-Most tokens are as well predicted from the nearest text alone. So each target's term of the loss is
-multiplied by
+Most tokens are predicted just as well from the nearest text alone. So each target's term of the
+loss is multiplied by
 
     min(exp(log p_long - log p_short), 5)
 
-where p_long is its probability given all of its own document that its row has before it, and
-p_short given only the nearest tokens. The paper takes both from the model in training, at every
-step. Here they are those of the model that training starts from, stretched as the arm asks and
-under full causal attention, and are computed once: so arms of one start share them, whatever their
-pattern, and a resumed training has the same ones. Frozen scores were as good as live ones for
-2503.09202.
+where p_long is its probability given all tokens of its own document before it in the row, and
+p_short given only the nearest tokens. The paper computes both with the model in training, at every
+step. Here they are computed once, with the model that training starts from, stretched as the arm
+requires and with full causal attention. So arms with the same start share them, whatever their
+pattern, and a resumed training uses the same ones. In 2503.09202, frozen scores were as good as
+live ones.
 
-The short context of a token is between half of `short_tokens` and one less than it, as pieces of
-the row that overlap by half give it in two passes:
+The short context of a token has between half of `short_tokens` and `short_tokens` - 1 tokens. It
+comes from two passes over pieces of the row that overlap by half:
 
     row             0 1 2 3 4 5 6 7 8 9 ...
     first pass     [. . 2 3|. . 6 7|. . ...     short_tokens 4: of each piece the second half counts
     second pass    [0 1|. . 4 5|. . 8 9|...     the same, half a piece later
 
-Where a document has no more tokens than that before the target the gain is 0, and the weight 1.
+If the document has no more tokens than that before the target, the gain is 0 and the weight is 1.
 
     pytest tests/test_training_long_ce.py
 
@@ -54,7 +54,7 @@ ROWS, GAINS = "rows.npy", "gains.npy"
 
 
 def rows_of_training(rows: int, seed: int, global_batch_rows: int, steps: int) -> np.ndarray:
-    """Return the rows that a training of so many steps reads, each once, in order: [R] int64."""
+    """Return the rows that a training of `steps` steps reads, each once, in order: [R] int64."""
     order = RowOrder(rows, seed, global_batch_rows)
     return np.unique(np.concatenate([order.rows_of_step(step) for step in range(steps)]))
 
@@ -68,14 +68,14 @@ def score_rows(
     out: Path,
     progress: Callable[[int, int], None],
 ) -> float:
-    """Write the gain of every target of some rows to `out`, and return their mean weight.
+    """Write the gain of every target in some rows to `out`, and return the targets' mean weight.
 
-    progress: called with (rows done, all rows). FloatingPointError: a probability is no number.
+    progress: called with (rows done, all rows). FloatingPointError if a probability is not finite.
     """
-    TokenLoss(model)  # refuses models that change their logits otherwise than by a factor
+    TokenLoss(model)  # rejects models that change their logits other than by a factor
     model.eval()
     set_pattern(model, Causal())
-    fix_frequencies(model, rows.summary.seq_len)  # of all passes, as in training
+    fix_frequencies(model, rows.summary.seq_len)  # for all passes, as in training
     np.save(out / ROWS, np.asarray(row_ids))
     shape = (len(row_ids), rows.summary.seq_len)
     gains_RT = open_memmap(out / GAINS, mode="w+", dtype=np.float16, shape=shape)
@@ -96,14 +96,15 @@ def score_rows(
 
 @torch.no_grad()
 def gains(model: PreTrainedModel, batch: dict[str, Tensor], short_tokens: int) -> Tensor:
-    """Return log p_long - log p_short of each token, [B, T] float32; 0 for what is no target."""
+    """Return log p_long - log p_short of each token, [B, T] float32; 0 for tokens that are no
+    target."""
     half = short_tokens // 2
     context_BT = effective_contexts(batch["position_ids"])
     column_T = torch.arange(context_BT.shape[1])
     long_BT = _log_p(model, batch, context_BT)
     short_BT, seen_BT = torch.zeros_like(long_BT), torch.zeros_like(context_BT)
     for shift in (0, half):
-        place_T = (column_T + shift) % short_tokens  # in its piece
+        place_T = (column_T + shift) % short_tokens  # index in its piece
         piece_BT = torch.minimum(context_BT, place_T)
         counts_T = place_T >= half
         short_BT = torch.where(counts_T, _log_p(model, batch, piece_BT), short_BT)
@@ -113,8 +114,8 @@ def gains(model: PreTrainedModel, batch: dict[str, Tensor], short_tokens: int) -
 
 
 def _log_p(model: PreTrainedModel, batch: dict[str, Tensor], positions_BT: Tensor) -> Tensor:
-    """Return the log probability of each token under positions whose restarts isolate, [B, T]; 0 of
-    the first column."""
+    """Return the log probability of each token, [B, T], with runs isolated where positions restart;
+    0 in the first column."""
     ids_BT = batch["input_ids"].to(model.device)
     body, head, (factor, _) = model.base_model, model.get_output_embeddings(), logit_changes(model.config)
     output = body(input_ids=ids_BT, position_ids=positions_BT.to(model.device), use_cache=False)
@@ -128,19 +129,19 @@ def _log_p(model: PreTrainedModel, batch: dict[str, Tensor], positions_BT: Tenso
 
 
 def long_ce_weights(gain_BT: Tensor) -> Tensor:
-    """Return the loss weight of each token by its gain, [B, T] float32."""
+    """Return the loss weight of each token from its gain, [B, T] float32."""
     return gain_BT.float().exp().clamp(max=CAP)
 
 
 class TokenGains:
-    """Gains that `score_rows` wrote, memory-mapped."""
+    """Memory-mapped gains that `score_rows` wrote."""
 
     def __init__(self, folder: Path | str) -> None:
         self.rows_R = np.load(Path(folder) / ROWS)
         self.gains_RT = np.load(Path(folder) / GAINS, mmap_mode="r")
 
     def weights(self, row_ids: Sequence[int] | np.ndarray) -> Tensor:
-        """Return the loss weights of some rows, [B, T] float32; ValueError if one was not
+        """Return the loss weights of some rows, [B, T] float32. ValueError if a row was not
         scored."""
         row_ids = np.asarray(row_ids)
         at_B = np.searchsorted(self.rows_R, row_ids).clip(max=len(self.rows_R) - 1)

@@ -1,13 +1,12 @@
 """Which parameters an arm trains: all, LoRA's, or LongLoRA's LoRA + embeddings + norms.
 
-LoRA alone does not close the gap to full fine-tuning when the context grows; training the
-embeddings and the norms beside it does, and costs few parameters (LongLoRA, arXiv:2309.12307,
-section 3.3 and table 2).
+LoRA alone does not close the gap to full fine-tuning when the context grows. Training the
+embeddings and norms in addition does, and costs few parameters (LongLoRA, arXiv:2309.12307, section
+3.3 and table 2).
 
-Embeddings and norms train in place, where peft's `modules_to_save` would keep a frozen copy of each
-(113 MB for SmolLM2's embedding) and wrap 61 norms. Only the saved folder says `modules_to_save`,
-with peft's key names, so plain peft loads it with the same logits (training/export.py).
-"""
+Embeddings and norms train in place, while peft's `modules_to_save` would keep a frozen copy of each
+(113 MB for SmolLM2's embedding) and wrap 61 norms. Only the saved folder uses `modules_to_save`,
+with peft's key names, so plain peft loads it with the same logits (training/export.py)."""
 
 from __future__ import annotations
 
@@ -27,18 +26,18 @@ from longreach.training.summary import TrainableParameters
 
 
 def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftModel:
-    """Set `requires_grad` for the arm; unless it tunes everything, put LoRA layers into `model`.
+    """Set `requires_grad` for the arm; unless it tunes everything, add LoRA layers to `model`.
 
-    LoRA starts at zero, or with what it took out of the base, so logits do not move. ValueError
-    where the architecture lacks a target module or norms, or has ones that peft cannot name.
-    """
+    LoRA starts at zero, or with what was subtracted from the base, so logits do not change.
+    ValueError if the architecture lacks a target module or norms, or has norms that peft cannot
+    name."""
     if arm.tune == "all":
         return model.requires_grad_(True)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=arm.lora_rank,
         lora_alpha=arm.lora_alpha,
-        lora_dropout=0.0,  # LongLoRA's; with none, resuming needs no random state
+        lora_dropout=0.0,  # as in LongLoRA; without dropout, resuming needs no random state
         target_modules=targets_of(model, arm.target_modules),
         use_dora=arm.use_dora,
         use_rslora=arm.use_rslora,
@@ -48,7 +47,7 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
     if arm.init_lora_weights == "pissa":
         _fill_up_to_rank(adapted, arm.lora_rank)
         start = {name: p.detach().clone() for name, p in adapted.named_parameters() if is_lora_ab(name)}
-        vars(adapted)["taken_out"] = start  # of the base: an adapter for the base itself has to give it back
+        vars(adapted)["taken_out"] = start  # subtracted from the base; an adapter for the base must add it back
     extra = extra_modules(model, arm.tune)
     if extra:
         lora.modules_to_save = _names_for_peft(model, extra)
@@ -59,10 +58,10 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
 
 
 def _fill_up_to_rank(model: nn.Module, rank: int) -> None:
-    """Give each A and B the rows and columns that PiSSA leaves out: a matrix has only as many
-    singular vectors as its smaller side is long, and the saved adapter states one rank for all.
+    """Pad A and B with zeros to the full rank. A matrix has only as many singular vectors as its
+    smaller side, so PiSSA may give fewer, but the saved adapter states one rank for all.
 
-    They are zeros, of which each keeps the other without a gradient: they change nothing.
+    The zeros change nothing: those in A and B keep each other without a gradient.
     """
     for name, p in model.named_parameters():
         if is_lora_ab(name):
@@ -76,14 +75,15 @@ def is_lora_ab(name: str) -> bool:
 
 
 def lora_b(model: nn.Module) -> list[nn.Parameter]:
-    """Return LoRA's matrices B, whose learning rate LoRA+ raises over that of A."""
+    """Return LoRA's matrices B, for which LoRA+ uses a higher learning rate than for A."""
     return [p for name, p in model.named_parameters() if "lora_B" in name]
 
 
 def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
-    """Return the embeddings (with a tied lm_head) and norms that train beside LoRA, by name.
+    """Return, by name, the embeddings (with a tied lm_head) and norms that train in addition to
+    LoRA.
 
-    ValueError if norms are asked for and the model has none with weights.
+    ValueError if norms are to train and the model has none with weights.
     """
     lm, extras = causal_lm(model), tune.split("+")[1:]
     modules = {}
@@ -100,11 +100,11 @@ def extra_modules(model: nn.Module, tune: str) -> dict[str, nn.Module]:
 
 
 def _names_for_peft(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
-    """Return the shortest ends of the chosen modules' names that fit no other module.
+    """Return the shortest endings of the chosen modules' names that match no other module.
 
-    peft takes all modules whose name ends so, and puts no LoRA below a module of that name
-    (StableLM's norms of single heads are `norms.0`, and `0` would be the first layer, too).
-    ValueError where a whole name fits others.
+    peft takes all modules whose name has such an ending, and adds no LoRA inside a module of that
+    name (StableLM's norms of single heads are `norms.0`, and `0` would also match the first layer).
+    ValueError if a whole name matches others.
     """
     trained = set(map(id, chosen.values()))
     others = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) not in trained]
@@ -117,30 +117,29 @@ def _names_for_peft(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]
             other = next(other for other in others if _peft_takes(name, other))
             raise ValueError(
                 f"{type(model).__name__}: an adapter could not be loaded again, since peft takes {other} for {name}, "
-                f"which trains beside LoRA: tune 'lora' alone, or 'all'"
+                f"which trains in addition to LoRA: use tune 'lora' or 'all'"
             )
         names.add(end)
     return sorted(names)
 
 
 def _peft_takes(end: str, name: str) -> bool:
-    """Return whether peft takes a module for one of modules_to_save, or for a part of one."""
+    """Return whether peft treats a module as one of modules_to_save, or as part of one."""
     return name.endswith(end) or f".{end}." in f".{name}."
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether it is a LayerNorm, RMSNorm or an architecture's own class of such a name (Nemotron's
-    LayerNorm1P), with weights of its own."""
+    """Return whether a module is a LayerNorm, RMSNorm or an architecture's own class with such a
+    name (Nemotron's LayerNorm1P), and has weights."""
     named = re.search("Norm(?![a-z])", type(module).__name__)
     return bool(named) and next(module.parameters(recurse=False), None) is not None
 
 
 def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | str:
-    """Return the layers to adapt, as peft takes them.
+    """Return the layers to adapt, as peft's `target_modules`.
 
-    ValueError naming the nearest linear layers if `model` has none of a target's name, or if that
-    is its head's.
-    """
+    ValueError if `model` has no linear layer with a target's name (the message lists similar
+    names), or if the target is the head."""
     if isinstance(targets, str):
         return targets
     head = causal_lm(model).get_output_embeddings()
@@ -157,8 +156,8 @@ def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | 
     for target in targets:
         if target in heads:
             raise ValueError(
-                f"target_modules: {target!r} is the head of {type(model).__name__}, of which the loss reads the weight "
-                f"alone: LoRA would never train there; leave it out, or tune 'all'"
+                f"target_modules: {target!r} is the head of {type(model).__name__}. The loss reads only its weight, so "
+                f"LoRA would never train there: leave it out, or use tune 'all'"
             )
         if target not in linear:
             near = ", ".join(get_close_matches(target, linear, n=3, cutoff=0.4))
@@ -171,7 +170,8 @@ def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | 
 
 
 def _of_attention(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers of a model's attention, where peft has no list for its family."""
+    """Return the names of the linear layers in a model's attention, for families unknown to
+    peft."""
     names = set()
     for attention in model.modules():
         if hasattr(attention, "is_causal"):
@@ -182,9 +182,9 @@ def _of_attention(model: nn.Module) -> list[str]:
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """Count the trainable parameters by kind. ZeRO-3's partitioned parameters are counted whole."""
+    """Count the trainable parameters by kind. ZeRO-3's partitioned parameters count in full."""
     lm = causal_lm(model)
-    kinds: dict[int, str] = {}  # by identity: a tied lm_head is the embedding under another name
+    kinds: dict[int, str] = {}  # by identity, since a tied lm_head is the embedding under another name
     for module in lm.modules():
         if is_norm(module):
             kinds |= dict.fromkeys(map(id, module.parameters()), "norm")

@@ -1,12 +1,12 @@
-"""The training loop, top to bottom: one rank's whole life, started by Ray Train (infra/launch.py).
+"""The training loop of one rank, from start to end. Ray Train starts it (infra/launch.py).
 
     build the model -> stretch it, apply the arm, set the pattern -> DeepSpeed engine -> resume ->
     for each step: rows by arithmetic -> loss -> backward -> step -> record -> checkpoint
     -> check and save the result
 
-What an arm shares with the others (rows, order, seed, schedule) depends on the seed and the step
-number alone. So arms differ in nothing but their own choices, and a resumed run goes on bit by bit.
-Steps are counted from 0 while they run; `progress.step` is the number of steps done, as in
+What all arms share (rows, order, seed, schedule) depends only on the seed and the step number. So
+arms differ only in their own choices, and a resumed run is bitwise identical to an uninterrupted
+one. Steps are counted from 0 while they run. `progress.step` is the number of steps done, as in
 checkpoints and records.
 """
 
@@ -47,21 +47,23 @@ from longreach.training.summary import PackSummary, TrainingSummary
 from longreach.training.validation import validation_loss, validation_rows
 
 LARGE_EMBEDDING = 0.1
-"""Share of all parameters above which trained embeddings are worth a note: they are 1.9% of
+"""Fraction of all parameters above which trained embeddings are worth a note. They are 1.9% of
 Llama-2-7B, but 21% of Llama-3.2-1B, whose "small adapter" is then no longer small."""
-PROBE_ROWS = 4  # rows at the start of the corpus on which it is measured where attention rests
+PROBE_ROWS = 4  # rows at the start of the corpus on which sink mass is measured
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Train as `job` (a TrainJob's fields) says; rank 0 returns the TrainingSummary, the others {}.
+    """Train `job` (a TrainJob's fields). Rank 0 returns the TrainingSummary, other ranks return {}.
 
-    Every rank calls it, with the process group up.
+    Every rank calls it, after the process group is initialized.
 
     Raises:
-        ValueError: choices that contradict each other, the corpus or the base. FloatingPointError:
-        too many steps in a row had to be skipped; names them and their rows. Superseded, Stopped: a
-        newer attempt took over; it was asked to stop, and wrote a checkpoint. OutOfMemory: says
-        what would fit. RuntimeError: the pattern is not on, or the result is not what was trained.
+        ValueError: choices contradict each other, the corpus or the base.
+        FloatingPointError: too many steps in a row were skipped; names them and their rows.
+        Superseded: a newer attempt took over.
+        Stopped: training was asked to stop, and wrote a checkpoint.
+        OutOfMemory: the message says what would fit.
+        RuntimeError: the pattern is not active, or the result is not what was trained.
     """
     choices = TrainJob.model_validate(job)
     try:
@@ -70,7 +72,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         while training.progress.step < choices.optim.steps:
             training.run_step()
         return training.finish()
-    except RuntimeError as error:  # torch's OutOfMemoryError is one
+    except RuntimeError as error:  # the base class of torch's OutOfMemoryError
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         seq_len = PackSummary.read(choices.corpus).seq_len
@@ -79,48 +81,48 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Progress:
-    """How far training has come; the same on every rank."""
+    """Progress of the training; the same on every rank."""
 
     step: int  # optimizer steps done so far
     saved: int  # steps done when the newest checkpoint was written or loaded; 0 without one
     validated: dict[int, float]
-    """Validation loss by number of steps done, of the steps that may be saved."""
+    """Validation loss by number of steps done, for the steps that may be saved."""
     trained_losses: list[tuple[int, float]]
     """(step, training loss) of the steps that were trained before resuming."""
-    notes: list[str]  # checkpoints that were passed over, and why
+    notes: list[str]  # checkpoints that were skipped, and why
 
 
 class Training:
-    """One rank's training: what is made once, and then each step."""
+    """One rank's training: the setup, and each step."""
 
     def __init__(self, job: TrainJob) -> None:
         self.job = job
         self.optim = job.optim
         self.world = dist.get_world_size()
-        # Ranks that share a row read the same rows: they are one data rank.
+        # Ranks that share a row read the same rows, so they form one data rank.
         self.sequence = sequence_ranks(job.resources.sequence_parallel)
         self.data_rank = dist.get_rank() // self.sequence.size
         self.data_ranks = self.world // self.sequence.size
         self.out = Path(job.out)
         torch.manual_seed(job.seed)
         zero.check_nvme(job.resources)
-        process_gib = throughput.peak_gib()  # before there is a model
+        process_gib = throughput.peak_gib()  # memory before the model exists
 
         self.rows = PackedRows(job.corpus)
         self.packed = self.rows.summary
-        self.weights_C: Tensor | None = None  # of targets in the loss, by effective context; None: all are 1
+        self.weights_C: Tensor | None = None  # loss weights of targets, by effective context; None: all are 1
         if job.arm.objective == "exact":
             self.weights_C = torch.from_numpy(exact_weights(self.rows.context_counts()))
-        self.gains: TokenGains | None = None  # of which long_ce's weights are made
+        self.gains: TokenGains | None = None  # long_ce's weights are computed from these
         if job.arm.objective == "long_ce":
-            assert job.gains, "the stage that trains has them as an input"
+            assert job.gains, "gains are an input of the training stage"
             self.gains = TokenGains(job.gains)
         self.held_out = self._held_out_rows()
         self.model, self.tokenizer = build(job, self.packed)
         if dist.get_rank() == 0 and not self._has_trained():
             export.check_saves(self.model, self.tokenizer, Path(job.work) / "untrained")
         self._attend_by(self._pattern_at(0))
-        # of what the engine will round the weights to, or all would seem to have moved
+        # of the weights in the dtype that the engine rounds them to; otherwise all would seem changed
         self.start_digests = export.tensor_digests(self.model, getattr(torch, job.resources.dtype))
         self.parameters = self.model.num_parameters()
         self.trainable = trainable_parameters(self.model)
@@ -138,8 +140,7 @@ class Training:
             | dict.fromkeys(lora_b(self.model), job.arm.lora_plus_ratio or 1.0),
         )
         self.engine.train()
-        # again, since the engine may have moved the model to a device and type that another kernel
-        # serves
+        # again, since the engine may have moved the model to a device or dtype that needs another kernel
         self.kernel = set_pattern(self.model, self._pattern_at(0), sequence=self.sequence).kernel
         self.order = RowOrder(len(self.rows), job.seed, self.global_batch_rows)
 
@@ -160,24 +161,27 @@ class Training:
             earlier=[Path(work) / "checkpoints" for work in job.earlier],
             share=job.share,
         )
-        self.checkpoint_laps: dict[str, float] = {}  # a checkpoint's seconds, for the record of the next step
+        self.checkpoint_laps: dict[str, float] = {}  # seconds of a checkpoint, for the record of the next step
 
     def _has_trained(self) -> bool:
-        """Whether there is a checkpoint, of this attempt or of an earlier one: then the model was
-        tried already, and a restart has no time to lose."""
+        """Return whether this attempt or an earlier one has a checkpoint. If so, saving the model
+        was already tried, and a restart need not spend time on it."""
         return any(any(Path(work, "checkpoints").glob("*")) for work in (self.job.work, *self.job.earlier))
 
     def resume(self) -> None:
-        """Begin at the newest valid checkpoint of this attempt or an earlier one, else at 0."""
+        """Start from the newest valid checkpoint of this attempt or an earlier one, else at step
+        0."""
         self.progress = self._load_newest()
         self.resumed_from = self.progress.step
         self.skips = Skips(self.optim, self.progress.trained_losses)
         share = self.trainable.embed / self.parameters
         if self.log and share > LARGE_EMBEDDING and self.job.arm.tune != "all":
-            self.log.note(f"embeddings are {share:.0%} of all parameters and train whole: this arm is no small adapter")
+            self.log.note(
+                f"embeddings are {share:.0%} of all parameters and are fully trained: this arm is no small adapter"
+            )
 
     def _load_newest(self) -> Progress:
-        """Load the newest valid checkpoint, and the record of the steps before it."""
+        """Load the newest valid checkpoint and the record of the steps before it."""
         path, passed_over = self.checkpoints.newest()
         recorded: list[Any] = [{}, []]
         if self.log:
@@ -185,15 +189,15 @@ class Training:
             for note in passed_over:
                 self.log.note(note)
             recorded = [self.log.validation_losses(), self.log.trained_losses()]
-        dist.broadcast_object_list(recorded)  # rank 0 alone keeps the record
+        dist.broadcast_object_list(recorded)  # only rank 0 keeps the record
         step = self.checkpoints.load(self.engine, path) if path else 0
         validated, trained_losses = recorded
         return Progress(step, step, validated, trained_losses, notes=passed_over)
 
     def run_step(self) -> None:
-        """Train one step, or skip it where its numbers are bad; record it; checkpoint if due.
+        """Train one step, or skip it if its loss or gradient is bad; record it; checkpoint if due.
 
-        After too many skipped steps in a row training goes back to its last checkpoint instead.
+        After too many skipped steps in a row, training returns to its last checkpoint instead.
         """
         step, clock = self.progress.step, throughput.Clock()
         if Path(self.job.superseded_file).exists():
@@ -231,11 +235,12 @@ class Training:
             self._go_back()
             return
         self.progress.step += 1
-        if self._checkpoint_due() and not self.skips.in_a_row:  # never weights that may have gone wrong
+        if self._checkpoint_due() and not self.skips.in_a_row:  # never save weights that may be bad
             self.save()
 
     def _read_batches(self, step: int) -> list[dict[str, Tensor]]:
-        """Return this rank's micro-batches of a step; all ranks' together are always the same."""
+        """Return this rank's micro-batches of a step. Those of all ranks together do not depend on
+        the number of ranks."""
         batches = []
         pieces = stage_of(self.job.arm.curriculum, step)
         place = self.order.first_place(step, self.data_rank, self.data_ranks)
@@ -258,13 +263,12 @@ class Training:
         return batches
 
     def _agree(self, batches: list[dict[str, Tensor]]) -> tuple[float, float, float]:
-        """Return (targets, their weight, tokens) of the step over all ranks; save and stop if asked
-        to.
+        """Return (targets, their weight, tokens) of the step over all ranks; save and stop if
+        asked.
 
         The loss is one weighted mean over the targets of the global batch, however they are spread
-        over ranks and micro-batches; so the ranks have to know their weight before the first
-        forward pass.
-        """
+        over ranks and micro-batches. So every rank needs their total weight before the first
+        forward pass."""
         own_weight = sum(weight_of_targets(batch) for batch in batches)
         own_targets = sum(count_targets(batch["labels"]) for batch in batches)
         own_tokens = sum(batch["input_ids"].numel() for batch in batches)
@@ -277,7 +281,7 @@ class Training:
             step = self.progress.step
             if step > self.progress.saved and not self.skips.in_a_row:
                 self.save()
-            raise Stopped(f"stopped after step {step} of {self.optim.steps}: the same command goes on from there")
+            raise Stopped(f"stopped after step {step} of {self.optim.steps}: run the same command to resume from there")
         return targets, weight, tokens
 
     def _forward_backward(
@@ -285,11 +289,11 @@ class Training:
     ) -> tuple[float, float, str]:
         """Accumulate gradients over the micro-batches and update the weights.
 
-        Returns (mean loss over the global batch, gradient norm before clipping, why the loss is not
-        trusted or ""). A norm that is not finite says that the weights stayed as they were.
+        Returns (mean loss over the global batch, gradient norm before clipping, the reason why the
+        loss is not trusted or ""). If the norm is not finite, the weights did not change.
         """
-        # DeepSpeed averages over ranks: this undoes it. Weights may sum to less than 1 (long_ce);
-        # without any target the sum of the loss is 0 whatever it is divided by
+        # DeepSpeed averages over ranks, which the factor `world` undoes. Weights may sum to less than
+        # 1 (long_ce). Without any target the sum of the loss is 0, so any divisor will do.
         scale = self.world / (weight or 1)
         loss_sum, norm, distrust = 0.0, math.nan, ""
         for micro_step, own_batch in enumerate(batches, start=1):
@@ -300,9 +304,9 @@ class Training:
             if micro_step == len(batches):
                 (loss_sum,) = all_sum(self.engine, [loss_sum])
                 if distrust := self.skips.distrusts(step, loss_sum):
-                    # Accumulated gradients cannot be taken back. So poison the loss: with NaN
-                    # gradients the optimizer step is left out on every rank, and weights and
-                    # moments stay (zero.step).
+                    # Accumulated gradients cannot be undone. So make the loss NaN: with NaN
+                    # gradients every rank skips the optimizer step, and weights and moments do not
+                    # change (zero.step).
                     loss = loss * math.nan
             zero.backward(self.engine, loss)
             clock.lap("backward")
@@ -311,7 +315,7 @@ class Training:
         return loss_sum, norm, distrust
 
     def _measure(self, step: int, trained: bool) -> dict[str, Any]:
-        """Measure what is due after a step, with the weights as they are now."""
+        """Measure what is due after a step, with the current weights."""
         measured: dict[str, Any] = {}
         every = self.job.sink_mass_every
         if every and (step == 0 or is_due(step, every, self.optim.steps)):
@@ -322,18 +326,18 @@ class Training:
             own_sum, own_targets = validation_loss(self.engine, self.held_out, self.data_rank, self.data_ranks)
             loss_sum, targets = all_sum(self.engine, [own_sum, own_targets])
             measured["validation_loss"] = loss_sum / targets
-            if trained and math.isfinite(loss_sum / targets):  # a skipped step leaves no checkpoint
+            if trained and math.isfinite(loss_sum / targets):  # a skipped step is not saved
                 self.progress.validated[step + 1] = loss_sum / targets
         return measured
 
     def _mfu(self, seconds: float) -> dict[str, float]:
-        """Return the share of the matrix products' speed that the step's FLOPs took."""
+        """Return the MFU: the step's FLOPs per second and rank over the measured matmul speed."""
         if self.machine is None or self.predicted is None:
             return {}
         return {"mfu": self.predicted.flops / seconds / self.world / self.machine.matmul}
 
     def _skip(self, step: int, why: str, row: dict[str, Any]) -> bool:
-        """Note a skipped step; return whether training has to go back after so many in a row."""
+        """Record a skipped step; return whether training must return to its last checkpoint."""
         note = f"step {step + 1} skipped: {why}, in rows {row['rows']}"
         if self.log:
             self.log.note(note)
@@ -343,26 +347,27 @@ class Training:
             when = "again after" if self.progress.saved else "no checkpoint for"
             raise FloatingPointError(
                 f"{note}; {self.skips.in_a_row} steps in a row, {when} going back: "
-                f"lower learning_rate ({row['lr']:g}) or look at these rows"
+                f"lower learning_rate ({row['lr']:g}) or check these rows"
             )
         return True
 
     def _go_back(self) -> None:
-        """Begin again at the last checkpoint; steps known to be bad are skipped on the way."""
+        """Restart from the last checkpoint. Steps known to be bad are then skipped."""
         notes = self.progress.notes
         self.progress = self._load_newest()
         self.progress.notes = notes + self.progress.notes
         self.skips.go_back()
 
     def _checkpoint_due(self) -> bool:
-        """Return whether the interval is full, or the step left the best weights so far."""
+        """Return whether the checkpoint interval is complete, or the weights are the best so
+        far."""
         step, validated = self.progress.step, self.progress.validated
         if self.optim.result == "best" and step in validated and validated[step] == min(validated.values()):
             return True
         return step % self.job.resources.checkpoint_every_steps == 0 and step < self.optim.steps
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done."""
+        """Write a checkpoint after the steps done so far."""
         step, clock = self.progress.step, throughput.Clock()
         path = self.checkpoints.save(
             self.engine,
@@ -378,7 +383,7 @@ class Training:
             self.log.checkpoint(step, self.checkpoints.identity, path)
 
     def _best_steps(self) -> list[int]:
-        """Return the steps with the lowest validation losses, whose checkpoints are to stay."""
+        """Return the steps with the lowest validation losses, whose checkpoints are kept."""
         if self.optim.result != "best":
             return []
         validated, done = self.progress.validated, self.progress.step
@@ -386,7 +391,7 @@ class Training:
         return sorted(steps, key=validated.__getitem__)[: self.job.resources.keep_best]
 
     def finish(self) -> dict[str, Any]:
-        """Check and save the weights that leave, and write the summary; rank 0 returns it."""
+        """Check and save the resulting weights and write the summary, which rank 0 returns."""
         left_after_step = self.progress.step
         if self.optim.result == "best":
             left_after_step = self._load_best()
@@ -423,48 +428,48 @@ class Training:
         """Load the weights with the lowest validation loss and return their step."""
         validated = self.progress.validated
         if not validated:
-            raise FloatingPointError("result 'best', but no validation loss was a number: lower learning_rate")
+            raise FloatingPointError("result 'best', but no validation loss was finite: lower learning_rate")
         best = min(validated, key=validated.__getitem__)
         if best != self.progress.step:
             self.checkpoints.load(self.engine, self.checkpoints.of_step(best))
         return best
 
     def _pattern_at(self, step: int) -> Pattern:
-        """Return the pattern of a step: the arm's, and at the end the one that it anneals to."""
+        """Return the pattern of a step: the arm's, or at the end the one it anneals to."""
         return self.job.trained_arm.attention.pattern_at(step, self.optim.steps)
 
     def _attend_by(self, pattern: Pattern) -> None:
-        """Let the model compute `pattern`. RuntimeError if another one is on afterwards."""
+        """Make the model use `pattern`. RuntimeError if another one is active afterwards."""
         now = active_pattern(self.model)
         if now is not None and (now.pattern, now.sequence) == (pattern, self.sequence):
             return
         asked = set_pattern(self.model, pattern, sequence=self.sequence)
         if (now := active_pattern(self.model)) != asked:
-            raise RuntimeError(f"asked for attention {asked}, but {now} is on")
+            raise RuntimeError(f"asked for attention {asked}, but {now} is active")
 
     def _held_out_rows(self) -> list[dict[str, Tensor]]:
-        """Return this rank's part of the rows for validation; none if nothing is measured."""
+        """Return this rank's part of the validation rows; none if validation is off."""
         if not self.optim.validate_every_steps:
             return []
         rows = validation_rows(Path(self.job.corpus), self.optim.validation_rows, drop_first=self.job.drops_first)
         return [part_of(row, self.sequence) for row in rows]
 
     def _probe_ids(self) -> Tensor:
-        """Return the token ids on which it is measured where attention rests."""
+        """Return the token ids on which sink mass is measured."""
         first_rows = range(min(PROBE_ROWS, len(self.rows)))
         ids_BT = self.rows.batch(first_rows, drop_first=self.job.drops_first)["input_ids"]
-        # one token less than a row: arms without a sink token have dropped it, and are compared
-        # with the rest
+        # one token less than a row for all arms, since arms without a sink token have dropped it
         return ids_BT[:, : self.packed.seq_len - 1].to(self.engine.device)
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
-    """Return whether `step` (from 0) is the last, or the n-th of every n; 0 means never."""
+    """Return whether `step` (from 0) is the last or completes another `every` steps; 0: never."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
-    """Return the rate of a step (from 0): warming up, then constant or falling to its least."""
+    """Return the learning rate of a step (from 0): warmup, then constant or decaying to its
+    minimum."""
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     begin = optim.warmup_steps
@@ -480,7 +485,8 @@ def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:
 
 
 def all_sum(engine: Any, values: list[float]) -> list[float]:
-    """Return each value summed over the ranks, in float64: whole numbers up to 2^53 are exact."""
+    """Return each value summed over the ranks, in float64, so that integers up to 2^53 are
+    exact."""
     numbers = torch.tensor(values, dtype=torch.float64, device=engine.device)
     dist.all_reduce(numbers)
     return numbers.tolist()

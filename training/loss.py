@@ -1,24 +1,24 @@
-"""Cross entropy over a large vocabulary without ever holding the logits.
+"""Cross entropy over a large vocabulary without materializing all logits.
 
-For 8,192 tokens and 49,152 words the logits alone are 1.6 GB in float32, their gradient as much
-again. But the gradient of a token's loss is known as soon as its logits are: softmax(logits) -
-onehot. So the forward pass turns each chunk of logits into d(loss)/d(hidden) and d(loss)/d(weight)
-on the spot, and the backward pass only hands them out. (The idea of Liger's fused linear cross
-entropy, arXiv:2410.10989.)
+For 8,192 tokens and 49,152 words the logits alone take 1.6 GB in float32, and their gradient as
+much again. But the gradient of a token's loss is known as soon as its logits are: softmax(logits) -
+onehot. So the forward pass immediately turns each chunk of logits into d(loss)/d(hidden) and
+d(loss)/d(weight), and the backward pass only returns them. This is the idea of Liger's fused linear
+cross entropy (arXiv:2410.10989).
 
-torch has had the same as `torch.nn.functional.linear_cross_entropy` since 2.13. We keep ours:
-torch's returns the loss of bfloat16 weights in bfloat16, 0.3 to 0.5% off (measured), too coarse for
-curves, spikes and the best checkpoint; and it would raise our floor from torch 2.8. It is no
-quicker. Median CPU seconds of forward and backward, and memory, in float32 with hidden size 576 and
-chunks of 512:
+torch has the same as `torch.nn.functional.linear_cross_entropy` since 2.13. We keep ours for two
+reasons. torch's returns the loss of bfloat16 weights in bfloat16, which is off by 0.3 to 0.5%
+(measured), too coarse for curves, spikes and the best checkpoint. And it would raise our minimum
+version above torch 2.8. It is not faster. Median CPU seconds of forward and backward, and memory,
+in float32 with hidden size 576 and chunks of 512:
 
     tokens x words           ours            torch's
     8,192 x 4,096            0.909, 61 MiB   0.938, 72 MiB
     the same, frozen head    0.613, 61 MiB   0.574, 49 MiB
     2,048 x 49,152           4.00            4.01
 
-The loss is a sum over tokens times `scale`. With scale = world size / targets of the global batch
-the gradient, once DeepSpeed has averaged it over the ranks, is that of the mean over all targets.
+The loss is a sum over tokens times `scale`. With scale = world size / targets of the global batch,
+the gradient after DeepSpeed's average over the ranks is that of the mean over all targets.
 
 Legend: B batch, T tokens, N = B*T, C tokens of one chunk, E hidden size, V vocabulary.
 """
@@ -97,15 +97,15 @@ def fused_linear_cross_entropy(
 ) -> Tensor:
     """Return scale * sum over targets of -log softmax(hidden @ weight.T)[label], at least float32.
 
-    weights_BT: a factor for each label's term of the sum; None: all are 1.
+    weights_BT: a factor for each label's term in the sum; None: all are 1.
 
     labels_BT are int64 and *not* shifted: position t is scored against label t+1, and -100 is no
-    target; [B, T+1] where a row goes on elsewhere. Frozen weights cost nothing. Memory:
-    chunk_tokens x V.
+    target. They are [B, T+1] if the row continues on another rank. Frozen weights cost nothing.
+    Memory: chunk_tokens x V.
     """
     target_BT = torch.full(hidden_BTE.shape[:2], IGNORED, device=labels_BT.device)
     ahead = labels_BT.shape[1] - 1
-    target_BT[:, :ahead] = labels_BT[:, 1:]  # shifting the labels spares a copy of the hidden states
+    target_BT[:, :ahead] = labels_BT[:, 1:]  # shifting the labels avoids a copy of the hidden states
     weight_N = None
     if weights_BT is not None:
         weight_BT = torch.zeros(target_BT.shape, device=labels_BT.device)
@@ -116,13 +116,13 @@ def fused_linear_cross_entropy(
 
 
 def count_targets(labels_BT: Tensor) -> int:
-    """Return how many tokens of unshifted labels are scored."""
+    """Return the number of targets in unshifted labels."""
     return int((labels_BT[:, 1:] != IGNORED).sum())
 
 
 def weight_of_targets(batch: dict[str, Tensor]) -> float:
-    """Return the sum of a batch's loss weights over its targets: their number, where it has
-    none."""
+    """Return the sum of a batch's loss weights over its targets. Without weights this is the number
+    of targets."""
     labels_BT, weights_BT = batch["labels"], batch.get("weights")
     if weights_BT is None:
         return count_targets(labels_BT)
@@ -130,9 +130,9 @@ def weight_of_targets(batch: dict[str, Tensor]) -> float:
 
 
 class TokenLoss(nn.Module):
-    """The loss around a causal LM (plain or peft): a module, so that DeepSpeed's hooks see it all.
+    """A causal LM (plain or peft) with its loss, as one module so that DeepSpeed's hooks see all.
 
-    The model's own lm_head is never called: its weight goes into the fused loss.
+    The model's own lm_head is never called; its weight goes into the fused loss.
     """
 
     def __init__(self, model: nn.Module, chunk_tokens: int = 512) -> None:
@@ -144,7 +144,7 @@ class TokenLoss(nn.Module):
         if cap is not None or getattr(lm.get_output_embeddings(), "bias", None) is not None:
             raise ValueError(
                 f"{type(lm).__name__} cannot be trained: its logits have {'a bias' if cap is None else 'a soft cap'}, "
-                f"which the fused loss over hidden @ weight.T leaves out; take a model without one"
+                f"which the fused loss over hidden @ weight.T does not support; use a model without one"
             )
         check_logits(lm, torch.arange(8)[None])
 
@@ -159,7 +159,7 @@ class TokenLoss(nn.Module):
     ) -> Tensor:
         """Return scale * summed token loss of [B, T] rows; labels and their weights are unshifted.
 
-        documents: positions that restart at each document, where position_ids skip
+        documents: positions that restart at each document, for position_ids that skip
         (attention/hf.py).
         """
         lm: Any = causal_lm(self.model)
@@ -176,5 +176,5 @@ class TokenLoss(nn.Module):
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside, whether or not peft is around it."""
+    """Return the transformers model, with peft's wrapper removed if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

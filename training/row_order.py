@@ -1,8 +1,8 @@
-"""(seed, step, rank) -> rows: arithmetic, so that resumed runs and other ranks read the same.
+"""The rows that each rank reads in each step, computed from (seed, step, rank).
 
-Each epoch is a permutation of all rows, drawn from (seed, epoch); a step takes the next
-global_batch_rows of the endless line of epochs.
-"""
+So resumed runs and runs with another number of ranks read the same rows. Each epoch is a
+permutation of all rows, drawn from (seed, epoch). A step takes the next global_batch_rows of the
+infinite sequence of epochs."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class RowOrder:
         )
 
     def repeats_of_step(self, step: int) -> np.ndarray:
-        """Return how often each of a step's rows stands earlier in it, as it does if the step reads
-        of two epochs: [global_batch_rows] int64."""
+        """Return how often each of a step's rows occurs earlier in the step, [global_batch_rows]
+        int64. Rows repeat if a step reads from more than one epoch."""
         rows = self.rows_of_step(step)
         return np.array([np.count_nonzero(rows[:n] == row) for n, row in enumerate(rows)])
 
     def first_place(self, step: int, rank: int, world: int) -> int:
-        """Return the place of a rank's first row of a step in the endless line."""
+        """Return the index of a rank's first row of a step in the infinite sequence."""
         return step * self.global_batch_rows + rank * self.global_batch_rows // world
 
     def for_rank(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[np.ndarray]:
-        """Return a rank's micro-batches: those of all ranks, in order of rank, are rows_of_step.
+        """Return a rank's micro-batches. Those of all ranks, in rank order, are rows_of_step.
 
         ValueError if world x micro_batch_rows does not divide the global batch.
         """

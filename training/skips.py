@@ -1,9 +1,8 @@
-"""Steps that are not trained on: a loss or gradient that is no number, or a loss that jumps.
+"""Steps that are skipped because of a non-finite loss or gradient, or a loss spike.
 
-A skipped step leaves weights and optimizer as they were. Several in a row mean that the weights
-went wrong: training goes back to its last checkpoint, once, and then leaves out the steps that were
-bad. If that does not help it stops and names the rows. Every rank decides the same, since all see
-the same numbers.
+A skipped step does not change weights or optimizer. Several in a row mean that the weights are bad:
+training returns to its last checkpoint, once, and then skips the steps that were bad. If that does
+not help, it fails and names the rows. All ranks decide the same, since all see the same numbers.
 """
 
 from __future__ import annotations
@@ -14,20 +13,21 @@ from statistics import median
 
 from longreach.training.recipe import OptimRecipe
 
-RECENT, ENOUGH = 20, 5  # how many losses the median is over, and how few say nothing yet
+RECENT, ENOUGH = 20, 5  # maximum and minimum number of losses for the median
 LEAST_JUMP = 1.0
-"""Nats by which a loss that jumps is over the usual one. A model that knows its rows by heart has
-losses around 0.05, and a good step is three times that now and then: 60 of 2,000 were skipped."""
+"""Nats by which a spike must exceed the median. A model that has memorized its rows has losses
+around 0.05, and a good step is sometimes three times that: without this limit, 60 of 2,000 were
+skipped."""
 
 
 class Skips:
-    """What was skipped, and what to do about it."""
+    """The skipped steps, and whether to skip more or return to a checkpoint."""
 
     def __init__(self, optim: OptimRecipe, losses: Iterable[tuple[int, float]] = ()) -> None:
         self.spike_factor, self.allowed = optim.spike_factor, optim.max_skipped
         self.losses = dict(losses)
         self.bad: dict[int, str] = {}
-        """Step -> what was wrong with it."""
+        """Step -> why it was skipped."""
         self.in_a_row = 0
         self.went_back = False
 
@@ -47,18 +47,18 @@ class Skips:
         return ""
 
     def trained(self, step: int, loss: float) -> None:
-        """The step changed the weights."""
+        """Record that the step changed the weights."""
         self.losses[step] = loss
         self.in_a_row = 0
 
     def skipped(self, step: int, why: str) -> bool:
-        """The step did not; return whether there were so many that training has to go back."""
-        if step not in self.bad:  # those known to be bad say nothing new
+        """Record that the step was skipped; return whether training must return to a checkpoint."""
+        if step not in self.bad:  # steps known to be bad are not counted again
             self.bad[step] = why
             self.in_a_row += 1
         return self.in_a_row >= self.allowed
 
     def go_back(self) -> None:
-        """Training begins again at a checkpoint."""
+        """Record that training restarts from a checkpoint."""
         self.in_a_row = 0
         self.went_back = True

@@ -1,7 +1,7 @@
-"""What rank 0 records of each step: metrics.jsonl (in the result) and the spool (for MLflow).
+"""Rank 0's record of each step: metrics.jsonl (in the result) and the spool (for MLflow).
 
-metrics.jsonl holds every step once: after going back to a checkpoint it is cut to the steps before
-it. The spool is never cut, so a step that is repeated is not sent to it again.
+metrics.jsonl holds every step once: after a return to a checkpoint it is truncated to the steps
+before it. The spool is never truncated, so a repeated step is not sent to it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longreach.infra.tracking import read_events
 from longreach.infra.versions import system_metrics
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")
-"""The numbers of a step that MLflow draws, as `train/...`."""
+"""The numbers of a step that MLflow plots, as `train/...`."""
 
 
 class StepLog:
@@ -33,17 +33,17 @@ class StepLog:
         self.last_logged_step = self._last_logged_step(spool)
 
     def _last_logged_step(self, spool: str | None) -> int:
-        """Return the last step in the spool before the ranks were restarted; 0 for none."""
+        """Return the last step sent to the spool before the ranks were restarted; 0 for none."""
         if spool and Path(spool).exists():
             events, _ = read_events(spool)
             return max((event["step"] for event in events if "train/seconds" in event.get("values", ())), default=0)
-        if self.path.exists():  # the spool is on another node, and every recorded step was sent to it
+        if self.path.exists():  # the spool is on another node, and every recorded step has been sent to it
             with self.path.open() as lines:
                 return sum(1 for _ in lines)
         return 0
 
     def restart(self, history: Path | None) -> None:
-        """Begin with the steps recorded in the checkpoint that was loaded, or with none."""
+        """Start with the steps recorded in the loaded checkpoint, or with none."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = history.read_text() if history else ""
         self.path.write_text(text)
@@ -78,33 +78,33 @@ class StepLog:
         self.spool.progress(row["step"], total, tokens_per_s=row["tokens_per_s"], **loss)
 
     def checkpoint(self, step: int, identity: str, path: Path) -> None:
-        """Name a saved checkpoint to MLflow, which ranks it by its losses."""
+        """Report a saved checkpoint to MLflow, which ranks checkpoints by their losses."""
         if self.spool is None:
             return
         row = self.rows[-1] if self.rows else {}
         losses = {}
         for name in ("loss", "validation_loss"):
             if row.get(name) is not None:
-                # not `train/...`: MLflow shows a model's metrics in its run too, and the curve
-                # would get a point twice
+                # not `train/...`, since MLflow also shows a model's metrics in its run, and the curve
+                # would get the point twice
                 losses[f"checkpoint/{name}"] = row[name]
         name = f"{self.label} step {step}"
         self.spool.model(name, f"{identity}-{step}", losses, step=step, tags={"checkpoint": path, "step": step})
 
     @property
     def stop_asked(self) -> bool:
-        """Whether the driver, on another node, was asked to stop."""
+        """Whether the driver on another node was asked to stop."""
         return self.spool is not None and relay.stop_asked(self.spool)
 
     def note(self, text: str) -> None:
-        """Print something that a reader of the run should know, and keep it as a tag of the run."""
+        """Print a note for readers of the run, and keep it as a tag of the run."""
         print(text, flush=True)
         if self.spool:
             self.spool.tag("longreach.note", text)
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """Return a step's numbers under the names that MLflow shows."""
+    """Return a step's numbers under their names in MLflow."""
     metrics = {}
     for name in CURVES:
         if row.get(name) is not None:

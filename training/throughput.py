@@ -1,4 +1,4 @@
-"""What training cost: seconds by phase, tokens per second, memory."""
+"""Cost of training: seconds by phase, tokens per second, memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from longreach.training.cost import GIB
 
 
 class Clock:
-    """Wall seconds since it was made, by phase; on a GPU a phase ends when its kernels do."""
+    """Wall-clock seconds by phase since creation. On a GPU a phase ends when its kernels do."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._begun = self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """Book the time since the last lap on `phase`."""
-        if torch.cuda.is_initialized():  # a rank on the CPU leaves the machine's GPU alone
+        """Add the time since the last lap to `phase`."""
+        if torch.cuda.is_initialized():  # a rank on the CPU must not initialize the machine's GPU
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
@@ -30,12 +30,12 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Return the seconds of all laps."""
+        """Total seconds of all laps."""
         return self._last - self._begun
 
 
 def peak_gib() -> float:
-    """Return the most memory that this rank held: of its GPU, else of the process."""
+    """Return this rank's peak memory in GiB: of its GPU, else of the process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
@@ -44,9 +44,9 @@ def peak_gib() -> float:
 def summary(rows: list[dict[str, Any]], kinds: Sequence[str]) -> dict[str, Any]:
     """Return TrainingSummary's fields on steps, tokens, seconds and losses.
 
-    kinds: what differs between the steps of one training and decides how long one takes, such as
-    the attention pattern, for each row. The median of each kind stands for its steps, or a few
-    slow ones at the end would cost nothing.
+    kinds: for each row, what distinguishes steps of different duration, such as the attention
+    pattern. tokens_per_s uses the median of each kind for its steps; with one median for all, a few
+    slow steps at the end would not count.
     """
     trained = [row for row in rows if not row["skipped"]]
     seconds = [row["seconds"] for row in rows]

@@ -1,9 +1,8 @@
-"""Loss on held-out text while training goes on, so that the best weights can be kept.
+"""Validation loss during training, so that the best weights can be kept.
 
-Rows are cut from the corpus' validation documents, a piece of each in turn; of a chat the first row
-is taken, and only its answers are predicted. Attention is full and causal whatever the arm trains
-with (LongLoRA, section 3.2), so arms compare.
-"""
+Rows are cut from the corpus' validation documents in turn. Of a chat only the first row is used,
+and only its answers are targets. Attention is always full and causal, whatever pattern the arm
+trains with (LongLoRA, section 3.2), so that arms are comparable."""
 
 from __future__ import annotations
 
@@ -20,21 +19,21 @@ from longreach.training.summary import PackSummary
 
 
 def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[str, torch.Tensor]]:
-    """Return at most `count` rows [1, T] as PackedRows.batch gives them.
+    """Return at most `count` rows [1, T], in the format of PackedRows.batch.
 
-    ValueError if no document is as long as a row.
+    ValueError if no document is as long as a row, and no chat has an answer in its first row.
     """
     import datasets
 
     packed = PackSummary.read(corpus)
     lead, length = np.empty(0, np.int64), packed.seq_len
     if packed.first_token_id is not None:
-        length -= 1  # also where it is dropped: arms with and without a sink token score the same tokens
+        length -= 1  # even if it is dropped, so that arms with and without a sink token score the same tokens
         if not drop_first:
             lead = np.array([packed.first_token_id])
     held_out = datasets.load_from_disk(str(corpus / "documents")).with_format("numpy")
     documents = [row for row in held_out if row["split"] == "validation"]
-    pieces: list[tuple[int, np.ndarray, np.ndarray]] = []  # with their number in their document: they take turns
+    pieces: list[tuple[int, np.ndarray, np.ndarray]] = []  # with their index in the document, to take turns
     for document in documents:
         ids, given = document["input_ids"], np.zeros(len(document["input_ids"]), bool)
         if "given" in document:
@@ -47,8 +46,9 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
         pieces += [(number, piece, np.zeros(length, bool)) for number, piece in enumerate(whole)]
     if not pieces:
         raise ValueError(
-            f"validate_every_steps: none of the {len(documents)} validation documents has {length} tokens, which a row "
-            f"takes, or is a chat with an answer in so many: name others in corpus.validation, or set it to 0"
+            f"validate_every_steps: none of the {len(documents)} validation documents has {length} tokens, the length "
+            f"of a row, or is a chat with an answer within that length: name others in corpus.validation, or set "
+            f"validate_every_steps to 0"
         )
     column_T = torch.arange(packed.seq_len)
     rows = []
@@ -58,7 +58,7 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
         ids_T[:end] = torch.from_numpy(np.concatenate([lead, piece]))
         labels_T = ids_T.masked_fill((column_T <= len(lead)) | (column_T >= end), IGNORED)
         labels_T[len(lead) : end][torch.from_numpy(given)] = IGNORED
-        positions_T = torch.where(column_T < end, column_T, column_T - end)  # padding: a run of its own
+        positions_T = torch.where(column_T < end, column_T, column_T - end)  # padding restarts at 0
         row = {"input_ids": ids_T, "position_ids": positions_T, "labels": labels_T}
         rows.append({name: x_T[None] for name, x_T in row.items()})
     return rows
@@ -66,7 +66,8 @@ def validation_rows(corpus: Path, count: int, *, drop_first: bool) -> list[dict[
 
 @torch.no_grad()
 def validation_loss(engine: Any, rows: list[dict[str, torch.Tensor]], rank: int, world: int) -> tuple[float, int]:
-    """Return (summed loss, targets) of this rank's rows; every rank makes as many passes."""
+    """Return (summed loss, targets) of this rank's rows. Every rank makes the same number of
+    forward passes."""
     total, targets = 0.0, 0
     engine.eval()
     for at in range(0, len(rows), world):
