@@ -1,4 +1,4 @@
-"""Write a PackedCorpus folder from documents (`pack_corpus`) and read it for training (`PackedRows`).
+"""Write a PackedCorpus folder (`pack_corpus`), and read its rows for training (`PackedRows`).
 
     rows/         rows of equal length with token ids and positions: memory-mapped Arrow files that
                   `datasets.load_from_disk` opens; with chats, `given` is 1 for tokens that are not predicted
@@ -161,7 +161,7 @@ def _context_bins(counts_C: np.ndarray) -> tuple[ContextBin, ...]:
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Return the tokenizer, with a sink token added if needed, and the id that opens a row or document."""
+    """Return the tokenizer, with a sink token if needed, and the id of the first token."""
     if kind == "sink":
         return with_sink_token(tokenizer)
     if kind == "none":
@@ -178,7 +178,7 @@ class CorpusIndex:
         self.corpus = corpus
         self.names: list[str] = []
         self.keys: list[str] = []
-        """The names that split patterns match: a document's repository if it has one, else its name."""
+        """What split patterns match: a document's repository if it has one, else its name."""
         self.domains: list[str] = []
         self.splits: list[str] = []
         self.sources: list[int] = []
@@ -193,7 +193,7 @@ class CorpusIndex:
         self.bad: list[BadLine] = []
         self.bad_count = 0
         self.entries = 0
-        """Number of entries in the sources: documents, files of repositories, and malformed entries."""
+        """Number of entries: documents, files of repositories, and malformed entries."""
 
     @property
     def compared(self) -> bool:
@@ -232,7 +232,7 @@ class CorpusIndex:
         )
 
     def check(self) -> None:
-        """Raise ValueError for too many malformed entries, no document, or a split pattern without a match."""
+        """Raise ValueError for too many malformed entries, no document, or an unmatched pattern."""
         entries, limit = self.entries, self.corpus.max_bad_fraction
         if self.bad_count > limit * entries:
             first = self.bad[0]
@@ -275,7 +275,7 @@ class CorpusIndex:
     def packed(self) -> tuple[np.ndarray, np.ndarray]:
         """Return starts and lengths, as `extents` does, of all documents in the rows, with repeats.
 
-        Repeats come after all documents have occurred once, so that no text directly follows itself.
+        Repeats come after all documents have occurred once, so that no text follows itself.
         """
         starts_D, lengths_D = self.extents()
         rounds = [np.flatnonzero(self.copies > n) for n in range(self.copies.max(initial=0))]
@@ -313,7 +313,7 @@ class CorpusIndex:
         return shares
 
     def report(self, capacity: int) -> dict[str, Any]:
-        """Return PackSummary's fields about documents: splits, lengths, sources and malformed entries.
+        """Return PackSummary's fields about documents, sources and malformed entries.
 
         capacity: the number of tokens that a row has for a document.
         """
@@ -362,7 +362,7 @@ class Encoders:
 
     @functools.cached_property
     def chats(self) -> Chats:
-        """The encoder for chats. Raises ValueError if this recipe or tokenizer cannot pack chats."""
+        """The encoder for chats; ValueError if this recipe or base cannot pack chats."""
         check_packable(self.pack.method, bool(self.tokenizer.chat_template))
         return Chats(self.tokenizer, self.first_token)
 
@@ -398,7 +398,7 @@ def _tokenise(
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Write the documents' tokens and word hashes to the scratch files and their lengths to the index."""
+    """Write tokens and word hashes to the scratch files, and their numbers to the index."""
     owners: deque[np.ndarray] = deque()  # for each batch in progress, the document index of each of its texts
     last, written = -1, 0
     eos: int = encoders.tokenizer.eos_token_id
@@ -659,8 +659,8 @@ class PackedRows:
         """Return input_ids, position_ids and labels of the given rows, [B, T] int64 each.
 
         labels are the input_ids, not shifted (the loss shifts them). They are -100 for the first
-        token of a row or of an isolated document, which has nothing to predict it from, for padding,
-        and for the tokens of a chat that the assistant did not say.
+        token of a row or of an isolated document, which has nothing to predict it from, for
+        padding, and for the tokens of a chat that the assistant did not say.
 
         drop_first removes the sink or BOS token that opens each row or document and pads the end of
         the row instead, so that a model without this token reads the same text.
@@ -688,7 +688,7 @@ class PackedRows:
     def _without_first(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor, given_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the rows without their sink or BOS tokens, with the other tokens moved to the left."""
+        """Return the rows without their sink or BOS tokens; the other tokens move left."""
         if (first := self.summary.first_token_id) is None:
             raise ValueError("drop_first needs rows with a first token: pack them with first_token 'sink' or 'bos'")
         column_T = torch.arange(ids_BT.shape[1])
