@@ -116,7 +116,7 @@ def test_a_tokenizer_that_is_not_fast_is_refused():
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="Slow is no fast tokenizer"):
+    with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
         Encoder.of(Slow())
 
 
