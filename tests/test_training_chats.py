@@ -121,9 +121,7 @@ def test_contents_in_parts_are_joined_and_tools_are_kept():
 
 def test_a_form_that_fits_twice_is_refused_until_it_is_named(tmp_path):
     write(tmp_path / "x.jsonl", FORMS["alpaca"] | {"text": "whole"})
-    with pytest.raises(
-        ValueError, match=r"x\.jsonl: the columns .* fit the formats text and alpaca: say by the source's"
-    ):
+    with pytest.raises(ValueError, match=r"x\.jsonl: the columns .* fit the formats text and alpaca: set the source's"):
         entries(tmp_path, files="x.jsonl")
     assert entries(tmp_path, files="x.jsonl", format="text")[0].text == "whole"
     assert isinstance(entries(tmp_path, files="x.jsonl", format="alpaca")[0].text, Conversation)

@@ -83,7 +83,7 @@ def test_a_config_is_read_from_a_package_without_its_weights():
 def test_a_quantised_base_is_refused_when_it_is_planned(tmp_path):
     source = tiny_folder(tmp_path / "source")
     change_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match=r"is quantised \(gptq\), .* take the model that it was made from"):
+    with pytest.raises(ValueError, match=r"is quantised \(gptq\), .* use the model that it was made from"):
         source_digest(str(source))
     with pytest.raises(ValueError, match="is quantised"):
         convert(str(source), tmp_path / "out")
