@@ -378,10 +378,10 @@ def test_a_corpus_may_be_for_evaluation_only_but_not_empty(tmp_path):
     assert (packed.rows, packed.documents["test"]) == (0, 3)
     assert len(datasets.load_from_disk(tmp_path / "a" / "documents")) == 3
     write_lines(tmp_path, good=0, bad=0)
-    with pytest.raises(ValueError, match="no document, and 0 malformed"):
+    with pytest.raises(ValueError, match="no document and 0 malformed"):
         pack(tmp_path, tmp_path / "b", files="*.jsonl", corpus={})
     write_lines(tmp_path, good=0, bad=2)
-    with pytest.raises(ValueError, match="no document, and 2 malformed"):
+    with pytest.raises(ValueError, match="no document and 2 malformed"):
         pack(tmp_path, tmp_path / "c", files="*.jsonl", corpus={"max_bad_fraction": 1.0})
 
 

@@ -243,7 +243,7 @@ class CorpusIndex:
             )
         if not self.names:
             raise ValueError(
-                f"corpus.sources contain no document, only {self.bad_count} malformed entries: check the files"
+                f"corpus.sources contain no document and {self.bad_count} malformed entries: check the files"
             )
         check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
 
