@@ -1,9 +1,9 @@
-"""What the chain costs beside the work: from the command to the first optimizer step, and with nothing to do.
+"""Measure the overhead of a run: from the command to the first optimizer step, and with nothing to do.
 
     python benchmarks/chain.py            # the quickstart's base and texts, two steps; a few minutes the first time
 
-The first step needs, in order: the command's start, Ray, a stage task, Ray Train's ranks with their imports, the model.
-Converting and packing are done in a first run, so that they are not counted.
+Before the first step, the command starts, then Ray, a stage task and Ray Train's ranks with their imports, and the
+model is loaded. Converting and packing are done in a first run and not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ARM = "finetune.arms={{full: {{tune: all, learning_rate: {rate}}}}}"
 
 
 def run(folder: Path, rate: float) -> tuple[float, Path | None]:
-    """Seconds of a run with one arm of the given learning rate, and its spool folder if anything ran."""
+    """Run one arm with this learning rate; return the seconds, and the spool folder if anything ran."""
     spools = folder / ".longreach/spool"
     before = set(spools.glob("*"))
     started = time.time()
@@ -32,7 +32,7 @@ def run(folder: Path, rate: float) -> tuple[float, Path | None]:
 
 
 def first_step_s(spool: Path, started: float) -> dict[str, float]:
-    """Seconds from `started` to the stage task, and to the end of the first optimizer step."""
+    """Return the seconds from `started` to the stage task, and to the end of the first optimizer step."""
     marks = {}
     for path in spool.glob("finetune-full@*.jsonl"):
         for line in path.read_text().splitlines():

@@ -1,14 +1,14 @@
-"""What evaluations save: logits only where they are scored, haystacks read once, and a cache instead of a window.
+"""Measure what evaluations save: logits only for scored tokens, shared haystacks, a cache instead of a window.
 
     python benchmarks/evaluation.py                          # one thread, about twenty minutes
     python benchmarks/evaluation.py --only grid --rounds 9
     python benchmarks/evaluation.py --store .longreach       # also: the share of quickstart's time in evaluations
-    python benchmarks/evaluation.py --tiny                   # does it run? seconds; its ratios say nothing
+    python benchmarks/evaluation.py --tiny                   # smoke test in seconds; its ratios mean nothing
 
-SmolLM2's shape with random weights: nothing here depends on what is predicted. CPU time (commands: wall clock), A B A B
-within one run after a warm-up; printed are medians, the median of the rounds' ratios, and their smallest and greatest.
-Both sides are asked for the same numbers, which are compared. The harness is lm-evaluation-harness on the same model
-and text.
+The model has SmolLM2's shape and random weights, since the time does not depend on the predictions. Both sides
+alternate (A B A B) within one run after a warm-up. The benchmark measures CPU time, and wall time for whole commands.
+It prints medians, the median of the rounds' ratios, and the smallest and largest ratio. Both sides compute the same
+numbers, which are compared. The harness is lm-evaluation-harness on the same model and text.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ DEPTHS, NEEDLES = 5, 3
 QUESTIONS = 8
 NEEDLE_TOKENS, QUESTION_TOKENS, ANSWER = 20, 16, [1, 2, 3]
 SAME = 1e-4
-"""How far sums of NLL may lie apart, relative: float32 in another order."""
+"""Largest allowed relative difference of NLL sums, since float32 sums depend on their order."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured on: a model's shape, lengths in tokens, and rounds."""
+    """The size of the benchmark: model shape, lengths in tokens, rounds."""
 
     config: LlamaConfig
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     caches: tuple[int, ...] = (256, 512, 1024, 2048)
     score_tokens: int = 256
     documents: int = 8
-    """Texts of the whole evaluation."""
+    """Number of texts in the whole evaluation."""
     rounds: int = 3
 
 
@@ -76,7 +76,7 @@ def told(title: str, rows: list[list[float]], wanted: str = "") -> float:
 
 
 def compare(title: str, slow: Callable[[], Any], fast: Callable[[], Any], rounds: int, wanted: str = "") -> float:
-    """Measure both in turns and tell; ValueError where they return other numbers."""
+    """Measure both in turns and print the result; ValueError if they return different numbers."""
     before, after = np.ravel(slow()), np.ravel(fast())  # the warm-up
     if not np.allclose(before, after, rtol=SAME, atol=SAME):
         raise ValueError(f"{title}: {before} and {after} differ by more than {SAME:g}")
@@ -85,7 +85,7 @@ def compare(title: str, slow: Callable[[], Any], fast: Callable[[], Any], rounds
 
 
 def last_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size) -> None:
-    """The last n tokens of a window: a plain transformers loop and the harness, against ours."""
+    """Score the last n tokens of a window: a plain transformers loop and the harness against ours."""
     n = size.score_tokens
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max(size.lengths))
     for length in size.lengths:
@@ -111,7 +111,7 @@ def last_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, siz
 
 
 def whole_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size) -> None:
-    """A whole text's perplexity, of which the harness' one pass is at the arithmetic limit."""
+    """Score a whole text, for which the harness' single pass is already at the arithmetic limit."""
     for length in size.lengths[1:]:
         theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=2 * length)
         text = tokenizer.decode(np.random.default_rng(0).integers(1000, 40000, length // 2))
@@ -127,7 +127,7 @@ def whole_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, siz
 
 
 def grid(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size) -> None:
-    """A needle grid at each length: every prompt read whole, against what prompts have in common read once."""
+    """Answer a needle grid at each length: each prompt read as a whole, against shared prefixes read once."""
     draw = np.random.default_rng(0)
     for length in size.lengths:
         hay = draw.integers(0, 49152, length - NEEDLE_TOKENS).tolist()
@@ -149,7 +149,7 @@ def grid(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size
 
 
 def questions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size) -> None:
-    """Several questions about one haystack, in readings of it."""
+    """Compare the time of several questions about one haystack with that of one question."""
     draw = np.random.default_rng(0)
     for length in size.lengths:
         hay = draw.integers(0, 49152, length).tolist()
@@ -167,7 +167,7 @@ def questions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size:
 
 @torch.inference_mode()
 def latencies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size) -> None:
-    """A token decoded: its window recomputed, against a cache with sinks."""
+    """Decode a token: its window recomputed, against a cache with sinks."""
     token = torch.zeros(1, 1, dtype=torch.long)
     for cache_tokens in size.caches:
         cache, _ = filled(model, cache_tokens - SINKS)
@@ -181,7 +181,7 @@ def latencies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size:
 
 
 def commands(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size) -> None:
-    """A whole evaluation with its start: perplexity of the same texts by lm-eval's command and by ours, wall clock."""
+    """Time whole commands: perplexity of the same texts by lm-eval's command and by ours, in wall time."""
     length = size.lengths[-1]
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
@@ -215,7 +215,7 @@ def commands(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: 
 
 
 def _wall_ms(arguments: list[str]) -> float:
-    """Milliseconds of a command of this Python; RuntimeError with its last lines where it fails."""
+    """Return the milliseconds of a command run by this Python; RuntimeError with its last output if it fails."""
     start = time.perf_counter()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
@@ -225,13 +225,13 @@ def _wall_ms(arguments: list[str]) -> float:
 
 
 def quickstart_share(root: str) -> None:
-    """What share of the newest quickstart's seconds its evaluations took, from the manifests in its store."""
+    """Print the share of evaluations in the newest quickstart's time, from the manifests in its store."""
     from longreach.infra.artifact import Store
 
     store = Store(root).checked()
     reports = [m for m in store.manifests("report") if m["identity"]["recipe"]["name"] == "quickstart"]
     if not reports:
-        raise ValueError(f"{root} has no report of quickstart; make one with: longreach run quickstart")
+        raise ValueError(f"{root} has no report of quickstart: run longreach run quickstart first")
     newest = max(reports, key=lambda manifest: manifest["published_at"])
     seconds: dict[str, float] = {"report": newest["seconds"]}
     for label, fingerprint in newest["identity"]["inputs"].items():

@@ -1,11 +1,11 @@
-"""Does llama.cpp continue a long prompt from our GGUF file as plain transformers does from the model folder?
+"""Compare how llama.cpp continues a long prompt from our GGUF file with transformers on the model folder.
 
     python benchmarks/llama_cpp.py RELEASE --tokens 9000   # 2 to 5 minutes of one core at 135 million parameters
 
-The prompt is Hamlet's beginning; both choose the likeliest token 32 times. transformers computes in float32 from the
-weights as the file rounds them, llama.cpp by default with a KV cache of float16: where two tokens are nearly as likely
-they part. Then llama.cpp goes on from what transformers has written, and each parting is said with by how many nats
-the one was likelier for each.
+The prompt is the beginning of Hamlet, and both decode 32 tokens greedily. transformers computes in float32 with the
+weights rounded as in the file, llama.cpp by default with a float16 KV cache. They can diverge where two tokens are
+almost equally likely. After a divergence, llama.cpp continues from the text of transformers. Each divergence is printed
+with the margin in nats by which llama.cpp prefers its token.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from longreach.training.documents import PACKAGES
 from longreach.training.to_gguf import Facts, write_gguf
 
 NEW_TOKENS = 32
-CLOSE = 0.2  # nats: choices of transformers as close as this are listed
+CLOSE = 0.2  # nats; choices of transformers with a smaller margin are listed
 
 
 def by_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """The tokens, and by how many nats each was likelier than the next likely one."""
+    """Return the tokens, and the margin in nats of each over the second most likely token."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).float().eval()
     tokens: list[int] = []
     margins: list[float] = []
@@ -45,7 +45,7 @@ def by_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], list[fl
 
 
 def by_llama_cpp(folder: Path, prompt: list[int], tokens: list[int], *, threads: int, cache: str) -> list[str]:
-    """What llama.cpp writes, up to the first parting from `tokens`, and from each parting on, a line each."""
+    """Return a line for each token where llama.cpp diverges from `tokens`."""
     lines, done = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "model-f16.gguf")
@@ -56,7 +56,7 @@ def by_llama_cpp(folder: Path, prompt: list[int], tokens: list[int], *, threads:
         kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
         parameters.cache_type_k = parameters.cache_type_v = kind
         server = xllamacpp.Server(parameters)
-        while done < len(tokens):  # what was read before is in the server's cache
+        while done < len(tokens):  # the server has cached what it read before
             asked = {"prompt": prompt + tokens[:done], "max_tokens": len(tokens) - done, "temperature": 0}
             answer = server.handle_completions(asked | {"logprobs": 2, "ignore_eos": True})
             content = answer["choices"][0]["logprobs"]["content"]
@@ -66,7 +66,7 @@ def by_llama_cpp(folder: Path, prompt: list[int], tokens: list[int], *, threads:
             done += same
             if done < len(tokens):
                 first, second = (one["logprob"] for one in content[same]["top_logprobs"])
-                lines.append(f"token {done + 1}: {content[same]['token']!r}, likelier by {first - second:.3f} nats")
+                lines.append(f"token {done + 1}: {content[same]['token']!r}, more likely by {first - second:.3f} nats")
             done += 1
     return lines
 
@@ -74,7 +74,7 @@ def by_llama_cpp(folder: Path, prompt: list[int], tokens: list[int], *, threads:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a model folder, as `release` writes it")
-    parser.add_argument("--tokens", type=int, default=9000, help="of the prompt")
+    parser.add_argument("--tokens", type=int, default=9000, help="number of prompt tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", choices=["f16", "f32"], default="f16", help="type of llama.cpp's KV cache")
     asked = parser.parse_args()
@@ -87,10 +87,10 @@ def main() -> None:
     print(f"transformers, {len(prompt):,} tokens, {time.perf_counter() - begun:.0f} s: {tokenizer.decode(tokens)!r}")
     for n, (token, margin) in enumerate(zip(tokens, margins, strict=True)):
         if margin < CLOSE:
-            print(f"  token {n + 1}: {tokenizer.decode([token])!r}, likelier by {margin:.3f} nats", flush=True)
+            print(f"  token {n + 1}: {tokenizer.decode([token])!r}, more likely by {margin:.3f} nats", flush=True)
     begun = time.perf_counter()
     lines = by_llama_cpp(asked.folder, prompt, tokens, threads=asked.threads, cache=asked.cache)
-    print(f"llama.cpp, cache of {asked.cache}, {time.perf_counter() - begun:.0f} s: parts {len(lines)} times")
+    print(f"llama.cpp, cache of {asked.cache}, {time.perf_counter() - begun:.0f} s: diverges {len(lines)} times")
     for line in lines:
         print(f"  {line}")
 

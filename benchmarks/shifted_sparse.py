@@ -1,9 +1,10 @@
-"""S²-Attn against full attention, the paper's two ways to compute it, and a dense mask on packed rows: time and memory.
+"""Compare S²-Attn in time and memory with full attention, the paper's two implementations, and a dense mask.
 
     python benchmarks/shifted_sparse.py       # one thread, about five minutes
 
-Forward and backward of one layer's attention, float32, B = 1, H = 8, D = 64, group = T / 4; q, k, v come as projections
-give them, [B, T, H, D] seen as [B, H, T, D], and the output leaves as [B, T, H·D]. All are first compared.
+The benchmark runs forward and backward of one layer's attention in float32, with B = 1, H = 8, D = 64 and groups of T /
+4. q, k and v are views of projections, [B, T, H, D] seen as [B, H, T, D], and the output is [B, T, H·D]. First, the
+results of all implementations are compared. The dense mask is measured on packed rows.
 
 Legend: B batch, T tokens, H heads, D head dim, G tokens of a group.
 """
@@ -39,9 +40,9 @@ def ours(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, position_ids_BT: Tensor
 
 
 def roll(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-    """LongLoRA's path without flash attention, on SDPA: half of the heads rolled by half a group, groups as a batch.
+    """LongLoRA without flash attention, on SDPA: half of the heads rolled by half a group, groups as a batch.
 
-    Its wrapped group leaks (queries at the row's start see its end), so it computes something slightly different.
+    Its wrapped group leaks (queries at the row's start see its end), so the result differs slightly.
     """
     T = q_BHTD.shape[2]
     G = T // 4
@@ -56,8 +57,8 @@ def roll(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
 
 
 def stacked(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-    """LongLoRA's flash path: the halves of the heads stacked as twice the batch, one varlen call with shifted edges for
-    the second; the call is emulated segment by segment, since no varlen attention runs on CPUs."""
+    """LongLoRA with flash attention: the halves of the heads are stacked as twice the batch, for one varlen call with
+    shifted edges for the second half. No varlen attention runs on CPUs, so the call is emulated segment by segment."""
     T = q_BHTD.shape[2]
     G = T // 4
     plain, shifted = range(0, T + 1, G), [0, *range(G // 2, T, G), T]
@@ -76,7 +77,7 @@ def stacked(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
 
 
 def eager(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-    """Full attention with its scores written down, for the memory table."""
+    """Full attention that materialises its scores, for the memory table."""
     T = q_BHTD.shape[2]
     scores = q_BHTD @ k_BHTD.mT * D**-0.5
     return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v_BHTD
@@ -86,7 +87,7 @@ WAYS: dict[str, Way] = {"full": full, "ours": ours, "roll": roll, "stacked": sta
 
 
 def inputs(T: int) -> tuple[list[Tensor], Tensor]:
-    """q, k, v [B, T, H, D] that want gradients, and the gradient of the output [B, T, H·D]."""
+    """Return q, k, v [B, T, H, D] that require gradients, and the gradient of the output [B, T, H·D]."""
     torch.manual_seed(0)
     return [torch.randn(B, T, H, D, requires_grad=True) for _ in range(3)], torch.randn(B, T, H * D)
 
@@ -100,7 +101,7 @@ def step(way: Callable[..., Tensor], qkv: list[Tensor], dout: Tensor, *more: obj
 
 
 def agree() -> None:
-    """Stacked halves compute what ours does; so does the roll, but in the shifted half's first half-group: it leaks."""
+    """Check that stacked halves equal ours, and the roll too, except in the shifted half's leaking first half-group."""
     q, k, v = (x.detach().transpose(1, 2) for x in inputs(512)[0])
     expected = ours(q, k, v)
     torch.testing.assert_close(stacked(q, k, v), expected)
@@ -123,7 +124,7 @@ def against_the_papers(T: int, rounds: int) -> None:
 
 
 def packed(T: int, rounds: int) -> None:
-    """A row of documents: S² inside each against full attention inside each by a dense mask."""
+    """Compare S² within each document of a row with full attention within each by a dense mask."""
     torch.manual_seed(0)
     lengths = torch.randint(T // 16, T // 4, (20,)).tolist()
     position_ids_BT = torch.cat([torch.arange(n) for n in lengths])[None, :T]
@@ -140,7 +141,7 @@ def packed(T: int, rounds: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    if sys.argv[1:]:  # a process of its own for each peak
+    if sys.argv[1:]:  # each peak is measured in its own process
         step(WAYS[sys.argv[1]], *inputs(64))()
         print(f"{extra_mib(step(WAYS[sys.argv[1]], *inputs(8192))):.0f}")
         return

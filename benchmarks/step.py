@@ -1,10 +1,10 @@
-"""A whole optimizer step: what S²-Attn, LoRA and the fused loss are worth together, in time and memory.
+"""Measure what S²-Attn, LoRA and the fused loss save together in a whole optimizer step, in time and memory.
 
     python benchmarks/step.py                 # two threads, about a quarter of an hour
 
-Forward, backward and AdamW on one row of a Llama of random weights, 8 layers of width 512, group = T / 4, float32. The
-ratios depend on width and length: at the width of a 7B model, matrices weigh more and attention less (counting FLOPs
-gives 1.14x at 8k for full against S² attention, 1.86x at 64k).
+A step is forward, backward and AdamW on one row, with a randomly initialised Llama of 8 layers of width 512, groups of
+T / 4, in float32. The ratios depend on width and length. At the width of a 7B model, matrices take a larger share and
+attention a smaller one: counting FLOPs gives 1.14x at 8k for full against S² attention, and 1.86x at 64k.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def step(arm: Arm, T: int) -> Callable[[], None]:
 
 
 def lm_loss(fused: bool, T: int) -> Callable[[], None]:
-    """The loss alone: hidden states and a vocabulary of 49,152 in, gradients of both out."""
+    """The loss alone: from hidden states and the weight of a vocabulary of 49,152 to the gradients of both."""
     torch.manual_seed(0)
     hidden_BTE, weight_VE = torch.randn(1, T, 576, requires_grad=True), torch.randn(49152, 576, requires_grad=True)
     labels_BT = torch.randint(49152, (1, T))
@@ -101,7 +101,7 @@ def compare(title: str, slow: Callable[[], None], fast: Callable[[], None], roun
 
 def main() -> None:
     torch.set_num_threads(2)
-    if sys.argv[1:]:  # a process of its own for each peak
+    if sys.argv[1:]:  # each peak is measured in its own process
         MEMORY[sys.argv[1]](64)()
         print(f"{extra_mib(MEMORY[sys.argv[1]](8192)):.0f}")
         return

@@ -1,9 +1,10 @@
-"""Streaming: the one-pass form against decoding, and a step with SinkCache against caches that concatenate.
+"""Compare one-pass streaming with decoding, and a step with SinkCache with a cache that concatenates.
 
     python benchmarks/streaming.py            # one thread, about four minutes, SmolLM2's shape with random weights
 
-Process CPU time; A B A B within one run, medians of ratios. Decoding twice over the same state is possible because a
-step only takes the place of the oldest token: the work of a step does not depend on what is cached.
+The benchmark measures process CPU time, alternates both sides (A B A B) within one run, and prints medians of ratios.
+The same cache can be decoded from repeatedly, because a step only replaces the oldest token and its work does not
+depend on what is cached.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, S sinks, W window.
 """
@@ -33,7 +34,7 @@ SMOLLM2 = LlamaConfig(
 
 
 class ConcatenatingLayer(CacheLayerMixin):
-    """A streaming cache without a ring: concatenates, keeps keys un-rotated, rotates all of them at every step."""
+    """A streaming cache without a ring buffer: it concatenates, keeps keys unrotated and rotates all at every step."""
 
     def __init__(self, model: LlamaForCausalLM, window: int) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class ConcatenatingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cos, sin = self.rotary(key_states, torch.tensor([[self.seen]]))
-        plain = key_states * cos[:, None] - rotate_half(key_states) * sin[:, None]  # as it was before RoPE
+        plain = key_states * cos[:, None] - rotate_half(key_states) * sin[:, None]  # undo RoPE
         if self.keys.shape[2] > SINKS + self.window:
             self.keys, self.values = (
                 torch.cat([x[:, :, :SINKS], x[:, :, SINKS + 1 :]], 2) for x in (self.keys, self.values)
@@ -72,7 +73,7 @@ class ConcatenatingLayer(CacheLayerMixin):
 
 
 def filled(model: LlamaForCausalLM, window: int) -> tuple[SinkCache, Cache]:
-    """A SinkCache and a concatenating cache, both full of random keys, one token past their first eviction."""
+    """Return a SinkCache and a concatenating cache, full of random keys, one token past their first eviction."""
     ours = SinkCache(model.config, SINKS, window)
     theirs = Cache(layers=[ConcatenatingLayer(model, window) for _ in range(model.config.num_hidden_layers)])
     token = torch.zeros(1, 1, dtype=torch.long)
@@ -94,7 +95,7 @@ def standing_at(cache: SinkCache, at: int) -> None:
 
 
 def own_step(model: LlamaForCausalLM, cache: SinkCache, token: Tensor) -> Tensor:
-    """A decode step without transformers' forward: the model's weights, the cache's own attention."""
+    """Decode a step without transformers' forward, with the model's weights and the cache's own attention."""
     body, at = model.model, cache.get_seq_length()
     x_1E = body.embed_tokens(token)[0]
     cos, sin = (y[0] for y in body.rotary_emb(x_1E, torch.tensor([[at]])))
@@ -109,7 +110,7 @@ def own_step(model: LlamaForCausalLM, cache: SinkCache, token: Tensor) -> Tensor
 
 
 def floor(model: LlamaForCausalLM, cache: SinkCache) -> Callable[[], None]:
-    """Reads every weight and every cached key and value once, by matrix products: what a step cannot go below."""
+    """Read every weight and every cached key and value once in matrix products, the lower bound of a step."""
     blocks = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]  # the head included
     inputs = [torch.randn(1, weight.shape[1]) for weight in blocks]
     query, mass = torch.randn(1, 3, 3, 64), torch.rand(1, 3, 3, cache.layers[0].keys.shape[2])
@@ -125,7 +126,7 @@ def floor(model: LlamaForCausalLM, cache: SinkCache) -> Callable[[], None]:
 
 
 def one_pass(model: LlamaForCausalLM, window: int, tokens: int) -> None:
-    """Perplexity of a text in one pass, a token's share of it, against a step with a concatenating cache."""
+    """Compare the time per token of a text's perplexity in one pass with a step of a concatenating cache."""
     ids_T = np.random.default_rng(0).integers(0, 49152, tokens)
     _, theirs = filled(model, window)
     token = torch.zeros(1, 1, dtype=torch.long)
@@ -137,13 +138,13 @@ def one_pass(model: LlamaForCausalLM, window: int, tokens: int) -> None:
     rows = interleaved(lambda: streamed_nll(model, ids_T, SINKS, window, "cache", "text"), ten_steps, rounds=3)
     ours, steps = medians(rows)
     print(
-        f"one pass over {tokens} tokens, cache {SINKS} + {window}: {ours / tokens:.2f} ms a token; decoding with a "
+        f"one pass over {tokens} tokens, cache {SINKS} + {window}: {ours / tokens:.2f} ms per token; decoding with a "
         f"concatenating cache {steps / 10:.0f} ms; {ratio(rows, 1, 0) * tokens / 10:.1f}x"
     )
 
 
 def decoding(model: LlamaForCausalLM, window: int, rounds: int) -> None:
-    """One step: SinkCache near and far, concatenate-and-rotate-all, our own loop, the bandwidth floor."""
+    """Compare a step of SinkCache (near and far), concatenate-and-rotate-all, our own loop and the bandwidth floor."""
     ours, theirs = filled(model, window)
     token, full = torch.zeros(1, 1, dtype=torch.long), SINKS + window + 1
 
@@ -164,7 +165,7 @@ def decoding(model: LlamaForCausalLM, window: int, rounds: int) -> None:
     )
     near, far, concatenating, own, least = medians(rows)
     print(
-        f"W = {window}: SinkCache {near:.1f} ms a step, at text length 100,000 {far:.1f} ({ratio(rows, 1, 0):.3f}x); "
+        f"W = {window}: SinkCache {near:.1f} ms per step, at text length 100,000 {far:.1f} ({ratio(rows, 1, 0):.3f}x); "
         f"concatenate and rotate all {concatenating:.1f} ({ratio(rows, 2, 0):.2f}x ours); own loop {own:.1f}, "
         f"bandwidth floor {least:.1f} ({ratio(rows, 3, 4):.2f}x of it; through model.forward {ratio(rows, 0, 4):.2f}x)"
     )

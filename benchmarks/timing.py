@@ -1,4 +1,4 @@
-"""Ratios on a noisy machine: CPU time, A B A B within one run, medians of ratios; and the peak of one process."""
+"""Measure ratios on a noisy machine (CPU time, A B A B within one run, medians) and the peak memory of a process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cpu_ms(work: Callable[[], object]) -> float:
 
 
 def interleaved(*works: Callable[[], object], rounds: int) -> list[list[float]]:
-    """CPU milliseconds of each work in each round [rounds, works], after one round of warm-up."""
+    """Return the CPU milliseconds of each function in each round, [rounds, works], after a warm-up round."""
     for work in works:
         work()
     return [[cpu_ms(work) for work in works] for _ in range(rounds)]
@@ -32,9 +32,9 @@ def medians(rows: list[list[float]]) -> list[float]:
 
 
 def extra_mib(work: Callable[[], object]) -> float:
-    """MiB that the work adds to this process at its peak (Linux). Before it, run it once on something small."""
+    """Return the MiB that the work adds to this process's peak (Linux). Run it on something small first."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     work()
     return (_status("VmHWM") - before) / 1024

@@ -1,8 +1,8 @@
-"""What tracking costs a training step: the call itself, and the CPU time of the mirror that uploads beside it.
+"""Measure what tracking costs a training step: the call itself, and the CPU time of the mirror that uploads metrics.
 
-The goal is below 1% of a step. The mirror has the lowest priority; its CPU time is what it can cost at worst, when no
-core is ever idle. (CPU time, because it can be measured on a machine that does other things as well.) The store is the
-embedded SQLite, where the mirror does the database's work too. MLflow's own synchronous call is printed to compare.
+The goal is less than 1% of a step. The mirror has the lowest priority, so its CPU time is the most it can cost, if no
+core is ever idle. CPU time can also be measured on a machine that does other work. The store is the embedded SQLite,
+where the mirror also does the database's work. MLflow's own synchronous call is printed for comparison.
 
     python benchmarks/tracking.py --step-ms 500 --seconds 60
 """
@@ -27,18 +27,18 @@ POINTS = {f"train/metric_{i}": 1.0 / (i + 3) for i in range(10)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--step-ms", type=float, default=500.0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long the mirror is watched")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure the mirror")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         calls, curves = open_spool(Path(folder, "calls")), open_spool(Path(folder, "curves"))
         call_ms = milliseconds(lambda step: calls.metrics(POINTS, step), 20_000)
         share = 100 * call_ms / options.step_ms
-        print(f"spool, {len(POINTS)} metrics a step     {call_ms:8.4f} ms a step {share:9.4f}%", flush=True)
+        print(f"spool, {len(POINTS)} metrics per step   {call_ms:8.4f} ms per step {share:9.4f}%", flush=True)
         start_s, mirror_ms = mirror_cost(curves, default_uri(folder), options.step_ms, options.seconds)
         share = 100 * mirror_ms / (options.step_ms * (os.cpu_count() or 1))
-        print(f"mirror, while steps go on    {mirror_ms:8.4f} ms a step {share:9.4f}% of all cores")
+        print(f"mirror, during the steps     {mirror_ms:8.4f} ms per step {share:9.4f}% of all cores")
         print(f"mirror, once (import, new database)   {start_s:.1f} s")
-        print(f"MLflow's synchronous call    {milliseconds(synchronous(default_uri(folder)), 50):8.4f} ms a step")
+        print(f"MLflow's synchronous call    {milliseconds(synchronous(default_uri(folder)), 50):8.4f} ms per step")
 
 
 def open_spool(folder: Path) -> Spool:
@@ -47,7 +47,7 @@ def open_spool(folder: Path) -> Spool:
 
 
 def milliseconds(call: Callable[[int], None], count: int) -> float:
-    """The median of `count` calls."""
+    """Return the median duration of `count` calls."""
     times = []
     for step in range(count):
         started = time.perf_counter()
@@ -57,7 +57,7 @@ def milliseconds(call: Callable[[int], None], count: int) -> float:
 
 
 def mirror_cost(spool: Spool, uri: str, step_ms: float, seconds: float) -> tuple[float, float]:
-    """CPU time of the mirror: seconds once, and milliseconds for each step that comes meanwhile."""
+    """Return the mirror's CPU time: seconds at its start, and milliseconds for each step after it."""
     spool.metrics(POINTS)
     mirror = start_mirror(spool.path.parent, uri)
     process = psutil.Process(mirror.pid)
@@ -74,7 +74,7 @@ def mirror_cost(spool: Spool, uri: str, step_ms: float, seconds: float) -> tuple
 
 
 def synchronous(uri: str) -> Callable[[int], None]:
-    """The same metrics by MLflow's own client."""
+    """Return a function that logs the same metrics with MLflow's own client."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 

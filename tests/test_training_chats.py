@@ -121,9 +121,7 @@ def test_contents_in_parts_are_joined_and_tools_are_kept():
 
 def test_a_form_that_fits_twice_is_refused_until_it_is_named(tmp_path):
     write(tmp_path / "x.jsonl", FORMS["alpaca"] | {"text": "whole"})
-    with pytest.raises(
-        ValueError, match=r"x\.jsonl: the columns .* fit the formats text and alpaca: say by the source's"
-    ):
+    with pytest.raises(ValueError, match=r"x\.jsonl: the columns .* fit the formats text and alpaca: set the source's"):
         entries(tmp_path, files="x.jsonl")
     assert entries(tmp_path, files="x.jsonl", format="text")[0].text == "whole"
     assert isinstance(entries(tmp_path, files="x.jsonl", format="alpaca")[0].text, Conversation)
@@ -419,9 +417,9 @@ def test_rows_without_their_sink_keep_the_targets_of_their_chats(tmp_path):
 @pytest.mark.parametrize(
     ("template", "choices", "message"),
     [
-        (None, {}, r"sources hold chats, and the base has no chat template .* instruct model, or put a chat_template"),
+        (None, {}, r"contain chats, but the base has no chat template: .* instruct model, or put a chat_template"),
         ("{{ raise_exception('no') }}", {}, r"x\.jsonl:1: the model's chat template refuses the chat"),
-        (PLAIN, {"method": "concat"}, r"hold chats, which pack.method 'concat' would join .* pack with 'best_fit'"),
+        (PLAIN, {"method": "concat"}, r"chats, which pack.method 'concat' would join .* use pack.method 'best_fit'"),
     ],
 )
 def test_what_cannot_be_packed_is_refused_before_the_first_text_is_tokenised(tmp_path, template, choices, message):

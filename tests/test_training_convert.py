@@ -83,7 +83,7 @@ def test_a_config_is_read_from_a_package_without_its_weights():
 def test_a_quantised_base_is_refused_when_it_is_planned(tmp_path):
     source = tiny_folder(tmp_path / "source")
     change_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match=r"is quantised \(gptq\), .* take the model that it was made from"):
+    with pytest.raises(ValueError, match=r"is quantised \(gptq\), .* use the model that it was made from"):
         source_digest(str(source))
     with pytest.raises(ValueError, match="is quantised"):
         convert(str(source), tmp_path / "out")
@@ -283,7 +283,7 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path):
     assert source_digest(str(adapter)) != digest
     config = (adapter / "adapter_config.json").read_text()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not say its base_model_name_or_path"):
+    with pytest.raises(ValueError, match="has no base_model_name_or_path: add it"):
         convert(str(adapter), tmp_path / "again")
     (adapter / "adapter_config.json").write_text(config)
     (adapter / "adapter_model.safetensors").unlink()
@@ -305,7 +305,7 @@ def test_an_adapters_base_is_found_from_here_from_the_adapter_or_on_the_hub(tmp_
     assert (tmp_path / "base").samefile(base("../base"))
     assert base("owner/name") == "hub:owner/name"
     for gone in ("/no/such/base", "../gone", "./x"):
-        with pytest.raises(ValueError, match="no folder of this machine"):
+        with pytest.raises(ValueError, match="neither a folder on this machine nor a hub id"):
             base(gone)
 
 

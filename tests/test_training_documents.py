@@ -75,7 +75,7 @@ def test_parquet_rows_are_documents_whatever_the_order_and_type_of_columns(tmp_p
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
     table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: 2 columns 'text'; there are text, text"):
+    with pytest.raises(ValueError, match=r"x\.parquet: 2 columns 'text'; the columns are text, text"):
         list(read(tmp_path, files="*.parquet"))
 
 
@@ -205,11 +205,11 @@ def test_sources_that_cannot_be_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"'none\*\.txt' finds no file \(looked for .*none"):
         read(tmp_path, files="none*.txt")
     (tmp_path / "x.pdf").write_text("a,b")
-    known = r"known are \.txt, \.md, \.jsonl, \.json, \.csv, \.tsv, \.parquet"
+    known = r"supported suffixes are \.txt, \.md, \.jsonl, \.json, \.csv, \.tsv, \.parquet"
     with pytest.raises(ValueError, match=rf"x\.pdf: cannot read '\.pdf'; {known}"):
         read(tmp_path, files="x.pdf")
     pq.write_table(pa.table({"body": ["a"], "id": ["b"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: no column 'text'; there are body, id"):
+    with pytest.raises(ValueError, match=r"x\.parquet: no column 'text'; the columns are body, id"):
         read(tmp_path, files="x.parquet")
 
 

@@ -121,8 +121,8 @@ def texts(tmp_path):
 
 def test_an_overlap_above_the_limit_is_refused_with_both_names_and_shares(texts):
     said = (
-        r"corpus\.max_overlap 10\.0%: (29|30)\.\d% of the test document 'held' stand in training documents, too, "
-        r"(29|30)\.\d% in 'torn' alone\. Add 'torn' to corpus\.test, .* or raise max_overlap"
+        r"corpus\.max_overlap is 10\.0%, but (29|30)\.\d% of the test document 'held' also occur in training "
+        r"documents, (29|30)\.\d% in 'torn' alone\. Add 'torn' to corpus\.test, .* or raise max_overlap"
     )
     with pytest.raises(ValueError, match=said):
         pack(texts, test=("held",))

@@ -66,7 +66,7 @@ def test_a_folder_is_all_files_of_known_kinds_in_it_but_hidden_ones(tmp_path):
         (tmp_path / "in" / name).write_text('{"text": "x"}')
     assert list(texts(read(tmp_path, files="in"))) == ["a", "b", "x.jsonl:1"]
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"'none' finds no file of a known kind: \.txt, \.md"):
+    with pytest.raises(ValueError, match=r"'none' finds no file with a supported suffix \(\.txt, \.md"):
         read(tmp_path, files="none")
 
 
@@ -77,7 +77,7 @@ def test_a_folder_that_save_to_disk_wrote_is_a_dataset(tmp_path, field):
     datasets.DatasetDict(train=part, test=part.select([1])).save_to_disk(tmp_path / "both")
     assert texts(read(tmp_path, **{field: "part"})) == {"part:1": "one", "part:2": "two"}
     assert texts(read(tmp_path, **{field: "both"}, split="test")) == {"both:1": "two"}
-    with pytest.raises(ValueError, match=r"both: no split 'held'; there are train, test"):
+    with pytest.raises(ValueError, match=r"both: no split 'held'; the splits are train, test"):
         read(tmp_path, **{field: "both"}, split="held")
     assert known_names(corpus_of({field: "part"}), tmp_path) is None
     before = source_digest(corpus_of({field: "part"}), tmp_path)

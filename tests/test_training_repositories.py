@@ -139,10 +139,10 @@ def test_corpora_without_repositories_keep_their_fingerprints():
 
 
 def test_what_names_no_repository_is_refused_with_the_remedy(repo):
-    said = r"package:no_such_thing is not installed here: install it, or name it as `import` does"
+    said = r"package:no_such_thing is not installed here: install it, or use the name that `import` takes"
     with pytest.raises(ValueError, match=said):
         read(repo.parent, "package:no_such_thing")
-    with pytest.raises(ValueError, match=r"package:json\.nothing is 0 folders, not 1"):
+    with pytest.raises(ValueError, match=r"package:json\.nothing has 0 folders, not 1"):
         read(repo.parent, "package:json.nothing")
     with pytest.raises(ValueError, match=r"'rep' finds no folder \(looked for .*/rep\)"):
         read(repo.parent, "rep")

@@ -127,7 +127,7 @@ def test_the_sink_is_never_a_target(corpus):
 
 
 def test_a_column_that_is_not_there_cannot_be_dropped(corpus):
-    with pytest.raises(ValueError, match="rows without a first token: pack them with first_token 'sink' or 'bos'"):
+    with pytest.raises(ValueError, match="rows with a first token: pack them with first_token 'sink' or 'bos'"):
         PackedRows(corpus["none"]).batch([0], drop_first=True)
 
 
@@ -142,5 +142,5 @@ def test_a_folder_that_lost_rows_is_refused_with_both_numbers(tmp_path):
     text = (folder / "packed.json").read_text()
     count = len(PackedRows(folder))
     (folder / "packed.json").write_text(text.replace(f'"rows": {count}', f'"rows": {count + 1}'))
-    with pytest.raises(ValueError, match=rf"packed\.json counts {count + 1} rows, rows/ holds {count}"):
+    with pytest.raises(ValueError, match=rf"packed\.json counts {count + 1} rows, but rows/ contains {count}"):
         PackedRows(folder)

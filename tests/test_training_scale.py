@@ -92,13 +92,13 @@ def test_gathering_70b_by_a_thousand_gpus_takes_longer_than_by_half_as_many():
 def test_it_says_where_the_batch_cannot_be_shared_out():
     (last,) = [p for p in points("llama-2-13b") if p.gpus == 1024 and p.arm == "full"]
     assert (last.ways, last.best) == ({}, None), "64 rows by 16 ranks, and 16 do not divide 40 heads"
-    assert "the batch has no even shares for 1,024" in next(verdicts(points("llama-2-13b"), A100))
+    assert "the batch does not divide evenly over 1,024 GPUs" in next(verdicts(points("llama-2-13b"), A100))
 
 
 def test_it_says_where_nothing_fits():
     small = replace(A100, memory_gib=8)
     said = list(verdicts(points("llama-2-70b", small, counts=(8,)), small))
-    assert re.match(r"full: does not fit: at least \d+ GiB a GPU, where 4 are free", said[0])
+    assert re.match(r"full: does not fit: it needs at least \d+ GiB per GPU, but only 4 GiB are free", said[0])
 
 
 def test_more_gpus_have_less_work_each_and_never_need_more_memory():
@@ -126,9 +126,9 @@ def test_a_config_is_as_good_as_a_name(tmp_path):
     assert shape_of(str(tmp_path)) == MODELS["llama-2-70b"]
     del config["intermediate_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not say intermediate_size"):
+    with pytest.raises(ValueError, match="has no intermediate_size"):
         shape_of(str(tmp_path))
-    with pytest.raises(ValueError, match="name one of llama-2-7b"):
+    with pytest.raises(ValueError, match="use one of llama-2-7b"):
         shape_of("llama-3")
 
 

@@ -106,7 +106,7 @@ def test_what_llama_cpp_would_read_wrongly_is_refused_by_name(tokenizer, tmp_pat
 
     assert "Qwen3ForCausalLM" in said(model_type="qwen3", architectures=["Qwen3ForCausalLM"])
     assert "96" not in said()
-    assert "100 is no multiple of 32" in said(intermediate_size=100)
+    assert "100 is not a multiple of 32" in said(intermediate_size=100)
     assert "'dynamic'" in said(rope_parameters={"rope_type": "dynamic"})
     assert "attention_bias" in said(attention_bias=True)
     assert "WordLevel" in said(spec=spec | {"model": {"type": "WordLevel"}})

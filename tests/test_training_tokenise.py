@@ -104,7 +104,7 @@ def test_a_text_without_a_place_to_cut_is_refused_before_it_fills_memory():
     encoder = Encoder(toy_core().to_str())
     assert "".join(encoder.parts(broken, 100, most=5000)) == "".join(broken)
     with pytest.raises(
-        ValueError, match=r"more than max_piece_chars 5,000 characters would .* at once, since this tok"
+        ValueError, match=r"more than max_piece_chars 5,000 characters would .* at once, because this tok"
     ):
         list(encoder.parts(unbroken, 100, most=5000))
     whole = Encoder(whole_text_tokenizers()["llama2"].to_str())
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_is_not_fast_is_refused():
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="Slow is no fast tokenizer"):
+    with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
         Encoder.of(Slow())
 
 

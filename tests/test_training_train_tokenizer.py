@@ -24,5 +24,5 @@ def test_merges_are_learned_from_training_documents_alone_and_any_text_can_be_wr
 
 
 def test_too_little_text_for_a_vocabulary_is_said_with_both_numbers(tmp_path):
-    with pytest.raises(ValueError, match=r"vocab_size 5000, but the training documents give only \d+ tokens"):
+    with pytest.raises(ValueError, match=r"vocab_size is 5000, but the training documents give only \d+ tokens"):
         train_tokenizer(corpus(tmp_path), 5000, tmp_path / "out")

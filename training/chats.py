@@ -1,22 +1,21 @@
-"""Chats and instructions: which columns hold them, and their tokens by the model's own chat
-template.
+"""Read chats and instructions, and tokenise them with the model's own chat template.
 
-Four forms are known by their columns (FORMS), or named by a source's `format`:
+Four forms are recognised by their columns (FORMS), or named by a source's `format`:
 
-    messages            messages: [{"role": "user", "content": "..."}, ...], and tools if there are any (OpenAI)
+    messages            messages: [{"role": "user", "content": "..."}, ...], and optionally tools (OpenAI)
     sharegpt            conversations: [{"from": "human", "value": "..."}, {"from": "gpt", ...}, ...]
     prompt_completion   prompt and completion, each a text or a list of messages
-    alpaca              instruction and output; input, if there is any, stands below the instruction
+    alpaca              instruction and output; an optional input follows the instruction
 
-A chat is one document, and only what the assistant says is predicted in training. Where that
-stands, the template's {% generation %} marks say. A template without them is rendered up to each
-answer, with the prompt for it, and up to its end: the answer is the difference. Both have to be
-what the whole chat begins with, which is verified for each answer of each chat.
+A chat is one document, and only what the assistant says is predicted in training. The template's
+{% generation %} marks show where that is. A template without marks is rendered twice for each
+answer: up to the generation prompt before it, and up to its end. The answer is the difference. Both
+texts must be prefixes of the whole rendered chat, which is verified for each answer of each chat.
 
     chats = Chats(tokenizer)
     chats.encode(Conversation(({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})))
 
-Reading needs no torch: `longreach plan` imports this.
+Reading chats does not import torch, since `longreach plan` imports this module.
 
     pytest tests/test_training_chats.py
 """
@@ -40,10 +39,10 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-"""Where something begins and ends in a text, in characters."""
+"""Start and end of a part of a text, in characters."""
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 APART = "\ufdd0"
-"""A character that stands in no text: Unicode keeps it for the use within a program."""
+"""A Unicode noncharacter, reserved for use inside programs, so that it occurs in no text."""
 NOT_SHOWN = (
     "the model's chat template does not show where answers stand ({}): mark them in the base's chat_template.jinja by "
     "{{% generation %}} and {{% endgeneration %}}"
@@ -51,7 +50,7 @@ NOT_SHOWN = (
 TEXT = "text"
 """The form of a record that is a document, not a chat."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Roles by what ShareGPT's `from` says."""
+"""Roles by the value of ShareGPT's `from`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +60,20 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: Any = None  # functions that the assistant may call, as JSON schemas
     given: int = 0
-    """Messages at the beginning that were given: what the assistant says there is not predicted."""
+    """Number of leading messages that are given: answers in them are not predicted."""
 
     def texts(self) -> Iterator[str]:
-        """Yield what is said; a system message is the same in many chats, and no repetition."""
+        """Yield the messages' contents without system messages, which many chats share."""
         for message in self.messages:
             if message["role"] != "system":
                 yield f"{message['content']}\n"
 
 
 def form_of(columns: Collection[str], source: SourceRecipe, where: str) -> str:
-    """Return the form of records with such columns: one of FORMS, or TEXT.
+    """Return the form of records with these columns: one of FORMS, or TEXT.
 
     Raises:
-        ValueError: they fit two forms, and the source does not say which is meant.
+        ValueError: the columns fit several forms, and the source's `format` does not name one.
     """
     if source.format != "auto":
         return source.format
@@ -86,18 +85,18 @@ def form_of(columns: Collection[str], source: SourceRecipe, where: str) -> str:
         fits.insert(0, TEXT)
     if len(fits) > 1:
         raise ValueError(
-            f"{where}: the columns {', '.join(columns)} fit the formats {' and '.join(fits)}: say by the source's "
-            f"`format` which is meant"
+            f"{where}: the columns {', '.join(columns)} fit the formats {' and '.join(fits)}: set the source's "
+            f"`format` to the one you mean"
         )
     return fits[0]
 
 
 def conversation_of(record: Mapping[str, Any], form: str) -> Conversation | Malformed:
-    """Return the chat in a record that has the columns of a form, or why there is none."""
+    """Return the chat in a record that has a form's columns, or a Malformed with the reason."""
     try:
         conversation = FORMS[form].read(record)
         said = [conversation.messages, conversation.tools]
-        json.dumps(said, ensure_ascii=False, default=str).encode("utf-8")  # JSON can spell half a surrogate pair
+        json.dumps(said, ensure_ascii=False, default=str).encode("utf-8")  # JSON can contain half a surrogate pair
     except RecursionError:
         return Malformed("JSON that is nested too deeply")
     except ValueError as error:
@@ -149,7 +148,7 @@ def _alpaca(record: Mapping[str, Any]) -> Conversation:
 
 
 def _listed(messages: Any, column: str) -> tuple[Message, ...]:
-    """Return messages as templates take them: contents are joined, null fields are left out."""
+    """Return messages for templates: contents are joined, null fields removed."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ValueError(f"{column} is {type(messages).__name__}, not a list")
     listed = []
@@ -172,12 +171,12 @@ def _listed(messages: Any, column: str) -> tuple[Message, ...]:
 
 
 class Form(NamedTuple):
-    """How records hold chats."""
+    """How records represent chats."""
 
-    needed: tuple[str, ...]  # columns
-    also: tuple[str, ...]  # columns that are read where there are any
+    needed: tuple[str, ...]  # required columns
+    also: tuple[str, ...]  # optional columns
     read: Callable[[Mapping[str, Any]], Conversation]
-    """Returns the chat in a record; ValueError says why there is none."""
+    """Returns the chat in a record. Raises ValueError with the reason if there is none."""
 
 
 FORMS = {
@@ -186,39 +185,39 @@ FORMS = {
     "prompt_completion": Form(("prompt", "completion"), (), _prompt_completion),
     "alpaca": Form(("instruction", "output"), ("input",), _alpaca),
 }
-"""The forms that chats have, as a source's `format` names them."""
+"""The forms of chats by their name in a source's `format`."""
 
 
 class Encoded(NamedTuple):
     """The tokens of a chat."""
 
     ids: np.ndarray  # [tokens] int32
-    given: np.ndarray  # [tokens] bool: those that are not predicted
-    cut: int  # tokens of turns at the end that are left out, since they do not fit
+    given: np.ndarray  # [tokens] bool, true for tokens that are not predicted
+    cut: int  # number of tokens at the end that were left out because they do not fit
 
 
 def check_packable(method: str, has_template: bool) -> None:
-    """Raise ValueError where that method cannot pack chats, or the base has no template for
-    them."""
+    """Raise ValueError if this method cannot pack chats, or the base has no chat template."""
     if method != "best_fit":
         raise ValueError(
-            f"corpus.sources hold chats, which pack.method {method!r} would join with what stands before them: pack "
-            f"with 'best_fit'"
+            f"corpus.sources contain chats, which pack.method {method!r} would join with the text before them: use "
+            f"pack.method 'best_fit'"
         )
     if not has_template:
         raise ValueError(
-            "corpus.sources hold chats, and the base has no chat template to write them by: start from an instruct "
-            "model, or put a chat_template.jinja into the base's folder"
+            "corpus.sources contain chats, but the base has no chat template: start from an instruct model, or put a "
+            "chat_template.jinja into the base's folder"
         )
 
 
 class Chats:
-    """What turns chats into tokens: a tokenizer with its chat template."""
+    """Convert chats to tokens, with a tokenizer and its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, first: int | None = None) -> None:
-        """Begin with a tokenizer that has a template.
+        """Take a tokenizer that has a chat template.
 
-        first: a token that is put before every document, so that a template's own is dropped.
+        first: the token that packing puts before every document. If the template writes it too, it
+            is removed here.
         """
         self.tokenizer, self.first = tokenizer, first
         self.marked = bool(MARKS.search(str(tokenizer.get_chat_template())))
@@ -228,14 +227,14 @@ class Chats:
         self.swallows = any(token.lstrip or token.rstrip for token in special)
 
     def encode(self, conversation: Conversation, most: int | None = None, parse: bool = False) -> Encoded:
-        """Return a chat's tokens, at most so many: of a longer one the first turns, up to an
-        answer.
+        """Return a chat's tokens.
 
-        parse: what a message says may be special tokens, which end turns and begin others;
-        otherwise it is text.
+        most: the most tokens to return. A longer chat is cut after the last answer that fits.
+        parse: special tokens in a message's text are encoded as these tokens, which can end turns
+            and begin others; otherwise they are encoded as ordinary text.
 
         Raises:
-            ValueError: the template refuses the chat, or does not show where answers stand.
+            ValueError: the template fails on the chat, or does not show where answers are.
         """
         if not parse:
             messages = tuple(self._apart(conversation.messages))
@@ -259,8 +258,7 @@ class Chats:
         return Encoded(ids[:kept], ~predicted[:kept], len(ids) - kept)
 
     def _apart(self, value: Any) -> Any:
-        """Return what a message says, with APART in the special tokens that it spells: they are
-        none."""
+        """Return a message with APART inside each special token that its text contains."""
         if isinstance(value, str):
             return self.special.sub(lambda found: found[0][0] + APART + found[0][1:], value)
         if isinstance(value, Mapping):
@@ -270,7 +268,7 @@ class Chats:
         return value
 
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the tokens of what a template wrote, and where each begins and ends, [N] each."""
+        """Return the tokens of a rendered text, and the start and end of each, [N] each."""
         if APART not in text:
             return self._encode(text, as_text=False)
         if self.swallows:
@@ -279,26 +277,30 @@ class Chats:
                 "take it for the token by `special_tokens: parse`"
             )
         parts, at = [], 0
-        for piece in re.split(f"({self.special.pattern})", text):  # those that the template wrote
+        for piece in re.split(f"({self.special.pattern})", text):  # only the template's special tokens match
             ids, start_N, end_N = self._encode(piece.replace(APART, ""), as_text=not self.special.fullmatch(piece))
             kept = np.array([at + place for place, char in enumerate(piece) if char != APART], np.int64)
             at += len(piece)
-            kept = np.append(kept, at)  # where blanks that a tokenizer trims off its offsets begin and end
+            kept = np.append(kept, at)  # for a token at the end whose offsets are empty: its blanks were trimmed
             ends_N = np.where(start_N < end_N, 1 + kept[end_N - 1], kept[start_N])
             parts.append((ids, kept[start_N], ends_N))
         ids, start_N, end_N = (np.concatenate(column) for column in zip(*parts, strict=True))
         return ids, start_N, end_N
 
     def _encode(self, text: str, as_text: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens, and where each begins and ends. as_text: special tokens are none."""
+        """Return the tokens of a text, and the start and end of each.
+
+        as_text: special tokens in the text are encoded as ordinary text.
+        """
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=as_text)
         start_N, end_N = np.array(out["offset_mapping"], np.int64).reshape(-1, 2).T
         return np.array(out["input_ids"], np.int32), start_N, end_N
 
     def _render(self, conversation: Conversation, *, asks: bool = False, marks: bool = False) -> tuple[str, list[Span]]:
-        """Return what the template writes, and where it marks what is generated.
+        """Return the text that the template renders, and the spans between its generation marks.
 
-        asks: with the prompt for an answer at the end.
+        asks: add the generation prompt at the end.
+        marks: return the spans; otherwise the list is empty.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -312,16 +314,16 @@ class Chats:
                 add_generation_prompt=asks,
                 **special,
             )
-        except Exception as error:  # whatever a template raises: jinja2's errors, TypeErrors
+        except Exception as error:  # a template can raise anything: jinja2's errors, TypeErrors
             raise ValueError(
                 f"the model's chat template refuses the chat ({type(error).__name__}: {error}): mend the chat, leave "
                 f"it out, or change the base's chat_template.jinja"
             ) from error
-        (text,), spans = rendered  # annotated as str, but it is texts and what each has marked
+        (text,), spans = rendered  # annotated as str, but it is the texts and the marked spans of each
         return text, spans[0] if marks else []
 
     def _by_marks(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Return what the template writes, and where in it answers stand: what it marks."""
+        """Return the rendered text, and the spans of its answers, which the template marks."""
         text, spans = self._render(conversation, marks=True)
         first = 0
         if conversation.given:
@@ -336,8 +338,7 @@ class Chats:
         return text, [(begin, end) for begin, end in spans if begin >= first]
 
     def _by_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Return what the template writes, and where answers stand: from the prompt to their
-        end."""
+        """Return the rendered text, and the spans of its answers, found by rendering prefixes."""
         whole, _ = self._render(conversation)
         spans = []
         for number, message in enumerate(conversation.messages):

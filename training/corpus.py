@@ -1,16 +1,17 @@
-"""PackedCorpus, the folder between texts and training: written here, and read by `PackedRows`.
+"""Write a PackedCorpus folder (`pack_corpus`), and read its rows for training (`PackedRows`).
 
-    rows/         equal rows of token ids and positions: Arrow, memory-mapped, as `datasets.load_from_disk` opens it;
-                  where there are chats, `given` is 1 for the tokens that are not predicted
+    rows/         rows of equal length with token ids and positions: memory-mapped Arrow files that
+                  `datasets.load_from_disk` opens; with chats, `given` is 1 for tokens that are not predicted
     documents/    the held-out documents, in the same format
     tokenizer/    the tokenizer that made the ids
-    packed.json   what it is and how it was made (PackSummary)
+    packed.json   what the corpus contains and how it was made (PackSummary)
 
-One pass reads, splits and tokenises the documents into a scratch file of int32 tokens, and another
-of hashed words, in which repeats are looked for (training/overlap.py). Which token goes where is
-then arithmetic on document lengths (training/packing.py); a second pass copies tokens
-into shards. Memory holds a few megabytes at a time, whatever the size of the corpus or of one
-document; and 14 bytes for each byte of held-out text while repeats of it are looked for.
+A first pass reads, splits and tokenises the documents. It writes int32 tokens to one scratch file
+and hashed words to another, which training/overlap.py searches for overlaps. The place of each
+token in the rows then follows from the document lengths alone (training/packing.py), and a second
+pass copies the tokens into shards. Memory use stays at a few megabytes, whatever the size of the
+corpus or of one document. Only the search for overlaps needs more: 14 bytes for each byte of
+held-out text.
 
     python -c "import datasets; print(datasets.load_from_disk('corpus/rows'))"
 
@@ -58,16 +59,16 @@ from longreach.training.summary import ChatShare, ContextBin, Overlap, PackSumma
 from longreach.training.tokenise import BATCH_CHARS, Batch, Encoder, Tokens, encode_all, word_hashes
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-SHARD_BYTES = 256 << 20  # rows in one Arrow file
-WRITE_BYTES = 8 << 20  # rows that are filled and written at a time: one Arrow record batch
-MAX_LISTED = 1000  # malformed entries that packed.json names; all are counted
-MAX_OVERLAPS = 20  # held-out documents whose overlaps packed.json names, the largest first
+SHARD_BYTES = 256 << 20  # size of the rows in one Arrow file
+WRITE_BYTES = 8 << 20  # size of the rows in one Arrow record batch, which is filled and written at once
+MAX_LISTED = 1000  # packed.json lists at most this many malformed entries, but counts all of them
+MAX_OVERLAPS = 20  # packed.json lists at most this many held-out documents with overlaps, largest first
 SPLITS = ("train", "validation", "test")
 IDS = pa.list_(pa.int32())
 ROW = pa.schema([("input_ids", IDS), ("position_ids", IDS), ("length", pa.int32())])
 DOCUMENT = pa.schema([("name", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("input_ids", IDS)])
 GIVEN = pa.field("given", pa.list_(pa.int8()))
-"""A further column of rows and documents where there are chats."""
+"""An additional column of rows and documents, present if the corpus contains chats."""
 
 
 def pack_corpus(
@@ -80,15 +81,16 @@ def pack_corpus(
     workers: int = 0,
     progress: Callable[[int], None] = lambda documents: None,
 ) -> PackSummary:
-    """Write the folder and return its summary. No byte of it depends on workers (see encode_all).
+    """Write the folder and return its summary.
 
-    progress is called with the number of documents done so far.
+    The number of workers does not change a byte of the output (see encode_all). `progress` is
+    called with the number of documents done so far.
 
     Raises:
-        ValueError: more malformed entries than corpus.max_bad_fraction; a split pattern without a
-        document;
-            nothing to train on; a tokenizer without the special tokens that are asked for; training
-            documents that repeat more than corpus.max_overlap of a held-out one.
+        ValueError: the share of malformed entries is above corpus.max_bad_fraction, a split pattern
+            matches no document, nothing is left to train on, the tokenizer lacks a special token
+            that is needed, or training documents repeat more than corpus.max_overlap of a held-out
+            document.
     """
     tokenizer, first_token = _first_token(tokenizer, pack.first_token)
     eos = tokenizer.eos_token_id
@@ -103,7 +105,7 @@ def pack_corpus(
         encoders.try_first_chats(base_dir)
         _tokenise(read_documents(corpus, base_dir), index, encoders, scratch, workers, progress)
         index.check()
-        report = index.report(pack.seq_len - lead)  # before the rows are written: it may refuse
+        report = index.report(pack.seq_len - lead)  # before the rows are written, since it may raise
         report["overlaps"] = _overlaps(index, scratch.words, workers)
         segments = METHODS[pack.method](*index.packed(), pack.seq_len, lead)
         rows = Rows(segments, pack.seq_len, first_token, pad, isolated=pack.method == "best_fit")
@@ -131,11 +133,10 @@ def pack_corpus(
 
 
 def write_whole_rows(out: Path, corpus: Path | str, *, seq_len: int, rows: int) -> None:
-    """Write a PackedCorpus of other rows of the same tokens: each is one run, whatever documents it
-    is made of.
+    """Write a PackedCorpus with the same tokens in rows of another length, for cost measurements.
 
-    Padding counts as tokens, and a small corpus is repeated: for measuring what rows cost, not for
-    training.
+    Each row is a single run that ignores document boundaries. Padding counts as tokens, and a small
+    corpus is repeated, so the result is not suitable for training.
     """
     packed = PackedRows(corpus)
     summary = packed.summary
@@ -151,7 +152,7 @@ def write_whole_rows(out: Path, corpus: Path | str, *, seq_len: int, rows: int) 
 
 
 def _context_bins(counts_C: np.ndarray) -> tuple[ContextBin, ...]:
-    """Return targets by octaves of their effective context."""
+    """Count the targets by effective context, in bins that double in size."""
     bins = []
     for n in range((len(counts_C) - 1).bit_length() + 1):
         low, high = (1 << n) // 2 + 1, 1 << n
@@ -160,8 +161,7 @@ def _context_bins(counts_C: np.ndarray) -> tuple[ContextBin, ...]:
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Return the tokenizer, with a sink token if wanted, and the id that opens a row or
-    document."""
+    """Return the tokenizer, with a sink token if needed, and the id of the first token."""
     if kind == "sink":
         return with_sink_token(tokenizer)
     if kind == "none":
@@ -172,36 +172,36 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[PreTrai
 
 
 class CorpusIndex:
-    """What one pass over the texts learned of each document, in the order of the texts."""
+    """What the first pass learns about each document, in the order of the sources."""
 
     def __init__(self, corpus: CorpusRecipe) -> None:
         self.corpus = corpus
         self.names: list[str] = []
         self.keys: list[str] = []
-        """What split patterns match: a repository's name for all of its documents."""
+        """What split patterns match: a document's repository if it has one, else its name."""
         self.domains: list[str] = []
         self.splits: list[str] = []
         self.sources: list[int] = []
-        """Places in corpus.sources."""
+        """Index into corpus.sources."""
         self.lengths: list[int] = []
-        """Tokens of the text alone."""
+        """Number of tokens of the text, without first token and EOS."""
         self.words: list[int] = []
-        """Words of the text (training/tokenise.py)."""
+        """Number of words of the text (training/tokenise.py)."""
         self.closed: list[bool] = []
-        """Whether an EOS is put behind the document: a chat ends as its template says."""
+        """Whether an EOS follows the document. False for a chat, whose template ends it."""
         self.chats = ChatShare()
         self.bad: list[BadLine] = []
         self.bad_count = 0
         self.entries = 0
-        """Entries of the sources: documents, files of repositories, and malformed ones."""
+        """Number of entries: documents, files of repositories, and malformed entries."""
 
     @property
     def compared(self) -> bool:
-        """Whether overlaps of training and held-out documents are looked for."""
+        """Whether to search for overlaps between training and held-out documents."""
         return self.corpus.max_overlap is not None and bool(self.corpus.validation or self.corpus.test)
 
     def add(self, item: Document | BadLine) -> None:
-        """Add the next document, whose tokens are counted later, or malformed entry."""
+        """Add the next document or malformed entry. A document's tokens are counted later."""
         if isinstance(item, BadLine):
             self.bad_count += 1
             self.entries += 1
@@ -219,7 +219,7 @@ class CorpusIndex:
         self.closed.append(not isinstance(item.text, Conversation))
 
     def add_chat(self, tokens: Tokens, cut: int) -> None:
-        """Add what became of the last document, which is a chat."""
+        """Count the last document, which is a chat, in the chat statistics."""
         assert tokens.given is not None
         facts = self.chats
         self.chats = ChatShare(
@@ -232,30 +232,30 @@ class CorpusIndex:
         )
 
     def check(self) -> None:
-        """Raise ValueError for too many malformed entries, no document, or an idle pattern."""
+        """Raise ValueError for too many malformed entries, no document, or an unmatched pattern."""
         entries, limit = self.entries, self.corpus.max_bad_fraction
         if self.bad_count > limit * entries:
             first = self.bad[0]
             raise ValueError(
                 f"{self.bad_count} of {entries} documents are malformed: {self.bad_count / entries:.2%}, more than "
                 f"corpus.max_bad_fraction {limit:.2%}; the first is {first.file}:{first.line}: {first.reason}. "
-                f"Mend them or raise the limit"
+                f"Fix them or raise the limit"
             )
         if not self.names:
             raise ValueError(
-                f"corpus.sources hold no document, and {self.bad_count} malformed entries: look at the files"
+                f"corpus.sources contain no document and {self.bad_count} malformed entries: check the files"
             )
         check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
 
     def extents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return starts in the scratch file and lengths with EOS, [D] each."""
+        """Return each document's start in the scratch file and its length with EOS, [D] each."""
         lengths = np.array(self.lengths, np.int64)
         starts = 1 + np.cumsum(lengths + 1) - (lengths + 1)
         return starts, lengths + np.array(self.closed)
 
     @functools.cached_property
     def copies(self) -> np.ndarray:
-        """How often each document stands in the rows, [D]: 0 if it is held out or left out."""
+        """How often each document occurs in the rows, [D]. 0 if it is held out or left out."""
         copies_D = np.zeros(len(self.lengths), np.int64)
         for number, source in enumerate(self.corpus.sources):
             kept, _ = self._training(number)
@@ -264,18 +264,18 @@ class CorpusIndex:
         return copies_D
 
     def _training(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the training documents of a source that are kept, and those left out, by index."""
+        """Return the indices of a source's training documents: those kept, and those left out."""
         source, length_D = self.corpus.sources[number], np.array(self.lengths)
         train_D = np.array([split == "train" for split in self.splits]) & (np.array(self.sources) == number)
-        fits_D = length_D >= max(1, source.min_tokens)  # of a chat without room for an answer nothing is left
+        fits_D = length_D >= max(1, source.min_tokens)  # a chat is empty if no answer fits in a row
         if source.max_tokens is not None:
             fits_D &= length_D <= source.max_tokens
         return np.flatnonzero(train_D & fits_D), np.flatnonzero(train_D & ~fits_D)
 
     def packed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return starts and lengths as `extents`, of what stands in the rows, repeats included.
+        """Return starts and lengths, as `extents` does, of all documents in the rows, with repeats.
 
-        A repeat stands after all documents, so that no text stands right after itself.
+        Repeats come after all documents have occurred once, so that no text follows itself.
         """
         starts_D, lengths_D = self.extents()
         rounds = [np.flatnonzero(self.copies > n) for n in range(self.copies.max(initial=0))]
@@ -283,8 +283,11 @@ class CorpusIndex:
         return starts_D[chosen], lengths_D[chosen]
 
     def _shares(self) -> list[SourceShare]:
-        """Return what each source gave; ValueError if one that has training documents gave
-        nothing."""
+        """Return what each source contributed.
+
+        Raises:
+            ValueError: a source has training documents, but contributes none of them.
+        """
         shares = []
         for number, source in enumerate(self.corpus.sources):
             kept, left_out = self._training(number)
@@ -301,16 +304,19 @@ class CorpusIndex:
             if share.documents and not share.packed_documents:
                 lengths = length_D[np.concatenate([kept, left_out])]
                 raise ValueError(
-                    f"corpus.sources.{number} ({share.source}) gives nothing to the rows: of its {share.documents} "
-                    f"training documents of {lengths.min()} to {lengths.max()} tokens, min_tokens {source.min_tokens} "
-                    f"and max_tokens {source.max_tokens} leave {len(kept)}, and weight {source.weight:g} draws none: "
-                    f"change them, or remove the source"
+                    f"corpus.sources.{number} ({share.source}) contributes nothing to the rows: it has "
+                    f"{share.documents} training documents of {lengths.min()} to {lengths.max()} tokens, of which "
+                    f"min_tokens {source.min_tokens} and max_tokens {source.max_tokens} leave {len(kept)}, and weight "
+                    f"{source.weight:g} draws none of these. Change these fields or remove the source"
                 )
             shares.append(share)
         return shares
 
     def report(self, capacity: int) -> dict[str, Any]:
-        """Return PackSummary's fields on the documents: splits, lengths, malformed entries."""
+        """Return PackSummary's fields about documents, sources and malformed entries.
+
+        capacity: the number of tokens that a row has for a document.
+        """
         ends = 1 << np.arange(min(self.lengths).bit_length(), max(self.lengths).bit_length() + 1)
         histogram: list[dict[str, int]] = [{"up_to": end} for end in ends.tolist()]
         tokens = {}
@@ -323,7 +329,7 @@ class CorpusIndex:
         return {
             "document_tokens": tokens,
             "longer_than_a_row": int(np.sum(self.extents()[1][self.copies > 0] > capacity)),
-            "truncated_tokens": self.chats.cut_tokens,  # of texts none: what does not fit a row goes on in another
+            "truncated_tokens": self.chats.cut_tokens,  # texts lose none: they continue in another row
             "chats": self.chats if self.chats.count else None,
             "length_histogram": histogram,
             "sources": self._shares(),
@@ -336,16 +342,16 @@ class CorpusIndex:
 
 
 class Scratch(NamedTuple):
-    """Files that hold all documents until they are packed."""
+    """Temporary files that hold all documents until they are packed."""
 
     tokens: IO[bytes]  # EOS, document, EOS, document, ... EOS, as int32
     words: IO[bytes]  # word_hashes of all documents, as uint32
     given: IO[bytes]
-    """One byte for each token, 1 if it is not predicted; empty where there are no chats."""
+    """One byte for each token, 1 if it is not predicted. Empty if the corpus contains no chats."""
 
 
 class Encoders:
-    """What turns texts and chats into tokens."""
+    """Convert texts and chats to tokens."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, corpus: CorpusRecipe, pack: PackRecipe, first_token: int | None
@@ -356,15 +362,15 @@ class Encoders:
 
     @functools.cached_property
     def chats(self) -> Chats:
-        """What encodes chats; ValueError where they cannot be packed."""
+        """The encoder for chats; ValueError if this recipe or base cannot pack chats."""
         check_packable(self.pack.method, bool(self.tokenizer.chat_template))
         return Chats(self.tokenizer, self.first_token)
 
     def chat(self, document: Document) -> tuple[Tokens, int]:
-        """Return a chat's tokens, those of a training chat cut to a row, and how many were cut.
+        """Return a chat's tokens and how many were cut. Only a training chat is cut, to fit a row.
 
         Raises:
-            ValueError: as Chats.encode.
+            ValueError: as in Chats.encode.
         """
         assert isinstance(document.text, Conversation)
         most = None
@@ -376,7 +382,7 @@ class Encoders:
         return Tokens(ids, np.array([len(ids)]), words, np.array([len(words)]), given), cut
 
     def try_first_chats(self, base_dir: Path | str) -> None:
-        """Raise ValueError where the first record of a source is a chat that cannot be encoded."""
+        """Raise ValueError if a source's first valid record is a chat that cannot be encoded."""
         for document in first_chats(self.corpus, base_dir, datasets=True):
             try:
                 self.chat(document)
@@ -392,9 +398,8 @@ def _tokenise(
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Write the documents' tokens and words to the scratch files, and what they are to the
-    index."""
-    owners: deque[np.ndarray] = deque()  # of the texts of each batch under way: indices of documents
+    """Write tokens and word hashes to the scratch files, and their numbers to the index."""
+    owners: deque[np.ndarray] = deque()  # for each batch in progress, the document index of each of its texts
     last, written = -1, 0
     eos: int = encoders.tokenizer.eos_token_id
     batches = _batches(_pieces(items, index, encoders), owners)
@@ -408,7 +413,7 @@ def _tokenise(
         begins = np.diff(owner, prepend=last) > 0
         scratch.tokens.write(np.insert(ids, (np.cumsum(lengths) - lengths)[begins], eos).data)
         if given is not None:
-            scratch.given.seek(written + 1)  # what is never written reads as 0
+            scratch.given.seek(written + 1)  # gaps in the file read as 0
             scratch.given.write(given.astype(np.int8).data)
         written += len(ids) + int(begins.sum())
         last = int(owner[-1])
@@ -422,11 +427,15 @@ def _tokenise(
 
 
 Piece = tuple[int, Encoder | None, str | Tokens]
-"""A part of a text, or a whole chat: the number of its document, what encodes it, and itself."""
+"""A part of a text, or a whole chat: the index of its document, its encoder, and the content."""
 
 
 def _pieces(items: Iterable[Document | BadLine], index: CorpusIndex, encoders: Encoders) -> Iterator[Piece]:
-    """Yield all documents in parts. ValueError, with its place, for a text that cannot be cut."""
+    """Yield all documents in parts.
+
+    Raises:
+        ValueError: a text cannot be cut; the message gives its file and line.
+    """
     for item in items:
         if isinstance(item, Document) and isinstance(item.text, Conversation):
             try:
@@ -451,8 +460,7 @@ def _pieces(items: Iterable[Document | BadLine], index: CorpusIndex, encoders: E
 
 
 def _batches(pieces: Iterable[Piece], owners: deque[np.ndarray]) -> Iterator[Batch]:
-    """Yield batches of texts, about BATCH_CHARS each; append the document of each text to
-    `owners`."""
+    """Yield batches of about BATCH_CHARS; append the document index of each text to `owners`."""
     texts: list[str] = []
     owner: list[int] = []
     chars, encoder = 0, None
@@ -475,8 +483,11 @@ def _batches(pieces: Iterable[Piece], owners: deque[np.ndarray]) -> Iterator[Bat
 
 
 def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overlap, ...] | None:
-    """Return the largest overlaps; ValueError if one is over corpus.max_overlap, None if nobody
-    looks for them."""
+    """Return the largest overlaps, or None if the recipe does not search for them.
+
+    Raises:
+        ValueError: an overlap is above corpus.max_overlap.
+    """
     if not index.compared:
         return None
     counts = np.array(index.words, np.int64)
@@ -485,7 +496,7 @@ def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overl
     def words_of(document: int) -> np.ndarray:
         if not counts[document]:
             return np.empty(0, np.uint32)
-        first = 4 * int(ends[document] - counts[document])  # a view of this document alone
+        first = 4 * int(ends[document] - counts[document])  # map this document only
         return np.memmap(words, np.uint32, "r", offset=first, shape=(int(counts[document]),))
 
     held_out = [n for n, split in enumerate(index.splits) if split != "train"]
@@ -505,25 +516,27 @@ def _overlaps(index: CorpusIndex, words: IO[bytes], workers: int) -> tuple[Overl
         over += overlap.share > limit
     if over:
         worst = overlaps[0]
-        more = f" {over} held-out documents are over it." if over > 1 else ""
+        more = f" {over} held-out documents are above the limit." if over > 1 else ""
         raise ValueError(
-            f"corpus.max_overlap {limit:.1%}: {worst.share:.1%} of the {worst.split} document {worst.document!r} stand "
-            f"in training documents, too, {worst.nearest_share:.1%} in {worst.nearest!r} alone.{more} Add "
-            f"{index.keys[found[0].nearest]!r} to corpus.{worst.split}, or take it out of the sources; or raise "
-            f"max_overlap (1: overlaps are only reported)"
+            f"corpus.max_overlap is {limit:.1%}, but {worst.share:.1%} of the {worst.split} document "
+            f"{worst.document!r} also occur in training documents, {worst.nearest_share:.1%} in {worst.nearest!r} "
+            f"alone.{more} Add {index.keys[found[0].nearest]!r} to corpus.{worst.split}, remove it from the sources, "
+            f"or raise max_overlap (1 only reports overlaps)"
         )
     return tuple(overlaps[:MAX_OVERLAPS])
 
 
 def _mapped(file: IO[bytes], dtype: type = np.int32) -> np.ndarray:
-    """Map all tokens anew for each batch: while a mapping lives, what is read counts as our
-    memory."""
+    """Map a scratch file.
+
+    Callers map it again for each batch: pages that were read count as memory of this process for
+    as long as the mapping exists.
+    """
     return np.memmap(file, dtype, "r")
 
 
 def _write_rows(folder: Path, rows: Rows, scratch: Scratch, chats: bool) -> np.ndarray:
-    """Write the rows; return the number of targets by how many tokens of their own run they see,
-    [C] int64."""
+    """Write the rows; return how many targets see each number of tokens of their run, [C] int64."""
     row_bytes = 8 * rows.seq_len
     in_shard, in_batch = max(1, SHARD_BYTES // row_bytes), max(1, WRITE_BYTES // row_bytes)
     schema, contexts_C = ROW, np.zeros(rows.seq_len, np.int64)
@@ -550,7 +563,7 @@ def _write_rows(folder: Path, rows: Rows, scratch: Scratch, chats: bool) -> np.n
 
 
 def _write_documents(folder: Path, index: CorpusIndex, scratch: Scratch) -> None:
-    """Write the held-out documents, with the tokens of the text alone."""
+    """Write the held-out documents: the tokens of their text, without first token and EOS."""
     schema = DOCUMENT
     if index.chats.count:
         schema = DOCUMENT.append(GIVEN)
@@ -571,15 +584,15 @@ def _write_documents(folder: Path, index: CorpusIndex, scratch: Scratch) -> None
 
 
 def _lists(values: np.ndarray) -> pa.ListArray:
-    """Return [lists, values in each] as an Arrow column, without a copy."""
+    """Return an array of shape [lists, values in each] as an Arrow list column, without a copy."""
     edges = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(edges), pa.array(values.reshape(-1)))
 
 
 def _write_dataset(folder: Path, schema: pa.Schema, shards: Sequence[Iterable[pa.RecordBatch]]) -> None:
-    """Write what `Dataset.save_to_disk` would, without its copy of everything.
+    """Write the files that `Dataset.save_to_disk` would write, without its copy of all data.
 
-    The keys of state.json are private to `datasets`, which refuses the folder without them.
+    The keys of state.json are private to `datasets`, but it does not load a folder without them.
     """
     import datasets
 
@@ -601,7 +614,7 @@ def _write_dataset(folder: Path, schema: pa.Schema, shards: Sequence[Iterable[pa
 
 
 class PackedRows:
-    """The rows of a PackedCorpus folder, memory-mapped: opening takes milliseconds."""
+    """The rows of a PackedCorpus folder, memory-mapped, so that opening takes milliseconds."""
 
     def __init__(self, corpus_dir: Path | str) -> None:
         folder = Path(corpus_dir)
@@ -617,19 +630,19 @@ class PackedRows:
         for name in names:
             self._columns[name] = [_view(block[name]) for block in blocks]
         if len(self) != self.summary.rows:
-            raise ValueError(f"{folder}: packed.json counts {self.summary.rows} rows, rows/ holds {len(self)}")
+            raise ValueError(f"{folder}: packed.json counts {self.summary.rows} rows, but rows/ contains {len(self)}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def _read(self, column: str, row_ids: np.ndarray) -> torch.Tensor:
-        """Return some rows of a column, [B, ...] int64."""
+        """Return a column's values in the given rows, [B, ...] int64."""
         block_B = np.searchsorted(self._ends, row_ids, side="right")
         rows = [self._columns[column][b][row - self._ends[b]] for b, row in zip(block_B, row_ids, strict=True)]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def context_counts(self) -> np.ndarray:
-        """Return the number of targets by how many tokens of their own run they see, [T] int64."""
+        """Return how many targets see each number of tokens of their run, [T] int64."""
         counts_C = np.zeros(self.summary.seq_len, np.int64)
         rows = max(1, WRITE_BYTES // (8 * self.summary.seq_len))
         for at in range(0, len(self), rows):
@@ -639,22 +652,25 @@ class PackedRows:
         return counts_C
 
     def mean_document(self, rows: int = 256) -> float:
-        """Return the mean length of the document that a token stands in: 2 x mean position + 1."""
+        """Return the mean over tokens of their document's length: 2 x mean position + 1."""
         return 2 * float(self._read("position_ids", np.arange(min(rows, len(self)))).double().mean()) + 1
 
     def batch(self, row_ids: Sequence[int] | np.ndarray, drop_first: bool = False) -> dict[str, torch.Tensor]:
-        """Return input_ids, position_ids and labels of some rows, [B, T] int64 each.
+        """Return input_ids, position_ids and labels of the given rows, [B, T] int64 each.
 
-        labels are the input_ids, not shifted (the loss shifts), with -100 where there is nothing to
-        predict from: the first token of a row, of a document that is isolated, and padding; and at
-        what a chat's assistant did not say.
+        labels are the input_ids, not shifted (the loss shifts them). They are -100 for the first
+        token of a row or of an isolated document, which has nothing to predict it from, for
+        padding, and for the tokens of a chat that the assistant did not say.
 
-        drop_first leaves out the sink or BOS before each row or document, with padding at the end
-        instead, so a model without it reads the same text. ValueError if the rows have none.
+        drop_first removes the sink or BOS token that opens each row or document and pads the end of
+        the row instead, so that a model without this token reads the same text.
+
+        Raises:
+            ValueError: drop_first, but the rows have no first token.
         """
         row_ids = np.asarray(row_ids)
         if len(row_ids) and not 0 <= row_ids.min() <= row_ids.max() < len(self):
-            raise IndexError(f"rows {row_ids.min()} to {row_ids.max()} of {len(self)}")
+            raise IndexError(f"rows {row_ids.min()} to {row_ids.max()} requested, but there are {len(self)}")
         ids_BT, positions_BT = self._read("input_ids", row_ids), self._read("position_ids", row_ids)
         length_B1 = self._read("length", row_ids)[:, None]
         given_BT = torch.zeros_like(ids_BT)
@@ -672,9 +688,9 @@ class PackedRows:
     def _without_first(
         self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, length_B1: torch.Tensor, given_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return rows without their sink or BOS tokens, the rest moved up."""
+        """Return the rows without their sink or BOS tokens; the other tokens move left."""
         if (first := self.summary.first_token_id) is None:
-            raise ValueError("drop_first on rows without a first token: pack them with first_token 'sink' or 'bos'")
+            raise ValueError("drop_first needs rows with a first token: pack them with first_token 'sink' or 'bos'")
         column_T = torch.arange(ids_BT.shape[1])
         first_BT = (ids_BT == first) & (positions_BT == 0) & (column_T < length_B1)
         kept_BT = torch.argsort(first_BT, dim=1, stable=True)
@@ -686,7 +702,7 @@ class PackedRows:
 
 
 def _view(column: pa.Array) -> np.ndarray:
-    """Return an Arrow column as NumPy without a copy; lists of one length as [rows, length]."""
+    """Return an Arrow column as NumPy without a copy; lists of equal length as [rows, length]."""
     if pa.types.is_list(column.type):
         return column.values.to_numpy().reshape(len(column), -1)
     return column.to_numpy()

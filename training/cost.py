@@ -1,10 +1,10 @@
-"""What a training step will cost, before it is trained: FLOPs, memory and seconds, by counting.
+"""Predict the cost of a training step by counting: FLOPs, memory and seconds.
 
-FLOPs are those of the matrices and of the keys that a pattern lets a query see. Memory is what ZeRO
-leaves on a rank, plus what the backward pass needs of each layer. Seconds are FLOPs and bytes over
-what this machine was measured to do (`calibrate`), each kind of work at its own rate. The model is
-Llama-like. What is assumed and not measured comes first. No torch at import: `longreach plan` reads
-this.
+FLOPs are those of the matrices, and of attention for the keys that a pattern lets a query see.
+Memory is what ZeRO leaves on a rank, plus what the backward pass needs from each layer. Seconds are
+FLOPs and bytes divided by the measured rates of this machine (`calibrate`), one for each kind of
+work. The model must be Llama-like. Assumed constants, which are not measured, come first.
+This module does not import torch at import time, since `longreach plan` uses it.
 
     predict(Shape.of(config), arm, rows=2, seq_len=1024, resources=resources,
     machine=machine).step_s
@@ -36,41 +36,40 @@ GIB = 2**30
 CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
 ATTENTION_BACKWARD = 2.5
-"""FLOPs of the attention kernel backward over forward: FlashAttention computes 2 products (scores,
-values) forward and 5 backward (the scores again, and gradients of q, k, v and the scores)."""
+"""Ratio of backward to forward FLOPs of the attention kernel. FlashAttention computes 2 products
+forward (scores, values) and 5 backward (scores again, and gradients of q, k, v and scores)."""
 BACKWARD_TRAFFIC = 2
-"""Bytes that elementwise operations move backward over those forward: they read the saved input and
-the gradient."""
+"""Ratio of backward to forward memory traffic of elementwise operations, which read the saved input
+and the gradient in the backward pass."""
 PASSES = 3
-"""Floats that an elementwise operation moves for each that it returns: about two are read and one
-is written."""
+"""Floats that an elementwise operation moves per returned one: about two reads and a write."""
 LOSS_PASSES = 12
 """Memory passes over the logits in training/loss.py: the matmul writes 1, the maximum reads 1,
 subtracting and exponentiating move 2 each, the sum reads 1, weighting moves 2, marking the targets
 about 1, and the products for the two gradients read 1 each."""
-LOSS_CHUNK = 512  # tokens whose logits exist at once (training/loss.py)
+LOSS_CHUNK = 512  # tokens whose logits exist at the same time (training/loss.py)
 OPTIMIZER_BYTES = 7 * 4
-"""Bytes per trained parameter of an AdamW step: it reads weight, gradient and two moments, and
-writes all but the gradient, in float32."""
+"""Bytes that an AdamW step moves per trained parameter, in float32: it reads the weight, the
+gradient and two moments, and writes all of these except the gradient."""
 SHARDED_BYTES = 6 * 4
-"""Bytes per trained parameter that ZeRO adds: it copies each gradient into a bucket and on into its
-owner's part, and each new weight back into the model; a copy reads and writes."""
-BUCKET_NUMBERS = 5e8  # numbers that one collective carries at most (DeepSpeed's reduce_bucket_size)
+"""Bytes that ZeRO adds per trained parameter: it copies each gradient into a bucket and from there
+to its owner's shard, and each new weight back into the model. Each copy is a read and a write."""
+BUCKET_NUMBERS = 5e8  # maximum numbers in one collective (DeepSpeed's reduce_bucket_size)
 PREFETCH_NUMBERS = 5e7
 """Numbers that ZeRO-3 gathers at once (DeepSpeed's stage3_prefetch_bucket_size)."""
 LIVE_NUMBERS = 1e9
-"""Weights that ZeRO-3 keeps whole on each GPU at most (DeepSpeed's stage3_max_live_parameters)."""
+"""Most numbers that ZeRO-3 keeps gathered on a GPU (DeepSpeed's stage3_max_live_parameters)."""
 PROCESS_GIB = 0.65
-"""Memory of a rank with torch, DeepSpeed and Ray before it has a model, where none was measured
+"""Memory of a rank with torch, DeepSpeed and Ray, but without a model, if it was not measured
 (RESULTS.md)."""
 KNOWN_WITHIN = 0.02
-"""A model whose number of parameters differs more from the counted one is no Llama, and not
-predicted."""
+"""Largest relative error of the counted number of parameters. A model beyond it is not Llama-like,
+and its cost is not predicted."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that decide its cost."""
+    """The sizes of a model that determine its cost."""
 
     layers: int
     hidden: int
@@ -83,7 +82,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """Read a config.json's content; sizes that it lacks are 0, and then nothing `counts`."""
+        """Read the content of a config.json. Missing sizes are 0, so `counts` returns False."""
         config = dict.fromkeys(CONFIG_KEYS, 0) | dict(config)
         heads = config["num_attention_heads"]
         return cls(
@@ -98,7 +97,7 @@ class Shape:
         )
 
     def counts(self, parameters: int) -> bool:
-        """Whether this counting fits a model of `parameters` parameters, LoRA's left out."""
+        """Return whether the count matches a model's number of parameters, without LoRA's."""
         return abs(self.parameters - parameters) < KNOWN_WITHIN * parameters
 
     @property
@@ -136,12 +135,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Return the parameters of the whole model; a tied head counts once."""
+        """Return the number of parameters of the whole model; a tied head counts once."""
         heads = 1 if self.tied else 2
         return self.layer_parameters + heads * self.embedding_parameters + self.norm_parameters
 
     def trained(self, arm: ArmRecipe) -> dict[str, int]:
-        """Return the parameters that an arm trains, by kind; an untied head counts as `embed`."""
+        """Return how many parameters an arm trains, by kind; an untied head is in `embed`."""
         if arm.tune == "all":
             embed = self.parameters - self.layer_parameters - self.norm_parameters
             return {"layers": self.layer_parameters, "lora": 0, "norm": self.norm_parameters, "embed": embed}
@@ -156,42 +155,38 @@ class Shape:
         return trained
 
     def trains_head(self, arm: ArmRecipe) -> bool:
-        """Whether an arm trains the head's weight: beside LoRA only where it is the embedding
-        too."""
+        """Return whether an arm trains the head's weight: with LoRA, only if it is tied."""
         return arm.tune == "all" or ("embed" in arm.tune and self.tied)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank does in a second while all work, as `calibrate` measured it or a data sheet
-    says."""
+    """The rates of a rank while all ranks work, as measured by `calibrate` or from a data sheet."""
 
     matmul: float  # FLOP/s of the model's own matrices
     attention: float  # FLOP/s of the attention kernel in the forward pass
     attention_backward: float
     bytes: float
-    """Bytes/s that elementwise operations read and write, counted by PASSES and
-    BACKWARD_TRAFFIC."""
-    process_gib: float  # memory of a rank before it has a model
+    """Bytes/s of elementwise operations, counted with PASSES and BACKWARD_TRAFFIC."""
+    process_gib: float  # memory of a rank without a model
     exchange: float | None = None
-    """Bytes/s of a tensor that all ranks add up (all-reduce); None for a rank alone."""
+    """Bytes/s of an all-reduce; None for a single rank."""
     host: float | None = None
-    """Bytes/s between a GPU and its host's memory, for what is offloaded; None where that was not
-    measured."""
+    """Bytes/s between a GPU and its host's memory, for offloading; None if it was not measured."""
     latency: float = 0.0
-    """Seconds of an all-reduce of next to nothing; 0 where the measured `exchange` includes it."""
+    """Seconds of an all-reduce of a tiny tensor; 0 if the measured `exchange` includes it."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one optimizer step is expected to cost."""
+    """The predicted cost of one optimizer step."""
 
-    flops: float  # FLOPs of all ranks; recomputation is not in it, so that MFU does not reward it
+    flops: float  # FLOPs of all ranks, without recomputation, so that it does not increase MFU
     peak_gib: float  # peak memory of all ranks together
-    memory_gib: dict[str, float]  # the same by what it is for
-    step_s: float | None  # seconds; None for a machine that was not measured
+    memory_gib: dict[str, float]  # peak memory by use
+    step_s: float | None  # seconds; None if the machine's rates are not known
     seconds: dict[str, float] = field(default_factory=dict)
-    """The same by kind of work; nothing is taken to overlap."""
+    """Seconds by kind of work, assuming that nothing overlaps."""
 
 
 def predict(
@@ -204,17 +199,16 @@ def predict(
     machine: Machine | None = None,
     document: float | None = None,
 ) -> Prediction:
-    """Predict a step of `rows` rows on all ranks together.
+    """Predict the cost of a step of `rows` rows on all ranks together.
 
     Args:
-        document: mean length in tokens of the (isolated) document that a token stands in; None: a
-            whole row.
+        document: mean over tokens of their isolated document's length; None for whole rows.
     """
     step = _Step(shape, arm, resources, rows, seq_len)
     flops_per_token = step.flops_per_token(document or seq_len)
     flops = rows * seq_len * sum(flops_per_token.values())
     memory = step.memory()
-    if not resources.gpus_per_worker:  # peak_gib of a GPU counts what torch allocated there, no process
+    if not resources.gpus_per_worker:  # a GPU's peak_gib is what torch allocated there, without the process
         memory["process"] = (machine.process_gib if machine else PROCESS_GIB) * GIB
     memory_gib = {kind: resources.workers * size / GIB for kind, size in memory.items()}
     peak_gib = sum(memory_gib.values())
@@ -225,28 +219,28 @@ def predict(
 
 
 class _Step:
-    """One optimizer step of an arm, and what it costs a rank."""
+    """The cost of one optimizer step of an arm, for one rank."""
 
     def __init__(self, shape: Shape, arm: ArmRecipe, resources: Resources, rows: int, seq_len: int) -> None:
         self.shape, self.arm, self.resources = shape, arm, resources
         self.seq_len = seq_len
         self.tokens = rows * seq_len / resources.workers
         self.passes = rows * resources.sequence_parallel / (resources.workers * resources.micro_batch_rows)
-        self.number_bytes = 2 if resources.dtype == "bfloat16" else 4  # of a weight, gradient or activation
+        self.number_bytes = 2 if resources.dtype == "bfloat16" else 4  # size of a weight, gradient or activation
         self.trained = shape.trained(arm)
         self.trained_numbers = sum(self.trained.values())
 
     def flops_per_token(self, document: float) -> dict[str, float]:
-        """Return a token's FLOPs by kind of work: a multiplication and an addition are two."""
+        """Return the FLOPs per token by kind of work; a multiply-add counts as two."""
         shape, trained = self.shape, self.trained
         forward = 2 * (shape.layer_parameters + trained["lora"])
-        # a weight is used backward for the gradient of its input, and once more for its own if it
-        # is trained
+        # the backward pass uses each weight for its input's gradient, and again for its own gradient
+        # if it is trained
         backward = forward + 2 * (trained["layers"] + trained["lora"])
         # the logits, the gradient of the hidden states, and that of the head's weight if it is
         # trained
         loss_products = 3 if shape.trains_head(self.arm) else 2
-        # q·k and probabilities·v, for each key that the pattern lets a query see
+        # q·k and probabilities·v for each key that the pattern lets a query see
         attention = 4 * self.arm.attention.mean_keys(document) * shape.q_width * shape.layers
         return {
             "forward": forward,
@@ -257,14 +251,14 @@ class _Step:
         }
 
     def seconds(self, flops: Mapping[str, float], machine: Machine) -> dict[str, float]:
-        """Return a rank's seconds by kind of work; `flops` are those of a token."""
+        """Return a rank's seconds by kind of work; `flops` are per token."""
         shape, resources = self.shape, self.resources
-        forwards = 2 if resources.activation_checkpointing else 1  # a layer's forward pass is run again backward
+        forwards = 2 if resources.activation_checkpointing else 1  # the backward pass repeats each layer's forward
         matrix_flops = forwards * flops["forward"] + flops["backward"] + flops["loss"]
         attention_s = forwards * flops["attention_forward"] / machine.attention
         attention_s += flops["attention_backward"] / machine.attention_backward
         layer_bytes = self.number_bytes * PASSES * shape.layers * outputs(shape, self.arm)
-        logit_bytes = 4 * LOSS_PASSES * shape.vocab  # float32 whatever the weights are
+        logit_bytes = 4 * LOSS_PASSES * shape.vocab  # always in float32
         token_bytes = (forwards + BACKWARD_TRAFFIC) * layer_bytes + logit_bytes
         update_bytes: float = OPTIMIZER_BYTES
         if resources.zero_stage:  # each rank updates its own share of the parameters
@@ -289,36 +283,36 @@ class _Step:
         return seconds
 
     def _all_reduced(self, weights: int, trained: int) -> float:
-        """Return the volume of the collectives: an all-gather or a reduce-scatter counts 1/2
-        all-reduce.
+        """Return the volume of the collectives, in units of an all-reduce.
 
-        weights and trained: numbers (or collectives) of the whole model, and of what is trained.
+        An all-gather or a reduce-scatter counts 1/2. `weights` and `trained` are the numbers (or
+        collectives) of the whole model and of the trained parameters.
         """
         if self.resources.zero_stage == 0:
-            return trained  # gradients are added up once
+            return trained  # gradients are summed once
         if self.resources.zero_stage == 1:
-            return trained + trained / 2  # and new weights are gathered once
-        # from stage 2 on ranks keep no gradients of others' parameters, so these are added up after
+            return trained + trained / 2  # and the new weights are gathered once
+        # from stage 2 on, a rank keeps only its own shard of the gradients, so they are summed after
         # each pass
         if self.resources.zero_stage == 2:
             return self.passes * trained + trained / 2
-        # in stage 3 all weights are gathered for each forward and each backward pass
+        # stage 3 gathers all weights for each forward and each backward pass
         return self.passes * trained + 2 * self.passes * weights / 2
 
     def _all_to_all_per_token(self) -> float:
-        """Return the all-to-all volume of sequence parallelism in numbers per token, in all-reduce
-        units.
+        """Return the all-to-all volume of sequence parallelism, in numbers per token.
 
-        Ranks that share a row exchange q, k, v and the attention's result of each layer, in the
-        forward pass, its repetition and the backward pass (attention/ulysses.py).
+        It is in units of an all-reduce. Ranks that share a row exchange q, k, v and the attention
+        output of each layer in the forward pass, its recomputation and the backward pass
+        (attention/ulysses.py).
         """
         exchanges = 3 if self.resources.activation_checkpointing else 2
-        per_layer = 2 * (self.shape.q_width + self.shape.kv_width)  # q and the result; k and v
-        to_others = 1 - 1 / self.resources.sequence_parallel  # a rank's own part does not travel
+        per_layer = 2 * (self.shape.q_width + self.shape.kv_width)  # q and the output; k and v
+        to_others = 1 - 1 / self.resources.sequence_parallel  # a rank keeps its own part
         return exchanges * self.shape.layers * per_layer * to_others / 2
 
     def memory(self) -> dict[str, float]:
-        """Return the bytes of one rank by what they are for, without the process itself."""
+        """Return the bytes of one rank by use, without the process itself."""
         shape, resources, number = self.shape, self.resources, self.number_bytes
         world, stage, on_gpu = resources.workers, resources.zero_stage, resources.gpus_per_worker > 0
         tokens = resources.micro_batch_rows * self.seq_len // resources.sequence_parallel
@@ -327,7 +321,7 @@ class _Step:
         weights: float = number * shape.parameters
         gathered = 0.0
         if stage == 3:
-            if on_gpu and world > 1:  # while a layer is computed its weights are whole on each GPU
+            if on_gpu and world > 1:  # each GPU gathers the weights of the layers it computes
                 gathered = number * min(LIVE_NUMBERS, shape.parameters)
             weights /= world
         if offloaded and resources.offload_parameters:
@@ -335,24 +329,24 @@ class _Step:
 
         gradients = float(number * self.trained_numbers)
         if stage == 2:
-            gradients *= 1 + 1 / world  # a bucket of whole gradients, and the rank's own share
+            gradients *= 1 + 1 / world  # a bucket of full gradients, and the rank's own shard
         elif stage == 3:
             gradients *= 0 if offloaded else 1 / world
 
         optimizer = 4.0 * 2 * self.trained_numbers  # two moments in float32
         if stage or number < 4:
-            optimizer += 4 * self.trained_numbers  # and the weight that ZeRO or bfloat16 training updates
+            optimizer += 4 * self.trained_numbers  # and the float32 weight that ZeRO or bfloat16 training updates
         if stage:
             optimizer /= world
         if offloaded:
             optimizer = 0
 
-        # On a CPU glibc's allocator keeps what it was given once (RESULTS.md), so all that a
-        # layer's operations return stays resident; a GPU's caching allocator gives freed blocks to
-        # the next layer.
+        # On a CPU, glibc's allocator keeps freed memory (RESULTS.md), so everything that a layer's
+        # operations return stays resident. A GPU's caching allocator gives freed blocks to the next
+        # layer.
         layer = saved(shape, self.arm, stage) if on_gpu else outputs(shape, self.arm)
         kept = shape.layers * layer
-        if resources.activation_checkpointing:  # the input of each layer, and all of the one computed again
+        if resources.activation_checkpointing:  # the input of each layer, and everything of the layer being recomputed
             kept = shape.layers * shape.hidden + layer
 
         loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab  # logits
@@ -364,34 +358,34 @@ class _Step:
 
 
 def outputs(shape: Shape, arm: ArmRecipe) -> int:
-    """Return the floats a token that a layer's operations return in its forward pass."""
-    norms = 2 * 3 * shape.hidden  # squared, scaled to unit variance, times the weight; two norms
+    """Return the floats per token that a layer's operations return in the forward pass."""
+    norms = 2 * 3 * shape.hidden  # two norms: squared, scaled to unit variance, times the weight
     residuals = 2 * shape.hidden
-    attention = 2 * shape.q_width  # the kernel's result, and its copy in o_proj's layout
+    attention = 2 * shape.q_width  # the kernel's output, and its copy in o_proj's layout
     # q and k: projected, times cos, its halves swapped, times sin, summed; v is only projected
     rotated = 5 * (shape.q_width + shape.kv_width) + shape.kv_width
-    gated = 4 * shape.intermediate  # gate, up, silu(gate), their product
+    gated = 4 * shape.intermediate  # gate, up, silu(gate), and the product
     lora = 0
     if arm.tune != "all":
         for name, (_, width) in shape.matrices.items():
             if arm.adapts(name):
-                lora += 2 * width  # B's product, and its sum with the frozen matrix's
+                lora += 2 * width  # the output of B, and its sum with the frozen matrix's output
     return norms + residuals + attention + rotated + gated + lora
 
 
 def saved(shape: Shape, arm: ArmRecipe, zero_stage: int) -> int:
-    """Return the floats a token that one layer keeps for its backward pass."""
+    """Return the floats per token that one layer keeps for its backward pass."""
     hidden, intermediate = 5, 3
     if arm.tune == "all" or "norm" in arm.tune:
         hidden += 2  # the input of each norm's weight
-    if arm.tune == "all" or zero_stage == 3:  # frozen matrices need no input, but ZeRO-3's linear keeps it
+    if arm.tune == "all" or zero_stage == 3:  # frozen matrices do not need their input, but ZeRO-3's linear keeps it
         hidden += 1
         intermediate += 1
     return hidden * shape.hidden + intermediate * shape.intermediate + 2 * shape.kv_width
 
 
 def what_would_fit(resources: Resources, seq_len: int, error: str) -> str:
-    """Return what was too much for the memory and what to change, the least costly change first."""
+    """Return an out-of-memory message with the changes to try, the least costly change first."""
     changes = []
     if resources.micro_batch_rows > 1:
         changes.append(f"resources.micro_batch_rows {resources.micro_batch_rows} -> {resources.micro_batch_rows // 2}")
@@ -407,15 +401,15 @@ def what_would_fit(resources: Resources, seq_len: int, error: str) -> str:
 
 
 CALIBRATION_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens above which rates change little, by device: with fewer, a GPU waits for its kernels to be
-launched."""
+"""Number of tokens, by device, above which rates hardly change. With fewer tokens, kernel launches
+limit a GPU."""
 CALIBRATION_LAYERS = 4
 """Layers kept alive during the bandwidth test, so that their data exceeds every cache."""
 CALIBRATION_EXCHANGE_BYTES = 32 * 2**20
-"""Bytes of the tensor that the ranks add up while their exchange is measured."""
+"""Bytes of the tensor in the timed all-reduce."""
 TIMED_RUNS = 5
 TIMED_S = 1.0
-"""Each kind of work is timed so often, or until so many seconds are over, but once at least."""
+"""Each kind of work is timed TIMED_RUNS times, or for TIMED_S seconds, but at least once."""
 
 
 def measure_and_predict(
@@ -428,11 +422,10 @@ def measure_and_predict(
     document: float,
     process_gib: float,
 ) -> tuple[Machine | None, Prediction | None]:
-    """Return what a rank does in a second, measured, and what a step should cost; every rank calls
-    it.
+    """Return a rank's measured rates and the predicted cost of a step. Every rank calls this.
 
-    Both are None for an architecture that this counting does not know: one whose `parameters`,
-    without LoRA's, are others. document: mean length of the document that a token stands in.
+    Both are None for an unsupported architecture, whose number of `parameters` (without LoRA)
+    differs from the counted one. document: mean over tokens of their document's length.
     """
     shape, resources = Shape.of(model.config.to_dict()), job.resources
     if not shape.counts(parameters):
@@ -454,12 +447,13 @@ def measure_and_predict(
 
 
 def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
-    """Calibrate once; every rank calls it, with `calibrate`'s arguments.
+    """Calibrate once, with the arguments of `calibrate`. Every rank calls this.
 
-    What an earlier start on this host measured with as many ranks and threads is read instead.
+    A result that an earlier attempt measured on this host with the same arguments and the same
+    number of ranks and threads is reused.
 
     Args:
-        folders: of this attempt, which keeps the answer, and of those before it.
+        folders: the folder of this attempt, where the result is saved, and those of earlier ones.
     """
     import torch
     import torch.distributed as dist
@@ -486,11 +480,12 @@ def calibrated(folders: Sequence[Path], **asked: Any) -> Machine:
 def calibrate(
     shape: Shape, *, tokens: int, span: int, process_gib: float, device: torch.device, dtype: torch.dtype
 ) -> Machine:
-    """Measure what this rank does in a second, each kind of work by itself, while all ranks do the
-    same.
+    """Measure this rank's rates, each kind of work separately, while all ranks do the same.
 
-    tokens are those of one forward pass, span those of the document or group within which attention
-    works. Of both no more than CALIBRATION_TOKENS are tried, which a rank that trains has room for.
+    tokens: tokens of one forward pass.
+    span: tokens of the document or group that attention is limited to.
+
+    Both are capped at CALIBRATION_TOKENS, for which a training rank has enough memory.
     """
     import torch
     import torch.distributed as dist
@@ -503,18 +498,18 @@ def calibrate(
         exchange_s = _seconds(lambda: dist.all_reduce(numbers), device.type, together=True)
         machine = replace(machine, exchange=CALIBRATION_EXCHANGE_BYTES / exchange_s)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # what was tried here is not training's
+        torch.cuda.reset_peak_memory_stats()  # calibration is not part of training's peak
     return machine
 
 
 def rates(
     shape: Shape, *, tokens: int, span: int, process_gib: float, device: torch.device, dtype: torch.dtype
 ) -> Machine:
-    """Measure what this process alone does in a second, as `calibrate`, without an exchange."""
+    """Measure the rates of this process alone, as `calibrate` does, without an all-reduce."""
     import torch
 
     def tensor(*sizes: int) -> Tensor:
-        return torch.ones(sizes, device=device, dtype=dtype)  # nothing drawn: training's random state stays as it is
+        return torch.ones(sizes, device=device, dtype=dtype)  # not random: training's random state stays unchanged
 
     matmul = _matmul_rate(shape, tokens, tensor)
     attention, attention_backward = _attention_rates(shape, span, tensor)
@@ -522,7 +517,7 @@ def rates(
 
 
 def _matmul_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) -> float:
-    """FLOP/s of one layer's matrices: forward, and backward to inputs and weights."""
+    """Measure the FLOP/s of a layer's matrices: forward, and backward to inputs and weights."""
     operands, flops = [], 0
     for n, m in shape.matrices.values():
         operands.append((tensor(tokens, n), tensor(n, m), tensor(tokens, m)))
@@ -536,7 +531,7 @@ def _matmul_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) -> fl
 
 
 def _attention_rates(shape: Shape, span: int, tensor: Callable[..., Tensor]) -> tuple[float, float]:
-    """FLOP/s of causal attention, forward and backward."""
+    """Measure the FLOP/s of causal attention, forward and backward."""
     from torch.nn.functional import scaled_dot_product_attention
 
     q_1HTD = tensor(1, shape.heads, span, shape.head_dim).requires_grad_()
@@ -552,10 +547,9 @@ def _attention_rates(shape: Shape, span: int, tensor: Callable[..., Tensor]) -> 
 
 
 def _elementwise_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) -> float:
-    """Bytes/s of a layer's elementwise operations, forward and backward.
+    """Measure the bytes/s of a layer's elementwise operations, forward and backward.
 
-    They are written out as Llama's code in transformers has them, whose import takes many times as
-    long as this.
+    They are copies of those in transformers' Llama, whose import takes many times as long as this.
     """
     import torch
     from torch.nn.functional import silu
@@ -582,20 +576,20 @@ def _elementwise_rate(shape: Shape, tokens: int, tensor: Callable[..., Tensor]) 
             results.append(silu(gate_1TI) * gate_1TI)
         torch.autograd.backward(results, list(map(torch.ones_like, results)))
 
-    # what the matrices and the attention kernel return is no elementwise result
+    # without the outputs of the matrices and the attention kernel, which are not elementwise
     returned = outputs(shape, ArmRecipe(tune="all")) - 3 * shape.q_width - 2 * shape.kv_width - 2 * shape.intermediate
     moved = x_1TE.element_size() * (1 + BACKWARD_TRAFFIC) * PASSES * CALIBRATION_LAYERS * returned * tokens
     return moved / _seconds(layers, x_1TE.device.type)
 
 
 def _seconds(work: Callable[[], object], device_type: str, *, together: bool = False) -> float:
-    """Return the fewest seconds of some runs, after one that warms up.
+    """Return the shortest time of several runs in seconds, after a warm-up run.
 
-    On a CPU only those count in which this thread has a core: with ten other processes on two cores
-    the clock on the wall says a tenth of the speed that training has when they are gone.
+    On a CPU, only the time counts in which this thread runs on a core. With ten other processes on
+    two cores, wall time would show a tenth of the speed that training has without them.
 
     Args:
-        together: All ranks work at it, so each has to do it as often, and to wait is part of it.
+        together: all ranks take part, so each must run equally often, and waiting counts.
     """
     import torch
 

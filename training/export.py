@@ -1,7 +1,7 @@
-"""What leaves training: a plain Hugging Face model or peft adapter, checked; and merged adapters.
+"""Check and save training results: plain Hugging Face models, peft adapters and merged models.
 
-Before a result is written, each trainable tensor is compared with what it was at the start; and a
-merged model is loaded again by plain transformers and its logits are compared with the adapter's.
+Before a result is saved, each trainable tensor is compared with its value at the start. A merged
+model is loaded again with plain transformers, and its logits are compared with the adapter's.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ from longreach.training.recipe import RopeRecipe
 from longreach.training.zero import whole
 
 MERGE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest logit error of a merged model, over the largest logit: rounding of W + BA to the type,
-then of each layer. Measured on SmolLM2 in float32: 4e-6."""
+"""Largest allowed logit error of a merged model, relative to the largest logit. It comes from
+rounding W + BA to the type, and then from the rounding in each layer. Measured on SmolLM2 in
+float32: 4e-6."""
 
 
 SMALL_BYTES = 2**31
-"""Weights of at most so many bytes are written once before training, to see that they can be."""
+"""Weights up to this size are saved once before training, to check that this works."""
 
 
 def tensor_digests(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """Return xxh3 of each trainable tensor by name, as rounded to `dtype` if one is given; under
-    ZeRO-3 it has to be whole."""
+    """Return the xxh3 hash of each trainable tensor by name, rounded to `dtype` if it is given.
+
+    Under ZeRO-3, the parameters must be gathered first.
+    """
     digests = {}
     for name, p in trainable(model).items():
         raw = p.detach().to(dtype or p.dtype).contiguous().view(-1).view(torch.uint8).cpu().numpy()
@@ -48,16 +51,16 @@ def tensor_digests(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by name."""
+    """Return the trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_result(
     model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, *, start: dict[str, str], steps: int
 ) -> None:
-    """Check what was trained since `start` (`tensor_digests`); rank 0 saves model or adapter.
+    """Check the training result against `start` (`tensor_digests`), and save the model or adapter.
 
-    Every rank calls it.
+    Every rank calls this. Only rank 0 saves.
     """
     with whole(model.parameters()):
         if dist.get_rank() == 0:
@@ -72,10 +75,13 @@ def save_result(
 
 
 def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the untrained model in a private folder and load it again, before training costs anything.
+    """Save the untrained model in a private folder and load it again, before training begins.
 
-    ValueError if that fails, or gives other tensors. Of an adapter's base, which does not change,
-    and of a model above SMALL_BYTES the config alone.
+    For the base of an adapter, which does not change, and for a model above SMALL_BYTES, only the
+    config is saved.
+
+    Raises:
+        ValueError: saving or loading fails, or gives different tensors.
     """
     lm: Any = causal_lm(model)
     sizes = [p.numel() * p.element_size() for p in lm.parameters()]
@@ -86,13 +92,13 @@ def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
             again = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True).state_dict()
             for name, tensor in model.state_dict().items():
                 if not torch.equal(again[name], tensor.cpu()):
-                    raise ValueError(f"{name} is another tensor when it is loaded again")
+                    raise ValueError(f"{name} has other values after it is loaded again")
         else:
             lm.config.save_pretrained(folder)
             lm.generation_config.save_pretrained(folder)
             AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer.save_pretrained(folder)
-    except OSError:  # a full disk is no fault of the model
+    except OSError:  # such as a full disk, which is not the model's fault
         raise
     except Exception as error:
         raise ValueError(f"{type(lm).__name__} could not be saved after training: {error}") from error
@@ -101,23 +107,23 @@ def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
 
 def check_trained(model: nn.Module, start: dict[str, str], steps: int) -> None:
-    """Raise RuntimeError naming trainable tensors that are empty, not finite, or unchanged.
+    """Raise RuntimeError that names trainable tensors that are empty, not finite, or unchanged.
 
-    What was trained and what is saved would not be the same thing, or nothing was trained.
+    Such tensors mean that the saved weights are not those that were trained, or that nothing was.
     """
     empty = [name for name, p in trainable(model).items() if not (p.numel() and p.isfinite().all())]
     end = tensor_digests(model)
-    late = {name for name in end if steps == 1 and "lora_A" in name}  # A gets no gradient before B has left zero
+    late = {name for name in end if steps == 1 and "lora_A" in name}  # A gets no gradient while B is zero
     same = [name for name in end.keys() - late if end[name] == start[name]]
     remedy = ""
     if any(p.dtype != torch.float32 for p in trainable(model).values()):
         remedy = ": bfloat16 rounds such small steps away; raise the learning rate, or train in float32"
-        if len(same) < len(end):  # in some tensors all may be; of norms it is usual (near 1 it rounds to 0.008)
+        if len(same) < len(end):  # some tensors may stay the same, usually norms (near 1, bfloat16's step is 0.008)
             same = []
     if empty or same or not end:
         raise RuntimeError(
             f"of {len(end)} trainable tensors {len(empty)} are empty or not finite and {len(same)} unchanged since the "
-            f"start ({', '.join((empty + same)[:3])}): the result would not be what was trained{remedy}"
+            f"start ({', '.join((empty + same)[:3])}): the saved result would not be what was trained{remedy}"
         )
 
 
@@ -126,14 +132,14 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     tensors = {}
     for name, p in trainable(model).items():
         peft_name = name.replace(".default.", ".")
-        if "lora_magnitude_vector" in name:  # DoRA's, which peft stores without its last name
+        if "lora_magnitude_vector" in name:  # from DoRA; peft stores it without the suffix
             peft_name = peft_name.removesuffix(".weight")
         tensors[peft_name] = p.detach().cpu().contiguous()
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     if config.init_lora_weights == "pissa":
         config = _of_the_whole_base(config, tensors, vars(model)["taken_out"])
-    if config.ensure_weight_tying:  # peft wants a tied embedding's trained values under both of its names
+    if config.ensure_weight_tying:  # peft expects a tied embedding's trained values under both names
         embed, head = (model.get_input_embeddings(), model.get_output_embeddings())
         names = {module: name for name, module in model.named_modules()}
         tensors[f"{names[head]}.weight"] = tensors[f"{names[embed]}.weight"].clone()
@@ -145,11 +151,10 @@ def save_adapter(model: PeftModel, out: Path) -> None:
 def _of_the_whole_base(
     config: LoraConfig, tensors: dict[str, torch.Tensor], taken_out: Mapping[str, torch.Tensor]
 ) -> LoraConfig:
-    """Turn a PiSSA adapter in place into a LoRA of twice the rank on the untouched base; return its
-    config.
+    """Convert a PiSSA adapter in place to a LoRA of twice the rank on the original base.
 
-    PiSSA trains B A on W - B0 A0, which nobody has: B A - B0 A0 = [B, -B0] [A; A0] is the same on W
-    (peft calls it `subtract_mutated_init`).
+    Return the new config. PiSSA trains B A on the residual W - B0 A0, which is not published. On W,
+    the equivalent update is B A - B0 A0 = [B, -B0] [A; A0] (peft calls it `subtract_mutated_init`).
     """
     for name, start in taken_out.items():
         key, start = name.replace(".default.", "."), start.cpu()
@@ -160,18 +165,21 @@ def _of_the_whole_base(
     grown = copy.copy(config)
     grown.r = 2 * config.r
     by = math.sqrt(2) if config.use_rslora else 2
-    grown.lora_alpha = config.lora_alpha * by  # type: ignore[assignment]  # so that the scale stays
+    grown.lora_alpha = config.lora_alpha * by  # type: ignore[assignment]  # keeps the scale
     grown.init_lora_weights = True
     return grown
 
 
 def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: RopeRecipe | None) -> dict[str, Any]:
-    """Merge an adapter into its base: a plain Hugging Face folder, its config stretched.
+    """Merge an adapter into its base and save a plain Hugging Face folder, with a stretched config.
 
-    It is loaded again by plain transformers, and its logits on random tokens are compared with the
-    adapter's: merge_error is the largest difference over the largest logit. RuntimeError above the
-    tolerance of the base's type, or if tied embeddings came apart. ValueError if the adapter lacks
-    tensors.
+    The merged model is loaded again with plain transformers, and its logits on random tokens are
+    compared with the adapter's. merge_error is the largest difference over the largest logit.
+
+    Raises:
+        RuntimeError: merge_error is above the tolerance of the base's type, or the embeddings are
+            tied in only one of base and merged model.
+        ValueError: the adapter lacks tensors or is of a kind that cannot be merged.
     """
     dtype = str(AutoConfig.from_pretrained(base_folder).dtype or torch.float32).removeprefix("torch.")
     base, tokenizer = load_model(base_folder, rope=rope)
@@ -189,40 +197,46 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: R
     tied = again.get_input_embeddings().weight is again.get_output_embeddings().weight
     if not error <= MERGE_TOLERANCE[dtype] or tied != base.config.tie_word_embeddings:
         raise RuntimeError(
-            f"merging {adapter_folder}: logits differ by {error:.1e} of the largest one (allowed {dtype}: "
-            f"{MERGE_TOLERANCE[dtype]:.0e}), embeddings tied {tied}, before {base.config.tie_word_embeddings}"
+            f"merging {adapter_folder}: logits differ by {error:.1e} of the largest one (allowed in {dtype}: "
+            f"{MERGE_TOLERANCE[dtype]:.0e}); embeddings tied: {tied}, before the merge: "
+            f"{base.config.tie_word_embeddings}"
         )
     return {"merge_error": error, "dtype": dtype, "parameters": causal_lm(again).num_parameters()}
 
 
 def _random_tokens(model: Any) -> torch.Tensor:
-    """Return 128 tokens, fewer where the model has fewer positions, the same ones every time."""
+    """Return 128 fixed random tokens, or fewer if the model has fewer positions."""
     text = model.config.get_text_config(decoder=True)
     tokens = min(128, getattr(text, "max_position_embeddings", None) or 128)
     return torch.randint(0, text.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def _with_adapter(base: Any, adapter: Path) -> PeftModel:
-    """Return a base with an adapter from a folder; ValueError if it is of a kind that cannot be
-    merged, or tensors are missing, of which peft only warns."""
+    """Return a base with an adapter from a folder.
+
+    Raises:
+        ValueError: the adapter is of a kind that cannot be merged, or lacks tensors, for which peft
+            only warns.
+    """
     kind = PeftConfig.from_pretrained(str(adapter))
     if kind.is_prompt_learning:
         raise ValueError(
-            f"{adapter} is peft's {kind.peft_type.value}, learned tokens before a prompt: they cannot be merged"
+            f"{adapter} is a {kind.peft_type.value} adapter of peft, which learns tokens before a prompt: these "
+            f"cannot be merged"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(base, adapter)
         except UserWarning as error:
-            raise ValueError(f"{adapter} lacks tensors that its adapter_config.json asks for: {error}") from error
+            raise ValueError(f"{adapter} lacks tensors that its adapter_config.json requires: {error}") from error
 
 
 def _with_tokens_of(adapter: Path, base: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the adapter's own tokenizer and chat template, else the base's; tokens that were added
-    get rows in the base's embedding.
+    """Return the tokenizer with the adapter's tokens and chat template, else the base's.
 
-    An embedding that the adapter brings says itself how many rows it had, padding included.
+    The base's embedding is resized for added tokens. If the adapter contains an embedding, the
+    number of its rows, padding included, is used.
     """
     if (adapter / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
@@ -231,10 +245,10 @@ def _with_tokens_of(adapter: Path, base: Any, tokenizer: PreTrainedTokenizerBase
     table = base.get_input_embeddings()
     (name,) = [name for name, module in base.named_modules() if module is table]
     with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
-        for key in saved.keys():  # noqa: SIM118 (it is no dictionary)
+        for key in saved.keys():  # noqa: SIM118 (not a dictionary)
             if key.endswith((f"{name}.weight", f"{name}.base_layer.weight")):
                 base.resize_token_embeddings(saved.get_slice(key).get_shape()[0], mean_resizing=False)
-            if key.endswith(f"{name}.base_layer.weight"):  # under LoRA, and the weight of a tied head
+            if key.endswith(f"{name}.base_layer.weight"):  # an embedding under LoRA; a tied head has the same weight
                 with torch.no_grad():
                     base.get_input_embeddings().weight.copy_(saved.get_tensor(key))
     fit_embeddings(base, tokenizer)
@@ -242,10 +256,9 @@ def _with_tokens_of(adapter: Path, base: Any, tokenizer: PreTrainedTokenizerBase
 
 
 def _untie_where_one_is_adapted(adapter: Path, base: Any) -> None:
-    """Give the head weights of its own where LoRA adapts the embedding that it shares: merged, the
-    head would change too."""
+    """Untie the head if LoRA adapts the embedding it shares, since a merge would change both."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
-        adapted = any("lora_embedding_" in key for key in saved.keys())  # noqa: SIM118 (it is no dictionary)
+        adapted = any("lora_embedding_" in key for key in saved.keys())  # noqa: SIM118 (not a dictionary)
     head = base.get_output_embeddings()
     if adapted and head.weight is base.get_input_embeddings().weight:
         base.config.tie_word_embeddings = False
@@ -253,11 +266,12 @@ def _untie_where_one_is_adapted(adapter: Path, base: Any) -> None:
 
 
 def save_in_type(folder: Path, out: Path, dtype: str) -> None:
-    """Save a model's config and weights in another number type, and compare logits on random
-    tokens.
+    """Save a model's config and weights in another dtype, and compare logits on random tokens.
 
-    RuntimeError above the type's tolerance. Both are computed in float32: the weights are rounded,
-    the arithmetic is not.
+    Both models compute in float32, so that only the rounding of the weights is compared.
+
+    Raises:
+        RuntimeError: the logits differ by more than the dtype's tolerance.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     probe = _random_tokens(model)
@@ -268,6 +282,6 @@ def save_in_type(folder: Path, out: Path, dtype: str) -> None:
         error = float((again(probe, use_cache=False).logits - expected).abs().max() / expected.abs().max())
     if not error <= MERGE_TOLERANCE[dtype]:
         raise RuntimeError(
-            f"{folder} in {dtype}: logits differ by {error:.1e} of the largest one, allowed is "
-            f"{MERGE_TOLERANCE[dtype]:.0e}"
+            f"{folder} in {dtype}: logits differ by {error:.1e} of the largest one, but at most "
+            f"{MERGE_TOLERANCE[dtype]:.0e} is allowed"
         )

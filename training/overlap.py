@@ -1,15 +1,15 @@
-"""Which held-out documents training documents nearly repeat: contamination, which flatters scores.
+"""Find contamination: held-out documents that training documents nearly repeat. It inflates scores.
 
-Compared are runs of N words, whatever the case, punctuation and line ends between them. A held-out
-document is cut into passages of about PASSAGE such runs, and every training document is read in
-windows of as many, each half a window after the last. MinHash (Broder 1997) and banded LSH, both
-datasketch's, say which passages a window is like; of those the runs that both hold are counted
-exactly. So a long document that contains a short one is found, as is one that repeats parts.
+The search compares runs of N words, ignoring case, punctuation and line endings. A held-out
+document is cut into passages of about PASSAGE runs, and every training document is read in windows
+of the same size that overlap by half. MinHash (Broder 1997) and banded LSH, both from datasketch,
+find the passages that resemble a window. For these, the shared runs are counted exactly. This finds
+a long document that contains a short one, and a document that repeats parts of another.
 
-It takes 0.28 CPU seconds per MB of training text and 14 MB of memory per MB of held-out text on
-books, and less on code. Shares are lower bounds: of a copy 0.99 are found, with one word in 20
-changed 0.75 of 0.76, with one in ten 0.52 of 0.59. Hashes and permutations are fixed, so the same
-texts give the same shares everywhere.
+On books, the search takes 0.28 CPU seconds per MB of training text and 14 MB of memory per MB of
+held-out text; on code it takes less. Shares are lower bounds: the search finds 0.99 of a copy, 0.75
+of 0.76 with one word in 20 changed, and 0.52 of 0.59 with one word in ten changed. Hashes and
+permutations are fixed, so the same texts give the same shares everywhere.
 
     from longreach.training.overlap import find_overlaps
     documents = [word_hashes(text) for text in texts]  # training/tokenise.py
@@ -35,44 +35,44 @@ if TYPE_CHECKING:
     from datasketch import MinHash
 
 N = 5
-"""Words of a run, as in RefinedWeb (arXiv:2306.01116): with 8, one changed word would hide eight
+"""Words in a run, as in RefinedWeb (arXiv:2306.01116). With 8, one changed word would hide eight
 runs."""
-PASSAGE = 100  # runs of a passage and of a window: shorter ones find shorter quotations, and cost more
-STEP = PASSAGE // 2  # from a window to the next: of a copied passage at least 3 in 4 runs stand in one window
-MIN_WORDS = 50  # shorter held-out documents are not compared: a greeting is no contamination
+PASSAGE = 100  # runs in a passage and in a window: smaller values find shorter quotations, but cost more
+STEP = PASSAGE // 2  # runs from one window to the next: some window contains at least 3/4 of a copied passage
+MIN_WORDS = 50  # shorter held-out documents are not compared: a repeated greeting is not contamination
 PERMUTATIONS, BANDS = 40, 20
-"""A passage and a window that have the part j of all their runs in common (a copy: 0.6 or more) are
-found with the chance 1 - (1 - j^2)^20: j 0.6: 0.9999; 0.33: 0.90; 0.1: 0.18."""
-BATCH_WORDS = 5000 * STEP  # words of one task, 1.5 MB of text; whole steps, so that cutting moves no window
+"""A passage and a window with Jaccard similarity j (0.6 or more for a copy) are matched with
+probability 1 - (1 - j^2)^20: 0.9999 for j = 0.6, 0.90 for 0.33, 0.18 for 0.1."""
+BATCH_WORDS = 5000 * STEP  # words in a task, 1.5 MB of text; a multiple of STEP, so that cuts move no window
 
 Repeated = dict[int, np.ndarray]
-"""Passages by number, each with a mask of its runs: which of them stand elsewhere, too."""
+"""A mask for each passage number: which of its runs also occur elsewhere."""
 
 
 class Overlap(NamedTuple):
     """A held-out document that training documents repeat, and the one that repeats most of it."""
 
     document: int
-    share: float  # of its runs of words, those that stand in any training document
-    nearest: int  # the training document that holds most of them
+    share: float  # share of its runs that occur in any training document
+    nearest: int  # the training document that contains most of them
     nearest_share: float
 
 
 def find_overlaps(
     words: Callable[[int], np.ndarray], held_out: Iterable[int], training: Iterable[int], workers: int = 0
 ) -> list[Overlap]:
-    """Return the held-out documents that training documents repeat in part, the largest share
-    first.
+    """Return the held-out documents that training documents repeat in part, largest share first.
 
-    words: returns word_hashes of a document by its number; may be a view of a file.
-    workers: Ray tasks of one CPU at the same time; 0: this process alone. The result is the same.
+    words: returns a document's word_hashes by its number; the array may be a view of a file.
+    workers: number of concurrent Ray tasks with one CPU each; 0 uses this process only. It does not
+        change the result.
     """
     training = list(training)
     if not training:
         return []
     index = HeldOut((document, words(document)) for document in held_out)
     everywhere: Repeated = {}
-    nearest: dict[int, tuple[int, int]] = {}  # by held-out document: runs, the training document
+    nearest: dict[int, tuple[int, int]] = {}  # by held-out document: (runs, training document)
     results = _search(_batches(words, training), index, workers) if index.sizes else iter(())
     for document, pieces in groupby(results, key=itemgetter(0)):
         here: Repeated = {}
@@ -90,16 +90,16 @@ def find_overlaps(
 
 
 class HeldOut:
-    """The passages of held-out documents, and which of them a text repeats."""
+    """An index of the passages of held-out documents, to find those that a text repeats."""
 
     def __init__(self, documents: Iterable[tuple[int, np.ndarray]]) -> None:
         from datasketch import MinHashLSH
 
         self.sizes: dict[int, int] = {}
-        """Runs of words of each document that is long enough to be compared."""
-        self._holders: list[Counter[int]] = []  # of each passage: the documents, and how often it stands there
+        """Number of runs of each document that is long enough to be compared."""
+        self._holders: list[Counter[int]] = []  # for each passage, how often it occurs in each document
         self._passages: list[np.ndarray] = []
-        numbers: dict[bytes, int] = {}  # of passages: each stands once, however often a text repeats itself
+        numbers: dict[bytes, int] = {}  # number of each passage; a repeated passage is stored once
         for document, words in documents:
             if len(words) < MIN_WORDS:
                 continue
@@ -116,7 +116,7 @@ class HeldOut:
             self._index.insert(number, sketch)
 
     def repeated(self, words: np.ndarray) -> Repeated:
-        """Return the passages that a text is like, and which of their runs it holds."""
+        """Return the passages that resemble parts of a text, and which of their runs are in it."""
         from datasketch import MinHash
 
         runs, found, seen = _runs(words), Repeated(), set()
@@ -124,7 +124,7 @@ class HeldOut:
         blocks = list(_sketches([runs[at : at + STEP] for at in starts]))
         for n in range(max(1, len(blocks) - 1)):
             window = runs[n * STEP : n * STEP + PASSAGE]
-            if window.tobytes() in seen:  # of a text that repeats itself: the same passages again
+            if window.tobytes() in seen:  # a repeated window finds the same passages
                 continue
             seen.add(window.tobytes())
             sketch = blocks[n] if len(blocks) == 1 else MinHash.union(*blocks[n : n + 2])
@@ -135,7 +135,7 @@ class HeldOut:
         return found
 
     def runs(self, repeated: Repeated) -> Counter[int]:
-        """Return by document how many of its runs are marked."""
+        """Return the number of marked runs of each document."""
         counts: Counter[int] = Counter()
         for number, mask in repeated.items():
             for document, times in self._holders[number].items():
@@ -144,11 +144,11 @@ class HeldOut:
 
 
 def _runs(words: np.ndarray) -> np.ndarray:
-    """Return a number for each N words in a row, [words - N + 1] uint32."""
+    """Return a hash for each N consecutive words, [words - N + 1] uint32."""
     hashes = np.zeros(len(words) - N + 1, np.uint64)
     for n in range(N):
         hashes = (hashes + words[n : n + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
-    return (hashes >> np.uint64(32)).astype(np.uint32)  # the upper half, which all words reach
+    return (hashes >> np.uint64(32)).astype(np.uint32)  # all words affect the upper half
 
 
 def _sketches(sets: Iterable[np.ndarray]) -> Iterator[MinHash]:
@@ -165,12 +165,11 @@ def _add(to: Repeated, found: Repeated) -> None:
 
 
 Batch = list[tuple[int, np.ndarray]]
-"""Documents, or parts of long ones, by number, with their words."""
+"""Documents, or parts of long ones, as (document number, words)."""
 
 
 def _batches(words: Callable[[int], np.ndarray], documents: Iterable[int]) -> Iterator[Batch]:
-    """Yield documents in order, cut so that the last window of a part and the next part's first
-    overlap."""
+    """Yield documents in order. Long ones are cut so that windows overlap across each cut."""
     batch: Batch = []
     size = 0
     for document in documents:
@@ -189,7 +188,7 @@ def _batches(words: Callable[[int], np.ndarray], documents: Iterable[int]) -> It
 
 
 def _search(batches: Iterable[Batch], index: HeldOut, workers: int) -> Iterator[tuple[int, Repeated]]:
-    """Yield what each document, or part of one, repeats, in their order."""
+    """Yield, in order, what each document or part of one repeats."""
     if not workers:
         for batch in batches:
             yield from _search_batch(batch, index)
@@ -197,7 +196,7 @@ def _search(batches: Iterable[Batch], index: HeldOut, workers: int) -> Iterator[
     import ray
 
     task, place = ray.remote(num_cpus=1)(_search_remotely), ray.put(index)
-    # the index in a list, which Ray hands on as it is: each process reads it once, not for each task
+    # Ray passes on a reference inside a list unresolved, so each process loads the index once, not per task
     for results in in_order(lambda batch: task.remote([place], batch), ray.get, batches, 2 * workers):
         yield from results
 

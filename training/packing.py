@@ -1,10 +1,10 @@
-"""Which tokens stand in which row, in pure NumPy; training/corpus.py reads and writes.
+"""Assign tokens to rows, in pure NumPy. training/corpus.py does the reading and writing.
 
-best_fit puts whole documents together with least waste: longest first, each into the fullest row
-that has room (best-fit decreasing, "Fewer Truncations Improve Language Modeling",
-arXiv:2404.10830). Of a document longer than a row only the remainder is fitted; no token is
-dropped. position_ids restart at each document, which isolates them. concat joins documents and cuts
-every seq_len tokens, with one range of positions a row.
+best_fit combines whole documents with the least padding: longest first, each into the fullest row
+that has room for it (best-fit decreasing, "Fewer Truncations Improve Language Modeling",
+arXiv:2404.10830). A document longer than a row fills whole rows, and only its remainder is fitted,
+so no token is dropped. position_ids restart at each document, which isolates it from the others.
+concat joins documents and cuts every seq_len tokens, with one range of positions per row.
 
     from longreach.training.packing import best_fit
     print(best_fit([5, 3, 6, 2], 8))      # [1 1 0 0]: 6 + 2, 5 + 3
@@ -24,10 +24,10 @@ from numpy.typing import ArrayLike
 
 
 def copies(lengths_D: np.ndarray, weight: float, rng: np.random.Generator) -> np.ndarray:
-    """Return how often each document stands in the rows, [D] int64.
+    """Return how often each document occurs in the rows, [D] int64.
 
-    All stand there floor(weight) times. For the rest of the weight whole documents are drawn until
-    their tokens are as near as can be to that share.
+    Every document occurs floor(weight) times. For the fractional part of the weight, random whole
+    documents are added whose total tokens come as close as possible to this share.
     """
     copies_D = np.full(len(lengths_D), int(weight), np.int64)
     wanted = (weight - int(weight)) * lengths_D.sum()
@@ -41,15 +41,15 @@ def copies(lengths_D: np.ndarray, weight: float, rng: np.random.Generator) -> np
 def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
     """Return the row of each item, [items] int64. ValueError unless lengths are 1 to capacity.
 
-    Items of one length are placed together, into all rows of one room at a time, and a row is
-    touched only when it gets something: the time is that of sorting, plus the numbers of distinct
-    lengths and of rows.
+    Items of equal length are placed together, into all rows with equal room at a time, and a row is
+    touched only when it receives an item. The running time is that of sorting plus the number of
+    distinct lengths and the number of rows.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"lengths {lengths.min()} to {lengths.max()} do not fit rows of {capacity}: split them first")
     row_of, rows = np.empty(len(lengths), np.int64), 0
-    rooms: list[int] = []  # in which some row has exactly that room, sorted
+    rooms: list[int] = []  # sorted: the amounts of room that some row has
     rows_with: dict[int, deque[int]] = {}
 
     def put_back(room: int, some: list[int]) -> None:
@@ -64,20 +64,20 @@ def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
         while len(items):
             at = bisect.bisect_left(rooms, length)
             room = rooms[at] if at < len(rooms) else capacity
-            each = room // length  # the fullest row with room is the one just used, until it has none
+            each = room // length  # the row just used stays the fullest one with room until it is full
             needed = -(-len(items) // each)
             if at < len(rooms):
                 there = rows_with[room]
                 used = [there.popleft() for _ in range(min(needed, len(there)))]
                 if not there:
                     del rows_with[rooms.pop(at)]
-            else:  # no row has room: as many new ones as it takes
+            else:  # no row has room: open as many new ones as needed
                 used = list(range(rows, rows + needed))
                 rows += needed
             placed = min(len(items), len(used) * each)
             missing = len(used) * each - placed
             row_of[items[:placed]] = np.repeat(used, each)[:placed]
-            if missing:  # in the last of them only
+            if missing:  # only the last row is not filled
                 put_back(room - each * length, used[:-1])
                 put_back(room - (each - missing) * length, used[-1:])
             else:
@@ -87,17 +87,17 @@ def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
 
 
 class Segments(NamedTuple):
-    """Pieces of the token stream, by row and place in it; each [S] int64."""
+    """Pieces of the token stream, ordered by row and place in the row; each [S] int64."""
 
     row: np.ndarray
-    source: np.ndarray  # first token, in the stream
+    source: np.ndarray  # index of its first token in the stream
     length: np.ndarray
 
 
 def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
-    """Return the best fit of documents, longer ones split into full pieces and a remainder.
+    """Return the best fit of documents; longer ones are split into full pieces and a remainder.
 
-    `lead` tokens (the sink's or BOS's) stand before each piece.
+    `lead` tokens (sink or BOS) come before each piece.
     """
     capacity = seq_len - lead
     pieces_D = -(-lengths_D // capacity)
@@ -110,7 +110,7 @@ def split_and_fit(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lea
 
 
 def concat(starts_D: np.ndarray, lengths_D: np.ndarray, seq_len: int, lead: int) -> Segments:
-    """Return documents joined, and cut where a row is full, with `lead` tokens before each row."""
+    """Return the joined documents, cut where a row is full, with `lead` tokens before each row."""
     capacity = seq_len - lead
     ends_D = np.cumsum(lengths_D)
     total = int(lengths_D.sum())
@@ -125,12 +125,12 @@ METHODS = {"best_fit": split_and_fit, "concat": concat}
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows as arithmetic; tokens are only moved by `fill`."""
+    """The layout of all rows. Only `fill` copies tokens."""
 
     segments: Segments
     seq_len: int
     first_token: int | None
-    """Stands first in each row, and in each isolated document; None: nothing does."""
+    """The first token of each row, or of each isolated document; None for no such token."""
     pad_token: int
     isolated: bool  # position_ids restart at each document
 
@@ -140,26 +140,29 @@ class Rows:
         return int(self.segments.row[-1]) + 1 if len(self.segments.row) else 0
 
     def lengths(self) -> np.ndarray:
-        """Return the tokens before the padding, [R] int32."""
+        """Return the number of tokens in each row, without padding, [R] int32."""
         row_S, _, length_S = self.segments
         return np.bincount(row_S, length_S + self._lead(row_S), self.count).astype(np.int32)
 
     def run_lengths(self) -> np.ndarray:
-        """Return the tokens of each run that sees nothing before it: of documents, or of rows."""
+        """Return the length of each run, which sees nothing before it: a document part or a row."""
         if self.isolated:
             return self.segments.length + self._lead(self.segments.row)
         return self.lengths()
 
     def _lead(self, row_S: np.ndarray) -> np.ndarray:
-        """Return the tokens before each segment, 0 or 1; row_S begins with a row's first one."""
+        """Return the number of first tokens before each segment, 0 or 1, [S] int64.
+
+        row_S must begin with the first segment of a row.
+        """
         if self.first_token is None or self.isolated:
             return np.full(len(row_S), self.first_token is not None, np.int64)
         return (np.diff(row_S, prepend=-1) > 0).astype(np.int64)
 
     def fill(self, start: int, stop: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return input_ids [R, T], position_ids [R, T] and length [R] of some rows, int32.
+        """Return input_ids [R, T], position_ids [R, T] and length [R] of rows start to stop, int32.
 
-        Padding stands at the end of a row, and its positions restart like a document's.
+        Padding is at the end of a row, and its positions restart like those of a document.
         """
         low, high = np.searchsorted(self.segments.row, [start, stop])
         row_S, source_S, length_S = (column[low:high] for column in self.segments)
@@ -169,7 +172,7 @@ class Rows:
         before_S, whole_before_S = (np.cumsum(n) - n for n in (length_S, whole_S))
         opens_S = np.diff(row_S, prepend=-1) > 0
         place_S = whole_before_S - np.repeat(whole_before_S[opens_S], np.bincount(row_S, minlength=count))
-        flat = np.arange(length_S.sum())  # every real token of these rows
+        flat = np.arange(length_S.sum())  # every token of these rows that comes from a document
         target = np.repeat(row_S * self.seq_len + place_S + lead_S - before_S, length_S) + flat
         leads = (row_S * self.seq_len + place_S)[lead_S > 0]
 

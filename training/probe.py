@@ -1,10 +1,9 @@
-"""What training ranks would do in a second on this machine, from about two seconds of work: for
-forecasts where nothing has trained yet.
+"""Estimate the rates of training ranks on this machine in about two seconds, before any training.
 
-As many processes as the ranks would have threads work at once, on the matrices, attention and
-elementwise operations of the model that is to be trained. They alone import torch. They have one
-thread each, since threads that wait for each other seem to be slow where other work keeps one of
-them from its core; a rank of several is taken to be as much faster.
+As many processes as the ranks would have threads run at the same time, with the matrices, attention
+and elementwise operations of the model to train. Only these processes import torch. Each has one
+thread, because threads that wait for each other appear slow if other work takes the core of one of
+them. A rank with several threads is assumed to be faster by their number.
 
     probe(Shape.of(config), Resources()).matmul     # FLOP/s of a rank
 """
@@ -26,21 +25,21 @@ from longreach.training.cost import CALIBRATION_TOKENS, PROCESS_GIB, Machine, Sh
 PER_THREAD = ("matmul", "attention", "attention_backward", "bytes")  # rates that grow with a rank's threads
 SPAN = 1024  # tokens of the attention that is timed
 LAYER_FLOPS = 2e10
-"""FLOPs of a layer's products that are timed at once: a fraction of a second on two cores."""
-LEAST_TOKENS, MOST_TOKENS = 64, 512  # tokens whose products are timed, on a CPU
-MOST_PROCESSES = 8  # that work at once; each imports torch
+"""FLOPs of a layer's matrix products in one timed run: a fraction of a second on two cores."""
+LEAST_TOKENS, MOST_TOKENS = 64, 512  # limits of the tokens in the timed matrix products on a CPU
+MOST_PROCESSES = 8  # concurrent processes; each imports torch
 
 
 def probe(shape: Shape, resources: Resources) -> Machine | None:
-    """Return the speed of the slowest of such ranks; None if this machine has no room for them.
+    """Return the rates of the slowest rank, or None if this machine lacks the cores or GPUs.
 
     Raises:
-        RuntimeError: the work failed, with the last line that it said.
+        RuntimeError: a process failed; the message contains the last line of its error output.
     """
     threads = resources.workers * resources.cpus_per_worker
     if resources.gpus_per_worker:
         threads = 1  # GPUs do not slow each other
-        if not shutil.which("nvidia-smi"):  # comes with the driver: no need to import torch and ask it
+        if not shutil.which("nvidia-smi"):  # it comes with the driver, and checking it does not import torch
             return None
     if threads > usable_cores():
         return None
@@ -69,7 +68,7 @@ def probe(shape: Shape, resources: Resources) -> Machine | None:
 
 
 def measured(shape: Shape, resources: Resources) -> Machine | None:
-    """Return what this process does in a second; None if there are not as many GPUs as asked for."""
+    """Return the rates of this process; None if there are fewer GPUs than workers."""
     import torch
 
     resources.prepare_torch(threads=1)

@@ -1,9 +1,9 @@
-"""Questions on long documents, made by a seed: instructions of which the right answer is known.
+"""Generate questions on long documents from a seed: instructions with known correct answers.
 
-Each chat shows an excerpt and asks, some times in turn, which sentence follows another that it
-quotes. The answer stands word for word in the excerpt, anywhere, so what is learned is to look far
-back for what was asked. (LongLoRA's second stage, arXiv:2309.12307 section 4.1, trains on such
-instructions, but written by people.)
+Each chat shows an excerpt and asks one or more questions in turn: which sentence follows the quoted
+one? The answer occurs word for word somewhere in the excerpt, so the model learns to look far back
+for it. (LongLoRA's second stage, arXiv:2309.12307 section 4.1, trains on such instructions, but
+written by people.)
 
     from longreach.training.questions import conversations
     next(conversations(QuestionsRecipe(about="sotu", chats=1), [("one", Path("one.txt"))]))
@@ -22,13 +22,15 @@ from longreach.training.recipe import QuestionsRecipe
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 QUOTED_CHARS = (40, 300)
-"""Fewest and most characters of a sentence in question or answer: no heading, not half a page."""
+"""Fewest and most characters of a sentence in a question or answer, to exclude headings and very
+long sentences."""
 
 
 def conversations(recipe: QuestionsRecipe, files: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, Conversation]]:
-    """Yield (name of the document, chat about it), documents in turn; some have nothing to ask.
+    """Yield (document name, chat about it), cycling through the documents.
 
-    RandomState's numbers are frozen (NumPy's NEP 19): other versions draw the same.
+    An excerpt without a suitable sentence gives no chat. RandomState's stream is frozen (NumPy's
+    NEP 19), so every version of NumPy draws the same numbers.
     """
     for number in range(recipe.chats):
         name, path = files[number % len(files)]
@@ -47,15 +49,18 @@ def conversations(recipe: QuestionsRecipe, files: Sequence[tuple[str, Path]]) ->
 
 
 def _excerpt(sentences: Sequence[str], chars: int, random: np.random.RandomState) -> list[str]:
-    """Return sentences in a row, about so many characters, from a random place; or a short text."""
+    """Return consecutive sentences of about `chars` characters from a random place in the text.
+
+    A shorter text is returned as a whole.
+    """
     ends = np.cumsum([len(sentence) + 1 for sentence in sentences])
-    last = int(np.searchsorted(ends, max(0, ends[-1] - chars)))  # what begins later is shorter
+    last = int(np.searchsorted(ends, max(0, ends[-1] - chars)))  # a later start would give a shorter excerpt
     first = random.randint(last + 1)
     before = ends[first] - len(sentences[first]) - 1
     return [" ".join(one.split()) for one in sentences[first : int(np.searchsorted(ends, before + chars)) + 1]]
 
 
 def _good(excerpt: Sequence[str], place: int) -> bool:
-    """Whether a sentence is of a middle length and stands once in the excerpt."""
+    """Return whether a sentence has a suitable length and occurs only once in the excerpt."""
     few, many = QUOTED_CHARS
     return few <= len(excerpt[place]) <= many and excerpt.count(excerpt[place]) == 1

@@ -1,10 +1,9 @@
-"""Files of texts as people have them, an entry at a time: text, JSON, CSV, Parquet; also
-compressed.
+"""Read text, JSON, CSV and Parquet files, also compressed ones, one entry at a time.
 
-A file is never in memory as a whole, but for .json, and what it may grow to is bounded
-(SourceRecipe.max_piece_chars, max_growth). What is wrong with an entry, or with all of a file, is
-said by a Malformed in its place; it never stops the reading. No torch here, and pyarrow only where
-a file needs it.
+Only a .json file is loaded as a whole. SourceRecipe.max_piece_chars limits the size of a piece in
+memory, and max_growth the size of a decompressed file. An entry or file that cannot be read yields
+a Malformed with the reason in its place and never stops the reading. This module does not import
+torch, and imports pyarrow only for files that need it.
 
     from longreach.training.readers import read_records
     list(read_records(Path("chats.jsonl.gz"), SourceRecipe(files="chats.jsonl.gz"), lambda columns: columns))
@@ -30,23 +29,23 @@ from longreach.training.recipe import SourceRecipe
 
 BLOCK_BYTES = 1 << 20
 SMALL_GROWTH = 16 << 20
-"""Bytes to which any compressed file may grow: the same line ten thousand times is no attack."""
+"""Bytes to which any compressed file may grow: a small file of repeated lines is no attack."""
 BATCH_ROWS = 16  # rows of a Parquet file in memory at a time
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is its beginning
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-"""Encodings by the byte order mark at a file's beginning, which these codecs leave out."""
+"""Encodings by the byte order mark at the start of a file. These codecs strip the mark."""
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What is raised by a file that cannot be read, or is not what its name says."""
+"""Exceptions raised when a file cannot be read or does not have the format of its suffix."""
 
 
 class Malformed(str):
-    """Why an entry, or the rest of a file, cannot be read."""
+    """The reason why an entry, or the rest of a file, cannot be read."""
 
 
 def _open_zst(path: Path) -> Any:
@@ -59,14 +58,14 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.op
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """Return a file's name without endings, and its kind: ("notes", ".txt") of `notes.TXT.gz`."""
+    """Return a file's stem and lower-case suffix: ("notes", ".txt") for `notes.TXT.gz`."""
     if path.suffix.lower() in COMPRESSED:
         path = path.with_suffix("")
     return path.stem, path.suffix.lower()
 
 
 class _Growing(io.RawIOBase):
-    """The content of a compressed file; reading raises ValueError once it is past max_growth."""
+    """The content of a compressed file. Reading raises ValueError beyond max_growth."""
 
     def __init__(self, path: Path, source: SourceRecipe) -> None:
         self.path, self.source = path, source
@@ -91,21 +90,21 @@ class _Growing(io.RawIOBase):
 
 
 def _limit(path: Path, source: SourceRecipe) -> int:
-    """Return to how many bytes a compressed file may grow."""
+    """Return the number of bytes to which a compressed file may grow."""
     return max(SMALL_GROWTH, source.max_growth * path.stat().st_size)
 
 
 def _grows(path: Path, size: int, source: SourceRecipe) -> str:
     return (
         f"{path}: its {path.stat().st_size:,} bytes grow to more than {size - 1:,}, over max_growth "
-        f"{source.max_growth} times: if it is meant so, raise the source's max_growth, else leave the file out"
+        f"{source.max_growth} times. If this is intended, raise the source's max_growth, else leave the file out"
     )
 
 
 def open_bytes(path: Path, source: SourceRecipe) -> io.BufferedReader:
-    """Open a file's content, decompressed if its name says so.
+    """Open a file's content, decompressed if it has the suffix of a compression.
 
-    Reading raises one of DAMAGED, or ValueError for a file that grows past max_growth.
+    Reading raises one of DAMAGED, or ValueError for a file that grows beyond max_growth.
     """
     if path.suffix.lower() in COMPRESSED:
         return io.BufferedReader(_Growing(path, source), BLOCK_BYTES)
@@ -113,7 +112,7 @@ def open_bytes(path: Path, source: SourceRecipe) -> io.BufferedReader:
 
 
 def encoding_of(file: io.BufferedReader, source: SourceRecipe) -> str:
-    """Return the encoding that a file's byte order mark names, else the source's; read nothing."""
+    """Return the encoding of a file's byte order mark, else the source's; consume nothing."""
     start = file.peek(4)[:4]
     for mark, encoding in MARKS.items():
         if start.startswith(mark):
@@ -122,7 +121,7 @@ def encoding_of(file: io.BufferedReader, source: SourceRecipe) -> str:
 
 
 def text_blocks(path: Path, source: SourceRecipe) -> Iterator[str]:
-    """Yield a file's text in order, in blocks of at most 1 Mi characters, line ends as they are."""
+    """Yield a file's text in blocks of at most 1 Mi characters, with line endings unchanged."""
     with open_bytes(path, source) as file:
         text = io.TextIOWrapper(file, encoding_of(file, source), newline="")
         while block := text.read(BLOCK_BYTES):
@@ -130,7 +129,7 @@ def text_blocks(path: Path, source: SourceRecipe) -> Iterator[str]:
 
 
 def problem_of_text(path: Path, source: SourceRecipe) -> tuple[int, Malformed] | None:
-    """Return where and why a file holds no text, after reading it through once; None if it does."""
+    """Read a file in full. Return the line and reason if it contains no valid text, else None."""
     line, blank = 1, True
     encoding = ""
     try:
@@ -163,7 +162,7 @@ def _undecodable(encoding: str, reason: str, sample: bytes) -> Malformed:
 
 
 def _no_content(file: io.BufferedReader) -> Malformed | None:
-    """Return what is wrong with a file that was never filled: nothing of it is read."""
+    """Return the problem of an empty file or a Git LFS pointer, else None; consume nothing."""
     start = file.peek(len(LFS_POINTER))
     if start.startswith(LFS_POINTER):
         return Malformed("a pointer of Git LFS, not the file itself: run git lfs pull")
@@ -171,7 +170,7 @@ def _no_content(file: io.BufferedReader) -> Malformed | None:
 
 
 Record = tuple[int, Any]
-"""A line or row number, from 1, and what stands there: a JSON value, a row, or Malformed."""
+"""A line or row number, from 1, and its content: a JSON value, a row, or Malformed."""
 
 
 def read_records(
@@ -179,10 +178,10 @@ def read_records(
 ) -> Iterator[Record]:
     """Yield the entries of a .jsonl, .json, .csv, .tsv or .parquet file.
 
-    columns: takes the names of a Parquet file's columns, and returns those that are wanted.
+    columns: takes the column names of a Parquet file and returns those to read.
 
     Raises:
-        ValueError: the file grows past max_growth, or `columns` refuses it.
+        ValueError: the file grows beyond max_growth, or `columns` raises it.
     """
     kind, line = kind_of(path)[1], 0
     if kind == ".parquet":
@@ -203,9 +202,9 @@ def read_records(
 
 
 def _lines(file: io.BufferedReader, source: SourceRecipe) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their ends; one too long or undecodable is Malformed."""
+    """Yield a file's lines with their line endings. A too long or undecodable line is Malformed."""
     encoding = encoding_of(file, source)
-    # bytes that are no text become half surrogate pairs: one line does not cost the others
+    # invalid bytes become half surrogate pairs, so that only their own line is lost
     text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="\n")
     most, number = source.max_piece_chars, 0
     while line := text.readline(most + 1):
@@ -226,7 +225,7 @@ def _lines(file: io.BufferedReader, source: SourceRecipe) -> Iterator[tuple[int,
 
 
 def _jsonl(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator[Record]:
-    """Yield one value a line; blank lines are nothing."""
+    """Yield the JSON value of each line. Blank lines are skipped."""
     for number, line in _lines(file, source):
         if isinstance(line, Malformed):
             yield number, line
@@ -237,12 +236,12 @@ def _jsonl(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterato
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError also covers a number with thousands of digits
         return Malformed(f"malformed JSON: {error}")
 
 
 def _json(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator[Record]:
-    """Yield the items of a list, the one object, or one value a line, whichever a file holds."""
+    """Yield the items of the file's list, its single value, or one value per line."""
     encoding, most = encoding_of(file, source), source.max_piece_chars
     whole = io.TextIOWrapper(file, encoding, newline="").read(most + 1).strip()
     first, more, _ = whole.partition("\n")
@@ -258,7 +257,7 @@ def _json(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator
 
 
 def _csv(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator[Record]:
-    """Yield one row after another, by the names in the first; each is numbered by its last line."""
+    """Yield the rows, keyed by the header's names. A row's number is that of its last line."""
     csv.field_size_limit(source.max_piece_chars)
     problems: list[Record] = []
     number = 0
@@ -286,7 +285,7 @@ def _csv(file: io.BufferedReader, path: Path, source: SourceRecipe) -> Iterator[
 
 
 def _parquet(path: Path, source: SourceRecipe, columns: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[Record]:
-    """Yield one row after another, with a few in memory at a time."""
+    """Yield the rows, with BATCH_ROWS of them in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -301,7 +300,7 @@ def _parquet(path: Path, source: SourceRecipe, columns: Callable[[Sequence[str]]
             schema = file.schema_arrow
             wanted = columns(schema.names)
             _check_growth(file.metadata, wanted, path, source)
-            # strings as bytes: one row of invalid UTF-8 must not cost its neighbours
+            # read strings as bytes, so that invalid UTF-8 loses only its own row
             texts = [name for name in wanted if schema.field(name).type in (pa.string(), pa.large_string())]
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
                 for text in texts:
@@ -310,7 +309,7 @@ def _parquet(path: Path, source: SourceRecipe, columns: Callable[[Sequence[str]]
                 for row in batch.to_pylist():
                     line += 1
                     size += sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
-                    if size > limit:  # a text that a dictionary holds once may stand in every row
+                    if size > limit:  # a text stored once in a dictionary may occur in every row
                         raise ValueError(_grows(path, size, source))
                     yield line, _decoded(row, texts, source)
     except (pa.ArrowException, *DAMAGED) as error:
@@ -333,7 +332,7 @@ def _decoded(row: dict[str, Any], texts: Sequence[str], source: SourceRecipe) ->
 
 
 def _check_growth(metadata: Any, wanted: Sequence[str], path: Path, source: SourceRecipe) -> None:
-    """Raise ValueError where the wanted columns grow past max_growth, before any is read."""
+    """Raise ValueError, before reading, if the wanted columns grow beyond max_growth."""
     size = 0
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)

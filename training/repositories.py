@@ -1,12 +1,12 @@
-"""A repository as a document: its files in the order of their paths, each headed by its path.
+"""Read a repository as one document: its files in path order, each with its path as a header.
 
-Repositories repeat names, signatures and idioms over thousands of tokens, so that a model gains
-from a long context there, where speeches and plays hardly do.
+Repositories repeat names, signatures and idioms over thousands of tokens. A model therefore gains
+from a long context there, while it hardly does on speeches and plays.
 
     from longreach.training.repositories import find_repositories
     find_repositories(SourceRecipe(repositories=("package:jinja2",)), Path("."))
 
-No torch here: `longreach plan` lists and hashes the files.
+This module does not import torch, since `longreach plan` lists and hashes the files.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from pathlib import Path
 
 from longreach.training.recipe import PACKAGE, SourceRecipe
 
-FIELD = "corpus source repositories"  # how messages call it
+FIELD = "corpus source repositories"  # the name of the field in messages
 
 
 @dataclass(frozen=True)
 class Repository:
     """One repository: its name, which split patterns match, and the files that are read."""
 
-    name: str  # `peft.tuners.lora` for a package, a folder's own name for a folder
+    name: str  # `peft.tuners.lora` for a package, the folder's own name for a folder
     folder: Path
     files: tuple[tuple[str, Path], ...]
-    """(path as the file's header shows it, where the file is), in the order of reading."""
+    """(path in the file's header, location of the file), in reading order."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """Consecutive files of a repository, as one text."""
 
-    name: str  # the repository's; with `#1`, `#2`, ... if it has several pieces
+    name: str  # the repository's name, with `#1`, `#2`, ... if it has several pieces
     text: str
     files: int  # number of files in the text
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that is no UTF-8 text."""
+    """A file that is not UTF-8 text."""
 
     path: Path
     line: int
@@ -53,11 +53,11 @@ class Unreadable:
 
 
 def find_repositories(source: SourceRecipe, base_dir: Path) -> list[Repository]:
-    """Return a source's repositories in the recipe's order, those of a glob by name.
+    """Return a source's repositories in the recipe's order, and those of a glob sorted by path.
 
     Raises:
-        ValueError: a package is not installed or no folder is found, patterns find no file, or a
-            folder is named twice.
+        ValueError: a package is not installed, an entry matches no folder, the patterns match no
+            file, or a folder is named twice.
     """
     found: dict[Path, Repository] = {}
     for entry in source.repositories:
@@ -75,9 +75,9 @@ def find_repositories(source: SourceRecipe, base_dir: Path) -> list[Repository]:
 
 
 def read_pieces(repository: Repository, max_chars: int) -> Iterator[Piece | Unreadable]:
-    """Yield a repository's text, cut before the file that would take a piece over `max_chars`.
+    """Yield a repository's text in pieces, cut before a file that would exceed `max_chars`.
 
-    A longer file stays whole. Blank files are left out. One piece is in memory at a time.
+    A longer file stays whole. Blank files are left out. Only one piece is in memory at a time.
     """
     parts: list[str] = []
     chars = cuts = 0
@@ -101,12 +101,12 @@ def read_pieces(repository: Repository, max_chars: int) -> Iterator[Piece | Unre
 
 
 def _folders(entry: str, base_dir: Path) -> list[tuple[str, Path]]:
-    """Return (name, folder) of what one entry of `repositories` names."""
+    """Return (name, folder) of each repository that an entry of `repositories` names."""
     if entry.startswith(PACKAGE):
         name = entry.removeprefix(PACKAGE)
         return [(name, _package(name))]
     matches = [base_dir / entry]
-    if not matches[0].is_dir():  # else it is that folder, whatever brackets its name has
+    if not matches[0].is_dir():  # a folder's own name may contain brackets
         matches = [base_dir / match for match in glob.glob(entry, root_dir=base_dir, recursive=True)]
     folders = sorted(match.resolve() for match in matches if match.is_dir())
     if not folders:
@@ -115,25 +115,25 @@ def _folders(entry: str, base_dir: Path) -> list[tuple[str, Path]]:
 
 
 def _package(name: str) -> Path:
-    """Return the folder of an installed package or of a part of it, without importing anything."""
+    """Return the folder of an installed package or subpackage, without importing anything."""
     top, *inner = name.split(".")
-    spec = importlib.util.find_spec(top)  # of a dotted name it would import the parents
+    spec = importlib.util.find_spec(top)  # for a dotted name, find_spec would import the parents
     if spec is None:
         raise ValueError(
-            f"{FIELD}: {PACKAGE}{name} is not installed here: install it, or name it as `import` does "
+            f"{FIELD}: {PACKAGE}{name} is not installed here: install it, or use the name that `import` takes "
             f"({PACKAGE}sklearn for scikit-learn)"
         )
     places = [Path(place, *inner) for place in spec.submodule_search_locations or ()]
     folders = [place.resolve() for place in places if place.is_dir()]
     if len(folders) != 1:
-        raise ValueError(f"{FIELD}: {PACKAGE}{name} is {len(folders)} folders, not 1: name another part of it")
+        raise ValueError(f"{FIELD}: {PACKAGE}{name} has {len(folders)} folders, not 1: name another part of it")
     return folders[0]
 
 
 def _files(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """Return the files that patterns choose, relative to the folder, in the order of their paths.
+    """Return the files that patterns select, relative to the folder, sorted by path.
 
-    Never read: what is hidden, __pycache__, virtual environments, and folders that are links.
+    Hidden files and folders, __pycache__, virtual environments and linked folders are skipped.
     """
     wanted, unwanted = [], []
     for pattern in patterns:
@@ -159,8 +159,10 @@ def _files(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def path_fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path fits a pattern, both in parts: `**` is any number of folders, `*` stays in
-    one."""
+    """Return whether a path matches a pattern, both split into parts.
+
+    `**` matches any number of folders, `*` does not cross a folder.
+    """
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -169,7 +171,7 @@ def path_fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _read(path: Path) -> str | Unreadable:
-    """Return a file's text with Unix' line ends, or why it is none."""
+    """Return a file's text with Unix line endings, or an Unreadable with the reason."""
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")

@@ -1,9 +1,9 @@
-"""Scale on paper: what a Llama costs on 8 to 1,024 GPUs, where it fits and stops scaling.
+"""Estimate what training a Llama costs on 8 to 1,024 GPUs, where it fits and when it stops scaling.
 
-The arithmetic is training/cost.py's; only the rates are a data sheet's, times an assumed share that
-is really reached. The batch stays the same however many GPUs share it; once it has fewer rows than
-there are GPUs, neighbours share rows (DeepSpeed-Ulysses). Layers are recomputed in the backward
-pass, weights are bfloat16, and nothing overlaps.
+The arithmetic is that of training/cost.py, with rates from a data sheet times an assumed
+utilisation. The batch is the same for every number of GPUs. If it has fewer rows than there are
+GPUs, neighbouring GPUs share rows (DeepSpeed-Ulysses). Layers are recomputed in the backward pass,
+weights are bfloat16, and nothing overlaps.
 
     longreach scale llama-2-7b --row 32768
     longreach scale --paper
@@ -30,44 +30,44 @@ MODELS = {
     "llama-2-70b": Shape(80, 8192, 28672, 64, 8, 128, 32000, tied=False),
 }
 GPUS_PER_NODE = 8
-COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)  # numbers of GPUs that are tried if a user names none
+COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)  # default numbers of GPUs
 UTILISATION = 0.6
-"""Assumed share of the peak that matrices and attention reach; FlashAttention-2 reports 50 to 73%
+"""Assumed share of the peak that matrices and attention reach. FlashAttention-2 reports 50 to 73%
 on an A100 (arXiv:2307.08691)."""
-REACHED_BYTES = 0.8  # assumed share of its bandwidth that memory or a link reaches
+REACHED_BYTES = 0.8  # assumed share of the peak bandwidth that memory or a link reaches
 START_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
-"""Seconds that NCCL reckons for the start of a ring, for a step between two GPUs of a node, and for
-one between two nodes (its src/graph/tuning.cc: ring, simple protocol, NVLink)."""
-RESERVED_GIB = 4.0  # assumed GPU memory that CUDA, NCCL and the allocator's fragments take
+"""NCCL's estimates in seconds for the start of a ring, for a step between two GPUs of a node, and
+for a step between two nodes (its src/graph/tuning.cc: ring, simple protocol, NVLink)."""
+RESERVED_GIB = 4.0  # assumed GPU memory for CUDA, NCCL and fragmentation
 OFFLOADED_BYTES = 16
-"""Bytes on the host per trained number: the optimizer's weight and moments, and the gradient."""
-MIN_EFFICIENCY = 0.5  # efficiency under which more GPUs are no longer worth it
+"""Bytes on the host per trained parameter: the optimizer's weight and moments, and the gradient."""
+MIN_EFFICIENCY = 0.5  # efficiency below which training counts as no longer scaling
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: bfloat16 operations and bytes per second, of links in one direction."""
+    """A GPU's data sheet: bfloat16 FLOP/s and bytes/s, with link bandwidth in one direction."""
 
     flops: float
-    bytes: float  # bandwidth of its memory
+    bytes: float  # memory bandwidth
     memory_gib: float
     node: float  # bandwidth to the other GPUs of its node
     network: float  # its share of the node's bandwidth to other nodes
     host: float  # bandwidth to the host's memory, which is assumed to be as fast
 
     def machine(self, world: int, utilisation: float) -> Machine:
-        """Return what each of `world` GPUs does if its matrices reach this share of the peak."""
+        """Return the rates of each of `world` GPUs if its matrices reach this share of the peak."""
         compute = utilisation * self.flops
         exchange = None
         if world > 1:
             link = self.node
-            if world > GPUS_PER_NODE:  # a ring over nodes has all links of a node together
+            if world > GPUS_PER_NODE:  # a ring across nodes uses all links of a node together
                 link = min(self.node, GPUS_PER_NODE * self.network)
             # An all-reduce in a ring moves 2 (n - 1) / n times the tensor through each link.
             exchange = REACHED_BYTES * link * world / (2 * (world - 1))
         network_hops = math.ceil(world / GPUS_PER_NODE) - 1
         node_hops = world - 1 - network_hops
-        # An all-reduce goes round twice: once to sum, once to give the sum to everyone.
+        # An all-reduce goes round the ring twice: once to sum, once to distribute the sum.
         latency = START_S + 2 * (network_hops * NETWORK_HOP_S + node_hops * HOP_S)
         return Machine(
             compute, compute, compute, REACHED_BYTES * self.bytes, 0.0, exchange, REACHED_BYTES * self.host, latency
@@ -80,11 +80,11 @@ GPUS = {
 }
 WAYS: dict[str, dict[str, Any]] = {str(stage): {"zero_stage": stage} for stage in range(4)}
 WAYS["3+host"] = {"zero_stage": 3, "offload": "cpu", "offload_parameters": True}
-"""ZeRO stages, as resources; the last one keeps weights and optimizer in the host's memory."""
+"""Resources for each ZeRO stage. "3+host" keeps weights and optimizer in the host's memory."""
 
 
 def arms(row: int) -> dict[str, ArmRecipe]:
-    """Return the training methods; LongLoRA's groups are a quarter of the row."""
+    """Return the training methods by name; LongLoRA's groups are a quarter of the row."""
     sparse = AttentionRecipe.of(pattern="shifted_sparse", group_tokens=row // 4)
     return {
         "full": ArmRecipe(),
@@ -95,32 +95,32 @@ def arms(row: int) -> dict[str, ArmRecipe]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train on a number of GPUs, and what it costs."""
+    """One way to train on a given number of GPUs, and its cost."""
 
     way: str  # key in WAYS
     ranks: int  # GPUs that share a row
-    gib: float
-    host_gib: float  # memory of each node's host that offloading takes
+    gib: float  # memory of each GPU
+    host_gib: float  # host memory of each node for offloading
     cost: Prediction
 
     @property
     def step_s(self) -> float:
-        """Return the seconds of a step, which are known since the machine's rates are given."""
+        """Return the seconds per step, which are always known, because the rates are given."""
         assert self.cost.step_s is not None
         return self.cost.step_s
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method on a number of GPUs: the fastest setting that fits, and others like it."""
+    """A method on a number of GPUs: the fastest setting that fits, and its alternatives."""
 
     arm: str
     gpus: int
     ways: dict[str, Setting]
-    """Settings by ZeRO stage; empty where the batch cannot be shared out evenly."""
-    best: Setting | None  # the fastest setting that fits; None where nothing does
+    """Settings by ZeRO stage; empty if the batch does not divide evenly."""
+    best: Setting | None  # the fastest setting that fits; None if none fits
     efficiency: float = 0.0
-    """Work of a GPU in a second, as a share of the most that it does with any number of GPUs."""
+    """A GPU's throughput relative to the highest one over all numbers of GPUs."""
 
 
 def setting(
@@ -135,7 +135,7 @@ def setting(
     ranks: int = 1,
     utilisation: float = UTILISATION,
 ) -> Setting:
-    """Return what steps of `rows` rows cost, with one row at a time on each `ranks` GPUs."""
+    """Return the cost of steps of `rows` rows, one row at a time on each group of `ranks` GPUs."""
     resources = Resources(
         workers=gpus, gpus_per_worker=1, sequence_parallel=ranks, dtype="bfloat16", activation_checkpointing=True,
         **WAYS[way],
@@ -144,8 +144,7 @@ def setting(
     cost = predict(shape, arm, rows=rows, seq_len=row, resources=resources, machine=machine)
     host_gib = 0.0
     if resources.offload_parameters:
-        # Weights in bfloat16 (2 bytes) and the optimizer's numbers; a node holds the part of its
-        # GPUs.
+        # Weights in bfloat16 (2 bytes) and the optimizer's state; a node holds its GPUs' shards.
         offloaded = 2 * shape.parameters + OFFLOADED_BYTES * sum(shape.trained(arm).values())
         host_gib = offloaded * min(gpus, GPUS_PER_NODE) / gpus / GIB
     return Setting(way, ranks, cost.peak_gib / gpus, host_gib, cost)
@@ -154,10 +153,10 @@ def setting(
 def sweep(
     shape: Shape, gpu: Gpu, *, row: int, rows: int, counts: tuple[int, ...] = COUNTS, utilisation: float = UTILISATION
 ) -> Iterator[Point]:
-    """Yield every method on every number of GPUs, for steps of `rows` rows."""
+    """Yield a Point for every method and every number of GPUs, for steps of `rows` rows."""
     for name, arm in arms(row).items():
         points = []
-        least = math.inf  # GPU-seconds of a step: the fewest of all numbers of GPUs are 100% efficient
+        least = math.inf  # fewest GPU-seconds per step over all numbers of GPUs, which count as 100% efficient
         for gpus in counts:
             settings = []
             shares = _ranks_per_row(shape, row, rows, gpus)
@@ -178,7 +177,7 @@ def sweep(
 
 
 def _ranks_per_row(shape: Shape, row: int, rows: int, gpus: int) -> list[int]:
-    """Return how many GPUs may share a row so that heads, tokens and rows all divide evenly."""
+    """Return numbers of GPUs that can share a row: heads, tokens and rows divide evenly."""
     shares = []
     for ranks in range(1, gpus + 1):
         even_work = gpus % ranks == 0 and rows * ranks % gpus == 0
@@ -188,7 +187,7 @@ def _ranks_per_row(shape: Shape, row: int, rows: int, gpus: int) -> list[int]:
 
 
 def verdicts(points: list[Point], gpu: Gpu) -> Iterator[str]:
-    """Yield a line for each method: where it fits, and where it stops scaling."""
+    """Yield a line for each method that says where it fits and where it stops scaling."""
     for name, own in groupby(points, key=lambda point: point.arm):
         yield f"{name}: {_verdict([*own], gpu.memory_gib - RESERVED_GIB)}"
 
@@ -197,7 +196,7 @@ def _verdict(points: list[Point], room: float) -> str:
     fitting = [point for point in points if point.best]
     if not fitting:
         needed = min((one.gib for point in points for one in point.ways.values()), default=math.nan)
-        return f"does not fit: at least {needed:.0f} GiB a GPU, where {room:.0f} are free"
+        return f"does not fit: it needs at least {needed:.0f} GiB per GPU, but only {room:.0f} GiB are free"
     first, last = fitting[0], fitting[-1]
     ways = [one for one in first.ways.values() if one.gib <= room]
     text = f"fits from {first.gpus:,} GPUs with ZeRO {', '.join(one.way for one in ways)}"
@@ -210,7 +209,7 @@ def _verdict(points: list[Point], room: float) -> str:
         text += f"; {last.efficiency:.0%} efficient on {last.gpus:,}"
     uneven = [f"{point.gpus:,}" for point in points if not point.ways]
     if uneven:
-        text += f"; the batch has no even shares for {', '.join(uneven)}"
+        text += f"; the batch does not divide evenly over {', '.join(uneven)} GPUs"
     return text
 
 
@@ -243,30 +242,30 @@ def tables(points: list[Point], gpu: Gpu) -> Iterator[tuple[list[str], list[list
 
 
 def shape_of(model: str) -> Shape:
-    """Return the shape of a known model, or of a config.json or its folder; else ValueError."""
+    """Return the shape of a known model, a config.json or a folder with one; else ValueError."""
     if model in MODELS:
         return MODELS[model]
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise ValueError(f"no model {model!r}: name one of {', '.join(MODELS)}, or a folder with a config.json")
+        raise ValueError(f"no model {model!r}: use one of {', '.join(MODELS)}, or a folder with a config.json")
     config = json.loads(path.read_text(encoding="utf-8"))
     missing = [key for key in CONFIG_KEYS if not config.get(key)]
     if missing:
-        raise ValueError(f"{path} does not say {', '.join(missing)}: it is no Llama to the planner")
+        raise ValueError(f"{path} has no {', '.join(missing)}: only Llama-like models can be planned")
     return Shape.of(config)
 
 
 def gpu_of(text: str) -> Gpu:
-    """Return the GPU of a name, or with other facts: `h100-80gb,memory_gib=141,bytes=4.8e12`.
+    """Return a GPU by name, optionally with changed facts: `h100-80gb,memory_gib=141,bytes=4.8e12`.
 
     ValueError for an unknown name or fact.
     """
     name, *facts = text.split(",")
     if name not in GPUS:
         raise ValueError(
-            f"no GPU {name!r}: name one of {', '.join(GPUS)}; other facts follow, e.g. {name},bytes=4.8e12"
+            f"no GPU {name!r}: use one of {', '.join(GPUS)}; changed facts follow, e.g. {name},bytes=4.8e12"
         )
     known = {field.name for field in fields(Gpu)}
     changed = {}
@@ -277,7 +276,7 @@ def gpu_of(text: str) -> Gpu:
         except ValueError:
             raise ValueError(f"{fact!r} of {name}: write it as FACT=NUMBER") from None
         if key not in known or changed[key] <= 0:
-            raise ValueError(f"{fact!r} of {name}: facts are {', '.join(sorted(known))}, each above 0")
+            raise ValueError(f"{fact!r} of {name}: facts are {', '.join(sorted(known))}, and must be above 0")
     return replace(GPUS[name], **changed)
 
 
@@ -287,9 +286,9 @@ PAPER = (
     (32768, "full", 39.8, None), (32768, "lora", 36.5, None), (32768, "longlora", 24.6, None),
     (65536, "lora", 92.5, 71.1), (65536, "longlora", 52.4, 69.8),
 )  # fmt: skip
-"""LongLoRA (arXiv:2309.12307), Llama-2-7B on 8 A100 of 80 GB, ZeRO 2, 1,000 steps of 64 rows: (row,
-method, hours, GB). From secondary sources, not re-read in the paper; memory is known for two of
-them."""
+"""LongLoRA (arXiv:2309.12307): Llama-2-7B on 8 A100 with 80 GB, ZeRO 2, 1,000 steps of 64 rows, as
+(row, method, hours, GB). The numbers are from secondary sources and were not checked in the paper.
+Memory is known for two of them."""
 
 
 def compared(utilisation: float = UTILISATION) -> Iterator[tuple[int, str, float, float, float, float | None]]:
@@ -301,7 +300,7 @@ def compared(utilisation: float = UTILISATION) -> Iterator[tuple[int, str, float
 
 
 def against_paper(utilisation: float = UTILISATION) -> tuple[list[str], list[list[str]]]:
-    """Return the same as a table of (columns, rows), with relative errors."""
+    """Return the result of `compared` as a table (columns, rows), with relative errors."""
     rows = []
     for row, method, hours, reported_hours, gib, reported_gb in compared(utilisation):
         time = [f"{hours:.1f}", f"{reported_hours}", f"{hours / reported_hours - 1:+.0%}"]

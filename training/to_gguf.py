@@ -1,14 +1,14 @@
-"""A model folder as one GGUF file, which llama.cpp, Ollama and LM Studio read: weights, stretch,
-tokenizer.
+"""Convert a model folder to a GGUF file for llama.cpp, Ollama and LM Studio.
 
-Llama alone (`model_type: llama`) with a byte-level BPE tokenizer: what llama.cpp would read wrongly
-is refused before anything is written, and what can be told from config.json and tokenizer.json
-before anything is trained. The gguf library, of llama.cpp's own repository, knows the names and
-writes the file; it is read again and compared with the weights.
+The file contains weights, stretch and tokenizer. Only Llama (`model_type: llama`) with a byte-level
+BPE tokenizer is supported. A model that llama.cpp would read wrongly is refused before anything is
+written, and before training if config.json and tokenizer.json show the problem. The gguf library
+from llama.cpp's repository maps the names and writes the file, which is then read again and
+compared with the weights.
 
     write_gguf(Path("release"), Path("model-f16.gguf"), "f16", facts=Facts("mine", "apache-2.0"))
 
-No torch and no gguf until a file is written: `longreach plan` asks `problem_of`.
+torch and gguf are imported only to write a file, since `longreach plan` calls `problem_of`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ SPLITS = {
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + AFTER_NUMBERS: "llama-bpe",
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + AFTER_NUMBERS: "qwen2",
 }
-"""llama.cpp's names of how a text is cut before BPE, by the pattern in tokenizer.json: Llama 3's
-and Qwen 2's."""
+"""llama.cpp's pre-tokenizer names by the pattern in tokenizer.json, of Llama 3 and Qwen 2."""
 SENTENCEPIECE = (
     "a SentencePiece tokenizer (Llama 2's, Mistral's, Gemma's) cannot be written as GGUF here, only byte-level BPE: "
     "release safetensors alone, and give that folder to llama.cpp's convert_hf_to_gguf.py"
@@ -46,21 +45,21 @@ SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a GGUF file says about its model beside the numbers."""
+    """Metadata of a GGUF file."""
 
     name: str
     licence: str
     keep: int = 4
-    """First tokens that a cache of fixed size keeps for ever (llama.cpp's n_keep)."""
+    """Number of first tokens that a cache of fixed size always keeps (llama.cpp's n_keep)."""
 
 
 def problem_of(
     config: Mapping[str, Any], tokenizer: Mapping[str, Any], kinds: tuple[GgufType, ...], sink: bool = False
 ) -> str | None:
-    """Return why such a model cannot become a GGUF file, and what to do; None if it can.
+    """Return why a model cannot be written as GGUF, and what to do instead; None if it can.
 
-    config, tokenizer: what config.json and tokenizer.json hold. sink: whether training will put a
-    sink token before every text.
+    config, tokenizer: the content of config.json and tokenizer.json.
+    sink: whether training will put a sink token before every text.
     """
     if config.get("model_type") != "llama":
         architecture = (config.get("architectures") or [config.get("model_type")])[0]
@@ -69,14 +68,14 @@ def problem_of(
         if config.get(name):
             return f"a Llama with {name} cannot be written as GGUF: release safetensors alone"
     if config.get("hidden_act", "silu") != "silu":
-        return f"hidden_act {config['hidden_act']!r}: llama.cpp's Llama has 'silu'; release safetensors alone"
+        return f"hidden_act is {config['hidden_act']!r}, but llama.cpp's Llama has 'silu': release safetensors alone"
     if "q8_0" in kinds:
         for name in ("hidden_size", "intermediate_size"):
             if config[name] % BLOCK:
-                return f"{name} {config[name]} is no multiple of {BLOCK}, as q8_0 needs: take f16"
+                return f"{name} {config[name]} is not a multiple of {BLOCK}, which q8_0 requires: use f16"
     kind = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3"):
-        return f"RoPE {kind!r} is none that GGUF can carry: it knows linear, yarn, llama3 and another theta"
+        return f"GGUF cannot represent RoPE {kind!r}, only linear, yarn, llama3 and another theta"
     return _tokenizer_problem(tokenizer, sink)
 
 
@@ -87,15 +86,15 @@ def _tokenizer_problem(tokenizer: Mapping[str, Any], sink: bool) -> str | None:
         return str(error)
     before = len(_before_text(tokenizer)) + sink
     if before > 1:
-        return f"the tokenizer puts {before} tokens before each text, llama.cpp one: release safetensors alone"
+        return f"the tokenizer puts {before} tokens before each text, but llama.cpp only one: release safetensors alone"
     return None
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of how tokenizer.json cuts a text before BPE.
+    """Return llama.cpp's name for the pre-tokenizer in tokenizer.json.
 
     Raises:
-        ValueError: it is no byte-level BPE, or one that is cut in a way that is not known here.
+        ValueError: the tokenizer is not byte-level BPE, or its pre-tokenizer is not known here.
     """
     model, normaliser = tokenizer["model"], tokenizer.get("normalizer")
     if model["type"] == "Unigram" or model.get("byte_fallback"):
@@ -118,7 +117,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
             if name:
                 return name
     kinds = ", ".join(step["type"] for step in steps)
-    raise ValueError(f"how the tokenizer cuts texts ({kinds}) is none that llama.cpp knows: release safetensors")
+    raise ValueError(f"the tokenizer's pre-tokenizer ({kinds}) is not one that llama.cpp has: release safetensors")
 
 
 def _before_text(tokenizer: Mapping[str, Any]) -> list[str]:
@@ -134,11 +133,11 @@ def _before_text(tokenizer: Mapping[str, Any]) -> list[str]:
 
 
 def write_gguf(folder: Path, target: Path, kind: GgufType, *, facts: Facts) -> None:
-    """Write a model folder as `target`: matrices as `kind`, norms in float32; then compare it.
+    """Write a model folder to `target`, matrices as `kind` and norms in float32, and verify it.
 
     Raises:
-        ValueError: the model is none that can be written, or has numbers beyond float16.
-        RuntimeError: what the file holds is not what was to be written.
+        ValueError: the model cannot be written as GGUF, or has numbers beyond float16.
+        RuntimeError: the content of the written file does not match the model.
     """
     import gguf
 
@@ -146,7 +145,7 @@ def write_gguf(folder: Path, target: Path, kind: GgufType, *, facts: Facts) -> N
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if problem := problem_of(config, tokenizer, (kind,)):
         raise ValueError(f"{target.name}: {problem}")
-    # with a temporary file at most one tensor is in memory, however large the model is
+    # with a temporary file, at most one tensor is in memory
     writer = gguf.GGUFWriter(target, "llama", use_temp_file=True)
     writer.add_name(facts.name)
     writer.add_license(facts.licence)
@@ -186,7 +185,7 @@ def _add_shape(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary parameters under today's names; before transformers 5 theta stood apart."""
+    """Return RoPE parameters by their current names; before transformers 5, theta was separate."""
     rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10_000.0)}
     return rope | (config.get("rope_parameters") or config.get("rope_scaling") or {})
 
@@ -205,7 +204,7 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(factor)
         original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
-        if rope.get("attention_factor"):  # llama.cpp multiplies this with the paper's own factor
+        if rope.get("attention_factor"):  # llama.cpp multiplies this by the paper's factor
             writer.add_rope_scaling_attn_factors(rope["attention_factor"] / (0.1 * math.log(factor) + 1))
         for name in ("beta_fast", "beta_slow"):
             if rope.get(name):
@@ -213,8 +212,7 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _llama3_divisors(config: Mapping[str, Any]) -> np.ndarray:
-    """Return by how much llama3's stretch divides each pair's frequency: llama.cpp reads a tensor
-    of them."""
+    """Return the divisor of each pair's frequency in llama3's RoPE, which llama.cpp reads."""
     rope, dim = _rope(config), _head_dim(config)
     wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -227,7 +225,7 @@ def _add_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any], tokeniz
     import gguf
 
     rows = config["vocab_size"]
-    tokens = [f"[PAD{n}]" for n in range(rows)]  # rows of the embedding that no token has
+    tokens = [f"[PAD{n}]" for n in range(rows)]  # names for embedding rows without a token
     types = [gguf.TokenType.UNUSED] * rows
     for token, number in tokenizer["model"]["vocab"].items():
         tokens[number], types[number] = token, gguf.TokenType.NORMAL
@@ -242,16 +240,16 @@ def _add_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any], tokeniz
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=True, special_token_types=SPECIAL_ROLES, n_vocab=rows)
-    # llama.cpp has defaults of its own for each way to cut a text, so what stands first is always said
+    # always set whether BOS is added, because llama.cpp's default depends on the pre-tokenizer
     special.add_special_token["bos"] = False
-    for token in _before_text(tokenizer):  # the sink token, where there is one: llama.cpp knows it as BOS
+    for token in _before_text(tokenizer):  # such as the sink token, which is BOS for llama.cpp
         special.special_token_ids["bos"] = ids[token]
         special.add_special_token["bos"] = True
     special.add_to_gguf(writer, quiet=True)
 
 
 def _tensors(folder: Path, config: Mapping[str, Any], kind: GgufType) -> Iterator[tuple[str, np.ndarray, Any]]:
-    """Yield GGUF's name, the float32 values as llama.cpp wants them, and how they are stored."""
+    """Yield (GGUF name, float32 values in llama.cpp's layout, storage type) of each tensor."""
     import gguf
     import torch
     from safetensors import safe_open
@@ -262,9 +260,9 @@ def _tensors(folder: Path, config: Mapping[str, Any], kind: GgufType) -> Iterato
     matrix = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[kind]
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as shard:
-            for key in shard.keys():  # noqa: SIM118 (a shard is no dictionary)
+            for key in shard.keys():  # noqa: SIM118 (a shard is not a dictionary)
                 if key == "lm_head.weight" and config.get("tie_word_embeddings"):
-                    continue  # llama.cpp takes the embedding where there is no output
+                    continue  # without an output tensor, llama.cpp uses the embedding
                 name = names.get_name(key, try_suffixes=(".weight",))
                 if name is None:
                     raise ValueError(f"{folder}: llama.cpp's Llama has no tensor {key}: release safetensors alone")
@@ -277,8 +275,10 @@ def _tensors(folder: Path, config: Mapping[str, Any], kind: GgufType) -> Iterato
 
 
 def _pairs_together(values: np.ndarray, heads: int) -> np.ndarray:
-    """Return a projection's rows with the two of each rotated pair side by side, as llama.cpp
-    rotates them; transformers has them half a head apart."""
+    """Return a projection with the two rows of each rotated pair adjacent, as in llama.cpp.
+
+    In transformers, they are half a head apart.
+    """
     return values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
 
 
@@ -286,30 +286,29 @@ def _packed(name: str, values: np.ndarray, quantised: Any) -> np.ndarray:
     import gguf
 
     limit = np.finfo(np.float16).max
-    # q8_0 has scales in float16, a 127th of the largest number of a block
+    # q8_0 stores scales in float16: the largest number of a block divided by 127
     if quantised != gguf.GGMLQuantizationType.F32 and not np.abs(values).max() <= limit:
         raise ValueError(f"{name} has numbers beyond {limit:g}, which float16 cannot hold: release safetensors alone")
     return gguf.quants.quantize(values, quantised)
 
 
 def _compare(folder: Path, target: Path, config: Mapping[str, Any], kind: GgufType) -> None:
-    """Read the file again; RuntimeError unless each tensor is there and within its type's
-    rounding."""
+    """Read the file again; RuntimeError if a tensor is missing or differs by more than rounding."""
     import gguf
 
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
     for name, values, quantised in _tensors(folder, config, kind):
         tensor = found.pop(name, None)
         if tensor is None or tensor.tensor_type != quantised or [*reversed(tensor.shape)] != [*values.shape]:
-            raise RuntimeError(f"{target}: {name} is missing or of another type or shape than was written")
+            raise RuntimeError(f"{target}: {name} is missing, or its type or shape differs from what was written")
         error = float(np.abs(gguf.quants.dequantize(tensor.data, quantised) - values).max())
         allowed = {
             gguf.GGMLQuantizationType.F32: 0.0,
             gguf.GGMLQuantizationType.F16: 2.0**-11,  # half a unit in the last of 11 bits
-            gguf.GGMLQuantizationType.Q8_0: 1 / 254 + 2.0**-10,  # half a step of 127, and the scale's rounding
+            gguf.GGMLQuantizationType.Q8_0: 1 / 254 + 2.0**-10,  # half of one of 127 steps, and the scale's rounding
         }[quantised]
-        # 2**-25: half of float16's smallest step, for numbers near 0
+        # 2**-25 is half of float16's smallest step, for numbers near 0
         if not error <= allowed * float(np.abs(values).max()) + 2.0**-25:
             raise RuntimeError(f"{target}: {name} differs by {error:.2g} from the weights")
     if found:
-        raise RuntimeError(f"{target} holds tensors that the model has not: {', '.join(sorted(found)[:3])}")
+        raise RuntimeError(f"{target} has tensors that the model does not have: {', '.join(sorted(found)[:3])}")

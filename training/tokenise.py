@@ -1,8 +1,8 @@
-"""Text -> token ids, in parallel, in bounded memory, exactly as of the text encoded as a whole.
+"""Tokenise text in parallel and in bounded memory, with the same ids as encoding it as a whole.
 
-A text is cut only where its tokenizer is known to begin a new pre-token whatever surrounds it
-(`exact_cut` has the proofs), and each cut is asserted on the characters around it. Cutting also
-pays: pieces of 1 KB stay in cache and take half of the CPU time of whole books.
+A text is cut only where its tokenizer is known to begin a new pre-token, whatever surrounds the cut
+(`exact_cut` has the proofs), and each cut is verified on the characters around it. Cutting also
+saves time: pieces of 1 KB stay in the CPU cache and take half the CPU time of whole books.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARS = 1024
-"""One call of the tokenizer: on books 512 costs the same, 4,096 a quarter more, 65,536 twice as
-much."""
-PART_CHARS = 1 << 16  # what goes to a worker as one text, or a little more: up to the next cut
-BATCH_CHARS = 1 << 20  # text of one task
+"""Characters per call of the tokenizer. On books, 512 cost the same, 4,096 a quarter more,
+and 65,536 twice as much."""
+PART_CHARS = 1 << 16  # characters sent to a worker as one text, plus those up to the next cut
+BATCH_CHARS = 1 << 20  # characters in one task
 CHECKED_CHARS = 16  # characters on each side of a cut that the assertion encodes
 
 GPT2_CUT = re.compile(r"(?<=\S)(?=[ \n])")
@@ -38,27 +38,27 @@ LLAMA3_SPLITS = tuple(
     for digits in ("{1,3}", "")  # Llama 3, Qwen 2
 )
 
-NO_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # in Japanese and Chinese each sign counts as a word
+NO_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # each Japanese or Chinese character counts as a word
 WORD = re.compile(f"[{NO_SPACES}]|[^\\W{NO_SPACES}]+")
 
 
 def exact_cut(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Return what matches where a text may be cut without changing a token; None: unknown.
+    """Return a pattern that matches where a text can be cut without changing a token.
 
-    It takes BPE (each pre-token alone), no normalizer or NFC (which joins nothing across a space or
-    line end), and a pre-tokenizer whose regex scans from left to right without looking back, so
-    that the text after a pre-token's end is split as if it stood alone. Left to show: a pre-token
-    ends at the cut, and those before it end as they did, although the regex now meets the end of
-    the text there.
+    None means that no such place is known. The conditions are: BPE, which encodes each pre-token
+    alone; no normalizer or NFC, which joins nothing across a space or line end; and a pre-tokenizer
+    whose regex scans from left to right without lookbehind, so that the text after a pre-token is
+    split as if it were alone. It remains to show that a pre-token ends at the cut, and that the
+    pre-tokens before it do not change, although the regex now reaches the end of the text there.
 
-    - GPT-2: no alternative holds a non-space followed by white space, and runs of white space, the
-      only ones that look ahead, stay with what follows. Splitting off digits first (SmolLM2) goes
-      by character class.
-    - Llama 3, Qwen 2: the same before a space. After a line end: no alternative goes on to a
-      non-space, and `\\s*[\\r\\n]+`, tried before the one that looks ahead, takes the whole run of
-      white space.
+    - GPT-2: no alternative contains a non-space followed by white space. Runs of white space, the
+      only alternative with a lookahead, stay with the text that follows. Splitting off digits first
+      (SmolLM2) depends only on the character class.
+    - Llama 3, Qwen 2: the same holds before a space. After a line end, no alternative continues to
+      a non-space, and `\\s*[\\r\\n]+`, which is tried before the alternative with a lookahead,
+      takes the whole run of white space.
 
-    Llama 2's tokenizer sees a text as one word with marked spaces: such texts are encoded whole.
+    Llama 2's tokenizer treats a text as one word with marked spaces, so texts are encoded whole.
     """
     spec = json.loads(tokenizer.to_str())
     model, normalizer, added = spec["model"], spec["normalizer"], spec["added_tokens"]
@@ -69,7 +69,7 @@ def exact_cut(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     if normalizer is not None and normalizer["type"] != "NFC":
         return None
     if any(token["lstrip"] or token["rstrip"] or cut.search(token["content"]) for token in added):
-        return None  # it could lie across a cut, or swallow white space across one
+        return None  # it could span a cut, or strip white space across one
     return cut
 
 
@@ -87,21 +87,21 @@ def _cut_of_pre_tokenizer(spec: dict[str, Any]) -> re.Pattern[str] | None:
 
 
 class Tokens(NamedTuple):
-    """The tokens of consecutive texts, joined, or of one chat."""
+    """The joined tokens of consecutive texts, or those of one chat."""
 
-    ids: np.ndarray  # [tokens] int32: vocabularies over 65,535 exist
+    ids: np.ndarray  # [tokens] int32, since there are vocabularies above 65,535
     lengths: np.ndarray  # [texts] int64; they sum to the number of ids
     words: np.ndarray
-    """word_hashes of each text, joined: no cut is within a word."""
+    """The joined word_hashes of the texts. No cut is inside a word."""
     word_counts: np.ndarray  # [texts] int64; they sum to the number of words
     given: np.ndarray | None = None
-    """Of a chat: which tokens are not predicted, [tokens] bool."""
+    """For a chat, which tokens are not predicted, [tokens] bool."""
 
 
 class Encoder:
-    """A tokenizer and where its texts may be cut.
+    """A tokenizer and the pattern where its texts can be cut.
 
-    Text that spells a special token is text, unless `parse` makes it the token itself.
+    Special tokens in a text are encoded as ordinary text, unless `parse` is true.
     """
 
     def __init__(self, tokenizer_json: str, parse: bool = False) -> None:
@@ -114,15 +114,16 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, parse: bool = False) -> Encoder:
-        """Return that of a transformers tokenizer; ValueError if it is not a fast one."""
+        """Return the encoder of a transformers tokenizer; ValueError unless it is a fast one."""
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: save it as tokenizer.json first")
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: save it as tokenizer.json first")
         return cls(tokenizer.backend_tokenizer.to_str(), parse)
 
     def parts(self, blocks: Iterable[str], chars: int = PART_CHARS, most: int | None = None) -> Iterator[str]:
         """Yield a text, given in blocks, in parts of at least `chars` that end at an allowed cut.
 
-        ValueError: more than `most` characters hold none.
+        Raises:
+            ValueError: more than `most` characters contain no allowed cut.
         """
         rest = ""
         for block in blocks:
@@ -134,14 +135,14 @@ class Encoder:
             rest = rest[start:]
             if most is not None and len(rest) > most + chars:
                 raise ValueError(
-                    f"more than max_piece_chars {most:,} characters would have to be tokenised at once, since this "
-                    f"tokenizer allows no cut in them: break the text, leave it out, or raise the limit"
+                    f"more than max_piece_chars {most:,} characters would have to be tokenised at once, because this "
+                    f"tokenizer allows no cut in them: split the text, leave it out, or raise the limit"
                 )
         if rest:
             yield rest
 
     def encode(self, texts: list[str]) -> Tokens:
-        """Return the texts' own tokens; nothing is put in front or behind."""
+        """Return the tokens of the texts, without adding BOS, EOS or other special tokens."""
         ids, lengths = [np.empty(0, np.int32)], np.zeros(len(texts), np.int64)
         words, word_counts = [np.empty(0, np.uint32)], np.zeros(len(texts), np.int64)
         for n, text in enumerate(texts):
@@ -158,27 +159,28 @@ class Encoder:
         assert same, f"cutting between {before!r} and {after!r} changes tokens"
 
     def _ids(self, text: str) -> list[int]:
-        # the batch call, even of one: only it can leave out the offsets, which cost as much as the
-        # ids
+        # only the batch call can leave out the offsets, which cost as much time as the ids
         return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """Return a number for each word of a text, whatever its case, [words] uint32: a tenth of
-    encode's time."""
+    """Return a case-insensitive hash of each word of a text, [words] uint32.
+
+    It takes a tenth of the time of `encode`.
+    """
     words = " ".join(WORD.findall(text.lower())).encode().split()
     return np.fromiter(map(zlib.crc32, words), np.uint32, len(words))
 
 
 Batch = tuple[Encoder, list[str]] | Tokens
-"""Texts, and what they are encoded by; or tokens that are there already, which keep their place."""
+"""Texts with their encoder, or tokens that are already encoded, in their place in the order."""
 
 
 def encode_all(batches: Iterable[Batch], workers: int = 0) -> Iterator[Tokens]:
     """Yield the tokens of each batch, in order; only a few batches are in memory at a time.
 
-    workers: Ray tasks of one CPU at the same time, on whatever machines the cluster has; 0: threads
-    of this process (the tokenizer releases the GIL).
+    workers: number of concurrent Ray tasks with one CPU each, on any machine of the cluster; 0 uses
+        threads of this process (the tokenizer releases the GIL).
     """
     if workers:
         import ray
@@ -210,7 +212,7 @@ def encode_all(batches: Iterable[Batch], workers: int = 0) -> Iterator[Tokens]:
 
 
 def in_order(submit: Callable, result: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Yield result(submit(item)) of each item, in order, with up to `ahead` of them under way."""
+    """Yield result(submit(item)) for each item, in order, with up to `ahead` items in progress."""
     pending: deque = deque()
     for item in items:
         pending.append(submit(item))
@@ -226,5 +228,5 @@ def _encode_remotely(tokenizer_json: str, parse: bool, texts: list[str]) -> Toke
 
 @functools.lru_cache(maxsize=2)
 def _encoder(tokenizer_json: str, parse: bool) -> Encoder:
-    # once a process: parsing a tokenizer takes as long as encoding 200 KB
+    # cached in each process, since parsing a tokenizer takes as long as encoding 200 KB
     return Encoder(tokenizer_json, parse)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of the corpus' own, small enough for a small model."""
+"""Train a byte-level BPE tokenizer on the corpus, small enough for a small model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ EOS = "<|endoftext|>"
 
 
 def train_tokenizer(corpus: CorpusRecipe, vocab_size: int, out: Path, *, base_dir: Path | str = ".") -> dict[str, Any]:
-    """Learn from the training documents, save a Hugging Face tokenizer, return its vocab_size.
+    """Train on the training documents, save a Hugging Face tokenizer, and return its vocab_size.
 
-    ValueError if there is too little text for so many tokens.
+    Raises:
+        ValueError: there is too little text for `vocab_size` tokens.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,6 +36,6 @@ def train_tokenizer(corpus: CorpusRecipe, vocab_size: int, out: Path, *, base_di
 
     core.train_from_iterator(texts(), trainer)
     if (got := core.get_vocab_size()) != vocab_size:
-        raise ValueError(f"vocab_size {vocab_size}, but the training documents give only {got} tokens: lower it")
+        raise ValueError(f"vocab_size is {vocab_size}, but the training documents give only {got} tokens: lower it")
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS).save_pretrained(out)
     return {"vocab_size": got}

@@ -1,9 +1,8 @@
-"""A few steps of one arm at one row length, of which only the cost is kept: the ranks' part of the
-stage `costs`.
+"""Measure the cost of a few training steps of one arm at one row length, for the stage `costs`.
 
-The rows are the corpus' tokens, cut to the length that is asked for, each row one run of them: what
-a long document gives. It is the loop of training with nothing saved, so what is measured is what
-training does.
+This is the part that runs on the ranks. The rows are the corpus' tokens, cut to the requested
+length. Each row is a single run, as in a long document. The steps use the normal training loop
+without saving anything, so the measured cost is that of training.
 
     run_local("longreach.training.trial:measure", trial)     # a Trial's fields
 """
@@ -28,37 +27,37 @@ from longreach.training.loop import Training, all_sum
 from longreach.training.recipe import TrainJob
 
 KEPT_FREE = 0.05
-"""Share of a machine's memory that stays free: Ray kills a process where less is left."""
+"""Share of a machine's memory to keep free, because Ray kills a process if less is left."""
 
 LOOKS = 10
-"""How often it is looked whether memory is free, a second apart: ranks of the trial before may
-still be ending."""
+"""Number of checks for free memory, one second apart. Ranks of the previous trial may still be
+shutting down."""
 
 
 class Trial(BaseModel):
-    """What is measured, and how often."""
+    """The training job and row length to measure."""
 
     job: TrainJob
-    """Its corpus gives the tokens; its out and work are not used."""
+    """Its corpus provides the tokens; its out and work folders are not used."""
     length: int
-    """Tokens of a row."""
+    """Tokens in a row."""
     needs_gib: float | None = None
-    """Memory that one rank is predicted to need; None if that is not known."""
+    """Predicted memory of one rank; None if it is not known."""
 
 
 class TrialTraining(Training):
-    """Training that leaves nothing behind."""
+    """Training that saves nothing."""
 
     def save(self) -> None:
-        """Write no checkpoint, since it takes longer than the trial."""
+        """Write no checkpoint, because that takes longer than the trial."""
 
 
 def measure(trial: dict[str, Any]) -> dict[str, Any]:
-    """Train as a Trial says; rank 0 returns a CostCell's measurements, or why it is `left_out`; the
-    others {}.
+    """Train as described by a Trial and return the measurements for a CostCell.
 
-    Every rank calls it, with the process group up. The first step, which warms up, is not in the
-    measurements.
+    Rank 0 returns the measurements. Other ranks return {}. If memory is short, every rank returns
+    the reason as `left_out`. Every rank calls this, with an initialised process group. The first
+    step is a warm-up and not measured.
     """
     asked = Trial.model_validate(trial)
     if asked.needs_gib is not None:
@@ -90,8 +89,10 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait_for_gib(needs_gib: float, *, gpu: bool) -> float:
-    """Return the memory that is free for each rank, once it is enough or does not become so; every
-    rank calls it."""
+    """Wait until each rank has enough free memory or LOOKS checks are done; return the free memory.
+
+    Every rank calls this.
+    """
     for looks_left in reversed(range(LOOKS)):
         free_gib = torch.tensor(_free_gib(gpu), dtype=torch.float64, device="cuda" if gpu else "cpu")
         dist.all_reduce(free_gib, dist.ReduceOp.MIN)
@@ -102,8 +103,7 @@ def _wait_for_gib(needs_gib: float, *, gpu: bool) -> float:
 
 
 def _free_gib(gpu: bool) -> float:
-    """Return the memory that this rank may take: of its GPU, else its part of what is free on its
-    machine."""
+    """Return the memory available to this rank: its GPU's, or its share of the machine's."""
     if gpu:
         return torch.cuda.mem_get_info()[0] / GIB
     memory = psutil.virtual_memory()

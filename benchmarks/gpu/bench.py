@@ -1,4 +1,4 @@
-"""What every section is given: where it runs, how long it may, and where its results go."""
+"""The context of a section: its device, its time limit, and the place of its results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Bench:
         self.section, self.out, self.tiny, self.base = section, out, tiny, base
         self.begun, self.limit_s = time.perf_counter(), limit_s
         if not tiny and not torch.cuda.is_available():
-            raise RuntimeError("no GPU is here: use --tiny")
+            raise RuntimeError("this machine has no GPU: use --tiny")
         self.gpu = not tiny
         self.device = torch.device("cuda" if self.gpu else "cpu")
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
@@ -39,20 +39,20 @@ class Bench:
         return self.limit_s - (time.perf_counter() - self.begun)
 
     def note(self, what: str, *, detail: bool = False, **numbers: Any) -> None:
-        """Append one result; details are left out of the table at the end."""
+        """Append one result. Details are not shown in the final table."""
         row = {"section": self.section, "what": what, "at_s": time.perf_counter() - self.begun, "detail": detail}
         with (self.out / "results.jsonl").open("a") as f:
             f.write(json.dumps(row | numbers, default=str) + "\n")
 
     def fits(self, what: str, seconds: float) -> bool:
-        """Whether so many seconds are left; if not, it is noted that `what` was left out."""
+        """Return whether this many seconds are left; if not, note that `what` was left out."""
         if self.tiny or self.left_s > seconds:
             return True
         self.note(what, left_out=f"{self.left_s:.0f} s left, {seconds:.0f} s needed")
         return False
 
     def milliseconds(self, work: Callable[[], object], rounds: int = 7) -> float:
-        """Return the median of some runs after two that warm up: by events on a GPU, by the clock on a CPU."""
+        """Return the median time of several runs after two warm-up runs: by events on a GPU, by the clock on a CPU."""
         took = []
         for n in range(rounds + 2):
             if self.gpu:
@@ -71,18 +71,18 @@ class Bench:
         return statistics.median(took)
 
     def placed(self, model: nn.Module) -> Any:
-        """Move a model here and its weights to the type of this run; rotary frequencies stay in float32."""
+        """Move a model to this device and its weights to this dtype; rotary frequencies stay in float32."""
         for weight in model.parameters():
             weight.data = weight.data.to(self.device, self.dtype)
         return nn.Module.to(model, self.device)
 
     def free(self) -> None:
-        """Give back what is no longer used, and let the peak begin anew."""
+        """Free unused memory and reset the peak."""
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak_gib(self) -> float:
-        """Return the most that tensors took on the GPU since `free`; 0 on a CPU."""
+        """Return the peak memory of tensors on the GPU since `free`; 0 on a CPU."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.gpu else 0.0

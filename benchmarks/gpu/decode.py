@@ -1,8 +1,9 @@
-"""Decode: milliseconds a token of SinkCache, of a cache that grows and of a window that is computed anew each time.
+"""Section decode: milliseconds per token of SinkCache, of a growing cache, and of recomputing the window each time.
 
-StreamingLLM (arXiv:2309.17453, figure 10) says up to 22.2 times faster than the window computed anew, on an A6000 with
-Llama-2-7B and windows of 256 to 4,096 tokens; the same shape stands here. Random weights, bfloat16, one text. At which
-length a cache stands is set by filling it with random keys: a step's work does not depend on them.
+StreamingLLM (arXiv:2309.17453, figure 10) reports up to 22.2 times the speed of a recomputed window, on an A6000 with
+Llama-2-7B and windows of 256 to 4,096 tokens. This benchmark includes the same shape. It uses random weights, bfloat16
+and one text. Caches are filled with random keys to set their text length, since a step's work does not depend on the
+keys.
 
 Legend: T tokens, L length of the text, W tokens of the window.
 """
@@ -47,7 +48,7 @@ def run(bench: Bench) -> None:
 
 
 def model_of(bench: Bench, config: LlamaConfig) -> LlamaForCausalLM:
-    """Random weights, ready to read."""
+    """Return a model with random weights in evaluation mode."""
     with torch.device(bench.device):
         return bench.placed(LlamaForCausalLM(config)).eval()
 
@@ -56,7 +57,7 @@ def model_of(bench: Bench, config: LlamaConfig) -> LlamaForCausalLM:
 def caches(
     bench: Bench, name: str, model: LlamaForCausalLM, *, lengths: tuple[int, ...], windows: tuple[int, ...]
 ) -> None:
-    """A token after texts of several lengths: by SinkCache, near and far, and by a cache that grows."""
+    """Time a token after texts of several lengths, with SinkCache and with a growing cache."""
     token = torch.zeros(1, 1, dtype=torch.long, device=bench.device)
     took: dict[str, float] = {}
     for window in windows:
@@ -79,7 +80,7 @@ def caches(
 
 
 def grown(bench: Bench, model: LlamaForCausalLM, length: int) -> DynamicCache:
-    """A cache that holds a text of random keys and values."""
+    """Return a cache with random keys and values for a text of this length."""
     config = model.config
     shape = 1, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads
     cache = DynamicCache(config=config)
@@ -91,7 +92,7 @@ def grown(bench: Bench, model: LlamaForCausalLM, length: int) -> DynamicCache:
 
 @torch.inference_mode()
 def recomputed(bench: Bench, name: str, model: LlamaForCausalLM, *, windows: tuple[int, ...]) -> None:
-    """A token by a fresh pass over the window, and how many times longer that takes than a step with SinkCache."""
+    """Time a token with the whole window recomputed, relative to a step with SinkCache."""
     token = torch.zeros(1, 1, dtype=torch.long, device=bench.device)
     for window in windows:
         ids_1T = torch.randint(model.config.vocab_size, (1, window), device=bench.device)
@@ -103,7 +104,7 @@ def recomputed(bench: Bench, name: str, model: LlamaForCausalLM, *, windows: tup
 
 
 def in_one_pass(bench: Bench, name: str, model: LlamaForCausalLM, *, tokens: int, window: int) -> None:
-    """Tokens a second of a long text in one pass that gives what decoding with SinkCache would."""
+    """Note the tokens per second of a long text in one pass, which gives the results of decoding with SinkCache."""
     ids_T = np.random.default_rng(0).integers(0, model.config.vocab_size, tokens)
     work = partial(streamed_nll, model, ids_T, SINKS, window, "cache", "text")
     milliseconds = bench.milliseconds(work, rounds=1)

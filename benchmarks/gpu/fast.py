@@ -1,8 +1,9 @@
-"""Fast: full attention and S² at 8k to 65k tokens against torch's SDPA, FlexAttention and LongLoRA's own roll.
+"""Section fast: full attention and S² at 8k to 65k tokens against torch's SDPA, FlexAttention and LongLoRA's roll.
 
-One layer, forward and backward, bfloat16, B 1, H 32, K 8, D 128, groups of a quarter of the row. Beside each time is
-its floor: the FLOPs of the pairs that are visible, over the rate of a large matrix product in the same run. The goal is
-S² at 85% or more of what arithmetic allows over full attention from 16k on, and never slower than the roll.
+It runs forward and backward of one layer in bfloat16 with B 1, H 32, K 8, D 128 and groups of a quarter of the row.
+Each time comes with its floor: the FLOPs of the visible pairs divided by the rate of a large matrix product in the same
+run. From 16k tokens on, the goal for S² is at least 85% of its theoretical speedup over full attention. S² must never
+be slower than the roll.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, G tokens of a group.
 """
@@ -23,7 +24,7 @@ from longreach.attention.flash import TorchVarlen, has_flash_attn, varlen_calls
 from longreach.attention.pattern import Heads
 
 BACKWARD = 2.5
-"""Matrix products of the flash backward over those of its forward: five over two."""
+"""Ratio of matrix products in flash attention's backward and forward pass: five to two."""
 GOAL = 0.85
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,19 +44,19 @@ def run(bench: Bench) -> None:
 
 
 def matmul_rate(bench: Bench) -> float:
-    """FLOPs a second of a square matrix product in the attention's type."""
+    """Return the FLOP/s of a square matrix product in the attention's dtype."""
     n = 8192 if bench.gpu else 256
     a, b = (torch.randn(n, n, device=bench.device, dtype=bench.dtype) for _ in range(2))
     return 2 * n**3 / bench.milliseconds(lambda: a @ b) * 1e3
 
 
 def pairs(pattern: Pattern, H: int, T: int) -> float:
-    """Visible pairs of a query and a key in all heads of a row of one document."""
+    """Return the number of visible query-key pairs in all heads of a row with one document."""
     return H * T * pattern.mean_keys(T)
 
 
 def compare(bench: Bench, T: int, H: int, K: int, D: int, rate: float) -> list[str]:
-    """Note every way's milliseconds at one length; return the goals that were missed."""
+    """Note the milliseconds of every way at one length; return the missed goals."""
     bench.free()
     causal, sparse = PATTERNS["causal"](), PATTERNS["shifted_sparse"](group_tokens=T // 4)
     with_sinks = PATTERNS["shifted_sparse"](group_tokens=T // 4, sink_tokens=4)
@@ -87,12 +88,12 @@ def compare(bench: Bench, T: int, H: int, K: int, D: int, rate: float) -> list[s
 
 
 def output(way: Way, qkv: list[Tensor], shape: torch.Size) -> Tensor:
-    """A layer's attention from projections [1, T, heads, D] to what the output projection takes [1, T, H·D]."""
+    """Compute a layer's attention from projections [1, T, heads, D] to the output projection's input [1, T, H·D]."""
     return way(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2).reshape(shape)
 
 
 def verdict(bench: Bench, T: int, took: dict[str, float], limit: float) -> list[str]:
-    """Note how S² stands to full attention and to the roll; return what missed its goal."""
+    """Note how S² compares with full attention and the roll; return the missed goals."""
     if not {"full, ours", "S², ours", "S², LongLoRA's roll"} <= took.keys():
         return [f"T {T} was not compared"]
     ratio, roll_ratio = took["full, ours"] / took["S², ours"], took["S², LongLoRA's roll"] / took["S², ours"]
@@ -110,9 +111,9 @@ def torch_sdpa(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 
 
 def roll(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, *, G: int) -> Tensor:
-    """LongLoRA's way on the same flash kernel: half of the heads rolled by half a group, groups as a batch.
+    """LongLoRA's method on the same flash kernel: half of the heads rolled by half a group, groups as a batch.
 
-    The first group of the rolled half sees the row's end: it computes something slightly different.
+    The first group of the rolled half sees the row's end, so the result differs slightly.
     """
     B, H, T, D = q_BHTD.shape
 
@@ -131,7 +132,7 @@ def roll(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, *, G: int) -> Tensor:
 
 
 def kernels_alone(bench: Bench, pattern: Pattern, qkv: list[Tensor]) -> float:
-    """Milliseconds of the library's forward calls without what is around them: what copies and bookkeeping cost."""
+    """Return the milliseconds of the library's forward calls alone, which shows the cost of copies and bookkeeping."""
     if not bench.gpu:
         return 0.0
     q, k, v = (x.detach().transpose(1, 2) for x in qkv)

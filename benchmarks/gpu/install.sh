@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On the GPU machine, in the checkout: install what wheels.sh packed, and let `longreach` be this checkout.
+# Run on the GPU machine, in the checkout: install the wheels from wheels.sh, and link `longreach` to this checkout.
 #
 #   benchmarks/gpu/install.sh FOLDER...        # all pieces; afterwards: PYTHONPATH=build/src python benchmarks/gpu --out ...
 set -euo pipefail

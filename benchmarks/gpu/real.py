@@ -1,8 +1,8 @@
-"""Real: SmolLM2 from 8k to 32k on repositories and books: what training brings over stretches that were never trained.
+"""Section real: extend SmolLM2 from 8k to 32k on repositories and books, and compare with untrained stretches.
 
-Each arm trains for as many steps as full fine-tuning does in two minutes, on the same rows of 32,768 tokens. Then the
-same 512 tokens of held-out documents are read after more and more of what stands before them, and pass keys are asked
-for. Repositories are the Python packages that are installed here, a document a folder; whole packages are held out.
+Each arm trains for as many steps as full fine-tuning does in about two minutes, on the same rows of 32,768 tokens. Then
+the same 512 tokens of held-out documents are scored with increasing context before them, and pass keys are tested. The
+repositories are the installed Python packages, one document per folder. Whole packages are held out.
 
 Legend: T tokens.
 """
@@ -44,13 +44,13 @@ from longreach.training.recipe import (
 )
 
 HELD_OUT = ("networkx", "peft", "pydantic", "fsspec")
-"""Packages of which nothing is trained on."""
+"""Packages that are held out from training."""
 HELD_OUT_PLAYS = ("hamlet*", "macbeth*", "tempest*")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is read and trained."""
+    """The sizes of training and evaluation."""
 
     trained_T: int
     row_T: int
@@ -63,7 +63,7 @@ class Sizes:
     train_s: float
     steps_at_most: int
     document_chars: tuple[int, int]
-    """Folders with fewer characters are left out, longer ones cut."""
+    """Fewest and most characters of a document: smaller folders are left out, larger ones are cut."""
 
 
 GPU = Sizes(
@@ -97,7 +97,7 @@ def run(bench: Bench) -> None:
         ),
         "lora": ArmRecipe(tune="lora", learning_rate=5e-3),
     }  # fmt: skip
-    if bench.gpu:  # as many steps for all as the slowest arm has time for
+    if bench.gpu:  # all arms train for as many steps as full fine-tuning has time for
         pace = train(bench, sizes, "pace", base, linear, arms["full"], 3)["step_s_median"]
         steps = max(4, min(sizes.steps_at_most, int(sizes.train_s / pace)))
     for name, arm in arms.items():
@@ -109,7 +109,7 @@ def run(bench: Bench) -> None:
 
 
 def base_folder(bench: Bench) -> Path:
-    """The base as a Hugging Face folder: what --base names, or a tiny random Llama."""
+    """Return the base as a Hugging Face folder: the model that --base names, or a tiny random Llama."""
     folder = bench.work / "base"
     if bench.gpu:
         convert(bench.base, folder)
@@ -145,7 +145,7 @@ def corpus(bench: Bench, sizes: Sizes, base: Path) -> list[Document]:
 
 
 def repositories(roots: list[Path], chars: tuple[int, int]) -> Iterator[tuple[str, str]]:
-    """Each folder of Python files below the roots, two levels deep, as one text: (dotted name, text)."""
+    """Yield (dotted name, text) of each folder of Python files below the roots, up to two levels deep."""
     least, most = chars
     for root in roots:
         for package in sorted(p for p in root.iterdir() if p.is_dir() and p.name.isidentifier()):
@@ -161,7 +161,7 @@ def repositories(roots: list[Path], chars: tuple[int, int]) -> Iterator[tuple[st
 def train(
     bench: Bench, sizes: Sizes, name: str, base: Path, rope: RopeRecipe, arm: ArmRecipe, steps: int
 ) -> dict[str, Any]:
-    """Train an arm; its summary."""
+    """Train an arm and return its summary."""
     bench.free()
     optim = OptimRecipe(
         steps=steps, global_batch_tokens=sizes.rows_a_step * sizes.row_T, warmup_steps=min(4, steps), schedule="linear"
@@ -180,7 +180,7 @@ def train(
 
 
 def trained(bench: Bench, name: str, base: Path, rope: RopeRecipe, arm: ArmRecipe) -> tuple[Any, Any]:
-    """(model, tokenizer) that left training, an adapter merged."""
+    """Return the trained (model, tokenizer), with an adapter merged."""
     out = bench.work / name / "out"
     if arm.tune == "all":
         return load_model(out)
@@ -192,7 +192,7 @@ def measure(
     bench: Bench, sizes: Sizes, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     documents: list[Document],
 ) -> None:  # fmt: skip
-    """Note the NLL of the same tokens after more and more context, and how many pass keys are found."""
+    """Note the NLL of the same tokens with increasing context, and the share of pass keys found."""
     model = bench.placed(model).eval()
     nll = {length: [] for length in sizes.lengths}
     longest = sizes.lengths[-1]

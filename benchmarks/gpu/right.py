@@ -1,4 +1,4 @@
-"""Right: every kernel against the float64 oracle, what no token may see, streaming, and a resumed training.
+"""Section right: check every kernel against the float64 oracle, causality, streaming and a resumed training.
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
 """
@@ -29,22 +29,22 @@ from longreach.evaluation.small_cache import streamed_nll
 from longreach.training.recipe import ArmRecipe
 
 SMALL = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-"""Largest error over the largest number, at least 1: probabilities and output are rounded once each to 8 or 11 bits,
-and a gradient adds a few tens of such errors (tests/test_attention_cuda.py)."""
+"""Largest allowed error relative to the largest number, which counts as at least 1. Probabilities and output are
+rounded once each to 8 or 11 bits, and a gradient adds a few tens of such errors (tests/test_attention_cuda.py)."""
 LONG = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Norm of the error over the norm, for long rows: a few roundings of 2^-9 (bfloat16) or 2^-12 each."""
+"""Largest allowed norm of the error over the norm, for long rows: a few roundings of 2^-9 (bfloat16) or 2^-12 each."""
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 
 
 class Checks:
-    """Counts what was compared, and keeps what was wrong."""
+    """Counts the comparisons and records those that failed."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.wrong = bench, []
         self.worst: dict[str, list[float]] = defaultdict(list)
 
     def compare(self, kind: str, about: str, error: float, allowed: float) -> None:
-        """Note one error, as a share of what is allowed."""
+        """Record one error, as a share of the allowed error."""
         share = error / allowed if math.isfinite(error) else math.inf
         self.worst[kind].append(share)
         if not share < 1:
@@ -52,7 +52,7 @@ class Checks:
             self.bench.note(f"WRONG {kind}", about=about, error=error, allowed=allowed)
 
     def report(self, kind: str) -> None:
-        """Note how many comparisons of a kind there were and how close the worst came."""
+        """Note the number of comparisons of a kind and the largest error as a share of the allowed one."""
         shares = self.worst[kind]
         failed = sum(not share < 1 for share in shares)
         self.bench.note(kind, compared=len(shares), wrong=failed, worst_over_allowed=max(shares, default=0.0))
@@ -72,7 +72,7 @@ def run(bench: Bench) -> None:
 
 
 def against_oracle(bench: Bench, checks: Checks, kind: str, kernel: str, pattern, inputs, documents=None, **options):
-    """Compare output and gradients with the oracle, which computes in float64 on the CPU."""
+    """Compare output and gradients with those of the oracle, which computes in float64 on the CPU."""
     on_device = [x.to(bench.device) for x in inputs]
     given = {k: v.to(bench.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     rows = None if documents is None else documents.to(bench.device)
@@ -85,7 +85,7 @@ def against_oracle(bench: Bench, checks: Checks, kind: str, kernel: str, pattern
 
 
 def kernels(bench: Bench, checks: Checks) -> None:
-    """Every pattern on every row, and every number of heads with sink logits."""
+    """Check every pattern on every row, and every number of heads with sink logits."""
     names = ["sdpa", *(["flash"] if bench.gpu and has_flash_attn() else [])]
     dtypes = [torch.bfloat16, torch.float16] if bench.gpu else [torch.float32]
     sizes = [64, 128] if bench.gpu else [8]
@@ -104,7 +104,7 @@ def kernels(bench: Bench, checks: Checks) -> None:
 
 
 def long_rows(bench: Bench, checks: Checks) -> None:
-    """Rows of thousands of tokens with 32 query and 8 key heads; the oracle computes on the device in float64."""
+    """Check rows of thousands of tokens with 32 query and 8 key heads; the oracle runs on the device in float64."""
     T, H, K = (2048, 32, 8) if bench.gpu else (96, 8, 2)
     patterns = [
         PATTERNS["causal"](),
@@ -133,7 +133,7 @@ def long_rows(bench: Bench, checks: Checks) -> None:
 
 
 def small_llama(bench: Bench, tokens: int) -> LlamaForCausalLM:
-    """A Llama of 2 layers whose weights are large enough for it to matter who sees what."""
+    """Return a 2-layer Llama with weights large enough that visibility changes its output measurably."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -143,7 +143,7 @@ def small_llama(bench: Bench, tokens: int) -> LlamaForCausalLM:
 
 
 def a_model_trains(bench: Bench, checks: Checks) -> None:
-    """Loss and gradients of a model with S², under activation checkpointing, against the dense reference."""
+    """Compare loss and gradients of a model with S² and activation checkpointing with the dense reference."""
     fast = small_llama(bench, 4096)
     slow = copy.deepcopy(fast)
     ids = torch.randint(256, (2, 256), device=bench.device)
@@ -163,7 +163,7 @@ def a_model_trains(bench: Bench, checks: Checks) -> None:
 
 
 def nobody_sees_the_future(bench: Bench, checks: Checks) -> None:
-    """verify-attention on a model with each pattern, by its own kernel."""
+    """Run verify-attention on a model with each pattern and its default kernel."""
     model = small_llama(bench, 4096)
     for pattern in (PATTERNS["causal"](), PATTERNS["shifted_sparse"](group_tokens=32, sink_tokens=4)):
         set_pattern(model, pattern)
@@ -173,7 +173,7 @@ def nobody_sees_the_future(bench: Bench, checks: Checks) -> None:
 
 
 def streaming(bench: Bench, checks: Checks) -> None:
-    """One pass over a text, a SinkCache token by token and in chunks: the same NLL of every token, far ones too."""
+    """Check that one pass, SinkCache token by token and SinkCache in chunks give every token the same NLL."""
     model, tokens = small_llama(bench, 1 << 20), 400 if bench.gpu else 150
     ids_T = np.random.default_rng(0).integers(0, 256, tokens)
     one_pass_T = streamed_nll(model, ids_T, 4, 60, "cache", "text")
@@ -183,13 +183,16 @@ def streaming(bench: Bench, checks: Checks) -> None:
             cache = SinkCache(model.config, 4, 60)
             logits = torch.cat([model(part, past_key_values=cache).logits for part in x_1T[:, :-1].split(size, 1)], 1)
             nll_T = torch.nn.functional.cross_entropy(logits[0].float(), x_1T[0, 1:], reduction="none").cpu().numpy()
-            allowed = 0.1 if bench.gpu else 1e-3  # nats; logits of up to 30 in bfloat16 are off by 0.06
+            allowed = 0.1 if bench.gpu else 1e-3  # nats; logits up to 30 have an error of 0.06 in bfloat16
             checks.compare("streaming", name, float(np.abs(nll_T - one_pass_T).mean()), allowed)
     checks.report("streaming")
 
 
 def resumed(bench: Bench, checks: Checks) -> None:
-    """A training that goes on from its checkpoint ends with the same bits; without determinism asked, how far off."""
+    """Check that a training resumed from its checkpoint ends with the same bits; otherwise measure the difference.
+
+    The bits must be the same with deterministic algorithms. Without them, the difference is bounded.
+    """
     arm = ArmRecipe(
         tune="lora+embed+norm",
         attention={"pattern": "shifted_sparse", "group_tokens": 8, "sink_tokens": 2},
@@ -202,7 +205,7 @@ def resumed(bench: Bench, checks: Checks) -> None:
         results = []
         for name in ("straight", "again"):
             todo = job(bench.work, name=f"{name}-{deterministic}", arm=arm, resources=resources)
-            if name == "again":  # it finds the first run's checkpoint after step 3, as after a kill
+            if name == "again":  # it resumes from the first run's checkpoint after step 3, as after a kill
                 todo["earlier"] = [str(bench.work / f"straight-{deterministic}" / "work")]
             done = train(todo)
             results.append(load_file(Path(todo["out"]) / "adapter_model.safetensors"))
@@ -217,8 +220,8 @@ def resumed(bench: Bench, checks: Checks) -> None:
 
 
 def predicates(bench: Bench, checks: Checks) -> None:
-    """FlexAttention, last: each pattern is a compilation of some 10 s. On a CPU it has no backward, and what it has
-    there is compared in tests/test_attention_kernels.py."""
+    """Check FlexAttention. It is last, because each pattern takes about 10 s to compile. On a CPU it has no backward
+    pass, and its forward pass is checked in tests/test_attention_kernels.py."""
     if not bench.gpu:
         return
     patterns = [

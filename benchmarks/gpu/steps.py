@@ -1,8 +1,8 @@
-"""Steps: tokens a second, MFU and peak memory of whole optimizer steps, and what the planner said beforehand.
+"""Section steps: tokens per second, MFU and peak memory of whole optimizer steps, with the planner's predictions.
 
-Full fine-tuning, LoRA and LongLoRA on SmolLM2's shape and on a Llama of a billion parameters, random weights, rows of
-8k to 65k tokens, bfloat16, ZeRO 0. The goals: predicted seconds within 25%, memory within 15%; DeepSpeed takes at most
-1.05 times a plain loop that keeps the same float32 weights.
+It covers full fine-tuning, LoRA and LongLoRA on SmolLM2's shape and on a Llama with a billion parameters, with random
+weights, rows of 8k to 65k tokens, bfloat16 and ZeRO 0. The goals are: predicted seconds within 25% and memory within
+15%, and DeepSpeed takes at most 1.05 times as long as a plain loop that keeps the same float32 weights.
 
 Legend: T tokens of a row.
 """
@@ -28,7 +28,7 @@ from longreach.training.loss import TokenLoss
 from longreach.training.recipe import ArmRecipe, OptimRecipe
 
 STEPS = 4
-"""Of which the first warms up."""
+"""Steps of a measurement; the first is a warm-up."""
 RATE = 1e-5
 SMOLLM2 = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -46,7 +46,7 @@ TINY = LlamaConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a row and an arm, and about how many seconds it takes."""
+    """A model, a row length and an arm, with a rough duration in seconds."""
 
     model: str
     config: LlamaConfig
@@ -56,7 +56,7 @@ class Case:
     checkpointing: bool = False
 
     def recipe(self) -> ArmRecipe:
-        """The arm; LongLoRA's groups are a quarter of the row."""
+        """Return the arm's recipe; LongLoRA's groups are a quarter of the row."""
         if self.arm == "longlora":
             sparse = {"pattern": "shifted_sparse", "group_tokens": self.T // 4}
             return ArmRecipe(tune="lora+embed+norm", attention=sparse)
@@ -67,7 +67,7 @@ class Case:
 
 
 def cases(bench: Bench) -> list[Case]:
-    """In order of worth."""
+    """Return the cases, the most important first."""
     arms = ("full", "longlora", "lora")
     if not bench.gpu:
         return [Case("tiny", TINY, 64, arm, 0) for arm in arms[:2]]
@@ -100,7 +100,7 @@ def run(bench: Bench) -> None:
 
 
 def model_of(bench: Bench, case: Case) -> nn.Module:
-    """Random weights of the arm, its pattern on, in the type in which DeepSpeed will have it."""
+    """Return the arm's model with random weights, its pattern set, in the dtype that DeepSpeed uses."""
     torch.manual_seed(0)
     with torch.device(bench.device):
         model = LlamaForCausalLM(case.config)
@@ -113,13 +113,13 @@ def model_of(bench: Bench, case: Case) -> nn.Module:
 
 
 def batch_of(bench: Bench, case: Case) -> dict[str, torch.Tensor]:
-    """A row of one document."""
+    """Return a batch of one row with one document."""
     ids_1T = torch.randint(case.config.vocab_size, (1, case.T), device=bench.device)
     return {"input_ids": ids_1T, "position_ids": torch.arange(case.T, device=bench.device)[None], "labels": ids_1T}
 
 
 def deepspeed_step(bench: Bench, case: Case) -> Callable[[], None]:
-    """One step of the product's engine."""
+    """Return a function that runs one step of our DeepSpeed engine."""
     model = model_of(bench, case)
     engine = zero.start_engine(
         TokenLoss(model), OptimRecipe(steps=STEPS, global_batch_tokens=case.T), resources_of(bench, case),
@@ -135,7 +135,7 @@ def deepspeed_step(bench: Bench, case: Case) -> Callable[[], None]:
 
 
 def plain_step(bench: Bench, case: Case) -> Callable[[], None]:
-    """One step of the loop that anybody would write, with float32 weights beside those of the model."""
+    """Return a function that runs one step of a plain loop with float32 master weights."""
     objective = TokenLoss(model_of(bench, case))
     weights = [p for p in objective.parameters() if p.requires_grad]
     masters = [p.detach().float() for p in weights]
@@ -158,7 +158,7 @@ def plain_step(bench: Bench, case: Case) -> Callable[[], None]:
 
 
 def resources_of(bench: Bench, case: Case) -> Resources:
-    """One rank on the GPU."""
+    """Return the resources of one rank on the GPU."""
     return Resources(
         workers=1, gpus_per_worker=int(bench.gpu), dtype="bfloat16", zero_stage=0,
         activation_checkpointing=case.checkpointing,
@@ -166,7 +166,7 @@ def resources_of(bench: Bench, case: Case) -> Resources:
 
 
 def measure(bench: Bench, case: Case) -> None:
-    """Note a case's speed and memory beside the planner's prediction."""
+    """Note a case's speed and memory with the planner's prediction."""
     bench.free()
     shape, arm = Shape.of(case.config.to_dict()), case.recipe()
     machine = cost.calibrate(
@@ -178,7 +178,7 @@ def measure(bench: Bench, case: Case) -> None:
         shape, arm, rows=1, seq_len=case.T, resources=resources_of(bench, case), machine=machine, document=case.T
     )
     step = deepspeed_step(bench, case)
-    bench.free()  # the weights as they were made in float32 are no part of a step
+    bench.free()  # the initial float32 weights are not part of a step
     seconds = seconds_of(bench, step)
     numbers = {"step_s": seconds, "tokens_per_s": case.T / seconds, "mfu": predicted.flops / seconds / machine.matmul}
     numbers |= {"peak_gib": bench.peak_gib(), "predicted_s": predicted.step_s, "predicted_gib": predicted.peak_gib}
@@ -202,7 +202,7 @@ def seconds_of(bench: Bench, step: Callable[[], None]) -> float:
 
 
 def against_plain(bench: Bench, case: Case) -> None:
-    """Note what DeepSpeed adds: A B A B, medians."""
+    """Note what DeepSpeed adds, with both ways alternating (A B A B): the lower of each way's two medians."""
     ways = {"DeepSpeed": deepspeed_step(bench, case), "plain": plain_step(bench, case)}
     took: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(2):

