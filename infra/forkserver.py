@@ -136,7 +136,7 @@ def _no_random_ids() -> Iterator[None]:
     with unittest.mock.patch.object(ray.actor, "ActorClassID", FromTheSystem):
         yield
     if _drawn_by_a_fork() == _drawn_by_a_fork():
-        raise RuntimeError("a module drew an id from Ray's generator when it was imported: forks would draw the same ids")
+        raise RuntimeError("a module drew from Ray's id generator when it was imported: forks would get the same ids")
 
 
 def _drawn_by_a_fork() -> bytes:

@@ -329,7 +329,7 @@ def _check_zone(tz: str) -> None:
     zones = available_timezones() - {"localtime", "posixrules", "Factory"}  # files of a machine that are no zones
     if tz in zones:
         return
-    hint = "write Europe/Berlin"
+    hint = "write one such as Europe/Berlin"
     if close := difflib.get_close_matches(tz, zones, n=1):
         hint = f"did you mean {close[0]}?"
     raise ValueError(f"tz {tz!r}: no such time zone; {hint}")
