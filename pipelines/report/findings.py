@@ -430,14 +430,14 @@ def about_arm(facts: TrainingSummary) -> str:
             "none": "no sink",
             "zero": "a zero sink",
             "token": "a sink token",
-            "logit": "a learned sink logit a head",
+            "logit": "a learned sink logit per head",
         }
         parts = ["from the base"]
         if facts.model:
             parts = ["from scratch"]
         parts.append(sinks[facts.sink])
         if facts.train == "sink":
-            parts.append("which alone trains")
+            parts.append("only the sink is trained")
         parts.append(facts.attention.about())
         return ", ".join(filter(None, parts))
     arm = facts.arm
