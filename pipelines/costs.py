@@ -159,7 +159,8 @@ class CostsStageRecipe(CostsChoices):
 def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
     """Return an arm for rows of another length, with groups of the same share of a row.
 
-    The arm has no annealing, no skipped positions and no curriculum. ValueError if no such groups exist.
+    The arm has no annealing, no skipped positions and no curriculum. ValueError if no such groups
+    exist.
     """
     choices = arm.attention.model_dump() | {"anneal_to": None, "anneal_fraction": 0.0}
     if "group_tokens" in choices:
@@ -204,8 +205,8 @@ def costs(
     corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: CostsStageRecipe, resources: Resources, out: Path,
     run: StageRun,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure every arm at every length, in turns; cells that do not fit into memory are left out, with
-    the reason.
+    """Measure every arm at every length, in turns; cells that do not fit into memory are left out,
+    with the reason.
 
     Raises:
         ValueError: A length exceeds the base's positions, or the corpus has no rows.
@@ -252,7 +253,8 @@ def _measured(
     corpus: PackedCorpus, base: ModelCheckpoint, recipe: CostsStageRecipe, resources: Resources, run: StageRun,
     cell: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the cost of one arm's steps at one length, measured in new ranks; or why it is `left_out`."""
+    """Return the cost of one arm's steps at one length, measured in new ranks; or why it is
+    `left_out`."""
     from longreach.infra.launch import run_ranks
 
     stop = stop_file(run.spool.path.parent)

@@ -32,7 +32,8 @@ class _Stage:
     total: float = 0
     unit: str = ""
     origin: tuple[float, float] | None = None
-    """(time_ms, done) at the attempt's first progress event, from which the time left is estimated."""
+    """(time_ms, done) at the attempt's first progress event, from which the time left is
+    estimated."""
     time_ms: float = 0
     tokens_per_s: float | None = None
     loss: float | None = None
@@ -58,7 +59,8 @@ class _Stage:
 
     @property
     def seconds_left(self) -> float | None:
-        """The time left at the average speed since the first progress event; None before it is known."""
+        """The time left at the average speed since the first progress event; None before it is
+        known."""
         if self.origin is None:
             return None
         start_ms, start = self.origin
@@ -111,7 +113,8 @@ class Display:
             self._bars.stop()
 
     def stage(self, name: str, state: str, detail: str = "") -> None:
-        """Show a stage's new state: waiting, running or retrying, and finally done, reused or failed."""
+        """Show a stage's new state: waiting, running or retrying, and finally done, reused or
+        failed."""
         with self._lock:
             self._change(name, state, detail)
 

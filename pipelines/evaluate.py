@@ -2,9 +2,9 @@
 cases.jsonl) and figures.
 
 Each cell's result is saved in the attempt's folder as soon as it is known, so that an interrupted
-grid resumes where it stopped. With `eval_workers` above 1, that many Ray tasks share the cells, each
-with the model in its own memory; a cell's result does not depend on the task. Attention is always
-full and causal here, whatever pattern the model was trained with (LongLoRA, section 3.2).
+grid resumes where it stopped. With `eval_workers` above 1, that many Ray tasks share the cells,
+each with the model in its own memory; a cell's result does not depend on the task. Attention is
+always full and causal here, whatever pattern the model was trained with (LongLoRA, section 3.2).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Job:
     """How a task on another node accesses model and corpus; None if all nodes share one disk."""
 
     def load(self) -> Evaluation:
-        """Return the evaluation with the model, its tokenizer and the held-out documents in memory."""
+        """Return the evaluation with the model, its tokenizer and the held-out documents in
+        memory."""
         import torch
         from transformers import AutoTokenizer
 
@@ -205,8 +206,8 @@ def _measure_part(job: Job, cells: dict[int, Cell]) -> Iterator[tuple[int, Resul
 
 
 def _number_setting(resources: Resources) -> str:
-    """Return the numeric settings that a cell's result depends on: dtype, device, and precision if it
-    is not the highest."""
+    """Return the numeric settings that a cell's result depends on: dtype, device, and precision if
+    it is not the highest."""
     setting = f"{resources.dtype}, GPUs: {resources.gpus_per_worker}"
     if resources.matmul_precision != "highest":
         setting += f", products: {resources.matmul_precision}"

@@ -113,8 +113,8 @@ def _arm_of(recipe: TrainingRecipe) -> ArmRecipe:
 
 
 def memory_gib(store: Store, stage: Stage, resources: Resources) -> float:
-    """Return the estimated memory of a stage, by which Ray places it: that of all its ranks, or of one
-    evaluation process.
+    """Return the estimated memory of a stage, by which Ray places it: that of all its ranks, or of
+    one evaluation process.
 
     If the model's sizes are unknown, or it is on a GPU, return the memory of any process.
     """
@@ -157,8 +157,8 @@ LESS_MEMORY: tuple[dict[str, Any], ...] = (
 def _refusal(stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, needs_gib: float) -> str:
     """Return why a training cannot run on this machine; empty if it can.
 
-    Measured memory was up to 10% above the counted one and never below it (RESULTS.md), so a refused
-    training cannot fit. GPU memory is not checked here.
+    Measured memory was up to 10% above the counted one and never below it (RESULTS.md), so a
+    refused training cannot fit. GPU memory is not checked here.
     """
     here_gib = usable_memory() / GIB
     if resources.gpus_per_worker or needs_gib <= here_gib:
@@ -273,8 +273,8 @@ def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> 
 
 
 def _shape(store: Store, stage: Stage) -> Shape | None:
-    """Return the shape of the model that a stage trains; None if it is unknown before conversion, or if
-    the cost model does not cover its architecture."""
+    """Return the shape of the model that a stage trains; None if it is unknown before conversion,
+    or if the cost model does not cover its architecture."""
     base = stage.inputs["base"]
     if isinstance(base.recipe, TokenizerRecipe):
         facts: dict[str, Any] = {"vocab": base.recipe.vocab_size}
@@ -301,7 +301,8 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
 
 
 def _facts(store: Store, base: Stage) -> dict[str, Any]:
-    """Return the sizes of a base from its conversion or, as far as they are known, from its config."""
+    """Return the sizes of a base from its conversion or, as far as they are known, from its
+    config."""
     return _summary(store, base) or _before_conversion(base)
 
 
@@ -333,7 +334,8 @@ def _before_conversion(stage: Stage) -> dict[str, Any]:
 
 
 def measured(store: Store, resources: Resources) -> Speed | None:
-    """Return the speed of the newest training on ranks of the same kind, on any host; None if none."""
+    """Return the speed of the newest training on ranks of the same kind, on any host; None if
+    none."""
     wanted = resources.model_dump(mode="json", include={*SAME_RANKS})
     usual = Resources().model_dump(mode="json")  # values for fields that an older manifest does not have
     speeds: list[tuple[str, Speed]] = []
@@ -356,9 +358,11 @@ def measured(store: Store, resources: Resources) -> Speed | None:
 
 
 def tried(store: Store, shape: Shape, resources: Resources) -> Speed | None:
-    """Return the speed of such ranks on this machine, from a two-second test whose result is cached.
+    """Return the speed of such ranks on this machine, from a two-second test whose result is
+    cached.
 
-    Returns None if the ranks do not fit on this machine, or, with a line on stderr, if the test fails.
+    Returns None if the ranks do not fit on this machine, or, with a line on stderr, if the test
+    fails.
     """
     asked = {"host": platform.node(), "cores": usable_cores(), "shape": asdict(shape)}
     asked["ranks"] = resources.model_dump(mode="json", include={*SAME_RANKS})

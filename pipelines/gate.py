@@ -37,7 +37,8 @@ Rows = list[dict[str, Any]]
 
 
 class PromoteRecipe(Choices):
-    """The gate: which arm may become champion of a registered model, and the rules it must satisfy."""
+    """The gate: which arm may become champion of a registered model, and the rules it must
+    satisfy."""
 
     model: str
     """Name of the arm that is the challenger."""
@@ -47,9 +48,9 @@ class PromoteRecipe(Choices):
     start_from: Literal["base", "champion"] = "base"
     """What fine-tuning starts from: `base`, or the champion once there is one."""
     target_length: int | None = Field(default=None, ge=2)
-    """Context length in tokens at which the challenger's perplexity is compared with the champion's,
-    and its gain with the base's. Default: the maximum of evaluate.perplexity.lengths, or of
-    evaluate.gain.lengths if perplexity is not measured."""
+    """Context length in tokens at which the challenger's perplexity is compared with the
+    champion's, and its gain with the base's. Default: the maximum of evaluate.perplexity.lengths,
+    or of evaluate.gain.lengths if perplexity is not measured."""
     perplexity_ratio: float | None = Field(default=1.01, gt=0)
     """Maximum ratio of its perplexity to the champion's, in each interval between measured lengths
     up to target_length."""
@@ -58,8 +59,8 @@ class PromoteRecipe(Choices):
     the base was trained to."""
     gain_over_base: New[float | Literal["auto"] | None] = "auto"
     """Minimum gain in nats per token over the base at its best own length, on the same held-out
-    tokens, with target_length tokens of context. A value below 0 is how much worse it may be. auto: 0
-    if evaluate.gain measures both, else no rule."""
+    tokens, with target_length tokens of context. A value below 0 is how much worse it may be. auto:
+    0 if evaluate.gain measures both, else no rule."""
     gain_over_stretches: New[float | Literal["auto"] | None] = "auto"
     """Minimum gain over each untrained stretch of the base, at target_length too, because such an
     extension costs nothing. auto: 0 if evaluate.gain measures both, else no rule."""
@@ -69,11 +70,12 @@ class PromoteRecipe(Choices):
     """Minimum length in tokens up to which it must find the share `passkey` (default 0.9) of the
     keys."""
     certainty: Literal["interval", "estimate"] = "interval"
-    """interval: the whole 95% confidence interval of a ratio or gain must satisfy its rule; estimate:
-    only the point estimate."""
+    """interval: the whole 95% confidence interval of a ratio or gain must satisfy its rule;
+    estimate: only the point estimate."""
 
     def problems(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield mistakes in relation to other sections, such as rules whose measure is not evaluated."""
+        """Yield mistakes in relation to other sections, such as rules whose measure is not
+        evaluated."""
         sections = {name: section for section, name in recipe.models()}
         arms = [name for name, section in sections.items() if section not in (("baselines",), ("variants",))]
         if self.model not in arms:
@@ -102,7 +104,8 @@ class PromoteRecipe(Choices):
         yield from self._lengths_that_do_not_fit(recipe)
 
     def _other_stretches(self, recipe: Recipe) -> Iterator[tuple[Location, str]]:
-        """Yield the arms that cannot start from the champion, because its stretch differs from theirs."""
+        """Yield the arms that cannot start from the champion, because its stretch differs from
+        theirs."""
         assert recipe.finetune is not None
         champions = recipe.finetune.rope_of(recipe.finetune.seeded_arms()[self.model].arm)
         for name, arm in recipe.finetune.every_arm().items():
@@ -120,7 +123,8 @@ class PromoteRecipe(Choices):
         return self.model in models and recipe.plain_baseline() in models
 
     def stretches(self, recipe: Recipe) -> list[str]:
-        """Return the untrained stretches for gain_over_stretches; empty if that rule does not apply."""
+        """Return the untrained stretches for gain_over_stretches; empty if that rule does not
+        apply."""
         models = self._measured(recipe, "gain_over_stretches")
         if self.gain_over_stretches is None or self.model not in models:
             return []
@@ -332,8 +336,8 @@ def promote(
 
 
 def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **rows: Rows) -> list[Finding]:
-    """Apply each rule; ValueError if all perplexity lengths exceed the length that the base was trained
-    to.
+    """Apply each rule; ValueError if all perplexity lengths exceed the length that the base was
+    trained to.
 
     Args:
         lengths: Context lengths in tokens at which perplexity was measured.
@@ -391,8 +395,8 @@ def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
 def _ratios(
     rule: str, ours: Rows, theirs: Rows, lengths: set[int], most: float, rules: PromoteRecipe
 ) -> Iterator[Finding]:
-    """Compare the challenger with another model in each interval from one length to the next. A mean
-    over all tokens would hide a difference at the end."""
+    """Compare the challenger with another model in each interval from one length to the next. A
+    mean over all tokens would hide a difference at the end."""
     starts = [row["start"] for row in ours if row["kind"] == "position"]
     beyond = 0
     for length in sorted(lengths):

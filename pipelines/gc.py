@@ -39,7 +39,8 @@ class Keep:
     reports: int = 3
     """Keep this many of the newest reports of each recipe."""
     fingerprints: Set[str] = field(default_factory=set)
-    """Keep the artifacts with these fingerprints: stages of recipes, and releases behind aliases."""
+    """Keep the artifacts with these fingerprints: stages of recipes, and releases behind
+    aliases."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def remove(store: Store, candidate: Candidate) -> bool:
     """Remove a stage's artifact and attempts; return False without removing anything if a run is
     making it.
 
-    The manifest is removed first, so that no reader finds an artifact with missing files. The stage's
-    lease (a few bytes) stays, because its counter must never decrease.
+    The manifest is removed first, so that no reader finds an artifact with missing files. The
+    stage's lease (a few bytes) stays, because its counter must never decrease.
     """
     stage, fingerprint = candidate.stage, candidate.fingerprint
     place = f"{stage}/{fingerprint}/lease"

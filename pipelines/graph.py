@@ -10,8 +10,8 @@
     pack, convert ── costs ── report
     release, its evaluations, the base's and the champion's ── promote
 
-No slow module is imported: `longreach plan` builds this graph in milliseconds, plus the time to hash
-the documents.
+No slow module is imported: `longreach plan` builds this graph in milliseconds, plus the time to
+hash the documents.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Pipeline:
     recipe: Recipe
     gated: bool = True  # False: do not ask for the champion, and leave out the gate's stages
     published: Callable[[Stage], Artifact | None] | None = None
-    """Returns a stage's published artifact, or None if the stage will rerun. Without it, no stage is
-    assumed to rerun."""
+    """Returns a stage's published artifact, or None if the stage will rerun. Without it, no stage
+    is assumed to rerun."""
     stages: list[Stage] = field(default_factory=list)  # topologically sorted
     models: dict[str, EvaluatedModel] = field(default_factory=dict)
 
@@ -168,7 +168,8 @@ def build(
 
 
 def add_base(pipeline: Pipeline) -> None:
-    """Add the base, its corpus and the baselines: the unchanged base, or untrained stretches of it."""
+    """Add the base, its corpus and the baselines: the unchanged base, or untrained stretches of
+    it."""
     recipe = pipeline.recipe
     if recipe.base.pretrained_arm:  # the base is one of these arms, so they come first
         _add_pretrained_arms(pipeline)
@@ -182,7 +183,8 @@ def add_base(pipeline: Pipeline) -> None:
 
 
 def add_finetuned(pipeline: Pipeline) -> None:
-    """Add the fine-tuned arms. They run one after another, because their wall-clock times are compared."""
+    """Add the fine-tuned arms. They run one after another, because their wall-clock times are
+    compared."""
     section, gate = pipeline.recipe.finetune, pipeline.recipe.promote
     if section is None:
         return
@@ -308,7 +310,8 @@ def add_evaluations(pipeline: Pipeline) -> None:
 
 
 def add_releases(pipeline: Pipeline) -> None:
-    """Add each arm's release: its model with a card that shows its scores and the untrained base's."""
+    """Add each arm's release: its model with a card that shows its scores and the untrained
+    base's."""
     recipe = pipeline.recipe
     check_base(recipe)
     baseline = pipeline.scores_of(recipe.plain_baseline() or "")
@@ -328,7 +331,8 @@ def add_releases(pipeline: Pipeline) -> None:
 
 
 def add_costs(pipeline: Pipeline) -> None:
-    """Add the cost measurement, after all stages so far: one that ran meanwhile would distort it."""
+    """Add the cost measurement, after all stages so far: one that ran meanwhile would distort
+    it."""
     if pipeline.recipe.costs:
         inputs = {"corpus": pipeline.corpus, "base": pipeline.base}
         choices = CostsStageRecipe.of(pipeline.recipe)
@@ -336,7 +340,8 @@ def add_costs(pipeline: Pipeline) -> None:
 
 
 def add_report(pipeline: Pipeline) -> None:
-    """Add the report on all stages so far except releases, which only repeat other stages' results."""
+    """Add the report on all stages so far except releases, which only repeat other stages'
+    results."""
     reported = [stage for stage in pipeline.stages if stage.name != "release"]
     pipeline.stages.append(report_on(pipeline.recipe, reported))
 
@@ -362,8 +367,8 @@ def report_on(recipe: Recipe, stages: list[Stage], failed: dict[str, str] | None
 
 
 def _from_champion(pipeline: Pipeline) -> Stage:
-    """Return the stage that fine-tuning starts from: the champion, which is already stretched, or the
-    base.
+    """Return the stage that fine-tuning starts from: the champion, which is already stretched, or
+    the base.
 
     A champion that was trained on the same documents is not trained on them again: fine-tuning then
     starts where the champion's did, so that the fingerprints are those of the champion's own run.
@@ -378,8 +383,8 @@ def _from_champion(pipeline: Pipeline) -> Stage:
 
 
 def _digest(path: Path) -> str:
-    """Return the digest of a file or of all files in a folder; missing files are the evaluation's to
-    report."""
+    """Return the digest of a file or of all files in a folder; missing files are the evaluation's
+    to report."""
     files = [path]
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file())

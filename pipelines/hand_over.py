@@ -1,8 +1,8 @@
 """Formats of a recipe's releases, and the push to the Hugging Face Hub.
 
 A push is the last step of `longreach run`, after the gate if there is one; a model that is not the
-gate's champion is not pushed. The push has the release's folder without MLflow's own files. Problems
-are reported before anything runs: a model that cannot become GGUF, or a missing token.
+gate's champion is not pushed. The push has the release's folder without MLflow's own files.
+Problems are reported before anything runs: a model that cannot become GGUF, or a missing token.
 
     longreach push quickstart --dry-run
 """
@@ -44,8 +44,8 @@ class HandOverRecipe(Choices):
     gguf: tuple[GgufType, ...] = Field(default=("f16",), min_length=1)
     """Types of the GGUF files, one file each: f16, or q8_0 with half the size."""
     push: str | None = None
-    """`hub:owner/name`: a Hugging Face Hub repository, to which a successful run pushes the release. A
-    new repository is private. The token is HF_TOKEN or that of `hf auth login`."""
+    """`hub:owner/name`: a Hugging Face Hub repository, to which a successful run pushes the
+    release. A new repository is private. The token is HF_TOKEN or that of `hf auth login`."""
     push_arm: str | None = None
     """The trained arm to push; required if there are several."""
 

@@ -1,4 +1,5 @@
-"""`longreach init NAME --documents ...`: write a recipe that fits a machine, documents and a time limit.
+"""`longreach init NAME --documents ...`: write a recipe that fits a machine, documents and a time
+limit.
 
 It asks no questions. It inspects base, documents and machine, and chooses row length, steps and
 evaluations so that the run ends in time. If no such run can work, it raises an error and writes
@@ -140,7 +141,8 @@ def _base(source: str) -> Base:
 
 
 def _machine() -> tuple[Resources, float, str]:
-    """Return the resources, the total memory for all ranks in GiB, and a description of the machine."""
+    """Return the resources, the total memory for all ranks in GiB, and a description of the
+    machine."""
     import torch
 
     cores = usable_cores()
@@ -170,7 +172,8 @@ def _fit(
     speed: Speed,
     minutes: float,
 ) -> Fit:
-    """Return the longest rows with enough steps, else those with the most steps; ValueError if none fit."""
+    """Return the longest rows with enough steps, else those with the most steps; ValueError if none
+    fit."""
     training_s = (minutes * 60 - START_S) * TRAINING_SHARE
     longest = min(base.trained, documents.most_row_tokens)
     fits: list[Fit] = []
@@ -211,7 +214,8 @@ def _fit(
 def _evaluations(
     base: Base, documents: Documents, resources: Resources, speed: Speed, minutes: float
 ) -> tuple[tuple[int, ...], float]:
-    """Return at most four perplexity lengths that fit the time, and the seconds of all evaluations."""
+    """Return at most four perplexity lengths that fit the time, and the seconds of all
+    evaluations."""
     rate = resources.workers * speed.machine.matmul * EFFICIENCY / max(1.0, speed.slower)
     stretched = base.theta and not documents.chats
     models = 3 if stretched else 2  # the arm, the base, and the stretched base if there is one

@@ -1,4 +1,5 @@
-"""Inspect the documents given to `longreach init`: sources for a recipe, sizes, and what to hold out.
+"""Inspect the documents given to `longreach init`: sources for a recipe, sizes, and what to hold
+out.
 
 look(["texts", "chats.jsonl", "path/to/a/checkout"]).sources
 """
@@ -63,7 +64,8 @@ class Documents:
 
     @property
     def test_tokens(self) -> int:
-        """Return the length of the longest test document; 0 for chats, whose perplexity means little."""
+        """Return the length of the longest test document; 0 for chats, whose perplexity means
+        little."""
         if self.chats:
             return 0
         return max(map(self._tokens, self.test))
@@ -247,8 +249,8 @@ def _hold_out(documents: Documents) -> None:
 
 
 def _split_repository(source: SourceRecipe) -> tuple[list[SourceRecipe], str]:
-    """Hold out one folder of a repository: return the sources of the rest and of the folder, and the
-    folder's name.
+    """Hold out one folder of a repository: return the sources of the rest and of the folder, and
+    the folder's name.
 
     Raises:
         ValueError: No folder has at most half of the files.

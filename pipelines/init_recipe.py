@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from longreach.pipelines.init_documents import Documents
 
 THETA_FACTOR = 3
-"""Factor on RoPE's base frequency for twice the positions, as in the quickstart (100,000 to 300,000)."""
+"""Factor on RoPE's base frequency for twice the positions, as in the quickstart (100,000 to
+300,000)."""
 
 
 def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: list[str]) -> str:

@@ -1,12 +1,14 @@
-"""Stage kinds: what all stages of one name share, as function, artifact type, revision, CPUs and GPUs.
+"""Stage kinds: what all stages of one name share, as function, artifact type, revision, CPUs and
+GPUs.
 
     @stage(makes=ModelCheckpoint, revision=1, cpus=lambda r: 1)
     def merge(base: ModelCheckpoint, adapter: AdapterCheckpoint, *, out: Path): ...
 
 The parameters before the star are the stage's inputs. Each is passed as its annotated type. A
-parameter of type `Mapping[str, T]` takes all inputs without a parameter of their own, by name. After
-the star come the other arguments that the function uses: its `recipe`, the `resources`, `out` (the
-folder for its files) and the `run`. The function returns a summary: plain data for the manifest.
+parameter of type `Mapping[str, T]` takes all inputs without a parameter of their own, by name.
+After the star come the other arguments that the function uses: its `recipe`, the `resources`, `out`
+(the folder for its files) and the `run`. The function returns a summary: plain data for the
+manifest.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class StageRun:
     spool: Spool  # for metrics and progress of this attempt
     attempt: Attempt  # `attempt.work` is private and is kept until publication: checkpoints go there
     earlier: list[Path]
-    """Folders of earlier unpublished attempts, newest first, to read checkpoints from; read-only."""
+    """Folders of earlier unpublished attempts, newest first, to read checkpoints from;
+    read-only."""
     command: str = ""
     experiment: str = "longreach"
     id: str = ""  # id of the attempt's MLflow run, as in its spool
@@ -98,7 +101,8 @@ class StageKind:
         return any(issubclass(one, wanted) for one in made)
 
     def arguments(self, artifacts: Mapping[str, Artifact], **context: Any) -> dict[str, Any]:
-        """Return the function's arguments: inputs as the annotated types, and the context that it uses."""
+        """Return the function's arguments: inputs as the annotated types, and the context that it
+        uses."""
         named = inspect.signature(self.function).parameters
         arguments = {name: value for name, value in context.items() if name in named}
         rest = {}

@@ -46,7 +46,8 @@ class PlanRow:
 
 
 def open_store(loaded: Loaded) -> Store:
-    """Open the recipe's store and check that it can be read; a relative root is in the current folder."""
+    """Open the recipe's store and check that it can be read; a relative root is in the current
+    folder."""
     recipe = loaded.recipe.store
     root = recipe.root
     if "://" not in root:
@@ -69,7 +70,8 @@ def use_tracking(loaded: Loaded) -> Iterator[str]:
 
 
 def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) -> None:
-    """Raise ValueError for what every run refuses before it starts, in addition to what `build` finds.
+    """Raise ValueError for what every run refuses before it starts, in addition to what `build`
+    finds.
 
     Every command that runs, submits or schedules a recipe calls this. If only `run` checked a rule,
     a scheduled run would be the first to report that it is broken.
@@ -130,8 +132,8 @@ def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
 
 
 def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
-    """Return what `run` would do. Checks only that files exist with the right size; `run` also hashes
-    them.
+    """Return what `run` would do. Checks only that files exist with the right size; `run` also
+    hashes them.
 
     Args:
         here: The run would be on this machine. If nothing has trained here yet, measure the
@@ -153,7 +155,8 @@ def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
 
 
 def published(store: Store, stage: Stage) -> Artifact | None:
-    """Return a stage's published artifact; None if it is missing or damaged, so that the stage reruns."""
+    """Return a stage's published artifact; None if it is missing or damaged, so that the stage
+    reruns."""
     try:
         return store.find(stage.name, stage.fingerprint)
     except CorruptArtifact:
@@ -161,10 +164,12 @@ def published(store: Store, stage: Stage) -> Artifact | None:
 
 
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
-    """Return the artifacts of the finished stages by label, `known` ones without checking them again.
+    """Return the artifacts of the finished stages by label, `known` ones without checking them
+    again.
 
-    In a local store every byte is read. In a remote store only names and sizes are compared, because
-    workers verify what they use. `repair` quarantines damaged artifacts, so that their stages rerun.
+    In a local store every byte is read. In a remote store only names and sizes are compared,
+    because workers verify what they use. `repair` quarantines damaged artifacts, so that their
+    stages rerun.
     """
     artifacts = dict(known)
     for stage in stages:
@@ -221,7 +226,7 @@ def _examine(
 
 
 def _in_words(stage: Stage, change: str) -> str:
-    """Replace an input's fingerprints by its stage: `inputs.corpus: 12ab -> 34cd` becomes `its input
-    pack changes`."""
+    """Replace an input's fingerprints by its stage: `inputs.corpus: 12ab -> 34cd` becomes `its
+    input pack changes`."""
     name = change.split(":")[0].removeprefix("inputs.")
     return f"its input {stage.inputs[name].label} changes" if name in stage.inputs else change

@@ -1,9 +1,9 @@
 """Read a recipe: parse YAML, apply overrides, validate, and report mistakes with their places.
 
-Every value keeps its origin (a line of the file, `--set`, or the default). All mistakes are reported
-at once, before anything expensive starts, each with its place, the nearest valid field and both
-numbers. The file is YAML 1.2's core schema without tags and merge keys: `2e-5` is a number; `no`,
-`010` and `2026-01-01` are strings.
+Every value keeps its origin (a line of the file, `--set`, or the default). All mistakes are
+reported at once, before anything expensive starts, each with its place, the nearest valid field and
+both numbers. The file is YAML 1.2's core schema without tags and merge keys: `2e-5` is a number;
+`no`, `010` and `2026-01-01` are strings.
 
     from longreach.pipelines.reader import load
     load("quickstart", ["finetune.steps=2"]).recipe.finetune.steps
@@ -187,7 +187,8 @@ for _tag, _pattern, _first_characters in [
 
 
 class _Reader:
-    """A recipe's plain data before validation, each value's place, and the mistakes found so far."""
+    """A recipe's plain data before validation, each value's place, and the mistakes found so
+    far."""
 
     def __init__(self, path: Path) -> None:
         """Read the file; RecipeError if it cannot be read or is not a mapping."""
@@ -205,7 +206,8 @@ class _Reader:
         self.data: dict[str, Any] = data
 
     def override(self, text: str) -> None:
-        """Set one `a.b.c=value` in the data; RecipeError without `=` or if there is no such item."""
+        """Set one `a.b.c=value` in the data; RecipeError without `=` or if there is no such
+        item."""
         path, equals, value = text.partition("=")
         if not equals or not path:
             message = "write it as field=value, e.g. finetune.steps=4"
@@ -322,7 +324,8 @@ class _Reader:
         return fields
 
     def _explain(self, details: ErrorDetails) -> list[Problem]:
-        """Translate a pydantic error: into one problem, or several if sections contradict each other."""
+        """Translate a pydantic error: into one problem, or several if sections contradict each
+        other."""
         location = details["loc"]
         error = details.get("ctx", {}).get("error")
         if isinstance(error, SectionsDisagree):
@@ -380,7 +383,8 @@ def _describe(value: Any) -> str:
 
 
 def _nearest_field(location: Location, data: Any) -> str:
-    """Suggest the closest field of the section, else other sections with this field, else list all."""
+    """Suggest the closest field of the section, else other sections with this field, else list
+    all."""
     name, section = str(location[-1]), _type_at(location[:-1], data)
     if issubclass(section, AttentionRecipe):  # each pattern has its own fields
         return nearest(name, section.model_fields, f"pattern {section.model_fields['pattern'].default!r} has")

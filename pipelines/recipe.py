@@ -1,4 +1,5 @@
-"""The recipe schema: every field of a recipe with its meaning and default, and checks across sections.
+"""The recipe schema: every field of a recipe with its meaning and default, and checks across
+sections.
 
 pipelines/reader.py reads recipes from files. `longreach config schema` prints these classes as a
 JSON Schema, and docs/hooks.py generates the reference from them: users read the text below a field.
@@ -66,31 +67,35 @@ else:  # each evaluation in EVALS gets a field of its name; adding one needs no 
 
 
 class StoreRecipe(Choices):
-    """Where artifacts are stored. Not part of identity: another root gives the same fingerprints."""
+    """Where artifacts are stored. Not part of identity: another root gives the same
+    fingerprints."""
 
     root: PathOrUrl = ".longreach"
     """Artifact store: a folder or any fsspec URL (s3://bucket/prefix)."""
     workdir: PathOrUrl = ".longreach"
-    """Local folder of this machine: scratch files, spooled metrics and the embedded MLflow store."""
+    """Local folder of this machine: scratch files, spooled metrics and the embedded MLflow
+    store."""
 
 
 class PriceRecipe(Choices):
-    """Price and power of a training rank, from which the report computes money and energy by wall-clock
-    time."""
+    """Price and power of a training rank, from which the report computes money and energy by
+    wall-clock time."""
 
     price_per_hour: float | None = Field(default=None, gt=0)
     """Price per rank and hour, in `currency`."""
     currency: str = "USD"
     """Currency of the price; only displayed."""
     watts: float | None = Field(default=None, gt=0)
-    """Mean power draw of one rank in watts, an assumption to estimate energy; it is not measured."""
+    """Mean power draw of one rank in watts, an assumption to estimate energy; it is not
+    measured."""
 
 
 class TrackingRecipe(Choices):
     """MLflow tracking. Not part of identity, and no run waits for it: metrics are spooled first."""
 
     uri: str | None = None
-    """URI of the tracking server. Default: an SQLite store in store.workdir (`longreach ui` shows it)."""
+    """URI of the tracking server. Default: an SQLite store in store.workdir (`longreach ui` shows
+    it)."""
     enabled: bool = True
     """If false, metrics are spooled but not sent; `longreach sync` sends them later."""
 
@@ -148,7 +153,8 @@ class Recipe(Choices):
         return models
 
     def finetuned_arms(self) -> dict[str, SeededArm]:
-        """Return every training of the section `finetune` by model name; empty without the section."""
+        """Return every training of the section `finetune` by model name; empty without the
+        section."""
         if self.finetune is None:
             return {}
         return self.finetune.seeded_arms()
@@ -160,7 +166,8 @@ class Recipe(Choices):
         return self.pretrain.arms
 
     def seeded_variants(self) -> dict[str, VariantRecipe]:
-        """Return every variant by model name; an arm with several seeds has one variant per seed."""
+        """Return every variant by model name; an arm with several seeds has one variant per
+        seed."""
         variants = {}
         for name, variant in self.variants.items():
             for seed in self._seeds_of(variant.of):
@@ -181,7 +188,8 @@ class Recipe(Choices):
         return list(dict.fromkeys(models))
 
     def _seeds_of(self, arm: str) -> list[str]:
-        """Return the seed suffixes of an arm's model names: empty for the first seed, then e.g. `.s1`."""
+        """Return the seed suffixes of an arm's model names: empty for the first seed, then e.g.
+        `.s1`."""
         seeds = []
         for model, training in self.finetuned_arms().items():
             if training.of == arm:
@@ -314,7 +322,8 @@ class SectionsDisagree(ValueError):
 
 
 def values(recipe: Recipe) -> Iterator[tuple[Location, Any]]:
-    """Yield each value with its location in field order; a list of plain values counts as one value."""
+    """Yield each value with its location in field order; a list of plain values counts as one
+    value."""
     yield from _leaves(recipe.model_dump(mode="json"), ())
 
 

@@ -1,8 +1,9 @@
-"""Stage `release`: an arm's model for use outside the pipeline, with a card on its abilities and limits.
+"""Stage `release`: an arm's model for use outside the pipeline, with a card on its abilities and
+limits.
 
-The folder is both a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and an
-MLflow model of the flavour `transformers`, with a signature. In a local store its weights are hard
-links to the merged model's. The template of the card is model_card.md.tmpl.
+The folder is both a plain Hugging Face model (`AutoModelForCausalLM.from_pretrained(folder)`) and
+an MLflow model of the flavour `transformers`, with a signature. In a local store its weights are
+hard links to the merged model's. The template of the card is model_card.md.tmpl.
 
     longreach run quickstart && ls .longreach/release/*/attempts/*/out
 """
@@ -103,8 +104,8 @@ def release(
 
 
 def _write_in_the_bases_type(model: Path, base: Path, out: Path) -> set[str]:
-    """Convert config and weights to the base's dtype if the model has another one, as after tuning all
-    weights of a bfloat16 base in float32; return the names of files that must not be copied."""
+    """Convert config and weights to the base's dtype if the model has another one, as after tuning
+    all weights of a bfloat16 base in float32; return the names of files that must not be copied."""
     types = []
     for folder in (model, base):
         file = folder / "config.json"  # missing if the base is only a new tokenizer
@@ -180,7 +181,8 @@ class Card:
         self._note_sink(model.path)
 
     def _note_sink(self, folder: Path) -> None:
-        """Record the model's attention sink, and the tokens that a fixed-size cache must keep for it."""
+        """Record the model's attention sink, and the tokens that a fixed-size cache must keep for
+        it."""
         from transformers import AutoTokenizer
 
         from longreach.evaluation.streaming import name_of
@@ -244,7 +246,8 @@ class Card:
         return data.to_yaml()
 
     def results(self) -> list[EvalResult]:
-        """Return all scores for the card's `model-index`, except speeds, which depend on the machine."""
+        """Return all scores for the card's `model-index`, except speeds, which depend on the
+        machine."""
         from huggingface_hub import EvalResult
 
         from longreach.evaluation import EVALS

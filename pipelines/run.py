@@ -64,11 +64,13 @@ rest itself."""
 LOOK_AGAIN_S = 5.0
 """Seconds between two tries of a stage that another run is making."""
 JOIN_S = 60.0
-"""Seconds to wait for nodes to join an existing cluster before a stage that fits nowhere is refused."""
+"""Seconds to wait for nodes to join an existing cluster before a stage that fits nowhere is
+refused."""
 NOT_IN_PARAMETERS = re.compile(r"[^\w./ -]")
 """Characters that MLflow does not allow in parameter names, such as the plus in an arm's name."""
 READ_BY_THE_DRIVER = ("report", "promote")
-"""Stages whose artifacts the driver reads. Other artifacts are read by the workers that need them."""
+"""Stages whose artifacts the driver reads. Other artifacts are read by the workers that need
+them."""
 
 
 @dataclass
@@ -111,7 +113,8 @@ class _Run:
         return Path(self.loaded.recipe.store.workdir).absolute() / "spool" / self.id
 
     def stage_start(self, stage: Stage, run: str) -> dict[str, Any]:
-        """Return the first record of a stage's event file; `run` is the id of the stage's MLflow run."""
+        """Return the first record of a stage's event file; `run` is the id of the stage's MLflow
+        run."""
         reused = stage.label in self.artifacts
         tags = {"fingerprint": stage.fingerprint, "stage": stage.name, "cache_hit": str(reused)}
         in_brackets = stage.label.partition("[")[2].rstrip("]").split(",")
@@ -166,7 +169,8 @@ def run(
         gated: If False, leave out the gate's stages and do not ask the registry for the champion.
 
     Raises:
-        ValueError: Bad choices or input, or a stage that fits nowhere; before the first stage starts.
+        ValueError: Bad choices or input, or a stage that fits nowhere; before the first stage
+            starts.
         LeaseHeld: Another run of this recipe is active, and `wait` is False.
     """
     began = time.monotonic()
@@ -286,7 +290,8 @@ def _decision(artifacts: dict[str, Artifact]) -> Decision | None:
 
 
 def _run_missing(run: _Run) -> None:
-    """Run the missing stages while MLflow's mirror uploads their events; send the report to MLflow."""
+    """Run the missing stages while MLflow's mirror uploads their events; send the report to
+    MLflow."""
     recipe = run.loaded.recipe
     pipeline = _open_pipeline(run)
     mirror = None
@@ -360,7 +365,8 @@ def _description(run: _Run, report: Report) -> str:
 
 
 def _run_on_ray(run: _Run) -> None:
-    """Connect to Ray, run the missing stages, and report on the finished ones even if some failed."""
+    """Connect to Ray, run the missing stages, and report on the finished ones even if some
+    failed."""
     from longreach.infra.cluster import connected
 
     workers_import: tuple[str, ...] = WORKERS_IMPORT
@@ -418,7 +424,8 @@ class _Driver:
         self.ended: queue.SimpleQueue[tuple[Stage, Any]] = queue.SimpleQueue()
         """Stages whose Ray tasks have ended, and their futures."""
         self.elsewhere: dict[str, tuple[float, str]] = {}
-        """Label of a stage that another run is making -> time of the next try, and that run's holder."""
+        """Label of a stage that another run is making -> time of the next try, and that run's
+        holder."""
         self.runs: dict[str, str] = {}  # label -> id of the stage's MLflow run
         self.causes: dict[str, str] = {}
         """Label of a stage that was not run -> label of the failed stage that it depends on."""
@@ -477,7 +484,8 @@ class _Driver:
         return True
 
     def _place(self, stage: Stage) -> None:
-        """Start the Ray task of a stage, which also checks whether another run is still making it."""
+        """Start the Ray task of a stage, which also checks whether another run is still making
+        it."""
         from longreach.infra.cluster import reservable_bytes
 
         resources, task = self.run.loaded.recipe.resources, self.run.task(stage, self.runs[stage.label])
@@ -492,7 +500,8 @@ class _Driver:
         self.running.add(stage.label)
 
     def _look_again(self) -> None:
-        """Retry stages that another run was making: reuse its result, or run the stage if it died."""
+        """Retry stages that another run was making: reuse its result, or run the stage if it
+        died."""
         for label, (when, other) in list(self.elsewhere.items()):
             if time.monotonic() > when and self.run.stopping.until_s is None:
                 self.elsewhere[label] = (math.inf, other)  # no further try until this one has ended

@@ -53,7 +53,8 @@ class Stopping:
 
 @contextmanager
 def terminable() -> Iterator[Stopping]:
-    """Turn SIGTERM and Ctrl-C into exceptions, so that leases are released and Ray's processes end."""
+    """Turn SIGTERM and Ctrl-C into exceptions, so that leases are released and Ray's processes
+    end."""
     stopping = Stopping()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     stopping.listen()

@@ -27,7 +27,8 @@ class Stage:
     label: str  # its displayed name, e.g. `finetune[lora]`: unique in a pipeline, not part of identity
     recipe: Choices  # the section of the recipe that changes its result
     inputs: Mapping[str, Stage] = field(default_factory=dict)
-    """The stages whose artifacts it reads, by parameter of the function or by key of its Mapping."""
+    """The stages whose artifacts it reads, by parameter of the function or by key of its
+    Mapping."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Content digests of data from outside the store."""
     after: tuple[Stage, ...] = ()

@@ -293,7 +293,8 @@ class StretchRecipe(Choices):
 
 @stage(makes=ModelCheckpoint, revision=1, cpus=lambda resources: 1)
 def stretch(model: ModelCheckpoint, base: ModelCheckpoint, *, recipe: StretchRecipe, out: Path) -> dict[str, Any]:
-    """Copy the model with another stretch in its config.json; on a local disk, weights are hard links."""
+    """Copy the model with another stretch in its config.json; on a local disk, weights are hard
+    links."""
     from longreach.training.model import restretched
 
     config = restretched(model.path, base.path, recipe.rope)

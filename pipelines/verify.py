@@ -1,4 +1,5 @@
-"""Models for `longreach verify-attention`: that of a source, or a tiny one for each arm of a recipe.
+"""Models for `longreach verify-attention`: that of a source, or a tiny one for each arm of a
+recipe.
 
 longreach verify-attention quickstart
 """

@@ -43,7 +43,8 @@ class Task:
     command: str
     version: str  # the driver's version of longreach, which every node must have
     stage_start: dict[str, Any] = field(default_factory=dict)
-    """First record of the event file of the stage's MLflow run; empty if it has no run of its own."""
+    """First record of the event file of the stage's MLflow run; empty if it has no run of its
+    own."""
     memory_gib: float = 0  # estimated memory of the stage
 
 
@@ -69,8 +70,8 @@ def file_name(label: str) -> str:
 
 
 def execute(task: Task) -> Done:
-    """Run a stage in a new attempt and publish its artifact, unless it is published or another run is
-    making it.
+    """Run a stage in a new attempt and publish its artifact, unless it is published or another run
+    is making it.
 
     Raises:
         ValueError: This node has another version of longreach, or the stage refuses its choices.

@@ -1,9 +1,9 @@
-"""The first sentences of a report with the evaluation `gain`: the gain of training over all untrained
-models.
+"""The first sentences of a report with the evaluation `gain`: the gain of training over all
+untrained models.
 
 The arm is compared with the untrained base at its best own length, and with the best untrained
-stretch at the arm's length. The arm and the length are chosen on the validation documents, as is the
-base's length; the numbers are those of the test documents. If an interval contains zero, the
+stretch at the arm's length. The arm and the length are chosen on the validation documents, as is
+the base's length; the numbers are those of the test documents. If an interval contains zero, the
 sentence says that there is no measurable gain.
 
     claim_of(gather(artifacts)).sentences()
@@ -100,7 +100,8 @@ class Claim:
         return [f"At this length, compared with the same base: {'; '.join(parts)}."]
 
     def _at_the_greatest_length(self) -> list[str]:
-        """Return a sentence on the arm at the greatest measured length, unless that is the chosen one."""
+        """Return a sentence on the arm at the greatest measured length, unless that is the chosen
+        one."""
         greatest = max(self.over_base[self.name])
         if greatest == self.length:
             return []
@@ -115,7 +116,8 @@ class Claim:
         return [f"With {self.length:,} tokens of context instead of {shortest:,}, {self.name} is {brief_verdict(own)}."]
 
     def ranked(self) -> list[str]:
-        """Return the candidates measured at the length: the chosen one, then the others, best first."""
+        """Return the candidates measured at the length: the chosen one, then the others, best
+        first."""
         measured = [name for name in self.candidates if self.length in self.over_base[name]]
         return sorted(measured, key=lambda name: (name != self.name, -self.over_base[name][self.length].nats))
 
@@ -130,8 +132,8 @@ class Claim:
 
 @lru_cache(maxsize=1)  # a page calls it six times, and each call pairs all models
 def claim_of(found: Findings) -> Claim | None:
-    """Return the claim; None unless `gain` measured the base within its trained length, and an arm or
-    stretch on the same tokens."""
+    """Return the claim; None unless `gain` measured the base within its trained length, and an arm
+    or stretch on the same tokens."""
     background = found.background()
     models = background.of_one_base(found.scores_of(GAIN))
     try:
@@ -167,7 +169,8 @@ def claim_of(found: Findings) -> Claim | None:
 
 
 def _mean_nll(models: dict[str, EvalScores], background: Background, name: str, length: int, split: str) -> float:
-    """Return the mean NLL of an arm or stretch on a split over its seeds; infinite if not measured."""
+    """Return the mean NLL of an arm or stretch on a split over its seeds; infinite if not
+    measured."""
     values = []
     for member in background.arms.get(name, (name,)):
         if member in models:

@@ -1,15 +1,16 @@
-"""Compare several runs on one page: differences in their choices, and every model's results and cost.
+"""Compare several runs on one page: differences in their choices, and every model's results and
+cost.
 
 A run is read from its published report and the artifacts that the report names. Perplexities are
 comparable if models of one base scored the same tokens of the same texts, so the frontier shows the
 largest such group. A text is identified by its tokens, not by its name, because other runs may have
-another text under the same name. Models that several runs share (a base, an unchanged arm) are shown
-once, under the first run.
+another text under the same name. Models that several runs share (a base, an unchanged arm) are
+shown once, under the first run.
 
     longreach compare quickstart 3f9a1c longer.yaml --out compare
 
-Result files of lm-evaluation-harness are added (evaluation/lm_eval_files.py) as models that have only
-the harness' tasks:
+Result files of lm-evaluation-harness are added (evaluation/lm_eval_files.py) as models that have
+only the harness' tasks:
 
     longreach compare quickstart lm-eval-output/ results_2026-11-25T12-00-00.json
 """
@@ -64,8 +65,8 @@ def compare(names: Sequence[str], out: Path, root: str | None) -> Path:
         root: The store, for names that do not imply one.
 
     Raises:
-        ValueError: Fewer than two runs or files; a run without a report or with damaged artifacts; a
-            file or task of another version of lm-eval; or `out` has other files.
+        ValueError: Fewer than two runs or files; a run without a report or with damaged artifacts;
+            a file or task of another version of lm-eval; or `out` has other files.
     """
     if out.exists() and (foreign := sorted({path.name for path in out.iterdir()} - FILES)):
         raise ValueError(f"{out} has {foreign[0]}, which no comparison wrote: choose another --out")
@@ -171,8 +172,8 @@ LOSSES = (("finetune", "Training", "loss.png"), ("pretrain", "Attention-sink pre
 
 
 def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
-    """Return (store, manifest of the report) for a recipe, a fingerprint prefix or a folder; ValueError
-    if there is no report."""
+    """Return (store, manifest of the report) for a recipe, a fingerprint prefix or a folder;
+    ValueError if there is no report."""
     path = Path(name).absolute()
     if path.exists():
         for folder in (path, *path.parents):
@@ -195,8 +196,8 @@ def find(name: str, root: str | None) -> tuple[Store, dict[str, Any]]:
 
 
 def by_prefix(store: Store, prefix: str) -> dict[str, Any] | None:
-    """Return the manifest of the report with this fingerprint prefix; None if there is none, ValueError
-    if there are several."""
+    """Return the manifest of the report with this fingerprint prefix; None if there is none,
+    ValueError if there are several."""
     found = [m for m in store.manifests("report") if m["fingerprint"].startswith(prefix)]
     if len(found) > 1:
         raise ValueError(f"{prefix} matches {len(found)} fingerprints in {store.root}: give more digits")
@@ -240,20 +241,21 @@ class Merged(Findings):
         return self.models
 
     def greatest(self) -> tuple[int, dict[str, float]]:
-        """Return the length and, for the models that scored the same tokens there, the perplexities."""
+        """Return the length and, for the models that scored the same tokens there, the
+        perplexities."""
         row = self.ppl().get(self.length, {})
         return self.length, {name: row[name]["ppl"] for name in self.models if name in self.alike}
 
     def of_the_first_base(self, evaluation: str) -> dict[str, EvalScores]:
-        """Return the scores of the best model and of all with the same base. Models of another base may
-        have other tokens at the same positions of a text."""
+        """Return the scores of the best model and of all with the same base. Models of another base
+        may have other tokens at the same positions of a text."""
         scores = self.scores_of(evaluation)
         first = next(iter(scores), "")
         return {name: one for name, one in scores.items() if self.sources[name] == self.sources[first]}
 
     def background(self) -> Background:
-        """Return the background with the first run's base, with which all arms of that base in any run
-        are compared."""
+        """Return the background with the first run's base, with which all arms of that base in any
+        run are compared."""
         found = super().background()
         base = found.base or ""
         related = [name for name in self.models if self.sources[name] == self.sources.get(base)]
@@ -390,8 +392,8 @@ def _largest_group(models: dict[str, Model], bases: dict[str, str]) -> tuple[int
 
 
 def headline(found: Merged) -> str:
-    """Return sentences on the gain from context, on the models with the lowest perplexity, and on how
-    many models are not comparable."""
+    """Return sentences on the gain from context, on the models with the lowest perplexity, and on
+    how many models are not comparable."""
     length, ppl = found.greatest()
     claim = claim_of(found)
     sentences = claim.sentences() if claim else []
@@ -406,8 +408,8 @@ def headline(found: Merged) -> str:
 
 
 def changes(runs: dict[str, Findings]) -> Table:
-    """Return a table of the choices, resources and hosts in which runs differ from the first one, with
-    one row per difference."""
+    """Return a table of the choices, resources and hosts in which runs differ from the first one,
+    with one row per difference."""
     (first, ours), *others = runs.items()
     rows = []
     for run, theirs in others:
@@ -435,8 +437,8 @@ def shortened(names: Sequence[str], most: int) -> str:
 
 
 def _choices(artifact: Artifact) -> dict[str, Any]:
-    """Return what a result or its cost depends on, without input fingerprints, which would repeat the
-    differences of earlier stages."""
+    """Return what a result or its cost depends on, without input fingerprints, which would repeat
+    the differences of earlier stages."""
     manifest = artifact.manifest
     choices = {key: manifest["identity"][key] for key in ("revision", "recipe", "digests")}
     return choices | {key: manifest.get(key) for key in ("resources", "host")}

@@ -32,8 +32,8 @@ def cost_by_length(found: Findings, style: Style) -> Section | None:
 
 
 def costs_in_words(measured: CostsSummary) -> str:
-    """Return a sentence that compares the arms' speed with the yardstick's at the greatest length at
-    which both were measured."""
+    """Return a sentence that compares the arms' speed with the yardstick's at the greatest length
+    at which both were measured."""
     other = measured.yardstick
     for length in reversed(measured.lengths):
         parts = []
@@ -128,8 +128,8 @@ def _cell(spread: Spread | None, digits: int, unit: str = "") -> str:
 
 
 def _left_out(measured: CostsSummary) -> list[Block]:
-    """Return a table of what was not measured, and why. An arm that does not fit at one length is left
-    out at all greater ones too."""
+    """Return a table of what was not measured, and why. An arm that does not fit at one length is
+    left out at all greater ones too."""
     first = {}
     for cell in reversed(measured.cells):
         if cell.left_out:

@@ -35,7 +35,8 @@ NOT_RUN = "not run, since "  # prefix of the reason of a stage that failed only 
 
 @dataclass
 class Model:
-    """A baseline, a fine-tuned or pretrained arm, or a variant, with the content of its artifacts."""
+    """A baseline, a fine-tuned or pretrained arm, or a variant, with the content of its
+    artifacts."""
 
     name: str
     kind: str
@@ -43,8 +44,8 @@ class Model:
     failed."""
     about: str
     of: str = ""
-    """The first model of the same arm: models with the same `of` differ only by seed. For an arm with
-    one seed it is the model's own name; empty for a baseline."""
+    """The first model of the same arm: models with the same `of` differ only by seed. For an arm
+    with one seed it is the model's own name; empty for a baseline."""
     variant_of: Model | None = None  # the arm that was stretched again after its training
     summary: TrainingSummary | None = None
     """Its training summary; None for a baseline, a variant and a failed training."""
@@ -61,8 +62,8 @@ class Model:
     """Whether a baseline is loaded with a stretch."""
 
     def rows(self, evaluation: str, **where: Any) -> list[dict[str, Any]]:
-        """Return the rows of an evaluation's scores whose columns have these values; empty if it was
-        not evaluated."""
+        """Return the rows of an evaluation's scores whose columns have these values; empty if it
+        was not evaluated."""
         if evaluation not in self.scores:
             return []
         return self.scores[evaluation].rows_with(**where)
@@ -74,7 +75,8 @@ class Model:
         return self.summary
 
     def ratio(self, other: Model, cost: str) -> float:
-        """Return this model's cost (a field of TrainingSummary) as a multiple of another model's."""
+        """Return this model's cost (a field of TrainingSummary) as a multiple of another
+        model's."""
         return getattr(self.training, cost) / getattr(other.training, cost)
 
     @property
@@ -83,8 +85,8 @@ class Model:
 
     @property
     def mfu(self) -> float:
-        """A step's FLOPs over what the ranks reach in plain matrix products in the same time; NaN if
-        not counted."""
+        """A step's FLOPs over what the ranks reach in plain matrix products in the same time; NaN
+        if not counted."""
         predicted, machine = self.training.predicted, self.training.machine
         if predicted is None or machine is None:
             return math.nan
@@ -109,7 +111,8 @@ class Findings:
         return {name: model for name, model in self.models.items() if model.kind in kinds}
 
     def yardstick(self, tune: str) -> Model | None:
-        """Return the first arm that trains `tune` with full attention, with which others are compared."""
+        """Return the first arm that trains `tune` with full attention, with which others are
+        compared."""
         for model in self.of("finetune").values():
             arm = model.training.arm
             if arm.tune == tune and arm.attention.pattern == "causal":
@@ -117,21 +120,21 @@ class Findings:
         return None
 
     def trained_alike(self, model: Model, other: Model) -> bool:
-        """True if the speeds of two models are comparable: trained on the same machine with the same
-        ranks, or measured in turns."""
+        """True if the speeds of two models are comparable: trained on the same machine with the
+        same ranks, or measured in turns."""
         return model.trained_on == other.trained_on or self.in_turns(model, other) is not None
 
     def speedup(self, model: Model, other: Model) -> Spread:
         """Return the model's training speed as a multiple of another's.
 
-        It comes from the measurements in turns if they include this row length; else it is the ratio
-        of the two trainings, a single number.
+        It comes from the measurements in turns if they include this row length; else it is the
+        ratio of the two trainings, a single number.
         """
         return self.in_turns(model, other) or Spread.of([model.ratio(other, "tokens_per_s")])
 
     def in_turns(self, model: Model, other: Model) -> Spread | None:
-        """Return the speed as a multiple of another arm's, measured in turns on rows of the training's
-        length; None if not measured."""
+        """Return the speed as a multiple of another arm's, measured in turns on rows of the
+        training's length; None if not measured."""
         if self.costs is None or "pack" not in self.packs:
             return None
         return self.costs.times_as_fast(self.packs["pack"].seq_len, model.of, other.of)
@@ -331,7 +334,8 @@ def _note_failure(findings: Findings, label: str, reason: str) -> None:
 
 
 def brief(reason: str) -> str:
-    """Return a reason for a table cell: "out of memory" if it is that, else the shortened first line."""
+    """Return a reason for a table cell: "out of memory" if it is that, else the shortened first
+    line."""
     if re.search(r"out ?of ?memory|low on memory|oom.?kill", reason, re.IGNORECASE):
         return "out of memory"
     return textwrap.shorten(next(iter(reason.splitlines()), "no reason given"), 100, placeholder=" …")
@@ -340,7 +344,8 @@ def brief(reason: str) -> str:
 def thinned(lines: list[str]) -> list[str]:
     """Return about POINTS evenly spaced lines of a long run, including the last one.
 
-    Lines with a validation loss or a sink mass are rare, so about POINTS of each of these are kept too.
+    Lines with a validation loss or a sink mass are rare, so about POINTS of each of these are kept
+    too.
     """
     kept: set[int] = set()
     for mark in ("", '"validation_loss"', '"sink_mass"'):
@@ -351,8 +356,8 @@ def thinned(lines: list[str]) -> list[str]:
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names on the Pareto frontier by x: no other point (x, y) is at least as good in both
-    and better in one."""
+    """Return the names on the Pareto frontier by x: no other point (x, y) is at least as good in
+    both and better in one."""
     names: list[str] = []
     least = math.inf
     for name, (_, y) in sorted(points.items(), key=lambda item: item[1]):
@@ -378,8 +383,8 @@ def read(artifact: Artifact, name: str, *needed: str) -> dict[str, Any]:
 
 
 def cases_of(artifact: Artifact) -> list[dict[str, Any]]:
-    """Return an evaluation's cases, with only the ends of long prompts, because a thousand whole ones
-    would fill the memory. ValueError if a line is not JSON."""
+    """Return an evaluation's cases, with only the ends of long prompts, because a thousand whole
+    ones would fill the memory. ValueError if a line is not JSON."""
     path = artifact.path / "cases.jsonl"
     if not path.is_file():
         return []
@@ -430,14 +435,14 @@ def about_arm(facts: TrainingSummary) -> str:
             "none": "no sink",
             "zero": "a zero sink",
             "token": "a sink token",
-            "logit": "a learned sink logit a head",
+            "logit": "a learned sink logit per head",
         }
         parts = ["from the base"]
         if facts.model:
             parts = ["from scratch"]
         parts.append(sinks[facts.sink])
         if facts.train == "sink":
-            parts.append("which alone trains")
+            parts.append("only the sink is trained")
         parts.append(facts.attention.about())
         return ", ".join(filter(None, parts))
     arm = facts.arm

@@ -35,8 +35,8 @@ const charts = JSON.parse(document.getElementById("charts").textContent);
 const options = {ast: true, actions: {export: true, source: false, compiled: false, editor: false}};
 charts.forEach((chart, n) => vegaEmbed("#chart" + n, chart, options));
 """
-"""Draws chart n in the element `chartN`. With `ast`, Vega interprets expressions, so that no text is
-executed as code."""
+"""Draws chart n in the element `chartN`. With `ast`, Vega interprets expressions, so that no text
+is executed as code."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Page:
             (folder / figure.file).write_bytes(figure.png)
 
     def html(self, *, interactive: bool = False) -> str:
-        """Return the page as HTML, with pictures or, if `interactive`, with charts that show values."""
+        """Return the page as HTML, with pictures or, if `interactive`, with charts that show
+        values."""
         from markupsafe import Markup
 
         policy, script = POLICY, ""
@@ -82,7 +83,8 @@ class Page:
 
 @cache
 def _templates() -> Environment:
-    """Return the Jinja environment, which escapes everything that a template does not mark as safe."""
+    """Return the Jinja environment, which escapes everything that a template does not mark as
+    safe."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -1,10 +1,10 @@
 """Stage `report`: a page with each arm's perplexity by length, wall clock, memory and trained
 parameters.
 
-Every number is read from the artifacts' files and manifests, never from MLflow. A section appears if
-its inputs exist; a malformed file is an error. Speed-ups are ratios of tokens/s (of the median step,
-without the first). The page shows them with the row length and model width of the measurement,
-because S²-Attn saves more on longer rows.
+Every number is read from the artifacts' files and manifests, never from MLflow. A section appears
+if its inputs exist; a malformed file is an error. Speed-ups are ratios of tokens/s (of the median
+step, without the first). The page shows them with the row length and model width of the
+measurement, because S²-Attn saves more on longer rows.
 
     longreach run quickstart && longreach report quickstart --open
 """
@@ -47,8 +47,8 @@ class ReportRecipe(Choices):
 
 @stage(makes=Report, revision=3, cpus=lambda resources: 1)
 def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
-    """Write report.html, report.md, measures.json and figures; return {"headline", "metrics", "curves",
-    "table": a short Markdown table}.
+    """Write report.html, report.md, measures.json and figures; return {"headline", "metrics",
+    "curves", "table": a short Markdown table}.
 
     Args:
         artifacts: By stage label.
@@ -70,7 +70,8 @@ def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path
 
 
 def _sections(found: Findings, command: str) -> list[Section]:
-    """Return the page's sections in order. The drawing modules are imported here, because they are slow."""
+    """Return the page's sections in order. The drawing modules are imported here, because they are
+    slow."""
     from longreach.pipelines.report import sections
 
     parts = [
@@ -137,7 +138,8 @@ def headline(found: Findings) -> str:
 
 
 def _failures(found: Findings) -> list[str]:
-    """Return a sentence on the stages that failed, and on how many could not run because of them."""
+    """Return a sentence on the stages that failed, and on how many could not run because of
+    them."""
     if not found.failed:
         return []
     causes = []
@@ -245,8 +247,8 @@ def metrics(found: Findings) -> dict[str, float]:
 
 
 def _gain_curves(found: Findings) -> dict[str, dict[int, float]]:
-    """Return the gains of arms and stretches over the base at its best, in nats per token: curve name
-    -> context length -> gain."""
+    """Return the gains of arms and stretches over the base at its best, in nats per token: curve
+    name -> context length -> gain."""
     claim = claim_of(found)
     if claim is None:
         return {}

