@@ -121,7 +121,7 @@ def test_a_norm_whose_whole_name_is_another_modules_end_is_refused():
     model.other = torch.nn.Module()
     model.other.model = torch.nn.Module()
     model.other.model.norm = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"peft takes other\.model\.norm for model\.norm, which trains beside LoRA"):
+    with pytest.raises(ValueError, match=r"takes other\.model\.norm for model\.norm, which trains in addition to LoRA"):
         apply_arm(model, arm("lora+norm"))
 
 
@@ -133,5 +133,5 @@ def test_a_target_module_that_the_model_lacks_is_answered_with_the_nearest_names
 
 @pytest.mark.parametrize("tune", ["lora", "lora+embed"])
 def test_the_head_is_no_target_since_the_loss_never_calls_it(tune):
-    with pytest.raises(ValueError, match="'lm_head' is the head of LlamaForCausalLM. The loss reads only its"):
+    with pytest.raises(ValueError, match=r"'lm_head' is the head of LlamaForCausalLM\. The loss reads only its"):
         apply_arm(fresh_llama(TINY, VOCAB, seed=0), arm(tune, target_modules=("q_proj", "lm_head")))
