@@ -27,7 +27,8 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
     """Return the arm's model, and the tokenizer to save with it.
 
     ValueError if the rows have another tokenizer or are longer than the stretched context, or for
-    an adapter with resized embeddings."""
+    an adapter with resized embeddings.
+    """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         Path(job.corpus) / "tokenizer", local_files_only=True
     )

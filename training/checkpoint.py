@@ -197,7 +197,8 @@ class Checkpoints:
         Random states are restored, too. A checkpoint from another number of ranks is converted
         through DeepSpeed's universal format, without random states. Then the next step is not
         bitwise identical, since sums over ranks are added in another order. ValueError if the
-        checkpoint was written with another ZeRO stage or dtype."""
+        checkpoint was written with another ZeRO stage or dtype.
+        """
         now = layout(engine)
         about = json.loads((path / MANIFEST).read_text())
         written = {key: about.get(key, now[key]) for key in now}  # earlier versions wrote no dtype
@@ -265,7 +266,8 @@ def elect_disk_leader(folder: Path) -> bool:
     folder.
 
     Every rank calls it. Each rank writes a file there and checks whose files it sees, so it does
-    not matter whether nodes share the disk. Drafts left by a killed process are removed."""
+    not matter whether nodes share the disk. Drafts left by a killed process are removed.
+    """
     mark = [uuid.uuid4().hex]
     dist.broadcast_object_list(mark)
     own = folder / f".rank-{mark[0]}-{dist.get_rank():06d}"

@@ -2,7 +2,8 @@
 
 A model pretrained with such a token at the start of every sample needs only this token as a sink in
 its cache (arXiv:2309.17453, section 3.3). The tokenizer itself adds it, before plain text and in
-its chat template, so that plain transformers gives the model the input it was trained on."""
+its chat template, so that plain transformers gives the model the input it was trained on.
+"""
 
 from __future__ import annotations
 

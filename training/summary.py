@@ -3,7 +3,8 @@ folder.
 
 All code that needs the cost of a training, or the number of rows in a corpus, reads these classes;
 no other code knows the files' names or keys. This module does not import torch, so that `longreach
-plan` loads it in milliseconds."""
+plan` loads it in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -301,7 +302,8 @@ class CostsSummary(Summary):
         them was left out.
 
         Only steps of the same round are compared. They ran within minutes of each other, so a
-        longer disturbance of the machine cancels out."""
+        longer disturbance of the machine cancels out.
+        """
         theirs = {cell.round: cell.step_s for cell in self.of(length, other)}
         ratios = [theirs[cell.round] / cell.step_s for cell in self.of(length, arm) if cell.round in theirs]
         return Spread.of(ratios) if ratios else None

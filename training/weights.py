@@ -33,7 +33,8 @@ def check_weights(folder: Path | str) -> None:
     finite values.
 
     Headers are checked first, so that a mismatch is found before layers are built or values are
-    read."""
+    read.
+    """
     folder = Path(folder)
     files = weight_files(folder)
     tensors = 0
@@ -98,7 +99,8 @@ def _check_names_and_sizes(folder: Path) -> None:
     config.
 
     transformers does the comparison, since it knows which names it converts, ties and ignores. On
-    the meta device no values are read."""
+    the meta device no values are read.
+    """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

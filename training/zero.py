@@ -3,7 +3,8 @@
 All of DeepSpeed's config keys and private APIs are used only here. AdamW is torch's own, passed as
 a client optimizer, because DeepSpeed's would first compile C++ for minutes. The loss is already
 divided by the targets of the whole global batch (training/loss.py). So DeepSpeed may average over
-ranks, but must not divide by the number of micro-batches; `backward` undoes that."""
+ranks, but must not divide by the number of micro-batches; `backward` undoes that.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +145,8 @@ def step(engine: Any, learning_rate: float) -> float:
     clipping.
 
     After the other micro-batches it returns NaN. If the norm is not finite, weights and optimizer
-    do not change on any rank."""
+    do not change on any rank.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_scale"]
     if not engine.is_gradient_accumulation_boundary():
