@@ -1,27 +1,27 @@
-"""KV caches of fixed size that choose what to forget by attention itself: TOVA and H2O, the rivals
-of sinks + window.
+"""KV caches of fixed size that evict tokens by their attention: TOVA and H2O, as baselines for sinks
++ window.
 
-Both read a text token by token. The current token's key comes to the `cache_tokens` that are kept,
-its query attends to all of them, and then one leaves, by what they were given:
+Both read a text token by token. The current token's key is added to the `cache_tokens` that are kept,
+its query attends to all of them, and then one is evicted, depending on the attention it got:
 
-  tova   the token with the least of the current query's attention, averaged over all heads of the
-         layer (Token Omission Via Attention, arXiv:2401.06104, section 4; the authors' code too may
-         drop the current token itself). All heads of a layer keep the same tokens.
-  h2o    each KV head by itself: the token with the least attention summed up over all queries since
-         it came, but none of the most recent half of the cache (heavy-hitter oracle,
-         arXiv:2306.14048, algorithm 1: half heavy hitters, half recent). Where query heads share a
-         KV head, their attention is added.
+  tova   evicts the token with the least attention from the current query, averaged over all heads of
+         the layer (Token Omission Via Attention, arXiv:2401.06104, section 4; as in the authors'
+         code, this may be the current token). All heads of a layer keep the same tokens.
+  h2o    decides for each KV head separately: evicts the token with the least attention, summed over
+         all queries since it was added, but none of the most recent half of the cache (heavy-hitter
+         oracle, arXiv:2306.14048, algorithm 1: half heavy hitters, half recent). If query heads
+         share a KV head, their attention is added.
 
-Neither trains anything, and neither fits a flash kernel: the probabilities themselves are needed.
-Positions are counted in the cache (keys stand at 0, 1, 2, ... in the order of the text and are
-rotated anew for each query) or in the text (as transformers rotated them).
+Neither needs training, and neither fits a flash kernel, since the probabilities themselves are needed.
+Positions are counted in the cache (keys have positions 0, 1, 2, ... in the order of the text and are
+rotated again for each query) or in the text (as transformers rotated them).
 
     cache = EvictingCache(model.config, "h2o", cache_tokens=256)
     with reading_sink_cache(model):
         model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache)
 
-Measured against sinks in RESULTS.md. SnapKV (arXiv:2404.14469) is no rival here: it compresses a
-prompt once, and the cache grows again from there. NVIDIA's kvpress has all three, but asks for
+RESULTS.md compares them with sinks. SnapKV (arXiv:2404.14469) is not comparable: it compresses a
+prompt once, after which the cache grows again. NVIDIA's kvpress has all three, but requires
 transformers below 5.3 and compresses every n-th step.
 
 Legend: B batch, T new tokens, H query heads, K key/value heads, R query heads of one KV head, N
@@ -42,28 +42,28 @@ from longreach.attention.sink_cache import AttendingLayer, inference_only, own_w
 
 
 def tova(mass_BKRN: Tensor, sum_BKN: Tensor, recent: int) -> Tensor:
-    """Return which key leaves [B, K]: the one that the current query attends to least, of all heads
-    together."""
+    """Return the key to evict, [B, K]: the one with the least attention from the current query over
+    all heads."""
     return mass_BKRN.mean((1, 2)).argmin(-1)[:, None].expand(mass_BKRN.shape[:2])
 
 
 def h2o(mass_BKRN: Tensor, sum_BKN: Tensor, recent: int) -> Tensor:
-    """Return which key leaves [B, K]: of all but the `recent` last, the one with the least
+    """Return the key to evict, [B, K]: of all except the last `recent`, the one with the least
     attention so far."""
     return sum_BKN[..., : sum_BKN.shape[-1] - recent].argmin(-1)
 
 
 POLICIES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"tova": tova, "h2o": h2o}
-"""What leaves, from the current query's attention, each key's sum of it so far, and how many recent
-ones stay."""
+"""Functions that choose the key to evict from the current query's attention, each key's sum of
+attention so far, and the number of recent keys that are protected."""
 Policy = Literal["tova", "h2o"]
 
 
 class EvictingCache(Cache):
     """`cache_tokens` keys and values in every layer, chosen by a policy of POLICIES; no padding.
 
-    Raises ValueError: a cache too small to choose; a model whose keys cannot be moved (see
-    Rotary.of), or with a window of its own no longer than this one.
+    Raises ValueError for a cache of fewer than 2 tokens, and for a model whose keys cannot be moved
+    (see Rotary.of) or whose own window is no longer than this one.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class EvictingCache(Cache):
     ) -> None:
         config = config.get_text_config(decoder=True)
         if cache_tokens < 2:
-            raise ValueError(f"cache_tokens {cache_tokens}: a cache that chooses what to keep holds at least 2")
+            raise ValueError(f"cache_tokens is {cache_tokens}, but must be at least 2 to have a choice")
         own = own_window(config)
         if own is not None and own <= cache_tokens:
             raise ValueError(
@@ -87,10 +87,9 @@ class EvictingCache(Cache):
 
 
 class EvictingLayer(AttendingLayer):
-    """One layer's kept keys and values in the order of the text, and the attention that each has
-    been given."""
+    """One layer's kept keys and values in the order of the text, and the attention that each got."""
 
-    keys: Tensor  # [B, K, N, D], turned back to position 0 where `rotary` turns them on
+    keys: Tensor  # [B, K, N, D], rotated back to position 0 if there is a `rotary`
     values: Tensor
     scores: Tensor  # [B, K, N], at least float32
 
@@ -110,12 +109,12 @@ class EvictingLayer(AttendingLayer):
     def attend(
         self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
     ) -> Tensor:
-        """Return the attention of the new tokens' queries, one after the other, and keep what the
-        policy keeps."""
+        """Return the attention of the new tokens' queries, computed one after the other, and evict
+        tokens by the policy."""
         k_BKTD, v_BKTD = self.take_new()
         B, _, T, D = q_BHTD.shape
         if mask is not None and not bool(sees_itself(mask, B, T).all()):
-            raise ValueError("an EvictingCache takes no padding: read texts of equal length together")
+            raise ValueError("an EvictingCache does not support padding: read texts of equal length together")
         if scale is None:
             scale = D**-0.5
         with torch.no_grad():
@@ -132,8 +131,8 @@ class EvictingLayer(AttendingLayer):
     def _step(
         self, q_BH1D: Tensor, k_BK1D: Tensor, v_BK1D: Tensor, scale: float, sink_logit_H: Tensor | None
     ) -> Tensor:
-        """Attend with one token to all that is kept and to itself; then forget one token if there
-        are too many."""
+        """Attend with one token to all kept tokens and itself; then evict one token if there are too
+        many."""
         self.keys, self.values = torch.cat([self.keys, k_BK1D], 2), torch.cat([self.values, v_BK1D], 2)
         B, K, N, _ = self.keys.shape
         keys_BKND, q_BKRD = self.keys, q_BH1D.reshape(B, K, -1, q_BH1D.shape[3])

@@ -1,15 +1,16 @@
 """Variable-length flash attention (arXiv:2307.08691): for S²-Attn one call for each half of the
 heads (CUDA, 16 bits).
 
-A varlen call takes all segments of a batch at once: the tokens of all rows in one line, and
-`cu_seqlens`, the edges between segments (of groups and of documents), so that rows of any documents
-are two calls however many groups they have. Two libraries have it: torch itself (kernel "sdpa" on
-CUDA) and the package flash-attn (kernel "flash"). Both read grouped-query heads as they are.
+A varlen call computes all segments of a batch at once. Its inputs are the concatenated tokens of
+all rows, and `cu_seqlens`, the borders of segments (groups and documents). So rows with any
+documents need two calls, however many groups they have. Two libraries provide it: torch itself
+(kernel "sdpa" on CUDA) and the package flash-attn (kernel "flash"). Both support grouped-query
+heads directly.
 
-What both ask for (torch 2.8 to 2.14, flash-attn 2.7 to 2.8): compute capability 8.0, 16 bits, head
-sizes up to 256 that 8 divides, features side by side, `cu_seqlens` in int32 on the device. Causal
-is the window (-1, 0), aligned at the bottom right: so the rectangles here that are causal are
-squares.
+Both require (torch 2.8 to 2.14, flash-attn 2.7 to 2.8) compute capability 8.0, 16 bits, head sizes
+up to 256 that are multiples of 8, contiguous features, and `cu_seqlens` in int32 on the device.
+Causal is the window (-1, 0), aligned at the bottom right, so causal rectangles must be squares
+here.
 
     attend(q_BHTD, k_BKTD, v_BKTD, pattern, kernel="flash")
 
@@ -32,8 +33,8 @@ from longreach.attention.segments import Call, Documents, head_spans, row_rectan
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """Where segments begin and end, int32 [segments + 1] for queries and for keys, and what each
-    query sees in its own: all keys, or if causal those before it, of them the last `window` (0:
+    """Borders of segments, int32 [segments + 1] for queries and for keys, and what each query sees
+    in its segment: all keys, or if causal those up to its own, limited to the last `window` (0:
     all)."""
 
     q: Tensor
@@ -45,23 +46,25 @@ class Edges:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """How many keys to the left and to the right of its own a query sees; -1: all."""
+        """Number of keys to the left and to the right of its own that a query sees; -1: all."""
         return self.window - 1, 0 if self.causal else -1
 
 
 class Varlen(Protocol):
-    """A library; tensors are [tokens, heads, D], the log-sum-exp is [heads, tokens]."""
+    """A library for varlen calls. Tensors are [tokens, heads, D], the log-sum-exp is [heads,
+    tokens]."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
         """Return the output and the log-sum-exp of each query."""
 
     def backward(self, saved: tuple[Tensor, ...], edges: Edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v from (dout, q, k, v, out, lse)."""
+        """Return gradients of q, k, v from (dout, q, k, v, out, lse)."""
 
 
 @dataclass(frozen=True)
 class VarlenCall(Call):
-    """Tokens q and k (begin, end) of the line of all rows, for some KV heads and their queries."""
+    """A call for tokens q and k (begin, end) of the concatenated rows, for some KV heads and their
+    query heads."""
 
     library: Varlen
     edges: Edges
@@ -72,7 +75,7 @@ class VarlenCall(Call):
 
     @property
     def writes_queries(self) -> bool:
-        return self.q == self.k  # the call of all segments; the others reach keys outside of a query's segment
+        return self.q == self.k  # the call with all segments; other calls read keys outside a query's segment
 
     def queries(self, x_BHT: Tensor) -> Tensor:
         first, last = (h * self.repeat for h in self.heads)
@@ -93,8 +96,8 @@ class VarlenCall(Call):
 def varlen_calls(
     pattern: Pattern, heads: Heads, documents: Documents, T: int, library: Varlen, device: torch.device
 ) -> list[VarlenCall]:
-    """The pattern as varlen calls: one for each range of heads, then one for each rectangle outside
-    the segments."""
+    """Return the pattern as varlen calls: for each range of heads one call for all segments, then
+    one for each rectangle outside the segments."""
     return [
         VarlenCall(library, edges, span, heads.query // heads.kv, q, k)
         for span, variant in head_spans(pattern, heads)
@@ -102,7 +105,7 @@ def varlen_calls(
     ]
 
 
-@lru_cache(maxsize=256)  # the layers of a model share it, and so do forward and backward
+@lru_cache(maxsize=256)  # shared by the layers of a model, and by forward and backward
 def _calls(
     pattern: Pattern, variant: Hashable, documents: Documents, T: int, device: torch.device
 ) -> tuple[tuple[Edges, tuple[int, int], tuple[int, int]], ...]:
@@ -119,15 +122,15 @@ def _calls(
 
 
 def united_edges(pattern: Pattern, variant: Hashable, documents: Documents, T: int, device: torch.device) -> Edges:
-    """Group edges, document edges and row edges as one `cu_seqlens`."""
+    """Return the borders of groups, documents and rows as one `cu_seqlens`."""
     edges, lengths, windows = [0], [], set()
     for row, starts in enumerate(documents):
         for r in row_rectangles(pattern, variant, starts, T):
-            if r.q == r.k:  # a segment that sees itself; the others are calls of their own
+            if r.q == r.k:  # a segment that sees itself; other rectangles are separate calls
                 edges.append(row * T + r.q[1])
                 lengths.append(r.q[1] - r.q[0])
                 windows.add(r.window)
-    (window,) = windows  # a call has one
+    (window,) = windows  # a call has a single window
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
     return Edges(cu_seqlens, cu_seqlens, max(lengths), max(lengths), causal=True, window=window or 0)
 
@@ -136,7 +139,7 @@ _forward = torch.ops.aten._flash_attention_forward
 
 
 class TorchVarlen:
-    """The flash kernels that torch carries, called as torch.nn.attention.varlen calls them."""
+    """The flash kernels in torch, called as torch.nn.attention.varlen calls them."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _forward(
@@ -173,18 +176,18 @@ class FlashAttnVarlen:
         _wrapped_flash_attn_varlen_backward(
             *saved, dq, dk, dv, edges.q, edges.k, edges.longest_q, edges.longest_k, 0.0, scale, edges.causal,
             *edges.sides, softcap=0.0, alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(),  # torch's own kernels ask the same
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # as torch's own kernels do
         )  # fmt: skip
         return dq, dk, dv
 
 
 def dense(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return the output [B, H, T, D] and the log-sum-exp [B, H, T] of one rectangle a row, by
+    """Return the output [B, H, T, D] and the log-sum-exp [B, H, T] of one rectangle per row, by
     torch's own kernel.
 
-    causal: the i-th query sees the first i keys, and those after the last key see all of them. The
-    library aligns causal queries with the last keys, so queries beyond the square are a rectangle
-    of their own.
+    causal: the i-th query sees the first i keys, and queries after the last key see all keys. The
+    library aligns causal queries with the last keys, so queries beyond the square are a separate
+    rectangle.
     """
     T, N = q_BHTD.shape[2], k_BKND.shape[2]
     if causal and N < T:
@@ -198,22 +201,22 @@ def dense(q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, scale: float, *, causa
 
 
 def refusal(dtype: torch.dtype, head_dim: int) -> str:
-    """Return why flash attention on CUDA cannot compute in this type and head size; empty if it
-    can."""
+    """Return why flash attention on CUDA does not support this dtype and head size; empty if it
+    does."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention on CUDA computes in bfloat16 and float16, not in {dtype}"
     if head_dim % 8 or head_dim > 256:
-        return f"flash attention on CUDA wants a head size that 8 divides, up to 256, not {head_dim}"
+        return f"flash attention on CUDA needs a head size that is a multiple of 8 up to 256, not {head_dim}"
     return _too_old() if torch.cuda.is_available() else ""
 
 
 @cache
 def _too_old() -> str:
     major, minor = torch.cuda.get_device_capability()
-    return "" if major >= 8 else f"flash attention needs compute capability 8.0, and this GPU has {major}.{minor}"
+    return "" if major >= 8 else f"flash attention needs compute capability 8.0, but this GPU has {major}.{minor}"
 
 
 def has_flash_attn() -> bool:
-    """Whether flash-attn 2 is installed: its compiled part, since its name is shared by flash-attn
-    4, which differs."""
+    """Return whether flash-attn 2 is installed. It looks for the compiled part, since flash-attn 4
+    has the same name but differs."""
     return find_spec("flash_attn_2_cuda") is not None

@@ -2,16 +2,16 @@
 monkeypatching.
 
     set_pattern(model, PATTERNS["shifted_sparse"](group_tokens=512))      # train sparse
-    print(active_pattern(model))                                          # shifted_sparse(...) by
-    kernel sdpa set_pattern(model, PATTERNS["causal"]())                              # evaluate
-    dense
+    print(active_pattern(model))                                          # shifted_sparse(...) by kernel sdpa
+    set_pattern(model, PATTERNS["causal"]())                              # evaluate dense
 
 Each pair of a pattern and a kernel is registered under its own name, which becomes the model's
 attention implementation. This also works with PEFT and gradient checkpointing. Packed rows are
 marked by position_ids that restart, padding by a 2-D mask; both become document borders. If
 positions skip inside a document, attention also needs the plain positions, which restart only at
 each document: model(..., position_ids=with_documents(skipping, plain)). Pass `use_cache=False`,
-since with a cache queries and keys differ in length."""
+since with a cache queries and keys differ in length.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

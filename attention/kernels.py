@@ -2,10 +2,10 @@
 
 All kernels agree with the reference (tests/test_attention_kernels.py).
 
-`sdpa`       torch's flash attention on views, without copies: segments.py on CPU, flash.py on CUDA
-(16 bits) `flash`      the same through the package flash-attn `flex`       FlexAttention, for
-patterns that are only a predicate (CUDA; on CPU without gradients) `reference`  dense attention:
-any pattern, quadratic memory
+`sdpa`       torch's flash attention on views, without copies: segments.py on CPU, flash.py on CUDA (16 bits)
+`flash`      the same through the package flash-attn
+`flex`       FlexAttention, for patterns that are only a predicate (CUDA; on CPU without gradients)
+`reference`  dense attention: any pattern, quadratic memory
 
     choose(PATTERNS["shifted_sparse"](group_tokens=512))        # 'sdpa'
 

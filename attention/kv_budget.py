@@ -1,7 +1,6 @@
 """Calculate the size of a model's KV cache, for `longreach kv-cache`.
 
-    bytes = batch · Σ over layers (kept tokens · KV heads · head dim) · 2 (keys and values) · bytes
-    per value
+    bytes = batch · Σ over layers (kept tokens · KV heads · head dim) · 2 (keys and values) · bytes per value
 
 Grouped-query attention divides that by heads / KV heads. Llama-2-70B has 64 heads and 8 KV heads,
 so papers that count 64 (2.5 MiB per token) state eight times what the model needs; `as_multi_head`
@@ -82,7 +81,8 @@ class KVBudget:
         token, so `length` is only checked.
 
         It holds the cached tokens and the current one, and the sinks' keys a second time, not
-        rotated further. Raises ValueError for sizes that the cache rejects, too."""
+        rotated further. Raises ValueError for sizes that the cache rejects, too.
+        """
         if sink_tokens < 0 or window_tokens < 1:
             raise ValueError(f"sink_tokens {sink_tokens} and window_tokens {window_tokens}: at least 0 and at least 1")
         keys, values = window_tokens + 1 + 2 * sink_tokens, window_tokens + 1 + sink_tokens

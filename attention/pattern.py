@@ -3,13 +3,12 @@
 A pattern is a predicate that says which keys a query may see, and optionally the same as rectangles
 for fast kernels.
 
-    mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position
-    (tensors that broadcast)
+    mask_mod(b, h, q, kv) -> bool         batch row, query head, query position, key position (tensors that broadcast)
 
 Predicates combine with `and_` and `or_`. The reference and FlexAttention need only the predicate.
 Flash attention supports only causal squares and full rectangles: a pattern that can be divided into
 those does so in `rectangles`, and a test compares both forms. A position_id that is not one more
-than its left neighbour starts a new document (padding is treated as a document).
+than its left neighbor starts a new document (padding is treated as a document).
 
 Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D head dim.
 """
@@ -80,7 +79,8 @@ class Rectangle:
     """Queries q (begin, end) of a row see keys k (begin, end).
 
     If not causal, each query sees all keys. If causal, q and k have the same length and the i-th
-    query sees the first i keys, or only the last `window` of these."""
+    query sees the first i keys, or only the last `window` of these.
+    """
 
     q: tuple[int, int]
     k: tuple[int, int]

@@ -2,8 +2,7 @@
 
 It follows the formula directly and is slow.
 
-    out = softmax(q kᵀ · scale + mask) v      with one more column without a value per head, if a
-    sink logit is given
+    out = softmax(q kᵀ · scale + mask) v      with one more column without a value per head, if a sink logit is given
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim.
 """

@@ -111,7 +111,8 @@ def fix_frequencies(model: nn.Module, tokens: int) -> None:
 
     transformers derives them from the largest position in a batch ("longrope"), or in all batches
     so far ("dynamic"). So the rotation of packed rows would depend on the documents in the same
-    batch, and on what a rank has read since it started."""
+    batch, and on what a rank has read since it started.
+    """
     for module in model.modules():
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             rotary: Any = module

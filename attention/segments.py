@@ -11,12 +11,10 @@ a whole tensor with zeros for every call.
 A rectangle is divided into pieces of three kinds. Rows are queries, columns are keys, and `x` is a
 visible pair:
 
-    causal   x . . .     full   x x x x     later   . . . .     of a window of 5 tokens, in blocks
-    of 4: the query
-             x x . .            x x x x             . x x x     sees its own block causally, and of
-             the block before x x x .            x x x x             . . x x     it what is later;
-             read backwards that is causal too x x x x            x x x x             . . . x
-             (queries and keys flipped), so the op can do it
+    causal   x . . .     full   x x x x     later   . . . .     in a window of 5 tokens, in blocks of 4: a query
+             x x . .            x x x x             . x x x     sees its own block causally, and the later part of
+             x x x .            x x x x             . . x x     the block before it; reversed, this is causal, too
+             x x x x            x x x x             . . . x     (queries and keys flipped), so the op supports it
 
 Query heads that share a KV head are called one after another, so that no key is repeated.
 

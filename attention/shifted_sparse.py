@@ -21,8 +21,7 @@ layers have plain groups and odd layers have shifted ones.
 With `sink_tokens`, every later group also sees the first n tokens of its document. S²-Attn alone
 deprives the model of its attention sinks, since no group after the first sees token 0.
 
-    python -c "from longreach.attention import PATTERNS;
-    print(PATTERNS['shifted_sparse'](group_tokens=512))"
+    python -c "from longreach.attention import PATTERNS; print(PATTERNS['shifted_sparse'](group_tokens=512))"
 """
 
 from __future__ import annotations

@@ -1,41 +1,37 @@
 """A KV cache of fixed size for endless texts (StreamingLLM, arXiv:2309.17453), for `model.generate`
 of transformers 5.
 
-It keeps the text's first `sink_tokens` tokens and the `window_tokens` most recent ones; the current
-token comes on top, so a query sees sink_tokens + window_tokens + 1 keys. With positions="cache"
-they stand at 0, 1, 2, ... as they lie in the cache, whatever transformers passes as position_ids;
-with positions="text" they keep their places in the text.
+It keeps the first `sink_tokens` tokens of the text and the `window_tokens` most recent ones. With the
+current token, a query sees sink_tokens + window_tokens + 1 keys. With positions="cache", keys have
+positions 0, 1, 2, ... in the order of the cache, whatever transformers passes as position_ids. With
+positions="text", they keep their positions in the text.
 
     cache = SinkCache(model.config, sink_tokens=4, window_tokens=1020)
-    model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache,
-    max_new_tokens=10_000)
+    model.generate(**tokenizer(text, return_tensors="pt"), past_key_values=cache, max_new_tokens=10_000)
 
-How a step costs the same at any text length:
-  - Keys and values lie in one ring buffer, allocated once; a new token takes the place of the
-  oldest recent one. The
-    order of keys does not matter to a single query. With 1 sink and a window of 2, S + W + 1 = 4
-    slots hold
+A step costs the same at any text length for these reasons:
+  - Keys and values are in one ring buffer, allocated once. A new token replaces the oldest recent
+    one. The order of keys does not matter to a single query. With 1 sink and a window of 2, there
+    are S + W + 1 = 4 slots:
 
         token read      0           1           2           3           4           5
         slots        [0 . . .]   [0 1 . .]   [0 1 2 .]   [0 1 2 3]   [0 4 2 3]   [0 4 5 3]
 
-    so token 4 sees the sink 0, its window 2 and 3, and itself: it took the slot of token 1, the
-    oldest.
-  - RoPE is relative: recent keys are at their true distance as they are. Only the sinks, kept aside
-    un-turned, are turned on, by the number of tokens that were evicted.
+    So token 4 sees the sink 0, its window 2 and 3, and itself. It replaced token 1, the oldest.
+  - RoPE is relative, so recent keys are already at their true distance. Only the sinks, of which an
+    unchanged copy is kept, are rotated further, by the number of evicted tokens.
   - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position FAR on,
-    the rounding of each angle, which is known, is taken back from query and key, so the millionth
-    token decodes like the thousandth. (Known where positions count a row's tokens from 0 without
-    padding, as `generate` does.)
+    the known rounding of each angle is removed from query and key, so that the millionth token
+    decodes like the thousandth. (It is known if positions count a row's tokens from 0 without
+    padding, as in `generate`.)
 
-A forward pass over several tokens (a prompt, a chunk of one, longer than the window or not) gives
-what one pass a token would: attention/streamed.py. That needs to see the query, which a cache does
-not get: so `update` hands the keys on as a tensor type of their own, and
-`scaled_dot_product_attention`, by torch's __torch_function__ protocol, asks the cache. So "sdpa"
-attention, transformers' default, just works. A model with a sink in its softmax (zero and logit
-sinks, gpt-oss) has no "sdpa": it takes the attention "sink_cache", which importing this file
-registers and which works for every model that takes attention from outside. Anything else that
-touches such keys is an error.
+A forward pass over several tokens (a prompt or a chunk of one, of any length) gives the same result as
+one pass per token (attention/streamed.py). This needs the query, which a cache does not get. So
+`update` returns the keys as a special tensor type, and `scaled_dot_product_attention` calls the cache
+through torch's __torch_function__ protocol. Therefore "sdpa" attention, transformers' default, works
+without changes. Models with a sink in the softmax (zero and logit sinks, gpt-oss) do not support
+"sdpa". They use the attention "sink_cache", which importing this file registers and which works for
+every model that accepts another attention. Any other use of such keys is an error.
 
     model.set_attn_implementation("sink_cache")      # or: with reading_sink_cache(model): ...
 
@@ -63,15 +59,15 @@ from longreach.attention.sink_softmax import with_sink
 from longreach.attention.streamed import plain, streamed_attention
 
 ATTENTION = "sink_cache"
-"""The attention implementation by which a model reads a SinkCache and nothing else."""
+"""The attention implementation with which a model can only read a SinkCache."""
 
 
 class SinkCache(Cache):
-    """Sinks and recent keys, in every layer, for a model's config; `positions` is explained above.
+    """Sinks and recent keys in every layer. The module's docstring explains `positions`.
 
-    `sink_tokens` 0 is plain window attention. Left-padded batches are welcome if the first forward
-    pass gets the mask: each row's sinks are its own first tokens. Raises ValueError: sizes that
-    make no sense; a model whose keys cannot be moved (see Rotary.of), or with a window of its own
+    `sink_tokens` 0 is plain window attention. Left-padded batches are supported if the first
+    forward pass gets the mask; each row's sinks are its own first tokens. Raises ValueError for
+    invalid sizes, and for a model whose keys cannot be moved (see Rotary.of) or whose own window is
     no longer than this one.
     """
 
@@ -86,7 +82,7 @@ class SinkCache(Cache):
         if sink_tokens < 0 or window_tokens < 1:
             raise ValueError(f"sink_tokens {sink_tokens} and window_tokens {window_tokens}: at least 0 and at least 1")
         if positions not in ("cache", "text"):
-            raise ValueError(f"positions {positions!r}: they are counted in the 'cache' or in the 'text'")
+            raise ValueError(f"positions is {positions!r}, but must be 'cache' or 'text'")
         own = own_window(config)
         if own is not None and own <= sink_tokens + window_tokens:
             raise ValueError(
@@ -98,9 +94,9 @@ class SinkCache(Cache):
 
 
 def own_window(config: PretrainedConfig) -> int | None:
-    """Return the window that some layers have of their own; None if every layer sees all tokens.
+    """Return the sliding window that some layers have; None if every layer sees all tokens.
 
-    ValueError: layers that keep something else than keys and values of single tokens.
+    ValueError if layers cache something other than keys and values of single tokens.
     """
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{config.model_type} caches a latent of rank {config.kv_lora_rank}, not keys and values")
@@ -116,12 +112,12 @@ def attend_to_sink_cache(
     module: nn.Module, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend as transformers' AttentionInterface asks, by the SinkCache from which the keys
-    come."""
+    """Compute attention for transformers' AttentionInterface with the SinkCache that the keys come
+    from."""
     if not isinstance(k_BKTD, NewKeys):
         raise TypeError(
-            f"attention {ATTENTION!r} reads a SinkCache only: pass one as past_key_values, or give the model its own "
-            f"attention back by set_attn_implementation"
+            f"attention {ATTENTION!r} reads a SinkCache only: pass one as past_key_values, or restore the model's own "
+            f"attention by set_attn_implementation"
         )
     for name in ("softcap", "position_bias"):
         if kwargs.get(name) is not None:
@@ -130,12 +126,12 @@ def attend_to_sink_cache(
 
 
 AttentionInterface.register(ATTENTION, attend_to_sink_cache)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of which the cache reads where padding lies
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # the cache finds padding in this mask
 
 
 def read_sink_cache(model: PreTrainedModel) -> None:
-    """Let a model attend by a SinkCache from now on; ValueError for one that takes no attention
-    from outside."""
+    """Make a model use a SinkCache for attention. ValueError if it does not accept another
+    attention."""
     for name, module in model.named_modules():
         if cap := getattr(module, "attn_logit_softcapping", None):
             raise ValueError(f"{type(model).__name__}: {name} caps its scores at {cap}, which a SinkCache leaves out")
@@ -146,8 +142,7 @@ def read_sink_cache(model: PreTrainedModel) -> None:
 
 @contextmanager
 def reading_sink_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend by a SinkCache inside of the block, and as before after it; errors as
-    `read_sink_cache`."""
+    """Make a model use a SinkCache for attention inside the block. Raises like `read_sink_cache`."""
     before = model.config._attn_implementation
     read_sink_cache(model)
     try:
@@ -157,7 +152,7 @@ def reading_sink_cache(model: PreTrainedModel) -> Iterator[None]:
 
 
 class Turns:
-    """Cosines and sines that all layers of one step share."""
+    """Cosines and sines of rotations that all layers share in a step."""
 
     def __init__(self, rotary: Rotary | None) -> None:
         self.rotary = rotary
@@ -166,9 +161,8 @@ class Turns:
             self.right = lru_cache(2)(self._right)
 
     def _on(self, by_B: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [B, 1, 1, R] that turn each row's keys on by `by_B`
-        positions."""
-        assert self.rotary is not None, "positions counted in the text are never turned"
+        """Return cosines and sines [B, 1, 1, R] that rotate each row's keys by `by_B` positions."""
+        assert self.rotary is not None, "keys with positions counted in the text are never rotated further"
         cos, sin = self.rotary.cos_sin(
             self.rotary.angles(torch.tensor(by_B)), torch.empty(0, dtype=dtype, device=device)
         )
@@ -177,11 +171,11 @@ class Turns:
     def _right(
         self, first_B: tuple[int, ...], tokens: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [B, 1, T, R] that take back float32's rounding of the angles.
+        """Return cosines and sines [B, 1, T, R] that undo float32's rounding of the angles.
 
-        Row b's tokens stand at first_B[b] .. first_B[b] + tokens - 1.
+        Row b's tokens have positions first_B[b] .. first_B[b] + tokens - 1.
         """
-        assert self.rotary is not None, "positions counted in the text are as transformers rotated them"
+        assert self.rotary is not None, "keys with positions counted in the text stay as transformers rotated them"
         at_BT = torch.tensor(first_B)[:, None] + torch.arange(tokens)
         angles_BTR = self.rotary.rounding(at_BT.flatten()).unflatten(0, at_BT.shape)
         cos, sin = self.rotary.cos_sin(angles_BTR, torch.empty(0, dtype=dtype, device=device))
@@ -189,8 +183,7 @@ class Turns:
 
 
 class NewKeys(Tensor):
-    """The keys of new tokens on their way from the cache to attention; only `layer.attend` can use
-    them."""
+    """Keys of new tokens that the cache returns to attention. Only `layer.attend` can use them."""
 
     layer: AttendingLayer
 
@@ -210,8 +203,8 @@ class NewKeys(Tensor):
 
 
 class AttendingLayer(CacheLayerMixin):
-    """One layer of a cache that computes the attention itself, as it alone knows which keys a query
-    sees."""
+    """One layer of a cache that computes the attention itself, since only it knows which keys a
+    query sees."""
 
     keys: Tensor  # type: ignore[assignment]
     values: Tensor  # type: ignore[assignment]
@@ -219,12 +212,13 @@ class AttendingLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        """Tokens read so far, with evicted ones and padding: transformers counts positions from
-        it."""
+        """Number of tokens read so far, including evicted ones and padding. transformers counts
+        positions from it."""
         self.new: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens' keys and values [B, K, T, D]; the result is for `attend` alone."""
+        """Store the new tokens' keys and values [B, K, T, D]. Only `attend` can use the returned
+        keys."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.keys.shape[0]:
@@ -240,7 +234,7 @@ class AttendingLayer(CacheLayerMixin):
         return keys, value_states
 
     def take_new(self) -> tuple[Tensor, Tensor]:
-        """Return the new tokens' keys and values, which `update` left for `attend`."""
+        """Return the new tokens' keys and values, which `update` stored for `attend`."""
         assert self.new is not None, "update comes before attend"
         new, self.new = self.new, None
         return new
@@ -249,30 +243,32 @@ class AttendingLayer(CacheLayerMixin):
     def attend(
         self, q_BHTD: Tensor, mask: Tensor | None, scale: float | None, sink_logit_H: Tensor | None = None
     ) -> Tensor:
-        """Return the attention of the new tokens' queries, and keep of their keys and values what
-        is to be kept.
+        """Return the attention of the new tokens' queries, and cache those of their keys and values
+        that are kept.
 
-        sink_logit_H: a logit a head that takes part in each softmax (attention/sink_softmax.py),
-        beside the tokens."""
+        sink_logit_H: a logit per head in each softmax (attention/sink_softmax.py), in addition to
+        the tokens.
+        """
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return sizes for a mask that tells the padding among the new tokens; this cache hides the
-        rest itself."""
+        """Return sizes for a mask that shows padding among the new tokens; the cache masks the rest
+        itself."""
         return query_length, self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a cache of fixed size cannot take tokens back: what they evicted is gone")
+        raise ValueError("a cache of fixed size cannot remove tokens: what they evicted is lost")
 
 
 class SinkLayer(AttendingLayer):
-    """One layer's keys and values. Slots 0..S-1 hold the sinks, S..S+W recent tokens in turn."""
+    """One layer's keys and values. Slots 0..S-1 are for sinks; S..S+W are a ring of recent
+    tokens."""
 
     keys: Tensor  # [B, K, S+W+1, D]
     values: Tensor
-    sink_keys: Tensor  # [B, K, S, D], as they came: never turned on
+    sink_keys: Tensor  # [B, K, S, D], unchanged: never rotated further
 
     def __init__(self, sink_tokens: int, window_tokens: int, turns: Turns) -> None:
         super().__init__()
@@ -282,9 +278,9 @@ class SinkLayer(AttendingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots = self.S + self.W + 1
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        with torch.inference_mode(False):  # else a cache begun in inference mode could not go on outside of it
-            # zeros: a row that padding made shorter reads slots it never filled, and a masked NaN
-            # is still a NaN
+        with torch.inference_mode(False):  # otherwise a cache created in inference mode could not be used outside it
+            # zeros, because a row with padding reads slots that it never filled, and a masked NaN is
+            # still a NaN
             B, K, _, D = key_states.shape
             self.keys = key_states.new_zeros(B, K, slots, D)
             self.values = value_states.new_zeros(B, K, slots, value_states.shape[3])
@@ -309,8 +305,8 @@ class SinkLayer(AttendingLayer):
         return inference_only(q_BHTD, out_BHTD)
 
     def _note_padding(self, mask: Tensor | None, batch: int, tokens: int) -> None:
-        """Count the padding tokens that lead each row in the first mask: a token that does not see
-        itself is one."""
+        """Count the leading padding tokens of each row in the first mask. Padding tokens do not see
+        themselves."""
         first = self.seen == tokens
         if first:
             self.padding_B = (0,) * batch
@@ -334,7 +330,7 @@ class SinkLayer(AttendingLayer):
         self, q_BH1D: Tensor, k_BK1D: Tensor, v_BK1D: Tensor, first_B: tuple[int, ...], scale: float,
         sink_logit_H: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Put each row's one token into its slot, and attend over all slots in use."""
+        """Store each row's single token in its slot, and attend over all used slots."""
         for rows, at in _together(first_B):
             self.keys[rows, :, self._slot(at)] = k_BK1D[rows, :, 0]
             self.values[rows, :, self._slot(at)] = v_BK1D[rows, :, 0]
@@ -346,11 +342,11 @@ class SinkLayer(AttendingLayer):
             self.keys[:, :, : self.S] = turned(self.sink_keys, on, self.turns.rotary.interleaved)
         used_B = [min(at + 1, self.keys.shape[2]) for at in first_B]
         used, mask = max(used_B), None
-        if min(used_B) < used:  # rows that padding made shorter
+        if min(used_B) < used:  # some rows are shorter because of padding
             in_use_BN = torch.arange(used, device=self.device) < torch.tensor(used_B, device=self.device)[:, None]
             mask = in_use_BN[:, None, None]
         keys, values = self.keys[:, :, :used], self.values[:, :, :used]
-        if sink_logit_H is not None:  # which needs the log-sum-exp that torch's function keeps to itself
+        if sink_logit_H is not None:  # it needs the log-sum-exp, which torch's function does not return
             unseen = None
             if mask is not None:
                 unseen = ~mask[:, :, None]
@@ -364,7 +360,7 @@ class SinkLayer(AttendingLayer):
         self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, first_B: tuple[int, ...], scale: float,
         sink_logit_H: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """Attend with many tokens at once, rows of equal length together; padding attends to
+        """Attend with many tokens at once, with rows of equal length together. Padding attends to
         nothing."""
         out_BHTD = torch.zeros_like(q_BHTD)
         for rows, first in _together(first_B):
@@ -386,7 +382,7 @@ class SinkLayer(AttendingLayer):
         return out_BHTD
 
     def _store(self, rows: slice, first: int, k_BKTD: Tensor, v_BKTD: Tensor, sinks: int) -> None:
-        """Put the tokens from `first` on into their slots: sinks, and of the others the last W."""
+        """Store the tokens from `first` on in their slots: sinks, and the last W of the others."""
         end = first + k_BKTD.shape[2]
         kept = [*range(first, first + sinks), *range(max(first + sinks, end - self.W), end)]
         slots, new = [self._slot(at) for at in kept], [at - first for at in kept]
@@ -395,7 +391,7 @@ class SinkLayer(AttendingLayer):
         self.sink_keys[rows, :, first : first + sinks] = k_BKTD[:, :, :sinks]
 
     def _slot(self, at: int) -> int:
-        """Return the slot of a row's token number `at`: sinks first, then W + 1 slots in turn."""
+        """Return the slot of a row's token number `at`: sinks first, then a ring of W + 1 slots."""
         if at < self.S:
             return at
         return self.S + (at - self.S) % (self.W + 1)
@@ -408,7 +404,7 @@ class SinkLayer(AttendingLayer):
         self.is_initialized = False  # the next batch may have another number of rows
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row n what row beam_idx[n] was, as beam search asks."""
+        """Replace row n by row beam_idx[n], as beam search requires."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -424,20 +420,19 @@ class SinkLayer(AttendingLayer):
 
 
 def sees_itself(mask: Tensor, batch: int, tokens: int) -> Tensor:
-    """Return which of the new tokens see themselves [B, T]: all but padding. The mask is [B, 1, T,
-    N]."""
+    """Return which of the new tokens see themselves, [B, T]: all except padding. The mask is [B, 1,
+    T, N]."""
     real_BT = mask.diagonal(dim1=-2, dim2=-1)[:, 0].expand(batch, tokens)
     return real_BT if real_BT.dtype == torch.bool else real_BT == 0
 
 
 def inference_only(q_BHTD: Tensor, out_BHTD: Tensor) -> Tensor:
-    """Return attention's output; where its query has a gradient, asking for it is an error."""
+    """Return attention's output. A backward pass through it is an error."""
     return _Inference.apply(q_BHTD, out_BHTD) if q_BHTD.requires_grad else out_BHTD
 
 
 class _Inference(torch.autograd.Function):
-    """Pass the output on; a gradient through the cache does not exist, and asking for one is an
-    error."""
+    """Pass the output on. There is no gradient through the cache, so a backward pass is an error."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTD: Tensor, out_BHTD: Tensor) -> Tensor:
@@ -449,7 +444,7 @@ class _Inference(torch.autograd.Function):
 
 
 def _together(first_B: tuple[int, ...]) -> list[tuple[slice, int]]:
-    """Return (rows, token) for each run of neighbouring rows that stand at the same token."""
+    """Return (rows, token) for each run of neighboring rows that are at the same token."""
     runs = []
     row = 0
     for first, same in groupby(first_B):

@@ -1,21 +1,21 @@
-"""How much attention rests on a sink: on a text's first tokens, and on a sink logit in the softmax
-where there is one.
+"""Measure the share of attention on sinks: on a text's first tokens, and on a sink logit in the
+softmax if there is one.
 
-In trained models most of the attention of most heads rests on the first token from the third layer
-on (StreamingLLM, arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at position
-t. Mass is exp(score - log-sum-exp), for BLOCK queries at a time: no layer's attention exists whole,
-unless its map is asked for.
+In trained models, from the third layer on, most heads put most of their attention on the first
+token (StreamingLLM, arXiv:2309.17453, figure 2). A uniform head would give it 1 / (t + 1) at
+position t. Mass is exp(score - log-sum-exp), computed for BLOCK queries at a time. The full
+attention of a layer is only kept if its map is requested.
 
-A mean hides a few heads that rest on it altogether, so heads are counted, too: Sink^eps_k ("When
+A mean hides a few heads that attend only to the sink, so heads are counted, too: Sink^eps_k ("When
 Attention Sink Emerges", arXiv:2410.10781, section 3.1) is the share of heads, over layers and
 texts, whose mean attention to token k is above eps, in texts of 64 tokens.
 
-What goes with a sink in trained models is measured beside it: the sink token's values are small, so
-that attention there does nothing, and its residual stream is far longer than others' ("Massive
-Activations", arXiv:2402.17762).
+Two properties that accompany sinks in trained models are also measured: the sink token's values are
+small, so that attention to it does nothing, and its residual stream has a much larger norm than
+that of other tokens ("Massive Activations", arXiv:2402.17762).
 
-    mass = attention_mass(model, ids_BT) print(sink_mass(mass), sink_heads(mass))         #
-    {"first_token": a number a layer, ...}, {"first_token_0.3": ...}
+    mass = attention_mass(model, ids_BT)
+    print(sink_mass(mass), sink_heads(mass))         # {"first_token": one per layer, ...}, {"first_token_0.3": ...}
 
 Legend: B batch, T tokens, H query heads, K key/value heads, D head dim, L layers, N first tokens, Q
 queries of a block.
@@ -34,50 +34,50 @@ from longreach.attention.hf import attending_by
 
 BLOCK = 128
 SINK_TOKENS = 64
-"""T of Sink^eps_k: tokens of a text, from its first on, over which a head's attention to token k is
-averaged."""
+"""T of Sink^eps_k: number of tokens at the start of a text over which a head's attention to token k
+is averaged."""
 EPSILONS = (0.3, 0.2)
-"""Mean attention above which a head rests on a token: the paper's choice, and a weaker one."""
+"""Mean attention above which a token counts as a head's sink: the paper's value, and a lower
+one."""
 
 
 @dataclass(frozen=True)
 class AttentionMass:
-    """Where attention rests, by layer and head, and what is special about the token on which it
-    does.
+    """Share of attention on sinks by layer and head, and norms of the sink token.
 
-    Means over texts, and over the queries of the second half of each text where nothing else is
-    said.
+    Unless stated otherwise, these are means over texts, and over the queries in the second half of
+    each text.
     """
 
     first_LHN: Tensor
-    """On each of the first N tokens."""
+    """Attention to each of the first N tokens."""
     softmax_LH: Tensor
-    """On the sink logit; 0 without one."""
+    """Attention to the sink logit; 0 without one."""
     early_BLHN: Tensor
-    """Of each text: on each of the first N tokens, over the queries of the first SINK_TOKENS that
-    see it."""
+    """For each text, attention to each of the first N tokens, over those of the first SINK_TOKENS
+    queries that see it."""
     early_softmax_BLH: Tensor
-    """Of each text: on the sink logit, over the first SINK_TOKENS queries; 0 without one."""
+    """For each text, attention to the sink logit, over the first SINK_TOKENS queries; 0 without
+    one."""
     values_L2: Tensor
-    """Norm of a head's value: the first token's, and the mean of all others."""
+    """Norm of a head's value: of the first token, and the mean of all others."""
     residual_L2: Tensor
-    """Norm of what a layer leaves in the residual stream: of the first token, and the mean of all
-    others."""
+    """Norm of the residual stream after a layer: of the first token, and the mean of all others."""
     maps: dict[int, Tensor]
-    """By layer: [T, T], query x key, means over texts and heads."""
+    """Attention by layer: [T, T], query x key, means over texts and heads."""
 
     def heads_L(self, epsilon: float, token: int = 0) -> Tensor:
-        """Return the share of a layer's heads, over texts, whose mean attention to `token` is above
-        epsilon."""
+        """Return, for each layer, the share of heads, over texts, whose mean attention to `token`
+        is above epsilon."""
         return (self.early_BLHN[..., token] > epsilon).float().mean((0, 2))
 
     def softmax_heads_L(self, epsilon: float) -> Tensor:
-        """Return the same of the sink logit."""
+        """Return the same for the sink logit."""
         return (self.early_softmax_BLH > epsilon).float().mean((0, 2))
 
 
 class _Layer(NamedTuple):
-    """What one layer's attention was seen to do; as AttentionMass, without L."""
+    """Measurements of one layer's attention, as in AttentionMass without L."""
 
     first_HN: Tensor
     softmax_H: Tensor
@@ -90,8 +90,8 @@ class _Layer(NamedTuple):
 def attention_mass(
     model: PreTrainedModel, ids_BT: Tensor, *, first_tokens: int = 1, map_layers: Collection[int] = ()
 ) -> AttentionMass:
-    """Where attention rests, by layer and head. ids_BT: whole texts from their first token on, as
-    the model is fed."""
+    """Measure the share of attention on sinks by layer and head. ids_BT: texts from their first
+    token on, as given to the model."""
     seen: dict[int, _Layer] = {}
     maps: dict[int, Tensor] = {}
     B, T = ids_BT.shape
@@ -118,14 +118,14 @@ def attention_mass(
             first_HN += late_BHQT[..., :first_tokens].sum((0, 2)) / late / B
             if sink_H is not None:
                 softmax_H += (1 - late_BHQT.sum(-1)).sum((0, 2)) / late / B
-            if at_Q[0] == 0:  # later tokens change nothing here: attention is causal
+            if at_Q[0] == 0:  # the first block is enough, since attention is causal
                 early_BHQT = mass_BHQT[:, :, :early]
                 early_BHN = early_BHQT[..., :first_tokens].sum(2) / seen_by_N
                 early_softmax_BH = 1 - early_BHQT.sum((2, 3)) / early
             if layer in map_layers:
                 blocks.append(mass_BHQT.mean((0, 1)))
         if sink_H is None:
-            early_softmax_BH = torch.zeros_like(early_softmax_BH)  # else 1 - 1, rounded
+            early_softmax_BH = torch.zeros_like(early_softmax_BH)  # otherwise 1 - 1 with rounding
         mean_softmax_H = torch.as_tensor(softmax_H).expand(q_BHTD.shape[1])
         values_2 = _first_and_others(v_BKTD.float().norm(dim=-1))
         seen[layer] = _Layer(torch.as_tensor(first_HN), mean_softmax_H, early_BHN, early_softmax_BH, values_2)
@@ -148,14 +148,14 @@ def attention_mass(
 
 
 def _first_and_others(norms_T: Tensor) -> Tensor:
-    """Return [2] from norms [..., T]: the mean of first tokens, and that of all others."""
+    """Return [2] from norms [..., T]: the mean over first tokens, and over all others."""
     return torch.stack([norms_T[..., 0].mean(), norms_T[..., 1:].mean()])
 
 
 @contextmanager
 def _residual_norms(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Inside it each forward pass appends, for each layer in turn, [2]: the norm of the residual
-    stream after it."""
+    """Yield a list to which each forward pass inside the block appends [2] per layer, in order: the
+    norms of the residual stream after the layer (see `_first_and_others`)."""
     norms: list[Tensor] = []
 
     def note(layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -175,14 +175,14 @@ def _residual_norms(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def sink_mass(mass: AttentionMass) -> dict[str, list[float]]:
-    """{"first_token": on position 0, "softmax_sink": on the sink logit (0 without one)}: means over
-    heads, a number a layer."""
+    """Return {"first_token": attention to position 0, "softmax_sink": attention to the sink logit
+    (0 without one)}: means over heads, one number per layer."""
     return {"first_token": mass.first_LHN[..., 0].mean(-1).tolist(), "softmax_sink": mass.softmax_LH.mean(-1).tolist()}
 
 
 def sink_heads(mass: AttentionMass) -> dict[str, float]:
-    """{"first_token_0.3": Sink^0.3_1, "softmax_sink_0.3": the same of the sink logit, ...}, for
-    each epsilon."""
+    """Return {"first_token_0.3": Sink^0.3_1, "softmax_sink_0.3": the same for the sink logit, ...},
+    for each epsilon."""
     shares = {}
     for epsilon in EPSILONS:
         shares[f"first_token_{epsilon}"] = float(mass.heads_L(epsilon).mean())

@@ -3,7 +3,8 @@ cache keeps.
 
 A model puts much attention on its first tokens, whatever they mean. Window attention that drops
 them collapses; window attention that keeps a few of them does not. `sink_tokens=0` is plain window
-attention."""
+attention.
+"""
 
 from __future__ import annotations
 

@@ -6,16 +6,14 @@ positions counted in the cache, recent keys are at their true distance, since Ro
 the sinks are nearer, as if the query were at min(t, S + W). So for the sinks the query is rotated
 back by t - (S + W). The recent keys are a band:
 
-    t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys
-    before the block
+    t - W .. t     = causal inside a block of W queries, and the mirror image of causal in the keys before the block
 
 Blocks of W queries need neither a mask nor a band matrix. They are two causal flash attentions (the
 second with queries and keys flipped), a rectangle if a block is short, and a small sink term,
 merged by their log-sum-exps. Memory is O(W) in addition to q, k, v. The result equals decoding to
 1e-12 in float64 (tests/test_attention_streamed.py); speed is measured in benchmarks/streaming.py.
 
-    out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020,
-    rotary=rotary)
+    out_BHTD = streamed_attention(q_BHTD, recent_kv, sink_kv, sink_tokens=4, window_tokens=1020, rotary=rotary)
 
 Legend: B batch, T queries, H query heads, K key/value heads, D head dim, S sinks, W window, N
 recent keys.
@@ -46,11 +44,9 @@ def streamed_attention(
             own. Before the first query's own there are up to window_tokens, as many as exist.
         sinks: keys and values of the text's first tokens, min(sink_tokens, first+T) of them.
         rotary: rotates queries back, for positions counted in the cache; None: positions are
-        counted
-            in the text.
+            counted in the text.
         sink_logit_H: a logit per head in each softmax (attention/sink_softmax.py), in addition to
-        the
-            sink tokens.
+            the sink tokens.
     """
     out_BHTD = torch.empty_like(q_BHTD)
     among = max(0, min(sink_tokens - first, q_BHTD.shape[2]))  # number of queries that are sinks

@@ -130,7 +130,8 @@ def attend_in_parts(
     """Return attention [B, H, P, D] of this rank's tokens over the whole row.
 
     Every rank of the group calls it at the same time, each with its own tokens. Raises ValueError
-    like `check_heads`."""
+    like `check_heads`.
+    """
     H, K = q_BHPD.shape[1], k_BKPD.shape[1]
     check_heads(H, K, ranks.size)
     assert call.position_ids_BT is not None, "positions are needed to tell documents apart"

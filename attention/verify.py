@@ -5,9 +5,8 @@ shows why. Most copies of S²-Attn have such a leak: a roll by half a group puts
 its start into one causal group. So this tests the model itself, whatever computes its attention, in
 two independent ways:
 
-  output    replace the tokens from a cut to the end of their document; no hidden state elsewhere
-  may change gradient  take the last hidden states from a document's start to a cut; no embedding
-  elsewhere may have a gradient
+  output    replace the tokens from a cut to the end of their document; no hidden state elsewhere may change
+  gradient  take the last hidden states from a document's start to a cut; no embedding elsewhere may have a gradient
 
 Each test is done at many cuts, in a row of one document and in a row of three packed documents
 (position_ids restart).

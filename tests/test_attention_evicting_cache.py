@@ -102,7 +102,7 @@ def test_what_cannot_be_right_is_refused():
     read_sink_cache(model)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    with pytest.raises(ValueError, match="takes no padding"):
+    with pytest.raises(ValueError, match="does not support padding"):
         model(ids, attention_mask=mask, past_key_values=EvictingCache(model.config, "tova", 9))
     with pytest.raises(ValueError, match="cache_tokens 1: "):
         EvictingCache(model.config, "tova", 1)

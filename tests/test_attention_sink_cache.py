@@ -379,5 +379,5 @@ def test_padding_that_it_cannot_place_is_refused():
         model(ids, attention_mask=late, past_key_values=cache)
     with torch.no_grad(), pytest.raises(ValueError, match="2 rows, the batch has 3"):
         model(text(batch=3), past_key_values=cache)
-    with pytest.raises(ValueError, match="cannot take tokens back"):
+    with pytest.raises(ValueError, match="cannot remove tokens"):
         cache.crop(-1)

@@ -229,10 +229,10 @@ def test_another_zero_stage_or_dtype_is_refused_with_both_values(tmp_path):
     one = job(tmp_path, name="one")
     train(one)
     for choice, said in (
-        ({"zero_stage": 3}, "zero_stage is 3, the checkpoint .*step-00000004 was written with 2"),
-        ({"dtype": "bfloat16"}, "dtype is bfloat16, the checkpoint .*step-00000004 was written with float32"),
+        ({"zero_stage": 3}, "zero_stage is 3, but the checkpoint .*step-00000004 was written with 2"),
+        ({"dtype": "bfloat16"}, "dtype is bfloat16, but the checkpoint .*step-00000004 was written with float32"),
     ):
-        with pytest.raises(ValueError, match=rf"resources\.{said}: go on with that one"):
+        with pytest.raises(ValueError, match=rf"resources\.{said}: use that value"):
             train(job(tmp_path, name="other", earlier=[one["work"]], resources=choice))
 
 

@@ -259,7 +259,7 @@ def test_an_adapter_on_a_base_that_lacks_tensors_is_refused(tmp_path):
     change_config(base, num_hidden_layers=2)
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(weights[:-10])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is cut short or damaged"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is truncated or damaged"):
         convert(str(adapter), tmp_path / "out")
 
 

@@ -121,7 +121,7 @@ def test_a_norm_whose_whole_name_is_another_modules_end_is_refused():
     model.other = torch.nn.Module()
     model.other.model = torch.nn.Module()
     model.other.model.norm = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"peft takes other\.model\.norm for model\.norm, which trains beside LoRA"):
+    with pytest.raises(ValueError, match=r"takes other\.model\.norm for model\.norm, which trains in addition to LoRA"):
         apply_arm(model, arm("lora+norm"))
 
 

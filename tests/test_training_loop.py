@@ -342,14 +342,14 @@ def test_sink_logits_can_train_alone(tmp_path):
 
 def test_a_base_that_cannot_have_a_sink_in_its_softmax_is_refused(tmp_path):
     config = GPTNeoXConfig(vocab_size=65, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match="GPTNeoXForCausalLM has no form with a sink in its softmax"):
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM does not support a sink in its softmax"):
         with_softmax_sinks(GPTNeoXForCausalLM(config))
 
 
 def test_rows_with_a_sink_that_the_base_lacks_need_full_tuning(tmp_path):
     tiny_folder(tmp_path / "base")
     packed_corpus(tmp_path, first_token="sink")
-    with pytest.raises(ValueError, match=r"a token that the base lacks \('sink'\): an adapter cannot carry"):
+    with pytest.raises(ValueError, match=r"a token that the base lacks \('sink'\): an adapter cannot store"):
         train(job(tmp_path, arm=S2))
     todo = job(tmp_path)
     train(todo)

@@ -91,13 +91,13 @@ def test_other_special_tokens_stay_special():
 def test_tokenizers_without_a_place_for_a_sink_are_refused():
     bert = tiny_tokenizer()
     bert.backend_tokenizer.post_processor = processors.BertProcessing(("<eos>", 0), ("<unk>", 1))
-    with pytest.raises(ValueError, match=r"ends in BertProcessing has no place for <\|sink\|>"):
+    with pytest.raises(ValueError, match=r"ends in BertProcessing cannot add <\|sink\|>"):
         with_sink_token(bert)
 
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="Slow is no fast tokenizer"):
+    with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
         with_sink_token(Slow())
 
 

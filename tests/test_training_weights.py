@@ -55,10 +55,10 @@ def test_tensors_that_are_missing_or_unknown_are_named(folder, tmp_path, change,
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        ({"num_hidden_layers": 100_000}, "num_hidden_layers 100,000, the weights are 20 tensors"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers 100,000, but the weights are 20 tensors"),
         ({"num_hidden_layers": 1}, "9 tensors are unknown to the model"),
         ({"num_hidden_layers": 3}, "9 tensors are missing"),
-        ({"vocab_size": 10**9}, r"1 tensors are of another size \(model.embed_tokens.weight \[64, 32\], by the config"),
+        ({"vocab_size": 10**9}, r"1 tensors are of another size \(model.embed_tokens.weight \[64, 32\], in the config"),
         ({"num_attention_heads": 0}, "no model can be built from its config.json"),
         ({"tie_word_embeddings": False}, r"1 tensors are missing \(lm_head.weight\)"),
         ({"model_type": "nobodys"}, "no model can be built from its config.json"),
@@ -76,7 +76,7 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
 
     rewrite(folder, spoil)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN or infinity"):
         check_weights(folder)
 
 
@@ -84,10 +84,10 @@ def test_a_pointer_and_a_file_that_is_cut_short_are_no_weights(folder):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="is cut short or damaged"):
+    with pytest.raises(ValueError, match="is truncated or damaged"):
         check_weights(folder)
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="pointer of Git LFS"):
+    with pytest.raises(ValueError, match="Git LFS pointer"):
         check_weights(folder)
     weights.rename(folder / "consolidated.safetensors")
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):

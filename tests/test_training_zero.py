@@ -190,10 +190,10 @@ def test_a_disk_is_named_to_deepspeed_for_both_kinds_of_state():
 
 def test_a_disk_that_is_not_there_or_no_async_io_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
     there = {"zero_stage": 3, "offload": "nvme", "nvme_path": str(tmp_path)}
-    with pytest.raises(ValueError, match=rf"nvme_path {tmp_path}/none: no folder"):
+    with pytest.raises(ValueError, match=rf"nvme_path {tmp_path}/none is not a folder"):
         check_nvme(Resources(**there | {"nvme_path": f"{tmp_path}/none"}))
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda self: False)
-    with pytest.raises(ValueError, match="async_io cannot be built here, libaio's headers are missing"):
+    with pytest.raises(ValueError, match="async_io cannot be built here, because libaio's headers are missing"):
         check_nvme(Resources(**there))
 
 

@@ -1,8 +1,8 @@
-"""The model that an arm starts from: base or fresh weights, stretched, fitted to the rows, with
+"""Build the model that an arm starts from: base or new weights, stretched, fitted to the rows, with
 LoRA.
 
-All arms of a comparison start from the same weights; what an arm changes is done last. The loop
-sets the attention pattern, since it may change while training.
+All arms of a comparison start from the same weights; an arm's own changes are applied last. The
+training loop sets the attention pattern, since it may change during training.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from longreach.training.summary import PackSummary
 
 
 def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the arm's model, and the tokenizer that it leaves with.
+    """Return the arm's model, and the tokenizer to save with it.
 
-    ValueError: rows of another tokenizer or beyond the stretched context, an adapter on resized
-    embeddings.
+    ValueError if the rows have another tokenizer or are longer than the stretched context, or for
+    an adapter with resized embeddings.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         Path(job.corpus) / "tokenizer", local_files_only=True
@@ -36,7 +36,7 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
         model, tokenizer = _to_pretrain(job, packed, tokenizer)
     else:
         model = _to_finetune(job, packed, tokenizer)
-    # without a limit, as in ALiBi and state spaces
+    # infinite for models without a limit, such as ALiBi and state spaces
     reach = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     if job.rope.type == "dynamic":  # stretches past the trained length only when rows reach it, and the config keeps it
         reach *= job.rope.factor
@@ -49,12 +49,12 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
     if skipping is not None and skipping.context_length > reach:
         raise ValueError(
             f"arm.positions.context_length {skipping.context_length} exceeds the model's {reach:,.0f} positions: "
-            f"raise rope.factor, or lower it"
+            f"raise rope.factor, or lower context_length"
         )
     if skipping is not None:
         check_documents(model)
     fix_frequencies(model, packed.seq_len if skipping is None else skipping.context_length)
-    model.config.use_cache = True  # what a saved model is for; training passes use_cache=False
+    model.config.use_cache = True  # for users of the saved model; training passes use_cache=False
     if job.resources.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = apply_arm(model, job.arm)
@@ -63,15 +63,15 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
     if job.sink == "zero":
         for name, parameter in adapted.named_parameters():
             if name.endswith(".sinks"):
-                parameter.requires_grad_(False)  # a zero sink stays where it starts
+                parameter.requires_grad_(False)  # a zero sink stays zero
     return adapted, tokenizer
 
 
 def _to_pretrain(
     job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a new model, or the base, with its sink; and a tokenizer that adds a sink token or
-    none.
+    """Return a new model, or the base, with the arm's sink, and its tokenizer, which adds a sink
+    token only for sink 'token'.
 
     Every sink arm gets the sink token's embedding row, so that all start from the same weights.
     """
@@ -97,24 +97,24 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
     model, base_tokenizer = load_model(job.base, rope=job.rope)
     if refusal := own_attention(model):
         raise ValueError(
-            f"{type(model).__name__} cannot be trained: {refusal}, which the attention of packed rows leaves out; "
-            f"take a base without"
+            f"{type(model).__name__} cannot be trained: {refusal}, which attention on packed rows does not support; "
+            f"use a base without it"
         )
     check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
     if fit_embeddings(model, tokenizer) and job.arm.tune != "all":
         raise ValueError(
-            f"the rows begin with a token that the base lacks ({packed.first_token!r}): an adapter cannot carry "
-            f"a resized embedding, so tune 'all', or pack with first_token 'none' or 'bos'"
+            f"the rows begin with a token that the base lacks ({packed.first_token!r}): an adapter cannot store "
+            f"a resized embedding, so use tune 'all', or set pack.first_token to 'none' or 'bos'"
         )
     return model
 
 
 def train_sink_alone(model: PreTrainedModel, token_id: int | None) -> None:
-    """Leave nothing to train but the sink: the embedding of a token, or without one the softmax's
-    logits.
+    """Make only the sink trainable: the embedding of a token, or without `token_id` the sink logits
+    of the softmax.
 
-    Other tokens' embeddings are rows of the same tensor: without a gradient and without weight
-    decay AdamW leaves them exactly as they are.
+    Embeddings of other tokens are rows of the same tensor. With zero gradients and no weight decay,
+    AdamW does not change them.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(token_id is None and name.endswith(".sinks"))
@@ -132,10 +132,11 @@ def train_sink_alone(model: PreTrainedModel, token_id: int | None) -> None:
 
 
 def check_tokenizer(base: dict[str, int], corpus: dict[str, int]) -> None:
-    """Raise ValueError unless the rows' vocabulary is the base's, but for new tokens after it."""
+    """Raise ValueError unless the rows' vocabulary is the base's, possibly with new tokens at the
+    end."""
     wrong = [token for token, number in base.items() if corpus.get(token) != number]
     if wrong or len(corpus) < len(base):
         raise ValueError(
             f"the corpus was packed with another tokenizer: {len(wrong)} of the base's {len(base)} tokens have another "
-            f"id or none in it (for instance {wrong[:3]}): pack the corpus with this base"
+            f"id or none in it (for example {wrong[:3]}): pack the corpus with this base"
         )

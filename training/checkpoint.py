@@ -1,14 +1,16 @@
-"""Checkpoints from which training resumes bitwise.
+"""Checkpoints from which training resumes with bitwise identical results.
 
-A checkpoint is DeepSpeed's own folder (weights that train, optimizer state, one file a rank) plus
-`checkpoint.json`: size and xxh3 of each file, the step, and the identity of its run; and each
-rank's random states, so that dropout goes on as if nothing had happened. It is written as a draft,
-synced and then renamed, so a kill leaves a whole one or a draft that nobody reads; older ones are
-removed once it is on the disk, so a power cut leaves the newest finished one. The newest whole one
-wins; a damaged one is passed over, with a note. Frozen weights are not saved: the same base is
-loaded first, which the identity vouches for. Only folders of our own root are read: DeepSpeed's
-files are pickles. On every disk one rank hashes, renames and deletes, whether nodes share it or
-not: its disk leader.
+A checkpoint is DeepSpeed's folder (trained weights, optimizer state, one file per rank) with two
+additions. `checkpoint.json` has the size and xxh3 hash of each file, the step, and the identity of
+the run. Each rank's random states let dropout continue as without an interruption.
+
+A checkpoint is written as a draft, synced and then renamed, so a kill leaves a complete checkpoint
+or a draft that is never read. Older checkpoints are removed only when the new one is on the disk,
+so the newest complete one survives a power cut. The newest valid checkpoint is loaded; damaged ones
+are passed over, with a note. Frozen weights are not saved: they come from the base, and the
+identity guarantees that it is the same. Only folders under our own root are read, since DeepSpeed's
+files are pickles. On every disk, shared between nodes or not, one rank hashes, renames and deletes
+files: the disk leader.
 
     {attempt}/work/checkpoints/step-00000050/
         checkpoint.json  *_model_states.pt  *_optim_states.pt  random-*.pt
@@ -33,20 +35,21 @@ from longreach.infra.files import file_digest, sync, sync_tree
 from longreach.infra.share import Share
 
 MANIFEST = "checkpoint.json"
-FULL_BELOW_BYTES = 64 * 2**20  # a disk with less free space counts as full
+FULL_BELOW_BYTES = 64 * 2**20  # a disk with less free space is considered full
 
 
 class Checkpoints:
-    """Checkpoints of one attempt, and earlier ones to begin from. Every rank calls every method."""
+    """Checkpoints of one attempt, and earlier ones to resume from. Every rank calls every
+    method."""
 
     def __init__(
         self, folder: Path, *, identity: str, earlier: Iterable[Path] = (), share: Share | None = None
     ) -> None:
         """
         Args:
-            identity: of the run; checkpoints of another one are passed over.
+            identity: identity of the run; checkpoints of another run are passed over.
             earlier: folders of earlier attempts, which are only read.
-            share: where nodes that do not see this disk exchange checkpoints; then `earlier` is not
+            share: how nodes without a shared disk exchange checkpoints. If given, `earlier` is not
                 read.
         """
         self.folder = folder
@@ -56,21 +59,21 @@ class Checkpoints:
         self.is_disk_leader = elect_disk_leader(folder)
 
     def path_of(self, step: int) -> Path:
-        """Return where the checkpoint after `step` steps stands or would stand."""
+        """Return the path of the checkpoint after `step` steps, whether it exists or not."""
         return self.folder / f"step-{step:08d}"
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """Return the newest valid checkpoint, and a line for each newer one passed over."""
+        """Return the newest valid checkpoint, and a message for each newer one passed over."""
         if self.share:
             return self._pull(self.share)
         decided: list[Any] = [None]
-        if dist.get_rank() == 0:  # so that all ranks load the same one
+        if dist.get_rank() == 0:  # one rank decides, so that all load the same one
             decided = [newest_valid(self.folders, identity=self.identity)]
         dist.broadcast_object_list(decided)
         return decided[0]
 
     def of_step(self, step: int) -> Path:
-        """Return the checkpoint after `step` steps. RuntimeError if none is whole."""
+        """Return the checkpoint after `step` steps. RuntimeError if there is no valid one."""
         if self.share:
             path, _ = self._pull(self.share, step)
             if path:
@@ -80,13 +83,13 @@ class Checkpoints:
             if problem(path, identity=self.identity) is None:
                 return path
         raise RuntimeError(
-            f"the checkpoint after step {step}, which had the lowest validation loss, is gone or damaged"
+            f"the checkpoint after step {step}, which had the lowest validation loss, is missing or damaged"
         )
 
     def _pull(self, share: Share, step: int | None = None) -> tuple[Path | None, list[str]]:
-        """Bring the newest checkpoint in the store (or that of a step) to every node.
+        """Download the newest checkpoint in the store (or that of a step) to every node.
 
-        One that is damaged on any node is passed over by all.
+        If a checkpoint is damaged on any node, all nodes pass over it.
         """
         listed: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -110,9 +113,11 @@ class Checkpoints:
     def save(
         self, engine: Any, step: int, *, keep_last: int, best: Iterable[int] = (), attach: Iterable[Path] = ()
     ) -> Path:
-        """Write the checkpoint after `step` steps; remove older ones beyond `keep_last`, and later ones.
+        """Write the checkpoint after `step` steps; remove older ones beyond `keep_last`, and later
+        ones.
 
-        best: steps whose checkpoints stay. attach: files that go back in time with it.
+        best: steps whose checkpoints are kept. attach: files to store and restore with the
+        checkpoint.
         """
         path = self.path_of(step)
         draft = self.folder / f".draft-{path.name}"
@@ -127,7 +132,7 @@ class Checkpoints:
             about = {"step": step, "identity": self.identity, **layout(engine), "files": files}
             (draft / MANIFEST).write_text(json.dumps(about, indent=1))
             sync_tree(draft)
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, passed over on resume
+            shutil.rmtree(path, ignore_errors=True)  # a damaged checkpoint of the same step, if there is one
             os.replace(draft, path)
             sync(self.folder)
             if self.share:
@@ -141,24 +146,23 @@ class Checkpoints:
         return path
 
     def _write(self, engine: Any, draft: Path, step: int) -> None:
-        # the version tells DeepSpeed that the checkpoint may be converted to another number of
-        # ranks
+        # this version tells DeepSpeed that the checkpoint can be converted to another number of ranks
         state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         try:
             engine.save_checkpoint(
                 str(self.folder), tag=draft.name, client_state=state, save_latest=False, exclude_frozen_parameters=True
             )
-        except (OSError, RuntimeError) as error:  # torch's writer does not say that a disk is full
+        except (OSError, RuntimeError) as error:  # torch's error does not say that the disk is full
             free = shutil.disk_usage(self.folder).free
             if free >= FULL_BELOW_BYTES:
                 raise
             raise DiskFull(
-                f"{self.folder}: No space left for the checkpoint after step {step} ({free >> 20} MiB free): make room "
-                f"and run the same command again, which goes on from the checkpoint before"
+                f"{self.folder}: No space left for the checkpoint after step {step} ({free >> 20} MiB free): free disk "
+                f"space and run the same command again, which resumes from the previous checkpoint"
             ) from error
 
     def _files_of_all_disks(self, draft: Path) -> dict[str, list[Any]]:
-        """Return [size, xxh3] of the draft's files by name, on whichever node's disk they are."""
+        """Return [size, xxh3] of the draft's files by name, from the disks of all nodes."""
         own: dict[str, list[Any]] = {}
         if self.is_disk_leader:
             draft.mkdir(exist_ok=True)
@@ -170,14 +174,14 @@ class Checkpoints:
         for part in by_rank:
             if files.keys() & part.keys():
                 raise RuntimeError(
-                    f"{draft}: several nodes hold files of one name: remove the attempt's folder on all of them"
+                    f"{draft}: several nodes have files with the same name: remove the attempt's folder on all of them"
                 )
             files |= part
         return files
 
     def _remove_others(self, step: int, keep_last: int, best: Iterable[int]) -> None:
-        """Remove older checkpoints beyond `keep_last`, and those of later steps, which were passed
-        over on resume: they would take the place of whole ones."""
+        """Remove older checkpoints beyond `keep_last`, and those of later steps. The latter were
+        passed over on resume and would count towards `keep_last` instead of valid ones."""
         checkpoints = sorted(self.folder.glob("step-*"))
         last = [path for path in checkpoints if path <= self.path_of(step)][-keep_last:]
         kept = {*last, *map(self.path_of, best)}
@@ -190,10 +194,10 @@ class Checkpoints:
     def load(self, engine: Any, path: Path) -> int:
         """Load weights and optimizer state on every rank and return the number of steps done.
 
-        Random states are restored too. A checkpoint of another number of ranks goes through
-        DeepSpeed's universal format and leaves random states alone. Then the next step is not
-        bitwise the same: sums over ranks are added in another order. ValueError if it was written
-        with another ZeRO stage or dtype.
+        Random states are restored, too. A checkpoint from another number of ranks is converted
+        through DeepSpeed's universal format, without random states. Then the next step is not
+        bitwise identical, since sums over ranks are added in another order. ValueError if the
+        checkpoint was written with another ZeRO stage or dtype.
         """
         now = layout(engine)
         about = json.loads((path / MANIFEST).read_text())
@@ -201,10 +205,10 @@ class Checkpoints:
         for key in ("zero_stage", "dtype"):
             if written[key] != now[key]:
                 raise ValueError(
-                    f"resources.{key} is {now[key]}, the checkpoint {path} was written with {written[key]}: go on with "
-                    f"that one, or remove the attempt's folder"
+                    f"resources.{key} is {now[key]}, but the checkpoint {path} was written with {written[key]}: use "
+                    f"that value, or remove the attempt's folder"
                 )
-        universal = written != now and written["zero_stage"] > 0  # without ZeRO every rank holds all of the state
+        universal = written != now and written["zero_stage"] > 0  # without ZeRO every rank has the whole state
         scratch = self.folder / ".universal"
         if universal:
             if self.is_disk_leader:
@@ -213,7 +217,7 @@ class Checkpoints:
             path = scratch / path.name
         step = _load(engine, path, universal)
         states = path / random_file()
-        if written == now and states.exists():  # earlier versions wrote none
+        if written == now and states.exists():  # earlier versions wrote no random states
             _restore_random_states(engine, torch.load(states, weights_only=True))
         dist.barrier()
         if universal and self.is_disk_leader:
@@ -224,13 +228,13 @@ class Checkpoints:
 def _load(engine: Any, path: Path, universal: bool) -> int:
     engine._config.load_universal_checkpoint = universal
     scales = [group["rate_scale"] for group in engine.optimizer.param_groups]
-    trains_everything = all(p.requires_grad for p in engine.module.parameters())  # else frozen weights are missing
+    trains_everything = all(p.requires_grad for p in engine.module.parameters())  # otherwise frozen weights are missing
     loaded, state = engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=trains_everything)
     engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise RuntimeError(f"DeepSpeed did not load {path}")
-    # ZeRO-3's universal loading (DeepSpeed 0.19) gives all groups the choices of the first, and one
-    # step counter that all tensors share, so that each group would advance it.
+    # ZeRO-3's universal loading (DeepSpeed 0.19) gives all groups the options of the first group. It
+    # also makes all tensors share one step counter, which each group would then advance.
     for group, scale in zip(engine.optimizer.param_groups, scales, strict=True):
         group["rate_scale"] = scale
     for tensors in engine.optimizer.state.values():
@@ -239,12 +243,12 @@ def _load(engine: Any, path: Path, universal: bool) -> int:
 
 
 def random_file() -> str:
-    """Return the name of this rank's file of random states in a checkpoint."""
+    """Return the name of this rank's file with random states in a checkpoint."""
     return f"random-{dist.get_rank():06d}.pt"
 
 
 def _random_states(engine: Any) -> dict[str, torch.Tensor]:
-    """Return the states of the generators that forward passes draw from."""
+    """Return the states of the random generators that forward passes use."""
     states = {"cpu": torch.get_rng_state()}
     if engine.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(engine.device)
@@ -258,10 +262,11 @@ def _restore_random_states(engine: Any, states: dict[str, torch.Tensor]) -> None
 
 
 def elect_disk_leader(folder: Path) -> bool:
-    """Return whether this rank is the disk leader of `folder`: the lowest of those that see it.
+    """Return whether this rank is the disk leader of `folder`: the lowest rank that sees the
+    folder.
 
-    Every rank calls it. Each leaves a file there and looks whose files it sees, so it does not
-    matter whether nodes share the disk. Drafts that a kill left are removed.
+    Every rank calls it. Each rank writes a file there and checks whose files it sees, so it does
+    not matter whether nodes share the disk. Drafts left by a killed process are removed.
     """
     mark = [uuid.uuid4().hex]
     dist.broadcast_object_list(mark)
@@ -275,19 +280,19 @@ def elect_disk_leader(folder: Path) -> bool:
     if is_disk_leader:
         for draft in folder.glob(".draft-*"):
             shutil.rmtree(draft)
-        sync(folder.parent)  # so that the folder itself outlives a power cut
+        sync(folder.parent)  # so that the folder itself survives a power cut
     dist.barrier()
     return is_disk_leader
 
 
 def layout(engine: Any) -> dict[str, Any]:
-    """Return how the optimizer's state is spread over files, and of which type the weights are."""
+    """Return how the optimizer state is split over files, and the dtype of the weights."""
     dtype = "bfloat16" if engine.bfloat16_enabled() else "float32"
     return {"world": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage(), "dtype": dtype}
 
 
 def problem(path: Path, *, identity: str) -> str | None:
-    """Return why a checkpoint cannot be resumed from, or None. Every byte is hashed."""
+    """Return why training cannot resume from a checkpoint, or None. Every byte is hashed."""
     try:
         about = json.loads((path / MANIFEST).read_text())
         if about["identity"] != identity:
@@ -296,15 +301,16 @@ def problem(path: Path, *, identity: str) -> str | None:
             if (path / name).stat().st_size != size or file_digest(path / name) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"it is not whole ({error})"
+        return f"it is incomplete ({error})"
     return None
 
 
 def newest_valid(folders: Iterable[Path], *, identity: str) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint of the highest step, and a line for each newer one passed over."""
+    """Return the valid checkpoint of the highest step, and a message for each newer one passed
+    over."""
     paths = [path for folder in folders for path in folder.glob("step-*")]
     passed_over: list[str] = []
-    for path in sorted(paths, key=lambda p: p.name, reverse=True):  # stable: of equal steps the first folder's
+    for path in sorted(paths, key=lambda p: p.name, reverse=True):  # stable: for equal steps the first folder's
         why = problem(path, identity=identity)
         if why is None:
             return path, passed_over

@@ -44,7 +44,8 @@ def in_pieces(batch: dict[str, Tensor], places_B: np.ndarray, stage: LengthStage
     """Return a batch of whole rows with the stage's share of them in pieces.
 
     places_B: the rows' indices in the sequence of all steps' rows. Rows are chosen by these, so
-    that ranks and micro-batches do not matter."""
+    that ranks and micro-batches do not matter.
+    """
     chosen_B = np.array([_is_chosen(int(place), stage.share) for place in places_B])
     contexts_BT = effective_contexts(batch["position_ids"])
     column_T = torch.arange(contexts_BT.shape[1])

@@ -6,9 +6,9 @@ its own document before it in the row. Even in long rows, most effective context
 inverse frequency within that tail. We only know its abstract and summaries; the constants are our
 own:
 
-    bins       4 to an octave of the effective context tail       bins that begin at a quarter of
-    the row or later weight(c)  1 outside of the tail; in it 1 + min(9, EXTRA * targets / (tail bins
-    * targets of c's bin))
+    bins       4 per octave of the effective context
+    tail       bins that begin at a quarter of the row or later
+    weight(c)  1 outside the tail; in it 1 + min(9, EXTRA * targets / (tail bins * targets of c's bin))
 
 So without the limit, each bin of the tail gets the same extra weight, and all bins together get
 EXTRA times the number of targets. The loss of a global batch is the weighted mean: the sum of

@@ -6,7 +6,8 @@ embeddings and norms in addition does, and costs few parameters (LongLoRA, arXiv
 
 Embeddings and norms train in place, while peft's `modules_to_save` would keep a frozen copy of each
 (113 MB for SmolLM2's embedding) and wrap 61 norms. Only the saved folder uses `modules_to_save`,
-with peft's key names, so plain peft loads it with the same logits (training/export.py)."""
+with peft's key names, so plain peft loads it with the same logits (training/export.py).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
 
     LoRA starts at zero, or with what was subtracted from the base, so logits do not change.
     ValueError if the architecture lacks a target module or norms, or has norms that peft cannot
-    name."""
+    name.
+    """
     if arm.tune == "all":
         return model.requires_grad_(True)
     lora = LoraConfig(
@@ -139,7 +141,8 @@ def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | 
     """Return the layers to adapt, as peft's `target_modules`.
 
     ValueError if `model` has no linear layer with a target's name (the message lists similar
-    names), or if the target is the head."""
+    names), or if the target is the head.
+    """
     if isinstance(targets, str):
         return targets
     head = causal_lm(model).get_output_embeddings()

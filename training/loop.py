@@ -268,7 +268,8 @@ class Training:
 
         The loss is one weighted mean over the targets of the global batch, however they are spread
         over ranks and micro-batches. So every rank needs their total weight before the first
-        forward pass."""
+        forward pass.
+        """
         own_weight = sum(weight_of_targets(batch) for batch in batches)
         own_targets = sum(count_targets(batch["labels"]) for batch in batches)
         own_tokens = sum(batch["input_ids"].numel() for batch in batches)

@@ -1,7 +1,7 @@
-"""Models in: a converted folder, stretched before its weights are built; or a Llama from scratch.
+"""Load a model from a converted folder, with RoPE stretched, or create a Llama from scratch.
 
-`rope_parameters` belongs in the config from the start: the rotary module computes its frequencies
-once, when it is built, so a config changed afterwards would say one thing and the model do another.
+`rope_parameters` must be in the config before the model is built. The RoPE module computes its
+frequencies once, at construction, so a config that is changed afterwards would not match the model.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from longreach.training.weights import check_weights
 def load_model(
     folder: Path | str, *, rope: RopeRecipe | None = None, dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a causal LM, stretched by `rope`, and its tokenizer from a folder; nothing is fetched.
+    """Return a causal LM, stretched by `rope`, and its tokenizer from a folder, without downloads.
 
-    ValueError where tokenizer and embedding disagree, and for a model with an encoder.
+    ValueError if the tokenizer has more tokens than the embedding, or the model has an encoder.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.is_encoder_decoder:
-        raise ValueError(f"{folder}: {config.model_type} is an encoder with a decoder; take a model that is a decoder")
+        raise ValueError(f"{folder}: {config.model_type} is an encoder-decoder model: use a decoder-only model")
     if rope is not None and rope.type != "none":
         config = stretched_config(config, rope.type, rope.factor, rope.theta, rope.yarn())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     rows = config.get_text_config(decoder=True).vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; "
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the embedding has {rows} rows; "
             f"they are from different models, or the embedding was not resized with the tokenizer"
         )
     model = AutoModelForCausalLM.from_pretrained(
@@ -56,10 +56,10 @@ def load_model(
 
 
 def load_source(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model and tokenizer of any source that `convert` takes, in float32.
+    """Return the model and tokenizer of any source that `convert` accepts, in float32.
 
-    A model's folder is loaded where it is; any other is converted to a folder that is removed again.
-    ValueError as `convert`.
+    A model folder is loaded in place. Any other source is converted into a temporary folder. Raises
+    ValueError like `convert`.
     """
     folder = Path(source)
     if (folder / "config.json").is_file() and not is_adapter(folder):
@@ -71,10 +71,10 @@ def load_source(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTrainedConfig:
-    """Return a model's config with another stretch than it was trained with, counted from its
-    base's positions.
+    """Return a model's config with another stretch than it was trained with, relative to the
+    context length of its base.
 
-    ValueError if the base cannot be stretched so.
+    ValueError if the base cannot be stretched in this way.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     plain = AutoConfig.from_pretrained(base, local_files_only=True)
@@ -85,11 +85,12 @@ def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTr
 
 
 def describe(folder: Path | str) -> dict[str, Any]:
-    """Return what config.json says about a model, and its parameters, without loading a weight."""
+    """Return a model's shape from its config.json, and its number of parameters, without loading
+    weights."""
     whole = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(whole)
-    config = whole.get_text_config(decoder=True)  # of a model that also sees images
+    config = whole.get_text_config(decoder=True)  # differs for models that also see images
     heads = getattr(config, "num_attention_heads", 0)
     return {
         "architecture": type(model).__name__,
@@ -108,7 +109,8 @@ def describe(folder: Path | str) -> dict[str, Any]:
 
 
 def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """Return a float32 Llama with tied embeddings, the same whatever was drawn before."""
+    """Return a float32 Llama with tied embeddings. It depends on `seed`, not on the global random
+    state."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden,
@@ -125,16 +127,16 @@ def fresh_llama(recipe: LlamaRecipe, vocab_size: int, seed: int) -> LlamaForCaus
 
 
 def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
-    """Return the same Llama with a sink logit a head, 0 at first, in each softmax.
+    """Return the same Llama with a sink logit per head, initially 0, in each softmax.
 
-    It is transformers' `granite_swa`, which is Llama with these logits once every layer sees
-    everything, so plain transformers loads the saved folder. ValueError for other architectures.
+    It is transformers' `granite_swa`, which equals Llama with these logits if every layer has full
+    attention. So plain transformers loads the saved folder. ValueError for other architectures.
     """
     old = model.config
     if not isinstance(old, LlamaConfig) or old.attention_bias or old.mlp_bias:
         raise ValueError(
-            f"{type(model).__name__} has no form with a sink in its softmax: sinks 'zero' and 'logit' need a Llama "
-            f"without biases; take 'token', or another base"
+            f"{type(model).__name__} does not support a sink in its softmax: sinks 'zero' and 'logit' need a Llama "
+            f"without biases; use sink 'token', or another base"
         )
     head_dim = old.head_dim or old.hidden_size // old.num_attention_heads
     same = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"]
@@ -143,21 +145,20 @@ def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
     config = GraniteSWAConfig(
         **{name: getattr(old, name) for name in same},
         layer_types=["full_attention"] * old.num_hidden_layers,
-        sliding_window=old.max_position_embeddings,  # no layer has one, and yet a mask of it is made
+        sliding_window=old.max_position_embeddings,  # no layer uses it, but transformers still makes its mask
         attention_multiplier=head_dim**-0.5,
     )
     with torch.random.fork_rng(devices=[]):
         sunk = GraniteSWAForCausalLM(config)
     missing = sunk.load_state_dict(model.state_dict(), strict=False)
-    assert {key.rpartition(".")[2] for key in missing.missing_keys} == {"sinks"}, "Llama's weights, and nothing else"
+    assert {key.rpartition(".")[2] for key in missing.missing_keys} == {"sinks"}, "only the sinks may be missing"
     return sunk
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Give every token of the tokenizer an embedding row, and return how many rows were added.
 
-    A new row (the sink token's) starts at the mean of the old ones: unremarkable, and the same in
-    every run.
+    A new row (the sink token's) starts as the mean of the old ones, which is the same in every run.
     """
     rows = model.config.get_text_config(decoder=True).vocab_size
     added = max(0, len(tokenizer) - rows)

@@ -2,7 +2,8 @@
 
 So resumed runs and runs with another number of ranks read the same rows. Each epoch is a
 permutation of all rows, drawn from (seed, epoch). A step takes the next global_batch_rows of the
-infinite sequence of epochs."""
+infinite sequence of epochs.
+"""
 
 from __future__ import annotations
 

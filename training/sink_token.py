@@ -1,8 +1,8 @@
-"""The sink token, learned as the place where attention goes when it has nowhere to go.
+"""Tokenizers with the sink token, a learned token for attention that a head does not need.
 
-A model pretrained with such a token first in every sample needs only that one kept in its cache
-(arXiv:2309.17453, section 3.3). The tokenizer itself puts it there, before plain text and in its
-chat template, so plain transformers feeds the model what it was trained on.
+A model pretrained with such a token at the start of every sample needs only this token as a sink in
+its cache (arXiv:2309.17453, section 3.3). The tokenizer itself adds it, before plain text and in
+its chat template, so that plain transformers gives the model the input it was trained on.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ SINK_TOKEN = "<|sink|>"
 
 
 def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, int]:
-    """Return a tokenizer that puts `<|sink|>` before every text (before a BOS), and its id.
+    """Return a tokenizer that adds `<|sink|>` before every text (before a BOS), and the token's id.
 
-    The rule is the post-processor of tokenizer.json, so it survives saving and loading; that is
-    tried here. ValueError for a tokenizer that is not a fast one, or whose rule for special tokens
-    is not a template or is rebuilt by its class on loading.
+    The rule is in the post-processor of tokenizer.json, so it survives saving and loading, which is
+    tested here. ValueError for a tokenizer that is not a fast one, or whose post-processor is not a
+    template or is rebuilt by its class on loading.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: it has no template to put {SINK_TOKEN} in")
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: it has no template for {SINK_TOKEN}")
     known = sink_token_id(tokenizer)
     if known is not None:
         return tokenizer, known
@@ -38,25 +38,25 @@ def with_sink_token(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedToken
     rule = _sink_before(spec["post_processor"], sink_id)
     empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [], "post_processor": rule}
     tokenizer.backend_tokenizer.post_processor = tokenizers.Tokenizer.from_str(json.dumps(spec | empty)).post_processor
-    templates: Any = tokenizer.chat_template  # a chat is tokenised without special tokens but the template's own
+    templates: Any = tokenizer.chat_template  # chats get no special tokens other than those in the template
     if isinstance(templates, dict):
         tokenizer.chat_template = {name: SINK_TOKEN + template for name, template in templates.items()}
     elif templates:
         tokenizer.chat_template = SINK_TOKEN + templates
-    for flag in ("add_bos_token", "add_eos_token"):  # saved, they would rebuild the rule from BOS and EOS on loading
+    for flag in ("add_bos_token", "add_eos_token"):  # if saved, they would rebuild the rule on loading
         tokenizer.init_kwargs.pop(flag, None)
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         if sink_token_id(AutoTokenizer.from_pretrained(folder, local_files_only=True)) is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} drops {SINK_TOKEN} on loading: it rebuilds its post-processor"
+                f"{type(tokenizer).__name__} drops {SINK_TOKEN} on loading, since it rebuilds its post-processor"
             )
     return tokenizer, sink_id
 
 
 def sink_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of `<|sink|>` where the tokenizer puts it before every text; None where it does not."""
+    """Return the id of `<|sink|>` if the tokenizer adds it before every text, else None."""
     known = tokenizer.get_vocab().get(SINK_TOKEN)
     return known if known in tokenizer("").input_ids[:1] else None
 
@@ -70,7 +70,7 @@ def _sink_before(rule: dict[str, Any] | None, sink_id: int) -> dict[str, Any]:
     steps = rule["processors"] if rule["type"] == "Sequence" else [rule]
     if steps[-1]["type"] != "TemplateProcessing":
         raise ValueError(
-            f"a post-processor that ends in {steps[-1]['type']} has no place for {SINK_TOKEN}: only templates do"
+            f"a post-processor that ends in {steps[-1]['type']} cannot add {SINK_TOKEN}: only templates can"
         )
     piece = {"SpecialToken": {"id": SINK_TOKEN, "type_id": 0}}
     tokens = {SINK_TOKEN: {"id": SINK_TOKEN, "ids": [sink_id], "tokens": [SINK_TOKEN]}}

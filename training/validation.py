@@ -2,7 +2,8 @@
 
 Rows are cut from the corpus' validation documents in turn. Of a chat only the first row is used,
 and only its answers are targets. Attention is always full and causal, whatever pattern the arm
-trains with (LongLoRA, section 3.2), so that arms are comparable."""
+trains with (LongLoRA, section 3.2), so that arms are comparable.
+"""
 
 from __future__ import annotations
 

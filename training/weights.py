@@ -1,7 +1,7 @@
-"""Does a model folder hold the weights that its config describes, all of them, and finite?
+"""Check that a model folder has all weights that its config describes, and that they are finite.
 
-transformers fills a tensor that it does not find with random numbers and leaves out one that it does
-not know; its log alone says so. So a folder is held against its config before it is published.
+transformers fills a missing tensor with random numbers and ignores an unknown one, and reports this
+only in its log. So a folder is compared with its config before it is published.
 
     python -c "from longreach.training.weights import check_weights; check_weights('path/to/model')"
 """
@@ -23,15 +23,16 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""The names by which configs say how many layers a model has."""
+"""Config keys for the number of layers."""
 LISTED = 3
-"""Tensors that an error names; there may be thousands."""
+"""Maximum number of tensors that an error names, as there may be thousands."""
 
 
 def check_weights(folder: Path | str) -> None:
-    """Raise ValueError unless the folder has every tensor of its model, of the config's sizes, finite.
+    """Raise ValueError unless the folder has every tensor of its model, with the config's sizes and
+    finite values.
 
-    The weights' headers come first: what disagrees is found before a layer is built or a number is
+    Headers are checked first, so that a mismatch is found before layers are built or values are
     read.
     """
     folder = Path(folder)
@@ -47,12 +48,13 @@ def check_weights(folder: Path | str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers loads; other safetensors beside them may be a second copy."""
+    """Return the files that transformers loads. Other safetensors in the folder may be a second
+    copy."""
     if (folder / INDEX).is_file():
         return [folder / name for name in sorted(shards_of(folder / INDEX))]
     if not (folder / SINGLE).is_file():
         raise ValueError(
-            f"{folder} has neither {SINGLE} nor {INDEX}, the names by which weights are found: "
+            f"{folder} has neither {SINGLE} nor {INDEX}, where transformers expects the weights: "
             f"save it again with save_pretrained"
         )
     return [folder / SINGLE]
@@ -60,22 +62,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """Open a safetensors file; ValueError where it is none, or is cut short."""
+    """Open a safetensors file. ValueError if it is none, or is truncated."""
     with file.open("rb") as start:
         if start.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{file} is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`")
+            raise ValueError(f"{file} is a Git LFS pointer and not the weights: fetch them with `git lfs pull`")
     try:
         weights = safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is cut short or damaged ({error}): fetch or save it again") from error
+        raise ValueError(f"{file} is truncated or damaged ({error}): fetch or save it again") from error
     with weights as opened:
         yield opened
 
 
 def _check_layers(folder: Path, tensors: int) -> None:
-    """Raise ValueError where a config has more layers than the weights have tensors.
+    """Raise ValueError if a config has more layers than the weights have tensors.
 
-    To build a hundred thousand layers only to find that they are missing takes minutes.
+    Without this check, it would take minutes to build a hundred thousand layers that are missing.
     """
     config = read_object(folder / "config.json")
     parts = [config]
@@ -87,16 +89,17 @@ def _check_layers(folder: Path, tensors: int) -> None:
             layers = part.get(name)
             if isinstance(layers, int) and layers > tensors:
                 raise ValueError(
-                    f"{folder}: config.json says {name} {layers:,}, the weights are {tensors:,} tensors, and each "
-                    f"layer has some: one of the two is another model's"
+                    f"{folder}: config.json says {name} {layers:,}, but the weights are {tensors:,} tensors, and every "
+                    f"layer has at least one: config.json and weights are from different models"
                 )
 
 
 def _check_names_and_sizes(folder: Path) -> None:
-    """Raise ValueError naming tensors that are missing, unknown, or of other sizes than the config's.
+    """Raise ValueError naming tensors that are missing, unknown, or of other sizes than in the
+    config.
 
-    transformers itself compares, for it knows which names it converts, ties and ignores; on the meta
-    device no number is read.
+    transformers does the comparison, since it knows which names it converts, ties and ignores. On
+    the meta device no values are read.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -104,20 +107,20 @@ def _check_names_and_sizes(folder: Path) -> None:
             device_map={"": "meta"},
             dtype="auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # else only the first is told, by an error of another kind
+            ignore_mismatched_sizes=True,  # otherwise an error of another kind reports only the first
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # whatever a model's code makes of a config's numbers, such as 0 heads
+    except Exception as error:  # a model's code may raise anything for numbers such as 0 heads
         raise ValueError(
-            f"{folder}: no model can be built from its config.json ({type(error).__name__}: {error}): mend it, "
+            f"{folder}: no model can be built from its config.json ({type(error).__name__}: {error}): correct it, "
             f"or fetch the folder again"
         ) from error
     found = loaded[1]
     sizes = []
     for name, stored, described in found["mismatched_keys"]:
-        sizes.append(f"{name} {list(stored)}, by the config {list(described)}")
+        sizes.append(f"{name} {list(stored)}, in the config {list(described)}")
     wrong = []
     for what, names in (
         ("missing", found["missing_keys"]),
@@ -132,30 +135,31 @@ def _check_names_and_sizes(folder: Path) -> None:
             wrong.append(f"{len(names)} tensors are {what} ({listed})")
     if wrong:
         raise ValueError(
-            f"{folder}: the weights are not those that config.json describes: {'; '.join(wrong)}. They would be "
-            f"replaced by random numbers or left out: fetch or save the folder again, or mend config.json"
+            f"{folder}: the weights do not match config.json: {'; '.join(wrong)}. They would be replaced by random "
+            f"numbers or ignored: fetch or save the folder again, or correct config.json"
         )
 
 
 def check_finite(file: Path) -> None:
-    """Raise ValueError naming a tensor that holds NaN or infinity."""
+    """Raise ValueError naming a tensor that contains NaN or infinity."""
     with _opened(file) as weights:
-        for name in weights.keys():  # noqa: SIM118 (it is no dictionary)
+        for name in weights.keys():  # noqa: SIM118 (not a dictionary)
             tensor = weights.get_tensor(name)
             if tensor.element_size() == 1:
-                tensor = tensor.float()  # torch compares no numbers of 8 bits with infinity
+                tensor = tensor.float()  # torch does not compare 8-bit numbers with infinity
             if not tensor.isfinite().all():
-                raise ValueError(f"{file}: {name} holds NaN or infinity: the model was damaged, take an earlier one")
+                raise ValueError(f"{file}: {name} contains NaN or infinity: the model is damaged, use an earlier one")
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ValueError where a folder's tokenizer cannot be read; a folder without one passes."""
+    """Raise ValueError if a folder's tokenizer cannot be read; a folder without a tokenizer
+    passes."""
     if not (folder / "tokenizer_config.json").is_file():
         return
     try:
         AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of whichever library: tokenizers raises bare ones
+    except Exception as error:  # several libraries may raise here, and tokenizers raises bare Exceptions
         raise ValueError(
-            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}): fetch or save it again; code "
-            f"that a model brings along is never run"
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}): fetch or save it again; custom "
+            f"code in a model folder is never run"
         ) from error

@@ -1,10 +1,9 @@
-"""Recipe + resources -> a DeepSpeed engine. All of DeepSpeed's config keys and private corners are
-here.
+"""Create the DeepSpeed engine for a recipe and resources.
 
-AdamW is torch's own, handed in as a client optimizer: DeepSpeed's would compile C++ for minutes
-first. The loss is already divided by the targets of the whole global batch (training/loss.py), so
-DeepSpeed may average over ranks but must not divide by the number of micro-batches: `backward`
-undoes that.
+All of DeepSpeed's config keys and private APIs are used only here. AdamW is torch's own, passed as
+a client optimizer, because DeepSpeed's would first compile C++ for minutes. The loss is already
+divided by the targets of the whole global batch (training/loss.py). So DeepSpeed may average over
+ranks, but must not divide by the number of micro-batches; `backward` undoes that.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from longreach.training.recipe import OptimRecipe
 def deepspeed_config(
     recipe: OptimRecipe, resources: Resources, *, global_batch_rows: int, world: int
 ) -> dict[str, Any]:
-    """Return DeepSpeed's config. Raises ValueError: the batch does not divide."""
+    """Return DeepSpeed's config. ValueError if the global batch is not divisible."""
     accumulation = resources.accumulation(global_batch_rows, world)
     zero: dict[str, Any] = {"stage": resources.zero_stage}
     disk = {"nvme_path": resources.nvme_path} if resources.offload == "nvme" else {}
@@ -43,23 +42,23 @@ def deepspeed_config(
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW, not the compiled one
         "bf16": {"enabled": resources.dtype == "bfloat16", "check_grad_overflow": True},
-        "steps_per_print": 1 << 30,  # the loop reports
+        "steps_per_print": 1 << 30,  # never, since the training loop reports
     }
 
 
 def check_nvme(resources: Resources) -> None:
-    """Raise ValueError where weights or optimizer state are to live on a disk and cannot."""
+    """Raise ValueError if weights or optimizer state shall be offloaded to a disk and cannot be."""
     if resources.offload != "nvme":
         return
     assert resources.nvme_path is not None
     if not os.access(resources.nvme_path, os.W_OK):
-        raise ValueError(f"resources.nvme_path {resources.nvme_path}: no folder that this rank may write to")
+        raise ValueError(f"resources.nvme_path {resources.nvme_path} is not a folder that this rank can write to")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         raise ValueError(
-            "resources.offload nvme: DeepSpeed's async_io cannot be built here, libaio's headers are missing (Debian: "
-            "libaio-dev); install them, or offload to cpu"
+            "resources.offload nvme: DeepSpeed's async_io cannot be built here, because libaio's headers are missing: "
+            "install them (Debian: libaio-dev), or set resources.offload to cpu"
         )
 
 
@@ -71,12 +70,13 @@ def start_engine(
     global_batch_rows: int,
     rate_scales: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> Any:
-    """Return the DeepSpeed engine around `module`, which trains what requires a gradient.
+    """Return the DeepSpeed engine around `module`, which trains the parameters that require a
+    gradient.
 
-    rate_scales: what the learning rate of some parameters is multiplied by; `step` gives the rate.
+    rate_scales: factors of the learning rate for some parameters; `step` sets the rate.
     """
     if not resources.gpus_per_worker:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take the first GPU that it sees
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed takes the first GPU that it sees
     skip_shm_build()
     skip_muon_compilation()
     import deepspeed
@@ -97,17 +97,18 @@ def start_engine(
     config = deepspeed_config(recipe, resources, global_batch_rows=global_batch_rows, world=world)
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     if not resources.zero_stage:
-        # Around bfloat16 weights without ZeRO DeepSpeed has made a step already, with gradients of
-        # zero. At rate 0 no weight decayed; but Adam counted it, and would take 0.7 of the first
-        # real step.
+        # With bfloat16 weights and no ZeRO, DeepSpeed has already made one step with zero gradients.
+        # At learning rate 0 no weight decayed, but Adam counted the step, which would shrink the
+        # first real step to 0.7 of its size.
         engine.optimizer.state.clear()
     return engine
 
 
 def skip_shm_build() -> None:
-    """Keep `init_distributed` from compiling an op: 68 s, and a crash without g++ or ninja.
+    """Keep `init_distributed` from compiling an op, which takes 68 s and crashes without g++ or
+    ninja.
 
-    A private table of DeepSpeed, guarded by a test; gloo does the same work without it.
+    This changes a private table of DeepSpeed, which a test guards. gloo works without the op.
     """
     import deepspeed.ops
 
@@ -115,9 +116,10 @@ def skip_shm_build() -> None:
 
 
 def skip_muon_compilation() -> None:
-    """Import what DeepSpeed always imports, without torch's compiler: 1.4 s of each start.
+    """Import a module that DeepSpeed always imports, without torch's compiler, which saves 1.4 s of
+    each start.
 
-    It decorates a function with torch.compile, which under this variable leaves it as it is.
+    The module decorates a function with torch.compile, which does nothing under this variable.
     """
     asked = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -130,19 +132,20 @@ def skip_muon_compilation() -> None:
 
 
 def backward(engine: Any, loss: torch.Tensor) -> None:
-    """Accumulate the gradient of an already normalised loss.
+    """Accumulate the gradient of a loss that is already normalized.
 
-    DeepSpeed divides by the number of micro-batches, with `scale_wrt_gas=False` as well where the
-    loss is the module's own output (0.19.8: a hook on the output), so we multiply first.
+    DeepSpeed divides by the number of micro-batches, so we multiply first. It does so even with
+    `scale_wrt_gas=False` if the loss is the module's own output (0.19.8: a hook on the output).
     """
     engine.backward(loss * engine.gradient_accumulation_steps())
 
 
 def step(engine: Any, learning_rate: float) -> float:
-    """End a micro-batch; after the last update the weights and return the norm before clipping.
+    """End a micro-batch; after the last one update the weights and return the gradient norm before
+    clipping.
 
-    NaN after the others. Where the norm is not finite, weights and optimizer stay as they were on
-    every rank.
+    After the other micro-batches it returns NaN. If the norm is not finite, weights and optimizer
+    do not change on any rank.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_scale"]
@@ -152,13 +155,12 @@ def step(engine: Any, learning_rate: float) -> float:
     if engine.zero_optimization_stage() or engine.bfloat16_enabled():
         engine.step()
         return float(engine.get_global_grad_norm())
-    # Plain float32 without ZeRO is the one case where DeepSpeed keeps no norm, and steps whatever
-    # it is.
+    # Plain float32 without ZeRO is the only case in which DeepSpeed keeps no norm and always makes a
+    # step.
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     if not norm.isfinite():
-        # A skipped step goes through engine.step as well, which counts micro-batches and clears
-        # gradients. So the optimizer's own step is hidden for this one call, behind an attribute of
-        # the instance.
+        # A skipped step must also call engine.step, which counts micro-batches and clears gradients.
+        # So an attribute of the instance hides the optimizer's own step for this one call.
         engine.optimizer.step = lambda: None
     engine.step()
     engine.optimizer.__dict__.pop("step", None)
@@ -166,7 +168,7 @@ def step(engine: Any, learning_rate: float) -> float:
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which ZeRO-3's partitioned parameters are whole on every rank."""
+    """Return a context in which ZeRO-3's partitioned parameters are gathered on every rank."""
     parted = [p for p in parameters if hasattr(p, "ds_id")]
     if not parted:
         return contextlib.nullcontext()
