@@ -337,7 +337,7 @@ def test_without_the_token_nothing_is_answered(head: str, monkeypatch: pytest.Mo
     for mode in ("token", "disabled"):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
         with (
-            pytest.raises(ValueError, match=r"rejects.*RAY_AUTH_TOKEN, or .*RAY_AUTH_TOKEN_PATH") as refused,
+            pytest.raises(ValueError, match=r"rejects.*RAY_AUTH_TOKEN to .*, or RAY_AUTH_TOKEN_PATH") as refused,
             jobs.job_client(head) as client,
         ):
             jobs.listed(client)

@@ -427,7 +427,7 @@ def test_texts_of_this_machine_are_refused_for_pods_that_have_none(target, capsy
     options = ("--cron", "0 3 * * 1", "--to", target, "--set", "store.root=s3://bucket/prefix")
     assert longreach("schedule", "retrain", *options) == 2
     assert "corpus.sources.0.files 'documents/**/*.txt' is on this machine" in (err := capsys.readouterr().err)
-    assert "say --claim" in err
+    assert "give --claim" in err
     sources = ("--set", "corpus.sources=[{files: 's3://bucket/texts/*'}]")
     assert longreach("schedule", "retrain", *options, *sources) == 2  # else every fired run would end so
     assert "every node would use its own model registry in its own folder: set tracking.uri" in capsys.readouterr().err
