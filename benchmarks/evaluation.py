@@ -106,8 +106,8 @@ def last_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, siz
             return float(token_nll(model, ids, "text", last=n).sum())
 
         what = f"last {n} tokens of {length}"
-        compare(f"{what}: plain transformers / ours", plain, ours, size.rounds, "; wanted 1.2x")
-        compare(f"{what}: lm-eval / ours", harness, ours, size.rounds, "; wanted 1.2x")
+        compare(f"{what}: plain transformers / ours", plain, ours, size.rounds, "; target 1.2x")
+        compare(f"{what}: lm-eval / ours", harness, ours, size.rounds, "; target 1.2x")
 
 
 def whole_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size) -> None:
@@ -144,7 +144,7 @@ def grid(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: Size
             lambda answered=answered: answered(False),
             lambda answered=answered: answered(True),
             size.rounds,
-            "; wanted 1.7x, limit 2x",
+            "; target 1.7x, limit 2x",
         )
 
 
@@ -162,7 +162,7 @@ def questions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size:
 
         several, single = lambda asked=asked, p=prompts: asked(p), lambda asked=asked, p=prompts: asked(p[:1])
         rows = interleaved(several, single, rounds=size.rounds)
-        told(f"{QUESTIONS} questions about {length} tokens / one", rows, "; wanted 1.1x")
+        told(f"{QUESTIONS} questions about {length} tokens / one", rows, "; target 1.1x")
 
 
 @torch.inference_mode()
@@ -211,7 +211,7 @@ def commands(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, size: 
                 *("--set", f"store.root={folder}/store{turn}", "--set", f"store.workdir={folder}/store{turn}"),
             ]
             rows.append([_wall_ms(theirs), _wall_ms(ours)])
-        told(f"{size.documents} texts of {length} tokens, whole commands: lm-eval / ours", rows, "; wanted 1.5x")
+        told(f"{size.documents} texts of {length} tokens, whole commands: lm-eval / ours", rows, "; target 1.5x")
 
 
 def _wall_ms(arguments: list[str]) -> float:
@@ -240,7 +240,7 @@ def quickstart_share(root: str) -> None:
         assert artifact, f"{label} is in the store, as its report is"
         seconds[stage] = seconds.get(stage, 0.0) + artifact.manifest["seconds"]
     share = seconds.get("evaluate", 0.0) / sum(seconds.values())
-    print(f"quickstart: {share:.0%} of {sum(seconds.values()):.0f} s in evaluations; wanted at most 35%", flush=True)
+    print(f"quickstart: {share:.0%} of {sum(seconds.values()):.0f} s in evaluations; target: at most 35%", flush=True)
 
 
 PARTS = {
