@@ -474,4 +474,4 @@ def test_run_looks_at_the_clock_and_never_waits_for_another_run(monkeypatch, cap
     guard = ("--cron", cron, "--max-start-delay", "2h", "--run", "--address", "auto")
     assert longreach("schedule", "quickstart", *guard) == 0
     assert ran == ([("quickstart", {"address": "auto", "wait": False, "quiet": True})] if runs else [])
-    assert ("not run:" in capsys.readouterr().err) is not runs
+    assert ("skipped:" in capsys.readouterr().err) is not runs
