@@ -58,7 +58,8 @@ def refuse_password(url: str, advice: str) -> str:
     The message is `advice`, with `{user}` replaced by the URL's part before the password
     (`s3://key`). It never contains the password.
     """
-    if found := re.search(r"(\w+://[^:/]*):[^/]+@", url):
+    # A password may contain / (AWS's keys do). Digits up to the end of the host are a port: @ may follow in the path.
+    if found := re.search(r"(\w+://[^:/[]*):(?!\d+(?:[/?#]|$)).+@", url):
         raise ValueError(advice.format(user=found[1]))
     return url
 

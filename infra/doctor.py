@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from longreach.infra.files import home
 from longreach.infra.versions import GIB, git_commit, installed, usable_cores, usable_memory
 
 OPEN_PORTS = (5000, 8080, *range(8265, 8275))
@@ -53,13 +54,19 @@ def doctor(root: Path | str, ui_port: int = 5000) -> list[Check]:
         Check("cores", cores >= 2, f"{cores}", "set resources.workers=1 to train with one rank", needed=False),
         _memory(),
         _shared_memory(),
-        _writable("home", Path.home(), "Ray writes there: set HOME to a folder that you can write to"),
+        _home(),
         *_root(str(root)),
         _port(ui_port),
         _ray_cluster_file(),
         _open_to_others({*OPEN_PORTS, ui_port, *_tracking_port()}),
         Check("git", commit != "unknown", f"commit {commit}", recorded, needed=False),
     ]
+
+
+def _home() -> Check:
+    fix = "Ray writes there: set HOME to a folder that you can write to"
+    folder = home()
+    return _writable("home", folder, fix) if folder else Check("home", False, "HOME is not set", fix)
 
 
 def _requirements() -> list[str]:

@@ -148,13 +148,30 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def home() -> Path | None:
+    """Return the user's home folder; None if HOME is not set and the system does not know the user, as
+    in a container with any user id."""
+    folder = os.path.expanduser("~")
+    return None if folder == "~" else Path(folder)
+
+
+def cache_folder() -> Path | None:
+    """Return longreach's folder in the user's cache (XDG_CACHE_HOME, ~/.cache); None without a home."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "longreach"
+    folder = home()
+    return folder and folder / ".cache" / "longreach"
+
+
 def kept_text(name: str, make: Callable[[], str]) -> str:
     """Return the text cached under this name, or call `make` and cache its result.
 
-    The cache is the user's cache folder (XDG_CACHE_HOME, ~/.cache). If it cannot be written, `make`
-    is called each time.
+    If there is no cache folder, or it cannot be written, `make` is called each time.
     """
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "longreach" / name
+    cache = cache_folder()
+    if cache is None:
+        return make()
+    path = cache / name
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8")
     text = make()

@@ -21,6 +21,7 @@ import re
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,6 +41,7 @@ WORKDIR = "/tmp/longreach"
 """store.workdir on a cluster. The job's own folder is unsuitable, since it is deleted with the job."""
 AGENT_PORT = 52365
 """The port of Ray's dashboard agent, unless `ray start` names another one."""
+FOLLOW_AGAIN_S = 1.0
 PATIENCE_S = 60
 """Seconds between stopping a driver and killing it. Ray's default of 3 is too short to write
 checkpoints."""
@@ -204,7 +206,7 @@ def token() -> tuple[str | None, str]:
     if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return given, "RAY_AUTH_TOKEN"
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"
+    file = Path(os.path.expanduser(path or "~/.ray/auth_token"))
     try:
         if content := file.read_text().strip():
             return content, str(file)
@@ -284,16 +286,24 @@ def submit(client: Any, submission: Submission) -> str:
 def follow(client: Any, job: str) -> int:
     """Print a job's whole log until the job ends, and return its exit code. Raises ValueError if the
     connection is lost."""
+    printed = 0
 
     async def lines() -> None:
+        nonlocal printed
+        begin = 0  # every connection yields the log from its start
         async for text in client.tail_job_logs(job):
-            print(text, end="", flush=True)
+            print(text[max(0, printed - begin) :], end="", flush=True)
+            begin += len(text)
+            printed = max(printed, begin)
 
     import aiohttp
 
     client.get_job_status(job)  # raises if there is no such job, whose log would only be empty
     try:
         asyncio.run(lines())
+        while not client.get_job_status(job).is_terminal():  # Ray's client also ends quietly if a proxy hangs up
+            time.sleep(FOLLOW_AGAIN_S)
+            asyncio.run(lines())
     except KeyboardInterrupt:
         print(f"\nthe job keeps running; to stop it: longreach stop {job}", file=sys.stderr)
         raise

@@ -137,8 +137,11 @@ def _fit(trainer: TorchTrainer, max_failures: int, waiting: Waiting) -> None:
         except ControllerError as error:
             failure = error.with_traceback(None)  # its frames keep the controller alive, which keeps its ranks alive
         for _ in range(3 * groups.LOOKS):
-            if not groups.look():
-                break
+            try:
+                if not groups.look():
+                    break
+            except Exception as error:  # noqa: BLE001 (it must not replace the failure of the ranks)
+                print(f"cannot look for abandoned placement groups ({error}): trying again", flush=True)
             time.sleep(1)
         if not failures_left or not isinstance(failure.controller_failure, ray.exceptions.RayActorError):
             raise failure

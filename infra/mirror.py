@@ -55,7 +55,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""MLflow settings for the mirror; the user's own environment takes precedence."""
+"""MLflow settings for the mirror; the user's own environment takes precedence. Uploads of files wait
+longer (registry.UPLOAD_S)."""
 
 log = logging.getLogger("longreach.mirror")
 
@@ -289,7 +290,8 @@ class Mirror:
             case "tag":
                 batch.tags[event["key"]] = event["value"]
             case "artifact" | "table":
-                self._file(tail, event)
+                with registry.mlflow_setting("MLFLOW_HTTP_REQUEST_TIMEOUT", registry.UPLOAD_S):
+                    self._file(tail, event)
                 _position_path(tail.path).touch()  # shows progress to stop_mirror, which may be waiting
             case "dataset":
                 log_dataset(self.client, tail.run_id, event)
@@ -523,11 +525,11 @@ def stop_mirror(process: MirrorProcess, patience_s: float = DRAIN_S, at_most_s: 
     assert process.stdin
     process.stdin.close()
     began_s = moved_s = time.monotonic()
-    before = _progress(process.spool_dir)
+    before = _progress(process)
     while process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(1.0, patience_s, at_most_s))
-        now_s, now = time.monotonic(), _progress(process.spool_dir)
+        now_s, now = time.monotonic(), _progress(process)
         if now != before:
             before, moved_s = now, now_s
         if now_s - moved_s > patience_s or now_s - began_s > at_most_s:
@@ -535,9 +537,13 @@ def stop_mirror(process: MirrorProcess, patience_s: float = DRAIN_S, at_most_s: 
     return pending_points(process.spool_dir)
 
 
-def _progress(spool_dir: Path) -> dict[Path, int]:
-    """Return the times when the files' positions were last written. They change while a mirror uploads."""
-    return {path: path.stat().st_mtime_ns for path in spool_dir.rglob("*.offset")}
+def _progress(process: MirrorProcess) -> list[Any]:
+    """Return values that change while a mirror uploads: when the files' positions were last written, and
+    on Linux the bytes that it has read. It reads a file only as fast as the server accepts it."""
+    progress: list[Any] = [(path, path.stat().st_mtime_ns) for path in process.spool_dir.rglob("*.offset")]
+    with contextlib.suppress(OSError):  # another system, or the process has just ended
+        progress += Path(f"/proc/{process.pid}/io").read_text().splitlines()[:1]
+    return progress
 
 
 def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport:

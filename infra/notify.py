@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Mapping
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 URL, TOKEN = "LONGREACH_NOTIFY_URL", "LONGREACH_NOTIFY_TOKEN"
 Ending = Literal["success", "failure", "refused", "undecided", "stopped"]
@@ -77,8 +77,14 @@ def _post(url: str, body: Mapping[str, Any], timeout_s: float) -> str:
     token = os.environ.get(TOKEN)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        # stream: the body of the response is not read
-        with requests.post(url, json=body, headers=headers, timeout=timeout_s, stream=True) as answer:
-            return "" if answer.ok else f"answered HTTP {answer.status_code}"
+        # stream: the body of the response is not read. A redirected POST would become a GET without the message.
+        with requests.post(
+            url, json=body, headers=headers, timeout=timeout_s, stream=True, allow_redirects=False
+        ) as answer:
+            if answer.is_redirect:
+                target = urlsplit(urljoin(url, answer.headers["Location"]))
+                place = f"{target.scheme}://{target.hostname}"
+                return f"redirects to {place} (HTTP {answer.status_code}): give the address there"
+            return "" if 200 <= answer.status_code < 300 else f"answered HTTP {answer.status_code}"
     except Exception as error:  # noqa: BLE001 (a webhook never changes how a run ends)
         return f"was not reached ({type(error).__name__})"

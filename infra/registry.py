@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import posixpath
 import re
 import shutil
 import sqlite3
@@ -45,6 +46,9 @@ CLAIM_S = 400.0
 """Seconds for which a claim that does not change is respected. A promoter needs three requests, each
 with two tries of 60 s (PATIENCE). A promoter that was killed leaves its claim behind."""
 LOOK_AGAIN_S = 1.0
+UPLOAD_S = 3600
+"""Longest wait for the response to an uploaded file. A server may first pass the file on, for example
+to S3."""
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
@@ -291,7 +295,7 @@ def _made_once(find: Callable[[], Any | None], make: Callable[[], Any]) -> Any:
     found = find()
     if found is not None:
         return found
-    with _single_requests():
+    with mlflow_setting("MLFLOW_HTTP_REQUEST_MAX_RETRIES", 0):
         try:
             return make()
         except MlflowException as error:
@@ -303,27 +307,34 @@ def _made_once(find: Callable[[], Any | None], make: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _single_requests() -> Iterator[None]:
-    """Keep MLflow's client from repeating requests, whatever the user's setting."""
-    repetitions = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    before = os.environ.get(repetitions)
-    os.environ[repetitions] = "0"
+def mlflow_setting(name: str, value: int) -> Iterator[None]:
+    """Set one of MLflow's environment variables while a block runs, whatever the user's setting."""
+    before = os.environ.get(name)
+    os.environ[name] = str(value)
     try:
         yield
     finally:
-        del os.environ[repetitions]
+        del os.environ[name]
         if before is not None:
-            os.environ[repetitions] = before
+            os.environ[name] = before
 
 
 def _upload(client: Any, model: Any, folder: Path) -> None:
-    """Upload a model's files. If MLflow's artifacts are local files, hard-link the published files
-    instead of copying them."""
+    """Upload a model's files, except those that the server already lists with the same size. If
+    MLflow's artifacts are local files, hard-link the published files instead of copying them."""
     place = urlsplit(model.artifact_location)
-    if place.scheme not in ("", "file"):
-        client.log_model_artifacts(model.model_id, str(folder))
+    if place.scheme in ("", "file"):
+        shutil.copytree(folder, unquote(place.path), copy_function=link_or_copy, dirs_exist_ok=True)
         return
-    shutil.copytree(folder, unquote(place.path), copy_function=link_or_copy, dirs_exist_ok=True)
+    for top, _, names in os.walk(folder):
+        inside = None if Path(top) == folder else Path(top).relative_to(folder).as_posix()
+        listed = client.list_logged_model_artifacts(model.model_id, inside)
+        there = {(posixpath.basename(file.path), file.file_size) for file in listed}
+        for name in sorted(names):
+            file = Path(top, name)
+            if (name, file.stat().st_size) not in there:
+                with mlflow_setting("MLFLOW_HTTP_REQUEST_TIMEOUT", UPLOAD_S):
+                    client.log_model_artifact(model.model_id, str(file), inside)
 
 
 def register(client: Any, name: str, model: Any, run_id: str | None, tags: Mapping[str, str], about: str = "") -> Any:

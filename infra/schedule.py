@@ -30,7 +30,9 @@ from longreach.infra.resources import Resources
 TARGETS = ("ray-cronjob", "cronjob", "systemd", "crontab")
 FIELDS = {"minute": (0, 59), "hour": (0, 23), "day of the month": (1, 31), "month": (1, 12), "day of the week": (0, 7)}
 LONGEST_CRONTAB_LINE = 998
-"""The longest command that Debian's cron accepts, in characters."""
+"""The longest command that Debian's cron accepts, in bytes."""
+AS_IT_STANDS = re.compile(r"""'[^']*'|"[^"$`\\]*"|[^\s'"$`&|;<>()#\\~]*""")
+"""A value in an --env-file that a shell and systemd read alike."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,18 @@ def _check_env_file(file: Path, target: str) -> None:
         )
     if re.search("[\"'\\\\\n]", str(file)):
         raise ValueError(f"--env-file {str(file)!r} contains a character that a unit file cannot hold: rename it")
+    if target == "crontab":  # its shell reads the file
+        for number, line in enumerate(file.read_bytes().decode(errors="surrogateescape").split("\n"), start=1):
+            if not (line := line.strip(" \t")) or line.startswith("#"):
+                continue
+            setting = re.fullmatch(r"([A-Za-z_]\w*)=(.*)", line, re.ASCII)
+            if setting is None:
+                raise ValueError(f"--env-file {file}, line {number}: write NAME=value, without spaces around =")
+            if not AS_IT_STANDS.fullmatch(setting[2]):
+                raise ValueError(
+                    f"--env-file {file}, line {number}: cron's shell would change the value of {setting[1]} or execute "
+                    f"part of it: put the value in single quotes, as in {setting[1]}='value' (systemd reads this alike)"
+                )
 
 
 SERVICE = """\
@@ -265,9 +279,9 @@ def crontab(schedule: Schedule, job: Job, localtime: Path = Path("/etc/localtime
         if unfit in command:
             raise ValueError(f"{command!r} contains {unfit!r}, which a crontab cannot hold: rename the file or value")
     command = command.replace("%", "\\%")  # cron reads % as a line break
-    if len(command) > LONGEST_CRONTAB_LINE:
+    if (size := len(command.encode())) > LONGEST_CRONTAB_LINE:
         raise ValueError(
-            f"the command has {len(command)} characters, but cron accepts at most {LONGEST_CRONTAB_LINE}: write the "
+            f"the command has {size} bytes, but cron accepts at most {LONGEST_CRONTAB_LINE}: write the "
             "overrides into the recipe"
         )
     return f"# longreach: {job.name}, in {schedule.tz}, the zone of this machine\n{schedule.cron} {command}\n"
@@ -293,6 +307,7 @@ def _normal(cron: str) -> str:
         raise ValueError(
             f"cron {cron!r} has {len(fields)} fields, but needs 5: {', '.join(FIELDS)} (write @weekly as 0 0 * * 0)"
         )
+    day, week = fields[2], fields[4]
     for index, (text, (name, (low, high))) in enumerate(zip(fields, FIELDS.items(), strict=True)):
         if re.search("[LW#?]", re.sub("[A-Z]{3}", "", text)):
             raise ValueError(f"cron {cron!r}, {name} {text!r}: not every target supports L, W, # and ?: use numbers")
@@ -303,16 +318,18 @@ def _normal(cron: str) -> str:
         except CronSimError as error:
             raise ValueError(f"cron {cron!r}, {name} {text!r}: use {low} to {high}, *, lists, ranges, /step") from error
         chosen = {"month": sim.months, "day of the week": _weekdays(sim)}
-        if name in chosen and text[0] != "*":  # Go's cron accepts Sunday only as 0, Debian's accepts no lists of names
+        text = re.sub(r"^\*(/0*1)?,.*", "*", text)
+        if name in chosen and ("," in text or text[0] != "*"):  # Go's cron takes no 7, Debian's takes no lists of names
             text = ",".join(map(str, sorted(chosen[name])))
         fields[index] = re.sub(r"(^|,)(\d+)/", rf"\1\2-{high}/", text)  # Debian's cron needs a range before a step
-    day, week = fields[2], fields[4]
-    for one, other in ((day, week), (week, day)):
-        if one.startswith("*/") and not other.startswith("*"):
-            raise ValueError(
-                f"cron {cron!r}: both {day!r} and {week!r} restrict the day. Where one starts with *, cron fires if "
-                f"both match, but Kubernetes if either does: write {one!r} as a list, or set one of them to *"
-            )
+    # Both days have to match if a field begins with * (Debian), or has an item * or */1 (Go); otherwise either.
+    both_in_go = any(re.fullmatch(r"\*(/0*1)?", item) for item in f"{day},{week}".split(","))
+    if both_in_go != (day[0] == "*" or week[0] == "*"):
+        starred = day if "*" in day else week
+        raise ValueError(
+            f"cron {cron!r}: {day!r} and {week!r} both restrict the day. One of cron and Kubernetes fires if both "
+            f"match, the other if either does: write {starred!r} as a list without *, or set one of the two to *"
+        )
     try:
         CronSim(" ".join(fields), datetime(2000, 1, 1, tzinfo=UTC))
     except CronSimError as error:

@@ -56,10 +56,13 @@ def usable_memory() -> int:
 @functools.cache  # once per process: calling git takes longer than a small stage
 def git_commit() -> str:
     """Return the commit of the running code, with `-dirty` if it has uncommitted changes, or `unknown`
-    outside a checkout."""
+    outside a checkout (also in an environment inside another repository, which does not track this file)."""
     if not shutil.which("git"):
         return "unknown"
-    folder = str(Path(__file__).parent)
+    file, folder = Path(__file__).name, str(Path(__file__).parent)
+    tracked = ["git", "-C", folder, "ls-files", "--error-unmatch", file]
+    if subprocess.run(tracked, capture_output=True, check=False).returncode:
+        return "unknown"
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -16,6 +16,7 @@ hash the documents.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -125,7 +126,7 @@ class Pipeline:
         """Return False if it is certain before the run that the tokenizer has no chat template."""
         if base.name == "tokenizer":
             return False
-        folder = Path(self.recipe.base.source).expanduser()
+        folder = Path(os.path.expanduser(self.recipe.base.source))
         if not folder.is_dir():
             return True
         for name in ("chat_template.jinja", "tokenizer_config.json"):

@@ -12,6 +12,7 @@ nothing.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _base(source: str) -> Base:
         raise ValueError(f"--base {source}: init cannot inspect a registered model: give its folder instead")
     place = source
     if kind == "folder":
-        place = str(Path(name).expanduser())
+        place = str(Path(os.path.expanduser(name)))
     try:
         whole: Any = convert.config_of(place)
     except OSError as error:

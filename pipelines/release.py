@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +97,9 @@ def release(
     metrics["cost/wall_s"] = card.training.wall_s
     metrics["cost/tokens_per_s"] = card.training.tokens_per_s
     metrics["cost/peak_gib"] = card.training.peak_gib
-    if recipe.register_as:
-        run.spool.model(recipe.register_as, tags[MODEL], metrics, tags=tags, path=out, register=recipe.register_as)
+    if name := recipe.register_as:
+        event = partial(run.spool.model, name, tags[MODEL], metrics, tags=tags, path=out, register=name)
+        run.when_published.append(event)
     run.spool.artifact(out / "README.md")
     run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, str(corpus.path))
     return {"tags": tags, "metrics": metrics, "about": card.about}

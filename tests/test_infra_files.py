@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from longreach.infra import files
+from longreach.infra import doctor, files, jobs
 from longreach.infra.artifact import Store
 from longreach.infra.files import digest_of, draft_of, flatten, kept_text, publish_new, write_whole
+from longreach.training import documents
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path):
@@ -75,6 +76,22 @@ def test_a_kept_text_is_made_once_and_each_time_where_nothing_can_be_kept(tmp_pa
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert [kept_text("name", make), kept_text("name", make), len(made)] == ["text", "text", 3]
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_fails(monkeypatch):
+    """As in a container that runs with any user id."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert kept_text("name", lambda: "made") == "made"
+    assert jobs.token()[0] is None
+    assert not doctor._home().ok
+    assert "set HOME" in doctor._home().fix
+    with pytest.raises(ValueError, match="set HOME or XDG_CACHE_HOME"):
+        documents._fetched("memory://texts/*.txt")
 
 
 def test_nested_sections_flatten_to_dotted_names_and_lists_stay_values():

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -362,6 +363,30 @@ def test_a_job_runs_the_code_and_recipe_that_came_along_and_its_exit_code_comes_
     assert re.search(r"working_dir_files/\S+/longreach/infra/jobs\.py name: trivial", out)
     assert "FAILED" in err
     assert not [name for name, value in CANARIES.items() if value in str(told)]
+
+
+def test_a_log_whose_connection_closes_quietly_is_followed_on_until_the_job_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.job_submission import JobStatus
+
+    # as behind a proxy that hangs up; each connection has the log from its start
+    tails = [["step 1\n", "st"], ["step 1\nstep", " 2\n"], ["step 1\n"], ["step 1\nstep 2\n", "done\n"]]
+
+    class Client:
+        def get_job_status(self, job: str) -> JobStatus:
+            return JobStatus.RUNNING if tails else JobStatus.SUCCEEDED
+
+        async def tail_job_logs(self, job: str) -> Any:
+            for text in tails.pop(0):
+                yield text
+
+        def get_job_info(self, job: str) -> Any:
+            return SimpleNamespace(status=self.get_job_status(job))
+
+    monkeypatch.setattr(jobs, "FOLLOW_AGAIN_S", 0)
+    assert jobs.follow(Client(), "job") == 0
+    assert capsys.readouterr().out == "step 1\nstep 2\ndone\n"
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Ranks through Ray Train: placed, threaded, restarted after a kill, and honest about errors."""
 
+import itertools
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -14,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from longreach.infra import launch
 from longreach.infra.cluster import RESERVED_SHARE
 from longreach.infra.launch import AbandonedGroups, check_room, run_ranks
+from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
 from longreach.infra.versions import GIB, usable_memory
 
@@ -201,6 +204,40 @@ def test_ray_trains_own_error_is_raised_when_starting_again_cannot_help(cluster,
     with pytest.raises(ControllerError):
         run_ranks("toy_ranks:count_ranks", {}, resources=resources, name="once", storage=tmp_path)
     assert len(lived) == lives
+
+
+def test_a_failed_answer_of_rays_state_does_not_keep_ranks_from_starting_again(monkeypatch, capsys):
+    looks, lives = [], []
+
+    class Trainer:
+        def fit(self):
+            lives.append(self)
+            if len(lives) == 1:
+                raise ControllerError(ActorDiedError())
+
+    def look(groups):
+        looks.append(groups)
+        if len(looks) == 1:
+            raise RuntimeError("no answer within 30 s")
+
+    monkeypatch.setattr(AbandonedGroups, "look", look)
+    launch._fit(Trainer(), 1, SimpleNamespace(look=lambda: None))
+    assert (len(lives), len(looks)) == (2, 2)
+    assert "(no answer within 30 s): trying again" in capsys.readouterr().out
+
+
+def test_a_look_that_fails_is_told_once_and_followed_by_the_next(capsys):
+    enough = threading.Event()
+    looks = itertools.count(1)
+
+    def look():
+        if next(looks) < 4:
+            raise RuntimeError("no answer")
+        enough.set()
+
+    with polling(look, every_s=0.01, name="a test"):
+        assert enough.wait(60)
+    assert capsys.readouterr().err.count("RuntimeError: no answer") == 1
 
 
 def test_ranks_that_can_never_be_placed_are_refused_with_both_numbers():

@@ -35,12 +35,15 @@ from longreach.infra.tracking import Spool
 
 
 class Gate:
-    """A TCP relay in front of a server: shut, nobody answers; told so, it loses the answer to one kind of request."""
+    """A TCP relay in front of a server: shut, nobody answers; told so, it loses the answer to one kind of request, or
+    holds back the answers to uploaded files."""
 
     def __init__(self, target: int) -> None:
         self.target, self.port = target, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.lose: list[bytes] = []
+        self.hold_s = 0.0
+        self.puts: list[str] = []
         self.listener: socket.socket | None = None
         self.connections: list[socket.socket] = []
 
@@ -66,19 +69,28 @@ class Gate:
                     client.close()
                     continue
                 self.connections += [client, server]
-                lost = threading.Event()
+                events = threading.Event(), threading.Event()
                 for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._relay, args=(*pair, client, lost), daemon=True).start()
+                    threading.Thread(target=self._relay, args=(*pair, client, *events), daemon=True).start()
 
-    def _relay(self, source: socket.socket, sink: socket.socket, client: socket.socket, lost: threading.Event) -> None:
+    def _relay(
+        self, source: socket.socket, sink: socket.socket, client: socket.socket,
+        lost: threading.Event, put: threading.Event,
+    ) -> None:  # fmt: skip
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if source is client:
+                    if data.startswith(b"PUT "):
+                        self.puts.append(data.split()[1].decode().rpartition("/")[2])
+                        put.set()
                     for kind in [kind for kind in self.lose if kind in data]:
                         self.lose.remove(kind)
                         lost.set()
                 elif lost.is_set():  # the server has done it, and its client will never know
                     break
+                elif put.is_set():
+                    put.clear()
+                    time.sleep(self.hold_s)
                 sink.sendall(data)
             for one in (source, sink):
                 one.shutdown(socket.SHUT_RDWR)
@@ -221,6 +233,27 @@ def test_models_and_versions_whose_creation_got_no_answer_are_made_once(gate, tm
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
     assert len(client.search_logged_models([experiment])) == 1
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] != "0", "the user's setting is as it was"
+
+
+def test_files_may_take_longer_than_other_requests_and_are_uploaded_once(spools, gate, tmp_path, monkeypatch):
+    """A server may hand a file on to S3 before it answers; a model of many files may need several tries."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folder, name = tmp_path / "model", f"books {uuid.uuid4().hex[:8]}"
+    (folder / "components").mkdir(parents=True)
+    for file in ("weights-1", "weights-2", "components/tokenizer"):
+        (folder / file).write_text(file)
+    _, spool = spools("release")
+    spool.artifact(folder / "weights-1", "figures")
+    spool.model("longlora", name, {"gain": 1.0}, path=folder, register=name)
+    gate.open()
+    gate.hold_s, gate.lose = 1.5, [b"artifacts/weights-2"]
+    mirror = Mirror(spools.folder, gate.uri)
+    assert "release.jsonl" in mirror.upload(float("inf"))
+    assert mirror.upload(float("inf")) == ""
+    assert gate.puts == ["weights-1", "weights-1", "weights-2", "weights-1", "tokenizer"]  # the figure twice
+    assert len(client_of(gate.uri).search_model_versions(f"name = '{name}'")) == 1
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
 
 
 def test_lost_answers_double_neither_runs_nor_points(spools, server, gate):
@@ -402,24 +435,29 @@ def test_a_mirror_outlives_its_killed_parent_only_to_finish_and_to_say_so(spools
 
 
 @pytest.mark.parametrize(
-    ("works_s", "options", "finishes"),
+    ("work", "works_s", "options", "finishes"),
     [
-        (3, {"patience_s": 1.5}, True),  # a server of a second a request: as long as something arrives it may go on
-        (0, {"patience_s": 1.5}, False),
-        (3, {"at_most_s": 1}, False),
+        ("events", 3, {"patience_s": 1.5}, True),  # a slow server: as long as something arrives it may go on
+        ("one file", 3, {"patience_s": 1.5}, True),
+        ("events", 0, {"patience_s": 1.5}, False),
+        ("events", 3, {"at_most_s": 1}, False),
     ],
 )
-def test_a_mirror_is_waited_for_as_long_as_it_uploads(tmp_path, works_s, options, finishes):
+def test_a_mirror_is_waited_for_as_long_as_it_uploads(tmp_path, work, works_s, options, finishes):
     code = """if True:
         import pathlib, sys, time
         sys.stdin.read()  # until the parent wants it to end
+        file = open("/dev/zero", "rb", buffering=0)
         for number in range(10 * int(sys.argv[2])):
             time.sleep(0.1)
-            pathlib.Path(sys.argv[1], "train.jsonl.offset").write_text(str(number))
+            if sys.argv[3] == "events":
+                pathlib.Path(sys.argv[1], "train.jsonl.offset").write_text(str(number))
+            else:
+                file.read(1000)
         if sys.argv[2] == "0":
             time.sleep(60)
     """
-    command = [sys.executable, "-c", code, str(tmp_path), str(works_s)]
+    command = [sys.executable, "-c", code, str(tmp_path), str(works_s), work]
     process = MirrorProcess(command, stdin=subprocess.PIPE)
     process.spool_dir = tmp_path
     stop_mirror(process, **options)

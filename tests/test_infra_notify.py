@@ -78,6 +78,23 @@ def test_slack_ntfy_and_a_plain_receiver_get_what_they_read():
     assert json.loads(plain)["gate"] == {"passed": False}
 
 
+def test_a_message_that_was_redirected_is_not_called_delivered():
+    class Elsewhere(Receiver):
+        def do_POST(self):
+            self.send_response(int(self.path.strip("/")))
+            self.send_header("Location", "https://hooks.example.org/secret")
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        said = [notify(f"{base}/{code}", "success", "retrain", {}, timeout_s=60) for code in (301, 302, 307, 304)]
+        server.shutdown()
+    to = "redirects to https://hooks.example.org"
+    assert said[:3] == [f"the webhook at 127.0.0.1 {to} (HTTP {n}): give the address there" for n in (301, 302, 307)]
+    assert said[3] == "the webhook at 127.0.0.1 answered HTTP 304"
+
+
 @pytest.fixture(params=["status line", "headers", "body", "nothing"])
 def trickler(request):
     """A receiver whose answer goes on for ever, a byte every tenth of a second."""

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from longreach.infra import kubernetes
+from longreach.infra import schedule as schedule_module
 from longreach.infra.kubernetes import Place
 from longreach.infra.resources import Resources
 from longreach.infra.schedule import TARGETS, Job, Schedule, crontab, on_calendar, render, systemd
@@ -135,6 +136,9 @@ def test_how_late_it_is_counts_from_the_last_fire_time():
         ("0 3 * jan-mar mon-fri", "0 3 * 1,2,3 1,2,3,4,5"),
         ("5/15 */2 * * *", "5-59/15 */2 * * *"),
         ("0 3 * * 1/2", "0 3 * * 0,1,3,5"),
+        ("0 3 * * */2,7", "0 3 * * 0,2,4,6"),
+        ("0 3 * */6,DEC */3,SAT", "0 3 * 1,7,12 0,3,6"),
+        ("*,5 3 1 * *,7", "* 3 1 * *"),
     ],
 )
 def test_a_line_is_written_so_that_every_cron_reads_it_alike(written, read):
@@ -155,6 +159,9 @@ def test_a_line_is_written_so_that_every_cron_reads_it_alike(written, read):
         ("0 3 31 2 *", "UTC", None, "no such day exists"),
         ("0 3 */2 * 1", "UTC", None, "write '*/2' as a list"),
         ("0 3 1 * */2", "UTC", None, "write '*/2' as a list"),
+        ("0 3 */5 * */3", "UTC", None, "write '*/5' as a list"),
+        ("0 3 1 * */2,7", "UTC", None, "write '*/2,7' as a list"),
+        ("0 3 1 * 7,*", "UTC", None, "write '7,*' as a list"),
         ("TZ=UTC 0 3 * * 1", "UTC", None, "set the time zone with its own option"),
         ("0 3 * * 1", "Europe/Berln", None, "did you mean Europe/Berlin?"),
         ("0 3 * * 1", "localtime", None, "tz 'localtime': no such time zone"),
@@ -262,8 +269,8 @@ def test_what_a_crontab_cannot_hold_is_refused():
     schedule, zone = Schedule.parse("0 3 * * 1", "UTC"), Path("/nonexistent")
     with pytest.raises(ValueError, match="which a crontab cannot hold"):
         crontab(schedule, job(overrides=("name=a\nb",)), zone)
-    with pytest.raises(ValueError, match=r"the command has \d{4} characters, but cron accepts at most 998"):
-        crontab(schedule, job(overrides=("name=" + "a" * 1000,)), zone)
+    with pytest.raises(ValueError, match=r"the command has \d{4} bytes, but cron accepts at most 998"):
+        crontab(schedule, job(overrides=("name=" + "\N{CYRILLIC SMALL LETTER A}" * 500,)), zone)
 
 
 def test_a_crontab_does_not_ask_how_late_it_is_since_cron_never_starts_late():
@@ -413,6 +420,25 @@ def test_keys_come_from_a_file_that_only_its_owner_reads(tmp_path, capsys):
     assert "Secret longreach-store" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "value", ["https://h/x?a=1&b=2", "pa$word", "two words", "it's", "~/keys", "a\\b", "`id`", "x\r"]
+)
+def test_a_value_that_crons_shell_would_not_take_as_it_stands_is_refused_and_taken_in_quotes(tmp_path, value):
+    keys, schedule = tmp_path / "keys.env", Schedule.parse("0 3 * * 1", "UTC")
+    keys.touch(0o600)
+    keys.write_bytes(f"# of cron\n\nKEY={value}\n".encode())
+    with pytest.raises(ValueError, match=r"keys\.env, line 3: .* of KEY .*: put the value in single quotes") as refused:
+        render(schedule, job(env_file=keys), "crontab", Place(), enable=False)
+    assert value not in str(refused.value)
+    render(schedule, job(env_file=keys), "systemd", Place(), enable=False)
+    quoted = f'"{value}"' if "'" in value else f"'{value}'"
+    keys.write_bytes(f"KEY={quoted} \nPLAIN=wJalr/XUtn+FEMI=,:@%".encode())
+    schedule_module._check_env_file(keys, "crontab")
+    command = f'. {shlex.quote(str(keys))} && printf %s "$KEY $PLAIN"'
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
+    assert done.stdout.decode() == f"{value} wJalr/XUtn+FEMI=,:@%"
+
+
 def test_the_command_writes_the_files_into_a_folder(tmp_path, capsys):
     store = "store.root=s3://bucket/prefix"
     options = ("--to", "cronjob", "--out", str(tmp_path / "made"), "--set", store, "--gpu-node", "pool=h100")
@@ -448,4 +474,4 @@ def test_run_looks_at_the_clock_and_never_waits_for_another_run(monkeypatch, cap
     guard = ("--cron", cron, "--max-start-delay", "2h", "--run", "--address", "auto")
     assert longreach("schedule", "quickstart", *guard) == 0
     assert ran == ([("quickstart", {"address": "auto", "wait": False, "quiet": True})] if runs else [])
-    assert ("not run:" in capsys.readouterr().err) is not runs
+    assert ("skipped:" in capsys.readouterr().err) is not runs

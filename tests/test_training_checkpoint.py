@@ -1,8 +1,11 @@
 """Resuming is bitwise, damage is noticed, and what leaves training loads in plain transformers and plain peft."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from toy_models import TINY, VOCAB, change_config, job, packed_corpus, read_json
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from longreach.infra.errors import DiskFull
 from longreach.training import export
-from longreach.training.checkpoint import newest_valid, problem
+from longreach.training.checkpoint import Checkpoints, newest_valid, problem
 from longreach.training.export import check_trained, merge_adapter, tensor_digests
 from longreach.training.longlora import apply_arm
 from longreach.training.model import fresh_llama, load_model
@@ -406,3 +410,23 @@ def test_full_fine_tuning_leaves_a_plain_model_with_the_stretch_and_the_tokenize
     model, tokenizer = load_model(todo["out"])
     assert model.config.rope_parameters["factor"] == 2.0
     assert tokenizer("w7").input_ids == [7]
+
+
+def test_a_quota_that_is_used_up_is_called_full_by_name_although_the_disk_has_room(tmp_path, monkeypatch):
+    class Engine:
+        def save_checkpoint(self, *_, **__):
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    def write():
+        Checkpoints._write(SimpleNamespace(folder=tmp_path), Engine(), tmp_path / "draft", 3)
+
+    def over_quota(_):  # NFS says so when a file is synced or closed
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        write()
+    monkeypatch.setattr(os, "fsync", over_quota)
+    with pytest.raises(
+        DiskFull, match=r"No space left for the checkpoint after step 3 \(\d+ MiB free, or less under a"
+    ):
+        write()

@@ -18,9 +18,11 @@ files: the disk leader.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from argparse import Namespace
 from collections.abc import Iterable
@@ -35,7 +37,7 @@ from longreach.infra.files import file_digest, sync, sync_tree
 from longreach.infra.share import Share
 
 MANIFEST = "checkpoint.json"
-FULL_BELOW_BYTES = 64 * 2**20  # a disk with less free space is considered full
+FULL_BELOW_BYTES = 64 * 2**20  # a disk or quota with less free space counts as full
 
 
 class Checkpoints:
@@ -152,13 +154,13 @@ class Checkpoints:
             engine.save_checkpoint(
                 str(self.folder), tag=draft.name, client_state=state, save_latest=False, exclude_frozen_parameters=True
             )
-        except (OSError, RuntimeError) as error:  # torch's error does not say that the disk is full
-            free = shutil.disk_usage(self.folder).free
-            if free >= FULL_BELOW_BYTES:
+        except (OSError, RuntimeError) as error:  # torch's writer does not say that a disk is full
+            if not _is_full(self.folder):
                 raise
+            free = shutil.disk_usage(self.folder).free >> 20
             raise DiskFull(
-                f"{self.folder}: No space left for the checkpoint after step {step} ({free >> 20} MiB free): free disk "
-                f"space and run the same command again, which resumes from the previous checkpoint"
+                f"{self.folder}: No space left for the checkpoint after step {step} ({free} MiB free, or less under a "
+                f"quota): free disk space and run the same command again, which resumes from the previous checkpoint"
             ) from error
 
     def _files_of_all_disks(self, draft: Path) -> dict[str, list[Any]]:
@@ -259,6 +261,18 @@ def _restore_random_states(engine: Any, states: dict[str, torch.Tensor]) -> None
     torch.set_rng_state(states["cpu"])
     if engine.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], engine.device)
+
+
+def _is_full(folder: Path) -> bool:
+    """Return whether a file of FULL_BELOW_BYTES cannot be written, because of the disk's space or a quota."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(FULL_BELOW_BYTES))
+            file.flush()
+            os.fsync(file)
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def elect_disk_leader(folder: Path) -> bool:

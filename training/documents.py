@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import fsspec
 import xxhash
 
-from longreach.infra.files import add_file, draft_of
+from longreach.infra.files import add_file, cache_folder, draft_of
 from longreach.training import generated, questions
 from longreach.training.chats import FORMS, TEXT, Conversation, conversation_of, form_of
 from longreach.training.readers import Malformed, Record, kind_of, problem_of_text, read_records, text_blocks
@@ -400,7 +400,9 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
     """Return (path in the URL, local copy) for a URL's objects; fetch new and changed ones."""
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach" / "documents"
+    cache = cache_folder()
+    if cache is None:
+        raise ValueError(f"{pattern}: there is no folder for copies of its files: set HOME or XDG_CACHE_HOME")
     web = urlsplit(pattern).scheme in ("http", "https")
     exact = "*" not in pattern if web else fs.isfile(place)  # in a web URL, `?` begins a query
     if exact:  # its name may contain brackets
@@ -416,7 +418,7 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
             about = fs.info(key)
             version = str([about.get(fact) for fact in ("size", "ETag", "Last-Modified")])
             shown = Path(urlsplit(key).path)
-        path = cache / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{version}".encode()) / shown.name
+        path = cache / "documents" / xxhash.xxh3_128_hexdigest(f"{pattern}:{key}:{version}".encode()) / shown.name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft_of(path) as draft:
