@@ -42,24 +42,32 @@ class LeaseHeld(Exception):
 
 def process_mark(pid: int) -> list[str] | None:
     """Return an identity that no other process will ever have: the machine's boot id, the PID
-    namespace, the PID in it, and the start time in kernel ticks. None if the process has ended, or
-    on a system without /proc (only Linux has it)."""
+    namespace, the PID in it, and the start time in kernel ticks ("ended" for a zombie). None if /proc
+    does not show the process, or does not exist (only Linux has it)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
-    return None if state == "Z" else [boot, namespace, str(pid), ticks]  # Z: a zombie, which has ended
+    return [boot, namespace, str(pid), "ended" if state == "Z" else ticks]
 
 
 def is_gone(mark: list[str] | None) -> bool:
     """Return whether a process is known to have ended. For a process on another machine or in
-    another container that cannot be known, so the answer is False."""
+    another container that cannot be known, so the answer is False. Nor may /proc show another user's
+    process (mounted with hidepid), so the kernel is asked whether there is one."""
     ours = process_mark(os.getpid())
     if mark is None or ours is None or mark[:2] != ours[:2]:
         return False
-    return process_mark(int(mark[2])) != mark
+    now = process_mark(int(mark[2]))
+    if now is not None:
+        return now != mark
+    try:
+        os.kill(int(mark[2]), 0)
+    except OSError as error:  # PermissionError: another user's process, which lives
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 @dataclass

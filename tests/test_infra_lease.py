@@ -189,6 +189,24 @@ def test_a_process_that_has_ended_is_gone_though_its_parent_has_not_looked_yet()
     child.wait()
 
 
+@pytest.mark.parametrize("may_signal", [True, False])
+def test_a_process_that_proc_hides_is_gone_only_once_the_kernel_has_none(monkeypatch, may_signal: bool):
+    """With hidepid, /proc does not show another user's processes, and signals to them are refused."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark, real, kill = process_mark(child.pid), process_mark, os.kill
+
+    def refused(pid: int, signal: int) -> None:
+        kill(pid, signal)
+        raise PermissionError
+
+    monkeypatch.setattr("longreach.infra.lease.process_mark", lambda pid: real(pid) if pid == os.getpid() else None)
+    if not may_signal:
+        monkeypatch.setattr(os, "kill", refused)
+    assert not is_gone(mark)
+    child.communicate(b"\n")
+    assert is_gone(mark)
+
+
 def test_the_generation_before_stays_and_older_ones_go(store: Store):
     """Who lists the folder while one takes over from the other must not miss both; and folders do not grow."""
     for _ in range(4):
