@@ -14,7 +14,10 @@ its folder. Only after that are the files removed that the artifact replaces.
 
 `root` is any fsspec URL. With a remote root, an attempt works in the local folder `scratch`, and its
 files are uploaded before the manifest. Inputs are downloaded into `scratch/cache` and verified by
-hash.
+hash. Several stores may use the same `scratch`:
+
+    {scratch}/{stage}/{fingerprint}/attempts-{digest of the root}/{id}/...    attempts of this store
+    {scratch}/cache/{stage}/{fingerprint}/attempts/{id}/out/...               inputs of all stores
 
     store = Store(".longreach"); attempt = store.new_attempt("pack", fingerprint); ...; store.publish(attempt, {...})
 """
@@ -107,6 +110,8 @@ class Store:
     """
 
     local = True
+    attempts_name = "attempts"
+    """The name of the local folder, in that of a fingerprint, that attempts are written to."""
 
     def __new__(cls, root: str, scratch: str | Path = "") -> Store:
         is_folder = "://" not in root or root.startswith(("file://", "local://"))
@@ -128,13 +133,13 @@ class Store:
     def _folder(self, stage: str, fingerprint: str) -> str:
         return f"{self.base}/{stage}/{fingerprint}"
 
-    def _attempts(self, stage: str, fingerprint: str) -> Path:
+    def attempts_folder(self, stage: str, fingerprint: str) -> Path:
         """Return the local folder that attempts are written to."""
         return Path(self.base, stage, fingerprint, "attempts")
 
     def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
         """Return the local folder that a published attempt's files are read from."""
-        return self._attempts(stage, fingerprint) / attempt_id / "out"
+        return self.attempts_folder(stage, fingerprint) / attempt_id / "out"
 
     # ---- reading
 
@@ -212,7 +217,7 @@ class Store:
     def new_attempt(self, stage: str, fingerprint: str) -> Attempt:
         """Create an attempt's folder, and tell the writers of all earlier unpublished attempts to
         stop."""
-        attempts = self._attempts(stage, fingerprint)
+        attempts = self.attempts_folder(stage, fingerprint)
         attempts.mkdir(parents=True, exist_ok=True)
         earlier = self.earlier_attempts(stage, fingerprint)
         number = 1 + max((int(folder.name.split("-")[0]) for folder in earlier), default=0)
@@ -230,7 +235,7 @@ class Store:
     def earlier_attempts(self, stage: str, fingerprint: str) -> list[Path]:
         """Return the folders of unpublished attempts, newest first. A new attempt may read their
         checkpoints."""
-        folders = [path for path in self._attempts(stage, fingerprint).glob("[0-9]*-*") if path.is_dir()]
+        folders = [path for path in self.attempts_folder(stage, fingerprint).glob("[0-9]*-*") if path.is_dir()]
         return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
@@ -309,12 +314,12 @@ class Store:
 
     def clear(self, stage: str, fingerprint: str) -> None:
         """Delete all attempts of a fingerprint that is no longer published."""
-        shutil.rmtree(self._attempts(stage, fingerprint), ignore_errors=True)
+        shutil.rmtree(self.attempts_folder(stage, fingerprint), ignore_errors=True)
 
     def size(self, stage: str, fingerprint: str) -> int:
         """Return the size in bytes of a fingerprint's attempts, published or not, on this machine
         and in the store."""
-        return _size_on_disk(self._attempts(stage, fingerprint))
+        return _size_on_disk(self.attempts_folder(stage, fingerprint))
 
     def create(self, path: str, body: bytes) -> None:
         """Create a file atomically. Raises FileExistsError if another writer was first."""
@@ -336,7 +341,7 @@ class Store:
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
         """Delete an attempt's files. A process that still writes there fails, as intended."""
-        shutil.rmtree(self._attempts(stage, fingerprint) / attempt_id, ignore_errors=True)
+        shutil.rmtree(self.attempts_folder(stage, fingerprint) / attempt_id, ignore_errors=True)
 
 
 class RemoteStore(Store):
@@ -344,6 +349,10 @@ class RemoteStore(Store):
     are published; artifacts are read from a local cache."""
 
     local = False
+
+    def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
+        super().__init__(root, scratch)
+        self.attempts_name = f"attempts-{digest_of(self.fs.unstrip_protocol(self.base))[:8]}"
 
     def checked(self) -> Store:  # reports a missing bucket or key before anything is computed
         if glob.has_magic(self.base):  # fsspec would delete everything that the pattern matches
@@ -378,8 +387,8 @@ class RemoteStore(Store):
         paths = [path.rstrip("/") for path in self.fs.ls(folder, detail=False)]
         return [path.rsplit("/", 1)[1] for path in paths if path != folder]  # some stores list the folder itself
 
-    def _attempts(self, stage: str, fingerprint: str) -> Path:
-        return self.scratch / stage / fingerprint / "attempts"
+    def attempts_folder(self, stage: str, fingerprint: str) -> Path:
+        return self.scratch / stage / fingerprint / self.attempts_name
 
     def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
         return self.scratch / "cache" / stage / fingerprint / "attempts" / attempt_id / "out"
@@ -424,9 +433,11 @@ class RemoteStore(Store):
 
     def clear(self, stage: str, fingerprint: str) -> None:
         super().clear(stage, fingerprint)
-        shutil.rmtree(self.scratch / "cache" / stage / fingerprint, ignore_errors=True)
+        attempts = f"{self._folder(stage, fingerprint)}/attempts"
+        for name in self.names(attempts):  # other stores' attempts stay in the cache
+            shutil.rmtree(self._readable(stage, fingerprint, name).parent, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):  # nothing was uploaded
-            self.fs.rm(f"{self._folder(stage, fingerprint)}/attempts", recursive=True)
+            self.fs.rm(attempts, recursive=True)
 
     def size(self, stage: str, fingerprint: str) -> int:
         of_cache = _size_on_disk(self.scratch / "cache" / stage / fingerprint)

@@ -77,7 +77,7 @@ def _attempts(store: Store) -> list[Unfinished]:
     """Return all attempts whose files are on this machine."""
     top = Path(store.base) if store.local else store.scratch
     attempts = []
-    for folder in top.glob("*/*/attempts/[0-9]*-*"):
+    for folder in top.glob(f"*/*/{store.attempts_name}/[0-9]*-*"):
         written_s = max(_written_s(path) for path in [folder, *folder.rglob("*")])
         if folder.is_dir():
             stage, fingerprint = folder.parts[-4], folder.parts[-3]

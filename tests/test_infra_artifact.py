@@ -56,7 +56,7 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path, ro
 
 def test_a_checkpoint_is_found_again_by_the_file_that_seals_it(tmp_path: Path):
     share = Share(f"memory://{tmp_path.name}", str(tmp_path / "notes [2024]"), "train", "f2", "0001-a")
-    checkpoint = tmp_path / "notes [2024]" / share.folder / "work/checkpoints/step-1"
+    checkpoint = share.store.attempts_folder("train", "f2") / share.attempt / "work/checkpoints/step-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "meta.json").write_text("{}")
     share.push(checkpoint.parent)
@@ -109,6 +109,23 @@ def test_the_first_publisher_wins_and_the_orphan_is_refused_and_removed(store: S
     assert refused.value.artifact.attempt == retry.id
     assert not orphan.folder.exists()
     assert (store.fetch("train", "f3").path / "rows/data.arrow").read_text() == "by the retry"
+
+
+def test_two_stores_with_one_scratch_folder_leave_each_others_attempts_and_inputs_alone(tmp_path: Path):
+    ann, bob = (Store(f"memory://{name}-{tmp_path.name}", tmp_path / "scratch") for name in ("ann", "bob"))
+    running = ann.new_attempt("train", "f3")
+    write(running, "by ann")
+    retry = bob.new_attempt("train", "f3")
+    assert not running.superseded_file.exists()
+    write(retry, "by bob")
+    bob.publish(retry, RECORD)
+    assert ann.publish(running, RECORD).attempt == running.id
+    ours = ann.fetch("train", "f3").path
+    bob.fetch("train", "f3")
+    bob.withdraw("train", "f3")
+    bob.clear("train", "f3")
+    assert (ours / "rows/data.arrow").read_text() == "by ann"
+    assert [path.name for path in (tmp_path / "scratch/cache/train/f3/attempts").iterdir()] == [running.id]
 
 
 def test_of_many_publishers_at_once_exactly_one_wins(store: Store):
