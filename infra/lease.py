@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -115,11 +116,15 @@ class Lease:
                 except FileExistsError:
                     continue  # another run was faster: start over
                 self._generation = newest + 1
-                if self._newest() > self._generation:  # meanwhile another process created, released and swept it
-                    self._remove(self._path(self._generation, "json"))
-                    continue
-                self._beat(0)
-                self._sweep()
+                try:
+                    if self._newest() > self._generation:  # meanwhile another process created, released and swept it
+                        self._remove(self._path(self._generation, "json"))
+                        continue
+                    self._beat(0)
+                    self._sweep()
+                except BaseException:
+                    self.release()
+                    raise
                 threading.Thread(target=self._heartbeat, daemon=True, name=f"lease {self.name}").start()
                 return self
 
@@ -181,8 +186,12 @@ class Lease:
         return self.store.fs.exists(self._path(generation, suffix))
 
     def _newest(self) -> int:
-        names = self.store.names(self._folder, ending=".json")
-        return max((int(name.split(".")[0]) for name in names), default=0)
+        return max((generation for generation, _ in self._files(ending=".json")), default=0)
+
+    def _files(self, ending: str = "") -> list[tuple[int, str]]:
+        """Return (generation, name) of the lease's files. Others, such as NFS's .nfs0001, are ignored."""
+        names = self.store.names(self._folder, ending)
+        return [(int(name[:8]), name) for name in names if re.match(r"[0-9]{8}\.", name)]
 
     def _counter(self, generation: int) -> bytes:
         try:
@@ -213,8 +222,8 @@ class Lease:
     def _sweep(self) -> None:
         """Delete the files of all older generations but the previous one: a process that lists the
         folder now must see at least one of the last two."""
-        for name in self.store.names(self._folder):
-            if int(name.split(".")[0]) < self._generation - 1:
+        for generation, name in self._files():
+            if generation < self._generation - 1:
                 self._remove(f"{self._folder}/{name}")
 
     def _remove(self, path: str) -> None:

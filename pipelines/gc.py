@@ -117,8 +117,9 @@ def no_runs(store: Store) -> Iterator[None]:
     held = []
     try:
         for name in store.names(f"{store.base}/leases"):
-            lease = Lease(store, name, f"{holder_name()}, longreach gc")
-            held.append(lease.acquire(wait=False))
+            if store.names(f"{store.base}/leases/{name}"):  # a file such as .DS_Store is no lease
+                lease = Lease(store, name, f"{holder_name()}, longreach gc")
+                held.append(lease.acquire(wait=False))
         yield
     finally:
         for lease in held:

@@ -130,9 +130,35 @@ def test_two_holders_that_sweep_at_once_do_not_stop_each_other(tmp_path: Path, m
         Lease(store, "w", "first:1", beat_s=0.1).acquire(wait=False).release()
     late = Lease(store, "w", "late:2", beat_s=0.1, _generation=9)
     files = store.names(late._folder)
-    monkeypatch.setattr(store, "names", lambda folder: [*files, *files])
+    monkeypatch.setattr(store, "names", lambda folder, ending: [*files, *files])
     late._sweep()
     assert list((tmp_path / "leases/w").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [".nfs0000000000000001", "notes.json", "2.json"])
+def test_a_file_that_is_no_leases_is_left_alone(tmp_path: Path, name: str):
+    store, foreign = Store(str(tmp_path)), tmp_path / "leases/weekly" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    for _ in range(4):
+        lease = Lease(store, "weekly", "alice:1", beat_s=60).acquire(wait=False)
+        assert lease.current_holder() == "alice:1"
+        lease.release()
+    assert foreign.exists()
+
+
+def test_a_lease_whose_acquisition_fails_is_released(tmp_path: Path, monkeypatch):
+    def refused(self: Lease, path: str) -> None:
+        raise PermissionError(path)
+
+    store = Store(str(tmp_path))
+    for _ in range(2):
+        Lease(store, "weekly", "alice:1", beat_s=60).acquire(wait=False).release()
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "_remove", refused)
+        with pytest.raises(PermissionError):
+            Lease(store, "weekly", "alice:1", beat_s=60).acquire(wait=False)
+    assert Lease(store, "weekly", "", beat_s=60).current_holder() is None
 
 
 def test_only_a_process_of_this_machine_is_known_to_be_gone():

@@ -112,6 +112,7 @@ def test_nothing_is_removed_while_a_run_is_alive_and_runs_wait_meanwhile(tmp_pat
     monkeypatch.setattr(gc, "Lease", functools.partial(Lease, beat_s=0.05))  # as often as the runs' here
     store = Store(str(tmp_path))
     run = Lease(store, "weekly", "ann", beat_s=0.05).acquire(wait=False)
+    (tmp_path / "leases/.DS_Store").touch()  # is no run
     with pytest.raises(LeaseHeld, match="ann"), gc.no_runs(store):
         pytest.fail("a run is alive")
     run.release()
