@@ -29,6 +29,7 @@ import glob
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ from longreach.infra.files import digest_of, draft_of, file_digest, publish_new,
 MANIFEST = "artifact.json"
 HASHING_THREADS = 4
 """Threads that hash an artifact's files. More threads do not help, since the disk is the limit."""
+CONFLICT_PAUSES_S = (0.1, 0.3, 1.0, 3.0)
 
 
 class AlreadyPublished(Exception):
@@ -444,9 +446,23 @@ class RemoteStore(Store):
         return super().size(stage, fingerprint) + of_cache + int(self.fs.du(self._folder(stage, fingerprint)))
 
     def create(self, path: str, body: bytes) -> None:
-        self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
+        for pause_s in (*CONFLICT_PAUSES_S, None):
+            try:
+                self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
+                return
+            except OSError as error:
+                # S3's 409: another request for this name is in progress, so send this one again
+                if pause_s is None or "ConditionalRequestConflict" not in str(error):
+                    raise
+            time.sleep(pause_s)
 
     def _upload(self, attempt: Attempt, names: list[str]) -> None:
+        for name in names:
+            if "?versionId=" in name or any(character < " " for character in name):
+                raise ValueError(
+                    f"{attempt.stage}: an object store cannot hold the file {name!r}: rename it, without control "
+                    "characters and ?versionId="
+                )
         out = self._attempt(attempt.stage, attempt.fingerprint, attempt.id) + "/out"
         # paths given as lists are taken literally, and several files are uploaded at a time
         self.fs.put([str(attempt.out / name) for name in names], [f"{out}/{name}" for name in names])

@@ -1,6 +1,7 @@
 """Artifacts: on a local folder and on an S3 server (moto), the same promises."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -262,6 +263,40 @@ def test_a_published_file_is_as_open_as_its_folder(tmp_path: Path):
     (attempt.out / "rows/data.arrow").chmod(0o600)
     attempt.out.chmod(0o750)
     assert (store.publish(attempt, RECORD).path / "rows/data.arrow").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("conflicts", [2, 9])
+def test_s3s_conflict_of_two_requests_is_tried_again(tmp_path: Path, monkeypatch, conflicts: int):
+    store, answers = Store(f"memory://{tmp_path.name}", tmp_path), [True] * conflicts
+    real = store.fs.pipe_file
+
+    def conflicting(path: str, body: bytes, **options: str) -> None:
+        if answers and answers.pop():
+            raise OSError(5, "An error occurred (ConditionalRequestConflict) when calling the PutObject operation")
+        real(path, body, **options)
+
+    monkeypatch.setattr(store.fs, "pipe_file", conflicting)
+    monkeypatch.setattr("longreach.infra.artifact.CONFLICT_PAUSES_S", (0.0,) * 4)
+    if conflicts == 2:
+        store.create(f"{store.base}/lease", b"1")
+        assert store.fs.cat_file(f"{store.base}/lease") == b"1"
+    else:
+        with pytest.raises(OSError, match="ConditionalRequestConflict"):
+            store.create(f"{store.base}/lease", b"1")
+        assert len(answers) == 4, "five tries"
+
+
+@pytest.mark.parametrize("name", ["q?versionId=1.txt", "new\nline.txt"])
+def test_a_file_that_an_object_store_cannot_hold_is_refused_by_name_before_anything_is_uploaded(
+    tmp_path: Path, name: str
+):
+    store = Store(f"memory://{tmp_path.name}-{len(name)}", tmp_path)
+    attempt = store.new_attempt("pack", "f9")
+    write(attempt)
+    (attempt.out / name).touch()
+    with pytest.raises(ValueError, match=re.escape(f"cannot hold the file {name!r}")):
+        store.publish(attempt, RECORD)
+    assert store.names(f"{store.base}/pack/f9") == []
 
 
 def test_a_flipped_bit_in_the_manifest_is_noticed(store: Store):
