@@ -48,7 +48,9 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
     import tempfile
 
     # RAY_TMPDIR is set to a short path if TMPDIR is too long for a socket (infra/cluster.py)
-    with tempfile.TemporaryDirectory(prefix="longreach-", dir=os.environ.get("RAY_TMPDIR")) as folder:
+    if chosen := os.environ.get("RAY_TMPDIR"):
+        os.makedirs(chosen, mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="longreach-", dir=chosen) as folder:
         address = os.path.join(folder, "fork")
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(address)
@@ -136,7 +138,7 @@ def _no_random_ids() -> Iterator[None]:
     with unittest.mock.patch.object(ray.actor, "ActorClassID", FromTheSystem):
         yield
     if _drawn_by_a_fork() == _drawn_by_a_fork():
-        raise RuntimeError("a module drew an id from Ray's generator when it was imported: forks would draw the same ids")
+        raise RuntimeError("a module drew an id from Ray's generator when it was imported: forks would draw the same")
 
 
 def _drawn_by_a_fork() -> bytes:
