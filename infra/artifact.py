@@ -34,6 +34,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -318,6 +319,18 @@ class Store:
         """Delete all attempts of a fingerprint that is no longer published."""
         shutil.rmtree(self.attempts_folder(stage, fingerprint), ignore_errors=True)
 
+    def leftovers(self, stage: str, fingerprint: str, winner: str) -> dict[str, int]:
+        """Return what a killed publisher left of a published fingerprint, each folder with its size in
+        bytes: other attempts, and the winner's private state."""
+        folders = [path for path in self.earlier_attempts(stage, fingerprint) if path.name != winner]
+        work = self.attempts_folder(stage, fingerprint) / winner / "work"
+        return {str(path): _size_on_disk(path) for path in [*folders, work] if path.is_dir()}
+
+    def remove_leftovers(self, stage: str, fingerprint: str, winner: str) -> None:
+        """Delete what `leftovers` returns."""
+        for path in Store.leftovers(self, stage, fingerprint, winner):
+            shutil.rmtree(path, ignore_errors=True)
+
     def size(self, stage: str, fingerprint: str) -> int:
         """Return the size in bytes of a fingerprint's attempts, published or not, on this machine
         and in the store."""
@@ -425,13 +438,38 @@ class RemoteStore(Store):
         """Publish, and delete what attempts on any node left in the store: checkpoints, and the
         files of losing attempts."""
         artifact = super().publish(attempt, record)
-        attempts = f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts"
-        for name in self.names(attempts):
+        for path in self._left_in_store(attempt.stage, attempt.fingerprint, attempt.id):
             if self._published(attempt):
                 with contextlib.suppress(FileNotFoundError):
-                    path = f"{attempts}/{name}"
-                    self.fs.rm(f"{path}/work" if name == attempt.id else path, recursive=True)
+                    self.fs.rm(path, recursive=True)
         return artifact
+
+    def _left_in_store(self, stage: str, fingerprint: str, winner: str) -> list[str]:
+        """Return the paths in the store of what `leftovers` describes."""
+        attempts = f"{self._folder(stage, fingerprint)}/attempts"
+        paths = [f"{attempts}/{name}" for name in self.names(attempts) if name != winner]
+        return [*paths, *([f"{attempts}/{winner}/work"] if "work" in self.names(f"{attempts}/{winner}") else [])]
+
+    def leftovers(self, stage: str, fingerprint: str, winner: str) -> dict[str, int]:
+        in_store = self._left_in_store(stage, fingerprint, winner)
+        return super().leftovers(stage, fingerprint, winner) | {path: int(self.fs.du(path)) for path in in_store}
+
+    def remove_leftovers(self, stage: str, fingerprint: str, winner: str) -> None:
+        super().remove_leftovers(stage, fingerprint, winner)
+        for path in self._left_in_store(stage, fingerprint, winner):
+            self.fs.rm(path, recursive=True)
+
+    def unpublished(self) -> Iterator[tuple[str, str, str, datetime]]:
+        """Yield (stage, fingerprint, attempt, last write) of the attempts in the store, such as trainings
+        that left checkpoints, whose fingerprint has no manifest."""
+        for stage in self.names(self.base):
+            for folder in self._inside(f"{self.base}/{stage}"):
+                inside = self._inside(folder)
+                if f"{folder}/attempts" not in inside or f"{folder}/{MANIFEST}" in inside:
+                    continue
+                for path in self._inside(f"{folder}/attempts"):
+                    if written := [self.fs.modified(file) for file in self.fs.find(path)]:
+                        yield stage, folder.rpartition("/")[2], path.rpartition("/")[2], max(written)
 
     def clear(self, stage: str, fingerprint: str) -> None:
         super().clear(stage, fingerprint)
