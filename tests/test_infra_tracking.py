@@ -82,7 +82,7 @@ def test_a_second_opener_continues_and_a_stranger_is_refused(path):
     open_spool(path, tags={"attempt": "1"}).metrics({"x": 1}, step=1)
     open_spool(path, tags={"attempt": "2"}).metrics({"x": 2}, step=2)
     assert [event["event"] for event in read_events(path)[0]] == ["start", "metrics", "metrics"]
-    with pytest.raises(ValueError, match=f"run {RUN}, not of {'f' * 32}"):
+    with pytest.raises(ValueError, match=f"run {RUN}, not to {'f' * 32}"):
         open_spool(path, run="f" * 32)
 
 
