@@ -468,7 +468,11 @@ class RemoteStore(Store):
                 if f"{folder}/attempts" not in inside or f"{folder}/{MANIFEST}" in inside:
                     continue
                 for path in self._inside(f"{folder}/attempts"):
-                    if written := [self.fs.modified(file) for file in self.fs.find(path)]:
+                    written = []
+                    for file in self.fs.find(path):
+                        with contextlib.suppress(FileNotFoundError):  # a running attempt deletes its old checkpoints
+                            written.append(self.fs.modified(file))
+                    if written:
                         yield stage, folder.rpartition("/")[2], path.rpartition("/")[2], max(written)
 
     def clear(self, stage: str, fingerprint: str) -> None:
