@@ -14,7 +14,10 @@ its folder. Only after that are the files removed that the artifact replaces.
 
 `root` is any fsspec URL. With a remote root, an attempt works in the local folder `scratch`, and its
 files are uploaded before the manifest. Inputs are downloaded into `scratch/cache` and verified by
-hash.
+hash. Several stores may use the same `scratch`:
+
+    {scratch}/{stage}/{fingerprint}/attempts-{digest of the root}/{id}/...    attempts of this store
+    {scratch}/cache/{stage}/{fingerprint}/attempts/{id}/out/...               inputs of all stores
 
     store = Store(".longreach"); attempt = store.new_attempt("pack", fingerprint); ...; store.publish(attempt, {...})
 """
@@ -26,10 +29,12 @@ import glob
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,6 +43,7 @@ from longreach.infra.files import digest_of, draft_of, file_digest, publish_new,
 MANIFEST = "artifact.json"
 HASHING_THREADS = 4
 """Threads that hash an artifact's files. More threads do not help, since the disk is the limit."""
+CONFLICT_PAUSES_S = (0.1, 0.3, 1.0, 3.0)
 
 
 class AlreadyPublished(Exception):
@@ -107,6 +113,8 @@ class Store:
     """
 
     local = True
+    attempts_name = "attempts"
+    """The name of the local folder, in that of a fingerprint, that attempts are written to."""
 
     def __new__(cls, root: str, scratch: str | Path = "") -> Store:
         is_folder = "://" not in root or root.startswith(("file://", "local://"))
@@ -128,13 +136,13 @@ class Store:
     def _folder(self, stage: str, fingerprint: str) -> str:
         return f"{self.base}/{stage}/{fingerprint}"
 
-    def _attempts(self, stage: str, fingerprint: str) -> Path:
+    def attempts_folder(self, stage: str, fingerprint: str) -> Path:
         """Return the local folder that attempts are written to."""
         return Path(self.base, stage, fingerprint, "attempts")
 
     def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
         """Return the local folder that a published attempt's files are read from."""
-        return self._attempts(stage, fingerprint) / attempt_id / "out"
+        return self.attempts_folder(stage, fingerprint) / attempt_id / "out"
 
     # ---- reading
 
@@ -212,7 +220,7 @@ class Store:
     def new_attempt(self, stage: str, fingerprint: str) -> Attempt:
         """Create an attempt's folder, and tell the writers of all earlier unpublished attempts to
         stop."""
-        attempts = self._attempts(stage, fingerprint)
+        attempts = self.attempts_folder(stage, fingerprint)
         attempts.mkdir(parents=True, exist_ok=True)
         earlier = self.earlier_attempts(stage, fingerprint)
         number = 1 + max((int(folder.name.split("-")[0]) for folder in earlier), default=0)
@@ -230,7 +238,7 @@ class Store:
     def earlier_attempts(self, stage: str, fingerprint: str) -> list[Path]:
         """Return the folders of unpublished attempts, newest first. A new attempt may read their
         checkpoints."""
-        folders = [path for path in self._attempts(stage, fingerprint).glob("[0-9]*-*") if path.is_dir()]
+        folders = [path for path in self.attempts_folder(stage, fingerprint).glob("[0-9]*-*") if path.is_dir()]
         return sorted(folders, key=lambda folder: folder.name, reverse=True)
 
     def publish(self, attempt: Attempt, record: dict[str, Any]) -> Artifact:
@@ -309,12 +317,24 @@ class Store:
 
     def clear(self, stage: str, fingerprint: str) -> None:
         """Delete all attempts of a fingerprint that is no longer published."""
-        shutil.rmtree(self._attempts(stage, fingerprint), ignore_errors=True)
+        shutil.rmtree(self.attempts_folder(stage, fingerprint), ignore_errors=True)
+
+    def leftovers(self, stage: str, fingerprint: str, winner: str) -> dict[str, int]:
+        """Return what a killed publisher left of a published fingerprint, each folder with its size in
+        bytes: other attempts, and the winner's private state."""
+        folders = [path for path in self.earlier_attempts(stage, fingerprint) if path.name != winner]
+        work = self.attempts_folder(stage, fingerprint) / winner / "work"
+        return {str(path): _size_on_disk(path) for path in [*folders, work] if path.is_dir()}
+
+    def remove_leftovers(self, stage: str, fingerprint: str, winner: str) -> None:
+        """Delete what `leftovers` returns."""
+        for path in Store.leftovers(self, stage, fingerprint, winner):
+            shutil.rmtree(path, ignore_errors=True)
 
     def size(self, stage: str, fingerprint: str) -> int:
         """Return the size in bytes of a fingerprint's attempts, published or not, on this machine
         and in the store."""
-        return _size_on_disk(self._attempts(stage, fingerprint))
+        return _size_on_disk(self.attempts_folder(stage, fingerprint))
 
     def create(self, path: str, body: bytes) -> None:
         """Create a file atomically. Raises FileExistsError if another writer was first."""
@@ -336,7 +356,7 @@ class Store:
 
     def _remove(self, stage: str, fingerprint: str, attempt_id: str) -> None:
         """Delete an attempt's files. A process that still writes there fails, as intended."""
-        shutil.rmtree(self._attempts(stage, fingerprint) / attempt_id, ignore_errors=True)
+        shutil.rmtree(self.attempts_folder(stage, fingerprint) / attempt_id, ignore_errors=True)
 
 
 class RemoteStore(Store):
@@ -344,6 +364,10 @@ class RemoteStore(Store):
     are published; artifacts are read from a local cache."""
 
     local = False
+
+    def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
+        super().__init__(root, scratch)
+        self.attempts_name = f"attempts-{digest_of(self.fs.unstrip_protocol(self.base))[:8]}"
 
     def checked(self) -> Store:  # reports a missing bucket or key before anything is computed
         if glob.has_magic(self.base):  # fsspec would delete everything that the pattern matches
@@ -378,8 +402,8 @@ class RemoteStore(Store):
         paths = [path.rstrip("/") for path in self.fs.ls(folder, detail=False)]
         return [path.rsplit("/", 1)[1] for path in paths if path != folder]  # some stores list the folder itself
 
-    def _attempts(self, stage: str, fingerprint: str) -> Path:
-        return self.scratch / stage / fingerprint / "attempts"
+    def attempts_folder(self, stage: str, fingerprint: str) -> Path:
+        return self.scratch / stage / fingerprint / self.attempts_name
 
     def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
         return self.scratch / "cache" / stage / fingerprint / "attempts" / attempt_id / "out"
@@ -414,28 +438,73 @@ class RemoteStore(Store):
         """Publish, and delete what attempts on any node left in the store: checkpoints, and the
         files of losing attempts."""
         artifact = super().publish(attempt, record)
-        attempts = f"{self._folder(attempt.stage, attempt.fingerprint)}/attempts"
-        for name in self.names(attempts):
+        for path in self._left_in_store(attempt.stage, attempt.fingerprint, attempt.id):
             if self._published(attempt):
                 with contextlib.suppress(FileNotFoundError):
-                    path = f"{attempts}/{name}"
-                    self.fs.rm(f"{path}/work" if name == attempt.id else path, recursive=True)
+                    self.fs.rm(path, recursive=True)
         return artifact
+
+    def _left_in_store(self, stage: str, fingerprint: str, winner: str) -> list[str]:
+        """Return the paths in the store of what `leftovers` describes."""
+        attempts = f"{self._folder(stage, fingerprint)}/attempts"
+        paths = [f"{attempts}/{name}" for name in self.names(attempts) if name != winner]
+        return [*paths, *([f"{attempts}/{winner}/work"] if "work" in self.names(f"{attempts}/{winner}") else [])]
+
+    def leftovers(self, stage: str, fingerprint: str, winner: str) -> dict[str, int]:
+        in_store = self._left_in_store(stage, fingerprint, winner)
+        return super().leftovers(stage, fingerprint, winner) | {path: int(self.fs.du(path)) for path in in_store}
+
+    def remove_leftovers(self, stage: str, fingerprint: str, winner: str) -> None:
+        super().remove_leftovers(stage, fingerprint, winner)
+        for path in self._left_in_store(stage, fingerprint, winner):
+            self.fs.rm(path, recursive=True)
+
+    def unpublished(self) -> Iterator[tuple[str, str, str, datetime]]:
+        """Yield (stage, fingerprint, attempt, last write) of the attempts in the store, such as trainings
+        that left checkpoints, whose fingerprint has no manifest."""
+        for stage in self.names(self.base):
+            for folder in self._inside(f"{self.base}/{stage}"):
+                inside = self._inside(folder)
+                if f"{folder}/attempts" not in inside or f"{folder}/{MANIFEST}" in inside:
+                    continue
+                for path in self._inside(f"{folder}/attempts"):
+                    written = []
+                    for file in self.fs.find(path):
+                        with contextlib.suppress(FileNotFoundError):  # a running attempt deletes its old checkpoints
+                            written.append(self.fs.modified(file))
+                    if written:
+                        yield stage, folder.rpartition("/")[2], path.rpartition("/")[2], max(written)
 
     def clear(self, stage: str, fingerprint: str) -> None:
         super().clear(stage, fingerprint)
-        shutil.rmtree(self.scratch / "cache" / stage / fingerprint, ignore_errors=True)
+        attempts = f"{self._folder(stage, fingerprint)}/attempts"
+        for name in self.names(attempts):  # other stores' attempts stay in the cache
+            shutil.rmtree(self._readable(stage, fingerprint, name).parent, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):  # nothing was uploaded
-            self.fs.rm(f"{self._folder(stage, fingerprint)}/attempts", recursive=True)
+            self.fs.rm(attempts, recursive=True)
 
     def size(self, stage: str, fingerprint: str) -> int:
         of_cache = _size_on_disk(self.scratch / "cache" / stage / fingerprint)
         return super().size(stage, fingerprint) + of_cache + int(self.fs.du(self._folder(stage, fingerprint)))
 
     def create(self, path: str, body: bytes) -> None:
-        self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
+        for pause_s in (*CONFLICT_PAUSES_S, None):
+            try:
+                self.fs.pipe_file(path, body, mode="create")  # S3: If-None-Match: *
+                return
+            except OSError as error:
+                # S3's 409: another request for this name is in progress, so send this one again
+                if pause_s is None or "ConditionalRequestConflict" not in str(error):
+                    raise
+            time.sleep(pause_s)
 
     def _upload(self, attempt: Attempt, names: list[str]) -> None:
+        for name in names:
+            if "?versionId=" in name or any(character < " " for character in name):
+                raise ValueError(
+                    f"{attempt.stage}: an object store cannot hold the file {name!r}: rename it, without control "
+                    "characters and ?versionId="
+                )
         out = self._attempt(attempt.stage, attempt.fingerprint, attempt.id) + "/out"
         # paths given as lists are taken literally, and several files are uploaded at a time
         self.fs.put([str(attempt.out / name) for name in names], [f"{out}/{name}" for name in names])

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -121,8 +122,9 @@ def on_own_disk(path: Path) -> bool:
     file system."""
     place, kind = "", ""
     with contextlib.suppress(FileNotFoundError):  # only Linux has this file; elsewhere the answer is False
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            mounted = line.split()[4].encode().decode("unicode_escape")  # a space is written \040
+        for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).strip("\n").split("\n"):
+            # a space is written \040; other characters, such as letters beyond ASCII, are not escaped
+            mounted = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4])
             if len(mounted) >= len(place) and path.resolve().is_relative_to(mounted):
                 place, kind = mounted, line.partition(" - ")[2].split()[0]
     return kind in OWN_DISKS

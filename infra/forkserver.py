@@ -48,7 +48,9 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
     import tempfile
 
     # RAY_TMPDIR is set to a short path if TMPDIR is too long for a socket (infra/cluster.py)
-    with tempfile.TemporaryDirectory(prefix="longreach-", dir=os.environ.get("RAY_TMPDIR")) as folder:
+    if chosen := os.environ.get("RAY_TMPDIR"):
+        os.makedirs(chosen, mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="longreach-", dir=chosen) as folder:
         address = os.path.join(folder, "fork")
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(address)

@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -42,24 +43,32 @@ class LeaseHeld(Exception):
 
 def process_mark(pid: int) -> list[str] | None:
     """Return an identity that no other process will ever have: the machine's boot id, the PID
-    namespace, the PID in it, and the start time in kernel ticks. None if the process has ended, or
-    on a system without /proc (only Linux has it)."""
+    namespace, the PID in it, and the start time in kernel ticks ("ended" for a zombie). None if /proc
+    does not show the process, or does not exist (only Linux has it)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
-    return None if state == "Z" else [boot, namespace, str(pid), ticks]  # Z: a zombie, which has ended
+    return [boot, namespace, str(pid), "ended" if state == "Z" else ticks]
 
 
 def is_gone(mark: list[str] | None) -> bool:
     """Return whether a process is known to have ended. For a process on another machine or in
-    another container that cannot be known, so the answer is False."""
+    another container that cannot be known, so the answer is False. Nor may /proc show another user's
+    process (mounted with hidepid), so the kernel is asked whether there is one."""
     ours = process_mark(os.getpid())
     if mark is None or ours is None or mark[:2] != ours[:2]:
         return False
-    return process_mark(int(mark[2])) != mark
+    now = process_mark(int(mark[2]))
+    if now is not None:
+        return now != mark
+    try:
+        os.kill(int(mark[2]), 0)
+    except OSError as error:  # PermissionError: another user's process, which lives
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 @dataclass
@@ -107,11 +116,15 @@ class Lease:
                 except FileExistsError:
                     continue  # another run was faster: start over
                 self._generation = newest + 1
-                if self._newest() > self._generation:  # meanwhile another process created, released and swept it
-                    self._remove(self._path(self._generation, "json"))
-                    continue
-                self._beat(0)
-                self._sweep()
+                try:
+                    if self._newest() > self._generation:  # meanwhile another process created, released and swept it
+                        self._remove(self._path(self._generation, "json"))
+                        continue
+                    self._beat(0)
+                    self._sweep()
+                except BaseException:
+                    self.release()
+                    raise
                 threading.Thread(target=self._heartbeat, daemon=True, name=f"lease {self.name}").start()
                 return self
 
@@ -173,8 +186,12 @@ class Lease:
         return self.store.fs.exists(self._path(generation, suffix))
 
     def _newest(self) -> int:
-        names = self.store.names(self._folder, ending=".json")
-        return max((int(name.split(".")[0]) for name in names), default=0)
+        return max((generation for generation, _ in self._files(ending=".json")), default=0)
+
+    def _files(self, ending: str = "") -> list[tuple[int, str]]:
+        """Return (generation, name) of the lease's files. Others, such as NFS's .nfs0001, are ignored."""
+        names = self.store.names(self._folder, ending)
+        return [(int(name[:8]), name) for name in names if re.match(r"[0-9]{8}\.", name)]
 
     def _counter(self, generation: int) -> bytes:
         try:
@@ -205,8 +222,8 @@ class Lease:
     def _sweep(self) -> None:
         """Delete the files of all older generations but the previous one: a process that lists the
         folder now must see at least one of the last two."""
-        for name in self.store.names(self._folder):
-            if int(name.split(".")[0]) < self._generation - 1:
+        for generation, name in self._files():
+            if generation < self._generation - 1:
                 self._remove(f"{self._folder}/{name}")
 
     def _remove(self, path: str) -> None:

@@ -11,10 +11,11 @@ fetched the published artifact (`RemoteSpool.held`).
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from longreach.infra.tracking import RunStatus, Spool, encode
+from longreach.infra.tracking import RunStatus, Spool, encode, last_step
 
 DRIVER = "LONGREACH_DRIVER"
 NAMESPACE = "longreach"
@@ -26,17 +27,20 @@ class Collector:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.files: dict[str, Spool] = {}
 
     def take(self, name: str, start: dict[str, Any] | None, line: bytes) -> bool:
         """Append a line to the file `name`, which is created if it is missing. Return whether training
         was asked to stop."""
-        if name not in self.files:
-            path = self.folder / name
-            self.files[name] = Spool.open(path, **start) if start else Spool(path)
+        path = self.folder / name
+        # opened for each line, since a run may have more files than a process may keep open
+        file = Spool.open(path, **start) if start else Spool(path)
         if line:
-            self.files[name].append(line)
+            file.append(line)
         return (self.folder / "stop").exists()
+
+    def last_step(self, name: str, metric: str) -> int:
+        """Return the greatest step of a metric in the file `name`; 0 for none."""
+        return last_step(self.folder / name, metric)
 
 
 def start_collector(ray: Any, folder: Path) -> tuple[Any, str]:
@@ -87,6 +91,7 @@ class RemoteSpool(Spool):
         """Events that name files on this node. The driver writes them once it has the published files."""
         self.stop_asked = False
         """Whether the driver's last response said that the stop file exists."""
+        self._failed = False
         self._answer = collector.take.remote(self.path.name, start, b"")
 
     def _write(self, event: str, **fields: Any) -> None:
@@ -96,15 +101,32 @@ class RemoteSpool(Spool):
         import ray
 
         if ray.wait([self._answer], timeout=0)[0]:
-            self.stop_asked = ray.get(self._answer)
+            self._read_answer()
         self._answer = self._collector.take.remote(self.path.name, None, encode(event, fields))
 
     def end(self, status: RunStatus | str) -> None:
         """Record how the run ended, and wait until all of its lines have arrived."""
         super().end(status)
+        self._read_answer()
+
+    def _read_answer(self) -> None:
+        """Wait for the driver's last response. If the driver could not write (its disk is full), say so
+        once: metrics are missing then, but training need not end."""
         import ray
 
-        ray.get(self._answer)
+        try:
+            self.stop_asked = ray.get(self._answer)
+        except OSError as error:
+            if not self._failed:
+                text = f"{self.path.name}: the driver cannot write events, so MLflow will lack some ({error})"
+                print(f"{text}: check its disk", file=sys.stderr, flush=True)
+            self._failed = True
+
+    def last_step(self, metric: str) -> int:
+        """Return the greatest step of a metric that has arrived at the driver; 0 for none."""
+        import ray
+
+        return ray.get(self._collector.last_step.remote(self.path.name, metric))
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         return spool, (self.path,)

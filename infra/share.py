@@ -122,4 +122,6 @@ class Share:
 
     def _place(self, path: Path) -> tuple[Any, str]:
         """Return the store's file system, and the path there of a local path of this attempt."""
-        return self.store.fs, f"{self.store.base}/{path.relative_to(node_scratch(self.scratch)).as_posix()}"
+        store = self.store
+        own = store.attempts_folder(self.stage, self.fingerprint) / self.attempt
+        return store.fs, f"{store.base}/{self.folder}/{path.relative_to(own).as_posix()}"

@@ -174,6 +174,10 @@ class Spool:
         if written != len(line):
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written: is the disk full?")
 
+    def last_step(self, metric: str) -> int:
+        """Return the greatest step of a metric in the file; 0 for none."""
+        return last_step(self.path, metric)
+
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
         return Spool, (self.path,)
 
@@ -198,6 +202,12 @@ def read_events(path: Path | str, offset: int = 0) -> tuple[list[dict[str, Any]]
         if event:
             events.append(event)
     return events, offset
+
+
+def last_step(path: Path, metric: str) -> int:
+    """Return the greatest step of a metric in a spool file; 0 for none."""
+    events = (event for event, _ in iter_events(path) if event)
+    return max((event["step"] for event in events if metric in event.get("values", ())), default=0)
 
 
 def iter_events(path: Path | str, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:

@@ -8,7 +8,8 @@ It keeps the following artifacts and everything that they were made from:
 - releases behind an alias of a registered model, such as the champion's, and releases of models
   that are kept for another reason.
 
-It removes all other published artifacts and unfinished attempts. Models in MLflow are not removed,
+It removes all other published artifacts and unfinished attempts, and what a killed publisher left of
+the artifacts that are kept (checkpoints, other attempts). Models in MLflow are not removed,
 even if they are hard links to a release's files.
 
     for candidate in find(Store(".longreach"), Keep(days=7, reports=3)): print(candidate.label)
@@ -45,7 +46,8 @@ class Keep:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An artifact, or a stage's unfinished attempts, that nothing needs."""
+    """An artifact, a stage's unfinished attempts, or what is left of an artifact's making, that
+    nothing needs."""
 
     stage: str
     fingerprint: str
@@ -53,6 +55,7 @@ class Candidate:
     bytes: int
     last_write: datetime
     published: bool  # False: an attempt that was never finished
+    leftovers: bool = False  # only what a killed publisher left; the artifact stays
 
 
 def find(store: Store, keep: Keep) -> list[Candidate]:
@@ -66,6 +69,9 @@ def find(store: Store, keep: Keep) -> list[Candidate]:
         if key not in needed:
             size = sum(file["size"] for file in manifest["files"])
             candidates.append(Candidate(*key, manifest["label"], size, _published_at(manifest), published=True))
+        elif _published_at(manifest) < recent and (left := store.leftovers(*key, manifest["attempt"])):
+            size = sum(left.values())
+            candidates.append(Candidate(*key, manifest["label"], size, _published_at(manifest), True, leftovers=True))
     last_writes: dict[Key, datetime] = {}
     for attempt in now.unfinished:  # sorted, so the newest of a stage comes last
         last_writes[attempt.stage, attempt.fingerprint] = attempt.last_write
@@ -118,8 +124,9 @@ def no_runs(store: Store) -> Iterator[None]:
     held = []
     try:
         for name in store.names(f"{store.base}/leases"):
-            lease = Lease(store, name, f"{holder_name()}, longreach gc")
-            held.append(lease.acquire(wait=False))
+            if store.names(f"{store.base}/leases/{name}"):  # a file such as .DS_Store is no lease
+                lease = Lease(store, name, f"{holder_name()}, longreach gc")
+                held.append(lease.acquire(wait=False))
         yield
     finally:
         for lease in held:
@@ -127,7 +134,7 @@ def no_runs(store: Store) -> Iterator[None]:
 
 
 def remove(store: Store, candidate: Candidate) -> bool:
-    """Remove a stage's artifact and attempts; return False without removing anything if a run is
+    """Remove a stage's artifact and attempts, or only its leftovers; return False without removing anything if a run is
     making it.
 
     The manifest is removed first, so that no reader finds an artifact with missing files. The
@@ -140,7 +147,11 @@ def remove(store: Store, candidate: Candidate) -> bool:
     except LeaseHeld:
         return False
     try:
-        if not candidate.published and store.find(stage, fingerprint):  # published in the meantime
+        artifact = store.find(stage, fingerprint)
+        if candidate.leftovers and artifact:
+            store.remove_leftovers(stage, fingerprint, artifact.attempt)
+            return True
+        if candidate.leftovers or (not candidate.published and artifact):  # withdrawn or published in the meantime
             return False
         folder = f"{store.base}/{stage}/{fingerprint}"
         for name in store.names(folder):

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longreach.infra.artifact import Store
+from longreach.infra.artifact import RemoteStore, Store
 from longreach.infra.lease import Lease
 
 
@@ -74,16 +74,18 @@ def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
 
 
 def _attempts(store: Store) -> list[Unfinished]:
-    """Return all attempts whose files are on this machine."""
+    """Return all attempts whose files are on this machine, and the unpublished ones in an object store."""
     top = Path(store.base) if store.local else store.scratch
-    attempts = []
-    for folder in top.glob("*/*/attempts/[0-9]*-*"):
+    written: dict[tuple[str, str, str], datetime] = {}
+    for folder in top.glob(f"*/*/{store.attempts_name}/[0-9]*-*"):
         written_s = max(_written_s(path) for path in [folder, *folder.rglob("*")])
         if folder.is_dir():
-            stage, fingerprint = folder.parts[-4], folder.parts[-3]
-            last_write = datetime.fromtimestamp(written_s, UTC)
-            attempts.append(Unfinished(stage, fingerprint, folder.name, last_write))
-    return attempts
+            written[folder.parts[-4], folder.parts[-3], folder.name] = datetime.fromtimestamp(written_s, UTC)
+    if isinstance(store, RemoteStore):
+        for stage, fingerprint, attempt, last_write in store.unpublished():
+            key = stage, fingerprint, attempt
+            written[key] = max(last_write, written.get(key, last_write))
+    return [Unfinished(*key, last_write) for key, last_write in written.items()]
 
 
 def _written_s(path: Path) -> float:

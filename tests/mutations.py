@@ -83,7 +83,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str, str]]] = {  # group -> (tests, fi
         (LEASE, "infra/lease.py", "< self._generation - 1:", "< self._generation:"),
         (LEASE, "infra/lease.py", "< self._generation - 1:", "< self._generation - 2:"),
         (LEASE, "infra/lease.py", "mark[:2] != ours[:2]", "mark[:1] != ours[:1]"),
-        (LEASE, "infra/lease.py", 'None if state == "Z" else [boot', "[boot"),
+        (LEASE, "infra/lease.py", '"ended" if state == "Z" else ticks', "ticks"),
         (LEASE, "infra/lease.py", "patience_beats = min(self.clone_beats, patience_beats)", "patience_beats = 0"),
         (LEASE, "infra/lease.py", "elif not wait:", "elif False:"),
         (LEASE, "infra/lease.py", "counter, beats_without_change = newer_counter, 0", "counter = newer_counter"),

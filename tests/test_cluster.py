@@ -70,7 +70,7 @@ def test_ranks_on_two_nodes_train_one_model_and_every_event_arrives(cluster, pro
     losses = [e["step"] for e in events if e["event"] == "metrics" and "train/loss" in e["values"]]
     assert losses == [1, 2, 3, 4]
     assert events[-1]["event"] == "end"
-    ranks = {path.parents[5].name for path in (cluster.folder).glob("worker*/scratch/finetune/*/attempts/*/work")}
+    ranks = {path.parents[5].name for path in (cluster.folder).glob("worker*/scratch/finetune/*/attempts-*/*/work")}
     assert len(list(cluster.folder.glob("worker*/scratch/cache/convert/*/attempts/*/out/model.safetensors"))) == 2, (
         ranks
     )

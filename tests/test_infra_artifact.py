@@ -1,6 +1,7 @@
 """Artifacts: on a local folder and on an S3 server (moto), the same promises."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path, ro
 
 def test_a_checkpoint_is_found_again_by_the_file_that_seals_it(tmp_path: Path):
     share = Share(f"memory://{tmp_path.name}", str(tmp_path / "notes [2024]"), "train", "f2", "0001-a")
-    checkpoint = tmp_path / "notes [2024]" / share.folder / "work/checkpoints/step-1"
+    checkpoint = share.store.attempts_folder("train", "f2") / share.attempt / "work/checkpoints/step-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "meta.json").write_text("{}")
     share.push(checkpoint.parent)
@@ -109,6 +110,23 @@ def test_the_first_publisher_wins_and_the_orphan_is_refused_and_removed(store: S
     assert refused.value.artifact.attempt == retry.id
     assert not orphan.folder.exists()
     assert (store.fetch("train", "f3").path / "rows/data.arrow").read_text() == "by the retry"
+
+
+def test_two_stores_with_one_scratch_folder_leave_each_others_attempts_and_inputs_alone(tmp_path: Path):
+    ann, bob = (Store(f"memory://{name}-{tmp_path.name}", tmp_path / "scratch") for name in ("ann", "bob"))
+    running = ann.new_attempt("train", "f3")
+    write(running, "by ann")
+    retry = bob.new_attempt("train", "f3")
+    assert not running.superseded_file.exists()
+    write(retry, "by bob")
+    bob.publish(retry, RECORD)
+    assert ann.publish(running, RECORD).attempt == running.id
+    ours = ann.fetch("train", "f3").path
+    bob.fetch("train", "f3")
+    bob.withdraw("train", "f3")
+    bob.clear("train", "f3")
+    assert (ours / "rows/data.arrow").read_text() == "by ann"
+    assert [path.name for path in (tmp_path / "scratch/cache/train/f3/attempts").iterdir()] == [running.id]
 
 
 def test_of_many_publishers_at_once_exactly_one_wins(store: Store):
@@ -245,6 +263,40 @@ def test_a_published_file_is_as_open_as_its_folder(tmp_path: Path):
     (attempt.out / "rows/data.arrow").chmod(0o600)
     attempt.out.chmod(0o750)
     assert (store.publish(attempt, RECORD).path / "rows/data.arrow").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("conflicts", [2, 9])
+def test_s3s_conflict_of_two_requests_is_tried_again(tmp_path: Path, monkeypatch, conflicts: int):
+    store, answers = Store(f"memory://{tmp_path.name}", tmp_path), [True] * conflicts
+    real = store.fs.pipe_file
+
+    def conflicting(path: str, body: bytes, **options: str) -> None:
+        if answers and answers.pop():
+            raise OSError(5, "An error occurred (ConditionalRequestConflict) when calling the PutObject operation")
+        real(path, body, **options)
+
+    monkeypatch.setattr(store.fs, "pipe_file", conflicting)
+    monkeypatch.setattr("longreach.infra.artifact.CONFLICT_PAUSES_S", (0.0,) * 4)
+    if conflicts == 2:
+        store.create(f"{store.base}/lease", b"1")
+        assert store.fs.cat_file(f"{store.base}/lease") == b"1"
+    else:
+        with pytest.raises(OSError, match="ConditionalRequestConflict"):
+            store.create(f"{store.base}/lease", b"1")
+        assert len(answers) == 4, "five tries"
+
+
+@pytest.mark.parametrize("name", ["q?versionId=1.txt", "new\nline.txt"])
+def test_a_file_that_an_object_store_cannot_hold_is_refused_by_name_before_anything_is_uploaded(
+    tmp_path: Path, name: str
+):
+    store = Store(f"memory://{tmp_path.name}-{len(name)}", tmp_path)
+    attempt = store.new_attempt("pack", "f9")
+    write(attempt)
+    (attempt.out / name).touch()
+    with pytest.raises(ValueError, match=re.escape(f"cannot hold the file {name!r}")):
+        store.publish(attempt, RECORD)
+    assert store.names(f"{store.base}/pack/f9") == []
 
 
 def test_a_flipped_bit_in_the_manifest_is_noticed(store: Store):

@@ -10,7 +10,7 @@ import pytest
 
 from longreach.infra import doctor, files, jobs
 from longreach.infra.artifact import Store
-from longreach.infra.files import digest_of, draft_of, flatten, kept_text, publish_new, write_whole
+from longreach.infra.files import digest_of, draft_of, flatten, kept_text, on_own_disk, publish_new, write_whole
 from longreach.training import documents
 
 
@@ -62,6 +62,16 @@ def test_a_file_system_on_which_nothing_is_exclusive_is_refused(tmp_path: Path, 
         Store(str(tmp_path)).create(str(tmp_path / "artifact.json"), b"{}")
     assert refused.value.filename == str(tmp_path / "artifact.json")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["плёнка", "with space", "back\\slash", "wide\u3000space", "line\u2028end", "n\udcff"])
+def test_a_mount_point_may_have_any_name(tmp_path: Path, monkeypatch, name: str):
+    folder = tmp_path / name
+    written = str(folder).replace("\\", "\\134").replace(" ", "\\040")
+    lines = ["22 1 8:1 / / rw - ext4 /dev/sda1 rw", f"36 22 0:45 / {written} rw - nfs4 server:/export rw"]
+    monkeypatch.setattr(Path, "read_bytes", lambda self: os.fsencode("\n".join([*lines, ""])))
+    assert not on_own_disk(folder / "store"), "other machines mount it too"
+    assert on_own_disk(tmp_path)
 
 
 def test_a_kept_text_is_made_once_and_each_time_where_nothing_can_be_kept(tmp_path: Path, monkeypatch):

@@ -93,6 +93,13 @@ def test_without_a_server_a_worker_starts_in_the_ordinary_way(script):
     assert start(address, script, "two")[0].startswith(f"two said {script.parent} False")
 
 
+def test_a_ray_tmpdir_that_does_not_exist_yet_is_made_for_its_owner_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "new/ray"))
+    with fork_server(["wave"]) as address:
+        assert Path(address).is_relative_to(tmp_path / "new/ray")
+    assert (tmp_path / "new/ray").stat().st_mode & 0o777 == 0o700
+
+
 def test_the_server_ends_with_the_process_that_started_it():
     code = "import time; from longreach.infra.forkserver import fork_server\n"
     code += "with fork_server(['wave']):\n    print('up', flush=True); time.sleep(60)"

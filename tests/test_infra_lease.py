@@ -130,9 +130,35 @@ def test_two_holders_that_sweep_at_once_do_not_stop_each_other(tmp_path: Path, m
         Lease(store, "w", "first:1", beat_s=0.1).acquire(wait=False).release()
     late = Lease(store, "w", "late:2", beat_s=0.1, _generation=9)
     files = store.names(late._folder)
-    monkeypatch.setattr(store, "names", lambda folder: [*files, *files])
+    monkeypatch.setattr(store, "names", lambda folder, ending: [*files, *files])
     late._sweep()
     assert list((tmp_path / "leases/w").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [".nfs0000000000000001", "notes.json", "2.json"])
+def test_a_file_that_is_no_leases_is_left_alone(tmp_path: Path, name: str):
+    store, foreign = Store(str(tmp_path)), tmp_path / "leases/weekly" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    for _ in range(4):
+        lease = Lease(store, "weekly", "alice:1", beat_s=60).acquire(wait=False)
+        assert lease.current_holder() == "alice:1"
+        lease.release()
+    assert foreign.exists()
+
+
+def test_a_lease_whose_acquisition_fails_is_released(tmp_path: Path, monkeypatch):
+    def refused(self: Lease, path: str) -> None:
+        raise PermissionError(path)
+
+    store = Store(str(tmp_path))
+    for _ in range(2):
+        Lease(store, "weekly", "alice:1", beat_s=60).acquire(wait=False).release()
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "_remove", refused)
+        with pytest.raises(PermissionError):
+            Lease(store, "weekly", "alice:1", beat_s=60).acquire(wait=False)
+    assert Lease(store, "weekly", "", beat_s=60).current_holder() is None
 
 
 def test_only_a_process_of_this_machine_is_known_to_be_gone():
@@ -187,6 +213,24 @@ def test_a_process_that_has_ended_is_gone_though_its_parent_has_not_looked_yet()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays, as a zombie
     assert is_gone(mark)
     child.wait()
+
+
+@pytest.mark.parametrize("may_signal", [True, False])
+def test_a_process_that_proc_hides_is_gone_only_once_the_kernel_has_none(monkeypatch, may_signal: bool):
+    """With hidepid, /proc does not show another user's processes, and signals to them are refused."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark, real, kill = process_mark(child.pid), process_mark, os.kill
+
+    def refused(pid: int, signal: int) -> None:
+        kill(pid, signal)
+        raise PermissionError
+
+    monkeypatch.setattr("longreach.infra.lease.process_mark", lambda pid: real(pid) if pid == os.getpid() else None)
+    if not may_signal:
+        monkeypatch.setattr(os, "kill", refused)
+    assert not is_gone(mark)
+    child.communicate(b"\n")
+    assert is_gone(mark)
 
 
 def test_the_generation_before_stays_and_older_ones_go(store: Store):

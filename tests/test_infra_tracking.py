@@ -1,5 +1,6 @@
 """The spool: every event arrives whole and once in the file, whoever writes, and whoever is killed."""
 
+import errno
 import json
 import os
 import pickle
@@ -8,11 +9,14 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 import uuid
 
 import pytest
 
-from longreach.infra.tracking import Spool, read_events
+from longreach.infra.relay import Collector, RemoteSpool
+from longreach.infra.tracking import Spool, encode, read_events
+from longreach.training.steplog import StepLog
 
 RUN = uuid.uuid4().hex
 
@@ -131,6 +135,71 @@ def test_kill_9_of_a_writer_loses_nothing_that_it_had_written(path):
     assert before == list(range(len(before)))
     Spool(path).metrics({"x": 1}, step=-1)
     assert steps_of(path) == [*before, -1]
+
+
+class OfTheDriver:
+    """A Collector as an actor's handle: each method is called by `remote`, and errors come with the response."""
+
+    def __init__(self, folder):
+        self.collector = Collector(str(folder))
+
+    def __getattr__(self, method):
+        def remote(*arguments):
+            try:
+                return [getattr(self.collector, method)(*arguments)]
+            except OSError as error:
+                return [error]
+
+        return types.SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    def get(response):
+        if isinstance(response[0], OSError):
+            raise response[0]
+        return response[0]
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=get))
+    return OfTheDriver(tmp_path)
+
+
+def test_a_rank_that_restarts_on_another_node_sends_no_point_twice(tmp_path, driver, monkeypatch):
+    open_spool(tmp_path / "a.jsonl")
+    monkeypatch.setattr("longreach.infra.relay.spool", lambda path: RemoteSpool(path, driver))
+    row = {"loss": 1.0, "seconds": 0.1, "phases": {}, "tokens_per_s": 1.0}
+    for node, first, last in (("one", 1, 7), ("other", 5, 9)):  # from the checkpoint after step 4
+        log = StepLog(tmp_path / node / "metrics.jsonl", "a.jsonl")
+        log.restart(None)
+        for step in range(first, last + 1):
+            log.add(row | {"step": step}, total=9)
+    assert steps_of(tmp_path / "a.jsonl") == list(range(1, 10))
+
+
+def test_a_driver_that_cannot_write_is_reported_once_and_ends_no_training(tmp_path, driver, monkeypatch, capsys):
+    def full(spool, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    open_spool(tmp_path / "a.jsonl")
+    spool = RemoteSpool("a.jsonl", driver)
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "append", full)
+        for step in (1, 2, 3):
+            spool.metrics({"train/loss": 1.0}, step=step)
+    spool.metrics({"train/loss": 1.0}, step=4)
+    spool.end("FINISHED")
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert steps_of(tmp_path / "a.jsonl") == [4]
+
+
+def test_the_driver_keeps_no_file_of_other_nodes_open(tmp_path):
+    collector, opened = Collector(str(tmp_path)), len(os.listdir("/proc/self/fd"))
+    start = {"run": RUN, "parent": None, "experiment": "e", "name": "n", "kind": "attempt"}
+    for number in range(9):
+        collector.take(f"{number}.jsonl", start, b"")
+        collector.take(f"{number}.jsonl", None, encode("end", {"status": "FINISHED"}))
+    assert len(os.listdir("/proc/self/fd")) == opened
+    assert [event["event"] for event in read_events(tmp_path / "8.jsonl")[0]] == ["start", "end"]
 
 
 def test_a_write_is_far_below_a_millisecond(path):

@@ -83,6 +83,37 @@ def test_attempts_that_nobody_finished_go_once_they_are_old(store: Store):
     assert not attempt.folder.exists()
 
 
+def test_checkpoints_that_another_machine_left_in_an_object_store_go_too(tmp_path: Path):
+    store = Store(f"memory://gc-{tmp_path.name}", tmp_path / "scratch")
+    attempts = f"{store.base}/finetune/half-done/attempts"
+    store.fs.pipe_file(f"{attempts}/0001-aaaaaaaa/work/checkpoints/step-1/weights", b"x" * 5_000)
+    publish(store, "finetune", "done", days=1)
+    assert gc.find(store, Keep(days=1, reports=0, fingerprints={"done"})) == []
+    (candidate,) = gc.find(store, Keep(days=0, reports=0, fingerprints={"done"}))
+    assert (candidate.fingerprint, candidate.published, candidate.bytes) == ("half-done", False, 5_000)
+    assert gc.remove(store, candidate)
+    assert store.names(attempts) == []
+    assert store.fetch("finetune", "done").attempt
+
+
+def test_what_a_killed_publisher_left_of_an_artifact_goes_and_the_artifact_stays(store: Store):
+    loser = store.new_attempt("finetune", "kept")
+    publish(store, "finetune", "kept")
+    artifact = store.fetch("finetune", "kept")
+    (loser.work / "step-1").mkdir(parents=True)
+    (loser.work / "step-1/weights").write_bytes(b"x" * 3_000)
+    checkpoint = f"{store.base}/finetune/kept/attempts/{artifact.attempt}/work/step-2"
+    store.fs.makedirs(checkpoint)
+    store.fs.pipe_file(f"{checkpoint}/weights", b"x" * 2_000)
+    keep = Keep(days=7, reports=0, fingerprints={"kept"})
+    (candidate,) = gc.find(store, keep)
+    assert (candidate.fingerprint, candidate.bytes, candidate.leftovers) == ("kept", 5_000, True)
+    assert gc.remove(store, candidate)
+    assert gc.find(store, keep) == []
+    assert not loser.folder.exists()
+    assert store.fetch("finetune", "kept").attempt == artifact.attempt
+
+
 def test_what_is_removed_is_gone_whole_and_can_be_made_anew(store: Store):
     publish(store, "merge", "unwanted")
     aside = store.fs.glob(f"{store.base}/merge/unwanted/{MANIFEST}")[0] + ".damaged-1"
@@ -112,6 +143,7 @@ def test_nothing_is_removed_while_a_run_is_alive_and_runs_wait_meanwhile(tmp_pat
     monkeypatch.setattr(gc, "Lease", functools.partial(Lease, beat_s=0.05))  # as often as the runs' here
     store = Store(str(tmp_path))
     run = Lease(store, "weekly", "ann", beat_s=0.05).acquire(wait=False)
+    (tmp_path / "leases/.DS_Store").touch()  # is no run
     with pytest.raises(LeaseHeld, match="ann"), gc.no_runs(store):
         pytest.fail("a run is alive")
     run.release()

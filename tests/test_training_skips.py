@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from toy_models import job, train
 from longreach.infra.errors import Stopped
 from longreach.infra.tracking import Spool, read_events
 from longreach.training.attention_recipe import AttentionRecipe
+from longreach.training.loop import Progress, Training
 from longreach.training.recipe import OptimRecipe
 from longreach.training.row_order import RowOrder
 from longreach.training.skips import Skips
@@ -83,6 +85,30 @@ def test_after_too_many_in_a_row_training_goes_back_once_and_leaves_the_bad_step
     assert len({text for text in told if text.startswith("step 6 ")}) == 1, "said the same when it is met again"
     points = [event["step"] for event in read_events(spool)[0] if event["event"] == "metrics"]
     assert points == list(range(1, 11)), "one point a step, though some were trained twice"
+
+
+def test_a_checkpoint_that_falls_on_a_skipped_step_is_written_after_the_next_trained_one(tmp_path, monkeypatch):
+    saved, real = [], Training.save
+    monkeypatch.setattr(Training, "save", lambda self: saved.append(self.progress.step) or real(self))
+    distrusting(monkeypatch, 3, 4)  # the steps 4 and 5
+    train(job(tmp_path, optim=OPTIM | {"steps": 9}, resources={"checkpoint_every_steps": 2}))
+    assert saved == [2, 6, 8]
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_only_a_skipped_step_moves_a_checkpoint(every):
+    """A training that resumes from a checkpoint between two intervals, too, writes the next one where it was."""
+    training = object.__new__(Training)
+    training.job = types.SimpleNamespace(resources=types.SimpleNamespace(checkpoint_every_steps=every))
+    training.optim = types.SimpleNamespace(result="last", steps=12)
+    for first in range(12):
+        due, saved = [], first
+        for step in range(first + 1, 13):
+            training.progress = Progress(step, saved, {}, [], [])
+            if training._checkpoint_due():
+                saved = step
+                due.append(step)
+        assert due == [step for step in range(first + 1, 12) if step % every == 0]
 
 
 def test_when_going_back_does_not_help_training_stops_and_names_the_rows(tmp_path, monkeypatch):

@@ -360,12 +360,13 @@ class Training:
         self.skips.go_back()
 
     def _checkpoint_due(self) -> bool:
-        """Return whether the checkpoint interval is complete, or the weights are the best so
-        far."""
+        """Return whether a checkpoint interval was completed since the last checkpoint (if at a skipped
+        step, the checkpoint follows at the next trained one), or the weights are the best so far."""
         step, validated = self.progress.step, self.progress.validated
         if self.optim.result == "best" and step in validated and validated[step] == min(validated.values()):
             return True
-        return step % self.job.resources.checkpoint_every_steps == 0 and step < self.optim.steps
+        every = self.job.resources.checkpoint_every_steps
+        return step // every > self.progress.saved // every and step < self.optim.steps
 
     def save(self) -> None:
         """Write a checkpoint after the steps done so far."""

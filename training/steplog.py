@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra import relay
-from longreach.infra.tracking import read_events
 from longreach.infra.versions import system_metrics
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")
@@ -27,20 +26,12 @@ class StepLog:
         self.rows: list[dict[str, Any]] = []
         self.spool = None
         self.label = ""
+        self.last_logged_step = 0
+        """The last step that was sent to the spool, by this process or before the ranks were restarted."""
         if spool:
             self.spool = relay.spool(spool)
             self.label = Path(spool).name.partition("@")[0]
-        self.last_logged_step = self._last_logged_step(spool)
-
-    def _last_logged_step(self, spool: str | None) -> int:
-        """Return the last step sent to the spool before the ranks were restarted; 0 for none."""
-        if spool and Path(spool).exists():
-            events, _ = read_events(spool)
-            return max((event["step"] for event in events if "train/seconds" in event.get("values", ())), default=0)
-        if self.path.exists():  # the spool is on another node, and every recorded step has been sent to it
-            with self.path.open() as lines:
-                return sum(1 for _ in lines)
-        return 0
+            self.last_logged_step = self.spool.last_step("train/seconds")
 
     def restart(self, history: Path | None) -> None:
         """Start with the steps recorded in the loaded checkpoint, or with none."""

@@ -70,7 +70,7 @@ def test_a_key_of_the_store_cannot_lead_out_of_the_folder_that_is_pulled(tmp_pat
     fs = fsspec.filesystem("memory")
     fs.pipe_file(f"/names/{share.folder}/out/good", b"")
     fs.pipe_file(f"/names/{share.folder}/out/../../../../../../escaped", b"")
-    folder = tmp_path / "node/scratch" / share.folder / "out"
+    folder = share.store.attempts_folder("finetune", "f") / share.attempt / "out"
     with pytest.raises(CorruptArtifact):
         share.pull(folder)
     assert not [p for p in tmp_path.rglob("escaped") if folder not in p.parents]
