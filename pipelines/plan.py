@@ -164,17 +164,20 @@ def published(store: Store, stage: Stage) -> Artifact | None:
 
 
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:
-    """Return the artifacts of the finished stages by label, `known` ones without checking them
-    again.
+    """Return the artifacts of the finished stages by label. Files of `known` ones are not checked
+    again, but one that is gone or was remade since is not taken from `known`.
 
     In a local store every byte is read. In a remote store only names and sizes are compared,
     because workers verify what they use. `repair` quarantines damaged artifacts, so that their
     stages rerun.
     """
-    artifacts = dict(known)
+    artifacts = {}
     for stage in stages:
-        if stage.label in artifacts:
-            continue
+        if before := known.get(stage.label):
+            now = published(store, stage)
+            if now and now.attempt == before.attempt:
+                artifacts[stage.label] = before
+                continue
         row, artifact = _examine(store, stage, lambda name: {}, hashes=store.local)
         if artifact:
             artifacts[stage.label] = artifact

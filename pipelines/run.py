@@ -199,7 +199,7 @@ def run(
                 what = f"rerunning {len(again)} of {len(stages)} stages, including those that depend on forced ones"
                 display.note(f"--force {', '.join(force)}: {what}: {', '.join(kinds)}")
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
-                artifacts = survey(store, kept, artifacts, repair=True)
+                artifacts = survey(store, kept, artifacts, repair=True)  # others may have removed some meanwhile
                 this = _Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address, again, wait)
                 _run_missing(this)
         touched = {*outcome.ran, *outcome.failed}

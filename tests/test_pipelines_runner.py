@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,24 @@ def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
     with run._lease(store, "report", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
         pipeline.run()
     assert not any(pipeline.calls().values())
+
+
+def test_what_went_while_a_run_waited_for_its_lease_is_made_again(pipeline, monkeypatch):
+    store, fingerprint = plan.open_store(pipeline.loaded), outcome_fingerprint(pipeline, "a")
+    store.publish(store.new_attempt("toy", fingerprint), {"label": "a", "seconds": 1.0})
+    known, lease = [], run._lease
+    monkeypatch.setattr(run, "_run_missing", lambda this: known.append([*this.artifacts]))
+    pipeline.run()
+
+    @contextmanager
+    def slow_lease(*args, **options):
+        with lease(*args, **options) as held:
+            store.withdraw("toy", fingerprint)
+            yield held
+
+    monkeypatch.setattr(run, "_lease", slow_lease)
+    pipeline.run()
+    assert known == [["a"], []]
 
 
 def test_a_stage_that_no_node_can_take_is_refused_before_the_first_one_begins(cluster, pipeline, monkeypatch):
