@@ -576,6 +576,7 @@ def _report_on_the_rest(run: _Run) -> None:
     stage = report_on(run.loaded.recipe, done, others)
     if any(one.label in run.outcome.ran for one in done):  # a published report may show artifacts that --force withdrew
         _withdraw(run.store, [stage], True, run.display)
+    known = published(run.store, stage)
     task = replace(run.task(stage, run.id), stage_start={})  # in MLflow its attempt is a child of the whole run
     try:
         while execute(task).made_by:  # another run is making the same report
@@ -586,6 +587,8 @@ def _report_on_the_rest(run: _Run) -> None:
     run.artifacts[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
     run.display.note(f"the report covers the finished stages and names the {len(others)} that failed")
     del failed["report"]
+    if known is None:
+        run.outcome.ran.append("report")
 
 
 def _reason(error: Exception) -> str:

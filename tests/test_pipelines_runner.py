@@ -116,7 +116,8 @@ def test_a_failed_stage_is_named_and_those_that_do_not_need_it_still_run(cluster
     pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
     outcome = pipeline.run()
     assert outcome.failed == {"b": "group_tokens 7 is odd: use 6 or 8"}
-    assert sorted(outcome.ran) == ["a", "c--1"]
+    assert sorted(outcome.ran) == ["a", "c--1", "report"]
+    assert outcome.reused == []
     assert "group_tokens 7 is odd" in outcome.report_path.read_text(), "there is a report, and it says what failed"
     pipeline.change(b={"fail": ""})
     assert sorted(pipeline.run().ran) == ["b", "report"]
@@ -163,7 +164,8 @@ def test_force_takes_nothing_up_that_the_old_code_left(cluster, pipeline):
 def test_force_makes_the_report_on_what_was_done_anew_where_the_same_fails_again(cluster, pipeline):
     pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
     first, second = pipeline.run(), pipeline.run(force=("c--1",))
-    assert second.ran == ["c--1"]
+    assert second.ran == ["c--1", "report"]
+    assert pipeline.run().reused == ["a", "c--1", "report"]
     assert first.report_path != second.report_path, "the first one is on the old c--1"
 
 
