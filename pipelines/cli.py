@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longreach.infra.errors import ClusterNotStarted
 from longreach.pipelines import cluster_cli
 from longreach.pipelines.console import (
     BAD_INPUT,
@@ -65,11 +66,14 @@ app.add_typer(cluster_cli.app)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    A user's mistake and an unreachable registry print one line; every other error prints a
-    traceback.
+    A user's mistake, an unreachable registry and a Ray that does not start print one line; every
+    other error prints a traceback.
     """
     try:
         app(arguments)
+    except ClusterNotStarted as error:
+        print(error, file=sys.stderr)
+        sys.exit(FAILED)
     except PermissionError as error:
         what = str(error)
         if error.filename:

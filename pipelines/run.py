@@ -316,7 +316,7 @@ def _run_missing(run: _Run) -> None:
             if stage.kind.makes is Release and (released := run.store.find(stage.name, stage.fingerprint)):
                 pipeline.output(released.summary["tags"][MODEL])
         status = "FAILED" if run.outcome.failed else "FINISHED"
-    except (ValueError, RuntimeError) as error:  # not stopped by a signal: a stage fits nowhere, or the lease was lost
+    except Exception as error:  # not stopped by a signal: a stage fits nowhere, Ray did not start, the lease was lost
         status = "FAILED"
         pipeline.tag("mlflow.note.content", f"**Failed:** {error}")
         raise

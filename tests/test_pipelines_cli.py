@@ -16,6 +16,7 @@ import pytest
 
 from longreach.infra.artifact import Store
 from longreach.infra.doctor import Check
+from longreach.infra.errors import ClusterNotStarted
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.infra.registry import RegistryAway
@@ -231,6 +232,13 @@ def test_a_base_behind_an_alias_of_a_registry_that_is_away_is_exit_75(
     assert err.splitlines()[-1].endswith(
         "nothing was started, because the starting model is in that registry: try again later"
     )
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    runner.raises = ClusterNotStarted("Ray did not start within 30 s in 3 tries")
+    assert longreach(capsys, "run", "quickstart") == (1, "", "Ray did not start within 30 s in 3 tries\n")
 
 
 def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
