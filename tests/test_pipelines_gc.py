@@ -60,6 +60,13 @@ def test_the_newest_reports_of_each_recipe_are_kept_with_all_they_show(store: St
     assert "base" in names(gc.find(store, Keep(days=7, reports=0)))
 
 
+def test_reports_of_failed_runs_do_not_push_a_complete_one_out(store: Store):
+    publish(store, "report", "complete", days=100, name="weekly")
+    for n in range(3):
+        publish(store, "report", f"failed-{n}", days=90 - n, name="weekly", failed={"pack": f"reason {n}"})
+    assert names(gc.find(store, Keep(days=7, reports=2))) == {"failed-0"}
+
+
 def test_what_is_young_or_named_is_kept_with_what_it_was_made_from(store: Store):
     base = publish(store, "convert", "base")
     publish(store, "merge", "young", (publish(store, "finetune", "trained", (base,)),), days=1)
