@@ -310,12 +310,17 @@ def gc(
 
     if recipes:
         root, workdir = _shared_store(recipes)
-    os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipes[0] if recipes else None, None, workdir)
     store = Store(root).checked()
-    kept = aliased_fingerprints()
-    for recipe in recipes or []:
+    uris: set[str] = set()
+    kept: set[str] = set()
+    named: list[str | None] = [*recipes] if recipes else [None]
+    for recipe in named:
+        uris.add(_tracking(recipe, None, workdir)[0])
         _, fingerprints = _store_and_fingerprints(recipe, None, root)
         kept |= fingerprints or set()
+    for uri in sorted(uris):  # after the loop above, because a recipe without tracking.uri has the environment's
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        kept |= aliased_fingerprints()
     keep = collector.Keep(days, reports, kept)
     if not delete:
         candidates = collector.find(store, keep)
@@ -669,18 +674,21 @@ def _shared_store(recipes: list[str]) -> tuple[str, Path]:
     Raises:
         ValueError: They differ.
     """
-    places = {}
-    for name in recipes:
-        store = load(name).recipe.store
-        places[store.root, store.workdir] = name
-    if len(places) > 1:
-        (first, _), (second, _) = list(places)[:2]
-        raise ValueError(
-            f"{recipes[0]} has its store in {first}, and another recipe in {second}: "
-            f"give only recipes that share one store"
-        )
-    ((root, workdir),) = places
-    return root, Path(workdir)
+    shared = load(recipes[0]).recipe.store
+    for name in recipes[1:]:
+        for field, value in load(name).recipe.store:
+            first = getattr(shared, field)
+            if _resolved(value) != _resolved(first):
+                raise ValueError(
+                    f"store.{field} is {first} in {recipes[0]}, but {value} in {name}: "
+                    f"give only recipes that share one store and one workdir"
+                )
+    return shared.root, Path(shared.workdir)
+
+
+def _resolved(place: str) -> str:
+    """Return a folder's absolute path without links, or a URL as it is."""
+    return place if "://" in place else str(Path(place).resolve())
 
 
 def _find_registry(source: str) -> None:
