@@ -268,7 +268,7 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
     """Show active runs, unfinished stages and published artifacts."""
     from longreach.pipelines.status import status
 
-    now = status(*_store_and_fingerprints(recipe, overrides, root))
+    now = status(*_store_and_fingerprints(recipe, overrides, root, only_shown=True))
     for name, holder in now.holders.items():
         print(f"{name} is being run by {holder}")
     if now.unfinished:
@@ -362,7 +362,7 @@ def report(
         store = Store(root).checked()
         manifest = by_prefix(store, recipe)
     if manifest is None:
-        store, fingerprints = _store_and_fingerprints(recipe, overrides, root)
+        store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
         manifest = newest_report(store, fingerprints)
     if manifest is None:
         command = f"longreach run {recipe or 'quickstart'}"
@@ -643,18 +643,29 @@ def schema() -> None:
 
 
 def _store_and_fingerprints(
-    recipe: str | None, overrides: list[str] | None, root: str
+    recipe: str | None, overrides: list[str] | None, root: str, *, only_shown: bool = False
 ) -> tuple[Store, set[str] | None]:
     """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s store and
-    None."""
+    None.
+
+    Args:
+        only_shown: The fingerprints are only used to show artifacts, so the gate's stages are left out if the
+            model registry does not answer.
+    """
     from longreach.infra.artifact import Store
 
     if recipe is None:
         return Store(root).checked(), None
     loaded = load(recipe, overrides)
-    from longreach.pipelines.plan import open_store, plan
+    from longreach.infra.registry import check_login
+    from longreach.pipelines.plan import open_store, plan, use_tracking
 
-    return open_store(loaded), {row.fingerprint for row in plan(loaded)}
+    gate, away = loaded.recipe.promote, ""
+    if only_shown and gate and gate.start_from == "base":
+        with use_tracking(loaded) as uri:
+            if away := check_login(uri):
+                print(f"MLflow: {away}; the gate's stages are left out", file=sys.stderr)
+    return open_store(loaded), {row.fingerprint for row in plan(loaded, gated=not away)}
 
 
 def _show_candidates(candidates: list[Candidate]) -> None:
