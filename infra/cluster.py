@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from longreach.infra import forkserver
+from longreach.infra.errors import ClusterNotStarted
 from longreach.infra.forkserver import ADDRESS, fork_server
 from longreach.infra.versions import GIB, usable_memory
 
@@ -156,8 +157,11 @@ def _start_or_join(ray: ModuleType, address: str | None, cpus: int | None) -> No
             )  # fmt: skip
             return
         except Exception as error:  # Ray has no exception type for this
-            if "timed out during startup" not in str(error) or not tries_left:
+            if "timed out during startup" not in str(error):
                 raise
+            if not tries_left:
+                message = f"Ray did not start within 30 s in {START_TRIES} tries, as the machine is busy"
+                raise ClusterNotStarted(f"{message}: stop other work on it, or try again later") from error
             print("Ray did not start within 30 s, as the machine is busy: retrying", file=sys.stderr)
             ray.shutdown()
             _kill_half_started(ray, earlier)

@@ -183,9 +183,9 @@ class Spool:
 
 
 def metric_part(name: str) -> str:
-    """Return a name in which characters that MLflow does not allow in metric names, such as plus and
-    brackets, are replaced by spaces."""
-    return re.sub(r"[^a-z0-9._-]+", " ", name).strip()
+    """Return a name in which plus is written out, so that `lora+` is not `lora`, and other characters
+    that MLflow does not allow in metric names, such as brackets, are replaced by spaces."""
+    return re.sub(r"[^a-z0-9._-]+", " ", name.replace("+", " plus ")).strip()
 
 
 def encode(event: str, fields: Mapping[str, Any]) -> bytes:

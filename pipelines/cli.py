@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longreach.infra.errors import ClusterNotStarted
 from longreach.pipelines import cluster_cli
 from longreach.pipelines.console import (
     BAD_INPUT,
@@ -65,11 +66,14 @@ app.add_typer(cluster_cli.app)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    A user's mistake and an unreachable registry print one line; every other error prints a
-    traceback.
+    A user's mistake, an unreachable registry and a Ray that does not start print one line; every
+    other error prints a traceback.
     """
     try:
         app(arguments)
+    except ClusterNotStarted as error:
+        print(error, file=sys.stderr)
+        sys.exit(FAILED)
     except PermissionError as error:
         what = str(error)
         if error.filename:
@@ -264,7 +268,7 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
     """Show active runs, unfinished stages and published artifacts."""
     from longreach.pipelines.status import status
 
-    now = status(*_store_and_fingerprints(recipe, overrides, root))
+    now = status(*_store_and_fingerprints(recipe, overrides, root, only_shown=True))
     for name, holder in now.holders.items():
         print(f"{name} is being run by {holder}")
     if now.unfinished:
@@ -306,12 +310,17 @@ def gc(
 
     if recipes:
         root, workdir = _shared_store(recipes)
-    os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipes[0] if recipes else None, None, workdir)
     store = Store(root).checked()
-    kept = aliased_fingerprints()
-    for recipe in recipes or []:
+    uris: set[str] = set()
+    kept: set[str] = set()
+    named: list[str | None] = [*recipes] if recipes else [None]
+    for recipe in named:
+        uris.add(_tracking(recipe, None, workdir)[0])
         _, fingerprints = _store_and_fingerprints(recipe, None, root)
         kept |= fingerprints or set()
+    for uri in sorted(uris):  # after the loop above, because a recipe without tracking.uri has the environment's
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        kept |= aliased_fingerprints()
     keep = collector.Keep(days, reports, kept)
     if not delete:
         candidates = collector.find(store, keep)
@@ -353,7 +362,7 @@ def report(
         store = Store(root).checked()
         manifest = by_prefix(store, recipe)
     if manifest is None:
-        store, fingerprints = _store_and_fingerprints(recipe, overrides, root)
+        store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
         manifest = newest_report(store, fingerprints)
     if manifest is None:
         command = f"longreach run {recipe or 'quickstart'}"
@@ -634,18 +643,29 @@ def schema() -> None:
 
 
 def _store_and_fingerprints(
-    recipe: str | None, overrides: list[str] | None, root: str
+    recipe: str | None, overrides: list[str] | None, root: str, *, only_shown: bool = False
 ) -> tuple[Store, set[str] | None]:
     """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s store and
-    None."""
+    None.
+
+    Args:
+        only_shown: The fingerprints are only used to show artifacts, so the gate's stages are left out if the
+            model registry does not answer.
+    """
     from longreach.infra.artifact import Store
 
     if recipe is None:
         return Store(root).checked(), None
     loaded = load(recipe, overrides)
-    from longreach.pipelines.plan import open_store, plan
+    from longreach.infra.registry import check_login
+    from longreach.pipelines.plan import open_store, plan, use_tracking
 
-    return open_store(loaded), {row.fingerprint for row in plan(loaded)}
+    gate, away = loaded.recipe.promote, ""
+    if only_shown and gate and gate.start_from == "base":
+        with use_tracking(loaded) as uri:
+            if away := check_login(uri):
+                print(f"MLflow: {away}; the gate's stages are left out", file=sys.stderr)
+    return open_store(loaded), {row.fingerprint for row in plan(loaded, gated=not away)}
 
 
 def _show_candidates(candidates: list[Candidate]) -> None:
@@ -667,18 +687,21 @@ def _shared_store(recipes: list[str]) -> tuple[str, Path]:
     Raises:
         ValueError: They differ.
     """
-    places = {}
-    for name in recipes:
-        store = load(name).recipe.store
-        places[store.root, store.workdir] = name
-    if len(places) > 1:
-        (first, _), (second, _) = list(places)[:2]
-        raise ValueError(
-            f"{recipes[0]} has its store in {first}, and another recipe in {second}: "
-            f"give only recipes that share one store"
-        )
-    ((root, workdir),) = places
-    return root, Path(workdir)
+    shared = load(recipes[0]).recipe.store
+    for name in recipes[1:]:
+        for field, value in load(name).recipe.store:
+            first = getattr(shared, field)
+            if _resolved(value) != _resolved(first):
+                raise ValueError(
+                    f"store.{field} is {first} in {recipes[0]}, but {value} in {name}: "
+                    f"give only recipes that share one store and one workdir"
+                )
+    return shared.root, Path(shared.workdir)
+
+
+def _resolved(place: str) -> str:
+    """Return a folder's absolute path without links, or a URL as it is."""
+    return place if "://" in place else str(Path(place).resolve())
 
 
 def _find_registry(source: str) -> None:

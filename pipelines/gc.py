@@ -3,7 +3,7 @@
 It keeps the following artifacts and everything that they were made from:
 
 - those published, or written to, within the last days;
-- the newest reports of each recipe;
+- the newest reports of each recipe, and its newest ones on runs with failed stages;
 - those that the given recipes would reuse;
 - releases behind an alias of a registered model, such as the champion's, and releases of models
   that are kept for another reason.
@@ -38,7 +38,7 @@ class Keep:
     days: float = 7.0
     """Keep everything published, or written to, within this many days."""
     reports: int = 3
-    """Keep this many of the newest reports of each recipe."""
+    """Keep this many of the newest reports of each recipe, and as many on runs with failed stages."""
     fingerprints: Set[str] = field(default_factory=set)
     """Keep the artifacts with these fingerprints: stages of recipes, and releases behind
     aliases."""
@@ -85,12 +85,13 @@ def find(store: Store, keep: Keep) -> list[Candidate]:
 def _needed(manifests: dict[Key, dict[str, Any]], keep: Keep, recent: datetime) -> set[Key]:
     """Return the artifacts to keep, with everything that they were made from."""
     wanted = []
-    reports: dict[str, list[Key]] = {}
+    reports: dict[tuple[str, bool], list[Key]] = {}  # by recipe, those of failed runs apart: there may be many
     for key, manifest in sorted(manifests.items(), key=lambda item: _published_at(item[1]), reverse=True):
         if manifest["fingerprint"] in keep.fingerprints or _published_at(manifest) >= recent:
             wanted.append(key)
         if manifest["stage"] == "report":
-            reports.setdefault(manifest["identity"]["recipe"]["name"], []).append(key)
+            recipe = manifest["identity"]["recipe"]
+            reports.setdefault((recipe["name"], bool(recipe.get("failed"))), []).append(key)
     for of_recipe in reports.values():
         wanted += of_recipe[: keep.reports]
     needed = set()

@@ -21,6 +21,7 @@ from longreach.evaluation import EVALS
 from longreach.evaluation.base import EvalChoices
 from longreach.infra.choices import Choices, Location, PathOrUrl, dotted, nearest
 from longreach.infra.resources import Resources
+from longreach.infra.tracking import metric_part
 from longreach.pipelines.costs import CostsRecipe
 from longreach.pipelines.gate import PromoteRecipe
 from longreach.pipelines.hand_over import HandOverRecipe
@@ -231,6 +232,7 @@ class Recipe(Choices):
 
     def _name_problems(self) -> Iterator[tuple[Location, str]]:
         sections: dict[str, Location] = {}
+        in_metrics: dict[str, str] = {}
         for section, name in self.models():
             if not SAFE_NAME.fullmatch(name):
                 message = "names a folder: use only lower-case letters, digits and . _ + -"
@@ -239,6 +241,9 @@ class Recipe(Choices):
                 taken = f"{dotted(sections[name])}.{name}"
                 yield (*section, name), f"{taken} already has this name: choose another one"
             sections.setdefault(name, section)
+            other = in_metrics.setdefault(metric_part(name), name)
+            if other != name:
+                yield (*section, name), f"{other} and {name} have the same name in metrics: rename one of them"
 
     def _base_problems(self) -> Iterator[tuple[Location, str]]:
         arm = self.base.pretrained_arm

@@ -17,6 +17,7 @@ import math
 import os
 import queue
 import re
+import sys
 import time
 import uuid
 from collections import Counter, deque
@@ -42,7 +43,7 @@ from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import check_fits, foresee, memory_gib, no_room
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
-from longreach.pipelines.plan import TRACKING, check_rules, open_store, published, survey, use_tracking
+from longreach.pipelines.plan import TRACKING, check_rules, is_overtaken, open_store, published, survey, use_tracking
 from longreach.pipelines.reader import DEFAULT, Loaded
 from longreach.pipelines.recipe import values
 from longreach.pipelines.signals import GRACE_S, Stopping, terminable
@@ -104,7 +105,9 @@ class _Run:
     stopping: Stopping
     outcome: RunOutcome
     address: str | None
-    again: Sequence[Stage] = ()  # stages that --force withdraws, once the cluster is known to fit all missing stages
+    again: Sequence[Stage] = ()
+    """Stages to withdraw once the cluster is known to fit all missing stages: forced ones, and a decision of the gate
+    that is no longer in force."""
     wait: bool = False  # wait for another run that is making one of `again` instead of raising LeaseHeld
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -185,26 +188,34 @@ def run(
 
         stages = build(loaded.recipe, gated=gated, published=as_it_will_be)
         again = _forced(force, stages)
+        again += [stage for stage in stages if stage not in again and is_overtaken(store, stage)]
         outcome = RunOutcome()
         kept = [stage for stage in stages if stage not in again]
-        artifacts = survey(store, kept, {}, repair=False)
+        artifacts = earlier = survey(store, kept, {}, repair=False)
         missing = [stage for stage in stages if stage.label not in artifacts]
         if not missing:
             display.note("nothing new to run: every stage is already published for this recipe and its documents")
         else:
             if address is None:
                 check_fits(foresee(store, missing, loaded.recipe.resources).values())
-            if again:
+            if force:
                 kinds = [f"{name} {count}" for name, count in Counter(stage.name for stage in again).items()]
                 what = f"rerunning {len(again)} of {len(stages)} stages, including those that depend on forced ones"
                 display.note(f"--force {', '.join(force)}: {what}: {', '.join(kinds)}")
             with _lease(store, loaded.recipe.name, wait, display) as held, terminable() as stopping:
-                artifacts = survey(store, kept, artifacts, repair=True)
+                artifacts = survey(store, kept, artifacts, repair=True)  # others may have removed some meanwhile
                 this = _Run(loaded, store, stages, artifacts, display, held, stopping, outcome, address, again, wait)
                 _run_missing(this)
         touched = {*outcome.ran, *outcome.failed}
         outcome.reused = [stage.label for stage in stages if stage.label not in touched]
-        _read_results(store, artifacts, outcome, display)
+        _read_results(store, artifacts, outcome)
+        if "promote" in earlier and "promote" in outcome.reused and not outcome.refusals:
+            version, name = outcome.gate["version"], outcome.gate["name"]
+            because = f"because it was rolled back; to undo that: longreach rollback {name}"
+            print(
+                f"version {version} of {name} passed the gate in an earlier run but is not champion, {because}",
+                file=sys.stderr,
+            )
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -265,18 +276,13 @@ def _lease(store: Store, name: str, wait: bool, display: Display, *, place: str 
         lease.release()
 
 
-def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome, display: Display) -> None:
+def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome) -> None:
     if report := _report(artifacts):
         page = report.path if store.local else store.fetch("report", report.fingerprint).path
         outcome.report_path, outcome.report = page / "report.html", report.manifest
         outcome.headline = report.headline
     if decision := _decision(artifacts):
-        gate = decision.summary
-        outcome.gate, outcome.refusals = gate, decision.refusals
-        if not decision.refusals and "promote" not in outcome.ran:
-            passed = f"version {gate['version']} of {gate['name']} passed the gate in an earlier run but is"
-            reason = "it was rolled back, or this is another registry; to ask the gate again: --force promote"
-            display.note(f"{passed} not champion: {reason}")
+        outcome.gate, outcome.refusals = decision.summary, decision.refusals
 
 
 def _report(artifacts: dict[str, Artifact]) -> Report | None:
@@ -316,7 +322,7 @@ def _run_missing(run: _Run) -> None:
             if stage.kind.makes is Release and (released := run.store.find(stage.name, stage.fingerprint)):
                 pipeline.output(released.summary["tags"][MODEL])
         status = "FAILED" if run.outcome.failed else "FINISHED"
-    except (ValueError, RuntimeError) as error:  # not stopped by a signal: a stage fits nowhere, or the lease was lost
+    except Exception as error:  # not stopped by a signal: a stage fits nowhere, Ray did not start, the lease was lost
         status = "FAILED"
         pipeline.tag("mlflow.note.content", f"**Failed:** {error}")
         raise
@@ -576,6 +582,7 @@ def _report_on_the_rest(run: _Run) -> None:
     stage = report_on(run.loaded.recipe, done, others)
     if any(one.label in run.outcome.ran for one in done):  # a published report may show artifacts that --force withdrew
         _withdraw(run.store, [stage], True, run.display)
+    known = published(run.store, stage)
     task = replace(run.task(stage, run.id), stage_start={})  # in MLflow its attempt is a child of the whole run
     try:
         while execute(task).made_by:  # another run is making the same report
@@ -586,6 +593,8 @@ def _report_on_the_rest(run: _Run) -> None:
     run.artifacts[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
     run.display.note(f"the report covers the finished stages and names the {len(others)} that failed")
     del failed["report"]
+    if known is None:
+        run.outcome.ran.append("report")
 
 
 def _reason(error: Exception) -> str:

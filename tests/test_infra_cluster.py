@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from longreach.infra import cluster as our_cluster
+from longreach.infra.errors import ClusterNotStarted
 from longreach.infra.forkserver import fork_server
 from longreach.infra.versions import GIB
 
@@ -77,7 +78,7 @@ def test_a_start_that_a_busy_machine_made_too_slow_is_tried_again(capsys):
     our_cluster._start_or_join(ray, None, 2)
     assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"]
     assert "retrying" in capsys.readouterr().err
-    with pytest.raises(Exception, match="timed out during startup"):
+    with pytest.raises(ClusterNotStarted, match="did not start within 30 s in 3 tries"):
         our_cluster._start_or_join(SlowRay(timeouts=3), None, 2)
     broken = SlowRay(timeouts=1, message="no room on the disk")
     with pytest.raises(Exception, match="no room"):

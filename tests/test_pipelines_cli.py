@@ -16,12 +16,14 @@ import pytest
 
 from longreach.infra.artifact import Store
 from longreach.infra.doctor import Check
+from longreach.infra.errors import ClusterNotStarted
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.infra.registry import RegistryAway
 from longreach.pipelines.cli import main
 from longreach.pipelines.foresee import Forecast
-from longreach.pipelines.plan import open_store
+from longreach.pipelines.graph import build
+from longreach.pipelines.plan import open_store, use_tracking
 from longreach.pipelines.reader import load, names
 
 GATE = "promote={model: longlora, name: m, perplexity_ratio: null, base_ratio: null}"
@@ -61,7 +63,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return fake.outcome
 
     monkeypatch.setattr("longreach.pipelines.run.run", run)
-    monkeypatch.setattr("longreach.pipelines.plan.plan", lambda loaded, here=None: fake.rows)
+    monkeypatch.setattr("longreach.pipelines.plan.plan", lambda loaded, **options: fake.rows)
     monkeypatch.setattr("longreach.pipelines.plan.open_store", lambda loaded: fake.open_store(loaded))
     return fake
 
@@ -204,7 +206,7 @@ def test_a_registry_that_is_away_is_exit_75_and_all_but_the_gate_is_done(
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("words", ["plan quickstart", "status quickstart", "report quickstart", "gc", "rollback m"])
+@pytest.mark.parametrize("words", ["plan quickstart", "gc", "rollback m"])
 def test_a_registry_that_is_away_is_one_line_and_exit_75_of_every_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
@@ -220,6 +222,24 @@ def test_a_registry_that_is_away_is_one_line_and_exit_75_of_every_command(
     assert "--set" not in line
 
 
+def test_what_only_reads_the_store_needs_no_registry(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    choices = [GATE, "tracking.uri=http://127.0.0.1:9"]
+    loaded = load("quickstart", choices)
+    with use_tracking(loaded):
+        report = next(stage for stage in build(loaded.recipe, gated=False) if stage.name == "report")
+    publish(Store(str(tmp_path / ".longreach")), "report", report.fingerprint, "2026-01-03T00:00:00+00:00")
+    for command, shown in (("status", report.fingerprint[:8]), ("report", f"/report/{report.fingerprint}/")):
+        code, out, err = longreach(capsys, command, "quickstart", "--set", choices[0], "--set", choices[1])
+        assert code == 0
+        assert shown in out
+        assert err == (
+            "MLflow: http://127.0.0.1:9 does not respond (ConnectionError); the gate's stages are left out\n"
+        )
+
+
 def test_a_base_behind_an_alias_of_a_registry_that_is_away_is_exit_75(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +251,13 @@ def test_a_base_behind_an_alias_of_a_registry_that_is_away_is_exit_75(
     assert err.splitlines()[-1].endswith(
         "nothing was started, because the starting model is in that registry: try again later"
     )
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
+) -> None:
+    runner.raises = ClusterNotStarted("Ray did not start within 30 s in 3 tries")
+    assert longreach(capsys, "run", "quickstart") == (1, "", "Ray did not start within 30 s in 3 tries\n")
 
 
 def test_ctrl_c_is_exit_130(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:

@@ -60,6 +60,13 @@ def test_the_newest_reports_of_each_recipe_are_kept_with_all_they_show(store: St
     assert "base" in names(gc.find(store, Keep(days=7, reports=0)))
 
 
+def test_reports_of_failed_runs_do_not_push_a_complete_one_out(store: Store):
+    publish(store, "report", "complete", days=100, name="weekly")
+    for n in range(3):
+        publish(store, "report", f"failed-{n}", days=90 - n, name="weekly", failed={"pack": f"reason {n}"})
+    assert names(gc.find(store, Keep(days=7, reports=2))) == {"failed-0"}
+
+
 def test_what_is_young_or_named_is_kept_with_what_it_was_made_from(store: Store):
     base = publish(store, "convert", "base")
     publish(store, "merge", "young", (publish(store, "finetune", "trained", (base,)),), days=1)
@@ -160,6 +167,45 @@ def test_nothing_is_removed_while_a_run_is_alive_and_runs_wait_meanwhile(tmp_pat
         assert not taken.is_set()
     waiting.join()
     assert taken.is_set()
+
+
+def recipes(folder: Path, *places: str) -> list[str]:
+    """Write a recipe for each section `store` and `tracking`; return their paths."""
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("words")
+    paths = [folder / f"{n}.yaml" for n in range(len(places))]
+    for path, more in zip(paths, places, strict=True):
+        path.write_text(f"name: r\ncorpus: {{sources: [{{files: 'texts/*.txt'}}], test: [a]}}\n{more}\n")
+    return [str(path) for path in paths]
+
+
+def test_champions_of_every_recipes_registry_are_kept_whatever_the_order(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a:5000")
+    store = Store(str(tmp_path / ".longreach"))
+    champions = {"http://a:5000": {"of-a"}, "http://b:5000": {"of-b"}}
+    for fingerprint in ("of-a", "of-b", "unwanted"):
+        publish(store, "merge", fingerprint)
+    monkeypatch.setattr(
+        "longreach.infra.registry.aliased_fingerprints", lambda: champions[os.environ["MLFLOW_TRACKING_URI"]]
+    )
+    given = recipes(tmp_path, "", "tracking: {uri: 'http://b:5000'}")
+    for order in (given, given[::-1]):
+        listed = CliRunner().invoke(app, ["gc", *order])
+        assert listed.exit_code == 0, listed.output
+        assert "merge[unwanted]" in listed.output
+        assert "of-" not in listed.output
+        os.environ["MLFLOW_TRACKING_URI"] = "http://a:5000"
+
+
+def test_recipes_share_a_store_whatever_its_spelling_and_a_field_that_differs_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    given = recipes(tmp_path, "", f"store: {{root: {tmp_path}/texts/../.longreach}}", "store: {workdir: elsewhere}")
+    listed = CliRunner().invoke(app, ["gc", *given[:2]])
+    assert listed.exit_code == 0, listed.output
+    with pytest.raises(ValueError, match=r"store\.workdir is \.longreach in .*0\.yaml, but elsewhere in .*2\.yaml"):
+        CliRunner().invoke(app, ["gc", given[0], given[2]], catch_exceptions=False)
 
 
 def test_the_command_lists_first_and_removes_when_told_to(tmp_path: Path, monkeypatch):

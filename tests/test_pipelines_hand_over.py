@@ -137,13 +137,19 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"files": [{k: v for k, v in file.items() if k != "sample"} for file in files]})
         if self.path.startswith("/api/models/owner/name/commit/main"):
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "deletedFile":
+                    seen["deleted"] = line["value"]["path"]
                 if line["key"] == "file":
                     seen["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self.answer({"commitOid": "c" * 40, "commitUrl": f"{self.server.url}/owner/name/commit/c"})
         raise AssertionError(self.path)
 
     def do_GET(self):
-        self.answer({"id": "owner/name", "sha": "a" * 40, "siblings": [], "private": True})
+        content = {"id": "owner/name", "sha": "a" * 40, "siblings": [], "private": True}
+        if self.path.startswith("/api/models/owner/name/tree/main"):  # what an earlier push left
+            names = ["README.md", "lora-q8_0.gguf", "model.safetensors"]
+            content = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
+        self.answer(content)
 
     def answer(self, content):
         body = json.dumps(content).encode()
@@ -190,6 +196,7 @@ def test_a_push_brings_the_folder_without_mlflows_files_to_a_private_repository(
     assert "private" in (hub.seen["repository"].get("visibility"), *hub.seen["repository"])
     assert sorted(hub.seen["files"]) == pushed_files(released) == ["README.md", "config.json", "model.safetensors"]
     assert hub.seen["files"]["config.json"] == b"config.json\n"
+    assert hub.seen["deleted"] == "lora-q8_0.gguf", "a stale file of an earlier push"
     assert capsys.readouterr().out == f"{hub.url}/owner/name\n"
 
 
@@ -298,6 +305,28 @@ def test_a_forced_run_plans_the_gate_though_the_champion_is_the_published_releas
     run(gated.loaded, display=Display(quiet=True))
     run(gated.loaded, display=Display(quiet=True), force=("finetune",))
     assert ["promote" in [stage.label for stage in of_run] for of_run in stages] == [False, True]
+
+
+def test_a_recipe_put_back_is_judged_anew_unless_people_took_its_model_back(gated, monkeypatch, capsys):
+    store = open_store(gated.loaded)
+    (stage,) = [stage for stage in build(gated.loaded.recipe) if stage.label == "promote"]
+    attempt = store.new_attempt("promote", stage.fingerprint)
+    (attempt.out / "gate.json").write_text("{}")
+    decision = {"passed": True, "refusals": [], "name": "best", "version": "2"}
+    store.publish(attempt, {"label": "promote", "summary": decision, "seconds": 0.0})
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    again = []
+    monkeypatch.setattr(
+        "longreach.pipelines.run._run_missing", lambda run: again.append([one.label for one in run.again])
+    )
+    for taken_back in (None, "2"):
+        monkeypatch.setattr("longreach.pipelines.plan.rolled_back", lambda name, fingerprint, back=taken_back: back)
+        states = {row.stage: row.state for row in plan(gated.loaded)}
+        assert states["promote"] == ("done" if taken_back else "stale")
+        run(gated.loaded, display=Display(quiet=True))
+        said = capsys.readouterr().err
+        assert ("version 2 of best passed the gate in an earlier run but is not champion" in said) == bool(taken_back)
+    assert again == [["promote"], []]
 
 
 def test_a_run_after_a_rollback_does_not_push_what_people_took_back(gated, hub, capsys, monkeypatch):

@@ -393,6 +393,8 @@ def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: 
         ("baselines.Base={}", "baselines.Base: names a folder: use only lower-case letters, digits and . _ + -"),
         ("baselines={../up: {}}", "baselines.../up: names a folder: use only lower-case letters, digits and . _ + -"),
         ("finetune.arms.base={}", "finetune.arms.base: baselines.base already has this name: choose another one"),
+        ("finetune.arms={a+++b: {}, a+plus+b: {}}", "finetune.arms.a+plus+b: a+++b and a+plus+b have the same name in "
+         "metrics: rename one of them"),
     ],
 )  # fmt: skip
 def test_sections_must_agree(small: Path, override: str, line: str) -> None:

@@ -47,6 +47,8 @@ from longreach.pipelines.report.findings import (
     thinned,
 )
 from longreach.pipelines.report.page import Page as WrittenPage
+from longreach.pipelines.report.report import headline as headline_of
+from longreach.pipelines.report.report import metrics as metrics_of
 from longreach.pipelines.report.report import report
 from longreach.pipelines.report.sections import evaluations, main_columns
 from longreach.pipelines.stage import Stage
@@ -453,6 +455,18 @@ def test_metrics_are_the_scores_and_costs_under_names_that_mlflow_takes(written)
     assert all(re.fullmatch(r"[\w /.\-\[\]]+", name) and math.isfinite(value) for name, value in metrics.items())
 
 
+def test_arms_whose_names_differ_by_a_plus_keep_metrics_of_their_own():
+    models = {}
+    for name, seconds in {"lora": 3.2, "lora+": 4.0}.items():
+        summary = training_summary(wall_s=seconds, arm=ArmRecipe(tune="lora"))
+        models[name] = Model(name, "finetune", "", summary=summary)
+    found = Findings({}, models=models)
+    assert {key: value for key, value in metrics_of(found).items() if key.startswith("cost/wall_s/")} == {
+        "cost/wall_s/lora": 3.2,
+        "cost/wall_s/lora plus": 4.0,
+    }
+
+
 def test_the_headline_says_what_was_gained_and_what_it_cost(written):
     headline = written[1]["headline"]
     assert "768 tokens, 1.5 times" in headline
@@ -463,6 +477,26 @@ def test_the_headline_says_what_was_gained_and_what_it_cost(written):
     assert "longlora trained at 1.60 times the speed of full fine-tuning and 1.28 times that of LoRA" in headline
     assert "0.75 times full fine-tuning's peak memory and 6.1% higher perplexity" in headline
     assert headline in html.unescape((written[0] / "report.html").read_text())
+
+
+def test_full_fine_tuning_is_not_compared_with_its_other_seeds():
+    models = {}
+    for seed in ("", ".s1"):
+        for of, tune, ppl in (("full", "all", 10.0), ("lora", "lora", 11.0)):
+            summary = training_summary(arm=ArmRecipe(tune=tune))
+            models[of + seed] = Model(of + seed, "finetune", "", of=of, summary=summary, trained_on="here")
+            row = {
+                "kind": "pooled",
+                "protocol": "last_stride",
+                "domain": "*",
+                "length": 768,
+                "ppl": ppl - len(seed) / 10,
+            }
+            models[of + seed].scores["perplexity"] = EvalScores("perplexity", "", {"last_tokens": 64}, [row], {})
+    said = headline_of(Findings({}, models=models))
+    assert "full.s1 is the best trained arm with perplexity 9.7" in said
+    assert "lora.s1 trained at 1.00 times the speed of full fine-tuning (), with 1.00 times" in said
+    assert "that of LoRA" not in said
 
 
 def test_speeds_of_arms_that_were_not_trained_alike_are_said_not_to_compare(tmp_path, no_pictures):

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,7 +116,8 @@ def test_a_failed_stage_is_named_and_those_that_do_not_need_it_still_run(cluster
     pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
     outcome = pipeline.run()
     assert outcome.failed == {"b": "group_tokens 7 is odd: use 6 or 8"}
-    assert sorted(outcome.ran) == ["a", "c--1"]
+    assert sorted(outcome.ran) == ["a", "c--1", "report"]
+    assert outcome.reused == []
     assert "group_tokens 7 is odd" in outcome.report_path.read_text(), "there is a report, and it says what failed"
     pipeline.change(b={"fail": ""})
     assert sorted(pipeline.run().ran) == ["b", "report"]
@@ -162,7 +164,8 @@ def test_force_takes_nothing_up_that_the_old_code_left(cluster, pipeline):
 def test_force_makes_the_report_on_what_was_done_anew_where_the_same_fails_again(cluster, pipeline):
     pipeline.change(b={"fail": "group_tokens 7 is odd: use 6 or 8"})
     first, second = pipeline.run(), pipeline.run(force=("c--1",))
-    assert second.ran == ["c--1"]
+    assert second.ran == ["c--1", "report"]
+    assert pipeline.run().reused == ["a", "c--1", "report"]
     assert first.report_path != second.report_path, "the first one is on the old c--1"
 
 
@@ -180,6 +183,24 @@ def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
     with run._lease(store, "report", False, Display(quiet=True)), pytest.raises(LeaseHeld, match="process"):
         pipeline.run()
     assert not any(pipeline.calls().values())
+
+
+def test_what_went_while_a_run_waited_for_its_lease_is_made_again(pipeline, monkeypatch):
+    store, fingerprint = plan.open_store(pipeline.loaded), outcome_fingerprint(pipeline, "a")
+    store.publish(store.new_attempt("toy", fingerprint), {"label": "a", "seconds": 1.0})
+    known, lease = [], run._lease
+    monkeypatch.setattr(run, "_run_missing", lambda this: known.append([*this.artifacts]))
+    pipeline.run()
+
+    @contextmanager
+    def slow_lease(*args, **options):
+        with lease(*args, **options) as held:
+            store.withdraw("toy", fingerprint)
+            yield held
+
+    monkeypatch.setattr(run, "_lease", slow_lease)
+    pipeline.run()
+    assert known == [["a"], []]
 
 
 def test_a_stage_that_no_node_can_take_is_refused_before_the_first_one_begins(cluster, pipeline, monkeypatch):

@@ -188,18 +188,20 @@ def _document_losses(found: Findings, name: str, length: int) -> dict[str, float
 
 
 def _price(found: Findings, claim: Claim | None) -> list[str]:
-    """Return a sentence on the cost of the best arm other than full fine-tuning, compared with full
-    fine-tuning and LoRA."""
+    """Return a sentence on the cost of the best arm other than full fine-tuning (whatever the seed),
+    compared with full fine-tuning and LoRA."""
     _, ppl = found.greatest()
     full, lora = found.yardstick("all"), found.yardstick("lora")
     ranked = claim.ranked() if claim else list(ppl)
     finetuned = found.of("finetune")
-    others = [name for name in ranked if name in finetuned and finetuned[name] is not full]
-    if not full or not others:
+    if not full:
+        return []
+    others = [name for name in ranked if name in finetuned and finetuned[name].of != full.of]
+    if not others:
         return []
     arm = finetuned[others[0]]
     text = f"{arm.name} trained at {found.speedup(arm, full).median:.2f} times the speed of full fine-tuning"
-    if lora and lora is not arm:
+    if lora and lora.of != arm.of:
         text += f" and {found.speedup(arm, lora).median:.2f} times that of LoRA"
     text += f" ({found.where()}), with {arm.ratio(full, 'peak_gib'):.2f} times full fine-tuning's peak memory"
     if claim and full.name in ranked:
