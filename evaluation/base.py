@@ -90,7 +90,7 @@ class EvalChoices(Choices):
 
     def selected(self) -> list[Selection]:
         """Return what the evaluation needs of the held-out documents; empty if it reads none."""
-        selected = []
+        selected: list[Selection] = []
         for name in self.document_fields():
             patterns = getattr(self, name)
             if patterns:
