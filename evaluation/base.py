@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from longreach.infra.choices import Choices
+from longreach.infra.choices import Choices, Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,13 +50,17 @@ Count = Annotated[int, Field(ge=1)]
 """An integer of at least 1."""
 
 
+Selection = tuple[str, tuple[str, ...], tuple[str, ...]]
+"""A field, its shell patterns, and the splits of the corpus: a document of these must match a pattern."""
+
+
 class EvalChoices(Choices):
     """Choices that every evaluation has."""
 
-    models: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the models (baselines and arms) to evaluate. An arm's name stands for all of its
     seeds. Default: all models."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of everything that the evaluation draws at random."""
 
     @model_validator(mode="after")
@@ -83,6 +87,15 @@ class EvalChoices(Choices):
         """Return the names of the fields that select held-out documents. Their defaults select any
         document."""
         return _fields_marked(cls, _DOCUMENTS)
+
+    def selected(self) -> list[Selection]:
+        """Return what the evaluation needs of the held-out documents; empty if it reads none."""
+        selected: list[Selection] = []
+        for name in self.document_fields():
+            patterns = getattr(self, name)
+            if patterns:
+                selected.append((name, (patterns,) if isinstance(patterns, str) else patterns, ("test", "validation")))
+        return selected
 
     def of_model(self, is_base: bool) -> Self:
         """Return the choices that concern one model.

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result, Selection
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, named, with_first
 from longreach.evaluation.scores import Difference, EvalScores, Row, mean_interval, mean_of
 from longreach.infra.choices import New
@@ -69,7 +69,7 @@ class Gain(Evaluation):
         windows: int = Field(default=1, ge=1)
         """Number of windows in each document. One window ends at the document's end; several are
         spread evenly."""
-        documents: DocumentNames = ("*",)
+        documents: DocumentNames = Field(default=("*",), min_length=1)
         """Names (shell patterns) of test documents. Documents shorter than the longest length are
         left out."""
         choose_on: DocumentNames = ("*",)
@@ -98,6 +98,13 @@ class Gain(Evaluation):
             """Return the choices for one model; `base_lengths` concerns only the base."""
             own = super().of_model(is_base)
             return own if is_base else own.model_copy(update={"base_lengths": ()})
+
+        def selected(self) -> list[Selection]:
+            """Return what is needed; validation documents only if `choose_on` names some."""
+            selected: list[Selection] = [("documents", self.documents, ("test",))]
+            if self.choose_on and self.choose_on != ("*",):
+                selected.append(("choose_on", self.choose_on, ("validation",)))
+            return selected
 
         @property
         def measured_lengths(self) -> list[int]:

@@ -108,6 +108,12 @@ class LostInTheMiddle(Evaluation):
             kinds = self.kinds()
             if not kinds:
                 raise ValueError("distractors is empty: list at least one kind")
+            largest, kind = max(self.documents, default=0), min(kinds, key=lambda kind: MOST_INVENTED[kind])
+            if self.qa_data is None and largest > MOST_INVENTED[kind]:
+                raise ValueError(
+                    f"documents is {largest}, but at most {MOST_INVENTED[kind]} can be invented with {kind} "
+                    f"distractors: lower it or set qa_data"
+                )
             if self.qa_data and kinds != ("mixed",):
                 raise ValueError(
                     f"distractors {self.distractors!r} are for invented documents, but qa_data {self.qa_data} has its "
@@ -127,21 +133,13 @@ class LostInTheMiddle(Evaluation):
 
         Raises:
             ValueError: a data file is missing, has another format or fewer questions than `trials`;
-                there are not enough invented documents; or a prompt is too long for the model.
+                or a prompt is too long for the model.
         """
         choices = self.choices
         if choices.kv_data:
             _check_data(choices.kv_data, KvLine, choices.trials)
         if choices.qa_data:
             _check_data(choices.qa_data, QaLine, choices.trials)
-        largest = max(choices.documents, default=0)
-        for kind in choices.kinds():
-            most = MOST_INVENTED[kind]
-            if choices.qa_data is None and largest > most:
-                raise ValueError(
-                    f"documents is {largest}, but at most {most} can be invented with {kind} distractors: lower it or "
-                    f"set qa_data"
-                )
         cells: list[Cell] = []
         for group in _groups(choices):
             for trial in range(choices.trials):

@@ -101,7 +101,7 @@ class Needle(Evaluation):
         """Number of facts about other towns, inserted at random away from the tested depths."""
         trials: int = Field(default=1, ge=1)
         """Number of haystacks for each length."""
-        documents: DocumentNames = ("*",)
+        documents: DocumentNames = Field(default=("*",), min_length=1)
         """Names (shell patterns) of the held-out documents that make up the haystack."""
         new_tokens: int = Field(default=0, ge=0)
         """Number of tokens to generate as well, to look for the numbers in them (at least the length

@@ -29,7 +29,7 @@ import time
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longreach.evaluation.base import Background, Cell, DocumentNames, EvalChoices, Evaluation, Result
 from longreach.evaluation.documents import Document, check_names, first_token_id, matching, named, with_first
@@ -62,11 +62,21 @@ class Perplexity(Evaluation):
 
         lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Context lengths in tokens; choose some below and some above the trained length."""
-        documents: DocumentNames = ("*",)
+        documents: DocumentNames = Field(default=("*",), min_length=1)
         """Names (shell patterns) of held-out documents. A document shorter than a length is not used
         at that length."""
         last_tokens: int = Field(default=256, ge=1)
         """Number of tokens at the end of each context that the `last_stride` protocol scores."""
+
+        @model_validator(mode="after")
+        def _room_for_context(self) -> Perplexity.Choices:
+            if min(self.lengths) <= self.last_tokens:
+                raise ValueError(
+                    f"lengths {list(self.lengths)} must be above last_tokens {self.last_tokens}, because the first "
+                    f"token of a text is not scored: use a length of at least {self.last_tokens + 1}, or fewer "
+                    f"last_tokens"
+                )
+            return self
 
     choices: Choices
 
@@ -75,15 +85,14 @@ class Perplexity(Evaluation):
         that the pass serves.
 
         Raises:
-            ValueError: a length is longer than every document, too long for the model, or too short
-                for last_tokens.
+            ValueError: a length is longer than every document, or too long for the model.
         """
         from longreach.evaluation.likelihood import check_head, is_dynamic
 
         chosen = matching(self.documents, self.choices.documents)
         check_names([document.name for document in chosen])
         lengths = sorted(set(self.choices.lengths))
-        check_lengths(lengths, self.choices.last_tokens, chosen)
+        check_lengths(lengths, chosen)
         check_head(self.model)
         cells = []
         for document in chosen:
@@ -172,18 +181,13 @@ class Perplexity(Evaluation):
         return _along_figures(models, style, background)
 
 
-def check_lengths(lengths: list[int], last_tokens: int, documents: list[Document]) -> None:
-    """Raise ValueError if a length leaves nothing to score."""
+def check_lengths(lengths: list[int], documents: list[Document]) -> None:
+    """Raise ValueError if no document has as many tokens as the longest length."""
     longest = max(documents, key=lambda document: len(document.ids_T))
     if lengths[-1] > len(longest.ids_T):
         raise ValueError(
             f"length {lengths[-1]} is longer than every chosen document; the longest, {longest.name}, has "
             f"{len(longest.ids_T)} tokens: lower the length or choose longer documents"
-        )
-    if lengths[0] <= last_tokens:
-        raise ValueError(
-            f"length {lengths[0]} has no room for last_tokens {last_tokens} and a token before them: "
-            f"use a length of at least {last_tokens + 1}, or fewer last_tokens"
         )
 
 

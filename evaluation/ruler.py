@@ -35,6 +35,7 @@ from longreach.evaluation.base import (
     Evaluation,
     Proportion,
     Result,
+    Selection,
 )
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
 from longreach.evaluation.needle import RULER_BAR, claimed_length, share_read
@@ -78,7 +79,7 @@ class Ruler(Evaluation):
         no_shared_words."""
         haystack: Literal["documents", "noise"] = "documents"
         """Text around needles and chains: held-out documents, or RULER's noise."""
-        documents: DocumentNames = ("*",)
+        documents: DocumentNames = Field(default=("*",), min_length=1)
         """Names (shell patterns) of the held-out documents that make up the haystack."""
         depths: tuple[Proportion, ...] = ()
         """Depths of the fact that is asked for, 0 is the beginning and 1 the end; the rest of the
@@ -110,6 +111,11 @@ class Ruler(Evaluation):
                     f"questions to 1 or leave depths out"
                 )
             return self
+
+        def selected(self) -> list[Selection]:
+            """Return what is needed: nothing for noise and for tasks without a haystack."""
+            reads = self.haystack == "documents" and any(TASKS[task].in_haystack for task in self.tasks)
+            return super().selected() if reads else []
 
         def every_depth(self) -> list[float] | list[None]:
             """Return the depths in ascending order, or [None] if facts are at random places."""

@@ -21,9 +21,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from longreach.evaluation.base import Background, Cell, Count, EvalChoices, Evaluation, Result
+from longreach.evaluation.base import Background, Cell, Count, EvalChoices, Evaluation, Result, Selection
 from longreach.evaluation.documents import Document, first_token_id, with_first
 from longreach.evaluation.scores import EvalScores, Row, mean_of
 from longreach.infra.lazy import lazy_module
@@ -64,6 +64,22 @@ class Sinks(Evaluation):
         map_layers: tuple[int, ...] = (0, 1, 2, -1)
         """Layers whose attention maps are drawn at the shortest length; -1 is the last layer."""
 
+        @model_validator(mode="after")
+        def _fits(self) -> Sinks.Choices:
+            shortest = min(self.lengths)
+            if shortest <= self.first_tokens:
+                raise ValueError(f"lengths {shortest} must be more than first_tokens {self.first_tokens}")
+            if self.map_layers and shortest > MAPPED:
+                raise ValueError(
+                    f"map_layers {list(self.map_layers)}: the shortest length is {shortest} tokens, but maps have at "
+                    f"most {MAPPED}: set map_layers=[], or add a shorter length"
+                )
+            return self
+
+        def selected(self) -> list[Selection]:
+            """Return what is needed: any held-out document."""
+            return [("lengths", ("*",), ("test", "validation"))]
+
     choices: Choices
 
     def cells(self) -> list[Cell]:
@@ -80,19 +96,11 @@ class Sinks(Evaluation):
         wrong = [layer for layer in choices.map_layers if not -layers <= layer < layers]
         if wrong:
             raise ValueError(f"sinks.map_layers {wrong} do not exist: the model has layers 0 to {layers - 1}")
-        shortest = min(choices.lengths)
-        if choices.map_layers and shortest > MAPPED:
-            raise ValueError(
-                f"sinks.map_layers: the shortest length is {shortest} tokens, but maps have at most {MAPPED}: set "
-                f"map_layers=[], or add a shorter length"
-            )
         cells = []
         for length in choices.lengths:
             texts = pieces(choices, self.documents, length)
             if not texts:
                 raise ValueError(f"sinks.lengths {length}: no held-out document has that many tokens")
-            if length <= choices.first_tokens:
-                raise ValueError(f"sinks.lengths {length} must be more than first_tokens {choices.first_tokens}")
             self.check_reach(length)
             cells.append({"length": length, "texts": len(texts)})
         return cells

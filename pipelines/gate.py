@@ -83,8 +83,6 @@ class PromoteRecipe(Choices):
             yield ("promote", "model"), f"no arm {self.model!r}{hint}"
             return
         finetuned = sections[self.model] == ("finetune", "arms")
-        if "champion" in sections:
-            yield (*sections["champion"], "champion"), "the name is reserved for the gate: choose another one"
         if self.start_from == "champion" and not finetuned:
             message = "'champion' is only for fine-tuned arms"
             yield ("promote", "start_from"), f"{message}, but {self.model} is not one"

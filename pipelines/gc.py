@@ -27,6 +27,8 @@ from longreach.infra.artifact import MANIFEST, Store
 from longreach.infra.lease import Lease, LeaseHeld, holder_name
 from longreach.pipelines.status import status
 
+MOST_DAYS = 36_500.0
+"""A longer time means the same: older than any artifact, and still a date."""
 Key = tuple[str, str]
 """Stage name and fingerprint, which identify an artifact."""
 
@@ -61,7 +63,7 @@ class Candidate:
 def find(store: Store, keep: Keep) -> list[Candidate]:
     """Return what nothing needs, largest first."""
     now = status(store)
-    recent = datetime.now(UTC) - timedelta(days=keep.days)
+    recent = datetime.now(UTC) - timedelta(days=min(keep.days, MOST_DAYS))
     manifests = {(one["stage"], one["fingerprint"]): one for one in now.published}
     needed = _needed(manifests, keep, recent)
     candidates = []

@@ -25,6 +25,7 @@ from typing import Any
 
 import xxhash
 
+from longreach.evaluation.base import EvalChoices
 from longreach.infra import registry
 from longreach.infra.artifact import Artifact
 from longreach.infra.files import add_file
@@ -47,7 +48,7 @@ from longreach.pipelines.stages import (
 )
 from longreach.training.chats import check_packable
 from longreach.training.convert import source_digest as model_digest
-from longreach.training.documents import first_chats
+from longreach.training.documents import check_patterns, first_chats, known_names, matches, split_of
 from longreach.training.documents import source_digest as corpus_digest
 from longreach.training.recipe import (
     BaseRecipe,
@@ -100,6 +101,29 @@ class Pipeline:
     def texts(self) -> dict[str, str]:
         """The digest of the documents, for the identity of the stages that read them."""
         return {"documents": corpus_digest(self.recipe.corpus, Path.cwd())}
+
+    @cached_property
+    def splits(self) -> dict[str, str] | None:
+        """The split of each document by name; None if names are only known once all are read."""
+        corpus = self.recipe.corpus
+        names = known_names(corpus, Path.cwd())
+        if names is None:
+            return None
+        check_patterns(names, corpus)
+        return {name: split_of(name, corpus) for name in names}
+
+    def check_documents(self, evaluation: str, section: EvalChoices) -> None:
+        """Raise ValueError if an evaluation selects held-out documents that do not exist, as far as
+        that is known before the documents are read."""
+        for name, patterns, splits in section.selected():
+            if self.splits is None:
+                return
+            names = [document for document, split in self.splits.items() if split in splits]
+            if not any(matches(document, pattern) for document in names for pattern in patterns):
+                raise ValueError(
+                    f"evaluate.{evaluation}.{name}: {list(patterns)} matches no {' or '.join(splits)} document of the "
+                    f"corpus; there are: {', '.join(names[:10]) or 'none'}"
+                )
 
     @cached_property
     def champion(self) -> Any:
@@ -300,6 +324,7 @@ def add_variants(pipeline: Pipeline) -> None:
 
 def add_evaluations(pipeline: Pipeline) -> None:
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
+        pipeline.check_documents(eval_name, section)
         digests = {field: _digest(Path(path)) for field, path in section.data_files().items()}
         for name in pipeline.recipe.measured_by(section):
             model = pipeline.models[name]

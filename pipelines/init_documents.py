@@ -119,6 +119,9 @@ def look(places: Sequence[str]) -> Documents:
 
 def _sources(place: str, left_out: list[str]) -> list[SourceRecipe]:
     """Return the sources for one --documents argument."""
+    if not place:
+        raise ValueError("--documents is empty: name a file, a folder, a repository or a quoted glob")
+    _check_name(place)
     if "://" not in place:
         place = os.path.expanduser(place)
     if "://" in place or Path(place).is_file():
@@ -160,6 +163,14 @@ def _sources(place: str, left_out: list[str]) -> list[SourceRecipe]:
     return sources
 
 
+def _check_name(name: str) -> None:
+    """Raise ValueError for a file name that is not UTF-8, which no recipe can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--documents: the file name {name!a} is not UTF-8: rename the file") from None
+
+
 def _kinds(folder: Path, kinds: Sequence[str]) -> Counter[str]:
     """Return the number of files of each kind, without hidden ones."""
     counts: Counter[str] = Counter()
@@ -182,6 +193,7 @@ def _code_patterns(folder: Path) -> tuple[str, ...]:
 
 def _of_files(place: str) -> SourceRecipe:
     """Return a source of files; set its text column if that is not `text`."""
+    _check_name(place)
     source = SourceRecipe(files=place)
     columns: dict[str, Path] = {}
     for path in record_files(source):

@@ -19,7 +19,7 @@ THETA_FACTOR = 3
 def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: list[str]) -> str:
     """Return the text of the recipe file."""
     lines = [f"# {name}: written by `longreach init` for these documents, this machine and this time. It found:", "#"]
-    lines += [f"#   {fact}" for fact in facts]
+    lines += [f"#   {_printable(fact)}" for fact in facts]
     lines += [
         "#",
         f"#   longreach plan {name}.yaml       show what would run, and why",
@@ -128,4 +128,9 @@ def _list(values: list[str]) -> str:
 
 
 def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)  # YAML's double-quoted form
+    return _printable(json.dumps(value, ensure_ascii=False))  # YAML's double-quoted form
+
+
+def _printable(text: str) -> str:
+    """Return a text with YAML's escapes for line breaks and all else that YAML does not take as it is."""
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)

@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from longreach.evaluation import EVALS
 from longreach.infra.choices import Location, dotted, nearest
+from longreach.infra.registry import CHAMPION
 from longreach.pipelines.recipe import Recipe, SectionsDisagree, values
 from longreach.training.attention_recipe import AttentionRecipe
 
@@ -34,6 +35,7 @@ RECIPES = Path(__file__).parent / "recipes"
 SET = "--set"
 EVALUATE = "longreach evaluate"
 DEFAULT = "default"
+MOST_DIGITS = 300  # Python refuses to convert numbers of thousands of digits
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,20 @@ def standalone(
         reader.put((left_out,), None)
     for emptied in ("variants", "release"):
         reader.put((emptied,), {})
-    reader.put(("baselines",), {slug: {}})
+    reader.put(("baselines",), {"model" if slug == CHAMPION else slug: {}})
     words = ["longreach", "evaluate", model, "--suite", suite]
     for name in evals:
         words += ["--eval", name]
-    if documents:
+    if documents is not None:
+        if not documents:
+            raise RecipeError(Problem("--documents", (), "is empty: name text files, e.g. 'texts/*.txt'"))
         reader.put(("corpus",), {"sources": [{"files": documents}], "test": ["*"]})
         words += ["--documents", documents]
     reader.put(("evaluate",), {})
     asked = evals or [name for name in EVALS if written.get(name) is not None]
     for name in asked:
         section = {**(written.get(name) or {}), "models": None}
-        if documents:  # they replace the documents that the suite names
+        if documents is not None:  # they replace the documents that the suite names
             for field in EVALS[name].Choices.document_fields():
                 section.pop(field, None)
         reader.put(("evaluate", name), section)
@@ -301,6 +305,9 @@ class _Reader:
             message = f"tags such as {node.tag} are not supported; to write a number as a string, quote it"
             raise RecipeError(Problem(place, location, message))
         if isinstance(node, yaml.ScalarNode):
+            if node.tag.endswith(":int") and len(node.value) > MOST_DIGITS:
+                message = f"a number of {len(node.value)} digits, but a number has at most {MOST_DIGITS}"
+                raise RecipeError(Problem(place, location, message))
             return loader.construct_object(node)
         if isinstance(node, yaml.SequenceNode):
             items = []

@@ -19,7 +19,8 @@ from pydantic import Field, create_model, model_validator
 
 from longreach.evaluation import EVALS
 from longreach.evaluation.base import EvalChoices
-from longreach.infra.choices import Choices, Location, PathOrUrl, dotted, nearest
+from longreach.infra.choices import Choices, Location, PathOrUrl, Seed, dotted, nearest
+from longreach.infra.registry import CHAMPION
 from longreach.infra.resources import Resources
 from longreach.infra.tracking import metric_part
 from longreach.pipelines.costs import CostsRecipe
@@ -71,9 +72,9 @@ class StoreRecipe(Choices):
     """Where artifacts are stored. Not part of identity: another root gives the same
     fingerprints."""
 
-    root: PathOrUrl = ".longreach"
+    root: PathOrUrl = Field(default=".longreach", min_length=1)
     """Artifact store: a folder or any fsspec URL (s3://bucket/prefix)."""
-    workdir: PathOrUrl = ".longreach"
+    workdir: PathOrUrl = Field(default=".longreach", min_length=1)
     """Local folder of this machine: scratch files, spooled metrics and the embedded MLflow
     store."""
 
@@ -106,9 +107,9 @@ class Recipe(Choices):
 
     name: str = Field(pattern=rf"^{SAFE_NAME.pattern}$")
     """Name of the pipeline run: lower-case letters, digits and . _ + -."""
-    experiment: str = "longreach"
+    experiment: str = Field(default="longreach", min_length=1)
     """Name of the MLflow experiment."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of initialisation, row order and LoRA; evaluations have their own seeds."""
     base: BaseRecipe = BaseRecipe()
     """The model whose context is extended."""
@@ -244,6 +245,8 @@ class Recipe(Choices):
             other = in_metrics.setdefault(metric_part(name), name)
             if other != name:
                 yield (*section, name), f"{other} and {name} have the same name in metrics: rename one of them"
+            if name == CHAMPION:
+                yield (*section, name), "the name is reserved for the gate: choose another one"
 
     def _base_problems(self) -> Iterator[tuple[Location, str]]:
         arm = self.base.pretrained_arm
@@ -315,6 +318,10 @@ class Recipe(Choices):
                 if model not in known:
                     hint = nearest(model, dict.fromkeys(known), "the recipe has")
                     yield ("evaluate", evaluation, "models"), f"no model {model!r}{hint}"
+            splits = {split for _, _, splits in section.selected() for split in splits}
+            if splits and not any(getattr(self.corpus, split) for split in splits):
+                message = f"is empty, but evaluate.{evaluation} measures held-out documents: name some here"
+                yield ("corpus", "test"), message
 
 
 class SectionsDisagree(ValueError):

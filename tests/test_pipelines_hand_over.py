@@ -252,7 +252,8 @@ def gated(tmp_path, bases, monkeypatch):
     """A recipe with a gate and its published release; `champion(version, fingerprint, model)` makes one in the
     registry."""
     path = Path(written(tmp_path, bases))
-    path.write_text(path.read_text().partition("release:")[0] + GATED)
+    text = path.read_text().replace("corpus: {", "corpus: {test: [a], ")
+    path.write_text(text.partition("release:")[0] + GATED)
     current = []
     monkeypatch.setattr("longreach.infra.registry.champion", lambda name: current[-1])
 

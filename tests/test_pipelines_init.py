@@ -1,6 +1,7 @@
 """`longreach init --documents`: recipes for texts, repositories and chats that load and plan, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import yaml
 from tiny_models import byte_tokenizer, tiny_llama
 
 from longreach.infra.resources import Resources
-from longreach.pipelines import cli, init
+from longreach.pipelines import cli, init, init_recipe
 from longreach.pipelines.foresee import Speed
 from longreach.pipelines.plan import plan
-from longreach.pipelines.reader import load
+from longreach.pipelines.reader import _Yaml12, load
 from longreach.training.cost import Machine
 from longreach.training.documents import Document, known_names, read_documents, split_of
 
@@ -137,12 +138,36 @@ def test_the_column_of_the_longest_text_is_read_where_none_is_called_text(bases:
 
 def test_names_that_yaml_or_a_pattern_would_read_otherwise_are_held_out_all_the_same(bases: Path) -> None:
     Path("texts").mkdir()
-    for name in ("no", "a: b [2024]", 'quo"te', "# five"):
+    odd = ("no", "a: b [2024]", 'quo"te', "# five", "a\x85b", "c\x7f", "\u00e9\U0001f600", "line\nbreak", "back\\slash")
+    for name in odd:
         Path("texts", f"{name}.txt").write_text(f"{name} is a text. " * 2000)
     init.written("mine", str(bases / "plain"), ["texts"], minutes=20)
     corpus = load("mine.yaml").recipe.corpus
     names = known_names(corpus) or []
+    assert sorted(names) == sorted(odd)
     assert [split_of(name, corpus) for name in names].count("test") == 1
+    for name in odd:
+        assert _Yaml12(init_recipe._list([name])).get_single_data() == [name]
+
+
+def test_the_name_of_a_file_that_is_left_out_stays_in_its_comment(bases: Path) -> None:
+    write_texts(Path("texts"))
+    Path("texts", "a\nseed: 7\nb.pdf").write_text("x")
+    Path("texts", os.fsdecode(b"caf\xe9.pdf")).write_text("x")
+    init.written("mine", str(bases / "plain"), ["texts/*"], minutes=20)
+    assert load("mine.yaml").recipe.seed == 0
+    assert "a\\U0000000aseed: 7" in Path("mine.yaml").read_text()
+
+
+def test_a_file_name_that_is_not_utf_8_is_read_in_a_folder_and_refused_alone(
+    bases: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_texts(Path("texts"))
+    odd = os.fsdecode(b"texts/caf\xe9.txt")
+    Path(odd).write_text("A text. " * 2000)
+    assert "is not UTF-8: rename the file" in refused(capsys, "--base", str(bases / "plain"), "--documents", odd)
+    init.written("mine", str(bases / "plain"), ["texts"], minutes=20)
+    assert "caf\\xe9" in (known_names(load("mine.yaml").recipe.corpus) or [])
 
 
 def test_the_home_folder_is_meant_by_its_sign(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:

