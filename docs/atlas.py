@@ -145,7 +145,7 @@ def results_table(heading: str) -> tuple[EvalScores, tuple[str, str]]:
                 row[column] = float(number[1].replace(",", ""))
         rows.append(row | {"text": cells[0]})
     about = ""
-    for date, recipe, commit, _, hardware, what in _cells(text):
+    for date, recipe, commit, _, hardware, what in _cells(text.partition("\n## Runs\n")[2]):
         if re.fullmatch(r"[0-9a-f]{7}", commit) and commit in heading and recipe in heading:
             about = f"{what.split(';')[0]} on {hardware}, {date}"
     return EvalScores("table", heading, {}, rows, {}), (f"[Results](results.md), {heading}{title.split(':')[0]}", about)

@@ -79,10 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ClusterNotStarted as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)
-    except OSError as error:
-        # a missing file is not the user's mistake: commands check the paths that they are given
-        named = bool(error.filename) and not isinstance(error, FileNotFoundError)
-        if not (named or isinstance(error, PermissionError)) or os.environ.get("LONGREACH_DEBUG") == "1":
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:  # paths that a user chose
+        if os.environ.get("LONGREACH_DEBUG") == "1":
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"{what}: choose a path that you can read and write", file=sys.stderr)

@@ -58,7 +58,7 @@ def test_mistakes_in_its_section_are_shown_with_their_place(project: Path, env: 
     done = longreach(project, "plan", "tiny.yaml", "--set", "evaluate.distinct_tokens={first_token: 8}", env=env)
     assert done.returncode != 0
     assert "evaluate.distinct_tokens.first_token: no such field; did you mean first_tokens?" in done.stderr
-    assert "evaluate.distinct_tokens.first_tokens: missing, and it has no default (How many tokens" in done.stderr
+    assert "evaluate.distinct_tokens.first_tokens: missing, and it has no default (Number of tokens" in done.stderr
 
 
 def test_it_is_measured_and_drawn_for_one_model_and_for_many(monkeypatch):

@@ -104,7 +104,7 @@ def test_what_cannot_be_right_is_refused():
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="does not support padding"):
         model(ids, attention_mask=mask, past_key_values=EvictingCache(model.config, "tova", 9))
-    with pytest.raises(ValueError, match="cache_tokens 1: "):
+    with pytest.raises(ValueError, match="cache_tokens is 1, but must be at least 2"):
         EvictingCache(model.config, "tova", 1)
     with pytest.raises(ValueError, match=r"own window of 9 tokens .* at most 8"):
         EvictingCache(MistralConfig(sliding_window=9), "h2o", 9)

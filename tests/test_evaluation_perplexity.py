@@ -137,7 +137,7 @@ def test_logits_that_are_not_finite_name_document_and_token():
 def test_a_text_of_another_vocabulary_is_an_error():
     text = document("a", 100)
     text.ids_T[60] = 999
-    with pytest.raises(ValueError, match="a: token id 999, but the model has 260"):
+    with pytest.raises(ValueError, match="a has token id 999, but the model has only 260 embeddings"):
         run([text], lengths=(64,))
 
 

@@ -98,7 +98,7 @@ def test_a_run_is_a_recipe_a_fingerprint_or_a_folder(runs, tmp_path, monkeypatch
         assert Page(page.read_text()).row("tiny")[0] == first
     with pytest.raises(ValueError, match="one report"):
         compare([first, str(recipe)], tmp_path / "out", str(folder / "store"))
-    with pytest.raises(ValueError, match=f"no report .* begins with {first}"):
+    with pytest.raises(ValueError, match=f"no report .* starts with {first}"):
         compare([first, str(recipe)], tmp_path / "out", str(folder / "nothing"))
 
 
@@ -200,7 +200,7 @@ def test_files_of_lm_eval_stand_beside_runs_and_alone(runs, tmp_path, capsys):
         main(["compare", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")])
     assert left.value.code == 2
     said = capsys.readouterr().err
-    assert "longbench_qasper has version 5.0 in lm-eval: owner/large and 4.0 in lm-eval: owner/other" in said
+    assert "longbench_qasper has version 5.0 in lm-eval: owner/large and version 4.0 in lm-eval: owner/other" in said
 
 
 @pytest.mark.usefixtures("no_pictures")

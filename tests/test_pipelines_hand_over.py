@@ -226,7 +226,7 @@ def test_a_hub_that_is_away_ends_in_exit_code_1_and_says_how_to_push_later(tmp_p
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert "hub:owner/name was not pushed: " in said
-    assert said.endswith(f"; later: longreach push {tmp_path / 'mine.yaml'}\n")
+    assert said.endswith(f"; to retry: longreach push {tmp_path / 'mine.yaml'}\n")
 
 
 def test_the_hint_after_a_failed_push_has_the_choices_of_the_run(tmp_path, bases, hub, released, capsys):
@@ -235,7 +235,7 @@ def test_the_hint_after_a_failed_push_has_the_choices_of_the_run(tmp_path, bases
     loaded = load(written(tmp_path, bases), ["release.push=hub:owner/name", "release.push_arm=lora"])
     with pytest.raises(typer.Exit):
         console.push_release(loaded)
-    later = capsys.readouterr().err.partition("; later: longreach push ")[2].split()
+    later = capsys.readouterr().err.partition("; to retry: longreach push ")[2].split()
     assert load(later[0], [word for word in later[1:] if word != "--set"]).recipe == loaded.recipe
 
 

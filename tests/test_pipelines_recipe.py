@@ -92,7 +92,7 @@ def test_a_base_that_the_recipe_pretrains_needs_such_an_arm_and_weights_of_its_o
 
 def test_sink_mass_is_measured_on_rows_of_one_run_and_validation_not_on_remembering_frequencies() -> None:
     (said,) = mistakes("sink-lab", "pretrain.pack.method=best_fit")
-    assert "sink_mass_every 50 with pack.method 'best_fit'" in said
+    assert "sink_mass_every 250 with pack.method 'best_fit'" in said
     (said,) = mistakes("quickstart", "finetune.rope={type: dynamic, factor: 2}", "finetune.validate_every_steps=2")
     assert "validate_every_steps 2 with rope type 'dynamic'" in said
 
@@ -113,14 +113,14 @@ def test_a_sink_trains_alone_only_where_there_is_one_beside_a_base_s_weights_tha
     alone = "pretrain.arms={one: {sink: token, train: sink}}"
     (said,) = mistakes("sink-lab", alone)
     assert "arms.one.train 'sink'" in said
-    assert "weight_decay is 0.1, and model is a new one" in said
+    assert "weight_decay is 0.5, and model is a new one" in said
     of_base = ("pretrain.model=null", "pretrain.vocab_size=null")
     (said,) = mistakes("sink-lab", alone, *of_base)
     assert "model is null" in said
     assert load("sink-lab", [alone, *of_base, "pretrain.weight_decay=0"]).recipe.pretrain.arms["one"].train == "sink"
     of_arm = load("sink-lab", ["pretrain.arms={one: {learning_rate: 0.5}, other: {}}"]).recipe
     rates = {stage.label: stage.recipe.optim.learning_rate for stage in build(of_arm) if stage.name == "pretrain"}
-    assert rates == {"pretrain[one]": 0.5, "pretrain[other]": 3e-3}
+    assert rates == {"pretrain[one]": 0.5, "pretrain[other]": 2e-3}
     (said,) = mistakes("sink-lab", "pretrain.arms={one: {sink: zero, train: sink}}")
     assert "train 'sink' with sink 'zero' leaves nothing to train" in said
 

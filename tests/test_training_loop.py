@@ -135,7 +135,7 @@ def test_resources_do_not_change_what_is_learned(tmp_path, resources):
 
 def test_training_fails_if_another_pattern_is_on_than_the_asked_one(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "active_pattern", lambda model: None)
-    with pytest.raises(RuntimeError, match=r"asked for attention shifted_sparse.*but None is on"):
+    with pytest.raises(RuntimeError, match=r"asked for attention shifted_sparse.*but None is active"):
         train(job(tmp_path, arm=S2))
 
 
