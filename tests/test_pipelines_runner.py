@@ -187,7 +187,9 @@ def test_a_second_run_of_a_recipe_is_refused_while_one_lives(cluster, pipeline):
 
 def test_what_went_while_a_run_waited_for_its_lease_is_made_again(pipeline, monkeypatch):
     store, fingerprint = plan.open_store(pipeline.loaded), outcome_fingerprint(pipeline, "a")
-    store.publish(store.new_attempt("toy", fingerprint), {"label": "a", "seconds": 1.0})
+    attempt = store.new_attempt("toy", fingerprint)
+    (attempt.out / "text").write_text("a")
+    store.publish(attempt, {"label": "a", "seconds": 1.0})
     known, lease = [], run._lease
     monkeypatch.setattr(run, "_run_missing", lambda this: known.append([*this.artifacts]))
     pipeline.run()
