@@ -200,7 +200,7 @@ def test_champions_of_every_recipes_registry_are_kept_whatever_the_order(tmp_pat
 
 def test_recipes_share_a_store_whatever_its_spelling_and_a_field_that_differs_is_named(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # the command sets it, and this brings it back afterwards
     given = recipes(tmp_path, "", f"store: {{root: {tmp_path}/texts/../.longreach}}", "store: {workdir: elsewhere}")
     listed = CliRunner().invoke(app, ["gc", *given[:2]])
     assert listed.exit_code == 0, listed.output
@@ -210,7 +210,7 @@ def test_recipes_share_a_store_whatever_its_spelling_and_a_field_that_differs_is
 
 def test_the_command_lists_first_and_removes_when_told_to(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # the command sets it, and this brings it back afterwards
     store = Store(str(tmp_path / ".longreach"))
     publish(store, "merge", "unwanted")
     publish(store, "merge", "young", days=0)
