@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 HUB = "hub:"
 OF_MLFLOW = ("MLmodel", "components/*")
 """Files of a release that only MLflow reads."""
-WEIGHTS = ("*.gguf", "*.safetensors", "*.safetensors.index.json")
-"""Files of an earlier release that a push deletes, unless this release has them too."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Names of a release's weights. A push deletes those of an earlier push, unless this release has them too."""
 
 
 class Withheld(ValueError):
@@ -212,7 +212,7 @@ def push(recipe: Recipe, folder: Path) -> str:
         repo_id=repository,
         folder_path=folder,
         ignore_patterns=[*OF_MLFLOW],
-        delete_patterns=[*WEIGHTS],  # of an earlier push; those that are uploaded again stay
+        delete_patterns=[*WEIGHTS, f"{recipe.name}-*.gguf"],  # never files that users added under other names
         commit_message=f"{recipe.name}, by longreach",
     )
     return str(url)

@@ -138,7 +138,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.path.startswith("/api/models/owner/name/commit/main"):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "deletedFile":
-                    seen["deleted"] = line["value"]["path"]
+                    seen.setdefault("deleted", []).append(line["value"]["path"])
                 if line["key"] == "file":
                     seen["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self.answer({"commitOid": "c" * 40, "commitUrl": f"{self.server.url}/owner/name/commit/c"})
@@ -147,7 +147,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         content = {"id": "owner/name", "sha": "a" * 40, "siblings": [], "private": True}
         if self.path.startswith("/api/models/owner/name/tree/main"):  # what an earlier push left
-            names = ["README.md", "lora-q8_0.gguf", "model.safetensors"]
+            names = ["README.md", "mine-lora-q8_0.gguf", "model.safetensors", "of-a-user-q4.gguf"]
             content = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
         self.answer(content)
 
@@ -196,7 +196,7 @@ def test_a_push_brings_the_folder_without_mlflows_files_to_a_private_repository(
     assert "private" in (hub.seen["repository"].get("visibility"), *hub.seen["repository"])
     assert sorted(hub.seen["files"]) == pushed_files(released) == ["README.md", "config.json", "model.safetensors"]
     assert hub.seen["files"]["config.json"] == b"config.json\n"
-    assert hub.seen["deleted"] == "lora-q8_0.gguf", "a stale file of an earlier push"
+    assert hub.seen["deleted"] == ["mine-lora-q8_0.gguf"], "a stale file of an earlier push, and none of a user's"
     assert capsys.readouterr().out == f"{hub.url}/owner/name\n"
 
 
