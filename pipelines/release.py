@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +97,8 @@ def release(
     metrics["cost/tokens_per_s"] = card.training.tokens_per_s
     metrics["cost/peak_gib"] = card.training.peak_gib
     if name := recipe.register_as:
-        event = partial(run.spool.model, name, tags[MODEL], metrics, tags=tags, path=out, register=name)
-        run.when_published.append(event)
+        event = {"tags": tags, "path": out, "register": name}
+        run.when_published.append(lambda: run.spool.model(name, tags[MODEL], metrics, **event))
     run.spool.artifact(out / "README.md")
     run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, str(corpus.path))
     return {"tags": tags, "metrics": metrics, "about": card.about}
