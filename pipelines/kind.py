@@ -17,7 +17,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -46,8 +46,6 @@ class StageRun:
     """How other nodes access this attempt; None if they share its disk, or if there are none."""
     memory_gib: float = 0
     """Estimated memory of all ranks, or of one evaluation process; 0 if nothing is reserved."""
-    when_published: list[Callable[[], None]] = field(default_factory=list)
-    """What to do once this attempt's artifact is published, such as registering its model."""
 
     def note(self, text: str) -> None:
         """Show the user a line of text, which MLflow stores too."""

@@ -96,9 +96,8 @@ def release(
     metrics["cost/wall_s"] = card.training.wall_s
     metrics["cost/tokens_per_s"] = card.training.tokens_per_s
     metrics["cost/peak_gib"] = card.training.peak_gib
-    if name := recipe.register_as:
-        event = {"tags": tags, "path": out, "register": name}
-        run.when_published.append(lambda: run.spool.model(name, tags[MODEL], metrics, **event))
+    if recipe.register_as:
+        run.spool.model(recipe.register_as, tags[MODEL], metrics, tags=tags, path=out, register=recipe.register_as)
     run.spool.artifact(out / "README.md")
     run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, str(corpus.path))
     return {"tags": tags, "metrics": metrics, "about": card.about}

@@ -11,7 +11,6 @@ import functools
 import platform
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,17 +108,13 @@ def _make(task: Task, store: Store) -> Done:
     spool, run_id = _open_spool(task, attempt)
     began = time.monotonic()
     status = "FAILED"
-    when_published: list[Callable[[], None]] = []
     try:
-        summary = _call(task, store, attempt, artifacts, spool, run_id, when_published)
+        summary = _call(task, store, attempt, artifacts, spool, run_id)
         seconds = round(time.monotonic() - began, 3)
         try:
             store.publish(attempt, _record(task, artifacts, summary, seconds))
         except AlreadyPublished as refused:  # another attempt's result is published, and is used instead
             spool.tag("publication", f"refused: attempt {refused.artifact.attempt} was first")
-        else:
-            for announce in when_published:
-                announce()
         spool.metrics({"cost/stage_s": seconds})
         status = "FINISHED"
         return Done(seconds, spool.path.name, str(attempt.out), getattr(spool, "held", []))
@@ -143,13 +138,7 @@ def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:
 
 
 def _call(
-    task: Task,
-    store: Store,
-    attempt: Attempt,
-    artifacts: dict[str, Artifact],
-    spool: Spool,
-    run_id: str,
-    when_published: list[Callable[[], None]],
+    task: Task, store: Store, attempt: Attempt, artifacts: dict[str, Artifact], spool: Spool, run_id: str
 ) -> dict[str, Any]:
     stage, share = task.stage, None
     if not store.local:
@@ -172,7 +161,6 @@ def _call(
         id=run_id,
         share=share,
         memory_gib=task.memory_gib,
-        when_published=when_published,
     )
     context = {"recipe": stage.recipe, "resources": task.resources, "out": attempt.out, "run": run}
     summary = stage.kind(**stage.kind.arguments(artifacts, **context))

@@ -2,21 +2,18 @@
 
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from toy_stages import ToyRecipe, calls, toy
 
-from longreach.infra.artifact import Artifact, Store
+from longreach.infra.artifact import Store
 from longreach.infra.lease import Lease
 from longreach.infra.resources import Resources
 from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines import run, signals, worker
-from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 from longreach.pipelines.stage import Stage
@@ -66,29 +63,6 @@ def test_a_stage_that_another_run_makes_is_left_to_it_and_its_result_taken(tmp_p
     maker.join()
     assert execute(task(tmp_path, stage, "2" * 32)).made_by == ""
     assert calls(tmp_path / "log", "toy*") == 1
-
-
-@stage(makes=Artifact, revision=1, cpus=lambda resources: 0.5)
-def announced(
-    inputs: Mapping[str, Artifact], *, recipe: ToyRecipe, resources: Any, out: Path, run: StageRun
-) -> dict[str, Any]:
-    """Do what `toy` does, and register a model."""
-    run.when_published.append(lambda: run.spool.model("m", run.attempt.id, {}, path=out, register="m"))
-    return toy(inputs, recipe=recipe, resources=resources, out=out, run=run)
-
-
-def test_only_an_attempt_that_is_published_registers_its_model(tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(STAGES, "toy", announced)
-    this = task(tmp_path, one_stage(tmp_path))
-    with monkeypatch.context() as away:
-        away.delattr(Store, "publish")  # any failure
-        with pytest.raises(AttributeError):
-            execute(this)
-    done = execute(this)
-    events = []
-    for file in Path(this.spool_folder).glob("*@*.jsonl"):
-        events += [event for event in read_events(file)[0] if event["event"] == "model"]
-    assert [event["path"] for event in events] == [done.out]
 
 
 def test_a_stage_whose_maker_died_is_taken_over(tmp_path: Path):
