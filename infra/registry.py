@@ -481,12 +481,8 @@ class _Claims:
 
 
 def rolled_back(name: str, fingerprint: str) -> str | None:
-    """Return the version of a release if a user rolled it back, else None. Raises RegistryAway if
-    MLflow is unreachable, ValueError if it rejects the request."""
-    client = connect()
-    with _answers(client, f"cannot list the versions of {name!r}"):
-        versions = client.search_model_versions(f"name = '{name}'")
-    for version in versions:
+    """Return the version of a release if a user rolled it back, else None."""
+    for version in connect().search_model_versions(f"name = '{name}'"):
         if version.tags.get(FINGERPRINT) == fingerprint and version.tags.get(ROLLED_BACK):
             return str(version.version)
     return None

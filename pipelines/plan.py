@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
-from longreach.infra.registry import check_tracking_uri, rolled_back, sqlite_path, tracking_uri
+from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
 from longreach.pipelines.foresee import Forecast, foresee, no_room, this_node
 from longreach.pipelines.graph import build
 from longreach.pipelines.hand_over import check_base, check_token
@@ -131,19 +131,17 @@ def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
         )
 
 
-def plan(loaded: Loaded, *, here: bool = False, gated: bool = True) -> list[PlanRow]:
+def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
     """Return what `run` would do. Checks only that files exist with the right size; `run` also
     hashes them.
 
     Args:
         here: The run would be on this machine. If nothing has trained here yet, measure the
             machine's speed for the forecast.
-        gated: If False, leave out the gate's stages and do not ask the registry for the champion.
     """
     store = open_store(loaded)
     with use_tracking(loaded):
-        stages = build(loaded.recipe, gated=gated, published=functools.partial(published, store))
-        overtaken = {stage.label for stage in stages if is_overtaken(store, stage)}
+        stages = build(loaded.recipe, published=functools.partial(published, store))
     resources = loaded.recipe.resources
     costs = foresee(store, stages, resources, trying=here)
     newest = functools.cache(functools.partial(_newest, store))
@@ -151,8 +149,6 @@ def plan(loaded: Loaded, *, here: bool = False, gated: bool = True) -> list[Plan
     rows = []
     for stage in stages:
         row, _ = _examine(store, stage, newest, hashes=False)
-        if stage.label in overtaken:
-            row = replace(row, state="stale", why="passed the gate in an earlier run, but is not champion")
         refusal = no_room(stage, resources, nodes) if here and row.state != "done" else ""
         rows.append(replace(row, foreseen=costs.get(row.stage), no_room=refusal))
     return rows
@@ -165,15 +161,6 @@ def published(store: Store, stage: Stage) -> Artifact | None:
         return store.find(stage.name, stage.fingerprint)
     except CorruptArtifact:
         return None
-
-
-def is_overtaken(store: Store, stage: Stage) -> bool:
-    """True for a decision to promote that is no longer in force, although no user rolled it back:
-    another model became champion since, or this is another registry."""
-    decision = published(store, stage) if stage.name == "promote" else None  # no stage if the release is champion
-    if decision is None or not decision.summary["passed"]:
-        return False
-    return rolled_back(decision.summary["name"], stage.inputs["model"].fingerprint) is None
 
 
 def survey(store: Store, stages: list[Stage], known: dict[str, Artifact], *, repair: bool) -> dict[str, Artifact]:

@@ -17,7 +17,6 @@ import math
 import os
 import queue
 import re
-import sys
 import time
 import uuid
 from collections import Counter, deque
@@ -43,7 +42,7 @@ from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import check_fits, foresee, memory_gib, no_room
 from longreach.pipelines.graph import build, report_on
 from longreach.pipelines.kind import stop_file
-from longreach.pipelines.plan import TRACKING, check_rules, is_overtaken, open_store, published, survey, use_tracking
+from longreach.pipelines.plan import TRACKING, check_rules, open_store, published, survey, use_tracking
 from longreach.pipelines.reader import DEFAULT, Loaded
 from longreach.pipelines.recipe import values
 from longreach.pipelines.signals import GRACE_S, Stopping, terminable
@@ -105,9 +104,7 @@ class _Run:
     stopping: Stopping
     outcome: RunOutcome
     address: str | None
-    again: Sequence[Stage] = ()
-    """Stages to withdraw once the cluster is known to fit all missing stages: forced ones, and a decision of the gate
-    that is no longer in force."""
+    again: Sequence[Stage] = ()  # stages that --force withdraws, once the cluster is known to fit all missing stages
     wait: bool = False  # wait for another run that is making one of `again` instead of raising LeaseHeld
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -188,17 +185,16 @@ def run(
 
         stages = build(loaded.recipe, gated=gated, published=as_it_will_be)
         again = _forced(force, stages)
-        again += [stage for stage in stages if stage not in again and is_overtaken(store, stage)]
         outcome = RunOutcome()
         kept = [stage for stage in stages if stage not in again]
-        artifacts = earlier = survey(store, kept, {}, repair=False)
+        artifacts = survey(store, kept, {}, repair=False)
         missing = [stage for stage in stages if stage.label not in artifacts]
         if not missing:
             display.note("nothing new to run: every stage is already published for this recipe and its documents")
         else:
             if address is None:
                 check_fits(foresee(store, missing, loaded.recipe.resources).values())
-            if force:
+            if again:
                 kinds = [f"{name} {count}" for name, count in Counter(stage.name for stage in again).items()]
                 what = f"rerunning {len(again)} of {len(stages)} stages, including those that depend on forced ones"
                 display.note(f"--force {', '.join(force)}: {what}: {', '.join(kinds)}")
@@ -208,14 +204,7 @@ def run(
                 _run_missing(this)
         touched = {*outcome.ran, *outcome.failed}
         outcome.reused = [stage.label for stage in stages if stage.label not in touched]
-        _read_results(store, artifacts, outcome)
-        if "promote" in earlier and "promote" in outcome.reused and not outcome.refusals:
-            version, name = outcome.gate["version"], outcome.gate["name"]
-            because = f"because it was rolled back; to undo that: longreach rollback {name}"
-            print(
-                f"version {version} of {name} passed the gate in an earlier run but is not champion, {because}",
-                file=sys.stderr,
-            )
+        _read_results(store, artifacts, outcome, display)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -276,13 +265,18 @@ def _lease(store: Store, name: str, wait: bool, display: Display, *, place: str 
         lease.release()
 
 
-def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome) -> None:
+def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome, display: Display) -> None:
     if report := _report(artifacts):
         page = report.path if store.local else store.fetch("report", report.fingerprint).path
         outcome.report_path, outcome.report = page / "report.html", report.manifest
         outcome.headline = report.headline
     if decision := _decision(artifacts):
-        outcome.gate, outcome.refusals = decision.summary, decision.refusals
+        gate = decision.summary
+        outcome.gate, outcome.refusals = gate, decision.refusals
+        if not decision.refusals and "promote" not in outcome.ran:
+            passed = f"version {gate['version']} of {gate['name']} passed the gate in an earlier run but is"
+            reason = "it was rolled back, or this is another registry; to ask the gate again: --force promote"
+            display.note(f"{passed} not champion: {reason}")
 
 
 def _report(artifacts: dict[str, Artifact]) -> Report | None:

@@ -308,28 +308,6 @@ def test_a_forced_run_plans_the_gate_though_the_champion_is_the_published_releas
     assert ["promote" in [stage.label for stage in of_run] for of_run in stages] == [False, True]
 
 
-def test_a_recipe_put_back_is_judged_anew_unless_people_took_its_model_back(gated, monkeypatch, capsys):
-    store = open_store(gated.loaded)
-    (stage,) = [stage for stage in build(gated.loaded.recipe) if stage.label == "promote"]
-    attempt = store.new_attempt("promote", stage.fingerprint)
-    (attempt.out / "gate.json").write_text("{}")
-    decision = {"passed": True, "refusals": [], "name": "best", "version": "2"}
-    store.publish(attempt, {"label": "promote", "summary": decision, "seconds": 0.0})
-    monkeypatch.setenv("HF_TOKEN", "hf_any")
-    again = []
-    monkeypatch.setattr(
-        "longreach.pipelines.run._run_missing", lambda run: again.append([one.label for one in run.again])
-    )
-    for taken_back in (None, "2"):
-        monkeypatch.setattr("longreach.pipelines.plan.rolled_back", lambda name, fingerprint, back=taken_back: back)
-        states = {row.stage: row.state for row in plan(gated.loaded)}
-        assert states["promote"] == ("done" if taken_back else "stale")
-        run(gated.loaded, display=Display(quiet=True))
-        said = capsys.readouterr().err
-        assert ("version 2 of best passed the gate in an earlier run but is not champion" in said) == bool(taken_back)
-    assert again == [["promote"], []]
-
-
 def test_a_run_after_a_rollback_does_not_push_what_people_took_back(gated, hub, capsys, monkeypatch):
     """The gate's earlier decision stands, and it had passed: nothing is refused."""
     outcome = RunOutcome(reused=["promote"], gate={"passed": True, "name": "best", "version": "2"})
