@@ -62,7 +62,7 @@ def refuse_password(url: str, advice: str) -> str:
     (`s3://key`). It never contains the password.
     """
     # A password may contain / (AWS's keys do). Digits up to the end of the host are a port: @ may follow in the path.
-    if found := re.search(r"(\w+://[^:/[]*):(?!\d+(?:[/?#]|$)).+@", url):
+    if found := re.search(r"(\w+://[^:/[]*):(?!:|\d+(?:[/?#]|$)).+@", url):
         raise ValueError(advice.format(user=found[1]))
     return url
 

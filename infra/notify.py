@@ -24,6 +24,7 @@ MARKS: dict[Ending, str] = {
     "stopped": "stopped",
 }
 LONGEST_TEXT = 2000
+MOST_REDIRECTS = 5
 """In characters; ntfy accepts messages of up to 4,096 bytes, Slack longer ones."""
 
 
@@ -77,14 +78,19 @@ def _post(url: str, body: Mapping[str, Any], timeout_s: float) -> str:
     token = os.environ.get(TOKEN)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        # stream: the body of the response is not read. A redirected POST would become a GET without the message.
-        with requests.post(
-            url, json=body, headers=headers, timeout=timeout_s, stream=True, allow_redirects=False
-        ) as answer:
-            if answer.is_redirect:
+        for _ in range(MOST_REDIRECTS):
+            # stream: the body of the response is not read
+            with requests.post(
+                url, json=body, headers=headers, timeout=timeout_s, stream=True, allow_redirects=False
+            ) as answer:
+                if not answer.is_redirect:
+                    return "" if 200 <= answer.status_code < 300 else f"answered HTTP {answer.status_code}"
                 target = urlsplit(urljoin(url, answer.headers["Location"]))
-                place = f"{target.scheme}://{target.hostname}"
+            # 301, 302 and 303 turn a POST into a GET without the message; another host must not get the token
+            if answer.status_code not in (307, 308) or target.hostname != urlsplit(url).hostname:
+                place = f"{target.scheme}://{target.netloc.rpartition('@')[2]}"
                 return f"redirects to {place} (HTTP {answer.status_code}): give the address there"
-            return "" if 200 <= answer.status_code < 300 else f"answered HTTP {answer.status_code}"
+            url = target.geturl()
+        return f"redirects more than {MOST_REDIRECTS} times"
     except Exception as error:  # noqa: BLE001 (a webhook never changes how a run ends)
         return f"was not reached ({type(error).__name__})"

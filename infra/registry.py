@@ -176,9 +176,10 @@ def check_tracking_uri(uri: str) -> str:
         "the tracking URI holds a password, which other users can read in the list of processes: set "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead (PGUSER and PGPASSWORD for PostgreSQL)",
     )
-    scheme, colon, rest = uri.partition(":")
+    scheme = urlsplit(uri).scheme  # in lower case; empty for a folder's path
+    rest = uri.partition(":")[2]
     known = scheme.partition("+")[0] in SCHEMES or entry_points(group="mlflow.tracking_store", name=scheme)
-    if colon and not known:
+    if scheme and not known:
         place = uri.rpartition("@")[2]  # without a user and password before it
         raise ValueError(
             f"the tracking URI {place!r} begins with none of MLflow's schemes ({', '.join(SCHEMES)}): write the "

@@ -28,15 +28,18 @@ class Collector:
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def take(self, name: str, start: dict[str, Any] | None, line: bytes) -> bool:
+    def take(self, name: str, start: dict[str, Any] | None, line: bytes) -> tuple[bool, str]:
         """Append a line to the file `name`, which is created if it is missing. Return whether training
-        was asked to stop."""
-        path = self.folder / name
-        # opened for each line, since a run may have more files than a process may keep open
-        file = Spool.open(path, **start) if start else Spool(path)
-        if line:
-            file.append(line)
-        return (self.folder / "stop").exists()
+        was asked to stop, and why the line could not be written ("" if it was)."""
+        path, problem = self.folder / name, ""
+        try:
+            # opened for each line, since a run may have more files than a process may keep open
+            file = Spool.open(path, **start) if start else Spool(path)
+            if line:
+                file.append(line)
+        except OSError as error:
+            problem = str(error)
+        return (self.folder / "stop").exists(), problem
 
     def last_step(self, name: str, metric: str) -> int:
         """Return the greatest step of a metric in the file `name`; 0 for none."""
@@ -114,12 +117,10 @@ class RemoteSpool(Spool):
         once: metrics are missing then, but training need not end."""
         import ray
 
-        try:
-            self.stop_asked = ray.get(self._answer)
-        except OSError as error:
-            if not self._failed:
-                text = f"{self.path.name}: the driver cannot write events, so MLflow will lack some ({error})"
-                print(f"{text}: check its disk", file=sys.stderr, flush=True)
+        self.stop_asked, problem = ray.get(self._answer)
+        if problem and not self._failed:
+            text = f"{self.path.name}: the driver cannot write events, so MLflow will lack some ({problem})"
+            print(f"{text}: check its disk", file=sys.stderr, flush=True)
             self._failed = True
 
     def last_step(self, metric: str) -> int:

@@ -31,7 +31,7 @@ TARGETS = ("ray-cronjob", "cronjob", "systemd", "crontab")
 FIELDS = {"minute": (0, 59), "hour": (0, 23), "day of the month": (1, 31), "month": (1, 12), "day of the week": (0, 7)}
 LONGEST_CRONTAB_LINE = 998
 """The longest command that Debian's cron accepts, in bytes."""
-AS_IT_STANDS = re.compile(r"""'[^']*'|"[^"$`\\]*"|[^\s'"$`&|;<>()#\\~]*""")
+AS_IT_STANDS = re.compile(r"""'[^']*'|"[^"$`\\]*"|([^\s'"$`&|;<>()\\~:]|:(?!~)|(?!^)~)*""")
 """A value in an --env-file that a shell and systemd read alike."""
 
 
@@ -177,7 +177,9 @@ def _check_env_file(file: Path, target: str) -> None:
                 continue
             setting = re.fullmatch(r"([A-Za-z_]\w*)=(.*)", line, re.ASCII)
             if setting is None:
-                raise ValueError(f"--env-file {file}, line {number}: write NAME=value, without spaces around =")
+                raise ValueError(
+                    f"--env-file {file}, line {number}: write NAME=value, without export and spaces around ="
+                )
             if not AS_IT_STANDS.fullmatch(setting[2]):
                 raise ValueError(
                     f"--env-file {file}, line {number}: cron's shell would change the value of {setting[1]} or execute "

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field
 
@@ -198,6 +198,14 @@ def published_release(loaded: Loaded) -> Path:
     return store.fetch(stage.name, stage.fingerprint).path
 
 
+def _gguf_names(recipe: Recipe) -> list[str]:
+    """Return the names of all GGUF files that pushes of this recipe may have uploaded."""
+    names = []
+    for arm in released_arms(recipe):
+        names += [f"{recipe.name}-{arm}-{kind}.gguf" for kind in get_args(GgufType)]
+    return names
+
+
 def push(recipe: Recipe, folder: Path) -> str:
     """Push a release's folder in one commit, and return the repository's URL.
 
@@ -212,7 +220,7 @@ def push(recipe: Recipe, folder: Path) -> str:
         repo_id=repository,
         folder_path=folder,
         ignore_patterns=[*OF_MLFLOW],
-        delete_patterns=[*WEIGHTS, f"{recipe.name}-*.gguf"],  # never files that users added under other names
+        delete_patterns=[*WEIGHTS, *_gguf_names(recipe)],  # no file that users added
         commit_message=f"{recipe.name}, by longreach",
     )
     return str(url)

@@ -131,17 +131,18 @@ def _check_registry(recipe: Recipe, where: str, uri: str | None) -> None:
         )
 
 
-def plan(loaded: Loaded, *, here: bool = False) -> list[PlanRow]:
+def plan(loaded: Loaded, *, here: bool = False, gated: bool = True) -> list[PlanRow]:
     """Return what `run` would do. Checks only that files exist with the right size; `run` also
     hashes them.
 
     Args:
         here: The run would be on this machine. If nothing has trained here yet, measure the
             machine's speed for the forecast.
+        gated: If False, leave out the gate's stages and do not ask the registry for the champion.
     """
     store = open_store(loaded)
     with use_tracking(loaded):
-        stages = build(loaded.recipe, published=functools.partial(published, store))
+        stages = build(loaded.recipe, gated=gated, published=functools.partial(published, store))
     resources = loaded.recipe.resources
     costs = foresee(store, stages, resources, trying=here)
     newest = functools.cache(functools.partial(_newest, store))

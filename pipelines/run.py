@@ -17,6 +17,7 @@ import math
 import os
 import queue
 import re
+import sys
 import time
 import uuid
 from collections import Counter, deque
@@ -204,7 +205,7 @@ def run(
                 _run_missing(this)
         touched = {*outcome.ran, *outcome.failed}
         outcome.reused = [stage.label for stage in stages if stage.label not in touched]
-        _read_results(store, artifacts, outcome, display)
+        _read_results(store, artifacts, outcome)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -265,7 +266,7 @@ def _lease(store: Store, name: str, wait: bool, display: Display, *, place: str 
         lease.release()
 
 
-def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome, display: Display) -> None:
+def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutcome) -> None:
     if report := _report(artifacts):
         page = report.path if store.local else store.fetch("report", report.fingerprint).path
         outcome.report_path, outcome.report = page / "report.html", report.manifest
@@ -275,8 +276,9 @@ def _read_results(store: Store, artifacts: dict[str, Artifact], outcome: RunOutc
         outcome.gate, outcome.refusals = gate, decision.refusals
         if not decision.refusals and "promote" not in outcome.ran:
             passed = f"version {gate['version']} of {gate['name']} passed the gate in an earlier run but is"
-            reason = "it was rolled back, or this is another registry; to ask the gate again: --force promote"
-            display.note(f"{passed} not champion: {reason}")
+            reason = "another model became champion since, it was rolled back, or this is another registry"
+            # also under --quiet: a schedule's user would not notice otherwise that the recipe's model is not in use
+            print(f"{passed} not champion: {reason}; to ask the gate again: --force promote", file=sys.stderr)
 
 
 def _report(artifacts: dict[str, Artifact]) -> Report | None:

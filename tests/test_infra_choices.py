@@ -42,6 +42,7 @@ def test_a_password_in_a_url_is_refused_with_whatever_characters(url, user):
         "http://127.0.0.1:5000",
         "models:/m@champion",
         "s3://bucket/a:b@c",
+        "zip://*.txt::https://host.org/books@1.0/a.zip",
         "texts/a:b@c",
     ],
 )

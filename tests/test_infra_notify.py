@@ -81,18 +81,25 @@ def test_slack_ntfy_and_a_plain_receiver_get_what_they_read():
 def test_a_message_that_was_redirected_is_not_called_delivered():
     class Elsewhere(Receiver):
         def do_POST(self):
-            self.send_response(int(self.path.strip("/")))
-            self.send_header("Location", "https://hooks.example.org/secret")
-            self.end_headers()
+            if self.path == "/plain":
+                super().do_POST()
+            else:
+                self.send_response(int(self.path.strip("/")))
+                self.send_header(
+                    "Location", "/plain" if self.path == "/308" else "https://hooks.example.org:8443/secret"
+                )
+                self.end_headers()
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        server.shown = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
-        said = [notify(f"{base}/{code}", "success", "retrain", {}, timeout_s=60) for code in (301, 302, 307, 304)]
+        said = [notify(f"{base}/{code}", "success", "retrain", {}, timeout_s=60) for code in (301, 302, 307, 304, 308)]
         server.shutdown()
-    to = "redirects to https://hooks.example.org"
+    to = "redirects to https://hooks.example.org:8443"
     assert said[:3] == [f"the webhook at 127.0.0.1 {to} (HTTP {n}): give the address there" for n in (301, 302, 307)]
-    assert said[3] == "the webhook at 127.0.0.1 answered HTTP 304"
+    assert said[3:] == ["the webhook at 127.0.0.1 answered HTTP 304", ""]
+    assert len(server.shown) == 1, "308 on the same host keeps the message"
 
 
 @pytest.fixture(params=["status line", "headers", "body", "nothing"])

@@ -199,7 +199,16 @@ def test_an_address_that_mlflow_cannot_take_is_refused_with_the_recipe(uri):
 
 @pytest.mark.parametrize(
     "uri",
-    ["http://host:5000", "sqlite:////tmp/x.db", "postgresql+psycopg2://host/db", "databricks", "mlruns", "file:/x"],
+    [
+        "http://host:5000",
+        "HTTP://host:5000",
+        "sqlite:////tmp/x.db",
+        "postgresql+psycopg2://host/db",
+        "databricks",
+        "mlruns",
+        "/data/run:1/mlruns",
+        "file:/x",
+    ],
 )
 def test_every_kind_of_address_that_mlflow_takes_is_taken(uri):
     assert check_tracking_uri(uri) == uri

@@ -432,7 +432,7 @@ def test_a_value_that_crons_shell_would_not_take_as_it_stands_is_refused_and_tak
     assert value not in str(refused.value)
     render(schedule, job(env_file=keys), "systemd", Place(), enable=False)
     quoted = f'"{value}"' if "'" in value else f"'{value}'"
-    keys.write_bytes(f"KEY={quoted} \nPLAIN=wJalr/XUtn+FEMI=,:@%".encode())
+    keys.write_bytes(f"KEY={quoted} \nPLAIN=wJalr/XUtn+FEMI=,:@%\nCHANNEL=https://h/#chan\nTILDE=a~b".encode())
     schedule_module._check_env_file(keys, "crontab")
     command = f'. {shlex.quote(str(keys))} && printf %s "$KEY $PLAIN"'
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)

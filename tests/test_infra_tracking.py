@@ -138,29 +138,19 @@ def test_kill_9_of_a_writer_loses_nothing_that_it_had_written(path):
 
 
 class OfTheDriver:
-    """A Collector as an actor's handle: each method is called by `remote`, and errors come with the response."""
+    """A Collector as an actor's handle: each method is called by `remote`."""
 
     def __init__(self, folder):
         self.collector = Collector(str(folder))
 
     def __getattr__(self, method):
-        def remote(*arguments):
-            try:
-                return [getattr(self.collector, method)(*arguments)]
-            except OSError as error:
-                return [error]
-
-        return types.SimpleNamespace(remote=remote)
+        return types.SimpleNamespace(remote=getattr(self.collector, method))
 
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    def get(response):
-        if isinstance(response[0], OSError):
-            raise response[0]
-        return response[0]
-
-    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=get))
+    ray = types.SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=lambda response: response)
+    monkeypatch.setitem(sys.modules, "ray", ray)
     return OfTheDriver(tmp_path)
 
 
@@ -186,7 +176,10 @@ def test_a_driver_that_cannot_write_is_reported_once_and_ends_no_training(tmp_pa
         patch.setattr(Spool, "append", full)
         for step in (1, 2, 3):
             spool.metrics({"train/loss": 1.0}, step=step)
+        (tmp_path / "stop").touch()
+        spool.metrics({"train/loss": 1.0}, step=3)
     spool.metrics({"train/loss": 1.0}, step=4)
+    assert spool.stop_asked, "a rank hears of a stop though nothing can be written"
     spool.end("FINISHED")
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert steps_of(tmp_path / "a.jsonl") == [4]

@@ -147,7 +147,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         content = {"id": "owner/name", "sha": "a" * 40, "siblings": [], "private": True}
         if self.path.startswith("/api/models/owner/name/tree/main"):  # what an earlier push left
-            names = ["README.md", "mine-lora-q8_0.gguf", "model.safetensors", "of-a-user-q4.gguf"]
+            names = ["README.md", "mine-lora-q8_0.gguf", "model.safetensors", "mine-lora-Q4_K_M.gguf"]
             content = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
         self.answer(content)
 
@@ -306,6 +306,23 @@ def test_a_forced_run_plans_the_gate_though_the_champion_is_the_published_releas
     run(gated.loaded, display=Display(quiet=True))
     run(gated.loaded, display=Display(quiet=True), force=("finetune",))
     assert ["promote" in [stage.label for stage in of_run] for of_run in stages] == [False, True]
+
+
+def test_a_model_that_passed_and_is_not_champion_any_more_is_named_though_quiet_and_nothing_moves(
+    gated, monkeypatch, capsys
+):
+    store = open_store(gated.loaded)
+    (stage,) = [stage for stage in build(gated.loaded.recipe) if stage.label == "promote"]
+    attempt = store.new_attempt("promote", stage.fingerprint)
+    (attempt.out / "gate.json").write_text("{}")
+    decision = {"passed": True, "refusals": [], "name": "best", "version": "2"}
+    store.publish(attempt, {"label": "promote", "summary": decision, "seconds": 0.0})
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    again = []
+    monkeypatch.setattr("longreach.pipelines.run._run_missing", lambda run: again.extend(run.again))
+    run(gated.loaded, display=Display(quiet=True))
+    assert not again
+    assert "version 2 of best passed the gate in an earlier run but is not champion" in capsys.readouterr().err
 
 
 def test_a_run_after_a_rollback_does_not_push_what_people_took_back(gated, hub, capsys, monkeypatch):
