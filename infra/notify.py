@@ -38,6 +38,8 @@ def check_url(url: str) -> None:
 def notify(url: str, ending: Ending, recipe: str, facts: Mapping[str, Any], timeout_s: float = 10.0) -> str:
     """POST {"text", "recipe", "status", ...facts}. Return "" or the reason for a failure, without the
     URL. Returns after `timeout_s` at the latest, whatever the receiver does."""
+    import requests  # noqa: F401 (before the time counts: on a busy machine this takes seconds)
+
     body = {"text": text_of(ending, recipe, facts), "recipe": recipe, "status": ending, **facts}
     outcome = [f"did not answer within {timeout_s:g} s"]
 
