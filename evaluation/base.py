@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from longreach.infra.choices import Choices, Seed
+from longreach.infra.choices import Choices, Seed, refuse_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,10 +67,7 @@ class EvalChoices(Choices):
     def _each_once(self) -> Self:
         """Reject a list with a repeated value: its cells would be measured and counted twice, and
         the intervals would be too narrow."""
-        for name in type(self).model_fields:
-            values = getattr(self, name)
-            if isinstance(values, tuple) and len({*values}) < len(values):
-                raise ValueError(f"{name} {list(values)} lists a value twice: list each value once")
+        refuse_repeats(self, "list each value once")
         return self
 
     def data_files(self) -> dict[str, str]:

@@ -55,6 +55,14 @@ class Choices(BaseModel):
         return dumped
 
 
+def refuse_repeats(choices: BaseModel, advice: str) -> None:
+    """Raise ValueError, ending with `advice`, if a field that is a list has a value twice."""
+    for name in type(choices).model_fields:
+        values = getattr(choices, name)
+        if isinstance(values, tuple) and len({*values}) < len(values):
+            raise ValueError(f"{name} {list(values)} lists a value twice: {advice}")
+
+
 def refuse_password(url: str, advice: str) -> str:
     """Return a path or URL unchanged. Raises ValueError if the URL holds a password.
 

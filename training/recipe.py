@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from longreach.attention import PATTERNS
 from longreach.attention.sink_window import SinkWindow
-from longreach.infra.choices import Choices, New, PathOrUrl, Seed, dotted
+from longreach.infra.choices import Choices, New, PathOrUrl, Seed, dotted, refuse_repeats
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
 from longreach.training.attention_recipe import AttentionRecipe, PatternName
@@ -505,7 +505,7 @@ class ArmMatrix(Choices):
         return sections
 
     def _check_groups(self, ratio: int, seq_len: int) -> None:
-        if ratio < 1 or seq_len % (2 * ratio):
+        if seq_len % (2 * ratio):
             fits = [r for r in range(1, seq_len // 2 + 1) if seq_len % (2 * r) == 0]
             raise ValueError(
                 f"matrix.group_ratio {ratio} does not divide pack.seq_len {seq_len} into even groups: "
@@ -514,10 +514,7 @@ class ArmMatrix(Choices):
 
     @model_validator(mode="after")
     def _each_once(self) -> "ArmMatrix":
-        for name in ("tune", "attention", "group_ratio", "lora_rank"):
-            values = getattr(self, name)
-            if len({*values}) < len(values):
-                raise ValueError(f"{name} {list(values)} lists a value twice: each value makes arms, so list it once")
+        refuse_repeats(self, "each value makes arms, so list it once")
         return self
 
     @model_validator(mode="after")
