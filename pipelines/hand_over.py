@@ -20,7 +20,7 @@ from pydantic import Field
 from longreach.infra import registry
 from longreach.infra.choices import Choices, Location, nearest
 from longreach.infra.files import read_object
-from longreach.training.to_gguf import BLOCK, SENTENCEPIECE, GgufType, problem_of
+from longreach.training.to_gguf import BLOCK, SENTENCEPIECE, GgufType, gguf_name, problem_of
 
 if TYPE_CHECKING:
     from longreach.pipelines.reader import Loaded
@@ -202,7 +202,7 @@ def _gguf_names(recipe: Recipe) -> list[str]:
     """Return the names of all GGUF files that pushes of this recipe may have uploaded."""
     names = []
     for arm in released_arms(recipe):
-        names += [f"{recipe.name}-{arm}-{kind}.gguf" for kind in get_args(GgufType)]
+        names += [gguf_name(recipe.name, arm, kind) for kind in get_args(GgufType)]
     return names
 
 

@@ -26,7 +26,7 @@ from longreach.pipelines.report.findings import about_arm
 from longreach.training.convert import kept_files
 from longreach.training.recipe import SourceRecipe
 from longreach.training.summary import TrainingSummary
-from longreach.training.to_gguf import Facts, GgufType, write_gguf
+from longreach.training.to_gguf import Facts, GgufType, gguf_name, write_gguf
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -148,7 +148,7 @@ class Card:
         self.dtype = json.loads((released / "config.json").read_text(encoding="utf-8")).get("dtype")
         self.rounded = self.dtype != self.config.get("dtype")
         """Whether training and evaluations used weights of another dtype than the released ones."""
-        self.gguf = {kind: f"{recipe.name}-{recipe.arm}-{kind}.gguf" for kind in recipe.gguf}
+        self.gguf = {kind: gguf_name(recipe.name, recipe.arm, kind) for kind in recipe.gguf}
         self.about = about_arm(self.training)
         self.claimed: int = self.config["max_position_embeddings"]
         self.origin: dict[str, Any] = base.summary.get("origin", {})

@@ -28,6 +28,13 @@ else:
     np = lazy_module("numpy")
 
 GgufType = Literal["f16", "q8_0"]
+
+
+def gguf_name(recipe: str, arm: str, kind: GgufType) -> str:
+    """Return the name of a release's GGUF file."""
+    return f"{recipe}-{arm}-{kind}.gguf"
+
+
 BLOCK = 32  # numbers of a row that share one scale in q8_0
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
