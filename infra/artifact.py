@@ -31,7 +31,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -113,7 +113,6 @@ class Store:
     """
 
     local = True
-    attempts_name = "attempts"
     """The name of the local folder, in that of a fingerprint, that attempts are written to."""
 
     def __new__(cls, root: str, scratch: str | Path = "") -> Store:
@@ -368,10 +367,6 @@ class RemoteStore(Store):
 
     local = False
 
-    def __init__(self, root: str, scratch: str | Path = ".longreach/scratch") -> None:
-        super().__init__(root, scratch)
-        self.attempts_name = f"attempts-{digest_of(self.fs.unstrip_protocol(self.base))[:8]}"
-
     def checked(self) -> Store:  # reports a missing bucket or key before anything is computed
         if glob.has_magic(self.base):  # fsspec would delete everything that the pattern matches
             raise ValueError(f"store {self.root!r}: * ? and [ are patterns in a URL; choose a store.root without them")
@@ -406,7 +401,8 @@ class RemoteStore(Store):
         return [path.rsplit("/", 1)[1] for path in paths if path != folder]  # some stores list the folder itself
 
     def attempts_folder(self, stage: str, fingerprint: str) -> Path:
-        return self.scratch / stage / fingerprint / self.attempts_name
+        of_this_store = digest_of(self.fs.unstrip_protocol(self.base))[:8]  # other stores may share `scratch`
+        return self.scratch / stage / fingerprint / f"attempts-{of_this_store}"
 
     def _readable(self, stage: str, fingerprint: str, attempt_id: str) -> Path:
         return self.scratch / "cache" / stage / fingerprint / "attempts" / attempt_id / "out"
@@ -462,11 +458,14 @@ class RemoteStore(Store):
         for path in self._left_in_store(stage, fingerprint, winner):
             self.fs.rm(path, recursive=True)
 
-    def unpublished(self) -> Iterator[tuple[str, str, str, datetime]]:
+    def unpublished(self, published: Container[str]) -> Iterator[tuple[str, str, str, datetime]]:
         """Yield (stage, fingerprint, attempt, last write) of the attempts in the store, such as trainings
-        that left checkpoints, whose fingerprint has no manifest."""
+        that left checkpoints, whose fingerprint has no manifest. Folders of fingerprints in
+        `published` are not listed."""
         for stage in self.names(self.base):
             for folder in self._inside(f"{self.base}/{stage}"):
+                if folder.rpartition("/")[2] in published:
+                    continue
                 inside = self._inside(folder)
                 if f"{folder}/attempts" not in inside or f"{folder}/{MANIFEST}" in inside:
                     continue

@@ -43,10 +43,11 @@ def status(store: Store, only: Collection[str] | None = None) -> Status:
         with contextlib.suppress(PermissionError):  # a lease of another user, which may be unreadable
             if holder := Lease(store, name, "").current_holder():
                 holders[name] = holder
-    published = [one for one in store.manifests() if only is None or one["fingerprint"] in only]
-    done = {manifest["fingerprint"] for manifest in published}
+    manifests = list(store.manifests())
+    published = [one for one in manifests if only is None or one["fingerprint"] in only]
+    done = {manifest["fingerprint"] for manifest in manifests}
     unfinished = []
-    for attempt in _attempts(store):
+    for attempt in _attempts(store, done):
         wanted = only is None or attempt.fingerprint in only
         if wanted and attempt.fingerprint not in done:
             unfinished.append(attempt)
@@ -73,16 +74,17 @@ def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
     return bool(identity["recipe"].get("failed")) and {*identity["inputs"].values()} <= fingerprints
 
 
-def _attempts(store: Store) -> list[Unfinished]:
+def _attempts(store: Store, published: set[str]) -> list[Unfinished]:
     """Return all attempts whose files are on this machine, and the unpublished ones in an object store."""
-    top = Path(store.base) if store.local else store.scratch
+    folders = store.attempts_folder("*", "*")
+    top = folders.parents[2]
     written: dict[tuple[str, str, str], datetime] = {}
-    for folder in top.glob(f"*/*/{store.attempts_name}/[0-9]*-*"):
+    for folder in top.glob(f"*/*/{folders.name}/[0-9]*-*"):
         written_s = max(_written_s(path) for path in [folder, *folder.rglob("*")])
         if folder.is_dir():
             written[folder.parts[-4], folder.parts[-3], folder.name] = datetime.fromtimestamp(written_s, UTC)
     if isinstance(store, RemoteStore):
-        for stage, fingerprint, attempt, last_write in store.unpublished():
+        for stage, fingerprint, attempt, last_write in store.unpublished(published):
             key = stage, fingerprint, attempt
             written[key] = max(last_write, written.get(key, last_write))
     return [Unfinished(*key, last_write) for key, last_write in written.items()]
