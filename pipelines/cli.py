@@ -697,7 +697,7 @@ def _show_candidates(candidates: list[Candidate]) -> None:
     for one in candidates:
         what = one.label if one.published else f"{one.label}, never finished"
         if one.leftovers:
-            what = f"{one.label}, only what its making left"
+            what = f"{one.label}, leftover files only"
         rows.append([what, one.fingerprint[:8], f"{one.bytes / 1e6:,.1f}", ago(one.last_write)])
     if rows:
         print_table(["not needed", "fingerprint", "MB", "last write"], rows)
