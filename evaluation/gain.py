@@ -194,7 +194,7 @@ class Gain(Evaluation):
         return result
 
     def _kept(self) -> list[str]:
-        """Return the names of the documents whose tokens are kept one by one."""
+        """Return the names of the documents whose tokens' texts are kept."""
         from longreach.evaluation.gain_text import KEPT_DOCUMENTS
 
         reached = []
@@ -208,7 +208,7 @@ class Gain(Evaluation):
         """Return rows of kind `pooled` (by length, over a split's documents), `document`, `window`,
         `repeat` (a window's tokens that repeat a sequence, by distance) and `left_out`. NLL is in
         nats per token; `own_gain` is relative to the shortest length."""
-        from longreach.evaluation.gain_text import kept_cases
+        from longreach.evaluation.gain_text import token_cases
         from longreach.evaluation.repeats import repeat_rows
 
         rows: list[Row] = []
@@ -241,7 +241,7 @@ class Gain(Evaluation):
             rows=pooled + documents + rows,
             summary=summary,
             note=f"own_gain: nats per token better than the same model's {shortest:,} tokens.",
-            cases=kept_cases(results),
+            cases=token_cases(results),
         )
 
     @classmethod
@@ -249,6 +249,7 @@ class Gain(Evaluation):
         """Return what each arm gains over the base at its best length, over untrained stretches, and
         over itself at its shortest length."""
         from longreach.evaluation.gain_text import coloured_blocks
+        from longreach.evaluation.key_tokens import key_table
         from longreach.evaluation.repeats import repeat_table
 
         first = next(iter(models.values()))
@@ -267,7 +268,8 @@ class Gain(Evaluation):
             blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
         yardstick = (background.base, best.length) if best else (None, None)
         repeats = repeat_table(_by_arm(compared, background), *yardstick)
-        tables = [own_gain_table(by_arm), *repeats, nll_table(by_arm), document_table(by_arm)]
+        keys = key_table(_by_arm(compared, background), background)
+        tables = [own_gain_table(by_arm), *repeats, *keys, nll_table(by_arm), document_table(by_arm)]
         return [*blocks, *tables, *coloured_blocks(models)]
 
     @classmethod

@@ -1,10 +1,10 @@
-"""The text of a few documents, with each token coloured by its gain from context: blue if the
-longest context predicts it better than the shortest, red if worse.
+"""Single tokens: the NLL of each, and the text of a few documents with each token coloured by its
+gain from context: blue if the longest context predicts it better than the shortest, red if worse.
 
-For the first KEPT_DOCUMENTS test documents, `gain` keeps the last KEPT_TOKENS tokens of the
-document's last window: the text of each token, and its NLL at every length. They are in cases.jsonl,
-one document per line. Scores of earlier versions have none, and pages say so. The text of documents
-is untrusted, and pages escape it like any text.
+For each window of the test documents, `gain` keeps the NLL of every scored token at every length, one
+window per line of cases.jsonl. For the first KEPT_DOCUMENTS documents, it also keeps the texts of
+the last KEPT_TOKENS tokens. Scores of earlier versions have only these documents, or no single tokens,
+and pages say so. The text of documents is untrusted, and pages escape it like any text.
 
     python -c "from longreach.evaluation.gain_text import level; print(level(2.5), level(-0.2))"
 
@@ -20,21 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from longreach.evaluation.base import Cell, Result
 from longreach.evaluation.blocks import Block, Coloured, Details, Piece, Table
+from longreach.evaluation.key_tokens import KEY_GAIN, KEY_NLL
 from longreach.evaluation.scores import EvalScores, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEPT_DOCUMENTS = 3
-"""Number of documents whose tokens are kept one by one."""
+"""Number of documents whose tokens' texts are kept."""
 KEPT_TOKENS = 512
-"""Number of tokens kept at the end of each document: about a page of a book."""
+"""Number of texts kept at the end of each document: about a page of a book."""
 BOUNDS = (0.1, 0.5, 1.0, 2.0)
 """Gains in nats from which the colour is one step stronger."""
-KEY_GAIN = 2.0
-"""Lower bound of a key token's gain in nats (LongPPL, arXiv:2410.23771)."""
-KEY_NLL = 2.0
-"""Upper bound of a key token's NLL in the longest context, in nats."""
 EXTREMES = 8
 """Number of tokens listed that gain most, and of those that lose most."""
 BEFORE = 40
@@ -55,21 +52,19 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
     return texts
 
 
-def kept_cases(results: Iterable[tuple[Cell, Result]]) -> list[Row]:
-    """Return a case for each document whose tokens were kept, with their texts and their NLL in nats
-    by length."""
-    results = list(results)
-    cases = []
+def token_cases(results: Iterable[tuple[Cell, Result]]) -> list[Row]:
+    """Return a case for each window of the test documents: its tokens' NLL in nats by length, and the
+    texts of the last tokens if they were kept."""
+    cases: dict[tuple[str, int], Row] = {}
     for cell, result in results:
-        if "texts" not in result:
+        if cell["split"] != "test" or "left_out" in cell:
             continue
-        nll = {}
-        for other, measured in results:
-            if (other["document"], other.get("end")) == (cell["document"], cell["end"]):
-                nll[str(other["length"])] = [round(value, 3) for value in measured["nll"][-len(result["texts"]) :]]
         place = {key: cell[key] for key in ("document", "domain", "end")}
-        cases.append(place | {"texts": result["texts"], "nll": nll})
-    return cases
+        case = cases.setdefault((cell["document"], cell["end"]), place | {"nll": {}})
+        case["nll"][str(cell["length"])] = [round(nll, 3) for nll in result["nll"]]
+        if "texts" in result:
+            case["texts"] = result["texts"]
+    return list(cases.values())
 
 
 def level(gain: float) -> int:
@@ -85,14 +80,15 @@ def coloured_blocks(models: Mapping[str, EvalScores]) -> list[Block]:
     blocks: list[Block] = []
     missing = []
     for name, scores in models.items():
-        if not scores.cases:
+        shown = [case for case in scores.cases if "texts" in case]
+        if not shown:
             missing.append(name)
             continue
-        cases = scores.cases if len(models) == 1 else scores.cases[:1]
+        cases = shown if len(models) == 1 else shown[:1]
         inner: list[Block] = []
         for case in cases:
             inner += _blocks_of(case)
-        more = len(scores.cases) - len(cases)
+        more = len(shown) - len(cases)
         if more:
             inner.append(f"{more} more are on the page of this model's evaluation, gain.html.")
         blocks.append(Details(f"{name}: the text, coloured by each token's gain from context", inner))
@@ -108,14 +104,16 @@ def _blocks_of(case: Row) -> list[Block]:
     """Return one document's text in colours, and a table of the tokens that gained and lost most."""
     lengths = sorted(case["nll"], key=int)
     short, long = lengths[0], lengths[-1]
+    shown = {length: nll[-len(case["texts"]) :] for length, nll in case["nll"].items()}
+    case = case | {"nll": shown}
     gains = [a - b for a, b in zip(case["nll"][short], case["nll"][long], strict=True)]
     keys = 0
     for gain, nll in zip(gains, case["nll"][long], strict=True):
         keys += gain > KEY_GAIN and nll < KEY_NLL
     caption = (
         f"{case['document']}, its last {len(gains):,} tokens: gain with {int(long):,} tokens of context over "
-        f"{int(short):,}. Mean: {sum(gains) / len(gains):+.3f} nats per token. Key tokens (as in LongPPL: a gain above "
-        f"{KEY_GAIN:g} nats, and an NLL below {KEY_NLL:g} with the longer context): {keys}."
+        f"{int(short):,}. Mean: {sum(gains) / len(gains):+.3f} nats per token. Tokens with a gain above "
+        f"{KEY_GAIN:g} nats and an NLL below {KEY_NLL:g} with the longer context: {keys}."
     )
     pieces: list[Piece] = []
     for number, (text, gain) in enumerate(zip(case["texts"], gains, strict=True)):

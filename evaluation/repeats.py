@@ -182,7 +182,7 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
             if up_to in bands and up_to in yardstick:
                 one = repeated(bands[up_to], yardstick[up_to][0])
                 if one:
-                    cell = _cell(one)
+                    cell = repeated_cell(one)
             cells.append(cell)
         lines.append(cells)
     heads = ["model", *(f"{_since(up_to)}\n{count:,} tokens" for up_to, count in tokens.items())]
@@ -203,7 +203,8 @@ def _since(up_to: int) -> str:
     return f"up to {up_to:,}" if up_to == NEAREST else f"{up_to // 2 + 1:,} to {up_to:,}"
 
 
-def _cell(one: Repeated) -> str:
+def repeated_cell(one: Repeated) -> str:
+    """Return the NLL of these tokens; in small type the difference to the baseline, with its interval."""
     text = f"{one.nll:.3f}"
     if one.better.low < one.better.high:
         text += f"\n{one.better.nats:+.3f} ({one.better.low:+.3f} to {one.better.high:+.3f})"
