@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -65,7 +66,8 @@ def connected(
 
         if address is None:
             stack.enter_context(_fewer_processes(forks=bool(workers_import)))
-        _init(ray, address, cpus)
+        with _hangup_blocked():
+            _init(ray, address, cpus)
         stack.callback(ray.shutdown)
         yield ray
 
@@ -204,6 +206,20 @@ def _fewer_processes(*, forks: bool) -> Iterator[None]:
     params = functools.partial(parameter.RayParams, **{name: wanted[name] for name in wanted if name in known})
     with unittest.mock.patch.object(parameter, "RayParams", params):
         yield
+
+
+@contextlib.contextmanager
+def _hangup_blocked() -> Iterator[None]:
+    """Block SIGHUP for the processes that are started in the block. Their children inherit this.
+
+    When a terminal closes, Linux sends SIGHUP to the driver and to all that it has started. Only the
+    driver must react, because training needs Ray to save its state.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _job_config() -> Any:

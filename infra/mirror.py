@@ -454,8 +454,10 @@ def _only_us(folder: Path) -> Iterator[None]:
 def _follow(mirror: Mirror) -> None:
     """Upload new events until standard input closes, which happens when the parent process ends;
     then upload the rest."""
-    # Stopping a job sends SIGTERM to its children too; this process has to outlive its parent.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Stopping a job sends SIGTERM to its children too, and a closed terminal may send SIGHUP. This process has to
+    # outlive its parent.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     pause_s, trouble = POLL_S, ""
     while not _input_closed(pause_s):
         before = mirror.points

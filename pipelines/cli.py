@@ -3,7 +3,7 @@
 Slow modules are imported inside the commands that need them, so that `longreach --help` answers at
 once and `plan` does not load Ray. Exit codes: 0 success, 1 a stage or check failed, 2 bad input,
 3 refused by the gate, 75 try later (another run holds the lease, or the model registry is
-unreachable), 130 Ctrl-C, 143 SIGTERM.
+unreachable), 129 closed terminal, 130 Ctrl-C, 143 SIGTERM.
 
     longreach run quickstart --set finetune.steps=2
 """

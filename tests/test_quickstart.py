@@ -5,6 +5,7 @@ One project is run once; the tests look at it and poke it. The faults have a pro
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -241,16 +243,45 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+COMMAND = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
+
+
 @contextmanager
 def driver_of(project: Path, printed: Path) -> Iterator[subprocess.Popen]:
     """A run in the background, in a session of its own; it outlives no test, not even one that fails."""
-    command = [sys.executable, "-m", "longreach.pipelines", "run", "tiny.yaml"]
     with printed.open("w") as log:
         driver = subprocess.Popen(
-            command, cwd=project, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_interrupts
+            COMMAND, cwd=project, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_interrupts
         )
-    try:
+    with ended(driver):
         yield driver
+
+
+@contextmanager
+def driver_in_a_terminal(project: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A run in a terminal of its own, and the descriptor that closes the terminal.
+
+    Nobody reads what it prints, and a full terminal would block it, so it runs with --quiet.
+    """
+    ours, its = os.openpty()
+
+    def take_the_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    driver = subprocess.Popen(
+        [*COMMAND, "--quiet"], cwd=project, stdin=its, stdout=its, stderr=its,
+        start_new_session=True, preexec_fn=take_the_terminal,
+    )  # fmt: skip
+    os.close(its)
+    with ended(driver):
+        yield driver, ours
+
+
+@contextmanager
+def ended(driver: subprocess.Popen) -> Iterator[None]:
+    """Kill the driver at the end of the block, also if a test fails."""
+    try:
+        yield
     finally:
         driver.kill()
         driver.wait()
@@ -294,7 +325,7 @@ def test_kill_9_of_a_rank_a_stage_task_and_the_driver_costs_at_most_one_checkpoi
     assert files(ours) == files(theirs), "the weights differ from those of a run that nothing disturbed"
 
 
-def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train_again(tmp_path: Path):
+def test_sigterm_ctrl_c_and_a_closed_terminal_leave_a_checkpoint_a_free_lease_and_no_step_to_repeat(tmp_path: Path):
     recipe = {key: RECIPE[key] for key in ("name", "base", "corpus", "finetune")}
     recipe["finetune"] = recipe["finetune"] | {"steps": 120, "arms": {"full": {"tune": "all"}}}
     project = make_project(tmp_path / "project", recipe | {"resources": {"workers": 2, "checkpoint_every_steps": 1000}})
@@ -314,6 +345,13 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train
         assert "stopped after step" in printed.read_text()
         assert Lease(Store(str(project / ".longreach")), "tiny", "test").current_holder() is None
         assert not psutil.wait_procs(family, timeout=60)[1], "Ray's processes live on"
+    done = sum(map(len, steps_of(project)))
+    with driver_in_a_terminal(project) as (driver, terminal):
+        wait_for(lambda: sum(map(len, steps_of(project))) > done + 20, "more steps", printed)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        os.close(terminal)
+        assert driver.wait(timeout=120) == 128 + signal.SIGHUP
+    assert not psutil.wait_procs(family, timeout=60)[1], "Ray's processes live on"
     run(project)
     attempts = steps_of(project)
     assert all(attempts)
