@@ -55,7 +55,7 @@ class StreamQuestions(Evaluation):
 
     name = "stream_questions"
     title = "Questions in a stream"
-    revision = 2
+    revision = 3
 
     class Choices(EvalChoices):
         """StreamEval: questions in an endless stream of facts (StreamingLLM, 2309.17453, section
@@ -165,7 +165,7 @@ class StreamQuestions(Evaluation):
         asked: set[int] = set()  # indices in `facts`
         before = 0
         for question in range(choices.questions):
-            ids: list[int] = []
+            ids = text_ids(self.tokenizer, "\n", first=False) if question else []  # ends the line of the last answer
             lines = choices.every_lines if question else choices.first_lines()
             for _ in range(lines):
                 name, number = names[len(facts)], str(draw.integers(*NUMBERS))

@@ -27,8 +27,10 @@ def test_a_question_asks_for_the_fact_so_many_lines_back_and_the_right_answer_st
     pieces = stream()
     lines = []
     read = 0
-    for ids, answer_ids, about in pieces:
+    for number, (ids, answer_ids, about) in enumerate(pieces):
         text = byte_tokenizer().decode(ids)
+        assert text.startswith("\nThe number" if number else "The number"), "an answer and the next fact share a line"
+        text = text.lstrip("\n")
         facts, _, question = text.partition("Question: ")
         lines += facts.split("\n")[:-1]
         assert f"The number of the {about['name']} is {about['expected']}." == lines[-about["lines_back"]].strip()

@@ -1,6 +1,7 @@
 """A cluster of our own where the folder for temporary files is too long for the paths of sockets."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -181,3 +182,11 @@ def test_memory_is_asked_for_that_some_node_has(monkeypatch, nodes_gib, gib, at_
     dead = {"Alive": False, "Resources": {"memory": 1000 * GIB}}
     monkeypatch.setattr("ray.nodes", lambda: [*nodes, dead])
     assert our_cluster.reservable_bytes(gib, at_once) == reserved_gib * GIB
+
+
+def test_what_ray_starts_lives_on_when_the_terminal_closes():
+    ask = "import signal; print(signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with our_cluster._hangup_blocked():
+        child = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert child.stdout == "True\n"
+    assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -294,6 +294,19 @@ def test_a_second_signal_does_not_wait_and_one_of_ray_itself_is_143(tmp_path):
     assert ended.value.code == 143
 
 
+def test_after_its_terminal_closed_a_run_can_still_print_and_ends_as_129():
+    ours, its = os.openpty()
+    stopping = signals.Stopping(terminal=[its])
+    os.close(ours)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(its, b"a message to a closed terminal")
+    with pytest.raises(SystemExit) as ended:
+        stopping.ask(signal.SIGHUP, None)
+    assert ended.value.code == 129
+    os.write(its, b"to nobody")
+    os.close(its)
+
+
 def test_a_report_on_what_was_done_that_fails_too_leaves_the_first_reason_to_be_said(cluster, pipeline):
     pipeline.change(b={"fail": "unspeakable"})
     outcome = pipeline.run()
