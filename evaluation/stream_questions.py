@@ -64,7 +64,8 @@ class StreamQuestions(Evaluation):
         questions: int = Field(default=100, ge=1)
         """Number of questions in the stream. They use the distances in turn."""
         every_lines: int = Field(default=10, ge=1)
-        """Number of lines with a fact before each question."""
+        """Mean number of lines with a fact before each question. It varies by up to half of this, since
+        at distances that it divides, all facts would otherwise stand right after a question."""
         distances: tuple[Count, ...] = Field(default=(5, 10, 20, 40), min_length=1)
         """Distances in lines from a fact to its question; 1 is the last line before it. If that fact
         was asked for before, the nearest other one is used. The paper has 20."""
@@ -78,7 +79,7 @@ class StreamQuestions(Evaluation):
 
         @model_validator(mode="after")
         def _fits(self) -> StreamQuestions.Choices:
-            facts = self.first_lines() + (self.questions - 1) * self.every_lines
+            facts = self.first_lines() + (self.questions - 1) * self.every_lines + self.most_shifted()
             if facts > MOST_FACTS:
                 raise ValueError(
                     f"questions {self.questions}, one after every {self.every_lines} lines, need {facts} lines, but "
@@ -94,6 +95,11 @@ class StreamQuestions(Evaluation):
         def first_lines(self) -> int:
             """Return the number of lines before the first question."""
             return max(self.every_lines, *self.distances)
+
+        def most_shifted(self) -> int:
+            """Return the largest number of lines by which a question comes later than `every_lines` lines
+            after another."""
+            return self.every_lines // 2
 
         def longest_input(self) -> int:
             """Return the largest cache size in tokens, or 0 for `dense`, whose size is not known."""
@@ -163,11 +169,12 @@ class StreamQuestions(Evaluation):
         names = _names(draw)
         facts: list[tuple[str, str, int]] = []  # name, number, and tokens of the stream before it
         asked: set[int] = set()  # indices in `facts`
-        before = 0
+        before = shifted = 0
         for question in range(choices.questions):
             ids = text_ids(self.tokenizer, "\n", first=False) if question else []  # ends the line of the last answer
-            lines = choices.every_lines if question else choices.first_lines()
-            for _ in range(lines):
+            lines = (choices.every_lines if question else choices.first_lines()) - shifted
+            shifted = int(draw.integers(choices.most_shifted() + 1))
+            for _ in range(lines + shifted):
                 name, number = names[len(facts)], str(draw.integers(*NUMBERS))
                 facts.append((name, number, before + len(ids)))
                 start = not before and not ids  # the tokenizer's first token comes only once
