@@ -30,7 +30,7 @@ from longreach.evaluation.base import Background, Cell, DataFile, EvalChoices, E
 from longreach.evaluation.blocks import Block, Table
 from longreach.evaluation.lm_eval_files import metric_rows, summary_of
 from longreach.evaluation.longbench import VERSION_2, paper_tables, version_2_rows
-from longreach.evaluation.scores import EvalScores, Row, gathered
+from longreach.evaluation.scores import EvalScores, Row
 from longreach.evaluation.sections import cells_of, spread, value_cell, with_commas
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ class Harness(Evaluation):
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return a row of kind `task` for each metric of each task, and rows of kind `longbench2`
         (LongBench v2's columns)."""
-        rows = gathered(results, "rows")
-        cases = gathered(results, "cases")
+        rows, cases = _each_task_once(results)
         protocol = "lm-evaluation-harness's own prompts and metrics"
         limits = sorted({row["max_length"] for row in rows if row.get("max_length")})
         if limits:
@@ -319,6 +318,19 @@ def _read_tasks(folder: str | None, arguments: str) -> Any:
     except ImportError as error:
         raise ValueError("lm-evaluation-harness is not installed: pip install 'longreach[eval]'") from error
     return TaskManager(include_path=folder, metadata=json.loads(arguments))
+
+
+def _each_task_once(results: list[tuple[Cell, Result]]) -> tuple[list[Row], list[Row]]:
+    """Return the rows and cases of all cells. A task that two cells ran, as with a group and one of
+    its members, counts only once."""
+    rows: list[Row] = []
+    cases: list[Row] = []
+    counted: set[str] = set()
+    for _, result in results:
+        rows += [row for row in result["rows"] if row["task"] not in counted]
+        cases += [case for case in result["cases"] if case["task"] not in counted]
+        counted |= {row["task"] for row in [*result["rows"], *result["cases"]]}
+    return rows, cases
 
 
 def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Any:

@@ -6,8 +6,9 @@ token if its gain from context is above KEY_GAIN nats, and its NLL in the long c
 KEY_NLL.
 
 Here the untrained base chooses them, within its trained length, and all models are scored on the same
-tokens, so no trained model chooses its own. The base looks better at the length that chose them than
-it is, because the tokens were chosen for their low NLL there.
+tokens, so no trained model chooses its own. But the base's own NLL on them is biased by the choice:
+too low at the longer context and too high at the shorter one. So the other models are to be compared
+with each other, and no difference to the base is shown.
 
     >>> key_positions({"2048": [3.0, 0.2, 9.0], "8192": [0.5, 0.1, 4.0]}, 2048, 8192)
     [0]
@@ -19,8 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from longreach.evaluation.repeats import repeated, repeated_cell
-from longreach.evaluation.scores import EvalScores, Row
+from longreach.evaluation.scores import EvalScores
 
 if TYPE_CHECKING:
     from longreach.evaluation.base import Background
@@ -33,8 +33,8 @@ KEY_NLL = 2.0
 FEWEST = 10
 """Minimum number of key tokens for a table."""
 
-Window = tuple[str, int, int]
-"""A document, the token position at which the window ends, and the number of scored tokens."""
+Window = tuple[str, int]
+"""A document, and the token position at which the window ends."""
 
 
 def key_positions(nll: Mapping[str, Sequence[float]], short: int, long: int) -> list[int]:
@@ -46,32 +46,25 @@ def key_positions(nll: Mapping[str, Sequence[float]], short: int, long: int) -> 
     return found
 
 
-def _windows(scores: EvalScores) -> dict[Window, Row]:
-    """Return the cases of a model that have single tokens."""
-    found = {}
-    for case in scores.cases:
-        tokens = len(next(iter(case["nll"].values())))
-        found[case["document"], case["end"], tokens] = case
-    return found
+def key_nll(scores: EvalScores, keys: Mapping[Window, Sequence[int]], length: int) -> float | None:
+    """Return the mean NLL of the key tokens at a context length; None if the model did not score all
+    of them.
 
-
-def key_rows(scores: EvalScores, keys: Mapping[Window, Sequence[int]], length: int) -> list[Row] | None:
-    """Return a row for each window with key tokens: their number, and their mean NLL at a context
-    length. None if the model did not score the same tokens."""
-    windows = _windows(scores)
-    rows = []
+    Args:
+        keys: for each window, the positions counted from the last token, which is -1.
+    """
+    nll_of = {(case["document"], case["end"]): case["nll"].get(str(length), ()) for case in scores.cases}
+    found = []
     for window, positions in keys.items():
-        nll = windows.get(window, {}).get("nll", {}).get(str(length))
-        if nll is None:
+        nll = nll_of.get(window, ())
+        if positions and len(nll) < -min(positions):
             return None
-        if positions:
-            mean = math.fsum(nll[position] for position in positions) / len(positions)
-            rows.append({"document": window[0], "tokens": len(positions), "nll": mean})
-    return rows
+        found += [nll[position] for position in positions]
+    return math.fsum(found) / len(found)
 
 
 def key_table(by_arm: Mapping[str, Sequence[EvalScores]], background: Background) -> list[Table]:
-    """Return the table of the key tokens' NLL: a line for each model, a column for each context
+    """Return the table of the key tokens' mean NLL: a line for each model, a column for each context
     length.
 
     There is no table if the base was not measured at two lengths within its trained length, or if it
@@ -87,37 +80,37 @@ def key_table(by_arm: Mapping[str, Sequence[EvalScores]], background: Background
     (base,) = by_arm.get(background.base or "", [None])
     if base is None:
         return []
-    measured = base.distinct("length", kind="pooled", split="test")
     most = background.trained_length
+    measured = base.distinct("length", kind="pooled", split="test")
     lengths = sorted(length for length in measured if most is None or length <= most)
     if len(lengths) < 2:
         return []
     short, long = lengths[0], lengths[-1]
-    keys = {window: key_positions(case["nll"], short, long) for window, case in _windows(base).items()}
-    count, scored = sum(map(len, keys.values())), sum(tokens for _, _, tokens in keys)
-    yardstick = key_rows(base, keys, long)
-    if count < FEWEST or yardstick is None:
+    keys, scored = {}, 0
+    for case in base.cases:
+        tokens = len(case["nll"][str(long)])  # an earlier version stored only the last ones
+        scored += tokens
+        keys[case["document"], case["end"]] = [at - tokens for at in key_positions(case["nll"], short, long)]
+    count = sum(map(len, keys.values()))
+    if count < FEWEST:
         return []
-    columns: dict[int, None] = {}
     cells: dict[str, dict[int, str]] = {}
     for name, seeds in by_arm.items():
         for length in seeds[0].distinct("length", kind="pooled", split="test"):
-            ours = [rows for scores in seeds if (rows := key_rows(scores, keys, length)) is not None]
-            one = repeated(ours, yardstick) if len(ours) == len(seeds) else None
-            if one:
-                columns[length] = None
-                cells.setdefault(name, {})[length] = repeated_cell(one)
-    shown = sorted(columns)
-    lines = [[name, *(of_model.get(length, DASH) for length in shown)] for name, of_model in cells.items()]
+            nll = [key_nll(scores, keys, length) for scores in seeds]
+            if None not in nll:
+                cells.setdefault(name, {})[length] = f"{math.fsum(filter(None, nll)) / len(nll):.3f}"
+    columns = sorted({length for of_model in cells.values() for length in of_model})
+    lines = [[name, *(of_model.get(length, DASH) for length in columns)] for name, of_model in cells.items()]
     caption = (
         f"Key tokens: the {count:,} of {scored:,} that the base predicts more than {KEY_GAIN:g} nats better with "
-        f"{long:,} tokens of context than with {short:,}, and with an NLL below {KEY_NLL:g} (NLL in nats per token)"
+        f"{long:,} tokens of context than with {short:,}, and with an NLL below {KEY_NLL:g} (mean NLL in nats)"
     )
     legend = (
-        f"As in LongPPL, but chosen by the untrained base for all models. This favours the base at {long:,} tokens. In "
-        f"small type: nats per token better than the base at {long:,} tokens, with the 95% interval over documents."
+        "As in LongPPL, but chosen by the untrained base for all models. Compare the other models with each other: "
+        f"the choice makes the base look better at {long:,} tokens, and worse at {short:,}, than it is."
     )
     missing = [name for name in by_arm if name not in cells]
     if missing:
         legend += f" Left out, because their scores do not have these tokens: {', '.join(missing)}."
-    return [Table(caption, ["model", *with_commas(shown)], lines, legend=legend)]
+    return [Table(caption, ["model", *with_commas(columns)], lines, legend=legend)]

@@ -124,7 +124,8 @@ class Perplexity(Evaluation):
     @classmethod
     def scores(cls, choices: Choices, results: list[tuple[Cell, Result]]) -> EvalScores:
         """Return rows of kind `pooled` (by length and protocol, over all documents and by domain),
-        `document` and `position`. NLL is in nats per token."""
+        `document` and `position`, and `position_in_pass` for shorter passes of their own. NLL is in
+        nats per token."""
         rows: list[Row] = []
         tokens, seconds = 0, 0.0
         for cell, result in results:
@@ -134,6 +135,9 @@ class Perplexity(Evaluation):
                 rows += document_rows(place, nll_T[: length - 1], choices.last_tokens)
             if cell["longest"]:
                 rows += position_rows(place, nll_T, choices.last_tokens)
+            else:  # the rotary frequencies depend on the length, so this pass has an NLL of its own at each position
+                for row in position_rows(place, nll_T, choices.last_tokens):
+                    rows.append(row | {"kind": "position_in_pass", "pass": cell["length"]})
             tokens += cell["length"]
             seconds += result["seconds"]
         pooled = pooled_rows(rows)
@@ -321,7 +325,7 @@ def difference_tables(models: dict[str, EvalScores]) -> list[Table]:
     )
     legend = ""
     if any(DASH in cells for _, *cells in lines):
-        legend = f"{DASH}: did not score the same tokens as {reference}."
+        legend = f"{DASH}: up to this length, no bin of tokens was scored by both models."
     return [Table(caption, ["model", *(f"up to {length:,}" for length in lengths)], lines, legend=legend)]
 
 

@@ -173,16 +173,17 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
     found, tokens = _bands(by_arm)
     if not tokens:
         return []
+    yardstick = found.get((base, best)) if base is not None and best is not None else None
     lines = []
     for (name, length), bands in found.items():
         cells = [f"{name}\nat {length:,} tokens"]
-        yardstick = bands if base is None or best is None else found.get((base, best), {})
         for up_to in tokens:
             cell = DASH
-            if up_to in bands and up_to in yardstick:
-                one = repeated(bands[up_to], yardstick[up_to][0])
+            theirs = yardstick or bands
+            if up_to in bands and up_to in theirs:
+                one = repeated(bands[up_to], theirs[up_to][0])
                 if one:
-                    cell = repeated_cell(one)
+                    cell = _cell(one)
             cells.append(cell)
         lines.append(cells)
     heads = ["model", *(f"{_since(up_to)}\n{count:,} tokens" for up_to, count in tokens.items())]
@@ -191,7 +192,7 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
         "A model that reads fewer tokens than this distance cannot copy them, so a benefit of distant context must "
         "show here."
     )
-    if best is not None:
+    if yardstick:
         legend += (
             f" In small type: nats per token better than {base} at {best:,} tokens, with the 95% interval over "
             f"documents."
@@ -203,8 +204,7 @@ def _since(up_to: int) -> str:
     return f"up to {up_to:,}" if up_to == NEAREST else f"{up_to // 2 + 1:,} to {up_to:,}"
 
 
-def repeated_cell(one: Repeated) -> str:
-    """Return the NLL of these tokens; in small type the difference to the baseline, with its interval."""
+def _cell(one: Repeated) -> str:
     text = f"{one.nll:.3f}"
     if one.better.low < one.better.high:
         text += f"\n{one.better.nats:+.3f} ({one.better.low:+.3f} to {one.better.high:+.3f})"

@@ -243,8 +243,8 @@ def paired(ours: list[Row], theirs: list[Row], length: int, beyond: int = 0) -> 
     """Return how the perplexity rows of two models differ on the same tokens: {"nll": ours - theirs,
     "low", "high", "documents"}, in nats per token.
 
-    The difference is computed in bins of last_tokens positions of each document, from its token
-    `beyond` up to `length`. The 95% interval is over documents, weighted by their tokens, because
+    The difference is computed in bins of last_tokens positions of each document that end after its
+    token `beyond` and at or before `length`. The 95% interval is over documents, weighted by their tokens, because
     bins of one document are not independent. With a single document, the interval is over its bins,
     and says nothing about other texts.
 
@@ -273,10 +273,15 @@ def paired(ours: list[Row], theirs: list[Row], length: int, beyond: int = 0) -> 
 
 
 def _nll_by_bin(rows: list[Row], length: int, beyond: int) -> dict[tuple[str, int, int], float]:
-    """Return the NLL of each bin (document, start, end) that starts at or after token `beyond` and
-    before token `length`."""
+    """Return the NLL of each bin (document, start, end) that ends after token `beyond` and at or
+    before token `length`.
+
+    If the model's rotary frequencies depend on the length (`position_in_pass`), the bins are those
+    of the pass of `length` tokens.
+    """
+    of_pass = [row for row in rows if row["kind"] == "position_in_pass" and row["pass"] == length]
     bins = {}
-    for row in rows:
-        if row["kind"] == "position" and beyond <= row["start"] < length:
+    for row in of_pass or rows:
+        if row["kind"].startswith("position") and beyond < row["end"] <= length:
             bins[row["document"], row["start"], row["end"]] = row["nll"]
     return bins

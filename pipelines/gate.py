@@ -395,10 +395,10 @@ def _ratios(
 ) -> Iterator[Finding]:
     """Compare the challenger with another model in each interval from one length to the next. A
     mean over all tokens would hide a difference at the end."""
-    starts = [row["start"] for row in ours if row["kind"] == "position"]
+    ends = [row["end"] for row in ours if row["kind"] == "position"]
     beyond = 0
     for length in sorted(lengths):
-        if any(beyond <= start < length for start in starts):  # else the interval is narrower than a bin
+        if any(beyond < end <= length for end in ends):  # else the interval is narrower than a bin
             yield _ratio(f"{rule}, tokens {beyond:,} to {length:,}", ours, theirs, (beyond, length), most, rules)
             beyond = length
 

@@ -124,6 +124,7 @@ def check_base(recipe: Recipe) -> None:
             raise ValueError(f"release.formats: {recipe.base.source}: {SENTENCEPIECE}")
         return
     sink = any(arm.sink == "token" for arm in recipe.pretrained_arms().values())
+    sink = sink or (recipe.finetune is not None and recipe.finetune.pack.first_token == "sink")
     if problem := problem_of(read_object(config), read_object(tokenizer), types, sink):
         raise ValueError(f"release.formats: {recipe.base.source}: {problem}")
 

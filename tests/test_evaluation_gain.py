@@ -320,6 +320,13 @@ def test_the_same_tokens_are_repeated_at_every_length_and_the_page_says_how_well
     assert repeat_table({"m": [few]}, None, None) == []
 
 
+def test_without_the_bases_repeats_each_model_is_still_shown_and_nothing_is_promised():
+    arm, base = scored_repeats({1024: 2.0}, {1024: 2.0}), EvalScores("gain", "", {}, [], {})
+    (table,) = repeat_table({"arm": [arm], "base": [base]}, "base", 1024)
+    assert table.rows == [["arm\nat 1,024 tokens", "2.000"]]
+    assert "In small type" not in table.legend
+
+
 def test_repeats_of_an_arm_are_the_mean_of_its_seeds():
     theirs = [{"document": "a", "tokens": 3, "nll": 2.0}, {"document": "b", "tokens": 1, "nll": 2.0}]
     first = [{"document": "a", "tokens": 3, "nll": 1.0}, {"document": "b", "tokens": 1, "nll": 2.0}]

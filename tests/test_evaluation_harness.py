@@ -192,6 +192,20 @@ def test_longbench_stands_in_the_papers_columns_by_kind_of_task_in_per_cent():
     assert table.rows[0][1] == "75.0\n0.0 to 100.0\nn 5"
 
 
+def test_a_task_that_is_listed_beside_its_group_counts_once():
+    def result(*tasks):
+        cases = [{"task": task, "score": 1.0, "difficulty": "easy", "length": "short"} for task in tasks]
+        rows = harness_scores(**dict.fromkeys(tasks, 0.5)).rows
+        rows = [row | {"task": row["task"].removeprefix("longbench_")} for row in rows]
+        return {"rows": rows, "cases": cases}
+
+    group = ("longbench2", "longbench2_govt_single", "longbench2_govt_multi")
+    results = [({"task": group[0]}, result(*group)), ({"task": group[1]}, result(group[1]))]
+    scores = Harness.scores(Harness.Choices(tasks=group[:2]), results)
+    assert [row["task"] for row in scores.rows_with(kind="task")] == [*group]
+    assert {row["documents"] for row in scores.rows_with(kind="longbench2")} == {2}
+
+
 def test_a_page_shows_ten_questions_of_all_tasks_with_both_ends_of_their_prompts():
     cases = [{"task": f"t{n // 15}", "prompt": "a" * 400 + "b" * 400, "expected": "x", "got": f"y{n}"}
              for n in range(30)]  # fmt: skip

@@ -9,7 +9,7 @@ from longreach.evaluation import key_tokens
 from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document
 from longreach.evaluation.gain import Gain
-from longreach.evaluation.key_tokens import key_positions, key_rows, key_table
+from longreach.evaluation.key_tokens import key_nll, key_positions, key_table
 from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import DASH
 
@@ -49,15 +49,22 @@ def test_a_key_token_gains_more_than_two_nats_and_then_costs_less_than_two():
 def test_all_models_are_scored_on_the_tokens_that_the_base_chose_within_its_trained_length():
     # the base at 128 tokens, past its trained length, must not choose
     arm = {name: {"64": [0.25, 7, 7, 0.25], "128": [0, 7, 7, 0.5]} for name in ("a", "b", "none of them")}
-    (table,) = key_table({"base": [BASE], "lora": [scores_of(arm), scores_of(arm)]}, BACKGROUND)
+    worse = {name: {"64": [0.75, 7, 7, 0.75], "128": [0, 7, 7, 0.5]} for name in ("a", "b", "none of them")}
+    (table,) = key_table({"base": [BASE], "lora": [scores_of(arm), scores_of(worse)]}, BACKGROUND)
     assert table.caption.startswith("Key tokens: the 3 of 12 that the base predicts more than 2 nats better")
     assert "with 64 tokens of context than with 32" in table.caption
     assert table.columns == ["model", "32", "64", "128"]
-    base, lora = ([cell.split("\n")[0] for cell in row] for row in table.rows)
+    base, lora = table.rows
     assert base == ["base", f"{(4 + 3.5 + 3) / 3:.3f}", f"{(1 + 0.5 + 0.5) / 3:.3f}", "9.000"]
-    assert lora == ["lora", DASH, "0.250", f"{0.5 / 3:.3f}"]
-    # 0.417 = the mean over tokens of 1 - 0.25, 0.5 - 0.25 and 0.5 - 0.25
-    assert f"{(0.75 + 0.25 + 0.25) / 3:+.3f}" in table.rows[1][2]
+    assert lora == ["lora", DASH, "0.500", f"{0.5 / 3:.3f}"]
+
+
+def test_the_tokens_of_an_earlier_version_are_the_last_ones_of_todays():
+    old = scores_of({"a": {"32": [4, 3, 3.5], "64": [1, 1, 0.5]}})
+    new = scores_of({"a": {"32": [9, 9, 1, 9, 2], "64": [9, 9, 3, 9, 4]}})
+    (table,) = key_table({"base": [old], "new": [new]}, BACKGROUND)
+    assert table.rows[1] == ["new", "1.500", "3.500"]
+    assert "Left out" not in table.legend
 
 
 def test_a_model_that_lacks_these_tokens_is_named_and_left_out():
@@ -65,7 +72,8 @@ def test_a_model_that_lacks_these_tokens_is_named_and_left_out():
     (table,) = key_table({"base": [BASE], "old": [other]}, BACKGROUND)
     assert [row[0] for row in table.rows] == ["base"]
     assert table.legend.endswith("Left out, because their scores do not have these tokens: old.")
-    assert key_rows(other, {("a", 200, 4): [0]}, 64) is None
+    assert key_nll(other, {("a", 200): [-3]}, 64) is None
+    assert key_nll(other, {("a", 200): [-2]}, 64) == 1
 
 
 @pytest.mark.parametrize("background", [Background(), Background(base="base", trained_length=32)])

@@ -10,7 +10,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from longreach.evaluation.documents import Document, first_token_id, held_out
-from longreach.evaluation.perplexity import Perplexity
+from longreach.evaluation.perplexity import Perplexity, position_rows
 from longreach.evaluation.scores import mean_interval, paired
 
 
@@ -225,6 +225,30 @@ def test_a_text_s_last_bin_of_one_token_does_not_count_as_much_as_a_whole_one():
     assert paired(rows(6.0), rows(1.0), 1000)["nll"] == 0
     assert paired(rows(6.0), rows(1.0), 1024 + 1)["nll"] > 0, "the bin in which a length ends counts"
     assert found["documents"] == 1, "so that its interval is over bins, and within this text"
+
+
+def test_a_bin_counts_in_the_stretch_in_which_it_ends():
+    """Up to 300 tokens of bins of 256, the second bin would bring 212 tokens from beyond."""
+
+    def rows(late):
+        return position_rows({"document": "a", "domain": "d"}, np.r_[np.ones(299), np.full(700, late)], 256)
+
+    assert paired(rows(5.0), rows(1.0), 300)["nll"] == 0
+    assert paired(rows(5.0), rows(1.0), 1000, beyond=300)["nll"] == pytest.approx(4 * 700 / (1000 - 256))
+    with pytest.raises(ValueError, match="same tokens from 0 to 200"):
+        paired(rows(5.0), rows(1.0), 200)
+
+
+def test_a_model_whose_frequencies_change_with_the_length_is_compared_by_the_pass_of_that_length():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    model = tiny_llama(rope_parameters=rope, max_position_embeddings=32)
+    texts = [document(f"t{seed}", 256, seed=seed) for seed in range(3)]
+    dynamic = run(texts, model, lengths=(64, 256), last_tokens=16)
+    short = run(texts, model, lengths=(64,), last_tokens=16)
+    assert paired(dynamic.rows, short.rows, 64)["nll"] == pytest.approx(0, abs=1e-6)
+    long_pass = [row for row in dynamic.rows if row["kind"] == "position"]
+    assert abs(paired(long_pass, short.rows, 64)["nll"]) > 1e-4, "the frequencies do not change, so nothing is tested"
+    assert {row["end"] for row in long_pass} == {*range(16, 257, 16)}, "curves are of the longest pass"
 
 
 def test_bins_of_one_document_are_no_independent_documents():

@@ -142,3 +142,11 @@ def test_logits_that_are_not_finite_are_named_by_their_place():
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="piece 0 of the stream"):
         evaluate(StreamQuestions, model, byte_tokenizer(), **CHOICES)
+
+
+def test_a_cache_that_keeps_everything_has_no_size_to_be_too_large():
+    choices = StreamQuestions.Choices(ways=("dense",), questions=1, every_lines=1, distances=(1,))
+    model = tiny_llama(max_position_embeddings=512)
+    assert StreamQuestions(model, byte_tokenizer(), choices).cells() == [{"way": "dense", "cache_tokens": 0}]
+    with pytest.raises(ValueError, match="cache_tokens 1024"):
+        StreamQuestions(model, byte_tokenizer(), choices.model_copy(update={"ways": ("dense", "sinks")})).cells()

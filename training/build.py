@@ -86,7 +86,7 @@ def _to_pretrain(
     else:
         model, base_tokenizer = load_model(job.base)
         check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
-        fit_embeddings(model, tokenizer)
+        fit_embeddings(model, tokenizer, base_tokenizer.get_vocab())
     if job.sink in ("zero", "logit"):
         model = with_softmax_sinks(model)
     return model, tokenizer if job.sink == "token" else base_tokenizer
@@ -101,10 +101,14 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
             f"use a base without it"
         )
     check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
-    if fit_embeddings(model, tokenizer) and job.arm.tune != "all":
+    known = base_tokenizer.get_vocab()
+    added = fit_embeddings(model, tokenizer, known)
+    new = tokenizer.get_vocab().keys() - known.keys()
+    if job.arm.tune != "all" and (added or ("embed" not in job.arm.tune and new)):
+        reason = "a resized embedding" if added else "an embedding that it does not train"
         raise ValueError(
             f"the rows begin with a token that the base lacks ({packed.first_token!r}): an adapter cannot store "
-            f"a resized embedding, so use tune 'all', or set pack.first_token to 'none' or 'bos'"
+            f"{reason}, so use tune 'all', or set pack.first_token to 'none' or 'bos'"
         )
     return model
 

@@ -85,8 +85,8 @@ def form_of(columns: Collection[str], source: SourceRecipe, where: str) -> str:
         fits.insert(0, TEXT)
     if len(fits) > 1:
         raise ValueError(
-            f"{where}: the columns {', '.join(columns)} fit the formats {' and '.join(fits)}: set the source's "
-            f"`format` to the one you mean"
+            f"{where}: the columns {', '.join(map(str, columns))} fit the formats {' and '.join(fits)}: set the "
+            f"source's `format` to the one you mean"
         )
     return fits[0]
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
+from pydantic import ValidationError
 
 from longreach.infra.files import add_file, read_object
 from longreach.infra.registry import version_of
@@ -30,6 +31,8 @@ from longreach.training.documents import package_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from longreach.training.recipe import RopeRecipe
 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -99,6 +102,8 @@ def source_digest(source: str, revision: str | None = None) -> str:
     digest = xxhash.xxh3_128()
     if is_adapter(Path(name)):
         digest.update(source_digest(base_of(Path(name))).encode())
+        if rope := _recorded_rope(Path(name)):
+            digest.update(rope.model_dump_json().encode())
     for path in kept_files(Path(name)):
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
         add_file(digest, path)
@@ -344,21 +349,40 @@ def base_of(adapter: Path) -> str:
 def _merged(adapter: Path, out: Path) -> dict[str, Any]:
     """Merge an adapter into its base, with the stretch of its training if longreach trained it."""
     from longreach.training.export import merge_adapter
-    from longreach.training.recipe import RopeRecipe
     from longreach.training.weights import check_finite, check_weights
 
     files = kept_files(adapter)
     check_finite(adapter / "adapter_model.safetensors")
-    rope = None
-    record = adapter / RECORD
-    if record.is_file():  # only its stretch is read, so that a summary of an earlier version is valid, too
-        rope = RopeRecipe.model_validate(json.loads(record.read_text(encoding="utf-8"))["rope"])
+    rope = _recorded_rope(adapter)
     revision = read_object(adapter / "adapter_config.json").get("revision")
     base = _no_adapter(_fetched(*parse_source(base_of(adapter)), revision), adapter)
     kept_files(base)
     check_weights(base)
     about = merge_adapter(base, adapter, out, rope=rope)
     return about | {"base": str(base)} | _digests_and_licence(files, base)
+
+
+def _recorded_rope(adapter: Path) -> RopeRecipe | None:
+    """Return the stretch of the training that made an adapter; None if longreach did not train it.
+
+    Only the stretch is read, so that a summary of an earlier version is valid, too. Other programs
+    write files of this name as well; they are ignored.
+    """
+    from longreach.training.recipe import RopeRecipe
+
+    record = adapter / RECORD
+    if not record.is_file():
+        return None
+    try:
+        summary = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, or not text
+        return None
+    if not isinstance(summary, dict) or not isinstance(summary.get("rope"), dict):
+        return None
+    try:
+        return RopeRecipe.model_validate(summary["rope"])
+    except ValidationError as error:
+        raise ValueError(f"{record}: its `rope` is not a stretch of a longreach training: {error}") from error
 
 
 def _with_config(kind: str, name: str) -> Path:

@@ -182,6 +182,7 @@ def merge_adapter(base_folder: Path, adapter_folder: Path, out: Path, *, rope: R
         ValueError: the adapter lacks tensors or is of a kind that cannot be merged.
     """
     dtype = str(AutoConfig.from_pretrained(base_folder).dtype or torch.float32).removeprefix("torch.")
+    _check_dtype(base_folder, dtype)
     base, tokenizer = load_model(base_folder, rope=rope)
     tokenizer = _with_tokens_of(adapter_folder, base, tokenizer)
     _untie_where_one_is_adapted(adapter_folder, base)
@@ -256,13 +257,20 @@ def _with_tokens_of(adapter: Path, base: Any, tokenizer: PreTrainedTokenizerBase
 
 
 def _untie_where_one_is_adapted(adapter: Path, base: Any) -> None:
-    """Untie the head if LoRA adapts the embedding it shares, since a merge would change both."""
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
-        adapted = any("lora_embedding_" in key for key in saved.keys())  # noqa: SIM118 (not a dictionary)
+    """Untie head and embedding if LoRA adapts only one of them, since a merge would change both."""
     head = base.get_output_embeddings()
+    (name,) = (name for name, module in base.named_modules() if module is head)
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
+        keys = [*saved.keys()]
+    adapted = any("lora_embedding_" in key or f".{name}.lora_" in key for key in keys)
     if adapted and head.weight is base.get_input_embeddings().weight:
         base.config.tie_word_embeddings = False
         head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def _check_dtype(folder: Path, dtype: str) -> None:
+    if dtype not in MERGE_TOLERANCE:
+        raise ValueError(f"{folder}: its weights are {dtype}, but only {', '.join(MERGE_TOLERANCE)} can be saved")
 
 
 def save_in_type(folder: Path, out: Path, dtype: str) -> None:
@@ -273,6 +281,7 @@ def save_in_type(folder: Path, out: Path, dtype: str) -> None:
     Raises:
         RuntimeError: the logits differ by more than the dtype's tolerance.
     """
+    _check_dtype(folder, dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     probe = _random_tokens(model)
     with torch.no_grad():

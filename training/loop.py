@@ -355,7 +355,14 @@ class Training:
     def _go_back(self) -> None:
         """Restart from the last checkpoint. Steps known to be bad are then skipped."""
         notes = self.progress.notes
-        self.progress = self._load_newest()
+        newest = self._load_newest()
+        if not newest.saved:  # weights and optimizer are those of the bad steps
+            lost = "; ".join(newest.notes) or "they were removed"
+            raise FloatingPointError(
+                f"no valid checkpoint to go back to after skipped steps ({lost}): run the same command again, which "
+                f"trains from the start"
+            )
+        self.progress = newest
         self.progress.notes = notes + self.progress.notes
         self.skips.go_back()
 

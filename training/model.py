@@ -7,6 +7,7 @@ frequencies once, at construction, so a config that is changed afterwards would 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +156,27 @@ def with_softmax_sinks(model: PreTrainedModel) -> GraniteSWAForCausalLM:
     return sunk
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def fit_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: Mapping[str, int] | None = None
+) -> int:
     """Give every token of the tokenizer an embedding row, and return how many rows were added.
 
-    A new row (the sink token's) starts as the mean of the old ones, which is the same in every run.
+    The row of a new token (the sink token's) starts as the mean of the old ones, which is the same in
+    every run.
+
+    known: vocabulary of the model's own tokenizer. Models may have more rows than it has tokens, and
+        a new token then takes one of these unused rows. Without it, only added rows are new.
     """
     rows = model.config.get_text_config(decoder=True).vocab_size
     added = max(0, len(tokenizer) - rows)
     if added:
         model.resize_token_embeddings(rows + added, mean_resizing=False)
+    known_rows, unused = list(range(rows)), []
+    if known is not None:
+        known_rows = sorted(row for row in known.values() if row < rows)
+        unused = sorted(row for row in {*tokenizer.get_vocab().values()} - {*known.values()} if row < rows)
+    if new := [*unused, *range(rows, rows + added)]:
         with torch.no_grad():
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
-                layer.weight[rows:] = layer.weight[:rows].mean(0)
+                layer.weight[new] = layer.weight[known_rows].mean(0)
     return added

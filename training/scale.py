@@ -177,11 +177,12 @@ def sweep(
 
 
 def _ranks_per_row(shape: Shape, row: int, rows: int, gpus: int) -> list[int]:
-    """Return numbers of GPUs that can share a row: heads, tokens and rows divide evenly."""
+    """Return numbers of GPUs that can share a row: query and key/value heads, tokens and rows divide
+    evenly."""
     shares = []
     for ranks in range(1, gpus + 1):
         even_work = gpus % ranks == 0 and rows * ranks % gpus == 0
-        if even_work and shape.heads % ranks == 0 and row % ranks == 0:
+        if even_work and shape.heads % ranks == shape.kv_heads % ranks == row % ranks == 0:
             shares.append(ranks)
     return shares
 

@@ -77,10 +77,12 @@ def problem_of(
     if config.get("hidden_act", "silu") != "silu":
         return f"hidden_act is {config['hidden_act']!r}, but llama.cpp's Llama has 'silu': release safetensors alone"
     if "q8_0" in kinds:
-        for name in ("hidden_size", "intermediate_size"):
-            if config[name] % BLOCK:
-                return f"{name} {config[name]} is not a multiple of {BLOCK}, which q8_0 requires: use f16"
-    kind = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+        widths = {name: config[name] for name in ("hidden_size", "intermediate_size")}
+        widths["num_attention_heads * head_dim"] = config["num_attention_heads"] * _head_dim(config)
+        for name, width in widths.items():
+            if width % BLOCK:
+                return f"{name} {width} is not a multiple of {BLOCK}, which q8_0 requires: use f16"
+    kind = _rope(config)["rope_type"]
     if kind not in ("default", "linear", "yarn", "llama3"):
         return f"GGUF cannot represent RoPE {kind!r}, only linear, yarn, llama3 and another theta"
     return _tokenizer_problem(tokenizer, sink)
@@ -193,8 +195,9 @@ def _add_shape(writer: Any, config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return RoPE parameters by their current names; before transformers 5, theta was separate."""
-    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10_000.0)}
-    return rope | (config.get("rope_parameters") or config.get("rope_scaling") or {})
+    written = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = written.get("rope_type") or written.get("type") or "default"
+    return {"rope_theta": config.get("rope_theta", 10_000.0)} | written | {"rope_type": kind}
 
 
 def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
@@ -211,11 +214,20 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(factor)
         original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
-        if rope.get("attention_factor"):  # llama.cpp multiplies this by the paper's factor
-            writer.add_rope_scaling_attn_factors(rope["attention_factor"] / (0.1 * math.log(factor) + 1))
+        if attention := _attention_factor(rope):  # llama.cpp multiplies this by the paper's factor
+            writer.add_rope_scaling_attn_factors(attention / (0.1 * math.log(factor) + 1))
         for name in ("beta_fast", "beta_slow"):
             if rope.get(name):
                 getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[name])
+
+
+def _attention_factor(rope: Mapping[str, Any]) -> float | None:
+    """Return YaRN's factor of attention if the config states it, as such or by DeepSeek's two
+    `mscale`; None for the paper's."""
+    if rope.get("attention_factor") or not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        return rope.get("attention_factor")
+    scale, of_all = (0.1 * rope[name] * math.log(rope["factor"]) + 1 for name in ("mscale", "mscale_all_dim"))
+    return float(scale / of_all)
 
 
 def _llama3_divisors(config: Mapping[str, Any]) -> np.ndarray:
