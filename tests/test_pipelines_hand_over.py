@@ -78,6 +78,20 @@ def test_a_base_that_gguf_cannot_hold_is_refused_by_the_plan(tmp_path, bases):
     build(load(written(tmp_path, bases, release)).recipe)
     with pytest.raises(ValueError, match=r"release\.formats: .*WordLevel"):
         build(load(written(tmp_path, bases, release, base="words")).recipe)
+    bos = tmp_path / "bos"  # the tokenizer puts its own token first, and the rows begin with a sink token
+    bos.mkdir()
+    for file in (bases / "bpe").iterdir():
+        (bos / file.name).write_bytes(file.read_bytes())
+    spec = json.loads((bos / "tokenizer.json").read_text())
+    first = [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": first}
+    (bos / "tokenizer.json").write_text(json.dumps(spec))
+    recipe = load(written(tmp_path, bases, release, base=bos)).recipe
+    build(recipe)
+    pack = recipe.finetune.pack.model_copy(update={"first_token": "sink"})
+    sunk = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"pack": pack})})
+    with pytest.raises(ValueError, match="2 tokens before each text"):
+        build(sunk)
     pieces = tmp_path / "pieces"  # as Llama 2's first folders were: SentencePiece's own file and no tokenizer.json
     pieces.mkdir()
     for file in (bases / "bpe").iterdir():

@@ -123,6 +123,9 @@ def test_a_form_that_fits_twice_is_refused_until_it_is_named(tmp_path):
     write(tmp_path / "x.jsonl", FORMS["alpaca"] | {"text": "whole"})
     with pytest.raises(ValueError, match=r"x\.jsonl: the columns .* fit the formats text and alpaca: set the source's"):
         entries(tmp_path, files="x.jsonl")
+    (tmp_path / "x.csv").write_text("text,messages\na,b,one value too many\n")  # it is read under the name None
+    with pytest.raises(ValueError, match="None fit the formats text and messages"):
+        entries(tmp_path, files="x.csv")
     assert entries(tmp_path, files="x.jsonl", format="text")[0].text == "whole"
     assert isinstance(entries(tmp_path, files="x.jsonl", format="alpaca")[0].text, Conversation)
     with pytest.raises(ValueError, match="messages and prompt_completion"):

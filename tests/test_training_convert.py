@@ -348,6 +348,39 @@ def test_an_adapter_of_ours_on_the_hub_brings_its_stretch(tmp_path, monkeypatch)
     assert config_of(str(tmp_path / "out")).rope_parameters["factor"] == 2.0
 
 
+def test_a_changed_stretch_of_an_adapter_is_another_source_and_a_file_of_other_programs_is_none(tmp_path):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    save_adapter_on(base, KINDS_OF_ADAPTER["rslora"], adapter)
+    without, record = source_digest(str(adapter)), adapter / "training.json"
+    digests = set()
+    for factor in (2.0, 4.0):
+        record.write_text(json.dumps({"rope": {"type": "linear", "factor": factor}}))
+        digests.add(source_digest(str(adapter)))
+    assert len(digests | {without}) == 3
+    for foreign in ('{"loss": 1.0}', "[1]", "no json", '{"rope": 3}'):
+        record.write_text(foreign)
+        assert source_digest(str(adapter)) == without
+    convert(str(adapter), tmp_path / "out")
+    record.write_text('{"rope": {"type": "spiral"}}')
+    with pytest.raises(ValueError, match=r"training\.json: its `rope` is not a stretch"):
+        source_digest(str(adapter))
+
+
+def test_an_adapter_on_a_head_that_shares_its_embedding_changes_the_head_alone(tmp_path):
+    base, adapter = tiny_folder(tmp_path / "base", tied=True), tmp_path / "adapter"
+    expected = save_adapter_on(base, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), adapter)
+    convert(str(adapter), tmp_path / "out")
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_in_a_type_that_cannot_be_saved_is_refused_by_name(tmp_path):
+    base, adapter = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    save_adapter_on(base, KINDS_OF_ADAPTER["rslora"], adapter)
+    change_config(base, dtype="float64")
+    with pytest.raises(ValueError, match="weights are float64, but only float32, bfloat16, float16"):
+        convert(str(adapter), tmp_path / "out")
+
+
 @pytest.mark.parametrize("beside_its_base", [False, True])
 def test_a_registered_adapter_is_merged_into_its_base(tmp_path, monkeypatch, beside_its_base):
     import mlflow

@@ -136,6 +136,21 @@ def test_new_tokens_get_the_mean_embedding_and_old_logits_do_not_move(tmp_path, 
     assert fit_embeddings(model, tiny_tokenizer(VOCAB + 1)) == 0
 
 
+def test_a_new_token_on_an_unused_row_of_the_base_gets_the_mean_of_the_rows_in_use(tmp_path):
+    """Qwen and Pythia have more rows than tokens."""
+    model, _ = load_model(tiny_folder(tmp_path))
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[VOCAB - 4 :] = 0
+    mean = weight[: VOCAB - 4].mean(0)
+    known, tokenizer = tiny_tokenizer(VOCAB - 4).get_vocab(), tiny_tokenizer(VOCAB - 3)
+    assert fit_embeddings(model, tokenizer, known) == 0
+    torch.testing.assert_close(weight[VOCAB - 4], mean)
+    assert not weight[VOCAB - 3 :].any()
+    assert fit_embeddings(model, tiny_tokenizer(VOCAB + 1), known) == 1
+    torch.testing.assert_close(model.get_input_embeddings().weight[[VOCAB - 1, VOCAB]], mean.expand(2, -1))
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"), [(OSError(28, "No space left on device"), OSError), (KeyError("lm_head"), ValueError)]
 )

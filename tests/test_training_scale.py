@@ -15,6 +15,7 @@ from longreach.training.scale import (
     GPUS,
     MODELS,
     RESERVED_GIB,
+    _ranks_per_row,
     arms,
     compared,
     gpu_of,
@@ -85,8 +86,10 @@ def test_short_rows_stop_scaling_and_the_verdict_says_where():
 
 
 def test_gathering_70b_by_a_thousand_gpus_takes_longer_than_by_half_as_many():
-    step_s = {p.gpus: p.best.step_s for p in points("llama-2-70b") if p.arm == "longlora"}
-    assert step_s[64] > step_s[512] < step_s[1024]
+    found = {p.gpus: p for p in points("llama-2-70b", rows=128) if p.arm == "longlora"}
+    exchange_s = {gpus: point.best.cost.seconds["exchange"] for gpus, point in found.items()}
+    assert exchange_s[64] < exchange_s[512] < exchange_s[1024]
+    assert found[1024].best.step_s > 0.75 * found[512].best.step_s, "twice the GPUs save less than a quarter"
 
 
 def test_it_says_where_the_batch_cannot_be_shared_out():
@@ -130,6 +133,12 @@ def test_a_config_is_as_good_as_a_name(tmp_path):
         shape_of(str(tmp_path))
     with pytest.raises(ValueError, match="use one of llama-2-7b"):
         shape_of("llama-3")
+
+
+def test_no_more_ranks_share_a_row_than_there_are_key_value_heads():
+    """As attention/ulysses.py requires; Llama-2-70B has 64 query heads and 8 key/value heads."""
+    assert _ranks_per_row(MODELS["llama-2-70b"], row=131_072, rows=128, gpus=512) == [4, 8]
+    assert _ranks_per_row(MODELS["llama-2-7b"], row=131_072, rows=128, gpus=512) == [4, 8, 16, 32]
 
 
 def test_a_gpu_may_differ_from_the_known_ones():

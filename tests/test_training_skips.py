@@ -87,6 +87,21 @@ def test_after_too_many_in_a_row_training_goes_back_once_and_leaves_the_bad_step
     assert points == list(range(1, 11)), "one point a step, though some were trained twice"
 
 
+def test_without_a_valid_checkpoint_training_does_not_start_again_on_what_it_has_trained(tmp_path, monkeypatch):
+    todo = job(tmp_path, optim=OPTIM | {"steps": 10}, resources={"checkpoint_every_steps": 2})
+    distrusting(monkeypatch, 5, 6, 7)
+    real = Training._go_back
+
+    def damaged(training):
+        for file in training.checkpoints.folder.glob("step-*/*.pt"):
+            file.write_bytes(b"damaged")
+        real(training)
+
+    monkeypatch.setattr(Training, "_go_back", damaged)
+    with pytest.raises(FloatingPointError, match=r"no valid checkpoint to go back to .*damaged.*run the same command"):
+        train(todo)
+
+
 def test_a_checkpoint_that_falls_on_a_skipped_step_is_written_after_the_next_trained_one(tmp_path, monkeypatch):
     saved, real = [], Training.save
     monkeypatch.setattr(Training, "save", lambda self: saved.append(self.progress.step) or real(self))

@@ -1,11 +1,12 @@
 """A GGUF file holds the model: transformers' own reader, which knows nothing of our writer, gets the same logits."""
 
 import json
+import math
 
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longreach.attention.rope import stretched_config
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
@@ -74,6 +75,21 @@ def test_a_stretch_and_its_length_stand_in_the_file(tokenizer, tmp_path):
     assert fields(tmp_path / "theta.gguf")["llama.rope.freq_base"] == 80_000.0
 
 
+def test_both_ways_to_state_yarns_factor_of_attention_are_what_transformers_computes(tokenizer, tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for name, stated in {"factor": {"attention_factor": 1.5}, "scales": {"mscale": 1.0, "mscale_all_dim": 0.5}}.items():
+        tiny(tmp_path / name, tokenizer, rope=("yarn", 4.0, None))
+        file = tmp_path / name / "config.json"
+        config = json.loads(file.read_text())
+        config["rope_parameters"] |= stated
+        file.write_text(json.dumps(config))
+        _, scaling = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.from_pretrained(tmp_path / name), "cpu")
+        write_gguf(tmp_path / name, tmp_path / f"{name}.gguf", "f16", facts=FACTS)
+        by_llama_cpp = fields(tmp_path / f"{name}.gguf")["llama.rope.scaling.attn_factor"] * (0.1 * math.log(4) + 1)
+        assert by_llama_cpp == pytest.approx(scaling)
+
+
 def test_llama3s_divisors_are_the_frequencies_that_transformers_computes(tokenizer, tmp_path):
     model = tiny(tmp_path / "m", tokenizer, rope=("llama3", 4.0, None))
     write_gguf(tmp_path / "m", tmp_path / "m.gguf", "f16", facts=FACTS)
@@ -108,6 +124,8 @@ def test_what_llama_cpp_would_read_wrongly_is_refused_by_name(tokenizer, tmp_pat
     assert "96" not in said()
     assert "100 is not a multiple of 32" in said(intermediate_size=100)
     assert "'dynamic'" in said(rope_parameters={"rope_type": "dynamic"})
+    assert "'dynamic'" in said(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert "head_dim 48 is not a multiple of 32" in said(num_attention_heads=4, head_dim=12)
     assert "attention_bias" in said(attention_bias=True)
     assert "WordLevel" in said(spec=spec | {"model": {"type": "WordLevel"}})
     for model in ({"type": "Unigram"}, {"type": "BPE", "byte_fallback": True}):
