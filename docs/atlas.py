@@ -338,6 +338,8 @@ def _numbers(scores: EvalScores) -> dict[str, Any]:
     numbers: dict[str, Any] = {**scores.summary}
     for row in scores.rows_with(kind="table"):
         numbers[row["name"]] = row
+    for row in scores.rows_with(kind="cell", distractors="hard"):  # by the place of the answer
+        numbers[f"nll at {row['depth']:.0%}"] = row["nll"]
     ms: dict[int, dict[str, float]] = {}
     for row in scores.rows_with(kind="latency"):
         numbers[f"mib {row['way']}"] = row["cache_mib"]
