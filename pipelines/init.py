@@ -39,6 +39,9 @@ SYSTEM_GIB = 2.0  # memory reserved for Ray, the driver and the system, in addit
 ROWS = (8192, 4096, 2048, 1024, 512)  # row lengths in tokens, tried in this order
 GOOD_STEPS = 8  # as in the quickstart: below this number of steps, a shorter row is tried
 PASSES = 3  # maximum number of passes over the documents; more would memorise them
+ANNEALED = 0.25
+"""Fraction of the steps, at the end, that use full attention instead of S²-Attn. It was 0.023 nats
+better at 12,288 tokens (smollm2-code in RESULTS.md)."""
 S2_TOKENS = 2048  # minimum row length at which S²-Attn saves time; its groups are a quarter of a row
 
 
@@ -63,8 +66,22 @@ class Fit:
     peak_gib: float
     arm: ArmRecipe
     resources: Resources
-    eval_lengths: tuple[int, ...]  # for perplexity; empty for chats, and if held-out documents are too short
+    evaluations: Evaluations
     seconds: float  # forecast for the whole run
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What is measured on the test documents, besides pass keys."""
+
+    seconds: float  # forecast for all evaluations
+    gain_documents: tuple[str, ...] = ()
+    """Names of the test documents for `gain`; empty if they are too short, or the time is."""
+    gain_lengths: tuple[int, int] = (0, 0)
+    """The shortest and the longest context for `gain`; the latter is beyond the base's trained length."""
+    perplexity_lengths: tuple[int, ...] = ()
+    """Lengths for `perplexity`, which is measured where `gain` is not; empty for chats, and if the
+    test documents are too short."""
 
 
 def written(name: str, base_source: str, places: list[str], *, minutes: float) -> list[str]:
@@ -186,12 +203,19 @@ def _fit(
         attention: dict[str, Any] = {"pattern": "causal"}
         if seq_len >= S2_TOKENS and base.theta:
             attention = {"pattern": "shifted_sparse", "group_tokens": seq_len // 4, "sink_tokens": 4}
+            attention |= {"anneal_to": "causal", "anneal_fraction": ANNEALED}
         arm = ArmRecipe(tune="lora+embed+norm", attention=AttentionRecipe.of(**attention))
         for checkpointing in (False, True):
             where = resources.model_copy(update={"activation_checkpointing": checkpointing})
             batch = where.workers * seq_len
             cost = predict(base.shape, arm, rows=where.workers, seq_len=seq_len, resources=where, machine=speed.machine)
             step_s = speed.step_s(cost)
+            if arm.attention.anneal_to:
+                full = predict(
+                    base.shape, ArmRecipe(tune=arm.tune), rows=where.workers, seq_len=seq_len, resources=where,
+                    machine=speed.machine,
+                )  # fmt: skip
+                step_s = (1 - ANNEALED) * step_s + ANNEALED * speed.step_s(full)
             steps = min(int(training_s / step_s), max(1, PASSES * documents.training_tokens // batch))
             if cost.peak_gib > memory_gib:
                 refused = f"training on rows of {seq_len} tokens needs about {cost.peak_gib:.1f} GiB, but there are "
@@ -201,9 +225,9 @@ def _fit(
                 refused = f"--minutes {minutes:g} leaves {training_s:.0f} s for training, but one step of {batch:,} "
                 refused += f"tokens takes about {step_s:.0f} s: use at least --minutes {needed:.0f}"
             else:
-                lengths, eval_s = _evaluations(base, documents, resources, speed, minutes)
-                seconds = START_S + steps * step_s + eval_s
-                fits.append(Fit(seq_len, steps, batch, step_s, cost.peak_gib, arm, where, lengths, seconds))
+                evaluations = _evaluations(base, documents, resources, speed, minutes)
+                seconds = START_S + steps * step_s + evaluations.seconds
+                fits.append(Fit(seq_len, steps, batch, step_s, cost.peak_gib, arm, where, evaluations, seconds))
                 break
         if fits and fits[-1].steps >= GOOD_STEPS:
             return fits[-1]
@@ -212,25 +236,31 @@ def _fit(
     return max(fits, key=lambda fit: fit.steps)
 
 
-def _evaluations(
-    base: Base, documents: Documents, resources: Resources, speed: Speed, minutes: float
-) -> tuple[tuple[int, ...], float]:
-    """Return at most four perplexity lengths that fit the time, and the seconds of all
-    evaluations."""
+def _evaluations(base: Base, documents: Documents, resources: Resources, speed: Speed, minutes: float) -> Evaluations:
+    """Return evaluations that fit the time: `gain` beyond the base's trained length if it can be
+    measured, otherwise perplexity."""
     rate = resources.workers * speed.machine.matmul * EFFICIENCY / max(1.0, speed.slower)
+    budget_s = (minutes * 60 - START_S) * (1 - TRAINING_SHARE)
+
+    def pass_s(length: int) -> float:
+        """Return the seconds to read a text of `length` tokens once."""
+        return length * (2 * base.shape.parameters + 2 * length * base.shape.q_width * base.shape.layers) / rate
+
     stretched = base.theta and not documents.chats
     models = 3 if stretched else 2  # the arm, the base, and the stretched base if there is one
-    budget_s = (minutes * 60 - START_S) * (1 - TRAINING_SHARE)
-    shape, lengths, seconds = base.shape, [], 0.0
+    keys_s = models * 2 * (pass_s(512) + pass_s(1024))  # two pass keys of each length
+    if stretched:
+        short, long = base.trained // 4, base.trained * 3 // 2
+        each_s = (models - 1) * (pass_s(short) + pass_s(long)) + pass_s(short) + pass_s(base.trained)
+        names = documents.test_documents(long)[: max(0, int((budget_s - keys_s) / each_s))]
+        if names:
+            return Evaluations(keys_s + len(names) * each_s, tuple(names), (short, long))
+    lengths, seconds = [], keys_s
     most = min(documents.test_tokens, base.trained * (models - 1))  # stretching doubles positions
-    keys = 2 * (512 + 1024)  # tokens of the passkey prompts: two of each length
-    for length in (0, *reversed(ROWS), 12288):  # 0: passkey without perplexity
-        tokens = models * (keys + len(documents.test) * length)
-        flops = tokens * (2 * shape.parameters + 2 * length * shape.q_width * shape.layers)
-        cost_s = flops / rate
-        if length and (cost_s > budget_s or length > most):
+    for length in (*reversed(ROWS), 12288):
+        cost_s = keys_s + models * len(documents.test) * pass_s(length)
+        if cost_s > budget_s or length > most:
             break
         seconds = cost_s
-        if length:
-            lengths.append(length)
-    return tuple(lengths[-4:]), seconds
+        lengths.append(length)
+    return Evaluations(seconds, perplexity_lengths=tuple(lengths[-4:]))

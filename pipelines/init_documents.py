@@ -70,6 +70,11 @@ class Documents:
             return 0
         return max(map(self._tokens, self.test))
 
+    def test_documents(self, tokens: int) -> list[str]:
+        """Return the names of the test documents with at least so many tokens, the longest first."""
+        names = [] if self.chats else [name for name in self.test if self._tokens(name) >= tokens]
+        return sorted(names, key=self._tokens, reverse=True)
+
     def limit(self, trained: int) -> str:
         """Return a phrase that says what limits the row length: the documents, or the base."""
         if trained < self.most_row_tokens:

@@ -62,7 +62,8 @@ def _models(base: Base, documents: Documents, fit: Fit) -> list[str]:
     attention = "{pattern: causal}"
     if fit.arm.attention.pattern != "causal":
         groups = fit.seq_len // 4
-        attention = f"{{pattern: shifted_sparse, group_tokens: {groups}, sink_tokens: 4}}"
+        annealing = f"anneal_to: causal, anneal_fraction: {fit.arm.attention.anneal_fraction:g}"
+        attention = f"{{pattern: shifted_sparse, group_tokens: {groups}, sink_tokens: 4, {annealing}}}"
     lines += [
         "",
         "finetune:",
@@ -90,8 +91,19 @@ def _models(base: Base, documents: Documents, fit: Fit) -> list[str]:
 def _evaluations(base: Base, fit: Fit) -> list[str]:
     lengths = [length for length in (512, 1024) if length <= base.trained]
     lines = ["evaluate:"]
-    if fit.eval_lengths:
-        lines += ["  perplexity:  # of the test documents", f"    lengths: {list(fit.eval_lengths)}"]
+    planned = fit.evaluations
+    if planned.gain_documents:
+        short, long = planned.gain_lengths
+        lines += [
+            "  gain:  # the same tokens of test documents, predicted with more and more text before them",
+            f"    lengths: [{short}, {long}]",
+            f"    base_lengths: [{short}, {base.trained}]  # the other models have to beat the best of them",
+            f"    score_tokens: {min(1024, short // 2)}",
+            f"    documents: {_list([*planned.gain_documents])}",
+            "    choose_on: []  # a choice on validation documents would take more time",
+        ]
+    if planned.perplexity_lengths:
+        lines += ["  perplexity:  # of the test documents", f"    lengths: {list(planned.perplexity_lengths)}"]
     lines += [
         "  passkey:  # find a number hidden in filler sentences",
         f"    lengths: {lengths}",

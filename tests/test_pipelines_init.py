@@ -193,6 +193,30 @@ def test_more_minutes_are_more_steps_and_they_fit(bases: Path) -> None:
     assert steps[1] > 2 * steps[0]
 
 
+def test_a_stretch_is_measured_beyond_the_trained_length_where_documents_and_time_allow(bases: Path) -> None:
+    base = init._base(str(bases / "plain"))
+    beyond = base.trained * 3 // 2
+    write_texts(Path("long"), chars=8 * beyond)
+    init.written("mine", str(bases / "plain"), ["long"], minutes=20)
+    recipe = load("mine.yaml").recipe
+    gain = recipe.evaluate.gain
+    assert gain.lengths == (base.trained // 4, beyond)
+    assert gain.base_lengths == (base.trained // 4, base.trained)
+    assert gain.documents == recipe.corpus.test
+    assert not recipe.evaluate.perplexity
+    attention = recipe.finetune.arms["longlora"].attention
+    assert (attention.pattern, attention.anneal_to) in (("causal", None), ("shifted_sparse", "causal"))
+
+    documents = init.look(["long"])
+    slow = init._fit(base, documents, Resources(), 16.0, ranks(5e6), 20)
+    assert not slow.evaluations.gain_documents, "one document at this length would take too long"
+    assert slow.evaluations.seconds <= (20 * 60 - init.START_S) * (1 - init.TRAINING_SHARE)
+    write_texts(Path("short"), chars=base.trained)
+    init.written("short", str(bases / "plain"), ["short"], minutes=20)
+    assert load("short.yaml").recipe.evaluate.perplexity
+    assert not load("short.yaml").recipe.evaluate.gain
+
+
 def test_a_recipe_says_in_comments_what_was_seen(bases: Path) -> None:
     write_texts(Path("texts"))
     facts = init.written("mine", str(bases / "plain"), ["texts"], minutes=20)
