@@ -55,6 +55,7 @@ class Perplexity(Evaluation):
 
     name = "perplexity"
     title = "Perplexity"
+    revision = 1
     gate = ("perplexity_ratio", "base_ratio")
 
     class Choices(EvalChoices):
@@ -63,8 +64,9 @@ class Perplexity(Evaluation):
         lengths: tuple[int, ...] = Field(default=(1024, 2048, 4096), min_length=1)
         """Context lengths in tokens; choose some below and some above the trained length."""
         documents: DocumentNames = Field(default=("*",), min_length=1)
-        """Names (shell patterns) of held-out documents. A document shorter than a length is not used
-        at that length."""
+        """Names (shell patterns) of held-out documents; by default all test documents. Validation
+        documents, on which choices are made, are read only if they are named. A document shorter than a
+        length is not used at that length."""
         last_tokens: int = Field(default=256, ge=1)
         """Number of tokens at the end of each context that the `last_stride` protocol scores."""
 
@@ -89,7 +91,10 @@ class Perplexity(Evaluation):
         """
         from longreach.evaluation.likelihood import check_head, is_dynamic
 
-        chosen = matching(self.documents, self.choices.documents)
+        documents = self.documents
+        if self.choices.documents == ("*",):
+            documents = [document for document in documents if document.split != "validation"] or documents
+        chosen = matching(documents, self.choices.documents)
         check_names([document.name for document in chosen])
         lengths = sorted(set(self.choices.lengths))
         check_lengths(lengths, chosen)

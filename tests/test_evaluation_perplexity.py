@@ -77,6 +77,18 @@ def test_a_short_document_counts_only_at_the_lengths_it_reaches():
     assert "ppl_low" not in pick(scores, kind="pooled", length=64, protocol="last_stride", domain="x")
 
 
+def test_validation_documents_are_scored_only_if_they_are_named():
+    splits = {"a": "test", "b": "test", "v": "validation"}
+    texts = [Document(name, "d", document(name, 64).ids_T, split) for name, split in splits.items()]
+
+    def read(texts, **choices):
+        return run(texts, lengths=(64,), **choices).distinct("document", kind="document")
+
+    assert read(texts) == ["a", "b"]
+    assert read(texts, documents=("a", "v")) == ["a", "v"]
+    assert read(texts[2:]) == ["v"], "there is nothing else"
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_a_first_document_without_a_token_to_score_is_passed_over(tokens):
     texts = [document("short", tokens), document("a", 100)]
