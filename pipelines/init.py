@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longreach.infra.artifact import Store
 from longreach.infra.resources import Resources
@@ -170,8 +170,20 @@ def _machine() -> tuple[Resources, float, str]:
         resources = Resources(workers=gpus, cpus_per_worker=each, gpus_per_worker=1, dtype="bfloat16", eval_cpus=each)
         return resources, MEMORY_SHARE * memory / GIB, f"{gpus} GPU ({torch.cuda.get_device_name(0)})"
     workers = min(cores, 2)
-    resources = Resources(workers=workers, cpus_per_worker=cores // workers, eval_cpus=cores)
+    precision: Literal["highest", "medium"] = "medium" if _multiplies_bfloat16() else "highest"
+    resources = Resources(
+        workers=workers, cpus_per_worker=cores // workers, eval_cpus=cores, matmul_precision=precision
+    )
     return resources, MEMORY_SHARE * usable_memory() / GIB - SYSTEM_GIB, f"{cores} cores, no GPU"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return whether this machine's processor has instructions for products of bfloat16 numbers."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:  # not on Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _speed(store: Store, base: Base, resources: Resources) -> Speed:

@@ -120,6 +120,11 @@ def _resources(fit: Fit) -> list[str]:
     if where.gpus_per_worker:
         lines += [f"  gpus_per_worker: {where.gpus_per_worker}"]
     lines += [f"  dtype: {where.dtype}"]
+    if where.matmul_precision != "highest":
+        lines += [
+            f"  matmul_precision: {where.matmul_precision}  # rounds the factors of matrix products to bfloat16, in "
+            "which this processor is faster"
+        ]
     if where.activation_checkpointing:
         lines += ["  activation_checkpointing: true  # without it, memory would not suffice"]
     return [*lines, f"  eval_cpus: {where.eval_cpus}", "  checkpoint_every_steps: 10"]

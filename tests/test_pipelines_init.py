@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, on a machine with two cores, 16 GiB and a known speed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(init, "_speed", lambda *_: ranks(5e10))
-    monkeypatch.setattr(init, "_machine", lambda: (Resources(eval_cpus=2), 16.0, "2 cores"))
+    monkeypatch.setattr(init, "_machine", lambda: (Resources(eval_cpus=2, matmul_precision="medium"), 16.0, "2 cores"))
     return tmp_path
 
 
@@ -204,6 +204,7 @@ def test_a_stretch_is_measured_beyond_the_trained_length_where_documents_and_tim
     assert gain.base_lengths == (base.trained // 4, base.trained)
     assert gain.documents == recipe.corpus.test
     assert not recipe.evaluate.perplexity
+    assert recipe.resources.matmul_precision == "medium", "what this machine is fast in"
     attention = recipe.finetune.arms["longlora"].attention
     assert (attention.pattern, attention.anneal_to) in (("causal", None), ("shifted_sparse", "causal"))
 
