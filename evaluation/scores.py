@@ -244,9 +244,9 @@ def paired(ours: list[Row], theirs: list[Row], length: int, beyond: int = 0) -> 
     "low", "high", "documents"}, in nats per token.
 
     The difference is computed in bins of last_tokens positions of each document that end after its
-    token `beyond` and at or before `length`. The 95% interval is over documents, weighted by their tokens, because
-    bins of one document are not independent. With a single document, the interval is over its bins,
-    and says nothing about other texts.
+    token `beyond` and at or before `length`. The 95% interval is over documents, weighted by their
+    tokens, because bins of one document are not independent. With a single document, the interval
+    is over its bins, and says nothing about other texts.
 
     Raises:
         ValueError: the two models did not read the same documents.

@@ -103,7 +103,7 @@ def source_digest(source: str, revision: str | None = None) -> str:
     if is_adapter(Path(name)):
         digest.update(source_digest(base_of(Path(name))).encode())
         if rope := _recorded_rope(Path(name)):
-            digest.update(rope.model_dump_json().encode())
+            digest.update(rope.model_dump_json(exclude_defaults=True).encode())
     for path in kept_files(Path(name)):
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
         add_file(digest, path)
