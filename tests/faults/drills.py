@@ -37,7 +37,9 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "test_cluster.py::test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint",
         "faults/test_faults_nodes.py::test_one_rank_of_each_disk_acts_for_it",
     ),
-    5: (f"{QUICKSTART}::test_sigterm_and_ctrl_c_leave_a_checkpoint_a_free_lease_and_nothing_to_train_again",),
+    5: (
+        f"{QUICKSTART}::test_sigterm_ctrl_c_and_a_closed_terminal_leave_a_checkpoint_a_free_lease_and_no_step_to_repeat",
+    ),
     6: (
         f"{CHECKPOINT}::test_a_damaged_checkpoint_is_passed_over_and_said",
         f"{CHECKPOINT}::test_the_newest_of_all_attempts_wins_and_a_missing_file_disqualifies",
