@@ -404,11 +404,12 @@ def test_a_model_without_a_previous_champion_cannot_be_rolled_back(server, relea
         registry.rollback(releases.name)
 
 
-def test_a_release_is_read_by_transformers_and_by_mlflow_and_its_card_says_what_it_is(releases):
+def test_a_release_is_read_by_transformers_and_by_mlflow_and_its_card_says_what_it_is(releases, tmp_path, monkeypatch):
     import mlflow
     from huggingface_hub import ModelCard
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")  # by default in the current folder
     model, run = releases.make(5, releases.scores(perplexity_rows(0)))
     plain = AutoModelForCausalLM.from_pretrained(model.path)
     pipeline = mlflow.transformers.load_model(str(model.path))
