@@ -281,7 +281,7 @@ def _nll_by_bin(rows: list[Row], length: int, beyond: int) -> dict[tuple[str, in
     """
     of_pass = [row for row in rows if row["kind"] == "position_in_pass" and row["pass"] == length]
     bins = {}
-    for row in of_pass or rows:
-        if row["kind"].startswith("position") and beyond < row["end"] <= length:
+    for row in of_pass or [row for row in rows if row["kind"] == "position"]:
+        if beyond < row["end"] <= length:
             bins[row["document"], row["start"], row["end"]] = row["nll"]
     return bins

@@ -259,6 +259,7 @@ def test_a_model_whose_frequencies_change_with_the_length_is_compared_by_the_pas
     short = run(texts, model, lengths=(64,), last_tokens=16)
     assert paired(dynamic.rows, short.rows, 64)["nll"] == pytest.approx(0, abs=1e-6)
     long_pass = [row for row in dynamic.rows if row["kind"] == "position"]
+    assert paired(dynamic.rows[::-1], long_pass, 256)["nll"] == 0, "bins of the shorter pass stand in for the longest"
     assert abs(paired(long_pass, short.rows, 64)["nll"]) > 1e-4, "the frequencies do not change, so nothing is tested"
     assert {row["end"] for row in long_pass} == {*range(16, 257, 16)}, "curves are of the longest pass"
 
