@@ -267,8 +267,9 @@ class Gain(Evaluation):
         if best:
             blocks += [_base_table(compared, background, best), *_stretch_table(compared, background)]
         yardstick = (background.base, best.length) if best else (None, None)
-        repeats = repeat_table(_by_arm(compared, background), *yardstick)
-        keys = key_table(_by_arm(compared, background), background)
+        compared_by_arm = _by_arm(compared, background)
+        repeats = repeat_table(compared_by_arm, *yardstick)
+        keys = key_table(compared_by_arm, background)
         tables = [own_gain_table(by_arm), *repeats, *keys, nll_table(by_arm), document_table(by_arm)]
         return [*blocks, *tables, *coloured_blocks(models)]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from longreach.evaluation.base import Cell, Result
 from longreach.evaluation.blocks import Block, Coloured, Details, Piece, Table
-from longreach.evaluation.key_tokens import KEY_GAIN, KEY_NLL
+from longreach.evaluation.key_tokens import KEY_GAIN, KEY_NLL, key_positions
 from longreach.evaluation.scores import EvalScores, Row
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def _blocks_of(case: Row) -> list[Block]:
     shown = {length: nll[-len(case["texts"]) :] for length, nll in case["nll"].items()}
     case = case | {"nll": shown}
     gains = [a - b for a, b in zip(case["nll"][short], case["nll"][long], strict=True)]
-    keys = 0
-    for gain, nll in zip(gains, case["nll"][long], strict=True):
-        keys += gain > KEY_GAIN and nll < KEY_NLL
+    keys = len(key_positions(case["nll"], int(short), int(long)))
     caption = (
         f"{case['document']}, its last {len(gains):,} tokens: gain with {int(long):,} tokens of context over "
         f"{int(short):,}. Mean: {sum(gains) / len(gains):+.3f} nats per token. Tokens with a gain above "

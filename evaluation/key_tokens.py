@@ -97,9 +97,10 @@ def key_table(by_arm: Mapping[str, Sequence[EvalScores]], background: Background
     cells: dict[str, dict[int, str]] = {}
     for name, seeds in by_arm.items():
         for length in seeds[0].distinct("length", kind="pooled", split="test"):
-            nll = [key_nll(scores, keys, length) for scores in seeds]
-            if None not in nll:
-                cells.setdefault(name, {})[length] = f"{math.fsum(filter(None, nll)) / len(nll):.3f}"
+            found = [key_nll(scores, keys, length) for scores in seeds]
+            nll = [value for value in found if value is not None]
+            if len(nll) == len(seeds):
+                cells.setdefault(name, {})[length] = f"{math.fsum(nll) / len(nll):.3f}"
     columns = sorted({length for of_model in cells.values() for length in of_model})
     lines = [[name, *(of_model.get(length, DASH) for length in columns)] for name, of_model in cells.items()]
     caption = (

@@ -113,7 +113,7 @@ class Store:
     """
 
     local = True
-    """The name of the local folder, in that of a fingerprint, that attempts are written to."""
+    """Whether the store is a folder of this machine's file system."""
 
     def __new__(cls, root: str, scratch: str | Path = "") -> Store:
         is_folder = "://" not in root or root.startswith(("file://", "local://"))

@@ -123,9 +123,10 @@ def check_base(recipe: Recipe) -> None:
         if _file_of(recipe, "tokenizer.model"):
             raise ValueError(f"release.formats: {recipe.base.source}: {SENTENCEPIECE}")
         return
-    sink = any(arm.sink == "token" for arm in recipe.pretrained_arms().values())
-    sink = sink or (recipe.finetune is not None and recipe.finetune.pack.first_token == "sink")
-    if problem := problem_of(read_object(config), read_object(tokenizer), types, sink):
+    firsts = {"sink" for arm in recipe.pretrained_arms().values() if arm.sink == "token"}
+    if recipe.finetune:
+        firsts.add(recipe.finetune.pack.first_token)
+    if problem := problem_of(read_object(config), read_object(tokenizer), types, "sink" in firsts):
         raise ValueError(f"release.formats: {recipe.base.source}: {problem}")
 
 

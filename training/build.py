@@ -85,8 +85,9 @@ def _to_pretrain(
                 setattr(config, key, getattr(tokenizer, key))
     else:
         model, base_tokenizer = load_model(job.base)
-        check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
-        fit_embeddings(model, tokenizer, base_tokenizer.get_vocab())
+        known = base_tokenizer.get_vocab()
+        check_tokenizer(known, tokenizer.get_vocab())
+        fit_embeddings(model, tokenizer, known)
     if job.sink in ("zero", "logit"):
         model = with_softmax_sinks(model)
     return model, tokenizer if job.sink == "token" else base_tokenizer
@@ -100,10 +101,10 @@ def _to_finetune(job: TrainJob, packed: PackSummary, tokenizer: PreTrainedTokeni
             f"{type(model).__name__} cannot be trained: {refusal}, which attention on packed rows does not support; "
             f"use a base without it"
         )
-    check_tokenizer(base_tokenizer.get_vocab(), tokenizer.get_vocab())
-    known = base_tokenizer.get_vocab()
+    known, vocab = base_tokenizer.get_vocab(), tokenizer.get_vocab()
+    check_tokenizer(known, vocab)
     added = fit_embeddings(model, tokenizer, known)
-    new = tokenizer.get_vocab().keys() - known.keys()
+    new = vocab.keys() - known.keys()
     if job.arm.tune != "all" and (added or ("embed" not in job.arm.tune and new)):
         reason = "a resized embedding" if added else "an embedding that it does not train"
         raise ValueError(

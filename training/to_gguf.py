@@ -28,13 +28,6 @@ else:
     np = lazy_module("numpy")
 
 GgufType = Literal["f16", "q8_0"]
-
-
-def gguf_name(recipe: str, arm: str, kind: GgufType) -> str:
-    """Return the name of a release's GGUF file."""
-    return f"{recipe}-{arm}-{kind}.gguf"
-
-
 BLOCK = 32  # numbers of a row that share one scale in q8_0
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,6 +51,11 @@ class Facts:
     licence: str
     keep: int = 4
     """Number of first tokens that a cache of fixed size always keeps (llama.cpp's n_keep)."""
+
+
+def gguf_name(recipe: str, arm: str, kind: GgufType) -> str:
+    """Return the name of a release's GGUF file."""
+    return f"{recipe}-{arm}-{kind}.gguf"
 
 
 def problem_of(
