@@ -30,6 +30,7 @@ from longreach.pipelines.display import duration
 from longreach.pipelines.evaluate import EvaluateStageRecipe
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import GainsRecipe, PackStageRecipe, TokenizerRecipe
+from longreach.training.attention_recipe import AttentionRecipe
 from longreach.training.convert import known_config
 from longreach.training.cost import CONFIG_KEYS, PROCESS_GIB, Machine, Prediction, Shape, predict
 from longreach.training.probe import probe
@@ -57,6 +58,20 @@ class Speed:
         """Return the seconds of a step, from a prediction of `predict` with this machine."""
         assert cost.step_s is not None, "the prediction was made without a machine"
         return cost.step_s * self.slower
+
+    def mean_step_s(self, shape: Shape, arm: ArmRecipe, *, rows: int, seq_len: int, resources: Resources) -> float:
+        """Return the mean seconds of an arm's steps. If it anneals, its last steps have another
+        attention pattern."""
+
+        def step_s(arm: ArmRecipe) -> float:
+            cost = predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=self.machine)
+            return self.step_s(cost)
+
+        attention = arm.attention
+        if attention.anneal_to is None:
+            return step_s(arm)
+        last = arm.model_copy(update={"attention": AttentionRecipe.of(pattern=attention.anneal_to)})
+        return (1 - attention.anneal_fraction) * step_s(arm) + attention.anneal_fraction * step_s(last)
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,11 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
             forecasts[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
             continue
         cost = _cost(stage, stage.recipe, shape, resources, _machine(speed))
-        sentence = _in_words(cost, stage.recipe.optim.steps, resources.workers, speed)
+        step_s = None
+        if speed:
+            rows, seq_len = _rows_of_step(stage, stage.recipe)
+            step_s = speed.mean_step_s(shape, _arm_of(stage.recipe), rows=rows, seq_len=seq_len, resources=resources)
+        sentence = _in_words(cost, stage.recipe.optim.steps, resources.workers, speed, step_s)
         refusal = _refusal(stage, stage.recipe, shape, resources, cost.peak_gib)
         forecasts[stage.label] = Forecast(sentence, refusal)
     return forecasts
@@ -97,12 +116,16 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
 def _cost(
     stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, machine: Machine | None = None
 ) -> Prediction:
-    """Return the predicted cost of a step of a training stage."""
+    """Return the predicted cost of a step of a training stage, before it anneals."""
+    rows, seq_len = _rows_of_step(stage, recipe)
+    return predict(shape, _arm_of(recipe), rows=rows, seq_len=seq_len, resources=resources, machine=machine)
+
+
+def _rows_of_step(stage: Stage, recipe: TrainingRecipe) -> tuple[int, int]:
+    """Return the rows of a step of a training stage, and the tokens of a row."""
     corpus = stage.inputs["corpus"].recipe
     assert isinstance(corpus, PackStageRecipe)
-    seq_len = corpus.pack.seq_len
-    rows = recipe.optim.global_batch_tokens // seq_len
-    return predict(shape, _arm_of(recipe), rows=rows, seq_len=seq_len, resources=resources, machine=machine)
+    return recipe.optim.global_batch_tokens // corpus.pack.seq_len, corpus.pack.seq_len
 
 
 def _arm_of(recipe: TrainingRecipe) -> ArmRecipe:
@@ -263,12 +286,11 @@ def _on_ranks(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
-def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None) -> str:
+def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None, step_s: float | None) -> str:
     memory = f"about {cost.peak_gib:.1f} GiB on {_on_ranks(ranks)}"
     work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
-    if speed is None:
+    if speed is None or step_s is None:
         return f"{memory}, {work}; no time estimate before an arm has trained on ranks like these"
-    step_s = speed.step_s(cost)
     return f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
 
 

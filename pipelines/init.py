@@ -221,13 +221,7 @@ def _fit(
             where = resources.model_copy(update={"activation_checkpointing": checkpointing})
             batch = where.workers * seq_len
             cost = predict(base.shape, arm, rows=where.workers, seq_len=seq_len, resources=where, machine=speed.machine)
-            step_s = speed.step_s(cost)
-            if arm.attention.anneal_to:
-                full = predict(
-                    base.shape, ArmRecipe(tune=arm.tune), rows=where.workers, seq_len=seq_len, resources=where,
-                    machine=speed.machine,
-                )  # fmt: skip
-                step_s = (1 - ANNEALED) * step_s + ANNEALED * speed.step_s(full)
+            step_s = speed.mean_step_s(base.shape, arm, rows=where.workers, seq_len=seq_len, resources=where)
             steps = min(int(training_s / step_s), max(1, PASSES * documents.training_tokens // batch))
             if cost.peak_gib > memory_gib:
                 refused = f"training on rows of {seq_len} tokens needs about {cost.peak_gib:.1f} GiB, but there are "

@@ -16,14 +16,26 @@ from longreach.infra.resources import Resources
 from longreach.infra.versions import usable_cores
 from longreach.pipelines import foresee as forecasts
 from longreach.pipelines.cli import main
-from longreach.pipelines.foresee import TRIED, check_fits, foresee, measured, memory_gib, no_room, this_node, tried
+from longreach.pipelines.foresee import (
+    TRIED,
+    Speed,
+    check_fits,
+    foresee,
+    measured,
+    memory_gib,
+    no_room,
+    this_node,
+    tried,
+)
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training import cost
 from longreach.training import probe as trial
+from longreach.training.attention_recipe import AttentionRecipe
 from longreach.training.convert import PACKAGES, config_of
 from longreach.training.cost import Machine, Prediction, Shape
 from longreach.training.probe import probe
+from longreach.training.recipe import ArmRecipe
 
 SHAPE = Shape(layers=2, hidden=32, intermediate=64, heads=4, kv_heads=2, head_dim=8, vocab=97, tied=True)
 FAST = Machine(matmul=1e11, attention=1e11, attention_backward=1e11, bytes=1e10, process_gib=0.5)
@@ -130,6 +142,17 @@ def test_a_forecast_after_a_training_is_as_much_slower_as_that_was(store: Store)
     assert speed is not None
     assert speed.step_s(predicted) == 6.0
     assert "2026-11-29" in speed.source
+
+
+def test_the_last_steps_of_an_arm_that_anneals_count_with_their_own_attention() -> None:
+    def mean_s(**attention: object) -> float:
+        arm = ArmRecipe(attention=AttentionRecipe.of(**attention))
+        return Speed(FAST, "as told").mean_step_s(SHAPE, arm, rows=2, seq_len=4096, resources=Resources())
+
+    s2 = {"pattern": "shifted_sparse", "group_tokens": 256}
+    short, full = mean_s(**s2), mean_s(pattern="causal")
+    assert full > 1.5 * short
+    assert mean_s(**s2, anneal_to="causal", anneal_fraction=0.25) == pytest.approx(0.75 * short + 0.25 * full)
 
 
 def test_the_sizes_of_a_packages_model_are_those_that_its_file_gives() -> None:
