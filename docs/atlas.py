@@ -1,8 +1,8 @@
 """Make docs/atlas.md and its pictures from stored results: the figures of a lecture on long contexts, from our runs.
 
 The words about each figure are in docs/atlas/entries.yaml. The results are in docs/atlas/*.json. They are copies of
-published scores with their origin, so the page can be made on any machine. Where the store of a run is gone, tables of
-RESULTS.md are used. An entry without results is marked as missing, with the command that would produce them.
+published scores with their origin, so the page can be made on any machine. Step times are read from a table of
+RESULTS.md. An entry without results is marked as missing, with the command that would produce them.
 
     python docs/atlas.py                          use the results in docs/atlas/
     python docs/atlas.py --store .longreach       look for newer results in a store first; may be repeated
@@ -271,9 +271,7 @@ DRAWINGS: dict[str, Callable[[Choices, Results], list[Figure]]] = {
 def page(atlas: Choices, results: Results) -> str:
     """Return docs/atlas.md."""
     drawn = sum(_has_all(entry, results) for entry in atlas["entries"])
-    older = sum(not _has_all(entry, results) and "older" in entry for entry in atlas["entries"])
-    missing = len(atlas["entries"]) - drawn - older
-    counts = f"Figures from stored results: {drawn}, from runs whose scores are gone: {older}, missing: {missing}."
+    counts = f"Figures from stored results: {drawn}, missing: {len(atlas['entries']) - drawn}."
     parts = [
         "# Atlas",
         "<!-- made by docs/atlas.py from docs/atlas/entries.yaml -->",
@@ -283,8 +281,6 @@ def page(atlas: Choices, results: Results) -> str:
         parts += [f"## {number}. {entry['title']}", f"*{entry['asks']}* The paper: {entry['paper']}."]
         if _has_all(entry, results):
             parts += _found(entry, results)
-        elif "older" in entry:
-            parts += _older(entry)
         else:
             parts += [f"**Missing.** {entry.get('why', 'No stored result has it.')} This command would produce it:"]
             parts += [f"```console\n$ {entry['make']}\n```"]
@@ -316,20 +312,6 @@ def _found(entry: Choices, results: Results) -> list[str]:
         *parts[:-3],
         "\n".join(parts[-3:]),
         f"Our numbers come from {'. And from '.join(sources) or '`longreach kv-cache`'}.",
-    ]
-
-
-def _older(entry: Choices) -> list[str]:
-    """Return the parts of the page for an entry of which only a picture and numbers are kept, but no scores."""
-    older = entry["older"]
-    rows = [[what, ours, paper] for (what, _, paper), ours in zip(entry["beside"], older["ours"], strict=True)]
-    picture = [f"![{entry['shows']}](images/{older['picture']})"] if "picture" in older else []
-    return [
-        *picture,
-        _table(entry | {"beside": rows}, None, {}),
-        *["\n".join(f"- **{word}.** {entry[key]}" for key, word in SENTENCES.items())],
-        f"The scores of this run are gone. The numbers come from {older['from']}. To measure them again:",
-        f"```console\n$ {entry['make']}\n```",
     ]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -40,6 +40,8 @@ CHARACTER = 7.2
 """Mean width of a character of FONT's size, in points."""
 LABEL = 200
 """Maximum width of a name beside an axis, in points."""
+MARK_ROOM = 0.2
+"""Fraction of the x axis that the name of a vertical line may take."""
 MOST_SERIES = 12
 """Maximum number of curves, or of bars of a panel, that can be told apart. The caption states how
 many are left out."""
@@ -134,7 +136,7 @@ def lines(
             alt.Tooltip("y", type="quantitative", title=axes[1], format=",.5~g"),
         ],
     )
-    layers: list[Any] = [_mark(name, x) for name, x in (marks or {}).items()]
+    layers: list[Any] = _marks(marks or {}, [row["x"] for row in rows], log=bool(ticks))
     clip = y_range is not None
     if joined:
         connected = base.transform_filter(alt.FieldOneOfPredicate("name", joined)).mark_line(strokeWidth=2, clip=clip)
@@ -424,14 +426,26 @@ def _y(title: str, rows: list[dict[str, Any]], log: bool, y_range: tuple[float, 
     )  # fmt: skip
 
 
-def _mark(name: str, x: float) -> Any:
-    """Draw a dotted vertical line with its name to the left of its upper end."""
+def _marks(marks: Mapping[str, float], xs: Sequence[float], *, log: bool) -> list[Any]:
+    """Draw dotted vertical lines, each with its name to the left of its upper end, or to the right
+    of it if the line is close to the y axis.
+
+    xs: x values of the figure's points; `log` if x is logarithmic.
+    """
     import altair as alt
 
-    base = alt.Chart(alt.Data(values=[{"x": x, "mark": name}])).encode(x=alt.X("x", type="quantitative"))
-    line = base.mark_rule(color=GREY, strokeDash=[2, 3], strokeWidth=1.2)
-    text = base.mark_text(color=GREY, fontSize=12, align="right", baseline="top", dx=-4)
-    return line + text.encode(text="mark:N", y=alt.value(3))
+    scale: Callable[[float], float] = math.log if log else float
+    places = [scale(x) for x in (*marks.values(), *xs)]
+    layers = []
+    for name, x in marks.items():
+        align: Literal["left", "right"] = "right"
+        if scale(x) - min(places) < MARK_ROOM * (max(places) - min(places)):
+            align = "left"
+        base = alt.Chart(alt.Data(values=[{"x": x, "mark": name}])).encode(x=alt.X("x", type="quantitative"))
+        text = base.mark_text(color=GREY, fontSize=12, align=align, baseline="top", dx=4 if align == "left" else -4)
+        layers.append(base.mark_rule(color=GREY, strokeDash=[2, 3], strokeWidth=1.2))
+        layers.append(text.encode(text="mark:N", y=alt.value(3)))
+    return layers
 
 
 def _finished(chart: Any, title: str) -> Any:

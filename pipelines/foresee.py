@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,23 @@ class Speed:
         return cost.step_s * self.slower
 
     def mean_step_s(self, shape: Shape, arm: ArmRecipe, *, rows: int, seq_len: int, resources: Resources) -> float:
-        """Return the mean seconds of an arm's steps. If it anneals, its last steps have another
-        attention pattern."""
+        """Return the mean seconds of an arm's steps."""
 
         def step_s(arm: ArmRecipe) -> float:
             cost = predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=self.machine)
             return self.step_s(cost)
 
-        attention = arm.attention
-        if attention.anneal_to is None:
-            return step_s(arm)
-        last = arm.model_copy(update={"attention": AttentionRecipe.of(pattern=attention.anneal_to)})
-        return (1 - attention.anneal_fraction) * step_s(arm) + attention.anneal_fraction * step_s(last)
+        return mean_over_steps(arm, step_s)
+
+
+def mean_over_steps(arm: ArmRecipe, value: Callable[[ArmRecipe], float]) -> float:
+    """Return the mean over an arm's steps of what `value` returns for the arm with a step's attention
+    pattern."""
+    attention = arm.attention
+    if attention.anneal_to is None:
+        return value(arm)
+    last = arm.model_copy(update={"attention": AttentionRecipe.of(pattern=attention.anneal_to)})
+    return (1 - attention.anneal_fraction) * value(arm) + attention.anneal_fraction * value(last)
 
 
 @dataclass(frozen=True)
@@ -101,16 +106,30 @@ def foresee(store: Store, stages: list[Stage], resources: Resources, *, trying: 
             trying = False  # one test, with the sizes of the first model, is enough for all
         if isinstance(stage.recipe, CostsStageRecipe):
             forecasts[stage.label] = _of_costs(stage.recipe, shape, resources, speed)
-            continue
-        cost = _cost(stage, stage.recipe, shape, resources, _machine(speed))
-        step_s = None
-        if speed:
-            rows, seq_len = _rows_of_step(stage, stage.recipe)
-            step_s = speed.mean_step_s(shape, _arm_of(stage.recipe), rows=rows, seq_len=seq_len, resources=resources)
-        sentence = _in_words(cost, stage.recipe.optim.steps, resources.workers, speed, step_s)
-        refusal = _refusal(stage, stage.recipe, shape, resources, cost.peak_gib)
-        forecasts[stage.label] = Forecast(sentence, refusal)
+        else:
+            forecasts[stage.label] = _of_training(stage, stage.recipe, shape, resources, speed)
     return forecasts
+
+
+def _of_training(
+    stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, speed: Speed | None
+) -> Forecast:
+    """Return the forecast for a training stage."""
+    rows, seq_len = _rows_of_step(stage, recipe)
+    arm, steps = _arm_of(recipe), recipe.optim.steps
+
+    def flops(arm: ArmRecipe) -> float:
+        return predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources).flops
+
+    peak_gib = _cost(stage, recipe, shape, resources, _machine(speed)).peak_gib
+    sentence = f"about {peak_gib:.1f} GiB on {_on_ranks(resources.workers)}, "
+    sentence += f"{mean_over_steps(arm, flops) * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
+    if speed is None:
+        sentence += "; no time estimate before an arm has trained on ranks like these"
+    else:
+        step_s = speed.mean_step_s(shape, arm, rows=rows, seq_len=seq_len, resources=resources)
+        sentence += f" of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
+    return Forecast(sentence, _refusal(stage, recipe, shape, resources, peak_gib))
 
 
 def _cost(
@@ -284,14 +303,6 @@ def _machine(speed: Speed | None) -> Machine | None:
 
 def _on_ranks(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
-
-
-def _in_words(cost: Prediction, steps: int, ranks: int, speed: Speed | None, step_s: float | None) -> str:
-    memory = f"about {cost.peak_gib:.1f} GiB on {_on_ranks(ranks)}"
-    work = f"{cost.flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
-    if speed is None or step_s is None:
-        return f"{memory}, {work}; no time estimate before an arm has trained on ranks like these"
-    return f"{memory}, {work} of {step_s:.2g} s: {duration(step_s * steps)} of training ({speed.source})"
 
 
 def _shape(store: Store, stage: Stage) -> Shape | None:

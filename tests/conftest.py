@@ -21,6 +21,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow_files)
 
 
+@pytest.fixture(autouse=True)
+def _no_store_in_the_current_folder():
+    """Fail a test that leaves MLflow's default store in the current folder, because it set no tracking URI."""
+    store = Path("mlflow.db").absolute()
+    there = store.exists()
+    yield
+    if store.exists() and not there:
+        store.unlink()
+        pytest.fail(f"MLflow wrote to {store}: set MLFLOW_TRACKING_URI to a path below tmp_path")
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """One Ray cluster with two CPUs for all tests that need one; its workers can import the helpers in tests/."""

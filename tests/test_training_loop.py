@@ -357,6 +357,17 @@ def test_rows_with_a_sink_that_the_base_lacks_need_full_tuning(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(todo["out"]).model.embed_tokens.weight.shape[0] == VOCAB + 1
 
 
+def test_a_sink_in_an_unused_row_of_a_padded_base_needs_its_embedding_trained(tmp_path):
+    folder = tiny_folder(tmp_path / "base")
+    padded = AutoModelForCausalLM.from_pretrained(folder)
+    padded.resize_token_embeddings(VOCAB + 8)
+    padded.save_pretrained(folder)
+    packed_corpus(tmp_path, first_token="sink")
+    with pytest.raises(ValueError, match=r"cannot store an embedding that it does not train, so use tune 'all'"):
+        train(job(tmp_path, arm=ArmRecipe(tune="lora")))
+    assert train(job(tmp_path, arm=S2, optim={"steps": 1})).trainable.embed > 0
+
+
 def test_a_global_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
     with pytest.raises(ValueError, match="4 rows is not divisible by 1 ranks x micro_batch_rows 3"):
         train(job(tmp_path, resources={"micro_batch_rows": 3}))
