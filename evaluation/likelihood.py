@@ -4,7 +4,7 @@ all logits at once.
 A causal model's prediction at position t sees only positions 0..t, so one pass over T tokens scores
 each of them with all text before it. The head dominates memory: T x vocabulary logits in float32
 are 1.6 GiB at 8,192 x 49,152. So the body runs once, and the head runs over CHUNK positions at a
-time (96 MiB). Measured on SmolLM2 with 8,192 tokens on a CPU, one pass is faster than prefilling a
+time (24 MiB). Measured on SmolLM2 with 8,192 tokens on a CPU, one pass is faster than prefilling a
 KV cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
 
 Legend: T tokens, C tokens of one chunk, V vocabulary, E width.
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from longreach.attention.hf import attending_by, check_logits, logit_changes, own_attention
 
-CHUNK = 512
+CHUNK = {"cpu": 128, "cuda": 512}
+"""Positions whose logits exist at the same time, by device. On a CPU, fewer stay in its caches
+(RESULTS.md); a GPU needs more to be busy."""
 
 
 @torch.inference_mode()
@@ -57,14 +59,18 @@ def hidden_nll(
     """
     head, (factor, cap) = model.get_output_embeddings(), logit_changes(model.config)
 
+    chunk = CHUNK[hidden_TE.device.type]
+
     def logits_of(hidden_CE: torch.Tensor) -> torch.Tensor:
-        logits_CV = head(hidden_CE).float() * factor
+        logits_CV = head(hidden_CE).float()
+        if factor != 1:  # a pass over all logits
+            logits_CV = logits_CV * factor
         return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
 
     nll_T = torch.cat(
         [
             cross_entropy(logits_of(hidden_CE), target_C, reduction="none").double()
-            for hidden_CE, target_C in zip(hidden_TE.split(CHUNK), target_T.split(CHUNK), strict=True)
+            for hidden_CE, target_C in zip(hidden_TE.split(chunk), target_T.split(chunk), strict=True)
         ]
     )
     if not torch.isfinite(nll_T).all():

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, CohereConfi
 from longreach.attention import PATTERNS, flash
 from longreach.attention.rope import FAR, Rotary
 from longreach.attention.sink_cache import SinkCache
-from longreach.attention.streamed import _attend, plain, streamed_attention
+from longreach.attention.streamed import _attend, continued_attention, plain, streamed_attention
 from longreach.evaluation.small_cache import StreamedAttention
 
 D = 16
@@ -56,6 +56,17 @@ def test_a_whole_text_and_its_later_chunks_equal_the_definition(rotary, kv_heads
         for first in sorted({0, 1, tokens // 2, tokens - 1} & set(range(tokens))):
             got = ours(q, k, v, sinks, window, rotary, 0.3, first)
             torch.testing.assert_close(got, expected[:, :, first:], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("sink", [None, torch.linspace(-2, 2, 6, dtype=torch.float64)], ids=["plain", "sink"])
+def test_the_last_queries_of_a_text_see_all_keys_before_them(kv_heads, sink):
+    tokens = 17
+    q, k, v = tensors(tokens, kv_heads)
+    expected = dense(q, k, v, PATTERNS["causal"](), sink_logit_H=sink, scale=0.3)
+    for first in (0, 1, 8, 16):
+        got = continued_attention(q[:, :, first:], k, v, scale=0.3, sink_logit_H=sink)
+        torch.testing.assert_close(got, expected[:, :, first:], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

@@ -3,8 +3,10 @@ import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import FalconConfig, FalconForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from longreach.attention.streamed import continued_attention
+from longreach.evaluation import reader as reading
 from longreach.evaluation.likelihood import token_nll
 from longreach.evaluation.reader import Reader, spelled
 
@@ -27,6 +29,31 @@ def test_what_is_shared_is_read_once_and_changes_no_answer(new_tokens):
         assert ours.nll == pytest.approx(token_nll(model, np.array(prompt + ANSWER), "t")[-4:].mean(), rel=1e-4)
         read.append(ours.read_tokens - 3)
     assert read == [300, 100, 200, 295]
+
+
+def test_the_rest_of_a_prompt_is_read_without_a_mask(monkeypatch):
+    model, lengths = tiny_llama(), []
+
+    def attend(q, k, v, **options):
+        lengths.append((q.shape[2], k.shape[2]))
+        return continued_attention(q, k, v, **options)
+
+    monkeypatch.setattr(reading, "continued_attention", attend)
+    reader = Reader(model, byte_tokenizer())
+    for prompt in PROMPTS[:2]:
+        reader.answer(prompt, ANSWER, "here")
+    assert lengths == [(103, 303)] * model.config.num_hidden_layers
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_computes_its_attention_itself_reads_on_with_its_own():
+    config = FalconConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = FalconForCausalLM(config).eval()
+    reader, fresh = (Reader(model, byte_tokenizer(), reuse=reuse) for reuse in (True, False))
+    for prompt in PROMPTS[:2]:
+        found = reader.answer(prompt, ANSWER, "here")
+        assert found.nll == pytest.approx(fresh.answer(prompt, ANSWER, "here").nll, rel=1e-4)
+    assert found.read_tokens == 103
 
 
 def test_generation_is_the_models_own_greedy_one():

@@ -119,10 +119,10 @@ def _log_p(model: PreTrainedModel, batch: dict[str, Tensor], positions_BT: Tenso
     ids_BT = batch["input_ids"].to(model.device)
     body, head, (factor, _) = model.base_model, model.get_output_embeddings(), logit_changes(model.config)
     output = body(input_ids=ids_BT, position_ids=positions_BT.to(model.device), use_cache=False)
-    hidden_NE = output.last_hidden_state[:, :-1].flatten(0, 1)
+    hidden_NE = output.last_hidden_state[:, :-1].flatten(0, 1) * factor  # as the loss does
     parts = []
     for hidden_CE, target_C in zip(hidden_NE.split(CHUNK), ids_BT[:, 1:].flatten().split(CHUNK), strict=True):
-        parts.append(-cross_entropy(head(hidden_CE).float() * factor, target_C, reduction="none"))
+        parts.append(-cross_entropy(head(hidden_CE).float(), target_C, reduction="none"))
     log_p_BT = torch.zeros(ids_BT.shape)
     log_p_BT[:, 1:] = torch.cat(parts).reshape(len(ids_BT), -1).cpu()
     return log_p_BT
