@@ -490,8 +490,9 @@ def test_without_a_server_sync_says_why_within_its_time(spools):
     assert time.monotonic() - started < 30
 
 
-def test_the_mirror_does_not_inherit_the_registrys_patience_but_the_users(monkeypatch):
+def test_the_mirror_does_not_inherit_the_registrys_patience_but_the_users(monkeypatch, empty_store):
     """A repeated "create run" would make two: in the mirror only its own loop repeats."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{empty_store}")
     for name in registry.PATIENCE:
         monkeypatch.delenv(name, raising=False)
     registry.connect()

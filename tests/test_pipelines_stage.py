@@ -112,7 +112,8 @@ def test_a_variant_is_made_from_its_arms_model_and_the_bases_positions():
     assert "release[far]" not in made
 
 
-def test_the_gate_reads_gains_where_they_are_measured_and_is_what_it_was_elsewhere():
+def test_the_gate_reads_gains_where_they_are_measured_and_is_what_it_was_elsewhere(monkeypatch):
+    monkeypatch.setattr("longreach.infra.registry.champion", lambda name: None)
     gate, gain = "promote={model: longlora, name: m, target_length: 12288}", "evaluate.gain={lengths: [2048, 12288]}"
     old, new = stages(gate)["promote"], stages(gate, gain)["promote"]
     assert not {"gain_over_base", "gain_over_stretches"} & old.identity["recipe"]["rules"].keys()

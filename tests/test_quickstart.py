@@ -266,6 +266,7 @@ def driver_in_a_terminal(project: Path) -> Iterator[tuple[subprocess.Popen, int]
     ours, its = os.openpty()
 
     def take_the_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also if the tests run under nohup
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     driver = subprocess.Popen(
