@@ -64,24 +64,6 @@ def streamed_attention(
     return out_BHTD
 
 
-def continued_attention(
-    q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, *, scale: float, sink_logit_H: Tensor | None = None
-) -> Tensor:
-    """Return causal attention [B, H, T, D] of the last T of a text's N tokens over all N keys.
-
-    The keys before the queries' own are seen by all queries. So two flash attentions need no mask,
-    which torch's own attention would need for T < N.
-
-    Args:
-        sink_logit_H: as in `streamed_attention`.
-    """
-    before = k_BKND.shape[2] - q_BHTD.shape[2]
-    parts = [_attend(q_BHTD, k_BKND[:, :, before:], v_BKND[:, :, before:], scale, causal=True)]
-    if before:
-        parts.append(_attend(q_BHTD, k_BKND[:, :, :before], v_BKND[:, :, :before], scale, causal=False))
-    return merged(parts, sink_logit_H)
-
-
 def _band_parts(q_BHTD: Tensor, recent: tuple[Tensor, Tensor], own: int, window: int, scale: float) -> list[Part]:
     """Return attention of a block of at most W queries over all recent keys in the band, in parts.
     The first query's own key is at `own`."""

@@ -1,7 +1,7 @@
 """Make docs/atlas.md and its pictures from stored results: the figures of a lecture on long contexts, from our runs.
 
 The words about each figure are in docs/atlas/entries.yaml. The results are in docs/atlas/*.json. They are copies of
-published scores with their origin, so the page can be made on any machine. Step times are read from a table of
+published scores with their origin, so the page can be made on any machine. A few are read from tables of
 RESULTS.md. An entry without results is marked as missing, with the command that would produce them.
 
     python docs/atlas.py                          use the results in docs/atlas/

@@ -435,7 +435,7 @@ def _marks(marks: Mapping[str, float], xs: Sequence[float], *, log: bool) -> lis
     import altair as alt
 
     scale: Callable[[float], float] = math.log if log else float
-    places = [scale(x) for x in (*marks.values(), *xs)]
+    places = [scale(x) for x in (*marks.values(), *xs) if x > 0 or not log]  # a logarithmic axis has no zero
     layers = []
     for name, x in marks.items():
         align: Literal["left", "right"] = "right"

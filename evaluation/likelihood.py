@@ -4,7 +4,7 @@ all logits at once.
 A causal model's prediction at position t sees only positions 0..t, so one pass over T tokens scores
 each of them with all text before it. The head dominates memory: T x vocabulary logits in float32
 are 1.6 GiB at 8,192 x 49,152. So the body runs once, and the head runs over CHUNK positions at a
-time (24 MiB). Measured on SmolLM2 with 8,192 tokens on a CPU, one pass is faster than prefilling a
+time (96 MiB; 24 on a CPU). Measured on SmolLM2 with 8,192 tokens on a CPU, one pass is faster than prefilling a
 KV cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
 
 Legend: T tokens, C tokens of one chunk, V vocabulary, E width.
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from longreach.attention.hf import attending_by, check_logits, logit_changes, own_attention
 
-CHUNK = {"cpu": 128, "cuda": 512}
-"""Positions whose logits exist at the same time, by device. On a CPU, fewer stay in its caches
-(RESULTS.md); a GPU needs more to be busy."""
+CHUNK, CPU_CHUNK = 512, 128
+"""Positions whose logits exist at the same time. On a CPU, fewer stay in its caches (RESULTS.md); a
+GPU needs more to be busy."""
 
 
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def hidden_nll(
     """
     head, (factor, cap) = model.get_output_embeddings(), logit_changes(model.config)
 
-    chunk = CHUNK[hidden_TE.device.type]
+    chunk = CPU_CHUNK if hidden_TE.device.type == "cpu" else CHUNK
 
     def logits_of(hidden_CE: torch.Tensor) -> torch.Tensor:
         logits_CV = head(hidden_CE).float()

@@ -19,17 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from longreach.attention.hf import attending_by
-from longreach.attention.streamed import continued_attention
 from longreach.evaluation.documents import text_ids
 from longreach.evaluation.likelihood import check_attention, check_ids, check_reach, forget_length, is_dynamic
+from longreach.evaluation.small_cache import StreamedAttention
 
 
 def spelled(
@@ -131,14 +129,6 @@ def _is_replaceable(model: PreTrainedModel) -> bool:
     return True
 
 
-def _continue(
-    module: nn.Module, q_BHTD: Tensor, k_BKND: Tensor, v_BKND: Tensor, mask: None, *, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attend from the last tokens of a text, as transformers' AttentionInterface calls it."""
-    out_BHTD = continued_attention(q_BHTD, k_BKND, v_BKND, scale=scaling, sink_logit_H=kwargs.get("s_aux"))
-    return out_BHTD.transpose(1, 2).contiguous(), None
-
-
 class Reader:
     """Reads prompts of one model in turn. Create one for each group of prompts that share a prefix,
     because its cache stays in memory."""
@@ -172,7 +162,8 @@ class Reader:
         expected_A = torch.tensor(expected, device=self.model.device)
         with torch.inference_mode():
             shared = self._keep(shared_start(self.cached, prompt[:-1]))
-            with attending_by(self.model, "continued", _continue) if shared and self.continues else nullcontext():
+            whole = StreamedAttention(self.model, sinks=0, window=len(ids), positions="text")
+            with attending_by(self.model, "continued", whole) if shared and self.continues else nullcontext():
                 out = self.model(input_ids=ids[None, shared:], past_key_values=self.cache, logits_to_keep=len(expected))
             logits_AV = out.logits[0].float()
             nll_A = torch.nn.functional.cross_entropy(logits_AV, expected_A, reduction="none")

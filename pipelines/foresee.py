@@ -118,12 +118,13 @@ def _of_training(
     rows, seq_len = _rows_of_step(stage, recipe)
     arm, steps = _arm_of(recipe), recipe.optim.steps
 
-    def flops(arm: ArmRecipe) -> float:
-        return predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources).flops
+    def cost(arm: ArmRecipe) -> Prediction:
+        return predict(shape, arm, rows=rows, seq_len=seq_len, resources=resources, machine=_machine(speed))
 
-    peak_gib = _cost(stage, recipe, shape, resources, _machine(speed)).peak_gib
+    peak_gib = cost(arm).peak_gib
+    flops = mean_over_steps(arm, lambda arm: cost(arm).flops)
     sentence = f"about {peak_gib:.1f} GiB on {_on_ranks(resources.workers)}, "
-    sentence += f"{mean_over_steps(arm, flops) * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
+    sentence += f"{flops * steps / 1e12:,.0f} TFLOP in {steps:,} steps"
     if speed is None:
         sentence += "; no time estimate before an arm has trained on ranks like these"
     else:
@@ -132,12 +133,10 @@ def _of_training(
     return Forecast(sentence, _refusal(stage, recipe, shape, resources, peak_gib))
 
 
-def _cost(
-    stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources, machine: Machine | None = None
-) -> Prediction:
+def _cost(stage: Stage, recipe: TrainingRecipe, shape: Shape, resources: Resources) -> Prediction:
     """Return the predicted cost of a step of a training stage, before it anneals."""
     rows, seq_len = _rows_of_step(stage, recipe)
-    return predict(shape, _arm_of(recipe), rows=rows, seq_len=seq_len, resources=resources, machine=machine)
+    return predict(shape, _arm_of(recipe), rows=rows, seq_len=seq_len, resources=resources)
 
 
 def _rows_of_step(stage: Stage, recipe: TrainingRecipe) -> tuple[int, int]:

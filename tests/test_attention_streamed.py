@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, CohereConfi
 from longreach.attention import PATTERNS, flash
 from longreach.attention.rope import FAR, Rotary
 from longreach.attention.sink_cache import SinkCache
-from longreach.attention.streamed import _attend, continued_attention, plain, streamed_attention
+from longreach.attention.streamed import _attend, plain, streamed_attention
 from longreach.evaluation.small_cache import StreamedAttention
 
 D = 16
@@ -65,7 +65,10 @@ def test_the_last_queries_of_a_text_see_all_keys_before_them(kv_heads, sink):
     q, k, v = tensors(tokens, kv_heads)
     expected = dense(q, k, v, PATTERNS["causal"](), sink_logit_H=sink, scale=0.3)
     for first in (0, 1, 8, 16):
-        got = continued_attention(q[:, :, first:], k, v, scale=0.3, sink_logit_H=sink)
+        got = streamed_attention(
+            q[:, :, first:], (k, v), (k[:, :, :0], v[:, :, :0]),
+            sink_tokens=0, window_tokens=tokens, rotary=None, scale=0.3, sink_logit_H=sink,
+        )  # fmt: skip
         torch.testing.assert_close(got, expected[:, :, first:], atol=1e-12, rtol=0)
 
 

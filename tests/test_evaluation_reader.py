@@ -5,8 +5,8 @@ from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import FalconConfig, FalconForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from longreach.attention.streamed import continued_attention
-from longreach.evaluation import reader as reading
+from longreach.attention.streamed import streamed_attention
+from longreach.evaluation import small_cache
 from longreach.evaluation.likelihood import token_nll
 from longreach.evaluation.reader import Reader, spelled
 
@@ -34,11 +34,11 @@ def test_what_is_shared_is_read_once_and_changes_no_answer(new_tokens):
 def test_the_rest_of_a_prompt_is_read_without_a_mask(monkeypatch):
     model, lengths = tiny_llama(), []
 
-    def attend(q, k, v, **options):
-        lengths.append((q.shape[2], k.shape[2]))
-        return continued_attention(q, k, v, **options)
+    def attend(q, recent, sinks, **options):
+        lengths.append((q.shape[2], recent[0].shape[2]))
+        return streamed_attention(q, recent, sinks, **options)
 
-    monkeypatch.setattr(reading, "continued_attention", attend)
+    monkeypatch.setattr(small_cache, "streamed_attention", attend)
     reader = Reader(model, byte_tokenizer())
     for prompt in PROMPTS[:2]:
         reader.answer(prompt, ANSWER, "here")

@@ -490,9 +490,10 @@ def test_without_a_server_sync_says_why_within_its_time(spools):
     assert time.monotonic() - started < 30
 
 
-def test_the_mirror_does_not_inherit_the_registrys_patience_but_the_users(monkeypatch, empty_store):
+def test_the_mirror_does_not_inherit_the_registrys_patience_but_the_users(monkeypatch, tmp_path, empty_store):
     """A repeated "create run" would make two: in the mirror only its own loop repeats."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{empty_store}")
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(tmp_path))
     for name in registry.PATIENCE:
         monkeypatch.delenv(name, raising=False)
     registry.connect()

@@ -150,7 +150,7 @@ class Checkpoints:
     def _write(self, engine: Any, draft: Path, step: int) -> None:
         # this version tells DeepSpeed that the checkpoint can be converted to another number of ranks
         state = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-        torch.serialization.set_crc32_options(False)  # a second checksum would double the time: the manifest has hashes
+        torch.serialization.set_crc32_options(False)  # the manifest has hashes, so a second checksum is not needed
         try:
             engine.save_checkpoint(
                 str(self.folder), tag=draft.name, client_state=state, save_latest=False, exclude_frozen_parameters=True
