@@ -168,6 +168,11 @@ def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
 
     This is tried on a few tokens. It matters because losses are computed without the model's head.
     """
+    if model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__} has no part without a head that transformers finds (base_model), so its loss "
+            f"cannot be computed in chunks; use a base of another family"
+        )
     ids_1T = ids_1T.to(model.device)
 
     def passed(call: Callable[..., Any], ids_1T: Tensor) -> Any:
@@ -181,7 +186,13 @@ def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
         other_1T[:, -1] = (ids_1T[:, -1] + 1) % model.config.get_text_config(decoder=True).vocab_size
         other_1TV = passed(model, other_1T).logits.float()
     factor, cap = logit_changes(model.config)
-    ours_1TV = model.get_output_embeddings()(hidden_1TE).float() * factor
+    head: Any = model.get_output_embeddings()
+    if head is None or head.weight.shape[1] != hidden_1TE.shape[2]:
+        raise ValueError(
+            f"{type(model).__name__} changes its hidden states between its body and its output embedding, so its loss "
+            f"cannot be computed in chunks; use a base of another family"
+        )
+    ours_1TV = head(hidden_1TE).float() * factor
     if cap is not None:
         ours_1TV = cap * torch.tanh(ours_1TV / cap)
     # relative to the largest logit, since small logits differ little in any case; bfloat16 rounds to 0.004

@@ -46,6 +46,8 @@ class KVBudget:
         known = {"full_attention", "sliding_attention", "by sliding_window"}
         if strange := set(kinds) - known:
             raise ValueError(f"{config.model_type} has layers {sorted(strange)}: they do not cache keys and values")
+        if not hasattr(config, "num_attention_heads"):
+            raise ValueError(f"{config.model_type} has no attention heads: it does not cache keys and values")
         window = getattr(config, "sliding_window", None)
         one_for_all = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
         shapes = []
@@ -54,7 +56,13 @@ class KVBudget:
             kv_heads = getattr(layer, "num_key_value_heads", None) or heads
             if one_for_all:  # as in Falcon-7B, whose config has no num_key_value_heads
                 kv_heads = 1
-            shapes.append((kv_heads, getattr(layer, "head_dim", None) or layer.hidden_size // heads))
+            head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+            if getattr(layer, "v_head_dim", None) not in (None, head_dim):  # as in MiMo-V2
+                raise ValueError(
+                    f"{config.model_type} has keys of {head_dim} and values of {layer.v_head_dim} numbers per head; "
+                    f"only equal ones can be counted"
+                )
+            shapes.append((kv_heads, head_dim))
         return cls(
             config.num_attention_heads,
             *shapes[0],

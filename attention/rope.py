@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 TYPES = ("none", "linear", "dynamic", "yarn", "llama3", "theta")
 FAR = 2**13
@@ -83,6 +83,8 @@ def stretched_config(
     trained = config.max_position_embeddings
     if type == "theta":
         config.rope_parameters = {**rope, "rope_theta": theta}
+        if {*(getattr(config, "layer_rope_theta", None) or ())} == {rope["rope_theta"]}:  # Granite's, which win over it
+            config.layer_rope_theta = [theta] * config.num_hidden_layers
     else:
         config.rope_parameters = {**rope, "rope_type": type, "factor": factor}
     if type in ("yarn", "llama3"):
@@ -105,6 +107,28 @@ def stretched_config(
     return whole
 
 
+def check_stretched(model: PreTrainedModel) -> None:
+    """Check that every rotary embedding of a model follows its config's `rope_parameters`.
+
+    Some families rotate by other numbers, or not at all, so a stretch would have no effect.
+    ValueError then.
+    """
+    asked = model.config.get_text_config(decoder=True).rope_parameters
+    embeddings: list[Any] = [
+        m for m in model.get_decoder().modules() if isinstance(getattr(m, "inv_freq", None), Tensor)
+    ]
+    if not embeddings:
+        raise ValueError(f"{type(model).__name__} has no rotary embedding: it cannot be stretched")
+    others = [
+        m.config.rope_parameters for m in embeddings if hasattr(m, "config") and m.config.rope_parameters != asked
+    ]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} rotates keys in some of its layers by {others[0]}, not by {asked}: it cannot be "
+            f"stretched in this way"
+        )
+
+
 @torch.no_grad()
 def fix_frequencies(model: nn.Module, tokens: int) -> None:
     """Fix RoPE frequencies that depend on the input length to those of `tokens` from now on.
@@ -118,6 +142,13 @@ def fix_frequencies(model: nn.Module, tokens: int) -> None:
             rotary: Any = module
             rotary(rotary.inv_freq, torch.tensor([[tokens - 1]], device=rotary.inv_freq.device))
             rotary.rope_type = "default"  # does not change its frequencies
+
+
+def _family_of(config: PretrainedConfig) -> Any:
+    """Return the module with the family's attention. Some families borrow another's (InternLM 3 has Llama's)."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return importlib.import_module(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__)
+    return importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
 
 
 @dataclass(frozen=True)
@@ -154,7 +185,7 @@ class Rotary:
                 f"{config.model_type} rotates keys differently or not at all in some of its layers, so they cannot "
                 f"all be moved in the same way; count positions in the text"
             )
-        family = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        family = _family_of(config)
         names = [name for name in vars(family) if name.endswith("RotaryEmbedding") and "Vision" not in name]
         if len(names) != 1 or not hasattr(family, "apply_rotary_pos_emb"):
             raise ValueError(f"{config.model_type}: no single rotary embedding in {family.__name__} ({names})")

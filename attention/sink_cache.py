@@ -196,9 +196,10 @@ class NewKeys(Tensor):
             return args[0]  # transformers repeats KV heads before a masked sdpa; here they are never repeated
         if getattr(func, "__name__", "") == "__get__":  # shape, dtype, device
             return super().__torch_function__(func, types, args, kwargs)
-        raise TypeError(
+        raise ValueError(
             f"the keys of a SinkCache went into {getattr(func, '__name__', func)}, which cannot read them: call "
-            f"model.set_attn_implementation('sdpa') first, or {ATTENTION!r} for a model with a sink in its softmax"
+            f"model.set_attn_implementation('sdpa') first, or {ATTENTION!r} for a model with a sink in its softmax; if "
+            f"neither helps, the family changes its keys before it attends, and cannot use this cache"
         )
 
 
@@ -235,7 +236,8 @@ class AttendingLayer(CacheLayerMixin):
 
     def take_new(self) -> tuple[Tensor, Tensor]:
         """Return the new tokens' keys and values, which `update` stored for `attend`."""
-        assert self.new is not None, "update comes before attend"
+        if self.new is None:
+            raise ValueError("a layer attends twice to the same keys, which a SinkCache cannot do: use another family")
         new, self.new = self.new, None
         return new
 

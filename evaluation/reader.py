@@ -165,6 +165,11 @@ class Reader:
             whole = StreamedAttention(self.model, sinks=0, window=len(ids), positions="text")
             with attending_by(self.model, "continued", whole) if shared and self.continues else nullcontext():
                 out = self.model(input_ids=ids[None, shared:], past_key_values=self.cache, logits_to_keep=len(expected))
+            if self.reuse and self.cache.get_seq_length() != len(ids):
+                raise ValueError(
+                    f"{where}: {type(self.model).__name__} does not store its keys and values in the cache that it is "
+                    f"given, so it cannot read prompts; use a model of another family"
+                )
             logits_AV = out.logits[0].float()
             nll_A = torch.nn.functional.cross_entropy(logits_AV, expected_A, reduction="none")
         if not torch.isfinite(nll_A).all():

@@ -34,6 +34,8 @@ CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
 READ_IN_USE = ("RAY_ADDRESS", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
 """Ray settings that stages and Ray Train give to their processes. Ray reads them at each use, not at
 import."""
+READ_AT_START = ("MALLOC_MMAP_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
+"""Variables that glibc and torch read only once, so a fork would not notice them."""
 STREAMS = 3  # standard input, output and error
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 """The file that sets which process Linux kills first when memory is short. Ray sets 1,000 for its
@@ -220,6 +222,7 @@ def set_up_worker(arguments: list[str]) -> None:
             kept.append(argument)
     variables = context.pop("env_vars", {})
     plain = context.pop("py_executable", sys.executable) == sys.executable and not any(context.values())
+    plain = plain and all(variables.get(name) == os.environ.get(name) for name in READ_AT_START if name in variables)
     if plain and kept[0].endswith(".py") and f"{LANGUAGE}PYTHON" in arguments:
         environment = dict(os.environ)
         for name, value in variables.items():

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from longreach.attention.hf import set_pattern
 from longreach.attention.kv_budget import KVBudget
 from longreach.attention.sink_cache import SinkCache, reading_sink_cache
-from longreach.evaluation.likelihood import token_nll
+from longreach.evaluation.likelihood import check_head, token_nll
 from longreach.evaluation.reader import Reader
 from longreach.infra.resources import Resources
 from longreach.pipelines.chat import chat
@@ -124,7 +124,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         {"text_config": {**LLAMA_LIKE, **HEADS_OF_8, **WINDOWED}, "vision_config": TINY_VISION},
     ),
+    "gemma4, text": (
+        "Gemma4Text",
+        {**LLAMA_LIKE, **HEADS_OF_8, **WINDOWED, "global_head_dim": 16, "hidden_size_per_layer_input": 8},
+    ),
     "granite": ("Granite", {**LLAMA_LIKE, "logits_scaling": 2.0}),
+    "granite-swa": ("GraniteSWA", {**LLAMA_LIKE, "layer_types": ["full_attention"] * 2}),
     "hyperclovax": ("HyperCLOVAX", {**LLAMA_LIKE, "logits_scaling": 0.25}),
     "gpt-oss": ("GptOss", {**LLAMA_LIKE, **HEADS_OF_8, **WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmo2": ("Olmo2", LLAMA_LIKE),
@@ -134,8 +139,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("Nemotron", {**LLAMA_LIKE, **PARTLY_ROTARY}),
     "cohere": ("Cohere", LLAMA_LIKE),
     "glm4": ("Glm4", {**LLAMA_LIKE, **HEADS_OF_8}),
+    "internlm3": ("InternLM3", {**LLAMA_LIKE, **HEADS_OF_8}),
+    "diffllama": ("DiffLlama", LLAMA_LIKE),
     "starcoder2": ("Starcoder2", LLAMA_LIKE),
     "mixtral": ("Mixtral", {**LLAMA_LIKE, "num_local_experts": 4, "sliding_window": None}),
+    "phimoe": ("Phimoe", {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "jetmoe": ("JetMoe", {**LLAMA_LIKE, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "ernie4.5-moe": ("Ernie4_5_Moe", {**LLAMA_LIKE, "moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2}),
     "qwen3-moe": ("Qwen3Moe", {**LLAMA_LIKE, **HEADS_OF_8, **EXPERTS, "num_experts": 4}),
     "deepseek-v3": ("DeepseekV3", {**LLAMA_LIKE, **LATENT, "num_key_value_heads": 4}),
     "gpt2": ("GPT2", OF_GPT2),
@@ -143,6 +153,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", {**ALL_HEADS, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "opt": ("OPT", {**ALL_HEADS, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "rwkv": ("Rwkv", {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}),
     "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
 }
 
@@ -196,6 +207,7 @@ def converted(folder: Path) -> None:
 def evaluated(folder: Path) -> None:
 
     model, tokenizer = load_model(folder)
+    check_head(model)
     ids = torch.arange(2, 42)
     nll = token_nll(model.eval(), ids, "here")
     expected = torch.nn.functional.cross_entropy(_logits(model, ids[None])[0, :-1], ids[1:], reduction="none")

@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     LlamaConfig,
+    MiMoV2FlashConfig,
     MistralConfig,
 )
 
@@ -114,6 +115,8 @@ def test_models_that_cache_something_else_are_refused():
         KVBudget.of(LlamaConfig(kv_lora_rank=512))
     with pytest.raises(ValueError, match="linear_attention"):
         KVBudget.of(LlamaConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]))
+    with pytest.raises(ValueError, match="keys of 192 and values of 128 numbers per head"):
+        KVBudget.of(MiMoV2FlashConfig())
 
 
 def test_bytes_are_printed_with_their_unit():

@@ -9,6 +9,11 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
+    InternLM3Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -18,7 +23,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from longreach.attention.rope import TYPES, Rotary, fix_frequencies, stretched_config, turned
+from longreach.attention.rope import TYPES, Rotary, check_stretched, fix_frequencies, stretched_config, turned
 
 TRAINED, HEAD, THETA = 64, 16, 10_000.0
 PAIR_R = torch.arange(HEAD // 2, dtype=torch.float64)
@@ -163,7 +168,44 @@ def test_what_cannot_be_stretched_is_refused(config, arguments, message):
         stretched_config(config, *arguments)
 
 
-HALVES = [small(), MistralConfig(), Qwen3Config(), stretched_config(small(), "yarn", 4.0), GPTNeoXConfig()]
+GRANITE = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+    "layer_types": ["full_attention"] * 2,
+}
+
+
+def test_a_theta_of_each_layer_is_stretched_too():
+    config = stretched_config(GraniteSWAConfig(**GRANITE), "theta", 2.0, 7e5)
+    model = GraniteSWAForCausalLM(config)
+    check_stretched(model)
+    expected_R = 7e5 ** (-2 * PAIR_R.float() / HEAD)
+    torch.testing.assert_close(model.model.rotary_embs[0].inv_freq, expected_R)
+
+
+def test_a_stretch_without_effect_is_refused():
+    two = stretched_config(GraniteSWAConfig(**GRANITE, layer_rope_theta=[1e4, 5e4]), "theta", 2.0, 7e5)
+    with pytest.raises(ValueError, match="rotates keys in some of its layers by"):
+        check_stretched(GraniteSWAForCausalLM(two))
+    without = {**GRANITE, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}
+    without |= {"mamba_n_heads": 4, "mamba_d_head": 16}
+    hybrid = stretched_config(GraniteMoeHybridConfig(**without), "theta", 2.0, 7e5)
+    with pytest.raises(ValueError, match="has no rotary embedding"):
+        check_stretched(GraniteMoeHybridForCausalLM(hybrid))
+
+
+HALVES = [
+    small(),
+    MistralConfig(),
+    Qwen3Config(),
+    InternLM3Config(),
+    stretched_config(small(), "yarn", 4.0),
+    GPTNeoXConfig(),
+]
 
 
 @pytest.mark.parametrize("config", [*HALVES, CohereConfig()], ids=lambda c: c.model_type)

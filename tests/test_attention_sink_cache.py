@@ -332,7 +332,7 @@ def test_other_attention_than_sdpa_is_an_error_that_says_what_to_do(attention):
     else:
         model.set_attn_implementation(attention)
     cache = SinkCache(model.config)
-    with pytest.raises(TypeError, match=r"set_attn_implementation\('sdpa'\)"):
+    with pytest.raises(ValueError, match=r"set_attn_implementation\('sdpa'\)"):
         decoded(model, cache, text(), 20)
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="failed half-way"):

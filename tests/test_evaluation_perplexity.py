@@ -7,7 +7,16 @@ from evaluating import drawn, evaluate, names_of
 from families import config_of
 from tiny_models import byte_tokenizer, tiny_llama
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    ElectraConfig,
+    ElectraForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+)
 
 from longreach.evaluation.documents import Document, first_token_id, held_out
 from longreach.evaluation.perplexity import Perplexity, position_rows
@@ -182,6 +191,16 @@ def test_a_model_whose_tokens_see_later_ones_is_refused():
     config.initializer_range = 0.3  # with weights near 0 nothing depends on anything
     with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model: other tokens at the end"):
         run([document("a", 100)], BertLMHeadModel(config).eval(), lengths=(64,))
+
+
+def test_a_model_whose_logits_cannot_be_computed_in_chunks_is_refused():
+    small = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 16}
+    electra = ElectraForCausalLM(ElectraConfig(**small, embedding_size=16))
+    with pytest.raises(ValueError, match="ElectraForCausalLM changes its hidden states between its body"):
+        run([document("a", 100)], electra.eval(), lengths=(64,))
+    llama4 = Llama4ForCausalLM(Llama4TextConfig(**small, num_local_experts=1))
+    with pytest.raises(ValueError, match="Llama4ForCausalLM has no part without a head"):
+        run([document("a", 100)], llama4.eval(), lengths=(64,))
 
 
 def test_held_out_documents_come_from_a_folder_that_datasets_opens(tmp_path):

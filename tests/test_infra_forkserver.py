@@ -76,6 +76,12 @@ def test_a_runtime_environment_that_wants_more_than_variables_is_left_to_ray(scr
         )
 
 
+def test_variables_that_a_process_reads_only_at_its_start_are_left_to_ray(script):
+    with fork_server(["wave"]) as address:
+        answer = start(address, script, "first", MALLOC_MMAP_THRESHOLD_="4194304")[0]
+    assert answer.startswith(f"first said {script.parent} False")
+
+
 def test_who_has_other_settings_of_ray_starts_without_the_server_as_ray_reads_them_at_import(script):
     with fork_server(["wave"]) as address:
         assert start(address, script, "first")[0] == f"first said {script.parent} True True"

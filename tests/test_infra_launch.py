@@ -55,6 +55,15 @@ def test_ray_keeps_the_foreseen_memory_for_ranks_and_has_less_than_the_machine(c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_ranks_with_activation_checkpointing_give_freed_memory_back(cluster, tmp_path, checkpointing):
+    resources = Resources(activation_checkpointing=checkpointing)
+    found = run_ranks("toy_ranks:left_after_freeing", {}, resources=resources, name="free", storage=tmp_path)
+    assert found["huge"] == ("1" if checkpointing else None)
+    assert (found["left"] < 20) == checkpointing, found
+
+
+@pytest.mark.slow
 def test_ranks_that_wait_for_room_say_so_once_and_go_on_when_there_is_some(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "WAIT_S", 1)
     taken = cluster.util.placement_group([{"CPU": 1}])

@@ -39,6 +39,21 @@ def complain_on_one_rank(job: dict) -> dict:
     return {}
 
 
+def left_after_freeing(job: dict) -> dict:
+    """Return the MiB that stay resident after 200 MiB of tensors were made and freed, twice."""
+
+    def resident_mib() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+    before = resident_mib()
+    for _ in range(2):
+        kept = []
+        for _ in range(20):
+            kept += [torch.ones(2_621_440), torch.ones(10)]  # a small one stays behind each large one
+        kept = kept[1::2]
+    return {"left": resident_mib() - before, "small": len(kept), "huge": os.environ.get("THP_MEM_ALLOC_ENABLE")}
+
+
 def reserved(job: dict) -> dict:
     """Return the resources that Ray reserves for each rank of the group."""
     from ray.util import get_current_placement_group

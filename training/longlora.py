@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -34,13 +35,18 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
     name.
     """
     if arm.tune == "all":
-        return model.requires_grad_(True)
+        with torch.device("meta"):
+            fresh = dict(type(model)(model.config).named_parameters())
+        for name, parameter in model.named_parameters():  # a router's bias, for example, is not for the optimizer
+            parameter.requires_grad_(fresh[name].requires_grad)
+        return model
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=arm.lora_rank,
         lora_alpha=arm.lora_alpha,
         lora_dropout=0.0,  # as in LongLoRA; without dropout, resuming needs no random state
         target_modules=targets_of(model, arm.target_modules),
+        exclude_modules=_routers(model) if arm.target_modules == "all-linear" else None,
         use_dora=arm.use_dora,
         use_rslora=arm.use_rslora,
         init_lora_weights="pissa" if arm.init_lora_weights == "pissa" else True,
@@ -170,6 +176,18 @@ def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | 
                 f"(of {', '.join(sorted(linear))}); all-linear takes all but the head"
             )
     return list(targets)
+
+
+@torch.no_grad()
+def _routers(model: nn.Module) -> list[str] | None:
+    """Return the names of linear layers that return more than one tensor, such as a choice of experts,
+    which peft cannot adapt; None if there are none."""
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward
+        if not isinstance(m(m.weight.new_zeros(1, m.in_features)), torch.Tensor)
+    ] or None
 
 
 def _of_attention(model: nn.Module) -> list[str]:

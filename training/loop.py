@@ -322,7 +322,8 @@ class Training:
         if every and (step == 0 or is_due(step, every, self.optim.steps)):
             mass = attention_mass(causal_lm(self.model), self._probe_ids())
             measured |= {"sink_mass": sink_mass(mass), "sink_heads": sink_heads(mass)}
-        if is_due(step, self.optim.validate_every_steps, self.optim.steps):
+        every = self.optim.validate_every_steps
+        if every and (step == 0 or is_due(step, every, self.optim.steps)):
             self._attend_by(Causal())
             own_sum, own_targets = validation_loss(self.engine, self.held_out, self.data_rank, self.data_ranks)
             loss_sum, targets = all_sum(self.engine, [own_sum, own_targets])

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from longreach.attention.rope import stretched_config
+from longreach.attention.rope import check_stretched, stretched_config
 from longreach.training.convert import convert, is_adapter
 from longreach.training.recipe import LlamaRecipe, RopeRecipe
 from longreach.training.weights import check_weights
@@ -53,6 +53,8 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
     )
+    if rope is not None and rope.type != "none":
+        check_stretched(model)
     return model, tokenizer
 
 
@@ -80,8 +82,9 @@ def restretched(folder: Path | str, base: Path | str, rope: RopeRecipe) -> PreTr
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     plain = AutoConfig.from_pretrained(base, local_files_only=True)
     asked = stretched_config(plain, rope.type, rope.factor, rope.theta, rope.yarn())
-    config.rope_parameters = asked.rope_parameters
-    config.max_position_embeddings = asked.max_position_embeddings
+    for name in ("rope_parameters", "max_position_embeddings", "layer_rope_theta"):
+        if hasattr(asked, name):
+            setattr(config, name, getattr(asked, name))
     return config
 
 
@@ -92,19 +95,20 @@ def describe(folder: Path | str) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(whole)
     config = whole.get_text_config(decoder=True)  # differs for models that also see images
-    heads = getattr(config, "num_attention_heads", 0)
+    first = config.per_layer_config[0]  # Gemma 4's layers differ; these are the first one's sizes
+    heads = getattr(first, "num_attention_heads", 0)
     return {
         "architecture": type(model).__name__,
         "layers": config.num_hidden_layers,
         "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", heads),
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1),
+        "kv_heads": getattr(first, "num_key_value_heads", heads),
+        "head_dim": getattr(first, "head_dim", None) or first.hidden_size // max(heads, 1),
         "hidden": config.hidden_size,
-        "intermediate": getattr(config, "intermediate_size", 0),
+        "intermediate": getattr(first, "intermediate_size", 0),
         "vocab": config.vocab_size,
         "context_length": getattr(config, "max_position_embeddings", None),
         "rope": getattr(config, "rope_parameters", None),
-        "tied": whole.tie_word_embeddings,
+        "tied": getattr(whole, "tie_word_embeddings", False),
         "parameters": model.num_parameters(),
     }
 
