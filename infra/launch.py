@@ -121,7 +121,7 @@ def _trainer(
         scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=each),
         run_config=RunConfig(
             name=run_name, storage_path=place, storage_filesystem=filesystem, failure_config=failures,
-            worker_runtime_env={"env_vars": environment} if environment else None,
+            worker_runtime_env={"env_vars": environment} if environment else None,  # type: ignore[call-arg]
         ),
     )  # fmt: skip
 
