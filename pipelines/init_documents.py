@@ -13,15 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from longreach.training.chats import TEXT, Conversation, form_of
 from longreach.training.documents import KINDS, BadLine, matches, read_documents, record_files
+from longreach.training.overlap import find_overlaps
 from longreach.training.readers import kind_of, read_records
 from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.tokenise import word_hashes
 
 CHARS_PER_TOKEN = 5
 """Assumed characters per token, a high value (English and code have 3 to 4.5), so that token counts
 are underestimated."""
 MOST_CHARS = 200_000_000  # stop reading after this many characters, which take a few seconds
+COMPARED_CHARS = 5_000_000  # with more characters, documents are not compared with each other, which takes 0.3 s per MB
+POOL, TRIES = 8, 8  # how many times as many documents as are held out are considered, and how often they are compared
 MOST_MALFORMED = 0.2  # maximum share of malformed entries; with more, something is wrong
 CODE = (".py", ".js", ".ts", ".go", ".rs", ".java", ".kt", ".c", ".h", ".cc", ".cpp", ".rb", ".php", ".sh", ".scala")
 KINDS_OF_CODE = 4  # number of a repository's most frequent file suffixes that are read
@@ -40,6 +46,7 @@ class Documents:
     partly: bool = False  # whether reading stopped at MOST_CHARS
     test: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
+    repeating: bool = False  # whether documents repeat each other so often that none could be held out whole
 
     def _tokens(self, name: str) -> int:
         return self.chars[name] // CHARS_PER_TOKEN
@@ -105,7 +112,7 @@ def look(places: Sequence[str]) -> Documents:
     documents = Documents([])
     for place in places:
         documents.sources += _sources(place, documents.left_out)
-    _read(documents)
+    words = _read(documents)
     if len(documents.chars) == 1 and documents.sources[-1].repositories:
         sources, inner = _split_repository(documents.sources[-1])
         documents = Documents(sources, test=[inner])
@@ -118,7 +125,7 @@ def look(places: Sequence[str]) -> Documents:
             f"--documents {' '.join(places)}: {found} document{'s' * (found != 1)} can be read{why}, but it takes 2: "
             f"one for training and one for testing"
         )
-    _hold_out(documents)
+    _hold_out(documents, words)
     return documents
 
 
@@ -224,16 +231,25 @@ def _text_column(record: Mapping[str, object]) -> str | None:
     return max(texts, key=lambda name: len(texts[name]), default=None)
 
 
-def _read(documents: Documents) -> None:
-    """Count the characters of each document, up to MOST_CHARS in total."""
+def _read(documents: Documents) -> dict[str, np.ndarray]:
+    """Count the characters of each document, up to MOST_CHARS in total. Return the hashes of their words;
+    nothing if they have more than COMPARED_CHARS together."""
     total = 0
+    words: dict[str, np.ndarray] = {}
     for document in read_documents(CorpusRecipe(sources=tuple(documents.sources))):
         if isinstance(document, BadLine):
             documents.left_out.append(f"{document.file}:{document.line}: {document.reason}")
             documents.malformed += 1
             documents.entries += 1
             continue
-        chars = sum(map(len, document.blocks()))
+        blocks = []
+        chars = 0
+        for block in document.blocks():
+            chars += len(block)
+            if total + chars <= COMPARED_CHARS:
+                blocks.append(block)
+        own = words.get(document.key, np.empty(0, np.uint32))
+        words[document.key] = np.concatenate([own, word_hashes("".join(blocks))])
         documents.chars[document.key] = documents.chars.get(document.key, 0) + chars
         documents.chats += isinstance(document.text, Conversation)
         documents.entries += document.entries
@@ -247,22 +263,49 @@ def _read(documents: Documents) -> None:
             f"{documents.malformed} of {documents.entries} documents are malformed, but at most {MOST_MALFORMED:.0%} "
             f"may be: fix them, or give others; the first is {documents.left_out[-documents.malformed]}"
         )
+    return words if total <= COMPARED_CHARS else {}
 
 
-def _hold_out(documents: Documents) -> None:
+def _hold_out(documents: Documents, words: Mapping[str, np.ndarray]) -> None:
     """Choose the held-out documents.
 
     The test documents are the longest that have at most a fifth of all characters each: a tenth of
     the documents, at least one and at most three. With ten documents or more, as many of the next
-    ones become validation documents.
+    ones become validation documents. Documents that the others repeat too much for
+    `corpus.max_overlap` are passed over, if there are `words` to compare.
     """
     names = sorted(documents.chars, key=lambda name: -documents.chars[name])
     fifth = sum(documents.chars.values()) / 5
     fitting = [name for name in names if documents.chars[name] <= fifth] or names[-1:]
     count = max(1, min(3, len(names) // 10))
-    documents.test = fitting[:count]
-    if len(names) >= 10:
-        documents.validation = fitting[count : 2 * count]
+    wanted = 2 * count if len(names) >= 10 else count
+    chosen = _not_repeated(fitting[: POOL * wanted], wanted, words)
+    documents.repeating = not chosen
+    documents.test = (chosen or fitting)[:count]
+    documents.validation = (chosen or fitting)[count:wanted]
+
+
+def _not_repeated(names: list[str], wanted: int, words: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the first documents, up to `wanted`, that no other document repeats too much; none if there are none."""
+    limit = CorpusRecipe.model_fields["max_overlap"].default
+    every = list(words)
+
+    def repeated(held: list[str], others: list[str]) -> set[str]:
+        found = find_overlaps(lambda n: words[every[n]], map(every.index, held), map(every.index, others))
+        return {every[one.document] for one in found if one.share > limit}
+
+    if not words:
+        return names[:wanted]
+    held = names  # all at first: in most folders one more comparison is enough
+    for _ in range(TRIES):
+        again = repeated(held, [name for name in every if name not in held])
+        for n in range(1, len(held[:wanted])):
+            again |= repeated(held[n : n + 1], held[:n])
+        names = [name for name in names if name not in again]
+        if not again and held == names[:wanted]:
+            return held
+        held = names[:wanted]
+    return []
 
 
 def _split_repository(source: SourceRecipe) -> tuple[list[SourceRecipe], str]:

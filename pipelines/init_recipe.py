@@ -41,6 +41,8 @@ def recipe_text(name: str, base: Base, documents: Documents, fit: Fit, facts: li
     if documents.validation:
         lines += ["  # Held out from training, for choices between experiments:"]
         lines += [f"  validation: {_list(documents.validation)}"]
+    if documents.repeating:
+        lines += ["  max_overlap: 1  # documents repeat each other, so losses on held-out ones are too low"]
     if documents.malformed:
         share = documents.malformed / documents.entries
         lines += [f"  max_bad_fraction: {min(1.0, share * 1.2 + 0.01):.3f}  # {documents.malformed} are malformed"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -279,3 +280,21 @@ def test_an_existing_recipe_is_left_as_it_is(bases: Path) -> None:
     with pytest.raises(ValueError, match="already exists and was not changed"):
         init.written("mine", str(bases / "plain"), ["texts"], minutes=20)
     assert Path("mine.yaml").read_text() == "edited"
+
+
+def test_documents_that_others_repeat_are_not_held_out(bases):
+    """Otherwise `pack` would refuse what `init` wrote."""
+    words = random.Random(0)
+    texts = [" ".join("".join(words.choices("abcdefgh", k=8)) for _ in range(300 - n)) for n in range(30)]
+    texts[5:15] = [f"{text} again" for text in texts[:5]] + [f"{text} and again" for text in texts[:5]]
+    Path("texts").mkdir()
+    for n, text in enumerate(texts):
+        Path("texts", f"{n:02}.txt").write_text(text)
+    init.written("mine", str(bases / "plain"), ["texts"], minutes=20)
+    corpus = load("mine.yaml").recipe.corpus
+    assert [*corpus.test, *corpus.validation] == [f"{n}" for n in range(15, 21)]
+    assert corpus.max_overlap == 0.1
+    for n in range(30):
+        Path("texts", f"{n:02}.txt").write_text(texts[0] + str(n))
+    init.written("all-alike", str(bases / "plain"), ["texts"], minutes=20)
+    assert load("all-alike.yaml").recipe.corpus.max_overlap == 1
