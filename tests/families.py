@@ -146,6 +146,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("Phimoe", {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "jetmoe": ("JetMoe", {**LLAMA_LIKE, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "ernie4.5-moe": ("Ernie4_5_Moe", {**LLAMA_LIKE, "moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2}),
+    "laguna": (
+        "Laguna",
+        {
+            **LLAMA_LIKE,
+            **HEADS_OF_8,
+            **EXPERTS,
+            "layer_types": ["full_attention"] * 2,
+            "num_attention_heads_per_layer": [4, 4],
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
     "qwen3-moe": ("Qwen3Moe", {**LLAMA_LIKE, **HEADS_OF_8, **EXPERTS, "num_experts": 4}),
     "deepseek-v3": ("DeepseekV3", {**LLAMA_LIKE, **LATENT, "num_key_value_heads": 4}),
     "gpt2": ("GPT2", OF_GPT2),

@@ -479,6 +479,15 @@ def test_the_headline_says_what_was_gained_and_what_it_cost(written):
     assert headline in html.unescape((written[0] / "report.html").read_text())
 
 
+def test_without_scores_the_headline_says_how_the_loss_on_held_out_rows_changed():
+    losses = [2.5, None, float("nan"), 2.25]
+    steps = [{"step": n + 1, "loss": 3.0, "validation_loss": loss} for n, loss in enumerate(losses)]
+    summary = training_summary(arm=ArmRecipe(tune="all"))
+    model = Model("chat", "finetune", "", of="chat", summary=summary, steps=steps)
+    said = headline_of(Findings({}, models={"chat": model}))
+    assert "chat: the loss on held-out rows was 2.500 nats per token after step 1, and 2.250 after step 4" in said
+
+
 def test_full_fine_tuning_is_not_compared_with_its_other_seeds():
     models = {}
     for seed in ("", ".s1"):

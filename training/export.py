@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from longreach.training.longlora import is_lora_ab
 from longreach.training.loss import causal_lm
 from longreach.training.model import fit_embeddings, load_model
 from longreach.training.recipe import RopeRecipe
@@ -78,7 +79,7 @@ def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
     """Save the untrained model in a private folder and load it again, before training begins.
 
     For the base of an adapter, which does not change, and for a model above SMALL_BYTES, only the
-    config is saved.
+    config is saved. An adapter's tensors must be found again by the names that they are saved under.
 
     Raises:
         ValueError: saving or loading fails, or gives different tensors.
@@ -97,6 +98,12 @@ def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
             lm.config.save_pretrained(folder)
             lm.generation_config.save_pretrained(folder)
             AutoConfig.from_pretrained(folder, local_files_only=True)
+        if isinstance(model, PeftModel):
+            own = {name: p.detach() for name, p in trainable(model).items() if is_lora_ab(name)}
+            saved = {name.replace(".default.", "."): tensor for name, tensor in own.items()}
+            found: Any = set_peft_model_state_dict(model, saved)
+            if lost := sorted(own.keys() & {*found.missing_keys}):
+                raise ValueError(f"peft does not find {len(lost)} tensors of the adapter again, such as {lost[0]}")
         tokenizer.save_pretrained(folder)
     except OSError:  # such as a full disk, which is not the model's fault
         raise

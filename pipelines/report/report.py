@@ -133,6 +133,8 @@ def headline(found: Findings) -> str:
     if found.costs:
         gains += filter(None, [costs_in_words(found.costs)])
     if not gains:
+        gains = _learned(found)
+    if not gains:
         gains = [f"{len(found.artifacts)} stages are done; no perplexity of the base or of an arm was measured."]
     return " ".join([*_failures(found), *gains])
 
@@ -180,6 +182,20 @@ def _gain(found: Findings) -> list[str]:
     ours, theirs = _document_losses(found, best, length), _document_losses(found, untrained[0], length)
     wins = sum(ours[document] < theirs[document] for document in ours)
     return [f"{text}: {verdict} ({listed}), and lower than {untrained[0]} on {wins} of {len(ours)} documents."]
+
+
+def _learned(found: Findings) -> list[str]:
+    """Return a sentence for each finetuned arm whose loss on held-out rows was measured more than once."""
+    sentences = []
+    for name, model in found.of("finetune").items():
+        losses = [(row["step"], row["validation_loss"]) for row in model.steps if finite(row.get("validation_loss"))]
+        if len(losses) > 1:
+            (first, before), (last, after) = losses[0], losses[-1]
+            sentences.append(
+                f"{name}: the loss on held-out rows was {before:.3f} nats per token after step {first}, and "
+                f"{after:.3f} after step {last} of {model.training.steps}."
+            )
+    return sentences
 
 
 def _document_losses(found: Findings, name: str, length: int) -> dict[str, float]:
