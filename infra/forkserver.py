@@ -4,7 +4,8 @@ torch, transformers, peft, deepspeed and Ray Train take five CPU seconds to impo
 has a dozen workers. So the driver starts a server that imports them once, while Ray itself starts.
 Ray sets up its workers with this file instead of its own `setup_worker.py` (infra/cluster.py): the
 file asks the server for a fork and ends, and the fork becomes the worker. If no server responds, or
-if a runtime environment needs more than environment variables, Ray's own file does the work.
+if a runtime environment needs more than environment variables, or those that a process reads only at
+its start (READ_AT_START), Ray's own file does the work.
 
 A fork is an ordinary process: if it crashes or is killed, the server and the other workers are not
 affected. The server ends with the process that started it, and the workers end with Ray.

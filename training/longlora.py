@@ -38,7 +38,7 @@ def apply_arm(model: PreTrainedModel, arm: ArmRecipe) -> PreTrainedModel | PeftM
         with torch.device("meta"):
             fresh = dict(type(model)(model.config).named_parameters())
         for name, parameter in model.named_parameters():  # a router's bias, for example, is not for the optimizer
-            parameter.requires_grad_(fresh[name].requires_grad)
+            parameter.requires_grad_(name not in fresh or fresh[name].requires_grad)
         return model
     lora = LoraConfig(
         task_type="CAUSAL_LM",
