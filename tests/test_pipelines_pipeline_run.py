@@ -46,7 +46,7 @@ def test_a_recipe_whose_gate_is_left_out_while_the_registry_is_away_has_its_othe
     state.loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"promote": None}))
     run._open_pipeline(state)
     (start, *_) = read_events(state.spool_folder / "=pipeline.jsonl")[0]
-    assert start["params"]["finetune.steps"] == "6"
+    assert start["params"]["finetune.steps"] == str(loaded.recipe.finetune.steps)
     assert not [name for name in start["params"] if name.startswith("promote")]
 
 
