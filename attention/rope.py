@@ -145,7 +145,8 @@ def fix_frequencies(model: nn.Module, tokens: int) -> None:
 
 
 def _family_of(config: PretrainedConfig) -> Any:
-    """Return the module with the family's attention. Some families borrow another's (InternLM 3 has Llama's)."""
+    """Return the module with the family's attention. Some families borrow another's: InternLM 3 has
+    Llama's."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return importlib.import_module(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__)
     return importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))

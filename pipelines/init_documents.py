@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +26,11 @@ CHARS_PER_TOKEN = 5
 """Assumed characters per token, a high value (English and code have 3 to 4.5), so that token counts
 are underestimated."""
 MOST_CHARS = 200_000_000  # stop reading after this many characters, which take a few seconds
-COMPARED_CHARS = 5_000_000  # with more characters, documents are not compared with each other, which takes 0.3 s per MB
-POOL, TRIES = 8, 8  # how many times as many documents as are held out are considered, and how often they are compared
+COMPARED_CHARS = 5_000_000
+"""With more characters, documents are not compared with each other, which takes 0.3 s per MB."""
+POOL, TRIES = 8, 8
+"""How many times as many documents as are held out are considered, and how often they are compared
+with the rest."""
 MOST_MALFORMED = 0.2  # maximum share of malformed entries; with more, something is wrong
 CODE = (".py", ".js", ".ts", ".go", ".rs", ".java", ".kt", ".c", ".h", ".cc", ".cpp", ".rb", ".php", ".sh", ".scala")
 KINDS_OF_CODE = 4  # number of a repository's most frequent file suffixes that are read
@@ -232,8 +235,10 @@ def _text_column(record: Mapping[str, object]) -> str | None:
 
 
 def _read(documents: Documents) -> dict[str, np.ndarray]:
-    """Count the characters of each document, up to MOST_CHARS in total. Return the hashes of their words;
-    nothing if they have more than COMPARED_CHARS together."""
+    """Count the characters of each document, up to MOST_CHARS in total.
+
+    Return the hashes of their words; nothing if they have more than COMPARED_CHARS together.
+    """
     total = 0
     words: dict[str, np.ndarray] = {}
     for document in read_documents(CorpusRecipe(sources=tuple(documents.sources))):
@@ -286,25 +291,28 @@ def _hold_out(documents: Documents, words: Mapping[str, np.ndarray]) -> None:
 
 
 def _not_repeated(names: list[str], wanted: int, words: Mapping[str, np.ndarray]) -> list[str]:
-    """Return the first documents, up to `wanted`, that no other document repeats too much; none if there are none."""
-    limit = CorpusRecipe.model_fields["max_overlap"].default
-    every = list(words)
-
-    def repeated(held: list[str], others: list[str]) -> set[str]:
-        found = find_overlaps(lambda n: words[every[n]], map(every.index, held), map(every.index, others))
-        return {every[one.document] for one in found if one.share > limit}
-
+    """Return the first documents, up to `wanted`, that no other document repeats too much; none if
+    there are none."""
     if not words:
         return names[:wanted]
-    held = names  # all at first: in most folders one more comparison is enough
+    limit = CorpusRecipe.model_fields["max_overlap"].default
+    every = list(words)
+    numbers = {name: number for number, name in enumerate(every)}
+
+    def repeated(held: Sequence[int], others: Iterable[int]) -> set[int]:
+        found = find_overlaps(lambda number: words[every[number]], held, others)
+        return {one.document for one in found if one.share > limit}
+
+    left = [numbers[name] for name in names]
+    held = left  # all at first: in most folders one more comparison is enough
     for _ in range(TRIES):
-        again = repeated(held, [name for name in every if name not in held])
+        again = repeated(held, sorted({*numbers.values()} - {*held}))
         for n in range(1, len(held[:wanted])):
             again |= repeated(held[n : n + 1], held[:n])
-        names = [name for name in names if name not in again]
-        if not again and held == names[:wanted]:
-            return held
-        held = names[:wanted]
+        left = [number for number in left if number not in again]
+        if not again and held == left[:wanted]:
+            return [every[number] for number in held]
+        held = left[:wanted]
     return []
 
 

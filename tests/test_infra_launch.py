@@ -55,12 +55,17 @@ def test_ray_keeps_the_foreseen_memory_for_ranks_and_has_less_than_the_machine(c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_ranks_with_activation_checkpointing_give_freed_memory_back(cluster, tmp_path, checkpointing):
-    resources = Resources(activation_checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    ("checkpointing", "precision", "given_back"),
+    [(True, "highest", True), (True, "medium", False), (False, "highest", False)],
+)
+def test_ranks_with_activation_checkpointing_give_freed_memory_back(
+    cluster, tmp_path, checkpointing, precision, given_back
+):
+    resources = Resources(activation_checkpointing=checkpointing, matmul_precision=precision)
     found = run_ranks("toy_ranks:left_after_freeing", {}, resources=resources, name="free", storage=tmp_path)
-    assert found["huge"] == ("1" if checkpointing else None)
-    assert (found["left"] < 20) == checkpointing, found
+    assert found["huge"] == ("1" if given_back else None)
+    assert (found["left"] < 20) == given_back, found
 
 
 @pytest.mark.slow

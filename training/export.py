@@ -100,7 +100,7 @@ def check_saves(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
             AutoConfig.from_pretrained(folder, local_files_only=True)
         if isinstance(model, PeftModel):
             own = {name: p.detach() for name, p in trainable(model).items() if is_lora_ab(name)}
-            saved = {name.replace(".default.", "."): tensor for name, tensor in own.items()}
+            saved = {_peft_name(name): tensor for name, tensor in own.items()}
             found: Any = set_peft_model_state_dict(model, saved)
             if lost := sorted(own.keys() & {*found.missing_keys}):
                 raise ValueError(f"peft does not find {len(lost)} tensors of the adapter again, such as {lost[0]}")
@@ -138,10 +138,7 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     """Save the trainable tensors as peft names them; embeddings and norms are modules_to_save."""
     tensors = {}
     for name, p in trainable(model).items():
-        peft_name = name.replace(".default.", ".")
-        if "lora_magnitude_vector" in name:  # from DoRA; peft stores it without the suffix
-            peft_name = peft_name.removesuffix(".weight")
-        tensors[peft_name] = p.detach().cpu().contiguous()
+        tensors[_peft_name(name)] = p.detach().cpu().contiguous()
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     if config.init_lora_weights == "pissa":
@@ -155,6 +152,14 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     config.save_pretrained(str(out))
 
 
+def _peft_name(name: str) -> str:
+    """Return the name under which peft saves a parameter of an adapter."""
+    name = name.replace(".default.", ".")
+    if "lora_magnitude_vector" in name:  # from DoRA; peft stores it without the suffix
+        name = name.removesuffix(".weight")
+    return name
+
+
 def _of_the_whole_base(
     config: LoraConfig, tensors: dict[str, torch.Tensor], taken_out: Mapping[str, torch.Tensor]
 ) -> LoraConfig:
@@ -164,7 +169,7 @@ def _of_the_whole_base(
     the equivalent update is B A - B0 A0 = [B, -B0] [A; A0] (peft calls it `subtract_mutated_init`).
     """
     for name, start in taken_out.items():
-        key, start = name.replace(".default.", "."), start.cpu()
+        key, start = _peft_name(name), start.cpu()
         if "lora_A" in name:
             tensors[key] = torch.cat([tensors[key], start.to(tensors[key])], dim=0)
         else:

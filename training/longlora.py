@@ -180,14 +180,15 @@ def targets_of(model: nn.Module, targets: tuple[str, ...] | str) -> list[str] | 
 
 @torch.no_grad()
 def _routers(model: nn.Module) -> list[str] | None:
-    """Return the names of linear layers that return more than one tensor, such as a choice of experts,
-    which peft cannot adapt; None if there are none."""
-    return [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward
-        if not isinstance(m(m.weight.new_zeros(1, m.in_features)), torch.Tensor)
-    ] or None
+    """Return the names of linear layers that return more than one tensor, such as a choice of
+    experts, which peft cannot adapt; None if there are none."""
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            returned = module(module.weight.new_zeros(1, module.in_features))
+            if not isinstance(returned, torch.Tensor):
+                names.append(name)
+    return names or None
 
 
 def _of_attention(model: nn.Module) -> list[str]:

@@ -318,12 +318,10 @@ class Training:
     def _measure(self, step: int, trained: bool) -> dict[str, Any]:
         """Measure what is due after a step, with the current weights."""
         measured: dict[str, Any] = {}
-        every = self.job.sink_mass_every
-        if every and (step == 0 or is_due(step, every, self.optim.steps)):
+        if is_due(step, self.job.sink_mass_every, self.optim.steps):
             mass = attention_mass(causal_lm(self.model), self._probe_ids())
             measured |= {"sink_mass": sink_mass(mass), "sink_heads": sink_heads(mass)}
-        every = self.optim.validate_every_steps
-        if every and (step == 0 or is_due(step, every, self.optim.steps)):
+        if is_due(step, self.optim.validate_every_steps, self.optim.steps):
             self._attend_by(Causal())
             own_sum, own_targets = validation_loss(self.engine, self.held_out, self.data_rank, self.data_ranks)
             loss_sum, targets = all_sum(self.engine, [own_sum, own_targets])
@@ -473,8 +471,9 @@ class Training:
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
-    """Return whether `step` (from 0) is the last or completes another `every` steps; 0: never."""
-    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+    """Return whether `step` (from 0) is the first or the last, or completes another `every` steps; 0:
+    never."""
+    return every > 0 and (step == 0 or (step + 1) % every == 0 or step + 1 == steps)
 
 
 def learning_rate(optim: OptimRecipe, peak: float, step: int) -> float:

@@ -576,7 +576,8 @@ class OptimRecipe(Choices):
     """Number of skipped steps in a row after which training returns to its last checkpoint. The
     second time, training fails."""
     validate_every_steps: int = Field(default=0, ge=0)
-    """Measure the validation loss after the first step, every n steps and after the last step; 0: never."""
+    """Measure the validation loss after the first step, every n steps and after the last step; 0:
+    never."""
     validation_rows: int = Field(default=8, ge=1)
     """Maximum number of validation rows of pack.seq_len tokens. They are cut from the validation
     documents in turn, one row from each."""

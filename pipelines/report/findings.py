@@ -68,6 +68,10 @@ class Model:
             return []
         return self.scores[evaluation].rows_with(**where)
 
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """Return a metric of the training as (step, value), without steps that lack it."""
+        return [(row["step"], row[key]) for row in self.steps if finite(row.get(key))]
+
     @property
     def training(self) -> TrainingSummary:
         """The training summary of a trained model."""

@@ -185,10 +185,11 @@ def _gain(found: Findings) -> list[str]:
 
 
 def _learned(found: Findings) -> list[str]:
-    """Return a sentence for each finetuned arm whose loss on held-out rows was measured more than once."""
+    """Return a sentence for each finetuned arm whose loss on held-out rows was measured more than
+    once."""
     sentences = []
     for name, model in found.of("finetune").items():
-        losses = [(row["step"], row["validation_loss"]) for row in model.steps if finite(row.get("validation_loss"))]
+        losses = model.curve("validation_loss")
         if len(losses) > 1:
             (first, before), (last, after) = losses[0], losses[-1]
             sentences.append(

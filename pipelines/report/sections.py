@@ -473,8 +473,8 @@ def losses(
     held_out = {}
     for name, model in arms.items():
         rows.append([f"{name}\n{model.about}", *_trained_cells(model.training)])
-        curves[name] = _curve(model, "loss")
-        points = _curve(model, "validation_loss")
+        curves[name] = model.curve("loss")
+        points = model.curve("validation_loss")
         if points:
             held_out[f"{name}, held out"] = points
     for name, model in failed.items():
@@ -501,10 +501,6 @@ def _trained_cells(training: TrainingSummary) -> list[str]:
         f"{training.step_s_median:.2f}",
         f"{training.total_parameters / 1e6:,.1f} M",
     ]
-
-
-def _curve(model: Model, key: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[key]) for row in model.steps if finite(row.get(key))]
 
 
 def _predictions(arms: Mapping[str, Model]) -> list[Block]:
