@@ -1,9 +1,10 @@
 """Artifact types that stages exchange, with named access to their summaries and files.
 
 Documents -pack-> PackedCorpus -pretrain-> ModelCheckpoint
+Documents -hold_out-> HeldOutDocuments
 PackedCorpus + ModelCheckpoint -gains-> RowGains, which objective long_ce needs
 PackedCorpus + ModelCheckpoint -finetune-> AdapterCheckpoint -merge-> ModelCheckpoint
-ModelCheckpoint -evaluate-> Scores; all of them -report-> Report
+ModelCheckpoint + HeldOutDocuments -evaluate-> Scores; all of them -report-> Report
 ModelCheckpoint -release-> Release -promote-> Decision
 """
 
@@ -34,13 +35,8 @@ class AdapterCheckpoint(Artifact):
     """A peft adapter with the record of its training (training.json)."""
 
 
-class PackedCorpus(Artifact):
-    """Rows of token ids, the held-out documents, and their tokenizer (training/corpus.py)."""
-
-    @property
-    def packed(self) -> PackSummary:
-        """How the documents became rows; the list of malformed entries is only in its own file."""
-        return PackSummary.model_validate(self.summary)
+class HeldOutDocuments(Artifact):
+    """The held-out documents of a corpus as token ids, and their tokenizer (training/corpus.py)."""
 
     @property
     def source_digest(self) -> str:
@@ -54,6 +50,15 @@ class PackedCorpus(Artifact):
 
         documents = held_out(self.path / "documents")
         return {document.name: xxhash.xxh3_128(document.ids_T.tobytes()).hexdigest() for document in documents}
+
+
+class PackedCorpus(HeldOutDocuments):
+    """Rows of token ids, the held-out documents, and their tokenizer (training/corpus.py)."""
+
+    @property
+    def packed(self) -> PackSummary:
+        """How the documents became rows; the list of malformed entries is only in its own file."""
+        return PackSummary.model_validate(self.summary)
 
     def check_rows(self) -> None:
         """Raise ValueError if there are no training rows."""

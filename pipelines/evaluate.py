@@ -21,7 +21,7 @@ from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation,
 from longreach.infra.choices import Choices
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
-from longreach.pipelines.artifacts import ModelCheckpoint, PackedCorpus, Scores
+from longreach.pipelines.artifacts import HeldOutDocuments, ModelCheckpoint, Scores
 from longreach.pipelines.kind import StageRun, stage
 from longreach.training.recipe import RopeRecipe
 
@@ -54,7 +54,7 @@ class Job:
     """Everything that a task on any node needs to measure cells."""
 
     model: ModelCheckpoint
-    corpus: PackedCorpus
+    corpus: HeldOutDocuments
     recipe: EvaluateStageRecipe
     resources: Resources
     share: Share | None = None
@@ -97,7 +97,7 @@ class Job:
 )
 def evaluate(
     model: ModelCheckpoint,
-    corpus: PackedCorpus,
+    corpus: HeldOutDocuments,
     *,
     recipe: EvaluateStageRecipe,
     resources: Resources,

@@ -245,8 +245,7 @@ def add_gate(pipeline: Pipeline) -> None:
     if gate.base_ratio or f"base_{gains}" in inputs:
         inputs["base"] = pipeline.base
     if champion and gate.perplexity_ratio is not None:
-        corpus = pipeline.models[gate.model].corpus
-        inputs[f"champion_{ratios}"] = _champions_scores(pipeline, ratios, corpus)
+        inputs[f"champion_{ratios}"] = _champions_scores(pipeline, ratios, pipeline.documents_for(gate.model))
     choices = PromoteStageRecipe(
         rules=gate, champion=champion and str(champion.version), lengths=lengths_of(pipeline.recipe, ratios)
     )
@@ -265,8 +264,8 @@ def _is_champion(pipeline: Pipeline, release: Stage) -> bool:
     return published is not None and published.summary["tags"][registry.MODEL] == tags.get(registry.MODEL)
 
 
-def _champions_scores(pipeline: Pipeline, evaluation: str, corpus: Stage) -> Stage:
-    """Add the champion and its evaluation on the challenger's corpus, and return the evaluation."""
+def _champions_scores(pipeline: Pipeline, evaluation: str, documents: Stage) -> Stage:
+    """Add the champion and its evaluation on the challenger's documents, and return the evaluation."""
     from longreach.pipelines.evaluate import EvaluateStageRecipe
     from longreach.pipelines.stage import Stage
     from longreach.training.recipe import BaseRecipe
@@ -281,7 +280,7 @@ def _champions_scores(pipeline: Pipeline, evaluation: str, corpus: Stage) -> Sta
         pipeline.stages.append(model)
     section = pipeline.recipe.evaluate.chosen()[evaluation].model_copy(update={"models": None})
     choices = EvaluateStageRecipe(eval=evaluation, model="champion", choices=section)
-    inputs = {"model": model, "corpus": corpus}
+    inputs = {"model": model, "corpus": documents}
     scores = Stage("evaluate", f"evaluate[champion,{evaluation}]", choices, inputs)
     pipeline.stages.append(scores)
     return scores

@@ -1,7 +1,7 @@
 """Build the stages of a recipe in topological order: each comes after its inputs.
 
-    convert ─┬─ pack ─┬─ finetune[arm] ── merge[arm] ──┐
-             │        └──────────────┬────────────────┼─ evaluate[model,eval] ── report
+    convert ─┬─ pack ── finetune[arm] ── merge[arm] ──┐
+             ├─ hold_out ─────────────────────────────┼─ evaluate[model,eval] ── report
              └─ pack[sink] ── pretrain[arm] ──────────┘      (a vocabulary of its own: tokenizer ── pack[sink])
 
     an arm's model ── stretch[variant] ── evaluate[variant,eval]
@@ -41,14 +41,22 @@ from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import (
     ARM,
     GainsRecipe,
+    HoldOutRecipe,
     MergeRecipe,
     PackStageRecipe,
     StretchRecipe,
     TokenizerRecipe,
 )
-from longreach.training.chats import check_packable
+from longreach.training.chats import check_chats
 from longreach.training.convert import source_digest as model_digest
-from longreach.training.documents import check_patterns, first_chats, known_names, matches, split_of
+from longreach.training.documents import (
+    check_patterns,
+    first_chats,
+    held_out_digest,
+    known_names,
+    matches,
+    split_of,
+)
 from longreach.training.documents import source_digest as corpus_digest
 from longreach.training.recipe import (
     BaseRecipe,
@@ -66,8 +74,9 @@ class EvaluatedModel:
 
     stage: Stage  # the stage that makes the model folder
     rope: RopeRecipe | None  # a stretch to apply on loading; None to use the folder's config
-    corpus: Stage  # the stage with the held-out documents, tokenized for this model
-    start: Stage | None = None  # the stage whose model the arm was trained from; None if it is not an arm
+    vocabulary: Stage  # the stage whose tokenizer makes the tokens that it reads
+    corpus: Stage | None = None  # the stage with the arm's rows; None if it is not an arm
+    start: Stage | None = None  # the stage whose model the arm was trained from; None as above
 
 
 @dataclass
@@ -103,6 +112,11 @@ class Pipeline:
         return {"documents": corpus_digest(self.recipe.corpus, Path.cwd())}
 
     @cached_property
+    def held_out_texts(self) -> dict[str, str]:
+        """The digest of the held-out documents, for the identity of the stage that reads them."""
+        return {"documents": held_out_digest(self.recipe.corpus, Path.cwd())}
+
+    @cached_property
     def splits(self) -> dict[str, str] | None:
         """The split of each document by name; None if names are only known once all are read."""
         corpus = self.recipe.corpus
@@ -131,20 +145,40 @@ class Pipeline:
         gate = self.recipe.promote
         return registry.champion(gate.name) if gate and self.gated else None
 
+    def add(self, stage: Stage) -> Stage:
+        """Add a stage, and return it; if an equal one is there already, return that one."""
+        for known in self.stages:
+            if known.name == stage.name and known.fingerprint == stage.fingerprint:
+                return known
+        self.stages.append(stage)
+        return stage
+
     @cached_property
     def corpus(self) -> Stage:
-        """The stage that packs the documents, tokenized for the base."""
-        finetune = self.recipe.finetune
-        rows = PackRecipe(seq_len=1024)  # any length: evaluation needs only the held-out documents
-        if finetune:
-            rows = finetune.pack
-        return self.packed("pack", rows, self.base)
+        """The stage that packs the documents, tokenized for the base; it is added on first use."""
+        rows = PackRecipe(seq_len=1024)
+        if self.recipe.finetune:
+            rows = self.recipe.finetune.pack
+        return self.add(self.packed("pack", rows, self.base))
 
     def packed(self, label: str, rows: PackRecipe, base: Stage) -> Stage:
         for _ in first_chats(self.recipe.corpus, Path.cwd()):
-            check_packable(rows.method, self._may_have_template(base))
+            check_chats(self._may_have_template(base), rows.method)
         choices = PackStageRecipe(corpus=self.recipe.corpus, pack=rows)
         return Stage("pack", label, choices, {"base": base}, self.texts)
+
+    def documents_for(self, model: str) -> Stage:
+        """Return the stage with the held-out documents, tokenized for a model; it is added on first
+        use."""
+        vocabulary = self.models[model].vocabulary
+        label = "hold_out[sink]" if vocabulary.name == "tokenizer" else "hold_out"
+        choices = HoldOutRecipe(corpus=self.recipe.corpus)
+        stage = Stage("hold_out", label, choices, {"base": vocabulary}, self.held_out_texts)
+        added = self.add(stage)
+        if added is stage:
+            for _ in first_chats(self.recipe.corpus, Path.cwd()):
+                check_chats(self._may_have_template(vocabulary))
+        return added
 
     def _may_have_template(self, base: Stage) -> bool:
         """Return False if it is certain before the run that the tokenizer has no chat template."""
@@ -200,11 +234,9 @@ def add_base(pipeline: Pipeline) -> None:
         _add_pretrained_arms(pipeline)
     if pipeline.needs_base:
         pipeline.stages.append(pipeline.base)
-    if recipe.finetune or recipe.baselines:
-        pipeline.stages.append(pipeline.corpus)
     for name, rope in recipe.baselines.items():
         stretch = None if rope.type == "none" else rope
-        pipeline.models[name] = EvaluatedModel(pipeline.base, stretch, pipeline.corpus)
+        pipeline.models[name] = EvaluatedModel(pipeline.base, stretch, pipeline.base)
 
 
 def add_finetuned(pipeline: Pipeline) -> None:
@@ -239,7 +271,7 @@ def add_finetuned(pipeline: Pipeline) -> None:
             inputs = {"base": start, "adapter": model}
             model = Stage("merge", f"merge[{name}]", MergeRecipe(), inputs)
             pipeline.stages.append(model)
-        pipeline.models[name] = EvaluatedModel(model, None, pipeline.corpus, start)
+        pipeline.models[name] = EvaluatedModel(model, None, pipeline.base, pipeline.corpus, start)
 
 
 def _gains(
@@ -250,10 +282,8 @@ def _gains(
     short_tokens: int,
     previous: tuple[Stage, ...],
 ) -> Stage:
-    """Return the stage that scores an arm's rows, and add it if it is new.
-
-    Arms with the same start and the same choices in GainsRecipe share it.
-    """
+    """Add the stage that scores an arm's rows; arms with the same start and the same choices in
+    GainsRecipe share it."""
     recipe = GainsRecipe(
         rope=choices.rope,
         short_tokens=short_tokens,
@@ -263,12 +293,7 @@ def _gains(
     )
     inputs = {"corpus": pipeline.corpus, "base": start}
     # after the previous arm, whose time is measured
-    scored = Stage("gains", f"gains[{name}]", recipe, inputs, after=previous)
-    for stage in pipeline.stages:
-        if stage.name == scored.name and stage.fingerprint == scored.fingerprint:
-            return stage
-    pipeline.stages.append(scored)
-    return scored
+    return pipeline.add(Stage("gains", f"gains[{name}]", recipe, inputs, after=previous))
 
 
 def add_pretrained(pipeline: Pipeline) -> None:
@@ -305,7 +330,7 @@ def _add_pretrained_arms(pipeline: Pipeline) -> None:
         )
         model = Stage("pretrain", f"pretrain[{name}]", choices, {"corpus": corpus, "base": start})
         pipeline.stages.append(model)
-        pipeline.models[name] = EvaluatedModel(model, None, corpus, start)
+        pipeline.models[name] = EvaluatedModel(model, None, start, corpus, start)
 
 
 def add_variants(pipeline: Pipeline) -> None:
@@ -319,10 +344,12 @@ def add_variants(pipeline: Pipeline) -> None:
         inputs = {"model": arm.stage, "base": plain}
         model = Stage("stretch", f"stretch[{name}]", StretchRecipe(rope=variant.rope), inputs)
         pipeline.stages.append(model)
-        pipeline.models[name] = EvaluatedModel(model, None, arm.corpus)
+        pipeline.models[name] = EvaluatedModel(model, None, arm.vocabulary)
 
 
 def add_evaluations(pipeline: Pipeline) -> None:
+    """Add the evaluations. They wait until the rows are packed, so that training starts first."""
+    packed = tuple(stage for stage in pipeline.stages if stage.name == "pack")
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
         pipeline.check_documents(eval_name, section)
         digests = {field: _digest(Path(path)) for field, path in section.data_files().items()}
@@ -330,9 +357,9 @@ def add_evaluations(pipeline: Pipeline) -> None:
             model = pipeline.models[name]
             choices = section.of_model(is_base=name == pipeline.recipe.plain_baseline())
             recipe = EvaluateStageRecipe(eval=eval_name, model=name, rope=model.rope, choices=choices)
-            inputs = {"model": model.stage, "corpus": model.corpus}
+            inputs = {"model": model.stage, "corpus": pipeline.documents_for(name)}
             label = f"evaluate[{name},{eval_name}]"
-            pipeline.stages.append(Stage("evaluate", label, recipe, inputs, digests))
+            pipeline.stages.append(Stage("evaluate", label, recipe, inputs, digests, after=packed))
 
 
 def add_releases(pipeline: Pipeline) -> None:
@@ -342,7 +369,7 @@ def add_releases(pipeline: Pipeline) -> None:
     check_base(recipe)
     baseline = pipeline.scores_of(recipe.plain_baseline() or "")
     for name, model in pipeline.models.items():
-        if model.start is None:
+        if model.start is None or model.corpus is None:
             continue
         by_gate = recipe.promote is not None and recipe.promote.model == name
         registered = "" if by_gate else f"{recipe.name}-{name}"

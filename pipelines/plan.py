@@ -223,14 +223,17 @@ def _examine(
     last = newest(stage.name).get(stage.label)
     if last is None:
         return row("run", "never run", None), None
-    changes = [_in_words(stage, change) for change in differences(last["identity"], stage.identity)]
+    changes = [in_words(stage, change) for change in differences(last["identity"], stage.identity)]
     if len(changes) > MAX_CHANGES + 1:  # "and 1 more changes" would be as long as the change itself
         changes[MAX_CHANGES:] = [f"and {len(changes) - MAX_CHANGES} more changes"]
     return row("stale", "; ".join(changes), last["seconds"]), None
 
 
-def _in_words(stage: Stage, change: str) -> str:
-    """Replace an input's fingerprints by its stage: `inputs.corpus: 12ab -> 34cd` becomes `its
-    input pack changes`."""
-    name = change.split(":")[0].removeprefix("inputs.")
+def in_words(stage: Stage, change: str) -> str:
+    """Say what a difference between identities means: an input that changes, or a stage that failed
+    in the run on which the last report is; others are returned as they are."""
+    name = change.split(":")[0]
+    if name.startswith("recipe.failed."):
+        return f"{name.removeprefix('recipe.failed.')} had failed"
+    name = name.removeprefix("inputs.")
     return f"its input {stage.inputs[name].label} changes" if name in stage.inputs else change

@@ -36,9 +36,9 @@ from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
 from longreach.infra.registry import MODEL, check_login
 from longreach.infra.resources import STAGE_RETRIES
-from longreach.infra.tracking import Spool, read_events
+from longreach.infra.tracking import Spool, last_step, read_events
 from longreach.infra.versions import git_commit
-from longreach.pipelines.artifacts import Decision, PackedCorpus, Release, Report
+from longreach.pipelines.artifacts import Decision, HeldOutDocuments, Release, Report
 from longreach.pipelines.display import Display
 from longreach.pipelines.foresee import check_fits, foresee, memory_gib, no_room
 from longreach.pipelines.graph import build, report_on
@@ -349,7 +349,7 @@ def _open_pipeline(run: _Run) -> Spool:
         params=params,
     )
     for stage in run.stages:
-        if stage.kind.makes is PackedCorpus and "documents" in stage.digests:
+        if stage.kind.gives(HeldOutDocuments) and "documents" in stage.digests:
             place = f"{run.store.root}/{stage.name}/{stage.fingerprint}"
             pipeline.dataset(stage.label, stage.digests["documents"], place)
     return pipeline
@@ -565,8 +565,12 @@ class _Driver:
             self.stop_noted = True
 
     def _trains(self, label: str) -> bool:
-        begun = any(self.run.spool_folder.glob(f"{file_name(label)}@*.jsonl"))
-        return begun and self.missing[label].kind.saves_when_stopped
+        """Whether a stage has done steps in this run that it can save; one that still waits for room
+        has not."""
+        if not self.missing[label].kind.saves_when_stopped:
+            return False
+        attempts = self.run.spool_folder.glob(f"{file_name(label)}@*.jsonl")
+        return any(last_step(path, "train/seconds") for path in attempts)
 
 
 def _report_on_the_rest(run: _Run) -> None:

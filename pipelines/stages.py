@@ -11,7 +11,7 @@ ray are imported inside the functions, so that `longreach plan` stays fast.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from longreach.infra.resources import Resources
 from longreach.pipelines.artifacts import (
     GAINS,
     AdapterCheckpoint,
+    HeldOutDocuments,
     ModelCheckpoint,
     PackedCorpus,
     RowGains,
@@ -104,13 +105,33 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
 
     Relative globs start at the working directory. The summary omits the list of malformed entries.
     """
-    import ray
     from transformers import AutoTokenizer
 
     from longreach.training.corpus import pack_corpus
     from longreach.training.documents import known_names
 
+    tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0 if unknown until all are read
+    packed = pack_corpus(
+        recipe.corpus, recipe.pack, tokenizer, out,
+        base_dir=Path.cwd(), workers=_ray_cpus(), progress=_progress(run, total),
+    )  # fmt: skip
+    metrics = {"pack/rows": packed.rows, "pack/tokens": packed.tokens, "pack/efficiency": packed.efficiency}
+    run.spool.metrics(metrics)
+    run.spool.artifact(out / PackSummary.file)
+    run.spool.dataset(run.label, packed.source_digest, str(out))
+    return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
+
+
+def _ray_cpus() -> int:
+    """Return the number of the cluster's CPUs; 0 if Ray does not run."""
+    import ray
+
+    return int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 0
+
+
+def _progress(run: StageRun, total: int) -> Callable[[int], None]:
+    """Return a function that reports how many documents are done, not too often."""
     reported_at = 0.0
 
     def progress(documents: int) -> None:
@@ -119,16 +140,42 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
             reported_at = time.monotonic()
             run.spool.progress(documents, total, unit="document")
 
+    return progress
+
+
+# ---- hold_out: the held-out documents alone, tokenized for the base
+
+
+class HoldOutRecipe(Choices):
+    """The documents, of which those that are held out are tokenized."""
+
+    corpus: CorpusRecipe
+    """Documents and their split."""
+
+    def identity(self, include: set[str] | None = None) -> dict[str, Any]:
+        """Return only the patterns that hold documents out.
+
+        The stage's digest stands for the rest (held_out_digest), so that evaluations stay valid
+        when training documents change.
+        """
+        return self.corpus.identity({"validation", "test"})
+
+
+@stage(makes=HeldOutDocuments, revision=1, cpus=lambda resources: 1)
+def hold_out(base: TokenizerFolder, *, recipe: HoldOutRecipe, out: Path, run: StageRun) -> dict[str, Any]:
+    """Tokenize the held-out documents like `pack`, but without reading others where possible."""
+    from transformers import AutoTokenizer
+
+    from longreach.training.corpus import hold_out as hold_out_documents
+
     tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
-    workers = int(ray.cluster_resources()["CPU"]) if ray.is_initialized() else 0
-    packed = pack_corpus(
-        recipe.corpus, recipe.pack, tokenizer, out, base_dir=Path.cwd(), workers=workers, progress=progress
+    summary = hold_out_documents(
+        recipe.corpus, tokenizer, out, base_dir=Path.cwd(), workers=_ray_cpus(), progress=_progress(run, 0)
     )
-    metrics = {"pack/rows": packed.rows, "pack/tokens": packed.tokens, "pack/efficiency": packed.efficiency}
-    run.spool.metrics(metrics)
-    run.spool.artifact(out / PackSummary.file)
-    run.spool.dataset(run.label, packed.source_digest, str(out))
-    return packed.model_dump(mode="json", exclude={"bad": {"listed"}})
+    if summary["malformed"]:
+        run.note(f"{summary['malformed']} malformed entries are left out; the first is {summary['first_malformed']}")
+    run.spool.dataset(run.label, summary["source_digest"], str(out))
+    return summary
 
 
 # ---- gains: how much a long context helps to predict each token, computed before an arm is trained
@@ -309,6 +356,7 @@ STAGES: dict[str, StageKind] = {
     "convert": convert,
     "tokenizer": tokenizer,
     "pack": pack,
+    "hold_out": hold_out,
     "pretrain": pretrain,
     "gains": gains,
     "finetune": finetune,

@@ -23,10 +23,9 @@ from longreach.infra.resources import Resources
 from longreach.infra.share import Share, node_scratch
 from longreach.infra.tracking import Spool
 from longreach.infra.versions import git_commit, versions
-from longreach.pipelines.artifacts import PackedCorpus
+from longreach.pipelines.artifacts import HeldOutDocuments
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.stage import Stage
-from longreach.training.summary import PackSummary
 
 
 @dataclass(frozen=True)
@@ -164,9 +163,9 @@ def _call(
     )
     context = {"recipe": stage.recipe, "resources": task.resources, "out": attempt.out, "run": run}
     summary = stage.kind(**stage.kind.arguments(artifacts, **context))
-    if stage.kind.makes is not PackedCorpus or "documents" not in stage.digests:
+    if not stage.kind.gives(HeldOutDocuments) or "documents" not in stage.digests:
         return summary
-    if PackSummary.model_validate(summary).source_digest != stage.digests["documents"]:
+    if summary["source_digest"] != stage.digests["documents"]:
         raise ValueError("the corpus' documents changed during the run: run again to use the current documents")
     return summary
 

@@ -1,16 +1,19 @@
 """The run of a whole pipeline in MLflow: what was chosen, from which documents, and what the gate said."""
 
+import signal
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from longreach.infra.tracking import read_events
+from longreach.infra.tracking import Spool, read_events
 from longreach.pipelines import graph, run, signals
 from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
+from longreach.pipelines.worker import file_name
 
 
 @pytest.fixture
@@ -36,9 +39,9 @@ def test_it_has_what_the_recipe_chose_as_parameters_and_the_documents_as_dataset
     assert "finetune.weight_decay" not in start["params"], "what nobody chose is in config show"
     assert len(start["params"]) < 100
     datasets = [(event["name"], event["digest"]) for event in others if event["event"] == "dataset"]
-    packed = [stage for stage in state.stages if stage.name == "pack"]
-    assert datasets == [(stage.label, stage.digests["documents"]) for stage in packed]
-    assert len(datasets) == 2
+    read = [stage for stage in state.stages if stage.name in ("pack", "hold_out")]
+    assert datasets == [(stage.label, stage.digests["documents"]) for stage in read]
+    assert [label for label, _ in datasets] == ["pack", "pack[sink]", "hold_out"]
 
 
 def test_a_recipe_whose_gate_is_left_out_while_the_registry_is_away_has_its_other_choices(state):
@@ -48,6 +51,24 @@ def test_a_recipe_whose_gate_is_left_out_while_the_registry_is_away_has_its_othe
     (start, *_) = read_events(state.spool_folder / "=pipeline.jsonl")[0]
     assert start["params"]["finetune.steps"] == str(loaded.recipe.finetune.steps)
     assert not [name for name in start["params"] if name.startswith("promote")]
+
+
+@pytest.mark.parametrize(("steps", "waits"), [(0, False), (1, True)])
+def test_a_stopping_run_waits_for_a_training_only_if_it_has_steps_to_save(state, steps, waits):
+    """One that still waits for room has none."""
+    training = next(stage for stage in state.stages if stage.name == "finetune")
+    spool = Spool.open(state.spool_folder / f"{file_name(training.label)}@1.jsonl", **state.stage_start(training, "1"))
+    spool.param("ranks", 2)
+    for step in range(1, steps + 1):
+        spool.metrics({"train/seconds": 2.0}, step=step)
+    driver = run._Driver(SimpleNamespace(), state, None)
+    driver.running = {training.label, "convert"}
+    state.stopping.signum, state.stopping.until_s = signal.SIGTERM, time.monotonic() + 60
+    if waits:
+        driver._stop_if_asked()
+        return
+    with pytest.raises(SystemExit):
+        driver._stop_if_asked()
 
 
 def test_characters_that_mlflow_refuses_in_names_are_left_out(state):

@@ -54,7 +54,7 @@ from longreach.pipelines.report.sections import evaluations, main_columns
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
 from longreach.training import throughput
-from longreach.training.corpus import pack_corpus
+from longreach.training.corpus import hold_out, pack_corpus
 from longreach.training.cost import Machine, Prediction
 from longreach.training.recipe import ArmRecipe, TrainJob
 from longreach.training.summary import CostCell, CostsSummary, TrainableParameters
@@ -193,6 +193,10 @@ def write_base(stage, out: Path) -> dict:
 
 def write_corpus(stage, out: Path) -> dict:
     return pack_corpus(stage.recipe.corpus, stage.recipe.pack, tiny_tokenizer(), out).to_json()
+
+
+def write_held_out(stage, out: Path) -> dict:
+    return hold_out(stage.recipe.corpus, tiny_tokenizer(), out)
 
 
 def write_arm(stage, out: Path) -> dict:
@@ -349,7 +353,7 @@ def write_costs(stage, out: Path) -> dict:
 WRITERS = {
     "convert": write_base, "pack": write_corpus, "finetune": write_arm, "merge": write_merged, "pretrain": write_arm,
     "evaluate": write_scores, "tokenizer": write_tokenizer, "release": write_merged, "promote": write_merged,
-    "stretch": write_merged, "costs": write_costs, "gains": write_merged,
+    "stretch": write_merged, "hold_out": write_held_out, "costs": write_costs, "gains": write_merged,
 }  # fmt: skip
 
 

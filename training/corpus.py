@@ -1,4 +1,5 @@
-"""Write a PackedCorpus folder (`pack_corpus`), and read its rows for training (`PackedRows`).
+"""Write a PackedCorpus folder (`pack_corpus`), or its held-out documents alone (`hold_out`), and
+read its rows for training (`PackedRows`).
 
     rows/         rows of equal length with token ids and positions: memory-mapped Arrow files that
                   `datasets.load_from_disk` opens; with chats, `given` is 1 for tokens that are not predicted
@@ -40,12 +41,13 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from longreach.training.chats import Chats, Conversation, check_packable
+from longreach.training.chats import Chats, Conversation, check_chats
 from longreach.training.documents import (
     BadLine,
     Document,
     check_patterns,
     first_chats,
+    held_out_digest,
     read_documents,
     source_digest,
     split_of,
@@ -63,7 +65,8 @@ SHARD_BYTES = 256 << 20  # size of the rows in one Arrow file
 WRITE_BYTES = 8 << 20  # size of the rows in one Arrow record batch, which is filled and written at once
 MAX_LISTED = 1000  # packed.json lists at most this many malformed entries, but counts all of them
 MAX_OVERLAPS = 20  # packed.json lists at most this many held-out documents with overlaps, largest first
-SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+SPLITS = ("train", *HELD_OUT)
 IDS = pa.list_(pa.int32())
 ROW = pa.schema([("input_ids", IDS), ("position_ids", IDS), ("length", pa.int32())])
 DOCUMENT = pa.schema([("name", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("input_ids", IDS)])
@@ -99,8 +102,7 @@ def pack_corpus(
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     lead = int(first_token is not None)
     digest, index = source_digest(corpus, base_dir), CorpusIndex(corpus)
-    with contextlib.ExitStack() as stack:
-        scratch = Scratch(*(stack.enter_context(tempfile.TemporaryFile(dir=out)) for _ in range(3)))
+    with _scratch(out) as scratch:
         encoders = Encoders(tokenizer, corpus, pack, first_token)
         encoders.try_first_chats(base_dir)
         _tokenise(read_documents(corpus, base_dir), index, encoders, scratch, workers, progress)
@@ -130,6 +132,57 @@ def pack_corpus(
     )
     summary.write(out)
     return summary
+
+
+def hold_out(
+    corpus: CorpusRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    base_dir: Path | str = ".",
+    workers: int = 0,
+    progress: Callable[[int], None] = lambda documents: None,
+) -> dict[str, Any]:
+    """Write documents/ and tokenizer/ of a PackedCorpus folder without packing the training
+    documents, and return a summary.
+
+    The documents are those that pack_corpus writes, except that no token is removed from their
+    start. `workers` and `progress` are as in pack_corpus.
+
+    Raises:
+        ValueError: as pack_corpus, as far as it concerns the documents that are read.
+    """
+    digest, index, names = held_out_digest(corpus, base_dir), CorpusIndex(corpus), []
+
+    def is_held_out(name: str) -> bool:
+        names.append(name)
+        if split_of(name, corpus) != "train":
+            return True
+        index.entries += 1
+        return False
+
+    with _scratch(out) as scratch:
+        documents = read_documents(corpus, base_dir, is_held_out)
+        _tokenise(documents, index, Encoders(tokenizer, corpus), scratch, workers, progress)
+        index.check_malformed()
+        check_patterns(list(dict.fromkeys(names)), corpus)
+        _write_documents(out / "documents", index, scratch)
+    tokenizer.save_pretrained(out / "tokenizer")
+    return {
+        "documents": {split: index.splits.count(split) for split in HELD_OUT},
+        "tokens": sum(index.lengths),
+        "sources": [place for n in sorted({*index.sources}) for place in corpus.sources[n].places()],
+        "source_digest": digest,
+        "malformed": index.bad_count,
+        "first_malformed": "".join(f"{one.file}:{one.line}: {one.reason}" for one in index.bad[:1]),
+    }
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Scratch]:
+    """Provide temporary files in a folder."""
+    with contextlib.ExitStack() as stack:
+        yield Scratch(*(stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(3)))
 
 
 def write_whole_rows(out: Path, corpus: Path | str, *, seq_len: int, rows: int) -> None:
@@ -233,6 +286,15 @@ class CorpusIndex:
 
     def check(self) -> None:
         """Raise ValueError for too many malformed entries, no document, or an unmatched pattern."""
+        self.check_malformed()
+        if not self.names:
+            raise ValueError(
+                f"corpus.sources contain no document and {self.bad_count} malformed entries: check the files"
+            )
+        check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
+
+    def check_malformed(self) -> None:
+        """Raise ValueError if the share of malformed entries is above the recipe's limit."""
         entries, limit = self.entries, self.corpus.max_bad_fraction
         if self.bad_count > limit * entries:
             first = self.bad[0]
@@ -241,11 +303,6 @@ class CorpusIndex:
                 f"corpus.max_bad_fraction {limit:.2%}; the first is {first.file}:{first.line}: {first.reason}. "
                 f"Fix them or raise the limit"
             )
-        if not self.names:
-            raise ValueError(
-                f"corpus.sources contain no document and {self.bad_count} malformed entries: check the files"
-            )
-        check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
 
     def extents(self) -> tuple[np.ndarray, np.ndarray]:
         """Return each document's start in the scratch file and its length with EOS, [D] each."""
@@ -354,8 +411,14 @@ class Encoders:
     """Convert texts and chats to tokens."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, corpus: CorpusRecipe, pack: PackRecipe, first_token: int | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: CorpusRecipe,
+        pack: PackRecipe | None = None,
+        first_token: int | None = None,
     ) -> None:
+        """Take a corpus' choices, and how it is packed; without `pack`, only held-out documents can
+        be converted."""
         self.tokenizer, self.corpus, self.pack, self.first_token = tokenizer, corpus, pack, first_token
         kinds = {source.special_tokens for source in corpus.sources}
         self.texts = {kind: Encoder.of(tokenizer, parse=kind == "parse") for kind in kinds}
@@ -363,7 +426,7 @@ class Encoders:
     @functools.cached_property
     def chats(self) -> Chats:
         """The encoder for chats; ValueError if this recipe or base cannot pack chats."""
-        check_packable(self.pack.method, bool(self.tokenizer.chat_template))
+        check_chats(bool(self.tokenizer.chat_template), self.pack.method if self.pack else None)
         return Chats(self.tokenizer, self.first_token)
 
     def chat(self, document: Document) -> tuple[Tokens, int]:
@@ -374,7 +437,7 @@ class Encoders:
         """
         assert isinstance(document.text, Conversation)
         most = None
-        if split_of(document.key, self.corpus) == "train":
+        if self.pack and split_of(document.key, self.corpus) == "train":
             most = self.pack.seq_len - (self.first_token is not None)
         parse = self.corpus.sources[document.source].special_tokens == "parse"
         ids, given, cut = self.chats.encode(document.text, most, parse)

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import fsspec
 import xxhash
 
-from longreach.infra.files import add_file, cache_folder, draft_of
+from longreach.infra.files import add_file, cache_folder, digest_of, draft_of
 from longreach.training import generated, questions
 from longreach.training.chats import FORMS, TEXT, Conversation, conversation_of, form_of
 from longreach.training.readers import Malformed, Record, kind_of, problem_of_text, read_records, text_blocks
@@ -35,6 +35,10 @@ TEXTS = (".txt", ".md")
 KINDS = (*TEXTS, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SAVED = ("state.json", "dataset_dict.json")
 """Files of which `save_to_disk` of the datasets library writes one into its folder."""
+TRAINING_CHOICES = {"weight", "min_tokens", "max_tokens"}
+"""A source's fields that do not concern its held-out documents."""
+PATTERNS = {"files", "repositories", "patterns"}
+"""A source's fields that say which files it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +85,15 @@ class BadLine:
     reason: str
 
 
-def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator[Document | BadLine]:
+def read_documents(
+    corpus: CorpusRecipe, base_dir: Path | str = ".", wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[Document | BadLine]:
     """Yield the documents of all sources in order, with files sorted by path.
 
     Relative paths and globs start at base_dir.
+
+    wanted: called with the name that split patterns match. Documents for which it returns False are
+        left out; text files, books and repositories are then not even read.
 
     Raises:
         ValueError: a package is not installed, a glob finds nothing, or a file type or column is
@@ -92,27 +101,36 @@ def read_documents(corpus: CorpusRecipe, base_dir: Path | str = ".") -> Iterator
     """
     files = _files(corpus, Path(base_dir))
     for number, source in enumerate(corpus.sources):
-        for item in _read_source(source, Path(base_dir), files[number]):
+        for item in _read_source(source, Path(base_dir), files[number], wanted):
             if isinstance(item, Document):
                 item = replace(item, source=number)
             yield item
 
 
-def _read_source(source: SourceRecipe, base_dir: Path, files: list[TextFile]) -> Iterator[Document | BadLine]:
-    """Yield the entries of one source."""
+def _read_source(
+    source: SourceRecipe, base_dir: Path, files: list[TextFile], wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[Document | BadLine]:
+    """Yield the entries of one source, without the documents that are not wanted."""
     if _dataset(source, base_dir) is not None:
-        yield from _read_dataset(source, base_dir)
+        yield from _chosen(_read_dataset(source, base_dir), wanted)
     elif source.generated is not None:
-        yield from _generate(source.generated, source.domain)
+        yield from _chosen(_generate(source.generated, source.domain), wanted)
     elif source.questions is not None:
-        yield from _ask(source.questions, source.domain)
+        yield from _chosen(_ask(source.questions, source.domain), wanted)
     elif source.repositories:
-        yield from _read_repositories(source, base_dir)
+        yield from _read_repositories(source, base_dir, wanted)
     for file in files:
-        if file.kind in TEXTS:
+        if file.kind not in TEXTS:
+            yield from _chosen(_read_rows(file, source), wanted)
+        elif wanted(file.name):
             yield _read_text(file, source)
-        else:
-            yield from _read_rows(file, source)
+
+
+def _chosen(items: Iterable[Document | BadLine], wanted: Callable[[str], bool]) -> Iterator[Document | BadLine]:
+    """Yield the wanted documents and all malformed entries, whose names are unknown."""
+    for item in items:
+        if isinstance(item, BadLine) or wanted(item.key):
+            yield item
 
 
 def record_files(source: SourceRecipe, base_dir: Path | str = ".") -> list[Path]:
@@ -203,32 +221,71 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
     """
     digest = xxhash.xxh3_128()
     for source, found in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
-        dataset = _dataset(source, Path(base_dir))
-        if source.special_tokens == "text" and not source.package and not source.generated:
-            digest.update(b"special tokens are text\0")
-        if isinstance(dataset, Path):
-            paths = filter(Path.is_file, sorted(dataset.rglob("*")))
-            files = [(path.relative_to(dataset).as_posix(), path) for path in paths]
-        elif dataset is not None:
-            digest.update(f"hub:{dataset}:{source.config}:{source.split}@{_hub_commit(source)}\0".encode())
-            continue
-        elif source.generated is not None:
-            digest.update(f"generated:{source.generated.model_dump_json()}\0".encode())
-            continue
-        elif source.questions is not None:
-            digest.update(f"questions:{source.questions.model_dump_json()}\0".encode())
-            files = [(path.name, path) for _, path in PACKAGES[source.questions.about]()]
-        elif source.repositories:
-            files = []
-            for repository in find_repositories(source, Path(base_dir)):
+        _add_source(digest, source, found, Path(base_dir))
+    return digest.hexdigest()
+
+
+def held_out_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
+    """Return a fingerprint of the held-out documents, in 32 hexadecimal digits.
+
+    A source counts only if it has some. Of text files, books and repositories, only those that are
+    held out count, wherever they are. Files of records, datasets, generated documents and questions
+    count as a whole. Choices that concern training documents alone do not count.
+
+    Raises:
+        ValueError: as in source_digest.
+    """
+    parts = []
+    for source, found in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
+        digest = xxhash.xxh3_128()
+        if _add_source(digest, source, found, Path(base_dir), lambda name: split_of(name, corpus) != "train"):
+            ignored = TRAINING_CHOICES
+            if _dataset(source, Path(base_dir)) is None:  # a dataset's place is in the names of its documents
+                ignored = ignored | PATTERNS
+            how_read = {name: value for name, value in source.identity().items() if name not in ignored}
+            parts.append([how_read, digest.hexdigest()])
+    return digest_of(parts)
+
+
+def _add_source(
+    digest: xxhash.xxh3_128,
+    source: SourceRecipe,
+    found: list[TextFile],
+    base_dir: Path,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> bool:
+    """Add a source's wanted documents to a digest, as far as they can be told apart without reading
+    them; return False if it surely has none.
+
+    found: its files.
+    """
+    dataset = _dataset(source, base_dir)
+    if source.special_tokens == "text" and not source.package and not source.generated:
+        digest.update(b"special tokens are text\0")
+    if isinstance(dataset, Path):
+        paths = filter(Path.is_file, sorted(dataset.rglob("*")))
+        files = [(path.relative_to(dataset).as_posix(), path) for path in paths]
+    elif dataset is not None:
+        digest.update(f"hub:{dataset}:{source.config}:{source.split}@{_hub_commit(source)}\0".encode())
+        return True
+    elif source.generated is not None:
+        digest.update(f"generated:{source.generated.model_dump_json()}\0".encode())
+        return any(map(wanted, generated.names(source.generated)))
+    elif source.questions is not None:
+        digest.update(f"questions:{source.questions.model_dump_json()}\0".encode())
+        files = [(path.name, path) for _, path in PACKAGES[source.questions.about]()]
+    elif source.repositories:
+        files = []
+        for repository in find_repositories(source, base_dir):
+            if wanted(repository.name):
                 digest.update(f"repository:{repository.name}:{len(repository.files)}\0".encode())
                 files += repository.files
-        else:
-            files = [(file.title, file.path) for file in found]
-        for name, path in files:
-            digest.update(f"{escaped(name)}:{path.stat().st_size}\0".encode())
-            add_file(digest, path)
-    return digest.hexdigest()
+    else:
+        files = [(file.title, file.path) for file in found if file.kind not in TEXTS or wanted(file.name)]
+    for name, path in files:
+        digest.update(f"{escaped(name)}:{path.stat().st_size}\0".encode())
+        add_file(digest, path)
+    return bool(files)
 
 
 def _sotu() -> list[tuple[str, Path]]:
@@ -527,9 +584,13 @@ def _ask(recipe: QuestionsRecipe, domain: str | None) -> Iterator[Document]:
         yield Document(name, domain or "questions", recipe.about, n, conversation, repository=text)
 
 
-def _read_repositories(source: SourceRecipe, base_dir: Path) -> Iterator[Document | BadLine]:
-    """Yield each repository as one document, or as several if it is long."""
+def _read_repositories(
+    source: SourceRecipe, base_dir: Path, wanted: Callable[[str], bool]
+) -> Iterator[Document | BadLine]:
+    """Yield each wanted repository as one document, or as several if it is long."""
     for repository in find_repositories(source, base_dir):
+        if not wanted(repository.name):
+            continue
         for piece in read_pieces(repository, source.max_chars):
             if isinstance(piece, Unreadable):
                 yield BadLine(str(piece.path), piece.line, piece.reason)

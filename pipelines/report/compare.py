@@ -34,7 +34,7 @@ from longreach.evaluation.perplexity import difference_tables
 from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import MANIFEST, Artifact, Store
-from longreach.pipelines.artifacts import PackedCorpus
+from longreach.pipelines.artifacts import HeldOutDocuments
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
 from longreach.pipelines.reader import names as recipe_names
@@ -276,8 +276,8 @@ def merge(runs: dict[str, Findings]) -> Merged:
     seen: set[frozenset[str]] = set()
     for run, findings in runs.items():
         for artifact in findings.artifacts.values():
-            if artifact.stage == "pack" and artifact.fingerprint not in digests:
-                digests[artifact.fingerprint] = PackedCorpus(artifact.path, artifact.manifest).text_digests()
+            if artifact.stage in ("hold_out", "pack") and artifact.fingerprint not in digests:
+                digests[artifact.fingerprint] = HeldOutDocuments(artifact.path, artifact.manifest).text_digests()
         for name, model in findings.models.items():
             fingerprints = _fingerprints(findings, name)
             if fingerprints and fingerprints in seen:

@@ -57,7 +57,8 @@ class Model:
     weights: str = ""
     """The fingerprint of a baseline's model folder; empty for a trained model."""
     corpus: str = ""
-    """The fingerprint of the PackedCorpus whose held-out documents it was evaluated on."""
+    """The fingerprint of the HeldOutDocuments (in older runs: the PackedCorpus) that it was
+    evaluated on."""
     stretched: bool = False
     """Whether a baseline is loaded with a stretch."""
 

@@ -675,12 +675,14 @@ def _licences(found: Findings) -> dict[str, str]:
     licences = {}
     if found.base:
         licences[found.base["source"]] = found.base["licence"]
+    names: list[str] = []
     for artifact in found.artifacts.values():
+        if artifact.stage == "hold_out":
+            names += artifact.summary["sources"]
         corpus = artifact.manifest["identity"]["recipe"].get("corpus", {})
         for source in corpus.get("sources", ()):
-            for name in SourceRecipe.model_validate(source).places():
-                licences[name] = LICENCES.get(name, "not recorded")
-    return licences
+            names += SourceRecipe.model_validate(source).places()
+    return licences | {name: LICENCES.get(name, "not recorded") for name in names}
 
 
 def _choices(manifests: Mapping[str, dict[str, Any]]) -> list[list[str]]:
