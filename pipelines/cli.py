@@ -681,15 +681,23 @@ def _store_and_fingerprints(
     if recipe is None:
         return Store(root).checked(), None
     loaded = load(recipe, overrides)
-    from longreach.infra.registry import check_login
+    from longreach.infra.registry import RegistryAway, check_login
     from longreach.pipelines.plan import open_store, plan, use_tracking
 
     gate, away = loaded.recipe.promote, ""
-    if only_shown and gate and gate.start_from == "base":
+    without_gate = only_shown and gate is not None and gate.start_from == "base"
+    if without_gate:
         with use_tracking(loaded) as uri:
-            if away := check_login(uri):
-                print(f"MLflow: {away}; the gate's stages are left out", file=sys.stderr)
-    return open_store(loaded), {row.fingerprint for row in plan(loaded, gated=not away)}
+            away = check_login(uri)
+    try:
+        rows = plan(loaded, gated=not away)
+    except RegistryAway as error:  # the server answers, but its database does not
+        if not without_gate:
+            raise
+        away, rows = str(error), plan(loaded, gated=False)
+    if away:
+        print(f"MLflow: {away}; the gate's stages are left out", file=sys.stderr)
+    return open_store(loaded), {row.fingerprint for row in rows}
 
 
 def _show_candidates(candidates: list[Candidate]) -> None:

@@ -239,6 +239,15 @@ def test_what_only_reads_the_store_needs_no_registry(
             "MLflow: http://127.0.0.1:9 does not respond (ConnectionError); the gate's stages are left out\n"
         )
 
+    def no_database(name: str) -> None:
+        raise RegistryAway("MLflow at http://127.0.0.1:9: 500, no connection to its database")
+
+    monkeypatch.setattr("longreach.infra.registry.check_login", lambda uri: "")
+    monkeypatch.setattr("longreach.infra.registry.champion", no_database)
+    code, out, err = longreach(capsys, "status", "quickstart", "--set", choices[0], "--set", choices[1])
+    assert (code, report.fingerprint[:8] in out) == (0, True)
+    assert err.endswith("500, no connection to its database; the gate's stages are left out\n")
+
 
 def test_a_base_behind_an_alias_of_a_registry_that_is_away_is_exit_75(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
