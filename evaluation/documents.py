@@ -1,7 +1,7 @@
 """Held-out documents as token ids, and the first token that a model expects before any text.
 
 python -c "from longreach.evaluation.documents import held_out; print([d.name for d in
-held_out('corpus/documents')])"
+held_out('held_out/documents')])"
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Document:
 
 
 def held_out(folder: Path | str) -> list[Document]:
-    """Read the documents of a PackedCorpus' `documents/` folder (columns name, domain, split,
+    """Read the folder `documents/` of a HeldOutDocuments artifact (columns name, domain, split,
     input_ids), in order."""
     import datasets
 
@@ -83,7 +83,7 @@ def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id that the tokenizer puts before every text (BOS, or a trained sink token); None
     if there is none.
 
-    A corpus that was packed for another model's tokenizer lacks this token, and a model that always
+    Documents that were tokenized for another model lack this token, and a model that always
     saw it predicts badly without it.
     """
     whole = tokenizer("a").input_ids  # not an empty text, where an appended EOS would come first

@@ -259,5 +259,5 @@ def check_tokenizers(corpus: PreTrainedTokenizerBase, model: PreTrainedTokenizer
     if differ or abs(len(ours) - len(theirs)) > 16:
         raise ValueError(
             f"the corpus was tokenised with {len(ours)} tokens, the model has {len(theirs)}, and {len(differ)} of the "
-            f"common ones have different ids: pack the documents with the model's tokenizer"
+            f"common ones have different ids: tokenize the documents with the model's tokenizer"
         )

@@ -348,7 +348,8 @@ def add_variants(pipeline: Pipeline) -> None:
 
 
 def add_evaluations(pipeline: Pipeline) -> None:
-    """Add the evaluations. They wait until the rows are packed, so that training starts first."""
+    """Add the evaluations. They wait until packing has ended, so that training starts first. If
+    packing fails, untrained models are evaluated all the same."""
     packed = tuple(stage for stage in pipeline.stages if stage.name == "pack")
     for eval_name, section in pipeline.recipe.evaluate.chosen().items():
         pipeline.check_documents(eval_name, section)

@@ -230,8 +230,8 @@ def _examine(
 
 
 def in_words(stage: Stage, change: str) -> str:
-    """Say what a difference between identities means: an input that changes, or a stage that failed
-    in the run on which the last report is; others are returned as they are."""
+    """Say what a difference between identities means, if it is an input that changes, or a stage
+    that had failed when the last report was made; others are returned as they are."""
     name = change.split(":")[0]
     if name.startswith("recipe.failed."):
         return f"{name.removeprefix('recipe.failed.')} had failed"

@@ -131,7 +131,7 @@ def _ray_cpus() -> int:
 
 
 def _progress(run: StageRun, total: int) -> Callable[[int], None]:
-    """Return a function that reports how many documents are done, not too often."""
+    """Return a function that reports how many documents are done, at most every PROGRESS_EVERY_S."""
     reported_at = 0.0
 
     def progress(documents: int) -> None:
@@ -143,7 +143,7 @@ def _progress(run: StageRun, total: int) -> Callable[[int], None]:
     return progress
 
 
-# ---- hold_out: the held-out documents alone, tokenized for the base
+# ---- hold_out: the held-out documents alone, as token ids
 
 
 class HoldOutRecipe(Choices):
@@ -163,7 +163,8 @@ class HoldOutRecipe(Choices):
 
 @stage(makes=HeldOutDocuments, revision=1, cpus=lambda resources: 1)
 def hold_out(base: TokenizerFolder, *, recipe: HoldOutRecipe, out: Path, run: StageRun) -> dict[str, Any]:
-    """Tokenize the held-out documents like `pack`, but without reading others where possible."""
+    """Tokenize the held-out documents like `pack`, but without reading others where possible. The
+    summary omits the list of malformed entries."""
     from transformers import AutoTokenizer
 
     from longreach.training.corpus import hold_out as hold_out_documents
@@ -172,10 +173,11 @@ def hold_out(base: TokenizerFolder, *, recipe: HoldOutRecipe, out: Path, run: St
     summary = hold_out_documents(
         recipe.corpus, tokenizer, out, base_dir=Path.cwd(), workers=_ray_cpus(), progress=_progress(run, 0)
     )
-    if summary["malformed"]:
-        run.note(f"{summary['malformed']} malformed entries are left out; the first is {summary['first_malformed']}")
-    run.spool.dataset(run.label, summary["source_digest"], str(out))
-    return summary
+    if summary.bad.count:
+        first = summary.bad.listed[0]
+        run.note(f"{summary.bad.count} malformed entries are left out; {first.file}:{first.line}: {first.reason}")
+    run.spool.dataset(run.label, summary.source_digest, str(out))
+    return summary.model_dump(mode="json", exclude={"bad": {"listed"}})
 
 
 # ---- gains: how much a long context helps to predict each token, computed before an arm is trained

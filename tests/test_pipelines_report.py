@@ -196,7 +196,7 @@ def write_corpus(stage, out: Path) -> dict:
 
 
 def write_held_out(stage, out: Path) -> dict:
-    return hold_out(stage.recipe.corpus, tiny_tokenizer(), out)
+    return hold_out(stage.recipe.corpus, tiny_tokenizer(), out).to_json()
 
 
 def write_arm(stage, out: Path) -> dict:
@@ -709,6 +709,18 @@ def test_packing_is_reported_as_it_was(inputs, written):
     assert row[4:7] == ["20", "0", "2"]
     assert row[-1] == "1"
     assert page_of(written[0]).row("texts.jsonl:23") == ["text is empty"]
+
+
+def test_without_training_the_held_out_documents_are_reported(tmp_path, no_pictures):
+    inputs = make_inputs(
+        tmp_path, RECIPE | {"finetune": None, "pretrain": None, "evaluate": {"passkey": {"lengths": (64,)}}}
+    )
+    assert "pack" not in inputs[1]
+    write(inputs, tmp_path / "out")
+    page = page_of(tmp_path / "out")
+    assert page.row("hold_out") == ["0", "2", f"{inputs[1]['hold_out'].summary['tokens']}", "1"]
+    assert page.row("texts.jsonl:23") == ["text is empty"]
+    assert "Packing" not in page.headings
 
 
 def test_the_largest_overlaps_of_training_and_held_out_documents_are_listed(inputs, written):

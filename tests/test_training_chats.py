@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training.chats import Chats, Conversation, conversation_of, form_of
-from longreach.training.corpus import IGNORED, PackedRows, pack_corpus
+from longreach.training.corpus import IGNORED, PackedRows, hold_out, pack_corpus
 from longreach.training.documents import BadLine, read_documents
 from longreach.training.readers import Malformed
 from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
@@ -480,6 +480,18 @@ WORDS = """{%- for message in messages %}
 {{- ('w2 ' if message['role'] == 'user' else 'w3 ') + message['content'] + ' w4 ' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- 'w3 ' }}{% endif %}"""
+
+
+def test_held_out_chats_of_a_base_without_a_template_are_no_malformed_entries(tmp_path):
+    turns = [{"role": role, "content": "w5 w6"} for role in ("user", "assistant")]
+    write(tmp_path / "x.jsonl", *[{"messages": turns}] * 9)
+    corpus = CorpusRecipe(sources=(SourceRecipe(files="x.jsonl"),), test=("x.jsonl:1",), max_bad_fraction=1)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="the base has no chat template"):
+        hold_out(corpus, tiny_tokenizer(), tmp_path / "out", base_dir=tmp_path)
+    hold_out(corpus, tokenizer_with(PLAIN), tmp_path / "out", base_dir=tmp_path)
+    (document,) = datasets.load_from_disk(str(tmp_path / "out" / "documents"))
+    assert 0 < sum(document["given"]) < len(document["given"])
 
 
 def chat_corpus(folder):

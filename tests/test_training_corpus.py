@@ -410,8 +410,8 @@ def test_the_held_out_documents_alone_are_those_of_the_packed_corpus(texts, tmp_
     packed = pack(folder, tmp_path / "packed", files=files, corpus=splits)
     summary, documents = only_held_out(folder, tmp_path / "alone", files, **splits)
     assert documents.to_list() == datasets.load_from_disk(tmp_path / "packed" / "documents").to_list()
-    assert summary["documents"] == {split: packed.documents[split] for split in ("validation", "test")}
-    assert summary["tokens"] == packed.document_tokens["validation"] + packed.document_tokens["test"] > 0
+    assert summary.documents == {split: packed.documents[split] for split in ("validation", "test")}
+    assert summary.tokens == packed.document_tokens["validation"] + packed.document_tokens["test"] > 0
     assert (tmp_path / "alone/tokenizer/tokenizer.json").read_bytes() == (
         tmp_path / "packed/tokenizer/tokenizer.json"
     ).read_bytes()
@@ -422,13 +422,13 @@ def test_training_files_are_not_read_for_the_held_out_documents(tmp_path):
     write_texts(folder)
     (folder / "t05.txt").write_bytes(b"\xff")
     summary, _ = only_held_out(folder, tmp_path / "out", "*.txt", test=("t01",), max_bad_fraction=0)
-    assert (summary["malformed"], summary["first_malformed"]) == (0, "")
+    assert summary.bad.count == 0
     (folder / "t01.txt").write_bytes(b"\xff")
     (folder / "t02.txt").write_bytes(b"\xff")
-    bad = {"test": ("t01", "t02", "t03"), "max_bad_fraction": 0.07}
+    bad = {"test": ("t0[123]",), "max_bad_fraction": 0.07}
     summary, documents = only_held_out(folder, tmp_path / "bad", "*.txt", **bad)
-    assert (summary["malformed"], documents["name"]) == (2, ["t03"]), "the share is of all 30 documents"
-    assert summary["first_malformed"].startswith(f"{folder}/t01.txt:1: ")
+    assert (summary.bad.count, documents["name"]) == (2, ["t03"]), "the share is of all 30 documents"
+    assert (summary.bad.listed[0].file, summary.bad.fraction) == (f"{folder}/t01.txt", 2 / 30)
     with pytest.raises(ValueError, match=r"2 of 30 documents are malformed: 6\.67%"):
         only_held_out(folder, tmp_path / "refused", "*.txt", **bad | {"max_bad_fraction": 0.06})
 
@@ -440,8 +440,38 @@ def test_a_pattern_is_compared_with_all_names_even_of_files_that_are_not_read(te
 
 def test_without_held_out_documents_there_is_the_tokenizer(texts, tmp_path):
     summary, documents = only_held_out(texts[0], tmp_path / "out", "*.txt")
-    assert (summary["documents"], len(documents)) == ({"validation": 0, "test": 0}, 0)
+    assert (summary.documents, len(documents)) == ({"validation": 0, "test": 0}, 0)
     assert (tmp_path / "out/tokenizer/tokenizer.json").is_file()
+
+
+def test_a_pattern_that_only_a_malformed_document_matches_is_refused(tmp_path):
+    write_texts(tmp_path / "texts")
+    (tmp_path / "texts" / "t01.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"corpus\.test: 't01' matches none of 29 documents"):
+        only_held_out(tmp_path / "texts", "out", "*.txt", test=("t01", "t02"), max_bad_fraction=1)
+
+
+def test_files_of_repositories_to_train_on_count_as_entries_too(tmp_path):
+    for name, files in (("train", 198), ("held", 2)):
+        (tmp_path / name).mkdir()
+        for n in range(files):
+            (tmp_path / name / f"f{n:03d}.py").write_text(f"x{n} = {n}")
+    (tmp_path / "held" / "f000.py").write_bytes("é".encode("latin-1"))
+    sources = (SourceRecipe(repositories=(str(tmp_path / "train"), str(tmp_path / "held"))),)
+    (tmp_path / "out").mkdir()
+    summary = hold_out(CorpusRecipe(sources=sources, test=("held",)), toy_tokenizer(), tmp_path / "out")
+    assert (summary.bad.fraction, summary.documents["test"]) == (1 / 200, 1)
+
+
+def test_held_out_documents_need_no_eos(texts, tmp_path):
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = None
+    recipe = CorpusRecipe(sources=(SourceRecipe(files=str(texts[0] / "*.txt")),), test=("t01", "t02"))
+    for name, used in (("with", toy_tokenizer()), ("without", tokenizer)):
+        (tmp_path / name).mkdir()
+        hold_out(recipe, used, tmp_path / name)
+    first, second = (datasets.load_from_disk(tmp_path / name / "documents").to_list() for name in ("with", "without"))
+    assert first == second
 
 
 def test_a_split_pattern_without_a_document_is_refused_with_the_nearest_name(texts, tmp_path):

@@ -287,7 +287,10 @@ def test_the_digest_of_held_out_documents_names_what_can_change_them_and_nothing
 
     first, repositories = digest(texts), digest(code)
     assert first != repositories
-    with_lines = digest(texts, {"files": "lines/*.jsonl"})
+    lines = {"files": "lines/*.jsonl"}
+    assert digest(texts, lines) == digest(texts, {"dataset": "lines"}) == first, "no pattern matches their names"
+    splits["test"] = ("test", "c.jsonl:[12]")
+    first, repositories, with_lines = digest(texts), digest(code), digest(texts, lines)
     (tmp_path / "train.txt").write_text("other")
     (tmp_path / "more.txt").write_text("more")
     (tmp_path / "train/src/b.py").write_text("b = 1")
@@ -297,9 +300,12 @@ def test_the_digest_of_held_out_documents_names_what_can_change_them_and_nothing
         "their place is no part of it"
     )
     assert digest({"generated": {"documents": 3, "tokens": 8}}, texts) == first, "a source to train on"
-    assert digest(texts, {"files": "lines/*.jsonl"}) == with_lines != first, "its names are only known once it is read"
-    write_jsonl(tmp_path / "lines/c.jsonl", {"text": "d"})
-    assert digest(texts, {"files": "lines/*.jsonl"}) != with_lines
+    assert digest(texts, lines) == with_lines != first
+    write_jsonl(tmp_path / "lines/c.jsonl", {"text": "c"}, {"text": "to train on"}, {"text": "this, too"})
+    assert digest(texts, lines) != with_lines, "which lines are held out is only known once they are read"
+    named = lines | {"name_field": "text"}
+    splits["test"] = ("test",)
+    assert digest(texts, named) != digest(texts), "any name can be in it"
     assert digest(texts | {"special_tokens": "parse"}) != first
     assert digest(texts | {"domain": "d"}) != first
     (tmp_path / "test/src/a.py").write_text("test = 2")

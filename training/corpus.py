@@ -45,6 +45,7 @@ from longreach.training.chats import Chats, Conversation, check_chats
 from longreach.training.documents import (
     BadLine,
     Document,
+    HeldOutOnly,
     check_patterns,
     first_chats,
     held_out_digest,
@@ -57,7 +58,15 @@ from longreach.training.overlap import find_overlaps
 from longreach.training.packing import METHODS, Rows, copies
 from longreach.training.recipe import CorpusRecipe, PackRecipe
 from longreach.training.sink_token import with_sink_token
-from longreach.training.summary import ChatShare, ContextBin, Overlap, PackSummary, SourceShare
+from longreach.training.summary import (
+    BadEntries,
+    ChatShare,
+    ContextBin,
+    HeldOutSummary,
+    Overlap,
+    PackSummary,
+    SourceShare,
+)
 from longreach.training.tokenise import BATCH_CHARS, Batch, Encoder, Tokens, encode_all, word_hashes
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -142,40 +151,40 @@ def hold_out(
     base_dir: Path | str = ".",
     workers: int = 0,
     progress: Callable[[int], None] = lambda documents: None,
-) -> dict[str, Any]:
+) -> HeldOutSummary:
     """Write documents/ and tokenizer/ of a PackedCorpus folder without packing the training
     documents, and return a summary.
 
-    The documents are those that pack_corpus writes, except that no token is removed from their
-    start. `workers` and `progress` are as in pack_corpus.
+    The documents are those that pack_corpus writes, except that a chat keeps the BOS token that its
+    template writes, which pack_corpus removes if it adds one itself. `workers` and `progress` are as
+    in pack_corpus.
 
     Raises:
         ValueError: as pack_corpus, as far as it concerns the documents that are read.
     """
-    digest, index, names = held_out_digest(corpus, base_dir), CorpusIndex(corpus), []
-
-    def is_held_out(name: str) -> bool:
-        names.append(name)
-        if split_of(name, corpus) != "train":
-            return True
-        index.entries += 1
-        return False
-
+    digest, index, wanted = held_out_digest(corpus, base_dir), CorpusIndex(corpus), HeldOutOnly(corpus)
     with _scratch(out) as scratch:
-        documents = read_documents(corpus, base_dir, is_held_out)
+        documents = read_documents(corpus, base_dir, wanted)
         _tokenise(documents, index, Encoders(tokenizer, corpus), scratch, workers, progress)
+        index.entries += wanted.entries_left_out
         index.check_malformed()
-        check_patterns(list(dict.fromkeys(names)), corpus)
+        check_patterns(list(dict.fromkeys([*wanted.left_out, *index.keys])), corpus)
         _write_documents(out / "documents", index, scratch)
     tokenizer.save_pretrained(out / "tokenizer")
-    return {
-        "documents": {split: index.splits.count(split) for split in HELD_OUT},
-        "tokens": sum(index.lengths),
-        "sources": [place for n in sorted({*index.sources}) for place in corpus.sources[n].places()],
-        "source_digest": digest,
-        "malformed": index.bad_count,
-        "first_malformed": "".join(f"{one.file}:{one.line}: {one.reason}" for one in index.bad[:1]),
-    }
+    packages: list[str] = []
+    for number in sorted({*index.sources}):
+        source = corpus.sources[number]
+        if not (source.files or source.repositories):
+            packages += source.places()
+    summary = HeldOutSummary(
+        documents={split: index.splits.count(split) for split in HELD_OUT},
+        tokens=sum(index.lengths),
+        packages=tuple(packages),
+        source_digest=digest,
+        bad=BadEntries.model_validate(index.bad_entries()),
+    )
+    summary.write(out)
+    return summary
 
 
 @contextlib.contextmanager
@@ -390,11 +399,15 @@ class CorpusIndex:
             "chats": self.chats if self.chats.count else None,
             "length_histogram": histogram,
             "sources": self._shares(),
-            "bad": {
-                "count": self.bad_count,
-                "fraction": self.bad_count / self.entries,
-                "listed": [asdict(one) for one in self.bad],
-            },
+            "bad": self.bad_entries(),
+        }
+
+    def bad_entries(self) -> dict[str, Any]:
+        """Return BadEntries' fields."""
+        return {
+            "count": self.bad_count,
+            "fraction": self.bad_count / max(1, self.entries),
+            "listed": [asdict(one) for one in self.bad],
         }
 
 
@@ -464,7 +477,7 @@ def _tokenise(
     """Write tokens and word hashes to the scratch files, and their numbers to the index."""
     owners: deque[np.ndarray] = deque()  # for each batch in progress, the document index of each of its texts
     last, written = -1, 0
-    eos: int = encoders.tokenizer.eos_token_id
+    eos: int = encoders.tokenizer.eos_token_id or 0  # without an EOS, any token can stand between held-out documents
     batches = _batches(_pieces(items, index, encoders), owners)
     for ids, lengths, hashes, counts, given in encode_all(batches, workers):
         owner = owners.popleft()
@@ -501,6 +514,7 @@ def _pieces(items: Iterable[Document | BadLine], index: CorpusIndex, encoders: E
     """
     for item in items:
         if isinstance(item, Document) and isinstance(item.text, Conversation):
+            _ = encoders.chats  # its errors concern all chats
             try:
                 tokens, cut = encoders.chat(item)
             except ValueError as error:

