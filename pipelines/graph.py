@@ -54,6 +54,7 @@ from longreach.training.documents import (
     first_chats,
     held_out_digest,
     known_names,
+    listed_once,
     matches,
     split_of,
 )
@@ -221,8 +222,9 @@ def build(
             the gate decide on a release that is remade from the same choices as the champion.
     """
     pipeline = Pipeline(recipe, gated, published)
-    for add in BUILDERS:
-        add(pipeline)
+    with listed_once():
+        for add in BUILDERS:
+            add(pipeline)
     return pipeline.stages
 
 

@@ -4,6 +4,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 from pydantic import ConfigDict
 
@@ -165,6 +166,21 @@ def test_a_report_that_named_a_failed_stage_is_made_again_for_that_and_without_i
     )
     (change,) = differences(before.identity, last.identity)
     assert in_words(last, change) == "finetune[lora] had failed"
+
+
+def test_a_url_of_documents_is_listed_once_for_a_plan_and_again_for_the_next(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remote, listed = fsspec.filesystem("memory"), []
+    for name in ("train", "test"):
+        remote.pipe(f"/plan/{name}.txt", b"some words")
+    url_to_fs = fsspec.core.url_to_fs
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: listed.append(url) or url_to_fs(url))
+    choices = ("corpus={sources: [{files: memory://plan/*.txt}], test: [test]}", "evaluate={passkey: {lengths: [512]}}")
+    first = stages(*choices)["pack"].fingerprint
+    assert listed == ["memory://plan/*.txt"]
+    remote.pipe("/plan/train.txt", b"other words")
+    assert stages(*choices)["pack"].fingerprint != first
+    assert len(listed) == 2
 
 
 def test_evaluations_without_training_pack_no_rows():

@@ -15,6 +15,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -511,8 +513,31 @@ def _walk(root: Path) -> Iterator[Path]:
                     yield Path(place, name)
 
 
+LISTED: ContextVar[dict[str, list[tuple[Path, Path]]] | None] = ContextVar("LISTED", default=None)
+"""The objects of each URL that was listed within `listed_once`."""
+
+
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """Within this context, list the objects of each URL only once, and take them as unchanged."""
+    token = LISTED.set({})
+    try:
+        yield
+    finally:
+        LISTED.reset(token)
+
+
 def _fetched(pattern: str) -> list[tuple[Path, Path]]:
     """Return (path in the URL, local copy) for a URL's objects; fetch new and changed ones."""
+    listed = LISTED.get()
+    if listed is None:
+        return _list_and_fetch(pattern)
+    if pattern not in listed:
+        listed[pattern] = _list_and_fetch(pattern)
+    return listed[pattern]
+
+
+def _list_and_fetch(pattern: str) -> list[tuple[Path, Path]]:
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
     cache = cache_folder()
