@@ -42,7 +42,7 @@ from longreach.training.recipe import (
     RopeRecipe,
     TrainJob,
 )
-from longreach.training.summary import PackSummary, TrainingSummary
+from longreach.training.summary import HeldOutSummary, PackSummary, TrainingSummary
 
 ARM = "arm"
 """Name of `convert`'s input that is an arm of the same recipe's pretraining."""
@@ -176,6 +176,7 @@ def hold_out(base: TokenizerFolder, *, recipe: HoldOutRecipe, out: Path, run: St
     if summary.bad.count:
         first = summary.bad.listed[0]
         run.note(f"{summary.bad.count} malformed entries are left out; {first.file}:{first.line}: {first.reason}")
+    run.spool.artifact(out / HeldOutSummary.file)
     run.spool.dataset(run.label, summary.source_digest, str(out))
     return summary.model_dump(mode="json", exclude={"bad": {"listed"}})
 

@@ -44,7 +44,7 @@ from longreach.pipelines.report.findings import PERPLEXITY, Findings, Model, gat
 from longreach.pipelines.report.page import Page
 from longreach.pipelines.report.sections import losses, results
 from longreach.pipelines.stage import differences
-from longreach.training.summary import PackSummary
+from longreach.training.summary import HeldOutSummary, PackSummary
 
 FILES = {
     "compare.html", "compare.md", "gain.png", "perplexity.png", "frontier.png", "cost.png", "loss.png",
@@ -52,7 +52,9 @@ FILES = {
 }  # fmt: skip
 """Files that a comparison writes. If its folder has any other file, it refuses to write there."""
 PREFIX = re.compile(r"[0-9a-f]{6,32}")
-READ_HERE = re.compile(rf"scores\.json|metrics\.jsonl|{re.escape(PackSummary.file)}|documents/.*")
+READ_HERE = re.compile(
+    rf"scores\.json|metrics\.jsonl|{re.escape(PackSummary.file)}|{re.escape(HeldOutSummary.file)}|documents/.*"
+)
 """The artifact files that a comparison reads; it does not download others."""
 
 
