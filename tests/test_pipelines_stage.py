@@ -183,6 +183,12 @@ def test_a_url_of_documents_is_listed_once_for_a_plan_and_again_for_the_next(mon
     assert len(listed) == 2
 
 
+def test_evaluations_wait_for_packing_so_that_training_starts_first():
+    made = stages()
+    assert made["evaluate[base,perplexity]"].after == (made["pack"], made["pack[sink]"])
+    assert {*made["evaluate[base,perplexity]"].inputs} == {"model", "corpus"}
+
+
 def test_evaluations_without_training_pack_no_rows():
     made = stages("finetune=", "pretrain=", "variants={}", "costs=", *SMALL[:1], "evaluate={passkey: {lengths: [512]}}")
     assert list(made) == ["convert", "hold_out", "evaluate[base,passkey]", "report"]

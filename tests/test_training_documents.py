@@ -291,6 +291,9 @@ def test_the_digest_of_held_out_documents_names_what_can_change_them_and_nothing
     assert digest(texts, lines) == digest(texts, {"dataset": "lines"}) == first, "no pattern matches their names"
     splits["test"] = ("test", "c.jsonl:[12]")
     first, repositories, with_lines = digest(texts), digest(code), digest(texts, lines)
+    splits["test"] = ("test", "[c]*")
+    assert digest(texts, lines) == with_lines != digest(texts), "its first part can match, too"
+    splits["test"] = ("test", "c.jsonl:[12]")
     (tmp_path / "train.txt").write_text("other")
     (tmp_path / "more.txt").write_text("more")
     (tmp_path / "train/src/b.py").write_text("b = 1")
