@@ -272,12 +272,7 @@ def _champions_scores(pipeline: Pipeline, evaluation: str, documents: Stage) -> 
 
     champion = pipeline.champion
     source = BaseRecipe(source=f"models:/{champion.name}/{champion.version}")
-    model = pipeline.converted("convert[champion]", source)
-    same = [stage for stage in pipeline.stages if stage.fingerprint == model.fingerprint]
-    if same:  # training started from it
-        model = same[0]
-    else:
-        pipeline.stages.append(model)
+    model = pipeline.add(pipeline.converted("convert[champion]", source))  # it is there if training started from it
     section = pipeline.recipe.evaluate.chosen()[evaluation].model_copy(update={"models": None})
     choices = EvaluateStageRecipe(eval=evaluation, model="champion", choices=section)
     inputs = {"model": model, "corpus": documents}

@@ -403,7 +403,7 @@ class CorpusIndex:
         }
 
     def bad_entries(self) -> dict[str, Any]:
-        """Return BadEntries' fields."""
+        """Return BadEntries' fields for the malformed entries so far."""
         return {
             "count": self.bad_count,
             "fraction": self.bad_count / max(1, self.entries),

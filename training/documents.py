@@ -513,7 +513,7 @@ def _walk(root: Path) -> Iterator[Path]:
                     yield Path(place, name)
 
 
-LISTED: ContextVar[dict[str, list[tuple[Path, Path]]] | None] = ContextVar("LISTED", default=None)
+LISTED: ContextVar[dict[str, list[tuple[Path, Path]]]] = ContextVar("LISTED")
 """The objects of each URL that was listed within `listed_once`."""
 
 
@@ -529,15 +529,14 @@ def listed_once() -> Iterator[None]:
 
 def _fetched(pattern: str) -> list[tuple[Path, Path]]:
     """Return (path in the URL, local copy) for a URL's objects; fetch new and changed ones."""
-    listed = LISTED.get()
-    if listed is None:
-        return _list_and_fetch(pattern)
+    listed = LISTED.get({})
     if pattern not in listed:
         listed[pattern] = _list_and_fetch(pattern)
     return listed[pattern]
 
 
 def _list_and_fetch(pattern: str) -> list[tuple[Path, Path]]:
+    """Do what _fetched does, whatever was listed before."""
     fs, place = fsspec.core.url_to_fs(pattern)
     fs.invalidate_cache()
     cache = cache_folder()
