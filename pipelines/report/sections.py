@@ -531,19 +531,16 @@ def packing(found: Findings) -> Section | None:
     columns += [f"documents\n{split}" for split in SPLITS]
     columns += ["longer\nthan a row", "malformed"]
     rows = []
-    bad = set()
     for label, pack in found.packs.items():
         size = [f"{pack.rows:,} × {pack.seq_len:,}", f"{pack.tokens:,}", f"{pack.efficiency:.2%}", pack.method]
         counts = [pack.documents[split] for split in SPLITS] + [pack.longer_than_a_row, pack.bad.count]
         rows.append([label, *size, *map("{:,}".format, counts)])
-        for entry in pack.bad.listed:
-            bad.add((f"{entry.file}:{entry.line}", entry.reason))
     legend = "Efficiency: share of row positions with a token. Texts longer than a row are split; no token is lost."
     blocks: list[Block] = [Table("Rows", columns, rows, legend=legend)]
     blocks += _chats(found.packs)
     blocks += _mixtures(found.packs)
     blocks += _overlaps(found.packs)
-    blocks += _malformed(bad)
+    blocks += _malformed(found.packs.values())
     first = next(iter(found.packs.values()))
     blocks.append([_lengths_figure(first), *_contexts_figure(first)])
     return Section("Packing", blocks)
@@ -551,19 +548,19 @@ def packing(found: Findings) -> Section | None:
 
 def _held_out(summaries: Mapping[str, HeldOutSummary]) -> Section | None:
     """Return a section on the held-out documents of a run that packed no rows."""
-    rows, bad = [], set()
+    rows = []
     for label, facts in summaries.items():
         counts = [facts.documents["validation"], facts.documents["test"], facts.tokens, facts.bad.count]
         rows.append([label, *map("{:,}".format, counts)])
-        bad |= {(f"{entry.file}:{entry.line}", entry.reason) for entry in facts.bad.listed}
     if not rows:
         return None
     columns = ["documents", "validation", "test", "tokens", "malformed"]
-    return Section("Held-out documents", [Table("Documents", columns, rows), *_malformed(bad)])
+    return Section("Held-out documents", [Table("Documents", columns, rows), *_malformed(summaries.values())])
 
 
-def _malformed(bad: set[tuple[str, str]]) -> list[Block]:
-    """Return a table of malformed entries (place, reason); empty if there are none."""
+def _malformed(summaries: Iterable[PackSummary | HeldOutSummary]) -> list[Block]:
+    """Return a table of malformed entries, each once; empty if there are none."""
+    bad = {(f"{entry.file}:{entry.line}", entry.reason) for one in summaries for entry in one.bad.listed}
     if not bad:
         return []
     return [Table("Malformed and skipped, the first 20", ["where", "why"], sorted(bad)[:20], prose=True)]
