@@ -1,6 +1,7 @@
 """Run a recipe: reuse stages whose artifacts are published and intact, run the others as Ray tasks.
 
-A stage runs as soon as its inputs are published. If every stage is published, Ray is not started.
+A stage runs as soon as its inputs are published; only while the run's first training starts, other
+stages wait, a minute at most. If every stage is published, Ray is not started.
 A lease with a heartbeat counter (infra/lease.py) allows one run of a recipe at a time. MLflow is
 not needed for a run: stages write events to local files, and a separate process uploads them
 (infra/mirror.py). plan.py finds the finished stages, worker.py runs a stage, signals.py handles
@@ -69,6 +70,10 @@ JOIN_S = 60.0
 refused."""
 NOT_IN_PARAMETERS = re.compile(r"[^\w./ -]")
 """Characters that MLflow does not allow in parameter names, such as the plus in an arm's name."""
+TRAINING_STARTS_S = 60.0
+"""Seconds for which other stages wait at most while a run's first training starts. Its ranks ask
+for their cores some seconds after its stage was submitted. Evaluations submitted with it would have
+taken them by then, and an error in the training would show only after all of them."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads. Other artifacts are read by the workers that need
 them."""
@@ -432,6 +437,9 @@ class _Driver:
         self.causes: dict[str, str] = {}
         """Label of a stage that was not run -> label of the failed stage that it depends on."""
         self.stop_noted = False
+        self.trainings: deque[str] = deque()  # labels of the trainings that can be submitted
+        self.others: deque[str] = deque()  # labels of the other stages that can be submitted
+        self.training_starts_until_s: float | None = None  # None until the run's first training is submitted
 
     def follow(self) -> None:
         """Submit stages and collect results until every stage has ended.
@@ -445,14 +453,13 @@ class _Driver:
                 self.run.display.stage(stage.label, "reused", "")
                 self.run.stage_spool(stage, uuid.uuid4().hex).end("FINISHED")
         order = self._order()
-        ready: deque[str] = deque()
         while order.is_active():
-            ready += order.get_ready()
-            while ready and len(self.running) < IN_FLIGHT and self.run.stopping.until_s is None:
-                label = ready.popleft()
+            while len(self.running) < IN_FLIGHT and self.run.stopping.until_s is None:
+                label = self._next_ready(order)
+                if label is None:
+                    break
                 if not self._submit(self.missing[label]):
                     order.done(label)
-                    ready += order.get_ready()
             self._look_again()
             if self.running or self.elsewhere:
                 with contextlib.suppress(queue.Empty):
@@ -471,6 +478,31 @@ class _Driver:
                     order.add(stage.label, other.label)
         order.prepare()
         return order
+
+    def _next_ready(self, order: TopologicalSorter[str]) -> str | None:
+        """Return the next stage to submit, trainings first; None if no stage may start now."""
+        for label in order.get_ready():
+            trains = self.missing[label].kind.saves_when_stopped
+            (self.trainings if trains else self.others).append(label)
+        if self.trainings:
+            if self.training_starts_until_s is None:
+                self.training_starts_until_s = time.monotonic() + TRAINING_STARTS_S
+            return self.trainings.popleft()
+        if self.others and not self._training_starts():
+            return self.others.popleft()
+        return None
+
+    def _training_starts(self) -> bool:
+        """Whether the run's first training was submitted less than TRAINING_STARTS_S ago and has not
+        done its first step."""
+        until_s = self.training_starts_until_s
+        if until_s is None or time.monotonic() > until_s:
+            return False
+        running = [label for label in self.running if self.missing[label].kind.saves_when_stopped]
+        if running and not any(self._trains(label) for label in running):
+            return True
+        self.training_starts_until_s = -math.inf  # it has begun, or failed
+        return False
 
     def _submit(self, stage: Stage) -> bool:
         """Submit a stage to Ray; return False if it cannot run because one of its inputs failed."""

@@ -71,6 +71,42 @@ def test_a_stopping_run_waits_for_a_training_only_if_it_has_steps_to_save(state,
         driver._stop_if_asked()
 
 
+@pytest.mark.parametrize("ends", ["its first step is done", "it failed", "a minute is over"])
+def test_other_stages_wait_while_the_runs_first_training_starts(state, monkeypatch, ends):
+    """Otherwise evaluations take the cores that its ranks ask for, and it starts after all of them."""
+    driver = run._Driver(SimpleNamespace(), state, None)
+    labels = ["evaluate[base,gain]", "finetune[full]", "evaluate[theta,gain]"]
+    driver.missing = {label: driver.missing[label] for label in labels}
+    order = driver._order()
+    assert driver._next_ready(order) == "finetune[full]"
+    driver.running.add("finetune[full]")
+    assert driver._next_ready(order) is None
+    if ends == "its first step is done":
+        stage = driver.missing["finetune[full]"]
+        spool = Spool.open(state.spool_folder / f"{file_name(stage.label)}@1.jsonl", **state.stage_start(stage, "1"))
+        spool.param("ranks", 2)
+        assert driver._next_ready(order) is None, "it has started but done no step"
+        spool.metrics({"train/seconds": 2.0}, step=1)
+    elif ends == "it failed":
+        driver.running.clear()
+    else:
+        later_s = time.monotonic() + run.TRAINING_STARTS_S + 1
+        monkeypatch.setattr(run.time, "monotonic", lambda: later_s)
+    assert [driver._next_ready(order) for _ in range(3)] == ["evaluate[base,gain]", "evaluate[theta,gain]", None]
+
+
+def test_later_trainings_hold_nothing_back(state):
+    driver = run._Driver(SimpleNamespace(), state, None)
+    stages = driver.missing
+    for labels in (["finetune[full]", "evaluate[base,gain]"], ["finetune[longlora]", "evaluate[theta,gain]"]):
+        driver.missing = {label: stages[label] for label in labels}
+        order = driver._order()
+        assert driver._next_ready(order) == labels[0]
+        if labels[0] == "finetune[longlora]":  # the other one ended before it was asked again
+            driver.running.add(labels[0])
+        assert driver._next_ready(order) == labels[1]
+
+
 def test_characters_that_mlflow_refuses_in_names_are_left_out(state):
     changed = load("quickstart", ["finetune.arms={lora+embed: {tune: lora}}", "evaluate={}"])
     state.loaded = changed
