@@ -10,7 +10,7 @@ so the newest complete one survives a power cut. The newest valid checkpoint is 
 are passed over, with a note. Frozen weights are not saved: they come from the base, and the
 identity guarantees that it is the same. Only folders under our own root are read, since DeepSpeed's
 files are pickles. On every disk, shared between nodes or not, one rank hashes, renames and deletes
-files: the disk leader.
+files: the disk leader. Without a shared disk, checkpoints are uploaded while training goes on.
 
     {attempt}/work/checkpoints/step-00000050/
         checkpoint.json  *_model_states.pt  *_optim_states.pt  random-*.pt
@@ -26,6 +26,8 @@ import tempfile
 import uuid
 from argparse import Namespace
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from longreach.infra.files import file_digest, sync, sync_tree
 from longreach.infra.share import Share
 
 MANIFEST = "checkpoint.json"
+UPLOAD_TIMEOUT = timedelta(days=1)  # for which ranks wait for each other's part of a checkpoint's upload
 FULL_BELOW_BYTES = 64 * 2**20  # a disk or quota with less free space counts as full
 
 
@@ -59,6 +62,11 @@ class Checkpoints:
         self.folders = [folder, *earlier]
         self.share = share
         self.is_disk_leader = elect_disk_leader(folder)
+        if share:
+            # a group of its own, since its barrier and the collectives of training steps run at once
+            self.upload_group = dist.new_group(backend="gloo", timeout=UPLOAD_TIMEOUT)
+            self.upload_thread = ThreadPoolExecutor(1, "upload")
+        self.upload: Future[None] | None = None
 
     def path_of(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""
@@ -66,6 +74,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """Return the newest valid checkpoint, and a message for each newer one passed over."""
+        self.finish_upload()
         if self.share:
             return self._pull(self.share)
         decided: list[Any] = [None]
@@ -76,6 +85,7 @@ class Checkpoints:
 
     def of_step(self, step: int) -> Path:
         """Return the checkpoint after `step` steps. RuntimeError if there is no valid one."""
+        self.finish_upload()
         if self.share:
             path, _ = self._pull(self.share, step)
             if path:
@@ -119,8 +129,10 @@ class Checkpoints:
         ones.
 
         best: steps whose checkpoints are kept. attach: files to store and restore with the
-        checkpoint.
+        checkpoint. If nodes share no disk, the upload goes on afterwards, and the next `save` waits
+        for its end.
         """
+        self.finish_upload()
         path = self.path_of(step)
         draft = self.folder / f".draft-{path.name}"
         self._write(engine, draft, step)
@@ -137,15 +149,31 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)  # a damaged checkpoint of the same step, if there is one
             os.replace(draft, path)
             sync(self.folder)
-            if self.share:
-                self.share.push(path, last=MANIFEST)
         dist.barrier()
-        if self.share and dist.get_rank() == 0:
-            self.share.seal(path / MANIFEST)
+        removed: list[Path] = []
         if self.is_disk_leader:
-            self._remove_others(step, keep_last, best)
+            removed = self._remove_others(step, keep_last, best)
         dist.barrier()
+        if self.share:
+            self.upload = self.upload_thread.submit(self._upload, self.share, path, removed)
         return path
+
+    def _upload(self, share: Share, path: Path, removed: list[Path]) -> None:
+        """Upload a checkpoint; once the parts of all nodes are there, remove older ones from the
+        store."""
+        if self.is_disk_leader:
+            share.push(path, last=MANIFEST)
+        dist.barrier(self.upload_group)
+        if dist.get_rank() == 0:
+            share.seal(path / MANIFEST)
+            for other in removed:
+                share.remove(other)
+
+    def finish_upload(self) -> None:
+        """Wait until the upload of the newest checkpoint has ended, if there is one; raise its error."""
+        if self.upload:
+            self.upload.result()
+        self.upload = None
 
     def _write(self, engine: Any, draft: Path, step: int) -> None:
         # this version tells DeepSpeed that the checkpoint can be converted to another number of ranks
@@ -182,17 +210,16 @@ class Checkpoints:
             files |= part
         return files
 
-    def _remove_others(self, step: int, keep_last: int, best: Iterable[int]) -> None:
-        """Remove older checkpoints beyond `keep_last`, and those of later steps. The latter were
-        passed over on resume and would count towards `keep_last` instead of valid ones."""
+    def _remove_others(self, step: int, keep_last: int, best: Iterable[int]) -> list[Path]:
+        """Remove older checkpoints beyond `keep_last`, and those of later steps; return their paths. The
+        latter were passed over on resume and would count towards `keep_last` instead of valid ones."""
         checkpoints = sorted(self.folder.glob("step-*"))
         last = [path for path in checkpoints if path <= self.path_of(step)][-keep_last:]
         kept = {*last, *map(self.path_of, best)}
-        for other in checkpoints:
-            if other not in kept:
-                shutil.rmtree(other)
-                if self.share and dist.get_rank() == 0:
-                    self.share.remove(other)
+        removed = [path for path in checkpoints if path not in kept]
+        for path in removed:
+            shutil.rmtree(path)
+        return removed
 
     def load(self, engine: Any, path: Path) -> int:
         """Load weights and optimizer state on every rank and return the number of steps done.

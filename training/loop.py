@@ -282,6 +282,7 @@ class Training:
             step = self.progress.step
             if step > self.progress.saved and not self.skips.in_a_row:
                 self.save()
+            self.checkpoints.finish_upload()
             raise Stopped(f"stopped after step {step} of {self.optim.steps}: run the same command to resume from there")
         return targets, weight, tokens
 
@@ -400,6 +401,7 @@ class Training:
 
     def finish(self) -> dict[str, Any]:
         """Check and save the resulting weights and write the summary, which rank 0 returns."""
+        self.checkpoints.finish_upload()
         left_after_step = self.progress.step
         if self.optim.result == "best":
             left_after_step = self._load_best()

@@ -1,0 +1,101 @@
+"""Checkpoints of nodes without a shared disk: the upload runs beside training, and no error of it is lost."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_spawned
+from test_faults_power import ToyEngine
+
+from longreach.infra.share import WORKDIR, Share
+from longreach.training.checkpoint import Checkpoints
+
+
+class RanksEngine(ToyEngine):
+    """Writes one file per rank, as DeepSpeed does."""
+
+    def save_checkpoint(self, folder: str, *, tag: str, **_: object) -> None:
+        path = Path(folder, tag, f"rank{dist.get_rank()}_optim_states.pt")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"state of {tag}")
+
+
+@dataclass(frozen=True)
+class SlowShare(Share):
+    """Uploads the second node's files only when the file `go` exists; its text is the error, if any."""
+
+    go: Path = Path()
+
+    def push(self, folder: Path, *, last: str = "") -> None:
+        while dist.get_rank() == 1 and not self.go.exists():
+            time.sleep(0.01)
+        if dist.get_rank() == 1 and (error := self.go.read_text()):
+            raise OSError(error)
+        super().push(folder, last=last)
+
+
+def node(job: dict[str, Any]) -> tuple[Checkpoints, SlowShare]:
+    """Return the checkpoints of this rank, whose node has a disk of its own."""
+    os.environ |= job["access"] | {WORKDIR: f"{job['folder']}/node{dist.get_rank()}"}
+    share = SlowShare(job["root"], "/driver", "finetune", "f", "0001-a", go=Path(job["folder"], "go"))
+    place = share.store.attempts_folder("finetune", "f") / "0001-a/work/checkpoints"
+    return Checkpoints(place, identity="run", share=share), share
+
+
+def sealed(share: Share) -> list[str]:
+    return [name for name, _ in share.sealed("work/checkpoints", "checkpoint.json")]
+
+
+def save_twice(job: dict[str, Any]) -> list[Any]:
+    checkpoints, share = node(job)
+    checkpoints.save(RanksEngine(), 1, keep_last=1)
+    trained = torch.ones(1)
+    dist.all_reduce(trained)  # of a training step
+    seen = [sealed(share), trained.item()]
+    dist.barrier()
+    share.go.touch()
+    checkpoints.save(RanksEngine(), 2, keep_last=1)
+    checkpoints.finish_upload()
+    dist.barrier()
+    path, _ = checkpoints.newest()
+    stored = share.store.fs.ls(f"{share.root}/{share.folder}/work/checkpoints/step-00000002", refresh=True)
+    files = sorted(Path(name).name for name in stored)
+    return [*seen, sealed(share), path and path.name, files]
+
+
+def on_two_nodes(function: str, root: str, folder: Path) -> list[Any]:
+    access = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    job = {"folder": str(folder), "root": f"{root}/{folder.name}", "access": access}
+    return run_spawned(f"test_faults_upload:{function}", job, world=2, folder=folder / "ranks")
+
+
+def test_training_goes_on_while_a_checkpoint_is_uploaded_and_it_counts_once_all_nodes_have_done_so(s3_root, tmp_path):
+    of_each_rank = [f"random-{rank:06d}.pt" for rank in (0, 1)] + [f"rank{rank}_optim_states.pt" for rank in (0, 1)]
+    files = ["checkpoint.json", *of_each_rank]
+    expected = [[], 2.0, ["step-00000002"], "step-00000002", files]
+    assert on_two_nodes("save_twice", s3_root, tmp_path) == [expected, expected]
+
+
+def save_where_nothing_can_be_stored(job: dict[str, Any]) -> list[str]:
+    checkpoints, share = node(job)
+    checkpoints.save(RanksEngine(), 1, keep_last=1)
+    if dist.get_rank() == 0:
+        return sealed(share)
+    draft = share.go.with_suffix(".draft")
+    draft.write_text("the bucket is gone")
+    draft.rename(share.go)
+    with pytest.raises(OSError, match="the bucket is gone") as raised:
+        checkpoints.save(RanksEngine(), 2, keep_last=1)
+    return [str(raised.value)]
+
+
+def test_a_failed_upload_ends_training_at_the_next_checkpoint(s3_root, tmp_path):
+    """The checkpoint that one node could not upload does not count."""
+    assert on_two_nodes("save_where_nothing_can_be_stored", s3_root, tmp_path) == [[], ["the bucket is gone"]]
