@@ -66,7 +66,8 @@ class Resources(Choices):
     max_failures: int = Field(default=2, ge=0)
     """How often Ray Train restarts a stage's ranks after one of them died."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
-    """Optimizer steps between checkpoints, which is the most work that a crash can lose."""
+    """Optimizer steps between checkpoints, which is the most work that a crash can lose; if nodes share
+    no disk, also the steps trained during an upload."""
     keep_last: int = Field(default=2, ge=1)
     """Number of newest checkpoints that an attempt keeps while it runs."""
     keep_best: int = Field(default=1, ge=1)

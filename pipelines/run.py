@@ -74,6 +74,8 @@ TRAINING_STARTS_S = 60.0
 """Seconds for which other stages wait at most while a run's first training starts. Its ranks ask
 for their cores some seconds after its stage was submitted. Evaluations submitted with it would have
 taken them by then, and an error in the training would show only after all of them."""
+TRAININGS = ("finetune", "pretrain")
+"""Names of the stages of which the first one starts before evaluations."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads. Other artifacts are read by the workers that need
 them."""
@@ -482,8 +484,7 @@ class _Driver:
     def _next_ready(self, order: TopologicalSorter[str]) -> str | None:
         """Return the next stage to submit, trainings first; None if no stage may start now."""
         for label in order.get_ready():
-            trains = self.missing[label].kind.saves_when_stopped
-            (self.trainings if trains else self.others).append(label)
+            (self.trainings if self.missing[label].name in TRAININGS else self.others).append(label)
         if self.trainings:
             if self.training_starts_until_s is None:
                 self.training_starts_until_s = time.monotonic() + TRAINING_STARTS_S
@@ -498,11 +499,14 @@ class _Driver:
         until_s = self.training_starts_until_s
         if until_s is None or time.monotonic() > until_s:
             return False
-        running = [label for label in self.running if self.missing[label].kind.saves_when_stopped]
-        if running and not any(self._trains(label) for label in running):
-            return True
-        self.training_starts_until_s = -math.inf  # it has begun, or failed
-        return False
+        running = [label for label in self.running if self.missing[label].name in TRAININGS]
+        if not running:  # it has failed, or another run is making it
+            self.training_starts_until_s = None
+            return False
+        if any(self._trains(label) for label in running):
+            self.training_starts_until_s = -math.inf
+            return False
+        return True
 
     def _submit(self, stage: Stage) -> bool:
         """Submit a stage to Ray; return False if it cannot run because one of its inputs failed."""
@@ -558,6 +562,8 @@ class _Driver:
         if done.held:
             relay.release(done.held, Spool(run.spool_folder / done.spool), done.out, run.artifacts[label].path)
         run.outcome.ran.append(label)
+        if stage.name in TRAININGS:
+            self.training_starts_until_s = -math.inf
         run.display.stage(label, "done", f"{done.seconds:.0f} s")
         run.stage_spool(stage, self.runs[label]).end("FINISHED")
         return True

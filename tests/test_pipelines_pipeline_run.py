@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from longreach.pipelines import graph, run, signals
 from longreach.pipelines.artifacts import Decision, Report
 from longreach.pipelines.plan import open_store
 from longreach.pipelines.reader import load
-from longreach.pipelines.worker import file_name
+from longreach.pipelines.worker import Done, file_name
 
 
 @pytest.fixture
@@ -95,16 +96,24 @@ def test_other_stages_wait_while_the_runs_first_training_starts(state, monkeypat
     assert [driver._next_ready(order) for _ in range(3)] == ["evaluate[base,gain]", "evaluate[theta,gain]", None]
 
 
-def test_later_trainings_hold_nothing_back(state):
-    driver = run._Driver(SimpleNamespace(), state, None)
-    stages = driver.missing
+@pytest.mark.parametrize("failed", [True, False])
+def test_later_trainings_hold_others_back_only_if_the_first_one_did_nothing(state, failed):
+    driver = run._Driver(SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError)), state, None)
+    stages, future = driver.missing, Future()
+    if failed:
+        future.set_exception(RuntimeError("it fails"))
+    else:
+        future.set_result(Done(1.0))
     for labels in (["finetune[full]", "evaluate[base,gain]"], ["finetune[longlora]", "evaluate[theta,gain]"]):
         driver.missing = {label: stages[label] for label in labels}
         order = driver._order()
         assert driver._next_ready(order) == labels[0]
-        if labels[0] == "finetune[longlora]":  # the other one ended before it was asked again
-            driver.running.add(labels[0])
-        assert driver._next_ready(order) == labels[1]
+        driver.running.add(labels[0])
+        if labels[0] == "finetune[full]":
+            driver.runs[labels[0]] = "1"
+            driver._collect(stages[labels[0]], future)
+            assert driver._next_ready(order) == labels[1]
+    assert driver._next_ready(order) == (None if failed else labels[1])
 
 
 def test_characters_that_mlflow_refuses_in_names_are_left_out(state):

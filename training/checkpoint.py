@@ -10,7 +10,7 @@ so the newest complete one survives a power cut. The newest valid checkpoint is 
 are passed over, with a note. Frozen weights are not saved: they come from the base, and the
 identity guarantees that it is the same. Only folders under our own root are read, since DeepSpeed's
 files are pickles. On every disk, shared between nodes or not, one rank hashes, renames and deletes
-files: the disk leader. Without a shared disk, checkpoints are uploaded while training goes on.
+files: the disk leader. Without a shared disk, checkpoints are uploaded (upload.py).
 
     {attempt}/work/checkpoints/step-00000050/
         checkpoint.json  *_model_states.pt  *_optim_states.pt  random-*.pt
@@ -18,6 +18,7 @@ files: the disk leader. Without a shared disk, checkpoints are uploaded while tr
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -26,8 +27,6 @@ import tempfile
 import uuid
 from argparse import Namespace
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,9 @@ import torch.distributed as dist
 from longreach.infra.errors import DiskFull
 from longreach.infra.files import file_digest, sync, sync_tree
 from longreach.infra.share import Share
+from longreach.training.upload import Uploads
 
 MANIFEST = "checkpoint.json"
-UPLOAD_TIMEOUT = timedelta(days=1)  # for which ranks wait for each other's part of a checkpoint's upload
 FULL_BELOW_BYTES = 64 * 2**20  # a disk or quota with less free space counts as full
 
 
@@ -62,11 +61,7 @@ class Checkpoints:
         self.folders = [folder, *earlier]
         self.share = share
         self.is_disk_leader = elect_disk_leader(folder)
-        if share:
-            # a group of its own, since its barrier and the collectives of training steps run at once
-            self.upload_group = dist.new_group(backend="gloo", timeout=UPLOAD_TIMEOUT)
-            self.upload_thread = ThreadPoolExecutor(1, "upload")
-        self.upload: Future[None] | None = None
+        self.uploads = Uploads(share, MANIFEST, is_disk_leader=self.is_disk_leader) if share else None
 
     def path_of(self, step: int) -> Path:
         """Return the path of the checkpoint after `step` steps, whether it exists or not."""
@@ -113,7 +108,8 @@ class Checkpoints:
                 continue
             path, own_problem = self.folder / name, None
             if self.is_disk_leader and (own_problem := problem(path, identity=self.identity)):
-                share.pull(path, place)
+                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                    share.pull(path, place)
                 own_problem = problem(path, identity=self.identity)
             problems: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(problems, own_problem)
@@ -129,8 +125,7 @@ class Checkpoints:
         ones.
 
         best: steps whose checkpoints are kept. attach: files to store and restore with the
-        checkpoint. If nodes share no disk, the upload goes on afterwards, and the next `save` waits
-        for its end.
+        checkpoint. If nodes share no disk, the upload goes on afterwards: see `finish_upload`.
         """
         self.finish_upload()
         path = self.path_of(step)
@@ -154,26 +149,19 @@ class Checkpoints:
         if self.is_disk_leader:
             removed = self._remove_others(step, keep_last, best)
         dist.barrier()
-        if self.share:
-            self.upload = self.upload_thread.submit(self._upload, self.share, path, removed)
+        if self.uploads:
+            self.uploads.start(path, outdated=removed)
         return path
 
-    def _upload(self, share: Share, path: Path, removed: list[Path]) -> None:
-        """Upload a checkpoint; once the parts of all nodes are there, remove older ones from the
-        store."""
-        if self.is_disk_leader:
-            share.push(path, last=MANIFEST)
-        dist.barrier(self.upload_group)
-        if dist.get_rank() == 0:
-            share.seal(path / MANIFEST)
-            for other in removed:
-                share.remove(other)
+    def finish_upload(self) -> str:
+        """Wait until the newest checkpoint is uploaded; return why that failed, or "". Returns "" at once
+        if nodes share a disk."""
+        return self.uploads.finish() if self.uploads else ""
 
-    def finish_upload(self) -> None:
-        """Wait until the upload of the newest checkpoint has ended, if there is one; raise its error."""
-        if self.upload:
-            self.upload.result()
-        self.upload = None
+    def abandon_upload(self) -> None:
+        """Complete no further upload, because a newer attempt took over."""
+        if self.uploads:
+            self.uploads.abandon()
 
     def _write(self, engine: Any, draft: Path, step: int) -> None:
         # this version tells DeepSpeed that the checkpoint can be converted to another number of ranks

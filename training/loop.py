@@ -201,6 +201,7 @@ class Training:
         """
         step, clock = self.progress.step, throughput.Clock()
         if Path(self.job.superseded_file).exists():
+            self.checkpoints.abandon_upload()
             raise Superseded(f"step {step + 1}: a newer attempt took over ({self.job.superseded_file})")
         self._attend_by(self._pattern_at(step))
         batches = self._read_batches(step)
@@ -282,8 +283,10 @@ class Training:
             step = self.progress.step
             if step > self.progress.saved and not self.skips.in_a_row:
                 self.save()
-            self.checkpoints.finish_upload()
-            raise Stopped(f"stopped after step {step} of {self.optim.steps}: run the same command to resume from there")
+            resume = "run the same command to resume from there"
+            if failed := self.checkpoints.finish_upload():
+                resume = f"its checkpoint was not uploaded ({failed}), so the same command resumes from an earlier one"
+            raise Stopped(f"stopped after step {step} of {self.optim.steps}: {resume}")
         return targets, weight, tokens
 
     def _forward_backward(
@@ -376,8 +379,13 @@ class Training:
         return step // every > self.progress.saved // every and step < self.optim.steps
 
     def save(self) -> None:
-        """Write a checkpoint after the steps done so far."""
+        """Write a checkpoint after the steps done so far.
+
+        RuntimeError if this checkpoint and the one before it could not be uploaded. After one failed
+        upload, training goes on.
+        """
         step, clock = self.progress.step, throughput.Clock()
+        failed = self.checkpoints.finish_upload()
         path = self.checkpoints.save(
             self.engine,
             step,
@@ -385,11 +393,19 @@ class Training:
             best=self._best_steps(),
             attach=[self.out / "metrics.jsonl"],
         )
+        if failed:
+            self._note_upload(failed)
+            if again := self.checkpoints.finish_upload():
+                raise RuntimeError(f"two checkpoints in a row were not uploaded: {again}")
         clock.lap("checkpoint")
         self.checkpoint_laps = clock.laps
         self.progress.saved = step
         if self.log:
             self.log.checkpoint(step, self.checkpoints.identity, path)
+
+    def _note_upload(self, failed: str) -> None:
+        if self.log:
+            self.log.note(f"the checkpoint after step {self.progress.saved} was not uploaded: {failed}")
 
     def _best_steps(self) -> list[int]:
         """Return the steps with the lowest validation losses, whose checkpoints are kept."""
@@ -401,7 +417,8 @@ class Training:
 
     def finish(self) -> dict[str, Any]:
         """Check and save the resulting weights and write the summary, which rank 0 returns."""
-        self.checkpoints.finish_upload()
+        if failed := self.checkpoints.finish_upload():
+            self._note_upload(failed)
         left_after_step = self.progress.step
         if self.optim.result == "best":
             left_after_step = self._load_best()

@@ -37,7 +37,7 @@ DRILLS: dict[int, tuple[str, ...]] = {
         "test_cluster.py::test_a_lost_node_costs_the_steps_since_the_newest_pushed_checkpoint",
         "faults/test_faults_nodes.py::test_one_rank_of_each_disk_acts_for_it",
         "faults/test_faults_upload.py::test_training_goes_on_while_a_checkpoint_is_uploaded_and_it_counts_once_all_nodes_have_done_so",
-        "faults/test_faults_upload.py::test_a_failed_upload_ends_training_at_the_next_checkpoint",
+        "faults/test_faults_upload.py::test_all_ranks_learn_of_a_failed_upload_and_the_next_one_removes_what_it_left",
     ),
     5: (
         f"{QUICKSTART}::test_sigterm_ctrl_c_and_a_closed_terminal_leave_a_checkpoint_a_free_lease_and_no_step_to_repeat",

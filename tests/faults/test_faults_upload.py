@@ -6,9 +6,11 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import s3fs
 import torch
 import torch.distributed as dist
 from ranks import run_spawned
@@ -16,6 +18,7 @@ from test_faults_power import ToyEngine
 
 from longreach.infra.share import WORKDIR, Share
 from longreach.training.checkpoint import Checkpoints
+from longreach.training.loop import Progress, Training
 
 
 class RanksEngine(ToyEngine):
@@ -83,19 +86,54 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_and_it_counts_once_all_
     assert on_two_nodes("save_twice", s3_root, tmp_path) == [expected, expected]
 
 
-def save_where_nothing_can_be_stored(job: dict[str, Any]) -> list[str]:
+def save_while_the_store_is_away(job: dict[str, Any]) -> list[Any]:
     checkpoints, share = node(job)
-    checkpoints.save(RanksEngine(), 1, keep_last=1)
-    if dist.get_rank() == 0:
-        return sealed(share)
-    draft = share.go.with_suffix(".draft")
-    draft.write_text("the bucket is gone")
-    draft.rename(share.go)
-    with pytest.raises(OSError, match="the bucket is gone") as raised:
-        checkpoints.save(RanksEngine(), 2, keep_last=1)
-    return [str(raised.value)]
+    outcomes: list[Any] = []
+    for step, answer in enumerate(["", "no connection", ""], start=1):
+        if dist.get_rank() == 1:
+            draft = share.go.with_suffix(".draft")
+            draft.write_text(answer)
+            draft.rename(share.go)
+        checkpoints.save(RanksEngine(), step, keep_last=1)
+        outcomes.append([checkpoints.finish_upload(), sealed(share)])
+        dist.barrier()
+    checkpoints.abandon_upload()
+    checkpoints.save(RanksEngine(), 4, keep_last=1)
+    return [*outcomes, [checkpoints.finish_upload(), sealed(share)]]
 
 
-def test_a_failed_upload_ends_training_at_the_next_checkpoint(s3_root, tmp_path):
-    """The checkpoint that one node could not upload does not count."""
-    assert on_two_nodes("save_where_nothing_can_be_stored", s3_root, tmp_path) == [[], ["the bucket is gone"]]
+def test_all_ranks_learn_of_a_failed_upload_and_the_next_one_removes_what_it_left(s3_root, tmp_path):
+    """The checkpoint that one node could not upload does not count, and the one before it stays. Nor does one count
+    that was saved by an attempt which a newer one has replaced."""
+    expected = [
+        ["", ["step-00000001"]],
+        ["OSError: no connection", ["step-00000001"]],
+        ["", ["step-00000003"]],
+        ["", ["step-00000003"]],
+    ]
+    assert on_two_nodes("save_while_the_store_is_away", s3_root, tmp_path) == [expected, expected]
+    fs = s3fs.S3FileSystem()
+    stored = fs.ls(f"{s3_root}/{tmp_path.name}/finetune/f/attempts/0001-a/work/checkpoints", refresh=True)
+    assert [Path(name).name for name in stored] == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("again", ["", "still none"])
+def test_training_goes_on_after_a_failed_upload_but_not_after_two_in_a_row(tmp_path, again):
+    outcomes, notes = ["", "no connection", again], []
+    training = Training.__new__(Training)
+    training.checkpoints = SimpleNamespace(
+        finish_upload=lambda: outcomes.pop(0), save=lambda *_, **__: tmp_path, identity="run"
+    )
+    training.log = SimpleNamespace(note=notes.append, checkpoint=lambda *_: None)
+    training.job = SimpleNamespace(resources=SimpleNamespace(keep_last=1))
+    training.optim, training.out, training.engine = SimpleNamespace(result="last"), tmp_path, None
+    training.progress = Progress(5, 0, {}, [], [])
+    training.save()
+    training.progress.step = 10
+    if again:
+        with pytest.raises(RuntimeError, match="two checkpoints in a row were not uploaded: still none"):
+            training.save()
+        return
+    training.save()
+    assert notes == ["the checkpoint after step 5 was not uploaded: no connection"]
+    assert training.progress.saved == 10
