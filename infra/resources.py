@@ -46,14 +46,15 @@ class Resources(Choices):
     """Folder on a fast local disk, with the same path on every node; required by offload nvme."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Number of neighbouring ranks that share each row, for rows too long for one rank
-    (DeepSpeed-Ulysses). It must divide workers, pack.seq_len and the model's attention heads."""
+    (DeepSpeed-Ulysses). It must divide workers, pack.seq_len and the model's query heads and
+    key/value heads."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of training. On CPUs without AMX, float32 is faster."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products, in torch's terms: `high` lets a GPU use TensorFloat-32;
-    `medium` lets a CPU round both factors to bfloat16 and sum in float32. On a CPU with AMX
-    (`amx_bf16` in /proc/cpuinfo), `medium` is faster for full fine-tuning, but hardly for LongLoRA
-    (RESULTS.md)."""
+    `medium` lets a CPU round both factors to bfloat16 and sum in float32. On a CPU that multiplies
+    bfloat16 itself (`amx_bf16` or `avx512_bf16` in /proc/cpuinfo), `medium` is faster, for LongLoRA
+    less than for full fine-tuning (RESULTS.md)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass, which saves memory and takes about a
     third more time."""
