@@ -492,6 +492,21 @@ def test_without_scores_the_headline_says_how_the_loss_on_held_out_rows_changed(
     assert "chat: the loss on held-out rows was 2.500 nats per token after step 1, and 2.250 after step 4" in said
 
 
+@pytest.mark.parametrize(("trained_to", "said"), [(8192, True), (16384, False)])
+def test_the_headline_counts_pass_keys_beyond_what_the_base_was_trained_to(trained_to, said):
+    models = {}
+    for number in range(10):
+        rows = [{"kind": "length", "length": length, "correct": number, "trials": 12} for length in (8192, 16384)]
+        rows.append({"kind": "cell", "length": 32768, "correct": 0, "trials": 1})
+        models[f"m{number}"] = Model(f"m{number}", "baseline", "")
+        models[f"m{number}"].scores["passkey"] = EvalScores("passkey", "", {}, rows, {})
+    headline = headline_of(Findings({}, base={"context_length": trained_to}, models=models))
+    counts = ", ".join(f"m{number} {number} of 12" for number in range(8))
+    sentence = f"Pass keys found at 16,384 tokens, 2 times what the base was trained to: {counts} …."
+    assert (sentence in headline) == said
+    assert ("no perplexity" in headline) != said
+
+
 def test_full_fine_tuning_is_not_compared_with_its_other_seeds():
     models = {}
     for seed in ("", ".s1"):

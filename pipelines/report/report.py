@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from longreach.evaluation.blocks import Section, Table
+from longreach.evaluation.passkey import Passkey
 from longreach.evaluation.sections import finite, perplexity_text
 from longreach.infra.artifact import Artifact
 from longreach.infra.choices import Choices
@@ -31,6 +32,7 @@ from longreach.pipelines.report.costs import cost_by_length, costs_in_words
 from longreach.pipelines.report.findings import NOT_RUN, PERPLEXITY, Findings, brief, gather
 from longreach.pipelines.report.page import Page, markdown_table
 
+MODELS_NAMED = 8  # in one sentence
 TABLE_CHARACTERS = 4000  # maximum length of the table in a run's description in MLflow, next to the headline
 
 
@@ -45,7 +47,7 @@ class ReportRecipe(Choices):
     """Failed stages: label -> reason, in stage order."""
 
 
-@stage(makes=Report, revision=4, cpus=lambda resources: 1)
+@stage(makes=Report, revision=5, cpus=lambda resources: 1)
 def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
     """Write report.html, report.md, measures.json and figures; return {"headline", "metrics",
     "curves", "table": a short Markdown table}.
@@ -126,10 +128,12 @@ def _first_line(text: str) -> str:
 
 
 def headline(found: Findings) -> str:
-    """Return sentences on failures, on the gain at the greatest length, and on its cost."""
+    """Return sentences on failures, on the gain at the greatest length, on its cost, and on pass
+    keys."""
     claim = claim_of(found)
     gains = claim.sentences() if claim else _gain(found)
     gains += _price(found, claim)
+    gains += _keys_found(found)
     if found.costs:
         gains += filter(None, [costs_in_words(found.costs)])
     if not gains:
@@ -197,6 +201,23 @@ def _learned(found: Findings) -> list[str]:
                 f"{after:.3f} after step {last} of {model.training.steps}."
             )
     return sentences
+
+
+def _keys_found(found: Findings) -> list[str]:
+    """Return a sentence on the pass keys at the greatest length if that is beyond what the base was
+    trained to."""
+    by_length: dict[int, list[str]] = {}
+    for name, model in found.compared.items():
+        for row in model.rows(Passkey.name, kind="length"):
+            by_length.setdefault(row["length"], []).append(f"{name} {row['correct']} of {row['trials']}")
+    length = max(by_length, default=0)
+    if not found.base or length <= found.base["context_length"]:
+        return []
+    times = f"{length / found.base['context_length']:.3g} times what the base was trained to"
+    shown = ", ".join(by_length[length][:MODELS_NAMED])
+    if len(by_length[length]) > MODELS_NAMED:
+        shown += " …"
+    return [f"Pass keys found at {length:,} tokens, {times}: {shown}."]
 
 
 def _document_losses(found: Findings, name: str, length: int) -> dict[str, float]:
