@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from ranks import run_spawned
 from test_faults_power import ToyEngine
 
+from longreach.infra.errors import Stopped
 from longreach.infra.share import WORKDIR, Share
+from longreach.training import loop
 from longreach.training.checkpoint import Checkpoints
 from longreach.training.loop import Progress, Training
 
@@ -137,3 +140,23 @@ def test_training_goes_on_after_a_failed_upload_but_not_after_two_in_a_row(tmp_p
     training.save()
     assert notes == ["the checkpoint after step 5 was not uploaded: no connection"]
     assert training.progress.saved == 10
+
+
+@pytest.mark.parametrize(
+    ("failed", "resume"),
+    [
+        ("", "run the same command to resume from there"),
+        (
+            "no connection",
+            "its checkpoint was not uploaded (no connection), so the same command resumes from an earlier",
+        ),
+    ],
+)
+def test_a_stop_waits_for_the_upload_and_says_if_it_failed(tmp_path, monkeypatch, failed, resume):
+    monkeypatch.setattr(loop, "all_sum", lambda engine, values: values)
+    training = Training.__new__(Training)
+    training.job, training.log, training.engine = SimpleNamespace(stop_file=str(tmp_path)), None, None
+    training.progress, training.optim = Progress(5, 5, {}, [], []), SimpleNamespace(steps=9)
+    training.checkpoints = SimpleNamespace(finish_upload=lambda: failed)
+    with pytest.raises(Stopped, match=re.escape(f"stopped after step 5 of 9: {resume}")):
+        training._agree([])
