@@ -500,13 +500,10 @@ class _Driver:
         if until_s is None or time.monotonic() > until_s:
             return False
         running = [label for label in self.running if self.missing[label].name in TRAININGS]
-        if not running:  # it has failed, or another run is making it
-            self.training_starts_until_s = None
-            return False
         if any(self._trains(label) for label in running):
             self.training_starts_until_s = -math.inf
             return False
-        return True
+        return bool(running)  # empty if it has failed, or another run is making it
 
     def _submit(self, stage: Stage) -> bool:
         """Submit a stage to Ray; return False if it cannot run because one of its inputs failed."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ranks import run_spawned
 from test_faults_power import ToyEngine
 
-from longreach.infra.errors import Stopped
+from longreach.infra.errors import Stopped, Superseded
 from longreach.infra.share import WORKDIR, Share
 from longreach.training import loop
 from longreach.training.checkpoint import Checkpoints
@@ -160,3 +160,13 @@ def test_a_stop_waits_for_the_upload_and_says_if_it_failed(tmp_path, monkeypatch
     training.checkpoints = SimpleNamespace(finish_upload=lambda: failed)
     with pytest.raises(Stopped, match=re.escape(f"stopped after step 5 of 9: {resume}")):
         training._agree([])
+
+
+def test_a_superseded_attempt_completes_no_upload(tmp_path):
+    training, abandoned = Training.__new__(Training), []
+    training.job = SimpleNamespace(superseded_file=str(tmp_path))
+    training.progress = Progress(5, 5, {}, [], [])
+    training.checkpoints = SimpleNamespace(abandon_upload=lambda: abandoned.append(True))
+    with pytest.raises(Superseded, match="step 6"):
+        training.run_step()
+    assert abandoned
