@@ -28,7 +28,7 @@ from longreach.pipelines.foresee import (
     tried,
 )
 from longreach.pipelines.graph import build
-from longreach.pipelines.reader import load
+from longreach.pipelines.reader import load, names
 from longreach.training import cost
 from longreach.training import probe as trial
 from longreach.training.attention_recipe import AttentionRecipe
@@ -284,6 +284,20 @@ def test_what_no_node_can_take_is_told_what_would_help(
     said = no_room(stage, recipe.resources, nodes)
     assert says in said
     assert bool(says) == bool(said)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "sink-160m"])  # that one is for a GPU
+def test_every_recipe_for_cpus_fits_into_a_machine_of_24_gib(
+    name: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecasts, "usable_memory", lambda: int(23.5 * 2**30))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents/a.txt").write_text("A line of text. " * 500)
+    loaded = load(name)
+    forecast = foresee(store, build(loaded.recipe, gated=False), loaded.recipe.resources)
+    assert bool(forecast) == bool(loaded.recipe.finetune or loaded.recipe.pretrain), "nothing was looked at"
+    check_fits(forecast.values())
 
 
 def test_a_plan_for_a_machine_without_room_ends_as_the_run_would(
