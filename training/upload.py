@@ -36,13 +36,13 @@ class Uploads:
         self.group = dist.new_group(backend="gloo")  # its collectives run at the same time as those of training steps
         self.thread = ThreadPoolExecutor(1, "upload")
         self.newest: Future[str] | None = None
-        self.outdated: list[Path] = []  # local paths of checkpoints to remove from the store after the next upload
+        self.outdated: set[Path] = set()  # local paths of checkpoints to remove from the store after the next upload
         self.abandoned = threading.Event()
 
     def start(self, checkpoint: Path, *, outdated: Iterable[Path]) -> None:
         """Begin to upload a checkpoint, which must stay on the disk until `finish`. Once it is complete,
         the `outdated` ones are removed from the store. Call `finish` before the next `start`."""
-        self.outdated += outdated
+        self.outdated |= set(outdated)
         self.newest = self.thread.submit(self._upload, checkpoint)
 
     def finish(self) -> str:
@@ -61,9 +61,10 @@ class Uploads:
         def complete() -> None:
             if dist.get_rank() == 0 and not self.abandoned.is_set():
                 self.share.seal(checkpoint / self.manifest)
-                while self.outdated:
-                    self.share.remove(self.outdated[-1])
-                    self.outdated.pop()
+                for path in self.outdated:
+                    if not path.exists():  # else it was trained again or downloaded since an earlier upload failed
+                        self.share.remove(path)
+                self.outdated.clear()
 
         return self._together(push) or self._together(complete)
 

@@ -120,6 +120,26 @@ def test_all_ranks_learn_of_a_failed_upload_and_the_next_one_removes_what_it_lef
     assert [Path(name).name for name in stored] == ["step-00000003", "step-00000004"]
 
 
+def save_again_after_going_back(job: dict[str, Any]) -> list[Any]:
+    checkpoints, share = node(job)
+    outcomes: list[Any] = []
+    for step, answer in ((3, ""), (2, "no connection"), (3, "")):
+        if dist.get_rank() == 1:
+            draft = share.go.with_suffix(".draft")
+            draft.write_text(answer)
+            draft.rename(share.go)
+        dist.barrier()
+        checkpoints.save(RanksEngine(), step, keep_last=1)
+        outcomes.append([checkpoints.finish_upload(), sealed(share)])
+        dist.barrier()
+    return outcomes
+
+
+def test_a_checkpoint_that_was_outdated_before_a_failed_upload_stays_once_it_is_saved_again(s3_root, tmp_path):
+    expected = [["", ["step-00000003"]], ["OSError: no connection", ["step-00000003"]], ["", ["step-00000003"]]]
+    assert on_two_nodes("save_again_after_going_back", s3_root, tmp_path) == [expected, expected]
+
+
 @pytest.mark.parametrize("again", ["", "still none"])
 def test_training_goes_on_after_a_failed_upload_but_not_after_two_in_a_row(tmp_path, again):
     outcomes, notes = ["", "no connection", again], []
