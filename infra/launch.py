@@ -63,6 +63,7 @@ products it would be half more time (RESULTS.md). A user's own values win."""
 def run_ranks(
     function: str, job: dict[str, Any], *, resources: Resources, name: str, storage: str | Path,
     share: Share | None = None, memory_gib: float = 0, note: Callable[[str], None] = print,
+    waited: Callable[[float], None] = lambda seconds: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Call `function(job)` ("module:name") on every rank and return rank 0's result, a dict that
     JSON can hold.
@@ -71,8 +72,9 @@ def run_ranks(
     keeps its own records there too. With a share, each rank gets the job with the paths of its own
     node, and the share's inputs have been fetched. `memory_gib`: the approximate memory of all ranks
     together, which Ray reserves for them; Ray does not manage GPU memory. `note` receives a message
-    if the ranks have to wait for resources. Raises ValueError if the cluster is too small, else the
-    final error of a rank, or Ray Train's own.
+    if the ranks have to wait for resources, and `waited` how many seconds they did.
+
+    Raises ValueError if the cluster is too small, else the final error of a rank, or Ray Train's own.
     """
     import ray
 
@@ -87,6 +89,8 @@ def run_ranks(
     text = f"its ranks wait for other stages to free {_room(resources, memory)}"
     waiting = Waiting(results, note, text)
     _fit(_trainer(work, resources, run_name, str(storage), memory), resources.max_failures, waiting)
+    waiting.look()  # they may have begun and ended since the last look
+    waited(waiting.seconds)
     return results.collect()
 
 
@@ -141,7 +145,7 @@ def _fit(trainer: TorchTrainer, max_failures: int, waiting: Waiting) -> None:
             with (
                 _interrupt_handler_restored(),
                 polling(groups.look, every_s=1.0, for_s=60.0, name="abandoned groups"),
-                polling(waiting.look, every_s=1.0, for_s=WAIT_S + 5, name="waiting ranks"),
+                polling(waiting.look, every_s=1.0, name="waiting ranks"),
             ):
                 trainer.fit()
             return
@@ -171,23 +175,31 @@ def _interrupt_handler_restored() -> Iterator[None]:
 
 
 class Waiting:
-    """Reports, once, that the ranks are not placed yet because others use the resources."""
+    """Reports, once, that the ranks are not placed yet because others use the resources, and
+    measures how long they wait."""
 
     def __init__(self, results: RankResults, note: Callable[[str], None], text: str) -> None:
         self.results, self.note, self.text = results, note, text
         self.since_s = time.monotonic()
-        self.said = False
+        self.said = self.begun = False
+        self.seconds = 0.0  # how long they waited; 0 if it was too short to be reported
 
     def look(self) -> None:
-        """Report it if WAIT_S have passed, no rank has begun, and a placement group is pending."""
+        """Report it if WAIT_S have passed, no rank has begun, and a placement group is pending; then
+        measure until a rank begins."""
         import ray
 
-        if self.said or time.monotonic() - self.since_s < WAIT_S or self.results.read("begun.json") is not None:
+        waited_s = time.monotonic() - self.since_s
+        if self.begun or waited_s < WAIT_S:
             return
-        groups = _placement_groups(ray.get_runtime_context().get_job_id())
-        if any(group.state == group.PENDING for group in groups):
-            self.said = True
-            self.note(self.text)
+        self.begun = self.results.read("begun.json") is not None
+        if self.said:
+            self.seconds = waited_s
+        elif not self.begun:
+            groups = _placement_groups(ray.get_runtime_context().get_job_id())
+            if any(group.state == group.PENDING for group in groups):
+                self.said = True
+                self.note(self.text)
 
 
 class AbandonedGroups:

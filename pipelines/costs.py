@@ -290,6 +290,8 @@ def _measured(
             name="trial",
             storage=run.storage,
             share=run.share,
+            note=run.note,
+            waited=run.waits_s.append,
         )
     except OutOfMemory as error:
         return {"left_out": str(error)}

@@ -17,7 +17,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -46,6 +46,9 @@ class StageRun:
     """How other nodes access this attempt; None if they share its disk, or if there are none."""
     memory_gib: float = 0
     """Estimated memory of all ranks, or of one evaluation process; 0 if nothing is reserved."""
+    waits_s: list[float] = field(default_factory=list)
+    """Seconds that its ranks waited for other stages to free resources. They are not part of the
+    stage's own time."""
 
     def note(self, text: str) -> None:
         """Show the user a line of text, which MLflow stores too."""

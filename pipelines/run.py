@@ -561,7 +561,8 @@ class _Driver:
         run.outcome.ran.append(label)
         if stage.name in TRAININGS:
             self.training_starts_until_s = -math.inf
-        run.display.stage(label, "done", f"{done.seconds:.0f} s")
+        waited = f", after waiting {done.waited_s:.0f} s for other stages" if done.waited_s else ""
+        run.display.stage(label, "done", f"{done.seconds:.0f} s{waited}")
         run.stage_spool(stage, self.runs[label]).end("FINISHED")
         return True
 

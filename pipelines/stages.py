@@ -304,6 +304,7 @@ def _train(
         share=run.share,
         memory_gib=run.memory_gib,
         note=run.note,
+        waited=run.waits_s.append,
     )
     if run.share and not (run.attempt.out / TrainingSummary.file).exists():  # rank 0 was on another node
         run.share.pull(run.attempt.out)

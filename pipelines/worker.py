@@ -51,7 +51,8 @@ class Task:
 class Done:
     """What a worker returns to the driver once a stage is published, or being made elsewhere."""
 
-    seconds: float
+    seconds: float  # of the stage itself
+    waited_s: float = 0.0  # before that, for other stages to free resources
     spool: str = ""  # name of the attempt's event file
     out: str = ""  # the folder with the attempt's files
     held: list[dict[str, Any]] = field(default_factory=list)
@@ -105,18 +106,20 @@ def _make(task: Task, store: Store) -> Done:
     artifacts = {name: store.fetch(ref.name, ref.fingerprint) for name, ref in stage.inputs.items()}
     attempt = store.new_attempt(stage.name, stage.fingerprint)
     spool, run_id = _open_spool(task, attempt)
+    run = _stage_run(task, store, attempt, artifacts, spool, run_id)
     began = time.monotonic()
     status = "FAILED"
     try:
-        summary = _call(task, store, attempt, artifacts, spool, run_id)
-        seconds = round(time.monotonic() - began, 3)
+        summary = _call(task, run, artifacts)
+        waited_s = round(sum(run.waits_s), 3)
+        seconds = round(time.monotonic() - began - waited_s, 3)
         try:
             store.publish(attempt, _record(task, artifacts, summary, seconds))
         except AlreadyPublished as refused:  # another attempt's result is published, and is used instead
             spool.tag("publication", f"refused: attempt {refused.artifact.attempt} was first")
-        spool.metrics({"cost/stage_s": seconds})
+        spool.metrics({"cost/stage_s": seconds} | ({"cost/waited_s": waited_s} if waited_s else {}))
         status = "FINISHED"
-        return Done(seconds, spool.path.name, str(attempt.out), getattr(spool, "held", []))
+        return Done(seconds, waited_s, spool.path.name, str(attempt.out), getattr(spool, "held", []))
     finally:
         spool.end(status)
 
@@ -136,9 +139,9 @@ def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:
     return spool, run_id
 
 
-def _call(
+def _stage_run(
     task: Task, store: Store, attempt: Attempt, artifacts: dict[str, Artifact], spool: Spool, run_id: str
-) -> dict[str, Any]:
+) -> StageRun:
     stage, share = task.stage, None
     if not store.local:
         share = Share(
@@ -150,7 +153,7 @@ def _call(
             inputs=tuple((artifact.stage, artifact.fingerprint) for artifact in artifacts.values()),
         )
     earlier = store.earlier_attempts(stage.name, stage.fingerprint)
-    run = StageRun(
+    return StageRun(
         label=stage.label,
         spool=spool,
         attempt=attempt,
@@ -161,7 +164,11 @@ def _call(
         share=share,
         memory_gib=task.memory_gib,
     )
-    context = {"recipe": stage.recipe, "resources": task.resources, "out": attempt.out, "run": run}
+
+
+def _call(task: Task, run: StageRun, artifacts: dict[str, Artifact]) -> dict[str, Any]:
+    stage = task.stage
+    context = {"recipe": stage.recipe, "resources": task.resources, "out": run.attempt.out, "run": run}
     summary = stage.kind(**stage.kind.arguments(artifacts, **context))
     if not stage.kind.gives(HeldOutDocuments) or "documents" not in stage.digests:
         return summary

@@ -71,13 +71,16 @@ def test_ranks_with_activation_checkpointing_give_freed_memory_back(
 @pytest.mark.slow
 def test_ranks_that_wait_for_room_say_so_once_and_go_on_when_there_is_some(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "WAIT_S", 1)
-    taken = cluster.util.placement_group([{"CPU": 1}])
-    cluster.get(taken.ready(), timeout=120)
-    said = []
+    holder = cluster.remote(num_cpus=1)(threading.Event).remote()  # an empty placement group would be removed
+    cluster.get(holder.is_set.remote(), timeout=120)
+    said, waits_s = [], []
 
     def note(text: str) -> None:
         said.append(text)
-        cluster.util.remove_placement_group(taken)
+        time.sleep(2)
+        cluster.kill(holder)
+
+    began = time.monotonic()
 
     found = run_ranks(
         "toy_ranks:reserved",
@@ -87,8 +90,11 @@ def test_ranks_that_wait_for_room_say_so_once_and_go_on_when_there_is_some(clust
         storage=tmp_path,
         memory_gib=3,
         note=note,
+        waited=waits_s.append,
     )
     assert len(found["bundles"]) == 2
+    (waited_s,) = waits_s
+    assert 3 < waited_s <= time.monotonic() - began
     assert said == ["its ranks wait for other stages to free 2 CPUs and 3.0 GiB"]
 
 

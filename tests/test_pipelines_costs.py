@@ -186,7 +186,9 @@ def stage_inputs(path: Path) -> dict:
         "recipe": CostsStageRecipe.of(load(path).recipe),
         "resources": Resources(workers=2),
         "out": folder / "out",
-        "run": SimpleNamespace(spool=spool, attempt=attempt, earlier=[], share=None, storage=str(folder / "ray")),
+        "run": SimpleNamespace(
+            spool=spool, attempt=attempt, earlier=[], share=None, storage=str(folder / "ray"), note=print, waits_s=[]
+        ),
     }
 
 

@@ -320,17 +320,19 @@ class Recorded:
 
     def __init__(self, fails: str):
         self.events: list[tuple[str, str]] = []
+        self.details: list[str] = []
         self.fails = fails
 
     def stage(self, label: str, state: str, detail: str = "") -> None:
         self.events.append((label, state))
+        self.details.append(detail)
 
     def options(self, *, name: str, **placement) -> SimpleNamespace:
         future: Future = Future()
         if name == self.fails:
             future.set_exception(RuntimeError("it fails"))
         else:
-            future.set_result(Done(1.0))
+            future.set_result(Done(1.0, waited_s=float(name == "waits") * 75))
         return SimpleNamespace(remote=lambda task: SimpleNamespace(future=lambda: future))
 
 
@@ -356,6 +358,14 @@ def test_a_stage_is_submitted_once_its_inputs_are_published_and_those_it_comes_a
         assert at["a", "done"] < at["first", "waiting"]
         assert at["first", "failed" if fails else "done"] < at["second", "waiting"], "they never run at the same time"
         assert "second" in outcome.ran, "one that only comes before it may fail"
+
+
+def test_what_a_stage_waited_for_others_is_shown_apart_from_its_own_time(monkeypatch, tmp_path):
+    monkeypatch.setitem(STAGES, "toy", toy)
+    recorded, _ = follow(tmp_path, [Stage("toy", "a", ToyRecipe()), Stage("toy", "waits", ToyRecipe(text="b"))])
+    shown = dict(zip(recorded.events, recorded.details, strict=True))
+    assert shown["a", "done"] == "1 s"
+    assert shown["waits", "done"] == "1 s, after waiting 75 s for other stages"
 
 
 def test_stages_behind_a_failed_one_are_not_run_and_name_it(monkeypatch, tmp_path):

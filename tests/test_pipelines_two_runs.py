@@ -65,6 +65,17 @@ def test_a_stage_that_another_run_makes_is_left_to_it_and_its_result_taken(tmp_p
     assert calls(tmp_path / "log", "toy*") == 1
 
 
+def test_the_seconds_for_which_a_stage_waited_for_others_are_not_its_own(tmp_path: Path):
+    done = execute(task(tmp_path, one_stage(tmp_path, seconds=0.5, waits=0.45)))
+    assert done.waited_s == 0.45
+    assert done.seconds < 0.45
+    again = execute(task(tmp_path, one_stage(tmp_path, seconds=0.5, waits=0.45)))
+    assert again.seconds == done.seconds, "what the next plan says that it takes"
+    (spool,) = (tmp_path / ("1" * 32)).glob("*@*.jsonl")
+    costs = [event["values"] for event in read_events(spool, 0)[0] if "cost/stage_s" in event.get("values", {})]
+    assert costs == [{"cost/stage_s": done.seconds, "cost/waited_s": 0.45}]
+
+
 def test_a_stage_whose_maker_died_is_taken_over(tmp_path: Path):
     stage = one_stage(tmp_path)
     place = f"toy/{stage.fingerprint}/lease"

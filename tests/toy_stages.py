@@ -24,6 +24,8 @@ class ToyRecipe(Choices):
     fail: str = ""
     """Raise a ValueError with this message."""
     seconds: float = 0.0
+    waits: float = 0.0
+    """Seconds of these that it says it waited for other stages."""
     kill_self_once: bool = False
     """Kill the stage's own process with SIGKILL, the first time."""
 
@@ -45,6 +47,7 @@ def toy(
     for _ in range(int(recipe.seconds * 20)):
         time.sleep(0.05)
         run.spool.progress(1, 2)
+    run.waits_s.append(recipe.waits)
     if recipe.fail:
         raise ValueError(recipe.fail)
     checkpoints = [folder / "work/checkpoint" for folder in run.earlier]
