@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longreach.infra import relay
+from longreach.infra import allocator, relay
 from longreach.infra.artifact import AlreadyPublished, Artifact, Attempt, Store
 from longreach.infra.files import flatten
 from longreach.infra.lease import Lease, LeaseHeld, holder_name
@@ -122,6 +122,7 @@ def _make(task: Task, store: Store) -> Done:
         return Done(seconds, waited_s, spool.path.name, str(attempt.out), getattr(spool, "held", []))
     finally:
         spool.end(status)
+        allocator.give_back()
 
 
 def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:

@@ -17,7 +17,7 @@ from longreach.training.cost import Machine, Shape, predict
 from longreach.training.longlora import apply_arm, trainable_parameters
 from longreach.training.loss import TokenLoss
 from longreach.training.model import fresh_llama
-from longreach.training.recipe import ArmRecipe, LlamaRecipe
+from longreach.training.recipe import ATTENTION_PROJECTIONS, ArmRecipe, LlamaRecipe
 from longreach.training.summary import TrainingSummary
 
 RECIPE = LlamaRecipe(hidden=64, layers=3, heads=4, kv_heads=2, context_length=128)
@@ -26,8 +26,9 @@ ARMS = ["all", "lora", "lora+norm", "lora+embed+norm"]
 SMOLLM2 = Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
 
 
-def tuned(tune):
-    model = apply_arm(fresh_llama(RECIPE, VOCAB, seed=0), ArmRecipe(tune=tune))
+def tuned(tune, target_modules=ATTENTION_PROJECTIONS):
+    arm = ArmRecipe(tune=tune, target_modules=target_modules)
+    model = apply_arm(fresh_llama(RECIPE, VOCAB, seed=0), arm)
     set_pattern(model, PATTERNS["causal"]())
     model.enable_input_require_grads()  # the first layer's frozen inputs pass gradients on, as counted
     return model.train()
@@ -93,12 +94,16 @@ def test_the_heads_gradient_is_counted_where_the_loss_makes_one(tune, tied):
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("target_modules", [ATTENTION_PROJECTIONS, ("up_proj",), ("down_proj",), "all-linear"])
 @pytest.mark.parametrize("tune", ARMS)
-def test_floats_saved_are_those_that_torch_saves(monkeypatch, tune, zero_stage):
+def test_floats_saved_are_those_that_torch_saves(monkeypatch, tune, target_modules, zero_stage):
     """6%: what LoRA's inner products leave is estimated. ZeRO-3 brings a linear of its own, for good once it ran."""
+    if tune == "all" and target_modules != ATTENTION_PROJECTIONS:
+        pytest.skip("full fine-tuning has no adapters")
+    arm = ArmRecipe(tune=tune, target_modules=target_modules)
     linear = zero3_linear_wrap if zero_stage == 3 else torch._C._nn.linear
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    model = tuned(tune)
+    model = tuned(tune, target_modules)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved, alive = {}, []
 
@@ -111,10 +116,11 @@ def test_floats_saved_are_those_that_torch_saves(monkeypatch, tune, zero_stage):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss_of(model)
     gpu = Resources(workers=1, gpus_per_worker=1, zero_stage=zero_stage)
-    memory = predict(shape_of(model), ArmRecipe(tune=tune), rows=1, seq_len=T, resources=gpu).memory_gib
+    memory = predict(shape_of(model), arm, rows=1, seq_len=T, resources=gpu).memory_gib
     layers = memory["activations"] * 2**30 / 4
     head = T * RECIPE.hidden * (1 + (tune != "lora") * 2) + (VOCAB * RECIPE.hidden) * (tune == "all" or "embed" in tune)
-    inner = 3 * 4 * T * 8 * (tune != "all") + 3 * T * 4
+    adapted = sum(arm.adapts(name) for name in SMOLLM2.matrices)
+    inner = 3 * adapted * T * 8 * (tune != "all") + 3 * T * 4
     assert layers + head + inner == pytest.approx(sum(saved.values()), rel=0.06)
 
 

@@ -341,13 +341,12 @@ class _Step:
         if offloaded:
             optimizer = 0
 
-        # On a CPU, glibc's allocator keeps freed memory (RESULTS.md), so everything that a layer's
-        # operations return stays resident. A GPU's caching allocator gives freed blocks to the next
-        # layer.
-        layer = saved(shape, self.arm, stage) if on_gpu else outputs(shape, self.arm)
+        layer = saved(shape, self.arm, stage)
         kept = shape.layers * layer
         if resources.activation_checkpointing:  # the input of each layer, and everything of the layer being recomputed
             kept = shape.layers * shape.hidden + layer
+        if not on_gpu:
+            kept += outputs(shape, self.arm)
 
         loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab  # logits
         loss += number * tokens * shape.hidden  # gradient of the hidden states
@@ -378,8 +377,11 @@ def saved(shape: Shape, arm: ArmRecipe, zero_stage: int) -> int:
     hidden, intermediate = 5, 3
     if arm.tune == "all" or "norm" in arm.tune:
         hidden += 2  # the input of each norm's weight
-    if arm.tune == "all" or zero_stage == 3:  # frozen matrices do not need their input, but ZeRO-3's linear keeps it
+    # a frozen matrix does not need its input, but its adapter does, and ZeRO-3's linear keeps it
+    every_input = arm.tune == "all" or zero_stage == 3
+    if every_input or arm.adapts("gate_proj") or arm.adapts("up_proj"):
         hidden += 1
+    if every_input or arm.adapts("down_proj"):
         intermediate += 1
     return hidden * shape.hidden + intermediate * shape.intermediate + 2 * shape.kv_width
 
