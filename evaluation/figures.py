@@ -190,6 +190,39 @@ def bars(file: str, title: str, caption: str, panels: Mapping[str, Mapping[str, 
     return Figure(file, title, caption, _finished(alt.vconcat(*parts, spacing=14), title))
 
 
+def spans(
+    file: str, title: str, caption: str, axis: str, rows: Mapping[str, tuple[float, float, float]], colour: str
+) -> Figure:
+    """Draw when things ran: a bar from start to end for each name, and before it a thin line since
+    it was ready to start.
+
+    Args:
+        axis: name of the time axis, with its unit.
+        rows: times (ready, start, end) by name; the first MOST_ROWS are drawn.
+    """
+    import altair as alt
+
+    rows, caption = _first(rows, caption, MOST_ROWS)
+    times = []
+    for name, (ready, start, end) in rows.items():
+        times.append({"name": name, "ready": ready, "start": start, "end": end, "waited": start - ready})
+    base = alt.Chart(alt.Data(values=times)).encode(
+        y=alt.Y(
+            "name", type="nominal", sort=None, title=None,
+            axis=alt.Axis(domain=False, ticks=False, labelLimit=LABEL, labelPadding=6),
+        ),
+        tooltip=[
+            alt.Tooltip("name", type="nominal"),
+            *(alt.Tooltip(time, type="quantitative", format=",.3~g") for time in ("start", "end", "waited")),
+        ],
+    )  # fmt: skip
+    x = alt.X("start", type="quantitative", title=axis, axis=alt.Axis(tickCount=6))
+    ran = base.mark_bar(height={"band": 0.65}, color=colour, stroke=colour).encode(x=x, x2="end")
+    waited = base.mark_rule(color=GREY, strokeWidth=1.5).encode(x=alt.X("ready", type="quantitative"), x2="start")
+    size = {"width": WIDTH - 24 - _label_room(rows), "height": 21 * len(rows)}
+    return Figure(file, title, caption, _finished(alt.layer(waited, ran).properties(**size), title))
+
+
 def grid(
     file: str,
     title: str,

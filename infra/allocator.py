@@ -22,6 +22,7 @@ KEEP_FREED = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 """jemalloc's options: freed memory, of large allocations too, is kept for the next ones."""
 C_LIBRARYS = re.compile(r"MALLOC_\w+_|GLIBC_TUNABLES")
 """Names of the environment variables that set options of glibc's allocator."""
+PAGE_BYTES = 4096  # of a memory page, as the library was built for; some ARM machines have larger ones
 ALL_ARENAS = 4096  # jemalloc's number for all of its arenas (MALLCTL_ARENAS_ALL)
 
 
@@ -32,7 +33,7 @@ def environment() -> dict[str, str]:
         return {}
     ray = find_spec("ray")
     library = Path(ray.origin).parent / "core/libjemalloc.so" if ray and ray.origin else None
-    if library is None or not library.exists():
+    if library is None or not library.exists() or os.sysconf("SC_PAGESIZE") != PAGE_BYTES:
         return {}
     return {"LD_PRELOAD": str(library), "MALLOC_CONF": os.environ.get("MALLOC_CONF", KEEP_FREED)}
 

@@ -193,6 +193,7 @@ def _record(task: Task, artifacts: dict[str, Artifact], summary: dict[str, Any],
         "versions": known_versions(),
         "commit": git_commit(),
         "command": task.command,
+        "run": Path(task.spool_folder).name,
         "host": platform.node(),
         "published_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
     }

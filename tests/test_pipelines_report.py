@@ -50,7 +50,7 @@ from longreach.pipelines.report.page import Page as WrittenPage
 from longreach.pipelines.report.report import headline as headline_of
 from longreach.pipelines.report.report import metrics as metrics_of
 from longreach.pipelines.report.report import report
-from longreach.pipelines.report.sections import evaluations, main_columns
+from longreach.pipelines.report.sections import evaluations, how, main_columns
 from longreach.pipelines.stage import Stage
 from longreach.pipelines.stages import STAGES
 from longreach.training import throughput
@@ -828,6 +828,33 @@ def test_a_stage_that_the_report_does_not_know_is_listed_in_how_it_was_run(input
     stranger = Artifact(tmp_path, artifacts["convert"].manifest | {"stage": "distil"})
     out, _ = write((recipe, artifacts | {"distil": stranger}), tmp_path / "out")
     assert "\n| distil |" in (out / "report.md").read_text().partition("How it was run")[2]
+
+
+def stage_manifest(label: str, run: str, end: str, seconds: float, **inputs: str) -> Artifact:
+    refs = {name: {"stage": name, "fingerprint": fingerprint} for name, fingerprint in inputs.items()}
+    manifest = {
+        "stage": label, "fingerprint": f"{label}-fingerprint", "attempt": "0001", "host": "desk", "commit": "0123",
+        "run": run, "seconds": seconds, "published_at": f"2026-11-26T{end}+00:00", "inputs": refs, "versions": {},
+        "resources": {}, "identity": {"recipe": {}},
+    }  # fmt: skip
+    return Artifact(Path(), manifest)
+
+
+def test_the_time_line_shows_when_the_newest_run_made_its_stages_and_how_long_they_waited():
+    found = SimpleNamespace(base=None, held_out={})
+    found.artifacts = {
+        "evaluate": stage_manifest("evaluate", "new", "03:05:00", 30, model="train-fingerprint"),
+        "convert": stage_manifest("convert", "old", "01:00:00", 60),
+        "train": stage_manifest("train", "new", "03:03:00", 120, base="convert-fingerprint", rows="pack-fingerprint"),
+        "pack": stage_manifest("pack", "new", "03:00:30", 30),
+    }
+    ((figure,),) = [block for block in how(found, "longreach run x").blocks if isinstance(block, list)]
+    rows = figure.chart.data.values
+    shown = [(row["name"], row["ready"], row["start"], row["end"]) for row in rows]
+    assert shown == [("pack", 0, 0, 0.5), ("train", 0.5, 1, 3), ("evaluate", 3, 4.5, 5)]
+    assert "an earlier run made them: 1." in figure.caption
+    found.artifacts["evaluate"].manifest["run"] = "newest"
+    assert not [block for block in how(found, "longreach run x").blocks if isinstance(block, list)], "one bar alone"
 
 
 def test_every_evaluation_that_was_measured_has_a_section(inputs, tmp_path, no_pictures):

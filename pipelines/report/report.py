@@ -47,7 +47,7 @@ class ReportRecipe(Choices):
     """Failed stages: label -> reason, in stage order."""
 
 
-@stage(makes=Report, revision=5, cpus=lambda resources: 1)
+@stage(makes=Report, revision=6, cpus=lambda resources: 1)
 def report(artifacts: Mapping[str, Artifact], *, recipe: ReportRecipe, out: Path, run: StageRun) -> dict[str, Any]:
     """Write report.html, report.md, measures.json and figures; return {"headline", "metrics",
     "curves", "table": a short Markdown table}.

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from itertools import groupby
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from longreach.evaluation import EVALS
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
 from longreach.evaluation.context_use import use_figure
-from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines
+from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines, spans
 from longreach.evaluation.gain import Gain, difference_cell, gain_figure, over_base
 from longreach.evaluation.sections import DASH, finite, perplexity_cell, perplexity_curve, perplexity_text
 from longreach.infra.files import flatten
@@ -684,7 +685,37 @@ def how(found: Findings, command: str) -> Section:
         Table("Environment", ["what", "value"], list(facts), prose=True),
         Table("Choices", ["stage", "values"], _choices(manifests), prose=True),
     )
-    return Section("How it was run", [text, Code(command), *tables])
+    blocks: list[Block] = [text, Code(command)]
+    if figures := _time_line(manifests):
+        blocks.append(figures)
+    return Section("How it was run", [*blocks, *tables])
+
+
+def _time_line(manifests: Mapping[str, dict[str, Any]]) -> list[Figure]:
+    """Return a figure of when each stage of the newest run ran, and since when its inputs had been
+    there; empty if that run made less than two stages."""
+    times = {}
+    for label, manifest in manifests.items():
+        end_s = datetime.fromisoformat(manifest["published_at"]).timestamp()
+        times[label] = (end_s - manifest["seconds"], end_s)
+    newest = max(manifests, key=lambda label: times[label][1])
+    run = manifests[newest].get("run")  # missing in artifacts of older versions
+    labels = sorted((label for label, one in manifests.items() if one.get("run") == run), key=times.__getitem__)
+    if run is None or len(labels) < 2:
+        return []
+    began_s = times[labels[0]][0]
+    ended_s = {manifests[label]["fingerprint"]: times[label][1] for label in labels}
+    rows = {}
+    for label in labels:
+        start_s, end_s = times[label]
+        inputs = [ended_s.get(one["fingerprint"], began_s) for one in manifests[label]["inputs"].values()]
+        ready_s = min(max(inputs, default=began_s), start_s)
+        rows[label] = ((ready_s - began_s) / 60, (start_s - began_s) / 60, (end_s - began_s) / 60)
+    caption = "Bars: when each stage ran. Thin lines before them: how long it waited after its inputs were there."
+    if reused := len(manifests) - len(labels):
+        caption += f" Not shown, since an earlier run made them: {reused}."
+    axis = "minutes since the run's first stage started"
+    return [spans("time_line.png", "When the stages ran", caption, axis, rows, "#0072B2")]
 
 
 def _licences(found: Findings) -> dict[str, str]:
