@@ -197,7 +197,7 @@ def spans(
     it was ready to start.
 
     Args:
-        axis: name of the time axis, with its unit.
+        axis: name of the time axis, which begins with its unit.
         rows: times (ready, start, end) by name; the first MOST_ROWS are drawn.
     """
     import altair as alt
@@ -213,14 +213,17 @@ def spans(
         ),
         tooltip=[
             alt.Tooltip("name", type="nominal"),
-            *(alt.Tooltip(time, type="quantitative", format=",.3~g") for time in ("start", "end", "waited")),
+            *(
+                alt.Tooltip(time, type="quantitative", title=f"{time} ({axis.partition(' ')[0]})", format=",.3~g")
+                for time in ("start", "end", "waited")
+            ),
         ],
     )  # fmt: skip
     x = alt.X("start", type="quantitative", title=axis, axis=alt.Axis(tickCount=6))
     ran = base.mark_bar(height={"band": 0.65}, color=colour, stroke=colour).encode(x=x, x2="end")
     waited = base.mark_rule(color=GREY, strokeWidth=1.5).encode(x=alt.X("ready", type="quantitative"), x2="start")
-    size = {"width": WIDTH - 24 - _label_room(rows), "height": 21 * len(rows)}
-    return Figure(file, title, caption, _finished(alt.layer(waited, ran).properties(**size), title))
+    height = 100 + 21 * len(rows)  # the title and the axis take 100
+    return Figure(file, title, caption, _finished(alt.layer(waited, ran).properties(height=height), title))
 
 
 def grid(

@@ -31,8 +31,10 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pyarrow.fs
 
+from longreach.infra import allocator
 from longreach.infra.cluster import reservable_bytes
 from longreach.infra.errors import DiskFull, OutOfMemory, Stopped, Superseded
+from longreach.infra.forkserver import ADDRESS
 from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
@@ -54,10 +56,10 @@ Train's default of 600 is long; with fewer, slow ranks of a busy machine would c
 
 
 RETURNING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
-"""Environment of CPU ranks with activation checkpointing and products in full precision. By default,
-glibc keeps most of the memory that is freed. With these, blocks from 4 MiB go back to the system at
-once, and torch gets them as huge pages: a third of the peak memory, for a tenth more time. With faster
-products it would be half more time (RESULTS.md). A user's own values win."""
+"""Environment of CPU ranks with activation checkpointing and products in full precision. They use
+glibc's allocator instead of jemalloc (infra/allocator.py): with these, blocks from 4 MiB go back to the
+system at once, and torch gets them as huge pages. That is a third of glibc's peak memory, for a tenth
+more time. With faster products it would be half more time (RESULTS.md). A user's own values win."""
 
 
 def run_ranks(
@@ -87,9 +89,8 @@ def run_ranks(
     if not resources.gpus_per_worker:
         memory = reservable_bytes(memory_gib / resources.workers, at_once=resources.workers)
     text = f"its ranks wait for other stages to free {_room(resources, memory)}"
-    waiting = Waiting(results, note, text)
+    waiting = Waiting(note, text)
     _fit(_trainer(work, resources, run_name, str(storage), memory), resources.max_failures, waiting)
-    waiting.look()  # they may have begun and ended since the last look
     waited(waiting.seconds)
     return results.collect()
 
@@ -121,6 +122,8 @@ def _trainer(
     environment = {}
     if resources.activation_checkpointing and resources.matmul_precision == "highest" and not gpus:
         environment = {name: os.environ.get(name, value) for name, value in RETURNING_MEMORY.items()}
+    elif not gpus and ADDRESS not in os.environ:  # a cluster that was joined; elsewhere, forks have it already
+        environment = allocator.environment()
     return TorchTrainer(
         _rank, train_loop_config=work, torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=each),
@@ -178,28 +181,28 @@ class Waiting:
     """Reports, once, that the ranks are not placed yet because others use the resources, and
     measures how long they wait."""
 
-    def __init__(self, results: RankResults, note: Callable[[str], None], text: str) -> None:
-        self.results, self.note, self.text = results, note, text
-        self.since_s = time.monotonic()
-        self.said = self.begun = False
+    def __init__(self, note: Callable[[str], None], text: str) -> None:
+        self.note, self.text = note, text
+        self.since_s: float | None = None  # when the ranks were first seen waiting
+        self.said = self.placed = False
         self.seconds = 0.0  # how long they waited; 0 if it was too short to be reported
 
     def look(self) -> None:
-        """Report it if WAIT_S have passed, no rank has begun, and a placement group is pending; then
-        measure until a rank begins."""
-        import ray
-
-        waited_s = time.monotonic() - self.since_s
-        if self.begun or waited_s < WAIT_S:
+        """Report it once this process's placement group has been pending for WAIT_S; then measure
+        until it is placed."""
+        if self.placed:
             return
-        self.begun = self.results.read("begun.json") is not None
-        if self.said:
-            self.seconds = waited_s
-        elif not self.begun:
-            groups = _placement_groups(ray.get_runtime_context().get_job_id())
-            if any(group.state == group.PENDING for group in groups):
+        now_s = time.monotonic()
+        groups = _own_placement_groups()
+        if any(group.state == group.PENDING for group in groups):
+            self.since_s = self.since_s or now_s
+            if not self.said and now_s - self.since_s >= WAIT_S:
                 self.said = True
                 self.note(self.text)
+        elif any(group.state == group.CREATED for group in groups):
+            self.placed = True
+        if self.said and self.since_s:
+            self.seconds = now_s - self.since_s
 
 
 class AbandonedGroups:
@@ -270,6 +273,21 @@ def _placement_groups(job: str) -> list[Any]:
     return groups
 
 
+def _own_placement_groups() -> list[Any]:
+    """Return those of Ray Train's controllers that this process has started, in the same form."""
+    import ray
+    from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]  # made by protoc
+
+    context = ray.get_runtime_context()
+    controllers = set()
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    for record in accessor.get_actor_table(ray.JobID.from_hex(context.get_job_id()), "ALIVE"):
+        actor = ActorTableData.FromString(record)
+        if actor.owner_address.worker_id.hex() == context.get_worker_id():
+            controllers.add(actor.actor_id)
+    return [group for group in _placement_groups(context.get_job_id()) if group.creator_actor_id in controllers]
+
+
 def check_room(cluster: dict[str, float], resources: Resources) -> None:
     """Raise ValueError if the ranks can never be placed. Ray itself would wait forever."""
     for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
@@ -296,8 +314,6 @@ def _rank(work: dict[str, Any]) -> None:
     resources = work["resources"]
     resources.prepare_torch(resources.cpus_per_worker)  # Ray gives a worker OMP_NUM_THREADS=1 whatever its CPUs
     job, results, share = work["job"], work["results"], work["share"]
-    if dist.get_rank() == 0:
-        results.write("begun.json", {})
     try:
         if share:
             share.bring()

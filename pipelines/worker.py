@@ -106,10 +106,10 @@ def _make(task: Task, store: Store) -> Done:
     artifacts = {name: store.fetch(ref.name, ref.fingerprint) for name, ref in stage.inputs.items()}
     attempt = store.new_attempt(stage.name, stage.fingerprint)
     spool, run_id = _open_spool(task, attempt)
-    run = _stage_run(task, store, attempt, artifacts, spool, run_id)
     began = time.monotonic()
     status = "FAILED"
     try:
+        run = _stage_run(task, store, attempt, artifacts, spool, run_id)
         summary = _call(task, run, artifacts)
         waited_s = round(sum(run.waits_s), 3)
         seconds = round(time.monotonic() - began - waited_s, 3)

@@ -36,7 +36,7 @@ def test_freed_memory_is_kept_until_it_is_given_back(jemalloc):
 def test_a_users_own_library_and_options_win(monkeypatch):
     monkeypatch.setenv("MALLOC_CONF", "stats_print:true")
     assert allocator.environment()["MALLOC_CONF"] == "stats_print:true"
-    for name in ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+    for name in ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
         with monkeypatch.context() as context:
             context.setenv(name, "4194304")
             assert allocator.environment() == {}

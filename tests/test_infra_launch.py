@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 from ray.exceptions import ActorDiedError
@@ -15,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from longreach.infra import launch
 from longreach.infra.cluster import RESERVED_SHARE
+from longreach.infra.forkserver import ADDRESS
 from longreach.infra.launch import AbandonedGroups, check_room, run_ranks
 from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
@@ -65,7 +67,17 @@ def test_ranks_with_activation_checkpointing_give_freed_memory_back(
     resources = Resources(activation_checkpointing=checkpointing, matmul_precision=precision)
     found = run_ranks("toy_ranks:left_after_freeing", {}, resources=resources, name="free", storage=tmp_path)
     assert found["huge"] == ("1" if given_back else None)
+    assert found["jemalloc"] != given_back
     assert (found["left"] < 20) == given_back, found
+
+
+@pytest.mark.slow
+def test_ranks_on_a_cluster_without_our_forks_allocate_alike(cluster, tmp_path, monkeypatch):
+    servers = [child.pid for child in psutil.Process().children() if "serve" in child.cmdline()]
+    monkeypatch.delenv(ADDRESS)
+    found = run_ranks("toy_ranks:left_after_freeing", {}, resources=Resources(), name="joined", storage=tmp_path)
+    assert found["parent"] not in servers
+    assert found["jemalloc"]
 
 
 @pytest.mark.slow
@@ -94,8 +106,27 @@ def test_ranks_that_wait_for_room_say_so_once_and_go_on_when_there_is_some(clust
     )
     assert len(found["bundles"]) == 2
     (waited_s,) = waits_s
-    assert 3 < waited_s <= time.monotonic() - began
+    assert 3 <= waited_s <= time.monotonic() - began
     assert said == ["its ranks wait for other stages to free 2 CPUs and 3.0 GiB"]
+
+
+@pytest.mark.slow
+def test_ranks_do_not_say_that_they_wait_while_others_do(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "WAIT_S", 0)
+    others = cluster.util.placement_group([{"CPU": 100}])
+    said, waits_s = [], []
+    run_ranks(
+        "toy_ranks:reserved",
+        {},
+        resources=Resources(workers=1),
+        name="placed",
+        storage=tmp_path,
+        note=said.append,
+        waited=waits_s.append,
+    )
+    assert not others.wait(0), "there are no 100 CPUs"
+    cluster.util.remove_placement_group(others)
+    assert (said, waits_s) == ([], [0.0])
 
 
 def test_ranks_that_wait_name_all_that_they_ask_for_and_nothing_else():

@@ -694,6 +694,8 @@ def how(found: Findings, command: str) -> Section:
 def _time_line(manifests: Mapping[str, dict[str, Any]]) -> list[Figure]:
     """Return a figure of when each stage of the newest run ran, and since when its inputs had been
     there; empty if that run made less than two stages."""
+    if not manifests:  # all stages failed
+        return []
     times = {}
     for label, manifest in manifests.items():
         end_s = datetime.fromisoformat(manifest["published_at"]).timestamp()
@@ -711,9 +713,9 @@ def _time_line(manifests: Mapping[str, dict[str, Any]]) -> list[Figure]:
         inputs = [ended_s.get(one["fingerprint"], began_s) for one in manifests[label]["inputs"].values()]
         ready_s = min(max(inputs, default=began_s), start_s)
         rows[label] = ((ready_s - began_s) / 60, (start_s - began_s) / 60, (end_s - began_s) / 60)
-    caption = "Bars: when each stage ran. Thin lines before them: how long it waited after its inputs were there."
+    caption = "Bars: when each stage ran. Thin lines before them: its inputs were there, but it did not run yet."
     if reused := len(manifests) - len(labels):
-        caption += f" Not shown, since an earlier run made them: {reused}."
+        caption += f" Not shown, since another run made them: {reused}."
     axis = "minutes since the run's first stage started"
     return [spans("time_line.png", "When the stages ran", caption, axis, rows, "#0072B2")]
 
