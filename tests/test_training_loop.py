@@ -18,7 +18,7 @@ from longreach.training.build import build
 from longreach.training.corpus import PackedRows
 from longreach.training.loop import learning_rate
 from longreach.training.model import with_softmax_sinks
-from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, TrainJob
+from longreach.training.recipe import ArmRecipe, LengthStage, LlamaRecipe, OptimRecipe, RopeRecipe, TrainJob
 from longreach.training.row_order import RowOrder
 from longreach.training.summary import TrainingSummary
 
@@ -211,6 +211,24 @@ def test_rows_beyond_the_stretched_context_are_refused_with_both_numbers(tmp_pat
     corpus = packed_corpus(tmp_path / "long", seq_len=256)
     with pytest.raises(ValueError, match=r"rows of 256 tokens exceed the model's 128 positions"):
         train(todo | {"corpus": str(corpus), "optim": todo["optim"] | {"global_batch_tokens": 512}})
+
+
+def test_rows_beyond_the_context_train_in_pieces_that_fit(tmp_path):
+    """The control of an extension: the same tokens, at the base's own length."""
+    pieces = LengthStage(steps=2, row_tokens=64)
+    corpus = packed_corpus(tmp_path / "long", seq_len=256)
+    optim = {"steps": 2, "global_batch_tokens": 256}
+    fits = job(tmp_path, rope=RopeRecipe(), optim=optim, arm=ArmRecipe(curriculum=(pieces,)))
+    assert train(fits | {"corpus": str(corpus)}).steps == 2
+    for choices in (
+        {"optim": optim | {"steps": 3}, "arm": ArmRecipe(curriculum=(pieces,))},
+        {"optim": optim, "arm": ArmRecipe(curriculum=(pieces.model_copy(update={"share": 0.5}),))},
+    ):
+        with pytest.raises(ValueError, match=r"rows of 256 tokens exceed the model's 64 positions"):
+            train(job(tmp_path, rope=RopeRecipe(), **choices) | {"corpus": str(corpus)})
+    validated = fits | {"optim": fits["optim"] | {"validate_every_steps": 1}}
+    assert TrainJob.model_validate(fits).longest_row(256) == 64
+    assert TrainJob.model_validate(validated).longest_row(256) == 256, "validation reads whole rows"
 
 
 def test_a_target_module_that_the_architecture_lacks_is_named_with_the_nearest(tmp_path):

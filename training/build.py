@@ -40,9 +40,10 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
     reach = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     if job.rope.type == "dynamic":  # stretches past the trained length only when rows reach it, and the config keeps it
         reach *= job.rope.factor
-    if packed.seq_len > reach:
+    longest = job.longest_row(packed.seq_len)
+    if longest > reach:
         raise ValueError(
-            f"rows of {packed.seq_len} tokens exceed the model's {reach:,.0f} positions: "
+            f"rows of {longest} tokens exceed the model's {reach:,.0f} positions: "
             f"raise rope.factor, or lower pack.seq_len"
         )
     skipping = job.arm.positions
@@ -53,7 +54,7 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
         )
     if skipping is not None:
         check_documents(model)
-    fix_frequencies(model, packed.seq_len if skipping is None else skipping.context_length)
+    fix_frequencies(model, longest if skipping is None else skipping.context_length)
     model.config.use_cache = True  # for users of the saved model; training passes use_cache=False
     if job.resources.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
