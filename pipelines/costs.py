@@ -74,7 +74,7 @@ class CostsRecipe(CostsChoices):
         for name in self.arms or ():
             if name not in arms:
                 yield ("costs", "arms"), f"no arm {name!r}{nearest(name, arms, 'finetune has')}"
-        trained = _trained_length(recipe)
+        trained = trained_length(recipe)
         for length in self.lengths:
             if length < SHORTEST:
                 yield ("costs", "lengths"), f"{length} is less than {SHORTEST}, the minimum row length in tokens"
@@ -188,7 +188,7 @@ def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:
         )
 
 
-def _trained_length(recipe: Recipe) -> int | None:
+def trained_length(recipe: Recipe) -> int | None:
     """Return the base's trained length in tokens; None if it is unknown before conversion."""
     from longreach.training.convert import known_config  # imported here: `config show` does not need fsspec
 

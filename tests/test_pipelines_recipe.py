@@ -643,3 +643,10 @@ def test_mistakes_in_what_is_to_be_evaluated_are_named(evals, overrides, message
     with pytest.raises(RecipeError) as caught:
         standalone("m", evals=evals, suite="evaluate", documents=None, overrides=overrides)
     assert message in caught.value.render()
+
+
+def test_rows_longer_than_the_stretched_base_are_refused_unless_a_curriculum_cuts_them():
+    longer = ["finetune.pack.seq_len=32768", "finetune.global_batch_tokens=65536", "pretrain=null", "evaluate={}"]
+    (said,) = mistakes("quickstart", *longer, "finetune.arms={full: {tune: all}}")
+    assert "finetune.pack.seq_len: full: 32768 exceeds the 16384 positions of a base trained to 8192" in said
+    load("quickstart", [*longer, "finetune.arms={full: {curriculum: [{steps: 8, row_tokens: 16384}]}}"])

@@ -226,9 +226,9 @@ def test_rows_beyond_the_context_train_in_pieces_that_fit(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"rows of 256 tokens exceed the model's 64 positions"):
             train(job(tmp_path, rope=RopeRecipe(), **choices) | {"corpus": str(corpus)})
-    validated = fits | {"optim": fits["optim"] | {"validate_every_steps": 1}}
-    assert TrainJob.model_validate(fits).longest_row(256) == 64
-    assert TrainJob.model_validate(validated).longest_row(256) == 256, "validation reads whole rows"
+    arm, validated = ArmRecipe(curriculum=(pieces,)), OptimRecipe(warmup_steps=1, **optim, validate_every_steps=1)
+    assert arm.longest_row(256, OptimRecipe(warmup_steps=1, **optim)) == 64
+    assert arm.longest_row(256, validated) == 256, "validation reads whole rows"
 
 
 def test_a_target_module_that_the_architecture_lacks_is_named_with_the_nearest(tmp_path):

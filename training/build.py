@@ -40,7 +40,7 @@ def build(job: TrainJob, packed: PackSummary) -> tuple[Any, PreTrainedTokenizerB
     reach = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     if job.rope.type == "dynamic":  # stretches past the trained length only when rows reach it, and the config keeps it
         reach *= job.rope.factor
-    longest = job.longest_row(packed.seq_len)
+    longest = job.arm.longest_row(packed.seq_len, job.optim)
     if longest > reach:
         raise ValueError(
             f"rows of {longest} tokens exceed the model's {reach:,.0f} positions: "

@@ -404,6 +404,14 @@ class ArmRecipe(Choices):
     """Parts that follow one another, with shorter rows in the first steps, or a mix of short and
     long rows. Every step still has global_batch_tokens tokens."""
 
+    def longest_row(self, seq_len: int, optim: "OptimRecipe") -> int:
+        """Return the number of tokens in the longest row that a pass reads: a whole row of `seq_len`,
+        or a piece if the curriculum cuts all rows of all steps and none is read for validation."""
+        steps_cut = sum(stage.steps for stage in self.curriculum if stage.share == 1)
+        if steps_cut < optim.steps or optim.validate_every_steps:
+            return seq_len
+        return max(stage.row_tokens for stage in self.curriculum)
+
     def adapts(self, layer: str) -> bool:
         """Return whether LoRA adapts linear layers with that name."""
         return self.target_modules == "all-linear" or layer in self.target_modules
@@ -949,15 +957,6 @@ class TrainJob(FinetuneStageRecipe, PretrainStageRecipe):
     def drops_first(self) -> bool:
         """Whether this arm reads the rows without their sink tokens."""
         return self.kind == "pretrain" and self.sink != "token"
-
-    def longest_row(self, seq_len: int) -> int:
-        """Return the number of tokens in the longest row that a pass reads: a whole row of `seq_len`,
-        or a piece if the curriculum cuts all rows of all steps and none is read for validation."""
-        curriculum = self.arm.curriculum
-        steps_cut = sum(stage.steps for stage in curriculum if stage.share == 1)
-        if steps_cut < self.optim.steps or self.optim.validate_every_steps:
-            return seq_len
-        return max(stage.row_tokens for stage in curriculum)
 
     def choices(self) -> dict[str, Any]:
         """Return the choices that change the result. A checkpoint with other choices is not
