@@ -20,6 +20,7 @@ from toy_models import tiny_tokenizer, training_summary
 
 from longreach.evaluation.blocks import Best, Figure, Section, Table
 from longreach.evaluation.figures import Style, lines
+from longreach.evaluation.gain import BestLength, Difference
 from longreach.evaluation.gain import document_rows as document_means
 from longreach.evaluation.gain import pooled_rows as means_by_length
 from longreach.evaluation.harness import Harness
@@ -34,6 +35,7 @@ from longreach.pipelines.graph import build
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.reader import load
 from longreach.pipelines.recipe import PriceRecipe, Recipe
+from longreach.pipelines.report.claim import Claim
 from longreach.pipelines.report.findings import (
     POINTS,
     Findings,
@@ -616,6 +618,18 @@ def test_where_gain_was_measured_the_headline_is_what_the_best_arm_gains_over_th
     rows = {row.pop("measure"): row for row in json.loads((gained[0] / "measures.json").read_text())}
     assert rows["compare/gain_over_base_768"]["longlora"] == curve[768]
     assert rows["compare/best_length"] == {"base": 256}
+
+
+def test_of_many_arms_the_headline_has_the_best_and_says_how_many_there_are():
+    gains = {f"arm{n}": {64: Difference(n / 10, n / 10 - 0.01, n / 10 + 0.01, 4, 1)} for n in range(9)}
+    claim = Claim({}, SimpleNamespace(arms={}), BestLength(32, "test", 4), gains, "arm8", 64, tuple(gains))
+    (sentence,) = claim._others()
+    assert sentence.startswith(
+        "At this length, compared with the same base, the best 6 of 8 others: arm7 0.700 better ("
+    )
+    assert re.findall(r"arm\d", sentence) == ["arm7", "arm6", "arm5", "arm4", "arm3", "arm2"]
+    few = replace(claim, over_base={name: gains[name] for name in ("arm1", "arm3", "arm8")})
+    assert re.findall(r"arm\d", few._others()[0]) == ["arm1", "arm3"], "in the recipe's order"
 
 
 def test_gain_is_the_first_figure_and_stands_in_the_main_table_and_in_its_section(gained):

@@ -32,6 +32,7 @@ from longreach.evaluation.scores import EvalScores
 from longreach.pipelines.report.findings import Findings
 
 GAIN = Gain.name
+MOST_OTHERS = 6  # arms that the sentences compare with the base beside the chosen one; the tables have all
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,20 @@ class Claim:
         return [f"It was chosen as the best of {len(self.candidates)} {kind} on these same documents."]
 
     def _others(self) -> list[str]:
-        """Return a sentence that compares all other arms and variants with the base at the same
-        length."""
-        parts = []
+        """Return a sentence that compares the other arms and variants with the base at the same
+        length: the best of them, if there are more than MOST_OTHERS."""
+        there = {}
         for name in dict.fromkeys([*self.candidates, *self.background.arms]):
             if name != self.name and self.length in self.over_base.get(name, {}):
-                parts.append(f"{name} {brief_verdict(self.over_base[name][self.length])}")
-        if not parts:
+                there[name] = self.over_base[name][self.length]
+        if not there:
             return []
-        return [f"At this length, compared with the same base: {'; '.join(parts)}."]
+        who, names = "", list(there)
+        if len(names) > MOST_OTHERS:
+            who = f", the best {MOST_OTHERS} of {len(names)} others"
+            names = sorted(names, key=lambda name: -there[name].nats)[:MOST_OTHERS]
+        parts = [f"{name} {brief_verdict(there[name])}" for name in names]
+        return [f"At this length, compared with the same base{who}: {'; '.join(parts)}."]
 
     def _at_the_greatest_length(self) -> list[str]:
         """Return a sentence on the arm at the greatest measured length, unless that is the chosen
