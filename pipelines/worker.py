@@ -10,6 +10,7 @@ import datetime
 import functools
 import platform
 import time
+import traceback
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,9 @@ def _make(task: Task, store: Store) -> Done:
         spool.metrics({"cost/stage_s": seconds} | ({"cost/waited_s": waited_s} if waited_s else {}))
         status = "FINISHED"
         return Done(seconds, waited_s, spool.path.name, str(attempt.out), getattr(spool, "held", []))
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their variables may hold gigabytes, and Ray keeps the error
+        raise
     finally:
         spool.end(status)
         allocator.give_back()

@@ -2,10 +2,12 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from toy_stages import ToyRecipe, calls, toy
 
@@ -74,6 +76,20 @@ def test_the_seconds_for_which_a_stage_waited_for_others_are_not_its_own(tmp_pat
     (spool,) = (tmp_path / ("1" * 32)).glob("*@*.jsonl")
     costs = [event["values"] for event in read_events(spool, 0)[0] if "cost/stage_s" in event.get("values", {})]
     assert costs == [{"cost/stage_s": done.seconds, "cost/waited_s": 0.45}]
+
+
+def test_an_error_of_a_stage_keeps_none_of_its_memory(tmp_path: Path, monkeypatch):
+    held = []
+
+    def fails(*_) -> None:
+        tensor = np.ones(10)
+        held.append(weakref.ref(tensor))
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(worker, "_call", fails)
+    with pytest.raises(ValueError, match="out of luck") as caught:
+        execute(task(tmp_path, one_stage(tmp_path)))
+    assert held[0]() is None, caught
 
 
 def test_a_stage_whose_maker_died_is_taken_over(tmp_path: Path):
