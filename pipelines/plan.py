@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
 from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
+from longreach.pipelines.costs import check_reach, trained_length
 from longreach.pipelines.foresee import Forecast, foresee, no_room, this_node
 from longreach.pipelines.graph import build
 from longreach.pipelines.hand_over import check_base, check_token
@@ -81,6 +82,7 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
         driver_here: The driver has this process's environment. If not, its tokens and MLflow URI
             are unknown here, and the caller does not call `build`.
     """
+    _check_rows(recipe)
     uri = recipe.tracking.uri and check_tracking_uri(recipe.tracking.uri)
     if driver_here:
         uri = tracking_uri(uri, recipe.store.workdir)
@@ -90,6 +92,19 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
         check_token(recipe)
     else:
         check_base(recipe)
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """Raise ValueError if an arm's rows are longer than its stretched base, where the base's length
+    is known before it is converted."""
+    finetune, trained = recipe.finetune, trained_length(recipe)
+    if finetune is None or trained is None:
+        return
+    for name, arm in finetune.every_arm().items():
+        try:
+            check_reach(arm.longest_row(finetune.pack.seq_len, finetune), trained, finetune.rope_of(arm))
+        except ValueError as error:
+            raise ValueError(f"finetune.pack.seq_len of arm {name}: {error}") from None
 
 
 def notes(recipe: Recipe) -> list[str]:

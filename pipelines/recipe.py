@@ -23,7 +23,7 @@ from longreach.infra.choices import Choices, Location, PathOrUrl, Seed, dotted, 
 from longreach.infra.registry import CHAMPION
 from longreach.infra.resources import Resources
 from longreach.infra.tracking import metric_part
-from longreach.pipelines.costs import CostsRecipe, check_reach, trained_length
+from longreach.pipelines.costs import CostsRecipe
 from longreach.pipelines.gate import PromoteRecipe
 from longreach.pipelines.hand_over import HandOverRecipe
 from longreach.training.recipe import (
@@ -223,7 +223,7 @@ class Recipe(Choices):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = [*self._name_problems(), *self._base_problems(), *self._parallel_problems()]
-        problems += [*self._row_problems(), *self._variant_problems(), *self._evaluation_problems()]
+        problems += [*self._variant_problems(), *self._evaluation_problems()]
         for section in (self.costs, self.promote, self.release):
             if section:
                 problems += section.problems(self)
@@ -265,17 +265,6 @@ class Recipe(Choices):
         elif arms[arm].sink == "token":
             message = "has a sink token, which finetune does not put into its rows: choose an arm without one"
             yield place, f"{self.base.source!r} {message}"
-
-    def _row_problems(self) -> Iterator[tuple[Location, str]]:
-        trained = trained_length(self)
-        if self.finetune is None or trained is None or any(self._base_problems()):
-            return
-        for name, arm in self.finetune.every_arm().items():
-            longest = arm.longest_row(self.finetune.pack.seq_len, self.finetune)
-            try:
-                check_reach(longest, trained, self.finetune.rope_of(arm))
-            except ValueError as error:
-                yield ("finetune", "pack", "seq_len"), f"{name}: {error}"
 
     def _parallel_problems(self) -> Iterator[tuple[Location, str]]:
         ranks = self.resources.sequence_parallel

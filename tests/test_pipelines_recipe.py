@@ -9,6 +9,7 @@ import pytest
 
 from longreach.evaluation import EVALS
 from longreach.infra.choices import dotted
+from longreach.pipelines import plan
 from longreach.pipelines import recipe as recipes
 from longreach.pipelines.graph import build
 from longreach.pipelines.reader import RecipeError, load, names, standalone
@@ -647,6 +648,11 @@ def test_mistakes_in_what_is_to_be_evaluated_are_named(evals, overrides, message
 
 def test_rows_longer_than_the_stretched_base_are_refused_unless_a_curriculum_cuts_them():
     longer = ["finetune.pack.seq_len=32768", "finetune.global_batch_tokens=65536", "pretrain=null", "evaluate={}"]
-    (said,) = mistakes("quickstart", *longer, "finetune.arms={full: {tune: all}}")
-    assert "finetune.pack.seq_len: full: 32768 exceeds the 16384 positions of a base trained to 8192" in said
-    load("quickstart", [*longer, "finetune.arms={full: {curriculum: [{steps: 8, row_tokens: 16384}]}}"])
+    recipe = load("quickstart", [*longer, "finetune.arms={full: {tune: all}}"]).recipe
+    message = r"finetune.pack.seq_len of arm full: 32768 exceeds the 16384 positions of a base trained to 8192 with"
+    with pytest.raises(ValueError, match=message):
+        plan.check_rules(recipe)
+    with pytest.raises(ValueError, match=message):
+        plan.check_rules(recipe, driver_here=False)
+    pieces = "finetune.arms={full: {curriculum: [{steps: 8, row_tokens: 16384}]}}"
+    plan._check_rows(load("quickstart", [*longer, pieces]).recipe)
