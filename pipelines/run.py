@@ -1,7 +1,7 @@
 """Run a recipe: reuse stages whose artifacts are published and intact, run the others as Ray tasks.
 
-A stage runs as soon as its inputs are published; only while the run's first training starts, other
-stages wait, a minute at most. If every stage is published, Ray is not started.
+A stage runs as soon as its inputs are published; only while the run's first trainings start,
+other stages wait, a minute at most. If every stage is published, Ray is not started.
 A lease with a heartbeat counter (infra/lease.py) allows one run of a recipe at a time. MLflow is
 not needed for a run: stages write events to local files, and a separate process uploads them
 (infra/mirror.py). plan.py finds the finished stages, worker.py runs a stage, signals.py handles
@@ -71,11 +71,11 @@ refused."""
 NOT_IN_PARAMETERS = re.compile(r"[^\w./ -]")
 """Characters that MLflow does not allow in parameter names, such as the plus in an arm's name."""
 TRAINING_STARTS_S = 60.0
-"""Seconds for which other stages wait at most while a run's first training starts. Its ranks ask
-for their cores some seconds after its stage was submitted. Evaluations submitted with it would have
-taken them by then, and an error in the training would show only after all of them."""
+"""Seconds for which other stages wait at most while a run's first trainings start. Their ranks ask
+for cores some seconds after their stages were submitted. Evaluations submitted with them would have
+taken the cores by then, and an error in a training would show only after all of them."""
 TRAININGS = ("finetune", "pretrain")
-"""Names of the stages of which the first one starts before evaluations."""
+"""Names of the stages of which the first ones start before evaluations."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads. Other artifacts are read by the workers that need
 them."""
@@ -441,7 +441,9 @@ class _Driver:
         self.stop_noted = False
         self.trainings: deque[str] = deque()  # labels of the trainings that can be submitted
         self.others: deque[str] = deque()  # labels of the other stages that can be submitted
-        self.training_starts_until_s: float | None = None  # None until the run's first training is submitted
+        self.trainings_start_until_s = math.inf
+        """When other stages need to wait no longer for trainings that start; -inf once the first
+        ones have started, and then for the rest of the run."""
 
     def follow(self) -> None:
         """Submit stages and collect results until every stage has ended.
@@ -486,24 +488,25 @@ class _Driver:
         for label in order.get_ready():
             (self.trainings if self.missing[label].name in TRAININGS else self.others).append(label)
         if self.trainings:
-            if self.training_starts_until_s is None:
-                self.training_starts_until_s = time.monotonic() + TRAINING_STARTS_S
+            if self.trainings_start_until_s != -math.inf:
+                self.trainings_start_until_s = time.monotonic() + TRAINING_STARTS_S
             return self.trainings.popleft()
-        if self.others and not self._training_starts():
+        if self.others and not self._trainings_start():
             return self.others.popleft()
         return None
 
-    def _training_starts(self) -> bool:
-        """Whether the run's first training was submitted less than TRAINING_STARTS_S ago and has not
-        done its first step."""
-        until_s = self.training_starts_until_s
-        if until_s is None or time.monotonic() > until_s:
+    def _trainings_start(self) -> bool:
+        """Whether one of the run's first trainings was submitted less than TRAINING_STARTS_S ago, and
+        not all of them have done their first step."""
+        starting = self._trainings_running()
+        if not starting:  # none was submitted, all have failed, or another run is making them
             return False
-        running = [label for label in self.running if self.missing[label].name in TRAININGS]
-        if any(self._trains(label) for label in running):
-            self.training_starts_until_s = -math.inf
-            return False
-        return bool(running)  # empty if it has failed, or another run is making it
+        if time.monotonic() > self.trainings_start_until_s or all(map(self._trains, starting)):
+            self.trainings_start_until_s = -math.inf
+        return self.trainings_start_until_s != -math.inf
+
+    def _trainings_running(self) -> list[str]:
+        return [label for label in self.running if self.missing[label].name in TRAININGS]
 
     def _submit(self, stage: Stage) -> bool:
         """Submit a stage to Ray; return False if it cannot run because one of its inputs failed."""
@@ -559,8 +562,8 @@ class _Driver:
         if done.held:
             relay.release(done.held, Spool(run.spool_folder / done.spool), done.out, run.artifacts[label].path)
         run.outcome.ran.append(label)
-        if stage.name in TRAININGS:
-            self.training_starts_until_s = -math.inf
+        if stage.name in TRAININGS and not self._trainings_running():
+            self.trainings_start_until_s = -math.inf
         waited = f", after waiting {done.waited_s:.0f} s for other stages" if done.waited_s else ""
         run.display.stage(label, "done", f"{done.seconds:.0f} s{waited}")
         run.stage_spool(stage, self.runs[label]).end("FINISHED")

@@ -96,6 +96,29 @@ def test_other_stages_wait_while_the_runs_first_training_starts(state, monkeypat
     assert [driver._next_ready(order) for _ in range(3)] == ["evaluate[base,gain]", "evaluate[theta,gain]", None]
 
 
+def test_other_stages_wait_until_all_of_the_first_trainings_have_started(state, monkeypatch):
+    """The quickstart's tiny ones start first; the main arm would start after all evaluations."""
+    driver = run._Driver(SimpleNamespace(), state, None)
+    stages = driver.missing
+    driver.missing = {label: stages[label] for label in ("pretrain[no-sink]", "evaluate[base,gain]")}
+    order = driver._order()
+    trained = {"pretrain[no-sink]"}
+    monkeypatch.setattr(driver, "_trains", trained.__contains__)
+    assert driver._next_ready(order) == "pretrain[no-sink]"
+    driver.running.add("pretrain[no-sink]")
+    driver.missing["finetune[full]"] = stages["finetune[full]"]
+    driver.trainings.append("finetune[full]")
+    assert driver._next_ready(order) == "finetune[full]"
+    driver.running.add("finetune[full]")
+    assert driver._next_ready(order) is None, "one trains, the other waits for its cores"
+    driver.runs["pretrain[no-sink]"], future = "1", Future()
+    future.set_result(Done(1.0))
+    driver._collect(stages["pretrain[no-sink]"], future)
+    assert driver._next_ready(order) is None, "one has ended, the other starts"
+    trained.add("finetune[full]")
+    assert driver._next_ready(order) == "evaluate[base,gain]"
+
+
 @pytest.mark.parametrize("failed", [True, False])
 def test_later_trainings_hold_others_back_only_if_the_first_one_did_nothing(state, failed):
     driver = run._Driver(SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError)), state, None)
