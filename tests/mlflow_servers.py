@@ -28,6 +28,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@contextlib.contextmanager
+def refusing_port() -> Iterator[int]:
+    """Give the block a port that refuses connections, and that no other process can get meanwhile."""
+    with socket.socket() as bound:  # it does not listen
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
 def wait_until(condition) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():

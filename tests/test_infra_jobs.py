@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import s3fs
 import yaml
-from mlflow_servers import free_port, wait_until
+from mlflow_servers import free_port, refusing_port, wait_until
 
 from longreach.infra import jobs
 from longreach.infra.jobs import Submission, check_address, pinned, token, whereabouts
@@ -225,8 +225,9 @@ def test_no_code_of_a_downloaded_model_is_ever_run() -> None:
 
 def test_nobody_answers_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
+        refusing_port() as port,
         pytest.raises(ValueError, match="no Ray dashboard responds"),
-        jobs.job_client(f"http://127.0.0.1:{free_port()}"),
+        jobs.job_client(f"http://127.0.0.1:{port}"),
     ):
         pass
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mlflow_servers import PATIENCE_S, Server, free_port, wait_until
+from mlflow_servers import PATIENCE_S, Server, free_port, refusing_port, wait_until
 
 from longreach.infra import registry
 from longreach.infra.mirror import (
@@ -484,7 +484,8 @@ def test_without_a_server_sync_says_why_within_its_time(spools):
     _, spool = spools("train")
     spool.metrics({"loss": 1, "lr": 2})
     started = time.monotonic()
-    report = sync(spools.folder, f"http://127.0.0.1:{free_port()}", timeout_s=3)
+    with refusing_port() as port:
+        report = sync(spools.folder, f"http://127.0.0.1:{port}", timeout_s=3)
     assert (report.runs, report.points, report.pending) == (1, 0, 2)
     assert "refused" in report.problem
     assert time.monotonic() - started < 30

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, UNAUTHENTICATED
-from mlflow_servers import PASSWORD, Server, free_port
+from mlflow_servers import PASSWORD, Server, refusing_port
 
 from longreach.infra import registry
 from longreach.infra.mirror import sync
@@ -69,8 +69,9 @@ def test_a_run_with_a_wrong_password_does_nothing(server, tmp_path):
 
 
 def test_a_server_that_is_away_is_said_and_stops_nothing(monkeypatch):
-    uri = f"http://127.0.0.1:{free_port()}"
-    assert check_login(uri) == f"{uri} does not respond (ConnectionError)"
+    with refusing_port() as port:
+        uri = f"http://127.0.0.1:{port}"
+        assert check_login(uri) == f"{uri} does not respond (ConnectionError)"
     assert check_login("sqlite:///x.db") == ""
 
 
