@@ -50,8 +50,6 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
     import subprocess
     import tempfile
 
-    from longreach.infra import allocator
-
     # RAY_TMPDIR is set to a short path if TMPDIR is too long for a socket (infra/cluster.py)
     if chosen := os.environ.get("RAY_TMPDIR"):
         os.makedirs(chosen, mode=0o700, exist_ok=True)
@@ -64,13 +62,7 @@ def fork_server(modules: Sequence[str]) -> Iterator[str]:
                 [sys.executable, "-P", os.path.abspath(__file__), "serve", str(listening.fileno()), *modules],
                 # One thread, as Ray sets for its workers. CUDA does not survive a fork, so nothing
                 # may look for a GPU here.
-                env={
-                    "OMP_NUM_THREADS": "1",
-                    **os.environ,
-                    **allocator.environment(),
-                    "CUDA_VISIBLE_DEVICES": "",
-                    "DS_ACCELERATOR": "cpu",
-                },
+                env={"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
                 pass_fds=[listening.fileno()],
                 stdin=subprocess.PIPE,  # closes when this process ends in any way, which ends the server
                 stdout=subprocess.DEVNULL,

@@ -31,10 +31,8 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pyarrow.fs
 
-from longreach.infra import allocator
 from longreach.infra.cluster import reservable_bytes
 from longreach.infra.errors import DiskFull, OutOfMemory, Stopped, Superseded
-from longreach.infra.forkserver import ADDRESS
 from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
@@ -56,10 +54,10 @@ Train's default of 600 is long; with fewer, slow ranks of a busy machine would c
 
 
 RETURNING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
-"""Environment of CPU ranks with activation checkpointing and products in full precision. They use
-glibc's allocator instead of jemalloc (infra/allocator.py): with these, blocks from 4 MiB go back to the
-system at once, and torch gets them as huge pages. That is a third of glibc's peak memory, for a tenth
-more time. With faster products it would be half more time (RESULTS.md). A user's own values win."""
+"""Environment of CPU ranks with activation checkpointing and products in full precision. By default,
+glibc keeps most of the memory that is freed. With these, blocks from 4 MiB go back to the system at
+once, and torch gets them as huge pages: a third of the peak memory, for a tenth more time. With faster
+products it would be half more time (RESULTS.md). A user's own values win."""
 
 
 def run_ranks(
@@ -122,8 +120,6 @@ def _trainer(
     environment = {}
     if resources.activation_checkpointing and resources.matmul_precision == "highest" and not gpus:
         environment = {name: os.environ.get(name, value) for name, value in RETURNING_MEMORY.items()}
-    elif not gpus and ADDRESS not in os.environ:  # a cluster that was joined; elsewhere, forks have it already
-        environment = allocator.environment()
     return TorchTrainer(
         _rank, train_loop_config=work, torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=each),

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longreach.infra import allocator, relay
+from longreach.infra import relay
 from longreach.infra.artifact import AlreadyPublished, Artifact, Attempt, Store
 from longreach.infra.files import flatten
 from longreach.infra.lease import Lease, LeaseHeld, holder_name
+from longreach.infra.memory import give_back_memory
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share, node_scratch
 from longreach.infra.tracking import Spool
@@ -126,7 +127,7 @@ def _make(task: Task, store: Store) -> Done:
         raise
     finally:
         spool.end(status)
-        allocator.give_back()
+        give_back_memory()
 
 
 def _open_spool(task: Task, attempt: Attempt) -> tuple[Spool, str]:

@@ -18,8 +18,6 @@ from longreach.infra.forkserver import ADDRESS, CONTEXT, fork_server
 TELL = """
 import os, signal, sys
 imported = "wave" in sys.modules
-if sys.argv[1] == "allocator":
-    print("jemalloc" in open("/proc/self/maps").read(), "LD_PRELOAD" in os.environ)
 print(sys.argv[1], os.environ["SAID"], os.getcwd(), imported, os.getpid() == os.getpgid(0))
 print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])) == [signal.SIGUSR1], end=" ")
 print(open("/proc/self/oom_score_adj").read().strip(), flush=True)
@@ -63,11 +61,6 @@ def test_a_fork_has_what_the_server_imported_and_all_else_from_who_asked_for_it(
     with fork_server(["wave"]) as address:
         assert start(address, script, "first") == [f"first said {script.parent} True True", "True 123"]
         assert start(address, script, "other", SAID="b")[0] == f"other b {script.parent} True True"
-
-
-def test_a_fork_allocates_with_jemalloc_and_its_children_as_they_like(script):
-    with fork_server(["wave"]) as address:
-        assert start(address, script, "allocator")[0] == "True False"
 
 
 def test_a_fork_that_crashes_leaves_the_server_alone(script):

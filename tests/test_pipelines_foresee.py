@@ -208,8 +208,8 @@ def test_a_training_that_cannot_fit_is_refused_before_anything_starts(
     ("machine_gib", "overrides", "says"),
     [
         (14, [], ""),
-        (8, [], "but this machine has 8.0 GiB: --set resources.activation_checkpointing=true needs about 6.4 GiB"),
-        (5, [], "--set resources.workers=1 --set resources.activation_checkpointing=true needs about 4.2 GiB"),
+        (8, [], "but this machine has 8.0 GiB: --set resources.activation_checkpointing=true needs about 6.2 GiB"),
+        (5, [], "--set resources.workers=1 --set resources.activation_checkpointing=true needs about 4.1 GiB"),
         (5, ["resources.workers=2", "resources.sequence_parallel=2"], "lower pack.seq_len"),
         (2, [], "but this machine has 2.0 GiB: lower pack.seq_len, remove the arm, or submit"),
         (2, ["resources.gpus_per_worker=1"], ""),

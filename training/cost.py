@@ -341,12 +341,13 @@ class _Step:
         if offloaded:
             optimizer = 0
 
-        layer = saved(shape, self.arm, stage)
+        # On a CPU, glibc's allocator keeps freed memory (RESULTS.md), so everything that a layer's
+        # operations return stays resident. A GPU's caching allocator gives freed blocks to the next
+        # layer.
+        layer = saved(shape, self.arm, stage) if on_gpu else outputs(shape, self.arm)
         kept = shape.layers * layer
         if resources.activation_checkpointing:  # the input of each layer, and everything of the layer being recomputed
             kept = shape.layers * shape.hidden + layer
-        if not on_gpu:
-            kept += outputs(shape, self.arm)
 
         loss = 4 * min(tokens, LOSS_CHUNK) * shape.vocab  # logits
         loss += number * tokens * shape.hidden  # gradient of the hidden states
