@@ -35,8 +35,8 @@ CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
 READ_IN_USE = ("RAY_ADDRESS", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
 """Ray settings that stages and Ray Train give to their processes. Ray reads them at each use, not at
 import."""
-READ_AT_START = ("MALLOC_MMAP_THRESHOLD_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "MALLOC_CONF")
-"""Variables that the loader, allocators and torch read only once, so a fork would not notice them."""
+READ_AT_START = ("MALLOC_MMAP_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
+"""Variables that glibc and torch read only once, so a fork would not notice them."""
 STREAMS = 3  # standard input, output and error
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 """The file that sets which process Linux kills first when memory is short. Ray sets 1,000 for its

@@ -71,9 +71,10 @@ refused."""
 NOT_IN_PARAMETERS = re.compile(r"[^\w./ -]")
 """Characters that MLflow does not allow in parameter names, such as the plus in an arm's name."""
 TRAINING_STARTS_S = 60.0
-"""Seconds for which other stages wait at most while a run's first trainings start. Their ranks ask
-for cores some seconds after their stages were submitted. Evaluations submitted with them would have
-taken the cores by then, and an error in a training would show only after all of them."""
+"""Seconds for which other stages wait at most while a run's first trainings start, from the
+submission of the last of them. Their ranks ask for cores some seconds later. Evaluations submitted
+with them would have taken the cores by then, and an error in a training would show only after all
+of them."""
 TRAININGS = ("finetune", "pretrain")
 """Names of the stages of which the first ones start before evaluations."""
 READ_BY_THE_DRIVER = ("report", "promote")

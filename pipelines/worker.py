@@ -119,7 +119,9 @@ def _make(task: Task, store: Store) -> Done:
             store.publish(attempt, _record(task, artifacts, summary, seconds))
         except AlreadyPublished as refused:  # another attempt's result is published, and is used instead
             spool.tag("publication", f"refused: attempt {refused.artifact.attempt} was first")
-        spool.metrics({"cost/stage_s": seconds} | ({"cost/waited_s": waited_s} if waited_s else {}))
+        spool.metrics({"cost/stage_s": seconds})
+        if waited_s:
+            spool.metrics({"cost/waited_s": waited_s})
         status = "FINISHED"
         return Done(seconds, waited_s, spool.path.name, str(attempt.out), getattr(spool, "held", []))
     except BaseException as error:

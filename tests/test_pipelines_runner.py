@@ -332,7 +332,7 @@ class Recorded:
         if name == self.fails:
             future.set_exception(RuntimeError("it fails"))
         else:
-            future.set_result(Done(1.0, waited_s=float(name == "waits") * 75))
+            future.set_result(Done(1.0, waited_s=75.0 if name == "waits" else 0.0))
         return SimpleNamespace(remote=lambda task: SimpleNamespace(future=lambda: future))
 
 
