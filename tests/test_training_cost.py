@@ -137,6 +137,37 @@ def test_zero_leaves_less_on_a_rank_and_recomputing_less_still():
     assert gib(zero_stage=2, offload="cpu") < gib(zero_stage=2)
 
 
+# SmolLM2-135M on CPUs, of all ranks together (RESULTS.md): arm, rows of all ranks, tokens of a row, resources, GiB
+R8, R64 = {"tune": "lora+embed+norm"}, {"tune": "lora+embed+norm", "target_modules": "all-linear", "lora_rank": 64}
+TWO, ONE = {"workers": 2, "zero_stage": 2}, {"workers": 1, "zero_stage": 2}
+MEASURED = [
+    ({"tune": "all"}, 2, 1024, TWO, 9.68),
+    ({"tune": "lora"}, 2, 1024, TWO, 7.53),
+    (R8, 2, 1024, TWO, 8.29),
+    (R8, 2, 2048, TWO, 9.28),
+    (R64, 2, 2048, TWO, 11.3),
+    (R64, 1, 2048, ONE | {"zero_stage": 0}, 5.55),
+    (R8, 2, 4096, ONE, 10.3),
+    (R64, 2, 4096, ONE, 12.1),
+    ({"tune": "all"}, 2, 4096, ONE, 12.1),
+]
+
+
+@pytest.mark.parametrize(("arm", "rows", "seq_len", "resources", "gib"), MEASURED)
+def test_memory_on_a_cpu_is_within_a_quarter_of_what_was_measured(arm, rows, seq_len, resources, gib):
+    attention = {"pattern": "causal"}
+    if arm["tune"] != "all":
+        attention = {"pattern": "shifted_sparse", "group_tokens": seq_len // 4}
+    predicted = predict(
+        SMOLLM2,
+        ArmRecipe(**arm, attention=attention),
+        rows=rows,
+        seq_len=seq_len,
+        resources=Resources(**resources, dtype="float32"),
+    )
+    assert predicted.peak_gib == pytest.approx(gib, rel=0.25)
+
+
 def test_time_is_work_over_rate():
     machine = Machine(matmul=1e11, attention=5e10, attention_backward=5e10, bytes=1e10, process_gib=0.5)
     one = {"rows": 2, "seq_len": 1024, "resources": Resources(workers=2)}
