@@ -74,7 +74,7 @@ class CostsRecipe(CostsChoices):
         for name in self.arms or ():
             if name not in arms:
                 yield ("costs", "arms"), f"no arm {name!r}{nearest(name, arms, 'finetune has')}"
-        trained = trained_length(recipe)
+        trained = recipe.trained_length()
         for length in self.lengths:
             if length < SHORTEST:
                 yield ("costs", "lengths"), f"{length} is less than {SHORTEST}, the minimum row length in tokens"
@@ -89,7 +89,7 @@ class CostsRecipe(CostsChoices):
                 try:
                     at_length(arms[name], finetune.pack.seq_len, length)
                     if trained:
-                        check_reach(length, trained, finetune.rope_of(arms[name]))
+                        finetune.rope_of(arms[name]).check_row(length, trained)
                 except ValueError as error:
                     yield ("costs", "lengths"), f"{name}: {error}"
 
@@ -178,28 +178,6 @@ def at_length(arm: ArmRecipe, row_tokens: int, length: int) -> ArmRecipe:
     return arm.model_copy(update={"attention": attention, "positions": None, "curriculum": ()})
 
 
-def check_reach(length: int, trained: int, rope: RopeRecipe) -> None:
-    """Raise ValueError if rows are longer than the stretched base's number of positions."""
-    reach = math.ceil((rope.original_length or trained) * rope.factor)
-    if length > reach:
-        raise ValueError(
-            f"{length} exceeds the {reach} positions of a base trained to {trained} with {rope.about()}: "
-            f"lower it, or raise rope.factor to {length / trained:g}"
-        )
-
-
-def trained_length(recipe: Recipe) -> int | None:
-    """Return the base's trained length in tokens; None if it is unknown before conversion."""
-    from longreach.training.convert import known_config  # imported here: `config show` does not need fsspec
-
-    arm = recipe.base.pretrained_arm
-    if arm is None:
-        return known_config(recipe.base.source).get("max_position_embeddings")
-    if recipe.pretrain is None or recipe.pretrain.model is None:
-        return None
-    return recipe.pretrain.model.context_length
-
-
 @stage(makes=Costs, revision=1, cpus=lambda resources: 0, saves_when_stopped=True)
 def costs(
     corpus: PackedCorpus, base: ModelCheckpoint, *, recipe: CostsStageRecipe, resources: Resources, out: Path,
@@ -217,7 +195,7 @@ def costs(
     corpus.check_rows()
     for length in recipe.lengths:
         for one in recipe.arms.values():
-            check_reach(length, base.summary["context_length"], one.rope)
+            one.rope.check_row(length, base.summary["context_length"])
     cells = recipe.cells()
     folder = CellFolder(
         run.attempt.work / "cells",

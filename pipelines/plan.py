@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from longreach.infra.artifact import Artifact, CorruptArtifact, Store
 from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
-from longreach.pipelines.costs import check_reach, trained_length
 from longreach.pipelines.foresee import Forecast, foresee, no_room, this_node
 from longreach.pipelines.graph import build
 from longreach.pipelines.hand_over import check_base, check_token
@@ -97,12 +96,12 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
 def _check_rows(recipe: Recipe) -> None:
     """Raise ValueError if an arm's rows are longer than its stretched base, where the base's length
     is known before it is converted."""
-    finetune, trained = recipe.finetune, trained_length(recipe)
+    finetune, trained = recipe.finetune, recipe.trained_length()
     if finetune is None or trained is None:
         return
     for name, arm in finetune.every_arm().items():
         try:
-            check_reach(arm.longest_row(finetune.pack.seq_len, finetune), trained, finetune.rope_of(arm))
+            finetune.rope_of(arm).check_row(arm.longest_row(finetune.pack.seq_len, finetune), trained)
         except ValueError as error:
             raise ValueError(f"finetune.pack.seq_len of arm {name}: {error}") from None
 

@@ -167,6 +167,16 @@ class Recipe(Choices):
             return {}
         return self.pretrain.arms
 
+    def trained_length(self) -> int | None:
+        """Return the base's trained length in tokens; None if it is unknown before conversion."""
+        from longreach.training.convert import known_config  # imported here: `config show` does not need fsspec
+
+        if self.base.pretrained_arm is None:
+            return known_config(self.base.source).get("max_position_embeddings")
+        if self.pretrain is None or self.pretrain.model is None:
+            return None
+        return self.pretrain.model.context_length
+
     def seeded_variants(self) -> dict[str, VariantRecipe]:
         """Return every variant by model name; an arm with several seeds has one variant per
         seed."""

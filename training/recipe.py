@@ -5,6 +5,7 @@ those of LongLoRA (arXiv:2309.12307, section 4.1) where the paper gives one; see
 """
 
 import codecs
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -61,6 +62,16 @@ class RopeRecipe(Choices):
             "original_max_position_embeddings": self.original_length,
         }
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def check_row(self, tokens: int, trained: int) -> None:
+        """Raise ValueError if a row is longer than the positions of a base trained to `trained`
+        tokens that is stretched like this."""
+        reach = math.ceil((self.original_length or trained) * self.factor)
+        if tokens > reach:
+            raise ValueError(
+                f"{tokens} exceeds the {reach} positions of a base trained to {trained} with {self.about()}: "
+                f"lower it, or raise rope.factor to {tokens / (self.original_length or trained):g}"
+            )
 
     @model_validator(mode="after")
     def _consistent(self) -> "RopeRecipe":
