@@ -63,8 +63,8 @@ if TYPE_CHECKING:
 else:
     np = lazy_module("numpy")
 
-STRETCH = 256
-"""Tokens in a piece of text for comparing ways; long enough that neighbouring pieces are nearly independent."""
+PIECE_TOKENS = 256
+"""Tokens of a piece of text for comparing ways where there is one text."""
 ABOUT = ("way", "positions", "cache_tokens", "sink_tokens", "protocol")
 """Columns that identify the way of a row."""
 BINS = 24
@@ -78,6 +78,7 @@ class Streaming(Evaluation):
 
     name = "streaming"
     title = "Streaming with a small cache"
+    revision = 1
 
     class Choices(EvalChoices):
         """StreamingLLM's four ways through one text (2309.17453, figure 3)."""
@@ -545,7 +546,7 @@ def tabulate(choices: Streaming.Choices, ways: Measured) -> list[Row]:
         for row in rows:
             totals.setdefault(row["way"], []).append(row)
             by_text.append({**row, "kind": "text", "document": name})
-    ratios = ratios_over_stretches(choices, texts)
+    ratios = ratios_to_most_sinks(choices, texts)
     pooled = []
     for way, rows in totals.items():
         row = rows[0]
@@ -557,13 +558,14 @@ def tabulate(choices: Streaming.Choices, ways: Measured) -> list[Row]:
     return pooled + streams[0] + (by_text if len(texts) > 1 else [])
 
 
-def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]) -> dict[str, Row]:
-    """Return the ratio of each way's perplexity to that of the way with the most sinks, with an interval over pieces
-    of the texts.
+def ratios_to_most_sinks(choices: Streaming.Choices, texts: dict[str, Measured]) -> dict[str, Row]:
+    """Return the ratio of each way's perplexity to that of the way with the most sinks, with a 95% interval.
 
-    Both ways read the same pieces of STRETCH tokens once the cache is full, so the difficulty of a
-    piece cancels out. Each cache size has its own baseline. There is no ratio for `recompute`, which
-    scores other tokens, and none at all if no sinks were measured.
+    Both ways read the same tokens once the cache is full, so the difficulty of a text cancels out.
+    The interval is over the texts. A single text is cut into pieces of PIECE_TOKENS, and the
+    interval is over these, as if they were independent: it says nothing about other texts. Each
+    cache size has its own baseline. There is no ratio for `recompute`, which scores other tokens,
+    and none at all if no sinks were measured.
     """
     most = {"way": "sinks", "sinks": max(choices.sink_tokens), "positions": choices.positions[0], "newlines": False}
     first = max(choices.cache_sizes())
@@ -581,11 +583,10 @@ def ratios_over_stretches(choices: Streaming.Choices, texts: dict[str, Measured]
                 differences.setdefault(way, []).append(nll_N - nll_of[yardstick])
     ratios = {}
     for way, of_texts in differences.items():
-        stretches = []
-        for difference_N in of_texts:
-            pieces = np.array_split(difference_N, max(1, round(len(difference_N) / STRETCH)))
-            stretches += [float(piece.mean()) for piece in pieces]
-        interval = mean_interval(np.array(stretches))
+        parts = of_texts
+        if len(of_texts) == 1:
+            parts = np.array_split(of_texts[0], max(1, round(len(of_texts[0]) / PIECE_TOKENS)))
+        interval = mean_interval(np.array([part.mean() for part in parts]))
         if interval:
             low, high = np.exp(interval).tolist()
             ratio = math.exp(np.concatenate(of_texts).mean())
@@ -712,9 +713,10 @@ def _ways_table(models: dict[str, EvalScores]) -> list[Table]:
             "attended to least, except for the most recent half."
         )
     if beside:
+        over = "over the texts" if texts else f"over pieces of {PIECE_TOKENS} tokens of this one text"
         legend += (
             f" ×: ratio to the perplexity with {' or '.join(sorted(beside))} on the same tokens, with its 95% interval "
-            f"over pieces of {STRETCH} tokens."
+            f"{over}."
         )
     tables = [Table(f"Perplexity once the cache of {cache} tokens is full", ["way", *models], lines, legend=legend)]
     if len(sizes) > 1:

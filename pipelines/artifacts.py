@@ -60,14 +60,6 @@ class PackedCorpus(HeldOutDocuments):
         """How the documents became rows; the list of malformed entries is only in its own file."""
         return PackSummary.model_validate(self.summary)
 
-    def check_rows(self) -> None:
-        """Raise ValueError if there are no training rows."""
-        if not self.packed.rows:
-            held_out = ", ".join(f"{split} {n}" for split, n in self.packed.documents.items() if n)
-            raise ValueError(
-                f"corpus.validation and corpus.test hold out all documents ({held_out}): leave some for training"
-            )
-
 
 class RowGains(Artifact):
     """How much a long context helps to predict each token of the rows that a training reads

@@ -192,7 +192,6 @@ def costs(
     """
     from longreach.evaluation.cells import CellFolder
 
-    corpus.check_rows()
     for length in recipe.lengths:
         for one in recipe.arms.values():
             one.rope.check_row(length, base.summary["context_length"])

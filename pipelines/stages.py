@@ -214,7 +214,6 @@ def gains(
     from longreach.training.long_ce import rows_of_training, score_rows
     from longreach.training.model import load_model
 
-    corpus.check_rows()
     resources.prepare_torch(resources.eval_cpus)
     model, _ = load_model(base.path, rope=recipe.rope, dtype=resources.dtype)
     if resources.gpus_per_worker:
@@ -276,7 +275,6 @@ def _train(
     """Train on the ranks that the resources specify, and return the training's summary."""
     from longreach.infra.launch import run_ranks
 
-    corpus.check_rows()
     run.spool.dataset(corpus.manifest["label"], corpus.fingerprint, str(corpus.path))
     run.spool.param("ranks", resources.workers)
     run.spool.param("zero_stage", resources.zero_stage)

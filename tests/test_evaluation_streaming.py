@@ -224,9 +224,9 @@ def test_a_choice_of_rivals_or_further_texts_is_part_of_identity_only_once_it_is
     assert Streaming.Choices(rivals=("tova",)).identity()["rivals"] == ["tova"]
 
 
-def test_ways_are_compared_on_the_same_stretches_of_several_texts(monkeypatch):
-    """Pooled over texts of equal length; the ratio to the most sinks has an interval over stretches."""
-    monkeypatch.setattr("longreach.evaluation.streaming.STRETCH", 20)
+def test_ways_are_compared_on_the_same_tokens_of_several_texts(monkeypatch):
+    """The ratio to the most sinks has an interval over texts, or over pieces of a single text."""
+    monkeypatch.setattr("longreach.evaluation.streaming.PIECE_TOKENS", 20)
     model, choices = tiny_llama(), {"ways": ("dense", "window", "sinks", "recompute"), "sink_tokens": (1, 3)}
     texts = [document(), Document("b", "d", document(seed=1).ids_T), Document("c", "d", document(seed=2).ids_T)]
     usual = {"document": "a", "tokens": 150, "cache_tokens": 24, "recompute_every": 4} | choices
@@ -242,13 +242,20 @@ def test_ways_are_compared_on_the_same_stretches_of_several_texts(monkeypatch):
         if way in ("dense", "window", "1 sink"):
             assert row["beside"] == "3 sinks"
             assert row["ratio"] == pytest.approx(row["ppl"] / ways["3 sinks"]["ppl"])
-            assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
+            logs = [math.log(one["ratio"]) for one in of_texts]
+            half = 4.302653 * np.std(logs, ddof=1) / math.sqrt(3)  # Student's t, two degrees of freedom
+            expected = [np.mean(logs) - half, np.mean(logs) + half]
+            assert np.log([row["ratio_low"], row["ratio_high"]]) == pytest.approx(expected, rel=1e-5)
+            assert of_texts[0]["ratio_low"] < of_texts[0]["ratio"] < of_texts[0]["ratio_high"]
         else:
             assert "ratio" not in row
     assert curve(scores, "window") == curve(alone[0], "window")
     assert "of a, b, c;" in scores.protocol
     table, by_text = Streaming.section({"m": scores.named("m")}, Style.of("m"), Background()).blocks[1:3]
     assert f"{ways['window']['ratio']:.4g} × (" in table.rows[1][1]
+    assert "95% interval over the texts." in table.legend
+    of_one = Streaming.section({"m": alone[0].named("m")}, Style.of("m"), Background()).blocks[1]
+    assert "over pieces of 20 tokens of this one text." in of_one.legend
     assert [row[0] for row in by_text.rows[:2]] == ["dense\na", "window\na"]
     with pytest.raises(ValueError, match="choose a, a, which has a text twice: choose each text once"):
         run(more_documents=("*",))

@@ -181,7 +181,7 @@ def stage_inputs(path: Path) -> dict:
     about = describe(folder / "base")
     (folder / "out").mkdir()
     return {
-        "corpus": SimpleNamespace(path=folder / "corpus", check_rows=lambda: None),
+        "corpus": SimpleNamespace(path=folder / "corpus"),
         "base": Artifact(folder / "base", {"summary": about}),
         "recipe": CostsStageRecipe.of(load(path).recipe),
         "resources": Resources(workers=2),

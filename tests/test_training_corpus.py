@@ -372,11 +372,10 @@ def test_the_list_of_malformed_entries_is_bounded_their_count_is_not(tmp_path, m
     assert (bad.count, len(bad.listed)) == (20, 5)
 
 
-def test_a_corpus_may_be_for_evaluation_only_but_not_empty(tmp_path):
+def test_a_corpus_without_a_document_to_train_on_is_refused(tmp_path):
     write_lines(tmp_path, good=3, bad=0)
-    packed = pack(tmp_path, tmp_path / "a", files="*.jsonl", corpus={"test": ("*",)})
-    assert (packed.rows, packed.documents["test"]) == (0, 3)
-    assert len(datasets.load_from_disk(tmp_path / "a" / "documents")) == 3
+    with pytest.raises(ValueError, match="match all 3 documents, so none is left to train on"):
+        pack(tmp_path, tmp_path / "a", files="*.jsonl", corpus={"test": ("*",)})
     write_lines(tmp_path, good=0, bad=0)
     with pytest.raises(ValueError, match="no document and 0 malformed"):
         pack(tmp_path, tmp_path / "b", files="*.jsonl", corpus={})

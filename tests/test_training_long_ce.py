@@ -89,7 +89,7 @@ def scored(todo, tmp_path):
         recipe = stages.GainsRecipe(
             rope=RopeRecipe(**todo["rope"]), short_tokens=4, global_batch_tokens=64, steps=6, seed=0
         )
-        corpus = SimpleNamespace(path=tmp_path / "corpus", check_rows=lambda: None)
+        corpus = SimpleNamespace(path=tmp_path / "corpus")
         seen = []
         run = SimpleNamespace(spool=SimpleNamespace(progress=lambda done, total, unit: seen.append((done, total))))
         base = SimpleNamespace(path=tmp_path / "base")

@@ -17,7 +17,7 @@ from test_training_documents import bad, corpus_of, read, texts
 from toy_tokenizers import toy_tokenizer
 
 from longreach.training import readers
-from longreach.training.corpus import pack_corpus
+from longreach.training.corpus import hold_out, pack_corpus
 from longreach.training.documents import known_names, read_documents, source_digest, split_of
 from longreach.training.recipe import PackRecipe, SourceRecipe
 
@@ -147,12 +147,12 @@ def test_a_name_that_is_no_utf8_is_shown_escaped(tmp_path):
             f.write('{"text": "x"}')
     with open(os.path.join(folder, b"\xff.txt"), "w"):
         pass
-    corpus = corpus_of({"files": "*"}, test=("caf*",), max_bad_fraction=1, max_overlap=None)
+    corpus = corpus_of({"files": "*"}, test=("caf*.jsonl*",), max_bad_fraction=1, max_overlap=None)
     names = [item.name for item in read_documents(corpus, tmp_path) if hasattr(item, "name")]
     assert names == [r"caf\xe9.jsonl:1", r"caf\xe9"]
     (tmp_path / "out").mkdir()
     packed = pack_corpus(corpus, PackRecipe(seq_len=64), toy_tokenizer(), tmp_path / "out", base_dir=tmp_path)
-    assert packed.documents["test"] == 2
+    assert packed.documents["test"] == 1
     assert packed.bad.listed[0].file.endswith(r"/\xff.txt")
 
 
@@ -290,9 +290,12 @@ def test_text_that_spells_a_special_token_is_text_unless_its_source_says_parse(t
         (tmp_path / f"{name}.txt").write_text("one <eos> two")
     sources = ({"files": "a.txt"}, {"files": "b.txt", "special_tokens": "parse"}, {"files": "a.txt"})
     corpus = corpus_of(*sources, test=("*",))
-    (tmp_path / "out").mkdir()
+    for folder in ("rows", "out"):
+        (tmp_path / folder).mkdir()
     tokenizer = toy_tokenizer()
-    pack_corpus(corpus, PackRecipe(seq_len=64), tokenizer, tmp_path / "out", base_dir=tmp_path)
+    with pytest.raises(ValueError, match="match all 3 documents, so none is left to train on: narrow their patterns"):
+        pack_corpus(corpus, PackRecipe(seq_len=64), tokenizer, tmp_path / "rows", base_dir=tmp_path)
+    hold_out(corpus, tokenizer, tmp_path / "out", base_dir=tmp_path)
     held = datasets.load_from_disk(tmp_path / "out/documents")["input_ids"]
     assert [ids.count(tokenizer.eos_token_id) for ids in held] == [0, 1, 0]
     assert [tokenizer.decode(ids) for ids in held] == ["one <eos> two"] * 3

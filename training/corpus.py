@@ -301,6 +301,11 @@ class CorpusIndex:
                 f"corpus.sources contain no document and {self.bad_count} malformed entries: check the files"
             )
         check_patterns(list(dict.fromkeys(self.keys)), self.corpus)
+        if "train" not in self.splits:
+            raise ValueError(
+                f"corpus.validation and corpus.test match all {len(self.names)} documents, so none is left to train "
+                "on: narrow their patterns, or add a source"
+            )
 
     def check_malformed(self) -> None:
         """Raise ValueError if the share of malformed entries is above the recipe's limit."""
