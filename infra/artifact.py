@@ -38,6 +38,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from longreach.infra.errors import CorruptArtifact
 from longreach.infra.files import digest_of, draft_of, file_digest, publish_new, sync, sync_tree
 
 MANIFEST = "artifact.json"
@@ -52,10 +53,6 @@ class AlreadyPublished(Exception):
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(f"{artifact.stage}/{artifact.fingerprint} was published by attempt {artifact.attempt}")
         self.artifact = artifact
-
-
-class CorruptArtifact(Exception):
-    """A published artifact does not match its manifest."""
 
 
 @dataclass(frozen=True)
@@ -429,7 +426,7 @@ class RemoteStore(Store):
         for name in missing:
             path = artifact.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with draft_of(path) as draft:
+            with contextlib.suppress(FileNotFoundError), draft_of(path) as draft:  # reported as missing below
                 self.fs.get_file(f"{out}/{name}", str(draft))
         return list(damaged_files(artifact, [entry for entry in files if entry["path"] in missing]).values())
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from longreach.infra import forkserver
 from longreach.infra.errors import ClusterNotStarted
 from longreach.infra.forkserver import ADDRESS, fork_server
-from longreach.infra.versions import GIB, usable_memory
+from longreach.infra.machine import GIB, usable_memory
 
 if TYPE_CHECKING:
     import psutil

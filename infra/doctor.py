@@ -22,7 +22,8 @@ from importlib import metadata
 from pathlib import Path
 
 from longreach.infra.files import home
-from longreach.infra.versions import GIB, git_commit, installed, usable_cores, usable_memory
+from longreach.infra.machine import GIB, usable_cores, usable_memory
+from longreach.infra.versions import git_commit, installed
 
 OPEN_PORTS = (5000, 8080, *range(8265, 8275))
 """Default ports of MLflow and Ray's dashboard. If 8265 is taken, Ray uses the next free one."""

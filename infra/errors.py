@@ -1,9 +1,9 @@
-"""Errors of a rank that end its run without a restart, since a restart would only repeat them, and
-ClusterNotStarted, which ends a run before any rank starts.
+"""Errors that end a run or a command.
 
-Training and checkpoints raise them; the launcher (infra/launch.py, FINAL_ERRORS) passes them on to
-the stage that waits for the ranks. The errors of the store and the lease are defined in
-infra/artifact.py and infra/lease.py.
+Training and checkpoints raise Superseded, Stopped, OutOfMemory and DiskFull. A restart would only
+repeat these, so the launcher (infra/launch.py, FINAL_ERRORS) passes them on to the stage that waits
+for the ranks. The command line prints ClusterNotStarted, CorruptArtifact and LeaseLost without a
+traceback. More errors of the store and the lease are in infra/artifact.py and infra/lease.py.
 """
 
 
@@ -21,6 +21,14 @@ class OutOfMemory(Exception):
 
 class ClusterNotStarted(RuntimeError):
     """Ray did not start on this machine, however often it was tried."""
+
+
+class CorruptArtifact(Exception):
+    """A published artifact does not match its manifest."""
+
+
+class LeaseLost(RuntimeError):
+    """Another run has taken over this run's lease."""
 
 
 class DiskFull(Exception):

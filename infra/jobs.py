@@ -298,6 +298,7 @@ def follow(client: Any, job: str) -> int:
 
     import aiohttp
 
+    where = f"{job} --address {client.get_address()}"
     client.get_job_status(job)  # raises if there is no such job, whose log would only be empty
     try:
         asyncio.run(lines())
@@ -305,11 +306,11 @@ def follow(client: Any, job: str) -> int:
             time.sleep(FOLLOW_AGAIN_S)
             asyncio.run(lines())
     except KeyboardInterrupt:
-        print(f"\nthe job keeps running; to stop it: longreach stop {job}", file=sys.stderr)
+        print(f"\nthe job keeps running; to stop it: longreach stop {where}", file=sys.stderr)
         raise
     except (aiohttp.ClientError, RuntimeError) as error:
         raise ValueError(
-            f"the connection was lost ({error}); the job keeps running: longreach logs {job} --follow"
+            f"the connection was lost ({error}); the job keeps running: longreach logs {where} --follow"
         ) from error
     return ended(client, job)
 

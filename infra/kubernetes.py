@@ -272,9 +272,10 @@ def check(manifest: Manifest) -> list[str]:
     """
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     problems = []
-    if len(name) > LONGEST.get(kind, 253):
+    limit = LONGEST.get(kind, 253)
+    if len(name) > limit:
         problems.append(
-            f"metadata.name {name!r} has {len(name)} characters, but a {kind} takes at most {LONGEST[kind]}: shorten it"
+            f"metadata.name {name!r} has {len(name)} characters, but a {kind} takes at most {limit}: shorten it"
         )
     if kind.startswith("Ray") and not re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name):
         problems.append(f"metadata.name {name!r}: start with a letter, and use lower-case letters, digits and - only")

@@ -33,10 +33,10 @@ import pyarrow.fs
 
 from longreach.infra.cluster import reservable_bytes
 from longreach.infra.errors import DiskFull, OutOfMemory, Stopped, Superseded
+from longreach.infra.machine import GIB
 from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
-from longreach.infra.versions import GIB
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer

@@ -24,8 +24,8 @@ MARKS: dict[Ending, str] = {
     "stopped": "stopped",
 }
 LONGEST_TEXT = 2000
-MOST_REDIRECTS = 5
 """In characters; ntfy accepts messages of up to 4,096 bytes, Slack longer ones."""
+MOST_REDIRECTS = 5
 
 
 def check_url(url: str) -> None:
@@ -80,7 +80,7 @@ def _post(url: str, body: Mapping[str, Any], timeout_s: float) -> str:
     token = os.environ.get(TOKEN)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        for _ in range(MOST_REDIRECTS):
+        for _ in range(1 + MOST_REDIRECTS):
             # stream: the body of the response is not read
             with requests.post(
                 url, json=body, headers=headers, timeout=timeout_s, stream=True, allow_redirects=False
@@ -88,8 +88,11 @@ def _post(url: str, body: Mapping[str, Any], timeout_s: float) -> str:
                 if not answer.is_redirect:
                     return "" if 200 <= answer.status_code < 300 else f"answered HTTP {answer.status_code}"
                 target = urlsplit(urljoin(url, answer.headers["Location"]))
-            # 301, 302 and 303 turn a POST into a GET without the message; another host must not get the token
-            if answer.status_code not in (307, 308) or target.hostname != urlsplit(url).hostname:
+            # 301, 302 and 303 turn a POST into a GET without the message; the token must not go to another host, nor
+            # unencrypted where it was encrypted before
+            elsewhere = target.hostname != urlsplit(url).hostname
+            opened = urlsplit(url).scheme == "https" != target.scheme
+            if answer.status_code not in (307, 308) or elsewhere or opened:
                 place = f"{target.scheme}://{target.netloc.rpartition('@')[2]}"
                 return f"redirects to {place} (HTTP {answer.status_code}): give the address there"
             url = target.geturl()

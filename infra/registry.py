@@ -414,9 +414,11 @@ def move(client: Any, name: str, version: str, expected: str | None) -> None:
         if now and str(now.version) == version:  # a repeated move
             return
         if (now and str(now.version)) != expected:
+            champion = f"the champion of {name} is version {now.version}" if now else f"{name} has no champion"
+            measured = f"against version {expected}" if expected else "when there was none"
             raise AliasMoved(
-                f"the champion of {name} is version {now and now.version}, but the challenger was measured against "
-                f"version {expected}: run again to measure it against the new champion"
+                f"{champion}, but the challenger was measured {measured}: run again to measure it against the new "
+                "champion"
             )
         if now:
             client.set_registered_model_alias(name, PREVIOUS, now.version)

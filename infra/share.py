@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longreach.infra.artifact import CorruptArtifact, Store
+from longreach.infra.artifact import Store
+from longreach.infra.errors import CorruptArtifact
 
 WORKDIR = "LONGREACH_WORKDIR"
 

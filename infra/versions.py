@@ -1,4 +1,4 @@
-"""Information recorded with a result: package versions, the code's commit, and the machine's load.
+"""Information recorded with a result: package versions, the code's commit and the machine.
 
 Versions are read without importing the packages, which is fast.
 
@@ -6,16 +6,16 @@ Versions are read without importing the packages, which is fast.
 """
 
 import functools
-import os
 import platform
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from longreach.infra.machine import usable_cores
+
 RECORDED = ("longreach", "torch", "transformers", "deepspeed", "peft", "ray", "mlflow")
 """Packages whose versions go into every artifact's manifest."""
-GIB = 2**30
 
 
 def versions() -> dict[str, str | int]:
@@ -33,26 +33,6 @@ def installed(package: str) -> str | None:
         return None
 
 
-def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use, or all of the machine's cores if the
-    system does not report that."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def usable_memory() -> int:
-    """Return the bytes of memory that this process may use: the machine's total or a container's
-    limit, whichever is lower."""
-    import psutil
-
-    total: int = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")  # the container's limit
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return total
-
-
 @functools.cache  # once per process: calling git takes longer than a small stage
 def git_commit() -> str:
     """Return the commit of the running code, with `-dirty` if it has uncommitted changes, or `unknown`
@@ -66,19 +46,3 @@ def git_commit() -> str:
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def system_metrics() -> dict[str, float]:
-    """Return the load of the machine and of this process, to log with a step's metrics. MLflow shows
-    `system/` as a group of its own.
-
-    `system/cpu_percent` (all cores) is the mean since the previous call in this process, or 0.0 at
-    the first call.
-    """
-    import psutil
-
-    return {
-        "system/cpu_percent": psutil.cpu_percent(),
-        "system/memory_percent": psutil.virtual_memory().percent,
-        "system/rss_gib": psutil.Process().memory_info().rss / GIB,
-    }

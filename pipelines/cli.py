@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longreach.infra.errors import ClusterNotStarted
+from longreach.infra.errors import ClusterNotStarted, CorruptArtifact, LeaseLost
 from longreach.pipelines import cluster_cli
 from longreach.pipelines.console import (
     BAD_INPUT,
@@ -79,6 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
     except ClusterNotStarted as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)
+    except CorruptArtifact as error:
+        print(f"{error}: run the recipe again, which makes damaged stages anew", file=sys.stderr)
+        sys.exit(FAILED)
+    except LeaseLost as error:
+        print(error, file=sys.stderr)
+        sys.exit(TRY_LATER)
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:  # paths that a user chose
         if os.environ.get("LONGREACH_DEBUG") == "1":
             raise
@@ -106,6 +112,13 @@ def _finite(value: float | None) -> float | None:
     """Return an option's value; refuse infinity and NaN, which pass minimum and maximum."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def _number(value: float | None) -> float | None:
+    """Return an option's value; refuse NaN, which passes minimum and maximum."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number.")
     return value
 
 
@@ -204,7 +217,9 @@ def push(
     try:
         if not dry_run:
             check_token(loaded.recipe)
-            push_release(loaded)
+            if problem := push_release(loaded):
+                print(problem, file=sys.stderr)
+                raise typer.Exit(FAILED)
             return
         folder = published_release(loaded)
     except Withheld as reason:
@@ -248,7 +263,10 @@ def scale(
     utilisation: Annotated[
         float | None,
         typer.Option(
-            min=0.01, max=1.0, help="Fraction of peak throughput that matrices and attention reach. Default: 0.6."
+            min=0.01,
+            max=1.0,
+            callback=_finite,
+            help="Fraction of peak throughput that matrices and attention reach. Default: 0.6.",
         ),
     ] = None,
     paper: Annotated[
@@ -280,7 +298,8 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
     """Show active runs, unfinished stages and published artifacts."""
     from longreach.pipelines.status import status
 
-    now = status(*_store_and_fingerprints(recipe, overrides, root, only_shown=True))
+    store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
+    now = status(store, fingerprints, recipe=load(recipe, overrides).recipe.name if recipe else None)
     for name, holder in now.holders.items():
         print(f"{name} is being run by {holder}")
     if now.unfinished:
@@ -305,7 +324,8 @@ def gc(
         list[str] | None, typer.Argument(metavar="[RECIPE...]", help="Keep the artifacts that these recipes reuse.")
     ] = None,
     days: Annotated[
-        float, typer.Option(min=0, help="Keep everything published or written within this many days.")
+        float,
+        typer.Option(min=0, callback=_number, help="Keep everything published or written within this many days."),
     ] = 7.0,
     reports: Annotated[
         int, typer.Option(min=0, help="Keep this many of each recipe's newest reports, with the artifacts they show.")
@@ -322,7 +342,7 @@ def gc(
 
     if recipes:
         root, workdir = _shared_store(recipes)
-    store = Store(root).checked()
+    store = Store(root, Path(workdir).absolute() / "scratch").checked()
     uris: set[str] = set()
     kept: set[str] = set()
     named: list[str | None] = [*recipes] if recipes else [None]
@@ -377,7 +397,7 @@ def report(
         store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
         manifest = newest_report(store, fingerprints)
     if manifest is None:
-        command = f"longreach run {recipe or 'quickstart'}"
+        command = load(recipe, overrides).command if recipe else "longreach run quickstart"
         print(f"no report yet; make one with: {command}", file=sys.stderr)
         raise typer.Exit(FAILED)
     page = store.fetch("report", manifest["fingerprint"]).path / "report.html"
@@ -438,7 +458,9 @@ def sync(
     recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     workdir: Workdir = Path(".longreach"),
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Give up after this many seconds.")] = 600.0,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0, callback=_finite, help="Give up after this many seconds.")
+    ] = 600.0,
 ) -> None:
     """Send metrics to MLflow that an outage held back; exit with 1 if some are still unsent."""
     from longreach.infra.mirror import sync

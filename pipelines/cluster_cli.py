@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -98,7 +98,9 @@ class PackageOptions:
 def schedule(
     recipe: RecipeName,
     timing: TimingOptions,
-    to: Annotated[str, typer.Option(help="Target scheduler: ray-cronjob, cronjob, systemd or crontab.")] = "systemd",
+    to: Annotated[
+        Literal["ray-cronjob", "cronjob", "systemd", "crontab"], typer.Option(help="Target scheduler.")
+    ] = "systemd",
     overrides: Overrides = None,
     enable: Annotated[
         bool, typer.Option("--enable", help="Kubernetes: create the schedule active instead of suspended.")

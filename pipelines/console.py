@@ -5,6 +5,7 @@ No slow module is imported at the top, so that `longreach --help` answers at onc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -12,7 +13,7 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from longreach.infra.artifact import Store
     from longreach.infra.registry import RegistryAway
+    from longreach.pipelines.display import Display
     from longreach.pipelines.plan import PlanRow
     from longreach.pipelines.reader import Loaded
     from longreach.pipelines.recipe import Recipe
@@ -129,51 +131,25 @@ def run_recipe(
     Posts a summary to the URL `notify`. Raises typer.Exit with the outcome's exit code unless the
     run succeeded.
     """
-    from longreach.infra.lease import LeaseHeld
     from longreach.infra.notify import URL, check_url
-    from longreach.infra.registry import RegistryAway
     from longreach.pipelines.display import Display
-    from longreach.pipelines.hand_over import Withheld
     from longreach.pipelines.plan import notes
     from longreach.pipelines.run import run
 
     if notify := notify or os.environ.get(URL):
         check_url(notify)
-    undecided: RegistryAway | None = None
-    go = functools.partial(run, force=force, wait=wait, address=address)
-    try:
-        with Display(quiet=quiet) as display:
-            for text in notes(loaded.recipe):
-                display.note(text)
-            try:
-                outcome = go(loaded, display=display)
-            except RegistryAway as away:  # before anything has started
-                if loaded.recipe.promote is None or _starts_from_registry(loaded.recipe):
-                    raise
-                undecided = away
-                display.note("the model registry does not answer: this run skips the gate and does everything else")
-                outcome = go(loaded, display=display, gated=False)
-    except LeaseHeld as held:
-        print(f"{held}; try again later, or leave out --no-wait", file=sys.stderr)
-        raise typer.Exit(TRY_LATER) from None
-    except RegistryAway as away:
-        if notify:
-            _post(notify, "failure", loaded.recipe.name, {"headline": str(away)})
-        advice = "try again later"
-        if loaded.recipe.promote and not loaded.recipe.base.source.startswith("models:/"):
-            advice += ", or run without the gate (--set promote=)"
-        print(f"{away}; nothing was started, because the starting model is in that registry: {advice}", file=sys.stderr)
-        raise typer.Exit(TRY_LATER) from None
-    except BaseException as error:
-        if notify:
-            ending = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failure"
-            facts = {"headline": f"{type(error).__name__}: {error}".strip(": ")}
-            _post(notify, ending, loaded.recipe.name, facts)
-        raise
+    go = functools.partial(run, loaded, force=force, wait=wait, address=address)
+    with _errors_reported(loaded.recipe, notify, wait=wait), Display(quiet=quiet) as display:
+        for text in notes(loaded.recipe):
+            display.note(text)
+        outcome, undecided = _run_with_or_without_gate(go, loaded.recipe, display)
     _show_outcome(outcome, loaded, quiet=quiet)
-    if notify and (outcome.ran or outcome.failed):  # a run that only reused stages sends no summary
-        _post_outcome(notify, outcome, loaded.recipe.name, undecided)
-    if outcome.failed:
+    not_pushed = ""
+    if loaded.recipe.release.push and not (outcome.failed or outcome.refusals or undecided):
+        not_pushed = _push_if_champion(loaded)
+    if notify and (outcome.ran or outcome.failed or not_pushed):  # a run that only reused stages sends no summary
+        _post_outcome(notify, outcome, loaded.recipe.name, undecided, not_pushed)
+    if outcome.failed or not_pushed:
         raise typer.Exit(FAILED)
     if outcome.refusals:
         raise typer.Exit(REFUSED)
@@ -183,12 +159,67 @@ def run_recipe(
             file=sys.stderr,
         )
         raise typer.Exit(TRY_LATER)
-    if loaded.recipe.release.push:
-        try:
-            push_release(loaded)
-        except Withheld as reason:  # passed in an earlier run, and rolled back since
-            print(reason, file=sys.stderr)
     return outcome
+
+
+@contextlib.contextmanager
+def _errors_reported(recipe: Recipe, notify: str | None, *, wait: bool) -> Iterator[None]:
+    """Post errors of a run to the URL `notify`, if there is one. Exit with code 75 if the run cannot start yet."""
+    from longreach.infra.lease import LeaseHeld
+    from longreach.infra.registry import RegistryAway
+
+    try:
+        yield
+    except LeaseHeld as held:
+        print(f"{held}: try again later" + ("" if wait else ", or leave out --no-wait"), file=sys.stderr)
+        raise typer.Exit(TRY_LATER) from None
+    except RegistryAway as away:
+        if notify:
+            _post(notify, "failure", recipe.name, {"headline": str(away)})
+        advice = "try again later"
+        if recipe.promote and not recipe.base.source.startswith("models:/"):
+            advice += ", or run without the gate (--set promote=)"
+        print(f"{away}; nothing was started, because the starting model is in that registry: {advice}", file=sys.stderr)
+        raise typer.Exit(TRY_LATER) from None
+    except BaseException as error:
+        if notify:
+            ending = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failure"
+            facts = {"headline": f"{type(error).__name__}: {error}".strip(": ")}
+            _post(notify, ending, recipe.name, facts)
+        raise
+
+
+def _run_with_or_without_gate(
+    go: Callable[..., RunOutcome], recipe: Recipe, display: Display
+) -> tuple[RunOutcome, RegistryAway | None]:
+    """Run, without the gate if the registry does not answer; return the outcome, and then the error.
+
+    Raises:
+        RegistryAway: The registry does not answer, and the starting model is in it.
+    """
+    from longreach.infra.registry import RegistryAway
+
+    try:
+        return go(display=display), None
+    except RegistryAway as away:  # before anything has started
+        if recipe.promote is None or _starts_from_registry(recipe):
+            raise
+        display.note("the model registry does not answer: this run skips the gate and does everything else")
+        return go(display=display, gated=False), away
+
+
+def _push_if_champion(loaded: Loaded) -> str:
+    """Push the release unless the gate withholds it, and say so; return why the hub has not taken it, or ""."""
+    from longreach.pipelines.hand_over import Withheld
+
+    try:
+        problem = push_release(loaded)
+    except Withheld as reason:  # passed in an earlier run, and rolled back since
+        print(reason, file=sys.stderr)
+        return ""
+    if problem:
+        print(problem, file=sys.stderr)
+    return problem
 
 
 def _starts_from_registry(recipe: Recipe) -> bool:
@@ -197,8 +228,9 @@ def _starts_from_registry(recipe: Recipe) -> bool:
     return from_champion or recipe.base.source.startswith("models:/")
 
 
-def push_release(loaded: Loaded) -> None:
-    """Push a recipe's release; exit with code 1 if the hub refuses it or is unreachable.
+def push_release(loaded: Loaded) -> str:
+    """Push a recipe's release, and print its address. Return why it was not pushed, with the command
+    to retry, if the hub refuses it or is unreachable; otherwise "".
 
     Raises:
         Withheld: The recipe has a gate, and the release is not the champion.
@@ -211,8 +243,8 @@ def push_release(loaded: Loaded) -> None:
     except Exception as error:  # noqa: BLE001 (the type depends on the HTTP client of huggingface_hub)
         reason = str(error).strip().partition("\n")[0]
         later = loaded.command.replace("longreach run", "longreach push", 1)
-        print(f"{loaded.recipe.release.push} was not pushed: {reason}; to retry: {later}", file=sys.stderr)
-        raise typer.Exit(FAILED) from None
+        return f"{loaded.recipe.release.push} was not pushed: {reason}; to retry: {later}"
+    return ""
 
 
 def _show_outcome(outcome: RunOutcome, loaded: Loaded, *, quiet: bool) -> None:
@@ -240,15 +272,17 @@ def _sync_command(recipe: Recipe) -> str:
     return f"{server}longreach sync --workdir {shlex.quote(str(Path(recipe.store.workdir).absolute()))}"
 
 
-def _post_outcome(url: str, outcome: RunOutcome, recipe: str, undecided: RegistryAway | None) -> None:
-    ending = "undecided" if undecided else "success"
-    if outcome.failed:
+def _post_outcome(url: str, outcome: RunOutcome, recipe: str, undecided: RegistryAway | None, not_pushed: str) -> None:
+    ending, failed = "undecided" if undecided else "success", dict(outcome.failed)
+    if not_pushed:
+        failed["push"] = not_pushed
+    if failed:
         ending = "failure"
     elif outcome.refusals:
         ending = "refused"
     facts = {
         "headline": outcome.headline,
-        "failed": outcome.failed,
+        "failed": failed,
         "refusals": outcome.refusals,
         "undecided": str(undecided or ""),
         "gate": outcome.gate,

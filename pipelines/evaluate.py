@@ -19,6 +19,7 @@ from pydantic import SerializeAsAny
 from longreach.evaluation import EVALS
 from longreach.evaluation.base import Background, Cell, EvalChoices, Evaluation, Result
 from longreach.infra.choices import Choices
+from longreach.infra.machine import usable_memory
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share
 from longreach.pipelines.artifacts import HeldOutDocuments, ModelCheckpoint, Scores
@@ -241,23 +242,35 @@ def check_memory(folder: Path, recipe: EvaluateStageRecipe, resources: Resources
     if resources.gpus_per_worker:  # each task has a GPU of its own
         free, at_once = torch.cuda.mem_get_info()[0], 1
     else:
-        free, at_once = psutil.virtual_memory().available, resources.eval_workers
+        free, at_once = min(psutil.virtual_memory().available, usable_memory()), resources.eval_workers
     need = (cache + hidden + weights) * at_once
     if need > free:
+        tasks, fewer = "", ""
+        if at_once > 1:
+            tasks, fewer = f" in {at_once} tasks at once", ", or resources.eval_workers"
         raise ValueError(
-            f"{recipe.eval} at {longest:,} tokens needs about {readable(need)} for weights, keys and values "
-            f"({resources.eval_workers} at once), but {readable(free)} is free: lower the length or "
-            f"resources.eval_workers"
+            f"evaluate.{recipe.eval} at {longest:,} tokens needs about {readable(need)} for weights, keys and values"
+            f"{tasks}, but {readable(free)} is free: lower its longest input{fewer}"
         )
+
+
+EXTRA_TOKENS = 16
+"""Most tokens that one of two tokenizers may have beyond the other: a sink token, chat markers. With
+more, they are taken for different vocabularies."""
 
 
 def check_tokenizers(corpus: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if a token of both has different ids. Either may have extra tokens (a sink
     token)."""
     ours, theirs = corpus.get_vocab(), model.get_vocab()
-    differ = [token for token, n in ours.items() if theirs.get(token, n) != n]
-    if differ or abs(len(ours) - len(theirs)) > 16:
+    advice = "tokenize the documents with the model's tokenizer"
+    if differ := [token for token, n in ours.items() if theirs.get(token, n) != n]:
         raise ValueError(
-            f"the corpus was tokenised with {len(ours)} tokens, the model has {len(theirs)}, and {len(differ)} of the "
-            f"common ones have different ids: tokenize the documents with the model's tokenizer"
+            f"{len(differ)} tokens have another id in the corpus' tokenizer than in the model's ({differ[0]!r}: "
+            f"{ours[differ[0]]} and {theirs[differ[0]]}): {advice}"
+        )
+    if abs(len(ours) - len(theirs)) > EXTRA_TOKENS:
+        raise ValueError(
+            f"the corpus was tokenized with {len(ours)} tokens, but the model has {len(theirs)}, and at most "
+            f"{EXTRA_TOKENS} extra tokens are allowed: {advice}"
         )

@@ -16,15 +16,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from longreach.infra.artifact import CorruptArtifact, Store
+from longreach.infra.artifact import Store
+from longreach.infra.errors import CorruptArtifact
 from longreach.infra.files import digest_of, write_whole
+from longreach.infra.machine import GIB, container_cores, usable_cores, usable_memory
 from longreach.infra.resources import Resources
-from longreach.infra.versions import GIB, usable_cores, usable_memory
 from longreach.pipelines.costs import CostsStageRecipe, at_length
 from longreach.pipelines.display import duration
 from longreach.pipelines.evaluate import EvaluateStageRecipe
@@ -265,10 +265,7 @@ def this_node(resources: Resources) -> dict[str, float]:
 
     Ray respects a container's CPU limit, but not this process's CPU affinity.
     """
-    cpus = os.cpu_count() or 1
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    if limit.exists() and (quota := limit.read_text().split())[0].isdigit():
-        cpus = int(quota[0]) // int(quota[1])
+    cpus = container_cores() or os.cpu_count() or 1
     gpus = 0
     if resources.gpus_per_worker and shutil.which("nvidia-smi"):  # comes with the driver, as in training/probe.py
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)

@@ -85,7 +85,8 @@ class PromoteRecipe(Choices):
         finetuned = sections[self.model] == ("finetune", "arms")
         if self.start_from == "champion" and not finetuned:
             message = "'champion' is only for fine-tuned arms"
-            yield ("promote", "start_from"), f"{message}, but {self.model} is not one"
+            advice = "set promote.start_from to base, or promote.model to such an arm"
+            yield ("promote", "start_from"), f"{message}, but {self.model} is not one: {advice}"
         if self.start_from == "champion" and finetuned:
             yield from self._other_stretches(recipe)
         if self.base_ratio is not None and not finetuned:
@@ -174,12 +175,12 @@ class PromoteRecipe(Choices):
         lengths, key_lengths = lengths_of(recipe, ratios), lengths_of(recipe, keys)
         target = self.target_length or max(lengths, default=0)
         if self.passkey is not None and key_lengths and target and min(key_lengths) > target:
-            message = f"no length of evaluate.{keys} {list(key_lengths)} is within"
-            yield ("promote", "passkey"), f"{message} target_length {target}"
+            message = f"no length of evaluate.{keys}.lengths {list(key_lengths)} is within target_length {target}"
+            yield ("promote", "passkey"), f"{message}: add a shorter one, or set promote.passkey to null"
         if self.effective_length and key_lengths and self.effective_length > max(key_lengths):
             message = f"{self.effective_length} is more than the maximum of"
             message += f" evaluate.{keys}.lengths {list(key_lengths)}"
-            yield ("promote", "effective_length"), message
+            yield ("promote", "effective_length"), f"{message}: add a greater length, or lower it"
         gains = MEASURED_BY["gain_over_base"]
         gain_lengths = lengths_of(recipe, gains)
         gain_rules = self._gain_rules(recipe)
@@ -187,8 +188,8 @@ class PromoteRecipe(Choices):
             message = f"needs target_length {target} in evaluate.{gains}.lengths {list(gain_lengths)}"
             yield ("promote", gain_rules[0]), f"{message}: add it, change target_length, or set the rule to null"
         if self.target_length and lengths and self.target_length not in lengths:
-            message = f"{self.target_length} is not in evaluate.{ratios}.lengths {lengths}"
-            yield ("promote", "target_length"), message
+            message = f"{self.target_length} is not in evaluate.{ratios}.lengths {list(lengths)}"
+            yield ("promote", "target_length"), f"{message}: add it there, or choose one of these"
 
 
 MEASURED_BY = {rule: name for name, evaluation in EVALS.items() for rule in evaluation.gate}
@@ -214,8 +215,8 @@ class Finding:
 
     rule: str  # the recipe's field, with the length and the model of the comparison
     measured: str
-    asked: str
-    kept: bool
+    required: str
+    passed: bool
 
 
 def add_gate(pipeline: Pipeline) -> None:
@@ -308,12 +309,12 @@ def promote(
             rows[name] = _rows(artifact)
     findings = decide(recipe.rules, recipe.lengths, context, **rows)
     if taken_back := registry.rolled_back(recipe.rules.name, model.fingerprint):
-        advice = f"none that people took back (its tag {registry.ROLLED_BACK})"
-        findings.append(Finding("rollback", f"it is version {taken_back}", advice, False))
+        required = f"a release that nobody rolled back (tag {registry.ROLLED_BACK})"
+        findings.append(Finding("rollback", f"version {taken_back} was rolled back", required, False))
     refusals = []
     for finding in findings:
-        if not finding.kept:
-            refusals.append(f"{finding.rule}: {finding.measured}, asked for {finding.asked}")
+        if not finding.passed:
+            refusals.append(f"{finding.rule}: {finding.measured}, required: {finding.required}")
     decision = {"passed": not refusals, "refusals": refusals, "name": recipe.rules.name, "champion": recipe.champion}
     if not refusals:
         decision["version"] = _move(recipe, model, run)
@@ -342,8 +343,8 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
     findings = []
     if rules.perplexity_ratio is not None:
         if (champion := rows.get(f"champion_{ratio}")) is None:
-            measured, asked = "there is no champion yet", "nothing to compare with"
-            findings.append(Finding("perplexity_ratio", measured, asked, True))
+            measured, required = "there is no champion yet", "nothing to compare with"
+            findings.append(Finding("perplexity_ratio", measured, required, True))
         else:
             reached = {length for length in lengths if length < target} | {target}
             findings += _ratios("perplexity_ratio", ours, champion, reached, rules.perplexity_ratio, rules)
@@ -374,13 +375,13 @@ def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:
         for row in totals:
             if row["length"] <= target or not target:
                 measured = f"{row['accuracy']:.2f} ({row['correct']} of {row['trials']})"
-                place, asked = f"passkey at {row['length']:,} tokens", f"at least {rules.passkey:g}"
-                findings.append(Finding(place, measured, asked, row["accuracy"] >= rules.passkey))
+                place, required = f"passkey at {row['length']:,} tokens", f"at least {rules.passkey:g}"
+                findings.append(Finding(place, measured, required, row["accuracy"] >= rules.passkey))
     if rules.effective_length is not None:
         bar = PASSKEY_BAR if rules.passkey is None else rules.passkey
         reached = effective_length(totals, bar)
-        asked, kept = f"at least {rules.effective_length:,}", reached >= rules.effective_length
-        findings.append(Finding("effective_length", f"{reached:,}", asked, kept))
+        required, passed = f"at least {rules.effective_length:,}", reached >= rules.effective_length
+        findings.append(Finding("effective_length", f"{reached:,}", required, passed))
     return findings
 
 
@@ -445,7 +446,7 @@ def _greatest_length(rows: Rows) -> int:
     return max(row["length"] for row in rows if row["kind"] == "pooled")
 
 
-def _finding(place: str, found: Difference, asked: float | str | None, rules: PromoteRecipe) -> Finding:
+def _finding(place: str, found: Difference, required: float | str | None, rules: PromoteRecipe) -> Finding:
     """Return whether a difference in nats per token is at least the required one (auto: 0)."""
     measured, deciding = f"{found.nats:+.3f} nats per token", found.nats
     if rules.certainty == "interval":
@@ -454,8 +455,8 @@ def _finding(place: str, found: Difference, asked: float | str | None, rules: Pr
         if math.isnan(found.low):
             measured = f"{found.nats:+.3f} nats per token without an interval (one document: hold out more)"
     least = 0.0
-    if isinstance(asked, float):
-        least = asked
+    if isinstance(required, float):
+        least = required
     return Finding(place, measured, f"at least {least:+g}", deciding >= least)
 
 
@@ -485,10 +486,10 @@ def _page(recipe: PromoteStageRecipe, decision: dict[str, Any], findings: list[F
     outcome = "refused: nothing was moved"
     if decision["passed"]:
         outcome = f"passed: version {decision['version']} is champion"
-    table = ["| rule | measured | asked for | kept |", "|---|---|---|---|"]
+    table = ["| rule | measured | required | passed |", "|---|---|---|---|"]
     for finding in findings:
-        kept = "yes" if finding.kept else "**no**"
-        table.append(f"| {finding.rule} | {finding.measured} | {finding.asked} | {kept} |")
+        passed = "yes" if finding.passed else "**no**"
+        table.append(f"| {finding.rule} | {finding.measured} | {finding.required} | {passed} |")
     title = f"# {recipe.rules.name}: {outcome}"
     challenger = f"Challenger: arm {recipe.rules.model}. Measured against {against}."
     return "\n\n".join([title, challenger, "\n".join(table)]) + "\n"

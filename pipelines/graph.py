@@ -16,7 +16,6 @@ hash the documents.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -134,7 +133,9 @@ class Pipeline:
             if self.splits is None:
                 return
             names = [document for document, split in self.splits.items() if split in splits]
-            if not any(matches(document, pattern) for document in names for pattern in patterns):
+            # NAME#2 is a piece of a long repository
+            wanted = [*patterns, *(pattern.partition("#")[0] for pattern in patterns)]
+            if not any(matches(document, pattern) for document in names for pattern in wanted):
                 raise ValueError(
                     f"evaluate.{evaluation}.{name}: {list(patterns)} matches no {' or '.join(splits)} document of the "
                     f"corpus; there are: {', '.join(names[:10]) or 'none'}"
@@ -185,7 +186,7 @@ class Pipeline:
         """Return False if it is certain before the run that the tokenizer has no chat template."""
         if base.name == "tokenizer":
             return False
-        folder = Path(os.path.expanduser(self.recipe.base.source))
+        folder = Path(self.recipe.base.source)
         if not folder.is_dir():
             return True
         for name in ("chat_template.jinja", "tokenizer_config.json"):

@@ -99,11 +99,9 @@ def _gguf_problems(recipe: Recipe, types: tuple[GgufType, ...]) -> Iterator[tupl
             message = f"sink {arm.sink!r} makes a GraniteSWAForCausalLM, which cannot be written as GGUF"
             yield ("pretrain", "arms", name, "sink"), f"{message}: release only safetensors, or use another sink"
     model = recipe.pretrain.model
-    if model and "q8_0" in types:
-        for field, width in (("hidden", model.hidden), ("hidden", model.intermediate)):
-            if width % BLOCK:
-                message = f"{width} must be a multiple of {BLOCK} for release.gguf 'q8_0': change it, or use f16"
-                yield ("pretrain", "model", field), message
+    if model and "q8_0" in types and model.hidden % BLOCK:  # the width of the feed-forward layers always is one
+        message = f"{model.hidden} must be a multiple of {BLOCK} for release.gguf 'q8_0': change it, or use f16"
+        yield ("pretrain", "model", "hidden"), message
 
 
 def check_base(recipe: Recipe) -> None:
@@ -123,10 +121,10 @@ def check_base(recipe: Recipe) -> None:
         if _file_of(recipe, "tokenizer.model"):
             raise ValueError(f"release.formats: {recipe.base.source}: {SENTENCEPIECE}")
         return
-    firsts = {"sink" for arm in recipe.pretrained_arms().values() if arm.sink == "token"}
-    if recipe.finetune:
-        firsts.add(recipe.finetune.pack.first_token)
-    if problem := problem_of(read_object(config), read_object(tokenizer), types, "sink" in firsts):
+    adds_sink = any(arm.sink == "token" for arm in recipe.pretrained_arms().values())
+    if recipe.finetune and recipe.finetune.pack.first_token == "sink":
+        adds_sink = True
+    if problem := problem_of(read_object(config), read_object(tokenizer), types, adds_sink):
         raise ValueError(f"release.formats: {recipe.base.source}: {problem}")
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longreach.infra.artifact import Store
+from longreach.infra.machine import GIB, usable_cores, usable_memory
 from longreach.infra.resources import Resources
-from longreach.infra.versions import GIB, usable_cores, usable_memory
 from longreach.pipelines.foresee import Speed, measured, tried
 from longreach.pipelines.init_documents import Documents, look
 from longreach.pipelines.init_recipe import recipe_text
@@ -103,7 +103,7 @@ def written(name: str, base_source: str, places: list[str], *, minutes: float) -
             f"{START_S} s: use at least --minutes {START_S // 60 + 2}"
         )
     documents = look(places)
-    base = _base(base_source)
+    base = _base(os.path.expanduser(base_source))
     resources, memory_gib, machine_about = _machine()
     store = Path(".longreach").absolute()  # it may hold the speed of earlier runs
     speed = _speed(Store(str(store), store / "scratch"), base, resources)
@@ -128,14 +128,11 @@ def written(name: str, base_source: str, places: list[str], *, minutes: float) -
 
 def _base(source: str) -> Base:
     """Read the base's config, but not its weights."""
-    kind, name = convert.parse_source(source)
+    kind, _ = convert.parse_source(source)
     if kind == "models":
         raise ValueError(f"--base {source}: init cannot inspect a registered model: give its folder instead")
-    place = source
-    if kind == "folder":
-        place = str(Path(os.path.expanduser(name)))
     try:
-        whole: Any = convert.config_of(place)
+        whole: Any = convert.config_of(source)
     except OSError as error:
         raise ValueError(f"--base {source}: its config cannot be read ({str(error).splitlines()[0]})") from error
     config = whole.get_text_config(decoder=True)
@@ -230,6 +227,7 @@ def _fit(
                 needed = START_S / 60 + step_s / TRAINING_SHARE / 60 + 1
                 refused = f"--minutes {minutes:g} leaves {training_s:.0f} s for training, but one step of {batch:,} "
                 refused += f"tokens takes about {step_s:.0f} s: use at least --minutes {needed:.0f}"
+                break  # a step with activation checkpointing takes longer
             else:
                 evaluations = _evaluations(base, documents, resources, speed, minutes)
                 seconds = START_S + steps * step_s + evaluations.seconds

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from longreach.infra.artifact import Artifact, CorruptArtifact, Store
+from longreach.infra.artifact import Artifact, Store
+from longreach.infra.errors import CorruptArtifact
 from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
 from longreach.pipelines.foresee import Forecast, foresee, no_room, this_node
 from longreach.pipelines.graph import build
@@ -79,7 +80,7 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
     Args:
         cluster: Description of the cluster; empty if this machine runs everything.
         driver_here: The driver has this process's environment. If not, its tokens and MLflow URI
-            are unknown here, and the caller does not call `build`.
+            are unknown here, and the base is checked now, since such a caller may not call `build`.
     """
     _check_rows(recipe)
     uri = recipe.tracking.uri and check_tracking_uri(recipe.tracking.uri)

@@ -271,7 +271,9 @@ class _Reader:
             message = f"{dotted(location)} is {_describe(node)}, which has no fields"
             raise RecipeError(Problem(SET, (*location, *parts), message))
         if not parts[0].isdecimal() or int(parts[0]) >= len(node):
-            has = f"{dotted(location)} has {len(node)} items, from 0 to {len(node) - 1}"
+            has = f"{dotted(location)} is empty"
+            if node:
+                has = f"{dotted(location)} has {len(node)} items, from 0 to {len(node) - 1}"
             raise RecipeError(Problem(SET, (*location, *parts), f"no item {parts[0]!r}: {has}"))
         return int(parts[0]), parts[1:]
 

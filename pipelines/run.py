@@ -5,7 +5,7 @@ other stages wait, a minute at most. If every stage is published, Ray is not sta
 A lease with a heartbeat counter (infra/lease.py) allows one run of a recipe at a time. MLflow is
 not needed for a run: stages write events to local files, and a separate process uploads them
 (infra/mirror.py). plan.py finds the finished stages, worker.py runs a stage, signals.py handles
-signals, and infra/launch.py lists what is retried and how often.
+signals, and infra/resources.py has the numbers of retries.
 
     run(load("quickstart"), display=Display())
 """
@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra import relay
-from longreach.infra.artifact import Artifact, CorruptArtifact, Store
+from longreach.infra.artifact import Artifact, Store
 from longreach.infra.choices import dotted
+from longreach.infra.errors import CorruptArtifact, LeaseLost
 from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
@@ -584,7 +585,7 @@ class _Driver:
     def _check_lease(self) -> None:
         if self.run.lease.lost.is_set():
             whose = repr(self.run.loaded.recipe.name)
-            raise RuntimeError(
+            raise LeaseLost(
                 f"another run took over the lease of {whose}, because this run sent no heartbeat for too long"
             )
 
@@ -642,10 +643,12 @@ def _reason(error: Exception) -> str:
     from ray.exceptions import OutOfMemoryError
 
     if isinstance(error, OutOfMemoryError):  # its own message is a page of tables
+        largest = re.search(r"PID\s+MEM\(GB\)\s+COMMAND\s+(\d+)\s+([\d.]+)\s+([^\n]+)", str(error))
+        who = f" (largest process: {largest[3].strip()}, id {largest[1]}, {largest[2]} GB)" if largest else ""
         return (
-            "the machine ran out of memory, so Ray killed the task, and a retry would fail too: stop other processes "
-            "that use memory, lower resources.workers, shorten the rows or set resources.activation_checkpointing "
-            "(longreach plan shows how much memory each training needs)"
+            f"the machine ran out of memory, so Ray killed the task{who}: stop other processes that use memory, or "
+            "make the stage smaller: lower resources.workers, shorten the rows, set resources.activation_checkpointing "
+            "(longreach plan shows how much memory each training needs), or lower the evaluation's longest input"
         )
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ValueError):

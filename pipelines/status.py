@@ -36,10 +36,13 @@ class Status:
     published: list[dict[str, Any]]  # manifests of the published artifacts
 
 
-def status(store: Store, only: Collection[str] | None = None) -> Status:
-    """Read the store: all of it, or only what has one of the fingerprints in `only`."""
+def status(store: Store, only: Collection[str] | None = None, *, recipe: str | None = None) -> Status:
+    """Read the store: all of it, or only what has one of the fingerprints in `only`, and the lease of
+    the recipe with this name."""
     holders = {}
     for name in store.names(f"{store.base}/leases"):
+        if recipe not in (None, name):
+            continue
         with contextlib.suppress(PermissionError):  # a lease of another user, which may be unreadable
             if holder := Lease(store, name, "").current_holder():
                 holders[name] = holder

@@ -20,7 +20,7 @@ from longreach.infra import relay
 from longreach.infra.artifact import AlreadyPublished, Artifact, Attempt, Store
 from longreach.infra.files import flatten
 from longreach.infra.lease import Lease, LeaseHeld, holder_name
-from longreach.infra.memory import give_back_memory
+from longreach.infra.machine import give_back_memory
 from longreach.infra.resources import Resources
 from longreach.infra.share import Share, node_scratch
 from longreach.infra.tracking import Spool

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from longreach.infra.artifact import AlreadyPublished, CorruptArtifact, Store
+from longreach.infra.artifact import AlreadyPublished, Store
+from longreach.infra.errors import CorruptArtifact
 from longreach.infra.files import digest_of, file_digest
 from longreach.infra.share import Share
 
@@ -195,6 +196,18 @@ def test_damaged_files_are_noticed_and_named(tmp_path: Path, damage: str):
         path.write_text("tokenZ" if damage == "flip" else "tok")
     with pytest.raises(CorruptArtifact, match=r"rows/data\.arrow"):
         store.fetch("pack", "f6")
+
+
+def test_a_file_that_is_gone_from_an_object_store_is_named(tmp_path: Path):
+    root = f"memory://{tmp_path.name}"
+    attempt = Store(root, tmp_path / "a").new_attempt("pack", "f1")
+    write(attempt)
+    Store(root, tmp_path / "a").publish(attempt, RECORD)
+    elsewhere = Store(root, tmp_path / "b")
+    (file,) = [path for path in elsewhere.fs.find(elsewhere.base) if path.endswith("data.arrow")]
+    elsewhere.fs.rm(file)
+    with pytest.raises(CorruptArtifact, match=r"pack/f1: rows/data\.arrow: "):
+        elsewhere.fetch("pack", "f1")
 
 
 def test_a_file_that_grew_is_noticed_without_reading_it(tmp_path: Path):

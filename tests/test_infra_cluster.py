@@ -1,6 +1,7 @@
 """A cluster of our own where the folder for temporary files is too long for the paths of sockets."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from longreach.infra import cluster as our_cluster
 from longreach.infra.errors import ClusterNotStarted
 from longreach.infra.forkserver import fork_server
-from longreach.infra.versions import GIB
+from longreach.infra.machine import GIB
 
 
 @pytest.fixture
@@ -161,9 +162,9 @@ def test_a_stage_that_fills_the_memory_is_ended_and_not_tried_for_ever():
         timeout=300,
         check=True,
     )
-    assert done.stdout.strip().splitlines()[-1].startswith("the machine ran out of memory, so Ray killed the task"), (
-        done.stderr
-    )
+    reason = done.stdout.strip().splitlines()[-1]
+    assert reason.startswith("the machine ran out of memory, so Ray killed the task (largest process: "), done.stderr
+    assert re.search(r", id \d+, \d+\.\d+ GB\): stop other processes", reason)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from longreach.infra import launch
 from longreach.infra.cluster import RESERVED_SHARE
 from longreach.infra.launch import AbandonedGroups, check_room, run_ranks
+from longreach.infra.machine import GIB, usable_memory
 from longreach.infra.polling import polling
 from longreach.infra.resources import Resources
-from longreach.infra.versions import GIB, usable_memory
 
 
 class Controller:

@@ -15,7 +15,7 @@ import pytest
 
 from longreach.infra.notify import LONGEST_TEXT, notify, text_of
 
-REFUSAL = "perplexity_ratio at 12,288 tokens, to the champion: 1.05, asked for: at most 1.01"
+REFUSAL = "perplexity_ratio at 12,288 tokens, to the champion: 1.05, required: at most 1.01"
 
 
 @pytest.mark.parametrize(

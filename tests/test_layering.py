@@ -38,7 +38,7 @@ QUICK = [
     "infra/doctor.py", "infra/versions.py", "infra/registry.py", "infra/relay.py", "infra/share.py", "infra/notify.py",
     "infra/polling.py", "infra/schedule.py", "infra/kubernetes.py", "infra/mirror.py", "training/recipe.py",
     "training/convert.py", "training/cost.py", "training/documents.py", "training/summary.py", "infra/lazy.py",
-    "evaluation/__init__.py", "evaluation/base.py",
+    "infra/machine.py", "evaluation/__init__.py", "evaluation/base.py",
     "evaluation/blocks.py", "evaluation/cells.py", "evaluation/documents.py", "evaluation/figures.py",
     "evaluation/harness.py", "evaluation/lm_eval_files.py", "evaluation/longbench.py", "evaluation/stream_questions.py",
     "evaluation/lost_in_the_middle.py", "evaluation/needle.py", "evaluation/passkey.py",

@@ -653,6 +653,10 @@ def test_verify_attention_refuses_a_recipe_in_which_there_is_nothing_to_check(
         ("scale", "--row", "0"),
         ("scale", "--row", "-5"),
         ("scale", "--utilisation", "nan"),
+        ("sync", "--timeout", "inf"),
+        ("sync", "--timeout", "-1"),
+        ("gc", "--days", "nan"),
+        ("schedule", "quickstart", "--cron", "0 3 * * 1", "--to", "airflow"),
         ("init", "mine", "--documents", ""),
         ("init", "mine", "--documents", "file", "--base", ""),
         ("init", "mine", "--documents", "file", "--minutes", "inf"),
@@ -682,6 +686,17 @@ def test_gc_keeps_all_of_any_number_of_days(capsys: pytest.CaptureFixture[str], 
     for days in ("1000000", "inf"):
         code, out, _ = longreach(capsys, "gc", "--days", days, "--root", str(tmp_path), "--workdir", str(tmp_path))
         assert (code, out) == (0, "0 artifacts and attempts, 0.0 MB\n")
+
+
+def test_gc_of_a_remote_store_looks_for_attempts_in_the_workdir(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = Store("memory://gc", tmp_path / "scratch")
+    (store.new_attempt("pack", "f1").out / "a.txt").write_text("x" * 10_000)
+    options = ("--root", "memory://gc", "--workdir", str(tmp_path), "--days", "0")
+    code, out, _ = longreach(capsys, "gc", *options)
+    assert code == 0
+    assert "pack" in out
 
 
 @pytest.mark.parametrize("row", ["8", "100", "1001"])

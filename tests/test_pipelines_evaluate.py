@@ -102,7 +102,7 @@ def test_a_sink_token_more_is_no_other_tokenizer_but_other_ids_are(folders):
     swapped = text.replace('"a": ', '"aside": ', 1).replace('"b": ', '"a": ', 1).replace('"aside": ', '"b": ', 1)
     assert swapped != text
     (corpus.path / "tokenizer" / "tokenizer.json").write_text(swapped)
-    with pytest.raises(ValueError, match="2 of the common ones have different ids"):
+    with pytest.raises(ValueError, match="2 tokens have another id in the corpus' tokenizer than in the model"):
         evaluate(model, corpus, recipe=recipe, resources=Resources(), out=out, run=run)
 
 

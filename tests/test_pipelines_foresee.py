@@ -12,8 +12,8 @@ import torch
 from toy_models import tiny_folder, training_summary
 
 from longreach.infra.artifact import Store
+from longreach.infra.machine import usable_cores
 from longreach.infra.resources import Resources
-from longreach.infra.versions import usable_cores
 from longreach.pipelines import foresee as forecasts
 from longreach.pipelines.cli import main
 from longreach.pipelines.foresee import (

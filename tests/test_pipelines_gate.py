@@ -50,7 +50,7 @@ def rules(**changes) -> PromoteRecipe:
 
 
 def kept(findings) -> list[bool]:
-    return [finding.kept for finding in findings]
+    return [finding.passed for finding in findings]
 
 
 def test_a_model_that_is_a_little_better_than_champion_and_base_keeps_the_rules():
@@ -138,7 +138,7 @@ def test_a_gain_is_held_against_the_base_at_the_best_of_its_own_lengths(nll, cho
     asked = rules(**GAIN_ALONE, **choices)
     base, arm = gain_rows({32: 1.7, 64: 1.65, 128: 9.0}), gain_rows({32: 1.7, 64: 1.7, 128: nll})
     (finding,) = decide(asked, (), 64, challenger_gain=arm, base_gain=base)
-    assert finding.kept == passes
+    assert finding.passed == passes
     assert finding.rule == "gain_over_base at 128 tokens, to the base at its best (64)"
     assert finding.measured.startswith(f"{1.65 - nll:+.3f} nats per token, 95% interval")
     assert finding.asked == f"at least {choices.get('gain_over_base', 0):+g}"
@@ -149,10 +149,10 @@ def test_a_gain_that_only_some_documents_have_is_refused_unless_the_estimate_is_
     for certainty, passes in (("interval", False), ("estimate", True)):
         asked = rules(**GAIN_ALONE, certainty=certainty)
         (finding,) = decide(asked, (), 64, challenger_gain=arm, base_gain=base)
-        assert finding.kept == passes
+        assert finding.passed == passes
     one = {"challenger_gain": gain_rows({128: 1.0}, documents=1), "base_gain": gain_rows({64: 2.0}, documents=1)}
     (finding,) = decide(rules(**GAIN_ALONE), (), 64, **one)
-    assert not finding.kept
+    assert not finding.passed
     assert "without an interval" in finding.measured
     with pytest.raises(ValueError, match=r"promote.gain_over_base: no length of \[64\] is within the 32 tokens"):
         decide(rules(**GAIN_ALONE), (), 32, challenger_gain=arm, base_gain=base)
@@ -162,11 +162,11 @@ def test_a_gain_is_held_against_every_untrained_stretch_at_the_same_length():
     arm = gain_rows({64: 1.65, 128: 1.60})
     stretches = {"stretch:theta_gain": gain_rows({64: 1.5, 128: 1.62}), "stretch:yarn_gain": gain_rows({128: 1.58})}
     theta, yarn = decide(rules(**GAIN_ALONE), (), 64, challenger_gain=arm, **stretches)
-    assert (theta.rule, theta.kept) == ("gain_over_stretches at 128 tokens, to theta", True)
-    assert (yarn.rule, yarn.kept) == ("gain_over_stretches at 128 tokens, to yarn", False)
+    assert (theta.rule, theta.passed) == ("gain_over_stretches at 128 tokens, to theta", True)
+    assert (yarn.rule, yarn.passed) == ("gain_over_stretches at 128 tokens, to yarn", False)
     assert yarn.measured.startswith("-0.020 nats per token, 95% interval")
     _, yarn = decide(rules(**GAIN_ALONE, gain_over_stretches=-0.03), (), 64, challenger_gain=arm, **stretches)
-    assert (yarn.asked, yarn.kept) == ("at least -0.03", True)
+    assert (yarn.required, yarn.passed) == ("at least -0.03", True)
 
 
 def test_gain_is_a_rule_by_itself_where_a_recipe_measures_it_and_no_rule_elsewhere():
@@ -232,7 +232,7 @@ def test_one_stretch_of_text_has_no_interval_and_is_refused():
     (finding,) = decide(
         rules(base_ratio=None, target_length=16), (16,), 64, challenger_perplexity=one, champion_perplexity=one
     )
-    assert not finding.kept
+    assert not finding.passed
     assert "without an interval" in finding.measured
 
 

@@ -457,6 +457,23 @@ def test_evaluations_name_held_out_documents_that_exist(tmp_path: Path, monkeypa
             build(load("small.yaml", [*given, override]).recipe)
 
 
+def test_evaluations_name_held_out_repositories_or_pieces_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "chosen", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("x = 1\n")
+    (tmp_path / "small.yaml").write_text(SMALL)
+    given = ["corpus.sources=[{repositories: [train, chosen, kept]}]", "corpus.test=[kept]"]
+    given.append("corpus.validation=[chosen]")
+    for fits in ("kept", "kept#2", "ke*"):
+        assert build(load("small.yaml", [*given, f"evaluate.perplexity.documents=['{fits}']"]).recipe)
+    message = "evaluate.perplexity.documents: ['train'] matches no test or validation document of the corpus; there are"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(load("small.yaml", [*given, "evaluate.perplexity.documents=[train]"]).recipe)
+
+
 def test_numbers_and_words_are_those_of_yaml_1_2(small: Path) -> None:
     loaded = load(
         small, ["finetune.learning_rate=2e-5", "store.root=no", "store.workdir=2026-01-01", "experiment=1:30"]

@@ -243,6 +243,9 @@ def test_names_are_known_beforehand_only_where_no_content_has_to_be_read(tmp_pat
     (tmp_path / "a.txt").touch()
     write_jsonl(tmp_path / "b.jsonl")
     assert known_names(corpus_of({"files": "*.txt"}), tmp_path) == ["a"]
+    assert known_names(corpus_of({"repositories": (str(tmp_path),), "patterns": ("*.txt",)}), tmp_path) == [
+        tmp_path.name
+    ]
     assert known_names(corpus_of({"files": "*"}), tmp_path) is None
     assert known_names(corpus_of({"dataset": "set"}), tmp_path) is None
 

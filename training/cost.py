@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longreach.infra.files import write_whole
+from longreach.infra.machine import GIB
 from longreach.infra.resources import Resources
 from longreach.training.recipe import ArmRecipe, TrainJob
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-GIB = 2**30
 CONFIG_KEYS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
 ATTENTION_BACKWARD = 2.5

@@ -243,11 +243,16 @@ def check_patterns(names: list[str], corpus: CorpusRecipe) -> None:
 
 
 def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] | None:
-    """Return the names of all documents, or None if that requires reading the content of a file."""
+    """Return the names of all documents, or None if that requires reading the content of a file.
+
+    A repository has its own name here; if it is long, its pieces are called NAME#1, NAME#2, ...
+    """
     names = []
     for source, files in zip(corpus.sources, _files(corpus, Path(base_dir)), strict=True):
-        if source.repositories or source.questions or _dataset(source, Path(base_dir)) is not None:
+        if source.questions or _dataset(source, Path(base_dir)) is not None:
             return None
+        if source.repositories:
+            names += [repository.name for repository in find_repositories(source, Path(base_dir))]
         if source.generated is not None:
             names += generated.names(source.generated)
         for file in files:

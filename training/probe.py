@@ -18,8 +18,8 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
+from longreach.infra.machine import usable_cores
 from longreach.infra.resources import Resources
-from longreach.infra.versions import usable_cores
 from longreach.training.cost import CALIBRATION_TOKENS, PROCESS_GIB, Machine, Shape, rates
 
 PER_THREAD = ("matmul", "attention", "attention_backward", "bytes")  # rates that grow with a rank's threads

