@@ -3,8 +3,9 @@ keys to other positions.
 
 A model trained on positions 0..L-1 has never seen the rotation of position L. Position
 interpolation (arXiv:2306.15595) divides positions by the factor, so that new ones fall between old
-ones. NTK-aware, YaRN (arXiv:2309.00071) and Llama-3 scaling treat slow and fast frequencies
-differently. `theta` only raises the base frequency, without any training.
+ones. NTK-aware scaling raises the base frequency: `theta` to a fixed value, `dynamic` by the length
+of the input. YaRN (arXiv:2309.00071) and Llama-3 scaling interpolate slow frequencies and keep fast
+ones.
 
 `Rotary` moves keys or queries that a model has already rotated to another position. RoPE
 (arXiv:2104.09864) is relative, so moving a key by n positions is one more rotation, whatever
@@ -72,8 +73,12 @@ def stretched_config(
         )
     if rope.get("rope_type", "default") != "default" and type != "none":
         raise ValueError(f"the model's RoPE is {rope['rope_type']!r} already: stretch the model it was made from")
-    if (type == "theta") != (theta is not None) or factor < 1:
-        raise ValueError(f"rope type {type!r} with theta {theta} and factor {factor}: theta is for type 'theta' only")
+    if factor < 1:
+        raise ValueError(f"rope factor is {factor:g}, but must be at least 1")
+    if type == "theta" and theta is None:
+        raise ValueError("rope type 'theta' needs theta: set it, or use another type")
+    if type != "theta" and theta is not None:
+        raise ValueError(f"rope type {type!r} with theta {theta:g}: leave theta out, or use type 'theta'")
     if type == "none":
         return whole
     if rope["rope_theta"] is None:

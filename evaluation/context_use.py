@@ -1,9 +1,10 @@
 """Overview figure of how far back models use their context, with a row for each model.
 
 Left: the share of answers found by context length, for each retrieval evaluation. A ring marks the
-effective length: the longest length up to which the share RULER_BAR of the score at the shortest
-length is kept (RULER, arXiv:2404.06654). Right: the gain from context on the same tokens
-(evaluation/gain.py). All rows have the same axes, so that models can be compared within a column.
+effective length: the longest length up to which the share KEPT_SHARE of the score at the shortest
+length is kept (as in NoLiMa, arXiv:2502.05167; RULER's own threshold is a fixed score). Right: the
+gain from context on the same tokens (evaluation/gain.py). All rows have the same axes, so that
+models can be compared within a column.
 
     use_figure({"base": {"passkey": passkey_scores, "gain": gain_scores}})
 """
@@ -15,8 +16,7 @@ from typing import Any
 
 from longreach.evaluation.blocks import Figure
 from longreach.evaluation.figures import FONT, GREY, WIDTH, Style, concatenated
-from longreach.evaluation.needle import RULER_BAR
-from longreach.evaluation.scores import EvalScores, effective_length
+from longreach.evaluation.scores import KEPT_SHARE, EvalScores, effective_length
 
 FOUND = {"passkey": "accuracy", "needle": "accuracy", "ruler": "score"}
 """Evaluations with rows of kind `length`, and their column with a share from 0 to 1."""
@@ -56,7 +56,7 @@ def gained_by_length(scores: Mapping[str, EvalScores]) -> Curve:
 
 def reached(curve: Curve) -> int:
     """Return the effective length of a curve, or 0 if nothing is found at its shortest length."""
-    bar = RULER_BAR * curve[0][1]
+    bar = KEPT_SHARE * curve[0][1]
     if not bar:
         return 0
     return effective_length([{"length": length, "accuracy": share} for length, share in curve], bar)
@@ -103,8 +103,8 @@ def use_figure(models: Mapping[str, Mapping[str, EvalScores]]) -> list[Figure]:
             panels.append(_panel(curves, "nats gained", ends, sorted(lengths), [], style))
         rows.append((name, panels))
     caption = (
-        f"One row for each model. Ring: effective length, the longest length up to which {RULER_BAR:g} of the score at "
-        "the shortest length is kept. Gain: how much better the same tokens are predicted than with the model's "
+        f"One row for each model. Ring: effective length, the longest length up to which {KEPT_SHARE:g} of the score "
+        "at the shortest length is kept. Gain: how much better the same tokens are predicted than with the model's "
         "shortest context; below 0: worse. The answers are in the section of each evaluation."
     )
     if len(names) > MOST_MODELS:

@@ -364,7 +364,8 @@ def difference(ours: Sequence[list[Row]], length: int, theirs: Sequence[list[Row
     Args:
         ours: the rows of a model, or of each seed of an arm.
         theirs: the rows of the models to compare with. If there are as many as in `ours`, they are
-            compared one to one. Otherwise each of `ours` is compared with their mean.
+            compared one to one. Otherwise each of `ours` is compared with their mean, and the
+            interval does not cover their seeds.
 
     Raises:
         ValueError: the two did not score the same tokens.

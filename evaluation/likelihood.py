@@ -150,5 +150,5 @@ def forget_length(model: PreTrainedModel) -> None:
 def is_dynamic(model: PreTrainedModel) -> bool:
     """Return whether the model's rotary frequencies depend on the input's length, so that one pass
     cannot serve two lengths."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     return rope.get("rope_type") in ("dynamic", "longrope")

@@ -55,7 +55,7 @@ def metric_rows(answer: Mapping[str, Any]) -> list[Row]:
             if answer_filter != "none":
                 metric = f"{metric}_{answer_filter}"  # a task may extract answers in several ways
             row: Row = {"kind": "task", "task": task, "metric": metric, "value": float(value)}
-            if isinstance(error, float):
+            if isinstance(error, float) and error:  # it is 0 if all answers are right, or all wrong
                 row |= {"low": value - Z * error, "high": value + Z * error}
             rows.append(row | {"documents": counts.get("effective")} | about)
     return rows

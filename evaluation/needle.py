@@ -39,6 +39,7 @@ from longreach.evaluation.base import (
 )
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
 from longreach.evaluation.scores import (
+    RULER_THRESHOLD,
     EvalScores,
     Row,
     effective_length,
@@ -70,8 +71,6 @@ STARTS = (
     "Jor", "Kel", "Lor", "Mar", "Nor", "Os", "Pel", "Quin",
 )  # fmt: skip
 ENDS = ("dale", "ford", "gate", "ham", "mere", "mouth", "stead", "wick")
-RULER_BAR = 0.85
-"""RULER's threshold for an effective length, about Llama-2-7B's score at 4,096 tokens (2404.06654)."""
 
 
 class Needle(Evaluation):
@@ -79,7 +78,7 @@ class Needle(Evaluation):
 
     name = "needle"
     title = "Needle in a haystack"
-    revision = 1
+    revision = 2
 
     class Choices(EvalChoices):
         """A fact inserted into held-out text and asked for at the end (needle in a haystack,
@@ -224,7 +223,7 @@ class Needle(Evaluation):
         summary |= {f"needle_nll_{row['length']}": row["nll"] for row in totals}
         if choices.new_tokens:
             summary |= {f"needle_recall_{row['length']}": row["recall"] for row in totals}
-        summary["needle_effective_length"] = effective_length(totals, RULER_BAR)
+        summary["needle_effective_length"] = effective_length(totals, RULER_THRESHOLD)
         claimed = results[0][1]["claimed"]
         if claimed:
             summary["needle_claimed_length"] = float(claimed)
@@ -274,7 +273,7 @@ def claimed_length(model: PreTrainedModel) -> int | None:
     """Return the context length that the model's config claims, in tokens; None if it states no
     limit."""
     claimed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     if claimed and rope.get("rope_type") == "dynamic":  # other types, longrope too, state the stretched length
         claimed = round(claimed * rope.get("factor", 1))
     return claimed

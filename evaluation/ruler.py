@@ -10,8 +10,10 @@ Questions about one text, and copies of a text with its needle at other depths, 
 the other, so that their common prefix is read only once (evaluation/reader.py).
 
 The effective length of a task is the longest length up to which it keeps the share `keep` of its
-score at the shortest length. Its interval is computed from those of the scores (Wilson's, over
-texts, because questions about one text are not independent).
+score at the shortest length, as in NoLiMa (2502.05167). Beside it is the range that it would have
+if every score were at the lower or at the upper end of its interval (Wilson's, over texts, because
+questions about one text are not independent). RULER's own effective length, of the mean over its
+tasks, has a fixed threshold.
 
     longreach evaluate MODEL --eval ruler --set tasks=[niah_multikey,vt] --set lengths=[1024,4096]
 """
@@ -38,9 +40,19 @@ from longreach.evaluation.base import (
     Selection,
 )
 from longreach.evaluation.documents import MARK, chat_around, matching, text_ids
-from longreach.evaluation.needle import RULER_BAR, claimed_length, share_read
+from longreach.evaluation.needle import claimed_length, share_read
 from longreach.evaluation.ruler_tasks import NOISE, TASKS, Asked, Draw, Kind, Sample, found_by_words
-from longreach.evaluation.scores import EvalScores, Row, effective_length, gathered, mean_of, shares_by_text, wilson
+from longreach.evaluation.scores import (
+    KEPT_SHARE,
+    RULER_THRESHOLD,
+    EvalScores,
+    Row,
+    effective_length,
+    gathered,
+    mean_of,
+    shares_by_text,
+    wilson,
+)
 from longreach.infra.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -87,7 +99,7 @@ class Ruler(Evaluation):
         new_tokens: int | None = Field(default=None, ge=1)
         """Maximum number of tokens to generate. Default: RULER's limits (128 for niah tasks, 120 for
         cwe, 50 for fwe, 32 for qa, 30 for vt), and 16 for no_shared_words."""
-        keep: float = Field(default=RULER_BAR, gt=0, le=1)
+        keep: float = Field(default=KEPT_SHARE, gt=0, le=1)
         """Share of its score at the shortest length that a task must keep up to its effective
         length."""
         chat_template: Literal["auto", "always", "never"] = "auto"
@@ -234,7 +246,7 @@ class Ruler(Evaluation):
                 means.append({"length": length, "accuracy": float(np.mean(of_length))})
                 summary[f"ruler_{length}"] = means[-1]["accuracy"]
         if means:
-            summary["ruler_effective_length"] = effective_length(means, RULER_BAR)
+            summary["ruler_effective_length"] = effective_length(means, RULER_THRESHOLD)
         summary["ruler_tokens_read"] = share_read(results)
         return EvalScores(
             eval=cls.name,
@@ -244,7 +256,7 @@ class Ruler(Evaluation):
             recipe=choices.model_dump(mode="json"),
             rows=totals + others,
             summary=summary,
-            note=f"ruler_effective_length is RULER's: the longest whose mean over its tasks reaches {RULER_BAR}.",
+            note=f"ruler_effective_length is RULER's: the longest whose mean over its tasks reaches {RULER_THRESHOLD}.",
             cases=cases,
         )
 
@@ -432,7 +444,8 @@ def _row(kind: str, task: str, length: int, cases: list[Row]) -> Row:
 
 
 def effective_row(totals: list[Row], keep: float) -> Row:
-    """Return a task's effective length, with an interval computed from those of its scores.
+    """Return a task's effective length, and the lengths if every score were at the lower or at the
+    upper end of its interval.
 
     totals: the task's rows, one for each length, in ascending order of length.
     """
@@ -466,7 +479,11 @@ def _table(name: str, scores: EvalScores) -> Table:
         line.append(DASH if by_words is None else f"{by_words:.2f}")
         lines.append(line)
     columns = ["task", *with_commas(lengths), "effective length", "search by words"]
-    return Table(f"{name}: score by length, with 95% intervals", columns, lines)
+    legend = (
+        "In small type: 95% intervals of the scores; the effective length if every score were at the lower or at the "
+        "upper end."
+    )
+    return Table(f"{name}: score by length", columns, lines, legend=legend)
 
 
 def zeros(scores: EvalScores) -> list[str]:

@@ -161,18 +161,19 @@ def shares_by_text(cases: list[Row], values: Sequence[float]) -> list[float]:
 
 def mean_interval(value_SD: np.ndarray, weight_D: np.ndarray | None = None) -> tuple[float, float] | None:
     """Return the 95% interval of a mean over D documents [D], or over S seeds and D documents,
-    crossed [S, D]; None for a single value.
+    crossed [S, D]; None for a single document, since seeds alone say nothing about other texts.
 
     The interval is Student's t, which accounts for small samples. Bootstrap percentiles do not:
     their 95% interval misses the mean of ten normal values 11 times in a hundred, and of three
     values 25 times. Documents and seeds are both random factors: their variances are added, and
-    their degrees of freedom pooled (Satterthwaite 1946).
+    their degrees of freedom pooled (Satterthwaite 1946). Their interaction is in both variances, so
+    the interval is rather too wide than too narrow.
 
     weight_D: weight of each document in the mean, such as its number of tokens; None: equal weights.
     """
     from scipy.special import stdtrit
 
-    if value_SD.size < 2:
+    if value_SD.shape[-1] < 2:
         return None
     value_SD = np.atleast_2d(value_SD)
     documents = value_SD.shape[1]
@@ -221,6 +222,10 @@ def retrieval_row(kind: str, cases: list[Row], length: int, depth: float | None,
     }
 
 
+RULER_THRESHOLD = 0.856
+"""RULER's threshold for an effective length: Llama-2-7B's score at 4,096 tokens (2404.06654)."""
+KEPT_SHARE = 0.85
+"""Share of the score at the shortest length that must be kept, as in NoLiMa (2502.05167)."""
 PASSKEY_BAR = 0.9
 """Default of the share of pass keys that must be found for a length to count as used."""
 

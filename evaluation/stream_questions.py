@@ -221,7 +221,8 @@ class StreamQuestions(Evaluation):
             recipe=choices.model_dump(mode="json"),
             rows=rows,
             summary=summary,
-            note="length: tokens from a fact to its answer. A fact that has left the cache cannot be known.",
+            note="length: tokens from a fact to its answer. A fact that has left the cache cannot be known. Intervals "
+            "treat the questions of this one stream as independent.",
             cases=cases,
         )
 

@@ -1,10 +1,10 @@
 """The gate: rules that a model must satisfy to become champion. If it does not, no alias moves.
 
 Perplexities are compared token by token: challenger, champion and base read the same held-out
-texts, and the ratio's 95% confidence interval is over pieces of text (evaluation/scores.py). By
-default the whole interval must satisfy a rule, so a challenger that is only possibly as good is
-refused. A refusal is a result: it is published, printed to stderr and shown in MLflow, and the
-command exits with code 3.
+texts, and the ratio's 95% confidence interval is over documents, or over pieces of the text if there
+is only one (evaluation/scores.py). By default the whole interval must satisfy a rule, so a
+challenger that is only possibly as good is refused. A refusal is a result: it is published, printed
+to stderr and shown in MLflow, and the command exits with code 3.
 
     longreach run retrain && longreach rollback smollm2-retrained
 """

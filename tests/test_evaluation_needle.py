@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from longreach.evaluation import reader
 from longreach.evaluation.documents import Document
-from longreach.evaluation.needle import RULER_BAR, Needle, Prompt, claimed_length, sentence_end, sentence_ends
-from longreach.evaluation.scores import effective_length, wilson
+from longreach.evaluation.needle import Needle, Prompt, claimed_length, sentence_end, sentence_ends
+from longreach.evaluation.scores import RULER_THRESHOLD, effective_length, wilson
 
 TOKENIZER = byte_tokenizer()
 HAY = "It rained. The cat slept on. Nobody came! "
@@ -196,9 +196,9 @@ def test_the_effective_length_ends_where_accuracy_first_falls_below_the_bar():
     def rows(*accuracies):
         return [{"length": 1000 * n, "accuracy": a} for n, a in enumerate(accuracies, 1)]
 
-    assert effective_length(rows(1.0, 0.85, 0.84, 1.0), RULER_BAR) == 2000
-    assert effective_length(rows(0.5, 1.0), RULER_BAR) == 0
-    assert effective_length(list(reversed(rows(1.0, 0.9))), RULER_BAR) == 2000
+    assert effective_length(rows(1.0, 0.856, 0.85, 1.0), RULER_THRESHOLD) == 2000
+    assert effective_length(rows(0.5, 1.0), RULER_THRESHOLD) == 0
+    assert effective_length(list(reversed(rows(1.0, 0.9))), RULER_THRESHOLD) == 2000
 
 
 def test_depths_are_even_or_dense_at_both_ends():

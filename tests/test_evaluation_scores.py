@@ -49,6 +49,7 @@ def test_the_interval_of_a_mean_is_students():
     assert mean_interval(hours) == pytest.approx((0.7001142, 2.4598858), abs=1e-6)
     assert mean_interval(hours, np.full(10, 7)) == pytest.approx(mean_interval(hours))
     assert mean_interval(hours[:1]) is None
+    assert mean_interval(hours[:3, None]) is None, "three seeds of one document"
     assert mean_interval(np.full(3, 2.0)) == (2.0, 2.0)
 
 

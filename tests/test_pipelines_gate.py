@@ -69,7 +69,7 @@ def test_a_worse_model_is_refused_and_the_reason_has_both_numbers():
     findings = decide(rules(base_ratio=None), LENGTHS, 64, **rows)
     assert kept(findings) == [False, False]
     assert findings[0].measured == "1.0491, 95% interval 1.0188 to 1.0803 over 4 documents"
-    assert findings[0].asked == "at most 1.01"
+    assert findings[0].required == "at most 1.01"
 
 
 def test_lengths_that_are_nearer_than_a_bin_is_wide_are_one_stretch():
@@ -141,7 +141,7 @@ def test_a_gain_is_held_against_the_base_at_the_best_of_its_own_lengths(nll, cho
     assert finding.passed == passes
     assert finding.rule == "gain_over_base at 128 tokens, to the base at its best (64)"
     assert finding.measured.startswith(f"{1.65 - nll:+.3f} nats per token, 95% interval")
-    assert finding.asked == f"at least {choices.get('gain_over_base', 0):+g}"
+    assert finding.required == f"at least {choices.get('gain_over_base', 0):+g}"
 
 
 def test_a_gain_that_only_some_documents_have_is_refused_unless_the_estimate_is_enough():

@@ -625,7 +625,8 @@ def test_of_many_arms_the_headline_has_the_best_and_says_how_many_there_are():
     claim = Claim({}, SimpleNamespace(arms={}), BestLength(32, "test", 4), gains, "arm8", 64, tuple(gains))
     (sentence,) = claim._others()
     assert sentence.startswith(
-        "At this length, compared with the same base, the best 6 of 8 others: arm7 0.700 better ("
+        "At this length, compared with the same base, the 6 of 8 others with the largest gains on these documents: "
+        "arm7 0.700 better ("
     )
     assert re.findall(r"arm\d", sentence) == ["arm7", "arm6", "arm5", "arm4", "arm3", "arm2"]
     few = replace(claim, over_base={name: gains[name] for name in ("arm1", "arm3", "arm8")})

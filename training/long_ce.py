@@ -7,7 +7,9 @@ loss is multiplied by
     min(exp(log p_long - log p_short), 5)
 
 where p_long is its probability given all tokens of its own document before it in the row, and
-p_short given only the nearest tokens. The paper computes both with the model in training, at every
+p_short given only the nearest tokens. The weighted sum is divided by the sum of the weights, not by
+the number of targets as in the paper, so that the scale of the loss does not grow with them. Adam
+mostly absorbs this difference; `clip_norm` does not. The paper computes both with the model in training, at every
 step. Here they are computed once, with the model that training starts from, stretched as the arm
 requires and with full causal attention. So arms with the same start share them, whatever their
 pattern, and a resumed training uses the same ones. In 2503.09202, frozen scores were as good as

@@ -224,7 +224,7 @@ class Training:
             "rows": self.order.rows_of_step(step).tolist(),
             "skipped": not trained,
             **self._measure(step, trained),
-            **self._mfu(clock.total),
+            **self._mfu(step, clock.total),
         }
         self.checkpoint_laps = {}
         if self.log:
@@ -334,9 +334,12 @@ class Training:
                 self.progress.validated[step + 1] = loss_sum / targets
         return measured
 
-    def _mfu(self, seconds: float) -> dict[str, float]:
-        """Return the MFU: the step's FLOPs per second and rank over the measured matmul speed."""
+    def _mfu(self, step: int, seconds: float) -> dict[str, float]:
+        """Return the MFU: the step's FLOPs per second and rank over the measured matmul speed. Steps
+        with another pattern or other rows than the first have none, as their FLOPs were not counted."""
         if self.machine is None or self.predicted is None:
+            return {}
+        if self._pattern_at(step) != self._pattern_at(0) or stage_of(self.job.arm.curriculum, step):
             return {}
         return {"mfu": self.predicted.flops / seconds / self.world / self.machine.matmul}
 

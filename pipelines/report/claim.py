@@ -62,7 +62,8 @@ class Claim:
         text += f", {self.name}"
         if self.name not in background.arms:
             text += ", which is not trained,"
-        text += f" predicts held-out documents {verdict(found, base, counts=True)}"
+        trained = self.name in background.arms
+        text += f" predicts held-out documents {verdict(found, base, counts=True, trained=trained)}"
         text += "".join(self._over_the_best_stretch())
         return [f"{text}.", *self._how_chosen(), *self._others(), *self._at_the_greatest_length(), *self._own()]
 
@@ -100,7 +101,7 @@ class Claim:
             return []
         who, names = "", list(there)
         if len(names) > MOST_OTHERS:
-            who = f", the best {MOST_OTHERS} of {len(names)} others"
+            who = f", the {MOST_OTHERS} of {len(names)} others with the largest gains on these documents"
             names = sorted(names, key=lambda name: -there[name].nats)[:MOST_OTHERS]
         parts = [f"{name} {brief_verdict(there[name])}" for name in names]
         return [f"At this length, compared with the same base{who}: {'; '.join(parts)}."]
@@ -184,10 +185,14 @@ def _mean_nll(models: dict[str, EvalScores], background: Background, name: str, 
     return fmean(values) if values else math.inf
 
 
-def verdict(found: Difference, what: str, *, counts: bool = False) -> str:
+def verdict(found: Difference, what: str, *, counts: bool = False, trained: bool = False) -> str:
     """Return a phrase on whether a model predicts better than another, by how much, and with which
-    confidence interval."""
-    sure = _interval(found, counts)
+    confidence interval.
+
+    Args:
+        counts: Name the numbers of documents and, of a `trained` model, of seeds.
+    """
+    sure = _interval(found, counts, trained)
     if _is_unsure(found):
         return f"not measurably better or worse than {what} ({found.nats:+.3f} nats per token, {sure})"
     return f"{abs(found.nats):.3f} nats per token {_side(found)} ({sure}) than {what}"
@@ -210,9 +215,9 @@ def _is_unsure(found: Difference) -> bool:
     return found.low <= 0 <= found.high
 
 
-def _interval(found: Difference, counts: bool = False) -> str:
+def _interval(found: Difference, counts: bool = False, trained: bool = False) -> str:
     """Return the interval as text, with signs turned if the model is worse; with `counts` also the
-    number of documents and seeds."""
+    number of documents and, of a `trained` model, of seeds."""
     if not math.isfinite(found.low):
         return "one document, no interval"
     low, high = f"{found.low:+.3f}", f"{found.high:+.3f}"
@@ -225,6 +230,7 @@ def _interval(found: Difference, counts: bool = False) -> str:
         text += f", {found.documents} document"
         if found.documents != 1:
             text += "s"
-        if found.seeds > 1:
-            text += f", {found.seeds} seeds"
+        if trained:
+            text += f", {found.seeds} seed"
+            text += "s" if found.seeds > 1 else ""
     return text

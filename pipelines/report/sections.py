@@ -361,6 +361,11 @@ def evaluations(found: Findings) -> list[Section]:
 
 def training(found: Findings) -> Section | None:
     caption = "The arms read the same rows in the same order, so curves are comparable step by step. Lower is better."
+    if any(model.training.arm.objective != "plain" for model in found.of("finetune").values()):
+        caption += (
+            " Losses of arms with `objective: exact` or `long_ce` are weighted means: compare them only with arms of "
+            "the same objective. Held-out losses are plain means."
+        )
     return losses(found, "finetune", "Training", "loss.png", caption)
 
 
