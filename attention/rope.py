@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 TYPES = ("none", "linear", "dynamic", "yarn", "llama3", "theta")
-FAR = 2**13
+CORRECTED_FROM = 2**13
 """From this position on, the rounding of float32 angles is corrected (it is 5e-4 radians here and
 4e-3 at position 100,000)."""
 
@@ -218,14 +218,14 @@ class Rotary:
 
     def rounding(self, at_T: Tensor) -> Tensor:
         """Return the radians [T, R] by which transformers' float32 angle of a position is below the
-        true one; 0 before FAR."""
+        true one; 0 before CORRECTED_FROM."""
         off_TR = self.angles(at_T) - (at_T.float()[:, None] * self.inv_freq_R.to(at_T.device)).double()
-        return off_TR * (at_T >= FAR)[:, None]
+        return off_TR * (at_T >= CORRECTED_FROM)[:, None]
 
     def put_right(self, x_BHTD: Tensor, at_T: Tensor) -> Tensor:
         """Correct the rounding of far angles in queries or keys that transformers rotated to
         at_T."""
-        if int(at_T.max()) < FAR:
+        if int(at_T.max()) < CORRECTED_FROM:
             return x_BHTD
         return turned(x_BHTD, self.cos_sin(self.rounding(at_T.to(x_BHTD.device)), x_BHTD), self.interleaved)
 

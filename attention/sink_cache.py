@@ -20,7 +20,7 @@ A step costs the same at any text length for these reasons:
     So token 4 sees the sink 0, its window 2 and 3, and itself. It replaced token 1, the oldest.
   - RoPE is relative, so recent keys are already at their true distance. Only the sinks, of which an
     unchanged copy is kept, are rotated further, by the number of evicted tokens.
-  - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position FAR on,
+  - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position CORRECTED_FROM on,
     the known rounding of each angle is removed from query and key, so that the millionth token
     decodes like the thousandth. (It is known if positions count a row's tokens from 0 without
     padding, as in `generate`.)
@@ -54,7 +54,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Pret
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
-from longreach.attention.rope import FAR, Rotary, turned
+from longreach.attention.rope import CORRECTED_FROM, Rotary, turned
 from longreach.attention.sink_softmax import with_sink
 from longreach.attention.streamed import plain, streamed_attention
 
@@ -298,7 +298,7 @@ class SinkLayer(AttendingLayer):
             scale = q_BHTD.shape[3] ** -0.5
         with torch.no_grad():
             q = q_BHTD.detach()
-            if self.turns.rotary is not None and max(first_B) + T > FAR:
+            if self.turns.rotary is not None and max(first_B) + T > CORRECTED_FROM:
                 right = self.turns.right(first_B, T, q.dtype, q.device)
                 both = turned(torch.cat([q, k_BKTD], 1), right, self.turns.rotary.interleaved)
                 q, k_BKTD = both.split([q.shape[1], k_BKTD.shape[1]], 1)

@@ -16,13 +16,12 @@ from typing import Any
 
 from longreach.evaluation.blocks import Figure
 from longreach.evaluation.figures import FONT, GREY, WIDTH, Style, concatenated
+from longreach.evaluation.ruler import OWN_TASK
 from longreach.evaluation.scores import KEPT_SHARE, EvalScores, effective_length
 
 FOUND = {"passkey": "accuracy", "needle": "accuracy", "ruler": "score"}
-"""Evaluations with rows of kind `length`, and their column with a share from 0 to 1."""
-OWN_TASK = "no_shared_words"
-"""Task that has its own curve, because a search by words cannot solve it. RULER's tasks are drawn as
-their mean."""
+"""Evaluations with rows of kind `length`, and their column with a share from 0 to 1. OWN_TASK has its
+own curve, because a search by words cannot solve it; RULER's tasks are drawn as their mean."""
 MOST_MODELS = 8
 """Maximum number of rows of the figure. The caption states how many models are left out."""
 

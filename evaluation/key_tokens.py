@@ -30,7 +30,7 @@ KEY_GAIN = 2.0
 """Lower bound of a key token's gain in nats."""
 KEY_NLL = 2.0
 """Upper bound of a key token's NLL in the longer context, in nats."""
-FEWEST = 10
+MIN_KEY_TOKENS = 10
 """Minimum number of key tokens for a table."""
 
 Window = tuple[str, int]
@@ -68,7 +68,7 @@ def key_table(by_arm: Mapping[str, Sequence[EvalScores]], background: Background
     length.
 
     There is no table if the base was not measured at two lengths within its trained length, or if it
-    has fewer than FEWEST key tokens.
+    has fewer than MIN_KEY_TOKENS key tokens.
 
     Args:
         by_arm: the scores of each model, or of each seed of an arm.
@@ -92,7 +92,7 @@ def key_table(by_arm: Mapping[str, Sequence[EvalScores]], background: Background
         scored += tokens
         keys[case["document"], case["end"]] = [at - tokens for at in key_positions(case["nll"], short, long)]
     count = sum(map(len, keys.values()))
-    if count < FEWEST:
+    if count < MIN_KEY_TOKENS:
         return []
     cells: dict[str, dict[int, str]] = {}
     for name, seeds in by_arm.items():

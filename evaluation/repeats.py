@@ -31,12 +31,12 @@ else:
 
 RUN = 4
 """Length of a repeated sequence in tokens. Only its last token is scored."""
-NEAREST = 1024
+FIRST_BAND_END = 1024
 """Upper end of the first band of distances. Each further band ends at twice the previous end."""
-LOST = 0.5
+MAX_NLL_RISE = 0.5
 """Nats above the NLL at its best length from which a model counts as unable to read a length. (A
 base past its trained length is more than 1 nat worse.)"""
-FEWEST = 30
+MIN_TOKENS = 30
 """Minimum number of tokens of a band that is shown. With fewer, one or two sequences would determine
 the mean."""
 
@@ -60,7 +60,7 @@ def nats_by_distance(nll_T: np.ndarray, distances_T: np.ndarray) -> dict[str, li
     bands: dict[str, list[float]] = {}
     for nll, distance in zip(nll_T.tolist(), distances_T.tolist(), strict=True):
         if distance:
-            end = NEAREST
+            end = FIRST_BAND_END
             while distance > end:
                 end *= 2
             band = bands.setdefault(str(end), [0, 0.0])
@@ -121,7 +121,7 @@ Bands = dict[int, list[list[Row]]]
 
 
 def _bands(by_arm: Mapping[str, Sequence[EvalScores]]) -> tuple[dict[tuple[str, int], Bands], dict[int, int]]:
-    """Return the rows of each (model, length), and the tokens of each band with at least FEWEST tokens."""
+    """Return the rows of each (model, length), and the tokens of each band with at least MIN_TOKENS tokens."""
     found: dict[tuple[str, int], Bands] = {}
     tokens: dict[int, int] = {}
     for name, seeds in by_arm.items():
@@ -132,7 +132,7 @@ def _bands(by_arm: Mapping[str, Sequence[EvalScores]]) -> tuple[dict[tuple[str, 
     for bands in found.values():
         for up_to, (first, *_) in bands.items():
             count = sum(row["tokens"] for row in first)
-            if count >= FEWEST:
+            if count >= MIN_TOKENS:
                 tokens[up_to] = max(tokens.get(up_to, 0), count)
     return found, dict(sorted(tokens.items()))
 
@@ -143,14 +143,14 @@ def over_yardstick(
     """Return how much better each model predicts repeated tokens than `base` at `best` tokens, by
     model and upper end of a band.
 
-    Each model is measured at its longest length with an NLL less than LOST above its best one.
+    Each model is measured at its longest length with an NLL less than MAX_NLL_RISE above its best one.
     """
     found, tokens = _bands(by_arm)
     yardstick = found.get((base, best), {})
     differences: dict[str, dict[int, Difference]] = {}
     for name, seeds in by_arm.items():
         nll = {row["length"]: row["nll"] for row in seeds[0].rows_with(kind="pooled", split="test")}
-        sound = [length for length in nll if nll[length] < min(nll.values()) + LOST]
+        sound = [length for length in nll if nll[length] < min(nll.values()) + MAX_NLL_RISE]
         bands = found.get((name, max(sound, default=0)), {})
         for up_to in tokens:
             if up_to in bands and up_to in yardstick:
@@ -164,7 +164,7 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
     """Return the table of the NLL of repeated tokens: a line for each model and length, a column for
     each band.
 
-    There is no table if no band has FEWEST tokens, as in scores of earlier versions. The baseline is
+    There is no table if no band has MIN_TOKENS tokens, as in scores of earlier versions. The baseline is
     `base` at `best` tokens, if known.
     """
     from longreach.evaluation.blocks import Table
@@ -201,7 +201,7 @@ def repeat_table(by_arm: Mapping[str, Sequence[EvalScores]], base: str | None, b
 
 
 def _since(up_to: int) -> str:
-    return f"up to {up_to:,}" if up_to == NEAREST else f"{up_to // 2 + 1:,} to {up_to:,}"
+    return f"up to {up_to:,}" if up_to == FIRST_BAND_END else f"{up_to // 2 + 1:,} to {up_to:,}"
 
 
 def _cell(one: Repeated) -> str:

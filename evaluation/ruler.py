@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 else:
     np = lazy_module("numpy")
 
-OWN = "no_shared_words"
+OWN_TASK = "no_shared_words"
 """The task that is not one of RULER's, and not part of the mean over its tasks."""
 LONGEST_PIECE = 50
 """Maximum number of words in a piece of haystack; longer sentences are split."""
@@ -241,7 +241,7 @@ class Ruler(Evaluation):
             others.append(effective)
         means = []
         for length in sorted(choices.lengths):
-            of_length = [row["score"] for row in totals if row["length"] == length and row["task"] != OWN]
+            of_length = [row["score"] for row in totals if row["length"] == length and row["task"] != OWN_TASK]
             if of_length:
                 means.append({"length": length, "accuracy": float(np.mean(of_length))})
                 summary[f"ruler_{length}"] = means[-1]["accuracy"]

@@ -39,7 +39,7 @@ else:
 
 MAPPED = 64
 """Maximum number of tokens in a map that is still readable."""
-LATE = 2
+FIRST_LATE_LAYER = 2
 """First layer of the means in the summary; attention in earlier layers is still local."""
 READ_AT_ONCE = 4096
 """Number of tokens in a batch of texts, which has at least one text."""
@@ -165,7 +165,7 @@ class Sinks(Evaluation):
                 layers.append(layer_row(place, rows) | norm_columns(result, layer))
                 if length == max(choices.lengths):  # in a short text, even uniform attention gives the first token much
                     layers[-1] |= head_columns(result, layer)
-            late_LHN = first_LHN[LATE:] if len(first_LHN) > LATE else first_LHN
+            late_LHN = first_LHN[FIRST_LATE_LAYER:] if len(first_LHN) > FIRST_LATE_LAYER else first_LHN
             summary[f"first_token_mass_{length}"] = float(late_LHN[..., 0].mean())
             if length == max(choices.lengths):
                 summary |= head_shares(result)
@@ -173,7 +173,8 @@ class Sinks(Evaluation):
                 maps += map_rows(length, int(layer), map_TT)
         return EvalScores(
             eval=cls.name,
-            protocol=f"means over texts and the queries of their second half; the summary is that from layer {LATE} on",
+            protocol="means over texts and the queries of their second half; the summary is that from layer "
+            f"{FIRST_LATE_LAYER} on",
             recipe=choices.model_dump(mode="json"),
             rows=layers + heads + maps,
             summary=summary,

@@ -1,6 +1,6 @@
 """Submit a run to a Ray cluster through Ray's Jobs API, and follow or list such jobs.
 
-The submission is a folder made for the job with the source packages in ROOMS and the recipe file,
+The submission is a folder made for the job with the source packages in PACKAGES and the recipe file,
 about 1 MB. It contains no checkout, no artifact and no file with a password. The cluster runs
 `python -m longreach.pipelines run` there. A job may be submitted again at any time: published stages
 are reused, unfinished ones are resumed, and a second run of a recipe whose run is live exits with 75.
@@ -34,7 +34,7 @@ from longreach.infra.choices import refuse_password
 from longreach.infra.resources import Resources
 from longreach.infra.versions import installed
 
-ROOMS = ("attention", "infra", "training", "evaluation", "pipelines")
+PACKAGES = ("attention", "infra", "training", "evaluation", "pipelines")
 SUFFIXES = (".py", ".yaml", ".tmpl", ".jinja")
 RECIPE = "recipe.yaml"
 WORKDIR = "/tmp/longreach"
@@ -81,10 +81,10 @@ class Submission:
         """Return the job's files as path -> content: the recipe and the package `longreach`."""
         root = Path(__file__).parents[1]
         sources = [root / "__init__.py"]
-        for room in ROOMS:
-            sources += [path for path in sorted((root / room).rglob("*")) if path.suffix in SUFFIXES]
-        package = {f"longreach/{path.relative_to(root).as_posix()}": path.read_bytes() for path in sources}
-        return {RECIPE: self.recipe, **package}
+        for package in PACKAGES:
+            sources += [path for path in sorted((root / package).rglob("*")) if path.suffix in SUFFIXES]
+        contents = {f"longreach/{path.relative_to(root).as_posix()}": path.read_bytes() for path in sources}
+        return {RECIPE: self.recipe, **contents}
 
     def runtime_env(self, folder: str) -> dict[str, Any]:
         """Return the job's `runtime_env` for Ray; `folder` holds its files."""
@@ -234,7 +234,7 @@ def job_client(address: str) -> Iterator[Any]:
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
 
     try:
-        with _winning(address):
+        with _address_override(address):
             client = JobSubmissionClient(address, headers=headers)
         yield client
     except AuthenticationError:
@@ -258,7 +258,7 @@ def job_client(address: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _winning(address: str) -> Iterator[None]:
+def _address_override(address: str) -> Iterator[None]:
     """Make Ray use `address`: two environment variables override the address given to its client."""
     variable = "RAY_API_SERVER_ADDRESS"  # has precedence over the other one, RAY_ADDRESS
     before = os.environ.get(variable)

@@ -182,7 +182,7 @@ class Mirror:
             if time.monotonic() > deadline_s:
                 return "time is up"
             try:
-                with _only_us(tail.path.parent):
+                with _locked(tail.path.parent):
                     self._drain(tail, deadline_s)
             except Pause as pause:
                 return str(pause)
@@ -216,7 +216,7 @@ class Mirror:
                 if time.monotonic() > deadline_s:
                     raise Pause("time is up")
             if event and tail.run_id != TRASH:
-                self._take(tail, event, batch)
+                self._add_to_batch(tail, event, batch)
             position.offset = end
         self._send(tail, batch, position)
 
@@ -272,7 +272,7 @@ class Mirror:
             self._experiments[name] = registry.experiment_id(self.client, name)
         return self._experiments[name]
 
-    def _take(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
+    def _add_to_batch(self, tail: _Tail, event: dict[str, Any], batch: _Batch) -> None:
         """Add an event to the batch. Files, datasets and models are sent at once, since sending them
         again changes nothing."""
         from mlflow.entities import Metric
@@ -438,7 +438,7 @@ def log_dataset(client: Any, run_id: str, event: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _only_us(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Hold a folder's lock. The kernel releases it when its holder dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -574,7 +574,7 @@ def _command(spool_dir: Path, uri: str) -> list[str]:
 def _environment() -> dict[str, str]:
     """Return the mirror's environment: this process's, without the registry's timeouts, since the
     mirror has its own."""
-    return {name: value for name, value in os.environ.items() if registry.PATIENCE.get(name) != value}
+    return {name: value for name, value in os.environ.items() if registry.CLIENT_SETTINGS.get(name) != value}
 
 
 TRAINING = "?workflowType=machine_learning"

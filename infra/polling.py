@@ -19,13 +19,13 @@ def polling(look: Callable[[], object], *, every_s: float, name: str, for_s: flo
     until = time.monotonic() + for_s
 
     def loop() -> None:
-        said = ""
+        last_error = ""
         while not over.wait(every_s) and time.monotonic() < until:
             try:
                 look()
             except Exception as error:  # noqa: BLE001 (one failed answer of Ray is no reason to look no more)
-                if repr(error) != said:
-                    said = repr(error)
+                if repr(error) != last_error:
+                    last_error = repr(error)
                     traceback.print_exc()
 
     thread = threading.Thread(target=loop, daemon=True, name=name)

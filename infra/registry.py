@@ -38,14 +38,14 @@ MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
 BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longreach.rolled_back"
 """Tags of a version: its model, its release, what the release was made from (the base model's source,
 a digest of the documents), and whether a user rolled it back."""
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+CLIENT_SETTINGS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """MLflow settings for this process; the user's own environment takes precedence. The mirror has its
 own."""
 CLAIM = "longreach.promoting"
 """Tag of a version whose promoter is moving the aliases, or is about to."""
 CLAIM_S = 400.0
 """Seconds for which a claim that does not change is respected. A promoter needs three requests, each
-with two tries of 60 s (PATIENCE). A promoter that was killed leaves its claim behind."""
+with two tries of 60 s (CLIENT_SETTINGS). A promoter that was killed leaves its claim behind."""
 LOOK_AGAIN_S = 1.0
 UPLOAD_S = 3600
 """Longest wait for the response to an uploaded file. A server may first pass the file on, for example
@@ -69,7 +69,7 @@ class AliasMoved(RuntimeError):
 
 def connect() -> Any:
     """Return an MlflowClient that gives up after a minute or two. MLflow's default is many minutes."""
-    for name, value in PATIENCE.items():
+    for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -245,14 +245,14 @@ def version_of(name: str) -> Any:
     RegistryAway if MLflow is unreachable."""
     model, _, alias = name.partition("@")
     client = connect()
-    with _answers(client, f"models:/{name}"):
+    with _errors_named(client, f"models:/{name}"):
         if alias:
             return client.get_model_version_by_alias(model, alias)
         return client.get_model_version(*name.split("/"))
 
 
 @contextlib.contextmanager
-def _answers(client: Any, asked: str) -> Iterator[None]:
+def _errors_named(client: Any, asked: str) -> Iterator[None]:
     """Turn an MlflowException into RegistryAway if there is no connection or the server failed (5xx),
     else into ValueError, for example after a rejected login. `asked` says what was asked for."""
     from mlflow.exceptions import MlflowException
@@ -275,7 +275,7 @@ def aliased(client: Any, name: str, alias: str) -> Any | None:
     registry is unreachable, ValueError if it rejects the request."""
     from mlflow.exceptions import MlflowException
 
-    with _answers(client, f"cannot look up the alias {alias} of {name!r}"):
+    with _errors_named(client, f"cannot look up the alias {alias} of {name!r}"):
         try:
             return client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
@@ -393,7 +393,7 @@ def aliased_fingerprints() -> set[str]:
         return set()
     client, fingerprints = connect(), set()
     token: str | None = None
-    with _answers(client, "cannot list the models with aliases (MLFLOW_TRACKING_URI may name another MLflow)"):
+    with _errors_named(client, "cannot list the models with aliases (MLFLOW_TRACKING_URI may name another MLflow)"):
         while token != "":
             models = client.search_registered_models(page_token=token)
             for model in models:
@@ -409,7 +409,7 @@ def move(client: Any, name: str, version: str, expected: str | None) -> None:
     `expected`: the version that is champion now, or None if there is none. Raises AliasMoved if
     another version is champion; nothing is changed then.
     """
-    with _alone(client, name, version):
+    with _exclusive(client, name, version):
         now = aliased(client, name, CHAMPION)
         if now and str(now.version) == version:  # a repeated move
             return
@@ -426,7 +426,7 @@ def move(client: Any, name: str, version: str, expected: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _alone(client: Any, name: str, version: str) -> Iterator[None]:
+def _exclusive(client: Any, name: str, version: str) -> Iterator[None]:
     """Let one process at a time read a model's aliases and move them.
 
     A registry cannot compare and set, only set. So this is the one-bit mutual exclusion algorithm of
@@ -499,7 +499,7 @@ def rollback(name: str) -> tuple[str, str]:
     champion = aliased(client, name, CHAMPION)
     if champion is None:
         raise ValueError(f"{name!r} has no champion in MLflow at {client.tracking_uri}: nothing to roll back")
-    with _answers(client, f"rollback of {name!r}"), _alone(client, name, str(champion.version)):
+    with _errors_named(client, f"rollback of {name!r}"), _exclusive(client, name, str(champion.version)):
         now, before = aliased(client, name, CHAMPION), aliased(client, name, PREVIOUS)
         if not now or now.version != champion.version:
             raise ValueError(f"the champion of {name!r} was moved by another process: nothing was changed, check it")

@@ -10,7 +10,6 @@ interrupted stage resumes with the next one.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import platform
 from collections.abc import Iterator, Mapping
@@ -254,8 +253,8 @@ def _measured(
         stop_file=str(stop),
     )
     needs_gib = None
-    shape = Shape(**{field.name: base.summary[field.name] for field in dataclasses.fields(Shape)})
-    if shape.counts(base.summary["parameters"]):
+    shape = Shape.from_summary(base.summary)
+    if shape and shape.counts(base.summary["parameters"]):
         predicted = predict(shape, job.arm, rows=rows, seq_len=length, resources=resources)
         needs_gib = predicted.peak_gib / resources.workers
     trial = {"job": job.model_dump(mode="json"), "length": length, "needs_gib": needs_gib}

@@ -29,6 +29,9 @@ from longreach.training.recipe import RopeRecipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from longreach.evaluation.scores import EvalScores
+    from longreach.infra.tracking import Spool
+
 
 class EvaluateStageRecipe(Choices):
     """One evaluation of one model."""
@@ -113,14 +116,12 @@ def evaluate(
         FloatingPointError: The model's logits are not finite.
     """
     from longreach.evaluation.cells import CellFolder, measured
-    from longreach.evaluation.figures import Style, stacked_png
-    from longreach.pipelines.report.page import Page
 
     job = here = Job(model, corpus, recipe, resources, run.share)
     spread = resources.eval_workers > 1
     if spread:  # the tasks use the GPUs; this process has none and only lists the cells
         here = replace(job, resources=resources.model_copy(update={"gpus_per_worker": 0}))
-    if here.resources == resources:  # otherwise each task checks its own GPU
+    if not (spread and resources.gpus_per_worker):  # otherwise each task checks its own GPU
         check_memory(model.path, recipe, resources)
     evaluation = here.load()
     cells = evaluation.cells()
@@ -141,22 +142,29 @@ def evaluate(
         results[number] = result
         folder.keep(number, cells[number], result)
         run.spool.progress(len(results), len(cells), unit="cell")
-    kind = EVALS[recipe.eval]
     in_order = [(cell, results[number]) for number, cell in enumerate(cells)]
-    scores = kind.scores(recipe.choices, in_order).named(recipe.model)
+    scores = EVALS[recipe.eval].scores(recipe.choices, in_order).named(recipe.model)
     scores.write(out)
     run.spool.metrics({f"eval/{name}": value for name, value in scores.summary.items()})
     run.spool.table(out / "scores.json")
-    section = kind.section({recipe.model: scores}, Style.of([recipe.model]), Background())
+    _write_figures(scores, recipe, out, run.spool)
+    return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
+
+
+def _write_figures(scores: EvalScores, recipe: EvaluateStageRecipe, out: Path, spool: Spool) -> None:
+    """Write the figures of one model's scores, if there are any, as a PNG and as an interactive page."""
+    from longreach.evaluation.figures import Style, stacked_png
+    from longreach.pipelines.report.page import Page
+
+    section = EVALS[recipe.eval].section({recipe.model: scores}, Style.of([recipe.model]), Background())
     about = f"{len(scores.rows)} rows in scores.json, {len(scores.cases)} cases in cases.jsonl"
     page = Page(f"{section.title}: {recipe.model}", about, "", [section])
     if page.figures():
         picture, interactive = out / f"{recipe.eval}.png", out / f"{recipe.eval}.html"
         picture.write_bytes(stacked_png(page.figures()))
         interactive.write_text(page.html(interactive=True), encoding="utf-8")
-        run.spool.artifact(picture, "figures")
-        run.spool.artifact(interactive, "figures")
-    return {"eval": recipe.eval, "model": recipe.model, "rows": len(scores.rows)} | scores.summary
+        spool.artifact(picture, "figures")
+        spool.artifact(interactive, "figures")
 
 
 def _spread(job: Job, cells: dict[int, Cell], memory_gib: float) -> Iterator[tuple[int, Result]]:

@@ -38,8 +38,6 @@ from longreach.training.recipe import ArmRecipe, BaseRecipe, FinetuneStageRecipe
 from longreach.training.summary import TrainingSummary
 
 TrainingRecipe = FinetuneStageRecipe | PretrainStageRecipe
-SHAPE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
-"""Sizes that the cost model reads from the summary of a converted model."""
 TRIED = "estimated from a two-second test of this machine; other work makes it slower"
 SAME_RANKS = ("workers", "cpus_per_worker", "gpus_per_worker", "dtype", "matmul_precision")
 """Resources that must be equal for a measured speed to apply to other ranks."""
@@ -180,7 +178,7 @@ def _shape_of_base(store: Store, stage: Stage) -> Shape | None:
     """Return the shape of the base that a model was made from; None if it has no base, or if the
     base's sizes are not known."""
     if isinstance(stage.recipe, BaseRecipe):
-        return _sizes(_facts(store, stage))
+        return Shape.from_summary(_facts(store, stage))
     for name in ("model", "base"):
         if name in stage.inputs:
             return _shape_of_base(store, stage.inputs[name])
@@ -310,7 +308,7 @@ def _shape(store: Store, stage: Stage) -> Shape | None:
     else:
         facts = _facts(store, base)
     if not isinstance(stage.recipe, PretrainStageRecipe) or stage.recipe.model is None:
-        shape = _sizes(facts)
+        shape = Shape.from_summary(facts)
         if shape is None or not shape.counts(facts.get("parameters", shape.parameters)):
             return None
         return shape
@@ -333,13 +331,6 @@ def _facts(store: Store, base: Stage) -> dict[str, Any]:
     """Return the sizes of a base from its conversion or, as far as they are known, from its
     config."""
     return _summary(store, base) or _before_conversion(base)
-
-
-def _sizes(facts: dict[str, Any]) -> Shape | None:
-    """Return the shape of a base from its facts; None if some are missing."""
-    if not facts.keys() >= {*SHAPE}:
-        return None
-    return Shape(**{key: facts[key] for key in SHAPE})
 
 
 def _summary(store: Store, stage: Stage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from tiny_models import tiny_llama
 from transformers import AttentionInterface, AttentionMaskInterface, CohereConfig, LlamaConfig
 
 from longreach.attention import PATTERNS, flash
-from longreach.attention.rope import FAR, Rotary
+from longreach.attention.rope import CORRECTED_FROM, Rotary
 from longreach.attention.sink_cache import SinkCache
 from longreach.attention.streamed import _attend, plain, streamed_attention
 from longreach.evaluation.small_cache import StreamedAttention
@@ -134,7 +134,7 @@ def test_causal_queries_beyond_the_last_key_see_all_keys_by_the_gpu_library_too(
 
 
 def test_far_positions_are_put_right_in_both_alike():
-    """A chunk that reaches across FAR, in one pass and token by token: the same angles are taken back."""
+    """A chunk that reaches across CORRECTED_FROM, in one pass and token by token: the same angles are taken back."""
     model, ids = tiny_llama().double(), torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(1))
     outs = []
     for cuts in ([40], [1] * 40):
@@ -142,7 +142,7 @@ def test_far_positions_are_put_right_in_both_alike():
         with torch.no_grad():
             model(ids, past_key_values=cache)
             for layer in cache.layers:
-                layer.seen = FAR - 30
+                layer.seen = CORRECTED_FROM - 30
             outs.append(torch.cat([model(x, past_key_values=cache).logits for x in ids.split(cuts, 1)], 1))
-    got, expected = (out[:, 20:] for out in outs)  # two layers of ten tokens after the jump; FAR is ten later
+    got, expected = (out[:, 20:] for out in outs)  # two layers of ten tokens after the jump, ten before CORRECTED_FROM
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)

@@ -18,7 +18,7 @@ BACKGROUND = Background(base="base", trained_length=64, arms={"lora": ("lora", "
 
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
-    monkeypatch.setattr(key_tokens, "FEWEST", 2)
+    monkeypatch.setattr(key_tokens, "MIN_KEY_TOKENS", 2)
 
 
 def scores_of(nll_by_document):
@@ -82,7 +82,7 @@ def test_without_a_base_that_was_measured_at_two_lengths_there_is_no_table(backg
 
 
 def test_too_few_key_tokens_make_no_table(monkeypatch):
-    monkeypatch.setattr(key_tokens, "FEWEST", 4)
+    monkeypatch.setattr(key_tokens, "MIN_KEY_TOKENS", 4)
     assert key_table({"base": [BASE]}, BACKGROUND) == []
 
 

@@ -217,7 +217,7 @@ def test_the_token_is_looked_for_as_ray_does(tmp_path: Path, monkeypatch: pytest
 
 
 def test_no_code_of_a_downloaded_model_is_ever_run() -> None:
-    products = [path for room in jobs.ROOMS for path in (ROOT / room).rglob("*") if path.suffix in jobs.SUFFIXES]
+    products = [path for room in jobs.PACKAGES for path in (ROOT / room).rglob("*") if path.suffix in jobs.SUFFIXES]
     assert len(products) > 80
     trusting = re.compile(r"trust_remote_code['\"]?\s*[=:]\s*(True|true|yes|1)")
     assert not [str(path) for path in products if trusting.search(path.read_text(encoding="utf-8"))]
@@ -375,11 +375,16 @@ def test_a_log_whose_connection_closes_quietly_is_followed_on_until_the_job_ends
     tails = [["step 1\n", "st"], ["step 1\nstep", " 2\n"], ["step 1\n"], ["step 1\nstep 2\n", "done\n"]]
 
     class Client:
+        def get_address(self) -> str:
+            return "http://head:8265"
+
         def get_job_status(self, job: str) -> JobStatus:
             return JobStatus.RUNNING if tails else JobStatus.SUCCEEDED
 
         async def tail_job_logs(self, job: str) -> Any:
             for text in tails.pop(0):
+                if text == "lost":
+                    raise RuntimeError("gone")
                 yield text
 
         def get_job_info(self, job: str) -> Any:
@@ -388,6 +393,9 @@ def test_a_log_whose_connection_closes_quietly_is_followed_on_until_the_job_ends
     monkeypatch.setattr(jobs, "FOLLOW_AGAIN_S", 0)
     assert jobs.follow(Client(), "job") == 0
     assert capsys.readouterr().out == "step 1\nstep 2\ndone\n"
+    tails[:] = [["lost"]]
+    with pytest.raises(ValueError, match="keeps running: longreach logs job --address http://head:8265 --follow"):
+        jobs.follow(Client(), "job")
 
 
 @pytest.mark.slow

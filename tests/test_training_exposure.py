@@ -12,7 +12,7 @@ from toy_models import job, packed_corpus, train
 
 from longreach.attention.ulysses import SequenceRanks, part_of
 from longreach.training.corpus import IGNORED, PackedRows
-from longreach.training.exposure import EXTRA, MOST, context_counts, effective_contexts, exact_weights
+from longreach.training.exposure import EXTRA, MAX_EXTRA_WEIGHT, context_counts, effective_contexts, exact_weights
 from longreach.training.loss import fused_linear_cross_entropy, weight_of_targets
 from longreach.training.recipe import FinetuneRecipe
 
@@ -51,7 +51,7 @@ def test_the_tail_gets_its_extra_share_and_each_of_its_bins_as_much_as_any_other
 
 
 def test_a_rare_context_is_not_the_whole_loss_and_rows_of_short_documents_stay_plain():
-    assert exact_weights(context_counts(np.array([4096] + [1100] * 999), 4096)).max() == 1 + MOST
+    assert exact_weights(context_counts(np.array([4096] + [1100] * 999), 4096)).max() == 1 + MAX_EXTRA_WEIGHT
     assert (exact_weights(context_counts(np.array([500] * 9), 4096)) == 1).all()
 
 

@@ -20,7 +20,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,14 @@ class Shape:
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
         )
+
+    @classmethod
+    def from_summary(cls, facts: Mapping[str, Any]) -> Shape | None:
+        """Return the shape in a converted model's summary; None if one of the sizes is missing."""
+        names = [one.name for one in fields(cls)]
+        if not facts.keys() >= {*names}:
+            return None
+        return cls(**{name: facts[name] for name in names})
 
     def counts(self, parameters: int) -> bool:
         """Return whether the count matches a model's number of parameters, without LoRA's."""

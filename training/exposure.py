@@ -25,7 +25,7 @@ import torch
 EXTRA = 0.5
 BINS_PER_OCTAVE = 4
 TAIL_OF_ROW = 1 / 4
-MOST = 9.0
+MAX_EXTRA_WEIGHT = 9.0
 """Largest extra weight. Without it, a bin with three targets in the corpus could make up half of a
 step's loss."""
 
@@ -52,7 +52,7 @@ def exact_weights(counts_C: np.ndarray) -> np.ndarray:
     targets = np.bincount(bin_C, counts_C[1:])
     filled = np.flatnonzero((targets > 0) & (np.arange(len(targets)) >= tail))
     extra = np.zeros(len(targets))
-    extra[filled] = np.minimum(MOST, EXTRA * counts_C.sum() / (len(filled) * targets[filled]))
+    extra[filled] = np.minimum(MAX_EXTRA_WEIGHT, EXTRA * counts_C.sum() / (len(filled) * targets[filled]))
     return np.concatenate([[1.0], 1.0 + extra[bin_C]]).astype(np.float32)
 
 

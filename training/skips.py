@@ -13,8 +13,8 @@ from statistics import median
 
 from longreach.training.recipe import OptimRecipe
 
-RECENT, ENOUGH = 20, 5  # maximum and minimum number of losses for the median
-LEAST_JUMP = 1.0
+MAX_LOSSES, MIN_LOSSES = 20, 5  # maximum and minimum number of losses for the median
+MIN_SPIKE_NATS = 1.0
 """Nats by which a spike must exceed the median. A model that has memorized its rows has losses
 around 0.05, and a good step is sometimes three times that: without this limit, 60 of 2,000 were
 skipped."""
@@ -38,11 +38,11 @@ class Skips:
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         earlier = sorted(s for s in self.losses if s < step)
-        recent = [self.losses[s] for s in earlier[-RECENT:]]
-        if len(recent) < ENOUGH:
+        recent = [self.losses[s] for s in earlier[-MAX_LOSSES:]]
+        if len(recent) < MIN_LOSSES:
             return ""
         usual = median(recent)
-        if loss > max(self.spike_factor * usual, usual + LEAST_JUMP):
+        if loss > max(self.spike_factor * usual, usual + MIN_SPIKE_NATS):
             return f"its loss {loss:.4g} is over {self.spike_factor:g} times {usual:.4g}, the usual one"
         return ""
 
