@@ -90,13 +90,13 @@ class BadLine:
 class Wanted:
     """The documents to read: here all of them."""
 
-    def has(self, name: str, entries: int = 1) -> bool:
-        """Return whether a document is wanted.
-
-        name: what split patterns match.
-        entries: number of entries in it, such as the files of a repository.
-        """
+    def has(self, name: str) -> bool:
+        """Return whether a document is wanted. `name`: what split patterns match."""
         return True
+
+    def leave_out(self, name: str, entries: int = 1) -> None:
+        """Record a document that is not wanted. `entries`: number of entries in it, such as the files
+        of a repository."""
 
     def may_have(self, start: str) -> bool:
         """Return whether a document whose name begins with `start` can be wanted."""
@@ -104,19 +104,19 @@ class Wanted:
 
 
 class HeldOutOnly(Wanted):
-    """The held-out documents of a corpus. It also records which documents were left out."""
+    """The held-out documents of a corpus, and a record of those that were left out."""
 
     def __init__(self, corpus: CorpusRecipe) -> None:
         self.patterns = [*corpus.validation, *corpus.test]
         self.left_out: list[str] = []  # names of documents for training
         self.entries_left_out = 0
 
-    def has(self, name: str, entries: int = 1) -> bool:
-        if any(matches(name, pattern) for pattern in self.patterns):
-            return True
+    def has(self, name: str) -> bool:
+        return any(matches(name, pattern) for pattern in self.patterns)
+
+    def leave_out(self, name: str, entries: int = 1) -> None:
         self.left_out.append(name)
         self.entries_left_out += entries
-        return False
 
     def may_have(self, start: str) -> bool:
         for pattern in self.patterns:
@@ -170,13 +170,17 @@ def _read_source(
                 yield from _chosen(_read_rows(file, source), wanted)
         elif wanted.has(file.name):
             yield _read_text(file, source)
+        else:
+            wanted.leave_out(file.name)
 
 
 def _chosen(items: Iterable[Document | BadLine], wanted: Wanted) -> Iterator[Document | BadLine]:
     """Yield the wanted documents and all malformed entries, whose names are unknown."""
     for item in items:
-        if isinstance(item, BadLine) or wanted.has(item.key, item.entries):
+        if isinstance(item, BadLine) or wanted.has(item.key):
             yield item
+        else:
+            wanted.leave_out(item.key, item.entries)
 
 
 def _records_begin(source: SourceRecipe, title: str) -> str:
@@ -674,7 +678,8 @@ def _ask(recipe: QuestionsRecipe, domain: str | None) -> Iterator[Document]:
 def _read_repositories(source: SourceRecipe, base_dir: Path, wanted: Wanted) -> Iterator[Document | BadLine]:
     """Yield each wanted repository as one document, or as several if it is long."""
     for repository in find_repositories(source, base_dir):
-        if not wanted.has(repository.name, len(repository.files)):
+        if not wanted.has(repository.name):
+            wanted.leave_out(repository.name, len(repository.files))
             continue
         for piece in read_pieces(repository, source.max_chars):
             if isinstance(piece, Unreadable):
