@@ -77,7 +77,7 @@ submission of the last of them. Their ranks ask for cores some seconds later. Ev
 with them would have taken the cores by then, and an error in a training would show only after all
 of them."""
 TRAININGS = ("finetune", "pretrain")
-"""Names of the stages of which the first ones start before evaluations."""
+"""Stages that train. The first ones of a run start before its other stages."""
 READ_BY_THE_DRIVER = ("report", "promote")
 """Stages whose artifacts the driver reads. Other artifacts are read by the workers that need
 them."""
@@ -443,9 +443,9 @@ class _Driver:
         self.stop_noted = False
         self.trainings: deque[str] = deque()  # labels of the trainings that can be submitted
         self.others: deque[str] = deque()  # labels of the other stages that can be submitted
-        self.trainings_start_until_s = math.inf
-        """When other stages need to wait no longer for trainings that start; -inf once the first
-        ones have started, and then for the rest of the run."""
+        self.trainings_have_started = False
+        """Whether the run's first trainings have started, so that other stages need not wait."""
+        self.start_deadline_s = 0.0  # when other stages stop waiting for trainings that start
 
     def follow(self) -> None:
         """Submit stages and collect results until every stage has ended.
@@ -488,24 +488,26 @@ class _Driver:
     def _next_ready(self, order: TopologicalSorter[str]) -> str | None:
         """Return the next stage to submit, trainings first; None if no stage may start now."""
         for label in order.get_ready():
-            (self.trainings if self.missing[label].name in TRAININGS else self.others).append(label)
+            if self.missing[label].name in TRAININGS:
+                self.trainings.append(label)
+            else:
+                self.others.append(label)
         if self.trainings:
-            if self.trainings_start_until_s != -math.inf:
-                self.trainings_start_until_s = time.monotonic() + TRAINING_STARTS_S
+            self.start_deadline_s = time.monotonic() + TRAINING_STARTS_S
             return self.trainings.popleft()
-        if self.others and not self._trainings_start():
+        if self.others and not self._others_must_wait():
             return self.others.popleft()
         return None
 
-    def _trainings_start(self) -> bool:
-        """Whether one of the run's first trainings was submitted less than TRAINING_STARTS_S ago, and
-        not all of them have done their first step."""
+    def _others_must_wait(self) -> bool:
+        """Return whether the run's first trainings are starting: one was submitted less than
+        TRAINING_STARTS_S ago, and not all have done their first step."""
         starting = self._trainings_running()
-        if not starting:  # none was submitted, all have failed, or another run is making them
+        if self.trainings_have_started or not starting:  # none yet, all have failed, or another run makes them
             return False
-        if time.monotonic() > self.trainings_start_until_s or all(map(self._trains, starting)):
-            self.trainings_start_until_s = -math.inf
-        return self.trainings_start_until_s != -math.inf
+        if time.monotonic() > self.start_deadline_s or all(map(self._trains, starting)):
+            self.trainings_have_started = True
+        return not self.trainings_have_started
 
     def _trainings_running(self) -> list[str]:
         return [label for label in self.running if self.missing[label].name in TRAININGS]
@@ -565,7 +567,7 @@ class _Driver:
             relay.release(done.held, Spool(run.spool_folder / done.spool), done.out, run.artifacts[label].path)
         run.outcome.ran.append(label)
         if stage.name in TRAININGS and not self._trainings_running():
-            self.trainings_start_until_s = -math.inf
+            self.trainings_have_started = True
         waited = f", after waiting {done.waited_s:.0f} s for other stages" if done.waited_s else ""
         run.display.stage(label, "done", f"{done.seconds:.0f} s{waited}")
         run.stage_spool(stage, self.runs[label]).end("FINISHED")
