@@ -8,7 +8,7 @@ for fast kernels.
 Predicates combine with `and_` and `or_`. The reference and FlexAttention need only the predicate.
 Flash attention supports only causal squares and full rectangles: a pattern that can be divided into
 those does so in `rectangles`, and a test compares both forms. A position_id that is not one more
-than its left neighbor starts a new document (padding is treated as a document).
+than its left neighbour starts a new document (padding is treated as a document).
 
 Legend: B batch, T tokens, H query heads, K key/value heads (K divides H), D head dim.
 """

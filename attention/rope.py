@@ -164,7 +164,7 @@ class Rotary:
     inv_freq_R: Tensor
     """Radians per position, float32, as in transformers."""
     interleaved: bool
-    """Whether rotated pairs are neighbors (2i, 2i+1), as in Cohere and GLM, or halves (i, i+R), as
+    """Whether rotated pairs are neighbours (2i, 2i+1), as in Cohere and GLM, or halves (i, i+R), as
     in Llama."""
 
     @classmethod
@@ -200,7 +200,7 @@ class Rotary:
             rotary = cls(embedding.inv_freq.detach().float().cpu(), interleaved)
             if rotary._is_that_of(family, embedding):
                 return rotary
-        raise ValueError(f"{config.model_type} has rotated pairs that are neither halves nor neighbors")
+        raise ValueError(f"{config.model_type} has rotated pairs that are neither halves nor neighbours")
 
     def _is_that_of(self, family: Any, embedding: Any) -> bool:
         """Return whether three positions give the same result as the family's own function."""

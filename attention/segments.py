@@ -167,7 +167,7 @@ def pieces(pattern: Pattern, heads: Heads, documents: Documents, T: int) -> list
 
 
 def head_spans(pattern: Pattern, heads: Heads) -> Iterator[tuple[tuple[int, int], Hashable]]:
-    """Yield ((first KV head, last + 1), variant) of neighboring KV heads with the same
+    """Yield ((first KV head, last + 1), variant) of neighbouring KV heads with the same
     rectangles."""
     first = 0
     for variant, same in groupby(pattern.variants(heads)):
@@ -190,7 +190,7 @@ def row_rectangles(pattern: Pattern, variant: Hashable, starts: tuple[int, ...],
 
 @lru_cache(maxsize=1024)
 def _row_pieces(pattern: Pattern, variant: Hashable, starts: tuple[int, ...], T: int) -> tuple[Piece, ...]:
-    """Return a row's rectangles as pieces: windows are divided into blocks, and equal neighbors are
+    """Return a row's rectangles as pieces: windows are divided into blocks, and equal neighbours are
     joined."""
     found: list[Piece] = []
     for one in sorted(

@@ -446,7 +446,7 @@ class _Inference(torch.autograd.Function):
 
 
 def _together(first_B: tuple[int, ...]) -> list[tuple[slice, int]]:
-    """Return (rows, token) for each run of neighboring rows that are at the same token."""
+    """Return (rows, token) for each run of neighbouring rows that are at the same token."""
     runs = []
     row = 0
     for first, same in groupby(first_B):

@@ -40,7 +40,7 @@ ALONE = SequenceRanks(None)
 
 
 def sequence_ranks(size: int) -> SequenceRanks:
-    """Split all ranks into groups of `size` neighbors; every rank calls it. ValueError if `size`
+    """Split all ranks into groups of `size` neighbours; every rank calls it. ValueError if `size`
     does not divide the number of ranks."""
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % size:
@@ -52,7 +52,7 @@ def sequence_ranks(size: int) -> SequenceRanks:
 
 
 class SomeHeads(Pattern):
-    """The part of a pattern for some neighboring heads of a model."""
+    """The part of a pattern for some neighbouring heads of a model."""
 
     pattern: Literal["some_heads"] = "some_heads"
     """Some heads of another pattern."""
@@ -87,7 +87,7 @@ class _Exchange(torch.autograd.Function):
     each rank, [N, B, G, P, D].
 
     The gradient goes back the same way. torch.distributed.nn.functional has the same, but torch
-    deprecates it in favor of a private module.
+    deprecates it in favour of a private module.
     """
 
     @staticmethod

@@ -123,7 +123,7 @@ def check_ids(model: PreTrainedModel, ids_T: torch.Tensor, name: str) -> None:
     if int(ids_T.max()) >= rows:
         raise ValueError(
             f"{name} has token id {int(ids_T.max())}, but the model has only {rows} embeddings: "
-            f"the text was tokenised for another model"
+            f"the text was tokenized for another model"
         )
 
 

@@ -213,7 +213,7 @@ def canonical(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"cannot be serialised deterministically: {error}") from error
+        raise ValueError(f"cannot be serialized deterministically: {error}") from error
 
 
 def digest_of(value: Any) -> str:

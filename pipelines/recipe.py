@@ -110,7 +110,7 @@ class Recipe(Choices):
     experiment: str = Field(default="longreach", min_length=1)
     """Name of the MLflow experiment."""
     seed: Seed = 0
-    """Seed of initialisation, row order and LoRA; evaluations have their own seeds."""
+    """Seed of initialization, row order and LoRA; evaluations have their own seeds."""
     base: BaseRecipe = BaseRecipe()
     """The model whose context is extended."""
     corpus: CorpusRecipe

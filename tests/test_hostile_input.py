@@ -151,8 +151,8 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "a negative size": partial(config, intermediate_size=-1),
     "a nan": partial(config, hidden_size=float("nan")),
     "an unknown kind": partial(config, model_type="nobody knows"),
-    "quantised in an unknown way": partial(config, quantization_config={"quant_method": "evil"}),
-    "quantised by a text": partial(config, quantization_config="evil"),
+    "quantized in an unknown way": partial(config, quantization_config={"quant_method": "evil"}),
+    "quantized by a text": partial(config, quantization_config="evil"),
     "a program of a known kind": code,
     "a program of a kind of its own": partial(code, model_type="evil"),
     "a tokenizer's program": partial(

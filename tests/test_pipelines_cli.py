@@ -403,7 +403,7 @@ def test_config_show_and_schema_are_json_for_programs(capsys: pytest.CaptureFixt
     printed = longreach(capsys, "config", "schema")[1]
     assert "\\n" not in printed, "a description is a sentence in one line"
     schema = json.loads(printed)
-    assert schema["properties"]["seed"]["description"].startswith("Seed of initialisation, row order")
+    assert schema["properties"]["seed"]["description"].startswith("Seed of initialization, row order")
 
 
 def publish(store: Store, stage: str, fingerprint: str, published_at: str) -> None:

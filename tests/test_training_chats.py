@@ -425,7 +425,7 @@ def test_rows_without_their_sink_keep_the_targets_of_their_chats(tmp_path):
         (PLAIN, {"method": "concat"}, r"chats, which pack.method 'concat' would join .* use pack.method 'best_fit'"),
     ],
 )
-def test_what_cannot_be_packed_is_refused_before_the_first_text_is_tokenised(tmp_path, template, choices, message):
+def test_what_cannot_be_packed_is_refused_before_the_first_text_is_tokenized(tmp_path, template, choices, message):
     write(tmp_path / "x.jsonl", {"messages": CHAT})
     (tmp_path / "a.txt").write_text("text")
     seen = []

@@ -80,19 +80,19 @@ def test_a_config_is_read_from_a_package_without_its_weights():
     assert (config.num_hidden_layers, config.num_key_value_heads, config.max_position_embeddings) == (30, 3, 8192)
 
 
-def test_a_quantised_base_is_refused_when_it_is_planned(tmp_path):
+def test_a_quantized_base_is_refused_when_it_is_planned(tmp_path):
     source = tiny_folder(tmp_path / "source")
     change_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match=r"is quantised \(gptq\), .* use the model that it was made from"):
+    with pytest.raises(ValueError, match=r"is quantized \(gptq\), .* use the model that it was made from"):
         source_digest(str(source))
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="is quantized"):
         convert(str(source), tmp_path / "out")
     adapter = tmp_path / "adapter"
     (get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path / "plain")), LoraConfig(r=2))
      .save_pretrained(adapter))  # fmt: skip
     named = read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": str(source)}
     (adapter / "adapter_config.json").write_text(json.dumps(named))
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="is quantized"):
         convert(str(adapter), tmp_path / "merged")
 
 

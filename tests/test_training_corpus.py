@@ -1,4 +1,4 @@
-"""A packed corpus: every token once, the same bytes whoever tokenises, bounded memory, reports that add up."""
+"""A packed corpus: every token once, the same bytes whoever tokenizes, bounded memory, reports that add up."""
 
 import hashlib
 import json

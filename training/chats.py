@@ -1,6 +1,6 @@
 """Read chats and instructions, and tokenise them with the model's own chat template.
 
-Four forms are recognised by their columns (FORMS), or named by a source's `format`:
+Four forms are recognized by their columns (FORMS), or named by a source's `format`:
 
     messages            messages: [{"role": "user", "content": "..."}, ...], and optionally tools (OpenAI)
     sharegpt            conversations: [{"from": "human", "value": "..."}, {"from": "gpt", ...}, ...]

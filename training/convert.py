@@ -167,7 +167,7 @@ def convert(source: str, out: Path | str, revision: str | None = None, *, at: Pa
 
     Raises:
         ValueError: the source is unknown, the hub cannot be reached, a file links out of its
-            folder, or the weights are not safetensors, are quantised or damaged, or do not match
+            folder, or the weights are not safetensors, are quantized or damaged, or do not match
             the config.
     """
     from longreach.training.weights import check_tokenizer, check_weights
@@ -236,7 +236,7 @@ def kept_files(folder: Path) -> list[Path]:
     """Return the files to copy from a model or adapter folder.
 
     Raises:
-        ValueError: shards are missing, weights are pickled or quantised, or a file links out of the
+        ValueError: shards are missing, weights are pickled or quantized, or a file links out of the
             folder.
     """
     if is_adapter(folder):
@@ -252,7 +252,7 @@ def kept_files(folder: Path) -> list[Path]:
         return files
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json or adapter_config.json")
-    _check_quantised(folder)
+    _check_quantized(folder)
     files, pickled = [], []
     for path in sorted(folder.iterdir()):
         if _fits(path, PICKLED):
@@ -298,8 +298,8 @@ def _check_link(file: Path) -> None:
         raise ValueError(f"{file} is a link to {target}, outside of the model's folder: copy the file itself there")
 
 
-def _check_quantised(folder: Path) -> None:
-    """Raise ValueError for a model with quantised weights: bitsandbytes, GPTQ, AWQ, FP8, MXFP4."""
+def _check_quantized(folder: Path) -> None:
+    """Raise ValueError for a model with quantized weights: bitsandbytes, GPTQ, AWQ, FP8, MXFP4."""
     config = read_object(folder / "config.json")
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
@@ -308,7 +308,7 @@ def _check_quantised(folder: Path) -> None:
         if how:
             method = how.get("quant_method") if isinstance(how, dict) else str(how)
             raise ValueError(
-                f"{folder} is quantised ({method or 'by an unnamed method'}), but only unquantised weights "
+                f"{folder} is quantized ({method or 'by an unnamed method'}), but only unquantized weights "
                 f"can be trained, stretched, merged and released: use the model that it was made from, or save it "
                 f"again after transformers' model.dequantize()"
             )
@@ -432,7 +432,7 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # The weights are plain tensors now, but a model marked as quantised cannot be saved.
+    # The weights are plain tensors now, but a model marked as quantized cannot be saved.
     if hasattr(model.config, "quantization_config"):  # some versions of transformers remove it themselves
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
@@ -444,11 +444,11 @@ def _from_gguf(path: Path, out: Path) -> dict[str, Any]:
 def _from_hub(name: str, revision: str | None) -> Path:
     """Return the snapshot folder of a model or adapter from the hub.
 
-    A quantised model raises ValueError before its weights are downloaded.
+    A quantized model raises ValueError before its weights are downloaded.
     """
     folder = _download(name, revision, CONFIGS)
     if (folder / "config.json").is_file() and not is_adapter(folder):
-        _check_quantised(folder)
+        _check_quantized(folder)
     return _download(name, folder.name, (*KEPT, *CONFIGS, RECORD))  # the same commit, even if the branch moves
 
 

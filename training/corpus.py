@@ -7,7 +7,7 @@ read its rows for training (`PackedRows`).
     tokenizer/    the tokenizer that made the ids
     packed.json   what the corpus contains and how it was made (PackSummary)
 
-A first pass reads, splits and tokenises the documents. It writes int32 tokens to one scratch file
+A first pass reads, splits and tokenizes the documents. It writes int32 tokens to one scratch file
 and hashed words to another, which training/overlap.py searches for overlaps. The place of each
 token in the rows then follows from the document lengths alone (training/packing.py), and a second
 pass copies the tokens into shards. Memory use stays at a few megabytes, whatever the size of the

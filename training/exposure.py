@@ -1,4 +1,4 @@
-"""The effective context of targets, and loss weights that favor long contexts.
+"""The effective context of targets, and loss weights that favour long contexts.
 
 In packed rows with isolated documents, the effective context of a target is the number of tokens of
 its own document before it in the row. Even in long rows, most effective contexts are short. EXACT

@@ -163,8 +163,8 @@ def write_gguf(folder: Path, target: Path, kind: GgufType, *, facts: Facts) -> N
     _add_shape(writer, config)
     _add_rope(writer, config)
     _add_tokenizer(writer, folder, config, tokenizer)
-    for name, values, quantised in _tensors(folder, config, kind):
-        writer.add_tensor(name, _packed(name, values, quantised), raw_dtype=quantised)
+    for name, values, quantized in _tensors(folder, config, kind):
+        writer.add_tensor(name, _packed(name, values, quantized), raw_dtype=quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -299,14 +299,14 @@ def _pairs_together(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
 
 
-def _packed(name: str, values: np.ndarray, quantised: Any) -> np.ndarray:
+def _packed(name: str, values: np.ndarray, quantized: Any) -> np.ndarray:
     import gguf
 
     limit = np.finfo(np.float16).max
     # q8_0 stores scales in float16: the largest number of a block divided by 127
-    if quantised != gguf.GGMLQuantizationType.F32 and not np.abs(values).max() <= limit:
+    if quantized != gguf.GGMLQuantizationType.F32 and not np.abs(values).max() <= limit:
         raise ValueError(f"{name} has numbers beyond {limit:g}, which float16 cannot hold: release safetensors alone")
-    return gguf.quants.quantize(values, quantised)
+    return gguf.quants.quantize(values, quantized)
 
 
 def _compare(folder: Path, target: Path, config: Mapping[str, Any], kind: GgufType) -> None:
@@ -314,16 +314,16 @@ def _compare(folder: Path, target: Path, config: Mapping[str, Any], kind: GgufTy
     import gguf
 
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
-    for name, values, quantised in _tensors(folder, config, kind):
+    for name, values, quantized in _tensors(folder, config, kind):
         tensor = found.pop(name, None)
-        if tensor is None or tensor.tensor_type != quantised or [*reversed(tensor.shape)] != [*values.shape]:
+        if tensor is None or tensor.tensor_type != quantized or [*reversed(tensor.shape)] != [*values.shape]:
             raise RuntimeError(f"{target}: {name} is missing, or its type or shape differs from what was written")
-        error = float(np.abs(gguf.quants.dequantize(tensor.data, quantised) - values).max())
+        error = float(np.abs(gguf.quants.dequantize(tensor.data, quantized) - values).max())
         allowed = {
             gguf.GGMLQuantizationType.F32: 0.0,
             gguf.GGMLQuantizationType.F16: 2.0**-11,  # half a unit in the last of 11 bits
             gguf.GGMLQuantizationType.Q8_0: 1 / 254 + 2.0**-10,  # half of one of 127 steps, and the scale's rounding
-        }[quantised]
+        }[quantized]
         # 2**-25 is half of float16's smallest step, for numbers near 0
         if not error <= allowed * float(np.abs(values).max()) + 2.0**-25:
             raise RuntimeError(f"{target}: {name} differs by {error:.2g} from the weights")

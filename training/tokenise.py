@@ -135,7 +135,7 @@ class Encoder:
             rest = rest[start:]
             if most is not None and len(rest) > most + chars:
                 raise ValueError(
-                    f"more than max_piece_chars {most:,} characters would have to be tokenised at once, because this "
+                    f"more than max_piece_chars {most:,} characters would have to be tokenized at once, because this "
                     f"tokenizer allows no cut in them: split the text, leave it out, or raise the limit"
                 )
         if rest:

@@ -56,7 +56,7 @@ def measure(trial: dict[str, Any]) -> dict[str, Any]:
     """Train as described by a Trial and return the measurements for a CostCell.
 
     Rank 0 returns the measurements. Other ranks return {}. If memory is short, every rank returns
-    the reason as `left_out`. Every rank calls this, with an initialised process group. The first
+    the reason as `left_out`. Every rank calls this, with an initialized process group. The first
     step is a warm-up and not measured.
     """
     asked = Trial.model_validate(trial)
