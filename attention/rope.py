@@ -63,26 +63,9 @@ def stretched_config(
         raise ValueError(f"unknown rope type {type!r}: use one of {', '.join(TYPES)}")
     whole = copy.deepcopy(config)
     config = whole.get_text_config(decoder=True)  # the same object, except for models that also see images
-    rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
-    if rope is None and type != "none":
-        raise ValueError(f"{config.model_type} has no RoPE: it cannot be stretched")
-    if rope is None or "rope_theta" not in rope:
-        raise ValueError(
-            f"{config.model_type} has no single set of RoPE parameters ({', '.join(sorted(rope or ['none']))}): "
-            f"it cannot be stretched"
-        )
-    if rope.get("rope_type", "default") != "default" and type != "none":
-        raise ValueError(f"the model's RoPE is {rope['rope_type']!r} already: stretch the model it was made from")
-    if factor < 1:
-        raise ValueError(f"rope factor is {factor:g}, but must be at least 1")
-    if type == "theta" and theta is None:
-        raise ValueError("rope type 'theta' needs theta: set it, or use another type")
-    if type != "theta" and theta is not None:
-        raise ValueError(f"rope type {type!r} with theta {theta:g}: leave theta out, or use type 'theta'")
+    rope = _checked_parameters(config, type, factor, theta)
     if type == "none":
         return whole
-    if rope["rope_theta"] is None:
-        raise ValueError(f"{config.model_type} has no rope_theta in its config.json: add it there")
     if getattr(config, "head_dim", 0) is None:  # as in Mixtral, where transformers' own YaRN then fails
         config.head_dim = config.hidden_size // config.num_attention_heads
     trained = config.max_position_embeddings
@@ -110,6 +93,29 @@ def stretched_config(
         why = str(error).splitlines()[-1].strip()
         raise ValueError(f"{config.model_type} does not support rope type {type!r} ({why}): use 'theta'") from error
     return whole
+
+
+def _checked_parameters(config: PretrainedConfig, type: str, factor: float, theta: float | None) -> dict[str, Any]:
+    """Return the config's `rope_parameters`. ValueError if they cannot be stretched in this way."""
+    rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
+    if rope is None and type != "none":
+        raise ValueError(f"{config.model_type} has no RoPE: it cannot be stretched")
+    if rope is None or "rope_theta" not in rope:
+        raise ValueError(
+            f"{config.model_type} has no single set of RoPE parameters ({', '.join(sorted(rope or ['none']))}): "
+            f"it cannot be stretched"
+        )
+    if rope.get("rope_type", "default") != "default" and type != "none":
+        raise ValueError(f"the model's RoPE is {rope['rope_type']!r} already: stretch the model it was made from")
+    if factor < 1:
+        raise ValueError(f"rope factor is {factor:g}, but must be at least 1")
+    if type == "theta" and theta is None:
+        raise ValueError("rope type 'theta' needs theta: set it, or use another type")
+    if type != "theta" and theta is not None:
+        raise ValueError(f"rope type {type!r} with theta {theta:g}: leave theta out, or use type 'theta'")
+    if type != "none" and rope["rope_theta"] is None:
+        raise ValueError(f"{config.model_type} has no rope_theta in its config.json: add it there")
+    return rope
 
 
 def check_stretched(model: PreTrainedModel) -> None:
