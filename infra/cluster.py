@@ -59,8 +59,9 @@ def connected(
     with contextlib.ExitStack() as stack:
         if address is None:
             stack.enter_context(_short_temporary_folder())
-            # Ray's dashboard starts Python in the current folder, and would import a user's `queue.py` as Python's
-            stack.enter_context(unittest.mock.patch.dict(os.environ, PYTHONSAFEPATH="1"))
+            if "PYTHONSAFEPATH" not in os.environ:  # Ray's dashboard would import a user's `queue.py` as Python's
+                os.environ["PYTHONSAFEPATH"] = "1"
+                stack.callback(os.environ.pop, "PYTHONSAFEPATH", None)
         if address is None and workers_import:
             os.environ[ADDRESS] = stack.enter_context(fork_server(workers_import))
             stack.callback(os.environ.pop, ADDRESS)

@@ -347,6 +347,10 @@ def test_a_stage_reserves_the_memory_of_all_its_ranks_or_of_one_evaluation(
     assert held["pack"] == held["report"] == cost.PROCESS_GIB
     assert 11 < held["finetune[full]"] < 15, "11.9 GiB were measured"
     assert held["pretrain[no-sink]"] < 2.5
+    assert held["merge[longlora]"] == pytest.approx(1.65, abs=0.02), "two times 135 M weights of 4 bytes"
+    long_ce = load("quickstart", ["finetune.arms.longlora.objective=long_ce"]).recipe
+    (gains,) = [stage for stage in build(long_ce) if stage.name == "gains"]
+    assert 1.1 < memory_gib(store, gains, recipe.resources) < 1.5
     # 135 M weights of 4 bytes, and 12,288 tokens of 83 KB in a layer's activations and all keys and values
     assert held["evaluate[longlora,gain]"] == pytest.approx(1.87, abs=0.02)
     assert held["evaluate[base,passkey]"] < held["evaluate[base,gain]"] < held["evaluate[longlora,gain]"]
