@@ -19,7 +19,10 @@ def usable_cores() -> int:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, container_cores() or cores))
+    limit = container_cores()
+    if limit is not None:
+        cores = min(cores, limit)
+    return max(1, cores)
 
 
 def container_cores() -> int | None:

@@ -10,6 +10,7 @@ unreachable), 129 closed terminal, 130 Ctrl-C, 143 SIGTERM.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -65,6 +66,20 @@ app.add_typer(config, name="config")
 app.add_typer(cluster_cli.app)
 
 
+READABLE = "choose a path that you can read and write"
+PLACES = {
+    errno.EACCES: READABLE,
+    errno.EPERM: READABLE,
+    errno.ENOTDIR: READABLE,
+    errno.EISDIR: READABLE,
+    errno.EROFS: READABLE,
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "remove the link that leads to itself",
+    errno.ENOSPC: "free space there, and run the same command again",
+}
+"""What to do about errors of paths that a user chose, by number."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
@@ -85,12 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
     except LeaseLost as error:
         print(error, file=sys.stderr)
         sys.exit(TRY_LATER)
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:  # paths that a user chose
-        if os.environ.get("LONGREACH_DEBUG") == "1":
+    except OSError as error:
+        if error.errno not in PLACES or os.environ.get("LONGREACH_DEBUG") == "1":
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"{what}: choose a path that you can read and write", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        print(f"{what}: {PLACES[error.errno]}", file=sys.stderr)
+        sys.exit(FAILED if error.errno == errno.ENOSPC else BAD_INPUT)
     except ValueError as error:
         from longreach.infra.registry import RegistryAway
 
@@ -395,7 +410,7 @@ def report(
         manifest = by_prefix(store, recipe)
     if manifest is None:
         store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
-        manifest = newest_report(store, fingerprints)
+        manifest = newest_report(store, fingerprints, recipe=load(recipe, overrides).recipe.name if recipe else None)
     if manifest is None:
         command = load(recipe, overrides).command if recipe else "longreach run quickstart"
         print(f"no report yet; make one with: {command}", file=sys.stderr)
@@ -620,7 +635,7 @@ def init(
     from longreach.pipelines.recipe import SAFE_NAME
 
     if not SAFE_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is used in file names: use only lower-case letters, digits and . _ + -")
+        raise ValueError(f"{name!r} is used in file names: use at most 100 lower-case letters, digits and . _ + -")
     target = Path(f"{name}.yaml")
     if documents:
         if source:

@@ -273,7 +273,8 @@ def this_node(resources: Resources) -> dict[str, float]:
 
     Ray respects a container's CPU limit, but not this process's CPU affinity.
     """
-    cpus = container_cores() or os.cpu_count() or 1
+    limit = container_cores()
+    cpus = (os.cpu_count() or 1) if limit is None else limit
     gpus = 0
     if resources.gpus_per_worker and shutil.which("nvidia-smi"):  # comes with the driver, as in training/probe.py
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)

@@ -181,6 +181,11 @@ class PromoteRecipe(Choices):
             message = f"{self.effective_length} is more than the maximum of"
             message += f" evaluate.{keys}.lengths {list(key_lengths)}"
             yield ("promote", "effective_length"), f"{message}: add a greater length, or lower it"
+        trained = recipe.trained_length()
+        if self.base_ratio is not None and lengths and trained and min(lengths) > trained:
+            message = f"no length of evaluate.{ratios}.lengths {list(lengths)} is within the {trained:,} tokens that "
+            message += "the base was trained to: add one, or set promote.base_ratio to null"
+            yield ("promote", "base_ratio"), message
         gains = MEASURED_BY["gain_over_base"]
         gain_lengths = lengths_of(recipe, gains)
         gain_rules = self._gain_rules(recipe)

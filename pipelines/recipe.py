@@ -38,7 +38,7 @@ from longreach.training.recipe import (
     VariantRecipe,
 )
 
-SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")  # for names that are used as folder and file names
+SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]{0,99}")  # for names that are used as folder and file names
 
 
 class _Evaluations(Choices):
@@ -106,7 +106,7 @@ class Recipe(Choices):
     """A whole pipeline: documents, rows, arms, evaluations and resources."""
 
     name: str = Field(pattern=rf"^{SAFE_NAME.pattern}$")
-    """Name of the pipeline run: lower-case letters, digits and . _ + -."""
+    """Name of the pipeline run: at most 100 lower-case letters, digits and . _ + -."""
     experiment: str = Field(default="longreach", min_length=1)
     """Name of the MLflow experiment."""
     seed: Seed = 0
@@ -233,7 +233,7 @@ class Recipe(Choices):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = [*self._name_problems(), *self._base_problems(), *self._parallel_problems()]
-        problems += [*self._variant_problems(), *self._evaluation_problems()]
+        problems += [*self._variant_problems(), *self._evaluation_problems(), *self._validation_problems()]
         for section in (self.costs, self.promote, self.release):
             if section:
                 problems += section.problems(self)
@@ -246,7 +246,7 @@ class Recipe(Choices):
         in_metrics: dict[str, str] = {}
         for section, name in self.models():
             if not SAFE_NAME.fullmatch(name):
-                message = "names a folder: use only lower-case letters, digits and . _ + -"
+                message = "names a folder: use at most 100 lower-case letters, digits and . _ + -"
                 yield (*section, name), message
             if name in sections:
                 taken = f"{dotted(sections[name])}.{name}"
@@ -260,6 +260,8 @@ class Recipe(Choices):
 
     def _base_problems(self) -> Iterator[tuple[Location, str]]:
         arm = self.base.pretrained_arm
+        if not self.base.source:
+            yield ("base", "source"), "is empty: name a folder, or package:, hub: or models: and a name"
         if arm is None:
             return
         arms = self.pretrained_arms()
@@ -275,6 +277,12 @@ class Recipe(Choices):
         elif arms[arm].sink == "token":
             message = "has a sink token, which finetune does not put into its rows: choose an arm without one"
             yield place, f"{self.base.source!r} {message}"
+
+    def _validation_problems(self) -> Iterator[tuple[Location, str]]:
+        for name, section in (("finetune", self.finetune), ("pretrain", self.pretrain)):
+            if section and section.validate_every_steps and not self.corpus.validation:
+                message = f"{section.validate_every_steps} needs validation documents, but corpus.validation is empty: "
+                yield (name, "validate_every_steps"), f"{message}name some there, or set it to 0"
 
     def _parallel_problems(self) -> Iterator[tuple[Location, str]]:
         ranks = self.resources.sequence_parallel

@@ -58,23 +58,31 @@ def status(store: Store, only: Collection[str] | None = None, *, recipe: str | N
     return Status(holders, unfinished, sorted(published, key=lambda manifest: manifest["published_at"]))
 
 
-def newest_report(store: Store, only: Collection[str] | None = None) -> dict[str, Any] | None:
+def newest_report(
+    store: Store, only: Collection[str] | None = None, *, recipe: str | None = None
+) -> dict[str, Any] | None:
     """Return the manifest of the newest report, or None if there is none.
 
     Args:
         only: A recipe's fingerprints. Consider only reports on these stages, or on those of them
             that did not fail.
+        recipe: The name of that recipe.
     """
-    reports = [manifest for manifest in store.manifests("report") if only is None or _is_of(manifest, {*only})]
+    reports = []
+    for manifest in store.manifests("report"):
+        if only is None or _is_of(manifest, {*only}, recipe):
+            reports.append(manifest)
     return max(reports, key=lambda manifest: manifest["published_at"], default=None)
 
 
-def _is_of(report: dict[str, Any], fingerprints: set[str]) -> bool:
-    """Whether a manifest is a report on these stages, or on those of them that did not fail."""
+def _is_of(report: dict[str, Any], fingerprints: set[str], recipe: str | None) -> bool:
+    """Return whether a manifest is a report on these stages, or one of the recipe on those of them
+    that did not fail."""
     if report["fingerprint"] in fingerprints:
         return True
     identity = report["identity"]
-    return bool(identity["recipe"].get("failed")) and {*identity["inputs"].values()} <= fingerprints
+    of_recipe = identity["recipe"].get("failed") and identity["recipe"]["name"] == recipe
+    return bool(of_recipe) and {*identity["inputs"].values()} <= fingerprints
 
 
 def _attempts(store: Store, published: set[str]) -> list[Unfinished]:

@@ -28,6 +28,8 @@ from longreach.infra.versions import git_commit, versions
 from longreach.pipelines.artifacts import HeldOutDocuments
 from longreach.pipelines.kind import StageRun
 from longreach.pipelines.stage import Stage
+from longreach.training.convert import source_digest as model_digest
+from longreach.training.recipe import BaseRecipe
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,19 @@ def _call(task: Task, run: StageRun, artifacts: dict[str, Artifact]) -> dict[str
     stage = task.stage
     context = {"recipe": stage.recipe, "resources": task.resources, "out": run.attempt.out, "run": run}
     summary = stage.kind(**stage.kind.arguments(artifacts, **context))
+    if isinstance(stage.recipe, BaseRecipe):
+        _check_unchanged(stage.recipe.source, stage.digests.get("source"))
     if not stage.kind.gives(HeldOutDocuments) or "documents" not in stage.digests:
         return summary
     if summary["source_digest"] != stage.digests["documents"]:
         raise ValueError("the corpus' documents changed during the run: run again to use the current documents")
     return summary
+
+
+def _check_unchanged(source: str, digest: str | None) -> None:
+    """Raise ValueError if a base's folder is no longer what it was when the run was planned."""
+    if digest and Path(source).is_dir() and model_digest(source) != digest:
+        raise ValueError(f"{source} changed during the run: run again to use the current model")
 
 
 def _record(task: Task, artifacts: dict[str, Artifact], summary: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -495,11 +495,11 @@ def test_the_mirror_does_not_inherit_the_registrys_patience_but_the_users(monkey
     """A repeated "create run" would make two: in the mirror only its own loop repeats."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(tmp_path))
-    for name in registry.PATIENCE:
+    for name in registry.CLIENT_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     registry.connect()
-    assert os.environ.items() >= registry.PATIENCE.items()
-    assert not registry.PATIENCE.keys() & _environment().keys()
+    assert os.environ.items() >= registry.CLIENT_SETTINGS.items()
+    assert not registry.CLIENT_SETTINGS.keys() & _environment().keys()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
     assert _environment()["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from longreach.pipelines.foresee import Forecast
 from longreach.pipelines.graph import build
 from longreach.pipelines.plan import open_store, use_tracking
 from longreach.pipelines.reader import load, names
+from longreach.pipelines.status import newest_report
 
 GATE = "promote={model: longlora, name: m, perplexity_ratio: null, base_ratio: null}"
 HEAVY = {"torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "peft", "altair", "jinja2"}
@@ -247,6 +249,44 @@ def test_what_only_reads_the_store_needs_no_registry(
     code, out, err = longreach(capsys, "status", "quickstart", "--set", choices[0], "--set", choices[1])
     assert (code, report.fingerprint[:8] in out) == (0, True)
     assert err.endswith("500, no connection to its database; the gate's stages are left out\n")
+
+
+def test_a_report_of_which_all_stages_failed_is_only_its_own_recipes(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for name in ("broken", "other"):
+        attempt = store.new_attempt("report", name)
+        (attempt.out / "report.html").write_text("<html>")
+        identity = {"recipe": {"name": name, "failed": {"convert": "no such folder"}}, "inputs": {}}
+        record = {"label": "report", "identity": identity, "published_at": "2026-01-01T00:00:00+00:00"}
+        store.publish(attempt, record)
+    found = newest_report(store, {"a stage of broken"}, recipe="broken")
+    assert found is not None
+    assert found["fingerprint"] == "broken"
+    assert newest_report(store, {"a stage"}, recipe="quickstart") is None
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "advice"),
+    [
+        (errno.EROFS, 2, "choose a path that you can read and write"),
+        (errno.ENAMETOOLONG, 2, "use a shorter name"),
+        (errno.ENOSPC, 1, "free space there, and run the same command again"),
+    ],
+)
+def test_what_a_file_system_refuses_is_one_line_with_the_place(
+    capsys: pytest.CaptureFixture[str],
+    runner: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    advice: str,
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number), "/store/x")
+
+    monkeypatch.setattr("longreach.pipelines.run.run", fails)
+    got, _, err = longreach(capsys, "run", "quickstart")
+    assert (got, err.splitlines()[-1]) == (code, f"/store/x: {os.strerror(number)}: {advice}")
 
 
 def test_a_base_behind_an_alias_of_a_registry_that_is_away_is_exit_75(

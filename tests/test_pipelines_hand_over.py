@@ -8,7 +8,6 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
-import typer
 from test_training_to_gguf import tiny
 from toy_models import tiny_folder
 from transformers import AutoTokenizer
@@ -243,14 +242,24 @@ def test_a_hub_that_is_away_ends_in_exit_code_1_and_says_how_to_push_later(tmp_p
     assert said.endswith(f"; to retry: longreach push {tmp_path / 'mine.yaml'}\n")
 
 
-def test_the_hint_after_a_failed_push_has_the_choices_of_the_run(tmp_path, bases, hub, released, capsys):
+def test_the_hint_after_a_failed_push_has_the_choices_of_the_run(tmp_path, bases, hub, released):
     hub.shutdown()
     hub.server_close()
     loaded = load(written(tmp_path, bases), ["release.push=hub:owner/name", "release.push_arm=lora"])
-    with pytest.raises(typer.Exit):
-        console.push_release(loaded)
-    later = capsys.readouterr().err.partition("; to retry: longreach push ")[2].split()
+    problem = console.push_release(loaded)
+    later = problem.partition("; to retry: longreach push ")[2].split()
     assert load(later[0], [word for word in later[1:] if word != "--set"]).recipe == loaded.recipe
+
+
+def test_a_failed_push_is_a_failure_for_the_webhook(monkeypatch):
+    posted = []
+    monkeypatch.setattr(console, "_post", lambda *arguments: posted.append(arguments))
+    outcome = RunOutcome(ran=["release[lora]"])
+    console._post_outcome("http://hook", outcome, "mine", None, "hub:owner/name was not pushed: 403")
+    ((url, ending, recipe, facts),) = posted
+    assert (url, ending, recipe) == ("http://hook", "failure", "mine")
+    assert facts["failed"] == {"push": "hub:owner/name was not pushed: 403"}
+    assert outcome.failed == {}
 
 
 GATED = """

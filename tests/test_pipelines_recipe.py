@@ -394,8 +394,14 @@ def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: 
         ("evaluate.perplexity.models=[ful]", "evaluate.perplexity.models: no model 'ful'; did you mean full?"),
         ("evaluate.perplexity.models=[x]", "evaluate.perplexity.models: no model 'x'; the recipe has: base, stretched, "
          "full, long.1"),
-        ("baselines.Base={}", "baselines.Base: names a folder: use only lower-case letters, digits and . _ + -"),
-        ("baselines={../up: {}}", "baselines.../up: names a folder: use only lower-case letters, digits and . _ + -"),
+        ("baselines.Base={}", "baselines.Base: names a folder: use at most 100 lower-case letters, digits and . _ + -"),
+        ("base.source=''", "base.source: is empty: name a folder, or package:, hub: or models: and a name"),
+        (f"baselines.{'a' * 101}={{}}", f"baselines.{'a' * 101}: names a folder: use at most 100 lower-case letters, "
+         "digits and . _ + -"),
+        ("finetune.validate_every_steps=2", "finetune.validate_every_steps: 2 needs validation documents, but "
+         "corpus.validation is empty: name some there, or set it to 0"),
+        ("baselines={../up: {}}", "baselines.../up: names a folder: use at most 100 lower-case letters, digits and "
+         ". _ + -"),
         ("corpus.test=[]", "corpus.test: is empty, but evaluate.perplexity measures held-out documents: name some "
          "here"),
         ("experiment=", "experiment: should be a valid string, got nothing"),

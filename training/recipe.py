@@ -134,7 +134,7 @@ class GeneratedRecipe(Choices):
     rule: Literal["bigram_backcopy"] = "bigram_backcopy"
     """bigram_backcopy: each symbol is drawn from a random bigram table, except that a trigger is
     followed by a copy of the symbol before it (2410.13835)."""
-    documents: int = Field(ge=1)
+    documents: int = Field(ge=1, le=1_000_000)
     """Number of documents, named RULE-TOKENS-NUMBER."""
     tokens: int = Field(ge=3)
     """Symbols in each document, including `^`; with vocab_size 257 each symbol is one token."""
