@@ -400,6 +400,9 @@ def test_a_field_written_twice_is_a_mistake_even_where_all_else_is_valid(small: 
          "digits and . _ + -"),
         ("finetune.validate_every_steps=2", "finetune.validate_every_steps: 2 needs validation documents, but "
          "corpus.validation is empty: name some there, or set it to 0"),
+        ("finetune.weight_decay=100000", "finetune: weight_decay 100000 times learning_rate 2e-05 is 2, so a step "
+         "would remove every weight: lower one"),
+        ("corpus.sources.0.weight=2e3", "corpus.sources.0.weight: should be less than or equal to 1000, got 2000.0"),
         ("baselines={../up: {}}", "baselines.../up: names a folder: use at most 100 lower-case letters, digits and "
          ". _ + -"),
         ("corpus.test=[]", "corpus.test: is empty, but evaluate.perplexity measures held-out documents: name some "

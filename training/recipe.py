@@ -236,7 +236,7 @@ class SourceRecipe(Choices):
     file's size and more than 16 MiB."""
     name_field: str | None = None
     """Column or JSON key that names a document. Without it, documents are named `file:line`."""
-    weight: New[float] = Field(default=1.0, gt=0)
+    weight: New[float] = Field(default=1.0, gt=0, le=1000)
     """How often the source's training documents occur in the rows. 2: twice; 0.25: a quarter of
     their tokens, as whole documents drawn with corpus.seed; 1.5: all of them, and half of them
     again."""
@@ -629,6 +629,11 @@ class OptimRecipe(Choices):
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} and wsd's {self.decay_steps} decay steps are more than "
                 f"steps {self.steps}: lower warmup_steps or decay_fraction"
+            )
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} times learning_rate {self.learning_rate:g} is "
+                f"{self.learning_rate * self.weight_decay:g}, so a step would remove every weight: lower one"
             )
         if self.result == "best" and not self.validate_every_steps:
             raise ValueError("result 'best' needs a validation loss: set validate_every_steps, or use result 'last'")
