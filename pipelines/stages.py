@@ -111,7 +111,9 @@ def pack(base: TokenizerFolder, *, recipe: PackStageRecipe, out: Path, run: Stag
     from longreach.training.documents import known_names
 
     tokenizer = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
-    total = len(known_names(recipe.corpus, Path.cwd()) or ())  # 0 if unknown until all are read
+    total = 0  # unknown until all are read
+    if not any(source.repositories for source in recipe.corpus.sources):  # a long one becomes several documents
+        total = len(known_names(recipe.corpus, Path.cwd()) or ())
     packed = pack_corpus(
         recipe.corpus, recipe.pack, tokenizer, out,
         base_dir=Path.cwd(), workers=_ray_cpus(), progress=_progress(run, total),

@@ -30,7 +30,7 @@ from longreach.training import generated, questions
 from longreach.training.chats import FORMS, TEXT, Conversation, conversation_of, form_of
 from longreach.training.readers import Malformed, Record, kind_of, problem_of_text, read_records, text_blocks
 from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, QuestionsRecipe, SourceRecipe
-from longreach.training.repositories import Unreadable, find_repositories, path_fits, read_pieces
+from longreach.training.repositories import Unreadable, find_repositories, path_fits, read_pieces, repository_names
 
 TEXTS = (".txt", ".md")
 """Suffixes of files that are one document each."""
@@ -256,7 +256,7 @@ def known_names(corpus: CorpusRecipe, base_dir: Path | str = ".") -> list[str] |
         if source.questions or _dataset(source, Path(base_dir)) is not None:
             return None
         if source.repositories:
-            names += [repository.name for repository in find_repositories(source, Path(base_dir))]
+            names += repository_names(source, Path(base_dir))
         if source.generated is not None:
             names += generated.names(source.generated)
         for file in files:

@@ -74,6 +74,14 @@ def find_repositories(source: SourceRecipe, base_dir: Path) -> list[Repository]:
     return list(found.values())
 
 
+def repository_names(source: SourceRecipe, base_dir: Path) -> list[str]:
+    """Return the names of a source's repositories without looking for their files.
+
+    ValueError: a package is not installed, or an entry matches no folder.
+    """
+    return [name for entry in source.repositories for name, _ in _folders(entry, base_dir)]
+
+
 def read_pieces(repository: Repository, max_chars: int) -> Iterator[Piece | Unreadable]:
     """Yield a repository's text in pieces, cut before a file that would exceed `max_chars`.
 
