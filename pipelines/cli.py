@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character outside the terminal's encoding is not an error
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # nor are bytes that are no text
+        sys.stdin.reconfigure(errors="replace")
     try:
         app(arguments)
     except ClusterNotStarted as error:
@@ -408,6 +410,8 @@ def report(
 
         store = Store(root).checked()
         manifest = by_prefix(store, recipe)
+        if manifest is None and not Path(recipe).exists():
+            raise ValueError(f"no report in {root} has a fingerprint that begins with {recipe}: see longreach status")
     if manifest is None:
         store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
         manifest = newest_report(store, fingerprints, recipe=load(recipe, overrides).recipe.name if recipe else None)

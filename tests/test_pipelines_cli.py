@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -263,6 +264,14 @@ def test_a_report_of_which_all_stages_failed_is_only_its_own_recipes(tmp_path: P
     assert found is not None
     assert found["fingerprint"] == "broken"
     assert newest_report(store, {"a stage"}, recipe="quickstart") is None
+
+
+def test_bytes_that_are_no_text_on_standard_input_are_replaced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert longreach(capsys, "--version")[0] == 0
+    assert sys.stdin.readline() == "caf\ufffd\n"
 
 
 @pytest.mark.parametrize(
@@ -696,6 +705,7 @@ def test_verify_attention_refuses_a_recipe_in_which_there_is_nothing_to_check(
         ("sync", "--timeout", "inf"),
         ("sync", "--timeout", "-1"),
         ("gc", "--days", "nan"),
+        ("report", "000000"),
         ("schedule", "quickstart", "--cron", "0 3 * * 1", "--to", "airflow"),
         ("init", "mine", "--documents", ""),
         ("init", "mine", "--documents", "file", "--base", ""),
