@@ -8,6 +8,7 @@ Manifests decide: a stage is done if its fingerprint is published and its files 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -88,6 +89,8 @@ def check_rules(recipe: Recipe, *, cluster: str = "", driver_here: bool = True) 
         uri = tracking_uri(uri, recipe.store.workdir)
     if cluster:
         _check_registry(recipe, cluster, uri)
+    elif driver_here and "harness" in recipe.evaluate.chosen() and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("evaluate.harness: lm-evaluation-harness is not installed: pip install 'longreach[eval]'")
     if driver_here:
         check_token(recipe)
     else:

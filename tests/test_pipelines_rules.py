@@ -1,5 +1,7 @@
 """What `run` refuses before it starts is refused by all that plan, send or schedule a run, in the same words."""
 
+import importlib.util
+
 import pytest
 
 from longreach.pipelines.cli import main
@@ -71,3 +73,11 @@ def test_a_base_that_cannot_become_gguf_is_refused_for_a_cluster(command, capsys
     if command[0] in ("schedule", "submit"):
         options += S3[:2]
     assert "cannot be written as GGUF" in refusal(capsys, command, *options)
+
+
+@pytest.mark.parametrize("command", HERE.values(), ids=HERE)
+def test_a_harness_that_is_not_installed_is_told_before_the_run(command, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *at: None if name == "lm_eval" else find(name, *at))
+    said = refusal(capsys, command, "--set", "evaluate.harness={tasks: [longbench_qasper]}")
+    assert said.startswith("evaluate.harness: lm-evaluation-harness is not installed: pip install 'longreach[eval]'")
