@@ -20,9 +20,9 @@ A step costs the same at any text length for these reasons:
     So token 4 sees the sink 0, its window 2 and 3, and itself. It replaced token 1, the oldest.
   - RoPE is relative, so recent keys are already at their true distance. Only the sinks, of which an
     unchanged copy is kept, are rotated further, by the number of evicted tokens.
-  - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position CORRECTED_FROM on,
-    the known rounding of each angle is removed from query and key, so that the millionth token
-    decodes like the thousandth. (It is known if positions count a row's tokens from 0 without
+  - transformers' float32 angles are off by 4e-3 radians at position 100,000. From position
+    CORRECTED_FROM on, the known rounding of each angle is removed from query and key, so that the
+    millionth token decodes like the thousandth. (It is known if positions count a row's tokens from 0 without
     padding, as in `generate`.)
 
 A forward pass over several tokens (a prompt or a chunk of one, of any length) gives the same result as

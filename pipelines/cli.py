@@ -53,6 +53,7 @@ from longreach.pipelines.console import (
 if TYPE_CHECKING:
     from longreach.infra.artifact import Store
     from longreach.pipelines.gc import Candidate
+    from longreach.pipelines.reader import Loaded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -315,8 +316,9 @@ def status(recipe: OptionalRecipe = None, overrides: Overrides = None, root: Roo
     """Show active runs, unfinished stages and published artifacts."""
     from longreach.pipelines.status import status
 
-    store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
-    now = status(store, fingerprints, recipe=load(recipe, overrides).recipe.name if recipe else None)
+    loaded = load(recipe, overrides) if recipe else None
+    store, fingerprints = _store_and_fingerprints(loaded, root, only_shown=True)
+    now = status(store, fingerprints, recipe=loaded.recipe.name if loaded else None)
     for name, holder in now.holders.items():
         print(f"{name} is being run by {holder}")
     if now.unfinished:
@@ -365,7 +367,7 @@ def gc(
     named: list[str | None] = [*recipes] if recipes else [None]
     for recipe in named:
         uris.add(_tracking(recipe, None, workdir)[0])
-        _, fingerprints = _store_and_fingerprints(recipe, None, root)
+        _, fingerprints = _store_and_fingerprints(load(recipe) if recipe else None, root)
         kept |= fingerprints or set()
     for uri in sorted(uris):  # after the loop above, because a recipe without tracking.uri has the environment's
         os.environ["MLFLOW_TRACKING_URI"] = uri
@@ -413,12 +415,13 @@ def report(
         if manifest is None and not Path(recipe).exists():
             raise ValueError(f"no report in {root} has a fingerprint that begins with {recipe}: see longreach status")
     if manifest is None:
-        store, fingerprints = _store_and_fingerprints(recipe, overrides, root, only_shown=True)
-        manifest = newest_report(store, fingerprints, recipe=load(recipe, overrides).recipe.name if recipe else None)
-    if manifest is None:
-        command = load(recipe, overrides).command if recipe else "longreach run quickstart"
-        print(f"no report yet; make one with: {command}", file=sys.stderr)
-        raise typer.Exit(FAILED)
+        loaded = load(recipe, overrides) if recipe else None
+        store, fingerprints = _store_and_fingerprints(loaded, root, only_shown=True)
+        manifest = newest_report(store, fingerprints, recipe=loaded.recipe.name if loaded else None)
+        if manifest is None:
+            command = loaded.command if loaded else "longreach run quickstart"
+            print(f"no report yet; make one with: {command}", file=sys.stderr)
+            raise typer.Exit(FAILED)
     page = store.fetch("report", manifest["fingerprint"]).path / "report.html"
     print(page)
     if output_path:
@@ -708,7 +711,7 @@ def schema() -> None:
 
 
 def _store_and_fingerprints(
-    recipe: str | None, overrides: list[str] | None, root: str, *, only_shown: bool = False
+    loaded: Loaded | None, root: str, *, only_shown: bool = False
 ) -> tuple[Store, set[str] | None]:
     """Return a recipe's store and its stages' fingerprints; without a recipe, `root`'s store and
     None.
@@ -719,9 +722,8 @@ def _store_and_fingerprints(
     """
     from longreach.infra.artifact import Store
 
-    if recipe is None:
+    if loaded is None:
         return Store(root).checked(), None
-    loaded = load(recipe, overrides)
     from longreach.infra.registry import RegistryAway, check_login
     from longreach.pipelines.plan import open_store, plan, use_tracking
 

@@ -159,9 +159,9 @@ def memory_gib(store: Store, stage: Stage, resources: Resources) -> float:
     """
     if resources.gpus_per_worker:
         return PROCESS_GIB
-    if isinstance(stage.recipe, TrainingRecipe) and (shape := _shape(store, stage)):
-        return _cost(stage, stage.recipe, shape, resources).peak_gib
     recipe = stage.recipe
+    if isinstance(recipe, TrainingRecipe) and (shape := _shape(store, stage)):
+        return _cost(stage, recipe, shape, resources).peak_gib
     if not isinstance(recipe, EvaluateStageRecipe | GainsRecipe | MergeRecipe):
         return PROCESS_GIB
     shape = _shape_of_base(store, stage)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -183,9 +183,7 @@ class PromoteRecipe(Choices):
             yield ("promote", "effective_length"), f"{message}: add a greater length, or lower it"
         trained = recipe.trained_length()
         if self.base_ratio is not None and lengths and trained and min(lengths) > trained:
-            message = f"no length of evaluate.{ratios}.lengths {list(lengths)} is within the {trained:,} tokens that "
-            message += "the base was trained to: add one, or set promote.base_ratio to null"
-            yield ("promote", "base_ratio"), message
+            yield ("promote", "base_ratio"), _beyond_base(lengths, trained)
         gains = MEASURED_BY["gain_over_base"]
         gain_lengths = lengths_of(recipe, gains)
         gain_rules = self._gain_rules(recipe)
@@ -355,11 +353,8 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
             findings += _ratios("perplexity_ratio", ours, champion, reached, rules.perplexity_ratio, rules)
     if rules.base_ratio is not None and (base := rows.get(f"base_{ratio}")) is not None:
         trained = [length for length in lengths if length <= base_context]
-        if not trained:
-            raise ValueError(
-                f"promote.base_ratio: no length of evaluate.{ratio}.lengths {list(lengths)} is within the "
-                f"{base_context:,} tokens that the base was trained to: add one, or set promote.base_ratio to null"
-            )
+        if not trained:  # not known before the base was converted
+            raise ValueError(f"promote.base_ratio: {_beyond_base(lengths, base_context)}")
         findings += _ratios("base_ratio", ours, base, {*trained}, rules.base_ratio, rules)
     gains = MEASURED_BY["gain_over_base"]
     if (base := rows.get(f"base_{gains}")) is not None:
@@ -369,6 +364,15 @@ def decide(rules: PromoteRecipe, lengths: tuple[int, ...], base_context: int, **
             name = role.removeprefix(STRETCH).removesuffix(f"_{gains}")
             findings.append(_gain_over_stretch(rows[f"challenger_{gains}"], stretch, name, target, rules))
     return findings + _retrieval(rules, target, rows.get(f"challenger_{keys}", []))
+
+
+def _beyond_base(lengths: Sequence[int], trained: int) -> str:
+    """Return what is wrong if all measured lengths are beyond those that the base was trained to."""
+    field = f"evaluate.{MEASURED_BY['base_ratio']}.lengths"
+    return (
+        f"no length of {field} {list(lengths)} is within the {trained:,} tokens that the base was trained to: add one, "
+        "or set promote.base_ratio to null"
+    )
 
 
 def _retrieval(rules: PromoteRecipe, target: int, rows: Rows) -> list[Finding]:

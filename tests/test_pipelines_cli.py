@@ -18,7 +18,7 @@ import pytest
 
 from longreach.infra.artifact import Store
 from longreach.infra.doctor import Check
-from longreach.infra.errors import ClusterNotStarted
+from longreach.infra.errors import ClusterNotStarted, CorruptArtifact, LeaseLost
 from longreach.infra.lease import Lease, LeaseHeld
 from longreach.infra.mirror import SyncReport
 from longreach.infra.registry import RegistryAway
@@ -272,6 +272,29 @@ def test_bytes_that_are_no_text_on_standard_input_are_replaced(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert longreach(capsys, "--version")[0] == 0
     assert sys.stdin.readline() == "caf\ufffd\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (CorruptArtifact("f: missing"), 1, "f: missing: run the recipe again, which makes damaged stages anew"),
+        (LeaseLost("another run took over"), 75, "another run took over"),
+    ],
+)  # fmt: skip
+def test_damage_and_a_lost_lease_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    runner: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    line: str,
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("longreach.pipelines.run.run", fails)
+    got, _, err = longreach(capsys, "run", "quickstart")
+    assert (got, err.splitlines()[-1]) == (code, line)
 
 
 @pytest.mark.parametrize(

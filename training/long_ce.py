@@ -9,11 +9,12 @@ loss is multiplied by
 where p_long is its probability given all tokens of its own document before it in the row, and
 p_short given only the nearest tokens. The weighted sum is divided by the sum of the weights, not by
 the number of targets as in the paper, so that the scale of the loss does not grow with them. Adam
-mostly absorbs this difference; `clip_norm` does not. The paper computes both with the model in training, at every
-step. Here they are computed once, with the model that training starts from, stretched as the arm
-requires and with full causal attention. So arms with the same start share them, whatever their
-pattern, and a resumed training uses the same ones. In 2503.09202, frozen scores were as good as
-live ones.
+mostly absorbs this difference; `clip_norm` does not.
+
+The paper computes both probabilities with the model in training, at every step. Here they are
+computed once, with the model that training starts from, stretched as the arm requires and with full
+causal attention. So arms with the same start share them, whatever their pattern, and a resumed
+training uses the same ones. In 2503.09202, frozen scores were as good as live ones.
 
 The short context of a token has between half of `short_tokens` and `short_tokens` - 1 tokens. It
 comes from two passes over pieces of the row that overlap by half:

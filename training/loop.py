@@ -336,7 +336,8 @@ class Training:
 
     def _mfu(self, step: int, seconds: float) -> dict[str, float]:
         """Return the MFU: the step's FLOPs per second and rank over the measured matmul speed. Steps
-        with another pattern or other rows than the first have none, as their FLOPs were not counted."""
+        with another pattern than the first, or with rows cut by the curriculum, have none: their
+        FLOPs were not counted."""
         if self.machine is None or self.predicted is None:
             return {}
         if self._pattern_at(step) != self._pattern_at(0) or stage_of(self.job.arm.curriculum, step):
