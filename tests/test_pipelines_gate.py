@@ -200,6 +200,13 @@ def test_the_recipe_for_schedules_asks_for_gains_over_the_base_and_over_its_own_
     assert recipe.baselines["theta"] == recipe.finetune.rope
 
 
+def test_a_base_that_no_length_is_within_is_told_before_training():
+    overrides = ["evaluate.perplexity.lengths=[12288]", "promote.target_length=12288"]
+    message = r"promote\.base_ratio: no length of evaluate\.perplexity\.lengths \[12288\] is within the 8,192 tokens"
+    with pytest.raises(ValueError, match=message):
+        load("retrain", overrides)
+
+
 def test_an_arm_from_scratch_is_held_against_no_stretch_of_the_base():
     from_scratch = "{model: {hidden: 32, layers: 1, heads: 2, kv_heads: 2, context_length: 512}, pack: {seq_len: 512, "
     from_scratch += "method: concat, first_token: sink}, steps: 1, global_batch_tokens: 512, learning_rate: 1e-3, "

@@ -257,10 +257,11 @@ def test_steps_of_each_kind_count_with_the_median_of_their_kind(kinds, seconds, 
 def test_a_training_that_anneals_tells_its_kinds_of_steps_apart(tmp_path, monkeypatch):
     seen = []
     whole = throughput.summary
-    monkeypatch.setattr(throughput, "summary", lambda rows, kinds: seen.append(kinds) or whole(rows, kinds))
+    monkeypatch.setattr(throughput, "summary", lambda rows, kinds: seen.append((rows, kinds)) or whole(rows, kinds))
     attention = {"pattern": "shifted_sparse", "group_tokens": 8, "anneal_to": "causal", "anneal_fraction": 0.25}
     train(job(tmp_path, arm={"tune": "lora", "attention": attention}, optim={"steps": 4, "warmup_steps": 1}))
-    ((*sparse, last),) = seen
+    ((rows, (*sparse, last)),) = seen
+    assert ["mfu" in row for row in rows] == [True, True, True, False], "the FLOPs of the last step were not counted"
     assert len(sparse) == 3
     assert len({*sparse}) == 1
     assert last not in sparse
