@@ -81,6 +81,10 @@ def stretched_config(
         config.rope_parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if type != "dynamic":
         original = yarn.get("original_max_position_embeddings", trained)
+        if original > trained:
+            raise ValueError(
+                f"rope original_length {original:g} exceeds the {trained} positions of the model: lower it, or leave it out"
+            )
         config.max_position_embeddings = math.ceil(original * factor)
         if config.max_position_embeddings < trained:
             raise ValueError(
@@ -115,6 +119,10 @@ def _checked_parameters(config: PretrainedConfig, type: str, factor: float, thet
         raise ValueError(f"rope type {type!r} with theta {theta:g}: leave theta out, or use type 'theta'")
     if type != "none" and rope["rope_theta"] is None:
         raise ValueError(f"{config.model_type} has no rope_theta in its config.json: add it there")
+    if theta is not None and theta < rope["rope_theta"]:
+        raise ValueError(
+            f"rope theta {theta:g} is below the model's {rope['rope_theta']:g}, which shortens its context: raise it"
+        )
     return rope
 
 

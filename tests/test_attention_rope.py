@@ -90,6 +90,8 @@ def test_yarns_own_choices_are_those_of_the_formula():
         ValueError, match="original_length 16 with factor 2 gives 32 positions, fewer than the model's 64"
     ):
         stretched_config(small(), "yarn", 2.0, yarn={"original_max_position_embeddings": 16})
+    with pytest.raises(ValueError, match="original_length 100 exceeds the 64 positions of the model"):
+        stretched_config(small(), "yarn", 2.0, yarn={"original_max_position_embeddings": 100})
 
 
 def test_theta_changes_the_base_frequency_and_nothing_else():
@@ -157,6 +159,7 @@ def test_fixed_frequencies_are_those_of_one_length_whatever_is_read_and_in_which
         (small(), ("cubic", 2.0), "'cubic': use one of none, linear"),
         (small(), ("linear", 0.5), "rope factor is 0.5, but must be at least 1"),
         (small(), ("theta", 2.0), "rope type 'theta' needs theta"),
+        (small(), ("theta", 2.0, 100.0), "theta 100 is below the model's 10000"),
         (small(), ("yarn", 2.0, 1e6), "leave theta out, or use type 'theta'"),
         (stretched_config(small(), "linear", 2.0), ("yarn", 2.0), "'linear' already"),
         (GPT2Config(), ("linear", 2.0), "gpt2 has no RoPE"),

@@ -357,6 +357,19 @@ def test_a_remote_folder_and_a_remote_name_with_brackets_are_read_as_local_ones_
         read(tmp_path, files="memory://brackets/nothing/")
 
 
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("http://127.0.0.1:9/a.txt", "FileNotFoundError"),
+        ("nonsense://bucket/a.txt", "Protocol not known: nonsense"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_named(address, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{address} cannot be read .*{reason}.*: check the address"):
+        source_digest(CorpusRecipe(sources=(SourceRecipe(files=address),)))
+
+
 def test_objects_under_a_prefix_are_documents_and_only_changed_ones_are_fetched(s3_root, tmp_path, monkeypatch):
     import s3fs
 

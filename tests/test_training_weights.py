@@ -52,6 +52,13 @@ def test_tensors_that_are_missing_or_unknown_are_named(folder, tmp_path, change,
             refused()
 
 
+def test_a_folder_without_a_tokenizer_is_refused_when_it_is_converted(folder, tmp_path):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="model has no tokenizer: save the model's tokenizer there"):
+        convert(str(folder), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("choice", "says"),
     [

@@ -546,11 +546,22 @@ def _fetched(pattern: str) -> list[tuple[Path, Path]]:
 
 def _list_and_fetch(pattern: str) -> list[tuple[Path, Path]]:
     """Do what _fetched does, whatever was listed before."""
-    fs, place = fsspec.core.url_to_fs(pattern)
-    fs.invalidate_cache()
     cache = cache_folder()
     if cache is None:
         raise ValueError(f"{pattern}: there is no folder for copies of its files: set HOME or XDG_CACHE_HOME")
+    try:
+        return _copies(pattern, cache)
+    except Exception as error:  # each file system raises errors of its own library
+        raise ValueError(
+            f"{pattern} cannot be read ({type(error).__name__}: {error}): check the address, this machine's network and "
+            f"its credentials, and that the library for such addresses is installed"
+        ) from error
+
+
+def _copies(pattern: str, cache: Path) -> list[tuple[Path, Path]]:
+    """Return (path in the URL, copy in `cache`) for a URL's objects; fetch new and changed ones."""
+    fs, place = fsspec.core.url_to_fs(pattern)
+    fs.invalidate_cache()
     web = urlsplit(pattern).scheme in ("http", "https")
     exact = "*" not in pattern if web else fs.isfile(place)  # in a web URL, `?` begins a query
     if exact:  # its name may contain brackets

@@ -152,10 +152,9 @@ def check_finite(file: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ValueError if a folder's tokenizer cannot be read; a folder without a tokenizer
-    passes."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return
+    """Raise ValueError if a folder has no tokenizer, or one that cannot be read."""
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
+        raise ValueError(f"{folder} has no tokenizer: save the model's tokenizer there with save_pretrained")
     try:
         AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # several libraries may raise here, and tokenizers raises bare Exceptions
