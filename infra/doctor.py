@@ -160,7 +160,9 @@ def _remote_root(root: str) -> Check:
 
 def _writable(name: str, folder: Path, fix: str) -> Check:
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"longreach doctor")
+            file.flush()  # on a full disk, creating a file may still succeed
             return Check(name, True, f"{folder} is writable")
     except OSError as error:
         return Check(name, False, f"{folder} is not writable: {error.strerror}", fix)

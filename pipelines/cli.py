@@ -639,6 +639,7 @@ def init(
     ] = None,
 ) -> None:
     """Copy a recipe to edit, or write one for your documents, this machine and a time limit."""
+    from longreach.infra.files import draft_of, publish_new
     from longreach.pipelines.recipe import SAFE_NAME
 
     if not SAFE_NAME.fullmatch(name):
@@ -663,8 +664,8 @@ def init(
     if not replaced:
         raise ValueError(f"{path}: the recipe's name is not on a line of its own: write it there as `name: NAME`")
     try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(named)
+        with draft_of(target, publish=publish_new) as draft:
+            draft.write_text(named, encoding="utf-8")
     except FileExistsError:
         raise ValueError(f"{target} already exists and was not changed: choose another name") from None
     print(f"{target}: edit it, then run: longreach run {target}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longreach.infra.artifact import Store
+from longreach.infra.files import write_whole
 from longreach.infra.machine import GIB, usable_cores, usable_memory
 from longreach.infra.resources import Resources
 from longreach.pipelines.foresee import Speed, measured, tried
@@ -117,7 +118,7 @@ def written(name: str, base_source: str, places: list[str], *, minutes: float) -
         f"forecast: {fit.steps} steps of {fit.batch:,} tokens, {fit.step_s:.2g} s each, about {fit.peak_gib:.1f} GiB; "
         f"the whole run takes about {fit.seconds / 60:.0f} of {minutes:g} minutes",
     ]
-    target.write_text(recipe_text(name, base, documents, fit, facts), encoding="utf-8")
+    write_whole(target, recipe_text(name, base, documents, fit, facts))
     try:
         plan(load(target))  # e.g. chats with a base that has no chat template
     except ValueError:

@@ -13,6 +13,7 @@ signals, and infra/resources.py has the numbers of retries.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -623,11 +624,11 @@ def _report_on_the_rest(run: _Run) -> None:
     done = [stage for stage in whole.inputs.values() if stage.label not in failed]
     others = {label: why for label, why in failed.items() if label != "report"}
     stage = report_on(run.loaded.recipe, done, others)
-    if any(one.label in run.outcome.ran for one in done):  # a published report may show artifacts that --force withdrew
-        _withdraw(run.store, [stage], True, run.display)
-    known = published(run.store, stage)
-    task = replace(run.task(stage, run.id), stage_start={})  # in MLflow its attempt is a child of the whole run
     try:
+        if any(one.label in run.outcome.ran for one in done):  # a published report may show what --force withdrew
+            _withdraw(run.store, [stage], True, run.display)
+        known = published(run.store, stage)
+        task = replace(run.task(stage, run.id), stage_start={})  # in MLflow its attempt is a child of the whole run
         while execute(task).made_by:  # another run is making the same report
             time.sleep(LOOK_AGAIN_S)
     except (ValueError, OSError, CorruptArtifact) as error:
@@ -655,6 +656,8 @@ def _reason(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ValueError):
         return str(cause)
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{cause}: free space on the disks of store.root, store.workdir and /tmp, and run the same command again"
     return f"{type(cause).__name__}: {cause}"
 
 

@@ -42,6 +42,12 @@ def test_unwritable_home_and_root_are_found(tmp_path, monkeypatch):
     assert checks(tmp_path / "not" / "made" / "yet")["root"].ok
 
 
+def test_a_full_disk_is_not_writable(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "wb"))  # every write fails
+    found = checks(tmp_path)["root"]
+    assert (found.ok, "is not writable: No space left on device" in found.detail) == (False, True)
+
+
 def test_an_object_store_is_tried_with_an_object_which_is_deleted_again(s3_root, monkeypatch):
     import s3fs
 

@@ -1,5 +1,6 @@
 """The runner on a real Ray cluster, with stages that cost nothing."""
 
+import errno
 import io
 import os
 import signal
@@ -311,6 +312,18 @@ def test_a_report_on_what_was_done_that_fails_too_leaves_the_first_reason_to_be_
     pipeline.change(b={"fail": "unspeakable"})
     outcome = pipeline.run()
     assert outcome.failed == {"b": "unspeakable", "report": "on the finished stages: the report cannot say that"}
+
+
+def test_a_disk_that_is_full_for_the_report_too_leaves_the_stages_reason_to_be_said(cluster, pipeline, monkeypatch):
+    def withdraw(store, stages, *others):
+        if stages:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run, "_withdraw", withdraw)
+    pipeline.change(b={"fail": "no space for b"})
+    failed = pipeline.run().failed
+    assert failed["b"] == "no space for b"
+    assert failed["report"] == "on the finished stages: [Errno 28] No space left on device"
 
 
 class Recorded:
