@@ -71,17 +71,16 @@ def connect() -> Any:
     """Return an MlflowClient that gives up after a minute or two. MLflow's default is many minutes."""
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, get_tracking_uri
     from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it prints a line for each table that it creates
+    prepare_embedded(get_tracking_uri())
     try:
-        client = MlflowClient()
+        return MlflowClient()
     except MlflowException as error:  # a database that does not answer, or a scheme without a registry
         kind = RegistryAway if error.get_http_status_code() >= 500 else ValueError
         raise kind(f"cannot connect to MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {error.message}") from error
-    prepare_embedded(client.tracking_uri)
-    return client
 
 
 LOCATIONS = {
@@ -109,7 +108,7 @@ def prepare_embedded(uri: str) -> None:
         return
     now = (database.parent / ARTIFACTS).as_uri()
     with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = _tables(database, connection)
         if not tables.issuperset(LOCATIONS):  # written by an older MLflow, or not complete yet
             return
         homes = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
@@ -118,6 +117,19 @@ def prepare_embedded(uri: str) -> None:
             if ours and home != now:
                 _move_places(connection, home, now)
                 print(f"{database.parent} was moved: {home} is now {now} in MLflow's records", file=sys.stderr)
+
+
+def _tables(database: Path, connection: sqlite3.Connection) -> set[str]:
+    """Return the names of the tables of MLflow's database. ValueError if it is damaged."""
+    try:
+        return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.OperationalError:  # such as a disk that does not answer
+        raise
+    except sqlite3.DatabaseError as error:
+        raise ValueError(
+            f"{database} is damaged ({error}): restore it from a backup, or move it away for an empty one to be made; "
+            f"metrics that are not yet in it stay in {database.parent}/spool"
+        ) from error
 
 
 def _create(database: Path) -> None:
@@ -214,9 +226,13 @@ def run_of(client: Any, experiment_id: str, run: str) -> str | None:
     return runs[0].info.run_id if runs else None
 
 
-def check_login(uri: str, timeout_s: float = 5.0) -> str:
-    """Return why a tracking server cannot be used now, or "" if it can. Raises ValueError if it
-    rejects the credentials."""
+def check_tracking(uri: str, timeout_s: float = 5.0) -> str:
+    """Return why MLflow cannot be used now, or "" if it can. Raises ValueError if a server rejects
+    the credentials, or the embedded store is damaged."""
+    database = sqlite_path(uri)
+    if database is not None and database.exists():
+        with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
+            _tables(database, connection)
     if not uri.startswith(("http://", "https://")):
         return ""
     import requests

@@ -215,9 +215,12 @@ def rollback(
     workdir: Workdir = Path(".longreach"),
 ) -> None:
     """Swap a registered model's champion with the previous champion."""
-    from longreach.infra.registry import rollback
+    from longreach.infra.registry import rollback, sqlite_path
 
-    os.environ["MLFLOW_TRACKING_URI"], _ = _tracking(recipe, None, workdir)
+    uri, _ = _tracking(recipe, None, workdir)
+    if (database := sqlite_path(uri)) and not database.exists():
+        raise ValueError(f"{database} does not exist, so no model is registered there: choose the workdir of a run")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     old, new = rollback(name)
     print(f"version {new} of {name} is champion again; version {old} is now the previous champion")
 
@@ -486,8 +489,12 @@ def sync(
 ) -> None:
     """Send metrics to MLflow that an outage held back; exit with 1 if some are still unsent."""
     from longreach.infra.mirror import sync
+    from longreach.infra.registry import check_tracking
 
     uri, workdir = _tracking(recipe, overrides, workdir)
+    if not (workdir / "spool").is_dir():
+        raise ValueError(f"{workdir} has no metrics of a run: name a recipe that has run, or its store.workdir")
+    check_tracking(uri)
     done = sync(workdir / "spool", uri, timeout_s)
     points = f"{done.points} points sent, {done.pending} pending, {done.skipped} skipped"
     print(f"{done.runs} runs: {points}")
@@ -725,14 +732,14 @@ def _store_and_fingerprints(
 
     if loaded is None:
         return Store(root).checked(), None
-    from longreach.infra.registry import RegistryAway, check_login
+    from longreach.infra.registry import RegistryAway, check_tracking
     from longreach.pipelines.plan import open_store, plan, use_tracking
 
     gate, away = loaded.recipe.promote, ""
     without_gate = only_shown and gate is not None and gate.start_from == "base"
     if without_gate:
         with use_tracking(loaded) as uri:
-            away = check_login(uri)
+            away = check_tracking(uri)
     try:
         rows = plan(loaded, gated=not away)
     except RegistryAway as error:  # the server answers, but its database does not

@@ -37,7 +37,7 @@ from longreach.infra.errors import CorruptArtifact, LeaseLost
 from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.polling import polling
-from longreach.infra.registry import MODEL, check_login
+from longreach.infra.registry import MODEL, check_tracking
 from longreach.infra.resources import STAGE_RETRIES
 from longreach.infra.tracking import Spool, last_step, read_events
 from longreach.infra.versions import git_commit
@@ -223,7 +223,7 @@ def run(
 def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
     """Raise ValueError if MLflow refuses the login; show a note if MLflow does not answer."""
     recipe = loaded.recipe
-    if (recipe.tracking.enabled or recipe.promote) and (away := check_login(uri)):
+    if (recipe.tracking.enabled or recipe.promote) and (away := check_tracking(uri)):
         display.note(f"MLflow: {away}; metrics are kept here and sent when it answers, or later by longreach sync")
 
 

@@ -5,6 +5,8 @@ import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,8 +45,9 @@ def test_unwritable_home_and_root_are_found(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_not_writable(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "wb"))  # every write fails
-    found = checks(tmp_path)["root"]
+    with Path("/dev/full").open("wb", buffering=0) as full:  # every write fails
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: nullcontext(full))
+        found = checks(tmp_path)["root"]
     assert (found.ok, "is not writable: No space left on device" in found.detail) == (False, True)
 
 

@@ -16,7 +16,7 @@ from mlflow_servers import PASSWORD, Server, refusing_port
 
 from longreach.infra import registry
 from longreach.infra.mirror import sync
-from longreach.infra.registry import check_login, check_tracking_uri
+from longreach.infra.registry import check_tracking, check_tracking_uri
 from longreach.infra.tracking import Spool
 from longreach.pipelines.cli import main
 
@@ -37,13 +37,13 @@ def login(monkeypatch, user: str | None, password: str = "") -> None:
 def test_a_wrong_login_is_refused_and_named_without_its_password(server, monkeypatch):
     login(monkeypatch, None)
     with pytest.raises(ValueError, match="rejects a request without user and password"):
-        check_login(server.uri)
+        check_tracking(server.uri)
     login(monkeypatch, "admin", "planted-canary")
     with pytest.raises(ValueError, match=r"rejects user 'admin' .*HTTP 401.*MLFLOW_TRACKING_PASSWORD") as error:
-        check_login(server.uri)
+        check_tracking(server.uri)
     assert "planted-canary" not in str(error.value)
     login(monkeypatch, "admin", PASSWORD)
-    assert check_login(server.uri) == ""
+    assert check_tracking(server.uri) == ""
 
 
 def test_the_spool_is_uploaded_with_the_right_login_and_kept_with_a_wrong_one(server, monkeypatch, tmp_path):
@@ -71,8 +71,8 @@ def test_a_run_with_a_wrong_password_does_nothing(server, tmp_path):
 def test_a_server_that_is_away_is_said_and_stops_nothing(monkeypatch):
     with refusing_port() as port:
         uri = f"http://127.0.0.1:{port}"
-        assert check_login(uri) == f"{uri} does not respond (ConnectionError)"
-    assert check_login("sqlite:///x.db") == ""
+        assert check_tracking(uri) == f"{uri} does not respond (ConnectionError)"
+    assert check_tracking("sqlite:///x.db") == ""
 
 
 def test_releases_behind_any_alias_are_found_and_asking_creates_no_store(empty_store, tmp_path: Path, monkeypatch):

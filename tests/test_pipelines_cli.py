@@ -169,6 +169,7 @@ def test_points_that_mlflow_lacks_are_told_with_the_command_that_sends_them(
 
     monkeypatch.setattr("longreach.infra.mirror.sync", sync)
     monkeypatch.setenv(*server.split("="))
+    (workdir / "spool").mkdir(parents=True)
     assert longreach(capsys, *words[1:])[0] == 0
     assert sent == {workdir / "spool": "http://127.0.0.1:1"}
 
@@ -245,7 +246,7 @@ def test_what_only_reads_the_store_needs_no_registry(
     def no_database(name: str) -> None:
         raise RegistryAway("MLflow at http://127.0.0.1:9: 500, no connection to its database")
 
-    monkeypatch.setattr("longreach.infra.registry.check_login", lambda uri: "")
+    monkeypatch.setattr("longreach.infra.registry.check_tracking", lambda uri: "")
     monkeypatch.setattr("longreach.infra.registry.champion", no_database)
     code, out, err = longreach(capsys, "status", "quickstart", "--set", choices[0], "--set", choices[1])
     assert (code, report.fingerprint[:8] in out) == (0, True)
@@ -572,8 +573,12 @@ def test_ui_says_that_its_port_is_taken_and_does_not_end_well(
 
 
 def test_sync_sends_the_spool_of_the_recipe_and_is_exit_1_while_points_are_held_back(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    for workdir in ("w", "other", ".longreach"):
+        Path(workdir, "spool").mkdir(parents=True)
+    monkeypatch.setattr("longreach.infra.registry.check_tracking", lambda uri: "")
     asked: list[tuple[Path, str, float]] = []
     result = SyncReport(runs=3, points=12, pending=0, skipped=1)
 
@@ -582,17 +587,42 @@ def test_sync_sends_the_spool_of_the_recipe_and_is_exit_1_while_points_are_held_
         return result
 
     monkeypatch.setattr("longreach.infra.mirror.sync", sync)
-    changes = ("--set", "store.workdir=/w", "--set", "tracking.uri=https://mlflow.lab", "--timeout", "5")
+    changes = ("--set", "store.workdir=w", "--set", "tracking.uri=https://mlflow.lab", "--timeout", "5")
     code, out, _ = longreach(capsys, "sync", "quickstart", *changes)
     assert (code, out) == (0, "3 runs: 12 points sent, 0 pending, 1 skipped\n")
-    assert longreach(capsys, "sync", "--workdir", "/other")[0] == 0
+    assert longreach(capsys, "sync", "--workdir", "other")[0] == 0
     assert asked == [
-        (Path("/w/spool"), "https://mlflow.lab", 5.0),
-        (Path("/other/spool"), "sqlite:////other/mlflow.db", 600.0),
+        (Path("w/spool"), "https://mlflow.lab", 5.0),
+        (Path("other/spool"), f"sqlite:///{tmp_path}/other/mlflow.db", 600.0),
     ]
     result = SyncReport(runs=3, points=0, pending=12, skipped=0, problem="https://mlflow.lab does not answer")
     code, _, err = longreach(capsys, "sync", "quickstart")
     assert (code, err) == (1, "https://mlflow.lab does not answer\n")
+
+
+def test_sync_and_rollback_of_a_folder_where_nothing_ran_make_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    code, _, err = longreach(capsys, "sync", "--workdir", nowhere)
+    assert (code, err.splitlines()[0]) == (
+        2,
+        f"{nowhere} has no metrics of a run: name a recipe that has run, or its store.workdir",
+    )
+    code, _, err = longreach(capsys, "rollback", "books", "--workdir", nowhere)
+    assert (code, f"{nowhere}/mlflow.db does not exist" in err) == (2, True)
+    assert not Path(nowhere).exists()
+
+
+@pytest.mark.parametrize("command", ["sync", "ui", "rollback books"])
+def test_a_damaged_embedded_store_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "mlflow.db").write_bytes(bytes(range(1, 256)) * 20)
+    code, _, err = longreach(capsys, *command.split(), "--workdir", str(tmp_path))
+    assert (code, err.splitlines()[0].startswith(f"{tmp_path}/mlflow.db is damaged (file is not a database): ")) == (
+        2,
+        True,
+    )
 
 
 @pytest.mark.parametrize(("needed", "code", "mark"), [(True, 1, "WRONG"), (False, 0, "note")])

@@ -70,7 +70,7 @@ def pipeline(tmp_path: Path, monkeypatch):
 
 
 def test_a_run_publishes_every_stage_and_a_second_run_does_nothing(cluster, pipeline, monkeypatch):
-    monkeypatch.setattr(run, "check_login", lambda uri: pytest.fail("tracking is off and nothing needs MLflow"))
+    monkeypatch.setattr(run, "check_tracking", lambda uri: pytest.fail("tracking is off and nothing needs MLflow"))
     outcome = pipeline.run()
     assert outcome.failed == {}
     assert sorted(outcome.ran) == ["a", "b", "c--1", "report"]
