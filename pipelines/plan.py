@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from longreach.infra.artifact import Artifact, Store
 from longreach.infra.errors import CorruptArtifact
 from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
@@ -117,6 +119,22 @@ def notes(recipe: Recipe) -> list[str]:
         note = section.warmup_note() if section else ""
         if note:
             said.append(f"{name}.{note}")
+    return said + _equal_arms(recipe)
+
+
+def _equal_arms(recipe: Recipe) -> list[str]:
+    """Return a warning for each arm that is equal to an earlier one of its section."""
+    sections: dict[str, dict[str, BaseModel]] = {"pretrain": {**recipe.pretrained_arms()}, "finetune": {}}
+    if recipe.finetune:
+        for name, arm in recipe.finetune.every_arm().items():
+            sections["finetune"][name] = arm.model_copy(update={"rope": recipe.finetune.rope_of(arm)})
+    said = []
+    for section, arms in sections.items():
+        first: dict[str, str] = {}
+        for name, arm in arms.items():
+            other = first.setdefault(arm.model_dump_json(), name)
+            if other != name:
+                said.append(f"{section}.arms: {name} equals {other}, so both are the same model, trained once")
     return said
 
 

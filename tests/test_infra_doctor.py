@@ -3,9 +3,8 @@
 import json
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np

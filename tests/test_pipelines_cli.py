@@ -135,6 +135,14 @@ def test_a_warm_up_that_outlasts_the_training_is_said_by_plan_and_run(
     assert "never exceeds" not in longreach(capsys, "plan", *options[:-1], "finetune.warmup_steps=10")[1]
 
 
+def test_equal_arms_are_said_by_plan_and_run(capsys: pytest.CaptureFixture[str], runner: SimpleNamespace) -> None:
+    twin = "finetune.arms.twin={tune: all, learning_rate: 5e-5, rope: {type: theta, theta: 300000, factor: 2}}"
+    said = "finetune.arms: twin equals full, so both are the same model, trained once"
+    assert said in longreach(capsys, "plan", "quickstart", "--set", twin)[1].splitlines()
+    assert longreach(capsys, "run", "quickstart", "--set", twin)[2].splitlines()[0] == said
+    assert "equals" not in longreach(capsys, "plan", "quickstart", "--set", twin.replace("5e-5", "4e-5"))[1]
+
+
 def test_run_waits_for_another_run_unless_told_otherwise(
     capsys: pytest.CaptureFixture[str], runner: SimpleNamespace
 ) -> None:
