@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from longreach.attention.call import AttentionCall
 from longreach.attention.kernels import Situation, attend_call, choose
@@ -147,68 +147,6 @@ def own_attention(model: nn.Module) -> str:
         if cap := getattr(module, "attn_logit_softcapping", None):
             return f"{name} caps its scores at {cap} (attn_logit_softcapping=None turns it off)"
     return ""
-
-
-def logit_changes(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Return what a family does to its logits after the head: a factor, and a soft cap or None."""
-    text = config.get_text_config(decoder=True)
-    factor = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere's; Falcon-H1's
-        factor *= getattr(text, name, None) or 1.0
-    scaling = getattr(text, "logits_scaling", None) or 1.0
-    if text.model_type != "hyperclovax":  # HyperCLOVA X multiplies by it, Granite divides
-        scaling = 1 / scaling
-    return factor * scaling, getattr(text, "final_logit_softcapping", None)
-
-
-@torch.no_grad()
-def check_logits(model: PreTrainedModel, ids_1T: Tensor) -> None:
-    """Check that logits do not depend on later tokens, and that they are the output embedding of
-    the body's output, changed as `logit_changes` says. Raises ValueError otherwise.
-
-    This is tried on a few tokens. It matters because losses are computed without the model's head.
-    """
-    if model.base_model is model:
-        raise ValueError(
-            f"{type(model).__name__} has no part without a head that transformers finds (base_model), so its loss "
-            f"cannot be computed in chunks; use a base of another family"
-        )
-    ids_1T = ids_1T.to(model.device)
-
-    def passed(call: Callable[..., Any], ids_1T: Tensor) -> Any:
-        torch.manual_seed(0)  # all passes have the same dropout, if any
-        return call(input_ids=ids_1T, use_cache=False)
-
-    with torch.random.fork_rng([ids_1T.device] if ids_1T.is_cuda else []):  # keeps training's random state
-        whole_1TV = passed(model, ids_1T).logits.float()
-        hidden_1TE = passed(model.base_model, ids_1T).last_hidden_state
-        other_1T = ids_1T.clone()
-        other_1T[:, -1] = (ids_1T[:, -1] + 1) % model.config.get_text_config(decoder=True).vocab_size
-        other_1TV = passed(model, other_1T).logits.float()
-    factor, cap = logit_changes(model.config)
-    head: Any = model.get_output_embeddings()
-    if head is None or head.weight.shape[1] != hidden_1TE.shape[2]:
-        raise ValueError(
-            f"{type(model).__name__} changes its hidden states between its body and its output embedding, so its loss "
-            f"cannot be computed in chunks; use a base of another family"
-        )
-    ours_1TV = head(hidden_1TE).float() * factor
-    if cap is not None:
-        ours_1TV = cap * torch.tanh(ours_1TV / cap)
-    # relative to the largest logit, since small logits differ little in any case; bfloat16 rounds to 0.004
-    largest = whole_1TV.abs().max()
-    leaked = float((whole_1TV - other_1TV)[:, :-1].abs().max() / largest)
-    if leaked > 0.01:
-        raise ValueError(
-            f"{type(model).__name__} is no causal language model: other tokens at the end change earlier logits "
-            f"(by {leaked:.3g} of the largest logit); use a decoder"
-        )
-    off = float((whole_1TV - ours_1TV).abs().max() / largest)
-    if off > 0.01:
-        raise ValueError(
-            f"{type(model).__name__} changes its logits after the output embedding in an unknown way (by {off:.3g} of "
-            f"the largest), so its loss cannot be computed; use a base of another family"
-        )
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

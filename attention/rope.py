@@ -83,7 +83,8 @@ def stretched_config(
         original = yarn.get("original_max_position_embeddings", trained)
         if original > trained:
             raise ValueError(
-                f"rope original_length {original:g} exceeds the {trained} positions of the model: lower it, or leave it out"
+                f"rope original_length {original:g} exceeds the {trained} positions of the model: lower it, or leave "
+                f"it out"
             )
         config.max_position_embeddings = math.ceil(original * factor)
         if config.max_position_embeddings < trained:

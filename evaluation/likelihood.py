@@ -1,27 +1,21 @@
-"""Negative log-likelihood (NLL) of every token of a text in one causal pass, without materialising
-all logits at once.
+"""Negative log-likelihood (NLL) of every token of a text in one causal pass, without materializing
+all logits at once (attention/lm_head.py).
 
 A causal model's prediction at position t sees only positions 0..t, so one pass over T tokens scores
-each of them with all text before it. The head dominates memory: T x vocabulary logits in float32
-are 1.6 GiB at 8,192 x 49,152. So the body runs once, and the head runs over CHUNK positions at a
-time (96 MiB; 24 on a CPU). Measured on SmolLM2 with 8,192 tokens on a CPU, one pass is faster than prefilling a
-KV cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
+each of them with all text before it. Measured on SmolLM2 with 8,192 tokens on a CPU, this is faster
+than prefilling a KV cache chunk by chunk, where attention needs an explicit mask (RESULTS.md).
 
-Legend: T tokens, C tokens of one chunk, V vocabulary, E width.
+Legend: T tokens, E width.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from longreach.attention.hf import attending_by, check_logits, logit_changes, own_attention
-
-CHUNK, CPU_CHUNK = 512, 128
-"""Positions whose logits exist at the same time. On a CPU, fewer stay in its caches (RESULTS.md); a
-GPU needs more to be busy."""
+from longreach.attention.hf import attending_by, own_attention
+from longreach.attention.lm_head import check_logits, nll_of
 
 
 @torch.inference_mode()
@@ -57,22 +51,7 @@ def hidden_nll(
 
     before: number of the text's predictions that are left out before these, for error messages.
     """
-    head, (factor, cap) = model.get_output_embeddings(), logit_changes(model.config)
-
-    chunk = CPU_CHUNK if hidden_TE.device.type == "cpu" else CHUNK
-
-    def logits_of(hidden_CE: torch.Tensor) -> torch.Tensor:
-        logits_CV = head(hidden_CE).float()
-        if factor != 1:  # a pass over all logits
-            logits_CV = logits_CV * factor
-        return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
-
-    nll_T = torch.cat(
-        [
-            cross_entropy(logits_of(hidden_CE), target_C, reduction="none").double()
-            for hidden_CE, target_C in zip(hidden_TE.split(chunk), target_T.split(chunk), strict=True)
-        ]
-    )
+    nll_T = nll_of(model, hidden_TE, target_T)
     if not torch.isfinite(nll_T).all():
         token = before + int((~torch.isfinite(nll_T)).nonzero()[0, 0]) + 1
         raise FloatingPointError(f"{name}: the logits that predict token {token} are not finite; check the weights")

@@ -553,8 +553,8 @@ def _list_and_fetch(pattern: str) -> list[tuple[Path, Path]]:
         return _copies(pattern, cache)
     except Exception as error:  # each file system raises errors of its own library
         raise ValueError(
-            f"{pattern} cannot be read ({type(error).__name__}: {error}): check the address, this machine's network and "
-            f"its credentials, and that the library for such addresses is installed"
+            f"{pattern} cannot be read ({type(error).__name__}: {error}): check the address, the network and the "
+            f"credentials, and that the library for such addresses is installed"
         ) from error
 
 

@@ -39,11 +39,11 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from longreach.attention.causal import Causal
-from longreach.attention.hf import logit_changes, set_pattern
+from longreach.attention.hf import set_pattern
+from longreach.attention.lm_head import nll_of
 from longreach.attention.rope import fix_frequencies
 from longreach.training.corpus import IGNORED, PackedRows
 from longreach.training.exposure import effective_contexts
@@ -52,7 +52,6 @@ from longreach.training.row_order import RowOrder
 
 CAP = 5.0
 """Largest weight, the paper's gamma."""
-CHUNK = 512  # tokens whose logits are in memory at once
 ROWS, GAINS = "rows.npy", "gains.npy"
 
 
@@ -120,14 +119,10 @@ def _log_p(model: PreTrainedModel, batch: dict[str, Tensor], positions_BT: Tenso
     """Return the log probability of each token, [B, T], with runs isolated where positions restart;
     0 in the first column."""
     ids_BT = batch["input_ids"].to(model.device)
-    body, head, (factor, _) = model.base_model, model.get_output_embeddings(), logit_changes(model.config)
-    output = body(input_ids=ids_BT, position_ids=positions_BT.to(model.device), use_cache=False)
-    hidden_NE = output.last_hidden_state[:, :-1].flatten(0, 1) * factor  # as the loss does
-    parts = []
-    for hidden_CE, target_C in zip(hidden_NE.split(CHUNK), ids_BT[:, 1:].flatten().split(CHUNK), strict=True):
-        parts.append(-cross_entropy(head(hidden_CE).float(), target_C, reduction="none"))
+    output = model.base_model(input_ids=ids_BT, position_ids=positions_BT.to(model.device), use_cache=False)
+    nll_N = nll_of(model, output.last_hidden_state[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
     log_p_BT = torch.zeros(ids_BT.shape)
-    log_p_BT[:, 1:] = torch.cat(parts).reshape(len(ids_BT), -1).cpu()
+    log_p_BT[:, 1:] = -nll_N.reshape(len(ids_BT), -1).cpu()
     return log_p_BT
 
 

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longreach.attention.hf import check_logits, logit_changes, with_documents
+from longreach.attention.hf import with_documents
+from longreach.attention.lm_head import check_logits, logit_changes
 from longreach.training.corpus import IGNORED
 
 
