@@ -131,8 +131,8 @@ def _equal_arms(recipe: Recipe) -> list[str]:
     said = []
     for section, arms in sections.items():
         first: dict[str, str] = {}
-        for name, arm in arms.items():
-            other = first.setdefault(arm.model_dump_json(), name)
+        for name, choices in arms.items():
+            other = first.setdefault(choices.model_dump_json(), name)
             if other != name:
                 said.append(f"{section}.arms: {name} equals {other}, so both are the same model, trained once")
     return said

@@ -12,7 +12,8 @@ from tiny_models import byte_tokenizer, tiny_llama
 from longreach.evaluation.base import Background
 from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style
-from longreach.evaluation.gain import Gain, best_length, difference, mean_over_seeds, window_ends
+from longreach.evaluation.gain import Gain, best_length, difference, window_ends
+from longreach.evaluation.gain_page import mean_over_seeds
 from longreach.evaluation.likelihood import token_nll
 from longreach.evaluation.repeats import (
     nats_by_distance,

@@ -21,13 +21,13 @@ from longreach.evaluation.gain import (
     BestLength,
     Difference,
     Gain,
-    about_best,
     best_of_base,
     difference,
     over_base,
     over_itself,
     over_stretches,
 )
+from longreach.evaluation.gain_page import about_best
 from longreach.evaluation.scores import EvalScores
 from longreach.pipelines.report.findings import Findings
 

@@ -16,7 +16,8 @@ from longreach.evaluation import EVALS
 from longreach.evaluation.blocks import Best, Block, Code, Figure, Section, Table
 from longreach.evaluation.context_use import use_figure
 from longreach.evaluation.figures import GREY, MOST_SERIES, Look, Style, bars, lines, spans
-from longreach.evaluation.gain import Gain, difference_cell, gain_figure, over_base
+from longreach.evaluation.gain import Gain, over_base
+from longreach.evaluation.gain_page import difference_cell, gain_figure
 from longreach.evaluation.sections import DASH, finite, perplexity_cell, perplexity_curve, perplexity_text
 from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
