@@ -24,7 +24,8 @@ from longreach.evaluation.documents import Document
 from longreach.evaluation.figures import Style, lines
 from longreach.evaluation.scores import EvalScores
 from longreach.evaluation.small_cache import streamed_nll
-from longreach.evaluation.streaming import Streaming, _latency_table
+from longreach.evaluation.streaming import Streaming
+from longreach.evaluation.streaming_page import latency_table
 from longreach.training.model import with_softmax_sinks
 
 
@@ -291,7 +292,7 @@ def test_latencies_say_the_length_of_each_models_text():
     for name, tokens in (("short", 100), ("long", 1500)):
         row = {"kind": "latency", "way": "dense", "text_tokens": tokens, "ms": 12.5, "cache_mib": 0.25}
         models[name] = EvalScores("streaming", "p", {"cache_tokens": 24}, [row], {}).named(name)
-    (latencies,) = _latency_table(models)
+    (latencies,) = latency_table(models)
     assert latencies.columns == ["way", "short\n100 tokens", "long\n1,500 tokens"]
     assert "100" not in latencies.caption
 
