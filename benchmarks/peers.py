@@ -39,16 +39,9 @@ from longreach.infra.cluster import connected
 from longreach.infra.resources import Resources
 from longreach.training.convert import convert
 from longreach.training.corpus import PackedRows, pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.model import fresh_llama
-from longreach.training.recipe import (
-    ATTENTION_PROJECTIONS,
-    ArmRecipe,
-    CorpusRecipe,
-    LlamaRecipe,
-    OptimRecipe,
-    PackRecipe,
-    SourceRecipe,
-)
+from longreach.training.recipe import ATTENTION_PROJECTIONS, ArmRecipe, LlamaRecipe, OptimRecipe
 from longreach.training.throughput import peak_gib
 
 CORES = len(os.sched_getaffinity(0))

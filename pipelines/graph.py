@@ -48,6 +48,7 @@ from longreach.pipelines.stages import (
 )
 from longreach.training.chats import check_chats
 from longreach.training.convert import source_digest as model_digest
+from longreach.training.corpus_recipe import PackRecipe
 from longreach.training.documents import (
     check_patterns,
     first_chats,
@@ -58,14 +59,7 @@ from longreach.training.documents import (
     split_of,
 )
 from longreach.training.documents import source_digest as corpus_digest
-from longreach.training.recipe import (
-    BaseRecipe,
-    FinetuneStageRecipe,
-    OptimRecipe,
-    PackRecipe,
-    PretrainStageRecipe,
-    RopeRecipe,
-)
+from longreach.training.recipe import BaseRecipe, FinetuneStageRecipe, OptimRecipe, PretrainStageRecipe, RopeRecipe
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from longreach.training.chats import TEXT, Conversation, form_of
+from longreach.training.corpus_recipe import CorpusRecipe, SourceRecipe
 from longreach.training.documents import KINDS, BadLine, matches, read_documents, record_files
 from longreach.training.overlap import find_overlaps
 from longreach.training.readers import kind_of, read_records
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
 from longreach.training.tokenise import word_hashes
 
 CHARS_PER_TOKEN = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from longreach.training.recipe import SourceRecipe
+from longreach.training.corpus_recipe import SourceRecipe
 
 if TYPE_CHECKING:
     from longreach.pipelines.init import Base, Fit

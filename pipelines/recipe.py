@@ -26,10 +26,9 @@ from longreach.infra.tracking import metric_part
 from longreach.pipelines.costs import CostsRecipe
 from longreach.pipelines.gate import PromoteRecipe
 from longreach.pipelines.hand_over import HandOverRecipe
+from longreach.training.corpus_recipe import PACKAGE, CorpusRecipe
 from longreach.training.recipe import (
-    PACKAGE,
     BaseRecipe,
-    CorpusRecipe,
     FinetuneRecipe,
     PretrainArm,
     PretrainRecipe,

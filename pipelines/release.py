@@ -24,7 +24,7 @@ from longreach.pipelines.gate import MEASURED_BY
 from longreach.pipelines.kind import StageRun, stage
 from longreach.pipelines.report.findings import about_arm
 from longreach.training.convert import kept_files
-from longreach.training.recipe import SourceRecipe
+from longreach.training.corpus_recipe import SourceRecipe
 from longreach.training.summary import TrainingSummary
 from longreach.training.to_gguf import Facts, GgufType, gguf_name, write_gguf
 

@@ -33,15 +33,8 @@ from longreach.pipelines.gate import promote
 from longreach.pipelines.kind import StageKind, StageRun, stage, stop_file
 from longreach.pipelines.release import release
 from longreach.pipelines.report.report import report
-from longreach.training.recipe import (
-    BaseRecipe,
-    CorpusRecipe,
-    FinetuneStageRecipe,
-    PackRecipe,
-    PretrainStageRecipe,
-    RopeRecipe,
-    TrainJob,
-)
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe
+from longreach.training.recipe import BaseRecipe, FinetuneStageRecipe, PretrainStageRecipe, RopeRecipe, TrainJob
 from longreach.training.summary import HeldOutSummary, PackSummary, TrainingSummary
 
 ARM = "arm"

@@ -32,18 +32,11 @@ from longreach.pipelines.chat import chat
 from longreach.training.build import build
 from longreach.training.convert import convert
 from longreach.training.corpus import PackedRows, pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.export import check_saves, merge_adapter, save_adapter
 from longreach.training.loss import TokenLoss
 from longreach.training.model import describe, load_model
-from longreach.training.recipe import (
-    ArmRecipe,
-    CorpusRecipe,
-    OptimRecipe,
-    PackRecipe,
-    RopeRecipe,
-    SourceRecipe,
-    TrainJob,
-)
+from longreach.training.recipe import ArmRecipe, OptimRecipe, RopeRecipe, TrainJob
 
 HEAD = """# Models
 

@@ -12,10 +12,10 @@ from longreach.evaluation.needle import Needle
 from longreach.evaluation.passkey import Passkey
 from longreach.evaluation.sinks import Sinks
 from longreach.evaluation.streaming import Streaming
+from longreach.training.corpus_recipe import CorpusRecipe, SourceRecipe
 from longreach.training.documents import Document as Text
 from longreach.training.documents import read_documents
 from longreach.training.model import load_model
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ import pytest
 from toy_models import change_config, tiny_folder
 
 from longreach.training.convert import config_of, convert, known_config, source_digest
+from longreach.training.corpus_recipe import CorpusRecipe
 from longreach.training.documents import BadLine, read_documents
-from longreach.training.recipe import CorpusRecipe
 
 pytestmark = pytest.mark.long
 

@@ -21,7 +21,7 @@ from longreach.pipelines.hand_over import Withheld, check_token, published_relea
 from longreach.pipelines.plan import open_store, plan
 from longreach.pipelines.reader import RecipeError, load
 from longreach.pipelines.run import RunOutcome, run
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.corpus_recipe import CorpusRecipe, SourceRecipe
 from longreach.training.train_tokenizer import train_tokenizer
 
 RECIPE = """

@@ -20,9 +20,9 @@ from longreach.pipelines.graph import build
 from longreach.pipelines.reader import load
 from longreach.training.chats import Chats, Conversation, conversation_of, form_of
 from longreach.training.corpus import IGNORED, PackedRows, hold_out, pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.documents import BadLine, read_documents
 from longreach.training.readers import Malformed
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.validation import validation_rows
 
 PLAIN = """{%- for message in messages %}

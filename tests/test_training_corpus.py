@@ -15,7 +15,7 @@ from toy_tokenizers import LINES, toy_tokenizer
 
 from longreach.training import corpus as corpus_module
 from longreach.training.corpus import hold_out, pack_corpus
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.summary import BadEntries, PackSummary
 
 EOS, BOS, VOCAB = 0, 1, len(toy_tokenizer())
@@ -296,7 +296,7 @@ import sys
 from pathlib import Path
 from toy_tokenizers import toy_tokenizer
 from longreach.training import corpus, readers
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 corpus.BATCH_CHARS, corpus.WRITE_BYTES, readers.BLOCK_BYTES = 1 << 15, 1 << 17, 1 << 15
 tokenizer, folder = toy_tokenizer(), Path(sys.argv[1])

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from longreach.training.corpus_recipe import CorpusRecipe, SourceRecipe
 from longreach.training.documents import (
     BadLine,
     Document,
@@ -18,7 +19,6 @@ from longreach.training.documents import (
     source_digest,
     split_of,
 )
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
 
 
 def corpus_of(*sources, **choices):

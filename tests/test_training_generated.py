@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 
 from longreach.training import generated
+from longreach.training.corpus_recipe import CorpusRecipe, GeneratedRecipe, PackRecipe, SourceRecipe
 from longreach.training.documents import Document, known_names, read_documents, source_digest
 from longreach.training.generated import OPENING, SYMBOLS, texts
-from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, PackRecipe, SourceRecipe
 
 
 def made(**choices) -> GeneratedRecipe:

@@ -7,8 +7,8 @@ from toy_models import tiny_tokenizer
 
 from longreach.training import overlap
 from longreach.training.corpus import pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.overlap import find_overlaps
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.tokenise import word_hashes
 
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from longreach.training.corpus_recipe import CorpusRecipe, QuestionsRecipe, SourceRecipe
 from longreach.training.documents import known_names, read_documents, source_digest, split_of
 from longreach.training.questions import conversations
-from longreach.training.recipe import CorpusRecipe, QuestionsRecipe, SourceRecipe
 
 ASKED = re.compile(r'Which sentence of the text comes right after "(.*)"\?$')
 

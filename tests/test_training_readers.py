@@ -18,8 +18,8 @@ from toy_tokenizers import toy_tokenizer
 
 from longreach.training import readers
 from longreach.training.corpus import hold_out, pack_corpus
+from longreach.training.corpus_recipe import PackRecipe, SourceRecipe
 from longreach.training.documents import known_names, read_documents, source_digest, split_of
-from longreach.training.recipe import PackRecipe, SourceRecipe
 
 ROWS = [{"text": "one\ntwo"}, {"text": "three, é"}]
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from longreach.infra.files import digest_of
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.documents import BadLine, check_patterns, read_documents, source_digest, split_of
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longreach.attention.rope import stretched_config
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.corpus_recipe import CorpusRecipe, SourceRecipe
 from longreach.training.sink_token import with_sink_token
 from longreach.training.to_gguf import Facts, problem_of, write_gguf
 from longreach.training.train_tokenizer import train_tokenizer

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from toy_tokenizers import LINES, PRE_TOKENIZERS, toy_core
 from transformers import AutoTokenizer
 
+from longreach.training.corpus_recipe import CorpusRecipe, SourceRecipe
 from longreach.training.documents import known_names, read_documents
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
 from longreach.training.tokenise import Encoder, Tokens, encode_all, exact_cut
 
 ATOMS = [

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from longreach.training.recipe import CorpusRecipe, SourceRecipe
+from longreach.training.corpus_recipe import CorpusRecipe, SourceRecipe
 from longreach.training.train_tokenizer import train_tokenizer
 
 

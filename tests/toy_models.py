@@ -10,17 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from longreach.infra.launch import run_local
 from longreach.infra.resources import Resources
 from longreach.training.corpus import pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.model import fresh_llama
-from longreach.training.recipe import (
-    ArmRecipe,
-    CorpusRecipe,
-    LlamaRecipe,
-    OptimRecipe,
-    PackRecipe,
-    RopeRecipe,
-    SourceRecipe,
-    TrainJob,
-)
+from longreach.training.recipe import ArmRecipe, LlamaRecipe, OptimRecipe, RopeRecipe, TrainJob
 from longreach.training.summary import PackSummary, TrainingSummary
 
 VOCAB = 64

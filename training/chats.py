@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from longreach.training.corpus_recipe import SourceRecipe
 from longreach.training.readers import Malformed
-from longreach.training.recipe import SourceRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

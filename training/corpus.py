@@ -42,6 +42,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from longreach.training.chats import Chats, Conversation, check_chats
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe
 from longreach.training.documents import (
     BadLine,
     Document,
@@ -56,7 +57,6 @@ from longreach.training.documents import (
 from longreach.training.exposure import context_counts
 from longreach.training.overlap import find_overlaps
 from longreach.training.packing import METHODS, Rows, copies
-from longreach.training.recipe import CorpusRecipe, PackRecipe
 from longreach.training.sink_token import with_sink_token
 from longreach.training.summary import (
     BadEntries,

@@ -28,8 +28,8 @@ import xxhash
 from longreach.infra.files import add_file, cache_folder, digest_of, draft_of
 from longreach.training import generated, questions
 from longreach.training.chats import FORMS, TEXT, Conversation, conversation_of, form_of
+from longreach.training.corpus_recipe import CorpusRecipe, GeneratedRecipe, QuestionsRecipe, SourceRecipe
 from longreach.training.readers import Malformed, Record, kind_of, problem_of_text, read_records, text_blocks
-from longreach.training.recipe import CorpusRecipe, GeneratedRecipe, QuestionsRecipe, SourceRecipe
 from longreach.training.repositories import Unreadable, find_repositories, path_fits, read_pieces, repository_names
 
 TEXTS = (".txt", ".md")

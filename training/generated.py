@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from longreach.training.recipe import GeneratedRecipe
+from longreach.training.corpus_recipe import GeneratedRecipe
 
 OPENING = "^"
 """The symbol that opens documents and occurs nowhere else."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from longreach.training.chats import Conversation, Message
-from longreach.training.recipe import QuestionsRecipe
+from longreach.training.corpus_recipe import QuestionsRecipe
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 QUOTED_CHARS = (40, 300)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from longreach.training.recipe import SourceRecipe
+from longreach.training.corpus_recipe import SourceRecipe
 
 BLOCK_BYTES = 1 << 20
 SMALL_GROWTH = 16 << 20

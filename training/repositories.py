@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from longreach.training.recipe import PACKAGE, SourceRecipe
+from longreach.training.corpus_recipe import PACKAGE, SourceRecipe
 
 FIELD = "corpus source repositories"  # the name of the field in messages
 

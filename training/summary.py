@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from longreach.training.corpus_recipe import PackRecipe
 from longreach.training.cost import Machine, Prediction
-from longreach.training.recipe import FinetuneStageRecipe, PackRecipe, PretrainStageRecipe
+from longreach.training.recipe import FinetuneStageRecipe, PretrainStageRecipe
 
 
 class Facts(BaseModel):

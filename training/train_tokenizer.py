@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from longreach.training.corpus_recipe import CorpusRecipe
 from longreach.training.documents import Document, read_documents, split_of
-from longreach.training.recipe import CorpusRecipe
 
 EOS = "<|endoftext|>"
 

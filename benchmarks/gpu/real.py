@@ -32,16 +32,9 @@ from longreach.infra.launch import run_local
 from longreach.infra.resources import Resources
 from longreach.training.convert import convert
 from longreach.training.corpus import pack_corpus
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 from longreach.training.model import load_model
-from longreach.training.recipe import (
-    ArmRecipe,
-    CorpusRecipe,
-    OptimRecipe,
-    PackRecipe,
-    RopeRecipe,
-    SourceRecipe,
-    TrainJob,
-)
+from longreach.training.recipe import ArmRecipe, OptimRecipe, RopeRecipe, TrainJob
 
 HELD_OUT = ("networkx", "peft", "pydantic", "fsspec")
 """Packages that are held out from training."""

@@ -23,7 +23,7 @@ from longreach.infra.files import flatten
 from longreach.pipelines.display import duration
 from longreach.pipelines.report.claim import claim_of
 from longreach.pipelines.report.findings import PERPLEXITY, POINTS, Findings, Model, frontier
-from longreach.training.recipe import SourceRecipe
+from longreach.training.corpus_recipe import SourceRecipe
 from longreach.training.summary import HeldOutSummary, PackSummary, TrainingSummary
 
 LICENCES = {

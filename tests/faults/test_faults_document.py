@@ -18,7 +18,7 @@ import json, resource, sys
 from pathlib import Path
 from toy_tokenizers import toy_tokenizer
 from longreach.training.corpus import pack_corpus
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 folder, tokenizer = Path(sys.argv[1]), toy_tokenizer()
 

@@ -14,7 +14,7 @@ from longreach.infra.errors import CorruptArtifact
 from longreach.infra.share import Share
 from longreach.pipelines.reader import RecipeError, load
 from longreach.training.corpus import pack_corpus
-from longreach.training.recipe import CorpusRecipe, PackRecipe, SourceRecipe
+from longreach.training.corpus_recipe import CorpusRecipe, PackRecipe, SourceRecipe
 
 RECORD = {"summary": {}, "inputs": {}, "recipe": {}}
 OUTSIDE = ["../up", "/etc/up", "..", "a/b", "a\\b", ".hidden", "up\n", "ü"]
