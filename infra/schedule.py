@@ -356,11 +356,13 @@ def _check_zone(tz: str) -> None:
 
 def _duration(text: str) -> timedelta:
     duration = timedelta()
-    if match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text.strip()):
+    if match := re.fullmatch(r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?", text.strip()):
         days, hours, minutes = map(int, match.groups(default="0"))
         duration = timedelta(days=days, hours=hours, minutes=minutes)
     if not duration:
-        raise ValueError(f"max_start_delay {text!r}: write days, hours and minutes, as in 2h or 1h30m")
+        raise ValueError(
+            f"max_start_delay {text!r}: write days, hours and minutes of at most five digits, as in 2h or 1h30m"
+        )
     return duration
 
 

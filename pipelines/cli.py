@@ -73,6 +73,7 @@ PLACES = {
     errno.EPERM: READABLE,
     errno.ENOTDIR: READABLE,
     errno.EISDIR: READABLE,
+    errno.EEXIST: "a file or folder of that name is in the way: choose another path",
     errno.EROFS: READABLE,
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "remove the link that leads to itself",
@@ -582,7 +583,8 @@ def verify_attention(
     target: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help=f"{SOURCES} Or a recipe.")],
     overrides: Overrides = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens in the test row. Default: 64, or three attention groups of the recipe.")
+        int | None,
+        typer.Option(min=8, help="Tokens in the test row. Default: 64, or three attention groups of the recipe."),
     ] = None,
     attention: Annotated[
         str | None, typer.Option(help="Attention implementation as named in transformers, e.g. eager.")
@@ -605,7 +607,10 @@ def verify_attention(
     checked, leaking = False, False
     for name, model, enough in models_to_verify(target, overrides):
         if attention:
-            model.set_attn_implementation(attention)
+            try:
+                model.set_attn_implementation(attention)
+            except ImportError as error:
+                raise ValueError(f"--attention {attention} cannot run here: {error}") from error
         checked = True
         leaks = verify_attention(model, tokens=tokens or enough, packed=packed)
         leaking = leaking or bool(leaks)

@@ -168,6 +168,7 @@ def test_a_line_is_written_so_that_every_cron_reads_it_alike(written, read):
         ("0 3 * * 1", "", None, "tz '': no such time zone"),
         ("0 3 * * 1", "UTC", "2", "max_start_delay '2': write days"),
         ("0 3 * * 1", "UTC", "0h", "max_start_delay '0h': write days"),
+        ("0 3 * * 1", "UTC", "9999999999h", "max_start_delay '9999999999h': write days"),
         ("0 * * * *", "UTC", "1h", "max_start_delay '1h': fire times are 1:00:00 apart"),
     ],
 )

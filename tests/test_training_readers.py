@@ -190,8 +190,9 @@ def test_a_source_names_the_encoding_of_its_files(tmp_path):
     (tmp_path / "x.jsonl").write_bytes('{"text": "caf\xe9 – x"}'.encode("cp1252"))
     assert list(texts(read(tmp_path, files="x.*", encoding="cp1252")).values()) == ["café – x"] * 2
     assert len(bad(read(tmp_path, files="x.*"))) == 2
-    with pytest.raises(ValueError, match=r"encoding 'cp12520' is unknown to Python"):
-        SourceRecipe(files="x", encoding="cp12520")
+    for wrong in ("cp12520", "base64"):
+        with pytest.raises(ValueError, match=f"encoding '{wrong}' is no text encoding that Python knows"):
+            SourceRecipe(files="x", encoding=wrong)
 
 
 def test_a_text_with_a_byte_0_is_refused(tmp_path):

@@ -3,7 +3,6 @@
 This module does not import torch, so that `longreach plan` loads it in milliseconds.
 """
 
-import codecs
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -143,10 +142,10 @@ class SourceRecipe(Choices):
             if "://" in entry:
                 raise ValueError(f"repositories: {entry!r} is not a folder: copy it here, or use files with a URL")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            "x".encode(self.encoding)
+        except LookupError:  # unknown, or no encoding of text, as base64
             raise ValueError(
-                f"encoding {self.encoding!r} is unknown to Python: use a known one, such as cp1252"
+                f"encoding {self.encoding!r} is no text encoding that Python knows: use one, such as cp1252"
             ) from None
         if all(pattern.startswith("!") for pattern in self.patterns):
             raise ValueError(f"patterns {list(self.patterns)} select no files: begin with e.g. '**/*.py'")

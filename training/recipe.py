@@ -78,6 +78,8 @@ class RopeRecipe(Choices):
             raise ValueError(f"rope type {self.type!r} with theta {self.theta}: set theta exactly when type is 'theta'")
         if self.type == "none" and self.factor != 1.0:
             raise ValueError(f"rope type 'none' with factor {self.factor:g}: choose a type, or leave factor at 1")
+        if self.type in ("linear", "dynamic", "llama3") and self.factor == 1.0:
+            raise ValueError(f"rope type {self.type!r} with factor 1 does not stretch: set factor, or use type 'none'")
         for name in ("beta_fast", "beta_slow", "attention_factor", "original_length"):
             value = getattr(self, name)
             if value is not None and self.type != "yarn":
@@ -118,6 +120,15 @@ class BaseRecipe(Choices):
     is merged into its base."""
     revision: str | None = None
     """Hub commit or tag. Without one, the default branch is resolved once, at conversion."""
+
+    @model_validator(mode="after")
+    def _has_revisions(self) -> "BaseRecipe":
+        if self.revision is not None and not self.source.startswith("hub:"):
+            raise ValueError(
+                f"revision {self.revision!r} with source {self.source!r}: only a hub:owner/name source has revisions: "
+                f"leave it out"
+            )
+        return self
 
     @property
     def pretrained_arm(self) -> str | None:

@@ -11,7 +11,6 @@ weights are bfloat16, and nothing overlaps.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,6 +18,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+from longreach.infra.files import read_object
 from longreach.infra.resources import Resources
 from longreach.training.attention_recipe import AttentionRecipe
 from longreach.training.cost import CONFIG_KEYS, GIB, Machine, Prediction, Shape, predict
@@ -251,7 +251,7 @@ def shape_of(model: str) -> Shape:
         path = path / "config.json"
     if not path.is_file():
         raise ValueError(f"no model {model!r}: use one of {', '.join(MODELS)}, or a folder with a config.json")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(path)
     missing = [key for key in CONFIG_KEYS if not config.get(key)]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: only Llama-like models can be planned")
@@ -276,8 +276,8 @@ def gpu_of(text: str) -> Gpu:
             changed[key] = float(value)
         except ValueError:
             raise ValueError(f"{fact!r} of {name}: write it as FACT=NUMBER") from None
-        if key not in known or changed[key] <= 0:
-            raise ValueError(f"{fact!r} of {name}: facts are {', '.join(sorted(known))}, and must be above 0")
+        if key not in known or not 0 < changed[key] < math.inf:
+            raise ValueError(f"{fact!r} of {name}: facts are {', '.join(sorted(known))}, each a finite number above 0")
     return replace(GPUS[name], **changed)
 
 
