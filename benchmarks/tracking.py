@@ -18,7 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from longreach.infra.mirror import default_uri, pending_points, start_mirror, stop_mirror
+from longreach.infra.mirror import pending_points, start_mirror, stop_mirror
+from longreach.infra.mlflow_store import default_uri
 from longreach.infra.tracking import Spool
 
 POINTS = {f"train/metric_{i}": 1.0 / (i + 3) for i in range(10)}

@@ -22,8 +22,6 @@ import os
 import posixpath
 import select
 import signal
-import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -36,7 +34,7 @@ from typing import Any
 
 from longreach.infra import registry
 from longreach.infra.files import write_whole
-from longreach.infra.registry import default_uri
+from longreach.infra.mlflow_store import check_tracking_uri, prepare_embedded
 from longreach.infra.tracking import iter_events
 
 POLL_S = 5.0
@@ -164,7 +162,7 @@ class Mirror:
         new database longer."""
         from mlflow import MlflowClient
 
-        registry.prepare_embedded(self.uri)
+        prepare_embedded(self.uri)
         return MlflowClient(tracking_uri=self.uri)
 
     def upload(self, deadline_s: float, *, everything: bool = False) -> str:
@@ -567,7 +565,7 @@ def sync(spool_dir: Path | str, uri: str, timeout_s: float = 60.0) -> SyncReport
 
 
 def _command(spool_dir: Path, uri: str) -> list[str]:
-    registry.check_tracking_uri(uri)
+    check_tracking_uri(uri)
     return [sys.executable, "-P", "-m", "longreach.infra.mirror", str(spool_dir), "--uri", uri]
 
 
@@ -575,46 +573,6 @@ def _environment() -> dict[str, str]:
     """Return the mirror's environment: this process's, without the registry's timeouts, since the
     mirror has its own."""
     return {name: value for name, value in os.environ.items() if registry.CLIENT_SETTINGS.get(name) != value}
-
-
-TRAINING = "?workflowType=machine_learning"
-"""Part of the address of MLflow's pages. Without it they open in their view of prompts and traces,
-which is empty."""
-
-
-def first_page(database: Path) -> str:
-    """Return the start page, as the last part of an address: the models of the latest experiment, its
-    runs if it has no models, or the list of experiments if nothing has run."""
-    newest = "SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
-    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
-        found = connection.execute(newest).fetchone()
-        if found is None:
-            return f"#/experiments{TRAINING}"
-        models = "SELECT 1 FROM logged_models WHERE experiment_id = ? AND lifecycle_stage = 'active' LIMIT 1"
-        page = "models" if connection.execute(models, found).fetchone() else "runs"
-    return f"#/experiments/{found[0]}/{page}{TRAINING}"
-
-
-def check_port(port: int) -> None:
-    """Raise ValueError if a server cannot listen on a port of this machine. MLflow itself would exit
-    as if nothing had failed."""
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise ValueError(f"port {port}: {os.strerror(error.errno or 0)}: choose another one with --port") from None
-
-
-def ui_command(workdir: Path | str, port: int = 5000) -> list[str]:
-    """Return the command that shows the embedded store in a browser on this machine. It listens on
-    127.0.0.1 only, since MLflow asks for no password."""
-    artifacts = Path(workdir).absolute() / registry.ARTIFACTS
-    return [
-        *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"),  # saves 7 processes
-        "PYTHONSAFEPATH=1",  # keeps MLflow's processes from importing a user's `evaluation.py` as their own module
-        *(sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", default_uri(workdir)),
-        *("--artifacts-destination", artifacts.as_uri()),
-        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-    ]
 
 
 def main() -> None:

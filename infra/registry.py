@@ -10,29 +10,23 @@ server.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import posixpath
 import re
 import shutil
-import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from longreach.infra.choices import refuse_password
 from longreach.infra.files import link_or_copy
 from longreach.infra.lease import holder_name
+from longreach.infra.mlflow_store import ARTIFACTS, prepare_embedded, sqlite_path
 
 RUN_TAG = "longreach.run"
-ARTIFACTS = "mlartifacts"
-"""The folder with an embedded store's files, beside its database."""
 CHAMPION, PREVIOUS = "champion", "previous"
 MODEL, FINGERPRINT = "longreach.model", "longreach.fingerprint"
 BASE, DOCUMENTS, ROLLED_BACK = "longreach.base", "longreach.documents", "longreach.rolled_back"
@@ -50,8 +44,6 @@ LOOK_AGAIN_S = 1.0
 UPLOAD_S = 3600
 """Longest wait for the response to an uploaded file. A server may first pass the file on, for example
 to S3."""
-SCHEMES = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
-"""Schemes of the tracking URIs that MLflow takes without a plugin; it also takes a folder's path."""
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 
 
@@ -83,130 +75,6 @@ def connect() -> Any:
         raise kind(f"cannot connect to MLflow at {os.environ.get('MLFLOW_TRACKING_URI')}: {error.message}") from error
 
 
-LOCATIONS = {
-    "experiments": ("artifact_location",),
-    "runs": ("artifact_uri",),
-    "logged_models": ("artifact_location",),
-    "model_versions": ("storage_location", "source"),
-}
-"""Columns of MLflow's database that hold absolute file locations, by table."""
-
-
-def prepare_embedded(uri: str) -> None:
-    """Create an embedded store if there is none, and update its file locations if it was moved or
-    copied. Does nothing for a server.
-
-    MLflow records absolute locations. Without the update, after `mv` a champion would not be found,
-    and new files would go to the old folder.
-    """
-    database = sqlite_path(uri)
-    if database is None:
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    if not database.exists():
-        _create(database)
-        return
-    now = (database.parent / ARTIFACTS).as_uri()
-    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        tables = _tables(database, connection)
-        if not tables.issuperset(LOCATIONS):  # written by an older MLflow, or not complete yet
-            return
-        homes = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-        for (home,) in homes:
-            ours = home.startswith("file:///") and home.endswith(f"/{ARTIFACTS}")  # otherwise the user chose it
-            if ours and home != now:
-                _move_places(connection, home, now)
-                print(f"{database.parent} was moved: {home} is now {now} in MLflow's records", file=sys.stderr)
-
-
-def _tables(database: Path, connection: sqlite3.Connection) -> set[str]:
-    """Return the names of the tables of MLflow's database. ValueError if it is damaged."""
-    try:
-        return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.OperationalError:  # such as a disk that does not answer
-        raise
-    except sqlite3.DatabaseError as error:
-        raise ValueError(
-            f"{database} is damaged ({error}): restore it from a backup, or move it away for an empty one to be made; "
-            f"metrics that are not yet in it stay in {database.parent}/spool"
-        ) from error
-
-
-def _create(database: Path) -> None:
-    """Create an empty MLflow database once, however many processes ask for it at the same time.
-
-    MLflow itself creates it table by table: if two processes do so at once, or one is killed, they
-    leave a database that no later start can use. So it gets its name only when it is complete.
-    """
-    from mlflow import MlflowClient
-
-    with (database.parent / f"{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if database.exists():
-            return
-        draft = database.with_name(f"{database.name}.draft")
-        draft.unlink(missing_ok=True)  # left behind by a process that was killed
-        MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
-        draft.rename(database)
-
-
-def _move_places(connection: sqlite3.Connection, before: str, now: str) -> None:
-    """Replace the prefix `before` of all file locations in MLflow's database by `now`."""
-    size = len(before)
-    for table, columns in LOCATIONS.items():
-        for column in columns:
-            ours = f"{column} = ? OR substr({column}, 1, ?) = ?"
-            connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {ours}",
-                (now, size + 1, before, size + 1, before + "/"),
-            )
-
-
-def default_uri(workdir: Path | str) -> str:
-    """Return the URI of the embedded store, which needs no server: `{workdir}/mlflow.db`, with
-    `mlartifacts` beside it. Raises ValueError if the folder's name has another meaning in a URI."""
-    folder = str(Path(workdir).absolute())
-    if "?" in folder or unquote(folder) != folder:
-        raise ValueError(
-            f"MLflow would look for its database elsewhere than in {folder}, since ? and codes such as %20 have "
-            f"another meaning in a URI: rename the folder, or set store.workdir or tracking.uri"
-        )
-    return f"sqlite:///{folder}/mlflow.db"
-
-
-def tracking_uri(chosen: str | None, workdir: Path | str) -> str:
-    """Return the URI of MLflow: the recipe's, else the environment's, else the embedded store's.
-    Raises ValueError if it holds a password."""
-    return check_tracking_uri(chosen or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(workdir))
-
-
-def check_tracking_uri(uri: str) -> str:
-    """Return the URI. Raises ValueError if it holds a password, or if MLflow has no store for its
-    scheme."""
-    refuse_password(
-        uri,
-        "the tracking URI holds a password, which other users can read in the list of processes: set "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead (PGUSER and PGPASSWORD for PostgreSQL)",
-    )
-    scheme = urlsplit(uri).scheme  # in lower case; empty for a folder's path
-    rest = uri.partition(":")[2]
-    known = scheme.partition("+")[0] in SCHEMES or entry_points(group="mlflow.tracking_store", name=scheme)
-    if scheme and not known:
-        place = uri.rpartition("@")[2]  # without a user and password before it
-        raise ValueError(
-            f"the tracking URI {place!r} begins with none of MLflow's schemes ({', '.join(SCHEMES)}): write the "
-            f"address of a server as http://{place.rpartition('://')[2]}"
-        )
-    if scheme == "sqlite" and not rest.startswith("///"):
-        raise ValueError(f"the tracking URI {uri!r} names no file: write three slashes, e.g. sqlite:///mlflow.db")
-    return uri
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the database file of an embedded store, or None for a server."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
-
-
 def experiment_id(client: Any, name: str) -> str:
     """Return an experiment's id; the experiment is created if it is missing. Raises
     ExperimentDeleted if it was deleted."""
@@ -224,36 +92,6 @@ def run_of(client: Any, experiment_id: str, run: str) -> str | None:
     """Return MLflow's id of a spooled run, or None if it is not uploaded yet."""
     runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run}'")
     return runs[0].info.run_id if runs else None
-
-
-def check_tracking(uri: str, timeout_s: float = 5.0) -> str:
-    """Return why MLflow cannot be used now, or "" if it can. Raises ValueError if a server rejects
-    the credentials, or the embedded store is damaged."""
-    database = sqlite_path(uri)
-    if database is not None and database.exists():
-        with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
-            _tables(database, connection)
-    if not uri.startswith(("http://", "https://")):
-        return ""
-    import requests
-
-    asked = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
-    login, headers, given = None, {}, "a request without user and password"
-    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
-        given = f"user {user!r} with the password given"
-    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
-    try:
-        answer = requests.post(asked, json={"max_results": 1}, auth=login, headers=headers, timeout=timeout_s)
-    except requests.RequestException as error:
-        return f"{uri} does not respond ({type(error).__name__})"
-    if answer.status_code in (401, 403):
-        raise ValueError(
-            f"MLflow at {uri} rejects {given} (HTTP {answer.status_code}): set MLFLOW_TRACKING_USERNAME and "
-            f"MLFLOW_TRACKING_PASSWORD, or set tracking.enabled=false and upload the metrics later with longreach sync"
-        )
-    return "" if answer.ok else f"{uri} responds with HTTP {answer.status_code}"
 
 
 def version_of(name: str) -> Any:

@@ -216,7 +216,8 @@ def rollback(
     workdir: Workdir = Path(".longreach"),
 ) -> None:
     """Swap a registered model's champion with the previous champion."""
-    from longreach.infra.registry import rollback, sqlite_path
+    from longreach.infra.mlflow_store import sqlite_path
+    from longreach.infra.registry import rollback
 
     uri, _ = _tracking(recipe, None, workdir)
     if (database := sqlite_path(uri)) and not database.exists():
@@ -462,8 +463,15 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on localhost.")] = 5000,
 ) -> None:
     """Serve the embedded MLflow store on localhost, or print the URL of an MLflow server."""
-    from longreach.infra.mirror import TRAINING, check_port, default_uri, first_page, ui_command
-    from longreach.infra.registry import prepare_embedded, sqlite_path
+    from longreach.infra.mlflow_store import (
+        TRAINING,
+        check_port,
+        default_uri,
+        first_page,
+        prepare_embedded,
+        sqlite_path,
+        ui_command,
+    )
 
     uri, workdir = _tracking(recipe, overrides, workdir)
     if uri != default_uri(workdir):
@@ -490,7 +498,7 @@ def sync(
 ) -> None:
     """Send metrics to MLflow that an outage held back; exit with 1 if some are still unsent."""
     from longreach.infra.mirror import sync
-    from longreach.infra.registry import check_tracking
+    from longreach.infra.mlflow_store import check_tracking
 
     uri, workdir = _tracking(recipe, overrides, workdir)
     if not (workdir / "spool").is_dir():
@@ -737,7 +745,8 @@ def _store_and_fingerprints(
 
     if loaded is None:
         return Store(root).checked(), None
-    from longreach.infra.registry import RegistryAway, check_tracking
+    from longreach.infra.mlflow_store import check_tracking
+    from longreach.infra.registry import RegistryAway
     from longreach.pipelines.plan import open_store, plan, use_tracking
 
     gate, away = loaded.recipe.promote, ""
@@ -801,7 +810,7 @@ def _find_registry(source: str) -> None:
 
 def _tracking(recipe: str | None, overrides: list[str] | None, workdir: Path) -> tuple[str, Path]:
     """Return MLflow's URI and the workdir: the recipe's, or without a recipe those of `workdir`."""
-    from longreach.infra.registry import tracking_uri
+    from longreach.infra.mlflow_store import tracking_uri
 
     if recipe is None:
         return tracking_uri(None, workdir), workdir

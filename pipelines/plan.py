@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from longreach.infra.artifact import Artifact, Store
 from longreach.infra.errors import CorruptArtifact
-from longreach.infra.registry import check_tracking_uri, sqlite_path, tracking_uri
+from longreach.infra.mlflow_store import check_tracking_uri, sqlite_path, tracking_uri
 from longreach.pipelines.foresee import Forecast, foresee, no_room, this_node
 from longreach.pipelines.graph import build
 from longreach.pipelines.hand_over import check_base, check_token

@@ -36,8 +36,9 @@ from longreach.infra.choices import dotted
 from longreach.infra.errors import CorruptArtifact, LeaseLost
 from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
+from longreach.infra.mlflow_store import check_tracking
 from longreach.infra.polling import polling
-from longreach.infra.registry import MODEL, check_tracking
+from longreach.infra.registry import MODEL
 from longreach.infra.resources import STAGE_RETRIES
 from longreach.infra.tracking import Spool, last_step, read_events
 from longreach.infra.versions import git_commit

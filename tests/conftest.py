@@ -67,7 +67,7 @@ def empty_store(tmp_path_factory):
     """Return the database of an empty embedded store to copy, since MLflow takes seconds to create one."""
     from mlflow import MlflowClient
 
-    from longreach.infra.registry import default_uri
+    from longreach.infra.mlflow_store import default_uri
 
     folder = tmp_path_factory.mktemp("empty")
     MlflowClient(default_uri(folder)).search_experiments()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from longreach.infra.mirror import ui_command
+from longreach.infra.mlflow_store import ui_command
 
 PASSWORD = "a-long-password-of-tests"
 PATIENCE_S = 60

@@ -25,12 +25,12 @@ from longreach.infra.mirror import (
     _command,
     _environment,
     _follow,
-    default_uri,
     pending_points,
     start_mirror,
     stop_mirror,
     sync,
 )
+from longreach.infra.mlflow_store import default_uri
 from longreach.infra.tracking import Spool
 
 

@@ -14,9 +14,9 @@ import pytest
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, UNAUTHENTICATED
 from mlflow_servers import PASSWORD, Server, refusing_port
 
-from longreach.infra import registry
+from longreach.infra import mlflow_store, registry
 from longreach.infra.mirror import sync
-from longreach.infra.registry import check_tracking, check_tracking_uri
+from longreach.infra.mlflow_store import check_tracking, check_tracking_uri
 from longreach.infra.tracking import Spool
 from longreach.pipelines.cli import main
 
@@ -76,7 +76,7 @@ def test_a_server_that_is_away_is_said_and_stops_nothing(monkeypatch):
 
 
 def test_releases_behind_any_alias_are_found_and_asking_creates_no_store(empty_store, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.default_uri(tmp_path))
     assert registry.aliased_fingerprints() == set()
     assert not (tmp_path / "mlflow.db").exists()
     shutil.copy(empty_store, tmp_path / "mlflow.db")
@@ -93,7 +93,7 @@ def test_an_embedded_store_that_is_moved_takes_its_models_along(empty_store, tmp
     before, after = tmp_path / "before", tmp_path / "a.ter_"  # as a pattern, its name would fit others
     before.mkdir()
     shutil.copy(empty_store, before / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(before))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.default_uri(before))
     client = registry.connect()
     experiment = registry.experiment_id(client, "books")
     elsewhere = client.create_experiment("elsewhere", (tmp_path / "own-choice").as_uri())
@@ -105,7 +105,7 @@ def test_an_embedded_store_that_is_moved_takes_its_models_along(empty_store, tmp
     version = registry.register(client, "books", model, run, {registry.FINGERPRINT: "f"})
     client.set_registered_model_alias("books", registry.CHAMPION, version.version)
     before.rename(after)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(after))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.default_uri(after))
     client = registry.connect()
     assert "was moved" in capsys.readouterr().err
     assert Path(mlflow.artifacts.download_artifacts("models:/books@champion")).is_relative_to(after)
@@ -121,7 +121,7 @@ def test_an_embedded_store_that_is_moved_takes_its_models_along(empty_store, tmp
 def test_an_embedded_store_lives_in_a_folder_of_almost_any_name(name, empty_store, tmp_path: Path, monkeypatch):
     (workdir := tmp_path / name).mkdir()
     shutil.copy(empty_store, workdir / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(workdir))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.default_uri(workdir))
     client = registry.connect()
     run = client.create_run(registry.experiment_id(client, "books")).info.run_id
     client.log_text(run, "new", "note.txt")
@@ -148,7 +148,7 @@ def test_a_folder_whose_name_means_something_else_in_an_address_is_refused_befor
 def test_an_answer_that_fails_half_way_through_a_rollback_is_one_sentence(
     code, kind, empty_store, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.default_uri(tmp_path))
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     client = registry.connect()
     client.create_registered_model("books")
@@ -171,7 +171,7 @@ def test_a_refused_login_is_no_server_that_is_away(empty_store, tmp_path: Path, 
     def refuses(*arguments):
         raise mlflow.MlflowException("who are you", error_code=UNAUTHENTICATED)
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.default_uri(tmp_path))
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_by_alias", refuses)
     with pytest.raises(ValueError, match=r"cannot look up the alias champion of 'books': .* who are you") as raised:
@@ -182,13 +182,13 @@ def test_a_refused_login_is_no_server_that_is_away(empty_store, tmp_path: Path, 
 @pytest.mark.long
 def test_several_who_start_at_once_make_one_store_even_where_another_was_killed_while_it_made_it(tmp_path):
     (tmp_path / "mlflow.db.draft").write_text("half a database")
-    code = "import sys; from longreach.infra.registry import prepare_embedded; prepare_embedded(sys.argv[1])"
-    command = [sys.executable, "-P", "-c", code, registry.default_uri(tmp_path)]
+    code = "import sys; from longreach.infra.mlflow_store import prepare_embedded; prepare_embedded(sys.argv[1])"
+    command = [sys.executable, "-P", "-c", code, mlflow_store.default_uri(tmp_path)]
     starters = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = [starter.communicate()[1] for starter in starters]
     assert [starter.returncode for starter in starters] == [0, 0, 0], said
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
-    assert mlflow.MlflowClient(registry.default_uri(tmp_path)).create_experiment("works")
+    assert mlflow.MlflowClient(mlflow_store.default_uri(tmp_path)).create_experiment("works")
 
 
 @pytest.mark.parametrize("uri", ["localhost:5000", "sqlite://x.db", "bob:secret@host:5000", "htp://host:5000"])

@@ -254,7 +254,7 @@ def test_what_only_reads_the_store_needs_no_registry(
     def no_database(name: str) -> None:
         raise RegistryAway("MLflow at http://127.0.0.1:9: 500, no connection to its database")
 
-    monkeypatch.setattr("longreach.infra.registry.check_tracking", lambda uri: "")
+    monkeypatch.setattr("longreach.infra.mlflow_store.check_tracking", lambda uri: "")
     monkeypatch.setattr("longreach.infra.registry.champion", no_database)
     code, out, err = longreach(capsys, "status", "quickstart", "--set", choices[0], "--set", choices[1])
     assert (code, report.fingerprint[:8] in out) == (0, True)
@@ -586,7 +586,7 @@ def test_sync_sends_the_spool_of_the_recipe_and_is_exit_1_while_points_are_held_
     monkeypatch.chdir(tmp_path)
     for workdir in ("w", "other", ".longreach"):
         Path(workdir, "spool").mkdir(parents=True)
-    monkeypatch.setattr("longreach.infra.registry.check_tracking", lambda uri: "")
+    monkeypatch.setattr("longreach.infra.mlflow_store.check_tracking", lambda uri: "")
     asked: list[tuple[Path, str, float]] = []
     result = SyncReport(runs=3, points=12, pending=0, skipped=1)
 

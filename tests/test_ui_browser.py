@@ -7,15 +7,15 @@ import pytest
 from mlflow_servers import Server
 from test_report_browser import FLAGS, pytestmark  # noqa: F401 (skipped without chromium)
 
-from longreach.infra import registry
-from longreach.infra.mirror import first_page
+from longreach.infra import mlflow_store, registry
+from longreach.infra.mlflow_store import first_page
 
 
 @pytest.fixture
 def project(empty_store, tmp_path, monkeypatch):
     """A folder with an embedded store, and what has run in it: nothing yet."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.default_uri(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store.default_uri(tmp_path))
     return tmp_path
 
 
