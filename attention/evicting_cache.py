@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PretrainedConfig
 
-from longreach.attention.rope import Rotary, turned
+from longreach.attention.rope import Rotary, rotate_pairs
 from longreach.attention.sink_cache import AttendingLayer, inference_only, own_window, sees_itself
 
 
@@ -121,7 +121,7 @@ class EvictingLayer(AttendingLayer):
             q, k = q_BHTD.detach(), k_BKTD
             if self.rotary is not None:
                 at_T = torch.arange(self.seen - T, self.seen)
-                q, k = (self.rotary.turn(self.rotary.put_right(x, at_T), -at_T) for x in (q, k))
+                q, k = (self.rotary.rotate(self.rotary.correct_rounding(x, at_T), -at_T) for x in (q, k))
             outs = []
             for q_BH1D, k_BK1D, v_BK1D in zip(q.split(1, 2), k.split(1, 2), v_BKTD.split(1, 2), strict=True):
                 outs.append(self._step(q_BH1D, k_BK1D, v_BK1D, scale, sink_logit_H))
@@ -137,8 +137,8 @@ class EvictingLayer(AttendingLayer):
         B, K, N, _ = self.keys.shape
         keys_BKND, q_BKRD = self.keys, q_BH1D.reshape(B, K, -1, q_BH1D.shape[3])
         if self.rotary is not None:
-            keys_BKND = turned(keys_BKND, (self.cos_NR[:N], self.sin_NR[:N]), self.rotary.interleaved)
-            q_BKRD = turned(q_BKRD, (self.cos_NR[N - 1], self.sin_NR[N - 1]), self.rotary.interleaved)
+            keys_BKND = rotate_pairs(keys_BKND, (self.cos_NR[:N], self.sin_NR[:N]), self.rotary.interleaved)
+            q_BKRD = rotate_pairs(q_BKRD, (self.cos_NR[N - 1], self.sin_NR[N - 1]), self.rotary.interleaved)
         logits_BKRN = (q_BKRD @ keys_BKND.mT).to(self.scores) * scale
         total_BKR1 = logits_BKRN.logsumexp(-1, keepdim=True)
         if sink_logit_H is not None:

@@ -223,7 +223,10 @@ class Rotary:
         at_T = torch.tensor([0, 1, 5])
         cos, sin = embedding(x_1HTD, at_T[None])
         theirs, _ = family.apply_rotary_pos_emb(x_1HTD, x_1HTD, cos, sin)
-        ours = turned(x_1HTD, self.cos_sin(self.angles(at_T), x_1HTD), self.interleaved) * embedding.attention_scaling
+        ours = (
+            rotate_pairs(x_1HTD, self.cos_sin(self.angles(at_T), x_1HTD), self.interleaved)
+            * embedding.attention_scaling
+        )
         return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
     def angles(self, by_T: Tensor) -> Tensor:
@@ -237,16 +240,16 @@ class Rotary:
         off_TR = self.angles(at_T) - (at_T.float()[:, None] * self.inv_freq_R.to(at_T.device)).double()
         return off_TR * (at_T >= CORRECTED_FROM)[:, None]
 
-    def put_right(self, x_BHTD: Tensor, at_T: Tensor) -> Tensor:
+    def correct_rounding(self, x_BHTD: Tensor, at_T: Tensor) -> Tensor:
         """Correct the rounding of far angles in queries or keys that transformers rotated to
         at_T."""
         if int(at_T.max()) < CORRECTED_FROM:
             return x_BHTD
-        return turned(x_BHTD, self.cos_sin(self.rounding(at_T.to(x_BHTD.device)), x_BHTD), self.interleaved)
+        return rotate_pairs(x_BHTD, self.cos_sin(self.rounding(at_T.to(x_BHTD.device)), x_BHTD), self.interleaved)
 
-    def turn(self, x_BHTD: Tensor, by_T: Tensor) -> Tensor:
+    def rotate(self, x_BHTD: Tensor, by_T: Tensor) -> Tensor:
         """Move rotated queries or keys by_T positions further."""
-        return turned(x_BHTD, self.cos_sin(self.angles(by_T.to(x_BHTD.device)), x_BHTD), self.interleaved)
+        return rotate_pairs(x_BHTD, self.cos_sin(self.angles(by_T.to(x_BHTD.device)), x_BHTD), self.interleaved)
 
     @staticmethod
     def cos_sin(angles_TR: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +257,7 @@ class Rotary:
         return angles_TR.cos().to(like), angles_TR.sin().to(like)
 
 
-def turned(x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
+def rotate_pairs(x: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
     """Return x [..., T, D] with its first 2R values rotated in pairs; cosine and sine are [..., T,
     R]."""
     cos, sin = cos_sin

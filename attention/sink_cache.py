@@ -54,7 +54,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Pret
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
-from longreach.attention.rope import CORRECTED_FROM, Rotary, turned
+from longreach.attention.rope import CORRECTED_FROM, Rotary, rotate_pairs
 from longreach.attention.sink_softmax import with_sink
 from longreach.attention.streamed import plain, streamed_attention
 
@@ -89,8 +89,10 @@ class SinkCache(Cache):
                 f"the model's own window of {own} tokens is shorter than {sink_tokens} sinks + {window_tokens} recent "
                 f"tokens + 1: lower window_tokens to at most {own - sink_tokens - 1}"
             )
-        turns = Turns(Rotary.of(config) if positions == "cache" else None)
-        super().__init__(layers=[SinkLayer(sink_tokens, window_tokens, turns) for _ in range(config.num_hidden_layers)])
+        rotations = SharedRotations(Rotary.of(config) if positions == "cache" else None)
+        super().__init__(
+            layers=[SinkLayer(sink_tokens, window_tokens, rotations) for _ in range(config.num_hidden_layers)]
+        )
 
 
 def own_window(config: PretrainedConfig) -> int | None:
@@ -151,16 +153,16 @@ def reading_sink_cache(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-class Turns:
+class SharedRotations:
     """Cosines and sines of rotations that all layers share in a step."""
 
     def __init__(self, rotary: Rotary | None) -> None:
         self.rotary = rotary
         if rotary is not None:
-            self.on = lru_cache(2)(self._on)
-            self.right = lru_cache(2)(self._right)
+            self.shift = lru_cache(2)(self._shift)
+            self.correction = lru_cache(2)(self._correction)
 
-    def _on(self, by_B: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _shift(self, by_B: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [B, 1, 1, R] that rotate each row's keys by `by_B` positions."""
         assert self.rotary is not None, "keys with positions counted in the text are never rotated further"
         cos, sin = self.rotary.cos_sin(
@@ -168,7 +170,7 @@ class Turns:
         )
         return cos[:, None, None], sin[:, None, None]
 
-    def _right(
+    def _correction(
         self, first_B: tuple[int, ...], tokens: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [B, 1, T, R] that undo float32's rounding of the angles.
@@ -272,9 +274,9 @@ class SinkLayer(AttendingLayer):
     values: Tensor
     sink_keys: Tensor  # [B, K, S, D], unchanged: never rotated further
 
-    def __init__(self, sink_tokens: int, window_tokens: int, turns: Turns) -> None:
+    def __init__(self, sink_tokens: int, window_tokens: int, rotations: SharedRotations) -> None:
         super().__init__()
-        self.S, self.W, self.turns = sink_tokens, window_tokens, turns
+        self.S, self.W, self.rotations = sink_tokens, window_tokens, rotations
         self.padding_B: tuple[int, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -298,9 +300,9 @@ class SinkLayer(AttendingLayer):
             scale = q_BHTD.shape[3] ** -0.5
         with torch.no_grad():
             q = q_BHTD.detach()
-            if self.turns.rotary is not None and max(first_B) + T > CORRECTED_FROM:
-                right = self.turns.right(first_B, T, q.dtype, q.device)
-                both = turned(torch.cat([q, k_BKTD], 1), right, self.turns.rotary.interleaved)
+            if self.rotations.rotary is not None and max(first_B) + T > CORRECTED_FROM:
+                correction = self.rotations.correction(first_B, T, q.dtype, q.device)
+                both = rotate_pairs(torch.cat([q, k_BKTD], 1), correction, self.rotations.rotary.interleaved)
                 q, k_BKTD = both.split([q.shape[1], k_BKTD.shape[1]], 1)
             step = self._decode if T == 1 and min(first_B) >= 0 else self._prefill
             out_BHTD = step(q, k_BKTD, v_BKTD, first_B, scale, sink_logit_H)
@@ -339,9 +341,9 @@ class SinkLayer(AttendingLayer):
             if at < self.S:
                 self.sink_keys[rows, :, at] = k_BK1D[rows, :, 0]
         evicted_B = tuple(max(0, at - self.S - self.W) for at in first_B)
-        if self.turns.rotary is not None and self.S and any(evicted_B):
-            on = self.turns.on(evicted_B, self.dtype, self.device)
-            self.keys[:, :, : self.S] = turned(self.sink_keys, on, self.turns.rotary.interleaved)
+        if self.rotations.rotary is not None and self.S and any(evicted_B):
+            shift = self.rotations.shift(evicted_B, self.dtype, self.device)
+            self.keys[:, :, : self.S] = rotate_pairs(self.sink_keys, shift, self.rotations.rotary.interleaved)
         used_B = [min(at + 1, self.keys.shape[2]) for at in first_B]
         used, mask = max(used_B), None
         if min(used_B) < used:  # some rows are shorter because of padding
@@ -378,7 +380,7 @@ class SinkLayer(AttendingLayer):
             known = min(self.S, first + q.shape[2])
             out_BHTD[rows, :, skip:] = streamed_attention(
                 q, (recent_k, recent_v), (self.sink_keys[rows][:, :, :known], self.values[rows][:, :, :known]),
-                first=first, sink_tokens=self.S, window_tokens=self.W, rotary=self.turns.rotary, scale=scale,
+                first=first, sink_tokens=self.S, window_tokens=self.W, rotary=self.rotations.rotary, scale=scale,
                 sink_logit_H=sink_logit_H,
             )  # fmt: skip
         return out_BHTD

@@ -90,7 +90,7 @@ def _sink_part(
     k_BKSD, v_BKSD = sinks
     at_T = torch.arange(first, first + q_BHTD.shape[2])
     if rotary is not None and int(at_T[-1]) > cached:
-        q_BHTD = rotary.turn(q_BHTD, (cached - at_T).clamp(max=0))
+        q_BHTD = rotary.rotate(q_BHTD, (cached - at_T).clamp(max=0))
     future_TS = torch.arange(k_BKSD.shape[2]) > at_T[:, None]
     return plain(q_BHTD, k_BKSD, v_BKSD, scale, future_TS.to(q_BHTD.device) if bool(future_TS.any()) else None)
 

@@ -94,7 +94,7 @@ class StreamedAttention:
         """Return (output [1, T, H, D], None), as transformers expects."""
         if self.rotary is not None:
             at_T = torch.arange(q_BHTD.shape[2])
-            q_BHTD, k_BKTD = self.rotary.put_right(q_BHTD, at_T), self.rotary.put_right(k_BKTD, at_T)
+            q_BHTD, k_BKTD = self.rotary.correct_rounding(q_BHTD, at_T), self.rotary.correct_rounding(k_BKTD, at_T)
         out_BHTD = streamed_attention(
             q_BHTD,
             (k_BKTD[:, :, self.sinks :], v_BKTD[:, :, self.sinks :]),

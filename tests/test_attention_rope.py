@@ -23,7 +23,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from longreach.attention.rope import TYPES, Rotary, check_stretched, fix_frequencies, stretched_config, turned
+from longreach.attention.rope import TYPES, Rotary, check_stretched, fix_frequencies, rotate_pairs, stretched_config
 
 TRAINED, HEAD, THETA = 64, 16, 10_000.0
 PAIR_R = torch.arange(HEAD // 2, dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_turning_a_rotated_key_on_equals_rotating_it_there(config, family, name)
     def at(positions):
         return family.apply_rotary_pos_emb(x, x, *embedding(x, positions[None]))[0]
 
-    moved = Rotary.of(config).turn(at(at_T), torch.tensor([7, 0, -39, 1]))
+    moved = Rotary.of(config).rotate(at(at_T), torch.tensor([7, 0, -39, 1]))
     torch.testing.assert_close(moved, at(at_T + torch.tensor([7, 0, -39, 1])), atol=2e-5, rtol=0)  # float32 angles
 
 
@@ -244,9 +244,9 @@ def test_the_rounding_of_far_angles_is_known_exactly():
     cos, sin = modeling_llama.LlamaRotaryEmbedding(config)(x, at_T[None])
     off, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
     rotary = Rotary.of(config)
-    true = turned(x, rotary.cos_sin(rotary.angles(at_T), x))
+    true = rotate_pairs(x, rotary.cos_sin(rotary.angles(at_T), x))
     assert (off - true).abs().max() > 1e-3
-    right = turned(off, rotary.cos_sin(rotary.rounding(at_T), x))
+    right = rotate_pairs(off, rotary.cos_sin(rotary.rounding(at_T), x))
     torch.testing.assert_close(right, true, atol=1e-6, rtol=0)  # the table's cosines are float32
 
 

@@ -30,7 +30,7 @@ def by_definition(q, k, v, sinks, window, rotary, scale):
     for t in range(q.shape[2]):
         seen = [at for at in range(t + 1) if at < sinks or t - at <= window]
         near, back = q[:, :, t : t + 1], torch.tensor([min(0, sinks + window - t)])
-        far = rotary.turn(near, back) if rotary else near
+        far = rotary.rotate(near, back) if rotary else near
         scores = [(far if at < sinks else near) @ k[:, :, at : at + 1].mT for at in seen]
         out.append((torch.cat(scores, -1) * scale).softmax(-1) @ v[:, :, seen])
     return torch.cat(out, 2)
@@ -133,7 +133,7 @@ def test_causal_queries_beyond_the_last_key_see_all_keys_by_the_gpu_library_too(
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-def test_far_positions_are_put_right_in_both_alike():
+def test_the_rounding_of_far_positions_is_corrected_in_both_alike():
     """A chunk that reaches across CORRECTED_FROM, in one pass and token by token: the same angles are taken back."""
     model, ids = tiny_llama().double(), torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(1))
     outs = []
