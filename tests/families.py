@@ -271,7 +271,7 @@ def adapted_everywhere(folder: Path) -> None:
 def stretched(folder: Path) -> None:
 
     worked, refused = [], None
-    for rope in (RopeRecipe(type="theta", theta=7e5, factor=2), RopeRecipe(type="linear", factor=2), YARN):
+    for rope in (RopeRecipe(type="theta", theta=7e6, factor=2), RopeRecipe(type="linear", factor=2), YARN):
         try:
             model, tokenizer = load_model(folder, rope=rope)
         except ValueError as error:

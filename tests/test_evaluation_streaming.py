@@ -227,7 +227,8 @@ def test_a_choice_of_rivals_or_further_texts_is_part_of_identity_only_once_it_is
 
 def test_ways_are_compared_on_the_same_tokens_of_several_texts(monkeypatch):
     """The ratio to the most sinks has an interval over texts, or over pieces of a single text."""
-    monkeypatch.setattr("longreach.evaluation.streaming.PIECE_TOKENS", 20)
+    for module in ("streaming", "streaming_page"):
+        monkeypatch.setattr(f"longreach.evaluation.{module}.PIECE_TOKENS", 20)
     model, choices = tiny_llama(), {"ways": ("dense", "window", "sinks", "recompute"), "sink_tokens": (1, 3)}
     texts = [document(), Document("b", "d", document(seed=1).ids_T), Document("c", "d", document(seed=2).ids_T)]
     usual = {"document": "a", "tokens": 150, "cache_tokens": 24, "recompute_every": 4} | choices

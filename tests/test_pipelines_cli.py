@@ -623,14 +623,15 @@ def test_sync_and_rollback_of_a_folder_where_nothing_ran_make_nothing(
 
 
 @pytest.mark.parametrize("command", ["sync", "ui", "rollback books"])
-def test_a_damaged_embedded_store_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+def test_a_damaged_embedded_store_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which rollback sets, so that it is unset again
     (tmp_path / "spool").mkdir()
     (tmp_path / "mlflow.db").write_bytes(bytes(range(1, 256)) * 20)
     code, _, err = longreach(capsys, *command.split(), "--workdir", str(tmp_path))
-    assert (code, err.splitlines()[0].startswith(f"{tmp_path}/mlflow.db is damaged (file is not a database): ")) == (
-        2,
-        True,
-    )
+    assert code == 2
+    assert err.startswith(f"{tmp_path}/mlflow.db is damaged (file is not a database): ")
 
 
 @pytest.mark.parametrize(("needed", "code", "mark"), [(True, 1, "WRONG"), (False, 0, "note")])

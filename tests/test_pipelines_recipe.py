@@ -240,7 +240,7 @@ def test_every_value_knows_its_origin(small: Path) -> None:
     assert origin["finetune.arms.long.1.attention.group_tokens"] == "small.yaml:15"
     assert origin["finetune.steps"] == origin["evaluate.passkey.lengths"] == "--set"
     assert origin["finetune.arms.full.tune"] == origin["evaluate.passkey.trials"] == "default"
-    replaced = load(small, ["baselines.stretched={type: linear}"]).origins
+    replaced = load(small, ["baselines.stretched={type: none}"]).origins
     assert (replaced["baselines.stretched.type"], replaced["baselines.stretched.factor"]) == ("--set", "default")
     assert list(origin) == [dotted(location) for location, _ in recipes.values(loaded.recipe)]
 
