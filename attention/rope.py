@@ -120,10 +120,6 @@ def _checked_parameters(config: PretrainedConfig, type: str, factor: float, thet
         raise ValueError(f"rope type {type!r} with theta {theta:g}: leave theta out, or use type 'theta'")
     if type != "none" and rope["rope_theta"] is None:
         raise ValueError(f"{config.model_type} has no rope_theta in its config.json: add it there")
-    if theta is not None and theta < rope["rope_theta"]:
-        raise ValueError(
-            f"rope theta {theta:g} is below the model's {rope['rope_theta']:g}, which shortens its context: raise it"
-        )
     return rope
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 import sqlite3
 import sys
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -48,8 +49,8 @@ def prepare_embedded(uri: str) -> None:
         _create(database)
         return
     now = (database.parent / ARTIFACTS).as_uri()
-    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
-        tables = _tables(database, connection)
+    with _opened(database) as connection, connection:
+        tables = _tables(connection)
         if not tables.issuperset(LOCATIONS):  # written by an older MLflow, or not complete yet
             return
         homes = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
@@ -60,17 +61,24 @@ def prepare_embedded(uri: str) -> None:
                 print(f"{database.parent} was moved: {home} is now {now} in MLflow's records", file=sys.stderr)
 
 
-def _tables(database: Path, connection: sqlite3.Connection) -> set[str]:
-    """Return the names of the tables of MLflow's database. ValueError if it is damaged."""
+@contextlib.contextmanager
+def _opened(database: Path, timeout_s: float = 60) -> Iterator[sqlite3.Connection]:
+    """Open MLflow's database. ValueError if a query in the block finds it damaged."""
     try:
-        return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.OperationalError:  # such as a disk that does not answer
+        with contextlib.closing(sqlite3.connect(database, timeout=timeout_s)) as connection:
+            yield connection
+    except sqlite3.OperationalError:  # such as a lock, which is no damage
         raise
     except sqlite3.DatabaseError as error:
         raise ValueError(
             f"{database} is damaged ({error}): restore it from a backup, or move it away for an empty one to be made; "
-            f"metrics that are not yet in it stay in {database.parent}/spool"
+            f"metrics that are not yet in it stay in the workdir's spool folder"
         ) from error
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    """Return the names of the database's tables."""
+    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
 def _create(database: Path) -> None:
@@ -153,8 +161,11 @@ def check_tracking(uri: str, timeout_s: float = 5.0) -> str:
     the credentials, or the embedded store is damaged."""
     database = sqlite_path(uri)
     if database is not None and database.exists():
-        with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
-            _tables(database, connection)
+        try:
+            with _opened(database, timeout_s) as connection:
+                _tables(connection)
+        except sqlite3.OperationalError as error:  # locked, or not to be opened
+            return f"{database} does not answer ({error})"
     if not uri.startswith(("http://", "https://")):
         return ""
     import requests

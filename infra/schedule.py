@@ -361,7 +361,7 @@ def _duration(text: str) -> timedelta:
         duration = timedelta(days=days, hours=hours, minutes=minutes)
     if not duration:
         raise ValueError(
-            f"max_start_delay {text!r}: write days, hours and minutes of at most five digits, as in 2h or 1h30m"
+            f"max_start_delay {text!r}: write days, hours and minutes with at most five digits each, as in 2h or 1h30m"
         )
     return duration
 

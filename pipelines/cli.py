@@ -78,6 +78,7 @@ PLACES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "remove the link that leads to itself",
     errno.ENOSPC: "free space there, and run the same command again",
+    errno.EDQUOT: "free space there, and run the same command again",
 }
 """What to do about errors of paths that a user chose, by number."""
 
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"{what}: {PLACES[error.errno]}", file=sys.stderr)
-        sys.exit(FAILED if error.errno == errno.ENOSPC else BAD_INPUT)
+        sys.exit(FAILED if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT)
     except ValueError as error:
         from longreach.infra.registry import RegistryAway
 

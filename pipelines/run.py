@@ -222,7 +222,8 @@ def run(
 
 
 def _check_tracking(loaded: Loaded, uri: str, display: Display) -> None:
-    """Raise ValueError if MLflow refuses the login; show a note if MLflow does not answer."""
+    """Raise ValueError if MLflow refuses the login or its embedded store is damaged; show a note if MLflow does
+    not answer."""
     recipe = loaded.recipe
     if (recipe.tracking.enabled or recipe.promote) and (away := check_tracking(uri)):
         display.note(f"MLflow: {away}; metrics are kept here and sent when it answers, or later by longreach sync")
@@ -633,7 +634,7 @@ def _report_on_the_rest(run: _Run) -> None:
         while execute(task).made_by:  # another run is making the same report
             time.sleep(LOOK_AGAIN_S)
     except (ValueError, OSError, CorruptArtifact) as error:
-        failed["report"] = f"on the finished stages: {error}"
+        failed["report"] = f"on the finished stages: {_reason(error)}"
         return
     run.artifacts[stage.label] = run.store.fetch(stage.name, stage.fingerprint)
     run.display.note(f"the report covers the finished stages and names the {len(others)} that failed")

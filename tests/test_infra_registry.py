@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import uuid
@@ -73,6 +75,14 @@ def test_a_server_that_is_away_is_said_and_stops_nothing(monkeypatch):
         uri = f"http://127.0.0.1:{port}"
         assert check_tracking(uri) == f"{uri} does not respond (ConnectionError)"
     assert check_tracking("sqlite:///x.db") == ""
+
+
+def test_an_embedded_store_that_another_process_locks_is_away_and_no_error(empty_store, tmp_path: Path):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        away = check_tracking(mlflow_store.default_uri(tmp_path), timeout_s=0.1)
+    assert away == f"{tmp_path}/mlflow.db does not answer (database is locked)"
 
 
 def test_releases_behind_any_alias_are_found_and_asking_creates_no_store(empty_store, tmp_path: Path, monkeypatch):

@@ -622,7 +622,7 @@ def test_sync_and_rollback_of_a_folder_where_nothing_ran_make_nothing(
     assert not Path(nowhere).exists()
 
 
-@pytest.mark.parametrize("command", ["sync", "ui", "rollback books"])
+@pytest.mark.parametrize("command", ["sync", "ui --port 47613", "rollback books"])
 def test_a_damaged_embedded_store_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

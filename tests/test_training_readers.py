@@ -191,7 +191,7 @@ def test_a_source_names_the_encoding_of_its_files(tmp_path):
     assert list(texts(read(tmp_path, files="x.*", encoding="cp1252")).values()) == ["café – x"] * 2
     assert len(bad(read(tmp_path, files="x.*"))) == 2
     for wrong in ("cp12520", "base64"):
-        with pytest.raises(ValueError, match=f"encoding '{wrong}' is no text encoding that Python knows"):
+        with pytest.raises(ValueError, match=f"encoding '{wrong}' is not a text encoding that Python knows"):
             SourceRecipe(files="x", encoding=wrong)
 
 

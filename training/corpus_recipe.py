@@ -145,7 +145,7 @@ class SourceRecipe(Choices):
             "x".encode(self.encoding)
         except LookupError:  # unknown, or no encoding of text, as base64
             raise ValueError(
-                f"encoding {self.encoding!r} is no text encoding that Python knows: use one, such as cp1252"
+                f"encoding {self.encoding!r} is not a text encoding that Python knows: use, for example, cp1252"
             ) from None
         if all(pattern.startswith("!") for pattern in self.patterns):
             raise ValueError(f"patterns {list(self.patterns)} select no files: begin with e.g. '**/*.py'")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import fnmatch
 import glob
 import importlib.util
@@ -552,6 +553,8 @@ def _list_and_fetch(pattern: str) -> list[tuple[Path, Path]]:
     try:
         return _copies(pattern, cache)
     except Exception as error:  # each file system raises errors of its own library
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # of the disk with the copies
         raise ValueError(
             f"{pattern} cannot be read ({type(error).__name__}: {error}): check the address, the network and the "
             f"credentials, and that the library for such addresses is installed"

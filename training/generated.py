@@ -6,7 +6,8 @@ symbol is drawn from a bigram table, except after a trigger: the symbol after a 
 the symbol before it. A head that copies has work at triggers only, and must put its attention
 somewhere at all other symbols.
 
-    python -c "from longreach.training.generated import texts; from longreach.training.recipe import GeneratedRecipe
+    python -c "from longreach.training.generated import texts
+    from longreach.training.corpus_recipe import GeneratedRecipe
     print(next(texts(GeneratedRecipe(documents=1, tokens=40))))"
 
 A symbol is one printable ASCII character, which is one token in a byte-level vocabulary without

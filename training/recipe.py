@@ -78,7 +78,7 @@ class RopeRecipe(Choices):
             raise ValueError(f"rope type {self.type!r} with theta {self.theta}: set theta exactly when type is 'theta'")
         if self.type == "none" and self.factor != 1.0:
             raise ValueError(f"rope type 'none' with factor {self.factor:g}: choose a type, or leave factor at 1")
-        by_factor = self.type in ("linear", "dynamic", "yarn", "llama3") and self.original_length is None
+        by_factor = self.type in ("linear", "yarn", "llama3") and self.original_length is None
         if by_factor and self.factor == 1.0:
             raise ValueError(f"rope type {self.type!r} with factor 1 does not stretch: set factor, or use type 'none'")
         for name in ("beta_fast", "beta_slow", "attention_factor", "original_length"):
