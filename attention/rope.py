@@ -81,17 +81,7 @@ def stretched_config(
         config.rope_parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     if type != "dynamic":
         original = yarn.get("original_max_position_embeddings", trained)
-        if original > trained:
-            raise ValueError(
-                f"rope original_length {original:g} exceeds the {trained} positions of the model: lower it, or leave "
-                f"it out"
-            )
-        config.max_position_embeddings = math.ceil(original * factor)
-        if config.max_position_embeddings < trained:
-            raise ValueError(
-                f"rope original_length {original} with factor {factor:g} gives {config.max_position_embeddings} "
-                f"positions, fewer than the model's {trained}: raise factor to {trained / original:g} or more"
-            )
+        config.max_position_embeddings = _stretched_limit(trained, original, factor)
     try:  # some families reject types of RoPE, but only when they are saved
         config.validate()
     except StrictDataclassError as error:
@@ -121,6 +111,22 @@ def _checked_parameters(config: PretrainedConfig, type: str, factor: float, thet
     if type != "none" and rope["rope_theta"] is None:
         raise ValueError(f"{config.model_type} has no rope_theta in its config.json: add it there")
     return rope
+
+
+def _stretched_limit(trained: int, original: float, factor: float) -> int:
+    """Return the new position limit. ValueError if `original`, the length that `factor` refers to, does
+    not fit the model's trained length."""
+    if original > trained:
+        raise ValueError(
+            f"rope original_length {original:g} exceeds the {trained} positions of the model: lower it, or leave it out"
+        )
+    limit = math.ceil(original * factor)
+    if limit < trained:
+        raise ValueError(
+            f"rope original_length {original} with factor {factor:g} gives {limit} positions, fewer than the model's "
+            f"{trained}: raise factor to {trained / original:g} or more"
+        )
+    return limit
 
 
 def check_stretched(model: PreTrainedModel) -> None:

@@ -6,6 +6,11 @@ for the ranks. The command line prints ClusterNotStarted, CorruptArtifact and Le
 traceback. More errors of the store and the lease are in infra/artifact.py and infra/lease.py.
 """
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of an OSError on a disk without space, or at the end of a user's quota."""
+
 
 class Superseded(Exception):
     """A newer attempt has taken over this one's work."""

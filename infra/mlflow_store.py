@@ -193,7 +193,7 @@ def first_page(database: Path) -> str:
     """Return the start page, as the last part of an address: the models of the latest experiment, its
     runs if it has no models, or the list of experiments if nothing has run."""
     newest = "SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
-    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
+    with _opened(database) as connection:
         found = connection.execute(newest).fetchone()
         if found is None:
             return f"#/experiments{TRAINING}"

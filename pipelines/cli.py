@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longreach.infra.errors import ClusterNotStarted, CorruptArtifact, LeaseLost
+from longreach.infra.errors import NO_SPACE, ClusterNotStarted, CorruptArtifact, LeaseLost
 from longreach.pipelines import cluster_cli
 from longreach.pipelines.console import (
     BAD_INPUT,
@@ -77,8 +77,7 @@ PLACES = {
     errno.EROFS: READABLE,
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "remove the link that leads to itself",
-    errno.ENOSPC: "free space there, and run the same command again",
-    errno.EDQUOT: "free space there, and run the same command again",
+    **dict.fromkeys(NO_SPACE, "free space there, and run the same command again"),
 }
 """What to do about errors of paths that a user chose, by number."""
 
@@ -110,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"{what}: {PLACES[error.errno]}", file=sys.stderr)
-        sys.exit(FAILED if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT)
+        sys.exit(FAILED if error.errno in NO_SPACE else BAD_INPUT)
     except ValueError as error:
         from longreach.infra.registry import RegistryAway
 

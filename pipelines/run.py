@@ -13,7 +13,6 @@ signals, and infra/resources.py has the numbers of retries.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from typing import Any
 from longreach.infra import relay
 from longreach.infra.artifact import Artifact, Store
 from longreach.infra.choices import dotted
-from longreach.infra.errors import CorruptArtifact, LeaseLost
+from longreach.infra.errors import NO_SPACE, CorruptArtifact, LeaseLost
 from longreach.infra.lease import Lease, holder_name
 from longreach.infra.mirror import start_mirror, stop_mirror
 from longreach.infra.mlflow_store import check_tracking
@@ -658,7 +657,7 @@ def _reason(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, ValueError):
         return str(cause)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(cause, OSError) and cause.errno in NO_SPACE:
         return f"{cause}: free space on the disks of store.root, store.workdir and /tmp, and run the same command again"
     return f"{type(cause).__name__}: {cause}"
 

@@ -1,6 +1,8 @@
 """Documents from every kind of source; what is malformed is skipped and named; the split is by document."""
 
+import errno
 import json
+import os
 
 import datasets
 import fsspec
@@ -368,6 +370,16 @@ def test_an_address_that_cannot_be_read_is_named(address, reason, tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=f"{address} cannot be read .*{reason}.*: check the address"):
         source_digest(CorpusRecipe(sources=(SourceRecipe(files=address),)))
+
+
+def test_a_full_disk_of_copies_is_not_called_an_address_that_cannot_be_read(tmp_path, monkeypatch):
+    def full(pattern, cache):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("longreach.training.documents._copies", full)
+    with pytest.raises(OSError, match="No space left"):
+        source_digest(CorpusRecipe(sources=(SourceRecipe(files="http://127.0.0.1:9/a.txt"),)))
 
 
 def test_objects_under_a_prefix_are_documents_and_only_changed_ones_are_fetched(s3_root, tmp_path, monkeypatch):

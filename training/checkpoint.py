@@ -19,7 +19,6 @@ files: the disk leader. Without a shared disk, checkpoints are uploaded (upload.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longreach.infra.errors import DiskFull
+from longreach.infra.errors import NO_SPACE, DiskFull
 from longreach.infra.files import file_digest, sync, sync_tree
 from longreach.infra.share import Share
 from longreach.training.upload import Uploads
@@ -287,7 +286,7 @@ def _is_full(folder: Path) -> bool:
             file.flush()
             os.fsync(file)
     except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in NO_SPACE
     return False
 
 

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import fsspec
 import xxhash
 
+from longreach.infra.errors import NO_SPACE
 from longreach.infra.files import add_file, cache_folder, digest_of, draft_of
 from longreach.training import generated, questions
 from longreach.training.chats import FORMS, TEXT, Conversation, conversation_of, form_of
@@ -553,7 +554,7 @@ def _list_and_fetch(pattern: str) -> list[tuple[Path, Path]]:
     try:
         return _copies(pattern, cache)
     except Exception as error:  # each file system raises errors of its own library
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EROFS):
             raise  # of the disk with the copies
         raise ValueError(
             f"{pattern} cannot be read ({type(error).__name__}: {error}): check the address, the network and the "
